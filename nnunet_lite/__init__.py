@@ -1,0 +1,27 @@
+"""nnunet_lite: nnU-Net's self-configuring medical image segmentation, made lean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# `plan` and `preprocess` are rooms of the house and steps of the API. The rooms are entered first, for Python binds a
+# submodule's name on its first import; the steps then take the names, and `from nnunet_lite.plan.schema import Plan`
+# works as ever.
+import nnunet_lite.plan
+import nnunet_lite.preprocess  # noqa: F401
+
+__version__ = "0.1.0"
+
+from nnunet_lite.api import check, evaluate, plan, predict, preprocess, train
+
+if TYPE_CHECKING:
+    from nnunet_lite.inference.predictor import Model
+
+__all__ = ["check", "evaluate", "load", "plan", "predict", "preprocess", "train"]
+
+
+def load(folder: str, **options: Any) -> Model:
+    """Load a model folder; `model(array, spacing)` or `model("scan.nii.gz")` segments an image."""
+    from nnunet_lite.inference.predictor import load as load_model
+
+    return load_model(folder, **options)

@@ -1,0 +1,5 @@
+"""`python -m nnunet_lite` is `nnlite`."""
+
+from nnunet_lite.cli import main
+
+main()

@@ -1,0 +1,304 @@
+"""The `nnlite` command: one thin function per command; the steps themselves are in api.py.
+
+Everything heavy is imported inside the functions, so that `nnlite --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnunet_lite import __version__, api, log
+from nnunet_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_lite.plan.schema import Plan
+
+app = typer.Typer(
+    name="nnlite",
+    help="Self-configuring medical image segmentation: plan, train, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Preset(StrEnum):
+    default = "default"
+    resenc_m = "resenc_m"
+    resenc_l = "resenc_l"
+    resenc_xl = "resenc_xl"
+
+
+class Format(StrEnum):
+    nnlite = "nnlite"
+    nnunet = "nnunet"
+
+
+Workspace = Annotated[
+    Path | None,
+    typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
+]
+Dataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned data set [the one planned last].")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [a GPU if there is one].")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Threads; 0: none, everything in line [as fits the machine].")]
+SetOptions = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
+]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
+
+
+def main() -> None:
+    """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped; the same command goes on from here", 130))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> int:
+    log.info(message)
+    return code
+
+
+def _show(result: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(result, indent=1) if as_json else text)
+
+
+def _changes(given: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """Flags that were set, then --set key=value, as changes of settings."""
+    changes = {key: value for key, value in given.items() if value is not None}
+    for assignment in assignments or []:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment!r} is not key=value")
+        changes[key.strip()] = value.strip()
+    return changes
+
+
+def _numbers(text: str, what: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace("x", " ").replace(",", " ").split())
+    except ValueError:
+        raise UserError(f"{what} {text!r} is not a list of whole numbers", fix="Write 40x56x40 or 40,56,40.") from None
+
+
+@app.command()
+def check(data: str, workers: Workers = None, as_json: AsJson = False, workspace: Workspace = None) -> None:
+    """Report every problem of a data set at once."""
+    report = api.check(data, workspace=workspace, workers=workers)
+    _show(report.to_json(), report.to_text(), as_json)
+    raise typer.Exit(0 if report.ok else 2)
+
+
+@app.command()
+def plan(
+    data: Annotated[str | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
+    preset: Annotated[Preset, typer.Option(help="Kind of U-Net.")] = Preset.default,
+    memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
+    plans: Annotated[Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
+    from_fingerprint: Annotated[Path | None, typer.Option(help="Plan from a fingerprint instead of data.")] = None,
+    dataset_json: Annotated[Path | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
+    format: Annotated[Format, typer.Option(help="Of --output.")] = Format.nnlite,
+    output: Annotated[Path | None, typer.Option(help="Write the plan to this file too.")] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Check a data set, take its fingerprint and plan its networks."""
+    from nnunet_lite.plan.show import plan_table
+    from nnunet_lite.workspace import write_json
+
+    if from_fingerprint is not None:
+        if dataset_json is None:
+            raise UserError("--from-fingerprint needs --dataset-json")
+        made, about = api.plan_from_fingerprint(from_fingerprint, dataset_json, preset=preset, memory=memory)
+    elif data is not None:
+        made, about = (
+            api.plan(data, workspace=workspace, preset=preset, memory=memory, adopt=plans, workers=workers),
+            {},
+        )
+    else:
+        raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
+    if output is not None:
+        write_json(output, _formatted(made, about, format))
+    _show(made.model_dump(mode="json"), plan_table(made), as_json)
+
+
+def _formatted(made: Plan, about: dict[str, Any] | None, format: Format) -> Any:
+    """A plan as JSON, ours or nnU-Net's, which also wants the dataset.json."""
+    if format is Format.nnlite:
+        return made.model_dump(mode="json")
+    from nnunet_lite.interop.nnunet import Description, description_to_nnunet, plan_to_nnunet
+
+    names = tuple(channel.name for channel in made.channels)
+    return plan_to_nnunet(
+        made, about or description_to_nnunet(Description(names, made.labels, made.n_cases, ".nii.gz"))
+    )
+
+
+@app.command()
+def preprocess(
+    configuration: Annotated[list[str] | None, typer.Argument(help="Which [all of the plan].")] = None,
+    dataset: Dataset = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Crop, normalise and resample the current data set (train does it too where it is missing)."""
+    summary = api.preprocess(configuration, dataset=dataset, workspace=workspace, workers=workers)
+    _show(summary.to_json(), summary.to_text(), as_json)
+
+
+@app.command()
+def train(
+    configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres, ...")],
+    fold: Annotated[str, typer.Argument(help='0 to 4, "all-folds" for each of them, "all" to train on every case.')],
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")] = "default",
+    epochs: Annotated[int | None, typer.Option()] = None,
+    iterations: Annotated[int | None, typer.Option(help="Per epoch.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Minutes; the schedule fits itself to it.")] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    patch_size: Annotated[str | None, typer.Option(help="Such as 40x56x40.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    precision: Precision = None,
+    seed: Annotated[int | None, typer.Option(help="Makes two runs identical on the CPU.")] = None,
+    workers: Workers = None,
+    device: Device = None,
+    name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
+    restart: Annotated[bool, typer.Option(help="Begin anew; what is there is moved aside.")] = False,
+    assignments: SetOptions = None,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Train a fold and score its held-out cases. The same command again goes on where it stopped."""
+    flags = {
+        "training.epochs": epochs,
+        "training.iterations": iterations,
+        "training.time_limit": time_limit,
+        "training.batch_size": batch_size,
+        "training.patch_size": None if patch_size is None else _numbers(patch_size, "--patch-size"),
+        "optimizer.lr": lr,
+        "training.precision": precision,
+        "training.seed": seed,
+        "training.workers": workers,
+    }
+    results = {}
+    for one in map(str, range(5)) if fold == "all-folds" else [fold]:
+        scores = api.train(
+            configuration, one, recipe=recipe, changes=_changes(flags, assignments), dataset=dataset, name=name,
+            device=device, restart=restart, workspace=workspace,
+        )  # fmt: skip
+        if scores is not None:
+            results[one] = scores.to_json()
+            if not as_json:
+                print(f"fold {one}, whole images:\n{scores.table()}")
+    if as_json:
+        print(json.dumps(results, indent=1))
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Option("-i", "--input", help="Image, or folder of images.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model folder [the trained one].")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
+    folds: Annotated[list[str] | None, typer.Option("-f", "--fold", help="Networks to average [all trained].")] = None,
+    mirroring: Annotated[bool | None, typer.Option(help="Average over mirrored copies: 4 to 8 times slower.")] = None,
+    step_size: Annotated[float | None, typer.Option(help="Distance of windows as a share of the patch.")] = None,
+    precision: Precision = None,
+    device: Device = None,
+    skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that are there.")] = False,
+    assignments: SetOptions = None,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Segment images with a trained model."""
+    flags = {
+        "inference.mirroring": mirroring,
+        "inference.step_size": step_size,
+        "inference.precision": precision,
+    }
+    done = api.predict(
+        source, out, model=model, configuration=configuration, folds=folds, dataset=dataset, device=device,
+        changes=_changes(flags, assignments), skip_existing=skip_existing, workspace=workspace,
+    )  # fmt: skip
+    result = {"files": [str(path) for path in done.files], "failed": done.failed, "model": str(done.model)}
+    _show(result, f"{len(done.files)} label maps in {out}", as_json)
+    for case, why in done.failed.items():
+        log.info(f"failed: {case}: {why}")
+    raise typer.Exit(1 if done.failed else 0)
+
+
+@app.command()
+def evaluate(
+    prediction: Annotated[Path, typer.Argument(help="Label map, or folder of label maps.")],
+    reference: Annotated[Path, typer.Argument(help="Its reference, or their folder.")],
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.")] = 1.0,
+    surface: Annotated[bool, typer.Option(help="Surface distances too.")] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score label maps against references: Dice, surface distances, volumes, lesions."""
+    from nnunet_lite.workspace import write_json, write_text
+
+    scores = api.evaluate(prediction, reference, tolerance_mm=tolerance, surface=surface, workers=workers)
+    if output is not None and output.suffix == ".csv":
+        write_text(output, scores.to_csv())
+    elif output is not None:
+        write_json(output, scores.to_json())
+    _show(scores.to_json(), scores.table(), as_json)
+
+
+@app.command()
+def info(
+    model: Annotated[Path | None, typer.Argument(help="Model folder [all models of the current data set].")] = None,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """What a model is, how it was made and how well it scores; or what the current data set has."""
+    from nnunet_lite.describe import describe_dataset, describe_model
+
+    about = describe_model(model) if model else describe_dataset(api.current_paths(workspace, dataset))
+    _show(about.values, about.text, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False, workspace: Workspace = None) -> None:
+    """What this machine has: versions, CPUs, memory, GPUs, disk; and what is wrong with it."""
+    from nnunet_lite.describe import describe_machine
+    from nnunet_lite.workspace import workspace_folder
+
+    about = describe_machine(workspace_folder(workspace))
+    _show(about.values, about.text, as_json)
+    raise typer.Exit(1 if about.values["problems"] else 0)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Self-configuring medical image segmentation: plan, train, predict."""

@@ -1,0 +1,327 @@
+"""Every problem of a data set in one report, found in one pass over its files.
+
+A second look at each case (the fingerprint) is handed in as `visit`, so that no file is read twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from nnunet_lite.data.cases import Case, image_files
+from nnunet_lite.data.dataset import Dataset, image_folder, label_folder, map_labels
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
+from nnunet_lite.data.problems import Problem, Report
+from nnunet_lite.errors import UserError
+
+T = TypeVar("T")
+Visit = Callable[[np.ndarray, Geometry, np.ndarray], T]
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+FOLDS = 5
+_BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of one channel of one case."""
+
+    low: float
+    high: float
+    whole: bool
+
+
+@dataclass
+class CaseFindings(Generic[T]):
+    """What the pass keeps of a case once its arrays are gone."""
+
+    problems: list[Problem] = field(default_factory=list)
+    geometry: Geometry | None = None
+    ranges: list[Range] = field(default_factory=list)
+    values: set[int] = field(default_factory=set)
+    digest: bytes = b""
+    visited: T | None = None
+
+
+def check(
+    dataset: Dataset, visit: Visit[T] | None = None, workers: int | None = None, progress: Progress | None = None
+) -> tuple[Report, dict[str, T | None]]:
+    """Read every file once and report all problems.
+
+    Parameters
+    ----------
+    visit : called with image (channels, z, y, x), geometry and foreground mask (z, y, x) of each case that is sound.
+    workers : threads, hence cases in memory; None for one per CPU this process may use, 0 for none.
+    progress : wraps the loop over the cases, such as `nnunet_lite.log.progress`.
+
+    Returns
+    -------
+    the report, and what `visit` returned for each case id, None where it was not called.
+    """
+    found: list[CaseFindings[T]] = []
+    results = _each_case(dataset, visit, workers)
+    for findings in progress(results, len(dataset.cases), "check") if progress else results:
+        found.append(findings)
+    problems = [*_files_without_case(dataset), *_repeated_ids(dataset)]
+    problems += [problem for findings in found for problem in findings.problems]
+    problems += [*_dimensions(dataset, found), *_across_cases(dataset, found), *_intensity_units(dataset, found)]
+    problems += [Problem("understood", str(dataset.root), note) for note in dataset.notes]
+    problems = [_relative(problem, dataset.root) for problem in problems]
+    report = Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
+    return report, {case.id: findings.visited for case, findings in zip(dataset.cases, found, strict=True)}
+
+
+def broken_dataset(root: Path, error: UserError) -> Report:
+    """The report of a folder that `read_dataset` refused."""
+    kind = "invalid_json" if "invalid JSON" in str(error) else "invalid_dataset"
+    problem = _unread(
+        error, root / "dataset.json" if str(error).startswith(f"{root / 'dataset.json'}: ") else root, kind
+    )
+    return Report(root.name, 0, (), (_relative(problem, root),))
+
+
+def _each_case(dataset: Dataset, visit: Visit[T] | None, workers: int | None) -> Iterator[CaseFindings[T]]:
+    threads = _threads(dataset) if workers is None else workers
+    if threads == 0:
+        yield from (_check_case(case, dataset, visit) for case in dataset.cases)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(lambda case: _check_case(case, dataset, visit), dataset.cases)
+
+
+def _threads(dataset: Dataset) -> int:
+    """One per CPU this process may use, but no more than cases of the largest size fit into half of the free memory."""
+    import psutil
+
+    cpus = len(os.sched_getaffinity(0))
+    sizes = {path: path.stat().st_size for case in dataset.cases for path in case.images[:1] if path.is_file()}
+    try:
+        geometry, channels = read_geometry(max(sizes, key=lambda path: sizes[path]))
+    except (UserError, ValueError):  # the pass itself will tell what is wrong with that file, or that there is none
+        return cpus
+    voxels = float(np.prod(geometry.shape)) * max(channels, len(dataset.channels))
+    return max(1, min(cpus, int(psutil.virtual_memory().available / 2 / (voxels * _BYTES_PER_VOXEL))))
+
+
+# ------------------------------------------------------------------------------------------------------------- one case
+
+
+def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFindings[T]:
+    out: CaseFindings[T] = CaseFindings()
+    image = _check_images(case, dataset, out)
+    label = _check_label(case, dataset, out)
+    if image is None or label is None:
+        return out
+    values, geometry = label
+    for what, found, expected in geometry.differences(image.geometry):
+        fix = "Save the label map with the grid of its image." if what == "shape" else _HEADER_FIX
+        out.problems.append(Problem(what, str(case.label), f"{what} {found}", f"{expected} as its image", fix))
+    if visit is not None and not any(problem.severity == "error" for problem in out.problems):
+        out.visited = visit(image.array, image.geometry, values != dataset.labels.background)
+    return out
+
+
+_HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
+
+
+def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image | None:
+    """The image of a case where it is sound enough to go on with."""
+    images = []
+    for number, path in enumerate(case.images):
+        try:
+            if not path.exists():
+                name = dataset.channels[number] if len(case.images) > 1 else "image"
+                fix = "Add the file, or leave out the case."
+                out.problems.append(
+                    Problem("missing_image", str(path), f"no file for {name} of case {case.id}", "", fix)
+                )
+            else:
+                images.append(read_image(path))
+        except UserError as error:
+            out.problems.append(_unread(error, path, "unreadable"))
+    if len(images) < len(case.images):
+        return None
+    for path, image in zip(case.images[1:], images[1:], strict=True):
+        for what, found, expected in image.geometry.differences(images[0].geometry):
+            text = f"{what} {found}"
+            fix = "Register and resample all channels of a case to one grid."
+            out.problems.append(Problem("grid", str(path), text, f"{expected} as {case.images[0].name}", fix))
+    out.geometry = images[0].geometry
+    for path, image in zip(case.images, images, strict=True):
+        out.problems += [Problem("understood", str(path), note) for note in image.notes]
+    if any(problem.kind == "grid" for problem in out.problems):
+        return None
+    array = images[0].array if len(images) == 1 else np.concatenate([image.array for image in images])
+    if len(array) != len(dataset.channels):
+        wanted = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
+        fix = "Name the channels in dataset.json as they are in the files, or mend the file."
+        found = f"{len(array)} channel{'s' if len(array) > 1 else ''}"
+        out.problems.append(Problem("channels", str(case.images[0]), found, wanted, fix))
+        return None
+    out.digest = hashlib.blake2b(array.data, digest_size=16).digest()
+    for number, channel in enumerate(array):
+        path = case.images[number] if len(case.images) > 1 else case.images[0]
+        out.problems += _check_values(channel, path, dataset.channels[number], out)
+    return Image(array, images[0].geometry)
+
+
+def _check_values(channel: np.ndarray, path: Path, name: str, out: CaseFindings[Any]) -> Iterator[Problem]:
+    """NaN and infinity, both of which show in the extremes, and constant images."""
+    low, high = float(channel.min()), float(channel.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        wrong = int(channel.size - np.isfinite(channel).sum())
+        fix = "Replace them, for example by 0 or by the lowest value of the image."
+        yield Problem("nan", str(path), f"{wrong} voxels of channel {name} are NaN or infinite", "finite numbers", fix)
+        return
+    if low == high:
+        fix = "Leave the case out if the image is lost."
+        yield Problem("constant", str(path), f"every voxel of channel {name} is {low:g}", "an image", fix)
+    some = channel.ravel()[:: max(1, channel.size // 10_000)]
+    out.ranges.append(Range(low, high, bool((some == np.rint(some)).all())))
+
+
+def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[np.ndarray, Geometry] | None:
+    """The label map of a case as values of the data set, where it can be read."""
+    if case.label is None or not case.label.exists():
+        where = str(case.label or case.images[0])
+        fix = "Add it, or leave out the case."
+        out.problems.append(Problem("missing_label", where, f"no label map for case {case.id}", "", fix))
+        return None
+    try:
+        label, geometry, notes = read_label(case.label)
+    except UserError as error:
+        out.problems.append(_unread(error, case.label, "unreadable"))
+        return None
+    label = map_labels(label, dataset.label_map)
+    out.problems += [Problem("understood", str(case.label), note) for note in notes]
+    out.values = {int(v) for v in np.unique(label[label != dataset.labels.background])}
+    known = {*dataset.labels.values, dataset.labels.ignore}
+    unknown = sorted(out.values - known)
+    if unknown:
+        voxels = int(np.isin(label, unknown).sum())
+        values = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        found = f"label value {values} ({voxels} voxels)"
+        legal = ", ".join(str(v) for v in sorted(v for v in known if v is not None))
+        fix = "Add it to the labels of dataset.json, or correct the file."
+        if suffix_of(case.label) in (".jpg", ".jpeg"):
+            fix = "JPEG changes values: store label maps as PNG."
+        out.problems.append(Problem("label_value", str(case.label), found, f"one of {legal}", fix))
+    return label, geometry
+
+
+def _unread(error: UserError, path: Path, kind: str) -> Problem:
+    """A reader's complaint as a problem: what it found, and what to do."""
+    found, _, fix = str(error).removeprefix(f"{path}: ").partition(". ")
+    if kind == "unreadable":
+        words = {"not whole numbers": "label_fraction", "colour picture": "label_channels", "dimension": "dimensions"}
+        kind = next((other for word, other in words.items() if word in found), kind)
+    return Problem(kind, str(path), found.rstrip("."), "", fix)
+
+
+# --------------------------------------------------------------------------------------------------------- all of them
+
+
+def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
+    """Files in the data set's folders that no case uses; a data set that lists its files may leave some out."""
+    if dataset.layout == "explicit":
+        return
+    images, labels = image_folder(dataset.root), label_folder(dataset.root)
+    used = {path for case in dataset.cases for path in (*case.images, case.label)}
+    ids = {case.id for case in dataset.cases}
+    unlisted = set()
+    for path in image_files(images) if images else ():
+        case_id, _, number = stem(path).rpartition("_")
+        if path in used:
+            continue
+        if case_id in ids and number.isdigit():
+            found = f"a file for channel {int(number)} of case {case_id}"
+            wanted = f"{len(dataset.channels)} channels ({', '.join(dataset.channels)})"
+            fix = "Name the channel in dataset.json, or remove the file."
+            yield Problem("extra_channel", str(path), found, wanted, fix)
+        else:
+            yield Problem(
+                "extra_image", str(path), "is not in the data set", "", "List it in dataset.json, or remove it."
+            )
+    for path in image_files(labels) if labels else ():
+        if path not in used and stem(path) not in unlisted:
+            yield Problem("extra_label", str(path), "a label map without an image", "", "Add the image, or remove it.")
+
+
+def _repeated_ids(dataset: Dataset) -> Iterator[Problem]:
+    for case_id, n in Counter(case.id for case in dataset.cases).items():
+        if n > 1:
+            files = [str(case.images[0]) for case in dataset.cases if case.id == case_id]
+            yield Problem("duplicate_id", files[0], f"{n} cases have the id {case_id}", "one", "Rename or remove one.")
+
+
+def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
+    """Two- and three-dimensional images in one data set."""
+    known = [findings.geometry.dimensions for findings in found if findings.geometry]
+    if not known:
+        return
+    usual = Counter(known).most_common(1)[0][0]
+    for case, findings in zip(dataset.cases, found, strict=True):
+        if findings.geometry and findings.geometry.dimensions != usual:
+            text = f"{findings.geometry.dimensions} dimensions"
+            fix = "All images of a data set must have the same."
+            yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)
+
+
+def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
+    """Equal images, absent labels, too few cases."""
+    same: dict[bytes, list[Case]] = defaultdict(list)
+    for case, findings in zip(dataset.cases, found, strict=True):
+        if findings.digest:
+            same[findings.digest].append(case)
+    for first, *others in same.values():
+        for case in others:
+            text = f"holds the same image as case {first.id}"
+            fix = "Remove one: the same patient in training and validation makes scores too good."
+            yield Problem("duplicate_case", str(case.images[0]), text, "", fix)
+    values = set().union(*(findings.values for findings in found))
+    table = str(dataset.root / "dataset.json" if dataset.layout != "plain" else dataset.root)
+    members = dict(zip(dataset.labels.region_names, dataset.labels.region_values, strict=True))
+    absent = [name for name, wanted in members.items() if not values & set(wanted)]
+    if absent and len(absent) == len(members):
+        yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")
+    else:
+        for name in absent:
+            text = f"label {name} ({', '.join(map(str, members[name]))}) has no voxel in any case"
+            yield Problem("label_absent", table, text, "", f"Correct the labels, or remove {name} from dataset.json.")
+    if len(dataset.cases) < FOLDS:
+        text = f"{len(dataset.cases)} case{'s' if len(dataset.cases) != 1 else ''}"
+        fix = "Train on all of them (fold `all`), or add cases."
+        yield Problem("few_cases", str(dataset.root), text, f"at least {FOLDS} for {FOLDS}-fold cross-validation", fix)
+
+
+def _intensity_units(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
+    """Channels that look like CT (Hounsfield units) without being called so, and the reverse."""
+    for number, name in enumerate(dataset.channels):
+        ranges = [findings.ranges[number] for findings in found if len(findings.ranges) == len(dataset.channels)]
+        if not ranges:
+            continue
+        hounsfield = sum(-5000 <= r.low <= -900 and r.high >= 300 and r.whole for r in ranges)
+        unlike = sum(r.low >= 0 for r in ranges)
+        text = f"channel {name} holds values {min(r.low for r in ranges):g} .. {max(r.high for r in ranges):g}"
+        table = str(dataset.root / "dataset.json" if dataset.layout != "plain" else dataset.root)
+        if name.lower() != "ct" and 2 * hounsfield > len(ranges):
+            fix = "If it is CT, name the channel CT, so that it is normalised as CT."
+            yield Problem("looks_like_ct", table, f"{text}, which look like Hounsfield units", "", fix)
+        if name.lower() == "ct" and 2 * unlike > len(ranges):
+            fix = "If it is no CT, or is rescaled, give the channel another name: CT is normalised as such."
+            yield Problem("not_ct", table, f"{text}, which do not look like Hounsfield units", "", fix)
+
+
+def _relative(problem: Problem, root: Path) -> Problem:
+    path = Path(problem.file)
+    file = str(path.relative_to(root)) if path.is_relative_to(root) and path != root else problem.file
+    return Problem(problem.kind, file, problem.found, problem.expected, problem.fix)

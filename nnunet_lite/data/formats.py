@@ -1,0 +1,309 @@
+"""File formats: one file to an array (channels, z, y, x) with its geometry, and a label map to a file.
+
+SimpleITK reads headers and most voxels. nibabel reads the voxels of NIfTI files (ITK pads a truncated one with zeros in
+silence) and whole files that ITK refuses: sheared NIfTI, NIfTI-2, MGH, Analyze, PAR/REC, AFNI. Pillow reads BMP (ITK
+makes three channels of grey) and pictures with a palette (ITK hides the numbers of the colours).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_lite.data.complete import defect, gzip_defect
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.labels import smallest_dtype
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import read_json
+
+NIFTI = (".nii.gz", ".nii")
+PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+NIBABEL_ONLY = (".mgz", ".mgh", ".hdr", ".par", ".head")
+SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURES, *NIBABEL_ONLY)
+
+_PICTURE_SPACING = (999.0, 1.0, 1.0)
+
+
+def suffix_of(path: Path) -> str:
+    """The ending of a supported file, both parts of a double one, in lower case; empty where it is not supported."""
+    name = path.name.lower()
+    return next((s for s in SUFFIXES if name.endswith(s)), "")
+
+
+def stem(path: Path) -> str:
+    """The file's name without its (double) ending."""
+    return path.name[: len(path.name) - len(suffix_of(path) or path.suffix)]
+
+
+def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geometry]:
+    """Array (channels, z, y, x) in native byte order, and geometry.
+
+    Parameters
+    ----------
+    resolve_palette : whether a pixel of a palette picture is its colour (3 channels), or the number of its colour.
+
+    Raises
+    ------
+    UserError : missing, truncated or unreadable; more than three dimensions and channels; complex numbers.
+    """
+    must_be_readable(path)
+    header = read_header(path)
+    if header is None or suffix_of(path) in NIFTI:
+        array, from_affine = _read_nibabel(path)
+        geometry = header[0] if header else from_affine
+    elif _is_pillows(path):
+        array, geometry = _pillow_pixels(path, resolve_palette), header[0]
+    else:
+        array, geometry = _itk_voxels(path, *header), header[0]
+    if np.iscomplexobj(array):
+        raise UserError("holds complex numbers", path, "Store the magnitude.")
+    if array.shape[1:] != geometry.shape:
+        raise UserError(f"has {array.shape[1:]} voxels where its header says {geometry.shape}", path)
+    return array, geometry
+
+
+def must_be_readable(path: Path) -> None:
+    if not suffix_of(path):
+        raise UserError("is of no supported format", path, f"Supported are {' '.join(SUFFIXES)}.")
+    problem = defect(path)
+    if problem:
+        raise UserError(problem, path, "Copy or export it again." if path.exists() else "")
+
+
+def _sitk() -> Any:
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    return SimpleITK
+
+
+def read_header(path: Path) -> tuple[Geometry, int] | None:
+    """Geometry and number of channels from the header; None where only nibabel reads the file."""
+    if _is_pillows(path):
+        with _pillow(path) as picture:
+            pages = getattr(picture, "n_frames", 1)
+            channels = 3 if picture.mode in ("P", "PA") else len(picture.getbands())
+            return _picture_geometry(path, (*picture.size, pages)), channels
+    if suffix_of(path) in NIBABEL_ONLY:
+        return None
+    reader = _sitk().ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        if suffix_of(path) in NIFTI:
+            return None
+        raise UserError(f"cannot be read ({_reason(error)})", path) from None
+    size = reader.GetSize()
+    channels = reader.GetNumberOfComponents()
+    axes = _axes(size, path)
+    if axes < len(size) and size[axes] > 1:
+        if channels > 1:
+            raise UserError(f"has {len(size)} dimensions and {channels} values per voxel", path)
+        channels = size[axes]
+    n = len(size)
+    direction = reader.GetDirection()
+    cosines = [[direction[i * n + j] if max(i, j) < axes else float(i == j) for j in range(3)] for i in range(3)]
+    spacing = reader.GetSpacing()[:axes][::-1]
+    if suffix_of(path) in PICTURES:
+        return _picture_geometry(path, size), channels
+    geometry = Geometry(
+        shape=(1, *size[:2][::-1]) if axes == 2 else tuple(size[:3][::-1]),
+        spacing=(max(spacing) * 999, *spacing) if axes == 2 else spacing,
+        origin=(*reader.GetOrigin()[:axes], 0.0)[:3],
+        direction=tuple(c for row in cosines for c in row),
+        dimensions=axes,
+    )
+    return geometry, channels
+
+
+def _axes(size: tuple[int, ...], path: Path) -> int:
+    """2 or 3: how many axes of (x, y, z, channel, ...) are space."""
+    if len(size) == 1 or any(n > 1 for n in size[4:]):
+        raise UserError(f"has {len(size)} dimensions {size}", path, "Images have 2 or 3, and a 4th for channels.")
+    return min(len(size), 3)
+
+
+def _picture_geometry(path: Path, size: tuple[int, ...]) -> Geometry:
+    """Pictures have no physical size. The pages of a TIFF are a volume whose spacing a file `<case>.json` may tell."""
+    if len(size) == 2 or size[2] == 1:
+        return Geometry((1, size[1], size[0]), _PICTURE_SPACING, dimensions=2)
+    spacing = (1.0, 1.0, 1.0)
+    for name in (stem(path), re.sub(r"_\d{4}$", "", stem(path))):
+        sidecar = path.with_name(name + ".json")
+        if sidecar.is_file():
+            told = read_json(sidecar).get("spacing")
+            if not isinstance(told, list) or len(told) != 3 or not all(float(s) > 0 for s in told):
+                raise UserError(f"spacing is {told}", sidecar, "Give three numbers in mm: [z, y, x].")
+            spacing = (float(told[0]), float(told[1]), float(told[2]))
+            break
+    return Geometry((size[2], size[1], size[0]), spacing)
+
+
+def picture_mode(path: Path) -> str:
+    """How a picture stores its pixels, in Pillow's words where that matters: P for palette, RGBA and so on."""
+    if suffix_of(path) not in PICTURES or suffix_of(path) in (".jpg", ".jpeg"):
+        return "RGB"
+    if suffix_of(path) == ".png":
+        with path.open("rb") as file:
+            return "P" if file.read(26)[25:] == b"\x03" else "RGB"
+    try:
+        with _pillow(path) as picture:
+            return str(picture.mode)
+    except UserError:  # a kind of TIFF that only ITK knows, or none at all, which it will say
+        return "RGB"
+
+
+def is_palette(path: Path) -> bool:
+    """Whether a file is a picture whose pixels are indices into a table of colours."""
+    return picture_mode(path) in ("P", "PA")
+
+
+def _is_pillows(path: Path) -> bool:
+    return suffix_of(path) == ".bmp" or is_palette(path)
+
+
+def _pillow(path: Path) -> Any:
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # whole slides are larger than Pillow dares to open
+    try:
+        return Image.open(path)
+    except OSError:
+        raise UserError(f"is no {suffix_of(path)} file", path, "Copy or export it again.") from None
+
+
+def _pillow_pixels(path: Path, resolve_palette: bool) -> np.ndarray:
+    pages = []
+    try:
+        with _pillow(path) as picture:
+            for page in range(getattr(picture, "n_frames", 1)):
+                picture.seek(page)
+                if picture.mode in ("P", "PA"):
+                    pages.append(np.asarray(picture.convert("RGB" if resolve_palette else "P")))
+                else:
+                    pages.append(np.asarray(picture.convert("L") if picture.mode == "1" else picture))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot be read ({_reason(error)})", path, "Copy or export it again.") from None
+    array = np.stack(pages)
+    return np.ascontiguousarray(np.moveaxis(array, 3, 0)) if array.ndim == 4 else array[None]
+
+
+def _itk_voxels(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
+    sitk = _sitk()
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise UserError(f"cannot be read ({_reason(error)})", path, "Copy or export it again.") from None
+    array = sitk.GetArrayFromImage(image)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        array = np.moveaxis(array, -1, 0)
+    if array.size != channels * np.prod(geometry.shape):
+        raise UserError(f"has {array.size} values where its header says {channels} x {geometry.shape}", path)
+    return np.ascontiguousarray(array.reshape(channels, *geometry.shape))
+
+
+def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
+    """As nibabel reads it; axes and affine turned from RAS to ITK's LPS."""
+    import nibabel
+
+    try:
+        image: Any = nibabel.load(path)
+        stored = image.dataobj
+        array = np.asanyarray(stored)
+    except MemoryError:
+        raise
+    except Exception as error:  # a parser of damaged bytes raises whatever it stumbles over
+        problem = gzip_defect(path) if path.suffix.lower() in (".gz", ".mgz") else None
+        if short := re.search(r"Expected (\d+) bytes, got (\d+)", str(error)):
+            problem = f"is truncated: it holds {short[2]} of {short[1]} bytes of voxels"
+        raise UserError(problem or f"cannot be read ({_reason(error)})", path, "Copy or export it again.") from None
+    if array.dtype.names:  # an RGB NIfTI: the channels are fields of a record
+        array = np.stack([array[name] for name in array.dtype.names], axis=-1)
+    array = array.reshape(array.shape + (1,) * (2 - array.ndim))
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    array = np.squeeze(array, 3) if array.ndim == 5 and array.shape[3] == 1 else array
+    if array.ndim > 4:
+        raise UserError(
+            f"has {array.ndim} dimensions {array.shape}", path, "Images have 2 or 3, and a 4th for channels."
+        )
+    dimensions = 2 if array.ndim == 2 else 3
+    array = array.reshape(array.shape + (1,) * (4 - array.ndim)).transpose(3, 2, 1, 0)
+    kind = array.dtype.newbyteorder("=") if array.dtype != np.float64 or stored.dtype == np.float64 else np.float32
+    array = np.ascontiguousarray(array, dtype=kind)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(image.affine, np.float64)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and (lengths > 0).all()):
+        raise UserError("has an affine matrix without volume", path)
+    spacing = tuple(float(s) for s in lengths[::-1])
+    geometry = Geometry(
+        shape=array.shape[1:],
+        spacing=(max(spacing[1:]) * 999, *spacing[1:]) if dimensions == 2 else spacing,  # type: ignore[arg-type]
+        origin=tuple(float(v) for v in affine[:3, 3]),  # type: ignore[arg-type]
+        direction=tuple(float(v) for v in (affine[:3, :3] / lengths).ravel()),
+        dimensions=dimensions,
+    )
+    return array, geometry
+
+
+def _reason(error: BaseException) -> str:
+    """The last telling line of a library's error."""
+    lines = [re.sub(r"^.*?ITK ERROR: (\w+\(0x\w+\): )?|sitk::ERROR: ", "", line) for line in str(error).splitlines()]
+    return next(
+        (line.strip(" .").replace(". ", "; ") for line in reversed(lines) if line.strip()), type(error).__name__
+    )
+
+
+def fits_picture(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    suffix = suffix_of(path)
+    top = 255 if suffix == ".bmp" else 65535
+    low, high = int(array.min(initial=0)), int(array.max(initial=0))
+    if geometry.dimensions == 3 and suffix not in (".tif", ".tiff"):
+        raise UserError(f"a volume of shape {geometry.shape} cannot be written as {suffix}", path, "Use .nii.gz.")
+    if low < 0 or high > top:
+        raise UserError(f"label values {low}..{high} do not fit into {suffix}", path, "Use .nii.gz.")
+
+
+def write_file(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write integers (z, y, x) in the format of the path's ending."""
+    if suffix_of(path) in (".mgz", ".mgh") or (suffix_of(path) in NIFTI and not _is_orthonormal(geometry.direction)):
+        _write_nibabel(path, array, geometry)
+    else:
+        _write_itk(path, array, geometry)
+
+
+def _is_orthonormal(direction: tuple[float, ...]) -> bool:
+    matrix = np.reshape(direction, (3, 3))
+    return bool(np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-4))
+
+
+def _write_itk(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    sitk = _sitk()
+    flat = geometry.dimensions == 2
+    if suffix_of(path) in PICTURES:
+        array = array.astype(smallest_dtype(0, int(array.max(initial=0))))
+    image = sitk.GetImageFromArray(array[0] if flat else array)
+    matrix = np.reshape(geometry.direction, (3, 3))
+    image.SetSpacing(geometry.spacing[::-1][:2] if flat else geometry.spacing[::-1])
+    image.SetOrigin(geometry.origin[:2] if flat else geometry.origin)
+    image.SetDirection((matrix[:2, :2] if flat else matrix).ravel().tolist())
+    sitk.WriteImage(image, str(path), useCompression=suffix_of(path) not in (".nii", ".bmp"))
+
+
+def _write_nibabel(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """MGH, and NIfTI with a sheared affine, which ITK would straighten."""
+    import nibabel
+
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * geometry.spacing[::-1]
+    affine[:3, 3] = geometry.origin
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    if suffix_of(path) in NIFTI:
+        nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), affine), path)
+        return
+    kind = np.uint8 if array.min() >= 0 and array.max() <= 255 else np.int16 if array.max() < 1 << 15 else np.int32
+    nibabel.save(nibabel.MGHImage(array.transpose(2, 1, 0).astype(kind), affine), path)

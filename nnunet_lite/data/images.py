@@ -1,0 +1,198 @@
+"""Images and label maps on disk: any common format to an array (channels, z, y, x) with its geometry, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_lite.data.formats import (
+    PICTURES,
+    SUFFIXES,
+    fits_picture,
+    is_palette,
+    must_be_readable,
+    picture_mode,
+    read_file,
+    read_header,
+    stem,
+    suffix_of,
+    write_file,
+)
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.labels import smallest_dtype
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import atomic, write_json
+
+__all__ = [
+    "PICTURES",
+    "SUFFIXES",
+    "Geometry",
+    "Image",
+    "is_image",
+    "label_suffix",
+    "read_geometry",
+    "read_image",
+    "read_images",
+    "read_label",
+    "stem",
+    "suffix_of",
+    "write_label",
+]
+
+_FRACTION_TOLERANCE = 1e-3  # how far a label stored as float may be from an integer
+
+
+@dataclass(frozen=True)
+class Image:
+    """An array (channels, z, y, x) in the file's own type, its geometry, and notes on what had to be understood."""
+
+    array: np.ndarray
+    geometry: Geometry
+    notes: tuple[str, ...] = ()
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image to read: a supported ending, and not hidden (.DS_Store, ._x)."""
+    return not path.name.startswith(".") and suffix_of(path) != ""
+
+
+def label_suffix(suffix: str) -> str:
+    """The ending for label maps of images with this ending: the same where that can be written, whole, in one file."""
+    others = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha", ".nhdr": ".nrrd"}
+    return others.get(suffix, ".nii.gz" if suffix in (".hdr", ".par", ".head") else suffix)
+
+
+def read_image(path: str | Path) -> Image:
+    """Read one file, with all its channels.
+
+    Raises
+    ------
+    UserError : missing, truncated or unreadable; more than three dimensions and channels; complex numbers.
+    """
+    path = Path(path)
+    array, geometry = read_file(path)
+    array, notes = _without_alpha(path, array)
+    if suffix_of(path) in PICTURES:
+        if array.shape[0] == 3:
+            notes.insert(0, f"{'palette' if is_palette(path) else 'RGB'} picture read as 3 channels")
+    elif array.shape[0] > 1:
+        notes.append(f"{array.shape[0]} channels in one file")
+    return Image(array, geometry, tuple(notes))
+
+
+def read_images(paths: list[Path] | tuple[Path, ...]) -> Image:
+    """The channels of one case, one file or several, stacked.
+
+    Raises
+    ------
+    UserError : as `read_image`; or the files lie on different grids.
+    """
+    images = [read_image(path) for path in paths]
+    if len(images) == 1:
+        return images[0]
+    for path, image in zip(paths[1:], images[1:], strict=True):
+        for what, found, expected in image.geometry.differences(images[0].geometry):
+            raise UserError(
+                f"{what} {found} differs from that of {Path(paths[0]).name}, {expected}",
+                path,
+                "All channels of a case must lie on one grid: register and resample them to one.",
+            )
+    array = np.concatenate([image.array for image in images])
+    return Image(array, images[0].geometry, tuple(dict.fromkeys(note for image in images for note in image.notes)))
+
+
+def read_label(path: str | Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
+    """A label map: integers (z, y, x) as stored (floats that hold integers are rounded), geometry, and notes.
+
+    Raises
+    ------
+    UserError : as `read_image`; or fractional values, NaN, colours, or more than one value per voxel.
+    """
+    path = Path(path)
+    array, geometry = read_file(path, resolve_palette=False)
+    array, notes = _without_alpha(path, array)
+    if is_palette(path):
+        notes.append("palette picture read as the numbers of its colours")
+    if array.shape[0] > 1:
+        if any(not np.array_equal(array[0], channel) for channel in array[1:]):
+            what = "a colour picture" if suffix_of(path) in PICTURES else "no label map: it has a fourth dimension"
+            raise UserError(
+                f"is {what} ({array.shape[0]} different channels)",
+                path,
+                "Store one integer per voxel: 0 for background, 1, 2, ... for the labels.",
+            )
+        notes.append(f"label map with {array.shape[0]} equal channels read as one")
+    return _integers(array[0], path), geometry, tuple(notes)
+
+
+def read_geometry(path: str | Path) -> tuple[Geometry, int]:
+    """Geometry and number of channels, from the header alone where the format allows."""
+    path = Path(path)
+    must_be_readable(path)
+    header = read_header(path)
+    if header is None:
+        image = read_image(path)
+        return image.geometry, image.array.shape[0]
+    geometry, channels = header
+    return geometry, channels - _has_alpha(path, channels)
+
+
+def write_label(path: str | Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write a label map (z, y, x) of integers in the format of the path's ending, whole or not at all.
+
+    Shape, spacing, origin and direction are the geometry's; types wider than 16 bit shrink to what the values need.
+
+    Raises
+    ------
+    UserError : the format cannot hold it.
+    """
+    path = Path(path)
+    if array.shape != geometry.shape:
+        raise ValueError(f"array of shape {array.shape} for a geometry of shape {geometry.shape}")
+    if array.dtype == bool or array.dtype.itemsize > 2:
+        array = array.astype(smallest_dtype(int(array.min(initial=0)), int(array.max(initial=0))))
+    suffix = suffix_of(path)
+    if label_suffix(suffix) != suffix or not suffix:
+        raise UserError(
+            f"label maps cannot be written as {suffix or path.suffix}",
+            path,
+            f"Use {label_suffix(suffix) or '.nii.gz'}.",
+        )
+    if suffix in PICTURES:
+        fits_picture(path, array, geometry)
+    with atomic(path) as temporary:
+        write_file(temporary, array, geometry)
+    if suffix in (".tif", ".tiff") and geometry.dimensions == 3 and geometry.spacing != (1.0, 1.0, 1.0):
+        write_json(path.with_name(stem(path) + ".json"), {"spacing": list(geometry.spacing)})
+
+
+def _without_alpha(path: Path, array: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    if not _has_alpha(path, array.shape[0]):
+        return array, []
+    varies = array[-1].min() != array[-1].max()
+    return array[:-1], ["alpha channel dropped" + (" although it varies" if varies else "")]
+
+
+def _has_alpha(path: Path, channels: int) -> bool:
+    """Whether the last channel is transparency and no measurement; a TIFF may hold 2 or 4 real channels."""
+    if channels not in (2, 4) or suffix_of(path) not in PICTURES:
+        return False
+    return suffix_of(path) not in (".tif", ".tiff") or picture_mode(path) in ("LA", "RGBA", "PA")
+
+
+def _integers(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype.kind in "iub":
+        return array
+    rounded = np.rint(array)
+    with np.errstate(invalid="ignore"):
+        wrong = ~(np.abs(array - rounded) < _FRACTION_TOLERANCE)
+    if wrong.any():
+        examples = ", ".join(f"{v:.6g}" for v in np.unique(array[wrong])[:3])
+        raise UserError(
+            f"label values are not whole numbers ({int(wrong.sum())} voxels, such as {examples})",
+            path,
+            "Resample label maps with nearest neighbour and store integers.",
+        )
+    return rounded.astype(smallest_dtype(int(rounded.min(initial=0)), int(rounded.max(initial=0))))

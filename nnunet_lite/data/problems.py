@@ -1,0 +1,116 @@
+"""What is wrong with a data set, and how a person is told."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Severity = Literal["error", "warning", "notice"]
+
+KINDS: dict[str, Severity] = {
+    "invalid_json": "error",
+    "invalid_dataset": "error",
+    "missing_image": "error",
+    "extra_channel": "error",
+    "extra_image": "warning",
+    "missing_label": "error",
+    "extra_label": "error",
+    "duplicate_id": "error",
+    "unreadable": "error",
+    "dimensions": "error",
+    "channels": "error",
+    "grid": "error",
+    "shape": "error",
+    "spacing": "error",
+    "origin": "error",
+    "direction": "error",
+    "nan": "error",
+    "label_fraction": "error",
+    "label_channels": "error",
+    "label_value": "error",
+    "no_foreground": "error",
+    "label_absent": "warning",
+    "constant": "warning",
+    "duplicate_case": "warning",
+    "few_cases": "warning",
+    "looks_like_ct": "warning",
+    "not_ct": "warning",
+    "understood": "notice",
+}
+_FILES_SHOWN = 3
+_LINES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: a stable kind (see `KINDS`), the file, what was found, what was expected, what to do."""
+
+    kind: str
+    file: str
+    found: str
+    expected: str = ""
+    fix: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        return KINDS[self.kind]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a check found."""
+
+    dataset: str
+    cases: int
+    channels: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the data set can be trained on: there is no error."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+    def count(self, severity: Severity) -> int:
+        return sum(problem.severity == severity for problem in self.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, one entry per problem."""
+        return {
+            "dataset": self.dataset,
+            "ok": self.ok,
+            "cases": self.cases,
+            "channels": list(self.channels),
+            "problems": [{"severity": p.severity, **asdict(p)} for p in self.problems],
+        }
+
+    def to_text(self) -> str:
+        """For a person: a headline, then a line per problem; equal problems of many files share one line."""
+        counts = [_plural(self.count("error"), "error"), _plural(self.count("warning"), "warning")]
+        lines = [f"{self.dataset}: {_plural(self.cases, 'case')}, {', '.join(counts)}"]
+        same: dict[tuple[Severity, str, str, str, str], list[str]] = defaultdict(list)
+        for p in self.problems:
+            same[p.severity, p.kind, p.found, p.expected, p.fix].append(p.file)
+        shown: Counter[str] = Counter()
+        hidden: Counter[str] = Counter()
+        order = {"error": 0, "warning": 1, "notice": 2}
+        for (severity, kind, found, expected, fix), files in sorted(same.items(), key=lambda e: order[e[0][0]]):
+            shown[kind] += 1
+            if shown[kind] > _LINES_SHOWN:
+                hidden[kind] += len(files)
+                continue
+            wanted = f", expected {expected}" if expected else ""
+            lines.append(f"{severity}: {_names(files)}: {found}{wanted}. {fix}".rstrip() + f" [{kind}]")
+        lines += [
+            f"... and {_plural(n, 'more problem')} of the kind {kind}; --json shows all" for kind, n in hidden.items()
+        ]
+        return "\n".join(lines)
+
+
+def _names(files: list[str]) -> str:
+    listed = ", ".join(files[:_FILES_SHOWN])
+    return listed if len(files) <= _FILES_SHOWN else f"{listed} and {len(files) - _FILES_SHOWN} more"
+
+
+def _plural(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

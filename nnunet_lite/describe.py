@@ -1,0 +1,155 @@
+"""What there is, for `nnlite info` and `nnlite doctor`: a model, a data set, this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import nnunet_lite
+from nnunet_lite import log
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.workspace import Paths, read_json
+
+_PACKAGES = ("torch", "numpy", "scipy", "SimpleITK", "nibabel", "blosc2", "safetensors", "pydantic", "batchgenerators")
+_LITTLE_DISK_GB = 5
+
+
+@dataclass(frozen=True)
+class About:
+    """A description for --json and for a person."""
+
+    values: dict[str, Any]
+    text: str
+
+
+def describe_model(folder: Path) -> About:
+    """What a model folder holds.
+
+    Raises
+    ------
+    UserError : it is no model folder.
+    """
+    from nnunet_lite.inference.predictor import trained_folds
+    from nnunet_lite.training.checkpoint import MODEL, read_state
+
+    if not (folder / "run.json").is_file():
+        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
+    run, plan = read_json(folder / "run.json"), Plan.read(folder / "plans.json")
+    configuration = plan.configuration(run["configuration"])
+    folds = {
+        fold: {**read_state(folder / f"fold_{fold}" / MODEL), "mean_dice": _mean_dice(folder, fold)}
+        for fold in trained_folds(folder)
+    }
+    begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
+    network = configuration.network
+    values = {
+        "model": str(folder),
+        "dataset": plan.dataset,
+        "configuration": run["configuration"],
+        "recipe": run["settings"]["recipe"],
+        "channels": [channel.name for channel in plan.channels],
+        "labels": plan.labels.to_json(),
+        "spacing": configuration.spacing,
+        "patch_size": configuration.patch_size,
+        "batch_size": configuration.batch_size,
+        "network": network.model_dump(),
+        "folds": folds,
+        "unfinished_folds": begun,
+        "seed": run["seed"],
+        "versions": run["versions"],
+        "settings": run["settings"],
+    }
+    lines = [
+        f"{folder}: {run['configuration']} of {plan.dataset}, recipe {run['settings']['recipe']}",
+        f"channels  {', '.join(c.name for c in plan.channels)}",
+        f"labels    {', '.join(plan.labels.region_names)}",
+        f"spacing   {_by(configuration.spacing)} mm, patch {_by(configuration.patch_size)}",
+        f"network   {network.kind}, features {'-'.join(map(str, network.features))}, {network.norm} norm",
+    ]
+    for fold, state in folds.items():
+        dice = "not validated" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
+        lines.append(f"fold {fold}    {state['epochs']} epochs in {log.duration(state['seconds'])}, {dice}")
+    lines += [f"fold {fold}    not finished" for fold in begun]
+    return About(values, "\n".join(lines))
+
+
+def _mean_dice(folder: Path, fold: str) -> float | None:
+    from nnunet_lite.evaluation.crossval import SUMMARY
+
+    file = folder / f"fold_{fold}" / "validation" / SUMMARY
+    return read_json(file)["foreground_mean"]["Dice"] if file.is_file() else None
+
+
+def describe_dataset(paths: Paths) -> About:
+    """What the workspace has of a data set: cases, plan, models."""
+    from nnunet_lite.plan.show import plan_table
+
+    plan, dataset = Plan.read(paths.plans), read_json(paths.dataset)
+    models = [describe_model(folder.parent) for folder in sorted(paths.models.glob("*/run.json"))]
+    values = {
+        "dataset": paths.name,
+        "workspace": str(paths.root.parent),
+        "raw": dataset["root"],
+        "layout": dataset["layout"],
+        "cases": len(dataset["dataset"]),
+        "configurations": list(plan.configurations),
+        "models": [model.values for model in models],
+    }
+    head = f"{paths.name}: {values['cases']} cases in {dataset['root']} ({dataset['layout']})"
+    nothing = "no model yet: nnlite train 3d_fullres 0"
+    return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing])]))
+
+
+def describe_machine(workspace: Path) -> About:
+    """Versions, CPUs, memory, GPUs, disk, and what stands in the way of a good run."""
+    import psutil
+    import torch
+
+    folder = next(p for p in (workspace, *workspace.parents) if p.exists())
+    disk = shutil.disk_usage(folder).free / 1e9
+    problems = []
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        gpus.append({"name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)})
+    if not gpus and shutil.which("nvidia-smi"):
+        problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
+    if disk < _LITTLE_DISK_GB:
+        problems.append(f"only {disk:.1f} GB are free where the workspace is ({folder})")
+    if not os.access(folder, os.W_OK):
+        problems.append(f"the workspace cannot be written ({folder})")
+    values = {
+        "nnunet_lite": nnunet_lite.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_free_gb": round(psutil.virtual_memory().available / 1e9, 1),
+        "gpus": gpus,
+        "workspace": str(workspace),
+        "disk_free_gb": round(disk, 1),
+        "problems": problems,
+    }
+    shown = [f"{g['name']} ({g['memory_gb']} GB)" for g in gpus] or ["none: use --recipe cpu, or expect days"]
+    lines = [
+        f"nnunet_lite {nnunet_lite.__version__}, Python {values['python']}, {values['system']}",
+        ", ".join(f"{name} {version}" for name, version in values["packages"].items()),
+        f"CPU     {values['cpus']} cores to use, {values['cpu_capability']}",
+        f"memory  {values['memory_free_gb']} of {values['memory_gb']} GB free",
+        f"GPU     {', '.join(shown)}",
+        f"disk    {disk:.1f} GB free for the workspace {workspace}",
+        *(f"problem: {problem}" for problem in problems),
+    ]
+    return About(values, "\n".join(lines + ([] if problems else ["no problem found"])))
+
+
+def _by(values: tuple[Any, ...]) -> str:
+    return "x".join(f"{v:g}" for v in values)

@@ -1,0 +1,26 @@
+"""The one exception that is the user's to mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake of the user's: the command line prints it as one line and exits with code 2.
+
+    Parameters
+    ----------
+    what : what is wrong, without a full stop.
+    file : the file it is about, if any; it opens the message.
+    fix : what to do about it, a full sentence.
+    """
+
+    def __init__(self, what: str, file: str | Path | None = None, fix: str = "") -> None:
+        where = f"{file}: " if file is not None else ""
+        super().__init__(f"{where}{what}." + (f" {fix}" if fix else ""))
+
+
+def describe(problem: BaseException) -> str:
+    """One line that says what went wrong, for reports that go on with the next case."""
+    text = " ".join(str(problem).split())
+    return text if isinstance(problem, UserError) else f"{type(problem).__name__}: {text}"

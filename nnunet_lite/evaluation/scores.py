@@ -1,0 +1,398 @@
+"""From label maps on disk to scores: match predictions with references, score each case, and sum up.
+
+The sums are as nnU-Net makes them: a label's mean is over the cases where it applies, and the foreground mean is the
+mean of the labels' means. Confidence intervals are bootstrap percentiles over cases.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_lite.data.dataset import image_files, map_labels
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import PICTURES, read_label, stem, suffix_of
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
+from nnunet_lite.log import progress
+from nnunet_lite.workspace import read_json
+
+_RESAMPLES = 1000
+_SEED = 12345
+_MOST_CASES_AT_ONCE = 8  # a large CT takes about 1 GB
+_MOST_LABELS = 1000  # more different values than this are an image, not a label map
+
+# How each measure is called in files: first nnU-Net's own, then ours.
+_KEYS = {
+    "Dice": "dice",
+    "IoU": "iou",
+    "TP": "tp",
+    "FP": "fp",
+    "FN": "fn",
+    "TN": "tn",
+    "n_pred": "n_prediction",
+    "n_ref": "n_reference",
+    "NSD": "nsd",
+    "HD95_mm": "hd95_mm",
+    "prediction_ml": "prediction_ml",
+    "reference_ml": "reference_ml",
+    "volume_error": "volume_error",
+    "lesion_TP": "lesion_tp",
+    "lesion_FP": "lesion_fp",
+    "lesion_FN": "lesion_fn",
+    "lesion_F1": "lesion_f1",
+}
+_SUMMED_UP = ("Dice", "IoU", "NSD", "HD95_mm", "volume_error", "lesion_F1")  # with n, interval and median
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """The measures of one case by region name; files are None where the arrays never were files."""
+
+    case: str
+    prediction_file: str | Path | None
+    reference_file: str | Path | None
+    measures: dict[str, Measures]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One measure over cases. None where no case has it; the 95 % interval low..high also where only one has."""
+
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    median: float | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of all cases and labels.
+
+    Parameters
+    ----------
+    rows : one per case.
+    tolerance_mm : of NSD.
+    notes : what had to be understood or was left out.
+    """
+
+    rows: tuple[CaseScore, ...]
+    labels: Labels
+    tolerance_mm: float = 1.0
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[CaseScore], labels: Labels) -> Scores:
+        return cls(tuple(rows), labels)
+
+    def values(self, measure: str = "dice") -> np.ndarray:
+        """A measure (a field of `Measures`) of each case and label (cases, labels); NaN where it is n/a."""
+        names = self.labels.region_names
+        table = [[getattr(row.measures[name], measure) for name in names] for row in self.rows]
+        return np.array(table, dtype=float).reshape(len(self.rows), len(names))
+
+    def by_label(self, measure: str = "dice") -> dict[str, Statistic]:
+        """A measure summed up over cases, for each label."""
+        columns = self.values(measure).T
+        return {
+            name: _statistic(column[:, None]) for name, column in zip(self.labels.region_names, columns, strict=True)
+        }
+
+    def foreground(self, measure: str = "dice") -> Statistic:
+        """A measure averaged over labels, then cases as nnU-Net does it: the mean of the labels' means."""
+        return _statistic(self.values(measure))
+
+    def to_json(self) -> dict[str, Any]:
+        """What nnU-Net's summary.json holds, with more measures; n/a is null."""
+        keys = label_keys(self.labels)
+        overall = {key: self.foreground(field) for key, field in _KEYS.items()}
+        by_key: dict[str, dict[str, Statistic]] = {of: {} for of in keys.values()}
+        for key, field in _KEYS.items():
+            for name, statistic in self.by_label(field).items():
+                by_key[keys[name]][key] = statistic
+        return {
+            "foreground_mean": _means(overall),
+            "mean": {of: _means(statistics) for of, statistics in by_key.items()},
+            "metric_per_case": [
+                {
+                    "metrics": {
+                        keys[name]: {key: getattr(measures, field) for key, field in _KEYS.items()}
+                        for name, measures in row.measures.items()
+                    },
+                    "prediction_file": None if row.prediction_file is None else str(row.prediction_file),
+                    "reference_file": None if row.reference_file is None else str(row.reference_file),
+                    "case": row.case,
+                }
+                for row in self.rows
+            ],
+            "statistics": {
+                of: {key: vars(statistics[key]) for key in _SUMMED_UP}
+                for of, statistics in {"foreground": overall, **by_key}.items()
+            },
+            "labels": {of: name for name, of in keys.items()},
+            "nsd_tolerance_mm": self.tolerance_mm,
+            "notes": list(self.notes),
+        }
+
+    def to_csv(self) -> str:
+        """One line per case and label; n/a is empty."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["case", "label", "value", *_KEYS])
+        keys = label_keys(self.labels)
+        for row in self.rows:
+            for name, measures in row.measures.items():
+                writer.writerow([row.case, name, keys[name], *(getattr(measures, field) for field in _KEYS.values())])
+        return text.getvalue()
+
+    def table(self) -> str:
+        """Plain text: one line per label, then the foreground mean, then the notes.
+
+        A mean over other cases than Dice's says how many; an HD95 exists only where both masks are there.
+        """
+        fields = ("dice", "iou", "nsd", "hd95_mm", "volume_error", "lesion_f1")
+        columns = [{**self.by_label(field), "foreground mean": self.foreground(field)} for field in fields]
+        nsd = f"NSD {self.tolerance_mm:g} mm"
+        head = "label", "n", "Dice", "95 % interval", "median", "IoU", nsd, "HD95 mm", "volume error", "lesion F1"
+        lines = [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+            for first, *rest in lines
+        ]
+        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
+
+
+def _means(statistics: dict[str, Statistic]) -> dict[str, float | None]:
+    return {key: statistic.mean for key, statistic in statistics.items()}
+
+
+def _cells(statistics: list[Statistic]) -> list[str]:
+    """A line of the table from the statistics of Dice and the others."""
+
+    def cell(statistic: Statistic) -> str:
+        other = f" (n={statistic.n})" if statistic.n not in (0, dice.n) else ""
+        return _number(statistic.mean) + other
+
+    dice, *others = statistics
+    interval = "n/a" if dice.low is None else f"{_number(dice.low)}-{_number(dice.high)}"
+    return [str(dice.n), _number(dice.mean), interval, _number(dice.median), *map(cell, others)]
+
+
+def label_keys(labels: Labels) -> dict[str, str]:
+    """How nnU-Net's summary.json calls each region: "1" for a value, "(1, 2)" for several."""
+    return {name: str(labels.names[name]) for name in labels.region_names}
+
+
+def _statistic(table: np.ndarray) -> Statistic:
+    """Sum up (cases, labels): the mean over labels of their means over cases; NaN are left out.
+
+    The interval is that of 1000 resamples of the cases (percentile bootstrap, Efron 1979) with a fixed seed. The
+    median is over cases (of their means over labels).
+    """
+    table = table[np.isfinite(table).any(axis=1)]
+    n = len(table)
+    if not n:
+        return Statistic(0, None, None, None, None)
+    known = np.isfinite(table)
+    values = np.where(known, table, 0.0)
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        """The mean for each row of case weights (rows, cases)."""
+        with np.errstate(invalid="ignore"):
+            return np.nanmean((weights @ values) / (weights @ known), axis=1)
+
+    low = high = None
+    if n > 1:
+        low, high = (float(v) for v in np.percentile(mean(_resamples(n)), (2.5, 97.5)))
+    return Statistic(n, float(mean(np.ones((1, n)))[0]), low, high, float(np.median(np.nanmean(table, axis=1))))
+
+
+@lru_cache(maxsize=8)
+def _resamples(n: int) -> np.ndarray:
+    """How often each of n cases is drawn, in each resample (resamples, n)."""
+    return np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(np.float64)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+# -------------------------------------------------------------------------------------------------------------- on disk
+
+
+def evaluate(
+    prediction: Path,
+    reference: Path,
+    labels: Labels | None = None,
+    tolerance_mm: float = 1.0,
+    surface: bool = True,
+    workers: int | None = None,
+) -> Scores:
+    """Score label maps against their references: two folders, whose files are matched by name, or two files.
+
+    Parameters
+    ----------
+    labels : else those of a dataset.json in the reference folder, its parent, or the prediction folder; else the values
+        that the files hold.
+    tolerance_mm : how far apart surfaces may be for NSD.
+    surface : whether to measure NSD and HD95.
+    workers : threads, all cores where None; 0 or 1 for one.
+
+    Raises
+    ------
+    UserError : nothing matches; a pair lies on two grids; a file cannot be read.
+    """
+    prediction, reference = Path(prediction), Path(reference)
+    pairs, notes = _match(prediction, reference)
+    workers = max(1, len(os.sched_getaffinity(0)) if workers is None else workers)
+    at_once = min(workers, len(pairs), _MOST_CASES_AT_ONCE)
+    with ThreadPoolExecutor(at_once) as pool:
+        if labels is None:
+            labels = _described_labels(prediction, reference)
+        if labels is None:
+            files = [path for pair in pairs.values() for path in pair]
+            labels = _found_labels(pool.map(_values_of_file, files), reference)
+            notes = [*notes, f"no dataset.json: the labels are the values found, {', '.join(labels.region_names)}"]
+        known = labels
+
+        def score(case: str) -> tuple[CaseScore, list[tuple[str, str]]]:
+            arrays, spacing, remarks = _read_pair(*pairs[case], known)
+            measures = score_case(*arrays, known, spacing, tolerance_mm, surface, workers // at_once)
+            return CaseScore(case, *pairs[case], measures), remarks
+
+        results = list(progress(pool.map(score, pairs), len(pairs), "evaluate"))
+    rows, remarks = zip(*results, strict=True)
+    return Scores(rows, labels, tolerance_mm, (*notes, *_gather(remark for each in remarks for remark in each)))
+
+
+def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Case -> (prediction, reference), and what is left over."""
+    for path in (prediction, reference):
+        if not path.exists():
+            raise UserError("there is no such file or folder", path)
+    if prediction.is_dir() != reference.is_dir():
+        raise UserError(f"one of this and {reference} is a folder", prediction, "Give two folders, or two files.")
+    if reference.is_file():
+        return {stem(reference): (prediction, reference)}, []
+    predicted, wanted = _by_stem(prediction), _by_stem(reference)
+    pairs = {case: (predicted[case], wanted[case]) for case in sorted(predicted.keys() & wanted.keys())}
+    if not pairs:
+        raise UserError(
+            f"no prediction has the name of a reference in {reference}: predictions {_few(sorted(predicted))}, "
+            f"references {_few(sorted(wanted))}",
+            prediction,
+            "Name both alike; endings may differ.",
+        )
+    notes = [
+        f"{len(alone)} {what} {_few(alone)}"
+        for alone, what in (
+            (sorted(wanted.keys() - predicted.keys()), "without a prediction, not scored:"),
+            (sorted(predicted.keys() - wanted.keys()), "without a reference, not scored:"),
+        )
+        if alone
+    ]
+    return pairs, notes
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in image_files(folder):
+        if stem(path) in files:
+            raise UserError(f"{files[stem(path)].name} and {path.name} are the same case", folder, "Remove one.")
+        files[stem(path)] = path
+    if not files:
+        raise UserError("holds no label map of a supported format", folder)
+    return files
+
+
+def _few(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _described_labels(prediction: Path, reference: Path) -> Labels | None:
+    """The labels of the nearest dataset.json."""
+    ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
+    table = next((f / "dataset.json" for f in (theirs, theirs.parent, ours) if (f / "dataset.json").is_file()), None)
+    if table is None:
+        return None
+    told = read_json(table)
+    if not isinstance(told, dict) or not isinstance(told.get("labels"), dict):
+        raise UserError("has no labels", table, 'Add, for example, "labels": {"background": 0, "tumour": 1}.')
+    try:
+        return Labels.from_json(told["labels"], told.get("regions_class_order"))
+    except (TypeError, ValueError):
+        raise UserError(f"labels {told['labels']} are not names with integers", table) from None
+
+
+def _found_labels(values_by_file: Iterable[set[int]], where: Path) -> Labels:
+    """The values found, each named by itself. Where masks of 0 and 1 meet masks of 0 and 255, these are one label."""
+    each = list(values_by_file)
+    values = set().union(*each)
+    if values <= {0, 1, 255} and not any({1, 255} <= found for found in each) and 1 in values:
+        values -= {255}
+    if not values - {0}:
+        raise UserError("neither references nor predictions hold anything but zeros", where)
+    return Labels(names={"background": 0, **{str(value): value for value in sorted(values - {0})}})
+
+
+def _values_of_file(path: Path) -> set[int]:
+    values = distinct_values(read_label(path)[0])
+    if len(values) > _MOST_LABELS:
+        raise UserError(f"holds {len(values)} different values", path, "Is it an image? Label maps are compared here.")
+    return values
+
+
+def _read_pair(
+    prediction: Path, reference: Path, labels: Labels
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], list[tuple[str, str]]]:
+    """Both arrays (z, y, x), the spacing, and remarks as (remark, file)."""
+    predicted, grid, remarks = _read(prediction, labels)
+    truth, true_grid, more = _read(reference, labels)
+    pictures = [suffix_of(path) in PICTURES for path in (prediction, reference)]  # whose spacing is not to be believed
+    if grid.shape != true_grid.shape or (not any(pictures) and grid.differences(true_grid)):
+        raise UserError(
+            f"lies on another grid than {reference}: {_describe(grid)}, the reference {_describe(true_grid)}",
+            prediction,
+            "Resample one to the grid of the other, with nearest neighbour.",
+        )
+    spacing = grid.spacing if pictures == [False, True] else true_grid.spacing
+    return (predicted, truth), spacing, remarks + more
+
+
+def _describe(grid: Geometry) -> str:
+    parts = {"shape": grid.shape, "spacing": grid.spacing, "origin": grid.origin, "direction": grid.direction}
+    return ", ".join(f"{name} ({', '.join(f'{v:.6g}' for v in values)})" for name, values in parts.items())
+
+
+def _read(path: Path, labels: Labels) -> tuple[np.ndarray, Geometry, list[tuple[str, str]]]:
+    """A label map with the values of `labels`, its geometry, and remarks."""
+    array, geometry, notes = read_label(path)
+    remarks = [(note, path.name) for note in notes]
+    found, known = distinct_values(array), {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
+    if known == {0, 1} and 255 in found and 1 not in found:
+        return map_labels(array, {255: 1}), geometry, [*remarks, ("255 read as 1", path.name)]
+    if found - known:
+        unknown = _few([str(value) for value in sorted(found - known)])
+        remarks.append((f"no label has the value {unknown}, counted as background", path.name))
+    return array, geometry, remarks
+
+
+def _gather(remarks: Iterable[tuple[str, str]]) -> list[str]:
+    """One note per remark, with the files it is about."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for remark, file in remarks:
+        files[remark].append(file)
+    return [f"{remark} ({_few(names, 3)})" for remark, names in files.items()]

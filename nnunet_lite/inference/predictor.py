@@ -1,0 +1,277 @@
+"""A trained model: loading it, and predicting arrays, images and folders with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.images import Geometry, Image, label_suffix, read_image, read_images, suffix_of, write_label
+from nnunet_lite.errors import UserError, describe
+from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.settings import InferenceSettings, Settings, with_changes
+from nnunet_lite.workspace import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from nnunet_lite.network.arithmetic import Arithmetic
+    from nnunet_lite.network.unet import UNet
+    from nnunet_lite.preprocess.pipeline import Preprocessed
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained configuration with the networks of one or more folds, ready to predict.
+
+    `model(array, spacing)` or `model("scan.nii.gz")` returns the label map (z, y, x) with the data set's values.
+    """
+
+    folder: Path
+    plan: Plan
+    configuration_name: str
+    folds: tuple[str, ...]
+    networks: tuple[UNet, ...]
+    mirror_axes: tuple[int, ...]
+    settings: InferenceSettings
+    device: torch.device
+    arithmetic: Arithmetic
+
+    @property
+    def configuration(self) -> Configuration:
+        return self.plan.configuration(self.configuration_name)
+
+    def __call__(
+        self, image: np.ndarray | str | Path | Image, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    ) -> np.ndarray:
+        """Segment an image.
+
+        Parameters
+        ----------
+        image : a file, an Image, or an array (z, y, x) or (channels, z, y, x).
+        spacing : of an array's voxels, (z, y, x), in mm.
+        """
+        if isinstance(image, str | Path):
+            image = read_image(Path(image))
+        elif isinstance(image, np.ndarray):
+            image = _as_image(image, spacing)
+        return predict_image(self, image)
+
+
+def load(
+    folder: str | Path,
+    folds: Sequence[str | int] | None = None,
+    device: str | None = None,
+    changes: dict[str, Any] | None = None,
+) -> Model:
+    """Load a model folder: plans.json, run.json, fold_k/model.safetensors.
+
+    Parameters
+    ----------
+    folds : which; by default all that are trained.
+    changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
+
+    Raises
+    ------
+    UserError : no model there, or not that fold.
+    """
+    from nnunet_lite.network.arithmetic import pick_device, tune_cpu
+    from nnunet_lite.network.unet import UNet
+    from nnunet_lite.training.checkpoint import MODEL, load_weights
+
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
+    run = read_json(folder / "run.json")
+    trained = Settings.model_validate(run["settings"])
+    plan = Plan.read(folder / "plans.json")
+    configuration = plan.configuration(run["configuration"])
+    there = trained_folds(folder)
+    wanted = there if folds is None else [str(fold) for fold in folds]
+    missing = [fold for fold in wanted if fold not in there]
+    if missing or not wanted:
+        have = f"Trained folds: {', '.join(there)}." if there else "Train one with `nnlite train`."
+        raise UserError(f"has no trained fold {', '.join(missing)}".rstrip(), folder, have)
+    tune_cpu()
+    target = pick_device(device)
+    networks = []
+    for fold in wanted:
+        network = UNet(configuration.network, len(plan.channels), plan.labels.n_channels)
+        load_weights(folder / f"fold_{fold}" / MODEL, network)
+        networks.append(network.to(target).eval().requires_grad_(False))
+    from nnunet_lite.network.arithmetic import Arithmetic
+
+    axes = trained.augmentation.mirror_axes if trained.augmentation.enabled else ()
+    model = Model(
+        folder=folder,
+        plan=plan,
+        configuration_name=run["configuration"],
+        folds=tuple(wanted),
+        networks=tuple(networks),
+        mirror_axes=tuple(range(configuration.dimensions)) if axes is None else axes,
+        settings=with_changes(trained, changes or {}).inference,
+        device=target,
+        arithmetic=Arithmetic(),
+    )
+    return replace(model, arithmetic=_choose_arithmetic(model))
+
+
+def trained_folds(folder: Path) -> list[str]:
+    """The finished folds of a model folder, "all" last."""
+    found = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob("fold_*/model.safetensors"))
+    return [fold for fold in found if fold != "all"] or found
+
+
+def predict_image(model: Model, image: Image) -> np.ndarray:
+    """Label map (z, y, x) of an image, on its own grid, with the data set's values.
+
+    Raises
+    ------
+    UserError : the image has another number of channels than the model.
+    """
+    return _segment(model, _prepare(model, image))
+
+
+def predict_preprocessed(model: Model, image: np.ndarray) -> Tensor:
+    """Logits (channels, z, y, x), float32, of a preprocessed image (channels, z, y, x); mean over the folds."""
+    from nnunet_lite.inference.windows import as_tensor, predict_logits, predict_slices
+
+    configuration = model.configuration
+    predict = predict_slices if configuration.dimensions == 2 else predict_logits
+    return predict(
+        _forward(model),
+        as_tensor(image),
+        configuration.patch_size,
+        model.plan.labels.n_channels,
+        step=model.settings.step_size,
+        mirror_axes=model.mirror_axes if model.settings.mirroring else (),
+        batch_size=configuration.batch_size if model.device.type == "cuda" else min(configuration.batch_size, 4),
+        device=model.device,
+    )
+
+
+def predict_cases(
+    model: Model,
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    skip_existing: bool = False,
+    show: Callable[[Iterable[Case], int, str], Iterable[Case]] = lambda cases, total, what: cases,
+) -> tuple[list[Path], dict[str, str]]:
+    """Predict cases into a folder, one label map each, in the format of its image.
+
+    The next case is read and prepared, and the last one written, while the network works. A case that fails does not
+    stop the others.
+
+    Returns
+    -------
+    The label maps (those that were there before too), and case id -> what was wrong for the cases that failed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    targets = {case.id: output_file(case, out) for case in cases}
+    done = [path for path in targets.values() if skip_existing and path.is_file()]
+    todo = [case for case in cases if targets[case.id] not in done]
+    failed: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        ahead: list[Future[Preprocessed]] = []
+        written: list[tuple[Case, Future[None]]] = []
+        for i, case in enumerate(show(todo, len(todo), "predict")):
+            ahead += [reader.submit(_read, model, c) for c in todo[i + len(ahead) : i + 2]]
+            try:
+                prepared = ahead.pop(0).result()
+                segmentation = _segment(model, prepared)
+            except (UserError, OSError, RuntimeError, ValueError, MemoryError) as error:
+                failed[case.id] = describe(error)
+                continue
+            written.append(
+                (case, writer.submit(write_label, targets[case.id], segmentation, prepared.placement.geometry))
+            )
+        for case, future in written:
+            try:
+                future.result()
+                done.append(targets[case.id])
+            except (UserError, OSError, RuntimeError) as error:
+                failed[case.id] = describe(error)
+    return sorted(done), failed
+
+
+def output_file(case: Case, out: Path) -> Path:
+    """Where the label map of a case goes: its id, in the format of its image."""
+    return out / f"{case.id}{label_suffix(suffix_of(case.images[0]))}"
+
+
+def _read(model: Model, case: Case) -> Preprocessed:
+    return _prepare(model, read_images(case.images))
+
+
+def _prepare(model: Model, image: Image) -> Preprocessed:
+    from nnunet_lite.preprocess.pipeline import preprocess
+
+    expected = len(model.plan.channels)
+    if image.array.shape[0] != expected:
+        names = ", ".join(channel.name for channel in model.plan.channels)
+        raise UserError(f"the image has {image.array.shape[0]} channels, the model expects {expected} ({names})")
+    return preprocess(image, None, model.plan, model.configuration)
+
+
+def _segment(model: Model, prepared: Preprocessed) -> np.ndarray:
+    from nnunet_lite.preprocess.pipeline import restore_segmentation
+
+    logits = predict_preprocessed(model, prepared.image)
+    return restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
+
+
+def _forward(model: Model) -> Callable[[Tensor], Tensor]:
+    """The mean logits of the networks of all folds, in the model's number format."""
+    import torch
+
+    from nnunet_lite.network.arithmetic import as_layout
+
+    @torch.inference_mode()
+    def forward(x: Tensor) -> Tensor:
+        with model.arithmetic.autocast(model.device):
+            outputs = [network(as_layout(x, model.arithmetic)) for network in model.networks]
+        return torch.stack([output.float() for output in outputs]).mean(0) if len(outputs) > 1 else outputs[0]
+
+    return forward
+
+
+def _choose_arithmetic(model: Model) -> Arithmetic:
+    """Time one window in each candidate format and layout."""
+    import torch
+
+    from nnunet_lite.network.arithmetic import candidates, fastest
+
+    configuration = model.configuration
+    window = torch.zeros(1, len(model.plan.channels), *configuration.patch_size, device=model.device)
+
+    def step(arithmetic: Arithmetic) -> None:
+        _set_layout(model, arithmetic)
+        _forward(replace(model, arithmetic=arithmetic, networks=model.networks[:1]))(window)
+
+    best = fastest(candidates(model.device, model.settings.precision, "auto"), step, model.device)
+    _set_layout(model, best)
+    return best
+
+
+def _set_layout(model: Model, arithmetic: Arithmetic) -> None:
+    for network in model.networks:
+        network.to(memory_format=arithmetic.layout(model.configuration.dimensions))  # type: ignore[call-overload]
+
+
+def _as_image(array: np.ndarray, spacing: Sequence[float]) -> Image:
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim != 4 or len(spacing) != 3:
+        raise UserError(
+            f"an array of {array.ndim} dimensions with a spacing of {len(spacing)} cannot be segmented",
+            fix="Give (z, y, x) or (channels, z, y, x) and the spacing (z, y, x) in mm.",
+        )
+    z, y, x = array.shape[1:]
+    sz, sy, sx = (float(s) for s in spacing)
+    return Image(array, Geometry((z, y, x), (sz, sy, sx), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)))

@@ -1,0 +1,44 @@
+"""What a person sees: messages and progress, on standard error; standard output is left to results and --json."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def info(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 42 s, 3:07 min, 2:05 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Show how far a loop has come: a bar with ETA on a terminal, a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=what, leave=False)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES and done < total:
+            info(f"{what}: {done}/{total}, {duration((now - start) / done * (total - done))} left")
+            last = now

@@ -1,0 +1,277 @@
+"""What planning knows of a data set: spacings, shapes after cropping, and the intensities of the foreground.
+
+The intensities are those of nnU-Net 2.8.1, drawn from the same random numbers: 1e8 voxels in all, an equal share from
+each case, with replacement, from the voxels that are not background. Since most cases have fewer foreground voxels than
+their share, what is kept is each distinct value with the number of times it was drawn, not 1e8 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from nnunet_lite.data.check import Report, check
+from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Statistics
+from nnunet_lite.preprocess.crop import nonzero_box, slices
+from nnunet_lite.workspace import read_json
+
+SAMPLES = 100_000_000  # foreground voxels per channel over the whole data set
+SEED = 1234
+_CHUNK = 1 << 17  # draws at a time
+_SHARED = 1 << 22  # random numbers kept
+_MANY = 1 << 22  # distinct values of one channel above which they are rounded to 17 bits: bounds the memory
+
+Shape = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The content of nnU-Net's dataset_fingerprint.json.
+
+    Parameters
+    ----------
+    spacings : of each case, mm (z, y, x).
+    shapes_after_crop : of each case, voxels (z, y, x) of the box around what is not zero in every channel.
+    relative_size_after_crop : median share of the voxels that this box holds.
+    intensities : of each channel, over the foreground voxels of all cases.
+    case_ids : in the order of the above; empty for a fingerprint that nnU-Net wrote.
+    """
+
+    spacings: tuple[Spacing, ...]
+    shapes_after_crop: tuple[Shape, ...]
+    relative_size_after_crop: float
+    intensities: tuple[Statistics, ...]
+    case_ids: tuple[str, ...] = ()
+
+    def to_nnunet(self) -> dict[str, Any]:
+        """As nnU-Net's dataset_fingerprint.json, with the case ids added."""
+        return {
+            "spacings": [list(s) for s in self.spacings],
+            "shapes_after_crop": [list(s) for s in self.shapes_after_crop],
+            "median_relative_size_after_cropping": self.relative_size_after_crop,
+            "foreground_intensity_properties_per_channel": {
+                str(i): s.model_dump() for i, s in enumerate(self.intensities)
+            },
+            "case_ids": list(self.case_ids),
+        }
+
+    @classmethod
+    def from_nnunet(cls, value: dict[str, Any]) -> Fingerprint:
+        """From the content of a dataset_fingerprint.json.
+
+        Raises
+        ------
+        UserError : something is missing or of the wrong kind.
+        """
+        try:
+            per_channel = value["foreground_intensity_properties_per_channel"]
+            return cls(
+                spacings=tuple((float(z), float(y), float(x)) for z, y, x in value["spacings"]),
+                shapes_after_crop=tuple((int(z), int(y), int(x)) for z, y, x in value["shapes_after_crop"]),
+                relative_size_after_crop=float(value["median_relative_size_after_cropping"]),
+                intensities=tuple(Statistics(**per_channel[str(i)]) for i in range(len(per_channel))),
+                case_ids=tuple(value.get("case_ids", ())),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"is no fingerprint ({type(error).__name__}: {reason:.120})") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Fingerprint:
+        """Read a fingerprint.json, ours or nnU-Net's.
+
+        Raises
+        ------
+        UserError : no such file, no JSON, or not a fingerprint.
+        """
+        try:
+            return cls.from_nnunet(read_json(path))
+        except UserError as error:
+            raise error if str(error).startswith(str(path)) else UserError(str(error).rstrip("."), path) from None
+
+
+@dataclass(frozen=True)
+class Values:
+    """Distinct values in ascending order, float32, and how often each occurs."""
+
+    values: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class CaseFingerprint:
+    """What one case adds to the fingerprint."""
+
+    spacing: Spacing
+    shape_after_crop: Shape
+    relative_size: float
+    foreground: tuple[Values, ...]
+
+
+def check_and_fingerprint(
+    dataset: Dataset,
+    workers: int | None = None,
+    progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
+) -> tuple[Report, Fingerprint | None]:
+    """Check a data set and take its fingerprint in a single pass: each raw file is read once.
+
+    Parameters
+    ----------
+    workers : threads; None for one per CPU this process may use, 0 for none.
+    progress : such as `nnunet_lite.log.progress`.
+
+    Returns
+    -------
+    the report, and the fingerprint, None where the report holds errors.
+    """
+    share = SAMPLES // max(1, len(dataset.cases))
+
+    def visit(image: np.ndarray, geometry: Geometry, foreground: np.ndarray) -> CaseFingerprint:
+        return case_fingerprint(image, geometry, foreground, share)
+
+    report, cases = check(dataset, visit, workers, progress)
+    sound = {case_id: case for case_id, case in cases.items() if case is not None}
+    return report, combine(sound) if report.ok and sound else None
+
+
+def case_fingerprint(image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int) -> CaseFingerprint:
+    """One case's share: image (channels, z, y, x), foreground mask (z, y, x), number of voxels to draw."""
+    box = nonzero_box(image)
+    shape = tuple(high - low for low, high in box)
+    inside = slices(box)
+    mask = foreground[inside]
+    numbers = RandomNumbers()
+    drawn = tuple(_draw(channel[inside][mask].astype(np.float32), samples, numbers) for channel in image)
+    relative = float(np.prod(shape) / np.prod(geometry.shape))
+    return CaseFingerprint(geometry.spacing, shape, relative, drawn)  # type: ignore[arg-type]
+
+
+def combine(cases: dict[str, CaseFingerprint]) -> Fingerprint:
+    """The fingerprint of a data set from those of its cases, by id."""
+    parts = list(cases.values())
+    return Fingerprint(
+        spacings=tuple(part.spacing for part in parts),
+        shapes_after_crop=tuple(part.shape_after_crop for part in parts),
+        relative_size_after_crop=float(np.median([part.relative_size for part in parts])),
+        intensities=tuple(_statistics(_merge(channel)) for channel in zip(*(p.foreground for p in parts), strict=True)),
+        case_ids=tuple(cases),
+    )
+
+
+def _draw(values: np.ndarray, samples: int, numbers: RandomNumbers) -> Values:
+    """Draw with replacement, and count."""
+    if values.size == 0:
+        return Values(values, np.zeros(0, np.int64))
+    return _distinct(values, draw_counts(values.size, samples, numbers))
+
+
+def draw_counts(size: int, samples: int, numbers: RandomNumbers) -> np.ndarray:
+    """How often each of range(size) is drawn: np.bincount(RandomState.randint(0, size, samples)), several times faster.
+
+    numpy takes the low bits of each random number where they are < size. Counting all and dropping the others later
+    needs no branch per number. A chunk is never longer than what is still to be drawn, so none is drawn too many.
+    """
+    mask = (1 << (size - 1).bit_length()) - 1
+    counts = np.zeros(mask + 1, np.int64)
+    left = samples
+    while left > 0:
+        drawn = numbers.take(min(left, max(_CHUNK, counts.size))) & np.uint32(mask)
+        if left > counts.size // 4:
+            new = np.bincount(drawn, minlength=counts.size)
+            counts += new
+            left -= int(new[:size].sum())
+        else:  # few of many: do not go through the whole table for them
+            drawn = drawn[drawn < size]
+            np.add.at(counts, drawn, 1)
+            left -= drawn.size
+    return counts[:size]
+
+
+class RandomNumbers:
+    """The 32-bit numbers of np.random.RandomState(SEED), of which the first are made once for all cases."""
+
+    def __init__(self) -> None:
+        self._first, state = _first_numbers()
+        self._position = 0
+        self._random = np.random.RandomState()
+        self._random.set_state(state)
+
+    def take(self, n: int) -> np.ndarray:
+        part = self._first[self._position : self._position + n]
+        self._position += n
+        if part.size == n:
+            return part
+        return np.concatenate([part, self._random.randint(0, 1 << 32, n - part.size, dtype=np.uint32)])
+
+
+@cache
+def _first_numbers() -> tuple[np.ndarray, Any]:
+    random = np.random.RandomState(SEED)
+    return random.randint(0, 1 << 32, _SHARED, dtype=np.uint32), random.get_state()
+
+
+def _distinct(values: np.ndarray, counts: np.ndarray) -> Values:
+    """Sort, and add up the counts of equal values."""
+    order = np.argsort(values, kind="stable")
+    values, counts = values[order], counts[order]
+    if values.size:
+        first = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
+        values, counts = values[first], np.add.reduceat(counts, first)
+    drawn = counts > 0
+    values, counts = values[drawn], counts[drawn]
+    if values.size > _MANY:
+        bits = values.view(np.uint32) + np.uint32(0x40) & np.uint32(0xFFFFFF80)
+        return _distinct(bits.view(np.float32), counts)
+    return Values(values, counts)
+
+
+def _merge(parts: Iterable[Values]) -> Values:
+    """One distribution from those of the cases."""
+    merged = Values(np.zeros(0, np.float32), np.zeros(0, np.int64))
+    pending: list[Values] = []
+    for part in parts:
+        pending.append(part)
+        if sum(p.values.size for p in pending) > _MANY:
+            merged, pending = _joined([merged, *pending]), []
+    return _joined([merged, *pending])
+
+
+def _joined(parts: list[Values]) -> Values:
+    return _distinct(np.concatenate([p.values for p in parts]), np.concatenate([p.counts for p in parts]))
+
+
+def _statistics(drawn: Values) -> Statistics:
+    values, counts = drawn.values.astype(np.float64), drawn.counts
+    mean = float(np.average(values, weights=counts))
+    low, median, high = _percentiles(values, counts, (0.5, 50.0, 99.5))
+    return Statistics(
+        mean=mean,
+        median=median,
+        std=float(np.sqrt(np.average((values - mean) ** 2, weights=counts))),
+        min=float(values[0]),
+        max=float(values[-1]),
+        percentile_00_5=low,
+        percentile_99_5=high,
+    )
+
+
+def _percentiles(values: np.ndarray, counts: np.ndarray, percents: tuple[float, ...]) -> list[float]:
+    """Percentiles with linear interpolation, as np.percentile gives them for each value repeated `counts` times."""
+    ends = np.cumsum(counts)
+    out = []
+    for percent in percents:
+        position = percent / 100 * (int(ends[-1]) - 1)
+        below = int(position)
+        a, b = values[np.searchsorted(ends, [below, min(below + 1, int(ends[-1]) - 1)], side="right")]
+        out.append(float(a + (b - a) * (position - below)))
+    return out

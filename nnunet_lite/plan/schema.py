@@ -1,0 +1,183 @@
+"""plans.json: the contract that every later step reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+
+FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
+
+Positive = Annotated[int, Field(gt=0)]
+Length = Annotated[float, Field(gt=0)]
+Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Statistics(_Model):
+    """Intensities of one channel over the foreground voxels of the training set."""
+
+    mean: float
+    median: float
+    std: float
+    min: float
+    max: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+class Channel(_Model):
+    """One input channel: how it is normalised, and whether only inside the nonzero mask."""
+
+    name: str
+    normalization: Scheme
+    use_mask: bool = False
+    statistics: Statistics
+
+
+class Network(_Model):
+    """A U-Net, from the finest stage to the bottleneck. Kernels and strides are per stage and axis (z, y, x)."""
+
+    kind: Literal["plain", "residual"] = "plain"
+    features: tuple[Positive, ...]
+    strides: tuple[tuple[Positive, ...], ...]
+    kernels: tuple[tuple[Positive, ...], ...]
+    blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or residual blocks per encoder stage")
+    decoder_convolutions: tuple[Positive, ...] = Field(description="convolutions per decoder stage, finest last")
+    norm: Literal["instance", "batch", "none"] = "instance"
+    activation: Literal["leaky_relu", "relu"] = "leaky_relu"
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Network:
+        n = len(self.features)
+        for field in ("strides", "kernels", "blocks"):
+            if len(getattr(self, field)) != n:
+                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {n} stages")
+        if len(self.decoder_convolutions) != n - 1:
+            raise ValueError(f"decoder_convolutions has {len(self.decoder_convolutions)} entries, {n - 1} are needed")
+        return self
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        """What each axis of a patch must be divisible by."""
+        out = [1] * len(self.strides[0])
+        for stride in self.strides:
+            out = [a * b for a, b in zip(out, stride, strict=True)]
+        return tuple(out)
+
+
+class Resampling(_Model):
+    """Spline orders. `separate_z`: resample slices one by one along the coarse axis; None = where spacing ratio > 3."""
+
+    image_order: int = 3
+    image_order_z: int = 0
+    label_order: int = 1
+    label_order_z: int = 0
+    logits_order: int = 1
+    logits_order_z: int = 0
+    separate_z: bool | None = None
+
+
+class Configuration(_Model):
+    """One network and the data it sees. Two-dimensional configurations have spacing, patch and kernels of (y, x)."""
+
+    spacing: tuple[Length, ...] = Field(description="target spacing in mm, transposed axis order")
+    median_shape: tuple[Length, ...] = Field(description="median shape in voxels at that spacing")
+    patch_size: tuple[Positive, ...]
+    batch_size: Positive
+    network: Network
+    batch_dice: bool
+    resampling: Resampling = Resampling()
+    previous_stage: str | None = None
+    memory_gb: float | None = Field(None, description="predicted memory of a training step, GB (1e9 bytes)")
+    reasons: tuple[str, ...] = Field((), description="which rules decided")
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.patch_size)
+
+    @model_validator(mode="after")
+    def _patch_fits(self) -> Configuration:
+        axes = len(self.patch_size)
+        if axes not in (2, 3) or len(self.spacing) != axes or len(self.network.strides[0]) != axes:
+            raise ValueError("patch_size, spacing and network must all be two- or all three-dimensional")
+        for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
+            if size % d:
+                below = max(d, size // d * d)
+                raise ValueError(
+                    f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}; "
+                    f"the nearest are {below} and {size // d * d + d}"
+                )
+        return self
+
+
+class Plan(_Model):
+    """Everything that preprocessing, training and inference need to know of a data set."""
+
+    format: Literal["nnlite-plan-1"] = FORMAT
+    dataset: str
+    preset: str = "default"
+    memory_gb: float = Field(8, description="GPU memory budget")
+    axis_order: tuple[int, int, int] = Field((0, 1, 2), description="transposition applied to (z, y, x)")
+    median_spacing: tuple[float, float, float] = Field(description="of the raw images, transposed, mm")
+    median_shape: tuple[float, float, float] = Field(description="of the cropped raw images, transposed, voxels")
+    channels: tuple[Channel, ...]
+    labels: Labels
+    n_cases: int = 0
+    configurations: dict[str, Configuration]
+
+    def configuration(self, name: str) -> Configuration:
+        """The configuration of that name.
+
+        Raises
+        ------
+        UserError : the plan has none of that name.
+        """
+        if name not in self.configurations:
+            raise UserError(
+                f"the plan of {self.dataset} has no configuration {name!r}",
+                fix=f"It has: {', '.join(self.configurations)}.",
+            )
+        return self.configurations[name]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read and validate a plans.json.
+
+        Raises
+        ------
+        UserError : no such file, no JSON, or an illegal value; names the JSON path and what is legal.
+        """
+        if not path.is_file():
+            raise UserError("there is no plan", path, "Run `nnlite plan DATA` first.")
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise UserError(_first_error(error), path, "Correct it, or run `nnlite plan` again.") from None
+
+    @classmethod
+    def json_schema(cls) -> str:
+        """The JSON Schema of plans.json."""
+        return json.dumps(cls.model_json_schema(), indent=1)
+
+
+def _first_error(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "the file"
+    value = (
+        ""
+        if isinstance(problem["input"], dict | str | bytes) and not problem["loc"]
+        else f" (found {problem['input']!r:.80})"
+    )
+    return f"{where}: {problem['msg']}{value}"

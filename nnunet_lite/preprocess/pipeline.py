@@ -1,0 +1,241 @@
+"""From an image to the array that a network sees, and from a network's output back to a label map.
+
+Forwards, as nnU-Net does it: reorder the axes, crop to the nonzero region, normalise, resample. `prepare` does the part
+that all configurations share; `preprocess` is all of it for one. Backwards, `restore_segmentation` undoes each step.
+Axes are (z, y, x) as in the file, or *transposed*, in the plan's axis order; spacings are mm in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import Image
+from nnunet_lite.data.labels import Labels, smallest_dtype
+from nnunet_lite.plan.schema import Configuration, Plan, Resampling
+from nnunet_lite.preprocess.crop import Box, bounding_box, nonzero_mask, slices
+from nnunet_lite.preprocess.normalize import normalize
+from nnunet_lite.preprocess.resample import coarse_axis, resample_image, resample_labels, resampled_slabs
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+_SAME_SPACING = 1e-5  # relative; spacings this close give the same shape, so nothing is resampled
+_SLAB_VALUES = 1 << 25  # logits per slab of the way back: 128 MiB of float32
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a preprocessed array lies in its image: all that the way back needs.
+
+    Parameters
+    ----------
+    geometry : of the image, axes as in the file.
+    axis_order : the transposition applied to (z, y, x).
+    box : half-open, of the nonzero region, transposed axes, voxels of the image.
+    spacing : mm, transposed axes, of the image. new_spacing : of the preprocessed array.
+    shape : of the preprocessed array, transposed axes.
+    """
+
+    geometry: Geometry
+    axis_order: tuple[int, int, int]
+    box: Box
+    spacing: Spacing
+    new_spacing: Spacing
+    shape: Shape
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Placement:
+        geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in value["geometry"].items()}
+        (z0, z1), (y0, y1), (x0, x1) = value["box"]
+        return cls(
+            Geometry(**geometry),
+            tuple(value["axis_order"]),
+            ((z0, z1), (y0, y1), (x0, x1)),
+            tuple(value["spacing"]),
+            tuple(value["new_spacing"]),
+            tuple(value["shape"]),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case cropped and normalised but not resampled, transposed axes: what all configurations share.
+
+    `image` (channels, z, y, x) float32; `classes` (z, y, x) or None.
+    """
+
+    image: np.ndarray
+    classes: np.ndarray | None
+    geometry: Geometry
+    axis_order: tuple[int, int, int]
+    box: Box
+    spacing: Spacing
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """A case as the network sees it, transposed axes: `image` (channels, z, y, x) float32, `classes` (z, y, x) or None."""
+
+    image: np.ndarray
+    classes: np.ndarray | None
+    placement: Placement
+
+
+def preprocess(image: Image, classes: np.ndarray | None, plan: Plan, configuration: Configuration) -> Preprocessed:
+    """Image and classes (z, y, x) as the network of a configuration sees them.
+
+    Raises
+    ------
+    UserError : the image does not fit the plan's channels.
+    """
+    return resample(prepare(image, classes, plan), configuration)
+
+
+def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
+    """Transpose, crop to the nonzero region and normalise.
+
+    Raises
+    ------
+    UserError : the image does not fit the plan's channels.
+    """
+    order = plan.axis_order
+    array = image.array.transpose(0, *(1 + axis for axis in order))
+    mask = nonzero_mask(array)
+    box = bounding_box(mask)
+    inside = slices(box)
+    array = np.array(array[:, *inside], np.float32, order="C")
+    if classes is not None:
+        classes = np.ascontiguousarray(classes.transpose(order)[inside])
+    counted = None
+    if any(channel.use_mask for channel in plan.channels):  # as in nnU-Net, annotated voxels count even if zero
+        counted = mask[inside] if classes is None else mask[inside] | (classes != 0)
+    normalize(array, plan.channels, counted)
+    return Prepared(array, classes, image.geometry, order, box, transposed(image.geometry.spacing, order))
+
+
+def resample(case: Prepared, configuration: Configuration) -> Preprocessed:
+    """Resample a prepared case to the spacing of a configuration."""
+    new_spacing = target_spacing(configuration, case.spacing)
+    old: Shape = case.image.shape[1:]  # type: ignore[assignment]
+    shape = resampled_shape(old, case.spacing, new_spacing)
+    how = configuration.resampling
+    image = resample_image(
+        case.image, shape, case.spacing, new_spacing, how.image_order, how.image_order_z, how.separate_z
+    )
+    classes = case.classes
+    if classes is not None:
+        classes = resample_labels(
+            classes, shape, case.spacing, new_spacing, how.label_order, how.label_order_z, how.separate_z
+        )
+    place = Placement(case.geometry, case.axis_order, case.box, case.spacing, new_spacing, shape)
+    return Preprocessed(image, classes, place)
+
+
+def target_spacing(configuration: Configuration, spacing: Spacing) -> Spacing:
+    """The spacing (mm, transposed axes) that a case of this spacing is resampled to.
+
+    A two-dimensional configuration keeps the spacing of the first axis. A spacing that differs from the case's own by
+    rounding only is the case's own.
+    """
+    wanted = (*spacing[: 3 - configuration.dimensions], *configuration.spacing)
+    z, y, x = (
+        own if abs(new - own) <= _SAME_SPACING * own else float(new) for own, new in zip(spacing, wanted, strict=True)
+    )
+    return z, y, x
+
+
+def resampled_shape(shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]) -> Shape:
+    """Voxels per axis at the new spacing, rounded as nnU-Net rounds (half to even), never less than one."""
+    z, y, x = (max(1, round(s / t * n)) for n, s, t in zip(shape, spacing, new_spacing, strict=True))
+    return z, y, x
+
+
+def transposed(values: Sequence[float], order: Sequence[int]) -> Spacing:
+    """Spacing or the like of (z, y, x) in the plan's axis order."""
+    z, y, x = (float(values[axis]) for axis in order)
+    return z, y, x
+
+
+def restore_segmentation(
+    logits: np.ndarray | torch.Tensor, placement: Placement, labels: Labels, resampling: Resampling
+) -> np.ndarray:
+    """The label map (z, y, x), values of the data set, on the image's own grid.
+
+    Parameters
+    ----------
+    logits : network output (classes or regions, z, y, x) for the preprocessed array; on any device.
+
+    Resamples slab by slab and keeps one number per voxel at once: never all channels at the image's size.
+    """
+    inner = _cropped_shape(placement.box)
+    written = _written_values(labels)
+    indices = np.zeros(inner, smallest_dtype(0, len(written) - 1))
+    for start, slab in restored_slabs(logits, placement, resampling):
+        indices[start : start + slab.shape[1]] = _decide(slab, labels)
+    return uncrop(written[indices], placement, labels.background)
+
+
+def restored_slabs(
+    logits: np.ndarray | torch.Tensor, placement: Placement, resampling: Resampling
+) -> Iterator[tuple[int, Any]]:
+    """Logits on the cropped image's grid, as (first slice, (channels, slices, y, x)), slab by slab along the first axis."""
+    inner = _cropped_shape(placement.box)
+    axis = coarse_axis(placement.new_spacing, placement.spacing, resampling.separate_z)
+    order, order_z = resampling.logits_order, resampling.logits_order_z
+    orders = [order_z if a == axis else order for a in range(3)]
+    size = int(np.clip(_SLAB_VALUES // (logits.shape[0] * inner[1] * inner[2]), 1, 16))
+    return resampled_slabs(logits, inner, orders, size=size)
+
+
+def uncrop(values: np.ndarray, placement: Placement, background: int) -> np.ndarray:
+    """Put values (transposed axes) of the cropped region back into the image's grid (z, y, x)."""
+    full = [placement.geometry.shape[axis] for axis in placement.axis_order]
+    out = np.full(full, background, values.dtype)
+    out[slices(placement.box)] = values
+    return np.ascontiguousarray(out.transpose(np.argsort(placement.axis_order)))
+
+
+def _written_values(labels: Labels) -> np.ndarray:
+    """The value written for each class, or for the background and each region."""
+    values = (labels.background, *(labels.region_order or ())) if labels.has_regions else labels.values
+    known = (*values, *labels.values)
+    return np.asarray(values, smallest_dtype(min(known), max(known)))
+
+
+def _decide(slab: Any, labels: Labels) -> np.ndarray:
+    """Index into `_written_values` for each voxel of (channels, z, y, x) logits."""
+    if not isinstance(slab, np.ndarray):
+        return _decide_on_device(slab, labels).cpu().numpy()
+    if not labels.has_regions:
+        return slab.argmax(axis=0)
+    out = np.zeros(slab.shape[1:], np.uint16)
+    for number, region in enumerate(slab, 1):
+        out[region > 0] = number
+    return out
+
+
+def _decide_on_device(slab: torch.Tensor, labels: Labels) -> torch.Tensor:
+    import torch
+
+    if not labels.has_regions:
+        return slab.argmax(dim=0)
+    out = torch.zeros(slab.shape[1:], dtype=torch.int32, device=slab.device)
+    for number, region in enumerate(slab, 1):
+        out[region > 0] = number
+    return out
+
+
+def _cropped_shape(box: Box) -> Shape:
+    z, y, x = (high - low for low, high in box)
+    return z, y, x

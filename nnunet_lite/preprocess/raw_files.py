@@ -1,0 +1,80 @@
+"""What is known of the raw files of a data set, so that an unchanged file is not read again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import read_geometry
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import read_json, write_json
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A raw file: its stamp (size in bytes, time of change in ns), and a hash of its contents."""
+
+    size: int
+    changed: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """The raw files of a case, images before the label, with shape and spacing (mm) of the image, (z, y, x)."""
+
+    files: tuple[RawFile, ...]
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCase | Exception]:
+    """Hashes and headers of cases by id, or why they cannot be had; read only where `memory` (JSON) is out of date."""
+    known = {name: _from_json(value) for name, value in read_json(memory).items()} if memory.is_file() else {}
+    cases = list(cases)
+    if workers:
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(lambda case: _look(case, known.get(case.id)), cases))
+    else:
+        found = [_look(case, known.get(case.id)) for case in cases]
+    out = {case.id: raw for case, raw in zip(cases, found, strict=True)}
+    sound = {name: raw for name, raw in out.items() if isinstance(raw, RawCase)}
+    if sound != known:
+        write_json(memory, {name: asdict(raw) for name, raw in sound.items()})
+    return out
+
+
+def _look(case: Case, known: RawCase | None) -> RawCase | Exception:
+    paths = [*case.images, *([case.label] if case.label else [])]
+    before: tuple[RawFile | None, ...] = known.files if known and len(known.files) == len(paths) else (None,) * len(paths)
+    try:
+        files = tuple(_file(path, old) for path, old in zip(paths, before, strict=True))
+        if known and files == known.files:
+            return known
+        geometry: Geometry = read_geometry(case.images[0])[0]
+        return RawCase(files, geometry.shape, geometry.spacing)
+    except (UserError, OSError) as error:
+        return error
+
+
+def _file(path: Path, known: RawFile | None) -> RawFile:
+    stat = path.stat()
+    if known and (stat.st_size, stat.st_mtime_ns) == (known.size, known.changed):
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return RawFile(stat.st_size, stat.st_mtime_ns, digest)
+
+
+def _from_json(value: dict[str, Any]) -> RawCase:
+    return RawCase(tuple(RawFile(**file) for file in value["files"]), tuple(value["shape"]), tuple(value["spacing"]))

@@ -1,0 +1,181 @@
+"""One preprocessed case on disk: a folder that is there whole or not at all.
+
+image.b2nd       blosc2, (channels, z, y, x) float16; float32 where float16 would overflow, or by choice
+label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); absent for a case without label
+foreground.npy   int16 or int32 (n, 3), voxels of each class or region, and those not ignored, one after the other
+case.json        how many voxels each has, and the placement
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.preprocess.pipeline import Placement, Preprocessed
+from nnunet_lite.preprocess.resample import label_boxes
+from nnunet_lite.workspace import read_json
+
+Precision = Literal["float16", "float32"]
+
+LEFTOVER = ".tmp-"  # begins the name of what a killed run leaves behind
+_BLOCK_BYTES = 1 << 16  # is decompressed at once: fits a core's cache
+_CHUNK_BYTES = 1 << 22
+_SAMPLES = 10_000  # foreground voxels kept of each class, as in nnU-Net
+_ANNOTATED = -1
+_SLAB = 1 << 20  # voxels looked at together
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A preprocessed case on disk; opening it reads no voxels, and any number of threads may read it.
+
+    Parameters
+    ----------
+    image : (channels, z, y, x) float16, memory-mapped; `image[:, z0:z1, y0:y1, x0:x1]` reads that box as a numpy array.
+    label : (z, y, x) classes, likewise; None for a case without label.
+    foreground : voxels (n, 3) of each class but the background, or of each region counted from 1; at most 10 000 each.
+    annotated : voxels (n, 3) that are not ignored; None for a data set without ignore label.
+    """
+
+    case_id: str
+    image: Any
+    label: Any
+    foreground: dict[int, np.ndarray]
+    annotated: np.ndarray | None
+    placement: Placement
+
+
+def read_stored(folder: Path, case_id: str) -> StoredCase:
+    """Open the folder of a case."""
+    about = read_json(folder / "case.json")
+    foreground: dict[int, np.ndarray] = {}
+    if about["foreground"]:
+        voxels = np.load(folder / "foreground.npy", mmap_mode="r")
+        start = 0
+        for number, count in about["foreground"]:
+            foreground[number] = voxels[start : start + count]
+            start += count
+    annotated = foreground.pop(_ANNOTATED, None)
+    label = _open(folder / "label.b2nd") if about["labelled"] else None
+    place = Placement.from_json(about["placement"])
+    return StoredCase(case_id, _open(folder / "image.b2nd"), label, foreground, annotated, place)
+
+
+def write_stored(
+    folder: Path, case: Preprocessed, labels: Labels, patch: Sequence[int], precision: Precision, threads: int = 1
+) -> None:
+    """Write a case; chunks and blocks follow from the patch (z, y, x) that will be read."""
+    temporary = folder.with_name(f"{LEFTOVER}{secrets.token_hex(4)}-{folder.name}")
+    temporary.mkdir(parents=True)
+    try:
+        _write(temporary / "image.b2nd", _fitting(case.image, precision), patch, threads)
+        voxels: list[tuple[int, np.ndarray]] = []
+        if case.classes is not None:
+            kind = np.uint8 if labels.n_classes < 256 else np.uint16
+            _write(temporary / "label.b2nd", case.classes.astype(kind, copy=False), patch, threads)
+            voxels = sampled_voxels(case.classes, labels)
+            np.save(temporary / "foreground.npy", np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
+        about = {
+            "labelled": case.classes is not None,
+            "foreground": [(number, len(v)) for number, v in voxels],
+            "placement": case.placement.to_json(),
+        }
+        (temporary / "case.json").write_text(json.dumps(about))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sampled_voxels(classes: np.ndarray, labels: Labels) -> list[tuple[int, np.ndarray]]:
+    """Up to 10 000 voxels (n, 3) of each class but the background, or of each region (from 1), found in (z, y, x).
+
+    With an ignore label, those of all other classes come last, numbered -1. The same classes give the same voxels.
+    """
+    wanted = list(enumerate(labels.region_classes, 1) if labels.has_regions else ((c, (c,)) for c in _foreground(labels)))
+    if labels.ignore_class is not None:
+        wanted.append((_ANNOTATED, tuple(range(labels.n_classes))))
+    boxes = dict(label_boxes(classes))
+    whole = tuple(slice(0, n) for n in classes.shape)
+    kind = np.int16 if max(classes.shape) <= np.iinfo(np.int16).max else np.int32
+    out = []
+    for number, members in wanted:
+        found = [whole if member == 0 else boxes[member] for member in members if member == 0 or member in boxes]
+        if found:
+            box = tuple(slice(min(b[a].start for b in found), max(b[a].stop for b in found)) for a in range(3))
+            voxels = _sample(classes[box], members, np.random.default_rng([1234, number - _ANNOTATED]))
+            out.append((number, (voxels + [span.start for span in box]).astype(kind)))
+    return out
+
+
+def chunks_and_blocks(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[list[int], list[int]]:
+    """Shapes of blosc2's chunks (files' units) and blocks (what is decompressed at once) for arrays read in patches.
+
+    Both are the patch, halved along its longest axis until small enough; a block holds one channel.
+    """
+    lead = len(shape) - 3
+    wanted = [min(n, p) for n, p in zip(shape[lead:], patch, strict=True)]
+
+    def halved(size: list[int], most: int) -> list[int]:
+        size = list(size)
+        while prod(size) * itemsize > most and max(size) > 1:
+            longest = size.index(max(size))
+            size[longest] = -(-size[longest] // 2)
+        return size
+
+    chunks = halved(wanted, _CHUNK_BYTES)
+    return [*shape[:lead], *chunks], [*[1] * lead, *halved(chunks, _BLOCK_BYTES)]
+
+
+def _foreground(labels: Labels) -> range:
+    return range(1, labels.n_classes)
+
+
+def _sample(classes: np.ndarray, members: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Up to 10 000 voxels (n, 3) of some classes, in the order of the array; slab by slab, with little memory."""
+    flat = classes.reshape(-1) if classes.flags.c_contiguous else np.ascontiguousarray(classes).reshape(-1)
+    starts = range(0, flat.size, _SLAB)
+    counts = [int(np.count_nonzero(_is_one_of(flat[start : start + _SLAB], members))) for start in starts]
+    total = sum(counts)
+    ranks = np.arange(total) if total <= _SAMPLES else np.sort(rng.choice(total, _SAMPLES, replace=False, shuffle=False))
+    found, before = [np.zeros(0, np.int64)], 0
+    for start, count in zip(starts, counts, strict=True):
+        wanted = ranks[np.searchsorted(ranks, before) : np.searchsorted(ranks, before + count)] - before
+        if wanted.size:
+            found.append(np.flatnonzero(_is_one_of(flat[start : start + _SLAB], members))[wanted] + start)
+        before += count
+    return np.stack(np.unravel_index(np.concatenate(found), classes.shape), axis=1)
+
+
+def _is_one_of(part: np.ndarray, members: tuple[int, ...]) -> np.ndarray:
+    return part == members[0] if len(members) == 1 else np.isin(part, members)
+
+
+def _fitting(image: np.ndarray, precision: Precision) -> np.ndarray:
+    """The image as it is stored: float16 unless float32 is wanted or needed."""
+    if precision == "float16" and max(-float(image.min()), float(image.max())) <= float(np.finfo(np.float16).max):
+        return image.astype(np.float16)
+    return image
+
+
+def _write(path: Path, array: np.ndarray, patch: Sequence[int], threads: int) -> None:
+    import blosc2
+
+    chunks, blocks = chunks_and_blocks(array.shape, patch, array.itemsize)
+    # zstd's level 1 is within a tenth of the size of level 8 at a twentieth of the time
+    how = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE], nthreads=threads)
+    blosc2.asarray(np.ascontiguousarray(array), urlpath=str(path), chunks=chunks, blocks=blocks, cparams=how, mode="w")
+
+
+def _open(path: Path) -> Any:
+    import blosc2
+
+    return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))

@@ -1,0 +1,232 @@
+"""Everything a run can vary: a recipe (TOML) + flags + --set -> one frozen, validated object.
+
+A key is `section.name`, as in the recipe. Unknown keys are refused with the nearest one. What was resolved is stored
+with the run (run.json), so that a resumed or finished run says what it was made with.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nnunet_lite.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainingSettings(_Section):
+    """Length, sampling and arithmetic of a run."""
+
+    epochs: int = Field(1000, ge=1)
+    iterations: int = Field(250, ge=1, description="per epoch")
+    validation_iterations: int = Field(50, ge=0, description="pseudo-validation batches per epoch; 0 = none")
+    time_limit: float | None = Field(None, gt=0, description="minutes; the schedule fits itself to it")
+    batch_size: int | None = Field(None, ge=1, description="instead of the plan's")
+    patch_size: tuple[int, ...] | None = Field(None, description="instead of the plan's")
+    foreground: float = Field(0.33, ge=0, le=1, description="share of samples centred on a foreground voxel")
+    gradient_clip: float | None = Field(12.0, gt=0, description="largest gradient norm")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+    deep_supervision: bool = True
+    cache: Literal["auto", "ram", "disk"] = Field("auto", description="where the preprocessed cases lie while training")
+    workers: int | None = Field(None, ge=0, description="threads that prepare batches; default: as fits the device")
+    seed: int | None = Field(None, ge=0, description="makes two runs identical on the CPU; default: drawn and stored")
+    max_bad_steps: int = Field(20, ge=1, description="steps with a non-finite loss that are skipped before giving up")
+
+
+class NetworkSettings(_Section):
+    """Changes to the planned network; what is not set stays as planned."""
+
+    features_base: int | None = Field(
+        None, ge=1, description="features of the first stage; doubled at each further one"
+    )
+    features_max: int | None = Field(None, ge=1)
+    norm: Literal["instance", "batch", "none"] | None = None
+    activation: Literal["leaky_relu", "relu"] | None = None
+
+
+class LossSettings(_Section):
+    """Weights of the terms of the loss; 0 leaves a term out."""
+
+    cross_entropy: float = Field(1.0, ge=0)
+    dice: float = Field(1.0, ge=0)
+
+
+class OptimizerSettings(_Section):
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.01, gt=0)
+    momentum: float = Field(0.99, ge=0, lt=1, description="Nesterov, for sgd")
+    weight_decay: float = Field(3e-5, ge=0)
+
+
+class ScheduleSettings(_Section):
+    """How the learning rate goes down. Plateau: on the moving average of the training loss, once an epoch."""
+
+    name: Literal["poly", "cosine", "constant", "plateau"] = "poly"
+    power: float = Field(0.9, gt=0, description="poly: lr * (1 - progress) ** power")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run in which the rate rises linearly")
+    patience: int = Field(30, ge=1, description="plateau: epochs without improvement")
+    factor: float = Field(0.2, gt=0, lt=1, description="plateau: what the rate is multiplied by")
+    min_lr: float = Field(1e-6, ge=0, description="plateau: the run ends below this rate")
+
+
+class AugmentationSettings(_Section):
+    """Probabilities (p_) and ranges of each transform; p = 0 turns one off, `enabled` all of them."""
+
+    enabled: bool = True
+    p_rotation: float = Field(0.2, ge=0, le=1)
+    rotation: float = Field(
+        30.0, ge=0, le=180, description="degrees either way; in plane 180 if the patch is anisotropic"
+    )
+    p_scaling: float = Field(0.2, ge=0, le=1)
+    scaling: tuple[float, float] = (0.7, 1.4)
+    p_noise: float = Field(0.1, ge=0, le=1)
+    noise_std: tuple[float, float] = (0.0, 0.1)
+    p_blur: float = Field(0.2, ge=0, le=1)
+    blur_sigma: tuple[float, float] = (0.5, 1.0)
+    p_brightness: float = Field(0.15, ge=0, le=1)
+    brightness: tuple[float, float] = (0.75, 1.25)
+    p_contrast: float = Field(0.15, ge=0, le=1)
+    contrast: tuple[float, float] = (0.75, 1.25)
+    p_low_resolution: float = Field(0.25, ge=0, le=1)
+    low_resolution: tuple[float, float] = (0.5, 1.0)
+    p_gamma_inverted: float = Field(0.1, ge=0, le=1)
+    p_gamma: float = Field(0.3, ge=0, le=1)
+    gamma: tuple[float, float] = (0.7, 1.5)
+    p_mirror: float = Field(0.5, ge=0, le=1, description="per axis")
+    mirror_axes: tuple[int, ...] | None = Field(None, description="axes of the patch; default: all")
+
+
+class InferenceSettings(_Section):
+    step_size: float = Field(0.5, gt=0, le=1, description="distance of two windows as a share of the patch")
+    mirroring: bool = Field(True, description="average over mirrored copies, on the axes mirrored in training")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class Settings(_Section):
+    """The resolved settings of a run."""
+
+    recipe: str = "default"
+    training: TrainingSettings = TrainingSettings()
+    network: NetworkSettings = NetworkSettings()
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    inference: InferenceSettings = InferenceSettings()
+
+
+def recipe_folder() -> Path:
+    """configs/ beside the package in a checkout, inside it in an installed wheel."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package: name -> file; ablations are named `ablations/batch_norm`."""
+    folder = recipe_folder()
+    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.toml"))}
+
+
+def load(recipe: str = "default", changes: dict[str, Any] | None = None) -> Settings:
+    """Resolve a recipe (a name or a TOML file) and changes on top of it.
+
+    Parameters
+    ----------
+    changes : dotted key -> value, e.g. {"optimizer.lr": 0.001}. Strings are read as TOML values where they are such.
+
+    Raises
+    ------
+    UserError : unknown recipe or key (names the nearest), bad TOML (line and column), illegal value.
+    """
+    path = _recipe_path(recipe)
+    try:
+        tree = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"invalid TOML: {error}", path) from None
+    base = tree.pop("base", None)
+    values = dict(_flatten(tree))
+    if base is not None:
+        values = {**dict(_flatten(load(str(base)).model_dump(exclude={"recipe"}))), **values}
+    return with_changes(_validated(Settings(recipe=path.stem), values, path), changes or {})
+
+
+def with_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """The settings with some keys replaced, as `load` does.
+
+    Raises
+    ------
+    UserError : unknown key or illegal value.
+    """
+    return _validated(settings, {key: _parse(value) for key, value in changes.items()}, None)
+
+
+def _recipe_path(recipe: str) -> Path:
+    known = recipes()
+    by_stem = {Path(name).name: path for name, path in known.items()}
+    path = known.get(recipe) or by_stem.get(recipe) or Path(recipe).expanduser()
+    if not path.is_file():
+        near = difflib.get_close_matches(recipe, [*known, *by_stem], 1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"there is no recipe {recipe!r}", fix=f"{hint}There are: {', '.join(known)}; or give a TOML file."
+        )
+    return path
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse(value: Any) -> Any:
+    """`--set` values are TOML where they parse as such (3e-4, true, [40, 56, 40]), else "none", else plain strings."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("none", "null"):
+        return None
+    try:
+        return tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def keys() -> list[str]:
+    """Every key that a recipe or --set may name."""
+    return [key for key, _ in _flatten(Settings().model_dump(exclude={"recipe"}))]
+
+
+def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Settings:
+    """`base` with the values of some keys replaced; `file` is where they come from, None for flags."""
+    known = keys()
+    tree = base.model_dump()
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.4) or [k for k in known if k.split(".")[1] == key][:1]
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            raise UserError(f"unknown setting {key!r}", file, hint)
+        section, name = key.split(".")
+        tree[section][name] = value
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"][:2])
+        raise UserError(f"{where} = {problem['input']!r}: {problem['msg']}", file) from None
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """What changed between two runs' settings, one `key: old -> new` per changed key."""
+    before, after = (dict(_flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
+    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]

@@ -1,0 +1,93 @@
+"""Saving and restoring a run without pickle: tensors in safetensors, everything else as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import atomic
+
+CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model.safetensors"
+
+
+def save_weights(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
+    """Write the weights alone, with `about` in the header, atomically."""
+    _save(path, {k: v.detach() for k, v in network.state_dict().items()}, about)
+
+
+def load_weights(path: Path, network: nn.Module) -> dict[str, Any]:
+    """Read weights into a network and return what the header says.
+
+    Raises
+    ------
+    UserError : no such file, not a safetensors file, or weights of another network.
+    """
+    tensors, about = _load(path)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"holds the weights of another network ({first})", path) from None
+    return about
+
+
+def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write weights, optimizer state and `state` (JSON) in one file, atomically."""
+    tensors = {f"network.{k}": v.detach() for k, v in network.state_dict().items()}
+    for i, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{i}.{key}"] = value if torch.is_tensor(value) else torch.tensor(value)
+    _save(path, tensors, state)
+
+
+def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote, in place, and return its `state`."""
+    tensors, state = _load(path)
+    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    for i, parameter in enumerate(_parameters(optimizer)):
+        prefix = f"optimizer.{i}."
+        for name, value in tensors.items():
+            if name.startswith(prefix):
+                # moments in the layout of the parameter, so that the arithmetic is the same to the bit
+                fused = optimizer.defaults.get("fused") and parameter.is_cuda
+                step = value.to(parameter.device) if fused else value
+                like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else step
+                optimizer.state[parameter][name.removeprefix(prefix)] = like
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint or model file, without its tensors."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(json.loads((file.metadata() or {}).get("state", "{}")))
+    except FileNotFoundError:
+        raise UserError("no such file", path) from None
+    except Exception as error:  # safetensors raises its own SafetensorError, which is no public type
+        raise UserError(f"is not a safetensors file ({error})", path) from None
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    state = read_state(path)
+    return load_file(path), state

@@ -1,0 +1,70 @@
+"""Which cases a fold trains on and which it holds out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import read_json, write_json
+
+SEED = 12345  # the one that nnU-Net has always used, so that folds can be compared
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Fold:
+    name: str
+    training: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+def make_folds(case_ids: Sequence[str], n_folds: int = 5) -> list[dict[str, list[str]]]:
+    """nnU-Net's folds: KFold(5, shuffle, seed 12345) over the sorted case ids.
+
+    Raises
+    ------
+    UserError : fewer cases than folds.
+    """
+    from sklearn.model_selection import KFold
+
+    ids = sorted(case_ids)
+    if len(ids) < n_folds:
+        raise UserError(
+            f"{len(ids)} cases cannot be split into {n_folds} folds",
+            fix="Train on every case: `nnlite train CONFIGURATION all`.",
+        )
+    parts = KFold(n_folds, shuffle=True, random_state=SEED).split(ids)
+    return [{"train": [ids[i] for i in train], "val": [ids[i] for i in val]} for train, val in parts]
+
+
+def read_fold(splits: Path, case_ids: Sequence[str], fold: str) -> Fold:
+    """The cases of fold "0", "1" ... or "all"; splits.json is made if it is not there and obeyed if it is.
+
+    Raises
+    ------
+    UserError : no such fold, or splits.json names a case that the data set does not have.
+    """
+    ids = sorted(case_ids)
+    if fold == ALL:
+        return Fold(ALL, tuple(ids), tuple(ids))
+    if not splits.is_file():
+        write_json(splits, make_folds(ids))
+    folds = read_json(splits)
+    if not fold.isdigit() or int(fold) >= len(folds):
+        raise UserError(f"there is no fold {fold!r}", fix=f'Folds are 0 to {len(folds) - 1}, "all-folds" and "all".')
+    try:
+        training, validation = tuple(folds[int(fold)]["train"]), tuple(folds[int(fold)]["val"])
+    except (KeyError, TypeError):
+        raise UserError('must be a list of {"train": [ids], "val": [ids]}', splits) from None
+    unknown = sorted({*training, *validation} - set(ids))
+    if unknown:
+        raise UserError(
+            f"fold {fold} names unknown cases: {', '.join(unknown[:5])}", splits, "Delete it to make it anew."
+        )
+    both = sorted(set(training) & set(validation))
+    if both or not training:
+        what = f"has {both[0]} on both sides" if both else "has no training case"
+        raise UserError(f"fold {fold} {what}", splits)
+    return Fold(fold, training, validation)

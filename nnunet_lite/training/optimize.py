@@ -1,0 +1,55 @@
+"""Optimizers and learning-rate schedules: two small registries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
+
+
+def make_optimizer(network: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, Adam or AdamW; fused kernels on a GPU."""
+    make: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": lambda p, **k: torch.optim.SGD(p, momentum=settings.momentum, nesterov=settings.momentum > 0, **k),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    options: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
+    return make[settings.name](network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **options)
+
+
+def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> float:
+    """The rate when a share `progress` (0..1) of the run is done. Plateau: `base` is what the rule left of it."""
+    if progress < settings.warmup:
+        return base * max(progress / settings.warmup, 0.01)
+    if settings.name == "poly":
+        return base * max(0.0, 1 - progress) ** settings.power
+    if settings.name == "cosine":
+        return base * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return base
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The rule of the original nnU-Net (Isensee et al. 2018, arXiv:1809.10486) on the moving average of the loss."""
+
+    average: float | None = None
+    best: float = math.inf
+    since: int = 0
+    lr: float = 0.0
+
+    def after_epoch(self, loss: float, settings: ScheduleSettings) -> Plateau:
+        """Average the loss in; after `patience` epochs without improvement multiply the rate by `factor`."""
+        average = loss if self.average is None else 0.93 * self.average + 0.07 * loss
+        improved = average < self.best - 5e-4
+        since = 0 if improved else self.since + 1
+        best = average if improved else self.best
+        if since > settings.patience:
+            return Plateau(average, best, 0, self.lr * settings.factor)
+        return Plateau(average, best, since, self.lr)

@@ -1,0 +1,157 @@
+"""A model folder: what a run was made with, and whether a command goes on with it.
+
+3d_fullres-cpu/  plans.json dataset.json   what was trained, with the settings' changes to the plan
+                 run.json                  configuration, settings, seed, versions
+                 fold_0/                   see loop.py
+"""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import nnunet_lite
+from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.memory import with_memory
+from nnunet_lite.plan.override import override
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.settings import Settings, differences
+from nnunet_lite.workspace import read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from nnunet_lite.training.sampler import CaseArrays
+
+FORMAT = "nnlite-model-1"
+# changing these between two calls of `train` does not make it another run
+_INCIDENTAL = ("training.workers", "training.cache", "inference.")
+
+
+def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
+    """The plan that is trained: this configuration alone, with the batch, patch and network of the settings."""
+    changed = override(plan, configuration, settings.training.patch_size, settings.training.batch_size)
+    planned = changed.configuration(configuration)
+    wanted, network = settings.network, planned.network
+    base, top = wanted.features_base or network.features[0], wanted.features_max or max(network.features)
+    features = network.features
+    if wanted.features_base or wanted.features_max:
+        features = tuple(min(base * 2**i, top) for i in range(len(features)))
+    network = network.model_copy(
+        update={
+            "features": features,
+            "norm": wanted.norm or network.norm,
+            "activation": wanted.activation or network.activation,
+        }
+    )
+    planned = with_memory(planned.model_copy(update={"network": network}), len(plan.channels), plan.labels)
+    return changed.model_copy(update={"configurations": {configuration: planned}})
+
+
+def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings) -> int:
+    """Make a model folder, or make sure that the one that is there was made with the same plan and settings.
+
+    Returns
+    -------
+    The seed of the run: the one that was set, else one drawn when the run began.
+
+    Raises
+    ------
+    UserError : the folder holds a run with other settings or another plan; lists the differences.
+    """
+    file = folder / "run.json"
+    if file.is_file():
+        run = read_json(file)
+        changes = differences(Settings.model_validate(run["settings"]), settings)
+        changes = [change for change in changes if not change.startswith(_INCIDENTAL)]
+        if Plan.read(folder / "plans.json").configurations != plan.configurations and not changes:
+            changes = ["the plan of this configuration"]
+        if changes:
+            raise UserError(
+                f"was begun with other settings: {'; '.join(changes)}",
+                folder,
+                "Repeat the old settings to go on, use another --name to train beside it, or --restart to begin anew.",
+            )
+        return int(run["seed"])
+    seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "plans.json", plan.to_json())
+    write_json(folder / "dataset.json", _about(dataset))
+    run = {"format": FORMAT, "configuration": configuration, "seed": seed, "settings": settings.model_dump(mode="json")}
+    write_json(file, {**run, "began": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()})
+    return seed
+
+
+def other_folds(folder: Path, fold: str) -> list[str]:
+    """The folds of a model folder beside this one."""
+    return sorted(path.name for path in folder.glob("fold_*") if path.name != f"fold_{fold}")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move a model or fold folder out of the way, for --restart; nothing is deleted."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"old_{folder.name}_{number}")).exists():
+        number += 1
+    shutil.move(folder, target)
+    return target
+
+
+def fold_seed(seed: int, fold: str) -> int:
+    """A seed of its own for each fold, so that the networks of an ensemble do not all start alike."""
+    number = int(fold) if fold.isdigit() else 1000
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class LoadedCase:
+    """A case in memory."""
+
+    case_id: str
+    image: np.ndarray
+    label: np.ndarray
+    foreground: Mapping[int, np.ndarray]
+    annotated: np.ndarray | None
+
+
+def cached(cases: Sequence[CaseArrays], cache: str) -> list[CaseArrays]:
+    """The cases in memory where `cache` is "ram", or "auto" and they take less than half of what is free."""
+    import psutil
+
+    size = sum(np.prod(case.image.shape) * case.image.dtype.itemsize + np.prod(case.label.shape) for case in cases)
+    if cache == "disk" or (cache == "auto" and size > psutil.virtual_memory().available / 2):
+        return list(cases)
+    return [LoadedCase(case.case_id, case.image[:], case.label[:], case.foreground, case.annotated) for case in cases]
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    import torch
+
+    return {
+        "nnunet_lite": nnunet_lite.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _about(dataset: Dataset) -> dict[str, Any]:
+    """The part of a data set's description that may travel with a model: no paths, no case ids."""
+    order = dataset.labels.region_order
+    return {
+        "name": dataset.name,
+        "channel_names": {str(i): name for i, name in enumerate(dataset.channels)},
+        "labels": dataset.labels.to_json(),
+        **({"regions_class_order": list(order)} if order else {}),
+        "file_ending": dataset.file_ending,
+        "numTraining": len(dataset.cases),
+    }

@@ -1,0 +1,113 @@
+"""The fingerprint against a straightforward computation of what nnU-Net defines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_lite.data.dataset import read_case, read_dataset
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan import fingerprint as module
+from nnunet_lite.plan.fingerprint import SEED, Fingerprint, RandomNumbers, check_and_fingerprint, draw_counts
+from nnunet_lite.preprocess.crop import nonzero_mask
+
+
+def take(root: Path, workers: int | None = 2) -> Fingerprint:
+    report, fingerprint = check_and_fingerprint(read_dataset(root), workers)
+    assert report.ok and fingerprint is not None
+    return fingerprint
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000, 1024, 1025, 300_000])
+def test_counts_are_those_of_numpy(size: int) -> None:
+    numbers, random = RandomNumbers(), np.random.RandomState(SEED)
+    for samples in (100_000, 3, 250_000):  # one after the other from the same stream
+        expected = np.bincount(random.randint(0, size, samples), minlength=size)
+        assert np.array_equal(draw_counts(size, samples, numbers), expected)
+
+
+def test_the_stream_goes_on_after_the_kept_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SHARED", 1000)
+    module._first_numbers.cache_clear()
+    numbers = RandomNumbers()
+    got = np.concatenate([numbers.take(n) for n in (600, 600, 5000)])
+    module._first_numbers.cache_clear()
+    assert np.array_equal(got, np.random.RandomState(SEED).randint(0, 1 << 32, 6200, dtype=np.uint32))
+
+
+def test_fingerprint_equals_its_definition(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLES", 1_000_000)
+    root = copy_dataset(5)
+    dataset = read_dataset(root)
+    shapes, relative, drawn = [], [], []
+    for case in dataset.cases:
+        image, label = read_case(case, dataset)
+        assert label is not None
+        inside = np.argwhere(nonzero_mask(image.array))
+        low, high = inside.min(axis=0), inside.max(axis=0) + 1
+        shapes.append(tuple(int(n) for n in high - low))
+        relative.append(np.prod(high - low) / label.size)
+        pixels = image.array[0][label > 0].astype(np.float32)
+        drawn.append(np.random.RandomState(1234).choice(pixels, 200_000, replace=True))
+    everything = np.concatenate(drawn).astype(np.float64)
+    found = take(root)
+    assert found.case_ids == tuple(case.id for case in dataset.cases)
+    assert found.shapes_after_crop == tuple(shapes)
+    assert found.spacings == ((1.0, 1.0, 1.0),) * 5
+    assert found.relative_size_after_crop == np.median(relative)
+    statistics = found.intensities[0].model_dump()
+    expected = {
+        "mean": everything.mean(),
+        "median": np.median(everything),
+        "std": everything.std(),
+        "min": everything.min(),
+        "max": everything.max(),
+        "percentile_00_5": np.percentile(everything, 0.5),
+        "percentile_99_5": np.percentile(everything, 99.5),
+    }
+    assert statistics == pytest.approx(expected, rel=1e-9)
+
+
+def test_case_with_more_foreground_than_samples(
+    copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAMPLES", 50)
+    found = take(copy_dataset(5)).intensities[0]
+    assert found.min < found.median < found.max
+
+
+def test_threads_change_nothing(hippocampus: Path) -> None:
+    assert take(hippocampus, 0) == take(hippocampus, 3)
+
+
+def test_many_distinct_values_are_rounded_but_hardly(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.sort(np.random.default_rng(0).normal(100, 30, 200_000).astype(np.float32))
+    exact = module._statistics(module._distinct(values, np.ones(values.size, np.int64)))
+    monkeypatch.setattr(module, "_MANY", 150_000)
+    rounded = module._distinct(values, np.ones(values.size, np.int64))
+    assert rounded.values.size <= 150_000 and rounded.counts.sum() == values.size
+    assert module._statistics(rounded).model_dump() == pytest.approx(exact.model_dump(), rel=1e-4)
+
+
+def test_round_trip_and_bad_files(hippocampus: Path, tmp_path: Path) -> None:
+    fingerprint = take(hippocampus)
+    path = tmp_path / "fingerprint.json"
+    path.write_text(json.dumps(fingerprint.to_nnunet()))
+    assert Fingerprint.read(path) == fingerprint
+    path.write_text(json.dumps({"spacings": []}))
+    with pytest.raises(UserError, match=r"fingerprint\.json: is no fingerprint \(KeyError"):
+        Fingerprint.read(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"fingerprint\.json: invalid JSON at line 1"):
+        Fingerprint.read(path)
+
+
+def test_no_fingerprint_of_broken_data(copy_dataset: Callable[..., Path]) -> None:
+    root = copy_dataset(5)
+    next((root / "labelsTr").iterdir()).unlink()
+    report, fingerprint = check_and_fingerprint(read_dataset(root), 2)
+    assert not report.ok and fingerprint is None

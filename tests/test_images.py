@@ -1,0 +1,318 @@
+"""Reading and writing of images: every format, every oddity, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from PIL import Image as Pillow
+
+from nnunet_lite.data.images import (
+    Geometry,
+    label_suffix,
+    read_geometry,
+    read_image,
+    read_images,
+    read_label,
+    stem,
+    write_label,
+)
+from nnunet_lite.errors import UserError
+
+CASE = "hippocampus_001.nii.gz"
+ANGLE = 0.3
+OBLIQUE = (np.cos(ANGLE), -np.sin(ANGLE), 0.0, np.sin(ANGLE), np.cos(ANGLE), 0.0, 0.0, 0.0, 1.0)
+VOLUME = Geometry((5, 6, 7), (3.0, 0.7, 0.8), (-12.5, 30.25, 7.0), OBLIQUE)
+PICTURE = Geometry((1, 6, 7), (999.0, 1.0, 1.0), dimensions=2)
+
+
+def some_labels(shape: tuple[int, ...], top: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, top + 1, shape)
+
+
+def save_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    """Array in nibabel's axis order (x, y, z, ...)."""
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha", ".mgz"])
+@pytest.mark.parametrize("top, kind", [(3, np.uint8), (300, np.uint16)])
+def test_label_round_trip_keeps_geometry(tmp_path: Path, suffix: str, top: int, kind: type) -> None:
+    path = tmp_path / f"case{suffix}"
+    array = some_labels(VOLUME.shape, top)
+    write_label(path, array, VOLUME)
+    back, geometry, notes = read_label(path)
+    assert np.array_equal(back, array) and notes == ()
+    assert back.dtype == (np.int16 if suffix == ".mgz" and top > 255 else kind)  # MGH has no uint16
+    assert geometry.differences(VOLUME) == []
+    assert geometry.spacing == pytest.approx(VOLUME.spacing, abs=1e-6)
+    assert read_geometry(path) == (geometry, 1)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name], "no temporary file is left"
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
+def test_written_nifti_has_the_affine_of_its_image(tmp_path: Path, suffix: str, hippocampus: Path) -> None:
+    affine = np.array([[-0.9, 0.1, 0, 40.5], [0.1, 0.9, 0.05, -20.25], [0, -0.05, 2.5, 3.125], [0, 0, 0, 1.0]])
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    rotation, _ = np.linalg.qr(affine[:3, :3])
+    affine[:3, :3] = rotation * lengths
+    image = save_nifti(tmp_path / "image.nii.gz", np.arange(60, dtype=np.float32).reshape(3, 4, 5), affine)
+    for source in (image, hippocampus / "imagesTr" / CASE):
+        geometry, _ = read_geometry(source)
+        write_label(tmp_path / f"out{suffix}", some_labels(geometry.shape), geometry)
+        written = nibabel.load(tmp_path / f"out{suffix}")
+        assert np.abs(written.affine - nibabel.load(source).affine).max() < 1e-5
+        assert written.get_data_dtype() == np.uint8
+
+
+def test_sheared_nifti_is_read_and_written_back(tmp_path: Path) -> None:
+    affine = np.array([[1, 0, 0.4, 5], [0, 1, 0, 6], [0, 0, 2, 7], [0, 0, 0, 1.0]])
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_qform(None)
+    nibabel.save(image, tmp_path / "sheared.nii.gz")
+    read = read_image(tmp_path / "sheared.nii.gz")
+    assert np.array_equal(read.array[0], array.T)
+    assert read.geometry.spacing == pytest.approx((np.hypot(2, 0.4), 1, 1))
+    write_label(tmp_path / "out.nii.gz", some_labels(read.geometry.shape), read.geometry)
+    assert np.abs(nibabel.load(tmp_path / "out.nii.gz").affine - affine).max() < 1e-5
+
+
+def test_axes_and_geometry_are_those_of_itk(hippocampus: Path) -> None:
+    path = hippocampus / "imagesTr" / CASE
+    itk = sitk.ReadImage(str(path))
+    image = read_image(path)
+    assert np.array_equal(image.array[0], sitk.GetArrayFromImage(itk))
+    assert image.geometry.spacing == itk.GetSpacing()[::-1]
+    assert image.geometry.origin == itk.GetOrigin()
+    assert image.geometry.direction == itk.GetDirection()
+
+
+def test_4d_nifti_is_channels(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).normal(size=(4, 5, 6, 2)).astype(np.float32)
+    image = read_image(save_nifti(tmp_path / "a.nii.gz", array))
+    assert np.array_equal(image.array, array.transpose(3, 2, 1, 0))
+    assert image.geometry.shape == (6, 5, 4)
+    assert read_geometry(tmp_path / "a.nii.gz") == (image.geometry, 2)
+
+
+def test_2d_nifti(tmp_path: Path) -> None:
+    affine = np.diag([0.5, 0.7, 1, 1])
+    path = save_nifti(tmp_path / "flat.nii.gz", np.arange(20, dtype=np.int16).reshape(4, 5), affine)
+    image = read_image(path)
+    assert image.array.shape == (1, 1, 5, 4)
+    assert image.geometry.dimensions == 2
+    assert image.geometry.spacing == pytest.approx((999 * 0.7, 0.7, 0.5))
+    write_label(tmp_path / "out.nii.gz", some_labels(image.geometry.shape), image.geometry)
+    assert nibabel.load(tmp_path / "out.nii.gz").shape == (4, 5)
+    assert read_label(tmp_path / "out.nii.gz")[1].differences(image.geometry) == []
+
+
+def test_big_endian_nifti2_analyze_and_mgh(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    header = nibabel.Nifti1Header(endianness=">")
+    header.set_data_dtype(">i2")
+    nibabel.save(nibabel.Nifti1Image(array.astype(">i2"), np.eye(4), header), tmp_path / "big.nii")
+    nibabel.save(nibabel.Nifti2Image(array, np.eye(4)), tmp_path / "two.nii.gz")
+    nibabel.save(nibabel.Spm2AnalyzeImage(array, np.eye(4)), tmp_path / "analyze.img")
+    nibabel.save(nibabel.MGHImage(array, np.eye(4)), tmp_path / "freesurfer.mgz")
+    for name in ("big.nii", "two.nii.gz", "analyze.hdr", "freesurfer.mgz"):
+        image = read_image(tmp_path / name)
+        assert np.array_equal(image.array[0], array.T), name
+        assert image.array.dtype.isnative
+    assert capfd.readouterr().err == ""
+
+
+def test_scaled_nifti_is_read_in_its_unit(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+    image.header.set_slope_inter(2.0, -1000.0)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    read = read_image(tmp_path / "a.nii.gz").array
+    assert read.dtype == np.float32
+    assert read.min() == -1000
+
+
+def test_rgb_rgba_and_palette_pictures(tmp_path: Path) -> None:
+    colours = some_labels((8, 9, 3), 255).astype(np.uint8)
+    Pillow.fromarray(colours).save(tmp_path / "rgb.png")
+    image = read_image(tmp_path / "rgb.png")
+    assert np.array_equal(image.array[:, 0], colours.transpose(2, 0, 1))
+    assert image.notes == ("RGB picture read as 3 channels",)
+    assert image.geometry == Geometry((1, 8, 9), (999.0, 1.0, 1.0), dimensions=2)
+
+    for alpha, note in ((np.full((8, 9), 200), "dropped"), (np.arange(72).reshape(8, 9), "dropped although it varies")):
+        Pillow.fromarray(np.dstack([colours, alpha.astype(np.uint8)])).save(tmp_path / "rgba.png")
+        image = read_image(tmp_path / "rgba.png")
+        assert image.array.shape == (3, 1, 8, 9)
+        assert image.notes[1] == f"alpha channel {note}"
+        assert read_geometry(tmp_path / "rgba.png") == (image.geometry, 3)
+
+    for suffix in ("png", "bmp", "tif"):
+        picture = Pillow.fromarray(some_labels((8, 9), 2).astype(np.uint8), mode="P")
+        picture.putpalette([10, 20, 30, 250, 0, 0, 0, 250, 0])
+        picture.save(tmp_path / f"palette.{suffix}")
+        image = read_image(tmp_path / f"palette.{suffix}")
+        assert np.array_equal(image.array[:, 0], np.asarray(picture.convert("RGB")).transpose(2, 0, 1)), suffix
+        assert image.notes == ("palette picture read as 3 channels",)
+        label, _, notes = read_label(tmp_path / f"palette.{suffix}")
+        assert np.array_equal(label[0], np.asarray(picture))
+        assert notes == ("palette picture read as the numbers of its colours",)
+
+
+def test_jpeg_bmp_and_16_bit_pictures(tmp_path: Path) -> None:
+    grey = np.linspace(0, 255, 72).reshape(8, 9).astype(np.uint8)
+    for suffix, tolerance in ((".bmp", 0), (".jpg", 3), (".tiff", 0)):
+        Pillow.fromarray(grey).save(tmp_path / f"a{suffix}")
+        array = read_image(tmp_path / f"a{suffix}").array
+        assert array.shape == (1, 1, 8, 9)
+        assert np.abs(array[0, 0].astype(int) - grey).max() <= tolerance
+    Pillow.fromarray(grey.astype(np.uint16) * 200).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").array.max() == 51000
+
+
+def test_tiff_pages_are_a_volume_with_a_spacing_beside_it(tmp_path: Path) -> None:
+    volume = some_labels((5, 6, 7), 200).astype(np.uint8)
+    for name in ("a_0000.tif", "b_0000.tif"):
+        sitk.WriteImage(sitk.GetImageFromArray(volume), tmp_path / name)
+    (tmp_path / "a.json").write_text(json.dumps({"spacing": [2.5, 0.5, 0.5]}))
+    image = read_image(tmp_path / "a_0000.tif")
+    assert np.array_equal(image.array[0], volume)
+    assert image.geometry.spacing == (2.5, 0.5, 0.5)
+    assert read_image(tmp_path / "b_0000.tif").geometry.spacing == (1.0, 1.0, 1.0)
+    write_label(tmp_path / "out.tif", volume, image.geometry)
+    label, geometry, _ = read_label(tmp_path / "out.tif")
+    assert np.array_equal(label, volume)
+    assert geometry == image.geometry
+    (tmp_path / "a.json").write_text(json.dumps({"spacing": [2.5, 0.5]}))
+    with pytest.raises(UserError, match=r"a\.json: spacing is \[2\.5, 0\.5\]"):
+        read_image(tmp_path / "a_0000.tif")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_picture_labels_round_trip(tmp_path: Path, suffix: str) -> None:
+    array = some_labels(PICTURE.shape)
+    write_label(tmp_path / f"a{suffix}", array, PICTURE)
+    label, geometry, notes = read_label(tmp_path / f"a{suffix}")
+    assert np.array_equal(label, array) and label.dtype == np.uint8
+    assert geometry == PICTURE and notes == ()
+
+
+def test_labels_as_grey_rgb_and_as_floats(tmp_path: Path) -> None:
+    mask = some_labels((8, 9), 1).astype(np.uint8) * 255
+    Pillow.fromarray(np.dstack([mask] * 3)).save(tmp_path / "mask.png")
+    label, _, notes = read_label(tmp_path / "mask.png")
+    assert np.array_equal(label[0], mask)
+    assert notes == ("label map with 3 equal channels read as one",)
+    noisy = (some_labels((3, 4, 5)) + 4e-4).astype(np.float32)
+    label = read_label(save_nifti(tmp_path / "noisy.nii.gz", noisy))[0]
+    assert label.dtype == np.uint8 and np.array_equal(label, np.rint(noisy).T)
+
+
+def test_bad_labels_are_refused(tmp_path: Path) -> None:
+    colours = some_labels((8, 9, 3), 255).astype(np.uint8)
+    Pillow.fromarray(colours).save(tmp_path / "colours.png")
+    with pytest.raises(UserError, match=r"colours\.png: is a colour picture .* Store one integer per voxel"):
+        read_label(tmp_path / "colours.png")
+    half = some_labels((3, 4, 5)).astype(np.float32)
+    half[0, 0, 0] = 0.5
+    with pytest.raises(UserError, match=r"not whole numbers \(1 voxels, such as 0\.5\).*nearest neighbour"):
+        read_label(save_nifti(tmp_path / "half.nii.gz", half))
+    half[0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="not whole numbers"):
+        read_label(save_nifti(tmp_path / "nan.nii.gz", half))
+    with pytest.raises(UserError, match="has a fourth dimension"):
+        read_label(save_nifti(tmp_path / "four.nii.gz", some_labels((3, 4, 5, 2)).astype(np.uint8)))
+
+
+def write_all_formats(folder: Path) -> None:
+    volume = some_labels((20, 30, 40), 200).astype(np.uint8)
+    for suffix in (".nii", ".nii.gz", ".nrrd", ".mha", ".tif"):
+        sitk.WriteImage(sitk.GetImageFromArray(volume), folder / f"volume{suffix}")
+    nibabel.save(nibabel.MGHImage(volume, np.eye(4)), folder / "volume.mgz")
+    for suffix in (".png", ".bmp", ".jpg"):
+        Pillow.fromarray(some_labels((64, 64, 3), 255).astype(np.uint8)).save(folder / f"picture{suffix}")
+
+
+def test_truncated_files_name_the_cause(tmp_path: Path) -> None:
+    write_all_formats(tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        read_image(path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 2 // 3])
+        with pytest.raises(UserError) as caught:
+            read_image(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ") and "\n" not in message and "ITK" not in message
+        if path.suffix not in (".nrrd", ".mha"):
+            assert "is truncated" in message, message
+        path.write_bytes(b"")
+        with pytest.raises(UserError, match=r"is empty \(0 bytes\)"):
+            read_image(path)
+        path.write_bytes(b"no image at all, but text that is a bit longer than a header" * 10)
+        with pytest.raises(UserError) as caught:
+            read_image(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_damaged_gzip(tmp_path: Path, hippocampus: Path) -> None:
+    data = bytearray((hippocampus / "imagesTr" / CASE).read_bytes())
+    data[2000:2100] = b"\0" * 100
+    (tmp_path / "a.nii.gz").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.nii\.gz: is damaged|a\.nii\.gz: is not gzip-compressed or is damaged"):
+        read_image(tmp_path / "a.nii.gz")
+
+
+def test_what_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such file"):
+        read_image(tmp_path / "absent.nii.gz")
+    (tmp_path / "folder.nii.gz").mkdir()
+    with pytest.raises(UserError, match="is no file"):
+        read_image(tmp_path / "folder.nii.gz")
+    with pytest.raises(UserError, match=r"is of no supported format. Supported are \.nii\.gz"):
+        read_image(tmp_path / "a.xyz")
+    with pytest.raises(UserError, match="has 5 dimensions"):
+        read_image(save_nifti(tmp_path / "five.nii.gz", np.zeros((2, 3, 4, 5, 6), np.int16)))
+    with pytest.raises(UserError, match="complex numbers"):
+        read_image(save_nifti(tmp_path / "complex.nii.gz", np.ones((3, 4, 5), np.complex64)))
+
+
+def test_channels_on_different_grids(tmp_path: Path) -> None:
+    paths = [save_nifti(tmp_path / f"{c}.nii.gz", np.full((3, 4, 5), c, np.int16)) for c in range(2)]
+    assert read_images(paths).array.shape == (2, 5, 4, 3)
+    save_nifti(paths[1], np.zeros((3, 4, 6), np.int16))
+    with pytest.raises(UserError, match=r"1\.nii\.gz: shape \(6, 4, 3\) differs from that of 0\.nii\.gz, \(5, 4, 3\)"):
+        read_images(paths)
+    save_nifti(paths[1], np.zeros((3, 4, 5), np.int16), np.diag([1, 1, 1.1, 1]))
+    with pytest.raises(UserError, match=r"spacing .* differs"):
+        read_images(paths)
+
+
+def test_geometry_tolerances() -> None:
+    moved = Geometry(VOLUME.shape, (3.0009, 0.7, 0.8), (-12.5, 30.2509, 7.0), OBLIQUE)
+    assert VOLUME.differences(moved) == []
+    moved = Geometry(VOLUME.shape, (3.002, 0.7, 0.8), (-12.5, 30.252, 7.0), (1.0, *OBLIQUE[1:]))
+    assert [what for what, _, _ in VOLUME.differences(moved)] == ["spacing", "origin", "direction"]
+
+
+def test_labels_that_a_format_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be written as \.jpg\. Use \.png"):
+        write_label(tmp_path / "a.jpg", some_labels(PICTURE.shape), PICTURE)
+    with pytest.raises(UserError, match=r"label values -1\.\.3 do not fit"):
+        write_label(tmp_path / "a.png", np.where(np.arange(42).reshape(1, 6, 7) == 0, -1, 3), PICTURE)
+    with pytest.raises(UserError, match="do not fit"):
+        write_label(tmp_path / "a.bmp", some_labels(PICTURE.shape, 300), PICTURE)
+    with pytest.raises(UserError, match="a volume of shape"):
+        write_label(tmp_path / "a.png", some_labels(VOLUME.shape), VOLUME)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names() -> None:
+    assert stem(Path("a.b_0000.nii.gz")) == "a.b_0000"
+    assert stem(Path("x.PNG")) == "x"
+    endings = (".jpg", ".mhd", ".par", ".nii.gz", ".png")
+    assert [label_suffix(s) for s in endings] == [".png", ".mha", ".nii.gz", ".nii.gz", ".png"]

@@ -1,0 +1,260 @@
+"""nnU-Net v2's plans.json, dataset.json and splits_final.json, both ways.
+
+tests/data/nnunet_plans.json is a plan as nnU-Net 2.8.1 wrote it for hippocampus cases, with two configurations added by
+hand that inherit from 2d and 3d_fullres.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.interop.nnunet import (
+    Description,
+    description_from_nnunet,
+    description_to_nnunet,
+    plan_from_nnunet,
+    plan_to_nnunet,
+    read_plan,
+    resolve,
+    splits_from_nnunet,
+    splits_to_nnunet,
+)
+from nnunet_lite.plan.fingerprint import Fingerprint
+from nnunet_lite.plan.planner import make_plan
+from nnunet_lite.plan.schema import Plan
+
+DATA = Path(__file__).parent / "data"
+DATASET = {
+    "channel_names": {"0": "MRI"},
+    "labels": {"background": 0, "Anterior": 1, "Posterior": 2},
+    "numTraining": 200,
+    "file_ending": ".nii.gz",
+}
+
+
+@pytest.fixture
+def plans() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((DATA / "nnunet_plans.json").read_text())
+    return loaded
+
+
+def older(plans: dict[str, Any]) -> dict[str, Any]:
+    """The same plan as the first 2.x versions wrote it."""
+    configurations = {}
+    for name, top in (("2d", 512), ("3d_fullres", 320)):
+        c = dict(plans["configurations"][name])
+        kwargs = c.pop("architecture")["arch_kwargs"]
+        configurations[name] = {
+            **c,
+            "UNet_class_name": "PlainConvUNet",
+            "UNet_base_num_features": 32,
+            "unet_max_num_features": top,
+            "n_conv_per_stage_encoder": kwargs["n_conv_per_stage"],
+            "n_conv_per_stage_decoder": kwargs["n_conv_per_stage_decoder"],
+            "num_pool_per_axis": [3] * len(c["patch_size"]),
+            "pool_op_kernel_sizes": kwargs["strides"],
+            "conv_kernel_sizes": kwargs["kernel_sizes"],
+        }
+    return {**plans, "configurations": configurations}
+
+
+def test_nnunets_plan_comes_back_as_it_was(plans: dict[str, Any]) -> None:
+    assert plan_to_nnunet(plan_from_nnunet(plans, DATASET), DATASET) == plans
+
+
+def test_inherited_configuration_has_what_it_inherits(plans: dict[str, Any]) -> None:
+    plan = plan_from_nnunet(plans, DATASET)
+    small, full = plan.configurations["3d_small"], plan.configurations["3d_fullres"]
+    assert (small.batch_size, small.network.features) == (2, (16, 32, 64, 128))
+    assert (small.patch_size, small.spacing, small.resampling) == (full.patch_size, full.spacing, full.resampling)
+    assert small.memory_gb is not None and full.memory_gb is not None and small.memory_gb < full.memory_gb
+
+
+def test_plan_is_ours_afterwards(plans: dict[str, Any]) -> None:
+    plan = plan_from_nnunet(plans, DATASET)
+    assert plan.labels.values == (0, 1, 2) and plan.n_cases == 200 and plan.median_shape == (36, 50, 35)
+    assert plan.channels[0].normalization == "zscore" and plan.channels[0].statistics.mean == 19506.830078125
+    assert Plan.model_validate_json(plan.to_json()) == plan
+
+
+def test_older_plans_mean_the_same(plans: dict[str, Any]) -> None:
+    now, then = plan_from_nnunet(plans, DATASET), plan_from_nnunet(older(plans), DATASET)
+    for name in ("2d", "3d_fullres"):
+        assert then.configurations[name] == now.configurations[name]
+
+
+def test_older_plans_inherit_in_a_chain(plans: dict[str, Any]) -> None:
+    chain = older(plans)
+    chain["configurations"]["a"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    chain["configurations"]["b"] = {"inherits_from": "a", "UNet_base_num_features": 24}
+    last = plan_from_nnunet(chain, DATASET).configurations["b"]
+    assert (last.batch_size, last.network.features) == (3, (24, 48, 96, 192))
+
+
+def test_cascade_goes_both_ways() -> None:
+    fixture = json.loads((DATA / "plan_fixtures.json").read_text())[0]
+    told = description_from_nnunet(fixture["dataset"])
+    fingerprint = Fingerprint.from_nnunet(fixture["fingerprint"])
+    plan = make_plan(fingerprint, "Dataset001_Test", told.channels, told.labels, n_cases=told.n_cases)
+    written = plan_to_nnunet(plan, fixture["dataset"])
+    cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    assert written["configurations"]["3d_cascade_fullres"] == cascade
+    assert written["configurations"]["3d_lowres"]["next_stage"] == "3d_cascade_fullres"
+    back = plan_from_nnunet(written, fixture["dataset"])
+    for name, configuration in plan.configurations.items():
+        taken_over = back.configurations[name].model_copy(update={"reasons": configuration.reasons})
+        assert taken_over == configuration
+
+
+def test_presets_share_preprocessed_data_only_where_nnunet_does() -> None:
+    fixture = json.loads((DATA / "plan_fixtures.json").read_text())[2]
+    told = description_from_nnunet(fixture["dataset"])
+    fingerprint = Fingerprint.from_nnunet(fixture["fingerprint"])
+    plan = make_plan(fingerprint, "X", told.channels, told.labels, "resenc_m", n_cases=told.n_cases)
+    written = plan_to_nnunet(plan, fixture["dataset"])
+    assert written["plans_name"] == "nnUNetResEncUNetMPlans"
+    assert written["experiment_planner_used"] == "nnUNetPlannerResEncM"
+    folders = {name: c.get("data_identifier") for name, c in written["configurations"].items()}
+    assert folders["3d_fullres"] == "nnUNetPlans_3d_fullres"
+    assert folders["3d_lowres"] == "nnUNetResEncUNetMPlans_3d_lowres"
+
+
+@pytest.mark.parametrize(
+    ("ending", "reader"),
+    [
+        (".nii.gz", "SimpleITKIO"),
+        (".nii", "NibabelIO"),
+        (".png", "NaturalImage2DIO"),
+        (".tif", "Tiff3DIO"),
+        (".mha", "SimpleITKIO"),
+    ],
+)
+def test_file_ending_chooses_nnunets_reader(plans: dict[str, Any], ending: str, reader: str) -> None:
+    plan = plan_from_nnunet(plans, DATASET)
+    assert plan_to_nnunet(plan, {**DATASET, "file_ending": ending})["image_reader_writer"] == reader
+
+
+def test_relu_and_batch_norm_are_taken_over(plans: dict[str, Any]) -> None:
+    kwargs = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    kwargs |= {"norm_op": "torch.nn.modules.batchnorm.BatchNorm2d", "nonlin": "torch.nn.ReLU"}
+    plan = plan_from_nnunet(plans, DATASET)
+    network = plan.configurations["2d"].network
+    assert (network.norm, network.activation) == ("batch", "relu")
+    assert plan_to_nnunet(plan, DATASET) == plans
+
+
+def _change(plans: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(plans)
+    *parents, last = path.split("/")
+    node = changed
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    return changed
+
+
+ARCHITECTURE = "configurations/3d_fullres/architecture"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("configurations/3d_small/inherits_from", "3d_big", "3d_small.inherits_from '3d_big', which is not there"),
+        ("configurations/3d_fullres", {"inherits_from": "3d_small"}, "circle: 3d_fullres -> 3d_small -> 3d_fullres"),
+        ("configurations/2d/normalization_schemes", ["MyNormalization"], "normalise differently"),
+        (f"{ARCHITECTURE}/network_class_name", "my.Net", "configurations.3d_fullres.network class 'my.Net'"),
+        (f"{ARCHITECTURE}/arch_kwargs/conv_bias", False, "conv_bias False"),
+        (f"{ARCHITECTURE}/arch_kwargs/dropout_op", "torch.nn.Dropout3d", "dropout_op"),
+        (f"{ARCHITECTURE}/arch_kwargs/stem_channels", 7, "stem_channels 7"),
+        ("configurations/2d/resampling_fn_seg", "mine", "configurations.2d.resampling_fn_seg 'mine'"),
+        ("configurations/2d/preprocessor_name", "Mine", "configurations.2d.preprocessor_name 'Mine'"),
+        (
+            "configurations/2d/patch_size",
+            [50, 40],
+            "2d: patch_size.* must be a multiple of 8; the nearest are 48 and 56",
+        ),
+        ("configurations/2d/batch_size", 0, "configurations.2d.batch_size: .*greater than 0"),
+        ("configurations/2d/spacing", None, "configurations.2d.spacing: "),
+        ("configurations/2d", {"batch_size": 3}, "p.json: nnU-Net's plan lacks configurations.2d.spacing"),
+        ("transpose_forward", [0, 1], "p.json: nnU-Net's plan: axis_order"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(plans: dict[str, Any], path: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_from_nnunet(_change(plans, path, value), DATASET, Path("p.json"))
+
+
+def test_resolve_leaves_the_originals_alone(plans: dict[str, Any]) -> None:
+    before = copy.deepcopy(plans)
+    resolve(plans["configurations"], "3d_small")["batch_size"] = 99
+    assert plans == before
+
+
+def test_read_plan_takes_either_kind(plans: dict[str, Any], tmp_path: Path) -> None:
+    theirs, ours = DATA / "nnunet_plans.json", tmp_path / "plans.json"
+    plan = read_plan(theirs, DATASET)
+    ours.write_text(plan.to_json())
+    assert read_plan(ours) == plan
+    with pytest.raises(UserError, match=r"needs a dataset\.json"):
+        read_plan(theirs)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"background": 0, "a": 1, "b": 4},
+        {"background": 0, "a": 1, "ignore": 2},
+    ],
+)
+def test_dataset_json_goes_both_ways(labels: dict[str, int]) -> None:
+    told = Description(("CT", "T1"), Labels.from_json(labels), 12, ".nrrd")
+    written = description_to_nnunet(told)
+    assert written["channel_names"] == {"0": "CT", "1": "T1"} and written["labels"] == labels
+    assert description_from_nnunet(written) == told
+
+
+def test_regions_keep_their_order() -> None:
+    written = {
+        "channel_names": {"0": "T1"},
+        "labels": {"background": 0, "whole": [1, 2], "core": [2]},
+        "regions_class_order": [1, 2],
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
+    assert description_to_nnunet(description_from_nnunet(written)) == written
+
+
+def test_dataset_json_of_msd_is_read() -> None:
+    told = description_from_nnunet(
+        {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "L"}, "numTraining": 4}
+    )
+    assert told.channels == ("MRI",) and told.labels.names == {"background": 0, "L": 1}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"labels": {"background": 0, "a": 1}}, "d.json: needs channel_names"),
+        ({"channel_names": {"1": "CT"}, "labels": {"a": 1}}, "numbered from 0"),
+        ({"channel_names": {"0": "CT"}}, "needs labels"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "labels: two labels share one value"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": "x"}}, "are not names with integers"),
+    ],
+)
+def test_broken_dataset_json_is_refused(dataset: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        description_from_nnunet(dataset, Path("d.json"))
+
+
+def test_splits_go_both_ways_and_are_checked() -> None:
+    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": ["a", "b"]}]
+    assert splits_from_nnunet(splits_to_nnunet(folds)) == folds
+    with pytest.raises(UserError, match="fold 0 has b on both sides"):
+        splits_from_nnunet([{"train": ["a", "b"], "val": ["b"]}])
+    with pytest.raises(UserError, match="must be a list of"):
+        splits_from_nnunet({"train": []})

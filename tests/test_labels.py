@@ -1,0 +1,83 @@
+"""Values, classes and channels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nnunet_lite.data.labels import Labels, smallest_dtype
+from nnunet_lite.errors import UserError
+
+
+@pytest.mark.parametrize("values", [(0, 1, 4), (1, 7, 8, 9), (-3, 0, 2), (0, 300), (0, 5, 70_000)])
+def test_any_integers_come_back_as_they_were(values: tuple[int, ...]) -> None:
+    names = {f"label {v}": v for v in values if v}
+    labels = Labels(names=names)
+    array = np.random.default_rng(0).choice([0, *names.values()], (4, 5, 6))
+    classes = labels.encode(array)
+    assert classes.dtype == np.uint8
+    assert set(np.unique(classes)) == set(range(labels.n_classes)), "dense"
+    back = labels.decode(classes)
+    assert np.array_equal(back, array)
+    assert back.dtype == smallest_dtype(min(0, *values), max(values))
+
+
+def test_background_is_the_first_class() -> None:
+    labels = Labels(names={"Background": 0, "a": -5, "b": 3})
+    assert labels.values == (0, -5, 3)
+    assert labels.encode(np.array([0, -5, 3])).tolist() == [0, 1, 2]
+    moved = Labels(names={"background": 9, "a": 1})
+    assert moved.values == (9, 1) and moved.encode(np.array([9, 1])).tolist() == [0, 1]
+
+
+def test_unknown_values_are_refused() -> None:
+    labels = Labels(names={"background": 0, "a": 1, "b": 4})
+    with pytest.raises(UserError, match=r"label values \[2, 3\] are not among \[0, 1, 4\]"):
+        labels.encode(np.array([0, 2, 3, 4]))
+    with pytest.raises(UserError, match=r"label values 0\.\.7 are not all among"):
+        labels.encode(np.array([0, 7]))
+
+
+def test_ignore_is_stored_after_the_last_class() -> None:
+    labels = Labels.from_json({"background": 0, "a": 1, "ignore": 5})
+    assert (labels.n_classes, labels.ignore, labels.ignore_class) == (2, 5, 2)
+    assert labels.encode(np.array([0, 1, 5])).tolist() == [0, 1, 2]
+    assert labels.to_json() == {"background": 0, "a": 1, "ignore": 5}
+
+
+def test_regions_are_channels() -> None:
+    labels = Labels.from_json({"background": 0, "whole": [1, 2, 4], "core": [2, 4], "enhancing": 4}, [1, 2, 4])
+    assert labels.has_regions and labels.n_channels == 3 and labels.n_classes == 4
+    assert labels.region_names == ("whole", "core", "enhancing")
+    assert labels.region_classes == ((1, 2, 3), (2, 3), (3,))
+    assert Labels.from_json(labels.to_json(), [1, 2, 4]) == labels
+
+
+def test_msd_writes_value_to_name() -> None:
+    labels = Labels.from_json({"0": "background", "1": "Anterior", "2": "Posterior"})
+    assert labels.names == {"background": 0, "Anterior": 1, "Posterior": 2}
+    assert labels.region_names == ("Anterior", "Posterior")
+    assert not labels.has_regions and labels.n_channels == 3
+
+
+@pytest.mark.parametrize(
+    "names, order, message",
+    [
+        ({"background": 0}, None, "no foreground label"),
+        ({"background": 0, "a": 1, "b": 1}, None, "two labels share one value"),
+        ({"background": 0, "a": [1, 2]}, None, "regions_class_order must give one value for each of the 1 regions"),
+    ],
+)
+def test_what_makes_no_sense(names: dict[str, object], order: list[int] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Labels.from_json(names, order)
+
+
+def test_large_arrays_in_any_memory_layout() -> None:
+    labels = Labels(names={"background": 0, "a": 3, "b": 7})
+    array = np.random.default_rng(0).choice([0, 3, 7], (3, 700, 800)).astype(np.uint8)
+    assert array.size > 1 << 20
+    for view in (array, array.transpose(2, 0, 1), array[:, ::2]):
+        classes = labels.encode(view)
+        assert np.array_equal(labels.decode(classes), view)
+        assert np.array_equal(classes, np.searchsorted([0, 3, 7], view))

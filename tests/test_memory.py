@@ -1,0 +1,87 @@
+"""The arithmetic prediction of training memory against what autograd keeps on the meta device."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nnunet_lite.network.unet import UNet
+from nnunet_lite.plan.memory import activation_values, layers, training_memory
+from nnunet_lite.plan.topology import default_network, topology
+from nnunet_lite.training.loss import segmentation_loss
+
+CASES = [
+    ((1.0, 1.0, 1.0), (128, 128, 128), 2),
+    ((3.0, 1.0, 1.0), (20, 320, 256), 2),
+    ((1.0, 1.0), (512, 512), 12),
+    ((1.0, 1.0, 1.0), (40, 56, 40), 7),
+]
+
+
+def kept(forward: Callable[[], object], without: list[torch.Tensor]) -> int:
+    """Bytes of every tensor that autograd saves for the backward pass, each memory counted once."""
+    ignored = {tensor.untyped_storage()._cdata for tensor in without}
+    alive: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        alive[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for key, storage in alive.items() if key not in ignored)
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+@pytest.mark.parametrize(("spacing", "patch", "batch"), CASES)
+def test_activations_are_those_that_autograd_keeps(
+    spacing: tuple[float, ...], patch: tuple[int, ...], batch: int, kind: str, norm: str
+) -> None:
+    shape = topology(spacing, patch)
+    spec = default_network(kind, shape).model_copy(update={"norm": norm})  # type: ignore[arg-type]
+    with torch.device("meta"):
+        net = UNet(spec, 2, 3).half()
+    net.deep_supervision = True
+    x = torch.empty((batch, 2, *shape.patch), dtype=torch.float16, device="meta")
+    counted = kept(lambda: net(x), list(net.parameters()))
+    logits = sum(2 * 3 * batch * head.voxels for head in layers(spec, shape.patch, 2, 3) if head.kind == "head")
+    predicted = 2 * batch * activation_values(spec, shape.patch, 2, 3)
+    assert predicted == pytest.approx(counted + logits, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+def test_weights_are_those_of_the_network(kind: str) -> None:
+    shape = topology((3.0, 1.0, 1.0), (20, 320, 256))
+    spec = default_network(kind, shape)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in UNet(spec, 4, 6).parameters())
+    memory = training_memory(spec, shape.patch, 2, 4, 6)
+    assert memory.gradients == memory.optimizer == 4 * parameters
+    assert memory.weights == 6 * parameters  # float32, and autocast's copy
+    assert training_memory(spec, shape.patch, 2, 4, 6, "fp32").weights == 4 * parameters
+
+
+@pytest.mark.parametrize("classes", [2, 20, 117])
+def test_loss_is_what_autograd_keeps_of_it(classes: int) -> None:
+    shape = topology((1.0, 1.0), (64, 64))
+    spec = default_network("plain", shape)
+    heads = [layer for layer in layers(spec, shape.patch, 1, classes) if layer.kind == "head"]
+
+    def loss() -> None:
+        for head in heads:
+            logits = torch.empty(3, classes, head.voxels, dtype=torch.float16, device="meta", requires_grad=True)
+            target = torch.empty(3, head.voxels, dtype=torch.uint8, device="meta")
+            segmentation_loss(logits, target, batch_dice=False)
+
+    assert training_memory(spec, shape.patch, 3, 1, classes).loss == pytest.approx(kept(loss, []), rel=0.02)
+
+
+def test_memory_grows_with_the_batch_and_the_precision() -> None:
+    shape = topology((1.0, 1.0, 1.0), (64, 64, 64))
+    spec = default_network("plain", shape)
+    two, four = (training_memory(spec, shape.patch, batch, 1, 2) for batch in (2, 4))
+    assert four.activations == 2 * two.activations and four.weights == two.weights
+    assert training_memory(spec, shape.patch, 2, 1, 2, "fp32").activations == 2 * two.activations
+    assert two.gb < four.gb

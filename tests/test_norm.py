@@ -1,0 +1,31 @@
+"""Our instance normalisation equals torch's, forward and backward, in either layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnunet_lite.network.norm import InstanceNorm, is_channels_last
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 4), (3, 4, 9, 8)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_equals_torch(shape: tuple[int, ...], channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * 3 + 2
+    gradient = torch.randn(shape, generator=generator)
+    norm = InstanceNorm(shape[1])
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    torch.nn.init.normal_(norm.bias)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    given = ours.contiguous(memory_format=layout) if channels_last else ours
+    assert is_channels_last(given) == channels_last
+    y = norm(given)
+    y.backward(gradient)
+    weight, bias = (p.detach().clone().requires_grad_() for p in (norm.weight, norm.bias))
+    expected = F.instance_norm(theirs, weight=weight, bias=bias, eps=1e-5)
+    expected.backward(gradient)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for got, want in ((ours.grad, theirs.grad), (norm.weight.grad, weight.grad), (norm.bias.grad, bias.grad)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert is_channels_last(y) == channels_last

@@ -1,0 +1,239 @@
+"""Plans equal those that nnU-Net 2.8.1 makes of the same fingerprints, say why, and can be changed within limits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.interop.nnunet import description_from_nnunet, plan_to_nnunet
+from nnunet_lite.plan.fingerprint import Fingerprint
+from nnunet_lite.plan.override import legal_neighbours, override
+from nnunet_lite.plan.planner import make_plan
+from nnunet_lite.plan.schema import Plan, Statistics
+from nnunet_lite.plan.show import patch_share, plan_table
+from nnunet_lite.plan.topology import topology
+
+FIXTURES = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())
+STATISTICS = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
+LABELS = Labels(names={"background": 0, "tumour": 1})
+PLANNED = ("spacing", "patch_size", "batch_size", "median_image_size_in_voxels", "normalization_schemes")
+PLANNED += ("use_mask_for_norm", "batch_dice")
+DRAWN = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder")
+
+
+def plan_of(fixture: dict[str, Any]) -> Plan:
+    told = description_from_nnunet(fixture["dataset"])
+    return make_plan(
+        Fingerprint.from_nnunet(fixture["fingerprint"]),
+        "Dataset001_Test",
+        told.channels,
+        told.labels,
+        fixture["preset"],
+        fixture["gpu_memory_gb"],
+        told.n_cases,
+    )
+
+
+def simple(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], n: int = 20, crop: float = 1.0, **options: Any
+) -> Plan:
+    """A plan of n equal cases with one channel."""
+    channels = options.pop("channels", ("T1",))
+    fingerprint = Fingerprint((spacing,) * n, (shape,) * n, crop, (STATISTICS,) * len(channels))
+    return make_plan(fingerprint, "Test", channels, LABELS, **options)
+
+
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f"{f['kind']}-{f['preset']}-{f['gpu_memory_gb']}")
+def test_plan_is_nnunets(fixture: dict[str, Any]) -> None:
+    ours, wanted = plan_to_nnunet(plan_of(fixture), fixture["dataset"]), fixture["expected"]
+    for key in ("transpose_forward", "transpose_backward", "original_median_shape_after_transp"):
+        assert ours[key] == wanted[key]
+    assert ours["original_median_spacing_after_transp"] == pytest.approx(wanted["original_median_spacing_after_transp"])
+    assert set(ours["configurations"]) == set(wanted["configurations"])
+    for name, theirs in wanted["configurations"].items():
+        mine = ours["configurations"][name]
+        if "inherits_from" in theirs:
+            assert mine == {key: theirs[key] for key in ("inherits_from", "previous_stage")}
+            continue
+        arguments = mine["architecture"]["arch_kwargs"]
+        blocks = arguments.get("n_conv_per_stage", arguments.get("n_blocks_per_stage"))
+        assert {key: mine[key] for key in PLANNED if key != "spacing"} == {
+            key: theirs[key] for key in PLANNED if key != "spacing"
+        }
+        assert mine["spacing"] == pytest.approx(theirs["spacing"], rel=1e-9)
+        assert {key: arguments[key] for key in DRAWN} == {key: theirs[key] for key in DRAWN}
+        assert blocks == theirs["n_conv_or_blocks_per_stage"]
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, nnunet_lite.plan.planner, nnunet_lite.plan.show, nnunet_lite.interop.nnunet as _; "
+    heavy = subprocess.run(
+        [sys.executable, "-c", code + "print({'torch', 'SimpleITK', 'matplotlib', 'sklearn'} & set(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert heavy.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "masked"),
+    [
+        ("CT", "ct", False),
+        ("ct", "ct", False),
+        ("noNorm", "none", False),
+        ("Rescale_To_0_1", "rescale_0_1", False),
+        ("rgb_to_0_1", "rgb_0_1", False),
+        ("ZScore", "zscore", True),
+        ("T1", "zscore", True),
+        ("none", "zscore", True),  # as nnU-Net: only noNorm switches normalisation off
+    ],
+)
+def test_channel_name_chooses_the_normalisation(name: str, scheme: str, masked: bool) -> None:
+    channel = simple((60, 60, 60), (1, 1, 1), crop=0.74, channels=(name,)).channels[0]
+    assert (channel.normalization, channel.use_mask) == (scheme, masked)
+    assert not simple((60, 60, 60), (1, 1, 1), crop=0.75, channels=(name,)).channels[0].use_mask
+
+
+def test_coarse_axis_comes_first_and_takes_the_10th_percentile() -> None:
+    spacings = tuple((0.8, 0.8, z) for z in (3.0, 4.0, 5.0, 5.0, 5.0, 6.0, 6.0, 6.0, 6.0, 7.0))
+    fingerprint = Fingerprint(spacings, ((400, 400, 30),) * 10, 1.0, (STATISTICS,))
+    plan = make_plan(fingerprint, "Test", ("CT",), LABELS)
+    assert plan.axis_order == (2, 0, 1)
+    assert plan.configurations["3d_fullres"].spacing == pytest.approx((3.9, 0.8, 0.8))
+    reasons = plan.configurations["3d_fullres"].reasons
+    assert any("spacing along x is 3.9 mm, the 10th percentile" in reason for reason in reasons)
+    assert any("order x, z, y" in reason for reason in reasons)
+
+
+def test_one_slice_gets_2d_only() -> None:
+    plan = simple((1, 500, 400), (999.0, 1.0, 1.0))
+    assert list(plan.configurations) == ["2d"]
+    assert plan.configurations["2d"].reasons[0] == "images have one slice: only the pixels count"
+
+
+def test_lowres_and_cascade_come_with_images_much_larger_than_a_patch() -> None:
+    large, small = simple((400, 400, 400), (1, 1, 1)), simple((140, 140, 140), (1, 1, 1))
+    assert list(large.configurations) == ["2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"]
+    assert large.configurations["3d_lowres"].reasons[0].startswith("made because a patch of 3d_fullres sees 3.3 %")
+    assert large.configurations["3d_cascade_fullres"].previous_stage == "3d_lowres"
+    assert patch_share(large.configurations["3d_lowres"]) >= 0.25
+    assert "3d_lowres" not in small.configurations
+    assert any(reason.startswith("no 3d_lowres") for reason in small.configurations["3d_fullres"].reasons)
+
+
+def test_default_batch_is_capped_at_a_twentieth_of_the_data() -> None:
+    default, residual = (simple((40, 40, 40), (1, 1, 1), n=60, preset=preset) for preset in ("default", "resenc_m"))
+    assert default.configurations["3d_fullres"].batch_size == 3
+    assert any("capped at 3 of" in reason for reason in default.configurations["3d_fullres"].reasons)
+    assert residual.configurations["3d_fullres"].batch_size > 3
+
+
+def test_more_memory_gives_a_larger_patch_and_more_predicted_memory() -> None:
+    eight, eighty = (simple((400, 400, 400), (1, 1, 1), memory_gb=gb) for gb in (8, 80))
+    small, large = eight.configurations["3d_fullres"], eighty.configurations["3d_fullres"]
+    assert patch_share(large) > 5 * patch_share(small)
+    assert small.memory_gb is not None and large.memory_gb is not None
+    assert 0.5 * 8 < small.memory_gb < 8 and 0.5 * 80 < large.memory_gb < 80
+
+
+def test_preset_brings_its_own_budget() -> None:
+    assert [simple((60, 60, 60), (1, 1, 1), preset=p).memory_gb for p in ("default", "resenc_l", "resenc_xl")] == [
+        8,
+        24,
+        40,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "resenc_k"}, "there is no preset 'resenc_k'. Did you mean resenc_"),
+        ({"memory_gb": 0}, "a memory budget of 0 GB is not positive"),
+        ({"memory_gb": 1e-6}, "1e-06 GB are too few for this data set"),
+    ],
+)
+def test_impossible_wishes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        simple((60, 60, 60), (1, 1, 1), **options)
+
+
+def test_fingerprint_of_other_channels_is_refused() -> None:
+    fingerprint = Fingerprint(((1, 1, 1),), ((60, 60, 60),), 1.0, (STATISTICS,))
+    with pytest.raises(UserError, match="has 2 channels, its fingerprint 1"):
+        make_plan(fingerprint, "Test", ("T1", "T2"), LABELS)
+
+
+def test_plan_survives_its_file(tmp_path: Path) -> None:
+    plan = plan_of(FIXTURES[0])
+    (tmp_path / "plans.json").write_text(plan.to_json())
+    assert Plan.read(tmp_path / "plans.json") == plan
+
+
+def test_table_holds_every_configuration_and_every_reason_within_its_width() -> None:
+    for fixture in FIXTURES:
+        plan = plan_of(fixture)
+        text = plan_table(plan)
+        assert max(map(len, text.splitlines())) <= 120
+        flowing = " ".join(text.split())
+        for name, c in plan.configurations.items():
+            assert f"\n{name} " in text
+            assert f" {' x '.join(map(str, c.patch_size))} {c.batch_size} {len(c.network.features)} " in flowing
+            assert all(reason in flowing for reason in c.reasons)
+
+
+def test_table_warns_where_many_classes_exceed_the_budget() -> None:
+    many = next(fixture for fixture in FIXTURES if len(fixture["dataset"]["labels"]) > 100)
+    assert "GB are more than" in plan_table(plan_of(many))
+
+
+def test_override_takes_a_legal_patch_and_recomputes_the_topology() -> None:
+    plan = simple((200, 200, 200), (1, 1, 1))
+    changed = override(plan, "3d_fullres", (64, 64, 32), 5)
+    c = changed.configurations["3d_fullres"]
+    assert (c.patch_size, c.batch_size) == ((64, 64, 32), 5)
+    assert c.network.strides == topology((1, 1, 1), (64, 64, 32)).strides
+    assert len(c.network.features) == 5
+    assert c.memory_gb is not None and c.memory_gb < (plan.configurations["3d_fullres"].memory_gb or 0)
+    assert changed.configurations["2d"] == plan.configurations["2d"]
+    assert Plan.model_validate_json(changed.to_json()) == changed
+
+
+def test_override_keeps_the_widths_of_the_stages_that_stay() -> None:
+    plan = simple((64, 64, 64), (1, 1, 1))
+    c = plan.configurations["3d_fullres"]
+    narrow = c.network.model_copy(update={"features": (16, 32, 64, 128, 200)})
+    plan = plan.model_copy(update={"configurations": {"3d_fullres": c.model_copy(update={"network": narrow})}})
+    deeper = override(plan, "3d_fullres", (128, 128, 128)).configurations["3d_fullres"].network
+    assert deeper.features == (16, 32, 64, 128, 200, 320)
+    shallower = override(plan, "3d_fullres", (16, 16, 16)).configurations["3d_fullres"].network
+    assert shallower.features == (16, 32, 64) and shallower.decoder_convolutions == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("patch", "batch", "message"),
+    [
+        ((100, 64, 64), None, "100x64x64 cannot be pooled.* The nearest are 96x64x64 and 112x64x64"),
+        ((64, 64), None, "64x64 is no patch. Give 3 positive numbers"),
+        ((0, 64, 64), None, "0x64x64 is no patch"),
+        ((4, 4, 4), None, "too small to pool"),
+        (None, 0, "batch size of 0"),
+    ],
+)
+def test_override_refuses_what_cannot_be(patch: tuple[int, ...] | None, batch: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(simple((200, 200, 200), (1, 1, 1)), "3d_fullres", patch, batch)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.7, 0.7), (1.0, 0.3)])
+def test_neighbours_are_legal_themselves(spacing: tuple[float, ...]) -> None:
+    for size in range(5, 200, 7):
+        patch = tuple(size + 3 * axis for axis in range(len(spacing)))
+        below, above = legal_neighbours(spacing, patch)
+        assert topology(spacing, below).patch == below and topology(spacing, above).patch == above
+        assert all(low <= n <= high for low, n, high in zip(below, patch, above, strict=True))
