@@ -21,7 +21,7 @@ Copy = Callable[..., Path]
 
 
 def run(root: Path) -> Report:
-    return check(read_dataset(root), workers=2)[0]
+    return check(read_dataset(root), workers=2)
 
 
 def only(report: Report, kind: str) -> Problem:
@@ -204,21 +204,21 @@ def test_nan_and_infinity(copy_dataset: Copy, value: float) -> None:
     root = copy_dataset()
     rewrite(first(root, "imagesTr"), set_voxel(value, np.float32))
     problem = only(run(root), "nan")
-    assert problem.found == "1 voxels of channel MRI are NaN or infinite"
+    assert problem.found == "1 voxel of channel MRI NaN or infinite"
 
 
 def test_unknown_label_value(copy_dataset: Copy) -> None:
     root = copy_dataset()
     rewrite(first(root, "labelsTr"), set_voxel(7, np.uint8))
     problem = only(run(root), "label_value")
-    assert (problem.found, problem.expected) == ("label value 7 (1 voxels)", "one of 0, 1, 2")
+    assert (problem.found, problem.expected) == ("label value 7 (1 voxel)", "one of 0, 1, 2")
 
 
 def test_fractional_label(copy_dataset: Copy) -> None:
     root = copy_dataset()
     rewrite(first(root, "labelsTr"), set_voxel(0.5, np.float32))
     problem = only(run(root), "label_fraction")
-    assert problem.found == "label values are not whole numbers (1 voxels, such as 0.5)"
+    assert problem.found == "label values are not whole numbers (0.5 and so on in 1 of 62475 voxels)"
     assert "nearest neighbour" in problem.fix
 
 
@@ -349,5 +349,5 @@ def test_threads_or_none_give_the_same_report(copy_dataset: Copy) -> None:
             seen.append((total, what))
             yield item
 
-    assert check(dataset, workers=0, progress=progress)[0] == check(dataset, workers=3)[0]
+    assert check(dataset, workers=0, progress=progress) == check(dataset, workers=3)
     assert seen == [(6, "check")] * 6

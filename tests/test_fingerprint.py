@@ -84,11 +84,20 @@ def test_threads_change_nothing(hippocampus: Path) -> None:
     assert take(hippocampus, 0) == take(hippocampus, 3)
 
 
+def test_merging_on_the_way_changes_nothing(hippocampus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = take(hippocampus)
+    joined = []
+    monkeypatch.setattr(module, "_joined", lambda parts, join=module._joined: joined.append(1) or join(parts))
+    monkeypatch.setattr(module, "_MANY", 2048)  # more than there are distinct values, fewer than those of all cases
+    assert take(hippocampus) == at_once
+    assert len(joined) > 1
+
+
 def test_many_distinct_values_are_rounded_but_hardly(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.sort(np.random.default_rng(0).normal(100, 30, 200_000).astype(np.float32))
     exact = module._statistics(module._distinct(values, np.ones(values.size, np.int64)))
     monkeypatch.setattr(module, "_MANY", 150_000)
-    rounded = module._distinct(values, np.ones(values.size, np.int64))
+    rounded = module._bounded(module._distinct(values, np.ones(values.size, np.int64)))
     assert rounded.values.size <= 150_000 and rounded.counts.sum() == values.size
     assert module._statistics(rounded).model_dump() == pytest.approx(exact.model_dump(), rel=1e-4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import nibabel
@@ -175,6 +176,36 @@ def test_jpeg_bmp_and_16_bit_pictures(tmp_path: Path) -> None:
     assert read_image(tmp_path / "deep.png").array.max() == 51000
 
 
+def interleaved_tiff(samples: int) -> bytes:
+    """A TIFF of 2 x 2 pixels, grey, with several values per pixel and nothing that says what they are."""
+    data = bytes(range(4 * samples))
+    tags = [(256, 2), (257, 2), (258, 8), (259, 1), (262, 1), (273, 8), (277, samples), (278, 2), (279, len(data))]
+    directory = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    return head + data + struct.pack("<H", len(tags)) + directory + struct.pack("<I", 0)
+
+
+def test_tiff_with_channels_that_itk_would_lose(tmp_path: Path) -> None:
+    (tmp_path / "one.tif").write_bytes(interleaved_tiff(1))
+    assert read_image(tmp_path / "one.tif").array.ravel().tolist() == [0, 1, 2, 3]
+    (tmp_path / "five.tif").write_bytes(interleaved_tiff(5))
+    with pytest.raises(UserError, match=r"five\.tif: holds 5 interleaved channels, of which only 1 can be read"):
+        read_image(tmp_path / "five.tif")
+
+
+def test_black_and_white_and_grey_with_alpha(tmp_path: Path) -> None:
+    white = some_labels((8, 9), 1).astype(bool)
+    for suffix in ("png", "bmp", "tif"):
+        Pillow.fromarray(white).save(tmp_path / f"bw.{suffix}")
+        label, _, notes = read_label(tmp_path / f"bw.{suffix}")
+        assert np.array_equal(label[0], white * 255) and notes == (), suffix
+    grey = some_labels((8, 9, 2), 255).astype(np.uint8)
+    Pillow.fromarray(grey, mode="LA").save(tmp_path / "la.png")
+    image = read_image(tmp_path / "la.png")
+    assert np.array_equal(image.array[0, 0], grey[..., 0])
+    assert image.notes == ("alpha channel dropped although it varies",)
+
+
 def test_tiff_pages_are_a_volume_with_a_spacing_beside_it(tmp_path: Path) -> None:
     volume = some_labels((5, 6, 7), 200).astype(np.uint8)
     for name in ("a_0000.tif", "b_0000.tif"):
@@ -220,7 +251,7 @@ def test_bad_labels_are_refused(tmp_path: Path) -> None:
         read_label(tmp_path / "colours.png")
     half = some_labels((3, 4, 5)).astype(np.float32)
     half[0, 0, 0] = 0.5
-    with pytest.raises(UserError, match=r"not whole numbers \(1 voxels, such as 0\.5\).*nearest neighbour"):
+    with pytest.raises(UserError, match=r"not whole numbers \(0\.5 and so on in 1 of 60 voxels\).*nearest neighbour"):
         read_label(save_nifti(tmp_path / "half.nii.gz", half))
     half[0, 0, 0] = np.nan
     with pytest.raises(UserError, match="not whole numbers"):

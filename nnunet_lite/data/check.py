@@ -20,7 +20,7 @@ from nnunet_lite.data.cases import Case, image_files
 from nnunet_lite.data.dataset import Dataset, image_folder, label_folder, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
-from nnunet_lite.data.problems import Problem, Report
+from nnunet_lite.data.problems import Problem, Report, plural
 from nnunet_lite.errors import UserError
 
 T = TypeVar("T")
@@ -53,39 +53,42 @@ class CaseFindings(Generic[T]):
 
 
 def check(
-    dataset: Dataset, visit: Visit[T] | None = None, workers: int | None = None, progress: Progress | None = None
-) -> tuple[Report, dict[str, T | None]]:
+    dataset: Dataset,
+    visit: Visit[T] | None = None,
+    keep: Callable[[str, T], None] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Read every file once and report all problems.
 
     Parameters
     ----------
-    visit : called with image (channels, z, y, x), geometry and foreground mask (z, y, x) of each case that is sound.
+    visit : called with image (channels, z, y, x), geometry and foreground mask (z, y, x) of each case that is sound, in
+        a thread.
+    keep : called with the id of each such case and what `visit` returned, in the order of the cases.
     workers : threads, hence cases in memory; None for one per CPU this process may use, 0 for none.
     progress : wraps the loop over the cases, such as `nnunet_lite.log.progress`.
-
-    Returns
-    -------
-    the report, and what `visit` returned for each case id, None where it was not called.
     """
     found: list[CaseFindings[T]] = []
     results = _each_case(dataset, visit, workers)
     for findings in progress(results, len(dataset.cases), "check") if progress else results:
+        if keep is not None and findings.visited is not None:
+            keep(dataset.cases[len(found)].id, findings.visited)
+        findings.visited = None
         found.append(findings)
     problems = [*_files_without_case(dataset), *_repeated_ids(dataset)]
     problems += [problem for findings in found for problem in findings.problems]
     problems += [*_dimensions(dataset, found), *_across_cases(dataset, found), *_intensity_units(dataset, found)]
     problems += [Problem("understood", str(dataset.root), note) for note in dataset.notes]
     problems = [_relative(problem, dataset.root) for problem in problems]
-    report = Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
-    return report, {case.id: findings.visited for case, findings in zip(dataset.cases, found, strict=True)}
+    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
 
 
 def broken_dataset(root: Path, error: UserError) -> Report:
     """The report of a folder that `read_dataset` refused."""
-    kind = "invalid_json" if "invalid JSON" in str(error) else "invalid_dataset"
-    problem = _unread(
-        error, root / "dataset.json" if str(error).startswith(f"{root / 'dataset.json'}: ") else root, kind
-    )
+    table = root / "dataset.json"
+    where = table if str(error).startswith(f"{table}: ") else root
+    problem = _unread(error, where, "invalid_json" if "invalid JSON" in str(error) else "invalid_dataset")
     return Report(root.name, 0, (), (_relative(problem, root),))
 
 
@@ -135,27 +138,15 @@ _HEADER_FIX = "If the voxels do match, copy the image's header to the label map,
 
 def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image | None:
     """The image of a case where it is sound enough to go on with."""
-    images = []
-    for number, path in enumerate(case.images):
-        try:
-            if not path.exists():
-                name = dataset.channels[number] if len(case.images) > 1 else "image"
-                fix = "Add the file, or leave out the case."
-                out.problems.append(
-                    Problem("missing_image", str(path), f"no file for {name} of case {case.id}", "", fix)
-                )
-            else:
-                images.append(read_image(path))
-        except UserError as error:
-            out.problems.append(_unread(error, path, "unreadable"))
+    images = _read_channels(case, dataset, out)
     if len(images) < len(case.images):
         return None
+    out.geometry = images[0].geometry
+    fix = "Register and resample all channels of a case to one grid."
     for path, image in zip(case.images[1:], images[1:], strict=True):
         for what, found, expected in image.geometry.differences(images[0].geometry):
-            text = f"{what} {found}"
-            fix = "Register and resample all channels of a case to one grid."
-            out.problems.append(Problem("grid", str(path), text, f"{expected} as {case.images[0].name}", fix))
-    out.geometry = images[0].geometry
+            wanted = f"{expected} as {case.images[0].name}"
+            out.problems.append(Problem("grid", str(path), f"{what} {found}", wanted, fix))
     for path, image in zip(case.images, images, strict=True):
         out.problems += [Problem("understood", str(path), note) for note in image.notes]
     if any(problem.kind == "grid" for problem in out.problems):
@@ -164,14 +155,29 @@ def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image
     if len(array) != len(dataset.channels):
         wanted = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
         fix = "Name the channels in dataset.json as they are in the files, or mend the file."
-        found = f"{len(array)} channel{'s' if len(array) > 1 else ''}"
-        out.problems.append(Problem("channels", str(case.images[0]), found, wanted, fix))
+        out.problems.append(Problem("channels", str(case.images[0]), plural(len(array), "channel"), wanted, fix))
         return None
     out.digest = hashlib.blake2b(array.data, digest_size=16).digest()
-    for number, channel in enumerate(array):
-        path = case.images[number] if len(case.images) > 1 else case.images[0]
-        out.problems += _check_values(channel, path, dataset.channels[number], out)
+    files = [path for path, image in zip(case.images, images, strict=True) for _ in image.array]
+    for channel, path, name in zip(array, files, dataset.channels, strict=True):
+        out.problems += _check_values(channel, path, name, out)
     return Image(array, images[0].geometry)
+
+
+def _read_channels(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> list[Image]:
+    """The files of a case that can be read."""
+    images = []
+    for number, path in enumerate(case.images):
+        if not path.exists():
+            name = dataset.channels[number] if 1 < len(case.images) == len(dataset.channels) else "image"
+            text = f"no file for {name} of case {case.id}"
+            out.problems.append(Problem("missing_image", str(path), text, "", "Add the file, or leave out the case."))
+            continue
+        try:
+            images.append(read_image(path))
+        except UserError as error:
+            out.problems.append(_unread(error, path, "unreadable"))
+    return images
 
 
 def _check_values(channel: np.ndarray, path: Path, name: str, out: CaseFindings[Any]) -> Iterator[Problem]:
@@ -180,7 +186,9 @@ def _check_values(channel: np.ndarray, path: Path, name: str, out: CaseFindings[
     if not (np.isfinite(low) and np.isfinite(high)):
         wrong = int(channel.size - np.isfinite(channel).sum())
         fix = "Replace them, for example by 0 or by the lowest value of the image."
-        yield Problem("nan", str(path), f"{wrong} voxels of channel {name} are NaN or infinite", "finite numbers", fix)
+        yield Problem(
+            "nan", str(path), f"{plural(wrong, 'voxel')} of channel {name} NaN or infinite", "finite numbers", fix
+        )
         return
     if low == high:
         fix = "Leave the case out if the image is lost."
@@ -209,7 +217,7 @@ def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[
     if unknown:
         voxels = int(np.isin(label, unknown).sum())
         values = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        found = f"label value {values} ({voxels} voxels)"
+        found = f"label value {values} ({plural(voxels, 'voxel')})"
         legal = ", ".join(str(v) for v in sorted(v for v in known if v is not None))
         fix = "Add it to the labels of dataset.json, or correct the file."
         if suffix_of(case.label) in (".jpg", ".jpeg"):
@@ -237,7 +245,7 @@ def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
     images, labels = image_folder(dataset.root), label_folder(dataset.root)
     used = {path for case in dataset.cases for path in (*case.images, case.label)}
     ids = {case.id for case in dataset.cases}
-    unlisted = set()
+    unlisted: set[str] = set()
     for path in image_files(images) if images else ():
         case_id, _, number = stem(path).rpartition("_")
         if path in used:
@@ -248,6 +256,7 @@ def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
             fix = "Name the channel in dataset.json, or remove the file."
             yield Problem("extra_channel", str(path), found, wanted, fix)
         else:
+            unlisted |= {stem(path), case_id}
             yield Problem(
                 "extra_image", str(path), "is not in the data set", "", "List it in dataset.json, or remove it."
             )
@@ -298,7 +307,7 @@ def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[
             text = f"label {name} ({', '.join(map(str, members[name]))}) has no voxel in any case"
             yield Problem("label_absent", table, text, "", f"Correct the labels, or remove {name} from dataset.json.")
     if len(dataset.cases) < FOLDS:
-        text = f"{len(dataset.cases)} case{'s' if len(dataset.cases) != 1 else ''}"
+        text = plural(len(dataset.cases), "case")
         fix = "Train on all of them (fold `all`), or add cases."
         yield Problem("few_cases", str(dataset.root), text, f"at least {FOLDS} for {FOLDS}-fold cross-validation", fix)
 

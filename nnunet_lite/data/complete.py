@@ -60,25 +60,42 @@ def _bmp_ends(head: bytes, tail: bytes, size: int, path: Path) -> bool:
 
 
 def _tiff_ends(head: bytes, tail: bytes, size: int, path: Path) -> bool:
-    """Follow the chain of page directories; it must not leave the file. BigTIFF (43) has 8-byte fields."""
-    order = {b"II": "<", b"MM": ">"}.get(head[:2])
-    if order is None or len(head) < 16:
+    """The chain of page directories must not leave the file."""
+    try:
+        return len(_tiff_samples_per_page(path)) > 0
+    except struct.error:
         return False
-    big = struct.unpack_from(f"{order}H", head, 2)[0] == 43
-    count_format, entry, offset_format = (f"{order}Q", 20, f"{order}Q") if big else (f"{order}H", 12, f"{order}I")
-    offset = struct.unpack_from(offset_format, head, 8 if big else 4)[0]
-    seen: set[int] = set()
+
+
+def tiff_samples(path: Path) -> int:
+    """Values per pixel of a (whole) TIFF's first page."""
+    return _tiff_samples_per_page(path)[0]
+
+
+def _tiff_samples_per_page(path: Path) -> list[int]:
+    """Follow the directories of a TIFF, in which tag 277 is SamplesPerPixel. BigTIFF (43) has 8-byte fields.
+
+    Raises
+    ------
+    struct.error : the file ends too early.
+    """
+    found: dict[int, int] = {}
     with path.open("rb") as file:
-        while offset and offset not in seen:
-            seen.add(offset)
-            width = struct.calcsize(count_format)
+
+        def read(kind: str) -> int:
+            return int(struct.unpack(order + kind, file.read(struct.calcsize(order + kind)))[0])
+
+        order = ">" if file.read(2) == b"MM" else "<"
+        big = read("H") == 43
+        count_kind, offset_kind, entry_size = ("Q", "Q", 20) if big else ("H", "I", 12)
+        file.seek(8 if big else 4)
+        offset = read(offset_kind)
+        while offset and offset not in found:
             file.seek(offset)
-            count = file.read(width)
-            if len(count) < width:
-                return False
-            file.seek(offset + width + struct.unpack(count_format, count)[0] * entry)
-            following = file.read(struct.calcsize(offset_format))
-            if len(following) < struct.calcsize(offset_format):
-                return False
-            offset = struct.unpack(offset_format, following)[0]
-    return True
+            entries = file.read(read(count_kind) * entry_size)
+            found[offset] = 1
+            for start in range(0, len(entries), entry_size):
+                if struct.unpack_from(f"{order}H", entries, start)[0] == 277:
+                    found[offset] = struct.unpack_from(f"{order}H", entries, start + entry_size - (8 if big else 4))[0]
+            offset = read(offset_kind)
+    return list(found.values())

@@ -308,9 +308,8 @@ def _with_labels(files: list[Path], channels: int, labels: Path, ending: str | N
     """Group image files into cases; each gets the label of its name, or the path where one is missing."""
     found = {stem(path): path for path in image_files(labels)}
     whole = [path for path in files if stem(path) in found]  # names that end in _0001 by themselves
-    cases = [Case(stem(path), (path,)) for path in whole] + group_files(
-        [p for p in files if p not in set(whole)], channels
-    )
+    others = [path for path in files if stem(path) not in found]
+    cases = [Case(stem(path), (path,)) for path in whole] + group_files(others, channels)
     missing = ending or _common_ending(cases, None)
     return [Case(case.id, case.images, found.get(case.id, labels / f"{case.id}{missing}")) for case in cases]
 

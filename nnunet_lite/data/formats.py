@@ -1,8 +1,8 @@
 """File formats: one file to an array (channels, z, y, x) with its geometry, and a label map to a file.
 
 SimpleITK reads headers and most voxels. nibabel reads the voxels of NIfTI files (ITK pads a truncated one with zeros in
-silence) and whole files that ITK refuses: sheared NIfTI, NIfTI-2, MGH, Analyze, PAR/REC, AFNI. Pillow reads BMP (ITK
-makes three channels of grey) and pictures with a palette (ITK hides the numbers of the colours).
+silence) and whole files that ITK refuses: sheared NIfTI, NIfTI-2, MGH, Analyze, PAR/REC, AFNI. Pillow reads what ITK
+gets wrong: BMP (three channels of grey), black and white, grey with alpha, palettes (no numbers of the colours).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.complete import defect, gzip_defect
+from nnunet_lite.data.complete import defect, gzip_defect, tiff_samples
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.errors import UserError
@@ -99,16 +99,19 @@ def read_header(path: Path) -> tuple[Geometry, int] | None:
         raise UserError(f"cannot be read ({_reason(error)})", path) from None
     size = reader.GetSize()
     channels = reader.GetNumberOfComponents()
-    axes = _axes(size, path)
-    if axes < len(size) and size[axes] > 1:
-        if channels > 1:
-            raise UserError(f"has {len(size)} dimensions and {channels} values per voxel", path)
-        channels = size[axes]
+    axes = min(len(size), 3)
+    more = [n for n in size[axes:] if n > 1]
+    if len(size) == 1 or len(more) + (channels > 1) > 1:
+        raise UserError(f"has {len(size)} dimensions {size}", path, "Images have 2 or 3, and a 4th for channels.")
+    channels = more[0] if more else channels
     n = len(size)
     direction = reader.GetDirection()
     cosines = [[direction[i * n + j] if max(i, j) < axes else float(i == j) for j in range(3)] for i in range(3)]
     spacing = reader.GetSpacing()[:axes][::-1]
     if suffix_of(path) in PICTURES:
+        if suffix_of(path) in (".tif", ".tiff") and channels != (samples := tiff_samples(path)):
+            fix = "Save it as RGB, with planar configuration, or one file per channel."
+            raise UserError(f"holds {samples} interleaved channels, of which only {channels} can be read", path, fix)
         return _picture_geometry(path, size), channels
     geometry = Geometry(
         shape=(1, *size[:2][::-1]) if axes == 2 else tuple(size[:3][::-1]),
@@ -118,13 +121,6 @@ def read_header(path: Path) -> tuple[Geometry, int] | None:
         dimensions=axes,
     )
     return geometry, channels
-
-
-def _axes(size: tuple[int, ...], path: Path) -> int:
-    """2 or 3: how many axes of (x, y, z, channel, ...) are space."""
-    if len(size) == 1 or any(n > 1 for n in size[4:]):
-        raise UserError(f"has {len(size)} dimensions {size}", path, "Images have 2 or 3, and a 4th for channels.")
-    return min(len(size), 3)
 
 
 def _picture_geometry(path: Path, size: tuple[int, ...]) -> Geometry:
@@ -149,7 +145,7 @@ def picture_mode(path: Path) -> str:
         return "RGB"
     if suffix_of(path) == ".png":
         with path.open("rb") as file:
-            return "P" if file.read(26)[25:] == b"\x03" else "RGB"
+            return {b"\x03": "P", b"\x04": "LA"}.get(file.read(26)[25:], "RGB")
     try:
         with _pillow(path) as picture:
             return str(picture.mode)
@@ -163,7 +159,7 @@ def is_palette(path: Path) -> bool:
 
 
 def _is_pillows(path: Path) -> bool:
-    return suffix_of(path) == ".bmp" or is_palette(path)
+    return suffix_of(path) == ".bmp" or picture_mode(path) in ("1", "P", "PA", "LA")
 
 
 def _pillow(path: Path) -> Any:

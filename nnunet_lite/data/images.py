@@ -191,7 +191,7 @@ def _integers(array: np.ndarray, path: Path) -> np.ndarray:
     if wrong.any():
         examples = ", ".join(f"{v:.6g}" for v in np.unique(array[wrong])[:3])
         raise UserError(
-            f"label values are not whole numbers ({int(wrong.sum())} voxels, such as {examples})",
+            f"label values are not whole numbers ({examples} and so on in {int(wrong.sum())} of {wrong.size} voxels)",
             path,
             "Resample label maps with nearest neighbour and store integers.",
         )

@@ -86,8 +86,8 @@ class Report:
 
     def to_text(self) -> str:
         """For a person: a headline, then a line per problem; equal problems of many files share one line."""
-        counts = [_plural(self.count("error"), "error"), _plural(self.count("warning"), "warning")]
-        lines = [f"{self.dataset}: {_plural(self.cases, 'case')}, {', '.join(counts)}"]
+        counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
+        lines = [f"{self.dataset}: {plural(self.cases, 'case')}, {', '.join(counts)}"]
         same: dict[tuple[Severity, str, str, str, str], list[str]] = defaultdict(list)
         for p in self.problems:
             same[p.severity, p.kind, p.found, p.expected, p.fix].append(p.file)
@@ -102,7 +102,7 @@ class Report:
             wanted = f", expected {expected}" if expected else ""
             lines.append(f"{severity}: {_names(files)}: {found}{wanted}. {fix}".rstrip() + f" [{kind}]")
         lines += [
-            f"... and {_plural(n, 'more problem')} of the kind {kind}; --json shows all" for kind, n in hidden.items()
+            f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all" for kind, n in hidden.items()
         ]
         return "\n".join(lines)
 
@@ -112,5 +112,6 @@ def _names(files: list[str]) -> str:
     return listed if len(files) <= _FILES_SHOWN else f"{listed} and {len(files) - _FILES_SHOWN} more"
 
 
-def _plural(n: int, what: str) -> str:
+def plural(n: int, what: str) -> str:
+    """1 case, 2 cases."""
     return f"{n} {what}{'' if n == 1 else 's'}"

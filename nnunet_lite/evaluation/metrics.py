@@ -90,11 +90,11 @@ def score_case(
     spacing : mm (z, y, x).
     tolerance_mm : how far apart surfaces may be for NSD.
     surface : whether to measure NSD and HD95.
-    threads : labels that are measured at the same time.
+    threads : how many work at the same time: on slices for the counts, then on labels.
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
-    joint = _join(prediction, reference, labels)
+    joint = _join(prediction, reference, labels, threads)
     boxes = joint.boxes()
     total = int(joint.histogram[~joint.ignored].sum())
     voxel_ml = _voxel_ml(reference.shape, spacing)
@@ -145,7 +145,7 @@ class _Joint:
         return [None, *found]
 
 
-def _join(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> _Joint:
+def _join(prediction: np.ndarray, reference: np.ndarray, labels: Labels, threads: int) -> _Joint:
     """Count all pairs of values in one pass, slice by slice so that it stays in the cache."""
     scored = {value for members in labels.region_values for value in members}
     values = tuple(sorted(scored if labels.ignore is None else scored | {labels.ignore}))
@@ -156,11 +156,19 @@ def _join(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> _Joi
     table[np.asarray(values) - low] = np.arange(1, size)
     rows = table * table.dtype.type(size)
     pairs = np.empty(reference.shape, table.dtype)
-    histogram = np.zeros(size * size, np.int64)
-    for z in range(len(pairs)):
-        pairs[z] = rows.take(reference[z].astype(np.intp) - low, mode="clip")
-        pairs[z] += table.take(prediction[z].astype(np.intp) - low, mode="clip")
-        histogram += np.bincount(pairs[z].ravel(), minlength=size * size)
+
+    def count(slices: np.ndarray) -> np.ndarray:
+        histogram = np.zeros(size * size, np.int64)
+        for z in slices:
+            pair = rows.take(reference[z].astype(np.intp) - low, mode="clip")
+            pair += table.take(prediction[z].astype(np.intp) - low, mode="clip")
+            histogram += np.bincount(pair.ravel(), minlength=size * size)
+            pairs[z] = pair
+        return histogram
+
+    parts = np.array_split(np.arange(len(pairs)), max(1, threads))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        histogram = np.sum(list(pool.map(count, parts)), axis=0)
     ignored = np.zeros(size * size, bool)
     if labels.ignore is not None:
         row = values.index(labels.ignore) + 1

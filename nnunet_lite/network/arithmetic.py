@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
+_LONG = 0.2  # s; a step this long is timed once
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,7 +57,7 @@ def candidates(device: torch.device, precision: str, channels_last: str | bool) 
 
 
 def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], device: torch.device) -> Arithmetic:
-    """Time one step of each option after a warm-up and take the fastest; the reason lists the times.
+    """Time each option after a warm-up and take the fastest; the reason lists the times.
 
     An option whose warm-up alone takes four times the best time so far is dropped without being timed.
     """
@@ -63,11 +65,12 @@ def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], devic
         return options[0]
     times: dict[Arithmetic, float] = {}
     for option in options:
-        warm = _seconds(lambda option=option: step(option), device)  # type: ignore[misc]
+        work = partial(step, option)
+        warm = _seconds(work, device)
         if times and warm > 4 * min(times.values()):
             times[option] = warm
             continue
-        times[option] = min(_seconds(lambda option=option: step(option), device) for _ in range(2))  # type: ignore[misc]
+        times[option] = min(_seconds(work, device) for _ in range(1 if warm > _LONG else 3))
     best = min(times, key=times.__getitem__)
     shown = ", ".join(f"{_name(o)} {seconds:.3g} s" for o, seconds in times.items())
     return Arithmetic(best.precision, best.channels_last, f"fastest of {shown}")

@@ -7,8 +7,8 @@ their share, what is kept is each distinct value with the number of times it was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ SAMPLES = 100_000_000  # foreground voxels per channel over the whole data set
 SEED = 1234
 _CHUNK = 1 << 17  # draws at a time
 _SHARED = 1 << 22  # random numbers kept
-_MANY = 1 << 22  # distinct values of one channel above which they are rounded to 17 bits: bounds the memory
+_MANY = 1 << 22  # distinct values of one channel above which they are rounded: bounds the memory
 
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -135,13 +135,13 @@ def check_and_fingerprint(
     the report, and the fingerprint, None where the report holds errors.
     """
     share = SAMPLES // max(1, len(dataset.cases))
+    collected = Collector(len(dataset.channels))
 
     def visit(image: np.ndarray, geometry: Geometry, foreground: np.ndarray) -> CaseFingerprint:
         return case_fingerprint(image, geometry, foreground, share)
 
-    report, cases = check(dataset, visit, workers, progress)
-    sound = {case_id: case for case_id, case in cases.items() if case is not None}
-    return report, combine(sound) if report.ok and sound else None
+    report = check(dataset, visit, collected.add, workers, progress)
+    return report, collected.fingerprint() if report.ok else None
 
 
 def case_fingerprint(image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int) -> CaseFingerprint:
@@ -156,23 +156,41 @@ def case_fingerprint(image: np.ndarray, geometry: Geometry, foreground: np.ndarr
     return CaseFingerprint(geometry.spacing, shape, relative, drawn)  # type: ignore[arg-type]
 
 
-def combine(cases: dict[str, CaseFingerprint]) -> Fingerprint:
-    """The fingerprint of a data set from those of its cases, by id."""
-    parts = list(cases.values())
-    return Fingerprint(
-        spacings=tuple(part.spacing for part in parts),
-        shapes_after_crop=tuple(part.shape_after_crop for part in parts),
-        relative_size_after_crop=float(np.median([part.relative_size for part in parts])),
-        intensities=tuple(_statistics(_merge(channel)) for channel in zip(*(p.foreground for p in parts), strict=True)),
-        case_ids=tuple(cases),
-    )
+class Collector:
+    """Takes one case after the other; what it holds does not grow with their number."""
+
+    def __init__(self, channels: int) -> None:
+        self._cases: dict[str, CaseFingerprint] = {}
+        self._merged = [Values(np.zeros(0, np.float32), np.zeros(0, np.int64))] * channels
+        self._pending: list[tuple[Values, ...]] = []
+
+    def add(self, case_id: str, case: CaseFingerprint) -> None:
+        self._cases[case_id] = replace(case, foreground=())
+        self._pending.append(case.foreground)
+        if sum(values.values.size for values, *_ in self._pending) > _MANY:
+            self._merge()
+
+    def _merge(self) -> None:
+        self._merged = [_joined(parts) for parts in zip(self._merged, *self._pending, strict=True)]
+        self._pending = []
+
+    def fingerprint(self) -> Fingerprint:
+        self._merge()
+        cases = list(self._cases.values())
+        return Fingerprint(
+            spacings=tuple(case.spacing for case in cases),
+            shapes_after_crop=tuple(case.shape_after_crop for case in cases),
+            relative_size_after_crop=float(np.median([case.relative_size for case in cases])),
+            intensities=tuple(_statistics(values) for values in self._merged),
+            case_ids=tuple(self._cases),
+        )
 
 
 def _draw(values: np.ndarray, samples: int, numbers: RandomNumbers) -> Values:
     """Draw with replacement, and count."""
     if values.size == 0:
         return Values(values, np.zeros(0, np.int64))
-    return _distinct(values, draw_counts(values.size, samples, numbers))
+    return _bounded(_distinct(values, draw_counts(values.size, samples, numbers)))
 
 
 def draw_counts(size: int, samples: int, numbers: RandomNumbers) -> np.ndarray:
@@ -229,25 +247,19 @@ def _distinct(values: np.ndarray, counts: np.ndarray) -> Values:
         values, counts = values[first], np.add.reduceat(counts, first)
     drawn = counts > 0
     values, counts = values[drawn], counts[drawn]
-    if values.size > _MANY:
-        bits = values.view(np.uint32) + np.uint32(0x40) & np.uint32(0xFFFFFF80)
-        return _distinct(bits.view(np.float32), counts)
     return Values(values, counts)
 
 
-def _merge(parts: Iterable[Values]) -> Values:
-    """One distribution from those of the cases."""
-    merged = Values(np.zeros(0, np.float32), np.zeros(0, np.int64))
-    pending: list[Values] = []
-    for part in parts:
-        pending.append(part)
-        if sum(p.values.size for p in pending) > _MANY:
-            merged, pending = _joined([merged, *pending]), []
-    return _joined([merged, *pending])
+def _bounded(drawn: Values) -> Values:
+    """Many distinct values rounded to 17 significant bits (a part in 2e5), of which there are far fewer."""
+    if drawn.values.size <= _MANY:
+        return drawn
+    bits = drawn.values.view(np.uint32) + np.uint32(0x40) & np.uint32(0xFFFFFF80)
+    return _distinct(bits.view(np.float32), drawn.counts)
 
 
-def _joined(parts: list[Values]) -> Values:
-    return _distinct(np.concatenate([p.values for p in parts]), np.concatenate([p.counts for p in parts]))
+def _joined(parts: Sequence[Values]) -> Values:
+    return _bounded(_distinct(np.concatenate([p.values for p in parts]), np.concatenate([p.counts for p in parts])))
 
 
 def _statistics(drawn: Values) -> Statistics:

@@ -56,7 +56,7 @@ class Placement:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
-        geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in value["geometry"].items()}
+        geometry: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value["geometry"].items()}
         (z0, z1), (y0, y1), (x0, x1) = value["box"]
         return cls(
             Geometry(**geometry),
@@ -85,7 +85,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """A case as the network sees it, transposed axes: `image` (channels, z, y, x) float32, `classes` (z, y, x) or None."""
+    """A case as the network sees it, transposed: `image` (channels, z, y, x) float32, `classes` (z, y, x) or None."""
 
     image: np.ndarray
     classes: np.ndarray | None
@@ -127,7 +127,7 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
 def resample(case: Prepared, configuration: Configuration) -> Preprocessed:
     """Resample a prepared case to the spacing of a configuration."""
     new_spacing = target_spacing(configuration, case.spacing)
-    old: Shape = case.image.shape[1:]  # type: ignore[assignment]
+    old: Shape = case.image.shape[1:]
     shape = resampled_shape(old, case.spacing, new_spacing)
     how = configuration.resampling
     image = resample_image(
@@ -189,7 +189,7 @@ def restore_segmentation(
 def restored_slabs(
     logits: np.ndarray | torch.Tensor, placement: Placement, resampling: Resampling
 ) -> Iterator[tuple[int, Any]]:
-    """Logits on the cropped image's grid, as (first slice, (channels, slices, y, x)), slab by slab along the first axis."""
+    """Logits on the cropped image's grid by slabs of the first axis: (first slice, (channels, slices, y, x))."""
     inner = _cropped_shape(placement.box)
     axis = coarse_axis(placement.new_spacing, placement.spacing, resampling.separate_z)
     order, order_z = resampling.logits_order, resampling.logits_order_z

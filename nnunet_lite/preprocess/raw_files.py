@@ -56,7 +56,9 @@ def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCa
 
 def _look(case: Case, known: RawCase | None) -> RawCase | Exception:
     paths = [*case.images, *([case.label] if case.label else [])]
-    before: tuple[RawFile | None, ...] = known.files if known and len(known.files) == len(paths) else (None,) * len(paths)
+    before: tuple[RawFile | None, ...] = (
+        known.files if known and len(known.files) == len(paths) else (None,) * len(paths)
+    )
     try:
         files = tuple(_file(path, old) for path, old in zip(paths, before, strict=True))
         if known and files == known.files:

@@ -6,8 +6,8 @@ scikit-image's resize, which nnU-Net uses, to about 1e-6 of the range (M. Unser,
 image processing", 1999, for the interpolation). The matrices are banded, so each block of output reads only the input
 that it needs: results are made slab by slab, and nothing but input and output is ever held at full size.
 
-Arrays are (channels, z, y, x), or (z, y, x) for labels; spacings are mm in the same order. numpy computes on the CPU, at
-the number of threads that its BLAS is set to; a torch tensor, or `device`, computes there.
+Arrays are (channels, z, y, x), or (z, y, x) for labels; spacings are mm in the same order. numpy computes on the CPU,
+in as many threads as its BLAS is set to use; a torch tensor is computed on where it lies, and `device` moves it.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def resample_labels(
 ) -> np.ndarray:
     """Resample a (z, y, x) label map of integers >= 0 to `new_shape`, same type.
 
-    Each label's mask is interpolated, inside its bounding box, and the label that reaches most is written: the one of at
-    least one half where only two labels meet, the higher label at a tie. Where more meet and none reaches one half,
-    nnU-Net wrote background with batchgenerators before 0.25.5 and writes the largest since; so does this.
+    Each label's mask is interpolated, inside its bounding box, and written where it reaches one half, in ascending
+    order: the higher label wins a tie. Where several labels meet and none reaches one half, the largest share is
+    written, as nnU-Net does with batchgenerators 0.25.5; it left background there with older ones.
     """
     shape, target = _shape(labels.shape), _shape(new_shape)
     if shape == target:
@@ -242,7 +242,7 @@ def _bounds(channel: Array, axis: int | None, target: Shape) -> tuple[Array, Arr
 def _reached(
     box: Sequence[slice], shape: Sequence[int], target: Sequence[int], orders: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[tuple[Block, ...], ...]] | None:
-    """Where in the output a box of the input shows, axis by axis, and the operators that lead there; None if nowhere."""
+    """Where in the output a box of the input shows, axis by axis, and the operators that lead there; None: nowhere."""
     where, parts = [], []
     for span, n, m, order in zip(box, shape, target, orders, strict=True):
         matrix = operator(n, m, order)[:, span]
@@ -276,9 +276,7 @@ def _on(like: Array, parts: tuple[Block, ...]) -> tuple[Block, ...]:
         return parts
     import torch
 
-    return tuple(
-        Block(p.start, p.stop, p.low, p.high, torch.from_numpy(p.matrix).to(like.device)) for p in parts
-    )
+    return tuple(Block(p.start, p.stop, p.low, p.high, torch.from_numpy(p.matrix).to(like.device)) for p in parts)
 
 
 def _shape(values: Any) -> Shape:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class Summary:
 
     def to_text(self) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in self.cases.items())
-        size = f"{self.stored_bytes / 1e6:.1f} MB on disk, {self.stored_bytes / max(1, self.raw_bytes):.2f} x the raw files"
+        ratio = self.stored_bytes / max(1, self.raw_bytes)
+        size = f"{self.stored_bytes / 1e6:.1f} MB on disk, {ratio:.2f} x the raw files"
         estimate = f" ({self.estimate / 1e6:.1f} MB were estimated)" if self.made else ""
         return f"cases: {counts}; {self.made} arrays made, {self.kept} kept\n{size}{estimate}"
 
@@ -235,7 +236,7 @@ def _run(
     """Make what is missing; the failures by case id."""
     if not jobs:
         return {}
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     needed = max(job.memory(len(plan.channels)) for job in jobs)
     in_flight, threads = budget.cases_in_flight(needed, workers)
@@ -244,7 +245,8 @@ def _run(
         log.warn(f"the largest case needs about {needed / budget.GB:.1f} GB, {free / budget.GB:.1f} GB are free")
     failed = {}
     with threadpool_limits(threads):  # BLAS: cases at once times threads each is the number of CPUs
-        results = _each(lambda job: _make(job, dataset, plan, precision, threads), jobs, 0 if workers == 0 else in_flight)
+        work = partial(_make, dataset=dataset, plan=plan, precision=precision, threads=threads)
+        results = _each(work, jobs, 0 if workers == 0 else in_flight)
         for job, error in progress(results, len(jobs), "preprocess") if progress else results:
             if error is not None:
                 failed[job.case.id] = error
@@ -294,8 +296,8 @@ def _failure(failed: dict[str, Exception], dataset: Dataset) -> UserError:
     files = {case.id: case.images[0] for case in dataset.cases}
     shown = []
     for case_id in sorted(failed)[:_SHOWN]:
-        what = describe(failed[case_id])
-        shown.append(f"{case_id} ({files[case_id]}): {what}" if str(files[case_id]) not in what else f"{case_id}: {what}")
+        what, file = describe(failed[case_id]), str(files[case_id])
+        shown.append(f"{case_id}: {what}" if file in what else f"{case_id} ({file}): {what}")
     more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
     return UserError(
         f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}".rstrip("."),

@@ -100,7 +100,8 @@ def sampled_voxels(classes: np.ndarray, labels: Labels) -> list[tuple[int, np.nd
 
     With an ignore label, those of all other classes come last, numbered -1. The same classes give the same voxels.
     """
-    wanted = list(enumerate(labels.region_classes, 1) if labels.has_regions else ((c, (c,)) for c in _foreground(labels)))
+    classes_of = labels.region_classes if labels.has_regions else [(c,) for c in range(1, labels.n_classes)]
+    wanted = list(enumerate(classes_of, 1))
     if labels.ignore_class is not None:
         wanted.append((_ANNOTATED, tuple(range(labels.n_classes))))
     boxes = dict(label_boxes(classes))
@@ -135,17 +136,15 @@ def chunks_and_blocks(shape: Sequence[int], patch: Sequence[int], itemsize: int)
     return [*shape[:lead], *chunks], [*[1] * lead, *halved(chunks, _BLOCK_BYTES)]
 
 
-def _foreground(labels: Labels) -> range:
-    return range(1, labels.n_classes)
-
-
 def _sample(classes: np.ndarray, members: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Up to 10 000 voxels (n, 3) of some classes, in the order of the array; slab by slab, with little memory."""
     flat = classes.reshape(-1) if classes.flags.c_contiguous else np.ascontiguousarray(classes).reshape(-1)
     starts = range(0, flat.size, _SLAB)
     counts = [int(np.count_nonzero(_is_one_of(flat[start : start + _SLAB], members))) for start in starts]
     total = sum(counts)
-    ranks = np.arange(total) if total <= _SAMPLES else np.sort(rng.choice(total, _SAMPLES, replace=False, shuffle=False))
+    ranks = np.arange(min(total, _SAMPLES))
+    if total > _SAMPLES:
+        ranks = np.sort(rng.choice(total, _SAMPLES, replace=False, shuffle=False))
     found, before = [np.zeros(0, np.int64)], 0
     for start, count in zip(starts, counts, strict=True):
         wanted = ranks[np.searchsorted(ranks, before) : np.searchsorted(ranks, before + count)] - before

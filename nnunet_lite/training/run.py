@@ -36,10 +36,17 @@ _INCIDENTAL = ("training.workers", "training.cache", "inference.")
 
 
 def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
-    """The plan that is trained: this configuration alone, with the batch, patch and network of the settings."""
+    """The plan that is trained: this configuration alone, with the batch, patch and network of the settings.
+
+    Raises
+    ------
+    UserError : no such configuration, an illegal patch, or images too small for any U-Net.
+    """
     changed = override(plan, configuration, settings.training.patch_size, settings.training.batch_size)
     planned = changed.configuration(configuration)
     wanted, network = settings.network, planned.network
+    if len(network.features) == 1:
+        raise UserError(f"the images are too small for the U-Net of {configuration}: not even one pooling fits")
     base, top = wanted.features_base or network.features[0], wanted.features_max or max(network.features)
     features = network.features
     if wanted.features_base or wanted.features_max:
