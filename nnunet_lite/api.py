@@ -36,11 +36,16 @@ def check(data: Folder, *, workspace: Folder | None = None, workers: int | None 
     ----------
     data : a folder, or a name looked up in the current folder, ./data, the workspace and nnUNet_raw.
     """
+    from nnunet_lite.data.check import broken_dataset
     from nnunet_lite.data.dataset import read_dataset
     from nnunet_lite.plan.fingerprint import check_and_fingerprint
 
     root = find_raw(str(data), _workspace(workspace))
-    return check_and_fingerprint(read_dataset(root), workers, log.progress)[0]
+    try:
+        dataset = read_dataset(root)
+    except UserError as error:
+        return broken_dataset(root, error)
+    return check_and_fingerprint(dataset, workers, log.progress)[0]
 
 
 def plan(

@@ -16,6 +16,7 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, file: str | Path | None = None, fix: str = "") -> None:
+        self.what, self.file, self.fix = what, file, fix
         where = f"{file}: " if file is not None else ""
         super().__init__(f"{where}{what}." + (f" {fix}" if fix else ""))
 

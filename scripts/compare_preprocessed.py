@@ -8,8 +8,8 @@ WORKSPACE_FOLDER  of the same data set, planned and preprocessed: nnlite_workspa
 CONFIGURATION     2d, 3d_fullres ...
 
 Ours are float16, nnU-Net's float32. A voxel agrees where ours is nnU-Net's value to within one float16 step: rounding,
-plus what float32 and float64 interpolation differ by, which may tip it over to the next number. Exits with 1 where a
-shape, box, image voxel, or more than one label voxel in 100 000 differs.
+plus what float32 and float64 interpolation differ by (1e-6 of the range), which may tip it over to the next number.
+Exits with 1 where a shape, box, image voxel, or more than one label voxel in 100 000 differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case
 
-TOLERATED_LABELS = 1e-5  # exact ties between two labels fall either way
+TOLERATED_LABELS = 1e-5  # where shares tie, the last bit of nnU-Net's float64 decides
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def compare(theirs: Path, ours: Path, plan: Plan, configuration: str) -> Row:
     mine = np.asarray(case.image[:], np.float32)
     difference = np.abs(mine - image)
     step = np.spacing(np.maximum(np.abs(mine), np.abs(image)).astype(np.float16)).astype(np.float32)
+    step = np.maximum(step, 1e-6 * np.ptp(image))
     classes = np.asarray(case.label[:], np.int16)
     wanted = plan.labels.encode(np.maximum(label, 0))  # -1: nnU-Net's background outside the nonzero mask
     return Row(

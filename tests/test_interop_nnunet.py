@@ -239,9 +239,9 @@ def test_dataset_json_of_msd_is_read() -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ({"labels": {"background": 0, "a": 1}}, "d.json: needs channel_names"),
-        ({"channel_names": {"1": "CT"}, "labels": {"a": 1}}, "numbered from 0"),
-        ({"channel_names": {"0": "CT"}}, "needs labels"),
+        ({"labels": {"background": 0, "a": 1}}, "d.json: has no channel_names"),
+        ({"channel_names": {"1": "CT"}, "labels": {"a": 1}}, "Number the channels"),
+        ({"channel_names": {"0": "CT"}}, "d.json: has no labels"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "labels: two labels share one value"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": "x"}}, "are not names with integers"),
     ],

@@ -87,8 +87,8 @@ def check(
 def broken_dataset(root: Path, error: UserError) -> Report:
     """The report of a folder that `read_dataset` refused."""
     table = root / "dataset.json"
-    where = table if str(error).startswith(f"{table}: ") else root
-    problem = _unread(error, where, "invalid_json" if "invalid JSON" in str(error) else "invalid_dataset")
+    where = table if error.file == table else root
+    problem = _unread(error, where, "invalid_json" if "invalid JSON" in error.what else "invalid_dataset")
     return Report(root.name, 0, (), (_relative(problem, root),))
 
 
@@ -228,11 +228,10 @@ def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[
 
 def _unread(error: UserError, path: Path, kind: str) -> Problem:
     """A reader's complaint as a problem: what it found, and what to do."""
-    found, _, fix = str(error).removeprefix(f"{path}: ").partition(". ")
     if kind == "unreadable":
         words = {"not whole numbers": "label_fraction", "colour picture": "label_channels", "dimension": "dimensions"}
-        kind = next((other for word, other in words.items() if word in found), kind)
-    return Problem(kind, str(path), found.rstrip("."), "", fix)
+        kind = next((other for word, other in words.items() if word in error.what), kind)
+    return Problem(kind, str(path), error.what, "", error.fix)
 
 
 # --------------------------------------------------------------------------------------------------------- all of them

@@ -5,7 +5,7 @@ What the folders hold is not judged here, check.py does that: a case lists the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +164,8 @@ def _described(root: Path, table: Path) -> Dataset:
     told = read_json(table)
     if not isinstance(told, dict):
         raise UserError("is not a JSON object", table)
-    channels = _channels(told, table)
-    labels = _labels(told, table)
+    channels = channels_of(told, table)
+    labels = labels_of(told, table)
     if isinstance(told.get("dataset"), dict):
         layout, cases = "explicit", _listed_v2(root, told["dataset"], table)
     elif isinstance(told.get("training"), list) and any(isinstance(entry, dict) for entry in told["training"]):
@@ -186,8 +186,13 @@ def _described(root: Path, table: Path) -> Dataset:
     )
 
 
-def _channels(told: dict[str, Any], table: Path) -> tuple[str, ...]:
-    """Channel names, from `channel_names` (nnU-Net v2) or `modality` (MSD, nnU-Net v1), by number."""
+def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
+    """Channel names of a dataset.json: `channel_names` (nnU-Net v2) or `modality` (MSD, nnU-Net v1), by number.
+
+    Raises
+    ------
+    UserError : missing or malformed; `table` is the file that the message names.
+    """
     names = told.get("channel_names", told.get("modality"))
     if isinstance(names, list):
         names = dict(enumerate(names))
@@ -199,7 +204,13 @@ def _channels(told: dict[str, Any], table: Path) -> tuple[str, ...]:
     return tuple(numbers[str(i)] for i in range(len(numbers)))
 
 
-def _labels(told: dict[str, Any], table: Path) -> Labels:
+def labels_of(told: Mapping[str, Any], table: Path | None) -> Labels:
+    """Labels of a dataset.json.
+
+    Raises
+    ------
+    UserError : missing or malformed; `table` is the file that the message names.
+    """
     if not isinstance(told.get("labels"), dict):
         raise UserError("has no labels", table, 'Add, for example, "labels": {"background": 0, "tumour": 1}.')
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.dataset import image_files, map_labels
+from nnunet_lite.data.dataset import image_files, labels_of, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import PICTURES, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
@@ -329,12 +329,7 @@ def _described_labels(prediction: Path, reference: Path) -> Labels | None:
     if table is None:
         return None
     told = read_json(table)
-    if not isinstance(told, dict) or not isinstance(told.get("labels"), dict):
-        raise UserError("has no labels", table, 'Add, for example, "labels": {"background": 0, "tumour": 1}.')
-    try:
-        return Labels.from_json(told["labels"], told.get("regions_class_order"))
-    except (TypeError, ValueError):
-        raise UserError(f"labels {told['labels']} are not names with integers", table) from None
+    return labels_of(told if isinstance(told, dict) else {}, table)
 
 
 def _found_labels(values_by_file: Iterable[set[int]], where: Path) -> Labels:

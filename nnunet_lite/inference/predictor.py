@@ -140,17 +140,17 @@ def predict_image(model: Model, image: Image) -> np.ndarray:
 
 def predict_preprocessed(model: Model, image: np.ndarray) -> Tensor:
     """Logits (channels, z, y, x), float32, of a preprocessed image (channels, z, y, x); mean over the folds."""
-    from nnunet_lite.inference.windows import as_tensor, predict_logits, predict_slices
+    from nnunet_lite.inference.windows import as_tensor, predict_logits
 
-    configuration = model.configuration
-    predict = predict_slices if configuration.dimensions == 2 else predict_logits
-    return predict(
-        _forward(model),
+    configuration, forward = model.configuration, _forward(model)
+    flat = configuration.dimensions == 2  # a two-dimensional network sees windows one slice thick
+    return predict_logits(
+        (lambda x: forward(x[:, :, 0])[:, :, None]) if flat else forward,
         as_tensor(image),
-        configuration.patch_size,
+        (1, *configuration.patch_size) if flat else configuration.patch_size,
         model.plan.labels.n_channels,
         step=model.settings.step_size,
-        mirror_axes=model.mirror_axes if model.settings.mirroring else (),
+        mirror_axes=[axis + flat for axis in model.mirror_axes] if model.settings.mirroring else (),
         batch_size=configuration.batch_size if model.device.type == "cuda" else min(configuration.batch_size, 4),
         device=model.device,
     )

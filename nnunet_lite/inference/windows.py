@@ -19,7 +19,7 @@ def window_starts(size: int, patch: int, step: float) -> list[int]:
     """First voxels of the windows along one axis: evenly spaced, at most `step * patch` apart, the last at the end."""
     if size <= patch:
         return [0]
-    n = math.ceil((size - patch) / (patch * step)) + 1
+    n = min(math.ceil((size - patch) / (patch * step)), size - patch) + 1
     return [round(i * (size - patch) / (n - 1)) for i in range(n)]
 
 
@@ -94,26 +94,6 @@ def predict_logits(
         for (place, flip), output in zip(batch, outputs, strict=True):
             total[(slice(None), *place)] += output.flip([a + 1 for a in flip]) * (weight / len(flips))
     return (total / weights)[(slice(None), *inside)]
-
-
-def predict_slices(
-    forward: Forward,
-    image: Tensor,
-    patch: Sequence[int],
-    n_channels: int,
-    *,
-    step: float,
-    mirror_axes: Sequence[int],
-    batch_size: int,
-    device: torch.device,
-) -> Tensor:
-    """Logits of a volume (channels, z, y, x) from a two-dimensional network, slice by slice along z."""
-    slices = [
-        predict_logits(forward, image[:, z], patch, n_channels, step=step, mirror_axes=mirror_axes,
-                       batch_size=batch_size, device=device)
-        for z in range(image.shape[1])
-    ]  # fmt: skip
-    return torch.stack(slices, 1)
 
 
 def _chunks(items: itertools.product[tuple[Window, tuple[int, ...]]], size: int) -> Iterator[list]:

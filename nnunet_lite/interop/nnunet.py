@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from nnunet_lite.data.dataset import channels_of, labels_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.interop.architecture import architecture_from_nnunet, architecture_to_nnunet, refuse
@@ -60,21 +61,9 @@ def description_from_nnunet(dataset_json: Mapping[str, Any], file: Path | None =
     ------
     UserError : channels or labels are missing or malformed; `file` is what the message names.
     """
-    names = dataset_json.get("channel_names", dataset_json.get("modality"))
-    if not isinstance(names, dict) or set(map(str, names)) != {str(i) for i in range(len(names))} or not names:
-        raise UserError('needs channel_names such as {"0": "CT"}, numbered from 0', file)
-    numbered = {int(key): str(name) for key, name in names.items()}
-    if not isinstance(dataset_json.get("labels"), dict):
-        raise UserError('needs labels such as {"background": 0, "tumour": 1}', file)
-    try:
-        labels = Labels.from_json(dataset_json["labels"], dataset_json.get("regions_class_order"))
-    except ValidationError as error:
-        raise UserError(f"labels: {str(error.errors()[0]['msg']).removeprefix('Value error, ')}", file) from None
-    except (TypeError, ValueError):
-        raise UserError(f"labels {dataset_json['labels']} are not names with integers", file) from None
     return Description(
-        tuple(numbered[i] for i in range(len(numbered))),
-        labels,
+        channels_of(dataset_json, file),
+        labels_of(dataset_json, file),
         int(dataset_json.get("numTraining", 0)),
         str(dataset_json.get("file_ending", ".nii.gz")),
     )

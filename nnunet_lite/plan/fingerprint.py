@@ -97,7 +97,7 @@ class Fingerprint:
         try:
             return cls.from_nnunet(read_json(path))
         except UserError as error:
-            raise error if str(error).startswith(str(path)) else UserError(str(error).rstrip("."), path) from None
+            raise error if error.file else UserError(error.what, path) from None
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,7 @@ def _distinct(values: np.ndarray, counts: np.ndarray) -> Values:
         first = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
         values, counts = values[first], np.add.reduceat(counts, first)
     drawn = counts > 0
-    values, counts = values[drawn], counts[drawn]
-    return Values(values, counts)
+    return Values(values[drawn], counts[drawn])
 
 
 def _bounded(drawn: Values) -> Values:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
 _NEGLIGIBLE = 1e-8  # weights below it are left out: a cubic spline's reach 14 voxels far
+_TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 rounds, far below what a share means
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
 
 Shape = tuple[int, int, int]
@@ -106,9 +107,9 @@ def resample_labels(
 ) -> np.ndarray:
     """Resample a (z, y, x) label map of integers >= 0 to `new_shape`, same type.
 
-    Each label's mask is interpolated, inside its bounding box, and written where it reaches one half, in ascending
-    order: the higher label wins a tie. Where several labels meet and none reaches one half, the largest share is
-    written, as nnU-Net does with batchgenerators 0.25.5; it left background there with older ones.
+    Each label's mask is interpolated, inside its bounding box, and the label of the largest share is written: the one
+    of at least one half where two meet. The nearest voxel's label wins a tie. So does nnU-Net with batchgenerators
+    0.25.5; with older ones it left background where no share reached one half, and the higher label won a tie.
     """
     shape, target = _shape(labels.shape), _shape(new_shape)
     if shape == target:
@@ -124,7 +125,9 @@ def resample_labels(
     for start in range(0, target[0], _SLAB):
         slab = out[start : start + _SLAB]
         rows = operator(shape[0], target[0], orders[0])[start : start + _SLAB]
-        best, background = np.zeros(slab.shape, np.float32), np.ones(slab.shape, np.float32)
+        closest = _nearest_slab(labels, target, start, start + len(slab))
+        best = np.zeros(slab.shape, np.float32)
+        background = 1 + _TIE * (closest == 0)
         for value, box, plane in boxes:
             used = np.flatnonzero(rows[:, box[0]].any(axis=0))
             if used.size and plane is not None:
@@ -133,8 +136,10 @@ def resample_labels(
                 where = (slice(None), *plane[0])
                 _, score = next(_products(mask, _split(rows[:, z], _SLAB), *plane[1]))
                 background[where] -= score
-                slab[where][(score > 0) & (score >= best[where])] = value
-                np.maximum(best[where], score, out=best[where])
+                score[closest[where] == value] += _TIE
+                better = score > best[where]
+                np.copyto(slab[where], value, where=better)
+                np.copyto(best[where], score, where=better)
         slab[background > best] = 0
     return out
 
@@ -237,6 +242,12 @@ def _bounds(channel: Array, axis: int | None, target: Shape) -> tuple[Array, Arr
     shape = [-1 if a == axis else 1 for a in range(3)]
     low, high = (getattr(channel, f)(others)[index].reshape(shape) for f in (lowest, highest))
     return low, high
+
+
+def _nearest_slab(labels: np.ndarray, target: Shape, start: int, stop: int) -> np.ndarray:
+    """The nearest voxel's label, for output slices start:stop."""
+    z, y, x = (nearest(n, m) for n, m in zip(labels.shape, target, strict=True))
+    return labels[z[start:stop]].take(y, axis=1).take(x, axis=2)
 
 
 def _reached(

@@ -1,0 +1,91 @@
+"""preprocess/normalize.py: each scheme on numbers worked out by hand or by numpy in double precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Channel, Statistics
+from nnunet_lite.preprocess.normalize import SCHEMES, moments, normalize
+
+STATISTICS = Statistics(mean=40, median=45, std=20, min=-900, max=900, percentile_00_5=-10, percentile_99_5=120)
+
+
+def channel(scheme: str, use_mask: bool = False) -> Channel:
+    return Channel.model_validate(
+        {"name": "c", "normalization": scheme, "use_mask": use_mask, "statistics": STATISTICS.model_dump()}
+    )
+
+
+def image(low: float = -200, high: float = 400) -> np.ndarray:
+    return np.linspace(low, high, 4 * 5 * 6, dtype=np.float32).reshape(1, 4, 5, 6)
+
+
+def test_ct_clips_and_standardises_by_the_plan() -> None:
+    got = image()
+    normalize(got, (channel("ct"),), None)
+    assert np.allclose(got, (image().clip(-10, 120) - 40) / 20, atol=1e-6)
+    assert got.min() == -2.5 and got.max() == 4
+
+
+def test_zscore_is_of_the_image_itself() -> None:
+    got = image()
+    normalize(got, (channel("zscore"),), None)
+    want = (image().astype(float) - image().astype(float).mean()) / image().astype(float).std()
+    assert np.allclose(got, want, atol=1e-6)
+
+
+def test_zscore_inside_the_mask_leaves_the_rest() -> None:
+    inside = np.zeros((4, 5, 6), bool)
+    inside[1:3, 1:4, 2:5] = True
+    got = np.where(inside, image()[0], 0)[None].astype(np.float32)
+    voxels = image()[0][inside].astype(float)
+    normalize(got, (channel("zscore", use_mask=True),), inside)
+    assert np.allclose(got[0][inside], (voxels - voxels.mean()) / voxels.std(), atol=1e-6)
+    assert (got[0][~inside] == 0).all()
+
+
+def test_mask_counts_only_in_channels_that_ask_for_it() -> None:
+    inside = np.zeros((4, 5, 6), bool)
+    inside[:2] = True
+    both = np.concatenate([image(), image()])
+    normalize(both, (channel("zscore"), channel("zscore", use_mask=True)), inside)
+    assert abs(both[0].mean()) < 1e-5 and abs(both[1][inside].mean()) < 1e-5 and both[1][~inside].max() == 400
+
+
+def test_constant_image_and_empty_mask_do_not_divide_by_zero() -> None:
+    got = np.full((1, 2, 3, 4), 7, np.float32)
+    normalize(got, (channel("zscore"),), None)
+    assert (got == 0).all()
+    normalize(got, (channel("zscore", use_mask=True),), np.zeros((2, 3, 4), bool))
+    assert np.isfinite(got).all()
+
+
+def test_none_rescale_and_rgb() -> None:
+    got = np.concatenate([image(), image(), image(0, 255)])
+    normalize(got, (channel("none"), channel("rescale_0_1"), channel("rgb_0_1")), None)
+    assert np.array_equal(got[0], image()[0])
+    assert got[1].min() == 0 and got[1].max() == 1
+    assert np.allclose(got[2], image(0, 255)[0] / 255)
+
+
+def test_rgb_refuses_other_values() -> None:
+    with pytest.raises(UserError, match=r"takes the image for RGB of 0 to 255, but it holds -200 to 400\."):
+        normalize(image(), (channel("rgb_0_1"),), None)
+
+
+def test_number_of_channels_must_fit() -> None:
+    with pytest.raises(UserError, match="the image has 1 channels, the plan 2"):
+        normalize(image(), (channel("none"), channel("none")), None)
+
+
+def test_moments_are_exact_for_large_values() -> None:
+    array = (np.random.default_rng(0).normal(size=(9, 200, 700)) + 1e5).astype(np.float32)  # more than one slab
+    mean, std = moments(array)
+    assert abs(mean - array.astype(float).mean()) < 1e-6 and abs(std - array.astype(float).std()) < 1e-6
+
+
+def test_every_scheme_of_the_plan_is_there() -> None:
+    assert set(SCHEMES) == {"ct", "zscore", "none", "rescale_0_1", "rgb_0_1"}
+    assert all(channel(name).normalization == name for name in SCHEMES)

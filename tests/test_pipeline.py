@@ -1,0 +1,202 @@
+"""preprocess/pipeline.py: what a network sees of an image, and the exact way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_lite.data.dataset import read_case, read_dataset
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import Image
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.plan.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
+from nnunet_lite.preprocess.pipeline import (
+    Placement,
+    preprocess,
+    resampled_shape,
+    restore_segmentation,
+    target_spacing,
+)
+
+STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
+LABELS = Labels(names={"background": 0, "anterior": 1, "posterior": 2})
+REGIONS = Labels(names={"background": 0, "whole": (1, 4, 7), "core": (4, 7), "tip": (7,)}, region_order=(1, 4, 7))
+
+
+def configuration(spacing: tuple[float, ...], patch: int = 16) -> Configuration:
+    axes = len(spacing)
+    network = Network(
+        features=(8, 16),
+        strides=((1,) * axes, (2,) * axes),
+        kernels=((3,) * axes,) * 2,
+        blocks=(2, 2),
+        decoder_convolutions=(2,),
+    )
+    return Configuration(
+        spacing=spacing,
+        median_shape=(30.0,) * axes,
+        patch_size=(patch,) * axes,
+        batch_size=2,
+        network=network,
+        batch_dice=False,
+    )
+
+
+def make_plan(
+    labels: Labels = LABELS,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    axis_order: tuple[int, int, int] = (0, 1, 2),
+    scheme: str = "zscore",
+    use_mask: bool = False,
+    channels: int = 1,
+) -> Plan:
+    channel = {"name": "c", "normalization": scheme, "use_mask": use_mask, "statistics": STATISTICS.model_dump()}
+    return Plan(
+        dataset="x",
+        axis_order=axis_order,
+        median_spacing=spacing,
+        median_shape=(30, 30, 30),
+        channels=(Channel.model_validate(channel),) * channels,
+        labels=labels,
+        configurations={"2d": configuration(spacing[1:]), "3d_fullres": configuration(spacing)},
+    )
+
+
+def blob(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> tuple[Image, np.ndarray]:
+    """An ellipsoid of noise in a frame of zeros, its upper half labelled 2, its lower half 1."""
+    axes = np.meshgrid(*(np.linspace(-1.4, 1.4, n) for n in shape), indexing="ij")
+    body = sum(a**2 for a in axes) < 1
+    noise = np.random.default_rng(0).normal(100, 20, shape).astype(np.float32)
+    values = np.where(body, np.where(axes[0] > 0, 2, 1), 0).astype(np.uint8)
+    return Image(np.where(body, noise, 0)[None], Geometry(shape, spacing)), values
+
+
+def one_hot(classes: np.ndarray, n: int) -> np.ndarray:
+    return np.stack([(classes == c) for c in range(n)]).astype(np.float32) * 8 - 4
+
+
+def test_crop_normalise_and_keep_where_spacing_is_equal() -> None:
+    image, values = blob((30, 40, 20), (1.0, 1.0, 1.0))
+    got = preprocess(image, values, make_plan(), configuration((1.0, 1.0, 1.0)))
+    box = tuple(slice(*span) for span in got.placement.box)
+    inside = image.array[0][box].astype(float)
+    assert got.image.dtype == np.float32 and got.image.shape == (1, *got.placement.shape) != (1, 30, 40, 20)
+    assert np.allclose(got.image[0], (inside - inside.mean()) / inside.std(), atol=1e-5)
+    assert got.classes is not None and np.array_equal(got.classes, values[box])
+    assert image.array.max() > 100  # the caller's array is left alone
+
+
+def test_mask_counts_annotated_voxels_even_where_zero() -> None:
+    image, values = blob((30, 40, 20), (1.0, 1.0, 1.0))
+    values[15, 20, 10], image.array[0, 15, 20, 10] = 2, 0  # a hole, which the mask fills anyway
+    corner = tuple(int(n) for n in np.argwhere(image.array[0]).min(axis=0))
+    values[corner] = 1
+    got = preprocess(image, values, make_plan(use_mask=True), configuration((1.0, 1.0, 1.0)))
+    start = [low for low, _ in got.placement.box]
+    body = image.array[0] != 0
+    body[15, 20, 10] = body[corner] = True
+    voxels = image.array[0][body].astype(float)
+    assert got.image[0][tuple(np.subtract(corner, start))] == pytest.approx(
+        (image.array[0][corner] - voxels.mean()) / voxels.std(), abs=1e-4
+    )
+    assert (got.image[0] == 0).sum() == got.image[0].size - body.sum()
+
+
+@pytest.mark.parametrize("axis_order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 1.3, 1.1), (4.0, 1.0, 1.0)])
+def test_the_way_back_ends_on_the_image_grid(
+    axis_order: tuple[int, int, int], spacing: tuple[float, float, float]
+) -> None:
+    image, values = blob((30, 44, 36), (1.5, 0.9, 1.2))
+    plan = make_plan(spacing=spacing, axis_order=axis_order)
+    got = preprocess(image, values, plan, plan.configuration("3d_fullres"))
+    assert got.classes is not None
+    back = restore_segmentation(one_hot(got.classes, 3), got.placement, LABELS, Resampling())
+    assert back.shape == values.shape and back.dtype == np.uint8
+    overlap = 2 * ((back == values) & (values > 0)).sum() / ((back > 0).sum() + (values > 0).sum())
+    assert overlap > (0.93 if max(spacing) < 2 else 0.8)
+    order = np.argsort(axis_order)
+    assert [got.placement.shape[a] for a in order] == [
+        round(n * s / t)
+        for n, s, t in zip(
+            [high - low for low, high in (got.placement.box[a] for a in order)],
+            image.geometry.spacing,
+            [spacing[a] for a in order],
+            strict=True,
+        )
+    ]
+
+
+def test_without_resampling_the_way_back_is_exact(hippocampus: Path) -> None:
+    dataset = read_dataset(hippocampus)
+    plan = make_plan(dataset.labels, axis_order=(1, 2, 0))
+    for case in dataset.cases[:4]:
+        image, values = read_case(case, dataset)
+        assert values is not None
+        got = preprocess(image, dataset.labels.encode(values), plan, plan.configuration("3d_fullres"))
+        assert got.classes is not None
+        back = restore_segmentation(one_hot(got.classes, 3), got.placement, dataset.labels, Resampling())
+        assert np.array_equal(back, values)
+
+
+def test_regions_are_written_in_their_order_with_their_values() -> None:
+    image, _ = blob((20, 24, 22), (1.0, 1.0, 1.0))
+    got = preprocess(image, None, make_plan(REGIONS), configuration((1.0, 1.0, 1.0)))
+    assert got.classes is None
+    logits = np.full((3, *got.placement.shape), -3, np.float32)
+    logits[0, 2:12, 2:12, 2:12], logits[1, 4:10, 4:10, 4:10], logits[2, 5:6, 5:6, 5:6] = 2, 2, 2
+    back = restore_segmentation(logits, got.placement, REGIONS, Resampling())
+    z, y, x = (low for low, _ in got.placement.box)
+    assert [int((back == v).sum()) for v in (1, 4, 7)] == [10**3 - 6**3, 6**3 - 1, 1]
+    assert back[z + 5, y + 5, x + 5] == 7 and back[0, 0, 0] == 0
+
+
+def test_values_of_the_data_set_come_back() -> None:
+    labels = Labels(names={"background": 5, "a": 300, "b": -2})
+    image, classes = blob((20, 24, 22), (1.0, 1.0, 1.0))
+    got = preprocess(image, classes, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+    assert got.classes is not None
+    back = restore_segmentation(one_hot(got.classes, 3), got.placement, labels, Resampling())
+    assert back.dtype == np.int16 and np.array_equal(back, labels.decode(classes))
+
+
+def test_logits_of_torch_and_of_half_precision_give_the_same() -> None:
+    torch = pytest.importorskip("torch")
+    image, values = blob((20, 24, 22), (1.5, 1.1, 0.7))
+    for labels in (LABELS, REGIONS):
+        got = preprocess(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+        assert got.classes is not None
+        logits = one_hot(got.classes, 3)
+        want = restore_segmentation(logits, got.placement, labels, Resampling())
+        assert len(np.unique(want)) == 3
+        for kind in (torch.float32, torch.float16, torch.bfloat16):
+            tensor = torch.from_numpy(logits).to(kind)
+            assert (restore_segmentation(tensor, got.placement, labels, Resampling()) == want).mean() > 0.9999
+        assert np.array_equal(restore_segmentation(logits.astype(np.float16), got.placement, labels, Resampling()), want)
+
+
+def test_two_dimensional_configurations_keep_the_first_spacing() -> None:
+    assert target_spacing(configuration((0.5, 0.5)), (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
+    assert target_spacing(configuration((1.0, 0.5, 0.5)), (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
+    rounding = float(np.float32(0.7))
+    assert target_spacing(configuration((0.7, 0.7)), (3.0, rounding, 0.7)) == (3.0, rounding, 0.7)
+
+
+def test_shape_rounds_half_to_even_and_keeps_a_voxel() -> None:
+    assert resampled_shape((5, 7, 10), (1.0, 1.0, 1.0), (2.0, 2.0, 4.0)) == (2, 4, 2)
+    assert resampled_shape((1, 9, 9), (1.0, 1.0, 1.0), (3.0, 1.0, 1.0))[0] == 1
+
+
+def test_all_zero_image_is_not_cropped() -> None:
+    image = Image(np.zeros((1, 6, 7, 8), np.float32), Geometry((6, 7, 8), (1.0, 1.0, 1.0)))
+    got = preprocess(image, None, make_plan(), configuration((1.0, 1.0, 1.0)))
+    assert got.image.shape == (1, 6, 7, 8) and (got.image == 0).all()
+
+
+def test_placement_survives_json() -> None:
+    image, _ = blob((20, 24, 22), (1.5, 1.1, 0.7))
+    place = preprocess(image, None, make_plan(axis_order=(2, 0, 1)), configuration((1.0, 1.0, 1.0))).placement
+    assert Placement.from_json(json.loads(json.dumps(place.to_json()))) == place

@@ -1,0 +1,159 @@
+"""preprocess/resample.py against scikit-image's resize, which nnU-Net uses, slice by slice for anisotropic images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+from skimage.transform import resize
+
+from nnunet_lite.preprocess.resample import (
+    nearest,
+    operator,
+    resample_image,
+    resample_labels,
+    resampled_slabs,
+    separate_axis,
+)
+
+ISOTROPIC = (1.0, 1.0, 1.0)
+
+
+def smooth(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=shape)
+    image = gaussian_filter(noise, 1.0).astype(np.float32) * 300
+    image[2:6, 3:9, 3:9] += 1000  # a step edge: splines overshoot, the clip matters
+    return image
+
+
+def by_slices(image: np.ndarray, new: tuple[int, int, int], axis: int, order: int = 3) -> np.ndarray:
+    """The anisotropic mode: each slice on its own, then the nearest slice."""
+    slices = np.moveaxis(image, axis, 0).astype(float)
+    plane = [n for a, n in enumerate(new) if a != axis]
+    done = np.stack([resize(s, plane, order, mode="edge", anti_aliasing=False) for s in slices])
+    positions = (np.arange(new[axis]) + 0.5) * image.shape[axis] / new[axis] - 0.5
+    index = np.clip(np.floor(positions + 0.5), 0, image.shape[axis] - 1).astype(int)
+    return np.moveaxis(done[index], 0, axis)
+
+
+@pytest.mark.parametrize("new", [(20, 31, 40), (40, 23, 17), (24, 64, 30), (1, 5, 90)])
+@pytest.mark.parametrize("order", [1, 3])
+def test_image_equals_scikit_image(new: tuple[int, int, int], order: int) -> None:
+    image = smooth((24, 41, 30))
+    want = resize(image.astype(float), new, order, mode="edge", anti_aliasing=False)
+    got = resample_image(image[None], new, ISOTROPIC, ISOTROPIC, order)[0]
+    assert got.dtype == np.float32 and got.shape == new
+    assert np.abs(got - want).max() < 1e-6 * np.ptp(image)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_anisotropic_image_goes_slice_by_slice(axis: int) -> None:
+    image = smooth((14, 26, 20))
+    new = tuple(9 if a == axis else n + 11 for a, n in enumerate(image.shape))
+    spacing = tuple(5.0 if a == axis else 1.0 for a in range(3))
+    got = resample_image(image[None], new, spacing, ISOTROPIC)[0]
+    assert np.abs(got - by_slices(image, new, axis)).max() < 1e-6 * np.ptp(image)
+
+
+def test_each_slice_is_clipped_to_its_own_range() -> None:
+    image = smooth((6, 20, 20))
+    got = resample_image(image[None], (6, 47, 47), (5.0, 1.0, 1.0), (5.0, 0.5, 0.5))[0]
+    for before, after in zip(image, got, strict=True):
+        assert before.min() <= after.min() and after.max() <= before.max()
+
+
+def test_order_between_slices() -> None:
+    image = smooth((10, 20, 18))
+    got = resample_image(image[None], (19, 25, 22), (5.0, 1.0, 1.0), ISOTROPIC, order=3, order_z=1)[0]
+    planes = by_slices(image, (10, 25, 22), 0)
+    want = resize(planes, (19, 25, 22), 1, mode="edge", anti_aliasing=False)
+    assert np.abs(got - want).max() < 1e-6 * np.ptp(image)
+
+
+def test_separate_axis_rule() -> None:
+    assert separate_axis((5.0, 1.0, 1.0), ISOTROPIC) == 0
+    assert separate_axis(ISOTROPIC, (1.0, 1.0, 3.5)) == 2  # the new one decides where the old is isotropic
+    assert separate_axis((3.0, 1.0, 1.0), ISOTROPIC) is None  # exactly three is not more than three
+    assert separate_axis((5.0, 5.0, 1.0), (4.0, 1.0, 1.0)) is None  # two coarse axes: no slices
+    assert separate_axis((999.0, 1.0, 1.0), (999.0, 1.2, 1.2)) == 0  # a picture
+
+
+def test_same_shape_is_returned_as_it_is() -> None:
+    image = smooth((8, 12, 12))[None]
+    labels = (image[0] > 0).astype(np.uint8)
+    assert resample_image(image, (8, 12, 12), ISOTROPIC, (1.01, 1.0, 1.0)) is image
+    assert resample_labels(labels, (8, 12, 12), ISOTROPIC, (1.01, 1.0, 1.0)) is labels
+
+
+def scores(labels: np.ndarray, new: tuple[int, int, int]) -> np.ndarray:
+    return np.stack(
+        [resize((labels == c).astype(float), new, 1, mode="edge", anti_aliasing=False) for c in range(labels.max() + 1)]
+    )
+
+
+@pytest.mark.parametrize("new", [(20, 31, 47), (41, 23, 17), (24, 80, 30)])
+def test_labels_take_the_largest_share(new: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(1)
+    labels = (gaussian_filter(rng.normal(size=(24, 41, 30)), 1.5) * 25).clip(0, 5).round().astype(np.uint8)
+    ranked = np.sort(scores(labels, new), axis=0)
+    decided = ranked[-1] - ranked[-2] > 1e-4
+    got = resample_labels(labels, new, ISOTROPIC, ISOTROPIC)
+    assert got.dtype == labels.dtype and len(np.unique(labels)) == 6
+    assert (got == scores(labels, new).argmax(axis=0))[decided].all()
+
+
+@pytest.mark.parametrize("values", [(1, 2), (2, 1), (0, 3), (3, 0)])
+def test_nearest_label_wins_a_tie(values: tuple[int, int]) -> None:
+    labels = np.repeat(np.array(values, np.uint8), 2)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    got = resample_labels(labels, (3, 4, 4), ISOTROPIC, ISOTROPIC)  # the middle lies exactly between the two
+    assert got[:, 0, 0].tolist() == [values[0], values[1], values[1]]
+
+
+def test_anisotropic_labels_go_slice_by_slice() -> None:
+    rng = np.random.default_rng(2)
+    labels = (gaussian_filter(rng.normal(size=(12, 40, 36)), (0, 2, 2)) * 20).clip(0, 2).round().astype(np.int16)
+    got = resample_labels(labels, (7, 51, 29), (5.0, 1.0, 1.0), ISOTROPIC)
+    share = np.stack([by_slices((labels == c).astype(float), (7, 51, 29), 0, 1) for c in range(3)])
+    ranked = np.sort(share, axis=0)
+    decided = ranked[-1] - ranked[-2] > 1e-4
+    assert (got == share.argmax(axis=0))[decided].all()
+
+
+def test_a_label_between_the_slices_taken_is_lost_not_an_error() -> None:
+    labels = np.zeros((12, 8, 8), np.uint8)
+    labels[1] = 3
+    got = resample_labels(labels, (2, 9, 9), (5.0, 1.0, 1.0), (30.0, 1.0, 1.0))
+    assert got.max() == 0
+
+
+def test_many_labels_and_wide_types() -> None:
+    labels = np.zeros((10, 30, 30), np.int32)
+    labels[2:8, 5:15, 5:15], labels[2:8, 18:28, 18:28] = 117, 40_000
+    got = resample_labels(labels, (20, 60, 60), ISOTROPIC, (0.5, 0.5, 0.5))
+    assert np.unique(got).tolist() == [0, 117, 40_000] and got[10, 20, 20] == 117
+
+
+def test_torch_gives_the_same() -> None:
+    torch = pytest.importorskip("torch")
+    image = np.stack([smooth((10, 22, 20)), smooth((10, 22, 20), 1)])
+    for spacing in (ISOTROPIC, (5.0, 1.0, 1.0)):
+        want = resample_image(image, (17, 15, 33), spacing, ISOTROPIC)
+        got = resample_image(torch.from_numpy(image), (17, 15, 33), spacing, ISOTROPIC)
+        assert isinstance(got, torch.Tensor) and np.abs(got.numpy() - want).max() < 1e-5 * np.ptp(image)
+        assert torch.equal(got, resample_image(image, (17, 15, 33), spacing, ISOTROPIC, device="cpu"))
+
+
+def test_slabs_of_all_channels_equal_the_whole() -> None:
+    logits = np.stack([smooth((9, 20, 18), seed) for seed in range(3)])
+    whole = resample_image(logits, (33, 41, 25), ISOTROPIC, ISOTROPIC, order=1)
+    slabs = list(resampled_slabs(logits.astype(np.float64), (33, 41, 25), (1, 1, 1), size=4))
+    assert [start for start, _ in slabs] == list(range(0, 33, 4))
+    assert np.allclose(np.concatenate([slab for _, slab in slabs], axis=1), whole, atol=1e-3)
+
+
+def test_operator_keeps_a_constant_and_holds_no_denormals() -> None:
+    matrix = operator(300, 211, 3)
+    assert np.allclose(matrix.sum(axis=1), 1, atol=1e-5)
+    smallest = np.abs(matrix[matrix != 0]).min()
+    assert smallest > 1e-9 and np.count_nonzero(matrix, axis=1).max() < 40
+    assert np.array_equal(operator(7, 3, 0).argmax(axis=1), nearest(7, 3))
