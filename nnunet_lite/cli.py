@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="nnlite",
     help="Self-configuring medical image segmentation: plan, train, predict.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -56,17 +55,31 @@ SetOptions = Annotated[
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
 
 
+# what an OSError of these kinds says is the user's to mend; any other one is a failure of the machine
+_MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
 def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(_fail("stopped; the same command goes on from here", 130))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
+    except OSError as error:
+        sys.exit(
+            _fail(f"error: {error.filename or 'system'}: {error.strerror or error}.", 1 + isinstance(error, _MISPLACED))
+        )
+    except Exception as error:
+        # typer's complaints about options come from its own copy of click, whose classes have no public name
+        if not hasattr(error, "format_message"):
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
+        sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
 
 
 def _fail(message: str, code: int) -> int:

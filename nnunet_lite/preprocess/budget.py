@@ -30,8 +30,8 @@ def free_memory() -> int:
     return max(0, min(limits))
 
 
-def cases_in_flight(largest: int, workers: int | None) -> tuple[int, int]:
-    """How many cases to work on at once, and the threads of each, so that memory and CPUs suffice.
+def cases_in_flight(largest: int, workers: int | None) -> int:
+    """How many cases to work on at once, so that memory and CPUs suffice; at least one.
 
     Parameters
     ----------
@@ -39,8 +39,7 @@ def cases_in_flight(largest: int, workers: int | None) -> tuple[int, int]:
     workers : the most cases at once; None for as many as there are CPUs.
     """
     fitting = int(_SHARE * free_memory() // max(1, largest))
-    cases = max(1, min(cpus() if workers is None else workers, fitting))
-    return cases, max(1, cpus() // cases)
+    return max(1, min(cpus() if workers is None else workers, fitting))
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -239,13 +239,13 @@ def _run(
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     needed = max(job.memory(len(plan.channels)) for job in jobs)
-    in_flight, threads = budget.cases_in_flight(needed, workers)
+    in_flight = budget.cases_in_flight(needed, workers)
     free = budget.free_memory()
     if needed > free:
         log.warn(f"the largest case needs about {needed / budget.GB:.1f} GB, {free / budget.GB:.1f} GB are free")
     failed = {}
-    with threadpool_limits(threads):  # BLAS: cases at once times threads each is the number of CPUs
-        work = partial(_make, dataset=dataset, plan=plan, precision=precision, threads=threads)
+    with threadpool_limits(1):  # more would compete with the other cases, and change the last bit of sums
+        work = partial(_make, dataset=dataset, plan=plan, precision=precision)
         results = _each(work, jobs, 0 if workers == 0 else in_flight)
         for job, error in progress(results, len(jobs), "preprocess") if progress else results:
             if error is not None:
@@ -270,13 +270,13 @@ def _each(
         pool.shutdown(cancel_futures=True)
 
 
-def _make(job: Job, dataset: Dataset, plan: Plan, precision: Precision, threads: int) -> Exception | None:
+def _make(job: Job, dataset: Dataset, plan: Plan, precision: Precision) -> Exception | None:
     """Read a case once and make all its folders; what went wrong is returned, for the other cases go on."""
     try:
         case = _prepared(job.case, dataset, plan)
         for path, (configuration, _) in job.missing.items():
             patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
-            write_stored(path, resample(case, configuration), plan.labels, patch, precision, threads)
+            write_stored(path, resample(case, configuration), plan.labels, patch, precision)
     except MemoryError as error:
         need, free = job.memory(len(plan.channels)) / budget.GB, budget.free_memory() / budget.GB
         fix = f"It needs about {need:.1f} GB, {free:.1f} GB are free: use --workers 1, or more memory."

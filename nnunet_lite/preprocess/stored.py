@@ -70,18 +70,16 @@ def read_stored(folder: Path, case_id: str) -> StoredCase:
     return StoredCase(case_id, _open(folder / "image.b2nd"), label, foreground, annotated, place)
 
 
-def write_stored(
-    folder: Path, case: Preprocessed, labels: Labels, patch: Sequence[int], precision: Precision, threads: int = 1
-) -> None:
+def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequence[int], precision: Precision) -> None:
     """Write a case; chunks and blocks follow from the patch (z, y, x) that will be read."""
     temporary = folder.with_name(f"{LEFTOVER}{secrets.token_hex(4)}-{folder.name}")
     temporary.mkdir(parents=True)
     try:
-        _write(temporary / "image.b2nd", _fitting(case.image, precision), patch, threads)
+        _write(temporary / "image.b2nd", _fitting(case.image, precision), patch)
         voxels: list[tuple[int, np.ndarray]] = []
         if case.classes is not None:
             kind = np.uint8 if labels.n_classes < 256 else np.uint16
-            _write(temporary / "label.b2nd", case.classes.astype(kind, copy=False), patch, threads)
+            _write(temporary / "label.b2nd", case.classes.astype(kind, copy=False), patch)
             voxels = sampled_voxels(case.classes, labels)
             np.save(temporary / "foreground.npy", np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
         about = {
@@ -165,12 +163,12 @@ def _fitting(image: np.ndarray, precision: Precision) -> np.ndarray:
     return image
 
 
-def _write(path: Path, array: np.ndarray, patch: Sequence[int], threads: int) -> None:
+def _write(path: Path, array: np.ndarray, patch: Sequence[int]) -> None:
     import blosc2
 
     chunks, blocks = chunks_and_blocks(array.shape, patch, array.itemsize)
     # zstd's level 1 is within a tenth of the size of level 8 at a twentieth of the time
-    how = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE], nthreads=threads)
+    how = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
     blosc2.asarray(np.ascontiguousarray(array), urlpath=str(path), chunks=chunks, blocks=blocks, cparams=how, mode="w")
 
 

@@ -1,0 +1,346 @@
+"""preprocess/store.py, stored.py, raw_files.py and budget.py on the bundled hippocampus cases."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_lite.data.dataset import Dataset, read_dataset
+from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Channel, Configuration, Network, Plan, Statistics
+from nnunet_lite.preprocess import budget
+from nnunet_lite.preprocess.store import open_case, preprocess_dataset, prune
+from nnunet_lite.preprocess.stored import chunks_and_blocks, sampled_voxels
+
+STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
+BOTH = ["2d", "3d_fullres"]
+Copy = Callable[..., Path]
+
+
+def make_plan(
+    labels: Labels,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    patch: tuple[int, int, int] = (32, 40, 32),
+    scheme: str = "zscore",
+) -> Plan:
+    def configuration(axes: int) -> Configuration:
+        network = Network(
+            features=(8, 16),
+            strides=((1,) * axes, (2,) * axes),
+            kernels=((3,) * axes,) * 2,
+            blocks=(2, 2),
+            decoder_convolutions=(2,),
+        )
+        return Configuration(
+            spacing=spacing[-axes:],
+            median_shape=(36.0, 50.0, 35.0)[-axes:],
+            patch_size=patch[-axes:],
+            batch_size=2,
+            network=network,
+            batch_dice=False,
+        )
+
+    channel = Channel.model_validate({"name": "MRI", "normalization": scheme, "statistics": STATISTICS.model_dump()})
+    return Plan(
+        dataset="x",
+        median_spacing=spacing,
+        median_shape=(36, 50, 35),
+        channels=(channel,),
+        labels=labels,
+        configurations={"2d": configuration(2), "3d_fullres": configuration(3)},
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def five(copy_dataset: Copy) -> Dataset:
+    return read_dataset(copy_dataset(5))
+
+
+def test_arrays_come_back_as_made(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels)
+    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path / "pre")
+    for case in five.cases:
+        assert case.label is not None
+        stored = open_case(tmp_path / "pre", plan, "3d_fullres", case.id)
+        values, geometry, _ = read_label(case.label)
+        box = tuple(slice(*span) for span in stored.placement.box)
+        assert stored.case_id == case.id and stored.placement.geometry == geometry
+        assert np.array_equal(stored.label[:], five.labels.encode(values)[box]) and stored.label.dtype == np.uint8
+        patch = stored.image[:, 3:9, 10:20, 5:30]
+        assert isinstance(patch, np.ndarray) and patch.dtype == np.float16 and patch.shape == (1, 6, 10, 25)
+        whole = stored.image[:].astype(np.float64)
+        assert np.array_equal(patch, stored.image[:][:, 3:9, 10:20, 5:30])
+        assert abs(whole.mean()) < 1e-3 and abs(whole.std() - 1) < 1e-3
+        for number in (1, 2):
+            voxels = stored.foreground[number]
+            assert len(voxels) == (stored.label[:] == number).sum() > 0
+            assert (stored.label[:][tuple(voxels.T)] == number).all()
+            assert voxels.dtype == np.int16 and voxels[0][0] - 100 < 0  # signed: corners may lie outside
+        assert stored.annotated is None
+
+
+def test_equal_configurations_share_one_copy(five: Dataset, tmp_path: Path) -> None:
+    summary = preprocess_dataset(five, make_plan(five.labels), BOTH, tmp_path)
+    assert summary.cases == {"2d": 5, "3d_fullres": 5} and summary.made == 5
+    assert len(list((tmp_path / "cases").iterdir())) == 5
+    assert summary.stored_bytes == sum(p.stat().st_size for p in tmp_path.glob("cases/*/*"))
+    assert summary.raw_bytes == sum(p.stat().st_size for c in five.cases for p in (*c.images, c.label) if p)
+    assert "5 arrays made" in summary.to_text() and summary.to_json()["estimate"] == summary.estimate > 0
+    other = preprocess_dataset(five, make_plan(five.labels, (1.3, 1.0, 1.0)), BOTH, tmp_path)
+    assert other.made == 5 and other.kept == 5  # 2d keeps the spacing of the first axis: those are there
+
+
+def test_only_what_changed_is_made_again(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels)
+    assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 5
+    before = contents(tmp_path)
+    assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 0
+    assert preprocess_dataset(five, make_plan(five.labels, patch=(16, 16, 16)), BOTH, tmp_path).made == 0
+    assert contents(tmp_path) == before
+    label = five.cases[2].label
+    assert label is not None
+    values, geometry, _ = read_label(label)
+    values[0, 0, 0] = 1
+    write_label(label, values, geometry)
+    assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 1
+    assert open_case(tmp_path, plan, "2d", five.cases[2].id).label[0, 0, 0] == 1
+    assert preprocess_dataset(five, make_plan(five.labels, (2.0, 1.5, 1.5)), ["3d_fullres"], tmp_path).made == 5
+    assert preprocess_dataset(five, make_plan(five.labels, scheme="none"), ["3d_fullres"], tmp_path).made == 5
+
+
+def test_unchanged_files_are_not_read_again(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels)
+    preprocess_dataset(five, plan, BOTH, tmp_path)
+    image = five.cases[0].images[0]
+    stat = image.stat()
+    image.write_bytes(b"x" * stat.st_size)  # would be refused if it were read
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 0
+
+
+def test_workers_do_not_change_the_files(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels, (1.5, 1.2, 0.8))
+    for workers in (0, 1, 3, None):
+        preprocess_dataset(five, plan, BOTH, tmp_path / str(workers), workers)
+    first = contents(tmp_path / "0")
+    assert all(contents(tmp_path / str(workers)) == first for workers in (1, 3, None))
+
+
+def test_no_worker_means_no_thread(five: Dataset, tmp_path: Path) -> None:
+    seen = []
+
+    def progress(items, total, what):  # type: ignore[no-untyped-def]
+        for item in items:
+            seen.append((what, total, [thread.name for thread in threading.enumerate() if "preprocess" in thread.name]))
+            yield item
+
+    preprocess_dataset(five, make_plan(five.labels), BOTH, tmp_path, 0, progress)
+    assert seen == [("preprocess", 5, [])] * 5
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from test_store import BOTH, make_plan, preprocess_dataset, read_dataset
+dataset = read_dataset(Path(sys.argv[1]))
+print("ready", flush=True)
+preprocess_dataset(dataset, make_plan(dataset.labels, (0.7, 0.8, 0.9)), BOTH, Path(sys.argv[2]), 2)
+"""
+
+
+def test_killed_at_any_point_it_continues_to_the_same_files(copy_dataset: Copy, tmp_path: Path) -> None:
+    dataset = read_dataset(copy_dataset(12))
+    plan = make_plan(dataset.labels, (0.7, 0.8, 0.9))
+    start = time.monotonic()
+    preprocess_dataset(dataset, plan, BOTH, tmp_path / "undisturbed", 2)
+    whole = time.monotonic() - start
+    left = []
+    for share in (0.1, 0.4, 0.7, 0.9):
+        arguments = [
+            sys.executable,
+            "-c",
+            KILLED,
+            str(dataset.root),
+            str(tmp_path / "killed"),
+            str(Path(__file__).parent),
+        ]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            time.sleep(whole * share)
+            process.send_signal(signal.SIGKILL)
+        left.append(len(list((tmp_path / "killed").glob("cases/*-*"))))
+    assert left == sorted(left)
+    preprocess_dataset(dataset, plan, BOTH, tmp_path / "killed", 2)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+def test_a_bad_case_is_named_and_the_others_are_done(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels)
+    bad, missing = five.cases[1], five.cases[3]
+    assert bad.label is not None
+    values, geometry, _ = read_label(bad.label)
+    values[0, 0, 0] = 9
+    write_label(bad.label, values, geometry)
+    missing.images[0].unlink()
+    with pytest.raises(UserError) as error:
+        preprocess_dataset(five, plan, BOTH, tmp_path / "pre")
+    text = str(error.value)
+    assert text.startswith("2 of 5 cases could not be preprocessed: ") and "\n" not in text
+    assert f"{bad.id} ({bad.images[0]}): label values" in text and str(missing.images[0]) in text
+    assert len(list((tmp_path / "pre" / "cases").iterdir())) == 3
+    assert open_case(tmp_path / "pre", plan, "2d", five.cases[0].id).label is not None
+    with pytest.raises(UserError, match=f"case {bad.id} is not preprocessed for 2d"):
+        open_case(tmp_path / "pre", plan, "2d", bad.id)
+
+
+def test_open_case_says_what_to_do(five: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not preprocessed for 3d_fullres\. Run `nnlite preprocess`\."):
+        open_case(tmp_path, make_plan(five.labels), "3d_fullres", five.cases[0].id)
+    with pytest.raises(UserError, match="has no configuration '3d_lowres'"):
+        preprocess_dataset(five, make_plan(five.labels), ["3d_lowres"], tmp_path)
+
+
+def test_many_threads_read_one_case(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels, (0.5, 0.5, 0.5))
+    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path)
+    case = open_case(tmp_path, plan, "3d_fullres", five.cases[0].id)
+    whole = case.image[:]
+
+    def same(seed: int) -> bool:
+        z, y, x = np.random.default_rng(seed).integers(0, 30, 3)
+        box = (slice(None), slice(z, z + 20), slice(y, y + 25), slice(x, x + 30))
+        return np.array_equal(case.image[box], whole[box])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(same, range(400)))
+
+
+def test_precision(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels)
+    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path / "half")
+    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path / "full", precision="float32")
+    half = open_case(tmp_path / "half", plan, "3d_fullres", five.cases[0].id).image[:]
+    full = open_case(tmp_path / "full", plan, "3d_fullres", five.cases[0].id).image[:]
+    assert full.dtype == np.float32 and np.array_equal(full.astype(np.float16), half) and not np.array_equal(full, half)
+
+
+def test_values_beyond_float16_are_kept_as_float32(copy_dataset: Copy, tmp_path: Path) -> None:
+    dataset = read_dataset(copy_dataset(1))
+    values, geometry, _ = read_label(dataset.cases[0].images[0])
+    write_label(dataset.cases[0].images[0], values.astype(np.int32) * 1000, geometry)
+    plan = make_plan(dataset.labels, scheme="none")
+    preprocess_dataset(dataset, plan, ["3d_fullres"], tmp_path / "pre")
+    image = open_case(tmp_path / "pre", plan, "3d_fullres", dataset.cases[0].id).image
+    assert image.dtype == np.float32 and image[:].max() == int(values.max()) * 1000 > 65504
+
+
+def test_prune_keeps_what_the_plan_uses(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels)
+    preprocess_dataset(five, make_plan(five.labels, (2.0, 2.0, 2.0)), BOTH, tmp_path)
+    preprocess_dataset(five, plan, BOTH, tmp_path)
+    total = sum(p.stat().st_size for p in tmp_path.glob("cases/*/*"))
+    number, freed = prune(tmp_path, plan)
+    assert number == 10 and freed == total - sum(p.stat().st_size for p in tmp_path.glob("cases/*/*")) > 0
+    assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 0
+    assert prune(tmp_path, plan) == (0, 0)
+
+
+def test_a_second_process_waits(five: Dataset, tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(preprocess_dataset, five, make_plan(five.labels), BOTH, tmp_path)
+            time.sleep(0.3)
+            assert not waiting.done() and not (tmp_path / "cases").exists()
+            fcntl.flock(file, fcntl.LOCK_UN)
+            assert waiting.result(60).made == 5
+
+
+def test_foreground_of_regions_and_of_what_is_annotated() -> None:
+    classes = np.random.default_rng(0).integers(0, 5, (12, 40, 50)).astype(np.uint8)
+    regions = Labels(names={"background": 0, "all": (1, 2, 3), "core": (3,)}, ignore=4, region_order=(1, 3))
+    found = dict(sampled_voxels(classes, regions))
+    members = {1: (1, 2, 3), 2: (3,), -1: (0, 1, 2, 3)}
+    assert list(found) == list(members)
+    for number, voxels in found.items():
+        assert np.isin(classes[tuple(voxels.T)], members[number]).all()
+        assert len(voxels) == min(10_000, np.isin(classes, members[number]).sum())
+        assert len(np.unique(voxels, axis=0)) == len(voxels)
+    assert all(np.array_equal(v, dict(sampled_voxels(classes, regions))[n]) for n, v in found.items())
+
+
+def test_samples_of_a_large_class_are_spread_evenly() -> None:
+    classes = np.zeros((70, 200, 200), np.uint8)
+    classes[5:65, 10:190, 10:190] = 1  # more than one slab
+    labels = Labels(names={"background": 0, "a": 1, "absent": 2})
+    found = dict(sampled_voxels(classes, labels))
+    assert list(found) == [1] and len(found[1]) == 10_000
+    assert np.abs(found[1].mean(axis=0) - (34.5, 99.5, 99.5)).max() < 1.5
+    assert (classes[tuple(found[1].T)] == 1).all()
+
+
+def test_chunks_are_fitted_to_the_patch() -> None:
+    chunks, blocks = chunks_and_blocks((1, 36, 50, 35), (40, 56, 40), 2)
+    assert chunks == [1, 36, 50, 35] and blocks == [1, 36, 25, 35]
+    chunks, blocks = chunks_and_blocks((2, 200, 512, 512), (128, 128, 128), 2)
+    assert chunks == [2, 128, 128, 128] and np.prod(blocks) * 2 <= 1 << 16
+    chunks, blocks = chunks_and_blocks((200, 512, 512), (1, 512, 512), 1)
+    assert chunks == [1, 512, 512] and blocks[0] == 1
+
+
+def test_too_little_disk_is_refused(tmp_path: Path) -> None:
+    budget.require_space(tmp_path, 1)
+    with pytest.raises(UserError, match=r"preprocessing needs about 1000000000\.0 GB here and .* GB are free"):
+        budget.require_space(tmp_path, 10**18)
+
+
+def test_cases_in_flight_follow_memory_and_cpus() -> None:
+    cpus = budget.cpus()
+    assert budget.cases_in_flight(1, None) == cpus and budget.cases_in_flight(1, 3) == 3
+    assert budget.cases_in_flight(10**15, None) == budget.cases_in_flight(1, 0) == 1
+    assert budget.cases_in_flight(int(budget.free_memory() * 0.5), None) == 1
+
+
+def test_a_ulimit_counts_as_memory() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
+        "from nnunet_lite.preprocess.budget import free_memory; print(free_memory())"
+    )
+    assert 0 < int(subprocess.check_output([sys.executable, "-c", code])) < 3 << 30
+
+
+def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
+    second, first = tmp_path / "two" / "job", tmp_path / "one" / "memory" / "job"
+    for group, names in (
+        (second, ("memory.max", "memory.current")),
+        (first, ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ):
+        for level, limit in ((group, "8000000000"), (group.parent, "5000000000")):
+            level.mkdir(parents=True, exist_ok=True)
+            (level / names[0]).write_text(limit + "\n")
+            (level / names[1]).write_text("2000000000\n")
+            (level / "memory.stat").write_text("anon 5\ninactive_file 500000000\n")
+    rooms = budget._cgroup_rooms("0::/job\n", tmp_path / "two")
+    assert rooms == [6_500_000_000, 3_500_000_000]
+    assert budget._cgroup_rooms("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
+    (second / "memory.max").write_text("max\n")
+    assert budget._cgroup_rooms("0::/job\n", tmp_path / "two") == [3_500_000_000]
