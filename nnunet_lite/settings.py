@@ -31,6 +31,10 @@ class TrainingSettings(_Section):
     time_limit: float | None = Field(None, gt=0, description="minutes; the schedule fits itself to it")
     batch_size: int | None = Field(None, ge=1, description="instead of the plan's")
     patch_size: tuple[int, ...] | None = Field(None, description="instead of the plan's")
+    patch_voxels: int | None = Field(None, ge=64, description="the planned patch is shortened to at most so many")
+    batch_voxels: int | None = Field(
+        None, ge=64, description="the planned batch holds at most so many, and two patches"
+    )
     foreground: float = Field(0.33, ge=0, le=1, description="share of samples centred on a foreground voxel")
     gradient_clip: float | None = Field(12.0, gt=0, description="largest gradient norm")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.memory import with_memory
 from nnunet_lite.plan.schema import Configuration, Network, Plan
-from nnunet_lite.plan.topology import Topology, default_features, default_network, topology
+from nnunet_lite.plan.topology import Topology, default_features, default_network, shortened, topology
 
 
 def override(
@@ -31,6 +32,27 @@ def override(
         changed = _explained(changed, f"batch {batch_size}")
     changed = with_memory(changed, len(plan.channels), plan.labels)
     return plan.model_copy(update={"configurations": {**plan.configurations, configuration_name: changed}})
+
+
+def limited(
+    plan: Plan, configuration_name: str, patch_voxels: int | None = None, batch_voxels: int | None = None
+) -> Plan:
+    """The plan with a patch of at most so many voxels, shortened as the planner does it; likewise a batch.
+
+    A batch keeps at least two patches. What is within the limits stays as it is.
+    """
+    c = plan.configuration(configuration_name)
+    shape = topology(c.spacing, c.patch_size)
+    while patch_voxels is not None and prod(shape.patch) > patch_voxels:
+        smaller = shortened(shape, c.spacing, c.median_shape)
+        if smaller is None or len(smaller.strides) == 1:
+            break
+        shape = smaller
+    patch = shape.patch if patch_voxels is not None and prod(c.patch_size) > patch_voxels else c.patch_size
+    batch = c.batch_size
+    if batch_voxels is not None:
+        batch = min(batch, max(2, batch_voxels // prod(patch)))
+    return override(plan, configuration_name, patch, batch)
 
 
 def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configuration:

@@ -18,7 +18,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.memory import with_memory
 from nnunet_lite.plan.schema import Channel, Configuration, Plan, Scheme
-from nnunet_lite.plan.topology import Kind, Topology, default_network, feature_map_count, topology
+from nnunet_lite.plan.topology import Kind, Topology, default_network, feature_map_count, shortened, topology
 
 ANISOTROPY = 3  # an axis is coarse when its voxels are this much longer, and this much fewer, than along the others
 SMALL_AFTER_CROP = 0.75  # below this median relative size after cropping, z-scores are taken inside the nonzero mask
@@ -273,12 +273,10 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
     first = shape = topology(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
     per_patch = task.preset.shrink_to_batch[dimensions] / REFERENCE_BATCH[dimensions]
     while feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
-        axis = max(range(dimensions), key=lambda a: (shape.patch[a] / median[a], a))
-        smaller = _shortened(shape.patch, axis, shape.divisor[axis])
-        if smaller[axis] < 1:
+        smaller = shortened(shape, mm, median.tolist())
+        if smaller is None:
             raise UserError(f"{task.memory_gb:g} GB are too few for this data set", fix="Give more with --memory.")
-        # A shorter axis may be pooled once less and then needs only half the step: 128 goes to 112, not to 96.
-        shape = topology(mm, _shortened(shape.patch, axis, topology(mm, smaller).divisor[axis]))
+        shape = smaller
     fits = f"its feature maps fit {task.memory_gb:g} GB"
     if shape is first:
         whole = all(n >= m for n, m in zip(shape.patch, median, strict=True))
@@ -287,10 +285,6 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
             f"patch {_by(shape.patch)} {'covers the median image' if whole else 'is as large as wanted'}: {fits}",
         )
     return shape, f"patch shrunk from {_by(first.patch)} to {_by(shape.patch)} so that {fits}"
-
-
-def _shortened(patch: Sequence[int], axis: int, by: int) -> list[int]:
-    return [n - by if a == axis else n for a, n in enumerate(patch)]
 
 
 def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tuple[int, str]:

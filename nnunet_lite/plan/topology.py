@@ -60,6 +60,22 @@ def topology(spacing: Sequence[float], patch: Sequence[float]) -> Topology:
     return Topology(padded, tuple(strides), tuple(kernels))
 
 
+def shortened(shape: Topology, spacing: Sequence[float], median: Sequence[float]) -> Topology | None:
+    """One step smaller: the axis that is longest relative to the median image loses its divisor; None: nothing is left.
+
+    A shorter axis may be pooled once less and then needs only half the step: 128 goes to 112, not to 96.
+    """
+    axis = max(range(len(shape.patch)), key=lambda a: (shape.patch[a] / median[a], a))
+    smaller = _less(shape.patch, axis, shape.divisor[axis])
+    if smaller[axis] < 1:
+        return None
+    return topology(spacing, _less(shape.patch, axis, topology(spacing, smaller).divisor[axis]))
+
+
+def _less(patch: Sequence[int], axis: int, by: int) -> list[int]:
+    return [n - by if a == axis else n for a, n in enumerate(patch)]
+
+
 def _axes_to_pool(edge: Sequence[float], sampling: Sequence[float]) -> list[int]:
     """The axes to halve next: long enough, and within a factor two of the finest among those that are."""
     long_enough = [a for a, n in enumerate(edge) if n >= 2 * MIN_EDGE]

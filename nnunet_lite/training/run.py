@@ -22,8 +22,9 @@ import nnunet_lite
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.memory import with_memory
-from nnunet_lite.plan.override import override
+from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
+from nnunet_lite.preprocess.budget import free_memory
 from nnunet_lite.settings import Settings, differences
 from nnunet_lite.workspace import read_json, write_json, write_text
 
@@ -42,7 +43,9 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
     ------
     UserError : no such configuration, an illegal patch, or images too small for any U-Net.
     """
-    changed = override(plan, configuration, settings.training.patch_size, settings.training.batch_size)
+    training = settings.training
+    changed = limited(plan, configuration, training.patch_voxels, training.batch_voxels)
+    changed = override(changed, configuration, training.patch_size, training.batch_size)
     planned = changed.configuration(configuration)
     wanted, network = settings.network, planned.network
     if len(network.features) == 1:
@@ -131,10 +134,8 @@ class LoadedCase:
 
 def cached(cases: Sequence[CaseArrays], cache: str) -> list[CaseArrays]:
     """The cases in memory where `cache` is "ram", or "auto" and they take less than half of what is free."""
-    import psutil
-
     size = sum(np.prod(case.image.shape) * case.image.dtype.itemsize + np.prod(case.label.shape) for case in cases)
-    if cache == "disk" or (cache == "auto" and size > psutil.virtual_memory().available / 2):
+    if cache == "disk" or (cache == "auto" and size > free_memory() / 2):
         return list(cases)
     return [LoadedCase(case.case_id, case.image[:], case.label[:], case.foreground, case.annotated) for case in cases]
 
