@@ -20,13 +20,12 @@ from nnunet_lite.interop.nnunet import (
     plan_from_nnunet,
     plan_to_nnunet,
     read_plan,
-    resolve,
     splits_from_nnunet,
     splits_to_nnunet,
 )
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.plan.schema import Plan, inherited
 
 DATA = Path(__file__).parent / "data"
 DATASET = {
@@ -191,7 +190,7 @@ def test_what_cannot_be_followed_is_refused(plans: dict[str, Any], path: str, va
 
 def test_resolve_leaves_the_originals_alone(plans: dict[str, Any]) -> None:
     before = copy.deepcopy(plans)
-    resolve(plans["configurations"], "3d_small")["batch_size"] = 99
+    inherited(plans["configurations"], "3d_small")["batch_size"] = 99
     assert plans == before
 
 

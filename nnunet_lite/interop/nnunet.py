@@ -20,7 +20,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.interop.architecture import architecture_from_nnunet, architecture_to_nnunet, refuse
 from nnunet_lite.plan.memory import with_memory
 from nnunet_lite.plan.planner import PRESETS
-from nnunet_lite.plan.schema import Channel, Configuration, Plan, Resampling, Scheme, Statistics
+from nnunet_lite.plan.schema import Channel, Configuration, Plan, Resampling, Scheme, Statistics, inherited
 from nnunet_lite.workspace import read_json
 
 Json = dict[str, Any]
@@ -225,7 +225,7 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
         names = list(plans["configurations"])
     for name in names:
         with _reading(file, f"configurations.{name}."):
-            resolved[name] = resolve(plans["configurations"], name)
+            resolved[name] = inherited(plans["configurations"], name)
             configurations[name] = _configuration_from_nnunet(resolved[name])
     with _reading(file):
         preset = _preset(plans)
@@ -259,24 +259,6 @@ def _reading(file: Path | None, where: str = "") -> Iterator[None]:
         raise UserError(f"nnU-Net's plan: {path.rstrip('.')}: {message}", file) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"nnU-Net's plan: {where}{error}", file) from None
-
-
-def resolve(configurations: Mapping[str, Json], name: str, seen: tuple[str, ...] = ()) -> Json:
-    """A configuration with everything that it inherits.
-
-    Raises
-    ------
-    ValueError : it inherits from one that is not there, or from itself.
-    """
-    if name in seen:
-        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*seen, name))}")
-    if name not in configurations:
-        raise ValueError(f"inherits_from {name!r}, which is not there")
-    own = configurations[name]
-    if "inherits_from" not in own:
-        return dict(own)
-    base = resolve(configurations, own["inherits_from"], (*seen, name))
-    return {**base, **{key: value for key, value in own.items() if key != "inherits_from"}}
 
 
 def _preset(plans: Mapping[str, Any]) -> str:

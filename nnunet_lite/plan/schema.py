@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import read_json
 
 FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
 
@@ -132,7 +134,17 @@ class Plan(_Model):
     channels: tuple[Channel, ...]
     labels: Labels
     n_cases: int = 0
-    configurations: dict[str, Configuration]
+    configurations: dict[str, Configuration] = Field(
+        description='one may name another as "inherits_from" and give only what differs'
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:
+        given = values.get("configurations") if isinstance(values, dict) else None
+        if not isinstance(given, dict) or not all(isinstance(c, dict) for c in given.values()):
+            return values
+        return {**values, "configurations": {name: inherited(given, name) for name in given}}
 
     def configuration(self, name: str) -> Configuration:
         """The configuration of that name.
@@ -162,7 +174,7 @@ class Plan(_Model):
         if not path.is_file():
             raise UserError("there is no plan", path, "Run `nnlite plan DATA` first.")
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             raise UserError(_first_error(error), path, "Correct it, or run `nnlite plan` again.") from None
 
@@ -170,6 +182,24 @@ class Plan(_Model):
     def json_schema(cls) -> str:
         """The JSON Schema of plans.json."""
         return json.dumps(cls.model_json_schema(), indent=1)
+
+
+def inherited(configurations: Mapping[str, dict[str, Any]], name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A configuration with everything that it inherits from others.
+
+    Raises
+    ------
+    ValueError : it inherits from itself, or from one that is not there.
+    """
+    if name in seen:
+        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*seen, name))}")
+    if name not in configurations:
+        raise ValueError(f"inherits_from {name!r}, which is not there")
+    own = configurations[name]
+    if "inherits_from" not in own:
+        return dict(own)
+    base = inherited(configurations, own["inherits_from"], (*seen, name))
+    return {**base, **{key: value for key, value in own.items() if key != "inherits_from"}}
 
 
 def _first_error(error: ValidationError) -> str:
