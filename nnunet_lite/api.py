@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nnunet_lite.preprocess.store import Summary
 
 Folder = str | Path
+Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
 
 
 def check(data: Folder, *, workspace: Folder | None = None, workers: int | None = None) -> Report:
@@ -55,6 +56,7 @@ def plan(
     preset: str = "default",
     memory: float | None = None,
     adopt: Folder | None = None,
+    change: Change | None = None,
     workers: int | None = None,
 ) -> Plan:
     """Check a data set, take its fingerprint and plan its networks; it becomes the current data set.
@@ -64,6 +66,7 @@ def plan(
     preset : default, resenc_m, resenc_l or resenc_xl.
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
+    change : configuration, and the patch and batch size to give it instead of the planned ones.
 
     Raises
     ------
@@ -85,6 +88,7 @@ def plan(
         made = make_plan(fingerprint, dataset.name, dataset.channels, dataset.labels, preset, memory)
     else:
         made = _adopted(Path(adopt), dataset)
+    made = _changed(made, change)
     write_json(paths.check, report.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
@@ -114,7 +118,12 @@ def _adopted(file: Path, dataset: Dataset) -> Plan:
 
 
 def plan_from_fingerprint(
-    fingerprint: Folder, dataset_json: Folder, *, preset: str = "default", memory: float | None = None
+    fingerprint: Folder,
+    dataset_json: Folder,
+    *,
+    preset: str = "default",
+    memory: float | None = None,
+    change: Change | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Plan from a fingerprint.json and a dataset.json alone; returns the plan and the description of the data set."""
     from nnunet_lite.interop.nnunet import description_from_nnunet
@@ -125,7 +134,32 @@ def plan_from_fingerprint(
     about = description_from_nnunet(told, Path(dataset_json))
     taken = Fingerprint.read(Path(fingerprint))
     name = str(told.get("name", Path(dataset_json).absolute().parent.name))
-    return make_plan(taken, name, about.channels, about.labels, preset, memory, about.n_cases or None), told
+    made = make_plan(taken, name, about.channels, about.labels, preset, memory, about.n_cases or None)
+    return _changed(made, change), told
+
+
+def _changed(made: Plan, change: Change | None) -> Plan:
+    from nnunet_lite.plan.override import override
+
+    return made if change is None or change[1:] == (None, None) else override(made, *change)
+
+
+def measure(made: Plan, device: str | None = None) -> str:
+    """Predicted against measured GPU memory of a training step, a line for each configuration that can be trained.
+
+    Raises
+    ------
+    UserError : there is no GPU.
+    """
+    from nnunet_lite.network.arithmetic import pick_device
+    from nnunet_lite.training.measure import measure_step
+
+    target, lines = pick_device(device), []
+    for name, planned in made.configurations.items():
+        measured = measure_step(made, name, target)
+        found = "more than the GPU has" if measured is None else f"{measured:.2f} GB"
+        lines.append(f"{name}: predicted {planned.memory_gb:.2f} GB, measured {found}")
+    return "\n".join(lines)
 
 
 def preprocess(

@@ -123,6 +123,13 @@ def plan(
     preset: Annotated[Preset, typer.Option(help="Kind of U-Net.")] = Preset.default,
     memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
     plans: Annotated[Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
+    patch_size: Annotated[str | None, typer.Option(help="Such as 40x56x40, instead of the planned one.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the planned one.")] = None,
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="That gets them [3d_fullres, or 2d for a flat patch].")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Run real steps on the GPU and compare their memory.")] = False,
+    device: Device = None,
     from_fingerprint: Annotated[Path | None, typer.Option(help="Plan from a fingerprint instead of data.")] = None,
     dataset_json: Annotated[Path | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
     format: Annotated[Format, typer.Option(help="Of --output.")] = Format.nnlite,
@@ -135,20 +142,26 @@ def plan(
     from nnunet_lite.plan.show import plan_table
     from nnunet_lite.workspace import write_json
 
+    patch = None if patch_size is None else _numbers(patch_size, "--patch-size")
+    change = (configuration or ("2d" if patch and len(patch) == 2 else "3d_fullres"), patch, batch_size)
+    about: dict[str, Any] | None = None
     if from_fingerprint is not None:
         if dataset_json is None:
             raise UserError("--from-fingerprint needs --dataset-json")
-        made, about = api.plan_from_fingerprint(from_fingerprint, dataset_json, preset=preset, memory=memory)
+        made, about = api.plan_from_fingerprint(
+            from_fingerprint, dataset_json, preset=preset, memory=memory, change=change
+        )
     elif data is not None:
-        made, about = (
-            api.plan(data, workspace=workspace, preset=preset, memory=memory, adopt=plans, workers=workers),
-            {},
+        made = api.plan(
+            data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change, workers=workers
         )
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:
         write_json(output, _formatted(made, about, format))
     _show(made.model_dump(mode="json"), plan_table(made), as_json)
+    if measure:
+        log.info(api.measure(made, device))
 
 
 def _formatted(made: Plan, about: dict[str, Any] | None, format: Format) -> Any:

@@ -188,25 +188,6 @@ def _batches(job: Job, first_epoch: int) -> Iterator[Batch]:
         epoch += 1
 
 
-def _loss(job: Job, outputs: Tensor | list[Tensor], classes: Tensor) -> Tensor:
-    """Loss over the deep-supervision outputs, finest first."""
-    outputs = outputs if isinstance(outputs, list) else [outputs]
-    labels, weights = job.plan.labels, job.settings.loss
-    total = outputs[0].new_zeros((), dtype=torch.float32)
-    for output, share in zip(outputs, losses.deep_supervision_weights(len(outputs)), strict=True):
-        if share:
-            total = total + share * losses.segmentation_loss(
-                output,
-                losses.downsample_classes(classes, output.shape[2:]),
-                batch_dice=job.plan.configuration(job.configuration).batch_dice,
-                cross_entropy=weights.cross_entropy,
-                dice=weights.dice,
-                ignore_class=labels.ignore_class,
-                regions=labels.region_classes if labels.has_regions else None,
-            )
-    return total
-
-
 def _choose_arithmetic(job: Job, network: UNet) -> Arithmetic:
     """Time a training step of the real network on a real batch in each candidate format and layout."""
     training = job.settings.training
@@ -218,7 +199,7 @@ def _choose_arithmetic(job: Job, network: UNet) -> Arithmetic:
         network.zero_grad()
         with arithmetic.autocast(job.device):
             outputs = network(as_layout(images, arithmetic))
-        _loss(job, outputs, classes).backward()
+        losses.deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss).backward()
 
     statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}  # batch norm counts the trial steps
     try:
@@ -255,7 +236,7 @@ def _epoch(job: Job, network: UNet, optimizer: torch.optim.Optimizer, scaler: to
         optimizer.zero_grad(set_to_none=True)
         with state.arithmetic.autocast(job.device):
             outputs = network(as_layout(images, state.arithmetic))
-        loss = _loss(job, outputs, classes)
+        loss = losses.deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss)
         scaler.scale(loss).backward()
         if _step(job, network, optimizer, scaler):
             history.append(loss.detach())
@@ -311,7 +292,7 @@ def _validate(job: Job, network: UNet, arithmetic: Arithmetic) -> dict[str, Any]
         images, classes, _ = _batch(job, job.validation, _VALIDATION_STREAM, i, augment=False)
         with arithmetic.autocast(job.device):
             outputs = network(as_layout(images, arithmetic))
-        total += float(_loss(job, outputs, classes))
+        total += float(losses.deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss))
         finest = outputs[0] if isinstance(outputs, list) else outputs
         counts += losses.pseudo_dice_counts(finest, classes, regions, labels.ignore_class).cpu().numpy()
     tp, fp, fn = counts
@@ -335,7 +316,8 @@ def _memory_peak(device: torch.device) -> float:
 
 def _keep_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
     """The rows of the epochs that the checkpoint has seen; later ones (killed before the checkpoint) are dropped."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
     kept = [row for row in rows if row["epoch"] <= epochs]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept

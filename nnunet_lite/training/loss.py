@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.settings import LossSettings
+
 SMOOTH = 1e-5
 
 
@@ -90,6 +93,27 @@ def segmentation_loss(
     ce = -(log_probabilities.gather(1, known[:, None])[:, 0] * valid).sum() / n_valid
     overlap = soft_dice(log_probabilities.exp(), known, valid, batch_dice) if dice else logits.new_zeros(())
     return cross_entropy * ce - dice * overlap
+
+
+def deep_supervision_loss(
+    outputs: Tensor | list[Tensor], classes: Tensor, plan: Plan, configuration: str, weights: LossSettings
+) -> Tensor:
+    """Weighted sum of the losses of all outputs of a network, finest first; classes: (batch, *patch)."""
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    labels = plan.labels
+    total = outputs[0].new_zeros((), dtype=torch.float32)
+    for output, share in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
+        if share:
+            total = total + share * segmentation_loss(
+                output,
+                downsample_classes(classes, output.shape[2:]),
+                batch_dice=plan.configuration(configuration).batch_dice,
+                cross_entropy=weights.cross_entropy,
+                dice=weights.dice,
+                ignore_class=labels.ignore_class,
+                regions=labels.region_classes if labels.has_regions else None,
+            )
+    return total
 
 
 def downsample_classes(classes: Tensor, shape: Sequence[int]) -> Tensor:
