@@ -8,11 +8,11 @@ from scipy.ndimage import gaussian_filter
 from skimage.transform import resize
 
 from nnunet_lite.preprocess.resample import (
+    each_slab,
     nearest,
     operator,
     resample_image,
     resample_labels,
-    resampled_slabs,
     separate_axis,
 )
 
@@ -146,9 +146,20 @@ def test_torch_gives_the_same() -> None:
 def test_slabs_of_all_channels_equal_the_whole() -> None:
     logits = np.stack([smooth((9, 20, 18), seed) for seed in range(3)])
     whole = resample_image(logits, (33, 41, 25), ISOTROPIC, ISOTROPIC, order=1)
-    slabs = list(resampled_slabs(logits.astype(np.float64), (33, 41, 25), (1, 1, 1), size=4))
-    assert [start for start, _ in slabs] == list(range(0, 33, 4))
-    assert np.allclose(np.concatenate([slab for _, slab in slabs], axis=1), whole, atol=1e-3)
+    slabs: dict[int, np.ndarray] = {}
+    each_slab(logits.astype(np.float64), (33, 41, 25), (1, 1, 1), slabs.__setitem__, size=4)
+    assert sorted(slabs) == list(range(0, 33, 4))
+    assert np.allclose(np.concatenate([slabs[start] for start in sorted(slabs)], axis=1), whole, atol=1e-3)
+
+
+def test_number_of_threads_changes_no_bit() -> None:
+    image = np.stack([smooth((40, 41, 30)), smooth((40, 41, 30), 1)])
+    labels = (image[0] / 100).clip(0, 4).astype(np.uint8)
+    one = resample_image(image, (61, 33, 47), ISOTROPIC, ISOTROPIC, threads=1)
+    ones = resample_labels(labels, (61, 33, 47), ISOTROPIC, ISOTROPIC, threads=1)
+    for threads in (2, 4, None):
+        assert np.array_equal(resample_image(image, (61, 33, 47), ISOTROPIC, ISOTROPIC, threads=threads), one)
+        assert np.array_equal(resample_labels(labels, (61, 33, 47), ISOTROPIC, ISOTROPIC, threads=threads), ones)
 
 
 def test_operator_keeps_a_constant_and_holds_no_denormals() -> None:

@@ -7,17 +7,20 @@ image processing", 1999, for the interpolation). The matrices are banded, so eac
 that it needs: results are made slab by slab, and nothing but input and output is ever held at full size.
 
 Arrays are (channels, z, y, x), or (z, y, x) for labels; spacings are mm in the same order. numpy computes on the CPU,
-in as many threads as its BLAS is set to use; a torch tensor is computed on where it lies, and `device` moves it.
+in `threads` of ours whose number changes no bit; a torch tensor is computed on where it lies, and `device` moves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+from nnunet_lite.preprocess.budget import cpus
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +31,7 @@ _TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 r
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
 
 Shape = tuple[int, int, int]
+T = TypeVar("T")
 Array = Any  # numpy array or torch tensor: both know `@`
 
 
@@ -71,6 +75,7 @@ def resample_image(
     order_z: int = 0,
     separate_z: bool | None = None,
     device: str | torch.device | None = None,
+    threads: int | None = None,
 ) -> Any:
     """Resample a (channels, z, y, x) image to `new_shape`; float32, numpy unless data is a tensor or `device` is given.
 
@@ -84,15 +89,17 @@ def resample_image(
     axis = coarse_axis(spacing, new_spacing, separate_z)
     out = _empty(data, (data.shape[0], *target))
     for channel, result in zip(data, out, strict=True):
+
+        def write(start: int, slab: Array, result: Array = result) -> None:
+            result[start : start + len(slab)] = slab
+
         if axis is None or order_z == 0:
             orders = tuple(order_z if a == axis else order for a in range(3))
-            for start, slab in resampled_slabs(channel, target, orders, axis, clip=order > 1):
-                result[start : start + len(slab)] = slab
+            each_slab(channel, target, orders, write, axis, order > 1, threads=threads)
         else:
             flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
-            between = resample_image(channel[None], flat, spacing, new_spacing, order, 0, separate_z)[0]
-            for start, slab in resampled_slabs(between, target, (order_z,) * 3, None, clip=False):
-                result[start : start + len(slab)] = slab
+            between = resample_image(channel[None], flat, spacing, new_spacing, order, 0, separate_z, threads=threads)
+            each_slab(between[0], target, (order_z,) * 3, write, threads=threads)
     return out
 
 
@@ -104,6 +111,7 @@ def resample_labels(
     order: int = 1,
     order_z: int = 0,
     separate_z: bool | None = None,
+    threads: int | None = None,
 ) -> np.ndarray:
     """Resample a (z, y, x) label map of integers >= 0 to `new_shape`, same type.
 
@@ -117,12 +125,13 @@ def resample_labels(
     axis = coarse_axis(spacing, new_spacing, separate_z)
     if axis is not None and order_z > 0:  # slices first, then between them
         flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
-        labels = resample_labels(labels, flat, spacing, new_spacing, order, 0, separate_z)
+        labels = resample_labels(labels, flat, spacing, new_spacing, order, 0, separate_z, threads)
         shape, order, axis = flat, order_z, None
     orders = tuple(order_z if a == axis else order for a in range(3))
     out = np.zeros(target, labels.dtype)
     boxes = [(value, box, _reached(box[1:], shape[1:], target[1:], orders[1:])) for value, box in label_boxes(labels)]
-    for start in range(0, target[0], _SLAB):
+
+    def work(start: int) -> None:
         slab = out[start : start + _SLAB]
         rows = operator(shape[0], target[0], orders[0])[start : start + _SLAB]
         closest = _nearest_slab(labels, target, start, start + len(slab))
@@ -134,34 +143,53 @@ def resample_labels(
                 z = slice(box[0].start + int(used[0]), box[0].start + int(used[-1]) + 1)
                 mask = (labels[z, *box[1:]] == value).astype(np.float32)
                 where = (slice(None), *plane[0])
-                _, score = next(_products(mask, _split(rows[:, z], _SLAB), *plane[1]))
+                score = _product(mask, _split(rows[:, z], _SLAB)[0], *plane[1])
                 background[where] -= score
                 score[closest[where] == value] += _TIE
                 better = score > best[where]
                 np.copyto(slab[where], value, where=better)
                 np.copyto(best[where], score, where=better)
         slab[background > best] = 0
+
+    _in_threads(work, range(0, target[0], _SLAB), threads)
     return out
 
 
-def resampled_slabs(
-    channel: Array, target: Shape, orders: Sequence[int], axis: int | None = None, clip: bool = False, size: int = _SLAB
-) -> Iterator[tuple[int, Array]]:
-    """Resample (z, y, x), or (channels, z, y, x) with `clip` off, by slabs of output slices: (first slice, slab).
+def each_slab(
+    data: Array,
+    target: Shape,
+    orders: Sequence[int],
+    use: Callable[[int, Array], None],
+    axis: int | None = None,
+    clip: bool = False,
+    size: int = _SLAB,
+    threads: int | None = None,
+) -> None:
+    """Resample (z, y, x), or (channels, z, y, x) with `clip` off, and hand over slabs of the output with `use`.
 
-    `orders` is the spline order of each axis. Clipping is to the range of the input, or of each slice along `axis`.
+    Parameters
+    ----------
+    orders : spline order of each axis.
+    use : called with the first output slice of a slab and the slab, float32, in no particular order, from several
+        threads where the data is a numpy array.
+    axis : with `clip`, the axis along which each slice has its own range; None for one range for all.
+    size : output slices per slab.
+    threads : None for one per CPU that this process may use.
     """
-    shape = channel.shape[-3:]
     z, y, x = (
-        _on(channel, blocks(n, m, order, size if a == 0 else _BLOCK))
-        for a, (n, m, order) in enumerate(zip(shape, target, orders, strict=True))
+        _on(data, blocks(n, m, order, size if a == 0 else _BLOCK))
+        for a, (n, m, order) in enumerate(zip(data.shape[-3:], target, orders, strict=True))
     )
-    bounds = _bounds(channel, axis, target) if clip else None
-    for start, slab in _products(channel, z, y, x):
+    bounds = _bounds(data, axis, target) if clip else None
+
+    def work(part: Block) -> None:
+        slab = _product(data, part, y, x)
         if bounds is not None:
-            low, high = (b[start : start + len(slab)] if axis == 0 else b for b in bounds)
+            low, high = (b[part.start : part.stop] if axis == 0 else b for b in bounds)
             slab = slab.clip(low, high)
-        yield start, slab
+        use(part.start, slab)
+
+    _in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
 
 
 @lru_cache(maxsize=128)
@@ -211,25 +239,45 @@ def label_boxes(labels: np.ndarray) -> Iterator[tuple[int, tuple[slice, ...]]]:
             yield value, box
 
 
-def _products(data: Array, z: Sequence[Block], y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple[int, Array]]:
-    """The three products on the last three axes of `data`, block by block of the first of them."""
+def _product(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -> Array:
+    """One block of the first product on the last three axes of `data`, and all of the other two of it."""
     lead, rows, columns = data.shape[:-3], y[-1].stop, x[-1].stop
-    for part in z:
-        slab = _float(data[..., part.low : part.high, :, :])
-        if part.matrix is not None:
-            slab = part.matrix @ slab.reshape(*lead, part.high - part.low, -1)
-            slab = slab.reshape(*lead, part.stop - part.start, *data.shape[-2:])
-        if y[0].matrix is not None or x[0].matrix is not None:
-            out = _empty(slab, (*slab.shape[:-2], rows, columns))
-            for down in y:
-                strip = slab[..., down.low : down.high, :]
-                strip = strip if down.matrix is None else down.matrix @ strip
-                for across in x:
-                    piece = strip[..., across.low : across.high]
-                    piece = piece if across.matrix is None else piece @ across.matrix.T
-                    out[..., down.start : down.stop, across.start : across.stop] = piece
-            slab = out
-        yield part.start, slab
+    slab = _float(data[..., part.low : part.high, :, :])
+    if part.matrix is not None:
+        slab = part.matrix @ slab.reshape(*lead, part.high - part.low, -1)
+        slab = slab.reshape(*lead, part.stop - part.start, *data.shape[-2:])
+    if y[0].matrix is None and x[0].matrix is None:
+        return slab
+    out = _empty(slab, (*slab.shape[:-2], rows, columns))
+    for down in y:
+        strip = slab[..., down.low : down.high, :]
+        strip = strip if down.matrix is None else down.matrix @ strip
+        for across in x:
+            piece = strip[..., across.low : across.high]
+            piece = piece if across.matrix is None else piece @ across.matrix.T
+            out[..., down.start : down.stop, across.start : across.stop] = piece
+    return out
+
+
+def _in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None) -> None:
+    """Work on all parts, in one thread per CPU unless told otherwise."""
+    threads = min(threads or cpus(), len(parts))
+    with _blas().limit(limits=1):  # its own threads would wait for each other after each of many small products
+        if threads == 1:
+            for part in parts:
+                work(part)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(work, parts):
+                pass
+
+
+@lru_cache(maxsize=1)
+def _blas() -> Any:
+    """The handle on numpy's BLAS and its threads."""
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _bounds(channel: Array, axis: int | None, target: Shape) -> tuple[Array, Array]:

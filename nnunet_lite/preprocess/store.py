@@ -119,6 +119,8 @@ def preprocess_dataset(
         jobs = _jobs(dataset, plan, index, sound, folder)
         estimate = sum(job.disk(len(plan.channels), precision) for job in jobs)
         budget.require_space(folder, estimate)
+        if jobs:
+            log.info(f"{sum(len(job.missing) for job in jobs)} arrays to make, about {estimate / 1e6:.1f} MB of disk")
         failed |= _run(jobs, dataset, plan, workers, progress, precision)
         for name, entries in index.items():
             there = {case: key for case, key in entries.items() if (folder / "cases" / key).is_dir()}
@@ -243,9 +245,10 @@ def _run(
     free = budget.free_memory()
     if needed > free:
         log.warn(f"the largest case needs about {needed / budget.GB:.1f} GB, {free / budget.GB:.1f} GB are free")
+    threads = 1 if workers == 0 else max(1, budget.cpus() // in_flight)  # of ours, for each case
+    work = partial(_make, dataset=dataset, plan=plan, precision=precision, threads=threads)
     failed = {}
-    with threadpool_limits(1):  # more would compete with the other cases, and change the last bit of sums
-        work = partial(_make, dataset=dataset, plan=plan, precision=precision)
+    with threadpool_limits(1, "blas"):  # none of BLAS's own
         results = _each(work, jobs, 0 if workers == 0 else in_flight)
         for job, error in progress(results, len(jobs), "preprocess") if progress else results:
             if error is not None:
@@ -270,13 +273,13 @@ def _each(
         pool.shutdown(cancel_futures=True)
 
 
-def _make(job: Job, dataset: Dataset, plan: Plan, precision: Precision) -> Exception | None:
+def _make(job: Job, dataset: Dataset, plan: Plan, precision: Precision, threads: int) -> Exception | None:
     """Read a case once and make all its folders; what went wrong is returned, for the other cases go on."""
     try:
         case = _prepared(job.case, dataset, plan)
         for path, (configuration, _) in job.missing.items():
             patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
-            write_stored(path, resample(case, configuration), plan.labels, patch, precision)
+            write_stored(path, resample(case, configuration, threads), plan.labels, patch, precision)
     except MemoryError as error:
         need, free = job.memory(len(plan.channels)) / budget.GB, budget.free_memory() / budget.GB
         fix = f"It needs about {need:.1f} GB, {free:.1f} GB are free: use --workers 1, or more memory."
