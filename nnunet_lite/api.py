@@ -166,16 +166,25 @@ def preprocess(
     configurations: Sequence[str] | None = None,
     *,
     dataset: str | None = None,
+    clean: bool = False,
     workspace: Folder | None = None,
     workers: int | None = None,
 ) -> Summary:
-    """Preprocess the current data set for some configurations (default: all); what is there already is kept."""
+    """Preprocess the current data set for some configurations (default: all); what is there already is kept.
+
+    Parameters
+    ----------
+    clean : delete what the plan does not need any more first.
+    """
     from nnunet_lite.plan.schema import Plan
-    from nnunet_lite.preprocess.store import preprocess_dataset
+    from nnunet_lite.preprocess.store import preprocess_dataset, prune
 
     paths = current_paths(workspace, dataset)
     made = Plan.read(paths.plans)
     names = list(configurations or made.configurations)
+    if clean:
+        count, size = prune(paths.preprocessed, made)
+        log.info(f"{count} arrays deleted that the plan does not need, {size / 1e6:.1f} MB")
     return preprocess_dataset(_dataset(paths), made, names, paths.preprocessed, workers, log.progress)
 
 

@@ -180,12 +180,13 @@ def _formatted(made: Plan, about: dict[str, Any] | None, format: Format) -> Any:
 def preprocess(
     configuration: Annotated[list[str] | None, typer.Argument(help="Which [all of the plan].")] = None,
     dataset: Dataset = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete what the plan does not need any more.")] = False,
     workers: Workers = None,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
     """Crop, normalise and resample the current data set (train does it too where it is missing)."""
-    summary = api.preprocess(configuration, dataset=dataset, workspace=workspace, workers=workers)
+    summary = api.preprocess(configuration, dataset=dataset, clean=prune, workspace=workspace, workers=workers)
     _show(summary.to_json(), summary.to_text(), as_json)
 
 

@@ -151,16 +151,22 @@ def load(recipe: str = "default", changes: dict[str, Any] | None = None) -> Sett
     ------
     UserError : unknown recipe or key (names the nearest), bad TOML (line and column), illegal value.
     """
-    path = _recipe_path(recipe)
+    return with_changes(_read_recipe(_recipe_path(recipe)), changes or {})
+
+
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
+    """The settings of a recipe file; `above` are the files that build on it."""
+    if path in above:
+        raise UserError("builds on itself", path, "Give another base.")
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"invalid TOML: {error}", path) from None
     base = tree.pop("base", None)
-    values = dict(_flatten(tree))
-    if base is not None:
-        values = {**dict(_flatten(load(str(base)).model_dump(exclude={"recipe"}))), **values}
-    return with_changes(_validated(Settings(recipe=path.stem), values, path), changes or {})
+    start = Settings() if base is None else _read_recipe(_recipe_path(str(base)), (*above, path))
+    return _validated(start.model_copy(update={"recipe": path.stem}), dict(_flatten(tree)), path)
 
 
 def with_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
@@ -170,7 +176,7 @@ def with_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
     ------
     UserError : unknown key or illegal value.
     """
-    return _validated(settings, {key: _parse(value) for key, value in changes.items()}, None)
+    return _validated(settings, {key: _parse(key, value) for key, value in changes.items()}, None)
 
 
 def _recipe_path(recipe: str) -> Path:
@@ -194,12 +200,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _parse(value: Any) -> Any:
+def _parse(key: str, value: Any) -> Any:
     """`--set` values are TOML where they parse as such (3e-4, true, [40, 56, 40]), else "none", else plain strings."""
     if not isinstance(value, str):
         return value
     if value.lower() in ("none", "null"):
-        return None
+        return "none" if key == "network.norm" else None  # there it is the name of a choice
     try:
         return tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:

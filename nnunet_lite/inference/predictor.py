@@ -94,7 +94,7 @@ def load(
     configuration = plan.configuration(run["configuration"])
     there = trained_folds(folder)
     wanted = there if folds is None else [str(fold) for fold in folds]
-    missing = [fold for fold in wanted if fold not in there]
+    missing = [fold for fold in wanted if not (folder / f"fold_{fold}" / MODEL).is_file()]
     if missing or not wanted:
         have = f"Trained folds: {', '.join(there)}." if there else "Train one with `nnlite train`."
         raise UserError(f"has no trained fold {', '.join(missing)}".rstrip(), folder, have)
@@ -107,7 +107,8 @@ def load(
         networks.append(network.to(target).eval().requires_grad_(False))
     from nnunet_lite.network.arithmetic import Arithmetic
 
-    axes = trained.augmentation.mirror_axes if trained.augmentation.enabled else ()
+    mirrored = trained.augmentation.enabled and trained.augmentation.p_mirror > 0
+    axes = trained.augmentation.mirror_axes if mirrored else ()
     model = Model(
         folder=folder,
         plan=plan,
@@ -123,7 +124,7 @@ def load(
 
 
 def trained_folds(folder: Path) -> list[str]:
-    """The finished folds of a model folder, "all" last."""
+    """The finished folds of a model folder; "all" only where there is no other."""
     found = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob("fold_*/model.safetensors"))
     return [fold for fold in found if fold != "all"] or found
 

@@ -29,11 +29,7 @@ def load_weights(path: Path, network: nn.Module) -> dict[str, Any]:
     UserError : no such file, not a safetensors file, or weights of another network.
     """
     tensors, about = _load(path)
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"holds the weights of another network ({first})", path) from None
+    _fill(network, tensors, path)
     return about
 
 
@@ -47,9 +43,15 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote, in place, and return its `state`."""
+    """Restore what `save_checkpoint` wrote, in place, and return its `state`.
+
+    Raises
+    ------
+    UserError : as `load_weights`.
+    """
     tensors, state = _load(path)
-    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+    _fill(network, weights, path)
     for i, parameter in enumerate(_parameters(optimizer)):
         prefix = f"optimizer.{i}."
         for name, value in tensors.items():
@@ -73,6 +75,14 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError("no such file", path) from None
     except Exception as error:  # safetensors raises its own SafetensorError, which is no public type
         raise UserError(f"is not a safetensors file ({error})", path) from None
+
+
+def _fill(network: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"holds the weights of another network ({first.rstrip('.')})", path) from None
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -52,12 +52,13 @@ def read_fold(splits: Path, case_ids: Sequence[str], fold: str) -> Fold:
     if not splits.is_file():
         write_json(splits, make_folds(ids))
     folds = read_json(splits)
-    if not fold.isdigit() or int(fold) >= len(folds):
-        raise UserError(f"there is no fold {fold!r}", fix=f'Folds are 0 to {len(folds) - 1}, "all-folds" and "all".')
     try:
-        training, validation = tuple(folds[int(fold)]["train"]), tuple(folds[int(fold)]["val"])
+        sides = [(tuple(entry["train"]), tuple(entry["val"])) for entry in folds]
     except (KeyError, TypeError):
         raise UserError('must be a list of {"train": [ids], "val": [ids]}', splits) from None
+    if fold not in map(str, range(len(sides))):
+        raise UserError(f"there is no fold {fold!r}", fix=f'Folds are 0 to {len(sides) - 1}, "all-folds" and "all".')
+    training, validation = sides[int(fold)]
     unknown = sorted({*training, *validation} - set(ids))
     if unknown:
         raise UserError(

@@ -22,7 +22,7 @@ def prefetch(items: Iterator[T], device: torch.device, workers: int | None) -> G
         yield from items
         return
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(2, workers or 0))
-    stop = threading.Event()
+    stop, end = threading.Event(), StopIteration()
 
     def put(entry: tuple[T | None, BaseException | None]) -> None:
         while not stop.is_set():
@@ -38,6 +38,7 @@ def prefetch(items: Iterator[T], device: torch.device, workers: int | None) -> G
                 put((item, None))
                 if stop.is_set():
                     return
+            put((None, end))
         except BaseException as error:
             put((None, error))
 
@@ -46,6 +47,8 @@ def prefetch(items: Iterator[T], device: torch.device, workers: int | None) -> G
     try:
         while True:
             item, error = ready.get()
+            if error is end:
+                return
             if error is not None:
                 raise error
             yield item  # type: ignore[misc]

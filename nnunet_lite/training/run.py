@@ -81,8 +81,8 @@ def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, set
         run = read_json(file)
         changes = differences(Settings.model_validate(run["settings"]), settings)
         changes = [change for change in changes if not change.startswith(_INCIDENTAL)]
-        if Plan.read(folder / "plans.json").configurations != plan.configurations and not changes:
-            changes = ["the plan of this configuration"]
+        if Plan.read(folder / "plans.json") != plan and not changes:
+            changes = ["the plan"]
         if changes:
             raise UserError(
                 f"was begun with other settings: {'; '.join(changes)}",

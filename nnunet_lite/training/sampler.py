@@ -67,7 +67,7 @@ def draw_corner(case: CaseArrays, patch: Shape, foreground: bool, rng: np.random
     as it does in the sliding window. Where labels are partly ignored, patches are centred on annotated voxels.
     """
     shape = case.label.shape
-    low = [min(0, (s - p) // 2) for s, p in zip(shape, patch, strict=True)]
+    low = [-(max(0, p - s) // 2) for s, p in zip(shape, patch, strict=True)]
     high = [max(lo, s - p) for lo, s, p in zip(low, shape, patch, strict=True)]
     classes = [c for c, voxels in case.foreground.items() if len(voxels)] if foreground else []
     voxels = case.foreground[classes[int(rng.integers(len(classes)))]] if classes else case.annotated
@@ -97,10 +97,15 @@ def read_padded(array: Any, corner: Sequence[int], shape: Sequence[int]) -> np.n
 
 
 def source_shape(matrix: np.ndarray, patch: Shape) -> Shape:
-    """Size of the box that holds a patch after the matrix moved its corners."""
-    corners = np.array(list(itertools.product((-0.5, 0.5), repeat=3))) * (np.asarray(patch) - 1)
+    """Size of the box that holds a patch after the matrix moved its corners.
+
+    It is larger or smaller than the patch by an even number, so that both have one centre and voxels of an axis that
+    the matrix leaves alone are met exactly, not interpolated.
+    """
+    half = (np.asarray(patch) - 1) / 2
+    corners = np.array(list(itertools.product((-1, 1), repeat=3))) * half
     reach = np.abs(corners @ matrix.T).max(0)
-    z, y, x = (int(2 * np.ceil(r - 1e-6) + 1) for r in reach)
+    z, y, x = (p + 2 * int(np.ceil(r - h - 1e-6)) for p, r, h in zip(patch, reach, half, strict=True))
     return z, y, x
 
 
