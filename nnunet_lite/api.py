@@ -57,6 +57,7 @@ def plan(
     memory: float | None = None,
     adopt: Folder | None = None,
     change: Change | None = None,
+    clip_percentiles: tuple[float, float] | None = None,
     workers: int | None = None,
 ) -> Plan:
     """Check a data set, take its fingerprint and plan its networks; it becomes the current data set.
@@ -67,6 +68,7 @@ def plan(
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
+    clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
 
     Raises
     ------
@@ -89,6 +91,10 @@ def plan(
     else:
         made = _adopted(Path(adopt), dataset)
     made = _changed(made, change)
+    if clip_percentiles is not None:
+        clipped = [c if c.normalization == "ct" else c.model_copy(update={"clip_percentiles": clip_percentiles})
+                   for c in made.channels]  # fmt: skip
+        made = made.model_copy(update={"channels": tuple(clipped)})
     write_json(paths.check, report.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())

@@ -128,6 +128,10 @@ def plan(
     configuration: Annotated[
         str | None, typer.Option("-c", "--configuration", help="That gets them [3d_fullres, or 2d for a flat patch].")
     ] = None,
+    clip: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--clip-percentiles", min=0, max=100, help="Clip each image to these before normalisation."),
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Run real steps on the GPU and compare their memory.")] = False,
     device: Device = None,
     from_fingerprint: Annotated[Path | None, typer.Option(help="Plan from a fingerprint instead of data.")] = None,
@@ -153,8 +157,9 @@ def plan(
         )
     elif data is not None:
         made = api.plan(
-            data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change, workers=workers
-        )
+            data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change,
+            clip_percentiles=clip, workers=workers,
+        )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:

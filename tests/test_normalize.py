@@ -89,3 +89,19 @@ def test_moments_are_exact_for_large_values() -> None:
 def test_every_scheme_of_the_plan_is_there() -> None:
     assert set(SCHEMES) == {"ct", "zscore", "none", "rescale_0_1", "rgb_0_1"}
     assert all(channel(name).normalization == name for name in SCHEMES)
+
+
+def test_percentile_clipping_comes_before_the_scheme() -> None:
+    rng = np.random.default_rng(0)
+    raw = rng.normal(100, 10, (1, 6, 7, 8)).astype(np.float32)
+    raw[0, 0, 0, 0] = 1e6  # a hot voxel
+    channel = Channel(name="MRI", normalization="zscore", clip_percentiles=(1, 99), statistics=STATISTICS)
+    image = raw.copy()
+    normalize(image, (channel,), None)
+    clipped = np.clip(raw, *np.percentile(raw, (1, 99)))
+    np.testing.assert_allclose(image, (clipped - clipped.mean()) / clipped.std(), atol=1e-4)
+    masked = raw.copy()
+    inside = rng.random((6, 7, 8)) < 0.5
+    inside[0, 0, 0] = False  # the hot voxel does not count, but is clipped
+    normalize(masked, (channel.model_copy(update={"use_mask": True, "normalization": "none"}),), inside)
+    assert masked.max() == np.float32(np.percentile(raw[0][inside], 99))

@@ -7,10 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_lite.data.images import is_image, stem, suffix_of
+from nnunet_lite.data.images import SUFFIXES, is_image, stem, suffix_of
 from nnunet_lite.errors import UserError
 
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+_SUPPORTED = f"Supported are {' '.join(SUFFIXES)}."
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def find_cases(folder: Path, channels: int) -> list[Case]:
     """
     if folder.is_file():
         if not is_image(folder):
-            raise UserError("is of no supported format", folder)
+            raise UserError("is of no supported format", folder, _SUPPORTED)
         name = split_name(stem(folder))[0]
         files = [path for path in image_files(folder.parent) if channels > 1 and split_name(stem(path))[0] == name]
         return [case for case in group_files(files or [folder], channels) if folder in case.images]
@@ -44,7 +45,9 @@ def find_cases(folder: Path, channels: int) -> list[Case]:
         raise UserError("there is no such file or folder", folder)
     cases = group_files(image_files(folder), channels)
     if not cases:
-        raise UserError("holds no image of a supported format", folder)
+        inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        below = f" Folders inside it are not searched: {', '.join(inside[:3])}." if inside else ""
+        raise UserError("holds no image of a supported format", folder, _SUPPORTED + below)
     seen: dict[str, Case] = {}
     for case in cases:
         if case.id in seen:

@@ -17,6 +17,7 @@ FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
 
 Positive = Annotated[int, Field(gt=0)]
 Length = Annotated[float, Field(gt=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 
 
@@ -42,6 +43,7 @@ class Channel(_Model):
     name: str
     normalization: Scheme
     use_mask: bool = False
+    clip_percentiles: tuple[Percent, Percent] | None = Field(None, description="of each image, before normalisation")
     statistics: Statistics
 
 

@@ -34,7 +34,11 @@ def normalize(image: np.ndarray, channels: tuple[Channel, ...], inside: np.ndarr
     if len(image) != len(channels):
         raise UserError(f"the image has {len(image)} channels, the plan {len(channels)}")
     for array, channel in zip(image, channels, strict=True):
-        SCHEMES[channel.normalization](array, channel.statistics, inside if channel.use_mask else None)
+        counted = inside if channel.use_mask else None
+        if channel.clip_percentiles is not None:
+            voxels = array if counted is None else array[counted]
+            np.clip(array, *np.percentile(voxels, channel.clip_percentiles).astype(np.float32), out=array)
+        SCHEMES[channel.normalization](array, channel.statistics, counted)
 
 
 def ct(array: np.ndarray, statistics: Statistics, inside: np.ndarray | None) -> None:

@@ -174,7 +174,12 @@ def _recipe(plan: Plan, configuration: Configuration, spacing: Sequence[float]) 
         "version": _VERSION,
         "axis_order": plan.axis_order,
         "channels": [
-            (c.normalization, c.use_mask, c.statistics.model_dump() if c.normalization == "ct" else None)
+            (
+                c.normalization,
+                c.use_mask,
+                c.clip_percentiles,
+                c.statistics.model_dump() if c.normalization == "ct" else None,
+            )
             for c in plan.channels
         ],
         "labels": (labels.values, labels.ignore, labels.region_classes if labels.has_regions else None),
