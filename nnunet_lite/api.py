@@ -312,10 +312,11 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     UserError : nothing is trained (of that configuration).
     """
     from nnunet_lite.inference.predictor import trained_folds
+    from nnunet_lite.training.run import model_folders
 
     found = [
         (len(trained_folds(folder)), max(p.stat().st_mtime for p in folder.glob("fold_*/model.safetensors")), folder)
-        for folder in paths.models.glob("*")
+        for folder in model_folders(paths)
         if trained_folds(folder)
         and configuration in (None, folder.name, read_json(folder / "run.json")["configuration"])
     ]

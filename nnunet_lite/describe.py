@@ -89,9 +89,10 @@ def _mean_dice(folder: Path, fold: str) -> float | None:
 def describe_dataset(paths: Paths) -> About:
     """What the workspace has of a data set: cases, plan, models."""
     from nnunet_lite.plan.show import plan_table
+    from nnunet_lite.training.run import model_folders
 
     plan, dataset = Plan.read(paths.plans), read_json(paths.dataset)
-    models = [describe_model(folder.parent) for folder in sorted(paths.models.glob("*/run.json"))]
+    models = [describe_model(folder) for folder in model_folders(paths)]
     values = {
         "dataset": paths.name,
         "workspace": str(paths.root.parent),

@@ -42,7 +42,9 @@ class TrainingSettings(_Section):
     deep_supervision: bool = True
     cache: Literal["auto", "ram", "disk"] = Field("auto", description="where the preprocessed cases lie while training")
     workers: int | None = Field(None, ge=0, description="threads that prepare batches; default: as fits the device")
-    seed: int | None = Field(None, ge=0, description="makes two runs identical on the CPU; default: drawn and stored")
+    seed: int | None = Field(
+        None, ge=0, description="makes two runs identical on the CPU, unless a time limit ends them"
+    )
     max_bad_steps: int = Field(20, ge=1, description="steps with a non-finite loss that are skipped before giving up")
 
 
@@ -165,7 +167,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"invalid TOML: {error}", path) from None
     base = tree.pop("base", None)
-    start = Settings() if base is None else _read_recipe(_recipe_path(str(base)), (*above, path))
+    start = Settings() if base is None else _read_recipe(_base_path(path, str(base)), (*above, path))
     return _validated(start.model_copy(update={"recipe": path.stem}), dict(_flatten(tree)), path)
 
 
@@ -190,6 +192,12 @@ def _recipe_path(recipe: str) -> Path:
             f"there is no recipe {recipe!r}", fix=f"{hint}There are: {', '.join(known)}; or give a TOML file."
         )
     return path
+
+
+def _base_path(recipe: Path, base: str) -> Path:
+    """What a recipe builds on: a file beside it, else a recipe or file like any other."""
+    beside = recipe.parent / base
+    return beside if beside.is_file() else _recipe_path(base)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

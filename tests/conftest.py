@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+Ended = tuple[int, str, str]  # exit code, standard output, standard error
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
 
 
@@ -58,3 +63,106 @@ def copy_nnunet(copy_dataset: Callable[..., Path]) -> Callable[..., Path]:
         return root
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def nnlite() -> Callable[..., Ended]:
+    """The installed command in a process of its own: nnlite("train", "2d", 0, cwd=folder).
+
+    Only what is given counts: the workspace of the person who runs the tests does not. One thread: those of a tiny
+    network only wait for each other.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("NNLITE_WORKSPACE", "nnUNet_raw", "PYTHONPATH")}
+    environment["OMP_NUM_THREADS"] = "1"
+
+    def run(*arguments: object, cwd: Path) -> Ended:
+        command = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """The same in the process of the tests, which spares the imports where the process does not matter."""
+    from nnunet_lite import cli
+
+    def run(*arguments: object, cwd: Path) -> Ended:
+        monkeypatch.delenv("NNLITE_WORKSPACE", raising=False)
+        monkeypatch.delenv("nnUNet_raw", raising=False)
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["nnlite", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+# A network this small trains in seconds; more threads than one would only wait for each other.
+TINY: dict[str, Any] = {
+    "training.epochs": 2,
+    "training.iterations": 3,
+    "training.validation_iterations": 1,
+    "training.patch_size": [24, 32, 24],
+    "training.batch_size": 2,
+    "training.precision": "fp32",
+    "training.channels_last": False,
+    "training.seed": 1,
+    "network.features_base": 4,
+    "network.features_max": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with ten cases of the hippocampus data planned and preprocessed. Not to be written to."""
+    import torch
+
+    from nnunet_lite import api
+
+    torch.set_num_threads(1)
+    raw = tmp_path_factory.mktemp("raw") / "Task04_Hippocampus"
+    table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
+    table["training"] = table["training"][:10]
+    for entry in table["training"]:
+        for file in entry.values():
+            (raw / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HIPPOCAMPUS / file, raw / file)
+    (raw / "dataset.json").write_text(json.dumps(table))
+    workspace = tmp_path_factory.mktemp("workspace")
+    api.plan(raw, workspace=workspace, workers=0)
+    api.preprocess(["2d", "3d_fullres"], workspace=workspace, workers=0)
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_workspace: Path) -> Path:
+    """The folder of a model with a trained and validated fold 0 of `tiny_workspace`. Not to be written to."""
+    from nnunet_lite import api
+
+    api.train("3d_fullres", 0, changes=TINY, workspace=tiny_workspace, name="tiny", device="cpu")
+    return tiny_workspace / "Task04_Hippocampus" / "models" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_cases(tiny_workspace: Path) -> list[Any]:
+    """The ten cases of `tiny_workspace`, preprocessed for 3d_fullres."""
+    from nnunet_lite.data.dataset import dataset_from_json
+    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.preprocess.store import open_case
+    from nnunet_lite.workspace import current, read_json
+
+    paths = current(tiny_workspace)
+    cases, plan = dataset_from_json(read_json(paths.dataset)).cases, Plan.read(paths.plans)
+    return [open_case(paths.preprocessed, plan, "3d_fullres", case.id) for case in cases]
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> dict[str, Any]:
+    """Changes to the default recipe that make a run take seconds; with them, a run is the same to the bit each time."""
+    return dict(TINY)

@@ -47,7 +47,7 @@ class Plateau:
     def after_epoch(self, loss: float, settings: ScheduleSettings) -> Plateau:
         """Average the loss in; after `patience` epochs without improvement multiply the rate by `factor`."""
         average = loss if self.average is None else 0.93 * self.average + 0.07 * loss
-        improved = average < self.best - 5e-4
+        improved = average < self.best - 5e-3
         since = 0 if improved else self.since + 1
         best = average if improved else self.best
         if since > settings.patience:

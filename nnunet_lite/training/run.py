@@ -26,12 +26,13 @@ from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.budget import free_memory
 from nnunet_lite.settings import Settings, differences
-from nnunet_lite.workspace import read_json, write_json, write_text
+from nnunet_lite.workspace import Paths, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.training.sampler import CaseArrays
 
 FORMAT = "nnlite-model-1"
+_OLD = "old_"
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = ("training.workers", "training.cache", "inference.")
 
@@ -99,6 +100,11 @@ def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, set
     return seed
 
 
+def model_folders(paths: Paths) -> list[Path]:
+    """The model folders of a data set, without those that were set aside."""
+    return sorted(file.parent for file in paths.models.glob("*/run.json") if not file.parent.name.startswith(_OLD))
+
+
 def other_folds(folder: Path, fold: str) -> list[str]:
     """The folds of a model folder beside this one."""
     return sorted(path.name for path in folder.glob("fold_*") if path.name != f"fold_{fold}")
@@ -109,7 +115,7 @@ def set_aside(folder: Path) -> Path | None:
     if not folder.exists():
         return None
     number = 1
-    while (target := folder.with_name(f"old_{folder.name}_{number}")).exists():
+    while (target := folder.with_name(f"{_OLD}{folder.name}_{number}")).exists():
         number += 1
     shutil.move(folder, target)
     return target

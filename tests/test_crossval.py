@@ -1,0 +1,78 @@
+"""The held-out cases of a fold are predicted once and scored on their own grid."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_lite.data.dataset import Dataset, dataset_from_json
+from nnunet_lite.data.images import read_label
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.crossval import validate_fold
+from nnunet_lite.training.folds import read_fold
+from nnunet_lite.workspace import current, read_json
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_workspace: Path) -> Dataset:
+    return dataset_from_json(read_json(current(tiny_workspace).dataset))
+
+
+@pytest.fixture
+def held_out(tiny_workspace: Path, dataset: Dataset) -> tuple[str, ...]:
+    return read_fold(current(tiny_workspace).splits, [case.id for case in dataset.cases], "0").validation
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Path) -> Path:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_held_out_cases_are_predicted_and_scored(model: Path, dataset: Dataset, held_out: tuple[str, ...]) -> None:
+    out = model / "fold_0" / "validation"
+    assert {p.name for p in out.glob("*.nii.gz")} == {f"{case_id}.nii.gz" for case_id in held_out}
+    scores = validate_fold(model, "0", dataset, held_out, "cpu")
+    assert [row.case for row in scores.rows] == sorted(held_out)
+    for row in scores.rows:
+        found, truth = read_label(Path(row.prediction_file))[0], read_label(Path(row.reference_file))[0]
+        for value, name in enumerate(("Anterior", "Posterior"), 1):
+            hits = int(((found == value) & (truth == value)).sum())
+            size = int((found == value).sum() + (truth == value).sum())
+            assert row.measures[name].tp == hits
+            assert row.measures[name].dice == pytest.approx(2 * hits / size)
+
+
+def test_the_summary_holds_every_case(model: Path, held_out: tuple[str, ...]) -> None:
+    out = model / "fold_0" / "validation"
+    summary = read_json(out / "summary.json")
+    assert len(summary["metric_per_case"]) == len(held_out)
+    table = (out / "summary.csv").read_text()
+    assert all(case_id in table for case_id in held_out)
+
+
+def test_what_was_predicted_is_not_predicted_again(model: Path, dataset: Dataset, held_out: tuple[str, ...]) -> None:
+    out = model / "fold_0" / "validation"
+    first, second = (out / f"{case_id}.nii.gz" for case_id in held_out)
+    before, content = first.stat().st_mtime_ns, read_label(second)[0]
+    second.unlink()
+    validate_fold(model, "0", dataset, held_out, "cpu")
+    assert first.stat().st_mtime_ns == before
+    np.testing.assert_array_equal(read_label(second)[0], content)
+
+
+def test_a_case_that_cannot_be_predicted_is_named(
+    model: Path, dataset: Dataset, held_out: tuple[str, ...], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"no image")
+    shutil.rmtree(model / "fold_0" / "validation")
+    cases = tuple(
+        case.__class__(case.id, (bad,), case.label) if case.id == held_out[0] else case for case in dataset.cases
+    )
+    broken = dataset.__class__(**{**dataset.__dict__, "cases": cases})
+    with pytest.raises(UserError, match=rf"1 of 2 cases could not be predicted; {held_out[0]}: .*bad\.nii\.gz"):
+        validate_fold(model, "0", broken, held_out, "cpu")

@@ -1,0 +1,308 @@
+"""Training learns, can be killed and goes on to the bit, and says which images spoil it. On real images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nnunet_lite import api
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.preprocess.store import open_case
+from nnunet_lite.preprocess.stored import sampled_voxels
+from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.checkpoint import CHECKPOINT, MODEL, read_state
+from nnunet_lite.training.loop import METRICS, Job, is_finished, train_fold
+from nnunet_lite.training.run import LoadedCase, cached, configured
+from nnunet_lite.workspace import current
+
+CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
+SMALL = {"training.patch_size": [16, 16, 16]}
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settings: dict[str, Any]) -> MakeJob:
+    """A fold to train: job("name", configuration=..., labels=..., cases=..., **{"optimizer.lr": 0.1})."""
+
+    def make(
+        name: str = "fold_0",
+        configuration: str = "3d_fullres",
+        labels: Labels | None = None,
+        cases: list[Any] | None = None,
+        **changes: Any,
+    ) -> Job:
+        settings = with_changes(Settings(), tiny_settings | SMALL | changes)
+        plan = Plan.read(current(tiny_workspace).plans)
+        made = configured(plan.model_copy(update={"labels": labels or plan.labels}), configuration, settings)
+        chosen = tiny_cases if cases is None else cases
+        (tmp_path / name).mkdir()
+        return Job(made, configuration, settings, 5, tmp_path / name, torch.device("cpu"), chosen[:7], chosen[7:])
+
+    return make
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / MODEL), load_file(other / MODEL)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def without_clock(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows(folder)]
+
+
+def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], None]) -> list[LoadedCase]:
+    """The cases with other classes, and the voxels that belong to them."""
+    out = []
+    for case in cached(cases, "ram"):
+        label = case.label.copy()
+        change(label)
+        voxels = dict(sampled_voxels(label, labels))
+        annotated = voxels.pop(-1, None)
+        out.append(LoadedCase(case.case_id, case.image, label, voxels, annotated))
+    return out
+
+
+def test_the_loss_goes_down_and_a_run_leaves_its_files(job: MakeJob) -> None:
+    run = job(**{"training.epochs": 3, "training.iterations": 12, "optimizer.name": "adamw", "optimizer.lr": 0.01})
+    assert not is_finished(run.folder)
+    train_fold(run)
+    assert is_finished(run.folder)
+    assert {p.name for p in run.folder.iterdir()} == {CHECKPOINT, MODEL, METRICS, "progress.png"}
+    table = rows(run.folder)
+    assert [row["epoch"] for row in table] == [1, 2, 3]
+    assert table[-1]["train_loss"] < table[0]["train_loss"] - 0.2
+    assert table[-1]["validation_loss"] < table[0]["validation_loss"]
+    assert table[0]["dice"].keys() == {"Anterior", "Posterior"}
+    assert table[-1]["lr"] < table[1]["lr"] < 0.01
+    about = read_state(run.folder / MODEL)
+    assert (about["configuration"], about["epochs"]) == ("3d_fullres", 3)
+
+
+def test_one_seed_gives_one_result_with_and_without_a_thread(job: MakeJob) -> None:
+    one, same, threaded = job("one"), job("same"), job("threaded", **{"training.workers": 1})
+    other = replace(job("other"), seed=6)
+    for run in (one, same, threaded, other):
+        train_fold(run)
+    assert same_weights(one.folder, same.folder)
+    assert same_weights(one.folder, threaded.folder)
+    assert without_clock(one.folder) == without_clock(same.folder)
+    assert not same_weights(one.folder, other.folder)
+
+
+def kill_in_mid_run(command: list[str], fold: Path) -> int:
+    """Start the command, kill it when two epochs are saved, and return how many were."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+    assert process.stderr is not None
+    until = time.monotonic() + 120
+    while not (fold / CHECKPOINT).is_file() or read_state(fold / CHECKPOINT)["epoch"] < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    return int(read_state(fold / CHECKPOINT)["epoch"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {
+            "optimizer.name": "adamw",
+            "training.precision": "bf16",
+            "training.channels_last": True,
+            "schedule.name": "plateau",
+            "schedule.patience": 1,
+            "network.norm": "batch",
+        },
+    ],
+    ids=["sgd", "adamw-bf16-plateau-batch-norm"],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], more: dict[str, Any]
+) -> None:
+    workspace, epochs = tmp_path / "workspace", 6
+    shutil.copytree(tiny_workspace, workspace)
+    changes = tiny_settings | SMALL | {"training.epochs": epochs, "training.iterations": 5} | more
+    models = workspace / "Task04_Hippocampus" / "models"
+
+    def call(name: str) -> dict[str, Any]:
+        common = {"configuration": "3d_fullres", "fold": "all", "workspace": str(workspace), "device": "cpu"}
+        return common | {"changes": changes, "name": name}
+
+    killed, whole = models / "killed" / "fold_all", models / "whole" / "fold_all"
+    script = f"from nnunet_lite import api; api.train(**{call('killed')!r})"
+    saved = kill_in_mid_run([sys.executable, "-c", script], killed)
+    assert 2 <= saved < epochs
+    assert not is_finished(killed)
+    api.train(**call("killed"))  # the same call again
+    api.train(**call("whole"))
+    assert same_weights(killed, whole)
+    assert [row["epoch"] for row in rows(killed)] == list(range(1, epochs + 1))
+    assert without_clock(killed) == without_clock(whole)
+
+
+def test_rows_that_the_checkpoint_has_not_seen_are_dropped(job: MakeJob) -> None:
+    run = job()
+    train_fold(run)
+    before = without_clock(run.folder)
+    (run.folder / MODEL).unlink()
+    with (run.folder / METRICS).open("a") as file:
+        file.write(json.dumps(rows(run.folder)[-1] | {"epoch": 3}) + '\n{"epoch": 4, "dice": {"Anterior": 0.5}')
+    train_fold(run)  # all epochs are there: only the model is written
+    assert without_clock(run.folder) == before
+    assert is_finished(run.folder)
+
+
+def test_a_checkpoint_of_another_network_is_one_line(job: MakeJob) -> None:
+    run, wider = job(), job("wider", **{"network.features_base": 5})
+    train_fold(run)
+    shutil.copy(run.folder / CHECKPOINT, wider.folder)
+    with pytest.raises(UserError, match="weights of another network"):
+        train_fold(wider)
+
+
+def spoiled(case: Any, value: float) -> LoadedCase:
+    loaded = cached([case], "ram")[0]
+    return LoadedCase("spoiled", np.full_like(loaded.image, value), loaded.label, loaded.foreground, loaded.annotated)
+
+
+def test_images_that_are_not_finite_end_the_run_with_their_name(job: MakeJob, tiny_cases: list[Any]) -> None:
+    bad = [spoiled(tiny_cases[0], math.nan)]
+    run = job(cases=bad, **{"training.max_bad_steps": 4, "training.iterations": 10})
+    with pytest.raises(UserError, match=r"not finite in 4 steps.*spoiled.*nnlite check"):
+        train_fold(run)
+    assert not is_finished(run.folder)
+
+
+def test_a_few_bad_steps_are_left_out_and_counted(job: MakeJob, tiny_cases: list[Any]) -> None:
+    mixed = [spoiled(tiny_cases[0], math.nan), *tiny_cases[1:7]]
+    run = job(cases=mixed, **{"training.iterations": 8})
+    train_fold(run)
+    table = rows(run.folder)
+    assert 1 <= table[-1]["bad_steps"] < 16
+    assert all(math.isfinite(row["train_loss"]) for row in table)
+    assert all(torch.isfinite(weight).all() for weight in load_file(run.folder / MODEL).values())
+
+
+def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob) -> None:
+    run = job(**{"training.epochs": 1000, "training.time_limit": 0.03, "training.iterations": 10})
+    start = time.monotonic()
+    train_fold(run)
+    assert 1.5 < time.monotonic() - start < 15
+    table = rows(run.folder)
+    assert len(table) < 1000
+    assert table[-1]["lr"] < 0.5 * 0.01
+    assert is_finished(run.folder)
+
+
+def test_the_plateau_rule_ends_the_run(job: MakeJob) -> None:
+    changes = {"schedule.name": "plateau", "schedule.patience": 1, "optimizer.lr": 2e-6, "training.epochs": 50}
+    run = job(**changes, **{"training.validation_iterations": 0, "training.iterations": 1})
+    train_fold(run)
+    assert 3 <= len(rows(run.folder)) < 50
+    assert "dice" not in rows(run.folder)[0]
+
+
+def test_two_dimensional_networks_train(job: MakeJob, tiny_workspace: Path, tiny_cases: list[Any]) -> None:
+    paths = current(tiny_workspace)
+    plan = Plan.read(paths.plans)
+    cases = [open_case(paths.preprocessed, plan, "2d", case.case_id) for case in tiny_cases]
+    changes = {"training.patch_size": [32, 24], "training.batch_size": 6, "training.iterations": 12}
+    run = job(configuration="2d", cases=cases, **changes, **{"optimizer.name": "adamw"})
+    train_fold(run)
+    table = rows(run.folder)
+    assert table[-1]["train_loss"] < table[0]["train_loss"]
+    assert load_file(run.folder / MODEL)["encoder.0.0.0.weight"].ndim == 4
+
+
+def test_regions_train(job: MakeJob, tiny_cases: list[Any]) -> None:
+    labels = Labels(names={"background": 0, "whole": (1, 2), "posterior": 2}, region_order=(1, 2))
+    cases = relabelled(tiny_cases, labels, lambda label: None)
+    changes = {"training.iterations": 12, "optimizer.name": "adamw", "optimizer.lr": 0.01}
+    run = job(labels=labels, cases=cases, **changes)
+    train_fold(run)
+    table = rows(run.folder)
+    assert table[-1]["dice"].keys() == {"whole", "posterior"}
+    assert table[-1]["train_loss"] < table[0]["train_loss"] - 0.05
+    assert load_file(run.folder / MODEL)["heads.0.weight"].shape[0] == 2
+
+
+def test_what_is_ignored_decides_nothing(job: MakeJob, tiny_cases: list[Any]) -> None:
+    labels = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2}, ignore=7)
+    assert labels.ignore_class == 3
+    sparse = np.random.default_rng(0)
+
+    def ignore(label: np.ndarray) -> None:
+        label[sparse.random(label.shape) < 0.7] = 3
+
+    cases = relabelled(tiny_cases, labels, ignore)
+    changes = {"training.iterations": 12, "optimizer.name": "adamw", "optimizer.lr": 0.01}
+    run = job(labels=labels, cases=cases, **changes)
+    train_fold(run)
+    table = rows(run.folder)
+    assert table[-1]["train_loss"] < table[0]["train_loss"] - 0.1
+    assert load_file(run.folder / MODEL)["heads.0.weight"].shape[0] == 3
+
+    nothing = relabelled(tiny_cases, labels, lambda label: label.fill(3))
+    inside = {"augmentation.p_rotation": 0, "augmentation.p_scaling": 0, "optimizer.weight_decay": 0}
+    short, long = (job(f"{n}", labels=labels, cases=nothing, **inside, **{"training.epochs": n}) for n in (1, 3))
+    train_fold(short)
+    train_fold(long)
+    assert same_weights(short.folder, long.folder)
+    assert [row["train_loss"] for row in rows(long.folder)] == [-1, -1, -1]
+    assert rows(long.folder)[-1]["mean_dice"] is None
+
+
+def test_batch_norm_statistics_are_saved_and_count_real_steps_alone(job: MakeJob) -> None:
+    run = job(**{"network.norm": "batch", "training.precision": "auto", "training.channels_last": "auto"})
+    train_fold(run)
+    weights = load_file(run.folder / MODEL)
+    counted = [value for key, value in weights.items() if key.endswith("num_batches_tracked")]
+    means = [value for key, value in weights.items() if key.endswith("running_mean")]
+    assert means
+    assert {int(value) for value in counted} == {2 * 3}
+    assert all(value.abs().sum() > 0 for value in means)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training.deep_supervision": False},
+        {"augmentation.enabled": False},
+        {"training.gradient_clip": 0.1},
+        {"loss.dice": 0},
+        {"loss.cross_entropy": 0, "network.activation": "relu"},
+        {"augmentation.mirror_axes": []},
+    ],
+)
+def test_settings_reach_the_run(job: MakeJob, changes: dict[str, Any]) -> None:
+    deep = {"training.patch_size": [32, 32, 32], "training.iterations": 2, "training.epochs": 1}
+    plain, changed = job("plain", **deep), job("changed", **deep, **changes)
+    for run in (plain, changed):
+        train_fold(run)
+    assert all(math.isfinite(row["train_loss"]) for row in rows(changed.folder))
+    assert not same_weights(plain.folder, changed.folder)

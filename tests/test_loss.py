@@ -1,0 +1,195 @@
+"""Cross-entropy and Dice equal references written with one-hot targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.settings import LossSettings
+from nnunet_lite.training.loss import (
+    deep_supervision_loss,
+    deep_supervision_weights,
+    downsample_classes,
+    pseudo_dice_counts,
+    segmentation_loss,
+    soft_dice,
+)
+from nnunet_lite.workspace import current
+
+REGIONS = ((1, 2, 3), (2, 3), (3,))
+
+
+def example(channels: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, channels, 4, 5, 6, generator=generator)
+    return logits, torch.randint(0, 4, (3, 4, 5, 6), generator=generator)
+
+
+def dice_of(p: Tensor, y: Tensor, w: Tensor, batch_dice: bool) -> Tensor:
+    """Mean over channels (and samples) of (2 tp + s) / (sum p + sum y + s); w is 1 where a voxel counts."""
+    scores = []
+    for c in range(p.shape[1]):
+        for b in [slice(None)] if batch_dice else [slice(i, i + 1) for i in range(len(p))]:
+            q, t, v = p[b, c], y[b, c], w[b]
+            scores.append((2 * (q * t * v).sum() + 1e-5) / ((q * v).sum() + (t * v).sum() + 1e-5))
+    return torch.stack(scores).mean()
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_soft_dice_equals_a_one_hot_reference(batch_dice: bool) -> None:
+    logits, classes = example()
+    p, y = logits.softmax(1), F.one_hot(classes, 4).movedim(-1, 1).float()
+    everywhere = torch.ones_like(classes)
+    expected = dice_of(p[:, 1:], y[:, 1:], everywhere.float(), batch_dice)
+    torch.testing.assert_close(soft_dice(p, classes, everywhere, batch_dice), expected)
+
+
+def test_batch_dice_differs_from_dice_of_samples() -> None:
+    logits, classes = example()
+    classes[0] = 0
+    one, other = (segmentation_loss(logits, classes, batch_dice=b, cross_entropy=0) for b in (False, True))
+    assert abs(one - other) > 1e-3
+
+
+def test_cross_entropy_is_torchs_and_weights_scale_the_terms() -> None:
+    logits, classes = example()
+    ce = segmentation_loss(logits, classes, batch_dice=False, dice=0)
+    torch.testing.assert_close(ce, F.cross_entropy(logits, classes))
+    dice = -segmentation_loss(logits, classes, batch_dice=False, cross_entropy=0)
+    both = segmentation_loss(logits, classes, batch_dice=False, cross_entropy=2, dice=3)
+    torch.testing.assert_close(both, 2 * ce - 3 * dice)
+
+
+def test_a_perfect_prediction_has_dice_one() -> None:
+    _, classes = example()
+    logits = 100 * F.one_hot(classes, 4).movedim(-1, 1).float()
+    assert segmentation_loss(logits, classes, batch_dice=True) == pytest.approx(-1, abs=1e-5)
+
+
+def test_a_class_that_is_neither_there_nor_predicted_has_dice_one() -> None:
+    logits = torch.zeros(1, 2, 2, 2)
+    logits[:, 0] = 1000
+    assert segmentation_loss(logits, torch.zeros(1, 2, 2), batch_dice=False, cross_entropy=0) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("regions", [None, REGIONS])
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_ignored_voxels_change_nothing(regions: Any, batch_dice: bool) -> None:
+    logits, classes = example(3 if regions else 4)
+    classes[torch.rand(classes.shape, generator=torch.Generator().manual_seed(1)) < 0.4] = 4
+    options: dict[str, Any] = {"batch_dice": batch_dice, "ignore_class": 4, "regions": regions}
+    first = logits.clone().requires_grad_()
+    loss = segmentation_loss(first, classes, **options)
+    loss.backward()
+    assert first.grad is not None
+    ignored = (classes == 4)[:, None].expand_as(logits)
+    assert (first.grad[ignored] == 0).all()
+    assert (first.grad[~ignored] != 0).any()
+    other = torch.where(ignored, 50 * torch.randn_like(logits), logits)
+    torch.testing.assert_close(segmentation_loss(other, classes, **options), loss.detach())
+
+
+def test_ignore_equals_leaving_the_voxels_out() -> None:
+    logits, classes = example()
+    logits, classes = logits[:1], classes[:1]
+    classes[:, :, :, 3:] = 4
+    told = segmentation_loss(logits, classes, batch_dice=True, ignore_class=4)
+    cut = segmentation_loss(logits[..., :3], classes[..., :3], batch_dice=True)
+    torch.testing.assert_close(told, cut)
+
+
+def test_a_patch_without_an_annotated_voxel_has_a_finite_loss_without_gradient() -> None:
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((1, 4, 4), 2), batch_dice=False, ignore_class=2)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_regions_equal_a_plain_reference(batch_dice: bool) -> None:
+    logits, classes = example(3)
+    classes[0, 0] = 4
+    target = torch.stack([sum((classes == c).float() for c in region) for region in REGIONS], 1)  # type: ignore[misc]
+    w = (classes != 4).float()
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    expected = bce.movedim(1, -1)[w.bool()].mean() - dice_of(logits.sigmoid(), target, w, batch_dice)
+    found = segmentation_loss(logits, classes, batch_dice=batch_dice, ignore_class=4, regions=REGIONS)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("n", "weights"), [(1, [1]), (2, [1, 0]), (3, [2 / 3, 1 / 3, 0]), (4, [4 / 7, 2 / 7, 1 / 7, 0])]
+)
+def test_deep_supervision_weights_halve_and_leave_out_the_coarsest(n: int, weights: list[float]) -> None:
+    assert deep_supervision_weights(n) == pytest.approx(weights)
+
+
+def test_outputs_of_all_sizes_are_weighted(tiny_workspace: Path) -> None:
+    plan = Plan.read(current(tiny_workspace).plans)
+    classes = torch.randint(0, 3, (2, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    outputs = [torch.randn(2, 3, n, n, n) for n in (8, 4, 2)]
+    weights = LossSettings(cross_entropy=2, dice=0.5)
+    options: dict[str, Any] = {
+        "batch_dice": plan.configuration("3d_fullres").batch_dice,
+        "cross_entropy": 2,
+        "dice": 0.5,
+    }
+    fine = segmentation_loss(outputs[0], classes, **options)
+    coarse = segmentation_loss(outputs[1], downsample_classes(classes, (4, 4, 4)), **options)
+    found = deep_supervision_loss(outputs, classes, plan, "3d_fullres", weights)
+    torch.testing.assert_close(found, (2 * fine + coarse) / 3)
+    torch.testing.assert_close(deep_supervision_loss(outputs[0], classes, plan, "3d_fullres", weights), fine)
+
+
+def test_classes_shrink_by_nearest_neighbour() -> None:
+    classes = torch.arange(8).reshape(1, 8, 1).expand(1, 8, 4)
+    small = downsample_classes(classes, (4, 4))
+    assert small.dtype == classes.dtype
+    assert small[0, :, 0].tolist() in ([0, 2, 4, 6], [1, 3, 5, 7])
+    assert downsample_classes(classes, (8, 4)) is classes
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_gradients_of_bf16_logits_are_finite(scale: float) -> None:
+    logits, classes = example()
+    low = (scale * logits).bfloat16().requires_grad_()
+    loss = segmentation_loss(low, classes, batch_dice=True)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert low.grad is not None
+    assert torch.isfinite(low.grad).all()
+    assert low.grad.abs().sum() > 0
+
+
+def test_gradient_equals_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 3, 3, generator=generator)
+    classes = torch.randint(0, 3, (2, 3, 3), generator=generator)
+    at = logits.clone().requires_grad_()
+    segmentation_loss(at, classes, batch_dice=False).backward()
+    step = torch.randn(logits.shape, generator=generator)
+    up, down = (segmentation_loss(logits + e * step, classes, batch_dice=False) for e in (1e-2, -1e-2))
+    assert at.grad is not None
+    assert float((up - down) / 2e-2) == pytest.approx(float((at.grad * step).sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("regions", [None, REGIONS])
+def test_counts_of_hard_predictions(regions: Any) -> None:
+    logits, classes = example(3 if regions else 4)
+    classes[1] = 4
+    counts = pseudo_dice_counts(logits, classes, regions, 4)
+    members = regions or ((1,), (2,), (3,))
+    for i, region in enumerate(members):
+        hit = logits[:, i] > 0 if regions else logits.argmax(1) == region[0]
+        truth = sum((classes == c) for c in region).bool()  # type: ignore[attr-defined]
+        valid = classes != 4
+        expected = [(hit & truth).sum(), (hit & ~truth & valid).sum(), (~hit & truth).sum()]
+        assert counts[:, i].tolist() == [int(e) for e in expected]

@@ -1,0 +1,246 @@
+"""A trained model predicts arrays, files and folders on their own grid, and one bad file does not stop the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnunet_lite.data.dataset import find_cases
+from nnunet_lite.data.images import Image, read_image, read_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference.predictor import (
+    Model,
+    load,
+    predict_cases,
+    predict_image,
+    predict_preprocessed,
+    trained_folds,
+)
+from nnunet_lite.preprocess.pipeline import preprocess
+from nnunet_lite.workspace import read_json, write_json
+
+FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Model:
+    return load(tiny_model, device="cpu", changes=FAST)
+
+
+@pytest.fixture(scope="module")
+def scans(hippocampus: Path) -> list[Path]:
+    return sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[:3]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, scans: list[Path]) -> Path:
+    (tmp_path / "in").mkdir()
+    for scan in scans:
+        shutil.copy(scan, tmp_path / "in")
+    return tmp_path / "in"
+
+
+class Brightness(nn.Module):
+    """Class 1 where the image is dark, 2 where it is bright: what it says is known for every voxel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(x, 0.5), -x, x], 1)
+
+
+def by_brightness(model: Model, labels: Labels | None = None) -> Model:
+    plan = model.plan.model_copy(update={"labels": labels or model.plan.labels})
+    return replace(model, plan=plan, networks=(Brightness(),))  # type: ignore[arg-type]
+
+
+def expected(model: Model, image: Image) -> np.ndarray:
+    """What `Brightness` says of an image that is neither resampled nor cropped."""
+    x = preprocess(image, None, model.plan, model.configuration).image[0]
+    return np.where(x > 0.5, 2, np.where(x < -0.5, 1, 0))
+
+
+def test_a_model_is_loaded_as_it_was_trained(tiny_model: Path, tiny_settings: dict[str, Any]) -> None:
+    model = load(tiny_model, device="cpu")
+    assert model.folds == ("0",)
+    assert model.configuration_name == "3d_fullres"
+    assert model.configuration.patch_size == tuple(tiny_settings["training.patch_size"])
+    assert model.mirror_axes == (0, 1, 2)
+    assert (model.settings.mirroring, model.settings.step_size) == (True, 0.5)
+    assert not any(p.requires_grad for network in model.networks for p in network.parameters())
+    assert not any(network.training for network in model.networks)
+
+
+def test_changes_reach_inference_alone(model: Model) -> None:
+    assert (model.settings.mirroring, model.settings.step_size) == (False, 1.0)
+    assert (model.arithmetic.precision, model.device.type) == ("fp32", "cpu")
+
+
+def test_a_file_an_image_and_an_array_give_the_same(model: Model, scans: list[Path]) -> None:
+    image = read_image(scans[0])
+    of_file = model(scans[0])
+    assert of_file.shape == image.geometry.shape
+    np.testing.assert_array_equal(of_file, model(str(scans[0])))
+    np.testing.assert_array_equal(of_file, predict_image(model, image))
+    np.testing.assert_array_equal(of_file, model(image.array[0], image.geometry.spacing))
+    np.testing.assert_array_equal(of_file, model(image.array, image.geometry.spacing))
+
+
+def test_the_spacing_of_an_array_counts(model: Model, scans: list[Path]) -> None:
+    image = read_image(scans[0])
+    bright = by_brightness(model)
+    np.testing.assert_array_equal(bright(image.array), expected(model, image))
+    coarse = bright(image.array, (2.0, 2.0, 2.0))  # resampled to 1 mm, predicted there, and brought back
+    assert coarse.shape == image.geometry.shape
+    assert 0.9 < (coarse == expected(model, image)).mean() < 1
+
+
+def test_preprocessed_images_give_logits(model: Model, tiny_cases: list[Any]) -> None:
+    logits = predict_preprocessed(model, tiny_cases[0].image[:])
+    assert logits.shape == (3, *tiny_cases[0].label.shape)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+def test_networks_of_several_folds_are_averaged(model: Model, tiny_cases: list[Any]) -> None:
+    image = tiny_cases[0].image[:, :24, :32, :24]
+    other = load(model.folder, device="cpu", changes=FAST).networks[0]
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    one, two, both = (
+        predict_preprocessed(replace(model, networks=n), image)
+        for n in (model.networks, (other,), (*model.networks, other))
+    )
+    assert not torch.allclose(one, two)
+    torch.testing.assert_close(both, (one + two) / 2)
+
+
+def test_label_values_are_written_back_as_they_were(model: Model, folder: Path, tmp_path: Path) -> None:
+    sparse = by_brightness(model, Labels(names={"background": 0, "core": 1, "enhancing": 4}))
+    files, failed = predict_cases(sparse, find_cases(folder, 1), tmp_path / "out")
+    assert not failed
+    for file in files:
+        values, geometry, _ = read_label(file)
+        image = read_image(folder / file.name)
+        np.testing.assert_array_equal(values, np.array([0, 1, 4])[expected(model, image)])
+        assert geometry == image.geometry
+        assert values.dtype == np.uint8
+
+
+def test_the_geometry_is_carried_over(model: Model, folder: Path, tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    tilted = sitk.ReadImage(str(next(folder.iterdir())))
+    for path in list(folder.iterdir()):
+        path.unlink()
+    angle = np.deg2rad(20)
+    tilted.SetDirection([np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, 1])
+    tilted.SetOrigin((-12.5, 30.25, 7.0))
+    tilted.SetSpacing((0.9, 1.1, 1.5))
+    sitk.WriteImage(tilted, str(folder / "tilted.nrrd"))
+    files, failed = predict_cases(model, find_cases(folder, 1), tmp_path / "out")
+    assert not failed
+    assert [file.name for file in files] == ["tilted.nrrd"]
+    written = sitk.ReadImage(str(files[0]))
+    assert written.GetSize() == tilted.GetSize()
+    for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(written, get)() == pytest.approx(getattr(tilted, get)(), abs=1e-6)
+
+
+def test_what_is_there_is_skipped_on_request(model: Model, folder: Path, tmp_path: Path) -> None:
+    cases, out = find_cases(folder, 1), tmp_path / "out"
+    files, _ = predict_cases(model, cases[:1], out)
+    before = files[0].stat().st_mtime_ns
+    seen: list[str] = []
+
+    def show(todo: Any, total: int, what: str) -> Any:
+        assert total == len(cases) - 1
+        for case in todo:
+            seen.append(case.id)
+            yield case
+
+    files, failed = predict_cases(model, cases, out, skip_existing=True, show=show)
+    assert seen == [case.id for case in cases[1:]]
+    assert (len(files), failed) == (3, {})
+    assert files[0].stat().st_mtime_ns == before
+    predict_cases(model, cases[:1], out)
+    assert files[0].stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "empty"])
+def test_one_unreadable_file_does_not_stop_the_others(model: Model, folder: Path, tmp_path: Path, kind: str) -> None:
+    bad = sorted(folder.iterdir())[1]
+    bad.write_bytes({"cut": bad.read_bytes()[:4000], "text": b"this is no image", "empty": b""}[kind])
+    cases = find_cases(folder, 1)
+    files, failed = predict_cases(model, cases, tmp_path / "out")
+    assert [file.name for file in files] == [case.images[0].name for case in (cases[0], cases[2])]
+    assert list(failed) == [cases[1].id]
+    assert bad.name in failed[cases[1].id]
+    assert "\n" not in failed[cases[1].id]
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_wrong_number_of_channels_is_named(model: Model, folder: Path, scans: list[Path], tmp_path: Path) -> None:
+    array = read_image(scans[0]).array
+    with pytest.raises(UserError, match=r"has 2 channels, the model expects 1 \(MRI\)"):
+        model(np.concatenate([array, array]))
+    for wrong in (array[0, 0], array[None]):
+        with pytest.raises(UserError, match="cannot be segmented"):
+            model(wrong)
+    with pytest.raises(UserError, match="cannot be segmented"):
+        model(array, (1.0, 1.0))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="is no model folder"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"no trained fold 3.*Trained folds: 0"):
+        load(tiny_model, [3])
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("fold_*"))
+    with pytest.raises(UserError, match="no trained fold"):
+        load(tmp_path / "model")
+
+
+def test_folds_that_are_trained_and_the_one_of_all_cases(tmp_path: Path, tiny_model: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    shutil.copytree(copy / "fold_0", copy / "fold_all")
+    (copy / "fold_1").mkdir()  # begun and not finished
+    assert trained_folds(copy) == ["0"]
+    assert load(copy, device="cpu", changes=FAST).folds == ("0",)
+    assert load(copy, ["all"], device="cpu", changes=FAST).folds == ("all",)
+    shutil.rmtree(copy / "fold_0")
+    assert trained_folds(copy) == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("change", "axes"),
+    [({}, (0, 1, 2)), ({"mirror_axes": [1]}, (1,)), ({"p_mirror": 0.0}, ()), ({"enabled": False}, ())],
+)
+def test_only_axes_mirrored_in_training_are_mirrored(
+    tmp_path: Path, tiny_model: Path, change: dict[str, Any], axes: tuple[int, ...]
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    run = read_json(copy / "run.json")
+    run["settings"]["augmentation"] |= change
+    write_json(copy / "run.json", run)
+    assert load(copy, device="cpu", changes=FAST).mirror_axes == axes
+
+
+def test_weights_that_do_not_fit_the_plan_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    plan = json.loads((copy / "plans.json").read_text())
+    plan["configurations"]["3d_fullres"]["network"]["features"][0] = 5
+    write_json(copy / "plans.json", plan)
+    with pytest.raises(UserError, match="weights of another network"):
+        load(copy, device="cpu")

@@ -1,0 +1,123 @@
+"""A model folder goes on only with the plan and the settings that it was begun with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nnunet_lite.data.dataset import Dataset, dataset_from_json
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.run import cached, configured, fold_seed, open_run, other_folds, set_aside
+from nnunet_lite.workspace import current, read_json
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_workspace: Path) -> Plan:
+    return Plan.read(current(tiny_workspace).plans)
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_workspace: Path) -> Dataset:
+    return dataset_from_json(read_json(current(tiny_workspace).dataset))
+
+
+def test_settings_change_the_planned_network(plan: Plan) -> None:
+    changes = {
+        "network.features_base": 6,
+        "network.features_max": 20,
+        "network.norm": "batch",
+        "training.batch_size": 3,
+    }
+    made = configured(plan, "3d_fullres", with_changes(Settings(), changes)).configuration("3d_fullres")
+    assert made.network.features == (6, 12, 20, 20)[: len(made.network.features)]
+    assert (made.network.norm, made.network.activation, made.batch_size) == ("batch", "leaky_relu", 3)
+    planned = plan.configuration("3d_fullres")
+    assert made.patch_size == planned.patch_size
+    assert made.memory_gb is not None
+    assert planned.memory_gb is not None
+    assert made.memory_gb < planned.memory_gb
+
+
+def test_without_changes_the_plan_is_trained_as_it_is(plan: Plan) -> None:
+    made = configured(plan, "3d_fullres", Settings())
+    assert made.configurations == {"3d_fullres": plan.configuration("3d_fullres")}
+    assert made.model_copy(update={"configurations": plan.configurations}) == plan
+
+
+def test_the_same_call_goes_on_with_the_same_seed(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    made = configured(plan, "3d_fullres", Settings())
+    seed = open_run(tmp_path, made, dataset, "3d_fullres", Settings())
+    assert open_run(tmp_path, made, dataset, "3d_fullres", Settings()) == seed
+    assert open_run(tmp_path / "other", made, dataset, "3d_fullres", Settings()) != seed
+    run = read_json(tmp_path / "run.json")
+    assert Settings.model_validate(run["settings"]) == Settings()
+    assert {"torch", "nnunet_lite"} <= set(run["versions"])
+    assert Plan.read(tmp_path / "plans.json") == made
+
+
+def test_a_model_folder_tells_no_paths_and_no_case_ids(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    open_run(tmp_path, configured(plan, "3d_fullres", Settings()), dataset, "3d_fullres", Settings())
+    text = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert str(dataset.root) not in text
+    assert not any(case.id in text for case in dataset.cases)
+
+
+def test_other_settings_are_refused_with_the_list(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    made = configured(plan, "3d_fullres", Settings())
+    open_run(tmp_path, made, dataset, "3d_fullres", Settings())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = with_changes(Settings(), {"training.epochs": 3, "optimizer.lr": 0.5})
+    with pytest.raises(UserError, match=r"training\.epochs: 1000 -> 3; optimizer\.lr: 0\.01 -> 0\.5.*--restart"):
+        open_run(tmp_path, made, dataset, "3d_fullres", changed)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_incidental_settings_may_change(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    made = configured(plan, "3d_fullres", Settings())
+    open_run(tmp_path, made, dataset, "3d_fullres", Settings())
+    changes: dict[str, Any] = {"training.workers": 2, "training.cache": "ram", "inference.step_size": 0.7}
+    open_run(tmp_path, made, dataset, "3d_fullres", with_changes(Settings(), changes))
+
+
+def test_another_plan_is_refused(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    made = configured(plan, "3d_fullres", Settings())
+    open_run(tmp_path, made, dataset, "3d_fullres", Settings())
+    planned = made.configuration("3d_fullres").model_copy(update={"batch_dice": True})
+    channel = made.channels[0].model_copy(update={"normalization": "none"})
+    for change in ({"configurations": {"3d_fullres": planned}}, {"channels": (channel,)}):
+        with pytest.raises(UserError, match="other settings: the plan"):
+            open_run(tmp_path, made.model_copy(update=change), dataset, "3d_fullres", Settings())
+
+
+def test_setting_aside_deletes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "fold_0"
+    assert set_aside(folder) is None
+    for content in ("first", "second"):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+        moved = set_aside(folder)
+        assert moved is not None
+        assert (moved / "file").read_text() == content
+        assert not folder.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert other_folds(tmp_path, "1") == []  # what was set aside is no fold any more
+
+
+def test_each_fold_has_a_seed_of_its_own() -> None:
+    seeds = [fold_seed(7, fold) for fold in ("0", "1", "2", "3", "4", "all")]
+    assert len(set(seeds)) == 6
+    assert fold_seed(7, "0") == seeds[0] != fold_seed(8, "0")
+
+
+@pytest.mark.parametrize(("cache", "loaded"), [("ram", True), ("auto", True), ("disk", False)])
+def test_cached_cases_hold_what_is_on_disk(tiny_cases: list[Any], cache: str, loaded: bool) -> None:
+    for case, stored in zip(cached(tiny_cases[:2], cache), tiny_cases, strict=False):
+        assert isinstance(case.image, np.ndarray) is loaded
+        np.testing.assert_array_equal(case.image[:], stored.image[:])
+        np.testing.assert_array_equal(case.label[:], stored.label[:])
+        assert case.foreground.keys() == stored.foreground.keys()

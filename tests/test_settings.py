@@ -1,0 +1,150 @@
+"""Recipes and changes on top of them become one validated object; mistakes are named with what would be right."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.settings import Settings, differences, keys, load, recipe_folder, recipes, with_changes
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def resolved(settings: Settings) -> dict[str, Any]:
+    return flat(json.loads(settings.model_dump_json()))
+
+
+def test_recipes_are_all_the_files_of_configs() -> None:
+    assert {"default", "cpu"} <= set(recipes())
+    assert len(recipes()) == len(list(recipe_folder().rglob("*.toml")))
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_loads_and_is_what_its_file_says(name: str) -> None:
+    text = recipes()[name].read_text()
+    assert text.startswith("#"), "a recipe begins with a comment that says what it is for"
+    told = tomllib.loads(text)
+    base = told.pop("base", None)
+    settings = load(name)
+    assert settings.recipe == Path(name).name
+    expected = (resolved(load(base)) if base else resolved(Settings())) | flat(told) | {"recipe": settings.recipe}
+    assert resolved(settings) == expected
+
+
+def test_a_file_builds_on_a_recipe_and_changes_build_on_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "cpu"\n[optimizer]\nlr = 0.5\n')
+    settings = load(str(file), {"training.epochs": "7"})
+    assert (settings.recipe, settings.optimizer.lr, settings.training.epochs) == ("mine", 0.5, 7)
+    assert settings.network == load("cpu").network
+
+
+def test_a_recipe_that_builds_on_itself_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "loop.toml"
+    file.write_text(f'base = "{file}"\n')
+    with pytest.raises(UserError, match="itself"):
+        load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("training.epoch", "training.epochs"), ("lr", "optimizer.lr"), ("loss.dise", "loss.dice")],
+)
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown setting '{key}'.*'{nearest}'"):
+        load(changes={key: 1})
+
+
+def test_an_unknown_key_of_a_recipe_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[optimiser]\nlr = 1\n")
+    with pytest.raises(UserError, match=r"mine\.toml: unknown setting 'optimiser\.lr'.*'optimizer\.lr'"):
+        load(str(file))
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no recipe 'defualt'.*'default'.*ablations/batch_norm"):
+        load("defualt")
+
+
+def test_bad_toml_names_line_and_column(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("[training]\nepochs = 3\nseed = = 4\n")
+    with pytest.raises(UserError, match=r"bad\.toml: invalid TOML.*line 3, column 8"):
+        load(str(file))
+
+
+def test_a_recipe_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_bytes(b"# \xff\xfe\n")
+    with pytest.raises(UserError, match=r"bad\.toml: .*UTF-8"):
+        load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optimizer.lr", "3e-4", 3e-4),
+        ("training.deep_supervision", "false", False),
+        ("training.patch_size", "[40, 56, 40]", (40, 56, 40)),
+        ("training.gradient_clip", "none", None),
+        ("training.time_limit", "None", None),
+        ("training.precision", "bf16", "bf16"),
+        ("training.channels_last", "true", True),
+        ("training.channels_last", "auto", "auto"),
+        ("augmentation.gamma", "[0.5, 2]", (0.5, 2.0)),
+        ("network.norm", "none", "none"),
+        ("network.norm", "batch", "batch"),
+    ],
+)
+def test_text_becomes_the_value_it_stands_for(key: str, text: str, value: object) -> None:
+    section, name = key.split(".")
+    found = getattr(getattr(load(changes={key: text}), section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.epochs", "0"),
+        ("training.epochs", "many"),
+        ("training.precision", "fp8"),
+        ("training.foreground", "1.5"),
+        ("augmentation.scaling", "[0.7]"),
+        ("optimizer.lr", "-1"),
+    ],
+)
+def test_an_illegal_value_is_named(key: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"^{key} = "):
+        load(changes={key: value})
+
+
+def test_settings_survive_json_and_are_frozen() -> None:
+    settings = load("cpu", {"training.patch_size": "[40, 56, 40]"})
+    assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
+    with pytest.raises(ValueError, match="frozen"):
+        settings.training.epochs = 1  # type: ignore[misc]
+
+
+def test_differences_lists_what_changed_and_not_the_recipes_name() -> None:
+    old = load("default")
+    assert differences(old, old.model_copy(update={"recipe": "other"})) == []
+    new = with_changes(old, {"training.epochs": 3, "training.patch_size": [8, 8, 8]})
+    assert differences(old, new) == ["training.epochs: 1000 -> 3", "training.patch_size: None -> [8, 8, 8]"]
+
+
+def test_keys_are_all_legal() -> None:
+    tree = Settings().model_dump()
+    assert len(keys()) > 40
+    assert with_changes(Settings(), {k: tree[k.split(".")[0]][k.split(".")[1]] for k in keys()}) == Settings()

@@ -1,0 +1,125 @@
+"""Names find data sets, files are whole or not there, and a broken JSON says where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import atomic, current, find_raw, read_json, use, workspace_folder, write_json, write_text
+
+
+def make_raw(place: Path, name: str) -> Path:
+    (place / name / "imagesTr").mkdir(parents=True)
+    return place / name
+
+
+def make_planned(workspace: Path, name: str) -> None:
+    write_text(workspace / name / "plans.json", "{}")
+    write_text(workspace / name / "dataset.json", "{}")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    monkeypatch.delenv("NNLITE_WORKSPACE", raising=False)
+    return tmp_path
+
+
+def test_the_workspace_is_what_is_given_else_of_the_environment_else_here(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workspace_folder() == here / "nnlite_workspace"
+    monkeypatch.setenv("NNLITE_WORKSPACE", str(here / "set"))
+    assert workspace_folder() == here / "set"
+    assert workspace_folder(Path("given")) == here / "given"
+
+
+@pytest.mark.parametrize("place", [".", "data", "workspace"])
+def test_the_beginning_of_a_name_finds_raw_data(here: Path, place: str) -> None:
+    raw = make_raw(here / place, "Task04_Hippocampus")
+    assert find_raw("Task04", here / "workspace") == raw.resolve()
+    assert find_raw("Task04_Hippocampus", here / "workspace") == raw.resolve()
+
+
+def test_raw_data_of_nnunet_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = make_raw(here / "elsewhere", "Dataset004_Hippocampus")
+    monkeypatch.setenv("nnUNet_raw", str(here / "elsewhere"))
+    assert find_raw("Dataset004", here / "workspace") == raw.resolve()
+
+
+def test_a_planned_data_set_of_that_name_is_not_mistaken_for_the_raw_one(here: Path) -> None:
+    raw = make_raw(here, "Task04_Hippocampus")
+    make_planned(here / "workspace", "Task04_Hippocampus")
+    assert find_raw("Task04", here / "workspace") == raw.resolve()
+
+
+def test_an_ambiguous_name_lists_the_folders(here: Path) -> None:
+    one, other = make_raw(here, "Task04_One"), make_raw(here / "data", "Task04_Other")
+    with pytest.raises(UserError, match=f"'Task04' could be {one}, {other}.*Give the path"):
+        find_raw("Task04", here / "workspace")
+    assert find_raw("data/Task04_Other", here / "workspace") == other
+
+
+def test_a_name_begins_at_its_number(here: Path) -> None:
+    make_raw(here, "Task044_Other")
+    with pytest.raises(UserError, match="no data set 'Task04'"):
+        find_raw("Task04", here / "workspace")
+
+
+def test_a_file_is_no_data_set(here: Path) -> None:
+    (here / "scan.nii.gz").touch()
+    with pytest.raises(UserError, match=r"scan\.nii\.gz: is a file"):
+        find_raw("scan.nii.gz", here)
+
+
+def test_the_current_data_set_is_the_one_planned_last(here: Path) -> None:
+    with pytest.raises(UserError, match="no data set is planned"):
+        current(here)
+    for name in ("Task04_Hippocampus", "Task09_Spleen"):
+        make_planned(here, name)
+        use(here, name)
+    assert current(here).name == "Task09_Spleen"
+    assert current(here, "Task04").name == "Task04_Hippocampus"
+    assert current(here, "some/where/Task04_Hippocampus").plans == here / "Task04_Hippocampus" / "plans.json"
+    with pytest.raises(UserError, match=r"'Task05'.*It holds: Task04_Hippocampus, Task09_Spleen"):
+        current(here, "Task05")
+
+
+def test_atomic_leaves_nothing_behind_when_the_block_raises(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "file.nii.gz"
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert [p.read_text() for p in path.parent.iterdir()] == ["old"]
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert [p.read_text() for p in path.parent.iterdir()] == ["new"]
+
+
+def test_json_round_trip_and_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"é": [1, None]})
+    assert read_json(file) == {"é": [1, None]}
+    file.write_text('{"a": 1,\n "b": 2,\n}')
+    with pytest.raises(UserError, match=r"a\.json: invalid JSON at line (2|3), column \d+"):
+        read_json(file)
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(UserError, match=r"a\.json: is not UTF-8 text \(byte 7\)"):
+        read_json(file)
+    with pytest.raises(UserError, match=r"b\.json: no such file"):
+        read_json(tmp_path / "b.json")
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(tmp_path / "a.json") == [1]
