@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # `plan` and `preprocess` are rooms of the house and steps of the API. The rooms are entered first, for Python binds a
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["check", "evaluate", "load", "plan", "predict", "preprocess", "train"]
 
 
-def load(folder: str, **options: Any) -> Model:
+def load(folder: str | Path, **options: Any) -> Model:
     """Load a model folder; `model(array, spacing)` or `model("scan.nii.gz")` segments an image."""
     from nnunet_lite.inference.predictor import load as load_model
 

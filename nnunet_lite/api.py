@@ -38,15 +38,15 @@ def check(data: Folder, *, workspace: Folder | None = None, workers: int | None 
     data : a folder, or a name looked up in the current folder, ./data, the workspace and nnUNet_raw.
     """
     from nnunet_lite.data.check import broken_dataset
+    from nnunet_lite.data.check import check as check_dataset
     from nnunet_lite.data.dataset import read_dataset
-    from nnunet_lite.plan.fingerprint import check_and_fingerprint
 
     root = find_raw(str(data), _workspace(workspace))
     try:
         dataset = read_dataset(root)
     except UserError as error:
         return broken_dataset(root, error)
-    return check_and_fingerprint(dataset, workers, log.progress)[0]
+    return check_dataset(dataset, None, workers=workers, progress=log.progress)
 
 
 def plan(
@@ -72,12 +72,13 @@ def plan(
 
     Raises
     ------
-    UserError : the data set has errors; all of them are in check.json in the workspace and logged.
+    UserError : the data set has errors, which are all logged, or an option is illegal; nothing is written then.
     """
     from nnunet_lite.data.dataset import dataset_to_json, read_dataset
     from nnunet_lite.plan.fingerprint import check_and_fingerprint
-    from nnunet_lite.plan.planner import make_plan
+    from nnunet_lite.plan.planner import budget, make_plan
 
+    budget(preset, memory)  # a mistake in the options is told before minutes of reading
     root = find_raw(str(data), _workspace(workspace))
     dataset = read_dataset(root)
     paths = Paths(_workspace(workspace) / dataset.name)
@@ -217,22 +218,36 @@ def train(
     name : of the model folder; default `<configuration>-<recipe>`.
     restart : begin anew; the fold that is there is moved aside, not deleted.
     """
-    from nnunet_lite.evaluation.crossval import validate_fold
-    from nnunet_lite.network.arithmetic import pick_device
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.preprocess.store import open_case, preprocess_dataset
     from nnunet_lite.settings import load as load_settings
     from nnunet_lite.training.folds import ALL, read_fold
-    from nnunet_lite.training.loop import Job, is_finished, train_fold
-    from nnunet_lite.training.run import cached, configured, fold_seed, open_run, other_folds, set_aside
+    from nnunet_lite.training.run import (
+        cached,
+        configured,
+        fold_seed,
+        is_finished,
+        model_folder,
+        open_run,
+        other_folds,
+        set_aside,
+    )
 
     settings = load_settings(recipe, changes)
-    target = pick_device(device)
     paths = current_paths(workspace, dataset)
     data, planned = _dataset(paths), Plan.read(paths.plans)
     made = configured(planned, configuration, settings)
     split = read_fold(paths.splits, [case.id for case in data.cases], str(fold))
-    folder = paths.models / (name or f"{configuration}-{settings.recipe}")
+    folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
+
+    # torch takes seconds to import: mistakes are told before
+    from nnunet_lite.evaluation.crossval import validate_fold
+    from nnunet_lite.network.arithmetic import pick_device
+    from nnunet_lite.training.loop import Job, train_fold
+
+    target = pick_device(device)
+    if target.type == "cpu" and settings.recipe == "default" and device is None:
+        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
     if restart:
         set_aside(folder if not other_folds(folder, split.name) else folder / f"fold_{split.name}")
     seed = fold_seed(open_run(folder, made, data, configuration, settings), split.name)
@@ -291,15 +306,14 @@ def predict(
     skip_existing : keep label maps that are there already.
     """
     from nnunet_lite.data.dataset import find_cases
-    from nnunet_lite.inference.predictor import load, predict_cases
+    from nnunet_lite.data.problems import plural
+    from nnunet_lite.inference.predictor import load, predict_cases, read_model
 
     folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
+    cases = find_cases(Path(source), len(read_model(folder)[0].channels))
     loaded = load(folder, folds, device, changes)
-    cases = find_cases(Path(source), len(loaded.plan.channels))
-    which = f"fold {', '.join(loaded.folds)}"
-    log.info(
-        f"predicting {len(cases)} images with {folder} ({which}) on {loaded.device}, {loaded.arithmetic.precision}"
-    )
+    where = f"{loaded.device}, {loaded.arithmetic.precision}"
+    log.info(f"predicting {plural(len(cases), 'image')} with {folder} (fold {', '.join(loaded.folds)}) on {where}")
     files, failed = predict_cases(loaded, cases, Path(out), skip_existing=skip_existing, show=log.progress)
     return Predictions(tuple(files), failed, folder, loaded.folds)
 
@@ -311,8 +325,7 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     ------
     UserError : nothing is trained (of that configuration).
     """
-    from nnunet_lite.inference.predictor import trained_folds
-    from nnunet_lite.training.run import model_folders
+    from nnunet_lite.training.run import first_training, model_folders, trained_folds
 
     found = [
         (len(trained_folds(folder)), max(p.stat().st_mtime for p in folder.glob("fold_*/model.safetensors")), folder)
@@ -322,7 +335,7 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     ]
     if not found:
         of = f" {configuration}" if configuration else ""
-        raise UserError(f"no{of} model of {paths.name} is trained", paths.models, "Run `nnlite train 3d_fullres 0`.")
+        raise UserError(f"no{of} model of {paths.name} is trained", paths.models, f"Run `{first_training(paths)}`.")
     return max(found)[2]
 
 

@@ -56,17 +56,21 @@ Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")
 
 
 # what an OSError of these kinds says is the user's to mend; any other one is a failure of the machine
+_INTERRUPTED = 130
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], prog_name="nnlite", standalone_mode=False)
+        if code == _INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
+            raise KeyboardInterrupt
+        sys.exit(code)
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail("stopped; the same command goes on from here", 130))
+        sys.exit(_fail("stopped; the same command goes on from here", _INTERRUPTED))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
@@ -132,7 +136,9 @@ def plan(
         tuple[float, float] | None,
         typer.Option("--clip-percentiles", min=0, max=100, help="Clip each image to these before normalisation."),
     ] = None,
-    measure: Annotated[bool, typer.Option(help="Run real steps on the GPU and compare their memory.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
+    ] = False,
     device: Device = None,
     from_fingerprint: Annotated[Path | None, typer.Option(help="Plan from a fingerprint instead of data.")] = None,
     dataset_json: Annotated[Path | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
@@ -200,10 +206,10 @@ def train(
     configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres, ...")],
     fold: Annotated[str, typer.Argument(help='0 to 4, "all-folds" for each of them, "all" to train on every case.')],
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")] = "default",
-    epochs: Annotated[int | None, typer.Option()] = None,
+    epochs: Annotated[int | None, typer.Option(help="Length of the run [the recipe's, as all that follows].")] = None,
     iterations: Annotated[int | None, typer.Option(help="Per epoch.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Minutes; the schedule fits itself to it.")] = None,
-    batch_size: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Patches per step.")] = None,
     patch_size: Annotated[str | None, typer.Option(help="Such as 40x56x40.")] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     precision: Precision = None,
@@ -211,7 +217,7 @@ def train(
     workers: Workers = None,
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
-    restart: Annotated[bool, typer.Option(help="Begin anew; what is there is moved aside.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; what is there is moved aside.")] = False,
     assignments: SetOptions = None,
     dataset: Dataset = None,
     as_json: AsJson = False,
@@ -261,6 +267,8 @@ def predict(
     workspace: Workspace = None,
 ) -> None:
     """Segment images with a trained model."""
+    from nnunet_lite.data.problems import plural
+
     flags = {
         "inference.mirroring": mirroring,
         "inference.step_size": step_size,
@@ -271,7 +279,7 @@ def predict(
         changes=_changes(flags, assignments), skip_existing=skip_existing, workspace=workspace,
     )  # fmt: skip
     result = {"files": [str(path) for path in done.files], "failed": done.failed, "model": str(done.model)}
-    _show(result, f"{len(done.files)} label maps in {out}", as_json)
+    _show(result, f"{plural(len(done.files), 'label map')} in {out}", as_json)
     for case, why in done.failed.items():
         log.info(f"failed: {case}: {why}")
     raise typer.Exit(1 if done.failed else 0)

@@ -12,7 +12,6 @@ from typing import Any
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.workspace import Paths, read_json
 
@@ -35,12 +34,11 @@ def describe_model(folder: Path) -> About:
     ------
     UserError : it is no model folder.
     """
-    from nnunet_lite.inference.predictor import trained_folds
-    from nnunet_lite.training.checkpoint import MODEL, read_state
+    from nnunet_lite.inference.predictor import read_model
+    from nnunet_lite.training.checkpoint import read_state
+    from nnunet_lite.training.run import MODEL, trained_folds
 
-    if not (folder / "run.json").is_file():
-        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
-    run, plan = read_json(folder / "run.json"), Plan.read(folder / "plans.json")
+    plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
     folds = {
         fold: {**read_state(folder / f"fold_{fold}" / MODEL), "mean_dice": _mean_dice(folder, fold)}
@@ -89,7 +87,7 @@ def _mean_dice(folder: Path, fold: str) -> float | None:
 def describe_dataset(paths: Paths) -> About:
     """What the workspace has of a data set: cases, plan, models."""
     from nnunet_lite.plan.show import plan_table
-    from nnunet_lite.training.run import model_folders
+    from nnunet_lite.training.run import first_training, model_folders
 
     plan, dataset = Plan.read(paths.plans), read_json(paths.dataset)
     models = [describe_model(folder) for folder in model_folders(paths)]
@@ -103,7 +101,7 @@ def describe_dataset(paths: Paths) -> About:
         "models": [model.values for model in models],
     }
     head = f"{paths.name}: {values['cases']} cases in {dataset['root']} ({dataset['layout']})"
-    nothing = "no model yet: nnlite train 3d_fullres 0"
+    nothing = f"no model yet: {first_training(paths)}"
     return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing])]))
 
 

@@ -238,6 +238,9 @@ def test_find_cases_with_channels_apart_and_one_missing(tmp_path: Path, hippocam
     assert [path.name for path in a.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
     assert find_cases(tmp_path / "a_0000.nii.gz", 2) == [a]
     assert b.images[1] == tmp_path / "b_0001.nii.gz", "listed, so that reading it says what is missing"
-    with pytest.raises(UserError, match="holds no image"):
-        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "patient_1").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no image .* Folders inside it are not searched: patient_1\.$"):
         find_cases(tmp_path / "empty", 2)
+    (tmp_path / "scan.dcm").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"scan\.dcm: is of no supported format\. Supported are \.nii\.gz "):
+        find_cases(tmp_path / "scan.dcm", 2)

@@ -27,9 +27,9 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.preprocess.stored import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.checkpoint import CHECKPOINT, MODEL, read_state
-from nnunet_lite.training.loop import METRICS, Job, is_finished, train_fold
-from nnunet_lite.training.run import LoadedCase, cached, configured
+from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
+from nnunet_lite.training.loop import METRICS, Job, train_fold
+from nnunet_lite.training.run import MODEL, LoadedCase, cached, configured, is_finished
 from nnunet_lite.workspace import current
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs

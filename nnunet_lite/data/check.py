@@ -157,7 +157,7 @@ def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image
         fix = "Name the channels in dataset.json as they are in the files, or mend the file."
         out.problems.append(Problem("channels", str(case.images[0]), plural(len(array), "channel"), wanted, fix))
         return None
-    out.digest = hashlib.blake2b(array.data, digest_size=16).digest()
+    out.digest = hashlib.sha256(array.data).digest()
     files = [path for path, image in zip(case.images, images, strict=True) for _ in image.array]
     for channel, path, name in zip(array, files, dataset.channels, strict=True):
         out.problems += _check_values(channel, path, name, out)
@@ -322,7 +322,8 @@ def _intensity_units(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterat
         text = f"channel {name} holds values {min(r.low for r in ranges):g} .. {max(r.high for r in ranges):g}"
         table = str(dataset.root / "dataset.json" if dataset.layout != "plain" else dataset.root)
         if name.lower() != "ct" and 2 * hounsfield > len(ranges):
-            fix = "If it is CT, name the channel CT, so that it is normalised as CT."
+            where = "write a dataset.json that names" if dataset.layout == "plain" else "name"
+            fix = f"If it is CT, {where} the channel CT, so that it is normalised as CT."
             yield Problem("looks_like_ct", table, f"{text}, which look like Hounsfield units", "", fix)
         if name.lower() == "ct" and 2 * unlike > len(ranges):
             fix = "If it is no CT, or is rescaled, give the channel another name: CT is normalised as such."

@@ -12,10 +12,14 @@ import numpy as np
 
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.images import Geometry, Image, label_suffix, read_image, read_images, suffix_of, write_label
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.settings import InferenceSettings, Settings, with_changes
+from nnunet_lite.training.run import MODEL, is_finished, trained_folds
 from nnunet_lite.workspace import read_json
+
+_CPU_VOXELS = 2**18  # of the windows that are computed at once on a CPU
 
 if TYPE_CHECKING:
     import torch
@@ -81,23 +85,23 @@ def load(
     ------
     UserError : no model there, or not that fold.
     """
-    from nnunet_lite.network.arithmetic import pick_device, tune_cpu
-    from nnunet_lite.network.unet import UNet
-    from nnunet_lite.training.checkpoint import MODEL, load_weights
-
     folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
-    run = read_json(folder / "run.json")
+    plan, run = read_model(folder)
     trained = Settings.model_validate(run["settings"])
-    plan = Plan.read(folder / "plans.json")
+    settings = with_changes(trained, changes or {}).inference
     configuration = plan.configuration(run["configuration"])
     there = trained_folds(folder)
     wanted = there if folds is None else [str(fold) for fold in folds]
-    missing = [fold for fold in wanted if not (folder / f"fold_{fold}" / MODEL).is_file()]
+    missing = [fold for fold in wanted if not is_finished(folder / f"fold_{fold}")]
     if missing or not wanted:
         have = f"Trained folds: {', '.join(there)}." if there else "Train one with `nnlite train`."
         raise UserError(f"has no trained fold {', '.join(missing)}".rstrip(), folder, have)
+
+    # torch takes seconds to import: mistakes are told before
+    from nnunet_lite.network.arithmetic import Arithmetic, pick_device, tune_cpu
+    from nnunet_lite.network.unet import UNet
+    from nnunet_lite.training.checkpoint import load_weights
+
     tune_cpu()
     target = pick_device(device)
     networks = []
@@ -105,8 +109,6 @@ def load(
         network = UNet(configuration.network, len(plan.channels), plan.labels.n_channels)
         load_weights(folder / f"fold_{fold}" / MODEL, network)
         networks.append(network.to(target).eval().requires_grad_(False))
-    from nnunet_lite.network.arithmetic import Arithmetic
-
     mirrored = trained.augmentation.enabled and trained.augmentation.p_mirror > 0
     axes = trained.augmentation.mirror_axes if mirrored else ()
     model = Model(
@@ -116,17 +118,23 @@ def load(
         folds=tuple(wanted),
         networks=tuple(networks),
         mirror_axes=tuple(range(configuration.dimensions)) if axes is None else axes,
-        settings=with_changes(trained, changes or {}).inference,
+        settings=settings,
         device=target,
         arithmetic=Arithmetic(),
     )
     return replace(model, arithmetic=_choose_arithmetic(model))
 
 
-def trained_folds(folder: Path) -> list[str]:
-    """The finished folds of a model folder; "all" only where there is no other."""
-    found = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob("fold_*/model.safetensors"))
-    return [fold for fold in found if fold != "all"] or found
+def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the run.json of a model folder.
+
+    Raises
+    ------
+    UserError : it is no model folder.
+    """
+    if not (folder / "run.json").is_file():
+        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
+    return Plan.read(folder / "plans.json"), read_json(folder / "run.json")
 
 
 def predict_image(model: Model, image: Image) -> np.ndarray:
@@ -152,9 +160,17 @@ def predict_preprocessed(model: Model, image: np.ndarray) -> Tensor:
         model.plan.labels.n_channels,
         step=model.settings.step_size,
         mirror_axes=[axis + flat for axis in model.mirror_axes] if model.settings.mirroring else (),
-        batch_size=configuration.batch_size if model.device.type == "cuda" else min(configuration.batch_size, 4),
+        batch_size=_windows_at_once(model),
         device=model.device,
     )
+
+
+def _windows_at_once(model: Model) -> int:
+    """What a training step holds fits a GPU; on a CPU more than the caches hold gains nothing."""
+    configuration = model.configuration
+    if model.device.type == "cuda":
+        return configuration.batch_size
+    return int(np.clip(_CPU_VOXELS // np.prod(configuration.patch_size), 1, 64))
 
 
 def predict_cases(
@@ -217,7 +233,9 @@ def _prepare(model: Model, image: Image) -> Preprocessed:
     expected = len(model.plan.channels)
     if image.array.shape[0] != expected:
         names = ", ".join(channel.name for channel in model.plan.channels)
-        raise UserError(f"the image has {image.array.shape[0]} channels, the model expects {expected} ({names})")
+        raise UserError(
+            f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
+        )
     return preprocess(image, None, model.plan, model.configuration)
 
 

@@ -97,15 +97,12 @@ def make_plan(
     ------
     UserError : unknown preset, a budget that nothing fits, or a fingerprint of other channels.
     """
-    rules = _preset(preset)
-    budget = rules.memory_gb if memory_gb is None else float(memory_gb)
-    if not budget > 0:
-        raise UserError(f"a memory budget of {budget:g} GB is not positive", fix="Give GB of GPU memory, such as 8.")
+    rules, gigabytes = _preset(preset), budget(preset, memory_gb)
     spacings = np.asarray(fingerprint.spacings, np.float64)
     shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
     if not len(spacings):
         raise UserError("the fingerprint holds no case", fix="Plan a data set with at least one training case.")
-    task = _Task(rules, budget, n_cases or len(spacings), len(channels), labels)
+    task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
     target, why = target_spacing(spacings, shapes)
     order = axis_order(target)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
@@ -114,7 +111,7 @@ def make_plan(
     return Plan(
         dataset=dataset_name,
         preset=preset,
-        memory_gb=budget,
+        memory_gb=gigabytes,
         axis_order=order,
         median_spacing=_triple(np.median(spacings, axis=0), order),
         median_shape=_triple(np.median(shapes, axis=0), order),
@@ -123,6 +120,19 @@ def make_plan(
         n_cases=task.n_cases,
         configurations=_configurations(task, target[list(order)], median[list(order)], tuple(why)),
     )
+
+
+def budget(preset: str, memory_gb: float | None = None) -> float:
+    """The GPU memory budget in GB: what was given, else the preset's.
+
+    Raises
+    ------
+    UserError : unknown preset, or not a positive number.
+    """
+    gigabytes = _preset(preset).memory_gb if memory_gb is None else float(memory_gb)
+    if not gigabytes > 0:
+        raise UserError(f"a memory budget of {gigabytes:g} GB is not positive", fix="Give GB of GPU memory, such as 8.")
+    return gigabytes
 
 
 def _preset(name: str) -> Preset:

@@ -13,7 +13,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import atomic
 
 CHECKPOINT = "checkpoint.safetensors"
-MODEL = "model.safetensors"
 
 
 def save_weights(path: Path, network: nn.Module, about: dict[str, Any]) -> None:

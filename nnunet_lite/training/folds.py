@@ -10,6 +10,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import read_json, write_json
 
 SEED = 12345  # the one that nnU-Net has always used, so that folds can be compared
+N_FOLDS = 5
 ALL = "all"
 
 
@@ -20,7 +21,7 @@ class Fold:
     validation: tuple[str, ...]
 
 
-def make_folds(case_ids: Sequence[str], n_folds: int = 5) -> list[dict[str, list[str]]]:
+def make_folds(case_ids: Sequence[str], n_folds: int = N_FOLDS) -> list[dict[str, list[str]]]:
     """nnU-Net's folds: KFold(5, shuffle, seed 12345) over the sorted case ids.
 
     Raises

@@ -29,7 +29,6 @@ from nnunet_lite.training import loss as losses
 from nnunet_lite.training.augment import apply_intensity, collate, draw_intensity, is_in_plane
 from nnunet_lite.training.checkpoint import (
     CHECKPOINT,
-    MODEL,
     load_checkpoint,
     read_state,
     save_checkpoint,
@@ -38,6 +37,7 @@ from nnunet_lite.training.checkpoint import (
 from nnunet_lite.training.optimize import Plateau, learning_rate, make_optimizer
 from nnunet_lite.training.prefetch import prefetch
 from nnunet_lite.training.progress import draw_progress
+from nnunet_lite.training.run import MODEL
 from nnunet_lite.training.sampler import CaseArrays, Sample, Shape, draw_batch, rng_for
 from nnunet_lite.workspace import write_text
 
@@ -92,10 +92,6 @@ class State:
     def from_json(cls, values: dict[str, Any]) -> State:
         plateau, arithmetic = Plateau(**values.pop("plateau")), Arithmetic(**values.pop("arithmetic"))
         return cls(plateau, arithmetic, **values)
-
-
-def is_finished(folder: Path) -> bool:
-    return (folder / MODEL).is_file()
 
 
 def train_fold(job: Job) -> None:

@@ -26,12 +26,14 @@ from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.budget import free_memory
 from nnunet_lite.settings import Settings, differences
+from nnunet_lite.training.folds import N_FOLDS
 from nnunet_lite.workspace import Paths, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.training.sampler import CaseArrays
 
 FORMAT = "nnlite-model-1"
+MODEL = "model.safetensors"  # its presence says that a fold is finished
 _OLD = "old_"
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = ("training.workers", "training.cache", "inference.")
@@ -103,6 +105,35 @@ def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, set
 def model_folders(paths: Paths) -> list[Path]:
     """The model folders of a data set, without those that were set aside."""
     return sorted(file.parent for file in paths.models.glob("*/run.json") if not file.parent.name.startswith(_OLD))
+
+
+def model_folder(paths: Paths, name: str) -> Path:
+    """The folder of a model.
+
+    Raises
+    ------
+    UserError : the name is not that of a folder inside models/.
+    """
+    if Path(name).name != name or name.startswith((".", _OLD)):
+        raise UserError(f"{name!r} is no name for a model folder", fix="Use letters, digits, '-' and '_'.")
+    return paths.models / name
+
+
+def is_finished(fold_folder: Path) -> bool:
+    return (fold_folder / MODEL).is_file()
+
+
+def trained_folds(folder: Path) -> list[str]:
+    """The finished folds of a model folder; "all" only where there is no other."""
+    found = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{MODEL}"))
+    return [fold for fold in found if fold != "all"] or found
+
+
+def first_training(paths: Paths) -> str:
+    """The command that trains a first model of a planned data set."""
+    plan = Plan.read(paths.plans)
+    configuration = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
+    return f"nnlite train {configuration} {0 if plan.n_cases >= N_FOLDS else 'all'}"
 
 
 def other_folds(folder: Path, fold: str) -> list[str]:

@@ -1,0 +1,106 @@
+"""The steps as Python functions: `import nnunet_lite` gives them all, and costs nothing until one is called."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+import nnunet_lite
+from nnunet_lite.errors import UserError
+
+TINY = {
+    "training.epochs": 1,
+    "training.iterations": 1,
+    "training.validation_iterations": 1,
+    "training.batch_size": 1,
+    "training.patch_size": (32, 32, 32),
+    "training.seed": 1,
+    "network.features_base": 2,
+    "network.features_max": 4,
+    "inference.mirroring": False,
+    "inference.step_size": 1.0,
+}
+
+
+def python(code: str) -> str:
+    return subprocess.check_output([sys.executable, "-c", code], text=True)
+
+
+def test_import_is_light() -> None:
+    loaded = python("import sys, nnunet_lite; print(*sys.modules)").split()
+    assert not {"torch", "numpy", "scipy", "SimpleITK", "nibabel", "matplotlib", "pandas", "sklearn"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from nnunet_lite.plan.schema import Plan",
+        "import nnunet_lite.plan.planner, nnunet_lite.preprocess.pipeline",
+        "import nnunet_lite, nnunet_lite.plan.planner, nnunet_lite.preprocess.store",
+        "from nnunet_lite.plan import planner; from nnunet_lite.preprocess import pipeline",
+    ],
+)
+def test_steps_keep_their_names_beside_the_packages(first: str) -> None:
+    """`plan` and `preprocess` are functions of the API and packages of modules, whichever is imported first."""
+    code = f"{first}\nimport nnunet_lite as n\nprint(*(callable(getattr(n, name)) for name in n.__all__))\n"
+    assert set(python(code + "from nnunet_lite.plan.schema import Plan; print(Plan is not None)").split()) == {"True"}
+
+
+def test_every_step_says_what_it_takes() -> None:
+    assert set(nnunet_lite.__all__) == {"check", "plan", "preprocess", "train", "predict", "evaluate", "load"}
+    for name in nnunet_lite.__all__:
+        step = getattr(nnunet_lite, name)
+        assert step.__doc__ and inspect.signature(step).return_annotation is not inspect.Signature.empty
+
+
+def test_from_raw_data_to_a_score(copy_dataset: Callable[..., Path], hippocampus: Path, tmp_path: Path) -> None:
+    """All steps on five real cases, as far as Python code sees them."""
+    root, workspace = copy_dataset(5), tmp_path / "ws"
+    assert nnunet_lite.check(root).ok and not workspace.exists()
+
+    plan = nnunet_lite.plan(root, workspace=workspace)
+    assert plan.dataset == "broken" and plan.n_cases == 5
+
+    summary = nnunet_lite.preprocess(["3d_fullres"], workspace=workspace, workers=0)
+    assert summary.made == 5
+
+    scores = nnunet_lite.train("3d_fullres", 0, changes=TINY, workspace=workspace, device="cpu")
+    assert scores is not None and 0 <= scores.to_json()["foreground_mean"]["Dice"] <= 1
+    assert nnunet_lite.train("3d_fullres", "all", changes=TINY, workspace=workspace, device="cpu") is None
+
+    scan = sorted((hippocampus / "imagesTs").iterdir())[0]
+    done = nnunet_lite.predict(scan, tmp_path / "out", workspace=workspace, folds=[0], device="cpu")
+    assert done.files == (tmp_path / "out" / scan.name,) and done.failed == {} and done.folds == ("0",)
+
+    written = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(done.files[0])))
+    model = nnunet_lite.load(done.model, folds=[0], device="cpu")
+    image = SimpleITK.ReadImage(str(scan))
+    array, spacing = SimpleITK.GetArrayFromImage(image), image.GetSpacing()[::-1]
+    for given in (str(scan), scan):
+        assert np.array_equal(model(given), written)
+    assert np.array_equal(model(array, spacing), written), "an array is segmented as its file"
+    assert np.array_equal(model(array[None], spacing), written), "with a channel axis too"
+    with pytest.raises(UserError, match="has 2 channels, the model expects 1"):
+        model(np.stack([array, array]), spacing)
+
+    found = nnunet_lite.evaluate(tmp_path / "out", hippocampus / "labelsTs", surface=False)
+    assert [Path(case["prediction_file"]) for case in found.to_json()["metric_per_case"]] == [
+        tmp_path / "out" / scan.name
+    ]
+
+
+def test_mistakes_are_exceptions_with_the_same_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no data set 'Nothing'\. Give its folder, or a name in one of: "):
+        nnunet_lite.plan("Nothing", workspace=tmp_path)
+    with pytest.raises(UserError, match="no data set is planned in the workspace"):
+        nnunet_lite.train("3d_fullres", 0, workspace=tmp_path)
+    with pytest.raises(UserError, match="nowhere: is no model folder"):
+        nnunet_lite.load(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,165 @@
+"""The command line itself: help, versions, mistakes in what was typed. What the commands do: test_end_to_end.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nnunet_lite
+
+Run = Callable[..., tuple[int, str, str]]
+COMMANDS = ("check", "plan", "preprocess", "train", "predict", "evaluate", "info", "doctor")
+
+
+def one_line(err: str) -> str:
+    """The message of a mistake: one line, which says `error`, and ends with a full sentence."""
+    lines = [line for line in err.splitlines() if not line.startswith("data set ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ") and lines[0].endswith((".", "?")), err
+    return lines[0]
+
+
+def test_help_lists_every_command(nnlite: Run, tmp_path: Path) -> None:
+    code, out, err = nnlite("--help", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    listed = out.partition("Commands:")[2].split("\n  ")
+    assert {line.split()[0] for line in listed if line[:1].strip()} >= set(COMMANDS)
+    assert nnlite(cwd=tmp_path) == (0, out, ""), "no argument at all asks for help"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(nnlite: Run, tmp_path: Path, name: str) -> None:
+    code, out, err = nnlite(name, "-h", cwd=tmp_path)
+    assert (code, err) == (0, "") and out.startswith(f"Usage: nnlite {name} ")
+    assert "--json" in out and "-h, --help" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_version_and_module(nnlite: Run, tmp_path: Path) -> None:
+    assert nnlite("--version", cwd=tmp_path) == (0, f"{nnunet_lite.__version__}\n", "")
+    as_module = [sys.executable, "-m", "nnunet_lite", "--version"]
+    assert subprocess.check_output(as_module, cwd=tmp_path, text=True) == f"{nnunet_lite.__version__}\n"
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    """What `nnlite --help` costs is what it imports; the time itself is measured by a benchmark."""
+    code = "import sys; from nnunet_lite import cli; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).split())
+    assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "pydantic", "nnunet_lite.plan.schema"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--bogus"], "--bogus"),
+        (["trane"], "Did you mean 'train'"),
+        (["train"], "configuration"),
+        (["train", "3d_fullres", "0", "--epoch", "3"], "--epochs"),
+        (["train", "3d_fullres", "0", "--epochs", "many"], "'--epochs': Input should be a valid integer"),
+        (["train", "3d_fullres", "0", "--workers", "-1"], "'--workers': Input should be greater"),
+        (["train", "3d_fullres", "0", "--set", "training.epochs"], "'training.epochs' is not key=value"),
+        (["train", "3d_fullres", "0", "--set", "training.epoch=3"], "Did you mean 'training.epochs'?"),
+        (["train", "3d_fullres", "0", "--set", "lr=3"], "Did you mean 'optimizer.lr'?"),
+        (["train", "3d_fullres", "0", "--lr", "-1"], "optimizer.lr = -1.0"),
+        (["train", "3d_fullres", "0", "--patch-size", "forty"], "Write 40x56x40"),
+        (["train", "3d_fullres", "0", "--recipe", "cpus"], "Did you mean 'cpu'?"),
+        (["train", "3d_fullres", "0", "--precision", "fp8"], "training.precision = 'fp8'"),
+        (["train", "3d_fullres", "0"], "no data set is planned in the workspace"),
+        (["preprocess"], "Run `nnlite plan DATA` first."),
+        (["preprocess", "-d", "Task04"], "'Task04'"),
+        (["plan"], "nnlite plan Task04_Hippocampus"),
+        (["plan", "Task99"], "there is no data set 'Task99'"),
+        (["plan", "Task99", "--preset", "resenc_s"], "resenc_m"),
+        (["plan", "--from-fingerprint", "f.json"], "--dataset-json"),
+        (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
+        (["predict", "-i", "in"], "--output"),
+        (["predict", "-i", "in", "-o", "out"], "no data set is planned"),
+        (["predict", "-i", "in", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder"),
+        (["evaluate", "a", "b"], "a: "),
+        (["info"], "no data set is planned"),
+        (["info", "nowhere"], "nowhere: is no model folder"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(command: Run, tmp_path: Path, arguments: list[str], says: str) -> None:
+    code, out, err = command(*arguments, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert says in one_line(err)
+    assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing behind"
+
+
+def test_mistake_in_a_real_process(nnlite: Run, tmp_path: Path) -> None:
+    code, out, err = nnlite("train", "3d_fullres", "0", "--epoch", "3", cwd=tmp_path)
+    assert (code, out) == (2, "") and "--epochs" in one_line(err)
+
+
+def test_doctor(nnlite: Run, tmp_path: Path) -> None:
+    code, out, err = nnlite("doctor", "--json", cwd=tmp_path)
+    about = json.loads(out)
+    assert (code, err) == (1 if about["problems"] else 0, "")
+    assert about["nnunet_lite"] == nnunet_lite.__version__ and about["packages"]["torch"]
+    assert about["cpus"] == len(os.sched_getaffinity(0)) and about["memory_gb"] > about["memory_free_gb"] > 0
+    assert about["workspace"] == str(tmp_path / "nnlite_workspace") and list(tmp_path.iterdir()) == []
+
+
+def test_json_of_check_and_plan(command: Run, tmp_path: Path, hippocampus: Path) -> None:
+    code, out, _ = command("check", hippocampus, "--json", cwd=tmp_path)
+    report = json.loads(out)
+    assert (code, report["ok"], report["cases"], report["problems"]) == (0, True, 32, [])
+    assert list(tmp_path.iterdir()) == [], "a check writes nothing"
+    code, out, _ = command("plan", hippocampus, "--json", "--output", "my/plan.json", cwd=tmp_path)
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "my" / "plan.json").read_text())
+    assert list(json.loads(out)["configurations"]) == ["2d", "3d_fullres"]
+    stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
+    assert {p.name for p in stored.iterdir()} == {"check.json", "dataset.json", "fingerprint.json", "plans.json"}
+    code, out, _ = command("info", "--json", cwd=tmp_path)
+    about = json.loads(out)
+    assert (code, about["dataset"], about["cases"], about["models"]) == (0, "Task04_Hippocampus", 32, [])
+
+
+def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    """`Task04` is found in ./data; the data set planned last is the current one; -d takes another, -w elsewhere."""
+    copy_dataset(6, "data/Task04_Hippocampus")
+    copy_dataset(5, "data/Task05_Other")
+    for name in ("Task04", "Task05"):
+        code, _, err = command("plan", name, cwd=tmp_path)
+        assert code == 0, err
+    code, out, err = command("info", cwd=tmp_path)
+    assert "data set Task05_Other (workspace " in err and out.startswith("Task05_Other: 5 cases in ")
+    assert command("info", "-d", "Task04", cwd=tmp_path)[1].startswith("Task04_Hippocampus: 6 cases in ")
+    code, out, err = command("info", "-d", "Task06", cwd=tmp_path)
+    assert code == 2 and "It holds: Task04_Hippocampus, Task05_Other." in one_line(err)
+    code, out, err = command("info", "-w", "elsewhere", cwd=tmp_path)
+    assert code == 2 and str(tmp_path / "elsewhere") in one_line(err)
+    code, out, err = command("plan", "Task0", cwd=tmp_path)
+    assert code == 2 and "there is no data set 'Task0'" in one_line(err)
+
+
+def test_plan_from_a_fingerprint(command: Run, tmp_path: Path, hippocampus: Path) -> None:
+    planned = json.loads(command("plan", hippocampus, "--json", cwd=tmp_path)[1])
+    stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
+    given = ("--from-fingerprint", stored / "fingerprint.json", "--dataset-json", stored / "dataset.json")
+    code, out, _ = command("plan", *given, "--json", cwd=tmp_path)
+    assert code == 0 and json.loads(out)["configurations"] == planned["configurations"]
+    code, out, _ = command("plan", *given, "--format", "nnunet", "--output", "nnUNetPlans.json", cwd=tmp_path)
+    theirs = json.loads((tmp_path / "nnUNetPlans.json").read_text())
+    assert code == 0 and theirs["configurations"]["3d_fullres"]["patch_size"] == [40, 56, 40]
+    code, out, _ = command("plan", hippocampus, "--plans", "nnUNetPlans.json", "--json", cwd=tmp_path)
+    adopted = json.loads(out)["configurations"]["3d_fullres"]
+    assert code == 0 and adopted["network"] == planned["configurations"]["3d_fullres"]["network"]
+
+
+def test_reader_that_stops_reading(tmp_path: Path, hippocampus: Path) -> None:
+    """`nnlite plan ... | head -1` ends in silence."""
+    command = [sys.executable, "-m", "nnunet_lite", "plan", str(hippocampus)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode in (0, 1) and "Error" not in err, err

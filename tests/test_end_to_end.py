@@ -1,0 +1,264 @@
+"""The main job as a person does it: real commands, real processes, real data, and nothing but a folder to work in.
+
+The networks are tiny and trained for seconds; what they segment is nonsense, but its form must be right.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+Run = Callable[..., tuple[int, str, str]]
+TINY = (
+    *("--epochs", 2, "--iterations", 2, "--batch-size", 2, "--device", "cpu", "--precision", "fp32"),
+    *("--set", "training.validation_iterations=1", "--set", "inference.mirroring=false"),
+    *("--set", "network.features_base=4", "--set", "network.features_max=8", "--set", "inference.step_size=1.0"),
+)
+TRAIN_3D = ("train", "3d_fullres", 0, "--recipe", "cpu", *TINY, "--patch-size", "32x32x32")
+TRAIN_2D = ("train", "2d", 0, *TINY, "--patch-size", "32x32", "--set", "optimizer.lr=0.001")
+EXACT = (
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+)  # "auto" takes what is fastest at that moment, which may round otherwise
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
+    """A person's folder: the data set (8 cases to train on) in ./data, and what is to be predicted in ./in."""
+    home = tmp_path_factory.mktemp("home")
+    root = home / "data" / "Task04_Hippocampus"
+    table = json.loads((hippocampus / "dataset.json").read_text())
+    table["training"] = table["training"][:8]
+    for entry in table["training"]:
+        for file in entry.values():
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hippocampus / file, root / file)
+    (root / "dataset.json").write_text(json.dumps(table))
+    (home / "in").mkdir()
+    for path, suffix in zip(sorted((hippocampus / "imagesTs").iterdir()), (".nii.gz", ".nrrd", ".mha"), strict=False):
+        write_oblique(path, home / "in" / (path.name.removesuffix(".nii.gz") + suffix))
+    return home
+
+
+def write_oblique(path: Path, target: Path) -> None:
+    """An image on a grid with unequal spacing, turned and far from the origin, as scanners make them."""
+    image = SimpleITK.ReadImage(str(path))
+    turn = SimpleITK.Euler3DTransform()
+    turn.SetRotation(0.1, -0.2, 0.3)
+    image.SetDirection(turn.GetMatrix())
+    image.SetSpacing((0.9, 1.1, 1.25))
+    image.SetOrigin((-11.5, 123.25, 7.75))
+    SimpleITK.WriteImage(image, str(target))
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path, nnlite: Run) -> Path:
+    """plan -> preprocess -> train 3d_fullres 0 -> train 2d 0, in the default workspace."""
+    code, out, err = nnlite("plan", "Task04", cwd=home)
+    assert code == 0 and "3d_fullres" in out and "8 cases, 0 errors" in err
+    code, out, err = nnlite("preprocess", cwd=home)
+    assert code == 0 and "8 arrays made, 0 kept" in out, "2d and 3d_fullres share their arrays"
+    assert "data set Task04_Hippocampus (workspace " in err
+    for arguments in (TRAIN_3D, TRAIN_2D):
+        code, out, err = nnlite(*arguments, cwd=home)
+        assert code == 0, err
+        assert "epoch    2" in err and "fold 0, whole images:" in out and "foreground mean" in out
+    return home
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: Path, nnlite: Run) -> Path:
+    """predict -> the folder ./out, with the 3D model by name."""
+    code, out, err = nnlite("predict", "-i", "in", "-o", "out", *EXACT, "-c", "3d_fullres", cwd=trained)
+    assert code == 0 and out == "3 label maps in out\n" and "3d_fullres-cpu (fold 0)" in err
+    return trained / "out"
+
+
+def models(home: Path) -> Path:
+    return home / "nnlite_workspace" / "Task04_Hippocampus" / "models"
+
+
+def header(path: Path) -> list[float]:
+    """Size, spacing, origin and direction, as ITK reads them."""
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return [*reader.GetSize(), *reader.GetSpacing(), *reader.GetOrigin(), *reader.GetDirection()]
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_training_leaves(trained: Path) -> None:
+    assert {p.name for p in models(trained).iterdir()} == {"3d_fullres-cpu", "2d-default"}
+    fold = models(trained) / "3d_fullres-cpu" / "fold_0"
+    rows = [json.loads(line) for line in (fold / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and all(np.isfinite(row["train_loss"]) for row in rows)
+    assert (fold / "progress.png").read_bytes().startswith(b"\x89PNG")
+    splits = json.loads((models(trained).parent / "splits.json").read_text())
+    held_out = splits[0]["val"]
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    assert [Path(c["prediction_file"]).name for c in summary["metric_per_case"]] == [f"{i}.nii.gz" for i in held_out]
+    with (fold / "validation" / "summary.csv").open() as file:
+        assert {row["case"] for row in csv.DictReader(file)} == set(held_out)
+    run = json.loads((fold.parent / "run.json").read_text())
+    assert run["settings"]["training"]["epochs"] == 2 and run["settings"]["recipe"] == "cpu"
+    assert not list(trained.rglob(".tmp-*")) and not list(trained.rglob("*.pkl"))
+    assert {p.name for p in trained.iterdir()} >= {"data", "in", "nnlite_workspace"}
+
+
+def test_the_same_training_again_is_finished(trained: Path, nnlite: Run) -> None:
+    before = files(models(trained) / "3d_fullres-cpu" / "fold_0")
+    code, out, err = nnlite(*TRAIN_3D, "--json", cwd=trained)
+    assert code == 0 and "training is finished" in err and "epoch" not in err
+    assert 0 <= json.loads(out)["0"]["foreground_mean"]["Dice"] <= 1
+    after = files(models(trained) / "3d_fullres-cpu" / "fold_0")
+    assert {k: v for k, v in after.items() if "summary" not in k} == {
+        k: v for k, v in before.items() if "summary" not in k
+    }
+
+
+def test_other_settings_are_refused_with_the_differences(trained: Path, nnlite: Run, command: Run) -> None:
+    before = files(trained)
+    code, out, err = nnlite(*TRAIN_3D, "--epochs", 3, "--lr", 0.5, cwd=trained)
+    assert (code, out) == (2, "")
+    message = err.splitlines()[-1]
+    assert message.startswith(f"error: {models(trained) / '3d_fullres-cpu'}: was begun with other settings: ")
+    assert "training.epochs: 2 -> 3; optimizer.lr: 0.002 -> 0.5." in message and "--restart" in message
+    assert files(trained) == before
+    code, _, err = nnlite(*TRAIN_3D, "--patch-size", "32x32x40", cwd=trained)
+    assert code == 2 and "training.patch_size: [32, 32, 32] -> [32, 32, 40]" in err
+    code, _, err = nnlite(*TRAIN_3D, "--name", "odd", "--patch-size", "33x32x32", cwd=trained)
+    assert (code == 2 and "The nearest are 32x32x32 and 36x32x32." in err) or "nearest" in err
+    assert files(trained) == before
+
+
+def test_restart_moves_aside(trained: Path, command: Run) -> None:
+    arguments = (*TRAIN_2D, "--name", "again", "--set", "training.epochs=1")
+    assert command(*arguments, cwd=trained)[0] == 0
+    old = (models(trained) / "again" / "fold_0" / "model.safetensors").read_bytes()
+    code, _, err = command(*arguments, "--restart", cwd=trained)
+    assert code == 0 and "epoch    1" in err
+    assert (models(trained) / "again" / "fold_0" / "model.safetensors").read_bytes() != old, "another seed was drawn"
+    aside = [path for path in models(trained).iterdir() if path.name.startswith("old_again")]
+    assert [(path / "fold_0" / "model.safetensors").read_bytes() for path in aside] == [old]
+    shutil.rmtree(models(trained) / "again")
+    shutil.rmtree(aside[0])
+
+
+def test_ctrl_c_and_the_same_command_again(trained: Path) -> None:
+    """A training that is stopped after its first epochs goes on from its checkpoint, and its metrics have no gap."""
+    arguments = (*TRAIN_3D, "--name", "stopped", "--set", "training.epochs=40")
+    command = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "NNLITE_WORKSPACE"} | {"OMP_NUM_THREADS": "1"}
+    fold = models(trained) / "stopped" / "fold_0"
+    with subprocess.Popen(command, cwd=trained, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        until = time.monotonic() + 60
+        while not (fold / "checkpoint.safetensors").is_file() and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert out == "" and not (fold / "model.safetensors").exists()
+    stopped = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True, timeout=120)
+    assert stopped.returncode == 0 and "going on from epoch " in stopped.stderr and "epoch    1 " not in stopped.stderr
+    rows = [json.loads(line) for line in (fold / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 41))
+    shutil.rmtree(fold.parent)
+
+
+def test_predict_any_mix_of_formats(trained: Path, predicted: Path) -> None:
+    """Label maps have the format, grid and header of their image, and values of the data set."""
+    names = sorted(path.name for path in (trained / "in").iterdir())
+    assert sorted(path.name for path in predicted.iterdir()) == names
+    assert [Path(name).suffix for name in names] == [".gz", ".nrrd", ".mha"]
+    for name in names:
+        image, label = trained / "in" / name, predicted / name
+        assert header(label) == pytest.approx(header(image), abs=1e-5)
+        written = SimpleITK.ReadImage(str(label))
+        assert written.GetPixelID() == SimpleITK.sitkUInt8
+        assert set(np.unique(SimpleITK.GetArrayFromImage(written))) <= {0, 1, 2}
+
+
+def test_predict_goes_on_where_it_stopped(trained: Path, predicted: Path, nnlite: Run) -> None:
+    shutil.copytree(trained / "in", trained / "in2")
+    shutil.copytree(predicted, trained / "out2")
+    first, *_ = sorted((trained / "out2").iterdir())
+    first.unlink()
+    before = files(trained / "out2")
+    given = ("predict", "-i", "in2", "-o", "out2", "-m", models(trained) / "3d_fullres-cpu", *EXACT)
+    code, out, _ = nnlite(*given, "--continue", "--json", cwd=trained)
+    assert code == 0 and [Path(file).name for file in json.loads(out)["files"]] == sorted(files(trained / "in2"))
+    after = files(trained / "out2")
+    assert after.pop(first.name) and after == before, "only the missing one is made"
+    assert first.read_bytes() == (predicted / first.name).read_bytes()
+
+
+def test_one_broken_input_does_not_stop_the_others(trained: Path, nnlite: Run) -> None:
+    folder = trained / "in3"
+    shutil.copytree(trained / "in", folder)
+    whole = next(folder.glob("*.nii.gz"))
+    (folder / "cut.nii.gz").write_bytes(whole.read_bytes()[:5000])
+    colour = SimpleITK.GetImageFromArray(np.zeros((8, 8, 8, 3), np.uint8), isVector=True)
+    SimpleITK.WriteImage(colour, str(folder / "wide.nrrd"))
+    (folder / "notes.txt").write_text("not an image")
+    code, out, err = nnlite("predict", "-i", "in3", "-o", "out3", "--no-mirroring", "-c", "2d", cwd=trained)
+    assert code == 1 and out == "3 label maps in out3\n"
+    failed = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2 and failed[0].startswith("failed: cut: ") and "truncated" in failed[0]
+    assert "in3/cut.nii.gz" in failed[0]
+    assert failed[1].startswith("failed: wide: ") and "3 channels, the model expects 1 (MRI)" in failed[1]
+    names = {path.name for path in (trained / "out3").iterdir()}
+    assert names == {path.name for path in (trained / "in").iterdir()}, "and nothing of the broken ones"
+
+
+def test_evaluate(trained: Path, nnlite: Run, hippocampus: Path) -> None:
+    """A data set's own labels against themselves are perfect; the table, the JSON and the CSV say so."""
+    labels = trained / "data" / "Task04_Hippocampus" / "labelsTr"
+    code, out, err = nnlite("evaluate", labels, labels, "--output", "scores.csv", cwd=trained)
+    assert code == 0, err
+    mean = next(line for line in out.splitlines() if line.startswith("foreground mean")).split()
+    assert mean[2:4] == ["8", "1.0000"]
+    with (trained / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and {row["Dice"] for row in rows} == {"1.0"}
+    predicted = models(trained) / "3d_fullres-cpu" / "fold_0" / "validation"
+    code, out, err = nnlite("evaluate", predicted, labels, "--json", "--no-surface", cwd=trained)
+    told, own = json.loads(out), json.loads((predicted / "summary.json").read_text())
+    assert code == 0 and told["foreground_mean"]["Dice"] == own["foreground_mean"]["Dice"]
+
+
+def test_info(trained: Path, nnlite: Run) -> None:
+    code, out, _ = nnlite("info", cwd=trained)
+    assert code == 0 and "3d_fullres-cpu" in out and "2d-default" in out and "no model" not in out
+    code, out, err = nnlite("info", models(trained) / "2d-default", "--json", cwd=trained)
+    about = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (about["configuration"], about["patch_size"], about["channels"]) == ("2d", [32, 32], ["MRI"])
+    assert about["folds"]["0"]["epochs"] == 2 and 0 <= about["folds"]["0"]["mean_dice"] <= 1
+
+
+def test_a_model_folder_may_move(trained: Path, predicted: Path, nnlite: Run, tmp_path: Path) -> None:
+    """It needs neither the workspace nor the data: predictions elsewhere are the same to the byte."""
+    shutil.copytree(models(trained) / "3d_fullres-cpu", tmp_path / "model", ignore=shutil.ignore_patterns("valid*"))
+    image = sorted((trained / "in").iterdir())[0]
+    code, out, err = nnlite("predict", "-i", image, "-o", "out", "-m", "model", *EXACT, cwd=tmp_path)
+    assert (code, out) == (0, "1 label map in out\n"), err
+    assert (tmp_path / "out" / image.name).read_bytes() == (predicted / image.name).read_bytes()
+    assert not (tmp_path / "nnlite_workspace").exists()

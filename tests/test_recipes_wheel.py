@@ -1,0 +1,56 @@
+"""The built wheel: recipes travel inside it, every package is in it, and nothing else is."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import nnunet_lite
+from nnunet_lite.settings import recipes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not importlib.util.find_spec("hatchling"):
+        pytest.skip("hatchling, which builds the wheel, is not installed (pip install -e '.[dev]' hatchling)")
+    out = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(out)]
+    if not importlib.util.find_spec("build"):
+        build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True, timeout=120)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
+    assert wheel.name == f"nnunet_lite-{nnunet_lite.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = Path(nnunet_lite.__file__).parent
+    modules = {str(path.relative_to(package.parent)) for path in package.rglob("*.py")}
+    stored = {f"nnunet_lite/configs/{name}.toml" for name in recipes()}
+    assert len(stored) >= 8 and stored <= names and modules <= names
+    assert not [name for name in names if name.startswith(("tests", "scripts", "docs", "configs/"))]
+    assert wheel.stat().st_size < 1_000_000
+
+
+def test_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked elsewhere, with this environment's libraries: the command starts, and finds its own recipes."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        metadata = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "nnlite = nnunet_lite.cli:main" in archive.read(metadata).decode()
+    code = (
+        "import sys; sys.path.insert(0, 'site'); import nnunet_lite; from nnunet_lite import settings\n"
+        "print(nnunet_lite.__file__, settings.recipe_folder()); print(*settings.recipes())\n"
+        "print(settings.load('cpu').recipe, settings.load('batch_norm').network.norm)"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).splitlines()
+    assert all("site/nnunet_lite" in path for path in out[0].split())
+    assert out[1].split() == list(recipes()) and out[2] == "cpu batch"
