@@ -164,7 +164,8 @@ def test_values_of_the_data_set_come_back() -> None:
 
 
 def test_logits_of_torch_and_of_half_precision_give_the_same() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     image, values = blob((20, 24, 22), (1.5, 1.1, 0.7))
     for labels in (LABELS, REGIONS):
         got = preprocess(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -18,12 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not importlib.util.find_spec("hatchling"):
-        pytest.skip("hatchling, which builds the wheel, is not installed (pip install -e '.[dev]' hatchling)")
     out = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(out)]
-    if not importlib.util.find_spec("build"):
-        build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True, timeout=120)
     (built,) = out.glob("*.whl")
     return built

@@ -134,7 +134,8 @@ def test_many_labels_and_wide_types() -> None:
 
 
 def test_torch_gives_the_same() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     image = np.stack([smooth((10, 22, 20)), smooth((10, 22, 20), 1)])
     for spacing in (ISOTROPIC, (5.0, 1.0, 1.0)):
         want = resample_image(image, (17, 15, 33), spacing, ISOTROPIC)
