@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
@@ -204,7 +205,7 @@ def train(
     dataset: str | None = None,
     name: str | None = None,
     device: str | None = None,
-    restart: bool = False,
+    restart: bool | Literal["model"] = False,
     workspace: Folder | None = None,
 ) -> Scores | None:
     """Train one fold, then predict and score its held-out cases. The same call again goes on where it stopped.
@@ -216,17 +217,17 @@ def train(
     recipe : a name in configs/ or a TOML file.
     changes : settings on top of the recipe, e.g. {"training.epochs": 100}.
     name : of the model folder; default `<configuration>-<recipe>`.
-    restart : begin anew; the fold that is there is moved aside, not deleted.
+    restart : begin anew; the fold that is there is moved aside, not deleted; "model": all folds are.
     """
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.preprocess.store import open_case, preprocess_dataset
     from nnunet_lite.settings import load as load_settings
     from nnunet_lite.training.folds import ALL, read_fold
     from nnunet_lite.training.run import (
-        cached,
         configured,
         fold_seed,
         is_finished,
+        load_cases,
         model_folder,
         open_run,
         other_folds,
@@ -249,7 +250,8 @@ def train(
     if target.type == "cpu" and settings.recipe == "default" and device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
     if restart:
-        set_aside(folder if not other_folds(folder, split.name) else folder / f"fold_{split.name}")
+        only = restart == "model" or not other_folds(folder, split.name)
+        set_aside(folder if only else folder / f"fold_{split.name}")
     seed = fold_seed(open_run(folder, made, data, configuration, settings), split.name)
     fold_folder = folder / f"fold_{split.name}"
     if is_finished(fold_folder):
@@ -258,8 +260,7 @@ def train(
         preprocess_dataset(data, made, [configuration], paths.preprocessed, settings.training.workers, log.progress)
 
         def cases(ids: Sequence[str]) -> list[Any]:
-            opened = [open_case(paths.preprocessed, made, configuration, case_id) for case_id in ids]
-            return cached(opened, settings.training.cache)
+            return load_cases(ids, partial(open_case, paths.preprocessed, made, configuration), settings.training.cache)
 
         training = cases(split.training)
         validation = training if split.name == ALL else cases(split.validation)
@@ -269,6 +270,14 @@ def train(
     if split.name == ALL:
         return None
     return validate_fold(folder, split.name, data, split.validation, device)
+
+
+def fold_names(*, dataset: str | None = None, workspace: Folder | None = None) -> list[str]:
+    """The folds of the current data set, "0" and up; splits.json is made if it is not there."""
+    from nnunet_lite.training.folds import read_splits
+
+    paths = current(_workspace(workspace), dataset)
+    return [str(i) for i in range(len(read_splits(paths.splits, [case.id for case in _dataset(paths).cases])))]
 
 
 @dataclass(frozen=True)
@@ -312,6 +321,10 @@ def predict(
     folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
     cases = find_cases(Path(source), len(read_model(folder)[0].channels))
     loaded = load(folder, folds, device, changes)
+    if loaded.device.type == "cpu":
+        from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
+
+        keep_freed_memory()
     where = f"{loaded.device}, {loaded.arithmetic.precision}"
     log.info(f"predicting {plural(len(cases), 'image')} with {folder} (fold {', '.join(loaded.folds)}) on {where}")
     files, failed = predict_cases(loaded, cases, Path(out), skip_existing=skip_existing, show=log.progress)

@@ -70,7 +70,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail("stopped; the same command goes on from here", _INTERRUPTED))
+        sys.exit(_fail("stopped; the same command goes on from here (predict: with --continue)", _INTERRUPTED))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
@@ -214,7 +214,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     precision: Precision = None,
     seed: Annotated[int | None, typer.Option(help="Makes two runs identical on the CPU.")] = None,
-    workers: Workers = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Batches prepared ahead in a thread; 0: none.")] = None,
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; what is there is moved aside.")] = False,
@@ -236,11 +236,13 @@ def train(
         "training.workers": workers,
     }
     results = {}
-    for one in map(str, range(5)) if fold == "all-folds" else [fold]:
+    folds = api.fold_names(dataset=dataset, workspace=workspace) if fold == "all-folds" else [fold]
+    for one in folds:
         scores = api.train(
             configuration, one, recipe=recipe, changes=_changes(flags, assignments), dataset=dataset, name=name,
-            device=device, restart=restart, workspace=workspace,
+            device=device, restart=restart and ("model" if len(folds) > 1 else True), workspace=workspace,
         )  # fmt: skip
+        restart = False  # the first fold has set all of them aside
         if scores is not None:
             results[one] = scores.to_json()
             if not as_json:

@@ -37,6 +37,12 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Delete the temporary files that a killed run left in a folder."""
+    for leftover in folder.glob(".tmp-*"):
+        leftover.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text)

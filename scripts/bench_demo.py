@@ -35,7 +35,7 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--time-limit", type=float, default=4.5, help="of the training, minutes")
+    parser.add_argument("--time-limit", type=float, default=4.0, help="of the training, minutes")
     parser.add_argument("--output", type=Path, help="write the table here too")
     options = parser.parse_args()
     rows: list[tuple[str, str]] = []

@@ -20,14 +20,14 @@ install_torch() {
         return
     fi
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-        .venv/bin/pip install --quiet "torch>=2.3"
+        .venv/bin/pip install --quiet "torch>=2.5"
         return
     fi
     .venv/bin/pip install --quiet "torch==2.13.0+cpu" 2>/dev/null && return
     { .venv/bin/pip install --quiet uv &&
-        .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu "torch>=2.3"; } 2>/dev/null && return
+        .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu "torch>=2.5"; } 2>/dev/null && return
     echo "no CPU build of torch was found; installing the default one"
-    .venv/bin/pip install --quiet "torch>=2.3"
+    .venv/bin/pip install --quiet "torch>=2.5"
 }
 
 install() {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, pick_device, tune_cpu
+from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, pick_device, use_allowed_cpus
 
 CPU = torch.device("cpu")
 
@@ -92,6 +92,6 @@ def test_devices_by_name() -> None:
 def test_tuning_never_raises_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    tune_cpu()
+    use_allowed_cpus()
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)

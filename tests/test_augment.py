@@ -242,7 +242,6 @@ def test_each_transform_touches_only_the_rows_it_was_drawn_for() -> None:
     same, _ = apply_intensity(images, labels, no_change(2, 2))
     assert torch.equal(same, images)
     for name, value in [
-        ("noise", 0.1),
         ("brightness", 1.2),
         ("contrast", 0.8),
         ("gamma", 1.4),
@@ -294,3 +293,22 @@ def test_collate_puts_classes_and_images_where_the_device_is() -> None:
     images, labels = collate([sample, sample], (4, 4, 4), CPU)
     assert (images.dtype, images.device.type, images.shape) == (torch.float32, "cpu", (2, 1, 4, 4, 4))
     assert labels.shape == (2, 4, 4, 4)
+
+
+def test_noise_is_one_field_for_all_channels_of_a_sample() -> None:
+    images, labels = torch.rand(2, 2, 6, 7, 8) + 1, torch.zeros(2, 6, 7, 8, dtype=torch.uint8)
+    moved, _ = apply_intensity(images, labels, no_change(2, 2, noise=np.array([[np.nan], [0.1]])))
+    assert torch.equal(moved[0], images[0])
+    field = moved[1] - images[1]
+    torch.testing.assert_close(field[0], field[1])
+    assert float(field.std()) == pytest.approx(0.1, rel=0.2)
+
+
+def test_outside_the_mask_a_masked_channel_stays_zero() -> None:
+    images, labels = torch.rand(1, 2, 6, 7, 8) + 1, torch.zeros(1, 6, 7, 8, dtype=torch.uint8)
+    images[:, :, :3] = 0
+    flip = np.array([[True, False, False]])
+    noise = {"noise": np.array([[0.5]]), "mirror": flip}
+    moved, _ = apply_intensity(images, labels, no_change(1, 2, **noise), masked=[1])
+    assert float(moved[:, 1, 3:].abs().max()) == 0, "mirrored with the image"
+    assert float(moved[:, 0, 3:].abs().max()) > 0 and float(moved[:, 1, :3].min()) != 0

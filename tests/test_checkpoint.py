@@ -136,3 +136,9 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
         save_checkpoint(path, network, optimizer, {"epoch": object()})
     assert read_state(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_model_may_be_read_by_others(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    save_weights(tmp_path / "model.safetensors", torch.nn.Linear(2, 2), {})
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -74,3 +74,10 @@ def test_a_wrong_splits_file_is_named(tmp_path: Path, content: Any, message: str
 def test_too_few_cases_for_five_folds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4 cases cannot be split into 5 folds"):
         read_fold(tmp_path / "splits.json", IDS[:4], "0")
+
+
+def test_cases_in_no_fold_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = [f"case_{i}" for i in range(6)]
+    read_fold(tmp_path / "splits.json", ids[:5], "0")
+    read_fold(tmp_path / "splits.json", ids, "0")
+    assert "leaves out 1 cases (case_5)" in capsys.readouterr().err

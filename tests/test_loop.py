@@ -29,7 +29,7 @@ from nnunet_lite.preprocess.stored import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
 from nnunet_lite.training.loop import METRICS, Job, train_fold
-from nnunet_lite.training.run import MODEL, LoadedCase, cached, configured, is_finished
+from nnunet_lite.training.run import MODEL, LoadedCase, configured, in_memory, is_finished
 from nnunet_lite.workspace import current
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
@@ -75,7 +75,7 @@ def without_clock(folder: Path) -> list[dict[str, Any]]:
 def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], None]) -> list[LoadedCase]:
     """The cases with other classes, and the voxels that belong to them."""
     out = []
-    for case in cached(cases, "ram"):
+    for case in map(in_memory, cases):
         label = case.label.copy()
         change(label)
         voxels = dict(sampled_voxels(label, labels))
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_network_is_one_line(job: MakeJob) -> None:
 
 
 def spoiled(case: Any, value: float) -> LoadedCase:
-    loaded = cached([case], "ram")[0]
+    loaded = in_memory(case)
     return LoadedCase("spoiled", np.full_like(loaded.image, value), loaded.label, loaded.foreground, loaded.annotated)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.data.dataset import find_cases
+from nnunet_lite.data.dataset import Case, find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -244,3 +244,12 @@ def test_weights_that_do_not_fit_the_plan_are_refused(tmp_path: Path, tiny_model
     write_json(copy / "plans.json", plan)
     with pytest.raises(UserError, match="weights of another network"):
         load(copy, device="cpu")
+
+
+def test_an_input_is_never_overwritten(model: Model, tmp_path: Path, hippocampus: Path) -> None:
+    image = tmp_path / "scan.nii.gz"
+    shutil.copyfile(sorted((hippocampus / "imagesTs").iterdir())[0], image)
+    before = image.read_bytes()
+    with pytest.raises(UserError, match=r"scan\.nii\.gz: would be overwritten"):
+        predict_cases(model, [Case("scan", (image,))], tmp_path)
+    assert image.read_bytes() == before

@@ -12,7 +12,16 @@ from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.run import cached, configured, fold_seed, open_run, other_folds, set_aside
+from nnunet_lite.training.run import (
+    configured,
+    exclusive,
+    fold_seed,
+    in_memory,
+    load_cases,
+    open_run,
+    other_folds,
+    set_aside,
+)
 from nnunet_lite.workspace import current, read_json
 
 
@@ -116,8 +125,23 @@ def test_each_fold_has_a_seed_of_its_own() -> None:
 
 @pytest.mark.parametrize(("cache", "loaded"), [("ram", True), ("auto", True), ("disk", False)])
 def test_cached_cases_hold_what_is_on_disk(tiny_cases: list[Any], cache: str, loaded: bool) -> None:
-    for case, stored in zip(cached(tiny_cases[:2], cache), tiny_cases, strict=False):
+    by_id = {case.case_id: case for case in tiny_cases[:2]}
+    for case, stored in zip(load_cases(list(by_id), by_id.__getitem__, cache), tiny_cases, strict=False):
         assert isinstance(case.image, np.ndarray) is loaded
         np.testing.assert_array_equal(case.image[:], stored.image[:])
         np.testing.assert_array_equal(case.label[:], stored.label[:])
         assert case.foreground.keys() == stored.foreground.keys()
+
+
+def test_a_loaded_case_keeps_no_file_open(tiny_cases: list[Any]) -> None:
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    loaded = [in_memory(tiny_cases[0]) for _ in range(5)]
+    assert len(loaded) == 5 and len(list(files.iterdir())) == before
+
+
+def test_a_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(UserError, match="another process is training here"), exclusive(tmp_path):
+        raise AssertionError("the lock was given twice")
+    with exclusive(tmp_path):
+        assert (tmp_path / ".lock").is_file()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnunet_lite.network.norm import InstanceNorm
-from nnunet_lite.network.unet import ResidualBlock, UNet, output_scales
+from nnunet_lite.network.unet import ResidualBlock, UNet
 from nnunet_lite.plan.schema import Network
 
 PLAIN = Network(
@@ -28,7 +28,6 @@ def test_output_has_the_input_size_and_deep_supervision_the_pooled_ones(spec: Ne
     net.deep_supervision = True
     outputs = net(x)
     assert [tuple(o.shape[2:]) for o in outputs] == [(4, 16, 12), (4, 8, 6)]
-    assert output_scales(spec) == [(1.0, 1.0, 1.0), (1.0, 0.5, 0.5)]
 
 
 def test_two_dimensions() -> None:

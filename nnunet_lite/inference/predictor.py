@@ -15,6 +15,7 @@ from nnunet_lite.data.images import Geometry, Image, label_suffix, read_image, r
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.preprocess.budget import free_memory
 from nnunet_lite.settings import InferenceSettings, Settings, with_changes
 from nnunet_lite.training.run import MODEL, is_finished, trained_folds
 from nnunet_lite.workspace import read_json
@@ -98,11 +99,11 @@ def load(
         raise UserError(f"has no trained fold {', '.join(missing)}".rstrip(), folder, have)
 
     # torch takes seconds to import: mistakes are told before
-    from nnunet_lite.network.arithmetic import Arithmetic, pick_device, tune_cpu
+    from nnunet_lite.network.arithmetic import Arithmetic, pick_device, use_allowed_cpus
     from nnunet_lite.network.unet import UNet
     from nnunet_lite.training.checkpoint import load_weights
 
-    tune_cpu()
+    use_allowed_cpus()
     target = pick_device(device)
     networks = []
     for fold in wanted:
@@ -151,13 +152,17 @@ def predict_preprocessed(model: Model, image: np.ndarray) -> Tensor:
     """Logits (channels, z, y, x), float32, of a preprocessed image (channels, z, y, x); mean over the folds."""
     from nnunet_lite.inference.windows import as_tensor, predict_logits
 
-    configuration, forward = model.configuration, _forward(model)
+    configuration, forward, outputs = model.configuration, _forward(model), model.plan.labels.n_channels
+    needed, free = outputs * image[0].size * 4, free_memory()
+    if needed > free:
+        what = f"its {outputs} logits per voxel need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise UserError(what, fix="Use a machine with more memory.")
     flat = configuration.dimensions == 2  # a two-dimensional network sees windows one slice thick
     return predict_logits(
         (lambda x: forward(x[:, :, 0])[:, :, None]) if flat else forward,
         as_tensor(image),
         (1, *configuration.patch_size) if flat else configuration.patch_size,
-        model.plan.labels.n_channels,
+        outputs,
         step=model.settings.step_size,
         mirror_axes=[axis + flat for axis in model.mirror_axes] if model.settings.mirroring else (),
         batch_size=_windows_at_once(model),
@@ -189,9 +194,16 @@ def predict_cases(
     Returns
     -------
     The label maps (those that were there before too), and case id -> what was wrong for the cases that failed.
+
+    Raises
+    ------
+    UserError : a label map would overwrite an input.
     """
-    out.mkdir(parents=True, exist_ok=True)
     targets = {case.id: output_file(case, out) for case in cases}
+    inputs = {path.resolve() for case in cases for path in case.images}
+    if overwritten := next((path for path in targets.values() if path.resolve() in inputs), None):
+        raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
+    out.mkdir(parents=True, exist_ok=True)
     done = [path for path in targets.values() if skip_existing and path.is_file()]
     todo = [case for case in cases if targets[case.id] not in done]
     failed: dict[str, str] = {}
@@ -203,7 +215,7 @@ def predict_cases(
             try:
                 prepared = ahead.pop(0).result()
                 segmentation = _segment(model, prepared)
-            except (UserError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            except Exception as error:  # whatever is wrong with one case, the others are predicted
                 failed[case.id] = describe(error)
                 continue
             written.append(
@@ -213,7 +225,7 @@ def predict_cases(
             try:
                 future.result()
                 done.append(targets[case.id])
-            except (UserError, OSError, RuntimeError) as error:
+            except Exception as error:
                 failed[case.id] = describe(error)
     return sorted(done), failed
 

@@ -93,7 +93,8 @@ def predict_logits(
         outputs = forward(tiles.to(device)).float().cpu()
         for (place, flip), output in zip(batch, outputs, strict=True):
             total[(slice(None), *place)] += output.flip([a + 1 for a in flip]) * (weight / len(flips))
-    return (total / weights)[(slice(None), *inside)]
+    total /= weights  # in place: a second copy may not fit
+    return total[(slice(None), *inside)]
 
 
 def _chunks(items: itertools.product[tuple[Window, tuple[int, ...]]], size: int) -> Iterator[list]:

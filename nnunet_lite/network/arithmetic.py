@@ -6,6 +6,9 @@ on a GPU it depends on the generation. So each candidate runs a few steps and th
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -111,19 +114,19 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def tune_cpu() -> None:
-    """Use the CPUs that this process may run on (cgroups, taskset, SLURM), and keep freed memory for the next step.
+def use_allowed_cpus() -> None:
+    """Use the CPUs that this process may run on (taskset, SLURM), not all that the machine has."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if torch.get_num_threads() > cpus:
+        torch.set_num_threads(cpus)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next step of a computation on the CPU.
 
     glibc hands every freed block of over 32 MB, such as an activation, back to the system and takes page faults to get
     it again: in a virtual machine that costs more than the arithmetic on it. Set for the whole process.
     """
-    import ctypes
-    import os
-    import platform
-
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    if torch.get_num_threads() > cpus:
-        torch.set_num_threads(cpus)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)

@@ -30,7 +30,7 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and is_channels_last(x):
             return _ChannelsLast.apply(x, self.weight, self.bias, self.eps)
-        return F.instance_norm(x, weight=self.weight.to(x.dtype), bias=self.bias.to(x.dtype), eps=self.eps)
+        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 def is_channels_last(x: Tensor) -> bool:

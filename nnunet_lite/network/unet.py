@@ -142,17 +142,3 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def output_scales(spec: Network) -> list[tuple[float, ...]]:
-    """Size of each deep-supervision output relative to the patch, finest first, per axis."""
-    scale = (1.0,) * len(spec.strides[0])
-    scales = []
-    for stride in spec.strides[:-1]:
-        scale = tuple(s / k for s, k in zip(scale, stride, strict=True))
-        scales.append(scale)
-    return scales
-
-
-def to_channels_last(module: nn.Module, dimensions: int) -> nn.Module:
-    return module.to(memory_format=torch.channels_last if dimensions == 2 else torch.channels_last_3d)  # type: ignore[call-overload]

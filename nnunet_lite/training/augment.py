@@ -7,6 +7,7 @@ noise, blur, brightness, contrast, low resolution, inverted gamma, gamma, mirror
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ def draw_matrix(
             turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
             matrix = matrix @ turn
     if scale:
-        factor = _around_one(rng, *settings.scaling)
+        factor = rng.uniform(*settings.scaling)
         matrix = matrix @ np.diag([1.0 if in_plane else factor, factor, factor])
     return matrix
 
@@ -64,7 +65,7 @@ def draw_matrix(
 class Intensity:
     """Parameters of the intensity transforms of a batch; NaN where a (sample, channel) does not get one."""
 
-    noise: np.ndarray  # (batch, channels) standard deviation
+    noise: np.ndarray  # (batch, 1) standard deviation of one field for all channels
     blur: np.ndarray  # (batch, channels, 3) sigma in voxels, per axis
     brightness: np.ndarray  # (batch, channels) factor
     contrast: np.ndarray  # (batch, channels) factor
@@ -90,7 +91,7 @@ def draw_intensity(
         return np.array([[_around_one(rng, *limits) for _ in range(channels)] for _ in range(batch)])
 
     return Intensity(
-        noise=where(chosen(settings.p_noise), np.repeat(rng.uniform(*settings.noise_std, (batch, 1)), channels, 1)),
+        noise=where(rng.random((batch, 1)) < settings.p_noise, rng.uniform(*settings.noise_std, (batch, 1))),
         blur=where(chosen(settings.p_blur, 0.5)[..., None], rng.uniform(*settings.blur_sigma, (batch, channels, 3))),
         brightness=where(chosen(settings.p_brightness), factors(settings.brightness)),
         contrast=where(chosen(settings.p_contrast), factors(settings.contrast)),
@@ -130,35 +131,42 @@ def sampling_grid(matrix: np.ndarray, patch: tuple[int, ...], source: tuple[int,
     return moved.flip(-1)[None]
 
 
-def apply_intensity(images: Tensor, labels: Tensor, draw: Intensity) -> tuple[Tensor, Tensor]:
-    """Apply drawn parameters to a batch: images (batch, channels, z, y, x) float32, labels (batch, z, y, x)."""
-    batch, channels = images.shape[:2]
-    x = images.flatten(0, 1)  # every channel of every sample is a row of its own
+def apply_intensity(
+    images: Tensor, labels: Tensor, draw: Intensity, masked: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Apply drawn parameters to a batch: images (batch, channels, z, y, x) float32, labels (batch, z, y, x).
 
-    def rows(values: np.ndarray) -> tuple[Tensor, Tensor]:
-        flat = values.reshape(batch * channels, -1)
-        index = np.flatnonzero(~np.isnan(flat[:, 0]))
-        shape = (len(index), *flat.shape[1:], 1, 1, 1) if flat.shape[1] > 1 else (len(index), 1, 1, 1)
-        chosen = torch.as_tensor(flat[index].astype(np.float32), device=x.device).reshape(shape)
-        return torch.as_tensor(index, device=x.device), chosen
-
-    index, std = rows(draw.noise)
+    `masked` channels were normalised inside the nonzero mask: outside of it they stay zero.
+    """
+    inside = (images != 0).any(1) if masked else None
+    index, std = _chosen(draw.noise[:, 0], images.device)
     if len(index):
-        generator = torch.Generator(device=x.device).manual_seed(draw.noise_seed)
-        noise = torch.randn(x[index].shape, generator=generator, device=x.device)
-        x = x.index_add(0, index, noise * std)
+        generator = torch.Generator(device=images.device).manual_seed(draw.noise_seed)
+        field = torch.randn((len(index), 1, *images.shape[2:]), generator=generator, device=images.device)
+        images = images.index_add(0, index, (field * std[:, None]).expand(-1, images.shape[1], -1, -1, -1))
+    x = images.flatten(0, 1)  # from here on every channel of every sample is a row of its own
     for values, transform in (
-        (draw.blur, blur),
-        (draw.brightness, torch.mul),
-        (draw.contrast, contrast),
-        (draw.low_resolution, low_resolution),
-        (draw.gamma_inverted, lambda a, g: -gamma(-a, g)),
-        (draw.gamma, gamma),
+        (draw.blur.reshape(-1, 3), blur),
+        (draw.brightness.reshape(-1), torch.mul),
+        (draw.contrast.reshape(-1), contrast),
+        (draw.low_resolution.reshape(-1), low_resolution),
+        (draw.gamma_inverted.reshape(-1), lambda a, g: -gamma(-a, g)),
+        (draw.gamma.reshape(-1), gamma),
     ):
-        index, parameter = rows(values)
+        index, parameter = _chosen(values, images.device)
         if len(index):
             x = x.index_copy(0, index, transform(x[index], parameter))
-    return mirror(x.unflatten(0, (batch, channels)), labels, draw.mirror)
+    images = x.unflatten(0, images.shape[:2])
+    if inside is not None:
+        images[:, list(masked)] *= inside[:, None]
+    return mirror(images, labels, draw.mirror)
+
+
+def _chosen(values: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows that get a transform, and the parameters of each, (rows, 1, 1, 1) or (rows, parameters, 1, 1, 1)."""
+    index = np.flatnonzero(~np.isnan(values.reshape(len(values), -1)[:, 0]))
+    parameters = torch.as_tensor(values[index].astype(np.float32), device=device)
+    return torch.as_tensor(index, device=device), parameters[..., None, None, None]
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:

@@ -92,7 +92,10 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -
     from safetensors.torch import save_file
 
     with atomic(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+        temporary.chmod(mode)  # safetensors writes files that only their owner may read
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

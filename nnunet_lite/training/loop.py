@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, tune_cpu
+from nnunet_lite.network.arithmetic import (
+    Arithmetic,
+    as_layout,
+    candidates,
+    fastest,
+    keep_freed_memory,
+    use_allowed_cpus,
+)
 from nnunet_lite.network.unet import UNet
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings
@@ -37,9 +44,9 @@ from nnunet_lite.training.checkpoint import (
 from nnunet_lite.training.optimize import Plateau, learning_rate, make_optimizer
 from nnunet_lite.training.prefetch import prefetch
 from nnunet_lite.training.progress import draw_progress
-from nnunet_lite.training.run import MODEL
+from nnunet_lite.training.run import MODEL, exclusive
 from nnunet_lite.training.sampler import CaseArrays, Sample, Shape, draw_batch, rng_for
-from nnunet_lite.workspace import write_text
+from nnunet_lite.workspace import sweep, write_text
 
 METRICS = "metrics.jsonl"
 Batch = tuple[Tensor, Tensor, tuple[str, ...]]  # images (batch, channels, *patch), classes (batch, *patch), case ids
@@ -99,12 +106,28 @@ def train_fold(job: Job) -> None:
 
     Raises
     ------
-    UserError : the loss is not finite too often, or the GPU's memory is too small for the plan.
+    UserError : another process trains it; the loss is not finite too often; the GPU's memory is too small for the plan.
     """
-    tune_cpu()
-    configuration, labels = job.plan.configuration(job.configuration), job.plan.labels
+    with exclusive(job.folder):
+        sweep(job.folder)
+        try:
+            _train_fold(job)
+        except torch.OutOfMemoryError:
+            batch = job.plan.configuration(job.configuration).batch_size
+            raise UserError(
+                f"the GPU's memory is too small for a batch of {batch} patches of {job.patch}",
+                fix="Use --batch-size or --patch-size with smaller values, or plan with a smaller --memory.",
+            ) from None
+
+
+def _train_fold(job: Job) -> None:
+    use_allowed_cpus()
+    if job.device.type == "cpu":
+        keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     torch.manual_seed(job.seed)
-    network = UNet(configuration.network, len(job.plan.channels), labels.n_channels).to(job.device)
+    planned = job.plan.configuration(job.configuration)
+    network = UNet(planned.network, len(job.plan.channels), job.plan.labels.n_channels).to(job.device)
     network.deep_supervision = job.settings.training.deep_supervision
     optimizer = make_optimizer(network, job.settings.optimizer, job.device)
     checkpoint = job.folder / CHECKPOINT
@@ -176,7 +199,8 @@ def _batch(job: Job, cases: Sequence[CaseArrays], stream: int, iteration: int, a
     images, classes = collate(samples, job.patch, job.device)
     if augmentation:
         draw = draw_intensity(rng, augmentation, len(samples), images.shape[1], job.mirror_axes)
-        images, classes = apply_intensity(images, classes, draw)
+        masked = [i for i, channel in enumerate(job.plan.channels) if channel.use_mask]
+        images, classes = apply_intensity(images, classes, draw, masked)
     if job.dimensions == 2:
         images, classes = images[:, :, 0], classes[:, 0]
     return images, classes, tuple(sample.case_id for sample in samples)
@@ -206,14 +230,7 @@ def _choose_arithmetic(job: Job, network: UNet) -> Arithmetic:
         losses.deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss).backward()
 
     statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}  # batch norm counts the trial steps
-    try:
-        best = fastest(options, step, job.device)
-    except torch.OutOfMemoryError:
-        batch = job.plan.configuration(job.configuration).batch_size
-        raise UserError(
-            f"the GPU's memory is too small for a batch of {batch} patches of {job.patch}",
-            fix="Use --batch-size or --patch-size with smaller values, or plan with a smaller --memory.",
-        ) from None
+    best = fastest(options, step, job.device)
     for name, buffer in network.named_buffers():
         buffer.copy_(statistics[name])
     network.zero_grad()
@@ -244,7 +261,7 @@ def _epoch(job: Job, network: UNet, optimizer: torch.optim.Optimizer, scaler: to
         scaler.scale(loss).backward()
         if _step(job, network, optimizer, scaler):
             history.append(loss.detach())
-        elif state.arithmetic.precision != "fp16":  # fp16 overflows now and then while its scale adapts
+        elif state.arithmetic.precision != "fp16" or not torch.isfinite(loss):  # else its scale is adapting
             state.bad_steps += 1
             if state.bad_steps >= training.max_bad_steps:
                 raise UserError(
@@ -260,7 +277,7 @@ def _epoch(job: Job, network: UNet, optimizer: torch.optim.Optimizer, scaler: to
     batch_size = job.plan.configuration(job.configuration).batch_size
     return {
         "epoch": state.epoch,
-        "train_loss": round(mean_loss, 5),
+        "train_loss": _finite(mean_loss),
         "lr": rate,
         "seconds": round(seconds, 2),
         "samples_per_second": round(steps * batch_size / max(seconds, 1e-9), 2),
@@ -303,10 +320,15 @@ def _validate(job: Job, network: UNet, arithmetic: Arithmetic) -> dict[str, Any]
     dice = [round(float(2 * t / (2 * t + p + n)), 4) if t + n else None for t, p, n in zip(tp, fp, fn, strict=True)]
     known = [d for d in dice if d is not None]
     return {
-        "validation_loss": round(total / n_batches, 5),
+        "validation_loss": _finite(total / n_batches),
         "dice": dict(zip(labels.region_names, dice, strict=True)),
         "mean_dice": round(float(np.mean(known)), 4) if known else None,
     }
+
+
+def _finite(value: float) -> float | None:
+    """Rounded for metrics.jsonl; JSON has no NaN."""
+    return round(value, 5) if math.isfinite(value) else None
 
 
 def _memory_peak(device: torch.device) -> float:
@@ -328,7 +350,7 @@ def _keep_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -338,8 +360,9 @@ def _line(job: Job, row: dict[str, Any], state: State) -> str:
     left = state.seconds / done * max(0.0, 1 - done)
     dice = row.get("mean_dice")
     each = " ".join("-" if d is None else f"{d:.3f}" for d in list(row.get("dice", {}).values())[:8])
+    loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:+.4f}"
     score = f"  Dice {dice:.3f} ({each})" if dice is not None else ""
     return (
-        f"epoch {row['epoch']:>4}  loss {row['train_loss']:+.4f}{score}  lr {row['lr']:.1e}  "
+        f"epoch {row['epoch']:>4}  loss {loss}{score}  lr {row['lr']:.1e}  "
         f"{log.duration(row['seconds'])}, {log.duration(left)} left"
     )

@@ -40,14 +40,15 @@ def soft_dice(probabilities: Tensor, target: Tensor, valid: Tensor, batch_dice: 
     p = probabilities.flatten(2)
     y = target.reshape(batch, 1, -1)
     w = valid.reshape(batch, 1, -1).to(p.dtype)
-    base = p.new_zeros(batch, classes)
-    overlap = base.scatter_add(1, y[:, 0], (p.gather(1, y) * w)[:, 0])
-    n_target = base.scatter_add(1, y[:, 0], w[:, 0])
-    n_predicted = (p * w).sum(2)
+    # millions of voxels are added one by one: in float32 the sums would be off by percents
+    base = p.new_zeros(batch, classes, dtype=torch.float64)
+    overlap = base.scatter_add(1, y[:, 0], (p.gather(1, y) * w)[:, 0].double())
+    n_target = base.scatter_add(1, y[:, 0], w[:, 0].double())
+    n_predicted = (p * w).sum(2, dtype=torch.float64)
     if batch_dice:
         overlap, n_target, n_predicted = overlap.sum(0), n_target.sum(0), n_predicted.sum(0)
     dice = (2 * overlap + SMOOTH) / (n_target + n_predicted + SMOOTH).clamp_min(1e-8)
-    return dice[..., 1:].mean()
+    return dice[..., 1:].mean().to(p.dtype)
 
 
 def region_dice(probabilities: Tensor, target: Tensor, valid: Tensor, batch_dice: bool) -> Tensor:
@@ -55,9 +56,9 @@ def region_dice(probabilities: Tensor, target: Tensor, valid: Tensor, batch_dice
     p, y = probabilities.flatten(2), target.flatten(2).to(probabilities.dtype)
     w = valid.flatten(1)[:, None].to(p.dtype)
     axes = (0, 2) if batch_dice else (2,)
-    overlap = (p * y * w).sum(axes)
-    total = (p * w).sum(axes) + (y * w).sum(axes)
-    return ((2 * overlap + SMOOTH) / (total + SMOOTH).clamp_min(1e-8)).mean()
+    overlap = (p * y * w).sum(axes, dtype=torch.float64)
+    total = (p * w).sum(axes, dtype=torch.float64) + (y * w).sum(axes, dtype=torch.float64)
+    return ((2 * overlap + SMOOTH) / (total + SMOOTH).clamp_min(1e-8)).mean().to(p.dtype)
 
 
 def segmentation_loss(

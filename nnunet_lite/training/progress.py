@@ -19,9 +19,9 @@ def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     losses, scores, rates = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
     epochs = [row["epoch"] for row in rows]
-    losses.plot(epochs, [row["train_loss"] for row in rows], label="training")
+    losses.plot(epochs, [_number(row["train_loss"]) for row in rows], label="training")
     if "validation_loss" in rows[-1]:
-        losses.plot(epochs, [row.get("validation_loss") for row in rows], label="held-out patches")
+        losses.plot(epochs, [_number(row.get("validation_loss")) for row in rows], label="held-out patches")
         for name in rows[-1]["dice"]:
             scores.plot(epochs, [_number(row.get("dice", {}).get(name)) for row in rows], lw=1, label=name)
         scores.plot(epochs, [_number(row.get("mean_dice")) for row in rows], color="black", label="mean")

@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import platform
+import resource
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,6 +71,23 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
     return changed.model_copy(update={"configurations": {configuration: planned}})
 
 
+@contextmanager
+def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Only one process at a time works in a folder; its death releases the lock.
+
+    Raises
+    ------
+    UserError : another one does, and `wait` is not set.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError("another process is training here", folder, "Wait for it, or stop it.") from None
+        yield
+
+
 def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings) -> int:
     """Make a model folder, or make sure that the one that is there was made with the same plan and settings.
 
@@ -79,6 +99,11 @@ def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, set
     ------
     UserError : the folder holds a run with other settings or another plan; lists the differences.
     """
+    with exclusive(folder, wait=True):
+        return _open_run(folder, plan, dataset, configuration, settings)
+
+
+def _open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings) -> int:
     file = folder / "run.json"
     if file.is_file():
         run = read_json(file)
@@ -169,12 +194,27 @@ class LoadedCase:
     annotated: np.ndarray | None
 
 
-def cached(cases: Sequence[CaseArrays], cache: str) -> list[CaseArrays]:
-    """The cases in memory where `cache` is "ram", or "auto" and they take less than half of what is free."""
-    size = sum(np.prod(case.image.shape) * case.image.dtype.itemsize + np.prod(case.label.shape) for case in cases)
-    if cache == "disk" or (cache == "auto" and size > free_memory() / 2):
-        return list(cases)
-    return [LoadedCase(case.case_id, case.image[:], case.label[:], case.foreground, case.annotated) for case in cases]
+def load_cases(case_ids: Sequence[str], open_one: Callable[[str], CaseArrays], cache: str) -> list[CaseArrays]:
+    """The cases in memory where `cache` is "ram", or "auto" and they take less than half of what is free.
+
+    One that stays on disk holds three open files, so the limit of this process is raised as far as it may be.
+    """
+    if cache == "disk" or (cache == "auto" and sum(_bytes(open_one(i)) for i in case_ids) > free_memory() / 2):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return [open_one(case_id) for case_id in case_ids]
+    return [in_memory(open_one(case_id)) for case_id in case_ids]
+
+
+def in_memory(case: CaseArrays) -> LoadedCase:
+    """A case read whole, with none of its files left open."""
+    voxels = {number: np.array(v) for number, v in case.foreground.items()}
+    annotated = None if case.annotated is None else np.array(case.annotated)
+    return LoadedCase(case.case_id, case.image[:], case.label[:], voxels, annotated)
+
+
+def _bytes(case: CaseArrays) -> int:
+    return int(np.prod(case.image.shape)) * case.image.dtype.itemsize + int(np.prod(case.label.shape))
 
 
 def versions() -> dict[str, str]:
