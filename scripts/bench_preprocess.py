@@ -5,8 +5,8 @@
 
 NNUNET_VENV  virtual environment with nnunetv2, such as ~/venvs/nnunet
 DATA         data sets in MSD or nnU-Net layout; nnU-Net gets links to their files, or their 4D files split
---ct         also three CT volumes of 512 x 512 x 200, made from this small CT and its label map by resampling to about
-             0.8 x 0.8 x 1.5 mm
+--ct         also two CT volumes of 512 x 512 x 200, made from this small CT and its label map by resampling to about
+             0.8 x 0.8 x 1.5 mm; the labels are merged into five
 
 nnU-Net runs `nnUNetv2_plan_and_preprocess --verify_dataset_integrity` with one process per core, nnlite `plan` (which
 checks) and `preprocess`. Memory is the largest sum over all their processes of the proportional set size (PSS), looked
@@ -34,6 +34,7 @@ from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_images
 
 CONFIGURATIONS = ("2d", "3d_fullres")
+LABELS = 5  # of the CT
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ def nnunet_layout(dataset: Dataset, number: int, raw: Path) -> None:
 
 
 def make_ct(image: Path, label: Path, root: Path) -> Path:
-    """Three CT-sized cases at slightly different spacings, so that two of them must be resampled."""
+    """Two CT-sized cases of unlike spacing, so that both are resampled, with the labels merged into five."""
     for part in ("imagesTr", "labelsTr"):
         (root / part).mkdir(parents=True)
     small = sitk.Cast(sitk.ReadImage(str(image)), sitk.sitkInt16)
     values, classes = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(label))), return_inverse=True)
-    mask = sitk.GetImageFromArray(classes.astype(np.uint8))  # nnU-Net wants its labels without gaps
+    merged = -(-classes * LABELS // (len(values) - 1))  # 0 stays background
+    mask = sitk.GetImageFromArray(merged.reshape(small.GetSize()[::-1]).astype(np.uint8))
     mask.CopyInformation(small)
-    for case, factor in enumerate((0.95, 1.0, 1.05)):
+    for case, factor in enumerate((0.95, 1.05)):
         for part, source, how, outside in (
             (f"imagesTr/ct_{case}_0000.nii.gz", small, sitk.sitkLinear, -1024),
             (f"labelsTr/ct_{case}.nii.gz", mask, sitk.sitkNearestNeighbor, 0),
@@ -123,8 +125,8 @@ def make_ct(image: Path, label: Path, root: Path) -> Path:
             size, spacing = (512, 512, 200), (0.8 * factor, 0.8 * factor, 1.5 * factor)
             where = (sitk.Transform(), how, small.GetOrigin(), spacing, small.GetDirection(), outside)
             sitk.WriteImage(sitk.Resample(source, size, *where), str(root / part))
-    labels = {"background": 0, **{f"label {value}": i for i, value in enumerate(values) if i}}
-    about = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 3, "file_ending": ".nii.gz"}
+    labels = {"background": 0, **{f"organs {i}": i for i in range(1, LABELS + 1)}}
+    about = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 2, "file_ending": ".nii.gz"}
     (root / "dataset.json").write_text(json.dumps(about))
     return root
 

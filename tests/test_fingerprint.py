@@ -12,7 +12,7 @@ import pytest
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan import fingerprint as module
-from nnunet_lite.plan.fingerprint import SEED, Fingerprint, RandomNumbers, check_and_fingerprint, draw_counts
+from nnunet_lite.plan.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.preprocess.crop import nonzero_mask
 
 
@@ -20,23 +20,6 @@ def take(root: Path, workers: int | None = 2) -> Fingerprint:
     report, fingerprint = check_and_fingerprint(read_dataset(root), workers)
     assert report.ok and fingerprint is not None
     return fingerprint
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 1000, 1024, 1025, 300_000])
-def test_counts_are_those_of_numpy(size: int) -> None:
-    numbers, random = RandomNumbers(), np.random.RandomState(SEED)
-    for samples in (100_000, 3, 250_000):  # one after the other from the same stream
-        expected = np.bincount(random.randint(0, size, samples), minlength=size)
-        assert np.array_equal(draw_counts(size, samples, numbers), expected)
-
-
-def test_the_stream_goes_on_after_the_kept_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SHARED", 1000)
-    module._first_numbers.cache_clear()
-    numbers = RandomNumbers()
-    got = np.concatenate([numbers.take(n) for n in (600, 600, 5000)])
-    module._first_numbers.cache_clear()
-    assert np.array_equal(got, np.random.RandomState(SEED).randint(0, 1 << 32, 6200, dtype=np.uint32))
 
 
 def test_fingerprint_equals_its_definition(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """File formats: one file to an array (channels, z, y, x) with its geometry, and a label map to a file.
 
-SimpleITK reads headers and most voxels. nibabel reads the voxels of NIfTI files (ITK pads a truncated one with zeros in
-silence) and whole files that ITK refuses: sheared NIfTI, NIfTI-2, MGH, Analyze, PAR/REC, AFNI. Pillow reads what ITK
-gets wrong: BMP (three channels of grey), black and white, grey with alpha, palettes (no numbers of the colours).
+nifti.py reads plain NIfTI; SimpleITK the other headers, and most voxels. nibabel reads the voxels of the other NIfTI
+files (ITK pads a truncated one with zeros in silence) and whole files that ITK refuses: sheared NIfTI, NIfTI-2, MGH,
+Analyze, PAR/REC, AFNI. Pillow reads what ITK gets wrong: BMP (three channels of grey), black and white, grey with
+alpha, palettes (no numbers of the colours).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from nnunet_lite.data.complete import defect, gzip_defect, tiff_samples
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import smallest_dtype
+from nnunet_lite.data.nifti import read_nifti, read_nifti_header
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import read_json
 
@@ -50,8 +52,13 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     UserError : missing, truncated or unreadable; more than three dimensions and channels; complex numbers.
     """
     must_be_readable(path)
+    plain = read_nifti(path) if suffix_of(path) in NIFTI else None
+    if plain and plain[1]:
+        return plain[0], plain[1]
     header = read_header(path)
-    if header is None or suffix_of(path) in NIFTI:
+    if plain and header:
+        array, geometry = plain[0], header[0]
+    elif header is None or suffix_of(path) in NIFTI:
         array, from_affine = _read_nibabel(path)
         geometry = header[0] if header else from_affine
     elif _is_pillows(path):
@@ -89,6 +96,8 @@ def read_header(path: Path) -> tuple[Geometry, int] | None:
             return _picture_geometry(path, (*picture.size, pages)), channels
     if suffix_of(path) in NIBABEL_ONLY:
         return None
+    if suffix_of(path) in NIFTI and (plain := read_nifti_header(path)):
+        return plain
     reader = _sitk().ImageFileReader()
     reader.SetFileName(str(path))
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,12 @@ from nnunet_lite.data.check import Report, check
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.errors import UserError
+from nnunet_lite.plan.draws import Draws, Stream
 from nnunet_lite.plan.schema import Statistics
 from nnunet_lite.preprocess.crop import nonzero_box, slices
 from nnunet_lite.workspace import read_json
 
 SAMPLES = 100_000_000  # foreground voxels per channel over the whole data set
-SEED = 1234
-_CHUNK = 1 << 17  # draws at a time
-_SHARED = 1 << 22  # random numbers kept
 _MANY = 1 << 22  # distinct values of one channel above which they are rounded: bounds the memory
 
 Shape = tuple[int, int, int]
@@ -136,22 +133,24 @@ def check_and_fingerprint(
     """
     share = SAMPLES // max(1, len(dataset.cases))
     collected = Collector(len(dataset.channels))
+    stream = Stream()
 
     def visit(image: np.ndarray, geometry: Geometry, foreground: np.ndarray) -> CaseFingerprint:
-        return case_fingerprint(image, geometry, foreground, share)
+        return case_fingerprint(image, geometry, foreground, share, Draws(stream))
 
     report = check(dataset, visit, collected.add, workers, progress)
     return report, collected.fingerprint() if report.ok else None
 
 
-def case_fingerprint(image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int) -> CaseFingerprint:
+def case_fingerprint(
+    image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int, draws: Draws
+) -> CaseFingerprint:
     """One case's share: image (channels, z, y, x), foreground mask (z, y, x), number of voxels to draw."""
     box = nonzero_box(image)
     shape = tuple(high - low for low, high in box)
     inside = slices(box)
     mask = foreground[inside]
-    numbers = RandomNumbers()
-    drawn = tuple(_draw(channel[inside][mask].astype(np.float32), samples, numbers) for channel in image)
+    drawn = tuple(_draw(channel[inside][mask].astype(np.float32), samples, draws) for channel in image)
     relative = float(np.prod(shape) / np.prod(geometry.shape))
     return CaseFingerprint(geometry.spacing, shape, relative, drawn)  # type: ignore[arg-type]
 
@@ -186,61 +185,16 @@ class Collector:
         )
 
 
-def _draw(values: np.ndarray, samples: int, numbers: RandomNumbers) -> Values:
+def _draw(values: np.ndarray, samples: int, draws: Draws) -> Values:
     """Draw with replacement, and count."""
     if values.size == 0:
         return Values(values, np.zeros(0, np.int64))
-    return _bounded(_distinct(values, draw_counts(values.size, samples, numbers)))
-
-
-def draw_counts(size: int, samples: int, numbers: RandomNumbers) -> np.ndarray:
-    """How often each of range(size) is drawn: np.bincount(RandomState.randint(0, size, samples)), several times faster.
-
-    numpy takes the low bits of each random number where they are < size. Counting all and dropping the others later
-    needs no branch per number. A chunk is never longer than what is still to be drawn, so none is drawn too many.
-    """
-    mask = (1 << (size - 1).bit_length()) - 1
-    counts = np.zeros(mask + 1, np.int64)
-    left = samples
-    while left > 0:
-        drawn = numbers.take(min(left, max(_CHUNK, counts.size))) & np.uint32(mask)
-        if left > counts.size // 4:
-            new = np.bincount(drawn, minlength=counts.size)
-            counts += new
-            left -= int(new[:size].sum())
-        else:  # few of many: do not go through the whole table for them
-            drawn = drawn[drawn < size]
-            np.add.at(counts, drawn, 1)
-            left -= drawn.size
-    return counts[:size]
-
-
-class RandomNumbers:
-    """The 32-bit numbers of np.random.RandomState(SEED), of which the first are made once for all cases."""
-
-    def __init__(self) -> None:
-        self._first, state = _first_numbers()
-        self._position = 0
-        self._random = np.random.RandomState()
-        self._random.set_state(state)
-
-    def take(self, n: int) -> np.ndarray:
-        part = self._first[self._position : self._position + n]
-        self._position += n
-        if part.size == n:
-            return part
-        return np.concatenate([part, self._random.randint(0, 1 << 32, n - part.size, dtype=np.uint32)])
-
-
-@cache
-def _first_numbers() -> tuple[np.ndarray, Any]:
-    random = np.random.RandomState(SEED)
-    return random.randint(0, 1 << 32, _SHARED, dtype=np.uint32), random.get_state()
+    return _bounded(_distinct(values, draws.counts(values.size, samples)))
 
 
 def _distinct(values: np.ndarray, counts: np.ndarray) -> Values:
     """Sort, and add up the counts of equal values."""
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values)
     values, counts = values[order], counts[order]
     if values.size:
         first = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))

@@ -17,7 +17,7 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels, smallest_dtype
 from nnunet_lite.plan.schema import Configuration, Plan, Resampling
-from nnunet_lite.preprocess.crop import Box, bounding_box, nonzero_mask, slices
+from nnunet_lite.preprocess.crop import Box, bounding_box, nonzero_box, nonzero_mask, slices
 from nnunet_lite.preprocess.normalize import normalize
 from nnunet_lite.preprocess.resample import coarse_axis, each_slab, resample_image, resample_labels
 
@@ -111,14 +111,14 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
     """
     order = plan.axis_order
     array = image.array.transpose(0, *(1 + axis for axis in order))
-    mask = nonzero_mask(array)
-    box = bounding_box(mask)
+    mask = nonzero_mask(array) if any(channel.use_mask for channel in plan.channels) else None
+    box = nonzero_box(array) if mask is None else bounding_box(mask)
     inside = slices(box)
     array = np.array(array[:, *inside], np.float32, order="C")
     if classes is not None:
         classes = np.ascontiguousarray(classes.transpose(order)[inside])
     counted = None
-    if any(channel.use_mask for channel in plan.channels):  # as in nnU-Net, annotated voxels count even if zero
+    if mask is not None:  # as in nnU-Net, annotated voxels count even if zero
         counted = mask[inside] if classes is None else mask[inside] | (classes != 0)
     normalize(array, plan.channels, counted)
     return Prepared(array, classes, image.geometry, order, box, transposed(image.geometry.spacing, order))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from nnunet_lite.preprocess.budget import cpus
+from nnunet_lite.preprocess.crop import bounding_box, slices
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
 _NEGLIGIBLE = 1e-8  # weights below it are left out: a cubic spline's reach 14 voxels far
 _TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 rounds, far below what a share means
+_FEW = 4  # labels found by numpy as fast as by scipy, which takes longer to load than some data sets to preprocess
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
 
 Shape = tuple[int, int, int]
@@ -232,9 +234,16 @@ def _split(matrix: np.ndarray, size: int) -> tuple[Block, ...]:
 
 def label_boxes(labels: np.ndarray) -> Iterator[tuple[int, tuple[slice, ...]]]:
     """Every value above zero in ascending order, with its bounding box."""
+    top = int(labels.max(initial=0))
+    if top <= _FEW:
+        for value in range(1, top + 1):
+            mask = labels == value
+            if mask.any():
+                yield value, slices(bounding_box(mask))
+        return
     from scipy.ndimage import find_objects
 
-    for value, box in enumerate(find_objects(labels.view(np.uint8) if labels.dtype == bool else labels), 1):
+    for value, box in enumerate(find_objects(labels), 1):
         if box is not None:
             yield value, box
 

@@ -38,6 +38,7 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _VERSION = 1  # of how the arrays are made: raising it redoes every case
 _COMPRESSED = 0.5  # of the size in memory, for the estimate; 0.2 was measured for skull-stripped MR, 0.6 for CT
+_SMALL = 1 << 18  # values of a case below which threads are in each other's way more than they help
 _SHOWN = 5  # failures that an error names
 
 
@@ -246,6 +247,8 @@ def _run(
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     needed = max(job.memory(len(plan.channels)) for job in jobs)
+    if workers is None and max(prod(job.raw.shape) for job in jobs) * len(plan.channels) < _SMALL:
+        workers = 0
     in_flight = budget.cases_in_flight(needed, workers)
     free = budget.free_memory()
     if needed > free:

@@ -1,0 +1,179 @@
+"""Plain NIfTI read directly: always what ITK and nibabel read, else not at all."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_lite.data import formats
+from nnunet_lite.data.formats import read_file, read_header
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.nifti import read_nifti, read_nifti_header
+from nnunet_lite.errors import UserError
+
+EYE = np.eye(3)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+
+def itk(path: Path) -> tuple[Geometry, int] | None:
+    """What is read without the direct reader."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "read_nifti_header", lambda _: None)
+        return read_header(path)
+
+
+def turned(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A random rotation, as matrix and as quaternion (b, c, d)."""
+    a, b, c, d = q = rng.normal(size=4)
+    a, b, c, d = q / np.linalg.norm(q) * np.sign(a)
+    skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
+    return EYE + 2 * a * skew + 2 * skew @ skew, np.array([b, c, d])
+
+
+def write(path: Path, shape: tuple[int, ...] = (3, 4, 5), **fields: Any) -> np.ndarray:
+    """A NIfTI-1 file of random voxels whose header holds exactly these fields; its array in the file's order."""
+    order, kind = fields.get("order", "<"), np.dtype(fields.get("kind", "i2"))
+    codes = {"u1": 2, "i2": 4, "i4": 8, "f4": 16, "f8": 64, "i1": 256, "u2": 512, "u4": 768}
+    head = bytearray(352)
+
+    def put(fmt: str, byte: int, *values: Any) -> None:
+        struct.pack_into(order + fmt, head, byte, *values)
+
+    put("i", 0, 348)
+    put(f"{len(shape) + 1}h", 40, len(shape), *shape)
+    put("hh", 70, codes[kind.str[1:]], 8 * kind.itemsize)
+    put("8f", 76, *fields.get("pixdim", (1, 0.7, 0.8, 2.5, 1, 0, 0, 0)))
+    put("3f", 108, 352, fields.get("slope", 1), fields.get("inter", 0))
+    put("B", 123, fields.get("units", 10))
+    put("hh", 252, fields.get("qform", 0), fields.get("sform", 0))
+    put("6f", 256, *fields.get("quaternion", (0, 0, 0)), *fields.get("offset", (0, 0, 0)))
+    put("12f", 280, *np.ravel(fields.get("srow", np.zeros((3, 4)))))
+    put("4s", 344, fields.get("magic", b"n+1\0"))
+    voxels = np.random.default_rng(0).integers(0, 100, shape).astype(kind.newbyteorder(order))
+    data = bytes(head) + voxels.tobytes("F")
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return voxels
+
+
+def test_geometry_is_that_of_itk_to_the_last_bit(tmp_path: Path) -> None:
+    rng, path, counts = np.random.default_rng(0), tmp_path / "a.nii", {"read": 0, "left": 0}
+    for trial in range(60):
+        matrix, quaternion = turned(rng)
+        pixdim = rng.uniform(0.1, 5, 3).astype(np.float32)
+        offset, hand = rng.normal(size=3) * 100, rng.choice([-1, 1])
+        flips = np.diag(rng.choice([-1, 1], 3))[:, rng.permutation(3)]
+        moved = offset if trial % 3 else offset + 1
+        srow = {
+            "turned": np.c_[matrix * (1, 1, hand) * pixdim.astype(float), moved],
+            "flipped": np.c_[flips * pixdim.astype(float), moved],
+            "skewed": np.c_[matrix * pixdim.astype(float) + rng.normal(size=(3, 3)) * 10.0 ** -(trial % 8), moved],
+            "scaled": np.c_[matrix * 2, moved],
+        }
+        shape = (3, 4, 5) if trial % 2 else (3, 4, 5, 2)
+        common: dict[str, Any] = {"shape": shape, "pixdim": (hand, *pixdim, 1, 0, 0, 0), "offset": offset}
+        for form, rows in srow.items():
+            for qform, sform in ((1, 0), (0, 1), (2, 1), (1, 4), (0, 0)):
+                turn = quaternion if form == "turned" else (0, 0, 1) if trial % 4 else (0, 0, 0)
+                write(path, quaternion=turn, qform=qform, sform=sform, srow=rows, **common)
+                found = read_nifti_header(path)
+                counts["left" if found is None else "read"] += 1
+                assert found is None or found == itk(path)
+    assert counts["read"] > 350 and counts["left"] > 350
+
+
+@pytest.mark.parametrize("turn", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_both_forms_where_they_are_equal(tmp_path: Path, turn: tuple[int, int, int]) -> None:
+    path, signs = tmp_path / "a.nii.gz", {(0, 0, 0): (1, 1, 1), (1, 0, 0): (1, -1, -1), (0, 1, 0): (-1, 1, -1)}
+    srow = np.c_[np.diag(signs.get(turn, (-1, -1, 1))) * np.array([0.7, 0.8, 2.5], np.float32), (7, 8, 9)]
+    both: dict[str, Any] = {"quaternion": turn, "offset": (7, 8, 9), "qform": 1, "srow": srow, "sform": 2}
+    write(path, **both)
+    found = read_nifti_header(path)
+    assert found is not None and found == itk(path)
+    write(path, **both | {"offset": (7, 8, 9.001)})
+    assert read_nifti_header(path) is None
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8"])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 5, 2), (3, 4, 1), (1, 1, 1, 1)])
+def test_voxels_are_those_of_nibabel(tmp_path: Path, order: str, kind: str, shape: tuple[int, ...]) -> None:
+    for name in ("a.nii", "a.nii.gz"):
+        path = tmp_path / name
+        voxels = write(path, shape, order=order, kind=kind, qform=1)
+        plain = read_nifti(path)
+        assert plain is not None and plain[1] is not None and plain[0].dtype.isnative and plain[0].flags.writeable
+        assert plain[0].dtype == np.dtype(kind) and plain[0].ndim == 4
+        assert np.array_equal(plain[0], voxels.reshape(*shape[:3], -1).T)
+        array, geometry = read_file(path)
+        assert np.array_equal(array, plain[0]) and (geometry, array.shape[0]) == itk(path)
+        assert np.array_equal(np.squeeze(nibabel.load(path).dataobj), np.squeeze(array.T))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shape": (3, 4)},
+        {"shape": (3, 4, 5, 1, 2)},
+        {"slope": 2},
+        {"slope": 1, "inter": -1024},
+        {"slope": np.nan},
+        {"magic": b"ni1\0"},
+        {"pixdim": (1, -0.7, 0.8, 2.5, 0, 0, 0, 0)},
+        {"pixdim": (1, np.nan, 0.8, 2.5, 0, 0, 0, 0)},
+        {"pixdim": (1, 0, 0.8, 2.5, 0, 0, 0, 0)},
+        {"units": 3},
+        {"qform": 0},
+    ],
+)
+def test_what_is_not_plain_is_left_to_others(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write(tmp_path / "a.nii", **{"qform": 1} | fields)
+    assert read_nifti_header(tmp_path / "a.nii") is None
+
+
+def test_oblique_files_with_two_forms_have_the_geometry_of_itk(tmp_path: Path) -> None:
+    matrix, quaternion = turned(np.random.default_rng(3))
+    path = tmp_path / "a.nii.gz"
+    srow = np.c_[matrix * (0.7, 0.8, 2.5), (7, 8, 9)]
+    voxels = write(path, quaternion=quaternion, offset=(7, 8, 9), qform=1, sform=1, srow=srow)
+    plain, header = read_nifti(path), itk(path)
+    assert plain is not None and plain[1] is None and header is not None
+    array, geometry = read_file(path)
+    assert np.array_equal(array[0], voxels.T) and geometry == header[0]
+
+
+def test_damaged_files_are_refused(tmp_path: Path, hippocampus: Path) -> None:
+    whole = next((hippocampus / "imagesTr").glob("*.nii.gz")).read_bytes()
+    opened = gzip.decompress(whole)
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(whole)
+    assert read_nifti(path) is not None
+    wrong_sum = whole[:-8] + bytes(b ^ 1 for b in whole[-8:-4]) + whole[-4:]
+    wrong_size = whole[:-4] + b"\xff\xff\xff\xff"
+    for data in (whole[:-3], whole[: len(whole) // 2], whole[:5], wrong_sum, wrong_size, opened):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"truncated|damaged"):
+            read_nifti(path)
+    path.write_bytes(gzip.compress(opened[:-1]))  # whole as a .gz file, but voxels are missing
+    assert read_nifti(path) is None
+    with pytest.raises(UserError, match="truncated"):
+        read_file(path)
+
+
+def test_a_file_in_several_gzip_members(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    voxels = write(path, qform=1)
+    data = path.read_bytes()
+    split = path.with_suffix(".nii.gz")
+    split.write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:]))
+    assert np.array_equal(read_file(split)[0][0], voxels.T)
