@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nnunet_lite import budget
 from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Channel, Configuration, Network, Plan, Statistics
-from nnunet_lite.preprocess import budget
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset, prune
 from nnunet_lite.preprocess.stored import chunks_and_blocks, sampled_voxels
 
@@ -323,7 +323,7 @@ def test_cases_in_flight_follow_memory_and_cpus() -> None:
 def test_a_ulimit_counts_as_memory() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
-        "from nnunet_lite.preprocess.budget import free_memory; print(free_memory())"
+        "from nnunet_lite.budget import free_memory; print(free_memory())"
     )
     assert 0 < int(subprocess.check_output([sys.executable, "-c", code])) < 3 << 30
 
@@ -344,3 +344,7 @@ def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
     assert budget._cgroup_rooms("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
     (second / "memory.max").write_text("max\n")
     assert budget._cgroup_rooms("0::/job\n", tmp_path / "two") == [3_500_000_000]
+
+
+def test_pruning_before_anything_is_stored(tmp_path: Path) -> None:
+    assert prune(tmp_path / "preprocessed", make_plan(Labels(names={"a": 1}))) == (0, 0)

@@ -6,16 +6,16 @@ A second look at each case (the fingerprint) is handed in as `visit`, so that no
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from nnunet_lite import budget
 from nnunet_lite.data.cases import Case, image_files
 from nnunet_lite.data.dataset import Dataset, image_folder, label_folder, map_labels
 from nnunet_lite.data.geometry import Geometry
@@ -98,21 +98,26 @@ def _each_case(dataset: Dataset, visit: Visit[T] | None, workers: int | None) ->
         yield from (_check_case(case, dataset, visit) for case in dataset.cases)
         return
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(lambda case: _check_case(case, dataset, visit), dataset.cases)
+        ahead: deque[Future[CaseFindings[T]]] = (
+            deque()
+        )  # bounded: one slow case piles up nothing
+        for case in dataset.cases:
+            ahead.append(pool.submit(_check_case, case, dataset, visit))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _threads(dataset: Dataset) -> int:
-    """One per CPU this process may use, but no more than cases of the largest size fit into half of the free memory."""
-    import psutil
-
-    cpus = len(os.sched_getaffinity(0))
+    """One per CPU that this process may use, but no more than there is memory for cases of the largest size."""
     sizes = {path: path.stat().st_size for case in dataset.cases for path in case.images[:1] if path.is_file()}
     try:
         geometry, channels = read_geometry(max(sizes, key=lambda path: sizes[path]))
     except (UserError, ValueError):  # the pass itself will tell what is wrong with that file, or that there is none
-        return cpus
+        return budget.cpus()
     voxels = float(np.prod(geometry.shape)) * max(channels, len(dataset.channels))
-    return max(1, min(cpus, int(psutil.virtual_memory().available / 2 / (voxels * _BYTES_PER_VOXEL))))
+    return budget.cases_in_flight(int(voxels * _BYTES_PER_VOXEL), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- one case

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnunet_lite.budget import free_memory
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.images import Geometry, Image, label_suffix, read_image, read_images, suffix_of, write_label
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.preprocess.budget import free_memory
 from nnunet_lite.settings import InferenceSettings, Settings, with_changes
 from nnunet_lite.training.run import MODEL, is_finished, trained_folds
 from nnunet_lite.workspace import read_json

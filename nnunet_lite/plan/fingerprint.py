@@ -16,12 +16,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from nnunet_lite.data.check import Report, check
+from nnunet_lite.data.crop import nonzero_box, slices
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.draws import Draws, Stream
 from nnunet_lite.plan.schema import Statistics
-from nnunet_lite.preprocess.crop import nonzero_box, slices
 from nnunet_lite.workspace import read_json
 
 SAMPLES = 100_000_000  # foreground voxels per channel over the whole data set

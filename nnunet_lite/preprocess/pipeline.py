@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnunet_lite.data.crop import Box, bounding_box, nonzero_box, nonzero_mask, slices
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels, smallest_dtype
 from nnunet_lite.plan.schema import Configuration, Plan, Resampling
-from nnunet_lite.preprocess.crop import Box, bounding_box, nonzero_box, nonzero_mask, slices
 from nnunet_lite.preprocess.normalize import normalize
 from nnunet_lite.preprocess.resample import coarse_axis, each_slab, resample_image, resample_labels
 

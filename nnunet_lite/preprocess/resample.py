@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from nnunet_lite.preprocess.budget import cpus
-from nnunet_lite.preprocess.crop import bounding_box, slices
+from nnunet_lite.budget import cpus
+from nnunet_lite.data.crop import bounding_box, slices
 
 if TYPE_CHECKING:
     import torch

@@ -24,11 +24,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nnunet_lite import log
+from nnunet_lite import budget, log
 from nnunet_lite.data.dataset import Case, Dataset, read_case
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.preprocess import budget
 from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
 from nnunet_lite.preprocess.raw_files import RawCase, survey
 from nnunet_lite.preprocess.stored import LEFTOVER, Precision, StoredCase, read_stored, write_stored
@@ -151,6 +150,7 @@ def open_case(folder: Path, plan: Plan, configuration: str, case_id: str) -> Sto
 
 def prune(folder: Path, plan: Plan) -> tuple[int, int]:
     """Delete the arrays that no configuration of this plan uses: how many, and their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _sweep(folder)
         indices = {_index_path(folder, plan, name) for name in plan.configurations}
@@ -158,7 +158,7 @@ def prune(folder: Path, plan: Plan) -> tuple[int, int]:
             if path not in indices:
                 path.unlink()
         used = {key for path in indices if path.is_file() for key in read_json(path).values()}
-        orphans = [path for path in (folder / "cases").iterdir() if path.name not in used]
+        orphans = [path for path in folder.glob("cases/*") if path.name not in used]
         freed = sum(_size(path) for path in orphans)
         for path in orphans:
             shutil.rmtree(path)

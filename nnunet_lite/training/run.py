@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import nnunet_lite
+from nnunet_lite.budget import free_memory
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.memory import with_memory
 from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.budget import free_memory
 from nnunet_lite.settings import Settings, differences
 from nnunet_lite.training.folds import N_FOLDS
 from nnunet_lite.workspace import Paths, read_json, write_json, write_text
