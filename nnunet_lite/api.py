@@ -332,16 +332,17 @@ def predict(
 
 
 def choose_model(paths: Paths, configuration: str | None = None) -> Path:
-    """The trained model with the most folds, of equals the one trained last.
+    """The trained model with the most folds, of equals the one that scored best on its held-out cases.
 
     Raises
     ------
     UserError : nothing is trained (of that configuration).
     """
+    from nnunet_lite.evaluation.crossval import mean_dice
     from nnunet_lite.training.run import first_training, model_folders, trained_folds
 
     found = [
-        (len(trained_folds(folder)), max(p.stat().st_mtime for p in folder.glob("fold_*/model.safetensors")), folder)
+        (len(folds := trained_folds(folder)), max(mean_dice(folder, fold) or 0.0 for fold in folds), folder)
         for folder in model_folders(paths)
         if trained_folds(folder)
         and configuration in (None, folder.name, read_json(folder / "run.json")["configuration"])
@@ -349,7 +350,11 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     if not found:
         of = f" {configuration}" if configuration else ""
         raise UserError(f"no{of} model of {paths.name} is trained", paths.models, f"Run `{first_training(paths)}`.")
-    return max(found)[2]
+    n_folds, dice, best = max(found)
+    if len(found) > 1:
+        why = f"most folds ({n_folds}), then best Dice on held-out cases ({dice:.3f})"
+        log.info(f"{len(found)} models are trained; taking {best.name}: {why}. -m takes another")
+    return best
 
 
 def evaluate(prediction: Folder, reference: Folder, **options: Any) -> Scores:

@@ -351,3 +351,17 @@ def test_threads_or_none_give_the_same_report(copy_dataset: Copy) -> None:
 
     assert check(dataset, workers=0, progress=progress) == check(dataset, workers=3)
     assert seen == [(6, "check")] * 6
+
+
+def test_a_label_map_as_jpeg_is_an_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for i in range(5):
+        image, mask = rng.integers(0, 255, (32, 32), np.uint8), np.zeros((32, 32), np.uint8)
+        mask[8:20, 8:20] = 255
+        Pillow.fromarray(image).save(tmp_path / "images" / f"c{i}.png")
+        suffix = ".jpg" if i == 3 else ".png"
+        Pillow.fromarray(mask).save(tmp_path / "labels" / f"c{i}{suffix}")
+    (problem,) = (p for p in check(read_dataset(tmp_path)).problems if p.kind == "label_lossy")
+    assert (problem.severity, problem.file) == ("error", "labels/c3.jpg")

@@ -98,9 +98,7 @@ def _each_case(dataset: Dataset, visit: Visit[T] | None, workers: int | None) ->
         yield from (_check_case(case, dataset, visit) for case in dataset.cases)
         return
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[CaseFindings[T]]] = (
-            deque()
-        )  # bounded: one slow case piles up nothing
+        ahead: deque[Future[CaseFindings[T]]] = deque()  # bounded: one slow case piles up nothing
         for case in dataset.cases:
             ahead.append(pool.submit(_check_case, case, dataset, visit))
             if len(ahead) > 2 * threads:
@@ -214,6 +212,10 @@ def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[
     except UserError as error:
         out.problems.append(_unread(error, case.label, "unreadable"))
         return None
+    if suffix_of(case.label) in (".jpg", ".jpeg"):
+        found, fix = "a label map as JPEG, which changes values", "Store label maps as PNG or NIfTI."
+        out.problems.append(Problem("label_lossy", str(case.label), found, "", fix))
+        return None
     label = map_labels(label, dataset.label_map)
     out.problems += [Problem("understood", str(case.label), note) for note in notes]
     out.values = {int(v) for v in np.unique(label[label != dataset.labels.background])}
@@ -225,8 +227,6 @@ def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[
         found = f"label value {values} ({plural(voxels, 'voxel')})"
         legal = ", ".join(str(v) for v in sorted(v for v in known if v is not None))
         fix = "Add it to the labels of dataset.json, or correct the file."
-        if suffix_of(case.label) in (".jpg", ".jpeg"):
-            fix = "JPEG changes values: store label maps as PNG."
         out.problems.append(Problem("label_value", str(case.label), found, f"one of {legal}", fix))
     return label, geometry
 

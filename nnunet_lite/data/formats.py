@@ -188,7 +188,8 @@ def _pillow_pixels(path: Path, resolve_palette: bool) -> np.ndarray:
             for page in range(getattr(picture, "n_frames", 1)):
                 picture.seek(page)
                 if picture.mode in ("P", "PA"):
-                    pages.append(np.asarray(picture.convert("RGB" if resolve_palette else "P")))
+                    colours = picture.convert("RGBA").convert("RGB") if resolve_palette else picture.convert("P")
+                    pages.append(np.asarray(colours))
                 else:
                     pages.append(np.asarray(picture.convert("L") if picture.mode == "1" else picture))
     except (OSError, SyntaxError, ValueError) as error:

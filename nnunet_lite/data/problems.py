@@ -29,6 +29,7 @@ KINDS: dict[str, Severity] = {
     "label_fraction": "error",
     "label_channels": "error",
     "label_value": "error",
+    "label_lossy": "error",
     "no_foreground": "error",
     "label_absent": "warning",
     "constant": "warning",

@@ -12,7 +12,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.inference.predictor import load, output_file, predict_cases
-from nnunet_lite.workspace import write_json, write_text
+from nnunet_lite.workspace import read_json, write_json, write_text
 
 SUMMARY = "summary.json"
 
@@ -41,6 +41,12 @@ def validate_fold(folder: Path, fold: str, dataset: Dataset, case_ids: Sequence[
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores
+
+
+def mean_dice(folder: Path, fold: str) -> float | None:
+    """Foreground Dice of the held-out cases of a fold; None where it was not validated."""
+    file = folder / f"fold_{fold}" / "validation" / SUMMARY
+    return read_json(file)["foreground_mean"]["Dice"] if file.is_file() else None
 
 
 def _score(case: Case, prediction: Path, dataset: Dataset) -> CaseScore:

@@ -17,7 +17,7 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.settings import InferenceSettings, Settings, with_changes
-from nnunet_lite.training.run import MODEL, is_finished, trained_folds
+from nnunet_lite.training.run import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.workspace import read_json
 
 _CPU_VOXELS = 2**18  # of the windows that are computed at once on a CPU
@@ -96,6 +96,9 @@ def load(
     missing = [fold for fold in wanted if not is_finished(folder / f"fold_{fold}")]
     if missing or not wanted:
         have = f"Trained folds: {', '.join(there)}." if there else "Train one with `nnlite train`."
+        begun = [name for name in other_folds(folder, "") if not is_finished(folder / name)]
+        if begun:
+            have += f" {', '.join(begun)} is not finished; the same `nnlite train` command goes on with it."
         raise UserError(f"has no trained fold {', '.join(missing)}".rstrip(), folder, have)
 
     # torch takes seconds to import: mistakes are told before
@@ -105,10 +108,10 @@ def load(
 
     use_allowed_cpus()
     target = pick_device(device)
-    networks = []
+    networks, about = [], {}
     for fold in wanted:
         network = UNet(configuration.network, len(plan.channels), plan.labels.n_channels)
-        load_weights(folder / f"fold_{fold}" / MODEL, network)
+        about = load_weights(folder / f"fold_{fold}" / MODEL, network)
         networks.append(network.to(target).eval().requires_grad_(False))
     mirrored = trained.augmentation.enabled and trained.augmentation.p_mirror > 0
     axes = trained.augmentation.mirror_axes if mirrored else ()
@@ -123,7 +126,7 @@ def load(
         device=target,
         arithmetic=Arithmetic(),
     )
-    return replace(model, arithmetic=_choose_arithmetic(model))
+    return replace(model, arithmetic=_choose_arithmetic(model, about))
 
 
 def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
@@ -236,6 +239,14 @@ def output_file(case: Case, out: Path) -> Path:
 
 
 def _read(model: Model, case: Case) -> Preprocessed:
+    wanted = len(model.plan.channels)
+    expected = f"the model expects {wanted} channels ({', '.join(c.name for c in model.plan.channels)})"
+    if len(case.images) > 1:
+        if absent := [path for path in case.images if not path.is_file()]:
+            raise UserError(f"there is no such file; {expected}", absent[0])
+        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{suffix_of(case.images[0])}")
+        if extra.is_file():
+            raise UserError(f"is a channel too many; {expected}", extra)
     return _prepare(model, read_images(case.images))
 
 
@@ -273,12 +284,17 @@ def _forward(model: Model) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _choose_arithmetic(model: Model) -> Arithmetic:
-    """Time one window in each candidate format and layout."""
+def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
+    """What the training chose, so that a model predicts the same each time; on another kind of device it is timed."""
     import torch
 
-    from nnunet_lite.network.arithmetic import candidates, fastest
+    from nnunet_lite.network.arithmetic import Arithmetic, candidates, fastest
 
+    if about.get("device") == model.device.type:
+        trained, asked = Arithmetic(**about["arithmetic"]), model.settings.precision
+        best = replace(trained, precision=trained.precision if asked == "auto" else asked)
+        _set_layout(model, best)
+        return best
     configuration = model.configuration
     window = torch.zeros(1, len(model.plan.channels), *configuration.patch_size, device=model.device)
 

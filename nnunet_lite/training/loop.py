@@ -143,7 +143,8 @@ def _train_fold(job: Job) -> None:
              f"{state.arithmetic.reason}")  # fmt: skip
     with closing(prefetch(_batches(job, state.epoch), job.device, job.settings.training.workers)) as batches:
         _run_epochs(job, network, optimizer, batches, state)
-    about = {"configuration": job.configuration, "epochs": state.epoch, "seconds": round(state.seconds, 1)}
+    about = {"configuration": job.configuration, "epochs": state.epoch, "seconds": round(state.seconds, 1),
+             "device": job.device.type, "arithmetic": state.arithmetic.to_json()}  # fmt: skip
     save_weights(job.folder / MODEL, network, about)
 
 
