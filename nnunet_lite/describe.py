@@ -12,10 +12,13 @@ from typing import Any
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.plan.schema import Plan
 from nnunet_lite.workspace import Paths, read_json
 
-_PACKAGES = ("torch", "numpy", "scipy", "SimpleITK", "nibabel", "blosc2", "safetensors", "pydantic", "batchgenerators")
+# what pyproject.toml asks for
+_PACKAGES = (
+    "torch", "numpy", "scipy", "SimpleITK", "nibabel", "pillow", "batchgenerators", "tqdm", "blosc2", "safetensors",
+    "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn", "threadpoolctl",
+)  # fmt: skip
 _LITTLE_DISK_GB = 5
 
 
@@ -34,6 +37,7 @@ def describe_model(folder: Path) -> About:
     ------
     UserError : it is no model folder.
     """
+    from nnunet_lite.evaluation.crossval import mean_dice
     from nnunet_lite.inference.predictor import read_model
     from nnunet_lite.training.checkpoint import read_state
     from nnunet_lite.training.run import MODEL, trained_folds
@@ -41,7 +45,7 @@ def describe_model(folder: Path) -> About:
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
     folds = {
-        fold: {**read_state(folder / f"fold_{fold}" / MODEL), "mean_dice": _mean_dice(folder, fold)}
+        fold: {**read_state(folder / f"fold_{fold}" / MODEL), "mean_dice": mean_dice(folder, fold)}
         for fold in trained_folds(folder)
     }
     begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
@@ -77,15 +81,9 @@ def describe_model(folder: Path) -> About:
     return About(values, "\n".join(lines))
 
 
-def _mean_dice(folder: Path, fold: str) -> float | None:
-    from nnunet_lite.evaluation.crossval import SUMMARY
-
-    file = folder / f"fold_{fold}" / "validation" / SUMMARY
-    return read_json(file)["foreground_mean"]["Dice"] if file.is_file() else None
-
-
 def describe_dataset(paths: Paths) -> About:
     """What the workspace has of a data set: cases, plan, models."""
+    from nnunet_lite.plan.schema import Plan
     from nnunet_lite.plan.show import plan_table
     from nnunet_lite.training.run import first_training, model_folders
 
@@ -106,19 +104,13 @@ def describe_dataset(paths: Paths) -> About:
 
 
 def describe_machine(workspace: Path) -> About:
-    """Versions, CPUs, memory, GPUs, disk, and what stands in the way of a good run."""
-    import psutil
-    import torch
-
+    """Versions, CPUs, memory, GPUs, disk, and what stands in the way of a good run, missing packages included."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    problems = [f"{name} is not installed: pip install {name}" for name, version in versions.items() if not version]
+    total, free = _memory_gb(problems)
+    cpu_capability, gpus = _torch(problems)
     folder = next(p for p in (workspace, *workspace.parents) if p.exists())
     disk = shutil.disk_usage(folder).free / 1e9
-    problems = []
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        gpus.append({"name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)})
-    if not gpus and shutil.which("nvidia-smi"):
-        problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     if disk < _LITTLE_DISK_GB:
         problems.append(f"only {disk:.1f} GB are free where the workspace is ({folder})")
     if not os.access(folder, os.W_OK):
@@ -127,11 +119,11 @@ def describe_machine(workspace: Path) -> About:
         "nnunet_lite": nnunet_lite.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": versions,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "memory_free_gb": round(psutil.virtual_memory().available / 1e9, 1),
+        "cpu_capability": cpu_capability,
+        "memory_gb": total,
+        "memory_free_gb": free,
         "gpus": gpus,
         "workspace": str(workspace),
         "disk_free_gb": round(disk, 1),
@@ -140,14 +132,46 @@ def describe_machine(workspace: Path) -> About:
     shown = [f"{g['name']} ({g['memory_gb']} GB)" for g in gpus] or ["none: use --recipe cpu, or expect days"]
     lines = [
         f"nnunet_lite {nnunet_lite.__version__}, Python {values['python']}, {values['system']}",
-        ", ".join(f"{name} {version}" for name, version in values["packages"].items()),
-        f"CPU     {values['cpus']} cores to use, {values['cpu_capability']}",
-        f"memory  {values['memory_free_gb']} of {values['memory_gb']} GB free",
+        ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()),
+        f"CPU     {values['cpus']} cores to use, {cpu_capability or 'instruction set unknown'}",
+        f"memory  {free} of {total} GB free" if total else "memory  unknown",
         f"GPU     {', '.join(shown)}",
         f"disk    {disk:.1f} GB free for the workspace {workspace}",
         *(f"problem: {problem}" for problem in problems),
     ]
     return About(values, "\n".join(lines + ([] if problems else ["no problem found"])))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_gb(problems: list[str]) -> tuple[float | None, float | None]:
+    """Memory of this machine and what is free of it; None without psutil, which is added to the problems."""
+    try:
+        import psutil
+    except ImportError as error:
+        problems.append(f"psutil cannot be imported: {error}")
+        return None, None
+    memory = psutil.virtual_memory()
+    return round(memory.total / 1e9, 1), round(memory.available / 1e9, 1)
+
+
+def _torch(problems: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
+    """What torch sees, the CPU's instruction set and the GPUs; what is wrong with it is added to the problems."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing or is another version
+        problems.append(f"torch cannot be imported: {error}")
+        return None, []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in found]
+    if not gpus and shutil.which("nvidia-smi"):
+        problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
+    return torch.backends.cpu.get_cpu_capability(), gpus
 
 
 def _by(values: tuple[Any, ...]) -> str:

@@ -9,17 +9,40 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
 
 
+def _range(legal: str, is_legal: Callable[[float, float], bool]) -> AfterValidator:
+    """Refuse a pair of numbers that is not `legal`, which puts `is_legal` in words."""
+
+    def check(limits: tuple[float, float]) -> tuple[float, float]:
+        if not is_legal(*limits):
+            raise ValueError(f"must be [low, high] with {legal}")
+        return limits
+
+    return AfterValidator(check)
+
+
+def _axes(axes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
+        raise ValueError("must be different axes, each 0, 1 or 2")
+    return axes
+
+
+Factors = Annotated[tuple[float, float], _range("0 < low <= high", lambda low, high: 0 < low <= high)]
+Deviations = Annotated[tuple[float, float], _range("0 <= low <= high", lambda low, high: 0 <= low <= high)]
+Shares = Annotated[tuple[float, float], _range("0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1)]
+Axes = Annotated[tuple[int, ...], AfterValidator(_axes)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainingSettings(_Section):
@@ -41,7 +64,9 @@ class TrainingSettings(_Section):
     channels_last: Literal["auto"] | bool = "auto"
     deep_supervision: bool = True
     cache: Literal["auto", "ram", "disk"] = Field("auto", description="where the preprocessed cases lie while training")
-    workers: int | None = Field(None, ge=0, description="threads that prepare batches; default: as fits the device")
+    workers: int | None = Field(
+        None, ge=0, description="batches that a thread prepares ahead, 0 = none; default: none on a CPU, 2 on a GPU"
+    )
     seed: int | None = Field(
         None, ge=0, description="makes two runs identical on the CPU, unless a time limit ends them"
     )
@@ -64,6 +89,12 @@ class LossSettings(_Section):
 
     cross_entropy: float = Field(1.0, ge=0)
     dice: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_left(self) -> LossSettings:
+        if self.cross_entropy == self.dice == 0:
+            raise ValueError("one of the weights must be greater than 0")
+        return self
 
 
 class OptimizerSettings(_Section):
@@ -93,22 +124,22 @@ class AugmentationSettings(_Section):
         30.0, ge=0, le=180, description="degrees either way; in plane 180 if the patch is anisotropic"
     )
     p_scaling: float = Field(0.2, ge=0, le=1)
-    scaling: tuple[float, float] = (0.7, 1.4)
+    scaling: Factors = (0.7, 1.4)
     p_noise: float = Field(0.1, ge=0, le=1)
-    noise_std: tuple[float, float] = (0.0, 0.1)
+    noise_std: Deviations = (0.0, 0.1)
     p_blur: float = Field(0.2, ge=0, le=1)
-    blur_sigma: tuple[float, float] = (0.5, 1.0)
+    blur_sigma: Factors = Field((0.5, 1.0), description="voxels")
     p_brightness: float = Field(0.15, ge=0, le=1)
-    brightness: tuple[float, float] = (0.75, 1.25)
+    brightness: Factors = (0.75, 1.25)
     p_contrast: float = Field(0.15, ge=0, le=1)
-    contrast: tuple[float, float] = (0.75, 1.25)
+    contrast: Factors = (0.75, 1.25)
     p_low_resolution: float = Field(0.25, ge=0, le=1)
-    low_resolution: tuple[float, float] = (0.5, 1.0)
+    low_resolution: Shares = (0.5, 1.0)
     p_gamma_inverted: float = Field(0.1, ge=0, le=1)
     p_gamma: float = Field(0.3, ge=0, le=1)
-    gamma: tuple[float, float] = (0.7, 1.5)
+    gamma: Factors = (0.7, 1.5)
     p_mirror: float = Field(0.5, ge=0, le=1, description="per axis")
-    mirror_axes: tuple[int, ...] | None = Field(None, description="axes of the patch; default: all")
+    mirror_axes: Axes | None = Field(None, description="axes of the patch; default: all")
 
 
 class InferenceSettings(_Section):
@@ -171,13 +202,21 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     return _validated(start.model_copy(update={"recipe": path.stem}), dict(_flatten(tree)), path)
 
 
-def with_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
+def with_changes(settings: Settings, changes: dict[str, Any], sections: tuple[str, ...] | None = None) -> Settings:
     """The settings with some keys replaced, as `load` does.
+
+    Parameters
+    ----------
+    sections : the only sections that may be changed, where a step reads no others; None: all.
 
     Raises
     ------
-    UserError : unknown key or illegal value.
+    UserError : unknown key, a key of another section, or illegal value.
     """
+    for key in changes:
+        if sections is not None and key in keys() and key.split(".")[0] not in sections:
+            legal = [k for k in keys() if k.split(".")[0] in sections]
+            raise UserError(f"{key} is no setting of {' or '.join(sections)}", fix=f"There are: {', '.join(legal)}.")
     return _validated(settings, {key: _parse(key, value) for key, value in changes.items()}, None)
 
 
@@ -240,8 +279,11 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
         return Settings.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
+        given: Any = tree
+        for part in problem["loc"][:2]:  # section, name; deeper ones are entries of a value that is shown whole
+            given = given[part]
         where = ".".join(str(part) for part in problem["loc"][:2])
-        raise UserError(f"{where} = {problem['input']!r}: {problem['msg']}", file) from None
+        raise UserError(f"{where} = {given!r}: {problem['msg'].removeprefix('Value error, ')}", file) from None
 
 
 def differences(old: Settings, new: Settings) -> list[str]:

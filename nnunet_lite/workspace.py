@@ -38,14 +38,15 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files that a killed run left in a folder."""
+    """Delete the temporary files that killed runs left in a folder, not in those below it."""
     for leftover in folder.glob(".tmp-*"):
-        leftover.unlink()
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -30,6 +30,47 @@ def test_background_is_the_first_class() -> None:
     assert moved.values == (9, 1) and moved.encode(np.array([9, 1])).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("names", "scored", "values"),
+    [
+        ({"background": 255, "object": 0}, ("object",), (255, 0)),
+        ({"background": 3, "a": 0, "b": 7}, ("a", "b"), (3, 0, 7)),
+        ({"b": 7, "a": -1}, ("a", "b"), (0, -1, 7)),
+        ({"nothing": 0, "a": 2}, ("a",), (0, 2)),
+    ],
+)
+def test_every_value_but_the_background_is_a_scored_channel(
+    names: dict[str, int | tuple[int, ...]], scored: tuple[str, ...], values: tuple[int, ...]
+) -> None:
+    labels = Labels(names=names)
+    assert (labels.region_names, labels.values) == (scored, values)
+    assert labels.n_channels == len(scored) + 1
+    assert labels.region_classes == tuple((i,) for i in range(1, len(values)))
+
+
+def test_zero_may_be_part_of_a_region() -> None:
+    labels = Labels.from_json({"background": 3, "whole": [0, 7], "core": 0}, [7, 0])
+    assert labels.region_names == ("whole", "core") and labels.region_classes == ((1, 2), (1,))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64, np.float32])
+def test_negative_values_come_back(dtype: type) -> None:
+    labels = Labels.from_json({"background": 0, "a": -5, "b": 3, "ignore": -1})
+    array = np.random.default_rng(0).choice([-5, -1, 0, 3], (3, 4, 5)).astype(dtype)
+    back = labels.decode(labels.encode(array))
+    assert back.dtype == np.int8 and np.array_equal(back, array)
+
+
+def test_values_that_the_type_of_the_array_cannot_hold() -> None:
+    """Files with some of the labels only: unsigned where a label is negative, eight bits where one is over 255."""
+    negative = Labels(names={"background": 0, "a": -5, "b": 3})
+    assert negative.encode(np.array([0, 3], np.uint8)).tolist() == [0, 2]
+    large = Labels(names={"background": 300, "a": 400})
+    with pytest.raises(UserError, match=r"label values 0\.\.1 are not all among \[300, 400\]"):
+        large.encode(np.array([0, 1], np.uint8))
+    assert large.encode(np.zeros((0, 2), np.uint8)).shape == (0, 2)
+
+
 def test_unknown_values_are_refused() -> None:
     labels = Labels(names={"background": 0, "a": 1, "b": 4})
     with pytest.raises(UserError, match=r"label values \[2, 3\] are not among \[0, 1, 4\]"):
@@ -66,6 +107,17 @@ def test_msd_writes_value_to_name() -> None:
         ({"background": 0}, None, "no foreground label"),
         ({"background": 0, "a": 1, "b": 1}, None, "two labels share one value"),
         ({"background": 0, "a": [1, 2]}, None, "regions_class_order must give one value for each of the 1 regions"),
+        ({"background": 0, "a": 1, "ignore": 1}, None, "ignore and a share the value 1"),
+        ({"background": 0, "a": [1, 2], "ignore": 2}, [1], "ignore and a share the value 2"),
+        ({"background": 3, "a": 1, "ignore": 3}, None, "ignore and background share the value 3"),
+        ({"a": 1, "ignore": 0}, None, "ignore and the background share the value 0"),
+        ({"background": 0, "a": 1, "ignore": [2, 3]}, [1, 2], r"ignore must be a single value, not \[2, 3\]"),
+        ({"background": 0, "a": [0, 1]}, [1], "region a contains the background's value 0"),
+        ({"background": 9, "a": [1, 9]}, [1], "region a contains the background's value 9"),
+        ({"background": [0, 1], "a": 2}, None, r"background must be a single value, not \[0, 1\]"),
+        ({"background": [], "a": 2}, None, r"background must be a single value, not \[\]"),
+        ({"background": 0, "a": []}, [1], "region a has no value"),
+        ({"background": 0, "a": 5_000_000}, None, "label values 0 and 5000000 are more than 1048576 apart"),
     ],
 )
 def test_what_makes_no_sense(names: dict[str, object], order: list[int] | None, message: str) -> None:

@@ -130,6 +130,57 @@ def test_an_illegal_value_is_named(key: str, value: str) -> None:
         load(changes={key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "legal"),
+    [
+        ("scaling", [1.4, 0.7], "0 < low <= high"),
+        ("scaling", [0, 1], "0 < low <= high"),
+        ("scaling", [1, float("inf")], "finite number"),
+        ("blur_sigma", [0, 1], "0 < low <= high"),
+        ("gamma", [-1, 1], "0 < low <= high"),
+        ("brightness", [0, 1], "0 < low <= high"),
+        ("contrast", [0.0, 1], "0 < low <= high"),
+        ("noise_std", [-0.1, 0.1], "0 <= low <= high"),
+        ("low_resolution", [0, 1], "0 < low <= high <= 1"),
+        ("low_resolution", [0.5, 1.5], "0 < low <= high <= 1"),
+        ("mirror_axes", [0, 3], "different axes, each 0, 1 or 2"),
+        ("mirror_axes", [-1], "different axes, each 0, 1 or 2"),
+        ("mirror_axes", [1, 1], "different axes, each 0, 1 or 2"),
+    ],
+)
+def test_an_illegal_range_tells_what_is_legal(key: str, value: list[float], legal: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load(changes={f"augmentation.{key}": value})
+    assert str(raised.value).startswith(f"augmentation.{key} = {value}: ") and legal in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scaling", [1, 1]), ("noise_std", [0, 0]), ("low_resolution", [1, 1]), ("mirror_axes", []), ("rotation", 0)],
+)
+def test_the_ends_of_a_range_are_legal(key: str, value: object) -> None:
+    assert load(changes={f"augmentation.{key}": value}).recipe == "default"
+
+
+def test_a_loss_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^loss = .*one of the weights must be greater than 0"):
+        load("ablations/dice_only", {"loss.dice": 0})
+
+
+def test_a_rate_is_finite() -> None:
+    with pytest.raises(UserError, match=r"^optimizer.lr = inf: .*finite"):
+        load(changes={"optimizer.lr": "inf"})
+
+
+def test_only_some_sections_may_be_changed() -> None:
+    only = ("inference",)
+    assert with_changes(Settings(), {"inference.step_size": "0.75"}, sections=only).inference.step_size == 0.75
+    with pytest.raises(UserError, match=r"^training.epochs is no setting of inference. There are: inference.step_size"):
+        with_changes(Settings(), {"inference.step_size": 0.75, "training.epochs": "7"}, sections=only)
+    with pytest.raises(UserError, match=r"unknown setting 'inference.step'.*'inference.step_size'"):
+        with_changes(Settings(), {"inference.step": "7"}, sections=only)
+
+
 def test_settings_survive_json_and_are_frozen() -> None:
     settings = load("cpu", {"training.patch_size": "[40, 56, 40]"})
     assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import atomic, current, find_raw, read_json, use, workspace_folder, write_json, write_text
+from nnunet_lite.workspace import (
+    atomic,
+    current,
+    find_raw,
+    read_json,
+    sweep,
+    use,
+    workspace_folder,
+    write_json,
+    write_text,
+)
 
 
 def make_raw(place: Path, name: str) -> Path:
@@ -104,6 +117,32 @@ def test_atomic_leaves_nothing_behind_when_the_block_raises(tmp_path: Path) -> N
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert [p.read_text() for p in path.parent.iterdir()] == ["new"]
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    code = "import pathlib, nnunet_lite.workspace as w; w.write_text(pathlib.Path('a.json'), '\"L\\xe4sion\"')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert read_json(tmp_path / "a.json") == "Läsion"
+
+
+def test_sweeping_takes_the_leftovers_of_killed_runs_and_nothing_else(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, nnunet_lite.workspace as w\n"
+        "with w.atomic(pathlib.Path('a.json')) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os._exit(1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 1
+    leftover = next(tmp_path.iterdir())
+    assert leftover.name.startswith(".tmp-")
+    below = tmp_path / "below" / leftover.name
+    write_text(below, "")
+    write_text(tmp_path / "a.json", "whole")
+    (tmp_path / ".tmp-folder").mkdir()
+    sweep(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "below", ".tmp-folder"} and below.exists()
+    sweep(tmp_path / "missing")
 
 
 def test_json_round_trip_and_what_is_wrong_with_a_file(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from nnunet_lite.errors import UserError
 BACKGROUND = "background"
 IGNORE = "ignore"
 _PIECE = 1 << 20
+_WIDEST = 1 << 20  # encoding looks classes up in a table of all values from the lowest to the highest
 
 
 def smallest_dtype(low: int, high: int) -> type[np.integer]:
@@ -38,6 +39,10 @@ class Labels(BaseModel):
         value 0, which is added where it is missing.
     ignore : the value whose voxels are not annotated, never in the loss; None where there is none.
     region_order : for regions, the value written for each region, in the order of writing (later ones overwrite).
+
+    Raises
+    ------
+    ValueError : there is no foreground, a value would mean two things, or the values are too far apart to look up.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +53,10 @@ class Labels(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Labels:
+        for name, value in self.names.items():
+            self._refuse_overlap(name, _members(value))
+        if self.ignore == self.background:
+            raise ValueError(f"ignore and the background share the value {self.ignore}")
         if not self.region_names:
             raise ValueError("there is no foreground label")
         if self.has_regions and (self.region_order is None or len(self.region_order) != len(self.region_names)):
@@ -57,39 +66,56 @@ class Labels(BaseModel):
         singles = [v for v in self.names.values() if isinstance(v, int)]
         if len(set(singles)) != len(singles):
             raise ValueError("two labels share one value")
+        if max(self._known) - min(self._known) > _WIDEST:
+            raise ValueError(
+                f"label values {min(self._known)} and {max(self._known)} are more than {_WIDEST} apart; renumber them"
+            )
         return self
+
+    def _refuse_overlap(self, name: str, members: tuple[int, ...]) -> None:
+        """Refuse a label with a value that belongs to the background or to ignore."""
+        if name.lower() == IGNORE or (name.lower() == BACKGROUND and len(members) != 1):
+            raise ValueError(f"{name} must be a single value, not {list(members)}")
+        if not members:
+            raise ValueError(f"region {name} has no value")
+        if self.ignore in members:
+            raise ValueError(f"ignore and {name} share the value {self.ignore}")
+        if len(members) > 1 and self.background in members:
+            raise ValueError(f"region {name} contains the background's value {self.background}")
 
     @cached_property
     def background(self) -> int:
         """The value of the background."""
         value = next((v for k, v in self.names.items() if k.lower() == BACKGROUND), 0)
-        return value if isinstance(value, int) else value[0]
+        return _members(value)[0]
 
     @cached_property
     def values(self) -> tuple[int, ...]:
         """The value of each class: the background, then the others in ascending order, without the ignore value."""
-        found: set[int] = set()
-        for value in self.names.values():
-            found.update((value,) if isinstance(value, int) else value)
-        return (self.background, *sorted(found - {self.background, self.ignore}))
+        found = {member for value in self.names.values() for member in _members(value)}
+        return (self.background, *sorted(found - {self.background}))
+
+    @cached_property
+    def _known(self) -> tuple[int, ...]:
+        """The value of each class, then the ignore value if there is one."""
+        return self.values if self.ignore is None else (*self.values, self.ignore)
 
     @property
     def has_regions(self) -> bool:
-        return any(not isinstance(v, int) for k, v in self.names.items() if k.lower() != BACKGROUND)
+        return any(not isinstance(self.names[name], int) for name in self.region_names)
 
     @cached_property
     def region_names(self) -> tuple[str, ...]:
         """Names of everything that is scored: the foreground classes in the order of their values, or the regions."""
-        foreground = {k: v for k, v in self.names.items() if k.lower() != BACKGROUND and v not in (0, (0,))}
+        foreground = {k: v for k, v in self.names.items() if _members(v) != (self.background,)}
         if any(not isinstance(v, int) for v in foreground.values()):
             return tuple(foreground)
-        return tuple(sorted(foreground, key=lambda k: foreground[k]))
+        return tuple(sorted(foreground, key=lambda k: _members(foreground[k])))
 
     @cached_property
     def region_values(self) -> tuple[tuple[int, ...], ...]:
         """The values that make up each of `region_names`."""
-        members = (self.names[name] for name in self.region_names)
-        return tuple((v,) if isinstance(v, int) else tuple(v) for v in members)
+        return tuple(_members(self.names[name]) for name in self.region_names)
 
     @property
     def n_classes(self) -> int:
@@ -119,10 +145,10 @@ class Labels(BaseModel):
         ------
         UserError : the array holds a value that is no label of this data set.
         """
-        known = (*self.values, *(() if self.ignore is None else (self.ignore,)))
+        known = self._known
         first, last = min(known), max(known)
-        low, high = int(array.min(initial=first)), int(array.max(initial=first))
-        if low < first or high > last or last - first > 1 << 20:
+        low, high = (int(array.min()), int(array.max())) if array.size else (first, last)
+        if low < first or high > last:
             raise UserError(f"label values {low}..{high} are not all among {sorted(known)}")
         none = len(known)
         table = np.full(last - first + 1, none, smallest_dtype(0, none))
@@ -135,9 +161,8 @@ class Labels(BaseModel):
 
     def decode(self, classes: np.ndarray) -> np.ndarray:
         """Classes -> values (any shape; the smallest integer type that holds every value of the data set)."""
-        known = (*self.values, *(() if self.ignore is None else (self.ignore,)))
-        written = (*known, *(self.region_order or ()))
-        return _look_up(np.asarray(known, smallest_dtype(min(written), max(written))), classes)
+        written = (*self._known, *(self.region_order or ()))
+        return _look_up(np.asarray(self._known, smallest_dtype(min(written), max(written))), classes)
 
     @classmethod
     def from_json(cls, labels: dict[str, Any], region_order: list[int] | None = None) -> Labels:
@@ -157,6 +182,10 @@ class Labels(BaseModel):
         """The `labels` of an nnU-Net v2 dataset.json."""
         out: dict[str, Any] = {k: v if isinstance(v, int) else list(v) for k, v in self.names.items()}
         return out if self.ignore is None else {**out, IGNORE: self.ignore}
+
+
+def _members(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else value
 
 
 def _look_up(table: np.ndarray, index: np.ndarray, first: int = 0) -> np.ndarray:

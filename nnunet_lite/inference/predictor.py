@@ -89,7 +89,7 @@ def load(
     folder = Path(folder)
     plan, run = read_model(folder)
     trained = Settings.model_validate(run["settings"])
-    settings = with_changes(trained, changes or {}).inference
+    settings = with_changes(trained, changes or {}, sections=("inference",)).inference
     configuration = plan.configuration(run["configuration"])
     there = trained_folds(folder)
     wanted = there if folds is None else [str(fold) for fold in folds]

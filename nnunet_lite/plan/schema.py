@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -15,14 +15,30 @@ from nnunet_lite.workspace import read_json
 
 FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
 
+
+def _odd(size: int) -> int:
+    if size % 2 == 0:
+        raise ValueError("must be odd, or the kernel would have no centre")
+    return size
+
+
+def _permutation(order: tuple[int, int, int]) -> tuple[int, int, int]:
+    if sorted(order) != [0, 1, 2]:
+        raise ValueError("must be a permutation of 0, 1, 2")
+    return order
+
+
 Positive = Annotated[int, Field(gt=0)]
+KernelSize = Annotated[int, Field(gt=0), AfterValidator(_odd)]
+SplineOrder = Annotated[int, Field(ge=0, le=5)]
+AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
 Length = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Statistics(_Model):
@@ -51,9 +67,9 @@ class Network(_Model):
     """A U-Net, from the finest stage to the bottleneck. Kernels and strides are per stage and axis (z, y, x)."""
 
     kind: Literal["plain", "residual"] = "plain"
-    features: tuple[Positive, ...]
+    features: tuple[Positive, ...] = Field(min_length=1)
     strides: tuple[tuple[Positive, ...], ...]
-    kernels: tuple[tuple[Positive, ...], ...]
+    kernels: tuple[tuple[KernelSize, ...], ...]
     blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or residual blocks per encoder stage")
     decoder_convolutions: tuple[Positive, ...] = Field(description="convolutions per decoder stage, finest last")
     norm: Literal["instance", "batch", "none"] = "instance"
@@ -81,12 +97,12 @@ class Network(_Model):
 class Resampling(_Model):
     """Spline orders. `separate_z`: resample slices one by one along the coarse axis; None = where spacing ratio > 3."""
 
-    image_order: int = 3
-    image_order_z: int = 0
-    label_order: int = 1
-    label_order_z: int = 0
-    logits_order: int = 1
-    logits_order_z: int = 0
+    image_order: SplineOrder = 3
+    image_order_z: SplineOrder = 0
+    label_order: SplineOrder = 1
+    label_order_z: SplineOrder = 0
+    logits_order: SplineOrder = 1
+    logits_order_z: SplineOrder = 0
     separate_z: bool | None = None
 
 
@@ -109,10 +125,25 @@ class Configuration(_Model):
         return len(self.patch_size)
 
     @model_validator(mode="after")
-    def _patch_fits(self) -> Configuration:
+    def _axes_agree(self) -> Configuration:
         axes = len(self.patch_size)
-        if axes not in (2, 3) or len(self.spacing) != axes or len(self.network.strides[0]) != axes:
-            raise ValueError("patch_size, spacing and network must all be two- or all three-dimensional")
+        if axes not in (2, 3):
+            raise ValueError(f"patch_size = {list(self.patch_size)} must have two or three axes")
+        per_axis: dict[str, tuple[float, ...]] = {"spacing": self.spacing, "median_shape": self.median_shape}
+        for stage, (stride, kernel) in enumerate(zip(self.network.strides, self.network.kernels, strict=True)):
+            per_axis |= {f"network.strides[{stage}]": stride, f"network.kernels[{stage}]": kernel}
+        for name, numbers in per_axis.items():
+            if len(numbers) != axes:
+                raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
+        if max(self.network.strides[0]) > 1:
+            raise ValueError(
+                f"network.strides[0] = {list(self.network.strides[0])} must be all 1: the first stage is "
+                "at the resolution of the patch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patch_can_be_pooled(self) -> Configuration:
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
                 below = max(d, size // d * d)
@@ -129,10 +160,10 @@ class Plan(_Model):
     format: Literal["nnlite-plan-1"] = FORMAT
     dataset: str
     preset: str = "default"
-    memory_gb: float = Field(8, description="GPU memory budget")
-    axis_order: tuple[int, int, int] = Field((0, 1, 2), description="transposition applied to (z, y, x)")
-    median_spacing: tuple[float, float, float] = Field(description="of the raw images, transposed, mm")
-    median_shape: tuple[float, float, float] = Field(description="of the cropped raw images, transposed, voxels")
+    memory_gb: float = Field(8, gt=0, description="GPU memory budget")
+    axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
+    median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
+    median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
     channels: tuple[Channel, ...]
     labels: Labels
     n_cases: int = 0
@@ -146,7 +177,24 @@ class Plan(_Model):
         given = values.get("configurations") if isinstance(values, dict) else None
         if not isinstance(given, dict) or not all(isinstance(c, dict) for c in given.values()):
             return values
-        return {**values, "configurations": {name: inherited(given, name) for name in given}}
+        whole = {}
+        for name in given:
+            try:
+                whole[name] = inherited(given, name)
+            except ValueError as error:
+                raise ValueError(f"configurations.{name}.{error}") from None
+        return {**values, "configurations": whole}
+
+    @model_validator(mode="after")
+    def _stages_are_there(self) -> Plan:
+        for name, configuration in self.configurations.items():
+            others = [other for other in self.configurations if other != name]
+            if configuration.previous_stage not in (None, *others):
+                raise ValueError(
+                    f"configurations.{name}.previous_stage = {configuration.previous_stage!r} is no other "
+                    f"configuration; there are: {', '.join(others) or 'none'}"
+                )
+        return self
 
     def configuration(self, name: str) -> Configuration:
         """The configuration of that name.
@@ -195,8 +243,8 @@ def inherited(configurations: Mapping[str, dict[str, Any]], name: str, seen: tup
     """
     if name in seen:
         raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*seen, name))}")
-    if name not in configurations:
-        raise ValueError(f"inherits_from {name!r}, which is not there")
+    if not isinstance(name, str) or name not in configurations:
+        raise ValueError(f"inherits_from {name!r}, which is not there; there are: {', '.join(configurations)}")
     own = configurations[name]
     if "inherits_from" not in own:
         return dict(own)
@@ -206,10 +254,8 @@ def inherited(configurations: Mapping[str, dict[str, Any]], name: str, seen: tup
 
 def _first_error(error: ValidationError) -> str:
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "the file"
-    value = (
-        ""
-        if isinstance(problem["input"], dict | str | bytes) and not problem["loc"]
-        else f" (found {problem['input']!r:.80})"
-    )
-    return f"{where}: {problem['msg']}{value}"
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):  # the message tells which of its entries is wrong
+        return f"{where}: {message}" if where else message
+    return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"
