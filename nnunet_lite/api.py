@@ -59,6 +59,8 @@ def plan(
     adopt: Folder | None = None,
     change: Change | None = None,
     clip_percentiles: tuple[float, float] | None = None,
+    stored_as: Literal["float16", "float32"] = "float16",
+    splits: Folder | None = None,
     workers: int | None = None,
 ) -> Plan:
     """Check a data set, take its fingerprint and plan its networks; it becomes the current data set.
@@ -69,6 +71,8 @@ def plan(
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
+    splits : folds to use instead of making them, ours or nnU-Net's splits_final.json.
+    stored_as : type of the preprocessed images on disk.
     clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
 
     Raises
@@ -76,9 +80,11 @@ def plan(
     UserError : the data set has errors, which are all logged, or an option is illegal; nothing is written then.
     """
     from nnunet_lite.data.dataset import dataset_to_json, read_dataset
+    from nnunet_lite.interop.nnunet import splits_from_nnunet
     from nnunet_lite.plan.fingerprint import check_and_fingerprint
     from nnunet_lite.plan.planner import budget, make_plan
 
+    folds = None if splits is None else splits_from_nnunet(read_json(Path(splits)), Path(splits))
     budget(preset, memory)  # a mistake in the options is told before minutes of reading
     root = find_raw(str(data), _workspace(workspace))
     dataset = read_dataset(root)
@@ -97,10 +103,13 @@ def plan(
         clipped = [c if c.normalization == "ct" else c.model_copy(update={"clip_percentiles": clip_percentiles})
                    for c in made.channels]  # fmt: skip
         made = made.model_copy(update={"channels": tuple(clipped)})
+    made = made.model_copy(update={"stored_as": stored_as})
     write_json(paths.check, report.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
     write_text(paths.plans, made.to_json())
+    if folds is not None:
+        write_json(paths.splits, folds)
     use(_workspace(workspace), dataset.name)
     return made
 

@@ -36,6 +36,11 @@ class Preset(StrEnum):
     resenc_xl = "resenc_xl"
 
 
+class Stored(StrEnum):
+    float16 = "float16"
+    float32 = "float32"
+
+
 class Format(StrEnum):
     nnlite = "nnlite"
     nnunet = "nnunet"
@@ -136,6 +141,8 @@ def plan(
         tuple[float, float] | None,
         typer.Option("--clip-percentiles", min=0, max=100, help="Clip each image to these before normalisation."),
     ] = None,
+    splits: Annotated[Path | None, typer.Option(help="Folds to use: a splits.json or splits_final.json.")] = None,
+    store: Annotated[Stored, typer.Option(help="Type of preprocessed images on disk.")] = Stored.float16,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
     ] = False,
@@ -164,7 +171,7 @@ def plan(
     elif data is not None:
         made = api.plan(
             data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change,
-            clip_percentiles=clip, workers=workers,
+            clip_percentiles=clip, stored_as=store.value, splits=splits, workers=workers,
         )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")

@@ -290,3 +290,23 @@ def differences(old: Settings, new: Settings) -> list[str]:
     """What changed between two runs' settings, one `key: old -> new` per changed key."""
     before, after = (dict(_flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
     return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]
+
+
+def describe_settings() -> str:
+    """Every key with its default and meaning, as Markdown: docs/settings.md."""
+    lines = ["# Settings", "", "Keys of recipes and of `--set`; defaults are those of the recipe `default`."]
+    for section, field in Settings.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            about = " ".join((kind.__doc__ or "").split())
+            lines += [
+                "",
+                f"## {section}",
+                "",
+                *([about, ""] if about else []),
+                "| key | default | meaning |",
+                "|---|---|---|",
+            ]
+            for name, entry in kind.model_fields.items():
+                lines.append(f"| `{section}.{name}` | `{json.dumps(entry.default)}` | {entry.description or ''} |")
+    return "\n".join(lines) + "\n"

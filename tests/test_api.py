@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import SimpleITK
 
 import nnunet_lite
+import nnunet_lite.api
 from nnunet_lite.errors import UserError
 
 TINY = {
@@ -104,3 +106,13 @@ def test_mistakes_are_exceptions_with_the_same_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: is no model folder"):
         nnunet_lite.load(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folds_of_nnunet_are_adopted(hippocampus: Path, tmp_path: Path) -> None:
+    ids = sorted(path.name.removesuffix(".nii.gz") for path in (hippocampus / "labelsTr").iterdir())
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ids[:20], "val": ids[20:]}]))
+    nnunet_lite.plan(hippocampus, workspace=tmp_path / "ws", splits=tmp_path / "splits_final.json")
+    assert nnunet_lite.api.fold_names(workspace=tmp_path / "ws") == ["0"]
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ids, "val": ids[:1]}]))
+    with pytest.raises(UserError, match="on both sides"):
+        nnunet_lite.plan(hippocampus, workspace=tmp_path / "ws", splits=tmp_path / "splits_final.json")

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.settings import Settings, differences, keys, load, recipe_folder, recipes, with_changes
+from nnunet_lite.settings import (
+    Settings,
+    describe_settings,
+    differences,
+    keys,
+    load,
+    recipe_folder,
+    recipes,
+    with_changes,
+)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -199,3 +208,8 @@ def test_keys_are_all_legal() -> None:
     tree = Settings().model_dump()
     assert len(keys()) > 40
     assert with_changes(Settings(), {k: tree[k.split(".")[0]][k.split(".")[1]] for k in keys()}) == Settings()
+
+
+def test_the_list_of_settings_in_docs_is_current() -> None:
+    docs = Path(__file__).parent.parent / "docs" / "settings.md"
+    assert docs.read_text() == describe_settings()

@@ -346,5 +346,11 @@ def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
     assert budget._cgroup_rooms("0::/job\n", tmp_path / "two") == [3_500_000_000]
 
 
+def test_the_plan_says_how_images_are_stored(five: Dataset, tmp_path: Path) -> None:
+    plan = make_plan(five.labels).model_copy(update={"stored_as": "float32"})
+    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path, workers=0)
+    assert open_case(tmp_path, plan, "3d_fullres", five.cases[0].id).image.dtype == np.float32
+
+
 def test_pruning_before_anything_is_stored(tmp_path: Path) -> None:
     assert prune(tmp_path / "preprocessed", make_plan(Labels(names={"a": 1}))) == (0, 0)

@@ -167,6 +167,7 @@ class Plan(_Model):
     channels: tuple[Channel, ...]
     labels: Labels
     n_cases: int = 0
+    stored_as: Literal["float16", "float32"] = Field("float16", description="type of preprocessed images on disk")
     configurations: dict[str, Configuration] = Field(
         description='one may name another as "inherits_from" and give only what differs'
     )

@@ -90,7 +90,7 @@ def preprocess_dataset(
     folder: Path,
     workers: int | None = None,
     progress: Progress | None = None,
-    precision: Precision = "float16",
+    precision: Precision | None = None,
 ) -> Summary:
     """Preprocess every case for some configurations; what is there already is kept.
 
@@ -99,12 +99,14 @@ def preprocess_dataset(
     folder : the data set's `preprocessed` folder in the workspace.
     workers : the most cases at once; None follows from memory and CPUs, 0 works in this thread.
     progress : wraps the loop over the cases, such as `nnunet_lite.log.progress`.
+    precision : of the stored images; None for the plan's.
 
     Raises
     ------
     UserError : no such configuration, too little free disk, or cases that failed, named with their files; the other
         cases are done nevertheless.
     """
+    precision = precision or plan.stored_as
     wanted = {name: plan.configuration(name) for name in dict.fromkeys(configurations)}
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
