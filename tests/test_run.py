@@ -145,3 +145,10 @@ def test_a_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
         raise AssertionError("the lock was given twice")
     with exclusive(tmp_path):
         assert (tmp_path / ".lock").is_file()
+
+
+def test_a_second_stage_is_not_trained_without_its_first(plan: Plan) -> None:
+    cascade = plan.configuration("3d_fullres").model_copy(update={"previous_stage": "3d_lowres"})
+    both = plan.model_copy(update={"configurations": {**plan.configurations, "3d_cascade_fullres": cascade}})
+    with pytest.raises(UserError, match="3d_cascade_fullres learns from the predictions of 3d_lowres"):
+        configured(both, "3d_cascade_fullres", Settings())

@@ -47,9 +47,12 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
 
     Raises
     ------
-    UserError : no such configuration, an illegal patch, or images too small for any U-Net.
+    UserError : no such configuration, a cascade's second stage, an illegal patch, or images too small for any U-Net.
     """
-    training = settings.training
+    training, stage = settings.training, plan.configuration(configuration).previous_stage
+    if stage is not None:
+        what = f"{configuration} learns from the predictions of {stage}, which this version does not feed to it"
+        raise UserError(what, fix="Train 3d_fullres or 3d_lowres.")
     changed = limited(plan, configuration, training.patch_voxels, training.batch_voxels)
     changed = override(changed, configuration, training.patch_size, training.batch_size)
     planned = changed.configuration(configuration)
