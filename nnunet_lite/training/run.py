@@ -83,7 +83,7 @@ def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
     UserError : another one does, and `wait` is not set.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
