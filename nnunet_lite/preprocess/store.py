@@ -11,13 +11,12 @@ size none, and configurations whose arrays are equal share one copy. A killed ru
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from math import prod
@@ -31,7 +30,7 @@ from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
 from nnunet_lite.preprocess.raw_files import RawCase, survey
 from nnunet_lite.preprocess.stored import LEFTOVER, Precision, StoredCase, read_stored, write_stored
-from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.workspace import locked, read_json, write_json
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -108,8 +107,7 @@ def preprocess_dataset(
     """
     precision = precision or plan.stored_as
     wanted = {name: plan.configuration(name) for name in dict.fromkeys(configurations)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _one_at_a_time(folder):
         _sweep(folder)
         raw = survey(dataset.cases, folder / "raw.json", budget.cpus() if workers is None else workers)
         failed = {name: found for name, found in raw.items() if isinstance(found, Exception)}
@@ -152,8 +150,7 @@ def open_case(folder: Path, plan: Plan, configuration: str, case_id: str) -> Sto
 
 def prune(folder: Path, plan: Plan) -> tuple[int, int]:
     """Delete the arrays that no configuration of this plan uses: how many, and their bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _one_at_a_time(folder):
         _sweep(folder)
         indices = {_index_path(folder, plan, name) for name in plan.configurations}
         for path in folder.glob("*-*.json"):
@@ -321,16 +318,9 @@ def _failure(failed: dict[str, Exception], dataset: Dataset) -> UserError:
 # ------------------------------------------------------------------------------------------------------ the folder
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time works on the folder; a second waits, and finds the work done. Death releases the lock."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info(f"{folder}: another process is preprocessing, waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _one_at_a_time(folder: Path) -> AbstractContextManager[None]:
+    """One process at a time works on the folder; a second waits, and finds the work done."""
+    return locked(folder, lambda: log.info(f"{folder}: another process is preprocessing, waiting for it"))
 
 
 def _sweep(folder: Path) -> None:

@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import platform
 import resource
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +29,7 @@ from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, differences
 from nnunet_lite.training.folds import N_FOLDS
-from nnunet_lite.workspace import Paths, read_json, write_json, write_text
+from nnunet_lite.workspace import Paths, locked, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.training.sampler import CaseArrays
@@ -74,21 +73,18 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
     return changed.model_copy(update={"configurations": {configuration: planned}})
 
 
-@contextmanager
-def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Only one process at a time works in a folder; its death releases the lock.
+def exclusive(folder: Path) -> AbstractContextManager[None]:
+    """Only one process at a time trains in a folder.
 
     Raises
     ------
-    UserError : another one does, and `wait` is not set.
+    UserError : another one does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError("another process is training here", folder, "Wait for it, or stop it.") from None
-        yield
+
+    def refuse() -> None:
+        raise UserError("another process is training here", folder, "Wait for it, or stop it.") from None
+
+    return locked(folder, refuse)
 
 
 def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings) -> int:
@@ -102,7 +98,7 @@ def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, set
     ------
     UserError : the folder holds a run with other settings or another plan; lists the differences.
     """
-    with exclusive(folder, wait=True):
+    with locked(folder, lambda: None):  # folds that are begun at once draw one seed
         return _open_run(folder, plan, dataset, configuration, settings)
 
 
