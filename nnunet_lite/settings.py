@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
 
@@ -41,8 +41,36 @@ Shares = Annotated[tuple[float, float], _range("0 < low <= high <= 1", lambda lo
 Axes = Annotated[tuple[int, ...], AfterValidator(_axes)]
 
 
+def _minutes(value: Any) -> Any:
+    """ "8h", "90m" and "300s" in minutes; anything else as it is."""
+    number, unit = (value[:-1], value[-1:]) if isinstance(value, str) else (value, "")
+    try:
+        return float(number) * {"h": 60.0, "m": 1.0, "s": 1 / 60}[unit]
+    except (KeyError, ValueError):
+        return value
+
+
+def _weights(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if min(weights, default=0) < 0 or sum(weights) == 0:
+        raise ValueError("must be numbers of at least 0, not all of them 0")
+    return weights
+
+
+Weights = Annotated[tuple[float, ...], AfterValidator(_weights)]
+Minutes = Annotated[float, BeforeValidator(_minutes)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PlanSettings(_Section):
+    """Where a recipe wants another U-Net than the plan's, it is planned anew from the fingerprint."""
+
+    preset: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] | None = Field(
+        None, description="default: the plan's"
+    )
+    memory: float | None = Field(None, gt=0, description="GPU memory budget in GB; default: the preset's")
 
 
 class TrainingSettings(_Section):
@@ -51,25 +79,37 @@ class TrainingSettings(_Section):
     epochs: int = Field(1000, ge=1)
     iterations: int = Field(250, ge=1, description="per epoch")
     validation_iterations: int = Field(50, ge=0, description="pseudo-validation batches per epoch; 0 = none")
-    time_limit: float | None = Field(None, gt=0, description="minutes; the schedule fits itself to it")
+    time_limit: Minutes | None = Field(
+        None, gt=0, description='minutes, or "8h", "90m", "300s"; the schedule fits itself to it'
+    )
+    early_stop: int | None = Field(
+        None, ge=1, description="epochs without a better moving average of the held-out Dice that end the run"
+    )
     batch_size: int | None = Field(None, ge=1, description="instead of the plan's")
     patch_size: tuple[int, ...] | None = Field(None, description="instead of the plan's")
     patch_voxels: int | None = Field(None, ge=64, description="the planned patch is shortened to at most so many")
     batch_voxels: int | None = Field(
         None, ge=64, description="the planned batch holds at most so many, and two patches"
     )
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
     foreground: float = Field(0.33, ge=0, le=1, description="share of samples centred on a foreground voxel")
     gradient_clip: float | None = Field(12.0, gt=0, description="largest gradient norm")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     deep_supervision: bool = True
-    cache: Literal["auto", "ram", "disk"] = Field("auto", description="where the preprocessed cases lie while training")
+    compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: on a GPU, where it is faster")
+    cache: Literal["auto", "device", "ram", "disk"] = Field(
+        "auto", description="where the preprocessed cases lie while training"
+    )
     workers: int | None = Field(
         None, ge=0, description="batches that a thread prepares ahead, 0 = none; default: none on a CPU, 2 on a GPU"
     )
     seed: int | None = Field(
         None, ge=0, description="makes two runs identical on the CPU, unless a time limit ends them"
     )
+    init: str | None = Field(None, description="model folder to start from, fine-tuning")
+    freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that stay as they are")
+    tensorboard: bool = Field(False, description="write TensorBoard's files too; needs the extra `track`")
     max_bad_steps: int = Field(20, ge=1, description="steps with a non-finite loss that are skipped before giving up")
 
 
@@ -82,17 +122,26 @@ class NetworkSettings(_Section):
     features_max: int | None = Field(None, ge=1)
     norm: Literal["instance", "batch", "none"] | None = None
     activation: Literal["leaky_relu", "relu"] | None = None
+    factory: str | None = Field(
+        None, description='"module:function" that makes another network, called with (planned network, inputs, outputs)'
+    )
 
 
 class LossSettings(_Section):
     """Weights of the terms of the loss; 0 leaves a term out."""
 
-    cross_entropy: float = Field(1.0, ge=0)
+    cross_entropy: float = Field(1.0, ge=0, description="softmax; for regions binary, of each")
     dice: float = Field(1.0, ge=0)
+    top_k: float = Field(0.0, ge=0, description="cross-entropy of the voxels where it is largest")
+    top_k_share: float = Field(0.1, gt=0, le=1, description="how many of the voxels these are")
+    bce: float = Field(0.0, ge=0, description="binary cross-entropy of each class against the rest")
+    class_weights: Weights | None = Field(
+        None, description="of all terms; one for each class, background first, or for each region"
+    )
 
     @model_validator(mode="after")
     def _something_left(self) -> LossSettings:
-        if self.cross_entropy == self.dice == 0:
+        if self.cross_entropy == self.dice == self.top_k == self.bce == 0:
             raise ValueError("one of the weights must be greater than 0")
         return self
 
@@ -102,6 +151,9 @@ class OptimizerSettings(_Section):
     lr: float = Field(0.01, gt=0)
     momentum: float = Field(0.99, ge=0, lt=1, description="Nesterov, for sgd")
     weight_decay: float = Field(3e-5, ge=0)
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of a moving average of the weights, which becomes the model"
+    )
 
 
 class ScheduleSettings(_Section):
@@ -119,6 +171,13 @@ class AugmentationSettings(_Section):
     """Probabilities (p_) and ranges of each transform; p = 0 turns one off, `enabled` all of them."""
 
     enabled: bool = True
+    pipeline: Literal["native", "batchgenerators"] = Field(
+        "native", description="native: batched, on the training device; batchgenerators: the original nnU-Net's"
+    )
+    extra: tuple[dict[str, Any], ...] = Field(
+        (),
+        description='batchgenerators transforms, applied last: [{name = "RicianNoiseTransform", noise_variance = [0, 0.1]}]',
+    )
     p_rotation: float = Field(0.2, ge=0, le=1)
     rotation: float = Field(
         30.0, ge=0, le=180, description="degrees either way; in plane 180 if the patch is anisotropic"
@@ -140,6 +199,14 @@ class AugmentationSettings(_Section):
     gamma: Factors = (0.7, 1.5)
     p_mirror: float = Field(0.5, ge=0, le=1, description="per axis")
     mirror_axes: Axes | None = Field(None, description="axes of the patch; default: all")
+    mirror_swap: tuple[tuple[str, str], ...] = Field(
+        (), description='labels that change places when left and right do: [["kidney_left", "kidney_right"]]'
+    )
+    mirror_swap_axis: int | None = Field(
+        None, ge=0, le=2, description="axis of the patch from left to right; default: the images' x axis"
+    )
+    p_cascade_morphology: float = Field(0.4, ge=0, le=1, description="cascade: dilate, erode, open or close a label")
+    p_cascade_removal: float = Field(0.2, ge=0, le=1, description="cascade: remove a component of a label")
 
 
 class InferenceSettings(_Section):
@@ -152,6 +219,7 @@ class Settings(_Section):
     """The resolved settings of a run."""
 
     recipe: str = "default"
+    plan: PlanSettings = PlanSettings()
     training: TrainingSettings = TrainingSettings()
     network: NetworkSettings = NetworkSettings()
     loss: LossSettings = LossSettings()
