@@ -176,7 +176,7 @@ class AugmentationSettings(_Section):
     )
     extra: tuple[dict[str, Any], ...] = Field(
         (),
-        description='batchgenerators transforms, applied last: [{name = "RicianNoiseTransform", noise_variance = [0, 0.1]}]',
+        description='batchgenerators transforms, applied last: [{name = "RicianNoiseTransform", p_per_sample = 0.1}]',
     )
     p_rotation: float = Field(0.2, ge=0, le=1)
     rotation: float = Field(
