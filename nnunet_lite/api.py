@@ -253,7 +253,8 @@ def train(
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.evaluation.crossval import validate_fold
     from nnunet_lite.network.arithmetic import pick_device
-    from nnunet_lite.training.loop import Job, train_fold
+    from nnunet_lite.training.job import Job
+    from nnunet_lite.training.loop import train_fold
 
     target = pick_device(device)
     if target.type == "cpu" and settings.recipe == "default" and device is None:

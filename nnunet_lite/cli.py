@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnunet_lite import __version__, api, log
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from nnunet_lite.plan.schema import Plan
@@ -74,6 +74,8 @@ def main() -> None:
         sys.exit(code)
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
+    except Stopped as stopped:
+        sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_fail("stopped; the same command goes on from here (predict: with --continue)", _INTERRUPTED))
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""The exception that is the user's to mend, and the one that a signal to stop ends in."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ class UserError(Exception):
         self.what, self.file, self.fix = what, file, fix
         where = f"{file}: " if file is not None else ""
         super().__init__(f"{where}{what}." + (f" {fix}" if fix else ""))
+
+
+class Stopped(Exception):
+    """A run ended because a signal asked it to, with its checkpoint written; the exit code is 128 + the signal."""
+
+    def __init__(self, what: str, number: int) -> None:
+        self.number = number
+        super().__init__(what)
 
 
 def describe(problem: BaseException) -> str:

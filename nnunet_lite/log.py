@@ -12,12 +12,23 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+_quiet = False
+
+
+def be_quiet() -> None:
+    """Say nothing from here on: of the processes that train together only the first one speaks."""
+    global _quiet
+    _quiet = True
+
+
 def info(message: str) -> None:
+    if _quiet:
+        return
     print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    info(f"warning: {message}")
 
 
 def duration(seconds: float) -> str:
@@ -30,7 +41,7 @@ def duration(seconds: float) -> str:
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Show how far a loop has come: a bar with ETA on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _quiet:
         from tqdm import tqdm
 
         yield from tqdm(items, total=total, desc=what, leave=False)

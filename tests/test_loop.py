@@ -28,7 +28,9 @@ from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.preprocess.stored import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
-from nnunet_lite.training.loop import METRICS, Job, train_fold
+from nnunet_lite.training.job import Job
+from nnunet_lite.training.loop import train_fold
+from nnunet_lite.training.record import METRICS, PICTURE, TABLE
 from nnunet_lite.training.run import MODEL, LoadedCase, configured, in_memory, is_finished
 from nnunet_lite.workspace import current
 
@@ -89,7 +91,7 @@ def test_the_loss_goes_down_and_a_run_leaves_its_files(job: MakeJob) -> None:
     assert not is_finished(run.folder)
     train_fold(run)
     assert is_finished(run.folder)
-    assert {p.name for p in run.folder.glob("[!.]*")} == {CHECKPOINT, MODEL, METRICS, "progress.png"}
+    assert {p.name for p in run.folder.glob("[!.]*")} == {CHECKPOINT, MODEL, METRICS, TABLE, PICTURE}
     table = rows(run.folder)
     assert [row["epoch"] for row in table] == [1, 2, 3]
     assert table[-1]["train_loss"] < table[0]["train_loss"] - 0.2

@@ -13,15 +13,17 @@ from torch import Tensor
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import LossSettings
 from nnunet_lite.training.loss import (
+    class_sums,
     deep_supervision_loss,
     deep_supervision_weights,
     downsample_classes,
     pseudo_dice_counts,
     segmentation_loss,
-    soft_dice,
 )
 from nnunet_lite.workspace import current
 
+BOTH = LossSettings()
+CE, DICE = LossSettings(dice=0), LossSettings(cross_entropy=0)
 REGIONS = ((1, 2, 3), (2, 3), (3,))
 
 
@@ -45,37 +47,36 @@ def dice_of(p: Tensor, y: Tensor, w: Tensor, batch_dice: bool) -> Tensor:
 def test_soft_dice_equals_a_one_hot_reference(batch_dice: bool) -> None:
     logits, classes = example()
     p, y = logits.softmax(1), F.one_hot(classes, 4).movedim(-1, 1).float()
-    everywhere = torch.ones_like(classes)
-    expected = dice_of(p[:, 1:], y[:, 1:], everywhere.float(), batch_dice)
-    torch.testing.assert_close(soft_dice(p, classes, everywhere, batch_dice), expected)
+    expected = -dice_of(p[:, 1:], y[:, 1:], torch.ones(classes.shape), batch_dice)
+    torch.testing.assert_close(segmentation_loss(logits, classes, DICE, batch_dice=batch_dice), expected)
 
 
 def test_batch_dice_differs_from_dice_of_samples() -> None:
     logits, classes = example()
     classes[0] = 0
-    one, other = (segmentation_loss(logits, classes, batch_dice=b, cross_entropy=0) for b in (False, True))
+    one, other = (segmentation_loss(logits, classes, DICE, batch_dice=b) for b in (False, True))
     assert abs(one - other) > 1e-3
 
 
 def test_cross_entropy_is_torchs_and_weights_scale_the_terms() -> None:
     logits, classes = example()
-    ce = segmentation_loss(logits, classes, batch_dice=False, dice=0)
+    ce = segmentation_loss(logits, classes, CE, batch_dice=False)
     torch.testing.assert_close(ce, F.cross_entropy(logits, classes))
-    dice = -segmentation_loss(logits, classes, batch_dice=False, cross_entropy=0)
-    both = segmentation_loss(logits, classes, batch_dice=False, cross_entropy=2, dice=3)
+    dice = -segmentation_loss(logits, classes, DICE, batch_dice=False)
+    both = segmentation_loss(logits, classes, LossSettings(cross_entropy=2, dice=3), batch_dice=False)
     torch.testing.assert_close(both, 2 * ce - 3 * dice)
 
 
 def test_a_perfect_prediction_has_dice_one() -> None:
     _, classes = example()
     logits = 100 * F.one_hot(classes, 4).movedim(-1, 1).float()
-    assert segmentation_loss(logits, classes, batch_dice=True) == pytest.approx(-1, abs=1e-5)
+    assert segmentation_loss(logits, classes, BOTH, batch_dice=True) == pytest.approx(-1, abs=1e-5)
 
 
 def test_a_class_that_is_neither_there_nor_predicted_has_dice_one() -> None:
     logits = torch.zeros(1, 2, 2, 2)
     logits[:, 0] = 1000
-    assert segmentation_loss(logits, torch.zeros(1, 2, 2), batch_dice=False, cross_entropy=0) == pytest.approx(-1)
+    assert segmentation_loss(logits, torch.zeros(1, 2, 2), DICE, batch_dice=False) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("regions", [None, REGIONS])
@@ -85,28 +86,28 @@ def test_ignored_voxels_change_nothing(regions: Any, batch_dice: bool) -> None:
     classes[torch.rand(classes.shape, generator=torch.Generator().manual_seed(1)) < 0.4] = 4
     options: dict[str, Any] = {"batch_dice": batch_dice, "ignore_class": 4, "regions": regions}
     first = logits.clone().requires_grad_()
-    loss = segmentation_loss(first, classes, **options)
+    loss = segmentation_loss(first, classes, BOTH, **options)
     loss.backward()
     assert first.grad is not None
     ignored = (classes == 4)[:, None].expand_as(logits)
     assert (first.grad[ignored] == 0).all()
     assert (first.grad[~ignored] != 0).any()
     other = torch.where(ignored, 50 * torch.randn_like(logits), logits)
-    torch.testing.assert_close(segmentation_loss(other, classes, **options), loss.detach())
+    torch.testing.assert_close(segmentation_loss(other, classes, BOTH, **options), loss.detach())
 
 
 def test_ignore_equals_leaving_the_voxels_out() -> None:
     logits, classes = example()
     logits, classes = logits[:1], classes[:1]
     classes[:, :, :, 3:] = 4
-    told = segmentation_loss(logits, classes, batch_dice=True, ignore_class=4)
-    cut = segmentation_loss(logits[..., :3], classes[..., :3], batch_dice=True)
+    told = segmentation_loss(logits, classes, BOTH, batch_dice=True, ignore_class=4)
+    cut = segmentation_loss(logits[..., :3], classes[..., :3], BOTH, batch_dice=True)
     torch.testing.assert_close(told, cut)
 
 
 def test_a_patch_without_an_annotated_voxel_has_a_finite_loss_without_gradient() -> None:
     logits = torch.randn(1, 2, 4, 4, requires_grad=True)
-    loss = segmentation_loss(logits, torch.full((1, 4, 4), 2), batch_dice=False, ignore_class=2)
+    loss = segmentation_loss(logits, torch.full((1, 4, 4), 2), BOTH, batch_dice=False, ignore_class=2)
     loss.backward()
     assert torch.isfinite(loss)
     assert logits.grad is not None
@@ -120,8 +121,8 @@ def test_regions_equal_a_plain_reference(batch_dice: bool) -> None:
     target = torch.stack([sum((classes == c).float() for c in region) for region in REGIONS], 1)  # type: ignore[misc]
     w = (classes != 4).float()
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    expected = bce.movedim(1, -1)[w.bool()].mean() - dice_of(logits.sigmoid(), target, w, batch_dice)
-    found = segmentation_loss(logits, classes, batch_dice=batch_dice, ignore_class=4, regions=REGIONS)
+    expected = bce.movedim(1, -1)[w.bool()].sum(-1).mean() - dice_of(logits.sigmoid(), target, w, batch_dice)
+    found = segmentation_loss(logits, classes, BOTH, batch_dice=batch_dice, ignore_class=4, regions=REGIONS)
     torch.testing.assert_close(found, expected)
 
 
@@ -137,13 +138,9 @@ def test_outputs_of_all_sizes_are_weighted(tiny_workspace: Path) -> None:
     classes = torch.randint(0, 3, (2, 8, 8, 8), generator=torch.Generator().manual_seed(0))
     outputs = [torch.randn(2, 3, n, n, n) for n in (8, 4, 2)]
     weights = LossSettings(cross_entropy=2, dice=0.5)
-    options: dict[str, Any] = {
-        "batch_dice": plan.configuration("3d_fullres").batch_dice,
-        "cross_entropy": 2,
-        "dice": 0.5,
-    }
-    fine = segmentation_loss(outputs[0], classes, **options)
-    coarse = segmentation_loss(outputs[1], downsample_classes(classes, (4, 4, 4)), **options)
+    batch_dice = plan.configuration("3d_fullres").batch_dice
+    fine = segmentation_loss(outputs[0], classes, weights, batch_dice=batch_dice)
+    coarse = segmentation_loss(outputs[1], downsample_classes(classes, (4, 4, 4)), weights, batch_dice=batch_dice)
     found = deep_supervision_loss(outputs, classes, plan, "3d_fullres", weights)
     torch.testing.assert_close(found, (2 * fine + coarse) / 3)
     torch.testing.assert_close(deep_supervision_loss(outputs[0], classes, plan, "3d_fullres", weights), fine)
@@ -161,7 +158,7 @@ def test_classes_shrink_by_nearest_neighbour() -> None:
 def test_gradients_of_bf16_logits_are_finite(scale: float) -> None:
     logits, classes = example()
     low = (scale * logits).bfloat16().requires_grad_()
-    loss = segmentation_loss(low, classes, batch_dice=True)
+    loss = segmentation_loss(low, classes, BOTH, batch_dice=True)
     loss.backward()
     assert loss.dtype == torch.float32
     assert low.grad is not None
@@ -174,9 +171,9 @@ def test_gradient_equals_finite_differences() -> None:
     logits = torch.randn(2, 3, 3, 3, generator=generator)
     classes = torch.randint(0, 3, (2, 3, 3), generator=generator)
     at = logits.clone().requires_grad_()
-    segmentation_loss(at, classes, batch_dice=False).backward()
+    segmentation_loss(at, classes, BOTH, batch_dice=False).backward()
     step = torch.randn(logits.shape, generator=generator)
-    up, down = (segmentation_loss(logits + e * step, classes, batch_dice=False) for e in (1e-2, -1e-2))
+    up, down = (segmentation_loss(logits + e * step, classes, BOTH, batch_dice=False) for e in (1e-2, -1e-2))
     assert at.grad is not None
     assert float((up - down) / 2e-2) == pytest.approx(float((at.grad * step).sum()), rel=1e-2)
 
@@ -200,5 +197,5 @@ def test_dice_of_millions_of_voxels_is_exact() -> None:
     n, p = 3_000_000, 0.97
     probabilities = torch.tensor([1 - p, p])[None, :, None].expand(1, 2, n)
     ones = torch.ones(1, n, dtype=torch.long)
-    dice = soft_dice(probabilities, ones, torch.ones_like(ones, dtype=torch.bool), batch_dice=False)
-    assert float(dice) == pytest.approx(2 * p / (1 + p), abs=1e-5)
+    overlap, total = class_sums(probabilities, ones)
+    assert float((2 * overlap / total)[0, 1]) == pytest.approx(2 * p / (1 + p), abs=1e-5)

@@ -69,11 +69,11 @@ def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], devic
     times: dict[Arithmetic, float] = {}
     for option in options:
         work = partial(step, option)
-        warm = _seconds(work, device)
+        warm = seconds(work, device)
         if times and warm > 4 * min(times.values()):
             times[option] = warm
             continue
-        times[option] = min(_seconds(work, device) for _ in range(1 if warm > _LONG else 3))
+        times[option] = min(seconds(work, device) for _ in range(1 if warm > _LONG else 3))
     best = min(times, key=times.__getitem__)
     shown = ", ".join(f"{_name(o)} {seconds:.3g} s" for o, seconds in times.items())
     return Arithmetic(best.precision, best.channels_last, f"fastest of {shown}")
@@ -83,7 +83,8 @@ def _name(option: Arithmetic) -> str:
     return f"{option.precision}{' channels-last' if option.channels_last else ''}"
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    """How long it takes, the GPU included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -211,6 +211,11 @@ class Plan(_Model):
             )
         return self.configurations[name]
 
+    def n_inputs(self, configuration: str) -> int:
+        """Input channels of a network: those of the image and, after a previous stage, one per foreground class."""
+        second = self.configuration(configuration).previous_stage is not None
+        return len(self.channels) + (self.labels.n_classes - 1 if second else 0)
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)
 

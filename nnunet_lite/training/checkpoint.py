@@ -32,17 +32,32 @@ def load_weights(path: Path, network: nn.Module) -> dict[str, Any]:
     return about
 
 
-def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write weights, optimizer state and `state` (JSON) in one file, atomically."""
+def save_checkpoint(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    average: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights, their moving average, optimizer state and `state` (JSON) in one file, atomically."""
     tensors = {f"network.{k}": v.detach() for k, v in network.state_dict().items()}
     for i, parameter in enumerate(_parameters(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{i}.{key}"] = value if torch.is_tensor(value) else torch.tensor(value)
+            tensors[f"{_prefix(optimizer)}{i}.{key}"] = value if torch.is_tensor(value) else torch.tensor(value)
+    tensors |= {f"average.{k}": v for k, v in (average or {}).items()}
     _save(path, tensors, state)
 
 
-def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote, in place, and return its `state`.
+
+    Another optimizer than the one that was saved starts without a past, and an average that was not saved from the
+    weights.
 
     Raises
     ------
@@ -51,8 +66,10 @@ def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optim
     tensors, state = _load(path)
     weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
     _fill(network, weights, path)
+    for name, value in (average or {}).items():
+        value.copy_(tensors.get(f"average.{name}", weights[name]))
     for i, parameter in enumerate(_parameters(optimizer)):
-        prefix = f"optimizer.{i}."
+        prefix = f"{_prefix(optimizer)}{i}."
         for name, value in tensors.items():
             if name.startswith(prefix):
                 # moments in the layout of the parameter, so that the arithmetic is the same to the bit
@@ -82,6 +99,11 @@ def _fill(network: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> N
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"holds the weights of another network ({first.rstrip('.')})", path) from None
+
+
+def _prefix(optimizer: torch.optim.Optimizer) -> str:
+    """Of the names of its tensors: the state of one kind of optimizer means nothing to another."""
+    return f"{type(optimizer).__name__.lower()}."
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -1,104 +1,77 @@
 """Training one fold: read this file from top to bottom.
 
-fold folder: checkpoint.safetensors (every epoch), metrics.jsonl (a line an epoch), progress.png,
+fold folder: checkpoint.safetensors (every epoch), metrics.jsonl and metrics.csv (a line an epoch), progress.png,
              and at the end model.safetensors, which marks the fold as finished
 """
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.arithmetic import (
-    Arithmetic,
-    as_layout,
-    candidates,
-    fastest,
-    keep_freed_memory,
-    use_allowed_cpus,
-)
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.settings import Settings
-from nnunet_lite.training import loss as losses
-from nnunet_lite.training.augment import apply_intensity, collate, draw_intensity, is_in_plane
-from nnunet_lite.training.checkpoint import (
-    CHECKPOINT,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-    save_weights,
-)
-from nnunet_lite.training.optimize import Plateau, learning_rate, make_optimizer
+from nnunet_lite.network.arithmetic import Arithmetic, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.training.batches import Batch, make_batch, training_batches
+from nnunet_lite.training.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
+from nnunet_lite.training.distributed import any_rank, from_first, sum_over_ranks
+from nnunet_lite.training.job import Job
+from nnunet_lite.training.loss import check_weights, pseudo_dice_counts
+from nnunet_lite.training.optimize import Plateau, learning_rate
 from nnunet_lite.training.prefetch import prefetch
-from nnunet_lite.training.progress import draw_progress
-from nnunet_lite.training.run import MODEL, exclusive
-from nnunet_lite.training.sampler import CaseArrays, Sample, Shape, draw_batch, rng_for
-from nnunet_lite.workspace import sweep, write_text
+from nnunet_lite.training.record import Row, recording
+from nnunet_lite.training.run import MODEL, VALIDATION, exclusive, length
+from nnunet_lite.training.step import (
+    Learner,
+    averaged,
+    choose_arithmetic,
+    loss_of,
+    make_learner,
+    make_network,
+    parallel,
+    train_step,
+)
+from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, out_of_memory, stoppable, voxels_per_class
+from nnunet_lite.workspace import sweep
 
-METRICS = "metrics.jsonl"
-Batch = tuple[Tensor, Tensor, tuple[str, ...]]  # images (batch, channels, *patch), classes (batch, *patch), case ids
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that decides a fold's training. `plan` already has the settings' batch, patch and network."""
-
-    plan: Plan
-    configuration: str
-    settings: Settings
-    seed: int
-    folder: Path
-    device: torch.device
-    training: Sequence[CaseArrays]
-    validation: Sequence[CaseArrays]
-
-    @property
-    def patch(self) -> Shape:
-        """The patch as (z, y, x); two-dimensional ones are one voxel thick."""
-        size = self.plan.configuration(self.configuration).patch_size
-        return (1, size[0], size[1]) if len(size) == 2 else (size[0], size[1], size[2])
-
-    @property
-    def dimensions(self) -> int:
-        return self.plan.configuration(self.configuration).dimensions
-
-    @property
-    def mirror_axes(self) -> tuple[int, ...]:
-        """Axes of (z, y, x) that augmentation mirrors."""
-        offset = 3 - self.dimensions
-        axes = self.settings.augmentation.mirror_axes
-        return tuple(a + offset for a in (range(self.dimensions) if axes is None else axes))
+_STOP_EVERY = 20  # steps between two looks at the signals of all ranks, which wait for each other there
 
 
 @dataclass
 class State:
-    """Where a run stands; stored with every checkpoint."""
+    """Where a run stands; stored with every checkpoint.
+
+    `iteration` and `losses` are those of an epoch that a signal broke off.
+    """
 
     plateau: Plateau
     arithmetic: Arithmetic
     epoch: int = 0
+    iteration: int = 0
+    losses: list[float] = field(default_factory=list)
     scale: float = 2.0**16  # of the loss, for fp16
     seconds: float = 0.0
+    pace: float = 0.0  # seconds per step of the last epoch
     bad_steps: int = 0
+    trend: Trend = field(default_factory=Trend)
+    seen: Seen = field(default_factory=Seen)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
-        plateau, arithmetic = Plateau(**values.pop("plateau")), Arithmetic(**values.pop("arithmetic"))
-        return cls(plateau, arithmetic, **values)
+        kinds = {"plateau": Plateau, "arithmetic": Arithmetic, "trend": Trend, "seen": Seen}
+        known = {each.name for each in fields(cls)}
+        return cls(**{k: kinds[k](**v) if k in kinds else v for k, v in values.items() if k in known})
 
 
 def train_fold(job: Job) -> None:
@@ -107,67 +80,83 @@ def train_fold(job: Job) -> None:
     Raises
     ------
     UserError : another process trains it; the loss is not finite too often; the GPU's memory is too small for the plan.
+    Stopped : a signal asked for it; the checkpoint is written.
     """
-    with exclusive(job.folder):
+    check_weights(job.settings.loss, job.plan.labels)
+    with exclusive(job.folder) if job.ranks.rank == 0 else nullcontext(), stoppable() as stop:
         sweep(job.folder)
         try:
-            _train_fold(job)
+            _train_fold(job, stop)
         except torch.OutOfMemoryError:
-            batch = job.plan.configuration(job.configuration).batch_size
-            raise UserError(
-                f"the GPU's memory is too small for a batch of {batch} patches of {job.patch}",
-                fix="Use --batch-size or --patch-size with smaller values, or plan with a smaller --memory.",
-            ) from None
+            what, fix = out_of_memory(job.plan, job.configuration, job.device)
+            raise UserError(what, fix=fix) from None
 
 
-def _train_fold(job: Job) -> None:
+def _train_fold(job: Job, stop: Stop) -> None:
     use_allowed_cpus()
     if job.device.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    torch.manual_seed(job.seed)
-    planned = job.plan.configuration(job.configuration)
-    network = UNet(planned.network, len(job.plan.channels), job.plan.labels.n_channels).to(job.device)
-    network.deep_supervision = job.settings.training.deep_supervision
-    optimizer = make_optimizer(network, job.settings.optimizer, job.device)
-    checkpoint = job.folder / CHECKPOINT
-    if checkpoint.is_file():
-        state = State.from_json(read_state(checkpoint))
-        network.to(memory_format=state.arithmetic.layout(job.dimensions))  # type: ignore[call-overload]
-        load_checkpoint(checkpoint, network, optimizer)
-        log.info(f"going on from epoch {state.epoch} of {job.settings.training.epochs}")
-    else:
-        state = State(Plateau(lr=job.settings.optimizer.lr), _choose_arithmetic(job, network))
-        network.to(memory_format=state.arithmetic.layout(job.dimensions))  # type: ignore[call-overload]
+    learner, state = _begin(job)
     log.info(f"{job.device}, {state.arithmetic.precision}, channels-last {state.arithmetic.channels_last}: "
              f"{state.arithmetic.reason}")  # fmt: skip
-    with closing(prefetch(_batches(job, state.epoch), job.device, job.settings.training.workers)) as batches:
-        _run_epochs(job, network, optimizer, batches, state)
-    about = {"configuration": job.configuration, "epochs": state.epoch, "seconds": round(state.seconds, 1),
-             "device": job.device.type, "arithmetic": state.arithmetic.to_json()}  # fmt: skip
-    save_weights(job.folder / MODEL, network, about)
+    first = state.iteration * job.settings.training.accumulate
+    with closing(
+        prefetch(training_batches(job, state.epoch, first), job.device, job.settings.training.workers)
+    ) as made:
+        _run_epochs(job, learner, made, state, stop)
+    if job.ranks.rank == 0:
+        about = {"configuration": job.configuration, "epochs": state.epoch, "seconds": round(state.seconds, 1),
+                 "length": length(job.settings), "device": job.device.type,
+                 "arithmetic": state.arithmetic.to_json()}  # fmt: skip
+        shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was extended
+        with averaged(learner):
+            save_weights(job.folder / MODEL, learner.network, about)
 
 
-def _run_epochs(job: Job, network: UNet, optimizer: torch.optim.Optimizer, batches: Iterator[Batch],
-                state: State) -> None:  # fmt: skip
+def _begin(job: Job) -> tuple[Learner, State]:
+    """The network as the last checkpoint left it, else as it starts."""
+    network, checkpoint = make_network(job), job.folder / CHECKPOINT
+    if checkpoint.is_file():
+        state = State.from_json(read_state(checkpoint))
+        learner = make_learner(job, network, state.arithmetic, state.scale)
+        load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
+        log.info(f"going on from epoch {state.epoch} of {job.settings.training.epochs}")
+    else:
+        state = State(Plateau(lr=job.settings.optimizer.lr), choose_arithmetic(job, network))
+        learner = make_learner(job, network, state.arithmetic, state.scale)
+    return parallel(job, learner), state
+
+
+def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: Stop) -> None:
     """Train to the end of the run, with a line of metrics and a checkpoint after every epoch."""
-    metrics = _keep_metrics(job.folder / METRICS, state.epoch)
-    scaler = torch.amp.GradScaler(job.device.type, state.scale, enabled=state.arithmetic.precision == "fp16")
-    drawn = time.monotonic()
-    while not _is_over(job, state):
-        start = time.monotonic()
-        row = _epoch(job, network, optimizer, scaler, batches, state)
-        row |= _validate(job, network, state.arithmetic)
-        state.seconds += time.monotonic() - start
-        state.scale = scaler.get_scale() if scaler.is_enabled() else state.scale
-        metrics.append(row)
-        _append(job.folder / METRICS, row)
-        save_checkpoint(job.folder / CHECKPOINT, network, optimizer, asdict(state))
-        log.info(_line(job, row, state))
-        if time.monotonic() - drawn > 20:  # matplotlib takes a good part of a second
-            draw_progress(metrics, job.folder / "progress.png")
-            drawn = time.monotonic()
-    draw_progress(metrics, job.folder / "progress.png")
+    writes = job.ranks.rank == 0
+    with recording(job.folder, state.epoch, job.settings.training.tensorboard) if writes else nullcontext() as record:
+        while not _is_over(job, state):
+            start = time.monotonic()
+            row = _epoch(job, learner, batches, state, stop)
+            if row is None:
+                state.seconds += time.monotonic() - start
+                _save(job, learner, state)
+                stop.raise_if_asked(f"in epoch {state.epoch + 1} after step {state.iteration}")
+                continue
+            with averaged(learner):
+                row |= _validate(job, learner)
+            state.seconds += from_first(time.monotonic() - start, job.ranks)
+            state.trend = state.trend.after_epoch(row.get("mean_dice"))
+            state.seen.after_epoch(row.get("dice", {}), _progress(job, state.epoch, 0, state.seconds))
+            if record is not None:
+                record.add(row)
+                log.info(_line(job, row, state))
+            _save(job, learner, state)
+            if _agreed(job, stop):
+                stop.raise_if_asked(f"after epoch {state.epoch}")
+
+
+def _save(job: Job, learner: Learner, state: State) -> None:
+    if job.ranks.rank == 0:
+        state.scale = learner.scaler.get_scale() if learner.scaler.is_enabled() else state.scale
+        save_checkpoint(job.folder / CHECKPOINT, learner.network, learner.optimizer, asdict(state), learner.average)
 
 
 def _progress(job: Job, epoch: int, iteration: int, seconds: float) -> float:
@@ -178,153 +167,145 @@ def _progress(job: Job, epoch: int, iteration: int, seconds: float) -> float:
 
 
 def _is_over(job: Job, state: State) -> bool:
-    schedule = job.settings.schedule
-    annealed = schedule.name == "plateau" and state.plateau.lr < schedule.min_lr
-    return annealed or _progress(job, state.epoch, 0, state.seconds) >= 1
+    schedule, patience = job.settings.schedule, job.settings.training.early_stop
+    if schedule.name == "plateau" and state.plateau.lr < schedule.min_lr:
+        return True
+    if patience is not None and state.trend.since >= patience:
+        log.info(f"stopping early: the held-out Dice has not risen for {state.trend.since} epochs")
+        return True
+    return _progress(job, state.epoch, 0, state.seconds) >= 1
 
 
-def _batch(job: Job, cases: Sequence[CaseArrays], stream: int, iteration: int, augment: bool) -> Batch:
-    """Batch `iteration` of an epoch: images (batch, channels, *patch), classes (batch, *patch), case ids."""
-    settings, configuration = job.settings, job.plan.configuration(job.configuration)
-    rng = rng_for(job.seed, stream, iteration)
-    augmentation = settings.augmentation if augment and settings.augmentation.enabled else None
-    samples: list[Sample] = draw_batch(
-        cases,
-        job.patch,
-        configuration.batch_size,
-        settings.training.foreground,
-        augmentation,
-        is_in_plane(job.patch),
-        rng,
-    )
-    images, classes = collate(samples, job.patch, job.device)
-    if augmentation:
-        draw = draw_intensity(rng, augmentation, len(samples), images.shape[1], job.mirror_axes)
-        masked = [i for i, channel in enumerate(job.plan.channels) if channel.use_mask]
-        images, classes = apply_intensity(images, classes, draw, masked)
-    if job.dimensions == 2:
-        images, classes = images[:, :, 0], classes[:, 0]
-    return images, classes, tuple(sample.case_id for sample in samples)
+def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: Stop) -> Row | None:
+    """Train one epoch and return its row of metrics, or None where a signal broke it off; `state` moves on.
 
-
-def _batches(job: Job, first_epoch: int) -> Iterator[Batch]:
-    epoch = first_epoch
-    while True:
-        for iteration in range(job.settings.training.iterations):
-            yield _batch(job, job.training, epoch, iteration, augment=True)
-        epoch += 1
-
-
-def _choose_arithmetic(job: Job, network: UNet) -> Arithmetic:
-    """Time a training step of the real network on a real batch in each candidate format and layout."""
-    training = job.settings.training
-    options = candidates(job.device, training.precision, training.channels_last)
-    if training.seed is not None:  # what is fastest may change from run to run
-        return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, for the seed's sake")
-    images, classes, _ = _batch(job, job.training, 0, 0, augment=False)
-
-    def step(arithmetic: Arithmetic) -> None:
-        network.to(memory_format=arithmetic.layout(job.dimensions))  # type: ignore[call-overload]
-        network.zero_grad()
-        with arithmetic.autocast(job.device):
-            outputs = network(as_layout(images, arithmetic))
-        losses.deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss).backward()
-
-    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}  # batch norm counts the trial steps
-    best = fastest(options, step, job.device)
-    for name, buffer in network.named_buffers():
-        buffer.copy_(statistics[name])
-    network.zero_grad()
-    return best
-
-
-def _epoch(job: Job, network: UNet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-           batches: Iterator[Batch], state: State) -> dict[str, Any]:  # fmt: skip
-    """Train one epoch and return its row of metrics; `state` moves on."""
+    A GPU is not waited for before the end: losses and what was skipped stay on the device.
+    """
     training, start, waited = job.settings.training, time.monotonic(), 0.0
-    network.train()
-    history, rate, steps = [], 0.0, 0
-    for iteration in range(training.iterations):
-        elapsed = state.seconds + time.monotonic() - start
-        progress = _progress(job, state.epoch, iteration, elapsed)
+    learner.network.train()
+    before, losses, taken, seen = state.losses, [], [], []
+    rate, case_ids, first, broken_off = 0.0, [], state.iteration, False
+    for iteration in range(first, training.iterations):
+        progress = _progress(job, state.epoch, iteration, _elapsed(job, state, iteration - first, start))
         if progress >= 1:
             break
         rate = learning_rate(state.plateau.lr, job.settings.schedule, progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         asked = time.monotonic()
-        images, classes, case_ids = next(batches)
+        step_batches = list(islice(batches, training.accumulate))
         waited += time.monotonic() - asked
-        optimizer.zero_grad(set_to_none=True)
-        with state.arithmetic.autocast(job.device):
-            outputs = network(as_layout(images, state.arithmetic))
-        loss = losses.deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss)
-        scaler.scale(loss).backward()
-        if _step(job, network, optimizer, scaler):
-            history.append(loss.detach())
-        elif state.arithmetic.precision != "fp16" or not torch.isfinite(loss):  # else its scale is adapting
-            state.bad_steps += 1
-            if state.bad_steps >= training.max_bad_steps:
-                raise UserError(
-                    f"the loss was not finite in {state.bad_steps} steps, last with the cases {', '.join(case_ids)}",
-                    fix="Look at these images with `nnlite check`; else lower --lr or use --precision fp32.",
-                )
-        steps += 1
+        number = state.epoch * training.iterations + iteration
+        torch.manual_seed(job.seed + number)  # for a network of the user's that draws random numbers
+        loss, done = train_step(job, learner, step_batches, rate, number)
+        losses.append(loss)
+        taken.append(done | torch.isfinite(loss) if learner.scaler.is_enabled() else done)  # fp16's scale adapts
+        case_ids.append([case for _, _, ids in step_batches for case in ids])
+        if state.epoch == 0:
+            n = job.plan.labels.n_classes + (job.plan.labels.ignore_class is not None)
+            seen += [voxels_per_class(classes, n) for _, classes, _ in step_batches]
+        if job.device.type == "cpu":
+            _refuse_bad_steps(job, state, taken, case_ids)
+        state.iteration = iteration + 1
+        if (job.ranks.world == 1 or iteration % _STOP_EVERY == 0) and _agreed(job, stop):
+            broken_off = state.iteration < training.iterations
+            break
+    state.losses = before + (torch.stack(losses).tolist() if losses else [])
+    _refuse_bad_steps(job, state, taken, case_ids)
+    state.bad_steps += len(taken) - int(torch.stack(taken).sum()) if taken else 0
+    if broken_off:
+        return None
     seconds = time.monotonic() - start
-    state.epoch += 1
-    mean_loss = float(torch.stack(history).mean()) if history else math.nan
-    if job.settings.schedule.name == "plateau" and math.isfinite(mean_loss):
-        state.plateau = state.plateau.after_epoch(mean_loss, job.settings.schedule)
-    batch_size = job.plan.configuration(job.configuration).batch_size
-    return {
-        "epoch": state.epoch,
-        "train_loss": _finite(mean_loss),
+    if seen:
+        state.seen.count(torch.cat(seen), job.plan.labels)
+    row = {
+        "epoch": state.epoch + 1,
+        "train_loss": _finite(_mean(state.losses)),
         "lr": rate,
         "seconds": round(seconds, 2),
-        "samples_per_second": round(steps * batch_size / max(seconds, 1e-9), 2),
+        "samples_per_second": round(len(losses) * training.accumulate * job.planned.batch_size / max(seconds, 1e-9), 2),
         "waiting": round(waited / max(seconds, 1e-9), 3),
         "memory_gb": round(_memory_peak(job.device), 2),
         "bad_steps": state.bad_steps,
     }
+    _end_epoch(job, state, seconds / max(len(losses), 1))
+    return row
 
 
-def _step(job: Job, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Clip and apply the gradients; False, and nothing applied, where they are not finite."""
-    scaler.unscale_(optimizer)
-    limit = job.settings.training.gradient_clip
-    norm = nn.utils.clip_grad_norm_(network.parameters(), limit if limit else math.inf)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        scaler.step(optimizer)
-    scaler.update()
-    return finite
+def _end_epoch(job: Job, state: State, pace: float) -> None:
+    """Move `state` to the beginning of the next epoch; `pace` is in seconds per step."""
+    loss = _mean(state.losses)
+    if job.settings.schedule.name == "plateau" and math.isfinite(loss):
+        state.plateau = state.plateau.after_epoch(loss, job.settings.schedule)
+    state.epoch, state.iteration, state.losses = state.epoch + 1, 0, []
+    state.pace = from_first(pace, job.ranks)
+
+
+def _elapsed(job: Job, state: State, steps: int, start: float) -> float:
+    """Seconds since the run began, without those when it was stopped; `start` was `steps` steps ago.
+
+    The ranks of a data-parallel run must agree on the learning rate and on when to stop, so they do not look at their
+    clocks but go by the pace of the last epoch.
+    """
+    if job.ranks.world > 1:
+        return state.seconds + steps * state.pace
+    return state.seconds + time.monotonic() - start
+
+
+def _agreed(job: Job, stop: Stop) -> bool:
+    """Whether a signal came to any rank: all of them stop at the same step."""
+    stop.asked = any_rank(stop.asked or 0, job.ranks) or None
+    return stop.asked is not None
+
+
+def _refuse_bad_steps(job: Job, state: State, taken: list[Tensor], case_ids: list[list[str]]) -> None:
+    """End a run in which too many steps had a loss or gradient that is not finite.
+
+    Raises
+    ------
+    UserError : that is so; names the cases of these steps.
+    """
+    if not taken or (job.device.type == "cpu" and bool(taken[-1])):
+        return
+    bad = [i for i, done in enumerate(torch.stack(taken).tolist()) if not done]
+    if state.bad_steps + len(bad) >= job.settings.training.max_bad_steps:
+        raise UserError(
+            f"the loss was not finite in {state.bad_steps + len(bad)} steps, with the cases {names_of(case_ids, bad)}",
+            fix="Look at these images with `nnlite check`; else lower --lr or use --precision fp32.",
+        )
 
 
 @torch.inference_mode()
-def _validate(job: Job, network: UNet, arithmetic: Arithmetic) -> dict[str, Any]:
+def _validate(job: Job, learner: Learner) -> Row:
     """Loss and pseudo-Dice on fixed patches of the held-out cases; Dice is None for a label that they do not show."""
     n_batches = job.settings.training.validation_iterations
     if not n_batches or not job.validation:
         return {}
-    network.eval()
+    learner.network.eval()
     labels = job.plan.labels
     regions = labels.region_classes if labels.has_regions else None
-    total, counts = 0.0, np.zeros((3, len(labels.region_names)))
+    total = torch.zeros((), device=job.device)
+    counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.float64)
     for i in range(n_batches):
-        images, classes, _ = _batch(job, job.validation, _VALIDATION_STREAM, i, augment=False)
-        with arithmetic.autocast(job.device):
-            outputs = network(as_layout(images, arithmetic))
-        total += float(losses.deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss))
+        batch = make_batch(job, job.validation, _VALIDATION_STREAM, i, augment=False)
+        loss, outputs = loss_of(job, learner, batch)
         finest = outputs[0] if isinstance(outputs, list) else outputs
-        counts += losses.pseudo_dice_counts(finest, classes, regions, labels.ignore_class).cpu().numpy()
-    tp, fp, fn = counts
+        total += loss
+        counts += pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+    if job.ranks.world > 1:
+        counts = sum_over_ranks(counts)
+    tp, fp, fn = counts.cpu().numpy()
     dice = [round(float(2 * t / (2 * t + p + n)), 4) if t + n else None for t, p, n in zip(tp, fp, fn, strict=True)]
     known = [d for d in dice if d is not None]
     return {
-        "validation_loss": _finite(total / n_batches),
+        "validation_loss": _finite(float(total) / n_batches),
         "dice": dict(zip(labels.region_names, dice, strict=True)),
         "mean_dice": round(float(np.mean(known)), 4) if known else None,
     }
+
+
+def _mean(losses: list[float]) -> float:
+    """Of the steps whose loss was finite."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def _finite(value: float) -> float | None:
@@ -341,21 +322,7 @@ def _memory_peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def _keep_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The rows of the epochs that the checkpoint has seen; later ones (killed before the checkpoint) are dropped."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
-    kept = [row for row in rows if row["epoch"] <= epochs]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _line(job: Job, row: dict[str, Any], state: State) -> str:
+def _line(job: Job, row: Row, state: State) -> str:
     """One epoch for a person to read."""
     done = max(_progress(job, state.epoch, 0, state.seconds), 1e-9)
     left = state.seconds / done * max(0.0, 1 - done)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
 
@@ -53,3 +53,19 @@ class Plateau:
         if since > settings.patience:
             return Plateau(average, best, 0, self.lr * settings.factor)
         return Plateau(average, best, since, self.lr)
+
+
+def start_average(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's weights and buffers, from which their moving average starts."""
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+@torch.no_grad()
+def average_step(average: dict[str, Tensor], network: nn.Module, decay: float, number: int) -> None:
+    """Move the average towards the weights after step `number`; at first faster, to forget the random start."""
+    share = 1 - min(decay, (1 + number) / (10 + number))
+    own = network.state_dict()
+    floats = [name for name, value in average.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[n] for n in floats], [own[n] for n in floats], share)
+    for name in average.keys() - set(floats):
+        average[name].copy_(own[name])

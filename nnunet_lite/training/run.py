@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import secrets
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import nnunet_lite
+from nnunet_lite import log
 from nnunet_lite.budget import free_memory
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
 
 FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
+VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _OLD = "old_"
 # changing these between two calls of `train` does not make it another run
-_INCIDENTAL = ("training.workers", "training.cache", "inference.")
+_INCIDENTAL = ("training.workers", "training.cache", "training.compile", "training.tensorboard", "inference.")
+_LENGTH = ("training.epochs", "training.time_limit")
 
 
 def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
@@ -87,8 +91,12 @@ def exclusive(folder: Path) -> AbstractContextManager[None]:
     return locked(folder, refuse)
 
 
-def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings) -> int:
+def open_run(
+    folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings, force: bool = False
+) -> int:
     """Make a model folder, or make sure that the one that is there was made with the same plan and settings.
+
+    A run may be made longer at any time. `force` takes over other changed settings too, if the network stays.
 
     Returns
     -------
@@ -99,31 +107,69 @@ def open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, set
     UserError : the folder holds a run with other settings or another plan; lists the differences.
     """
     with locked(folder, lambda: None):  # folds that are begun at once draw one seed
-        return _open_run(folder, plan, dataset, configuration, settings)
+        return _open_run(folder, plan, dataset, configuration, settings, force)
 
 
-def _open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings) -> int:
+def _open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings, force: bool) -> int:
     file = folder / "run.json"
     if file.is_file():
-        run = read_json(file)
-        changes = differences(Settings.model_validate(run["settings"]), settings)
-        changes = [change for change in changes if not change.startswith(_INCIDENTAL)]
-        if Plan.read(folder / "plans.json") != plan and not changes:
-            changes = ["the plan"]
+        run, old_plan = read_json(file), Plan.read(folder / "plans.json")
+        old = Settings.model_validate(run["settings"])
+        changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
+        longer = [change for change in changes if change.startswith(_LENGTH)] if _is_longer(old, settings) else []
+        if old_plan != plan and len(changes) == len(longer):
+            changes = [*changes, "the plan"]
+        if len(changes) > len(longer):
+            _refuse_changes(folder, changes, old_plan, plan, configuration, force)
         if changes:
-            raise UserError(
-                f"was begun with other settings: {'; '.join(changes)}",
-                folder,
-                "Repeat the old settings to go on, use another --name to train beside it, or --restart to begin anew.",
-            )
+            log.info(f"{folder}: goes on with {'; '.join(changes)}")
+            write_text(folder / "plans.json", plan.to_json())
+            history = [*run.get("changed", []), {"when": _now(), "changes": changes}]
+            write_json(file, {**run, "settings": settings.model_dump(mode="json"), "changed": history})
         return int(run["seed"])
     seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "plans.json", plan.to_json())
     write_json(folder / "dataset.json", _about(dataset))
     run = {"format": FORMAT, "configuration": configuration, "seed": seed, "settings": settings.model_dump(mode="json")}
-    write_json(file, {**run, "began": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()})
+    write_json(file, {**run, "began": _now(), "versions": versions()})
     return seed
+
+
+def _is_longer(old: Settings, new: Settings) -> bool:
+    """Whether nothing that ends a run comes earlier than before."""
+    before, after = old.training, new.training
+    return after.epochs >= before.epochs and (after.time_limit or math.inf) >= (before.time_limit or math.inf)
+
+
+def _refuse_changes(folder: Path, changes: list[str], old: Plan, new: Plan, configuration: str, force: bool) -> None:
+    """Refuse to go on with other settings, unless they are forced and the weights still fit.
+
+    Raises
+    ------
+    UserError : they are not, or the weights do not.
+    """
+    what = f"was begun with other settings: {'; '.join(changes)}"
+    beside = "use another --name to train beside it, or --restart to begin anew"
+    if not force:
+        raise UserError(what, folder, f"Repeat the old settings to go on, {beside}; --force goes on with the new ones.")
+    same = (
+        old.configuration(configuration).network == new.configuration(configuration).network
+        and old.n_inputs(configuration) == new.n_inputs(configuration)
+        and old.labels.n_channels == new.labels.n_channels
+    )
+    if not same:
+        raise UserError(f"{what}; that is another network, which cannot go on from these weights", folder,
+                        f"{beside[0].upper()}{beside[1:]}.")  # fmt: skip
+
+
+def length(settings: Settings) -> dict[str, float | None]:
+    """What a finished run was trained for: asked for more, it goes on."""
+    return {"epochs": settings.training.epochs, "time_limit": settings.training.time_limit}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def model_folders(paths: Paths) -> list[Path]:

@@ -1,0 +1,82 @@
+"""The network of a configuration: the planned U-Net, or one that a recipe's `network.factory` makes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.network.unet import UNet
+from nnunet_lite.plan.schema import Network, Plan
+
+Factory = Callable[[Network, int, int], nn.Module]
+
+
+def build_network(plan: Plan, configuration: str, factory: str | None = None) -> nn.Module:
+    """The network of a configuration, in float32 on the CPU.
+
+    Parameters
+    ----------
+    factory : "module:function", called with the planned `Network`, the number of input channels and that of output
+        channels. It returns a module that maps (batch, inputs, *patch) to logits (batch, outputs, *patch), or, where
+        it has an attribute `deep_supervision` and that is true, to a list of logits, finest first.
+
+    Raises
+    ------
+    UserError : there is no such module or function, or what it makes does not return logits of the right shape.
+    """
+    planned = plan.configuration(configuration)
+    inputs, outputs = plan.n_inputs(configuration), plan.labels.n_channels
+    if factory is None:
+        return UNet(planned.network, inputs, outputs)
+    network = _function(factory)(planned.network, inputs, outputs)
+    if not isinstance(network, nn.Module):
+        raise UserError(f"network.factory = {factory!r} returned {type(network).__name__}, no torch.nn.Module")
+    _try(factory, network, (1, inputs, *planned.patch_size), outputs)
+    return network
+
+
+def supervise_deeply(network: nn.Module, on: bool) -> None:
+    """Let a network put out every decoder stage, or the finest alone; one that has no such stages is left as it is."""
+    if hasattr(network, "deep_supervision"):
+        setattr(network, "deep_supervision", on)  # noqa: B010 - the type checker knows modules and tensors only
+
+
+def _function(factory: str) -> Factory:
+    """The function of "module:function"; a module beside the user, in the current folder, is found as well."""
+    module_name, _, name = factory.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        fix = 'Give "module:function" of a module that can be imported here.'
+        raise UserError(f"network.factory = {factory!r}: {error}", fix=fix) from None
+    if not callable(found):
+        raise UserError(f"network.factory = {factory!r}: {name} is no function")
+    return found
+
+
+def _try(factory: str, network: nn.Module, shape: tuple[int, ...], outputs: int) -> None:
+    """Run a network on zeros.
+
+    Raises
+    ------
+    UserError : it fails, or its (finest) output is not (batch, outputs, *patch).
+    """
+    supervise_deeply(network, False)
+    try:
+        with torch.inference_mode():
+            found = network.eval()(torch.zeros(shape))
+    except Exception as error:  # whatever is wrong inside the user's code
+        raise UserError(f"network.factory = {factory!r} fails on a batch of shape {shape}: {error}") from error
+    expected = (shape[0], outputs, *shape[2:])
+    if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(f"network.factory = {factory!r} returns {got} for a batch of shape {shape}, not {expected}")
+    network.train()

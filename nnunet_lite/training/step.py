@@ -1,0 +1,202 @@
+"""What learns, and one step of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_lite import log
+from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, seconds
+from nnunet_lite.network.build import build_network, supervise_deeply
+from nnunet_lite.training.batches import Batch, make_batch
+from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
+from nnunet_lite.training.job import Job
+from nnunet_lite.training.loss import alone, deep_supervision_loss
+from nnunet_lite.training.optimize import average_step, make_optimizer, start_average
+
+_WORTH = 0.95  # a compiled network must take at most this share of the time: compiling is paid again at every start
+
+
+@dataclass
+class Learner:
+    """A network and what trains it.
+
+    `network` is the bare one, whose weights are saved; `forward` is the same, perhaps compiled and made data-parallel.
+    `average` : moving average of the weights, which becomes the model; None where the settings want none.
+    """
+
+    network: nn.Module
+    forward: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    arithmetic: Arithmetic
+    average: dict[str, Tensor] | None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def make_network(job: Job) -> nn.Module:
+    """The network of a job on its device, with random weights; the seed decides them."""
+    torch.manual_seed(job.seed)
+    network = build_network(job.plan, job.configuration, job.settings.network.factory).to(job.device)
+    supervise_deeply(network, job.settings.training.deep_supervision)
+    return network
+
+
+def make_learner(job: Job, network: nn.Module, arithmetic: Arithmetic, scale: float) -> Learner:
+    """Lay the network out in memory and give it an optimizer; `scale` is that of the loss, for fp16."""
+    network.to(memory_format=arithmetic.layout(job.dimensions))  # type: ignore[call-overload]
+    optimizer = make_optimizer(network, job.settings.optimizer, job.device)
+    scaler = torch.amp.GradScaler(job.device.type, scale, enabled=arithmetic.precision == "fp16")
+    average = None if job.settings.optimizer.ema is None else start_average(network)
+    return Learner(network, network, optimizer, scaler, arithmetic, average)
+
+
+def parallel(job: Job, learner: Learner) -> Learner:
+    """Let the ranks of a data-parallel run add up their gradients, and compile the network where that pays."""
+    forward = learner.network
+    if job.ranks.world > 1:
+        # the coarsest head has no weight in the loss, hence no gradient
+        devices = [job.device] if job.device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(forward, device_ids=devices, find_unused_parameters=True)
+    return _compiled(job, replace(learner, forward=forward))
+
+
+def loss_of(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]:
+    """Loss of a batch over all ranks, and the network's output."""
+    images, classes, _ = batch
+    with learner.arithmetic.autocast(job.device):
+        outputs = learner.forward(as_layout(images, learner.arithmetic))
+    reduce = sum_over_ranks if job.ranks.world > 1 else alone
+    return deep_supervision_loss(
+        outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce
+    ), outputs
+
+
+def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, number: int) -> tuple[Tensor, Tensor]:
+    """One step of the optimizer on the mean gradient of some batches.
+
+    Parameters
+    ----------
+    number : of the step since the run began.
+
+    Returns
+    -------
+    The loss, and whether the step was taken: one with a gradient that is not finite is skipped. Both are on the
+    device, which is not waited for.
+    """
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
+    learner.optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for i, batch in enumerate(batches):
+        with _local(learner.forward, i < len(batches) - 1):
+            loss, _ = loss_of(job, learner, batch)
+            learner.scaler.scale(loss / len(batches)).backward()
+        losses.append(loss.detach())
+    taken = _apply(job, learner)
+    if learner.average is not None:
+        average_step(learner.average, learner.network, job.settings.optimizer.ema or 0.0, number)
+    return torch.stack(losses).mean(), taken
+
+
+def _local(forward: nn.Module, on: bool) -> AbstractContextManager[None]:
+    """Gradients stay with their rank until the last batch of a step."""
+    if on and isinstance(forward, nn.parallel.DistributedDataParallel):
+        return forward.no_sync()
+    return nullcontext()
+
+
+def _apply(job: Job, learner: Learner) -> Tensor:
+    """Clip and apply the gradients unless one is not finite; whether they were applied."""
+    learner.scaler.unscale_(learner.optimizer)
+    limit = job.settings.training.gradient_clip
+    norm = nn.utils.clip_grad_norm_(learner.parameters, limit if limit else math.inf)
+    finite = torch.isfinite(norm)
+    if learner.scaler.is_enabled():
+        learner.scaler.step(learner.optimizer)
+    elif job.device.type == "cuda":
+        # fused optimizers look at this on the device and leave everything as it is
+        learner.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        learner.optimizer.step()
+    elif finite:
+        learner.optimizer.step()
+    learner.scaler.update()
+    return finite
+
+
+@contextmanager
+def averaged(learner: Learner) -> Iterator[None]:
+    """The network with its averaged weights, where there are such, for the time of the block."""
+    if learner.average is None:
+        yield
+        return
+    own = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    learner.network.load_state_dict(learner.average)
+    try:
+        yield
+    finally:
+        learner.network.load_state_dict(own)
+
+
+def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
+    """Time a training step of the real network on a real batch in each candidate format and layout."""
+    training = job.settings.training
+    options = candidates(job.device, training.precision, training.channels_last)
+    if training.seed is not None:  # what is fastest may change from run to run
+        return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, for the seed's sake")
+    batch = make_batch(job, job.training, 0, 0, augment=False)
+    single = replace(job, ranks=ALONE)
+    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}  # batch norm counts the trial steps
+
+    def step(arithmetic: Arithmetic) -> None:
+        _trial(single, make_learner(single, network, arithmetic, 1.0), batch)()
+
+    best = fastest(options, step, job.device)
+    for name, buffer in network.named_buffers():
+        buffer.copy_(statistics[name])
+    return from_first(best, job.ranks)
+
+
+def _trial(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
+    """A step without its end: forwards and backwards."""
+
+    def work() -> None:
+        learner.network.zero_grad()
+        loss_of(job, learner, batch)[0].backward()
+        learner.network.zero_grad()
+
+    return work
+
+
+def _compiled(job: Job, learner: Learner) -> Learner:
+    """The learner with a compiled network: on request, or on a GPU where it proves to be faster."""
+    wanted = job.settings.training.compile
+    if wanted is False or (wanted == "auto" and job.device.type != "cuda"):
+        return learner
+    batch = make_batch(job, job.training, 0, 0, augment=False)
+    statistics = {name: buffer.clone() for name, buffer in learner.network.named_buffers()}
+    plain, made = learner, replace(learner, forward=torch.compile(learner.forward))  # type: ignore[arg-type]
+    times = []
+    try:
+        for each in (plain, made):
+            work = _trial(job, each, batch)
+            work()
+            times.append(min(seconds(work, job.device) for _ in range(3)))
+    except Exception as error:  # the compiler's own errors, of many kinds: the run goes on without it
+        log.warn(f"torch.compile failed and is left out: {str(error).splitlines()[0]}")
+        return plain
+    finally:
+        for name, buffer in learner.network.named_buffers():
+            buffer.copy_(statistics[name])
+    pays = wanted is True or from_first(times[1] < _WORTH * times[0], job.ranks)
+    log.info(f"{'compiled' if pays else 'not compiled'}: a step takes {times[0]:.3g} s, compiled {times[1]:.3g} s")
+    return made if pays else plain
