@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,18 @@ import nnunet_lite.preprocess  # noqa: F401
 
 __version__ = "0.1.0"
 
-from nnunet_lite.api import check, evaluate, plan, predict, preprocess, train
+from nnunet_lite.api import check, evaluate, export_model, import_model, plan, predict, preprocess, train
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
 
-__all__ = ["check", "evaluate", "load", "plan", "predict", "preprocess", "train"]
+__all__ = ["check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "train"]
 
 
 def load(folder: str | Path, **options: Any) -> Model:
-    """Load a model folder; `model(array, spacing)` or `model("scan.nii.gz")` segments an image."""
+    """Load a model folder, ours or nnU-Net's; `model(array, spacing)` or `model("scan.nii.gz")` segments an image."""
     from nnunet_lite.inference.predictor import load as load_model
+    from nnunet_lite.interop.model import native
 
-    return load_model(folder, **options)
+    with native(Path(folder), options.get("folds")) as ours:
+        return replace(load_model(ours, **options), folder=Path(folder))

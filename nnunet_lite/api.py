@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nnunet_lite.evaluation.scores import Scores
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.preprocess.store import Summary
+    from nnunet_lite.settings import Settings
 
 Folder = str | Path
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
@@ -60,6 +61,9 @@ def plan(
     change: Change | None = None,
     clip_percentiles: tuple[float, float] | None = None,
     stored_as: Literal["float16", "float32"] = "float16",
+    folds: int | None = None,
+    group_by: Folder | None = None,
+    stratify: bool | Folder = False,
     splits: Folder | None = None,
     workers: int | None = None,
 ) -> Plan:
@@ -71,7 +75,7 @@ def plan(
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
-    splits : folds to use instead of making them, ours or nnU-Net's splits_final.json.
+    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given.
     stored_as : type of the preprocessed images on disk.
     clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
 
@@ -80,15 +84,18 @@ def plan(
     UserError : the data set has errors, which are all logged, or an option is illegal; nothing is written then.
     """
     from nnunet_lite.data.dataset import dataset_to_json, read_dataset
-    from nnunet_lite.interop.nnunet import splits_from_nnunet
     from nnunet_lite.plan.fingerprint import check_and_fingerprint
     from nnunet_lite.plan.planner import budget, make_plan
+    from nnunet_lite.training.folds import ALL, make_splits, must_be_made, point_out_groups, wanted_folds, write_splits
+    from nnunet_lite.training.run import model_folders, other_folds, set_aside
 
-    folds = None if splits is None else splits_from_nnunet(read_json(Path(splits)), Path(splits))
     budget(preset, memory)  # a mistake in the options is told before minutes of reading
     root = find_raw(str(data), _workspace(workspace))
     dataset = read_dataset(root)
-    paths = Paths(_workspace(workspace) / dataset.name)
+    paths, ids = Paths(_workspace(workspace) / dataset.name), [case.id for case in dataset.cases]
+    wanted = wanted_folds(dataset, folds, group_by, stratify, splits)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
+    other_splits = must_be_made(paths.splits, ids, wanted, trained)
     report, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(report.to_text())
     if fingerprint is None:
@@ -104,12 +111,17 @@ def plan(
                    for c in made.channels]  # fmt: skip
         made = made.model_copy(update={"channels": tuple(clipped)})
     made = made.model_copy(update={"stored_as": stored_as})
+    made_splits = make_splits(ids, wanted) if other_splits else None
     write_json(paths.check, report.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
     write_text(paths.plans, made.to_json())
-    if folds is not None:
-        write_json(paths.splits, folds)
+    if made_splits is not None:
+        if (old := set_aside(paths.splits)) is not None:
+            log.info(f"the folds that were there are kept in {old}")
+        write_splits(paths.splits, *made_splits)
+    elif not paths.splits.is_file():
+        point_out_groups(ids)
     use(_workspace(workspace), dataset.name)
     return made
 
@@ -211,13 +223,23 @@ def train(
     *,
     recipe: str = "default",
     changes: dict[str, Any] | None = None,
+    folds: int | None = None,
+    group_by: Folder | None = None,
+    stratify: bool | Folder = False,
+    splits: Folder | None = None,
     dataset: str | None = None,
     name: str | None = None,
     device: str | None = None,
     restart: bool | Literal["model"] = False,
+    resume: bool = False,
+    force: bool = False,
+    preview: bool = False,
     workspace: Folder | None = None,
 ) -> Scores | None:
     """Train one fold, then predict and score its held-out cases. The same call again goes on where it stopped.
+
+    The second stage of a cascade learns from what the first one predicts of cases that it held out: the folds of the
+    first stage that this needs are trained before, with the same recipe and settings, where they are not there.
 
     Parameters
     ----------
@@ -225,69 +247,154 @@ def train(
     fold : 0 to 4, or "all" to train on every case (nothing is held out: returns None).
     recipe : a name in configs/ or a TOML file.
     changes : settings on top of the recipe, e.g. {"training.epochs": 100}.
-    name : of the model folder; default `<configuration>-<recipe>`.
+    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; for splits.json where it is not there yet.
+    name : of the model folder; default `<configuration>-<recipe>`. A first stage of the recipe that is trained is used
+        by all second stages; else it is named alike.
     restart : begin anew; the fold that is there is moved aside, not deleted; "model": all folds are.
+    resume : go on with a run that was begun; where there is none, that is an error.
+    force : go on with changed settings; a longer run needs no force.
+    preview : draw augmented samples to fold_k/preview.png first.
+
+    Raises
+    ------
+    UserError : an illegal setting, a run that was begun with others, or nothing to resume.
+    Stopped : a signal asked for it; the checkpoint is written.
     """
-    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.inference.next_stage import find_first_stage, predict_for_next_stage
     from nnunet_lite.preprocess.store import open_case, preprocess_dataset
     from nnunet_lite.settings import load as load_settings
-    from nnunet_lite.training.folds import ALL, read_fold
+    from nnunet_lite.training.folds import ALL, read_fold, record_cases, refuse_other_cases, wanted_folds
+    from nnunet_lite.training.previous import with_previous
     from nnunet_lite.training.run import (
         configured,
         fold_seed,
+        is_complete,
         is_finished,
-        load_cases,
         model_folder,
         open_run,
         other_folds,
+        require_begun,
         set_aside,
     )
 
     settings = load_settings(recipe, changes)
     paths = current_paths(workspace, dataset)
-    data, planned = _dataset(paths), Plan.read(paths.plans)
+    data, planned = _dataset(paths), _planned_for(paths, settings)
+    if settings.training.init is not None:
+        from nnunet_lite.training.initial import adopted_plan, find_source
+
+        source = find_source(Path(settings.training.init), data.name, str(fold))
+        planned = adopted_plan(planned, configuration, source, settings)
     made = configured(planned, configuration, settings)
-    split = read_fold(paths.splits, [case.id for case in data.cases], str(fold))
+    wanted = wanted_folds(data, folds, group_by, stratify, splits)
+    split = read_fold(paths.splits, [case.id for case in data.cases], str(fold), wanted)
     folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
+    first = find_first_stage(paths, made, configuration, split, folder, settings.recipe, name)
 
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.evaluation.crossval import validate_fold
     from nnunet_lite.network.arithmetic import pick_device
+    from nnunet_lite.training.cache import load_cases
+    from nnunet_lite.training.distributed import current as current_ranks
+    from nnunet_lite.training.distributed import device_of, from_first, join
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.loop import train_fold
 
-    target = pick_device(device)
+    ranks = current_ranks()
+    target = device_of(ranks, pick_device(device))
+    join(ranks, target)
     if target.type == "cpu" and settings.recipe == "default" and device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    if restart:
-        only = restart == "model" or not other_folds(folder, split.name)
+    if resume:
+        require_begun(folder / f"fold_{split.name}", restart)
+    only = restart == "model" or not other_folds(folder, split.name)
+    if not (restart and only):
+        refuse_other_cases(folder, split, paths.splits, anew=bool(restart))
+    if restart and ranks.rank == 0:
         set_aside(folder if only else folder / f"fold_{split.name}")
-    seed = fold_seed(open_run(folder, made, data, configuration, settings), split.name)
+    from_first(None, ranks)  # the others wait for that
     fold_folder = folder / f"fold_{split.name}"
-    if is_finished(fold_folder):
+    begin = partial(open_run, folder, made, data, configuration, settings, force)
+    if first is not None and not is_finished(fold_folder):
+        if (folder / "run.json").is_file():  # what is wrong with it is told before the first stage is trained
+            begin()
+        refuse_other_cases(first.folder, split, paths.splits)
+        log.info(first.needs())
+        alone = {"training.init": None, "training.freeze": None} if settings.training.init else {}
+        for missing in first.missing:
+            train(first.configuration, missing, recipe=recipe, changes={**(changes or {}), **alone}, dataset=dataset,
+                  name=first.folder.name, device=device, force=force, workspace=workspace)  # fmt: skip
+    seed = fold_seed(begin(None if first is None else first.folder.name), split.name)
+
+    def predicted(case_ids: Sequence[str]) -> dict[str, Path] | None:
+        """What the first stage predicts of cases."""
+        if first is None:
+            return None
+        workers = settings.training.workers
+        where = paths.preprocessed
+        return predict_for_next_stage(first.only(case_ids), data, made, configuration, where, workers, str(target))
+
+    if is_complete(fold_folder, settings):
         log.info(f"{fold_folder}: training is finished")
     else:
         preprocess_dataset(data, made, [configuration], paths.preprocessed, settings.training.workers, log.progress)
+        before = predicted(sorted({*split.training, *split.validation}))
+
+        def open_one(case_id: str) -> Any:
+            case = open_case(paths.preprocessed, made, configuration, case_id)
+            return case if before is None else with_previous(case, before[case_id])
 
         def cases(ids: Sequence[str]) -> list[Any]:
-            return load_cases(ids, partial(open_case, paths.preprocessed, made, configuration), settings.training.cache)
+            reserve = made.configuration(configuration).memory_gb or 0.0
+            return load_cases(ids, open_one, settings.training.cache, target, reserve, ranks.world)
 
         training = cases(split.training)
         validation = training if split.name == ALL else cases(split.validation)
         log.info(f"training {configuration} fold {split.name} on {len(training)} cases in {fold_folder}")
-        fold_folder.mkdir(parents=True, exist_ok=True)
-        train_fold(Job(made, configuration, settings, seed, fold_folder, target, training, validation))
-    if split.name == ALL:
+        record_cases(fold_folder, split)
+        job = Job(made, configuration, settings, seed, fold_folder, target, training, validation, ranks)
+        train_fold(job)
+    if split.name == ALL or ranks.rank:
         return None
-    return validate_fold(folder, split.name, data, split.validation, device)
+    return validate_fold(folder, split.name, data, split.validation, device, predicted(split.validation))
 
 
-def fold_names(*, dataset: str | None = None, workspace: Folder | None = None) -> list[str]:
-    """The folds of the current data set, "0" and up; splits.json is made if it is not there."""
-    from nnunet_lite.training.folds import read_splits
+def _planned_for(paths: Paths, settings: Settings) -> Plan:
+    """The plan of the data set, or the one that a recipe's preset makes from its fingerprint.
+
+    What was changed by hand about the channels (normalisation, clipping) and the storage stays.
+    """
+    from nnunet_lite.plan.fingerprint import Fingerprint
+    from nnunet_lite.plan.planner import make_plan
+    from nnunet_lite.plan.schema import Plan
+
+    planned, wanted = Plan.read(paths.plans), settings.plan
+    preset = wanted.preset or planned.preset
+    if preset == planned.preset and wanted.memory in (None, planned.memory_gb):
+        return planned
+    names = tuple(channel.name for channel in planned.channels)
+    taken = Fingerprint.read(paths.fingerprint)
+    made = make_plan(taken, planned.dataset, names, planned.labels, preset, wanted.memory)
+    log.info(f"planned anew for the recipe: {preset}, {made.memory_gb:g} GB")
+    return made.model_copy(update={"channels": planned.channels, "stored_as": planned.stored_as})
+
+
+def fold_names(
+    *,
+    folds: int | None = None,
+    group_by: Folder | None = None,
+    stratify: bool | Folder = False,
+    splits: Folder | None = None,
+    dataset: str | None = None,
+    workspace: Folder | None = None,
+) -> list[str]:
+    """The folds of the current data set, "0" and up; splits.json is made if it is not there, as in `train`."""
+    from nnunet_lite.training.folds import read_splits, wanted_folds
 
     paths = current(_workspace(workspace), dataset)
-    return [str(i) for i in range(len(read_splits(paths.splits, [case.id for case in _dataset(paths).cases])))]
+    data = _dataset(paths)
+    wanted = wanted_folds(data, folds, group_by, stratify, splits)
+    return [str(i) for i in range(len(read_splits(paths.splits, [case.id for case in data.cases], wanted)))]
 
 
 @dataclass(frozen=True)
@@ -318,7 +425,7 @@ def predict(
     Parameters
     ----------
     source : a file, or a folder of any mix of supported formats.
-    model : a model folder; by default the trained one of the current data set (says which).
+    model : a model folder, ours or nnU-Net's; by default the trained one of the current data set (says which).
     configuration : take a model of this configuration.
     folds : networks to average; default: all trained folds.
     changes : of the `inference` settings, e.g. {"inference.mirroring": False}.
@@ -327,10 +434,12 @@ def predict(
     from nnunet_lite.data.dataset import find_cases
     from nnunet_lite.data.problems import plural
     from nnunet_lite.inference.predictor import load, predict_cases, read_model
+    from nnunet_lite.interop.model import native
 
     folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
-    cases = find_cases(Path(source), len(read_model(folder)[0].channels))
-    loaded = load(folder, folds, device, changes)
+    with native(folder, folds) as ours:
+        cases = find_cases(Path(source), len(read_model(ours)[0].channels))
+        loaded = load(ours, folds, device, changes)
     if loaded.device.type == "cpu":
         from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
 
@@ -365,6 +474,49 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
         why = f"most folds ({n_folds}), then best Dice on held-out cases ({dice:.3f})"
         log.info(f"{len(found)} models are trained; taking {best.name}: {why}. -m takes another")
     return best
+
+
+def import_model(folder: Folder, out: Folder | None = None, *, workspace: Folder | None = None) -> Path:
+    """Make a model folder of one that nnU-Net v2 wrote, without running anything in its checkpoints.
+
+    Parameters
+    ----------
+    out : where; default: among the models of its data set in the workspace, under the name that the folder has.
+
+    Returns
+    -------
+    The new model folder.
+    """
+    from nnunet_lite.interop.model import dataset_name
+    from nnunet_lite.interop.model import import_model as import_folder
+    from nnunet_lite.training.run import model_folder
+
+    source = Path(folder).absolute()
+    if out is None:
+        out = model_folder(Paths(_workspace(workspace) / dataset_name(source)), source.name)
+    import_folder(source, Path(out))
+    return Path(out)
+
+
+def export_model(
+    out: Folder,
+    model: Folder | None = None,
+    *,
+    configuration: str | None = None,
+    dataset: str | None = None,
+    workspace: Folder | None = None,
+) -> Path:
+    """Make a folder of a model that nnU-Net v2 predicts with, and return the model's.
+
+    Parameters
+    ----------
+    model, configuration : as for `predict`.
+    """
+    from nnunet_lite.interop.model import export_model as export_folder
+
+    folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
+    export_folder(folder, Path(out))
+    return folder
 
 
 def evaluate(prediction: Folder, reference: Folder, **options: Any) -> Scores:

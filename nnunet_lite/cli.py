@@ -46,6 +46,10 @@ class Format(StrEnum):
     nnunet = "nnunet"
 
 
+class ModelFormat(StrEnum):
+    nnunet = "nnunet"
+
+
 Workspace = Annotated[
     Path | None,
     typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
@@ -58,6 +62,16 @@ SetOptions = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
 ]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Folds = Annotated[int | None, typer.Option("--folds", min=2, metavar="N", help="How many [5].")]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(metavar="REGEX|CSV", help="Cases of a group, such as a patient, are never on both sides of a fold."),
+]
+Stratify = Annotated[bool, typer.Option("--stratify", help="Folds alike in which labels occur, and their volume.")]
+StratifyBy = Annotated[Path | None, typer.Option(metavar="CSV", help="Folds alike in this: columns case, stratum.")]
+Splits = Annotated[
+    Path | None, typer.Option(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold.")
+]
 
 
 # what an OSError of these kinds says is the user's to mend; any other one is a failure of the machine
@@ -94,7 +108,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    log.info(message)
+    print(message, file=sys.stderr, flush=True)  # a silent process too says what it ended of
     return code
 
 
@@ -143,7 +157,11 @@ def plan(
         tuple[float, float] | None,
         typer.Option("--clip-percentiles", min=0, max=100, help="Clip each image to these before normalisation."),
     ] = None,
-    splits: Annotated[Path | None, typer.Option(help="Folds to use: a splits.json or splits_final.json.")] = None,
+    folds: Folds = None,
+    group_by: GroupBy = None,
+    stratify: Stratify = False,
+    stratify_by: StratifyBy = None,
+    splits: Splits = None,
     store: Annotated[Stored, typer.Option(help="Type of preprocessed images on disk.")] = Stored.float16,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
@@ -173,7 +191,8 @@ def plan(
     elif data is not None:
         made = api.plan(
             data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change,
-            clip_percentiles=clip, stored_as=store.value, splits=splits, workers=workers,
+            clip_percentiles=clip, stored_as=store.value, folds=folds, group_by=group_by,
+            stratify=stratify_by or stratify, splits=splits, workers=workers,
         )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
@@ -217,22 +236,41 @@ def train(
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")] = "default",
     epochs: Annotated[int | None, typer.Option(help="Length of the run [the recipe's, as all that follows].")] = None,
     iterations: Annotated[int | None, typer.Option(help="Per epoch.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Minutes; the schedule fits itself to it.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(help="Such as 8h or 90m (plain: minutes); the schedule fits itself to it.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Patches per step.")] = None,
     patch_size: Annotated[str | None, typer.Option(help="Such as 40x56x40.")] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     precision: Precision = None,
     seed: Annotated[int | None, typer.Option(help="Makes two runs identical on the CPU.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Batches prepared ahead in a thread; 0: none.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Where cases lie: auto, device, ram or disk.")] = None,
+    init: Annotated[str | None, typer.Option(help="Model folder to start from: fine-tuning.")] = None,
+    freeze: Annotated[str | None, typer.Option(help="Weights that stay: encoder or all-but-head.")] = None,
+    folds: Folds = None,
+    group_by: GroupBy = None,
+    stratify: Stratify = False,
+    stratify_by: StratifyBy = None,
+    splits: Splits = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Train on so many GPUs of this machine.")] = 1,
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on; an error if nothing was begun.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on although settings were changed.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; what is there is moved aside.")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Draw augmented samples to preview.png first.")] = False,
     assignments: SetOptions = None,
     dataset: Dataset = None,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
     """Train a fold and score its held-out cases. The same command again goes on where it stopped."""
+    if gpus > 1:
+        from nnunet_lite.training.distributed import current, launch
+
+        if current().world == 1:
+            raise typer.Exit(launch(gpus, sys.argv[1:]))
     flags = {
         "training.epochs": epochs,
         "training.iterations": iterations,
@@ -243,20 +281,25 @@ def train(
         "training.precision": precision,
         "training.seed": seed,
         "training.workers": workers,
+        "training.cache": cache,
+        "training.init": init,
+        "training.freeze": freeze,
     }
+    how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify_by or stratify, "splits": splits}
     results = {}
-    folds = api.fold_names(dataset=dataset, workspace=workspace) if fold == "all-folds" else [fold]
-    for one in folds:
+    names = api.fold_names(**how, dataset=dataset, workspace=workspace) if fold == "all-folds" else [fold]
+    for one in names:
         scores = api.train(
-            configuration, one, recipe=recipe, changes=_changes(flags, assignments), dataset=dataset, name=name,
-            device=device, restart=restart and ("model" if len(folds) > 1 else True), workspace=workspace,
+            configuration, one, **how, recipe=recipe, changes=_changes(flags, assignments), dataset=dataset, name=name,
+            device=device, restart=restart and ("model" if len(names) > 1 else True), resume=resume, force=force,
+            preview=preview, workspace=workspace,
         )  # fmt: skip
         restart = False  # the first fold has set all of them aside
         if scores is not None:
             results[one] = scores.to_json()
             if not as_json:
                 print(f"fold {one}, whole images:\n{scores.table()}")
-    if as_json:
+    if as_json and not log.is_quiet():
         print(json.dumps(results, indent=1))
 
 
@@ -317,6 +360,34 @@ def evaluate(
     elif output is not None:
         write_json(output, scores.to_json())
     _show(scores.to_json(), scores.table(), as_json)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Model folder of nnU-Net v2: plans.json, dataset.json, fold_0/...")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="New folder [in the workspace].")] = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Make a model folder of one that nnU-Net wrote; nothing that its checkpoints may carry is run."""
+    made = api.import_model(folder, output, workspace=workspace)
+    _show({"model": str(made)}, f"{made}: predict with `nnlite predict -m {made}`", as_json)
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    model: Annotated[Path | None, typer.Argument(help="Model folder [the trained one].")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
+    format: Annotated[ModelFormat, typer.Option(help="What to make.")] = ModelFormat.nnunet,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Make a folder of a model that nnU-Net v2 predicts with."""
+    folder = api.export_model(output, model, configuration=configuration, dataset=dataset, workspace=workspace)
+    result = {"model": str(folder), "output": str(output), "format": format.value}
+    _show(result, f"{output}: predict with `nnUNetv2_predict_from_modelfolder -m {output}`", as_json)
 
 
 @app.command()

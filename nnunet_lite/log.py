@@ -21,6 +21,10 @@ def be_quiet() -> None:
     _quiet = True
 
 
+def is_quiet() -> bool:
+    return _quiet
+
+
 def info(message: str) -> None:
     if _quiet:
         return

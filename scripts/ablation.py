@@ -48,14 +48,18 @@ def budget(recipe: str, minutes: float | None, iterations: int | None) -> dict[s
     return {} if minutes is None else {"training.time_limit": minutes}
 
 
+def percent(difference: float, reference: float) -> str:
+    return f"{difference / reference:+.1%}" if reference else "n/a"
+
+
 def row(name: str, scores: Scores, base: Scores) -> list[str]:
     """Dice of each label and their mean, each with its change, and the interval of the last over cases."""
     dice, reference = ([*np.nanmean(s.values(), 0), s.foreground().mean] for s in (scores, base))
     if scores is base:
         return [name, *(f"{value:.4f}" for value in dice), ""]
-    low, high = interval(np.nanmean(scores.values() - base.values(), 1))
-    change = (f"{low / reference[-1]:+.1%}", f"{high / reference[-1]:+.1%}")
-    return [name, *(f"{d:.4f} ({d / r - 1:+.1%})" for d, r in zip(dice, reference, strict=True)), " to ".join(change)]
+    limits = interval(np.nanmean(scores.values() - base.values(), 1))
+    cells = [f"{d:.4f} ({percent(d - r, r)})" for d, r in zip(dice, reference, strict=True)]
+    return [name, *cells, " to ".join(percent(limit, reference[-1]) for limit in limits)]
 
 
 def main() -> None:
@@ -71,13 +75,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="ABLATION",
                         help=f"default: {' '.join(known)}")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
     parser.add_argument("--device")
     parser.add_argument("-w", "--workspace", type=Path, default=Path("ablation"))
     parser.add_argument("--output", type=Path, help="write the table here too")
     o = parser.parse_args()
     if not any(o.workspace.glob("*/plans.json")):
         nnunet_lite.plan(o.data, workspace=o.workspace)
-    common = {**budget(o.recipe, o.minutes, o.iterations), "training.seed": o.seed}
+    told = dict(change.split("=", 1) for change in o.set)
+    common = {**budget(o.recipe, o.minutes, o.iterations), "training.seed": o.seed, **told}
     found: dict[str, Scores] = {}
     for name in (BASE, *o.only):
         scores = nnunet_lite.train(

@@ -76,6 +76,7 @@ def train_nnunet(work: Work, seed: int, python: Path) -> Path:
     folders = {"raw": root / "raw", "preprocessed": root / "preprocessed", "results": results}
     environment = {f"nnUNet_{name}": str(folder) for name, folder in folders.items()}
     environment |= {"nnUNet_n_proc_DA": "8", "nnUNet_def_n_proc": "2"}
+    environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # as ours: see keep_freed_memory
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     if not any(folders["preprocessed"].glob("*/splits_final.json")):

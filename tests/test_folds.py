@@ -1,7 +1,10 @@
-"""Folds are nnU-Net's, and an edited splits.json is obeyed or refused with the reason."""
+"""Folds are nnU-Net's or those that were asked for, and an edited splits.json is obeyed or refused with the reason."""
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,15 @@ import numpy as np
 import pytest
 from sklearn.model_selection import KFold
 
+from nnunet_lite import api
+from nnunet_lite.data.dataset import Dataset, read_dataset
+from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.folds import make_folds, read_fold
-from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.training.folds import Wanted, make_folds, must_be_made, read_fold, read_splits, wanted_folds
+from nnunet_lite.training.splits import Splits
+from nnunet_lite.workspace import current, read_json, write_json
 
+Copy = Callable[..., Path]
 IDS = [f"case_{i:03d}" for i in (7, 3, 11, 1, 2, 9, 30, 4, 5, 6, 8, 10)]
 
 
@@ -53,24 +61,6 @@ def test_an_unknown_fold_is_named(tmp_path: Path, name: str) -> None:
         read_fold(tmp_path / "splits.json", IDS, name)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([{"train": ["case_001", "nobody"], "val": ["case_002"]}], "unknown cases: nobody"),
-        ([{"train": ["case_001", "case_002"], "val": ["case_002"]}], "case_002 on both sides"),
-        ([{"train": [], "val": ["case_002"]}], "no training case"),
-        ([{"training": ["case_001"]}], "must be a list of"),
-        ([3], "must be a list of"),
-        (3, "must be a list of"),
-        ({"train": ["case_001"]}, "must be a list of"),
-    ],
-)
-def test_a_wrong_splits_file_is_named(tmp_path: Path, content: Any, message: str) -> None:
-    write_json(tmp_path / "splits.json", content)
-    with pytest.raises(UserError, match=rf"splits\.json: .*{message}"):
-        read_fold(tmp_path / "splits.json", IDS, "0")
-
-
 def test_too_few_cases_for_five_folds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4 cases cannot be split into 5 folds"):
         read_fold(tmp_path / "splits.json", IDS[:4], "0")
@@ -81,3 +71,194 @@ def test_cases_in_no_fold_are_pointed_out(tmp_path: Path, capsys: pytest.Capture
     read_fold(tmp_path / "splits.json", ids[:5], "0")
     read_fold(tmp_path / "splits.json", ids, "0")
     assert "leaves out 1 cases (case_5)" in capsys.readouterr().err
+
+
+def test_a_fold_that_is_not_there_leaves_no_file(tmp_path: Path) -> None:
+    """Who asks for fold 7 may mean to ask for eight folds."""
+    with pytest.raises(UserError, match=r"no fold '7'.*Folds are 0 to 4"):
+        read_fold(tmp_path / "splits.json", IDS, "7")
+    assert not list(tmp_path.iterdir())
+    assert len(read_fold(tmp_path / "splits.json", IDS, "7", Wanted(n_folds=8)).validation) == 1
+
+
+def patients(sizes: Sequence[int]) -> dict[str, str]:
+    """Case id -> patient, of patients with so many scans."""
+    return {f"pat{p:02}_{scan}": f"pat{p:02}" for p, n in enumerate(sizes) for scan in range(n)}
+
+
+def held_out(folds: Splits) -> list[int]:
+    return [len(fold["val"]) for fold in folds]
+
+
+@pytest.mark.parametrize("sizes", [[2] * 10, [1, 2, 3, 1, 1, 7, 2, 2, 1, 1, 4, 3, 2, 1], [9, 1, 1, 1, 1], [1] * 30])
+def test_a_group_is_never_on_both_sides(sizes: list[int]) -> None:
+    groups = patients(sizes)
+    folds = make_folds(list(groups), 5, groups)
+    assert sorted(case for fold in folds for case in fold["val"]) == sorted(groups)
+    for fold in folds:
+        assert not {groups[case] for case in fold["train"]} & {groups[case] for case in fold["val"]}
+        assert sorted(fold["train"] + fold["val"]) == sorted(groups)
+    if max(sizes) <= 7:
+        assert max(held_out(folds)) - min(held_out(folds)) <= 1, "about equal numbers of cases"
+    assert folds == make_folds(list(reversed(groups)), 5, groups), "the same each time"
+    assert folds[0]["val"] != sorted(groups)[: len(folds[0]["val"])], "at random"
+
+
+def test_each_fold_has_its_share_of_every_stratum() -> None:
+    groups = patients([2] * 20 + [1] * 20)
+    strata = {case: f"s{int(case[3:5]) % 4}" for case in groups}
+    for by in (None, groups):
+        for fold in make_folds(list(groups), 5, by, strata):
+            counts = Counter(strata[case] for case in fold["val"])
+            assert set(counts) == {"s0", "s1", "s2", "s3"} and set(counts.values()) <= {2, 3, 4}
+            assert 11 <= len(fold["val"]) <= 13
+    rare = strata | {"pat00_0": "alone"}
+    assert sum("pat00_0" in fold["val"] for fold in make_folds(list(groups), 5, None, rare)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_folds", "message"),
+    [
+        ([3, 3, 3], 5, r"3 groups cannot be split into 5 folds\. Train on .* all`, or take --folds 3\."),
+        ([30], 5, r"1 group cannot be split into 5 folds\. Train on every case: `nnlite train CONFIGURATION all`\.$"),
+        ([1] * 12, 13, r"12 groups cannot be split into 13 folds"),
+    ],
+)
+def test_fewer_groups_than_folds(sizes: list[int], n_folds: int, message: str) -> None:
+    groups = patients(sizes)
+    with pytest.raises(UserError, match=message):
+        make_folds(list(groups), n_folds, groups)
+
+
+def test_strata_smaller_than_the_number_of_folds() -> None:
+    with pytest.raises(UserError, match=r"no stratum has 5 cases, one for each fold\. Use fewer strata"):
+        make_folds(IDS, 5, None, {case: str(i // 4) for i, case in enumerate(IDS)})
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+@pytest.fixture(scope="module")
+def dataset(hippocampus: Path) -> Dataset:
+    return read_dataset(hippocampus)
+
+
+def ids_of(dataset: Dataset) -> list[str]:
+    return [case.id for case in dataset.cases]
+
+
+def test_real_volumes_are_spread_evenly(dataset: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each of four folds holds out eight cases, two from each quarter by volume."""
+    folds = read_splits(tmp_path / "splits.json", ids_of(dataset), wanted_folds(dataset, 4, stratify=True))
+    assert "splits.json: 4 folds of 32 cases, stratified by labels; held out: 8, 8, 8, 8" in capfd.readouterr().err
+    volumes = {}
+    for case in dataset.cases:
+        assert case.label is not None
+        label, geometry, _ = read_label(case.label)
+        volumes[case.id] = (label > 0).sum() * np.prod(geometry.spacing)
+    quarter = {case_id: rank // 8 for rank, case_id in enumerate(sorted(volumes, key=lambda c: volumes[c]))}
+    for fold in folds:
+        assert Counter(quarter[case_id] for case_id in fold["val"]) == dict.fromkeys(range(4), 2)
+
+
+def test_how_folds_were_made_is_recorded(dataset: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    splits = tmp_path / "splits.json"
+    read_splits(splits, ids_of(dataset), wanted_folds(dataset, 3, r"_\d\d"))
+    made = read_json(tmp_path / "splits_made.json")
+    assert (made["folds"], made["group_by"], made["stratify"], made["seed"]) == (3, r"_\d\d", None, 12345)
+    assert made["groups"]["hippocampus_001"] == "_00"
+    assert f"3 folds of 32 cases in {len(set(made['groups'].values()))} groups by " in capfd.readouterr().err
+
+
+def test_folds_that_are_there_are_those_asked_for_or_refused(dataset: Dataset, tmp_path: Path) -> None:
+    splits, ids = tmp_path / "splits.json", ids_of(dataset)
+    table = tmp_path / "sites.csv"
+    table.write_text("".join(f"{case_id},{i % 3}\n" for i, case_id in enumerate(ids)))
+
+    def ask(**options: Any) -> Splits:
+        return read_splits(splits, ids, wanted_folds(dataset, **options))
+
+    folds = ask(n_folds=3, group_by=r"_\d\d", stratify=table)
+    same = [{}, {"n_folds": 3}, {"group_by": r"(\d\d)\d"}, {"stratify": str(table)}, {"splits": splits}]
+    assert all(ask(**options) == folds for options in same), "what was not asked is as it is there"
+    held = r"splits\.json: holds 3 folds of 32 cases in \d+ groups by _\\d\\d, stratified by .*sites\.csv, "
+    fix = r"\. Leave the options for folds out to go on with these, or delete the file to make them anew\.$"
+    for options, what in (
+        ({"n_folds": 5}, "not 5"),
+        ({"group_by": r"\d$"}, "with the group 0 on both sides of fold 0"),
+        ({"stratify": True}, "not stratified by labels"),
+    ):
+        with pytest.raises(UserError, match=held + what + fix):
+            ask(**options)
+    table.write_text("".join(f"{case_id},{i % 2}\n" for i, case_id in enumerate(ids)))
+    with pytest.raises(UserError, match=r"not stratified by .*sites\.csv"):
+        ask(stratify=table)
+
+
+def test_an_edit_voids_the_record(dataset: Dataset, tmp_path: Path) -> None:
+    splits, ids = tmp_path / "splits.json", ids_of(dataset)
+    stratified = wanted_folds(dataset, 3, stratify=True)
+    folds = read_splits(splits, ids, stratified)
+    first, second = folds[0]["val"][0], folds[1]["val"][0]
+    for fold in folds:
+        for side in fold.values():
+            side[:] = [{first: second, second: first}.get(case_id, case_id) for case_id in side]
+    write_json(splits, folds)
+    assert read_splits(splits, ids, wanted_folds(dataset, 3)) == folds
+    with pytest.raises(UserError, match=r"holds 3 folds of 32 cases \(given or edited\), not stratified by labels"):
+        read_splits(splits, ids, stratified)
+
+
+def test_a_data_set_that_has_grown_is_told(dataset: Dataset, tmp_path: Path) -> None:
+    splits, ids = tmp_path / "splits.json", ids_of(dataset)
+    read_splits(splits, ids[:30])
+    assert len(read_splits(splits, ids)) == 5
+    with pytest.raises(UserError, match="holds 5 folds of 30 cases, not of the 32 that the data set has"):
+        read_splits(splits, ids, wanted_folds(dataset, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_folds": 1}, r"1 is no number of folds\. Take 2 or more, or train on every case: fold `all`"),
+        ({"n_folds": 3, "splits": "x.json"}, "--splits says what the folds are: --folds, --group-by and --stratify"),
+        ({"splits": "x.json"}, r"x\.json: no such file"),
+        ({"splits": "x.csv"}, r"x\.csv: no such file"),
+        ({"stratify": "x.csv"}, r"x\.csv: no such file"),
+        ({"group_by": r"pat\d+"}, r"matches nothing in cases hippocampus_\d+, "),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_read(dataset: Dataset, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        wanted_folds(dataset, **options)
+
+
+def test_the_fold_of_all_cases_takes_no_options(dataset: Dataset, tmp_path: Path) -> None:
+    """It may be mistaken for all folds."""
+    with pytest.raises(UserError, match=r"fold `all` trains on every case.*train each of them: `all-folds`"):
+        read_fold(tmp_path / "splits.json", ids_of(dataset), "all", wanted_folds(dataset, 3))
+
+
+def test_names_that_look_grouped_are_pointed_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ids = list(patients([2] * 8))
+    read_splits(tmp_path / "splits.json", ids)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert lines == [
+        "warning: pat00_0 and pat00_1 look like images of one patient, whom folds may have on both sides; "
+        r"--group-by '^\D*\d+' makes 8 groups of the 16 cases"
+    ]
+    read_splits(tmp_path / "splits.json", ids)
+    read_splits(tmp_path / "grouped.json", ids, Wanted(group_by="x", groups=patients([2] * 8)))
+    read_splits(tmp_path / "real.json", [f"hippocampus_{i:03}" for i in range(30)])
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_plan_keeps_folds_that_models_are_trained_on(dataset: Dataset, tmp_path: Path) -> None:
+    splits, ids, wanted = tmp_path / "splits.json", ids_of(dataset), wanted_folds(dataset, 3)
+    assert not must_be_made(splits, ids, Wanted(), ["a"]), "not asked for"
+    assert must_be_made(splits, ids, wanted, ["a"]), "not there"
+    read_splits(splits, ids)
+    assert must_be_made(splits, ids, wanted, [])
+    with pytest.raises(UserError, match=r"holds 5 folds of 32 cases, not 3, and a, b are trained on them\. Scores on"):
+        must_be_made(splits, ids, wanted, ["a", "b"])
+    assert not must_be_made(splits, ids, wanted_folds(dataset, 5), ["a"]), "these are there"

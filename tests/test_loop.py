@@ -27,15 +27,18 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.preprocess.stored import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.cache import LoadedCase, in_memory
 from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.record import METRICS, PICTURE, TABLE
-from nnunet_lite.training.run import MODEL, LoadedCase, configured, in_memory, is_finished
+from nnunet_lite.training.run import MODEL, configured, is_complete, is_finished
 from nnunet_lite.workspace import current
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
 SMALL = {"training.patch_size": [16, 16, 16]}
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as in every other run: sums depend on it
 
 MakeJob = Callable[..., Job]
 
@@ -115,7 +118,7 @@ def test_one_seed_gives_one_result_with_and_without_a_thread(job: MakeJob) -> No
 
 def kill_in_mid_run(command: list[str], fold: Path) -> int:
     """Start the command, kill it when two epochs are saved, and return how many were."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
     assert process.stderr is not None
     until = time.monotonic() + 120
     while not (fold / CHECKPOINT).is_file() or read_state(fold / CHECKPOINT)["epoch"] < 2:
@@ -308,3 +311,110 @@ def test_settings_reach_the_run(job: MakeJob, changes: dict[str, Any]) -> None:
         train_fold(run)
     assert all(math.isfinite(row["train_loss"]) for row in rows(changed.folder))
     assert not same_weights(plain.folder, changed.folder)
+
+
+def ended_by(command: list[str], fold: Path, number: signal.Signals) -> tuple[int, str]:
+    """Start a run of a command, send it a signal in mid-epoch, and return its exit code and what it said."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
+    until = time.monotonic() + 120
+    while not (fold / CHECKPOINT).is_file():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_in_mid_epoch_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], number: signal.Signals
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace)
+    changes = {"training.epochs": 3, "training.iterations": 30, "training.validation_iterations": 0}
+    changes = (
+        tiny_settings | SMALL | changes | {"optimizer.name": "adamw", "optimizer.ema": 0.9, "network.norm": "batch"}
+    )
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    command = ["train", "3d_fullres", "all", "-w", str(workspace), "--device", "cpu", *sets]
+    models = workspace / "Task04_Hippocampus" / "models"
+    run = [sys.executable, "-m", "nnunet_lite", *command]
+    code, said = ended_by([*run, "--name", "stopped"], models / "stopped" / "fold_all", number)
+    assert code == 128 + number, said
+    assert f"stopped by {number.name} in epoch" in said
+    assert "Traceback" not in said
+    assert not is_finished(models / "stopped" / "fold_all")
+    assert read_state(models / "stopped" / "fold_all" / CHECKPOINT)["iteration"] > 0
+    for name in ("stopped", "whole"):
+        subprocess.run([*run, "--name", name], check=True, capture_output=True, env=ONE_THREAD)
+    one, other = (models / name / "fold_all" for name in ("stopped", "whole"))
+    assert same_weights(one, other)
+    assert without_clock(one) == without_clock(other)
+
+
+def test_a_finished_run_can_be_made_longer(job: MakeJob) -> None:
+    run = job()
+    train_fold(run)
+    first = rows(run.folder)
+    stale = run.folder / "validation" / "summary.json"
+    stale.parent.mkdir()
+    stale.write_text("{}")
+    assert is_complete(run.folder, run.settings)
+    longer = with_changes(run.settings, {"training.epochs": 4})
+    assert not is_complete(run.folder, longer)
+    train_fold(replace(run, settings=longer))
+    assert is_complete(run.folder, longer)
+    assert [row["epoch"] for row in rows(run.folder)] == [1, 2, 3, 4]
+    assert rows(run.folder)[:2] == first
+    assert not stale.exists()
+
+
+def test_the_moving_average_becomes_the_model(job: MakeJob) -> None:
+    plain, averaged = job("plain"), job("averaged", **{"optimizer.ema": 0.5})
+    for run in (plain, averaged):
+        train_fold(run)
+    trained = load_file(averaged.folder / CHECKPOINT)
+    model = load_file(averaged.folder / MODEL)
+    name = "encoder.0.0.0.weight"
+    assert torch.equal(trained[f"network.{name}"], load_file(plain.folder / MODEL)[name])  # it is trained all the same
+    assert torch.equal(model[name], trained[f"average.{name}"])
+    assert not torch.equal(model[name], trained[f"network.{name}"])
+
+
+def test_two_batches_make_one_step(job: MakeJob) -> None:
+    changes = {"training.batch_size": 2, "training.iterations": 1, "training.epochs": 1}
+    run = job("two", **changes, **{"training.accumulate": 2})
+    train_fold(run)
+    once = job("once", **changes)
+    train_fold(once)
+    assert not same_weights(run.folder, once.folder)
+    assert rows(run.folder)[0]["samples_per_second"] > 0
+
+
+def test_no_better_dice_ends_the_run_early(job: MakeJob) -> None:
+    run = job(**{"training.epochs": 50, "training.early_stop": 2, "optimizer.lr": 1e-9, "training.iterations": 1})
+    train_fold(run)
+    assert 3 <= len(rows(run.folder)) < 50
+    assert is_finished(run.folder)
+
+
+def test_a_network_of_the_users_own_trains_and_draws_the_same_random_numbers(
+    job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dropping.py").write_text(
+        "from torch import nn\n"
+        "def make(planned, inputs, outputs):\n"
+        "    layers = nn.Conv3d(inputs, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.5), nn.Conv3d(8, outputs, 1)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"network.factory": "dropping:make", "schedule.name": "constant"}
+    parts, whole = job("parts", **changes), job("whole", **changes)
+    train_fold(replace(parts, settings=with_changes(parts.settings, {"training.epochs": 1})))
+    for run in (parts, whole):
+        train_fold(run)
+    assert load_file(whole.folder / MODEL)["0.weight"].shape[0] == 8
+    assert same_weights(parts.folder, whole.folder)
+    assert without_clock(parts.folder) == without_clock(whole.folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nnunet_lite.data.dataset import Dataset, dataset_from_json
@@ -16,10 +15,9 @@ from nnunet_lite.training.run import (
     configured,
     exclusive,
     fold_seed,
-    in_memory,
-    load_cases,
     open_run,
     other_folds,
+    require_begun,
     set_aside,
 )
 from nnunet_lite.workspace import current, read_json
@@ -123,23 +121,6 @@ def test_each_fold_has_a_seed_of_its_own() -> None:
     assert fold_seed(7, "0") == seeds[0] != fold_seed(8, "0")
 
 
-@pytest.mark.parametrize(("cache", "loaded"), [("ram", True), ("auto", True), ("disk", False)])
-def test_cached_cases_hold_what_is_on_disk(tiny_cases: list[Any], cache: str, loaded: bool) -> None:
-    by_id = {case.case_id: case for case in tiny_cases[:2]}
-    for case, stored in zip(load_cases(list(by_id), by_id.__getitem__, cache), tiny_cases, strict=False):
-        assert isinstance(case.image, np.ndarray) is loaded
-        np.testing.assert_array_equal(case.image[:], stored.image[:])
-        np.testing.assert_array_equal(case.label[:], stored.label[:])
-        assert case.foreground.keys() == stored.foreground.keys()
-
-
-def test_a_loaded_case_keeps_no_file_open(tiny_cases: list[Any]) -> None:
-    files = Path("/proc/self/fd")
-    before = len(list(files.iterdir()))
-    loaded = [in_memory(tiny_cases[0]) for _ in range(5)]
-    assert len(loaded) == 5 and len(list(files.iterdir())) == before
-
-
 def test_a_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
     with exclusive(tmp_path), pytest.raises(UserError, match="another process is training here"), exclusive(tmp_path):
         raise AssertionError("the lock was given twice")
@@ -152,3 +133,50 @@ def test_a_second_stage_is_not_trained_without_its_first(plan: Plan) -> None:
     both = plan.model_copy(update={"configurations": {**plan.configurations, "3d_cascade_fullres": cascade}})
     with pytest.raises(UserError, match="3d_cascade_fullres learns from the predictions of 3d_lowres"):
         configured(both, "3d_cascade_fullres", Settings())
+
+
+def begun(folder: Path, plan: Plan, dataset: Dataset, **changes: Any) -> Settings:
+    settings = with_changes(Settings(), changes)
+    open_run(folder, configured(plan, "3d_fullres", settings), dataset, "3d_fullres", settings)
+    return settings
+
+
+def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    begun(tmp_path, plan, dataset, **{"training.epochs": 10})
+    begun(tmp_path, plan, dataset, **{"training.epochs": 20})
+    run = read_json(tmp_path / "run.json")
+    assert run["settings"]["training"]["epochs"] == 20
+    assert run["changed"][0]["changes"] == ["training.epochs: 10 -> 20"]
+    with pytest.raises(UserError, match="training.epochs: 20 -> 10"):
+        begun(tmp_path, plan, dataset, **{"training.epochs": 10})
+    with pytest.raises(UserError, match="time_limit"):
+        begun(tmp_path, plan, dataset, **{"training.epochs": 20, "training.time_limit": 60})
+    with pytest.raises(UserError, match="optimizer.lr"):  # what else changes needs --force as before
+        begun(tmp_path, plan, dataset, **{"training.epochs": 30, "optimizer.lr": 0.1})
+    assert read_json(tmp_path / "run.json") == run
+
+
+def test_force_takes_other_settings_over_but_not_another_network(
+    tmp_path: Path, plan: Plan, dataset: Dataset
+) -> None:
+    begun(tmp_path, plan, dataset)
+    seed = read_json(tmp_path / "run.json")["seed"]
+    other = with_changes(Settings(), {"optimizer.name": "adam", "training.batch_size": 3})
+    made = configured(plan, "3d_fullres", other)
+    assert open_run(tmp_path, made, dataset, "3d_fullres", other, force=True) == seed
+    assert Settings.model_validate(read_json(tmp_path / "run.json")["settings"]) == other
+    assert Plan.read(tmp_path / "plans.json") == made
+    wider = with_changes(other, {"network.features_base": 8})
+    with pytest.raises(UserError, match="another network"):
+        open_run(tmp_path, configured(plan, "3d_fullres", wider), dataset, "3d_fullres", wider, force=True)
+    assert Plan.read(tmp_path / "plans.json") == made
+
+
+def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to resume.*Leave out --resume"):
+        require_begun(tmp_path / "fold_0", restart=False)
+    (tmp_path / "fold_0").mkdir()
+    (tmp_path / "fold_0" / "checkpoint.safetensors").touch()
+    require_begun(tmp_path / "fold_0", restart=False)
+    with pytest.raises(UserError, match="exclude each other"):
+        require_begun(tmp_path / "fold_0", restart=True)

@@ -50,6 +50,74 @@ def test_every_recipe_loads_and_is_what_its_file_says(name: str) -> None:
     assert resolved(settings) == expected
 
 
+# What makes each recipe what it is; the files hold more.
+DISTINGUISHING: dict[str, dict[str, Any]] = {
+    "default": {
+        "optimizer.name": "sgd",
+        "optimizer.lr": 0.01,
+        "optimizer.momentum": 0.99,
+        "optimizer.weight_decay": 3e-5,
+        "schedule.name": "poly",
+        "training.epochs": 1000,
+        "training.iterations": 250,
+        "training.gradient_clip": 12.0,
+        "augmentation.pipeline": "native",
+    },
+    "paper2018": {
+        "optimizer.name": "adam",
+        "optimizer.lr": 3e-4,
+        "schedule.name": "plateau",
+        "schedule.patience": 30,
+        "schedule.factor": 0.2,
+        "schedule.min_lr": 1e-6,
+        "training.epochs": 1000,
+        "training.iterations": 250,
+        "training.deep_supervision": False,
+        "network.features_base": 30,
+        "augmentation.pipeline": "batchgenerators",
+        "augmentation.p_noise": 0.0,
+        "augmentation.p_gamma": 0.3,
+    },
+    "fast": {"optimizer.name": "adamw", "optimizer.ema": 0.999, "schedule.name": "cosine", "training.epochs": 100},
+    "cpu": {"optimizer.name": "adamw", "training.time_limit": 4.0, "augmentation.mirror_axes": []},
+    "resenc_m": {"plan.preset": "resenc_m", "plan.memory": None, "optimizer.name": "sgd"},
+    "resenc_l": {"plan.preset": "resenc_l", "plan.memory": None, "optimizer.name": "sgd"},
+    "resenc_xl": {"plan.preset": "resenc_xl", "plan.memory": None, "optimizer.name": "sgd"},
+}
+# The only keys in which an ablation differs from its base.
+ABLATED: dict[str, dict[str, Any]] = {
+    "batch_norm": {"network.norm": "batch"},
+    "no_norm": {"network.norm": "none"},
+    "relu": {"network.activation": "relu"},
+    "no_augmentation": {"augmentation.enabled": False},
+    "ce_only": {"loss.dice": 0.0},
+    "dice_only": {"loss.cross_entropy": 0.0},
+}
+
+
+def test_every_recipe_is_described_above() -> None:
+    assert set(recipes()) == {*DISTINGUISHING, *(f"ablations/{name}" for name in ABLATED)}
+
+
+@pytest.mark.parametrize("name", DISTINGUISHING)
+def test_a_recipe_has_its_distinguishing_values(name: str) -> None:
+    found = resolved(load(name))
+    assert {key: found[key] for key in DISTINGUISHING[name]} == DISTINGUISHING[name]
+
+
+@pytest.mark.parametrize("name", ABLATED)
+def test_an_ablation_changes_one_thing_of_the_original_recipe(name: str) -> None:
+    base, found = resolved(load("paper2018")), resolved(load(f"ablations/{name}"))
+    assert {key: found[key] for key in found if found[key] != base[key] and key != "recipe"} == ABLATED[name]
+
+
+def test_presets_train_as_the_default_recipe_does() -> None:
+    base = load("default")
+    for size in ("m", "l", "xl"):
+        (change,) = differences(base, load(f"resenc_{size}"))
+        assert change == f"plan.preset: None -> resenc_{size}"
+
+
 def test_a_file_builds_on_a_recipe_and_changes_build_on_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('base = "cpu"\n[optimizer]\nlr = 0.5\n')

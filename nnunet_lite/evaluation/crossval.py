@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_lite import log
@@ -12,16 +12,29 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.inference.predictor import load, output_file, predict_cases
+from nnunet_lite.training.previous import read_map
 from nnunet_lite.workspace import read_json, write_json, write_text
 
 SUMMARY = "summary.json"
 
 
-def validate_fold(folder: Path, fold: str, dataset: Dataset, case_ids: Sequence[str], device: str | None) -> Scores:
+def validate_fold(
+    folder: Path,
+    fold: str,
+    dataset: Dataset,
+    case_ids: Sequence[str],
+    device: str | None,
+    previous: Mapping[str, Path] | None = None,
+) -> Scores:
     """Predict the held-out cases of a fold from their raw images and score them.
 
     Writes fold_k/validation/: a label map per case, summary.json (as nnU-Net's) and summary.csv. Cases that were
     predicted before are not predicted again.
+
+    Parameters
+    ----------
+    previous : for the second stage of a cascade, what the first one predicts of each case: that of the same fold, which
+        held the case out too.
 
     Raises
     ------
@@ -30,8 +43,9 @@ def validate_fold(folder: Path, fold: str, dataset: Dataset, case_ids: Sequence[
     out = folder / f"fold_{fold}" / "validation"
     chosen = set(case_ids)
     cases = [case for case in dataset.cases if case.id in chosen]
-    model = load(folder, [fold], device)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress)
+    model = load(folder, [fold], device, alone=previous is not None)
+    before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
+    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=before)
     if failed:
         case_id, why = next(iter(failed.items()))
         raise UserError(

@@ -13,10 +13,11 @@ import numpy as np
 from nnunet_lite.budget import free_memory
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.images import Geometry, Image, label_suffix, read_image, read_images, suffix_of, write_label
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.settings import InferenceSettings, Settings, with_changes
+from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.training.run import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.workspace import read_json
 
@@ -24,10 +25,10 @@ _CPU_VOXELS = 2**18  # of the windows that are computed at once on a CPU
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from nnunet_lite.inference.windows import Sides
     from nnunet_lite.network.arithmetic import Arithmetic
-    from nnunet_lite.network.unet import UNet
     from nnunet_lite.preprocess.pipeline import Preprocessed
 
 
@@ -36,17 +37,21 @@ class Model:
     """A trained configuration with the networks of one or more folds, ready to predict.
 
     `model(array, spacing)` or `model("scan.nii.gz")` returns the label map (z, y, x) with the data set's values.
+    `previous` is the first stage of a cascade, which predicts an image before this model does; `sides` says which labels
+    change places in mirrored copies.
     """
 
     folder: Path
     plan: Plan
     configuration_name: str
     folds: tuple[str, ...]
-    networks: tuple[UNet, ...]
+    networks: tuple[nn.Module, ...]
     mirror_axes: tuple[int, ...]
     settings: InferenceSettings
     device: torch.device
     arithmetic: Arithmetic
+    previous: Model | None = None
+    sides: Sides | None = None
 
     @property
     def configuration(self) -> Configuration:
@@ -74,17 +79,20 @@ def load(
     folds: Sequence[str | int] | None = None,
     device: str | None = None,
     changes: dict[str, Any] | None = None,
+    *,
+    alone: bool = False,
 ) -> Model:
     """Load a model folder: plans.json, run.json, fold_k/model.safetensors.
 
     Parameters
     ----------
-    folds : which; by default all that are trained.
+    folds : which; by default all that are trained. Of a cascade's first stage, which lies beside it, always all.
     changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
+    alone : leave out the first stage of a cascade, for whoever has its predictions.
 
     Raises
     ------
-    UserError : no model there, or not that fold.
+    UserError : no model there, or not that fold, or not the first stage that it needs.
     """
     folder = Path(folder)
     plan, run = read_model(folder)
@@ -101,16 +109,20 @@ def load(
             have += f" {', '.join(begun)} is not finished; the same `nnlite train` command goes on with it."
         raise UserError(f"has no trained fold {', '.join(missing)}".rstrip(), folder, have)
 
+    needs_first = configuration.previous_stage is not None and not alone
+    first = _first_stage(folder, plan, run) if needs_first else None
+
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.network.arithmetic import Arithmetic, pick_device, use_allowed_cpus
-    from nnunet_lite.network.unet import UNet
+    from nnunet_lite.network.build import build_network, supervise_deeply
     from nnunet_lite.training.checkpoint import load_weights
 
     use_allowed_cpus()
     target = pick_device(device)
     networks, about = [], {}
     for fold in wanted:
-        network = UNet(configuration.network, len(plan.channels), plan.labels.n_channels)
+        network = build_network(plan, run["configuration"], trained.network.factory)
+        supervise_deeply(network, False)
         about = load_weights(folder / f"fold_{fold}" / MODEL, network)
         networks.append(network.to(target).eval().requires_grad_(False))
     mirrored = trained.augmentation.enabled and trained.augmentation.p_mirror > 0
@@ -125,8 +137,32 @@ def load(
         settings=settings,
         device=target,
         arithmetic=Arithmetic(),
+        previous=None if first is None else load(first, None, device, changes),
+        sides=_sides(plan, run["configuration"], trained.augmentation),
     )
     return replace(model, arithmetic=_choose_arithmetic(model, about))
+
+
+def _first_stage(folder: Path, plan: Plan, run: dict[str, Any]) -> Path:
+    """The model folder of the first stage of a cascade: the one beside it that it was trained with.
+
+    Raises
+    ------
+    UserError : it is not there, not trained, or another one.
+    """
+    stage, name = plan.configuration(run["configuration"]).previous_stage, run.get("previous")
+    if name is None:
+        raise UserError(
+            f"does not say which model of {stage} predicts before it", folder / "run.json", "Train it anew."
+        )
+    first = folder.parent / Path(name).name
+    fix = f"It is the first stage of {folder.name}: put it back beside it, or train it with `nnlite train {stage}`."
+    if not trained_folds(first):
+        raise UserError("no model is trained here", first, fix)
+    found, about = read_model(first)
+    if (about["configuration"], found.labels) != (stage, plan.labels):
+        raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
+    return first
 
 
 def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
@@ -151,11 +187,19 @@ def predict_image(model: Model, image: Image) -> np.ndarray:
     return _segment(model, _prepare(model, image))
 
 
-def predict_preprocessed(model: Model, image: np.ndarray) -> Tensor:
-    """Logits (channels, z, y, x), float32, of a preprocessed image (channels, z, y, x); mean over the folds."""
+def predict_preprocessed(model: Model, image: np.ndarray, previous: np.ndarray | None = None) -> Tensor:
+    """Logits (channels, z, y, x), float32, of a preprocessed image (channels, z, y, x); mean over the folds.
+
+    Parameters
+    ----------
+    previous : (z, y, x) classes, what the previous stage of a cascade predicts on the same grid.
+    """
     from nnunet_lite.inference.windows import as_tensor, predict_logits
 
     configuration, forward, outputs = model.configuration, _forward(model), model.plan.labels.n_channels
+    if previous is not None:
+        image = np.concatenate([image, previous[None]], dtype=np.float32)
+        forward = _after(forward, model.plan.labels.n_classes)
     needed, free = outputs * image[0].size * 4, free_memory()
     if needed > free:
         what = f"its {outputs} logits per voxel need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -170,6 +214,7 @@ def predict_preprocessed(model: Model, image: np.ndarray) -> Tensor:
         mirror_axes=[axis + flat for axis in model.mirror_axes] if model.settings.mirroring else (),
         batch_size=_windows_at_once(model),
         device=model.device,
+        sides=model.sides,
     )
 
 
@@ -188,11 +233,17 @@ def predict_cases(
     *,
     skip_existing: bool = False,
     show: Callable[[Iterable[Case], int, str], Iterable[Case]] = lambda cases, total, what: cases,
+    previous: Callable[[str], np.ndarray] | None = None,
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases into a folder, one label map each, in the format of its image.
 
     The next case is read and prepared, and the last one written, while the network works. A case that fails does not
     stop the others.
+
+    Parameters
+    ----------
+    previous : gives the classes that a case's previous stage predicts on the grid of its preprocessed array, for the
+        second stage of a cascade that was loaded alone.
 
     Returns
     -------
@@ -211,19 +262,18 @@ def predict_cases(
     todo = [case for case in cases if targets[case.id] not in done]
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        ahead: list[Future[Preprocessed]] = []
+        ahead: list[Future[_Ready]] = []
         written: list[tuple[Case, Future[None]]] = []
         for i, case in enumerate(show(todo, len(todo), "predict")):
             ahead += [reader.submit(_read, model, c) for c in todo[i + len(ahead) : i + 2]]
             try:
-                prepared = ahead.pop(0).result()
-                segmentation = _segment(model, prepared)
+                ready = ahead.pop(0).result()
+                segmentation = _segment(model, ready, None if previous is None else previous(case.id))
             except Exception as error:  # whatever is wrong with one case, the others are predicted
                 failed[case.id] = describe(error)
                 continue
-            written.append(
-                (case, writer.submit(write_label, targets[case.id], segmentation, prepared.placement.geometry))
-            )
+            geometry = ready.prepared.placement.geometry
+            written.append((case, writer.submit(write_label, targets[case.id], segmentation, geometry)))
         for case, future in written:
             try:
                 future.result()
@@ -238,7 +288,15 @@ def output_file(case: Case, out: Path) -> Path:
     return out / f"{case.id}{label_suffix(suffix_of(case.images[0]))}"
 
 
-def _read(model: Model, case: Case) -> Preprocessed:
+@dataclass(frozen=True)
+class _Ready:
+    """An image prepared for the network that sees it first; as read only where a second stage has yet to see it."""
+
+    prepared: Preprocessed
+    image: Image | None
+
+
+def _read(model: Model, case: Case) -> _Ready:
     wanted = len(model.plan.channels)
     expected = f"the model expects {wanted} channels ({', '.join(c.name for c in model.plan.channels)})"
     if len(case.images) > 1:
@@ -250,7 +308,7 @@ def _read(model: Model, case: Case) -> Preprocessed:
     return _prepare(model, read_images(case.images))
 
 
-def _prepare(model: Model, image: Image) -> Preprocessed:
+def _prepare(model: Model, image: Image) -> _Ready:
     from nnunet_lite.preprocess.pipeline import preprocess
 
     expected = len(model.plan.channels)
@@ -259,14 +317,38 @@ def _prepare(model: Model, image: Image) -> Preprocessed:
         raise UserError(
             f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
         )
-    return preprocess(image, None, model.plan, model.configuration)
+    first = model.previous or model
+    return _Ready(preprocess(image, None, first.plan, first.configuration), image if model.previous else None)
 
 
-def _segment(model: Model, prepared: Preprocessed) -> np.ndarray:
-    from nnunet_lite.preprocess.pipeline import restore_segmentation
+def _segment(model: Model, ready: _Ready, previous: np.ndarray | None = None) -> np.ndarray:
+    """Label map (z, y, x) of a prepared image; of a cascade, its first stage's label map is the second one's input."""
+    from nnunet_lite.preprocess.pipeline import preprocess, restore_segmentation
 
-    logits = predict_preprocessed(model, prepared.image)
+    prepared = ready.prepared
+    if model.previous is not None and ready.image is not None:
+        before = as_classes(_segment(model.previous, ready), model.plan.labels)
+        prepared = preprocess(ready.image, before, model.plan, model.configuration)
+        previous = prepared.classes
+    logits = predict_preprocessed(model, prepared.image, previous)
     return restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
+
+
+def as_classes(segmentation: np.ndarray, labels: Labels) -> np.ndarray:
+    """Classes of a predicted label map; a value that the region order writes and no label has is background."""
+    strange = sorted({*(labels.region_order or ())} - {*labels.values})
+    if strange:
+        segmentation = np.where(np.isin(segmentation, strange), labels.background, segmentation)
+    return labels.encode(segmentation)
+
+
+def _after(forward: Callable[[Tensor], Tensor], n_classes: int) -> Callable[[Tensor], Tensor]:
+    """`forward` of a second stage for windows whose last channel holds classes; only these are ever made one-hot."""
+    import torch
+
+    from nnunet_lite.training.cascade import one_hot
+
+    return lambda x: forward(torch.cat([x[:, :-1], one_hot(x[:, -1], n_classes).to(x.dtype)], 1))
 
 
 def _forward(model: Model) -> Callable[[Tensor], Tensor]:
@@ -284,6 +366,19 @@ def _forward(model: Model) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def _sides(plan: Plan, configuration: str, trained: AugmentationSettings) -> Sides | None:
+    """The labels that changed places in training when left and right did."""
+    from nnunet_lite.inference.windows import Sides
+    from nnunet_lite.training.swaps import channel_swap, swap_of
+
+    planned = plan.configuration(configuration)
+    swap = swap_of(plan, trained, planned.dimensions)
+    if swap is None:
+        return None
+    classes = None if planned.previous_stage is None else swap.table
+    return Sides(swap.axis, channel_swap(plan.labels, trained.mirror_swap), classes)
+
+
 def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
     """What the training chose, so that a model predicts the same each time; on another kind of device it is timed."""
     import torch
@@ -296,7 +391,9 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
         _set_layout(model, best)
         return best
     configuration = model.configuration
-    window = torch.zeros(1, len(model.plan.channels), *configuration.patch_size, device=model.device)
+    window = torch.zeros(
+        1, model.plan.n_inputs(model.configuration_name), *configuration.patch_size, device=model.device
+    )
 
     def step(arithmetic: Arithmetic) -> None:
         _set_layout(model, arithmetic)
@@ -321,4 +418,4 @@ def _as_image(array: np.ndarray, spacing: Sequence[float]) -> Image:
         )
     z, y, x = array.shape[1:]
     sz, sy, sx = (float(s) for s in spacing)
-    return Image(array, Geometry((z, y, x), (sz, sy, sx), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)))
+    return Image(array, Geometry((z, y, x), (sz, sy, sx)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,22 @@ from torch import Tensor
 
 Window = tuple[slice, ...]
 Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What changes places in copies mirrored along an axis that goes from left to right, as it did in training.
+
+    Parameters
+    ----------
+    axis : of the image's shape.
+    channels : the output channel that takes the place of each.
+    classes : the class that takes the place of each in the last input channel, if that holds classes.
+    """
+
+    axis: int
+    channels: tuple[int, ...]
+    classes: tuple[int, ...] | None = None
 
 
 def window_starts(size: int, patch: int, step: float) -> list[int]:
@@ -46,6 +63,20 @@ def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
     return [flips for n in range(len(axes) + 1) for flips in itertools.combinations(axes, n)]
 
 
+def mirrored(tile: Tensor, flip: Sequence[int], sides: Sides | None) -> Tensor:
+    """A window (channels, *patch) flipped along some axes."""
+    out = tile.flip([axis + 1 for axis in flip])
+    if sides is not None and sides.classes is not None and sides.axis in flip:
+        out[-1] = torch.tensor(sides.classes, dtype=out.dtype)[out[-1].long()]
+    return out
+
+
+def unmirrored(output: Tensor, flip: Sequence[int], sides: Sides | None) -> Tensor:
+    """The logits (channels, *patch) of a flipped window as those of the window itself."""
+    out = output.flip([axis + 1 for axis in flip])
+    return out[list(sides.channels)] if sides is not None and sides.axis in flip else out
+
+
 def pad_to_patch(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, Window]:
     """Zeros around an image (channels, *shape) that is smaller than the patch, and where the image lies in it."""
     missing = [max(0, p - s) for p, s in zip(patch, image.shape[1:], strict=True)]
@@ -65,6 +96,7 @@ def predict_logits(
     mirror_axes: Sequence[int] = (),
     batch_size: int = 1,
     device: torch.device | None = None,
+    sides: Sides | None = None,
 ) -> Tensor:
     """Logits of a whole image, the weighted mean over overlapping windows and mirrored copies.
 
@@ -74,6 +106,7 @@ def predict_logits(
     image : (channels, *shape), preprocessed; smaller ones are padded to the patch.
     mirror_axes : axes of the patch to mirror.
     batch_size : how many windows and mirrored copies are computed at once.
+    sides : labels that change places in mirrored copies.
 
     Returns
     -------
@@ -89,10 +122,10 @@ def predict_logits(
     for place in places:
         weights[place] += weight
     for batch in _chunks(itertools.product(places, flips), batch_size):
-        tiles = torch.stack([padded[(slice(None), *place)].flip([a + 1 for a in flip]) for place, flip in batch])
+        tiles = torch.stack([mirrored(padded[(slice(None), *place)], flip, sides) for place, flip in batch])
         outputs = forward(tiles.to(device)).float().cpu()
         for (place, flip), output in zip(batch, outputs, strict=True):
-            total[(slice(None), *place)] += output.flip([a + 1 for a in flip]) * (weight / len(flips))
+            total[(slice(None), *place)] += unmirrored(output, flip, sides) * (weight / len(flips))
     total /= weights  # in place: a second copy may not fit
     return total[(slice(None), *inside)]
 

@@ -44,6 +44,8 @@ class StoredCase:
     label : (z, y, x) classes, likewise; None for a case without label.
     foreground : voxels (n, 3) of each class but the background, or of each region counted from 1; at most 10 000 each.
     annotated : voxels (n, 3) that are not ignored; None for a data set without ignore label.
+    key : name of the case's folder, which says what it was made of.
+    previous : (z, y, x) classes that the previous stage of a cascade predicted on this grid; see training/cascade.py.
     """
 
     case_id: str
@@ -52,6 +54,8 @@ class StoredCase:
     foreground: dict[int, np.ndarray]
     annotated: np.ndarray | None
     placement: Placement
+    key: str
+    previous: Any = None
 
 
 def read_stored(folder: Path, case_id: str) -> StoredCase:
@@ -67,7 +71,7 @@ def read_stored(folder: Path, case_id: str) -> StoredCase:
     annotated = foreground.pop(_ANNOTATED, None)
     label = _open(folder / "label.b2nd") if about["labelled"] else None
     place = Placement.from_json(about["placement"])
-    return StoredCase(case_id, _open(folder / "image.b2nd"), label, foreground, annotated, place)
+    return StoredCase(case_id, _open(folder / "image.b2nd"), label, foreground, annotated, place, folder.name)
 
 
 def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequence[int], precision: Precision) -> None:

@@ -7,19 +7,20 @@ noise, blur, brightness, contrast, low resolution, inverted gamma, gamma, mirror
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_lite.settings import AugmentationSettings
+from nnunet_lite.training.swaps import Swap
+from nnunet_lite.training.transforms import blur, contrast, gamma, low_resolution, mirror, warp
 
-if TYPE_CHECKING:
-    from nnunet_lite.training.sampler import Sample
+Drawn = TypeVar("Drawn", bound=Any)
 
 ANISOTROPY = 3.0  # a patch this much longer in plane than across is rotated and scaled in plane only
 ELONGATED = 1.5  # a two-dimensional patch more elongated than this is rotated by 15 degrees at most
@@ -28,12 +29,6 @@ ELONGATED = 1.5  # a two-dimensional patch more elongated than this is rotated b
 def is_in_plane(patch: tuple[int, ...]) -> bool:
     """Whether spatial transforms leave the first axis alone: two-dimensional and anisotropic patches."""
     return patch[0] == 1 or max(patch) / patch[0] > ANISOTROPY
-
-
-def _around_one(rng: np.random.Generator, low: float, high: float) -> float:
-    """A factor that is below and above one equally often."""
-    below = low < 1 and (high <= 1 or rng.random() < 0.5)
-    return float(rng.uniform(low, min(high, 1.0)) if below else rng.uniform(max(low, 1.0), high))
 
 
 def draw_matrix(
@@ -65,7 +60,7 @@ def draw_matrix(
 class Intensity:
     """Parameters of the intensity transforms of a batch; NaN where a (sample, channel) does not get one."""
 
-    noise: np.ndarray  # (batch, 1) standard deviation of one field for all channels
+    noise: np.ndarray  # (batch, channels) standard deviation, the same for all channels of a sample
     blur: np.ndarray  # (batch, channels, 3) sigma in voxels, per axis
     brightness: np.ndarray  # (batch, channels) factor
     contrast: np.ndarray  # (batch, channels) factor
@@ -73,156 +68,105 @@ class Intensity:
     gamma_inverted: np.ndarray  # (batch, channels) exponent
     gamma: np.ndarray  # (batch, channels) exponent
     mirror: np.ndarray  # (batch, 3) bool
-    noise_seed: int
+    seed: np.ndarray  # (batch,) of the noise
 
 
 def draw_intensity(
     rng: np.random.Generator, settings: AugmentationSettings, batch: int, channels: int, mirror_axes: tuple[int, ...]
 ) -> Intensity:
     """Draw the parameters of a batch; a sample that is blurred or coarsened is so in half of its channels."""
+    size = (batch, channels)
 
-    def chosen(p: float, p_channel: float = 1.0) -> np.ndarray:
-        return (rng.random((batch, 1)) < p) & (rng.random((batch, channels)) < p_channel)
-
-    def where(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.where(mask, values, np.nan)
+    def where(p: float, values: np.ndarray, p_channel: float = 1.0) -> np.ndarray:
+        chosen = (rng.random((batch, 1)) < p) & (rng.random(size) < p_channel)
+        return np.where(chosen.reshape(size + (1,) * (values.ndim - 2)), values, np.nan)
 
     def factors(limits: tuple[float, float]) -> np.ndarray:
-        return np.array([[_around_one(rng, *limits) for _ in range(channels)] for _ in range(batch)])
+        """Below and above one equally often."""
+        low, high = limits
+        below = (low < 1) & ((high <= 1) | (rng.random(size) < 0.5))
+        return rng.uniform(np.where(below, low, max(low, 1.0)), np.where(below, min(high, 1.0), high))
 
     return Intensity(
-        noise=where(rng.random((batch, 1)) < settings.p_noise, rng.uniform(*settings.noise_std, (batch, 1))),
-        blur=where(chosen(settings.p_blur, 0.5)[..., None], rng.uniform(*settings.blur_sigma, (batch, channels, 3))),
-        brightness=where(chosen(settings.p_brightness), factors(settings.brightness)),
-        contrast=where(chosen(settings.p_contrast), factors(settings.contrast)),
-        low_resolution=where(
-            chosen(settings.p_low_resolution, 0.5), rng.uniform(*settings.low_resolution, (batch, channels))
-        ),
-        gamma_inverted=where(chosen(settings.p_gamma_inverted), factors(settings.gamma)),
-        gamma=where(chosen(settings.p_gamma), factors(settings.gamma)),
+        noise=where(settings.p_noise, rng.uniform(*settings.noise_std, (batch, 1)) + np.zeros(size)),
+        blur=where(settings.p_blur, rng.uniform(*settings.blur_sigma, (*size, 3)), 0.5),
+        brightness=where(settings.p_brightness, factors(settings.brightness)),
+        contrast=where(settings.p_contrast, factors(settings.contrast)),
+        low_resolution=where(settings.p_low_resolution, rng.uniform(*settings.low_resolution, size), 0.5),
+        gamma_inverted=where(settings.p_gamma_inverted, factors(settings.gamma)),
+        gamma=where(settings.p_gamma, factors(settings.gamma)),
         mirror=(rng.random((batch, 3)) < settings.p_mirror) & np.isin(np.arange(3), mirror_axes),
-        noise_seed=int(rng.integers(2**62)),
+        seed=rng.integers(2**62, size=batch),
     )
 
 
-def collate(samples: list[Sample], patch: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Samples -> images (batch, channels, *patch) float32 and classes (batch, *patch), rotated and scaled."""
-    images, labels = [], []
-    for sample in samples:
-        image = torch.from_numpy(sample.image).to(device, non_blocking=True).float()
-        label = torch.from_numpy(sample.label).to(device, non_blocking=True)
-        if sample.matrix is not None:
-            grid = sampling_grid(sample.matrix, patch, sample.label.shape, device)
-            image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="zeros", align_corners=True)[0]
-            label = F.grid_sample(label[None, None].float(), grid, mode="nearest", align_corners=True)[0, 0].to(
-                label.dtype
-            )
-        images.append(image)
-        labels.append(label)
-    return torch.stack(images), torch.stack(labels)
+def samples_of(draw: Drawn, chosen: slice) -> Drawn:
+    """What was drawn for some samples of a batch; of any dataclass of arrays with a sample in each row."""
+    return replace(draw, **{field.name: getattr(draw, field.name)[chosen] for field in fields(draw)})
 
 
-def sampling_grid(matrix: np.ndarray, patch: tuple[int, ...], source: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each voxel of the patch comes from, as `grid_sample` wants it: (1, *patch, 3), x first, -1..1."""
-    axes = [torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2 for n in patch]
-    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    half = torch.tensor([max(n - 1, 1) / 2 for n in source], device=device)
-    moved = offsets @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device) / half
-    return moved.flip(-1)[None]
+def on_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Small arrays as float32 tensors on a device, in one copy that the host does not wait for."""
+    flat = torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32))
+    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    return [part.view(a.shape) for part, a in zip(flat.split([a.size for a in arrays]), arrays, strict=True)]
+
+
+def warped(images: Tensor, classes: Tensor, matrices: Tensor, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Samples rotated and scaled, (n, channels, z, y, x); matrices that leave the first axis alone do so per slice."""
+    if not is_in_plane(patch):
+        return warp(images, classes, matrices, patch)
+    flat = warp(images.flatten(1, 2), classes.flatten(1, 2), matrices[:, 1:, 1:], patch[1:])
+    return flat[0].unflatten(1, images.shape[1:3]), flat[1].unflatten(1, classes.shape[1:3])
 
 
 def apply_intensity(
-    images: Tensor, labels: Tensor, draw: Intensity, masked: Sequence[int] = ()
+    images: Tensor, classes: Tensor, draw: Intensity, masked: Sequence[int] = (), swap: Swap | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Apply drawn parameters to a batch: images (batch, channels, z, y, x) float32, labels (batch, z, y, x).
+    """Apply drawn parameters to a batch; the images that are given are overwritten.
 
-    `masked` channels were normalised inside the nonzero mask: outside of it they stay zero.
+    Parameters
+    ----------
+    images : (batch, channels, z, y, x) float32.
+    classes : (batch, maps, z, y, x), mirrored with the images.
+    masked : channels that were normalised inside the nonzero mask: outside of it they stay zero.
+    swap : classes that change places where left and right do.
     """
     inside = (images != 0).any(1) if masked else None
-    index, std = _chosen(draw.noise[:, 0], images.device)
-    if len(index):
-        generator = torch.Generator(device=images.device).manual_seed(draw.noise_seed)
-        field = torch.randn((len(index), 1, *images.shape[2:]), generator=generator, device=images.device)
-        images = images.index_add(0, index, (field * std[:, None]).expand(-1, images.shape[1], -1, -1, -1))
-    x = images.flatten(0, 1)  # from here on every channel of every sample is a row of its own
-    for values, transform in (
-        (draw.blur.reshape(-1, 3), blur),
-        (draw.brightness.reshape(-1), torch.mul),
-        (draw.contrast.reshape(-1), contrast),
-        (draw.low_resolution.reshape(-1), low_resolution),
-        (draw.gamma_inverted.reshape(-1), lambda a, g: -gamma(-a, g)),
-        (draw.gamma.reshape(-1), gamma),
-    ):
-        index, parameter = _chosen(values, images.device)
+    for i in np.flatnonzero(~np.isnan(draw.noise[:, 0])):
+        generator = torch.Generator(images.device).manual_seed(int(draw.seed[i]))
+        images[i] += float(draw.noise[i, 0]) * torch.randn(images.shape[1:], generator=generator, device=images.device)
+    steps = _steps(draw, is_in_plane(tuple(images.shape[2:])))
+    # from here on every channel of every sample is a row of its own
+    rows = [values.reshape(images.shape[0] * images.shape[1], -1) for values, _ in steps]
+    chosen = [np.flatnonzero(~np.isnan(values[:, 0])) for values in rows]
+    values = [v[i] for v, i in zip(rows, chosen, strict=True)]
+    table = np.asarray(swap.table if swap else ())
+    flips, swapped, *parameters = on_device([draw.mirror, table, *chosen, *values], images.device)
+    x = images.flatten(0, 1)
+    for (_, transform), index, parameter in zip(steps, parameters[: len(steps)], parameters[len(steps) :], strict=True):
         if len(index):
-            x = x.index_copy(0, index, transform(x[index], parameter))
+            x.index_copy_(0, index.long(), transform(x[index.long()], parameter))
     images = x.unflatten(0, images.shape[:2])
     if inside is not None:
-        images[:, list(masked)] *= inside[:, None]
-    return mirror(images, labels, draw.mirror)
+        for channel in masked:
+            images[:, channel] *= inside
+    axes = np.flatnonzero(draw.mirror.any(0)).tolist()
+    images, classes = mirror(images, flips, axes), mirror(classes, flips, axes)
+    if swap and swap.axis in axes:
+        other = swapped.to(classes.dtype)[classes.long()]
+        classes = torch.where(flips[:, swap.axis, None, None, None, None] != 0, other, classes)
+    return images, classes
 
 
-def _chosen(values: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows that get a transform, and the parameters of each, (rows, 1, 1, 1) or (rows, parameters, 1, 1, 1)."""
-    index = np.flatnonzero(~np.isnan(values.reshape(len(values), -1)[:, 0]))
-    parameters = torch.as_tensor(values[index].astype(np.float32), device=device)
-    return torch.as_tensor(index, device=device), parameters[..., None, None, None]
-
-
-def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (rows, z, y, x) with a sigma per row and axis, (rows, 3, 1, 1, 1), in voxels; edges repeated."""
-    radius = 3
-    taps = torch.arange(-radius, radius + 1, device=x.device)
-    for axis in range(3):
-        if x.shape[axis + 1] == 1:
-            continue
-        weights = torch.exp(-0.5 * (taps / sigma[:, axis]) ** 2)  # (rows, 1, 1, taps)
-        weights = weights / weights.sum(-1, keepdim=True)
-        edge = [0] * 6
-        edge[2 * (2 - axis)] = edge[2 * (2 - axis) + 1] = radius
-        padded = F.pad(x[:, None], edge, mode="replicate")[:, 0]
-        size = x.shape[axis + 1]
-        parts = [
-            padded.narrow(axis + 1, k, size) * weights[..., k, None].reshape(-1, 1, 1, 1) for k in range(len(taps))
-        ]
-        x = torch.stack(parts).sum(0)
-    return x
-
-
-def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale the distance from the mean, within the range that was there."""
-    mean = x.mean((1, 2, 3), keepdim=True)
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    return torch.clamp((x - mean) * factor + mean, low, high)
-
-
-def gamma(x: Tensor, exponent: Tensor) -> Tensor:
-    """Raise the image, rescaled to 0..1, to a power; mean and standard deviation are kept."""
-    mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
-    low = x.amin((1, 2, 3), keepdim=True)
-    span = (x.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-7)
-    y = ((x - low) / span) ** exponent * span + low
-    y = y - y.mean((1, 2, 3), keepdim=True)
-    return y / y.std((1, 2, 3), keepdim=True).clamp_min(1e-7) * std + mean
-
-
-def low_resolution(x: Tensor, factor: Tensor) -> Tensor:
-    """Sample down (nearest) and up again (linear); along the first axis only where the patch is not anisotropic."""
-    out = []
-    keep_first = is_in_plane(tuple(x.shape[1:]))
-    for row, f in zip(x, factor.flatten().tolist(), strict=True):
-        small = [n if axis == 0 and keep_first else max(1, round(n * f)) for axis, n in enumerate(row.shape)]
-        down = F.interpolate(row[None, None], size=small, mode="nearest-exact")
-        out.append(F.interpolate(down, size=row.shape, mode="trilinear")[0, 0])
-    return torch.stack(out)
-
-
-def mirror(images: Tensor, labels: Tensor, flips: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Flip the samples along the axes drawn for each, (batch, 3)."""
-    flipped = [
-        (image.flip([a + 1 for a in axes]), label.flip(axes))
-        if (axes := np.flatnonzero(flip).tolist())
-        else (image, label)
-        for image, label, flip in zip(images, labels, flips, strict=True)
+def _steps(draw: Intensity, in_plane: bool) -> list[tuple[np.ndarray, Callable[[Tensor, Tensor], Tensor]]]:
+    """The transforms of single channels in their order, each with what was drawn for it."""
+    widest = float(np.nanmax(draw.blur, initial=0))
+    return [
+        (draw.blur, partial(blur, widest=widest)),
+        (draw.brightness, lambda x, factor: x * factor[..., None, None]),
+        (draw.contrast, contrast),
+        (draw.low_resolution, partial(low_resolution, axes=(1, 2) if in_plane else (0, 1, 2))),
+        (draw.gamma_inverted, lambda x, exponent: -gamma(-x, exponent)),
+        (draw.gamma, gamma),
     ]
-    return torch.stack([image for image, _ in flipped]), torch.stack([label for _, label in flipped])

@@ -36,7 +36,7 @@ def groups_of(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
     ------
     UserError : the table lacks a case, or the expression is none or does not match one.
     """
-    if Path(group_by).suffix.lower() in (".csv", ".tsv") or Path(group_by).is_file():
+    if is_table(Path(group_by)) or Path(group_by).is_file():
         return read_column(Path(group_by), case_ids, "group")
     try:
         pattern = re.compile(group_by)
@@ -45,11 +45,16 @@ def groups_of(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
     groups = {}
     for case_id in case_ids:
         match = pattern.search(case_id)
-        groups[case_id] = "" if match is None else (match[0] if match.lastindex is None else match[1] or match[0])
+        first = match[1] if match and pattern.groups else None
+        groups[case_id] = (match[0] if match else "") if first is None else first
     if strangers := [case_id for case_id, group in groups.items() if not group]:
         what = f"--group-by {group_by!r} matches nothing in {_some(strangers)}"
         raise UserError(what, fix=r"Every case needs a group; `|.+` at the end makes the other cases groups of one.")
     return groups
+
+
+def is_table(file: Path) -> bool:
+    return file.suffix.lower() in (".csv", ".tsv")
 
 
 def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ from nnunet_lite.network.arithmetic import Arithmetic, keep_freed_memory, use_al
 from nnunet_lite.training.batches import Batch, make_batch, training_batches
 from nnunet_lite.training.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
 from nnunet_lite.training.distributed import any_rank, from_first, sum_over_ranks
+from nnunet_lite.training.initial import freeze, start_from
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loss import check_weights, pseudo_dice_counts
 from nnunet_lite.training.optimize import Plateau, learning_rate
@@ -119,10 +120,13 @@ def _begin(job: Job) -> tuple[Learner, State]:
     network, checkpoint = make_network(job), job.folder / CHECKPOINT
     if checkpoint.is_file():
         state = State.from_json(read_state(checkpoint))
+        freeze(network, job.settings.training.freeze)
         learner = make_learner(job, network, state.arithmetic, state.scale)
         load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
         log.info(f"going on from epoch {state.epoch} of {job.settings.training.epochs}")
     else:
+        start_from(network, job)
+        freeze(network, job.settings.training.freeze)
         state = State(Plateau(lr=job.settings.optimizer.lr), choose_arithmetic(job, network))
         learner = make_learner(job, network, state.arithmetic, state.scale)
     return parallel(job, learner), state

@@ -6,7 +6,7 @@ import torch
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates
-from nnunet_lite.network.unet import UNet
+from nnunet_lite.network.build import build_network, supervise_deeply
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.loss import deep_supervision_loss
@@ -38,12 +38,12 @@ def measure_step(plan: Plan, configuration: str, device: torch.device) -> float 
 def train_step(plan: Plan, configuration: str, device: torch.device, arithmetic: Arithmetic, steps: int) -> float:
     """Some training steps of the default recipe on random data; returns the last loss."""
     settings, planned = Settings(), plan.configuration(configuration)
-    network = UNet(planned.network, len(plan.channels), plan.labels.n_channels).to(device)
+    network = build_network(plan, configuration).to(device)
     network.to(memory_format=arithmetic.layout(planned.dimensions))  # type: ignore[call-overload]
-    network.deep_supervision = True
+    supervise_deeply(network, True)
     optimizer = make_optimizer(network, settings.optimizer, device)
     scaler = torch.amp.GradScaler(device.type, enabled=arithmetic.precision == "fp16")
-    images = torch.randn(planned.batch_size, len(plan.channels), *planned.patch_size, device=device)
+    images = torch.randn(planned.batch_size, plan.n_inputs(configuration), *planned.patch_size, device=device)
     shape = (planned.batch_size, *planned.patch_size)
     classes = torch.randint(0, plan.labels.n_classes, shape, device=device, dtype=torch.uint8)
     loss = torch.zeros(())

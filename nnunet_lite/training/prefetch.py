@@ -1,57 +1,61 @@
-"""Preparing batches ahead, in a thread: no worker process that could die unseen."""
+"""Preparing batches ahead, in threads: no worker process that could die unseen."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Generator, Iterator
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-T = TypeVar("T")
+T = TypeVar("T", bound=tuple[Any, ...])
+
+_ON_A_GPU = 2  # threads: one reads while the other waits for the disk or for the interpreter
 
 
-def prefetch(items: Iterator[T], device: torch.device, workers: int | None) -> Generator[T, None, None]:
-    """Yield `items`, prepared one or more ahead in a thread.
+def prefetch(makers: Iterator[Callable[[], T]], device: torch.device, workers: int | None) -> Generator[T, None, None]:
+    """Yield what `makers` make, in their order, while `workers` threads make what comes next.
 
-    On the CPU the network needs every core and preparing ahead would only take them away, so there it is done in line
-    unless `workers` asks for a thread; 0 always means in line. An exception in the thread is raised here.
+    Making must not depend on what was made before. An error is raised here, after the items before it. On the CPU the
+    network needs every core and preparing ahead would only take them away, so there it is done in line unless `workers`
+    asks for threads; 0 always means in line. On a GPU, threads copy and augment on a stream of their own: the training
+    stream waits for an item to be ready, but the host never waits.
     """
-    if workers == 0 or (workers is None and device.type == "cpu"):
-        yield from items
+    workers = (_ON_A_GPU if device.type == "cuda" else 0) if workers is None else workers
+    if workers == 0:
+        yield from (make() for make in makers)
         return
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(2, workers or 0))
-    stop, end = threading.Event(), StopIteration()
-
-    def put(entry: tuple[T | None, BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if side:
+        side.wait_stream(torch.cuda.current_stream(device))  # what makers use may still be on its way to the device
+    with ThreadPoolExecutor(workers, "prefetch") as pool:
+        ahead = deque(pool.submit(_made, make, side) for make in islice(makers, workers + 1))
         try:
-            for item in items:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((None, end))
-        except BaseException as error:
-            put((None, error))
+            while ahead:
+                item, ready = ahead.popleft().result()
+                ahead.extend(pool.submit(_made, make, side) for make in islice(makers, 1))
+                if ready:
+                    _hand_over(item, ready, torch.cuda.current_stream(device))
+                yield item
+        finally:
+            for future in ahead:
+                future.cancel()
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is end:
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
-    finally:
-        stop.set()
-        thread.join()
+
+def _made(make: Callable[[], T], side: torch.cuda.Stream | None) -> tuple[T, torch.cuda.Event | None]:
+    """What is made, and the event after which a GPU has made it."""
+    if side is None:
+        return make(), None
+    with torch.cuda.stream(side):
+        return make(), side.record_event()
+
+
+def _hand_over(item: tuple[Any, ...], ready: torch.cuda.Event, user: torch.cuda.Stream) -> None:
+    """Let a stream use what another one makes: it waits, and memory is not given to others before it is done."""
+    user.wait_event(ready)
+    for part in item:
+        if isinstance(part, Tensor):
+            part.record_stream(user)

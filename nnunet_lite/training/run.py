@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import math
 import platform
-import resource
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.budget import free_memory
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.memory import with_memory
@@ -32,9 +28,6 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, differences
 from nnunet_lite.training.folds import N_FOLDS
 from nnunet_lite.workspace import Paths, locked, read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    from nnunet_lite.training.sampler import CaseArrays
 
 FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
@@ -46,16 +39,19 @@ _LENGTH = ("training.epochs", "training.time_limit")
 
 
 def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
-    """The plan that is trained: this configuration alone, with the batch, patch and network of the settings.
+    """The plan that is trained: this configuration with the batch, patch and network of the settings.
+
+    With the second stage of a cascade, the first one stays in the plan, as it was planned.
 
     Raises
     ------
-    UserError : no such configuration, a cascade's second stage, an illegal patch, or images too small for any U-Net.
+    UserError : no such configuration, a cascade of more than two stages, an illegal patch, or images too small for any
+        U-Net.
     """
     training, stage = settings.training, plan.configuration(configuration).previous_stage
-    if stage is not None:
-        what = f"{configuration} learns from the predictions of {stage}, which this version does not feed to it"
-        raise UserError(what, fix="Train 3d_fullres or 3d_lowres.")
+    stages = {} if stage is None else {stage: plan.configuration(stage)}
+    if any(before.previous_stage is not None for before in stages.values()):
+        raise UserError(f"{stage}, the previous stage of {configuration}, has one itself; a cascade has two stages")
     changed = limited(plan, configuration, training.patch_voxels, training.batch_voxels)
     changed = override(changed, configuration, training.patch_size, training.batch_size)
     planned = changed.configuration(configuration)
@@ -74,7 +70,7 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
         }
     )
     planned = with_memory(planned.model_copy(update={"network": network}), len(plan.channels), plan.labels)
-    return changed.model_copy(update={"configurations": {configuration: planned}})
+    return changed.model_copy(update={"configurations": {configuration: planned, **stages}})
 
 
 def exclusive(folder: Path) -> AbstractContextManager[None]:
@@ -92,11 +88,18 @@ def exclusive(folder: Path) -> AbstractContextManager[None]:
 
 
 def open_run(
-    folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings, force: bool = False
+    folder: Path,
+    plan: Plan,
+    dataset: Dataset,
+    configuration: str,
+    settings: Settings,
+    force: bool = False,
+    previous: str | None = None,
 ) -> int:
     """Make a model folder, or make sure that the one that is there was made with the same plan and settings.
 
     A run may be made longer at any time. `force` takes over other changed settings too, if the network stays.
+    `previous` is the name of the model folder of a cascade's first stage.
 
     Returns
     -------
@@ -107,10 +110,18 @@ def open_run(
     UserError : the folder holds a run with other settings or another plan; lists the differences.
     """
     with locked(folder, lambda: None):  # folds that are begun at once draw one seed
-        return _open_run(folder, plan, dataset, configuration, settings, force)
+        return _open_run(folder, plan, dataset, configuration, settings, force, previous)
 
 
-def _open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, settings: Settings, force: bool) -> int:
+def _open_run(
+    folder: Path,
+    plan: Plan,
+    dataset: Dataset,
+    configuration: str,
+    settings: Settings,
+    force: bool,
+    previous: str | None,
+) -> int:
     file = folder / "run.json"
     if file.is_file():
         run, old_plan = read_json(file), Plan.read(folder / "plans.json")
@@ -132,6 +143,7 @@ def _open_run(folder: Path, plan: Plan, dataset: Dataset, configuration: str, se
     write_text(folder / "plans.json", plan.to_json())
     write_json(folder / "dataset.json", _about(dataset))
     run = {"format": FORMAT, "configuration": configuration, "seed": seed, "settings": settings.model_dump(mode="json")}
+    run |= {} if previous is None else {"previous": previous}
     write_json(file, {**run, "began": _now(), "versions": versions()})
     return seed
 
@@ -190,7 +202,42 @@ def model_folder(paths: Paths, name: str) -> Path:
 
 
 def is_finished(fold_folder: Path) -> bool:
+    """Whether there is a model, be it of a run that was made longer since."""
     return (fold_folder / MODEL).is_file()
+
+
+def is_complete(fold_folder: Path, settings: Settings) -> bool:
+    """Whether a fold is trained for as long as the settings say.
+
+    Raises
+    ------
+    UserError : it was trained for less, and the checkpoint from which it could go on is gone.
+    """
+    from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
+
+    if not is_finished(fold_folder):
+        return False
+    done = read_state(fold_folder / MODEL).get("length")
+    if done in (None, length(settings)):
+        return True
+    if not (fold_folder / CHECKPOINT).is_file():
+        raise UserError("was trained for less and cannot go on: its checkpoint is gone", fold_folder, "Use --restart.")
+    return False
+
+
+def require_begun(fold_folder: Path, restart: object) -> None:
+    """For --resume: make sure that there is something to go on from.
+
+    Raises
+    ------
+    UserError : there is not, or --restart is asked for too.
+    """
+    from nnunet_lite.training.checkpoint import CHECKPOINT
+
+    if restart:
+        raise UserError("--resume and --restart exclude each other")
+    if not is_finished(fold_folder) and not (fold_folder / CHECKPOINT).is_file():
+        raise UserError("there is nothing to resume", fold_folder, "Leave out --resume to begin.")
 
 
 def trained_folds(folder: Path) -> list[str]:
@@ -226,40 +273,6 @@ def fold_seed(seed: int, fold: str) -> int:
     """A seed of its own for each fold, so that the networks of an ensemble do not all start alike."""
     number = int(fold) if fold.isdigit() else 1000
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-
-
-@dataclass(frozen=True)
-class LoadedCase:
-    """A case in memory."""
-
-    case_id: str
-    image: np.ndarray
-    label: np.ndarray
-    foreground: Mapping[int, np.ndarray]
-    annotated: np.ndarray | None
-
-
-def load_cases(case_ids: Sequence[str], open_one: Callable[[str], CaseArrays], cache: str) -> list[CaseArrays]:
-    """The cases in memory where `cache` is "ram", or "auto" and they take less than half of what is free.
-
-    One that stays on disk holds three open files, so the limit of this process is raised as far as it may be.
-    """
-    if cache == "disk" or (cache == "auto" and sum(_bytes(open_one(i)) for i in case_ids) > free_memory() / 2):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return [open_one(case_id) for case_id in case_ids]
-    return [in_memory(open_one(case_id)) for case_id in case_ids]
-
-
-def in_memory(case: CaseArrays) -> LoadedCase:
-    """A case read whole, with none of its files left open."""
-    voxels = {number: np.array(v) for number, v in case.foreground.items()}
-    annotated = None if case.annotated is None else np.array(case.annotated)
-    return LoadedCase(case.case_id, case.image[:], case.label[:], voxels, annotated)
-
-
-def _bytes(case: CaseArrays) -> int:
-    return int(np.prod(case.image.shape)) * case.image.dtype.itemsize + int(np.prod(case.label.shape))
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Which patches a batch is made of, and reading them.
 
 Every batch is drawn from a generator seeded with (seed, epoch, iteration): nothing but these numbers decides it, so a
-resumed run sees the very batches that an undisturbed one would have seen, and no random state has to be saved.
+resumed run sees the very batches that an undisturbed one would have seen, and no random state has to be saved. Drawing
+is apart from reading: each of several ranks draws the whole batch and reads its own samples.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augment import draw_matrix
@@ -22,7 +25,8 @@ Shape = tuple[int, int, int]
 class CaseArrays(Protocol):
     """What a stored or loaded case offers: `image` (channels, z, y, x), `label` (z, y, x) and voxels (n, 3).
 
-    `foreground` has the voxels of each class or region; `annotated` those that are not ignored, None if all are.
+    `foreground` has the voxels of each class or region; `annotated` those that are not ignored, None if all are;
+    `previous` (z, y, x) the classes that the previous stage of a cascade predicted on the same grid, None without one.
     """
 
     @property
@@ -35,19 +39,37 @@ class CaseArrays(Protocol):
     def foreground(self) -> Mapping[int, np.ndarray]: ...
     @property
     def annotated(self) -> np.ndarray | None: ...
+    @property
+    def previous(self) -> Any: ...
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A patch as read: larger than the patch and with a matrix where it is still to be rotated or scaled.
+class Place:
+    """Where a sample is taken from: a case, the lower corner of the patch in it, and how it is turned and scaled.
 
-    `matrix` (3, 3) maps offsets from the patch centre to offsets from the centre of the array read, in voxels.
+    `matrix` (3, 3) maps offsets from the centre of the patch to offsets from the same point of the image, in voxels;
+    None where the patch is taken as it lies.
     """
 
-    case_id: str
-    image: np.ndarray  # (channels, z, y, x), as stored
-    label: np.ndarray  # (z, y, x) classes
+    case: int
+    corner: Shape
     matrix: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Boxes of one shape, read: images (n, channels, z, y, x), classes (n, 1 or 2, z, y, x).
+
+    The classes are those of the label and, in the second stage of a cascade, those that the first one predicted.
+    """
+
+    images: Tensor
+    classes: Tensor
+
+    def to(self, device: torch.device) -> Stack:
+        """On the device, in float32; a copy from pinned memory is not waited for."""
+        images = self.images.to(device, non_blocking=True).float()
+        return Stack(images, self.classes.to(device, non_blocking=True))
 
 
 def rng_for(seed: int, *counters: int) -> np.random.Generator:
@@ -63,37 +85,45 @@ def forced_foreground(batch_size: int, share: float) -> list[bool]:
 def draw_corner(case: CaseArrays, patch: Shape, foreground: bool, rng: np.random.Generator) -> Shape:
     """Lower corner of a patch, centred on a voxel of a random class of the case where `foreground` is asked for.
 
-    A patch stays inside the image; along an axis where the image is smaller, the image lies in the middle of the patch,
-    as it does in the sliding window. Where labels are partly ignored, patches are centred on annotated voxels.
+    Patches lie where nnU-Net 2.8.1 puts them. Others than foreground patches stay inside the image; along an axis where
+    the image is smaller, it lies in the middle of the patch, as in the sliding window. Foreground patches do not reach
+    over the lower border, or not further than the others, but they reach over the upper one, so that their voxel is in
+    the centre there. Where labels are partly ignored, the others are centred on annotated voxels in the same way.
     """
     shape = case.label.shape
-    low = [-(max(0, p - s) // 2) for s, p in zip(shape, patch, strict=True)]
-    high = [max(lo, s - p) for lo, s, p in zip(low, shape, patch, strict=True)]
+    missing = [max(0, p - s) for s, p in zip(shape, patch, strict=True)]
+    low = [-((m + 1) // 2) for m in missing]
     classes = [c for c, voxels in case.foreground.items() if len(voxels)] if foreground else []
     voxels = case.foreground[classes[int(rng.integers(len(classes)))]] if classes else case.annotated
     if voxels is not None and len(voxels):
         voxel = voxels[int(rng.integers(len(voxels)))]
-        corner = [int(np.clip(v - p // 2, lo, hi)) for v, p, lo, hi in zip(voxel, patch, low, high, strict=True)]
+        corner = [max(lo, int(v) - p // 2) for v, p, lo in zip(voxel, patch, low, strict=True)]
     else:
+        high = [max(-(m // 2), s - p) for m, s, p in zip(missing, shape, patch, strict=True)]
         corner = [int(rng.integers(lo, hi + 1)) for lo, hi in zip(low, high, strict=True)]
     return corner[0], corner[1], corner[2]
 
 
-def read_padded(array: Any, corner: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """The box at `corner` of the last three axes of an array, with zeros where it reaches outside."""
-    lead = array.ndim - 3
-    inside = tuple(
-        slice(max(0, c), max(0, min(n, c + s))) for c, s, n in zip(corner, shape, array.shape[lead:], strict=True)
-    )
-    data = np.asarray(array[(slice(None),) * lead + inside])
-    if data.shape[lead:] == tuple(shape):
-        return data
-    out = np.zeros((*array.shape[:lead], *shape), data.dtype)
-    target = tuple(
-        slice(s.start - c, s.start - c + n) for s, c, n in zip(inside, corner, data.shape[lead:], strict=True)
-    )
-    out[(slice(None),) * lead + target] = data
-    return out
+def draw_places(
+    cases: Sequence[CaseArrays],
+    patch: Shape,
+    batch_size: int,
+    foreground: float,
+    augmentation: AugmentationSettings | None,
+    in_plane: bool,
+    rng: np.random.Generator,
+) -> list[Place]:
+    """Draw where the samples of a batch lie; cases with replacement, as nnU-Net draws them.
+
+    Without `augmentation` none of them is turned or scaled.
+    """
+    places = []
+    for forced in forced_foreground(batch_size, foreground):
+        number = int(rng.integers(len(cases)))
+        corner = draw_corner(cases[number], patch, forced, rng)
+        matrix = draw_matrix(rng, augmentation, patch, in_plane) if augmentation else None
+        places.append(Place(number, corner, matrix))
+    return places
 
 
 def source_shape(matrix: np.ndarray, patch: Shape) -> Shape:
@@ -109,31 +139,53 @@ def source_shape(matrix: np.ndarray, patch: Shape) -> Shape:
     return z, y, x
 
 
-def read_sample(case: CaseArrays, corner: Shape, patch: Shape, matrix: np.ndarray | None) -> Sample:
-    """Read a patch; the larger box around it only where the patch is to be rotated or scaled."""
-    if matrix is None:
-        return Sample(
-            case.case_id, read_padded(case.image, corner, patch), read_padded(case.label, corner, patch), None
-        )
-    wide = source_shape(matrix, patch)
-    at = [c - (w - p) // 2 for c, w, p in zip(corner, wide, patch, strict=True)]
-    return Sample(case.case_id, read_padded(case.image, at, wide), read_padded(case.label, at, wide), matrix)
+def read_box(array: Any, corner: Sequence[int], out: Tensor) -> None:
+    """Fill `out` (..., z, y, x) with the box at `corner` of the last three axes of an array, zeros outside of it."""
+    lead, shape = array.ndim - 3, out.shape[-3:]
+    inside = tuple(
+        slice(low := min(max(0, c), n), max(low, min(n, c + s)))
+        for c, s, n in zip(corner, shape, array.shape[lead:], strict=True)
+    )
+    data = torch.as_tensor(array[(slice(None),) * lead + inside])
+    if data.shape[lead:] != shape:
+        out.zero_()
+        for axis, (span, c) in enumerate(zip(inside, corner, strict=True), out.ndim - 3):
+            out = out.narrow(axis, min(max(0, span.start - c), out.shape[axis]), span.stop - span.start)
+    out.copy_(data)
 
 
-def draw_batch(
-    cases: Sequence[CaseArrays],
-    patch: Shape,
-    batch_size: int,
-    foreground: float,
-    augmentation: AugmentationSettings | None,
-    in_plane: bool,
-    rng: np.random.Generator,
-) -> list[Sample]:
-    """Draw and read one batch; cases with replacement, as nnU-Net draws them."""
-    samples = []
-    for forced in forced_foreground(batch_size, foreground):
-        case = cases[int(rng.integers(len(cases)))]
-        corner = draw_corner(case, patch, forced, rng)
-        matrix = draw_matrix(rng, augmentation, patch, in_plane) if augmentation else None
-        samples.append(read_sample(case, corner, patch, matrix))
-    return samples
+def read_stack(cases: Sequence[CaseArrays], places: Sequence[Place], patch: Shape, device: torch.device) -> Stack:
+    """Read patches; of those to be turned or scaled the box that holds them, in the middle of one shape for all.
+
+    For a GPU they are read as they are stored, into pinned memory; on it where the cases lie there.
+    """
+    shapes = [patch if place.matrix is None else source_shape(place.matrix, patch) for place in places]
+    common = np.max(shapes, axis=0).tolist()
+    stack = _empty_stack(cases[0], len(places), common, device)
+    for place, shape, image, classes in zip(places, shapes, stack.images, stack.classes, strict=True):
+        case = cases[place.case]
+        corner = [c - (s - p) // 2 for c, s, p in zip(place.corner, shape, patch, strict=True)]
+        if list(shape) != common:
+            image.zero_()
+            classes.zero_()
+        for axis, (wide, size) in enumerate(zip(common, shape, strict=True), 1):
+            image, classes = (x.narrow(axis, (wide - size) // 2, size) for x in (image, classes))
+        read_box(case.image, corner, image)
+        read_box(case.label, corner, classes[0])
+        if case.previous is not None:
+            read_box(case.previous, corner, classes[1])
+    return stack
+
+
+def _empty_stack(like: CaseArrays, n: int, shape: Sequence[int], device: torch.device) -> Stack:
+    """Room for boxes of cases: where these are if they lie on the device, else on the host."""
+    at = device if isinstance(like.image, Tensor) and like.image.device.type == device.type else torch.device("cpu")
+    travels = at.type != device.type
+    pinned = travels and device.type == "cuda"
+    image = torch.float16 if travels and like.image.dtype.itemsize == 2 else torch.float32
+    label = torch.uint8 if like.label.dtype.itemsize == 1 else torch.int32
+    maps = 1 if like.previous is None else 2
+    return Stack(
+        torch.empty((n, like.image.shape[0], *shape), dtype=image, device=at, pin_memory=pinned),
+        torch.empty((n, maps, *shape), dtype=label, device=at, pin_memory=pinned),
+    )

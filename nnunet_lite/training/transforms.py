@@ -1,0 +1,136 @@
+"""The transforms of augmentation as functions of tensors: all samples or rows at once, each with parameters of its own.
+
+A row is one channel of one sample: (rows, z, y, x), with parameters (rows, n). Nothing here looks at the values of a
+tensor on the host, so on a GPU nothing waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def warp(images: Tensor, classes: Tensor, matrices: Tensor, patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rotate and scale samples around their centres, with linear interpolation.
+
+    Parameters
+    ----------
+    images : (n, channels, *source) with two or three axes; `classes` (n, maps, *source) likewise.
+    matrices : (n, axes, axes) from offsets in the patch to offsets in the source, in voxels.
+    patch : shape of what comes out; the source must hold what the matrices make of it.
+
+    Each class is interpolated by itself and the largest wins, as in nnU-Net.
+    """
+    moved = [_moved(row, patch) for row in matrices.unbind(1)]
+    source = images.shape[2:]
+    grid = torch.stack([m / (max(n - 1, 1) / 2) for m, n in zip(moved, source, strict=True)][::-1], -1)
+    warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return warped, _vote(classes, [m + (n - 1) / 2 for m, n in zip(moved, source, strict=True)])
+
+
+def _moved(factors: Tensor, patch: Sequence[int]) -> Tensor:
+    """Offsets along one axis of the source, (n, *patch), from factors (n, axes) of those along the patch's axes."""
+    parts = []
+    for axis, size in enumerate(patch):
+        shape = [-1 if axis == other else 1 for other in range(len(patch))]
+        offsets = torch.arange(size, device=factors.device) - (size - 1) / 2
+        parts.append(factors[:, axis].view(-1, *[1] * len(patch)) * offsets.view(shape))
+    return reduce(torch.add, parts)
+
+
+def _vote(classes: Tensor, positions: Sequence[Tensor]) -> Tensor:
+    """The class with most weight among the 4 or 8 voxels around each position; (n, maps, *source) -> (n, maps, *patch).
+
+    This is what interpolating each class would give, at a cost that does not depend on their number.
+    """
+    (n, maps, *source), patch = classes.shape, positions[0].shape[1:]
+    around = []  # for each axis the two neighbours: what they add to the index of a voxel, and their weights
+    for position, size, stride in zip(positions, source, classes.stride()[2:], strict=True):
+        below = position.floor()
+        part, index = position - below, below.to(torch.int32)
+        around.append([(i.clamp(0, size - 1) * stride, w) for i, w in ((index, 1 - part), (index + 1, part))])
+    found, weights = [], []
+    for corner in itertools.product(*around):
+        index = reduce(torch.add, [i for i, _ in corner]).long().view(n, 1, -1).expand(-1, maps, -1)
+        found.append(classes.flatten(2).gather(2, index).unflatten(2, patch))
+        weights.append(reduce(torch.mul, [w for _, w in corner])[:, None])
+    winner, most = found[-1], weights[-1]
+    for i in reversed(range(len(found) - 1)):  # the first of equal voxels counts all of them, so it beats the others
+        votes = weights[i] + sum(weights[j] * (found[i] == found[j]) for j in range(i + 1, len(found)))
+        winner = torch.where(votes >= most, found[i], winner)
+        most = torch.maximum(votes, most)
+    return winner
+
+
+def blur(x: Tensor, sigma: Tensor, widest: float) -> Tensor:
+    """Gaussian blur with a sigma per row and axis, (rows, 3) voxels, none above `widest`; cut off at 3 sigma."""
+    radius = math.floor(3 * widest)
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    for axis, size in enumerate(x.shape[1:]):
+        if size == 1:
+            continue
+        s = sigma[:, axis, None]
+        weights = torch.exp(-0.5 * (taps / s) ** 2) * (taps.abs() <= (3 * s).floor())
+        # beyond an edge the image goes on mirrored, without its outermost voxel
+        period = 2 * (size - 1)
+        beyond = (torch.arange(size, device=x.device)[:, None] + taps) % period
+        meets = torch.minimum(beyond, period - beyond)[..., None] == torch.arange(size, device=x.device)
+        x = _along(x, torch.einsum("rt,itj->rij", weights / weights.sum(1, keepdim=True), meets.float()), axis)
+    return x
+
+
+def low_resolution(x: Tensor, factor: Tensor, axes: Sequence[int]) -> Tensor:
+    """Sample some axes down by a factor per row, (rows, 1), to the nearest voxels, and up again linearly.
+
+    Both together are one matrix per axis, so that rows of different factors are done at once.
+    """
+    for axis in axes:
+        size = x.shape[axis + 1]
+        grid = torch.arange(size, device=x.device)
+        coarse = (size * factor).round().clamp(1, size)  # (rows, 1) voxels
+        position = ((grid + 0.5) * coarse / size - 0.5).clamp_min(0)
+        below = position.floor()
+        part = (position - below)[..., None]
+        lower, upper = (
+            torch.div((2 * i + 1) * size, 2 * coarse, rounding_mode="floor")[..., None] == grid
+            for i in (below, torch.minimum(below + 1, coarse - 1))
+        )
+        x = _along(x, lower * (1 - part) + upper * part, axis)
+    return x
+
+
+def _along(x: Tensor, operators: Tensor, axis: int) -> Tensor:
+    """Apply a matrix per row, (rows, n, n), to one axis of (rows, z, y, x)."""
+    if axis == 0:
+        return (operators @ x.flatten(2)).view_as(x)
+    return operators[:, None] @ x if axis == 1 else x @ operators[:, None].mT
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance from the mean by a factor per row, (rows, 1), within the range that was there."""
+    mean = x.mean((1, 2, 3), keepdim=True)
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    return torch.clamp((x - mean) * factor[..., None, None] + mean, low, high)
+
+
+def gamma(x: Tensor, exponent: Tensor) -> Tensor:
+    """Raise rows, rescaled to 0..1, to a power each, (rows, 1); mean and standard deviation are kept."""
+    mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
+    low = x.amin((1, 2, 3), keepdim=True)
+    span = (x.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-7)
+    y = ((x - low) / span) ** exponent[..., None, None] * span + low
+    y = y - y.mean((1, 2, 3), keepdim=True)
+    return y / y.std((1, 2, 3), keepdim=True).clamp_min(1e-7) * std + mean
+
+
+def mirror(x: Tensor, flips: Tensor, axes: Sequence[int]) -> Tensor:
+    """Flip the samples (batch, channels, z, y, x) for which `flips` (batch, 3) is not 0, along some of the axes."""
+    for axis in axes:
+        x = torch.where(flips[:, axis, None, None, None, None] != 0, x.flip(axis + 2), x)
+    return x

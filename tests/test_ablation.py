@@ -1,0 +1,34 @@
+"""scripts/ablation.py: trains the base and an ablation, prints their table, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "ablation.py"
+
+
+def test_table_of_an_ablation(tiny_workspace: Path, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    workspace, table = tmp_path / "workspace", tmp_path / "table.md"
+    shutil.copytree(tiny_workspace, workspace)
+    changes = [f"--set={key}={str(value).lower()}" for key, value in tiny_settings.items() if "epochs" not in key]
+    options = ["--recipe", "cpu", "--iterations", "4", "--device", "cpu", "-w", str(workspace), "--output", str(table)]
+
+    def run(*more: str) -> str:
+        command = [sys.executable, str(SCRIPT), str(tmp_path), *options, *changes, *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    run("--only", "relu")
+    again = run("--only", "relu")
+    assert again.count("training is finished") == 2
+    head, _, base, relu = table.read_text().splitlines()[2:]
+    assert head == "| cpu, 4 steps | Anterior | Posterior | mean | 95 % interval |"
+    assert base.startswith("| base | 0.") and re.match(r"\| relu \| 0\.\d{4} \(([+-].*%|n/a)\) \|", relu)
+    models = {path.name for path in workspace.glob("*/models/*")}
+    assert models == {"cpu-base", "cpu-relu"}

@@ -1,0 +1,81 @@
+"""The planned network, or one of the user's own, which is tried before a run depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.network.build import build_network, supervise_deeply
+from nnunet_lite.network.unet import UNet
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.workspace import current
+
+OWN = """
+import torch
+from torch import nn
+
+def plain(planned, inputs, outputs):
+    conv = nn.Conv3d if len(planned.kernels[0]) == 3 else nn.Conv2d
+    return nn.Sequential(conv(inputs, 4, 3, padding=1), nn.ReLU(), conv(4, outputs, 1))
+
+def wrong_shape(planned, inputs, outputs):
+    return nn.Conv3d(inputs, outputs + 1, 1)
+
+def fails(planned, inputs, outputs):
+    return nn.Conv3d(inputs + 5, outputs, 1)
+
+def nothing(planned, inputs, outputs):
+    return None
+
+number = 3
+"""
+
+
+@pytest.fixture
+def plan(tiny_workspace: Path) -> Plan:
+    return Plan.read(current(tiny_workspace).plans)
+
+
+@pytest.fixture(autouse=True)
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_the_planned_network_is_a_unet(plan: Plan) -> None:
+    network = build_network(plan, "2d")
+    assert isinstance(network, UNet)
+    supervise_deeply(network, True)
+    outputs = network(torch.zeros(1, 1, *plan.configuration("2d").patch_size))
+    assert isinstance(outputs, list)
+
+
+def test_a_network_of_the_users_own(plan: Plan) -> None:
+    network = build_network(plan, "3d_fullres", "own_networks:plain")
+    assert network.training
+    supervise_deeply(network, True)  # it has no such stages: nothing happens
+    assert network(torch.zeros(2, 1, 8, 8, 8)).shape == (2, 3, 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("own_networks:wrong_shape", r"returns \(1, 4, .*not \(1, 3, "),
+        ("own_networks:fails", "fails on a batch of shape"),
+        ("own_networks:nothing", "returned NoneType, no torch.nn.Module"),
+        ("own_networks:number", "number is no function"),
+        ("own_networks:absent", "no attribute 'absent'"),
+        ("no_such_module:plain", "No module named 'no_such_module'"),
+        ("no_colon", "module:function"),
+        (":plain", "module:function"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(plan: Plan, factory: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_network(plan, "3d_fullres", factory)
+    assert factory in str(error.value)
+    assert "\n" not in str(error.value)

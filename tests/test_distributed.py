@@ -1,0 +1,123 @@
+"""Several processes train one network as one process does; the death of one of them ends the run with its cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.training.distributed import ALONE, Ranks, any_rank, current, device_of, from_first, share
+from nnunet_lite.training.record import METRICS
+from nnunet_lite.training.run import MODEL
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("batch", "world"), [(7, 2), (2, 2), (9, 4), (5, 1)])
+def test_shares_cover_a_batch_and_differ_by_one_at_most(batch: int, world: int) -> None:
+    shares = [share(batch, Ranks(rank, world, rank)) for rank in range(world)]
+    assert [i for part in shares for i in range(batch)[part]] == list(range(batch))
+    sizes = [part.stop - part.start for part in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_batch_smaller_than_the_processes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"batch of 2 cannot be split over 3 processes.*--gpus"):
+        share(2, Ranks(0, 3, 0))
+
+
+def test_alone_unless_somebody_started_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert current() == ALONE
+    assert from_first("x", ALONE) == "x"
+    assert any_rank(3, ALONE) == 3
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert current() == Ranks(5, 8, 1)
+    assert device_of(Ranks(5, 8, 1), torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any]) -> list[str]:
+    """A training of a batch of three, which two processes share as two and one; the fold folder is `fold(name)`."""
+    shutil.copytree(tiny_workspace, tmp_path / "workspace")
+    changes = tiny_settings | {"training.batch_size": 3, "training.patch_size": [16, 16, 16]}
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    return ["train", "3d_fullres", "0", "-w", str(tmp_path / "workspace"), "--device", "cpu", *sets]
+
+
+def fold(tmp_path: Path, name: str) -> Path:
+    return tmp_path / "workspace" / "Task04_Hippocampus" / "models" / name / "fold_0"
+
+
+def ran(command: list[str]) -> str:
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]])
+def test_two_processes_learn_what_one_learns(tmp_path: Path, command: list[str], more: list[str]) -> None:
+    nnlite = [sys.executable, "-m", "nnunet_lite"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran([*nnlite, *command, *more, "--name", "one"])
+    if more:
+        ran([*torchrun, "-m", "nnunet_lite", *command, *more, "--name", "two"])
+    else:
+        scores = ran([*nnlite, *command, "--gpus", "2", "--name", "two"])
+        assert scores.count("fold 0, whole images") == 1  # one process speaks
+    one, two = (
+        [json.loads(line) for line in (fold(tmp_path, name) / METRICS).read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=2e-5)
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=2e-5)
+        assert a["dice"] == pytest.approx(b["dice"], abs=2e-3)
+        assert a["lr"] == b["lr"]
+    weights, others = (load_file(fold(tmp_path, name) / MODEL) for name in ("one", "two"))
+    for name, weight in weights.items():
+        assert torch.allclose(weight, others[name], atol=1e-5), name
+
+
+def test_the_death_of_a_process_is_told_and_the_run_goes_on_later(tmp_path: Path, command: list[str]) -> None:
+    nnlite = [sys.executable, "-m", "nnunet_lite", *command, "--epochs", "400", "--gpus", "2", "--name", "killed"]
+    process = subprocess.Popen(nnlite, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (fold(tmp_path, "killed") / METRICS).is_file() or not (fold(tmp_path, "killed") / METRICS).read_text():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+    ranks[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 1
+    assert "process 1 of 2 was killed by SIGKILL" in said
+    assert not psutil.pid_exists(ranks[0].pid) or not ranks[0].is_running()
+    assert (fold(tmp_path, "killed") / "checkpoint.safetensors").is_file()
+
+
+def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, command: list[str]) -> None:
+    more = ["--batch-size", "1", "--gpus", "2", "--name", "split"]
+    nnlite = [sys.executable, "-m", "nnunet_lite", *command, *more]
+    done = subprocess.run(nnlite, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr.count("a batch of 1 cannot be split over 2 processes") == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,172 @@
+"""Groups and strata: from the names of cases, from tables, and from what the label maps hold."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_lite.data.dataset import read_dataset
+from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.errors import UserError
+from nnunet_lite.training.grouping import groups_of, label_strata, looks_grouped, read_column, strata_of
+
+PAIRS = ["pat01_a", "pat01_b", "pat02_a", "pat02_b", "pat03_a"]
+
+
+def test_groups_by_expression() -> None:
+    assert groups_of(PAIRS, r"pat\d+") == {c: c[:5] for c in PAIRS}, "the whole match"
+    assert groups_of(PAIRS, r"t(\d+)_") == {c: c[3:5] for c in PAIRS}, "the first group"
+    assert groups_of([*PAIRS, "anna"], r"^(pat\d+)|.+")["anna"] == "anna", "the match where its group took no part"
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        (r"pat\d+_b", r"matches nothing in cases pat01_a, pat02_a, pat03_a"),
+        (r"^(x*)", r"matches nothing in cases pat01_a, pat01_b, pat02_a and 2 more"),
+        (r"0[12]", r"matches nothing in case pat03_a\. "),
+        (r"pat(\d+", r"is no regular expression: missing \)"),
+        ("nowhere.csv", r"nowhere\.csv: no such file"),
+    ],
+)
+def test_an_expression_that_leaves_a_case_without_group(expression: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        groups_of(PAIRS, expression)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "case,group\npat01_a,x\npat01_b,x\npat02_a,y\npat02_b,y\npat03_a,z\n",
+        "pat01_a;x\npat01_b;x\n\npat02_a ; y\npat02_b;y\npat03_a;z\nelsewhere;w\n",
+        "\ufeffpat01_a\tx\r\npat01_b\tx\r\npat02_a\ty\r\npat02_b\ty\r\npat03_a\tz\r\npat03_a\tz",
+        '"pat01_a","x"\npat01_b,x\npat02_a,y\npat02_b,y\npat03_a,z',
+    ],
+)
+def test_groups_by_table(tmp_path: Path, text: str) -> None:
+    """With a header or none, as Excel writes it or by hand; rows of other cases do no harm."""
+    (tmp_path / "groups.csv").write_text(text)
+    assert list(groups_of(PAIRS, str(tmp_path / "groups.csv")).values()) == ["x", "x", "y", "y", "z"]
+    (tmp_path / "groups.csv").rename(tmp_path / "groups")
+    assert groups_of(PAIRS, str(tmp_path / "groups"))["pat03_a"] == "z", "any file that is there is a table"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("case,group\npat01_a,x\n", r"has no group for cases pat01_b, pat02_a, pat02_b and 1 more\. It needs two col"),
+        ("pat01_a,x\npat01_b,\npat02_a,x\npat02_b,x\npat03_a,x", r"has no group for case pat01_b"),
+        ("pat01_a,x\npat01_b,x,3\n", r"line 2 has 3 columns, not two: case, group"),
+        ("\n".join(f"{c},{g}" for g in "xy" for c in PAIRS), r"has more than one group for cases pat01_a, pat01_b"),
+        ("", r"has no group for cases pat01_a"),
+    ],
+)
+def test_a_table_that_lacks_something(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "groups.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"groups\.csv: {message}"):
+        read_column(tmp_path / "groups.csv", PAIRS, "group")
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "groups.csv").write_bytes("pat01_a,Müller".encode("latin-1"))
+    with pytest.raises(UserError, match=r"groups\.csv: is not UTF-8 text \(byte 9\)"):
+        read_column(tmp_path / "groups.csv", PAIRS, "group")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [f"hippocampus_{i:03}" for i in range(1, 394, 3)],
+        [f"liver_{i}" for i in range(131)],
+        [str(i) for i in range(40)],
+        [f"{organ}_{i:03}" for organ in ("lung", "prostate", "la") for i in range(20)],
+        [f"BraTS20_Training_{i:03}" for i in range(369)],
+        [f"BraTS2021_{i:05}" for i in range(1251)],
+        [f"BraTS-GLI-{i:05}-000" for i in range(300)],
+        [f"Brats18_TCIA{site:02}_{13 * site + i}_1" for site in range(1, 9) for i in range(12)]
+        + [f"Brats18_CBICA_A{a}{b}_1" for a in "ABCD" for b in "EFGH"],
+        [f"site{site}_{i:03}" for site in range(5) for i in range(30)],
+        [f"FLARE{year}_Tr_{i:04}" for year in (22, 23) for i in range(50)],
+        [f"1.3.6.1.4.1.14519.5.2.1.6001.{i * 7919**3}" for i in range(1, 60)],
+    ],
+    ids=lambda ids: ids[0],
+)
+def test_names_of_data_sets_that_do_not_look_grouped(ids: list[str]) -> None:
+    assert looks_grouped(ids) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "n_groups"),
+    [
+        (PAIRS, 3),
+        ([f"patient_{i:03}_t{t}" for i in range(10) for t in (1, 2)], 10),
+        ([f"{i}_{side}" for i in range(12) for side in ("left", "right")], 12),
+        ([f"{i}{side}" for i in range(12) for side in "LR"], 12),
+        ([f"patient{i:03}_frame{t:02}" for i in range(50) for t in (1, 7 + i % 9)], 50),
+        ([f"sub-{i:02}_ses-{s:02}" for i in range(10) for s in (1, 2)], 10),
+        ([f"BraTS-GLI-{i:05}-{t:03}" for i in range(30) for t in range(1 + i % 2)], 30),
+        ([f"pat{i:02}_slice_{z:03}" for i in range(8) for z in range(60)], 8),
+        ([f"site{s}_pat{i:02}_{x}" for s in range(3) for i in range(12) for x in "ab"], 36),
+        ([*(f"pat{i:02}" for i in range(8)), "pat03_again"], 8),
+        (["anna", *PAIRS], 4),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_names_that_look_grouped(ids: list[str], n_groups: int) -> None:
+    found = looks_grouped(ids)
+    assert found is not None
+    pattern, together = found
+    groups = groups_of(ids, pattern)
+    assert len(set(groups.values())) == n_groups
+    assert len(together) > 1 and len({groups[case_id] for case_id in together}) == 1
+
+
+def test_strata_are_label_sets_and_volumes() -> None:
+    contents = {f"c{i:02}": ((1, 2), float(i)) for i in range(12)}
+    contents |= {f"d{i}": ((1,), 5.0) for i in range(4)} | {"e0": ((), 0.0), "e1": ((2,), 1.0)}
+    strata = strata_of(contents, 4)
+    volumes = [strata[f"c{i:02}"] for i in range(12)]
+    assert volumes == [f"1+2, volume {part} of 3" for part in (1, 2, 3) for _ in range(4)]
+    assert strata["d0"] == "1, volume 1 of 1"
+    assert strata["e0"] == strata["e1"] == "rare, volume 1 of 1", "sets that not every fold could have go together"
+    assert min(Counter(strata_of(contents, 2).values()).values()) >= 2
+
+
+def test_strata_of_real_labels(
+    copy_dataset: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Volumes are those of the files, and a label that hardly occurs is pointed out."""
+    dataset = read_dataset(copy_dataset(8))
+    for number in (0, 3):
+        path = dataset.cases[number].label
+        assert path is not None
+        label, geometry, _ = read_label(path)
+        path.unlink()
+        write_label(path, np.where(label == 2, 0, label), geometry)
+    strata = label_strata(dataset, 2)
+    alone = {case.id for i, case in enumerate(dataset.cases) if i in (0, 3)}
+    assert {case_id for case_id, name in strata.items() if name == "1, volume 1 of 1"} == alone
+    assert "warning" not in capfd.readouterr().err
+    volumes = {}
+    for case in dataset.cases:
+        assert case.label is not None
+        label, geometry, _ = read_label(case.label)
+        volumes[case.id] = (label > 0).sum() * np.prod(geometry.spacing)
+    small = [case_id for case_id, name in strata.items() if name == "1+2, volume 1 of 3"]
+    assert len(small) == 2 and max(volumes[c] for c in small) <= min(
+        volumes[c] for c in set(volumes) - alone - {*small}
+    )
+    assert set(label_strata(dataset, 8).values()) == {"rare, volume 1 of 1"}
+    assert "label 2 occurs in 6 of 8 cases: not every fold can hold it out" in capfd.readouterr().err
+
+
+def test_a_label_map_that_is_gone_is_named(copy_dataset: Callable[..., Path]) -> None:
+    dataset = read_dataset(copy_dataset(5))
+    shutil.rmtree(dataset.root / "labelsTr")
+    with pytest.raises(UserError, match=r"hippocampus_\d+\.nii\.gz"):
+        label_strata(dataset, 2)
