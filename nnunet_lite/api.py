@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from nnunet_lite.evaluation.scores import Scores
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.preprocess.store import Summary
-    from nnunet_lite.settings import Settings
 
 Folder = str | Path
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
@@ -260,123 +258,13 @@ def train(
     UserError : an illegal setting, a run that was begun with others, or nothing to resume.
     Stopped : a signal asked for it; the checkpoint is written.
     """
-    from nnunet_lite.inference.next_stage import find_first_stage, predict_for_next_stage
-    from nnunet_lite.preprocess.store import open_case, preprocess_dataset
-    from nnunet_lite.settings import load as load_settings
-    from nnunet_lite.training.folds import ALL, read_fold, record_cases, refuse_other_cases, wanted_folds
-    from nnunet_lite.training.previous import with_previous
-    from nnunet_lite.training.run import (
-        configured,
-        fold_seed,
-        is_complete,
-        is_finished,
-        model_folder,
-        open_run,
-        other_folds,
-        require_begun,
-        set_aside,
-    )
+    from nnunet_lite.fold import Request, train_and_validate
 
-    settings = load_settings(recipe, changes)
-    paths = current_paths(workspace, dataset)
-    data, planned = _dataset(paths), _planned_for(paths, settings)
-    if settings.training.init is not None:
-        from nnunet_lite.training.initial import adopted_plan, find_source
-
-        source = find_source(Path(settings.training.init), data.name, str(fold))
-        planned = adopted_plan(planned, configuration, source, settings)
-    made = configured(planned, configuration, settings)
-    wanted = wanted_folds(data, folds, group_by, stratify, splits)
-    split = read_fold(paths.splits, [case.id for case in data.cases], str(fold), wanted)
-    folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
-    first = find_first_stage(paths, made, configuration, split, folder, settings.recipe, name)
-
-    # torch takes seconds to import: mistakes are told before
-    from nnunet_lite.evaluation.crossval import validate_fold
-    from nnunet_lite.network.arithmetic import pick_device
-    from nnunet_lite.training.cache import load_cases
-    from nnunet_lite.training.distributed import current as current_ranks
-    from nnunet_lite.training.distributed import device_of, from_first, join
-    from nnunet_lite.training.job import Job
-    from nnunet_lite.training.loop import train_fold
-
-    ranks = current_ranks()
-    target = device_of(ranks, pick_device(device))
-    join(ranks, target)
-    if target.type == "cpu" and settings.recipe == "default" and device is None:
-        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    if resume:
-        require_begun(folder / f"fold_{split.name}", restart)
-    only = restart == "model" or not other_folds(folder, split.name)
-    if not (restart and only):
-        refuse_other_cases(folder, split, paths.splits, anew=bool(restart))
-    if restart and ranks.rank == 0:
-        set_aside(folder if only else folder / f"fold_{split.name}")
-    from_first(None, ranks)  # the others wait for that
-    fold_folder = folder / f"fold_{split.name}"
-    begin = partial(open_run, folder, made, data, configuration, settings, force)
-    if first is not None and not is_finished(fold_folder):
-        if (folder / "run.json").is_file():  # what is wrong with it is told before the first stage is trained
-            begin()
-        refuse_other_cases(first.folder, split, paths.splits)
-        log.info(first.needs())
-        alone = {"training.init": None, "training.freeze": None} if settings.training.init else {}
-        for missing in first.missing:
-            train(first.configuration, missing, recipe=recipe, changes={**(changes or {}), **alone}, dataset=dataset,
-                  name=first.folder.name, device=device, force=force, workspace=workspace)  # fmt: skip
-    seed = fold_seed(begin(None if first is None else first.folder.name), split.name)
-
-    def predicted(case_ids: Sequence[str]) -> dict[str, Path] | None:
-        """What the first stage predicts of cases."""
-        if first is None:
-            return None
-        workers = settings.training.workers
-        where = paths.preprocessed
-        return predict_for_next_stage(first.only(case_ids), data, made, configuration, where, workers, str(target))
-
-    if is_complete(fold_folder, settings):
-        log.info(f"{fold_folder}: training is finished")
-    else:
-        preprocess_dataset(data, made, [configuration], paths.preprocessed, settings.training.workers, log.progress)
-        before = predicted(sorted({*split.training, *split.validation}))
-
-        def open_one(case_id: str) -> Any:
-            case = open_case(paths.preprocessed, made, configuration, case_id)
-            return case if before is None else with_previous(case, before[case_id])
-
-        def cases(ids: Sequence[str]) -> list[Any]:
-            reserve = made.configuration(configuration).memory_gb or 0.0
-            return load_cases(ids, open_one, settings.training.cache, target, reserve, ranks.world)
-
-        training = cases(split.training)
-        validation = training if split.name == ALL else cases(split.validation)
-        log.info(f"training {configuration} fold {split.name} on {len(training)} cases in {fold_folder}")
-        record_cases(fold_folder, split)
-        job = Job(made, configuration, settings, seed, fold_folder, target, training, validation, ranks)
-        train_fold(job)
-    if split.name == ALL or ranks.rank:
-        return None
-    return validate_fold(folder, split.name, data, split.validation, device, predicted(split.validation))
-
-
-def _planned_for(paths: Paths, settings: Settings) -> Plan:
-    """The plan of the data set, or the one that a recipe's preset makes from its fingerprint.
-
-    What was changed by hand about the channels (normalisation, clipping) and the storage stays.
-    """
-    from nnunet_lite.plan.fingerprint import Fingerprint
-    from nnunet_lite.plan.planner import make_plan
-    from nnunet_lite.plan.schema import Plan
-
-    planned, wanted = Plan.read(paths.plans), settings.plan
-    preset = wanted.preset or planned.preset
-    if preset == planned.preset and wanted.memory in (None, planned.memory_gb):
-        return planned
-    names = tuple(channel.name for channel in planned.channels)
-    taken = Fingerprint.read(paths.fingerprint)
-    made = make_plan(taken, planned.dataset, names, planned.labels, preset, wanted.memory)
-    log.info(f"planned anew for the recipe: {preset}, {made.memory_gb:g} GB")
-    return made.model_copy(update={"channels": planned.channels, "stored_as": planned.stored_as})
+    request = Request(
+        configuration, str(fold), recipe, changes or {}, folds, group_by, stratify, splits, name, device, restart,
+        resume, force, preview,
+    )  # fmt: skip
+    return train_and_validate(request, current_paths(workspace, dataset))
 
 
 def fold_names(
@@ -445,13 +333,17 @@ def predict(
 
         keep_freed_memory()
     where = f"{loaded.device}, {loaded.arithmetic.precision}"
-    log.info(f"predicting {plural(len(cases), 'image')} with {folder} (fold {', '.join(loaded.folds)}) on {where}")
+    stages = [loaded] if loaded.previous is None else [loaded.previous, loaded]
+    models = ", then ".join(f"{model.folder} (fold {', '.join(model.folds)})" for model in stages)
+    log.info(f"predicting {plural(len(cases), 'image')} with {models} on {where}")
     files, failed = predict_cases(loaded, cases, Path(out), skip_existing=skip_existing, show=log.progress)
     return Predictions(tuple(files), failed, folder, loaded.folds)
 
 
 def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     """The trained model with the most folds, of equals the one that scored best on its held-out cases.
+
+    The first stage of a cascade whose second stage is trained does not count, unless it is asked for.
 
     Raises
     ------
@@ -460,11 +352,12 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     from nnunet_lite.evaluation.crossval import mean_dice
     from nnunet_lite.training.run import first_training, model_folders, trained_folds
 
+    runs = {folder: read_json(folder / "run.json") for folder in model_folders(paths) if trained_folds(folder)}
+    first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
     found = [
         (len(folds := trained_folds(folder)), max(mean_dice(folder, fold) or 0.0 for fold in folds), folder)
-        for folder in model_folders(paths)
-        if trained_folds(folder)
-        and configuration in (None, folder.name, read_json(folder / "run.json")["configuration"])
+        for folder, run in runs.items()
+        if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
     ]
     if not found:
         of = f" {configuration}" if configuration else ""

@@ -17,6 +17,7 @@ import nnunet_lite
 import nnunet_lite.api
 from nnunet_lite.errors import UserError
 
+STEPS = {"check", "plan", "preprocess", "train", "predict", "evaluate", "load", "import_model", "export_model"}
 TINY = {
     "training.epochs": 1,
     "training.iterations": 1,
@@ -56,7 +57,7 @@ def test_steps_keep_their_names_beside_the_packages(first: str) -> None:
 
 
 def test_every_step_says_what_it_takes() -> None:
-    assert set(nnunet_lite.__all__) == {"check", "plan", "preprocess", "train", "predict", "evaluate", "load"}
+    assert set(nnunet_lite.__all__) == STEPS
     for name in nnunet_lite.__all__:
         step = getattr(nnunet_lite, name)
         assert step.__doc__ and inspect.signature(step).return_annotation is not inspect.Signature.empty

@@ -1,27 +1,16 @@
-"""The second stage of a cascade: its inputs, where they come from, and that it uses them."""
+"""What the second stage of a cascade is shown of the first: one-hot channels, damaged as nnU-Net damages them."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import distance_transform_edt, label, zoom
+from scipy.ndimage import distance_transform_edt, label
 
-from nnunet_lite import api
-from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import Image, read_image
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.next_stage import classes_on_grid
-from nnunet_lite.inference.predictor import Model, as_classes, load, predict_image, predict_preprocessed
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.pipeline import Placement, preprocess, restore_segmentation
-from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cascade import (
     LARGEST_RADIUS,
@@ -30,11 +19,10 @@ from nnunet_lite.training.cascade import (
     append_previous,
     draw_cascade,
     grown,
-    one_hot,
 )
-from nnunet_lite.training.folds import Fold, read_fold
-from nnunet_lite.training.previous import held_out_by, map_file, previous_folder, read_map
-from nnunet_lite.workspace import Paths, read_json, write_json
+from nnunet_lite.training.folds import Fold
+from nnunet_lite.training.previous import held_out_by, previous_folder
+from nnunet_lite.workspace import Paths, write_json
 
 DILATE, ERODE, CLOSE, OPEN = range(len(OPERATIONS))
 
@@ -147,6 +135,21 @@ def test_without_settings_the_map_is_appended_as_it_is(tiny_cases: list[Any]) ->
         np.testing.assert_array_equal(inputs[:, 1 + number].numpy(), previous.numpy() == number)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_changes_the_map_as_the_cpu_does(tiny_cases: list[Any]) -> None:
+    previous = torch.from_numpy(np.stack([case.label[:30, :40, :30] for case in tiny_cases[:4]]))
+    images = torch.randn(4, 1, *previous.shape[1:])
+    draw = draw_cascade(
+        np.random.default_rng(3), AugmentationSettings(p_cascade_morphology=1, p_cascade_removal=1), 4, 3
+    )
+    expected = append_previous(images, previous, draw)
+    found = append_previous(images.cuda(), previous.cuda(), draw)
+    assert not torch.equal(
+        expected, append_previous(images, previous, draw_cascade(np.random.default_rng(3), None, 4, 3))
+    )
+    torch.testing.assert_close(found.cpu(), expected)
+
+
 def test_every_case_is_predicted_by_a_fold_that_held_it_out() -> None:
     splits = [{"train": ["b", "c"], "val": ["a"]}, {"train": ["a", "c"], "val": ["b"]}]
     splits.append({"train": ["a", "b"], "val": ["c"]})
@@ -171,29 +174,3 @@ def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:
     assert found("mine") == "3d_lowres-cpu", "what is trained with the recipe is used"
     write_json(second / "run.json", {"previous": "3d_lowres-other"})
     assert found("mine") == found(None) == "3d_lowres-other", "what it was begun with is kept"
-
-
-# nnU-Net's order of steps, in float64 by scipy: logits to the grid of the second stage, then the decision
-@pytest.mark.parametrize("regions", [False, True])
-def test_logits_are_decided_on_the_grid_of_the_second_stage(tiny_workspace: Path, regions: bool) -> None:
-    plan = Plan.read(tiny_workspace / "Task04_Hippocampus" / "plans.json")
-    stage = plan.configuration("3d_fullres")
-    labels = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2)) if regions else plan.labels
-    coarse, fine = (15, 20, 13), (29, 41, 26)
-    logits = np.random.default_rng(0).normal(size=(labels.n_channels, *coarse)).astype(np.float32)
-    geometry = Geometry((60, 60, 60), (1.0, 1.0, 1.0))
-    box = ((3, 32), (0, 41), (10, 36))
-    first = Placement(geometry, (2, 0, 1), box, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), coarse)
-    second = Placement(geometry, (2, 0, 1), box, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), fine)
-    found = classes_on_grid(logits, plan.model_copy(update={"labels": labels}), stage, first, second)
-    factors = [n / m for n, m in zip(fine, coarse, strict=True)]
-    fine_logits = np.stack([zoom(x.astype(float), factors, order=1, mode="nearest", grid_mode=True) for x in logits])
-    expected = fine_logits.argmax(0)
-    if regions:
-        expected = np.where(fine_logits[1] > 0, 2, np.where(fine_logits[0] > 0, 1, 0))
-    assert (found != expected).mean() < 1e-3 and found.shape == fine
-
-
-def test_values_that_only_the_region_order_writes_are_background() -> None:
-    labels = Labels(names={"background": 0, "whole": (1, 4), "core": 4}, region_order=(7, 4))
-    np.testing.assert_array_equal(as_classes(np.array([0, 7, 4]), labels), [0, 0, 2])

@@ -23,9 +23,11 @@ from nnunet_lite.inference.predictor import (
     predict_cases,
     predict_image,
     predict_preprocessed,
+    sides_of,
     trained_folds,
 )
 from nnunet_lite.preprocess.pipeline import preprocess
+from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.workspace import read_json, write_json
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
@@ -121,6 +123,52 @@ def test_networks_of_several_folds_are_averaged(model: Model, tiny_cases: list[A
     )
     assert not torch.allclose(one, two)
     torch.testing.assert_close(both, (one + two) / 2)
+
+
+class Sided(nn.Module):
+    """Says "left" (1) in the left half of each window and "right" (2) in the other, whatever it is shown."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = (torch.arange(x.shape[-1]) < x.shape[-1] // 2).expand_as(x[:, :1])
+        return torch.cat([torch.zeros_like(x[:, :1]), left.float(), 1 - left.float()], 1)
+
+
+class Copied(nn.Module):
+    """Repeats the one-hot classes of a first stage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([0.5 - x[:, 1:].sum(1, keepdim=True), x[:, 1:]], 1)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_left_and_right_change_places_in_mirrored_copies(model: Model, swapped: bool) -> None:
+    """As they did in training; or the copies would contradict each other."""
+    settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),) if swapped else ())
+    sides = sides_of(model.plan, model.configuration_name, settings)
+    assert (sides is not None) is swapped
+    mirroring = model.settings.model_copy(update={"mirroring": True})
+    image = np.zeros((1, 24, 32, 24), np.float32)
+    sided = replace(model, networks=(Sided(),), settings=mirroring, sides=sides)
+    logits = predict_preprocessed(sided, image)
+    left, right = logits[1, ..., :12], logits[2, ..., :12]
+    assert torch.allclose(left, torch.tensor(1.0 if swapped else 0.5), atol=1e-6)
+    assert torch.allclose(right, torch.tensor(0.0 if swapped else 0.5), atol=1e-6)
+
+
+def test_classes_of_a_first_stage_change_places_with_their_channels(model: Model) -> None:
+    """A second stage sees, in a copy mirrored from left to right, the left organ on the other side and called right."""
+    stages = {"3d_cascade_fullres": model.configuration.model_copy(update={"previous_stage": "3d_fullres"})}
+    plan = model.plan.model_copy(update={"configurations": {**model.plan.configurations, **stages}})
+    sides = sides_of(plan, "3d_cascade_fullres", AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),)))
+    assert sides is not None and sides.classes == (0, 2, 1)
+    mirroring = model.settings.model_copy(update={"mirroring": True})
+    second = replace(model, plan=plan, configuration_name="3d_cascade_fullres", settings=mirroring, sides=sides)
+    previous = np.random.default_rng(0).integers(0, 3, (30, 33, 26)).astype(np.uint8)
+    for wrong in (False, True):
+        seen = replace(sides, classes=(0, 1, 2)) if wrong else sides
+        copied = replace(second, networks=(Copied(),), sides=seen)
+        logits = predict_preprocessed(copied, np.zeros((1, *previous.shape), np.float32), previous)
+        assert bool((logits.argmax(0).numpy() == previous).all()) is not wrong
 
 
 def test_label_values_are_written_back_as_they_were(model: Model, folder: Path, tmp_path: Path) -> None:

@@ -128,11 +128,15 @@ def test_a_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
         assert (tmp_path / ".lock").is_file()
 
 
-def test_a_second_stage_is_not_trained_without_its_first(plan: Plan) -> None:
-    cascade = plan.configuration("3d_fullres").model_copy(update={"previous_stage": "3d_lowres"})
-    both = plan.model_copy(update={"configurations": {**plan.configurations, "3d_cascade_fullres": cascade}})
-    with pytest.raises(UserError, match="3d_cascade_fullres learns from the predictions of 3d_lowres"):
-        configured(both, "3d_cascade_fullres", Settings())
+def test_a_second_stage_keeps_the_plan_of_its_first(plan: Plan) -> None:
+    planned = plan.configuration("3d_fullres")
+    stages = {"3d_lowres": planned, "3d_cascade_fullres": planned.model_copy(update={"previous_stage": "3d_lowres"})}
+    both = plan.model_copy(update={"configurations": {**plan.configurations, **stages}})
+    made = configured(both, "3d_cascade_fullres", with_changes(Settings(), {"training.batch_size": 3}))
+    assert list(made.configurations) == ["3d_cascade_fullres", "3d_lowres"]
+    assert made.configuration("3d_cascade_fullres").batch_size == 3
+    assert made.n_inputs("3d_cascade_fullres") == made.n_inputs("3d_lowres") + 2
+
 
 
 def begun(folder: Path, plan: Plan, dataset: Dataset, **changes: Any) -> Settings:

@@ -20,10 +20,12 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.inference.predictor import as_classes, load, predict_preprocessed, read_model
+from nnunet_lite.inference.predictor import Model, load, predict_preprocessed, read_model
+from nnunet_lite.inference.prepare import as_classes
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Placement, restore_segmentation
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset
+from nnunet_lite.preprocess.stored import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, read_splits
 from nnunet_lite.training.previous import held_out_by, map_file, map_key, previous_folder, write_map
 from nnunet_lite.training.run import MODEL, is_finished
@@ -129,15 +131,20 @@ def predict_for_next_stage(
         with locked(where, partial(log.info, f"{where}: another process is predicting, waiting for it")):
             sweep(where)
             todo = [case_id for case_id in mine if map_key(targets[case_id]) != keys[case_id]]
-            model = load(first.folder, [fold], device) if todo else None
-            for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
-                assert model is not None
-                source, target = open_first(case_id), open_second(case_id)
-                logits = predict_preprocessed(model, source.image[:])
-                classes = classes_on_grid(logits, first_plan, model.configuration, source.placement, target.placement)
-                write_map(targets[case_id], classes, target.label, keys[case_id])
+            if todo:
+                model = load(first.folder, [fold], device)
+                for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
+                    target = open_second(case_id)
+                    classes = _predicted(model, open_first(case_id), target)
+                    write_map(targets[case_id], classes, target.label, keys[case_id])
         files |= targets
     return files
+
+
+def _predicted(model: Model, source: StoredCase, target: StoredCase) -> np.ndarray:
+    """What the first stage says of a case, as classes on the grid of the second."""
+    logits = predict_preprocessed(model, source.image[:])
+    return classes_on_grid(logits, model.plan, model.configuration, source.placement, target.placement)
 
 
 def classes_on_grid(

@@ -12,11 +12,11 @@ import numpy as np
 
 from nnunet_lite.budget import free_memory
 from nnunet_lite.data.dataset import Case
-from nnunet_lite.data.images import Geometry, Image, label_suffix, read_image, read_images, suffix_of, write_label
-from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.images import Image, label_suffix, read_image, suffix_of, write_label
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_case, ready_image
 from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.preprocess.pipeline import preprocess, restore_segmentation
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.training.run import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.workspace import read_json
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from nnunet_lite.inference.windows import Sides
     from nnunet_lite.network.arithmetic import Arithmetic
-    from nnunet_lite.preprocess.pipeline import Preprocessed
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Model:
     """A trained configuration with the networks of one or more folds, ready to predict.
 
     `model(array, spacing)` or `model("scan.nii.gz")` returns the label map (z, y, x) with the data set's values.
-    `previous` is the first stage of a cascade, which predicts an image before this model does; `sides` says which labels
-    change places in mirrored copies.
+    `previous` is the first stage of a cascade, which predicts an image before this model does; `sides` are the labels
+    that change places in mirrored copies.
     """
 
     folder: Path
@@ -70,7 +69,7 @@ class Model:
         if isinstance(image, str | Path):
             image = read_image(Path(image))
         elif isinstance(image, np.ndarray):
-            image = _as_image(image, spacing)
+            image = as_image(image, spacing)
         return predict_image(self, image)
 
 
@@ -138,7 +137,7 @@ def load(
         device=target,
         arithmetic=Arithmetic(),
         previous=None if first is None else load(first, None, device, changes),
-        sides=_sides(plan, run["configuration"], trained.augmentation),
+        sides=sides_of(plan, run["configuration"], trained.augmentation),
     )
     return replace(model, arithmetic=_choose_arithmetic(model, about))
 
@@ -184,7 +183,7 @@ def predict_image(model: Model, image: Image) -> np.ndarray:
     ------
     UserError : the image has another number of channels than the model.
     """
-    return _segment(model, _prepare(model, image))
+    return _segment(model, ready_image(model, image))
 
 
 def predict_preprocessed(model: Model, image: np.ndarray, previous: np.ndarray | None = None) -> Tensor:
@@ -262,10 +261,10 @@ def predict_cases(
     todo = [case for case in cases if targets[case.id] not in done]
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        ahead: list[Future[_Ready]] = []
+        ahead: list[Future[Ready]] = []
         written: list[tuple[Case, Future[None]]] = []
         for i, case in enumerate(show(todo, len(todo), "predict")):
-            ahead += [reader.submit(_read, model, c) for c in todo[i + len(ahead) : i + 2]]
+            ahead += [reader.submit(ready_case, model, c) for c in todo[i + len(ahead) : i + 2]]
             try:
                 ready = ahead.pop(0).result()
                 segmentation = _segment(model, ready, None if previous is None else previous(case.id))
@@ -288,43 +287,8 @@ def output_file(case: Case, out: Path) -> Path:
     return out / f"{case.id}{label_suffix(suffix_of(case.images[0]))}"
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """An image prepared for the network that sees it first; as read only where a second stage has yet to see it."""
-
-    prepared: Preprocessed
-    image: Image | None
-
-
-def _read(model: Model, case: Case) -> _Ready:
-    wanted = len(model.plan.channels)
-    expected = f"the model expects {wanted} channels ({', '.join(c.name for c in model.plan.channels)})"
-    if len(case.images) > 1:
-        if absent := [path for path in case.images if not path.is_file()]:
-            raise UserError(f"there is no such file; {expected}", absent[0])
-        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{suffix_of(case.images[0])}")
-        if extra.is_file():
-            raise UserError(f"is a channel too many; {expected}", extra)
-    return _prepare(model, read_images(case.images))
-
-
-def _prepare(model: Model, image: Image) -> _Ready:
-    from nnunet_lite.preprocess.pipeline import preprocess
-
-    expected = len(model.plan.channels)
-    if image.array.shape[0] != expected:
-        names = ", ".join(channel.name for channel in model.plan.channels)
-        raise UserError(
-            f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
-        )
-    first = model.previous or model
-    return _Ready(preprocess(image, None, first.plan, first.configuration), image if model.previous else None)
-
-
-def _segment(model: Model, ready: _Ready, previous: np.ndarray | None = None) -> np.ndarray:
+def _segment(model: Model, ready: Ready, previous: np.ndarray | None = None) -> np.ndarray:
     """Label map (z, y, x) of a prepared image; of a cascade, its first stage's label map is the second one's input."""
-    from nnunet_lite.preprocess.pipeline import preprocess, restore_segmentation
-
     prepared = ready.prepared
     if model.previous is not None and ready.image is not None:
         before = as_classes(_segment(model.previous, ready), model.plan.labels)
@@ -332,14 +296,6 @@ def _segment(model: Model, ready: _Ready, previous: np.ndarray | None = None) ->
         previous = prepared.classes
     logits = predict_preprocessed(model, prepared.image, previous)
     return restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
-
-
-def as_classes(segmentation: np.ndarray, labels: Labels) -> np.ndarray:
-    """Classes of a predicted label map; a value that the region order writes and no label has is background."""
-    strange = sorted({*(labels.region_order or ())} - {*labels.values})
-    if strange:
-        segmentation = np.where(np.isin(segmentation, strange), labels.background, segmentation)
-    return labels.encode(segmentation)
 
 
 def _after(forward: Callable[[Tensor], Tensor], n_classes: int) -> Callable[[Tensor], Tensor]:
@@ -366,7 +322,7 @@ def _forward(model: Model) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _sides(plan: Plan, configuration: str, trained: AugmentationSettings) -> Sides | None:
+def sides_of(plan: Plan, configuration: str, trained: AugmentationSettings) -> Sides | None:
     """The labels that changed places in training when left and right did."""
     from nnunet_lite.inference.windows import Sides
     from nnunet_lite.training.swaps import channel_swap, swap_of
@@ -407,15 +363,3 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
 def _set_layout(model: Model, arithmetic: Arithmetic) -> None:
     for network in model.networks:
         network.to(memory_format=arithmetic.layout(model.configuration.dimensions))  # type: ignore[call-overload]
-
-
-def _as_image(array: np.ndarray, spacing: Sequence[float]) -> Image:
-    array = array[None] if array.ndim == 3 else array
-    if array.ndim != 4 or len(spacing) != 3:
-        raise UserError(
-            f"an array of {array.ndim} dimensions with a spacing of {len(spacing)} cannot be segmented",
-            fix="Give (z, y, x) or (channels, z, y, x) and the spacing (z, y, x) in mm.",
-        )
-    z, y, x = array.shape[1:]
-    sz, sy, sx = (float(s) for s in spacing)
-    return Image(array, Geometry((z, y, x), (sz, sy, sx)))

@@ -31,6 +31,22 @@ def is_in_plane(patch: tuple[int, ...]) -> bool:
     return patch[0] == 1 or max(patch) / patch[0] > ANISOTROPY
 
 
+def rotation(axis: int, degrees: float) -> np.ndarray:
+    """The (3, 3) matrix of a rotation about one axis."""
+    angle, (i, j) = np.deg2rad(degrees), [a for a in range(3) if a != axis]
+    turn = np.eye(3)
+    turn[i, i] = turn[j, j] = np.cos(angle)
+    turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+    return turn
+
+
+def rotation_limit(settings: AugmentationSettings, patch: tuple[int, int, int]) -> float:
+    """Degrees that a patch is rotated by at most, either way."""
+    if not is_in_plane(patch):
+        return settings.rotation
+    return 15.0 if patch[0] == 1 and max(patch) / min(patch[1:]) > ELONGATED else 180.0
+
+
 def draw_matrix(
     rng: np.random.Generator, settings: AugmentationSettings, patch: tuple[int, int, int], in_plane: bool
 ) -> np.ndarray | None:
@@ -40,16 +56,9 @@ def draw_matrix(
         return None
     matrix = np.eye(3)
     if rotate:
-        limit = settings.rotation
-        if in_plane:
-            limit = 15.0 if patch[0] == 1 and max(patch) / min(patch[1:]) > ELONGATED else 180.0
+        limit = rotation_limit(settings, patch)
         for axis in (0,) if in_plane else (0, 1, 2):
-            angle = np.deg2rad(rng.uniform(-limit, limit))
-            i, j = [a for a in range(3) if a != axis]
-            turn = np.eye(3)
-            turn[i, i] = turn[j, j] = np.cos(angle)
-            turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
-            matrix = matrix @ turn
+            matrix = matrix @ rotation(axis, rng.uniform(-limit, limit))
     if scale:
         factor = rng.uniform(*settings.scaling)
         matrix = matrix @ np.diag([1.0 if in_plane else factor, factor, factor])
@@ -67,13 +76,10 @@ class Intensity:
     low_resolution: np.ndarray  # (batch, channels) factor
     gamma_inverted: np.ndarray  # (batch, channels) exponent
     gamma: np.ndarray  # (batch, channels) exponent
-    mirror: np.ndarray  # (batch, 3) bool
     seed: np.ndarray  # (batch,) of the noise
 
 
-def draw_intensity(
-    rng: np.random.Generator, settings: AugmentationSettings, batch: int, channels: int, mirror_axes: tuple[int, ...]
-) -> Intensity:
+def draw_intensity(rng: np.random.Generator, settings: AugmentationSettings, batch: int, channels: int) -> Intensity:
     """Draw the parameters of a batch; a sample that is blurred or coarsened is so in half of its channels."""
     size = (batch, channels)
 
@@ -95,7 +101,6 @@ def draw_intensity(
         low_resolution=where(settings.p_low_resolution, rng.uniform(*settings.low_resolution, size), 0.5),
         gamma_inverted=where(settings.p_gamma_inverted, factors(settings.gamma)),
         gamma=where(settings.p_gamma, factors(settings.gamma)),
-        mirror=(rng.random((batch, 3)) < settings.p_mirror) & np.isin(np.arange(3), mirror_axes),
         seed=rng.integers(2**62, size=batch),
     )
 
@@ -120,43 +125,28 @@ def warped(images: Tensor, classes: Tensor, matrices: Tensor, patch: tuple[int, 
     return flat[0].unflatten(1, images.shape[1:3]), flat[1].unflatten(1, classes.shape[1:3])
 
 
-def apply_intensity(
-    images: Tensor, classes: Tensor, draw: Intensity, masked: Sequence[int] = (), swap: Swap | None = None
-) -> tuple[Tensor, Tensor]:
-    """Apply drawn parameters to a batch; the images that are given are overwritten.
+def apply_intensity(images: Tensor, draw: Intensity, masked: Sequence[int] = ()) -> Tensor:
+    """Apply drawn parameters to a batch (batch, channels, z, y, x) float32; what is given is overwritten.
 
-    Parameters
-    ----------
-    images : (batch, channels, z, y, x) float32.
-    classes : (batch, maps, z, y, x), mirrored with the images.
-    masked : channels that were normalised inside the nonzero mask: outside of it they stay zero.
-    swap : classes that change places where left and right do.
+    `masked` channels were normalised inside the nonzero mask: outside of it they stay zero.
     """
     inside = (images != 0).any(1) if masked else None
     for i in np.flatnonzero(~np.isnan(draw.noise[:, 0])):
         generator = torch.Generator(images.device).manual_seed(int(draw.seed[i]))
         images[i] += float(draw.noise[i, 0]) * torch.randn(images.shape[1:], generator=generator, device=images.device)
     steps = _steps(draw, is_in_plane(tuple(images.shape[2:])))
-    # from here on every channel of every sample is a row of its own
-    rows = [values.reshape(images.shape[0] * images.shape[1], -1) for values, _ in steps]
+    x = images.flatten(0, 1)  # from here on every channel of every sample is a row of its own
+    rows = [values.reshape(len(x), -1) for values, _ in steps]
     chosen = [np.flatnonzero(~np.isnan(values[:, 0])) for values in rows]
-    values = [v[i] for v, i in zip(rows, chosen, strict=True)]
-    table = np.asarray(swap.table if swap else ())
-    flips, swapped, *parameters = on_device([draw.mirror, table, *chosen, *values], images.device)
-    x = images.flatten(0, 1)
-    for (_, transform), index, parameter in zip(steps, parameters[: len(steps)], parameters[len(steps) :], strict=True):
+    drawn = on_device([*chosen, *(values[i] for values, i in zip(rows, chosen, strict=True))], images.device)
+    for (_, transform), index, parameter in zip(steps, drawn[: len(steps)], drawn[len(steps) :], strict=True):
         if len(index):
             x.index_copy_(0, index.long(), transform(x[index.long()], parameter))
     images = x.unflatten(0, images.shape[:2])
     if inside is not None:
         for channel in masked:
             images[:, channel] *= inside
-    axes = np.flatnonzero(draw.mirror.any(0)).tolist()
-    images, classes = mirror(images, flips, axes), mirror(classes, flips, axes)
-    if swap and swap.axis in axes:
-        other = swapped.to(classes.dtype)[classes.long()]
-        classes = torch.where(flips[:, swap.axis, None, None, None, None] != 0, other, classes)
-    return images, classes
+    return images
 
 
 def _steps(draw: Intensity, in_plane: bool) -> list[tuple[np.ndarray, Callable[[Tensor, Tensor], Tensor]]]:
@@ -170,3 +160,25 @@ def _steps(draw: Intensity, in_plane: bool) -> list[tuple[np.ndarray, Callable[[
         (draw.gamma_inverted, lambda x, exponent: -gamma(-x, exponent)),
         (draw.gamma, gamma),
     ]
+
+
+def draw_mirror(
+    rng: np.random.Generator, settings: AugmentationSettings, batch: int, axes: tuple[int, ...]
+) -> np.ndarray:
+    """Along which axes of (z, y, x) the samples of a batch are mirrored, (batch, 3) bool."""
+    return (rng.random((batch, 3)) < settings.p_mirror) & np.isin(np.arange(3), axes)
+
+
+def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Swap | None = None) -> tuple[Tensor, Tensor]:
+    """Mirror images (batch, channels, z, y, x) and classes (batch, maps, z, y, x) as drawn.
+
+    With `swap`, classes change places where left and right do.
+    """
+    table = np.asarray(swap.table if swap else ())
+    where, swapped = on_device([flips, table], images.device)
+    axes = np.flatnonzero(flips.any(0)).tolist()
+    images, classes = mirror(images, where, axes), mirror(classes, where, axes)
+    if swap and swap.axis in axes:
+        other = swapped.to(classes.dtype)[classes.long()]
+        classes = torch.where(where[:, swap.axis, None, None, None, None] != 0, other, classes)
+    return images, classes

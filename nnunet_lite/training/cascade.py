@@ -75,7 +75,7 @@ def append_previous(images: Tensor, previous: Tensor, drawn: CascadeDraw) -> Ten
 
 def one_hot(classes: Tensor, n_classes: int) -> Tensor:
     """Classes (batch, *shape) -> bool (batch, n_classes - 1, *shape): a channel for each class but the background."""
-    foreground = torch.arange(1, n_classes, device=classes.device)
+    foreground = torch.arange(1, n_classes, device=classes.device, dtype=classes.dtype)  # bytes are compared as bytes
     return classes[:, None] == foreground.view(-1, *[1] * (classes.ndim - 1))
 
 

@@ -82,10 +82,11 @@ def adopted_plan(own: Plan, configuration: str, source: Source, settings: Settin
     UserError : the model is of another dimension, kind or normalisation layer than planned or set.
     """
     planned, theirs = own.configuration(configuration), source.plan.configuration(source.configuration)
-    norm = theirs.network.norm
+    norm, kind = theirs.network.norm, theirs.network.kind
+    asked = kind if settings.plan.preset is None else planned.network.kind
     for what, here, there, fix in (
         ("dimensions", planned.dimensions, theirs.dimensions, "Train a configuration of as many."),
-        ("kind of U-Net", planned.network.kind, theirs.network.kind, "Plan with a preset of that kind."),
+        ("kind of U-Net", asked, kind, "Take a recipe without a preset."),
         ("normalisation", settings.network.norm or norm, norm, "Leave network.norm out of the settings."),
     ):
         if here != there:

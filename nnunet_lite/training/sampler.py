@@ -139,6 +139,12 @@ def source_shape(matrix: np.ndarray, patch: Shape) -> Shape:
     return z, y, x
 
 
+def enlarged(place: Place, patch: Shape, shape: Shape) -> Place:
+    """The place of a larger patch with the same centre; `shape` differs from `patch` by even numbers."""
+    z, y, x = (c - (s - p) // 2 for c, s, p in zip(place.corner, shape, patch, strict=True))
+    return Place(place.case, (z, y, x), place.matrix)
+
+
 def read_box(array: Any, corner: Sequence[int], out: Tensor) -> None:
     """Fill `out` (..., z, y, x) with the box at `corner` of the last three axes of an array, zeros outside of it."""
     lead, shape = array.ndim - 3, out.shape[-3:]
@@ -163,8 +169,7 @@ def read_stack(cases: Sequence[CaseArrays], places: Sequence[Place], patch: Shap
     common = np.max(shapes, axis=0).tolist()
     stack = _empty_stack(cases[0], len(places), common, device)
     for place, shape, image, classes in zip(places, shapes, stack.images, stack.classes, strict=True):
-        case = cases[place.case]
-        corner = [c - (s - p) // 2 for c, s, p in zip(place.corner, shape, patch, strict=True)]
+        case, corner = cases[place.case], enlarged(place, patch, shape).corner
         if list(shape) != common:
             image.zero_()
             classes.zero_()

@@ -1,0 +1,222 @@
+"""One fold of a planned data set, from its plan to its scores: everything around training/loop.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nnunet_lite import log
+from nnunet_lite.data.dataset import Dataset, dataset_from_json
+from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
+from nnunet_lite.plan.fingerprint import Fingerprint
+from nnunet_lite.plan.planner import make_plan
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.preprocess.store import open_case, preprocess_dataset
+from nnunet_lite.settings import Settings
+from nnunet_lite.settings import load as load_settings
+from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
+from nnunet_lite.training.previous import with_previous
+from nnunet_lite.training.run import (
+    configured,
+    fold_seed,
+    is_complete,
+    is_finished,
+    model_folder,
+    open_run,
+    other_folds,
+    require_begun,
+    set_aside,
+)
+from nnunet_lite.workspace import Paths, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnunet_lite.evaluation.scores import Scores
+    from nnunet_lite.training.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of `nnlite train`; `api.train` says what each part means."""
+
+    configuration: str
+    fold: str
+    recipe: str = "default"
+    changes: dict[str, Any] = field(default_factory=dict)
+    folds: int | None = None
+    group_by: str | Path | None = None
+    stratify: bool | str | Path = False
+    splits: str | Path | None = None
+    name: str | None = None
+    device: str | None = None
+    restart: bool | Literal["model"] = False
+    resume: bool = False
+    force: bool = False
+    preview: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request that was found to be possible: what it trains, on which cases, and where that goes."""
+
+    request: Request
+    paths: Paths
+    dataset: Dataset
+    settings: Settings
+    plan: Plan
+    split: Fold
+    folder: Path
+    first: FirstStage | None
+
+    @property
+    def configuration(self) -> str:
+        return self.request.configuration
+
+    @cached_property
+    def fold_folder(self) -> Path:
+        return self.folder / f"fold_{self.split.name}"
+
+
+def train_and_validate(request: Request, paths: Paths) -> Scores | None:
+    """Train a fold, or go on with it, then predict and score its held-out cases.
+
+    Raises
+    ------
+    UserError : see `api.train`. Stopped : a signal asked for it.
+    """
+    run = _examined(request, paths)
+
+    # torch takes seconds to import: mistakes are told before
+    from nnunet_lite.evaluation.crossval import validate_fold
+    from nnunet_lite.network.arithmetic import pick_device
+    from nnunet_lite.training.distributed import current, device_of, join
+
+    ranks = current()
+    device = device_of(ranks, pick_device(request.device))
+    join(ranks, device)
+    if device.type == "cpu" and run.settings.recipe == "default" and request.device is None:
+        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
+    seed = _begun(run, ranks)
+    if is_complete(run.fold_folder, run.settings):
+        log.info(f"{run.fold_folder}: training is finished")
+    else:
+        _train(run, seed, ranks, device)
+    if run.split.name == ALL or ranks.rank:
+        return None
+    held_out = run.split.validation
+    return validate_fold(
+        run.folder, run.split.name, run.dataset, held_out, request.device, _predicted(run, held_out, device)
+    )
+
+
+def _examined(request: Request, paths: Paths) -> Run:
+    """The request with all that its mistakes can be told from, before anything is changed."""
+    settings = load_settings(request.recipe, request.changes)
+    dataset = dataset_from_json(read_json(paths.dataset))
+    planned = _planned_for(paths, settings)
+    if settings.training.init is not None:
+        from nnunet_lite.training.initial import adopted_plan, find_source
+
+        source = find_source(Path(settings.training.init), dataset.name, request.fold)
+        planned = adopted_plan(planned, request.configuration, source, settings)
+    made = configured(planned, request.configuration, settings)
+    wanted = wanted_folds(dataset, request.folds, request.group_by, request.stratify, request.splits)
+    split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, wanted)
+    folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
+    first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
+    return Run(request, paths, dataset, settings, made, split, folder, first)
+
+
+def _planned_for(paths: Paths, settings: Settings) -> Plan:
+    """The plan of the data set, or the one that a recipe's preset makes from its fingerprint.
+
+    What was changed by hand about the channels (normalisation, clipping) and the storage stays.
+    """
+    planned, wanted = Plan.read(paths.plans), settings.plan
+    preset = wanted.preset or planned.preset
+    if preset == planned.preset and wanted.memory in (None, planned.memory_gb):
+        return planned
+    names = tuple(channel.name for channel in planned.channels)
+    taken = Fingerprint.read(paths.fingerprint)
+    made = make_plan(taken, planned.dataset, names, planned.labels, preset, wanted.memory)
+    log.info(f"planned anew for the recipe: {preset}, {made.memory_gb:g} GB")
+    return made.model_copy(update={"channels": planned.channels, "stored_as": planned.stored_as})
+
+
+def _begun(run: Run, ranks: Ranks) -> int:
+    """Open the model folder, after the first stage of a cascade is trained, and return the fold's seed."""
+    from nnunet_lite.training.distributed import from_first
+
+    request, folder = run.request, run.folder
+    if request.resume:
+        require_begun(run.fold_folder, request.restart)
+    whole = request.restart == "model" or not other_folds(folder, run.split.name)
+    if not (request.restart and whole):
+        refuse_other_cases(folder, run.split, run.paths.splits, anew=bool(request.restart))
+    if request.restart and ranks.rank == 0:
+        set_aside(folder if whole else run.fold_folder)
+    from_first(None, ranks)  # the others wait for that
+    if run.first is not None and not is_finished(run.fold_folder):
+        if (folder / "run.json").is_file():  # what is wrong with it is told before the first stage is trained
+            _open(run)
+        _train_first_stage(run, run.first)
+    return fold_seed(_open(run), run.split.name)
+
+
+def _open(run: Run) -> int:
+    previous = None if run.first is None else run.first.folder.name
+    return open_run(run.folder, run.plan, run.dataset, run.configuration, run.settings, run.request.force, previous)
+
+
+def _train_first_stage(run: Run, first: FirstStage) -> None:
+    """Train the folds of the first stage that are missing, with the same recipe and settings."""
+    refuse_other_cases(first.folder, run.split, run.paths.splits)
+    log.info(first.needs())
+    # a model to start from is one network's
+    own = {"training.init": None, "training.freeze": None} if run.settings.training.init else {}
+    for fold in first.missing:
+        request = replace(run.request, configuration=first.configuration, fold=fold, name=first.folder.name,
+                          changes={**run.request.changes, **own}, restart=False, resume=False,
+                          preview=False)  # fmt: skip
+        train_and_validate(request, run.paths)
+
+
+def _predicted(run: Run, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:
+    """What the first stage of a cascade predicts of cases."""
+    if run.first is None:
+        return None
+    return predict_for_next_stage(
+        run.first.only(case_ids), run.dataset, run.plan, run.configuration, run.paths.preprocessed,
+        run.settings.training.workers, str(device),
+    )  # fmt: skip
+
+
+def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
+    """Load the cases and train on them."""
+    from nnunet_lite.training.cache import load_cases
+    from nnunet_lite.training.job import Job
+    from nnunet_lite.training.loop import train_fold
+
+    split, training = run.split, run.settings.training
+    preprocess_dataset(
+        run.dataset, run.plan, [run.configuration], run.paths.preprocessed, training.workers, log.progress
+    )
+    before = _predicted(run, sorted({*split.training, *split.validation}), device)
+
+    def open_one(case_id: str) -> Any:
+        case = open_case(run.paths.preprocessed, run.plan, run.configuration, case_id)
+        return case if before is None else with_previous(case, before[case_id])
+
+    def cases(ids: Sequence[str]) -> list[Any]:
+        reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
+        return load_cases(ids, open_one, training.cache, device, reserve, ranks.world)
+
+    chosen = cases(split.training)
+    held_out = chosen if split.name == ALL else cases(split.validation)
+    log.info(f"training {run.configuration} fold {split.name} on {len(chosen)} cases in {run.fold_folder}")
+    record_cases(run.fold_folder, split)
+    train_fold(Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks))

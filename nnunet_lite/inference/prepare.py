@@ -1,0 +1,88 @@
+"""What a model is shown: images as its first network wants them, and label maps of a first stage as classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.images import Geometry, Image, read_images, suffix_of
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError
+from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
+
+if TYPE_CHECKING:
+    from nnunet_lite.inference.predictor import Model
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An image prepared for the network that sees it first; as read only where a second stage has yet to see it."""
+
+    prepared: Preprocessed
+    image: Image | None
+
+
+def ready_case(model: Model, case: Case) -> Ready:
+    """Read and prepare a case.
+
+    Raises
+    ------
+    UserError : it cannot be read, or has other channels than the model.
+    """
+    wanted = len(model.plan.channels)
+    expected = f"the model expects {wanted} channels ({', '.join(c.name for c in model.plan.channels)})"
+    if len(case.images) > 1:
+        if absent := [path for path in case.images if not path.is_file()]:
+            raise UserError(f"there is no such file; {expected}", absent[0])
+        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{suffix_of(case.images[0])}")
+        if extra.is_file():
+            raise UserError(f"is a channel too many; {expected}", extra)
+    return ready_image(model, read_images(case.images))
+
+
+def ready_image(model: Model, image: Image) -> Ready:
+    """Prepare an image.
+
+    Raises
+    ------
+    UserError : it has another number of channels than the model.
+    """
+    expected = len(model.plan.channels)
+    if image.array.shape[0] != expected:
+        names = ", ".join(channel.name for channel in model.plan.channels)
+        raise UserError(
+            f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
+        )
+    first = model.previous or model
+    return Ready(preprocess(image, None, first.plan, first.configuration), image if model.previous else None)
+
+
+def as_image(array: np.ndarray, spacing: Sequence[float]) -> Image:
+    """An array (z, y, x) or (channels, z, y, x) as an image; spacing (z, y, x) in mm.
+
+    Raises
+    ------
+    UserError : another number of axes.
+    """
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim != 4 or len(spacing) != 3:
+        raise UserError(
+            f"an array of {array.ndim} dimensions with a spacing of {len(spacing)} cannot be segmented",
+            fix="Give (z, y, x) or (channels, z, y, x) and the spacing (z, y, x) in mm.",
+        )
+    z, y, x = array.shape[1:]
+    sz, sy, sx = (float(s) for s in spacing)
+    return Image(array, Geometry((z, y, x), (sz, sy, sx)))
+
+
+def as_classes(segmentation: np.ndarray, labels: Labels) -> np.ndarray:
+    """Classes of a predicted label map; a value that the region order writes and no label has is background."""
+    strange = sorted({*(labels.region_order or ())} - {*labels.values})
+    if strange:
+        segmentation = np.where(np.isin(segmentation, strange), labels.background, segmentation)
+    return labels.encode(segmentation)

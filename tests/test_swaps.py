@@ -1,0 +1,95 @@
+"""Left and right labels change places, and what cannot be swapped is refused before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.settings import AugmentationSettings
+from nnunet_lite.training.swaps import Swap, channel_swap, check_swaps, swap_of, swap_table
+from nnunet_lite.workspace import current
+
+KIDNEYS = Labels(names={"background": 0, "kidney_left": 4, "liver": 2, "kidney_right": 7}, ignore=9)
+# edema and core are the values 1 and 2 on the left, 3 and 4 on the right; 5 is on both sides
+TUMOR = Labels(
+    names={
+        "background": 0,
+        "left": (1, 2),
+        "right": (3, 4),
+        "left_core": (2,),
+        "right_core": (4,),
+        "any": (1, 2, 3, 4, 5),
+    },
+    region_order=(1, 3, 2, 4, 5),
+)
+
+
+def test_classes_change_places_and_ignore_stays() -> None:
+    pairs = [("kidney_left", "kidney_right")]
+    assert KIDNEYS.values == (0, 2, 4, 7)
+    assert swap_table(KIDNEYS, pairs) == (0, 1, 3, 2, 4)
+    assert channel_swap(KIDNEYS, pairs) == (0, 1, 3, 2)
+    assert swap_table(KIDNEYS, []) == (0, 1, 2, 3, 4)
+
+
+def test_classes_of_regions_follow_from_the_regions_they_are_in() -> None:
+    pairs = [("left", "right"), ("left_core", "right_core")]
+    assert swap_table(TUMOR, pairs) == (0, 3, 4, 1, 2, 5)
+    names = TUMOR.region_names
+    swapped = [names[i] for i in channel_swap(TUMOR, pairs)]
+    assert dict(zip(names, swapped, strict=True)) == {
+        "left": "right",
+        "right": "left",
+        "left_core": "right_core",
+        "right_core": "left_core",
+        "any": "any",
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "pairs", "message"),
+    [
+        (KIDNEYS, [("kidney_left", "kidney_rihgt")], "no label 'kidney_rihgt'. Did you mean 'kidney_right'"),
+        (KIDNEYS, [("kidney_left", "x")], "There are: liver, kidney_left, kidney_right"),
+        (KIDNEYS, [("kidney_left", "kidney_right"), ("liver", "kidney_left")], "'kidney_left' is named twice"),
+        (KIDNEYS, [("liver", "liver")], "'liver' is named twice"),
+        (KIDNEYS, [("background", "liver")], "no label 'background'"),
+        (TUMOR, [("left", "right")], "no value is in .* alone, which the value 2 would become"),
+        (
+            Labels(names={"background": 0, "l": (1, 2), "r": (3, 4)}, region_order=(1, 3)),
+            [("l", "r")],
+            r"the value 1 \(in l\) could become any of \[3, 4\]",
+        ),
+        (
+            Labels(names={"background": 0, "l": (1, 2), "r": (3,)}, region_order=(1, 3)),
+            [("l", "r")],
+            "the value 1 .* could become any of",
+        ),
+    ],
+)
+def test_what_cannot_be_swapped_is_refused(labels: Labels, pairs: list[tuple[str, str]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_swaps(labels, AugmentationSettings(mirror_swap=tuple(pairs)), 3)
+
+
+def test_an_axis_that_the_patch_does_not_have_is_refused() -> None:
+    check_swaps(KIDNEYS, AugmentationSettings(mirror_swap_axis=1), 2)
+    with pytest.raises(UserError, match="axis = 2 is no axis of a patch with 2"):
+        check_swaps(KIDNEYS, AugmentationSettings(mirror_swap_axis=2), 2)
+
+
+def test_left_and_right_are_along_the_images_x_axis(tiny_workspace: Path) -> None:
+    plan = Plan.read(current(tiny_workspace).plans)
+    settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
+    for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
+        turned = plan.model_copy(update={"axis_order": order})
+        assert swap_of(turned, settings, 3) == Swap(axis, (0, 2, 1))
+        assert swap_of(turned, settings, 2) == (None if flat is None else Swap(flat, (0, 2, 1)))
+    given = settings.model_copy(update={"mirror_swap_axis": 0})
+    assert swap_of(plan, given, 3) == Swap(0, (0, 2, 1))
+    assert swap_of(plan, given, 2) == Swap(1, (0, 2, 1))
+    assert swap_of(plan, AugmentationSettings(), 3) is None
