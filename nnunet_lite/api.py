@@ -259,9 +259,11 @@ def train(
     Stopped : a signal asked for it; the checkpoint is written.
     """
     from nnunet_lite.fold import Request, train_and_validate
+    from nnunet_lite.settings import load as load_settings
 
+    settings = load_settings(recipe, changes)  # a mistake in it is told first
     request = Request(
-        configuration, str(fold), recipe, changes or {}, folds, group_by, stratify, splits, name, device, restart,
+        configuration, str(fold), settings, folds, group_by, stratify, splits, name, device, restart,
         resume, force, preview,
     )  # fmt: skip
     return train_and_validate(request, current_paths(workspace, dataset))

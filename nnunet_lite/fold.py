@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +15,7 @@ from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset
-from nnunet_lite.settings import Settings
-from nnunet_lite.settings import load as load_settings
+from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
@@ -45,8 +44,7 @@ class Request:
 
     configuration: str
     fold: str
-    recipe: str = "default"
-    changes: dict[str, Any] = field(default_factory=dict)
+    settings: Settings
     folds: int | None = None
     group_by: str | Path | None = None
     stratify: bool | str | Path = False
@@ -66,7 +64,6 @@ class Run:
     request: Request
     paths: Paths
     dataset: Dataset
-    settings: Settings
     plan: Plan
     split: Fold
     folder: Path
@@ -75,6 +72,10 @@ class Run:
     @property
     def configuration(self) -> str:
         return self.request.configuration
+
+    @property
+    def settings(self) -> Settings:
+        return self.request.settings
 
     @cached_property
     def fold_folder(self) -> Path:
@@ -115,7 +116,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
 
 def _examined(request: Request, paths: Paths) -> Run:
     """The request with all that its mistakes can be told from, before anything is changed."""
-    settings = load_settings(request.recipe, request.changes)
+    settings = request.settings
     dataset = dataset_from_json(read_json(paths.dataset))
     planned = _planned_for(paths, settings)
     if settings.training.init is not None:
@@ -128,7 +129,7 @@ def _examined(request: Request, paths: Paths) -> Run:
     split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, wanted)
     folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
     first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
-    return Run(request, paths, dataset, settings, made, split, folder, first)
+    return Run(request, paths, dataset, made, split, folder, first)
 
 
 def _planned_for(paths: Paths, settings: Settings) -> Plan:
@@ -177,11 +178,10 @@ def _train_first_stage(run: Run, first: FirstStage) -> None:
     refuse_other_cases(first.folder, run.split, run.paths.splits)
     log.info(first.needs())
     # a model to start from is one network's
-    own = {"training.init": None, "training.freeze": None} if run.settings.training.init else {}
+    settings = with_changes(run.settings, {"training.init": None, "training.freeze": None})
     for fold in first.missing:
         request = replace(run.request, configuration=first.configuration, fold=fold, name=first.folder.name,
-                          changes={**run.request.changes, **own}, restart=False, resume=False,
-                          preview=False)  # fmt: skip
+                          settings=settings, restart=False, resume=False, preview=False)  # fmt: skip
         train_and_validate(request, run.paths)
 
 

@@ -39,13 +39,13 @@ def registry() -> dict[str, type]:
     """The transforms of batchgenerators by name, without base classes and those that are made of others."""
     import batchgenerators.transforms as package
 
-    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    found = [kind for module in modules for _, kind in inspect.getmembers(module, inspect.isclass)]
+    names = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if "abstract" not in m.name]
+    found = [kind for name in names for _, kind in inspect.getmembers(importlib.import_module(name), inspect.isclass)]
     return {
         kind.__name__: kind
         for kind in found
-        if kind.__module__.startswith(package.__name__)
-        and not (inspect.isabstract(kind) or ABC in kind.__bases__)
+        if kind.__module__ in names
+        and ABC not in kind.__bases__
         and "transform" not in " ".join(inspect.signature(kind).parameters)
         and "data_dict" in inspect.signature(kind.__call__).parameters
     }
