@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augment import (
     Intensity,
     apply_intensity,
+    apply_mirror,
     draw_intensity,
     draw_matrix,
+    draw_mirror,
     is_in_plane,
     on_device,
     samples_of,
@@ -35,7 +38,7 @@ def smooth(shape: tuple[int, ...], sigma: float = 2.0, seed: int = 0) -> np.ndar
 
 def turned(image: np.ndarray, label: np.ndarray, corner: Any, patch: Any, matrix: Any) -> tuple[Tensor, Tensor]:
     case = LoadedCase("case", image[None], label, {}, None)
-    stack = read_stack([case], [Place(0, corner, matrix)], patch, CPU)
+    stack = read_stack([case], [Place(0, corner, matrix)], patch, CPU).to(CPU)
     images, classes = warped(stack.images, stack.classes, *on_device([matrix[None]], CPU), patch)
     return images[0, 0], classes[0, 0]
 
@@ -43,13 +46,12 @@ def turned(image: np.ndarray, label: np.ndarray, corner: Any, patch: Any, matrix
 def no_change(batch: int, channels: int, **changes: Any) -> Intensity:
     nan = np.full((batch, channels), np.nan)
     none = dict.fromkeys(("noise", "brightness", "contrast", "low_resolution", "gamma_inverted", "gamma"), nan)
-    same = {"blur": nan[..., None].repeat(3, -1), "mirror": np.zeros((batch, 3), bool), "seed": np.arange(batch)}
+    same = {"blur": nan[..., None].repeat(3, -1), "seed": np.arange(batch)}
     return Intensity(**{**none, **same, **changes})
 
 
-def applied(images: Tensor, draw: Intensity, **more: Any) -> Tensor:
-    classes = torch.zeros(images.shape[0], 1, *images.shape[2:], dtype=torch.uint8)
-    return apply_intensity(images.clone(), classes, draw, **more)[0]
+def applied(images: Tensor, draw: Intensity, masked: Sequence[int] = ()) -> Tensor:
+    return apply_intensity(images.clone(), draw, masked)
 
 
 @pytest.mark.parametrize("in_plane", [False, True])
@@ -60,8 +62,7 @@ def test_image_and_label_stay_aligned(in_plane: bool) -> None:
         rng = rng_for(0, 0, i)
         matrix = draw_matrix(rng, settings, patch, in_plane)
         image, moved = turned(label.astype(np.float32), label, (10, 11, 12), patch, matrix)
-        draw = no_change(1, 1, mirror=rng.random((1, 3)) < 0.5)
-        images, labels = apply_intensity(image[None, None], moved[None, None], draw)
+        images, labels = apply_mirror(image[None, None], moved[None, None], rng.random((1, 3)) < 0.5)
         assert torch.equal(images[0, 0] > 0.5, labels[0, 0] == 1)
 
 
@@ -107,7 +108,7 @@ def test_drawn_angles_and_factors_are_in_their_ranges() -> None:
 
 def test_shares_that_are_drawn_are_those_of_the_settings() -> None:
     settings, n = AugmentationSettings(), 6000
-    draw = draw_intensity(np.random.default_rng(0), settings, n, 2, (0, 2))
+    draw = draw_intensity(np.random.default_rng(0), settings, n, 2)
     per_channel = {
         "noise": settings.p_noise,
         "blur": settings.p_blur / 2,
@@ -135,7 +136,7 @@ def test_shares_that_are_drawn_are_those_of_the_settings() -> None:
         assert np.nanmax(values) - np.nanmin(values) > 0.9 * (high - low), name
     for name in ("brightness", "contrast", "gamma", "gamma_inverted"):  # below and above one equally often
         assert np.mean(getattr(draw, name)[~np.isnan(getattr(draw, name))] < 1) == pytest.approx(0.5, abs=0.03), name
-    shares = draw.mirror.mean(0)
+    shares = draw_mirror(np.random.default_rng(0), settings, n, (0, 2)).mean(0)
     assert shares[[0, 2]] == pytest.approx(0.5, abs=0.02)
     assert shares[1] == 0
     matrices = [draw_matrix(rng_for(3, 0, i), settings, (8, 8, 8), False) for i in range(2000)]
@@ -145,7 +146,7 @@ def test_shares_that_are_drawn_are_those_of_the_settings() -> None:
 @pytest.mark.parametrize("limits", [(0.5, 0.8), (1.2, 1.5), (1.0, 1.0), (0.5, 1.5)])
 def test_factors_are_drawn_from_ranges_on_either_side_of_one(limits: tuple[float, float]) -> None:
     settings = AugmentationSettings(p_gamma=1, gamma=limits)
-    found = draw_intensity(np.random.default_rng(0), settings, 500, 1, ()).gamma
+    found = draw_intensity(np.random.default_rng(0), settings, 500, 1).gamma
     assert limits[0] <= found.min() <= found.max() <= limits[1]
     assert found.max() - found.min() > 0.9 * (limits[1] - limits[0]) - 1e-9
 
@@ -184,29 +185,28 @@ def test_noise_has_its_spread_and_depends_on_the_sample_alone() -> None:
 
 def test_samples_do_not_depend_on_the_rest_of_the_batch() -> None:
     everything = {name: 1.0 for name in AugmentationSettings.model_fields if name.startswith("p_")}
-    draw = draw_intensity(np.random.default_rng(3), AugmentationSettings(**everything), 5, 2, (0, 1, 2))
-    images, classes = torch.from_numpy(smooth((5, 2, 9, 10, 11), 1)), torch.randint(0, 3, (5, 1, 9, 10, 11))
-    whole = apply_intensity(images.clone(), classes, draw, [1])
+    draw = draw_intensity(np.random.default_rng(3), AugmentationSettings(**everything), 5, 2)
+    images = torch.from_numpy(smooth((5, 2, 9, 10, 11), 1))
+    whole = applied(images, draw, [1])
     for part in (slice(0, 3), slice(3, 5)):
-        found = apply_intensity(images[part].clone(), classes[part], samples_of(draw, part), [1])
-        torch.testing.assert_close(found[0], whole[0][part], atol=1e-5, rtol=1e-5)
-        assert torch.equal(found[1], whole[1][part])
+        torch.testing.assert_close(
+            applied(images[part], samples_of(draw, part), [1]), whole[part], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_outside_the_mask_a_masked_channel_stays_zero() -> None:
     images = torch.rand(1, 2, 6, 7, 8) + 1
     images[:, :, :3] = 0
-    draw = no_change(1, 2, noise=np.array([[0.5, 0.5]]), mirror=np.array([[True, False, False]]))
-    moved = applied(images, draw, masked=[1])
-    assert float(moved[:, 1, 3:].abs().max()) == 0, "mirrored with the image"
-    assert float(moved[:, 0, 3:].abs().max()) > 0 and float(moved[:, 1, :3].min()) != 0
+    noisy = applied(images, no_change(1, 2, noise=np.array([[0.5, 0.5]])), masked=[1])
+    assert float(noisy[:, 1, :3].abs().max()) == 0
+    assert float(noisy[:, 0, :3].abs().max()) > 0 and float(noisy[:, 1, 3:].abs().min()) > 0
 
 
 def test_labels_are_swapped_where_left_and_right_are() -> None:
     classes = torch.randint(0, 5, (4, 2, 3, 4, 5), dtype=torch.uint8)
     flips = np.array([[False, False, True], [True, True, False], [False, False, False], [True, False, True]])
     table = (0, 2, 1, 3, 4)
-    _, found = apply_intensity(torch.zeros(4, 1, 3, 4, 5), classes, no_change(4, 1, mirror=flips), (), Swap(2, table))
+    _, found = apply_mirror(torch.zeros(4, 1, 3, 4, 5), classes, flips, Swap(2, table))
     other = torch.tensor(table, dtype=torch.uint8)[classes.long()]
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], other[0].flip(3))
@@ -223,11 +223,10 @@ def test_augmented_patches_of_real_images_stay_sane(tiny_cases: list[Any]) -> No
         for iteration in range(6):
             rng = rng_for(5, i, iteration)
             places = [p for p in draw_places(tiny_cases, patch, 9, 0.33, settings, False, rng) if p.matrix is not None]
-            stack = read_stack(tiny_cases, places, patch, CPU)
+            stack = read_stack(tiny_cases, places, patch, CPU).to(CPU)
             matrices = np.stack([m for p in places if (m := p.matrix) is not None])
             images, classes = warped(stack.images, stack.classes, *on_device([matrices], CPU), patch)
-            draw = draw_intensity(rng, settings, len(places), 1, (0, 1, 2))
-            moved, classes = apply_intensity(images, classes, draw)
+            moved = apply_intensity(images, draw_intensity(rng, settings, len(places), 1))
             assert (moved.shape[1:], moved.dtype, classes.dtype) == ((1, *patch), torch.float32, torch.uint8)
             assert torch.isfinite(moved).all()
             assert set(classes.unique().tolist()) <= {0, 1, 2}

@@ -101,7 +101,8 @@ def test_a_group_is_never_on_both_sides(sizes: list[int]) -> None:
     if max(sizes) <= 7:
         assert max(held_out(folds)) - min(held_out(folds)) <= 1, "about equal numbers of cases"
     assert folds == make_folds(list(reversed(groups)), 5, groups), "the same each time"
-    assert folds[0]["val"] != sorted(groups)[: len(folds[0]["val"])], "at random"
+    if len(sizes) > 5:
+        assert folds[0]["val"] != sorted(groups)[: len(folds[0]["val"])], "at random"
 
 
 def test_each_fold_has_its_share_of_every_stratum() -> None:

@@ -182,17 +182,19 @@ def test_both_pipelines_agree_in_distribution(tiny_cases: list[Any], patch: Shap
     settings = AugmentationSettings(**chances, scaling=(0.75, 1.25))  # about one: v1 shrinks half of the samples
     n, rng = 80, rng_for(1, 2, 3)
     places = draw_places(tiny_cases, patch, n, 0.5, None, False, rng)
-    plain = read_stack(tiny_cases, places, patch, CPU)
+    plain = read_stack(tiny_cases, places, patch, CPU).to(CPU)
     before = statistics(plain.images, plain.classes)
 
     matrices = [draw_matrix(rng, settings, patch, is_in_plane(patch)) for _ in range(n)]
     whole = [m if m is not None else np.eye(3) for m in matrices]
-    stack = read_stack(tiny_cases, [Place(p.case, p.corner, m) for p, m in zip(places, whole, strict=True)], patch, CPU)
+    stack = read_stack(
+        tiny_cases, [Place(p.case, p.corner, m) for p, m in zip(places, whole, strict=True)], patch, CPU
+    ).to(CPU)
     images, classes = warped(stack.images, stack.classes, *on_device([np.stack(whole)], CPU), patch)
     ours = statistics(apply_intensity(images, draw_intensity(rng, settings, n, 1)), classes) - before
 
     wide = oversized(settings, patch)
-    stack = read_stack(tiny_cases, [enlarged(p, patch, wide) for p in places], wide, CPU)
+    stack = read_stack(tiny_cases, [enlarged(p, patch, wide) for p in places], wide, CPU).to(CPU)
     transforms = reference_transforms(settings, patch, p_elastic=0, order=1)
     images, classes = apply_transforms(transforms, stack.images, stack.classes, range(n), patch)
     theirs = statistics(images, classes) - before

@@ -44,7 +44,7 @@ def make_case(shape: Shape, labels: Labels = LABELS, case_id: str = "case", prev
 def box(array: Any, corner: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """As float32, from memory that was not empty before."""
     out = torch.full((*array.shape[: array.ndim - 3], *shape), 99.0)
-    read_box(array, corner, out)
+    read_box(array, corner, out if isinstance(array, torch.Tensor) else out.numpy())
     return out.numpy()
 
 
@@ -152,7 +152,7 @@ def test_boxes_of_several_sizes_lie_in_the_middle_of_one(resident: bool) -> None
     stack = read_stack(cases, places, patch, CPU)
     wide = source_shape(1.3 * np.eye(3), patch)
     assert stack.images.shape == (3, 2, *wide)
-    assert (stack.images.dtype, stack.classes.dtype) == (torch.float32, torch.uint8)
+    assert (stack.images.dtype, stack.classes.dtype) == (torch.float16, torch.uint8)
     for i, place in enumerate(places):
         size = patch if place.matrix is None else source_shape(place.matrix, patch)
         margin = [(w - s) // 2 for w, s in zip(wide, size, strict=True)]
@@ -164,6 +164,15 @@ def test_boxes_of_several_sizes_lie_in_the_middle_of_one(resident: bool) -> None
         outside = torch.ones(stack.images.shape[1:], dtype=torch.bool)
         outside[inner] = False
         assert not stack.images[i][outside].any(), "nothing is read that is not needed"
+
+
+def test_a_case_stored_more_precisely_keeps_its_precision() -> None:
+    narrow = make_case((9, 9, 9))
+    wide = LoadedCase("wide", np.full((2, 9, 9, 9), 1e6, np.float32), narrow.label, {}, None)
+    places = [Place(0, (0, 0, 0), None), Place(1, (0, 0, 0), None)]
+    stack = read_stack([narrow, wide], places, (9, 9, 9), CPU).to(CPU)
+    np.testing.assert_array_equal(stack.images[0], narrow.image)
+    assert (stack.images[1] == 1e6).all()
 
 
 def test_places_depend_on_their_numbers_alone() -> None:

@@ -127,7 +127,8 @@ def _reference(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> tuple[Tenso
     settings = job.settings.augmentation
     wide = oversized(settings, job.patch)
     around = [enlarged(place, job.patch, wide) for place in draw.places]
-    stack = read_stack(cases, around, wide, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    stack = read_stack(cases, around, wide, cpu).to(cpu)
     transforms = reference_transforms(settings, job.patch, _masked(job))
     images, classes = apply_transforms(transforms, stack.images, stack.classes, draw.seeds, job.patch)
     return images.to(job.device), classes.to(job.device)

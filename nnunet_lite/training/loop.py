@@ -334,7 +334,8 @@ def _line(job: Job, row: Row, state: State) -> str:
     each = " ".join("-" if d is None else f"{d:.3f}" for d in list(row.get("dice", {}).values())[:8])
     loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:+.4f}"
     score = f"  Dice {dice:.3f} ({each})" if dice is not None else ""
+    speed = f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {row['memory_gb']:.1f} GB"
     return (
         f"epoch {row['epoch']:>4}  loss {loss}{score}  lr {row['lr']:.1e}  "
-        f"{log.duration(row['seconds'])}, {log.duration(left)} left"
+        f"{log.duration(row['seconds'])} ({speed}), {log.duration(left)} left"
     )

@@ -145,36 +145,38 @@ def enlarged(place: Place, patch: Shape, shape: Shape) -> Place:
     return Place(place.case, (z, y, x), place.matrix)
 
 
-def read_box(array: Any, corner: Sequence[int], out: Tensor) -> None:
-    """Fill `out` (..., z, y, x) with the box at `corner` of the last three axes of an array, zeros outside of it."""
-    lead, shape = array.ndim - 3, out.shape[-3:]
-    inside = tuple(
-        slice(low := min(max(0, c), n), max(low, min(n, c + s)))
-        for c, s, n in zip(corner, shape, array.shape[lead:], strict=True)
-    )
-    data = torch.as_tensor(array[(slice(None),) * lead + inside])
-    if data.shape[lead:] != shape:
-        out.zero_()
-        for axis, (span, c) in enumerate(zip(inside, corner, strict=True), out.ndim - 3):
-            out = out.narrow(axis, min(max(0, span.start - c), out.shape[axis]), span.stop - span.start)
-    out.copy_(data)
+def read_box(array: Any, corner: Sequence[int], out: Any) -> None:
+    """Fill `out` (..., z, y, x) with the box at `corner` of the last three axes of an array, zeros outside of it.
+
+    Both are tensors, or `out` is a numpy array and the other one like it, for instance on disk.
+    """
+    shape = out.shape[-3:]
+    spans = [(max(c, 0), min(c + size, n)) for c, size, n in zip(corner, shape, array.shape[-3:], strict=True)]
+    if any(stop - start < size for (start, stop), size in zip(spans, shape, strict=True)):
+        out[...] = 0
+    if all(start < stop for start, stop in spans):
+        inside = (..., *(slice(*span) for span in spans))
+        target = (..., *(slice(start - c, stop - c) for (start, stop), c in zip(spans, corner, strict=True)))
+        out[target] = array[inside]
 
 
 def read_stack(cases: Sequence[CaseArrays], places: Sequence[Place], patch: Shape, device: torch.device) -> Stack:
-    """Read patches; of those to be turned or scaled the box that holds them, in the middle of one shape for all.
+    """Read patches as they are stored; those to be turned or scaled with a box that holds them, in the middle of one
+    shape for all.
 
-    For a GPU they are read as they are stored, into pinned memory; on it where the cases lie there.
+    On the device where the cases lie there, else on the host, for a GPU in pinned memory.
     """
     shapes = [patch if place.matrix is None else source_shape(place.matrix, patch) for place in places]
-    common = np.max(shapes, axis=0).tolist()
-    stack = _empty_stack(cases[0], len(places), common, device)
-    for place, shape, image, classes in zip(places, shapes, stack.images, stack.classes, strict=True):
+    common: list[int] = np.max(shapes, axis=0).tolist()
+    stack = _empty_stack([cases[place.case] for place in places], common, device)
+    resident = isinstance(cases[0].image, Tensor)
+    images, labels = (x if resident else x.numpy() for x in (stack.images, stack.classes))
+    for place, shape, image, classes in zip(places, shapes, images, labels, strict=True):
         case, corner = cases[place.case], enlarged(place, patch, shape).corner
         if list(shape) != common:
-            image.zero_()
-            classes.zero_()
-        for axis, (wide, size) in enumerate(zip(common, shape, strict=True), 1):
-            image, classes = (x.narrow(axis, (wide - size) // 2, size) for x in (image, classes))
+            image[...] = classes[...] = 0
+            inner = (..., *(slice((w - s) // 2, (w + s) // 2) for w, s in zip(common, shape, strict=True)))
+            image, classes = image[inner], classes[inner]
         read_box(case.image, corner, image)
         read_box(case.label, corner, classes[0])
         if case.previous is not None:
@@ -182,15 +184,15 @@ def read_stack(cases: Sequence[CaseArrays], places: Sequence[Place], patch: Shap
     return stack
 
 
-def _empty_stack(like: CaseArrays, n: int, shape: Sequence[int], device: torch.device) -> Stack:
-    """Room for boxes of cases: where these are if they lie on the device, else on the host."""
-    at = device if isinstance(like.image, Tensor) and like.image.device.type == device.type else torch.device("cpu")
-    travels = at.type != device.type
-    pinned = travels and device.type == "cuda"
-    image = torch.float16 if travels and like.image.dtype.itemsize == 2 else torch.float32
-    label = torch.uint8 if like.label.dtype.itemsize == 1 else torch.int32
-    maps = 1 if like.previous is None else 2
+def _empty_stack(cases: Sequence[CaseArrays], shape: Sequence[int], device: torch.device) -> Stack:
+    """Room for a box of each case, of types that hold all of them."""
+    first = cases[0]
+    at = first.image.device if isinstance(first.image, Tensor) else torch.device("cpu")
+    pinned = at.type == "cpu" and device.type == "cuda"
+    image = torch.float32 if any(case.image.dtype.itemsize > 2 for case in cases) else torch.float16
+    label = torch.uint8 if first.label.dtype.itemsize == 1 else torch.int32
+    maps = 1 if first.previous is None else 2
     return Stack(
-        torch.empty((n, like.image.shape[0], *shape), dtype=image, device=at, pin_memory=pinned),
-        torch.empty((n, maps, *shape), dtype=label, device=at, pin_memory=pinned),
+        torch.empty((len(cases), first.image.shape[0], *shape), dtype=image, device=at, pin_memory=pinned),
+        torch.empty((len(cases), maps, *shape), dtype=label, device=at, pin_memory=pinned),
     )

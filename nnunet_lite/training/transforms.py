@@ -47,25 +47,45 @@ def _moved(factors: Tensor, patch: Sequence[int]) -> Tensor:
 def _vote(classes: Tensor, positions: Sequence[Tensor]) -> Tensor:
     """The class with most weight among the 4 or 8 voxels around each position; (n, maps, *source) -> (n, maps, *patch).
 
-    This is what interpolating each class would give, at a cost that does not depend on their number.
+    This is what interpolating each class would give, at a cost that does not depend on their number. On a CPU, only
+    positions between different classes are looked at; a GPU would have to wait for their number, and looks at all.
     """
     (n, maps, *source), patch = classes.shape, positions[0].shape[1:]
-    around = []  # for each axis the two neighbours: what they add to the index of a voxel, and their weights
-    for position, size, stride in zip(positions, source, classes.stride()[2:], strict=True):
-        below = position.floor()
-        part, index = position - below, below.to(torch.int32)
-        around.append([(i.clamp(0, size - 1) * stride, w) for i, w in ((index, 1 - part), (index + 1, part))])
-    found, weights = [], []
-    for corner in itertools.product(*around):
-        index = reduce(torch.add, [i for i, _ in corner]).long().view(n, 1, -1).expand(-1, maps, -1)
-        found.append(classes.flatten(2).gather(2, index).unflatten(2, patch))
-        weights.append(reduce(torch.mul, [w for _, w in corner])[:, None])
-    winner, most = found[-1], weights[-1]
-    for i in reversed(range(len(found) - 1)):  # the first of equal voxels counts all of them, so it beats the others
-        votes = weights[i] + sum(weights[j] * (found[i] == found[j]) for j in range(i + 1, len(found)))
-        winner = torch.where(votes >= most, found[i], winner)
-        most = torch.maximum(votes, most)
-    return winner
+    flat, strides = classes.flatten(), classes.stride()[2:]
+    below = [p.floor().clamp(0, size - 1) for p, size in zip(positions, source, strict=True)]
+    lower = reduce(torch.add, [b.long() * stride for b, stride in zip(below, strides, strict=True)])
+    maps_start = torch.arange(0, len(flat), math.prod(source), device=flat.device).view(n, maps, 1)
+    index = (lower.view(n, 1, -1) + maps_start).flatten()
+    winners = flat[index]
+    chosen = _mixed(classes).flatten()[index].nonzero()[:, 0] if flat.device.type == "cpu" else slice(None)
+    index, around = index[chosen], []
+    for position, low, size, stride in zip(positions, below, source, strides, strict=True):
+        part, last = (
+            x.view(n, 1, -1).expand(-1, maps, -1).flatten()[chosen] for x in (position - low, low == size - 1)
+        )
+        around.append([(0, 1 - part), (stride * ~last, part)])
+    corners = list(itertools.product(*around))
+    found = [flat[index + sum(step for step, _ in corner)] for corner in corners]
+    votes = [reduce(torch.mul, [weight for _, weight in corner]) for corner in corners]
+    winner, most = found[0], votes[0]
+    for i, each in enumerate(found):
+        for other, weight in zip(found[i + 1 :], votes[i + 1 :], strict=True):
+            votes[i] += torch.where(each == other, weight, 0.0)  # of equal voxels the first gets all votes
+        winner = torch.where(votes[i] > most, each, winner)
+        most = torch.maximum(votes[i], most)
+    winners[chosen] = winner
+    return winners.view(n, maps, *patch)
+
+
+def _mixed(classes: Tensor) -> Tensor:
+    """Whether the voxels from each on to the next along all axes of (n, maps, *source) are of different classes."""
+    low = high = classes
+    for axis in range(2, classes.ndim):
+        last = classes.shape[axis] - 1
+        following = torch.arange(1, last + 2, device=classes.device).clamp_max(last)
+        low = torch.minimum(low, low.index_select(axis, following))
+        high = torch.maximum(high, high.index_select(axis, following))
+    return low != high
 
 
 def blur(x: Tensor, sigma: Tensor, widest: float) -> Tensor:
