@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ __all__ = ["check", "evaluate", "export_model", "import_model", "load", "plan", 
 def load(folder: str | Path, **options: Any) -> Model:
     """Load a model folder, ours or nnU-Net's; `model(array, spacing)` or `model("scan.nii.gz")` segments an image."""
     from nnunet_lite.inference.predictor import load as load_model
-    from nnunet_lite.interop.model import native
+    from nnunet_lite.interop.model import native, relocated
 
     with native(Path(folder), options.get("folds")) as ours:
-        return replace(load_model(ours, **options), folder=Path(folder))
+        return relocated(load_model(ours, **options), Path(folder))

@@ -324,12 +324,12 @@ def predict(
     from nnunet_lite.data.dataset import find_cases
     from nnunet_lite.data.problems import plural
     from nnunet_lite.inference.predictor import load, predict_cases, read_model
-    from nnunet_lite.interop.model import native
+    from nnunet_lite.interop.model import native, relocated
 
     folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
     with native(folder, folds) as ours:
         cases = find_cases(Path(source), len(read_model(ours)[0].channels))
-        loaded = load(ours, folds, device, changes)
+        loaded = relocated(load(ours, folds, device, changes), folder)
     if loaded.device.type == "cpu":
         from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
 

@@ -132,9 +132,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    print(
-        "| batch | plain | native | native, from disk | batchgenerators (paper2018) | nnU-Net |\n|---|---|---|---|---|---|"
-    )
+    print("| batch | plain | native | native, from disk | batchgenerators, as in paper2018 | nnU-Net |")
+    print("|---|---|---|---|---|---|")
     for name, job in jobs(arguments.workspace).items():
         recipe = with_changes(job.settings, {"augmentation.pipeline": "batchgenerators", "augmentation.rotation": 15.0})
         original = Job(job.plan, job.configuration, recipe, 5, job.folder, CPU, job.training, job.validation)
@@ -146,7 +145,7 @@ def main() -> None:
             cpu_ms(lambda i, job=original: make_batch(job, job.training, 0, i, augment=True), max(2, n // 4)),
         ]
         if arguments.nnunet_python:
-            rows.append(nnunet_ms(arguments.nnunet_python, job, max(2, n // 4)))
+            rows.append(nnunet_ms(arguments.nnunet_python, job, n))
         size = "x".join(map(str, job.planned.patch_size))
         print(f"| {name}: {job.planned.batch_size} of {size} | {' | '.join(map(figure, rows))} |", flush=True)
 

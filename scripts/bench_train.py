@@ -4,7 +4,7 @@
 usage: python scripts/bench_train.py DATA --nnunet-python ~/venvs/nnunet/bin/python [--cores 0,1] [--output TABLE.md]
 
 Both plan and preprocess the data themselves; that their patch, batch and number of weights agree is checked. Then they
-train in turn, each in a process of its own, and the fastest of a few short epochs counts, as in nnU-Net's own benchmark:
+train in turn, each in a process of its own, and the fastest of a few short epochs counts, as in nnU-Net's benchmark:
 whatever else the machine does makes an epoch slower, nothing makes one faster. Without loading, one batch is used again
 and again. nnU-Net augments in as many worker processes as there are cores, nnlite as it comes.
 """

@@ -131,6 +131,15 @@ def test_fewer_groups_than_folds(sizes: list[int], n_folds: int, message: str) -
         make_folds(list(groups), n_folds, groups)
 
 
+def test_groups_and_strata_together_are_as_even_as_can_be() -> None:
+    """Of 6 patients with two scans each, one small and one large: two patients to each of three folds."""
+    groups = patients([2] * 6)
+    strata = {case: f"volume {1 + int(case[3:5]) // 3 + 2 * int(case[-1])}" for case in groups}
+    folds = make_folds(list(groups), 3, groups, strata)
+    assert held_out(folds) == [4, 4, 4]
+    assert [len({strata[case] for case in fold["val"]}) for fold in folds] == [4, 4, 4]
+
+
 def test_strata_smaller_than_the_number_of_folds() -> None:
     with pytest.raises(UserError, match=r"no stratum has 5 cases, one for each fold\. Use fewer strata"):
         make_folds(IDS, 5, None, {case: str(i // 4) for i, case in enumerate(IDS)})
@@ -263,3 +272,91 @@ def test_plan_keeps_folds_that_models_are_trained_on(dataset: Dataset, tmp_path:
     with pytest.raises(UserError, match=r"holds 5 folds of 32 cases, not 3, and a, b are trained on them\. Scores on"):
         must_be_made(splits, ids, wanted, ["a", "b"])
     assert not must_be_made(splits, ids, wanted_folds(dataset, 5), ["a"]), "these are there"
+    with pytest.raises(UserError, match="9 groups cannot be split into 11 folds"):
+        must_be_made(splits, ids, wanted_folds(dataset, 11, r"\d$"), [])
+
+
+# ------------------------------------------------------------------------------------------------ commands and steps
+
+
+def test_plan_writes_the_folds_that_are_asked_for(
+    copy_dataset: Copy, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    root = copy_dataset(6)
+    stored = tmp_path / "nnlite_workspace" / "broken"
+
+    def plan(*options: object) -> tuple[int, str]:
+        code, _, err = command("plan", root, *options, cwd=tmp_path)
+        return code, err
+
+    code, err = plan("--folds", 7)
+    assert code == 2 and "6 cases cannot be split into 7 folds" in err and not stored.exists()
+    assert plan()[0] == 0 and not (stored / "splits.json").exists(), "train makes nnU-Net's"
+    code, err = plan("--folds", 3, "--stratify")
+    assert code == 0 and "splits.json: 3 folds of 6 cases, stratified by labels; held out: 2, 2, 2" in err
+    first = read_json(stored / "splits.json")
+    assert "splits.json" not in plan("--folds", 3, "--stratify")[1], "they are there"
+    assert plan()[0] == 0 and read_json(stored / "splits.json") == first
+    code, err = plan("--folds", 2, "--group-by", "_0[0-9]")
+    assert code == 0 and "the folds that were there are kept in" in err
+    assert read_json(stored / "old_splits.json_1") == first and len(read_json(stored / "splits.json")) == 2
+    ids = sorted(case_id for side in first[0].values() for case_id in side)
+    (tmp_path / "folds.csv").write_text("".join(f"{case_id},{i % 2}\n" for i, case_id in enumerate(ids)))
+    assert plan("--splits", tmp_path / "folds.csv")[0] == 0
+    assert [fold["val"] for fold in read_json(stored / "splits.json")] == [ids[::2], ids[1::2]]
+    assert "--splits says what the folds are" in plan("--splits", tmp_path / "folds.csv", "--folds", 3)[1]
+
+
+def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny_settings: Any, tmp_path: Path) -> None:
+    """The tiny model has fold 0 of five; its data set is then given three folds, in every way there is."""
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace)
+    paths = current(workspace)
+    model, before = paths.models / "tiny", paths.splits.read_text()
+    raw = read_json(paths.dataset)["root"]
+
+    def train(fold: str, **options: Any) -> Any:
+        return api.train(
+            "3d_fullres", fold, changes=tiny_settings, workspace=workspace, name="tiny", device="cpu", **options
+        )
+
+    with pytest.raises(UserError, match=r"splits\.json: holds 5 folds of 10 cases, not 3, and tiny is trained on them"):
+        api.plan(raw, workspace=workspace, folds=3)
+    with pytest.raises(UserError, match=r"holds 5 folds of 10 cases, not 3\. Leave the options"):
+        train("0", folds=3)
+    assert paths.splits.read_text() == before
+    paths.splits.unlink()
+    for fold in ("0", "1"):
+        with pytest.raises(
+            UserError, match=r"tiny: fold 0 was begun with other cases than splits\.json has for it now"
+        ):
+            train(fold, folds=3)
+    assert [path.name for path in model.glob("fold_*")] == ["fold_0"]
+    paths.splits.write_text(before)
+    assert train("0", folds=5) is not None, "goes on, and has nothing to do"
+    folds = read_json(paths.splits)
+    write_json(paths.splits, [folds[0], *reversed(folds[1:])])
+    assert train("0") is not None, "what other folds hold matters where they are trained"
+
+
+def test_every_fold_is_trained(
+    tiny_workspace: Path, tiny_settings: Any, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace)
+    paths = current(workspace)
+    shutil.rmtree(paths.models, ignore_errors=True)
+    paths.splits.unlink(missing_ok=True)
+    quick = {**tiny_settings, "training.epochs": 1, "inference.mirroring": False, "inference.step_size": 1.0}
+    settings = [part for key, value in quick.items() for part in ("--set", f"{key}={value}")]
+    asked = ["--folds", 3, "--group-by", r"\d\d$", "-w", workspace, "--device", "cpu", *settings]
+    code, out, err = command("train", "3d_fullres", "all-folds", *asked, cwd=tmp_path)
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line.startswith("fold ")] == [
+        f"fold {fold}, whole images:" for fold in range(3)
+    ]
+    trained = sorted((paths.models / "3d_fullres-default").glob("fold_*/cases.json"))
+    assert [read_json(file)["validation"] for file in trained] == held_out(read_json(paths.splits))
+    assert command("train", "3d_fullres", 3, *asked, cwd=tmp_path)[2].endswith(
+        'error: there is no fold \'3\'. Folds are 0 to 2, "all-folds" and "all".\n'
+    )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.network.unet import UNet
+from nnunet_lite.plan.schema import Network, Plan
 from nnunet_lite.settings import LossSettings
+from nnunet_lite.training.distributed import Ranks, share, sum_over_ranks
 from nnunet_lite.training.loss import (
+    alone,
+    check_weights,
     class_sums,
     deep_supervision_loss,
     deep_supervision_weights,
@@ -199,3 +206,133 @@ def test_dice_of_millions_of_voxels_is_exact() -> None:
     ones = torch.ones(1, n, dtype=torch.long)
     overlap, total = class_sums(probabilities, ones)
     assert float((2 * overlap / total)[0, 1]) == pytest.approx(2 * p / (1 + p), abs=1e-5)
+
+
+def test_top_k_is_the_mean_of_the_largest_entropies() -> None:
+    logits, classes = example()
+    largest = F.cross_entropy(logits, classes, reduction="none").flatten().sort(descending=True).values
+    for share_of, n in ((0.1, 36), (1.0, 360), (1e-9, 1)):
+        settings = LossSettings(cross_entropy=0, dice=0, top_k=2, top_k_share=share_of)
+        found = segmentation_loss(logits, classes, settings, batch_dice=False)
+        torch.testing.assert_close(found, 2 * largest[:n].mean())
+
+
+def test_top_k_of_equal_values_shares_the_gradient_and_ignored_voxels_count_as_zero() -> None:
+    settings = LossSettings(cross_entropy=0, dice=0, top_k=1, top_k_share=0.5)
+    logits = torch.zeros(1, 2, 8, requires_grad=True)
+    classes = torch.zeros(1, 8, dtype=torch.long)
+    loss = segmentation_loss(logits, classes, settings, batch_dice=False)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.6931472)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[0, 1], torch.full((8,), 0.5 / 8))
+    classes[0, 2:] = 2
+    few = segmentation_loss(logits, classes, settings, batch_dice=False, ignore_class=2)
+    assert float(few.detach()) == pytest.approx(0.6931472 / 2)  # two of the four largest are annotated
+
+
+def test_binary_cross_entropy_of_classes_equals_torchs_on_one_hot_targets() -> None:
+    logits, classes = example()
+    settings = LossSettings(cross_entropy=0, dice=0, bce=1)
+    target = F.one_hot(classes, 4).movedim(-1, 1).float()
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    torch.testing.assert_close(segmentation_loss(logits, classes, settings, batch_dice=False), each.mean())
+    marked = classes.clone()
+    marked[0] = 4
+    found = segmentation_loss(logits, marked, settings, batch_dice=False, ignore_class=4)
+    torch.testing.assert_close(found, each[1:].mean())
+    weights = torch.tensor([0.1, 1, 2, 0.5])
+    weighted = settings.model_copy(update={"class_weights": tuple(weights.tolist())})
+    expected = (each.mean((0, 2, 3, 4)) * weights).sum() / weights.sum()
+    torch.testing.assert_close(segmentation_loss(logits, classes, weighted, batch_dice=False), expected)
+
+
+def test_class_weights_weigh_voxels_as_torch_does_and_dice_by_class() -> None:
+    logits, classes = example()
+    weights = (0.1, 1.0, 3.0, 0.5)
+    ce = segmentation_loss(logits, classes, LossSettings(dice=0, class_weights=weights), batch_dice=True)
+    torch.testing.assert_close(ce, F.cross_entropy(logits, classes, torch.tensor(weights)))
+    marked = classes.clone()
+    marked[:, 1] = 4
+    options: dict[str, Any] = {"batch_dice": True, "ignore_class": 4}
+    ce = segmentation_loss(logits, marked, LossSettings(dice=0, class_weights=weights), **options)
+    torch.testing.assert_close(ce, F.cross_entropy(logits, marked, torch.tensor(weights), ignore_index=4))
+    one_at_a_time = [
+        LossSettings(cross_entropy=0, class_weights=tuple(float(c == i) for i in range(4))) for c in (1, 2, 3)
+    ]
+    each = [segmentation_loss(logits, classes, one, batch_dice=False) for one in one_at_a_time]
+    all_three = LossSettings(cross_entropy=0, class_weights=weights)
+    expected = sum(w * d for w, d in zip(weights[1:], each, strict=True)) / sum(weights[1:])
+    torch.testing.assert_close(segmentation_loss(logits, classes, all_three, batch_dice=False), expected)
+
+
+def test_weights_of_regions() -> None:
+    logits, classes = example(3)
+    only = LossSettings(class_weights=(0.0, 2.0, 0.0))
+    found = segmentation_loss(logits, classes, only, batch_dice=True, regions=REGIONS)
+    alone_there = segmentation_loss(logits[:, 1:2], classes, BOTH, batch_dice=True, regions=REGIONS[1:2])
+    torch.testing.assert_close(found, alone_there)
+
+
+def test_a_wrong_number_of_class_weights_names_the_classes() -> None:
+    labels = Labels(names={"background": 0, "liver": 1, "tumour": 2})
+    check_weights(LossSettings(class_weights=(1, 1, 2)), labels)
+    with pytest.raises(UserError, match=r"2 numbers for 3 classes.*background, liver, tumour"):
+        check_weights(LossSettings(class_weights=(1, 1)), labels)
+    with pytest.raises(UserError, match="leaves the Dice term without a class"):
+        check_weights(LossSettings(class_weights=(1, 0, 0)), labels)
+    regions = Labels(names={"background": 0, "whole": (1, 2), "core": (2,)}, region_order=(1, 2))
+    check_weights(LossSettings(class_weights=(1, 1)), regions)
+    with pytest.raises(UserError, match=r"3 numbers for 2 regions.*whole, core"):
+        check_weights(LossSettings(class_weights=(1, 1, 1)), regions)
+
+
+TINY_NET = Network(
+    features=(4, 8), strides=((1, 1), (2, 2)), kernels=((3, 3), (3, 3)), blocks=(1, 1), decoder_convolutions=(1,)
+)
+SETTINGS = LossSettings(top_k=1, top_k_share=0.2, bce=0.5, class_weights=(0.5, 1, 2))
+KINDS = list(product([False, True], [False, True], [None, ((1, 2), (2,), (1,))]))  # batch Dice, ignored, regions
+
+
+def learned(ranks: Ranks) -> dict[str, Any]:
+    """Losses of three steps and the last gradient of a tiny network, for each kind of loss; a batch of three."""
+    found: dict[str, Any] = {}
+    reduce = sum_over_ranks if ranks.world > 1 else alone
+    for batch_dice, ignored, regions in KINDS:
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        network: nn.Module = UNet(TINY_NET, 1, 3).double()
+        if ranks.world > 1:
+            network = nn.parallel.DistributedDataParallel(network)
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        losses = []
+        for _ in range(3):
+            images = torch.randn(3, 1, 8, 8, generator=generator, dtype=torch.float64)[share(3, ranks)]
+            classes = torch.randint(0, 3 + ignored, (3, 8, 8), generator=generator)[share(3, ranks)]
+            optimizer.zero_grad()
+            loss = segmentation_loss(
+                network(images), classes, SETTINGS, batch_dice=batch_dice, ignore_class=3 if ignored else None,
+                regions=regions, reduce=reduce,
+            )  # fmt: skip
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        found[str((batch_dice, ignored, regions))] = (torch.stack(losses), torch.cat(gradients))
+    return found
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(learned(Ranks(rank, 2, rank)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_two_samples_and_one_have_the_loss_and_gradient_of_three(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    expected = learned(Ranks())
+    for rank in (0, 1):
+        for kind, (losses, gradient) in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(losses, expected[kind][0], rtol=1e-6, atol=0, msg=kind)
+            assert float((gradient - expected[kind][1]).norm() / expected[kind][1].norm()) < 1e-6, kind

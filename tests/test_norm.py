@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nnunet_lite.network.norm import InstanceNorm, is_channels_last
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 4), (3, 4, 9, 8)])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 4), (3, 4, 9, 8), (2, 3, 11, 10, 12), (2, 3, 40, 30)])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_equals_torch(shape: tuple[int, ...], channels_last: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -29,3 +29,15 @@ def test_equals_torch(shape: tuple[int, ...], channels_last: bool) -> None:
     for got, want in ((ours.grad, theirs.grad), (norm.weight.grad, weight.grad), (norm.bias.grad, bias.grad)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert is_channels_last(y) == channels_last
+
+
+@pytest.mark.parametrize("side", [4, 12])
+def test_a_constant_image_is_normalised_to_the_shift(side: int) -> None:
+    """Rounding must not make its variance negative."""
+    x = torch.full((2, 3, side, side, side), 1234.5).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    norm = InstanceNorm(3)
+    torch.nn.init.constant_(norm.bias, 0.25)
+    y = norm(x)
+    y.sum().backward()
+    assert (y - 0.25).abs().max() < 1
+    assert torch.isfinite(y).all() and x.grad is not None and torch.isfinite(x.grad).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
-from nnunet_lite.training.optimize import Plateau, learning_rate, make_optimizer
+from nnunet_lite.training.optimize import Plateau, average_step, learning_rate, make_optimizer, start_average
 
 
 def test_poly() -> None:
@@ -75,3 +75,47 @@ def test_optimizers_have_the_settings(name: str, kind: str) -> None:
 def test_sgd_without_momentum_is_possible() -> None:
     optimizer = make_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(momentum=0), torch.device("cpu"))
     assert optimizer.param_groups[0]["nesterov"] is False
+
+
+def test_frozen_weights_are_left_out() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    network[0].requires_grad_(False)
+    optimizer = make_optimizer(network, OptimizerSettings(), torch.device("cpu"))
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in network[1].parameters()]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_fused_steps_in_channels_last_layout_are_those_of_plain_ones(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3, 3, generator=generator)
+    gradients = torch.randn(4, *weight.shape, generator=generator)
+    settings = OptimizerSettings(name=name, lr=0.1)  # type: ignore[arg-type]
+
+    def trained(layout: torch.memory_format, fused: bool) -> torch.Tensor:
+        network = torch.nn.Conv3d(4, 8, 3, bias=False)
+        network.weight.data = weight.clone(memory_format=layout)
+        optimizer = make_optimizer(network, settings, torch.device("cpu"))
+        optimizer.param_groups[0]["fused"] = fused
+        for gradient in gradients:
+            network.weight.grad = gradient.clone(memory_format=layout)
+            optimizer.step()
+        return network.weight.detach()
+
+    plain = trained(torch.contiguous_format, fused=False)
+    torch.testing.assert_close(trained(torch.channels_last_3d, fused=True), plain)
+    assert (plain - weight).abs().min() > 0
+
+
+def test_the_average_starts_fast_then_follows_its_decay() -> None:
+    network = torch.nn.BatchNorm1d(3)
+    average = start_average(network)
+    expected = network.weight.detach().clone()
+    for number in range(300):
+        with torch.no_grad():
+            network.weight.add_(torch.randn(3, generator=torch.Generator().manual_seed(number)))
+            network.num_batches_tracked.add_(1)
+        average_step(average, network, 0.9, number)
+        decay = min(0.9, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * network.weight.detach()
+    torch.testing.assert_close(average["weight"], expected)
+    assert int(average["num_batches_tracked"]) == 300  # counts are copied, not averaged

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augment import draw_matrix
 from nnunet_lite.training.sampler import rng_for, source_shape
-from nnunet_lite.training.transforms import blur, contrast, gamma, low_resolution, mirror, warp
+from nnunet_lite.training.transforms import blur, contrast, gamma, low_resolution, mirror, vote, warp
 
 
 def smooth(shape: tuple[int, ...], sigma: float = 2.0, seed: int = 0) -> np.ndarray:
@@ -79,6 +79,18 @@ def test_several_maps_and_samples_are_warped_each_by_itself() -> None:
             one = warp_one(image[i, j], classes[i, j], matrix, patch)
             torch.testing.assert_close(both[0][i, j], one[0])
             assert torch.equal(both[1][i, j], one[1])
+
+
+@pytest.mark.parametrize("shape", [(9, 10, 11), (20, 21)])
+def test_looking_everywhere_finds_the_same_as_looking_between_classes(shape: tuple[int, ...]) -> None:
+    classes = torch.from_numpy(blobs((2, 2, *shape), 6))
+    positions = [torch.rand(2, 500) * (n - 1) for n in shape]
+    everywhere = vote(classes, positions, everywhere=True)
+    assert torch.equal(everywhere, vote(classes, positions, everywhere=False))
+    nearest = [p.round().long() for p in positions]
+    for i in range(2):
+        share = (everywhere[i] == classes[(i, slice(None), *(p[i] for p in nearest))]).float().mean()
+        assert 0.7 < share < 1
 
 
 def test_the_identity_changes_nothing() -> None:
@@ -152,8 +164,8 @@ def test_low_resolution_leaves_other_axes_alone() -> None:
 
 def test_mirroring_flips_the_samples_drawn() -> None:
     images = torch.rand(3, 2, 4, 5, 6)
-    flips = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]])
-    moved = mirror(images, flips, (0, 1, 2))
+    moved = images.clone()
+    mirror(moved, [torch.tensor([0]), torch.tensor([], dtype=torch.long), torch.tensor([0, 2])])
     assert torch.equal(moved[0], images[0].flip(1, 3))
     assert torch.equal(moved[1], images[1])
-    assert torch.equal(moved[2], images[2].flip(2))
+    assert torch.equal(moved[2], images[2].flip(3))

@@ -1,4 +1,4 @@
-"""Which files make up a case: channels are numbered `_0000`, `_0001`, ..., or lie in one file."""
+"""Which files make up a case: channels are numbered `_0000`, `_0001`, ..., or lie in one file; or a DICOM series."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_lite import log
+from nnunet_lite.data.dicom import ENDINGS, is_series
 from nnunet_lite.data.images import SUFFIXES, is_image, stem, suffix_of
 from nnunet_lite.errors import UserError
 
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
-_SUPPORTED = f"Supported are {' '.join(SUFFIXES)}."
+_SUPPORTED = f"Supported are {' '.join(SUFFIXES)} and DICOM series."
 
 
 @dataclass(frozen=True)
 class Case:
-    """One patient's visit: one file per channel, or one file that holds all of them, and the label map."""
+    """One patient's visit: one file per channel, or one file that holds all of them, and the label map.
+
+    For an image that is a DICOM series stands its folder, or one file of several series in a folder.
+    """
 
     id: str
     images: tuple[Path, ...]
@@ -28,33 +33,70 @@ def image_files(folder: Path, ending: str | None = None) -> list[Path]:
     return sorted(p for p in folder.iterdir() if is_image(p) and (ending is None or p.name.endswith(ending)))
 
 
-def find_cases(folder: Path, channels: int) -> list[Case]:
-    """The cases to predict: an image (any of its channel files), or a folder of any mix of supported files; no labels.
+def find_cases(source: Path, channels: int) -> list[Case]:
+    """The cases to predict: in a file, a folder of files or a folder of case folders; no labels.
+
+    A file is an image, any of the channel files of one, or any file of a DICOM series. A folder holds any mix of
+    supported files, or one DICOM series, else folders that hold one case each and name it.
 
     Raises
     ------
-    UserError : nothing there to read, or two files for one case and channel.
+    UserError : nothing there to read, two files for one case and channel, or several cases in a case folder.
     """
-    if folder.is_file():
-        if not is_image(folder):
-            raise UserError("is of no supported format", folder, _SUPPORTED)
-        name = split_name(stem(folder))[0]
-        files = [path for path in image_files(folder.parent) if channels > 1 and split_name(stem(path))[0] == name]
-        return [case for case in group_files(files or [folder], channels) if folder in case.images]
-    if not folder.is_dir():
-        raise UserError("there is no such file or folder", folder)
-    cases = group_files(image_files(folder), channels)
+    if source.is_file():
+        return _of_file(source, channels)
+    if not source.is_dir():
+        raise UserError("there is no such file or folder", source)
+    cases = _inside(source, channels) or _case_folders(source, channels)
     if not cases:
-        inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        below = f" Folders inside it are not searched: {', '.join(inside[:3])}." if inside else ""
-        raise UserError("holds no image of a supported format", folder, _SUPPORTED + below)
+        below = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
+        raise UserError(f"holds no image of a supported format{below}", source, _SUPPORTED)
     seen: dict[str, Case] = {}
     for case in cases:
         if case.id in seen:
             names = " and ".join(path.name for path in (seen[case.id].images[0], case.images[0]))
-            raise UserError(f"{names} are the same case {case.id!r}", folder, "Rename or remove one.")
+            raise UserError(f"{names} are the same case {case.id!r}", source, "Rename or remove one.")
         seen[case.id] = case
     return cases
+
+
+def _of_file(path: Path, channels: int) -> list[Case]:
+    if not is_image(path):
+        if is_series(path):
+            return [Case(path.stem if path.suffix.lower() in ENDINGS else path.name, (path,))]
+        raise UserError("is of no supported format", path, _SUPPORTED)
+    name = split_name(stem(path))[0]
+    files = [other for other in image_files(path.parent) if channels > 1 and split_name(stem(other))[0] == name]
+    return [case for case in group_files(files or [path], channels) if path in case.images]
+
+
+def _inside(folder: Path, channels: int) -> list[Case]:
+    """The cases in the files of a folder; all its DICOM files are one case, which is called as the folder."""
+    files = image_files(folder)
+    if not files and is_series(folder):
+        return [Case(folder.resolve().name, (folder,))]
+    return group_files(files, channels)
+
+
+def _case_folders(parent: Path, channels: int) -> list[Case]:
+    """One case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are."""
+    folders = sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    series, cases, empty = [], [], []
+    for folder in folders:
+        found = _inside(folder, channels)
+        if len(found) > 1:
+            names = ", ".join(case.images[0].name for case in found[:3]) + (" ..." if len(found) > 3 else "")
+            fix = "Give the folder of the images itself, or one folder per case."
+            raise UserError(f"holds {len(found)} images ({names}) where it should hold one case", folder, fix)
+        if not found:
+            empty.append(folder.name)
+        elif found[0].images == (folder,):
+            series.append(folder)
+        else:
+            cases.append(Case(folder.name, found[0].images))
+    if empty and (series or cases):
+        log.warn(f"{parent}: folders without an image are passed over: {', '.join(empty)}")
+    return sorted(cases + group_files(series, channels), key=lambda case: case.id)
 
 
 def split_name(name: str) -> tuple[str, int | None]:
@@ -64,17 +106,19 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def group_files(files: list[Path], channels: int) -> list[Case]:
-    """Group files by their channel numbers `_0000`, `_0001`, ...; these are optional for a single file per case.
+    """Group files, or folders of DICOM series, by their channel numbers `_0000`, `_0001`, ...
 
-    Where no case has a second file, one file holds all channels. For a single channel, a name with a number other than
-    `_0000` is simply a name (scan_0017). Channels beyond `channels` are left out, missing ones are listed.
+    Numbers are optional for a single file per case. Where no case has a second file, one file holds all channels. For
+    a single channel, a name with a number other than `_0000` is simply a name (scan_0017). Channels beyond `channels`
+    are left out, missing ones are listed.
     """
     groups: dict[str, dict[int | None, Path]] = defaultdict(dict)
     twice = []
     for path in files:
-        name, number = split_name(stem(path))
+        whole = stem(path) if suffix_of(path) else path.name  # the folder of a DICOM series has no ending
+        name, number = split_name(whole)
         if number is not None and channels == 1 and number > 0:
-            name, number = stem(path), None
+            name, number = whole, None
         if number in groups[name]:
             twice.append(Case(name, (path,)))
         groups[name].setdefault(number, path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_lite.data.dicom import is_series, read_series, series_geometry
 from nnunet_lite.data.formats import (
     PICTURES,
     SUFFIXES,
@@ -59,19 +60,25 @@ def is_image(path: Path) -> bool:
 
 
 def label_suffix(suffix: str) -> str:
-    """The ending for label maps of images with this ending: the same where that can be written, whole, in one file."""
+    """The ending for label maps of images with this ending: the same where that can be written, whole, in one file.
+
+    A DICOM series has no ending, its label map is NIfTI.
+    """
     others = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha", ".nhdr": ".nrrd"}
-    return others.get(suffix, ".nii.gz" if suffix in (".hdr", ".par", ".head") else suffix)
+    return others.get(suffix, ".nii.gz" if suffix in ("", ".hdr", ".par", ".head") else suffix)
 
 
 def read_image(path: str | Path) -> Image:
-    """Read one file, with all its channels.
+    """Read one file with all its channels, or a DICOM series: its folder, or one of its files.
 
     Raises
     ------
-    UserError : missing, truncated or unreadable; more than three dimensions and channels; complex numbers.
+    UserError : missing, truncated or unreadable; more than three dimensions and channels; complex numbers; a DICOM
+        series that is no volume.
     """
     path = Path(path)
+    if _is_dicom(path):
+        return Image(*read_series(path))
     array, geometry = read_file(path)
     array, notes = _without_alpha(path, array)
     if suffix_of(path) in PICTURES:
@@ -130,6 +137,8 @@ def read_label(path: str | Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]
 def read_geometry(path: str | Path) -> tuple[Geometry, int]:
     """Geometry and number of channels, from the header alone where the format allows."""
     path = Path(path)
+    if _is_dicom(path):
+        return series_geometry(path), 1
     must_be_readable(path)
     header = read_header(path)
     if header is None:
@@ -154,18 +163,19 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry) -> None
     if array.dtype == bool or array.dtype.itemsize > 2:
         array = array.astype(smallest_dtype(int(array.min(initial=0)), int(array.max(initial=0))))
     suffix = suffix_of(path)
-    if label_suffix(suffix) != suffix or not suffix:
-        raise UserError(
-            f"label maps cannot be written as {suffix or path.suffix}",
-            path,
-            f"Use {label_suffix(suffix) or '.nii.gz'}.",
-        )
+    if label_suffix(suffix) != suffix:
+        what = f"label maps cannot be written as {suffix or path.suffix}"
+        raise UserError(what, path, f"Use {label_suffix(suffix)}.")
     if suffix in PICTURES:
         fits_picture(path, array, geometry)
     with atomic(path) as temporary:
         write_file(temporary, array, geometry)
     if suffix in (".tif", ".tiff") and geometry.dimensions == 3 and geometry.spacing != (1.0, 1.0, 1.0):
         write_json(path.with_name(stem(path) + ".json"), {"spacing": list(geometry.spacing)})
+
+
+def _is_dicom(path: Path) -> bool:
+    return not suffix_of(path) and is_series(path)
 
 
 def _without_alpha(path: Path, array: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -6,10 +6,11 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
@@ -19,6 +20,9 @@ from nnunet_lite.plan.schema import Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, Settings
 from nnunet_lite.training.run import FORMAT, MODEL, versions
 from nnunet_lite.workspace import read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from nnunet_lite.inference.predictor import Model
 
 Json = dict[str, Any]
 
@@ -69,6 +73,13 @@ def native(folder: Path, folds: Sequence[str | int] | None = None) -> Iterator[P
         copy = Path(temporary) / folder.absolute().name
         import_model(folder, copy, folds)
         yield copy
+
+
+def relocated(model: Model, folder: Path) -> Model:
+    """A model that was loaded from a copy of `folder`, and the first stage of a cascade, as if from there."""
+    first = model.previous
+    previous = None if first is None else relocated(first, folder.absolute().with_name(first.folder.name))
+    return replace(model, folder=folder, previous=previous)
 
 
 def import_model(folder: Path, out: Path, folds: Sequence[str | int] | None = None) -> None:

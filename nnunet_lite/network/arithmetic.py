@@ -21,6 +21,7 @@ from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 _LONG = 0.2  # s; a step this long is timed once
+_HOPELESS = {True: 1.3, False: 4.0}  # times the best: what a warm-up may take; little of a long one is starting
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,7 +63,7 @@ def candidates(device: torch.device, precision: str, channels_last: str | bool) 
 def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], device: torch.device) -> Arithmetic:
     """Time each option after a warm-up and take the fastest; the reason lists the times.
 
-    An option whose warm-up alone takes four times the best time so far is dropped without being timed.
+    An option whose warm-up alone takes much longer than the best so far is dropped without being timed.
     """
     if len(options) == 1:
         return options[0]
@@ -70,7 +71,7 @@ def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], devic
     for option in options:
         work = partial(step, option)
         warm = seconds(work, device)
-        if times and warm > 4 * min(times.values()):
+        if times and warm > _HOPELESS[warm > _LONG] * min(times.values()):
             times[option] = warm
             continue
         times[option] = min(seconds(work, device) for _ in range(1 if warm > _LONG else 3))

@@ -2,8 +2,8 @@
 
 torch's own makes contiguous copies of channels-last tensors and back, which on a CPU costs more than the convolution
 beside it. The forward pass here is group normalisation with one channel a group, which is the same thing and has a
-channels-last kernel; the backward pass is written out, for that kernel's is slow (bf16: six times).
-scripts/bench_norm.py prints the times.
+channels-last kernel, but a slow one for small images; there it is written out, and so is the backward pass, which has a
+slow one always (bf16: six times). scripts/bench_norm.py prints the times.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_SMALL = 1024  # positions, below which torch's kernel goes through memory channel by channel
 
 
 class InstanceNorm(nn.Module):
@@ -43,10 +45,7 @@ class _ChannelsLast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        batch, channels = x.shape[:2]
-        y, mean, rstd = torch.native_group_norm(
-            x, weight.to(x.dtype), bias.to(x.dtype), batch, channels, x[0, 0].numel(), channels, eps
-        )
+        y, mean, rstd = _normalized(x, weight.to(x.dtype), bias.to(x.dtype), eps)
         ctx.save_for_backward(x, weight, mean.float(), rstd.float())
         return y
 
@@ -61,6 +60,24 @@ class _ChannelsLast(torch.autograd.Function):
         a = rstd * weight
         b = -a * rstd * sum_grad_xhat / size
         c = -a * sum_grad / size - b * mean
-        a, b, c = (t.reshape(*t.shape, *(1 for _ in positions)).to(x.dtype) for t in (a, b, c))
+        a, b, c = (_over(positions, t).to(x.dtype) for t in (a, b, c))
         dx = torch.addcmul(c, x, b).addcmul_(grad, a)
         return dx, sum_grad_xhat.sum(0).to(weight.dtype), sum_grad.sum(0).to(weight.dtype), None
+
+
+def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and mean and 1 / deviation (batch, channels)."""
+    batch, channels, size = *x.shape[:2], x[0, 0].numel()
+    if size >= _SMALL or x.dtype != torch.float32:
+        return torch.native_group_norm(x, weight, bias, batch, channels, size, channels, eps)
+    positions = tuple(range(2, x.ndim))
+    mean = x.mean(positions)
+    variance = (x.square().mean(positions) - mean.square()).clamp_min(0)
+    rstd = (variance + eps).rsqrt()
+    scale = rstd * weight
+    return torch.addcmul(_over(positions, bias - mean * scale), x, _over(positions, scale)), mean, rstd
+
+
+def _over(positions: tuple[int, ...], values: Tensor) -> Tensor:
+    """(batch, channels) so that it broadcasts over positions."""
+    return values.reshape(*values.shape, *(1 for _ in positions))

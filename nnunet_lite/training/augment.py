@@ -169,16 +169,16 @@ def draw_mirror(
     return (rng.random((batch, 3)) < settings.p_mirror) & np.isin(np.arange(3), axes)
 
 
-def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Swap | None = None) -> tuple[Tensor, Tensor]:
-    """Mirror images (batch, channels, z, y, x) and classes (batch, maps, z, y, x) as drawn.
+def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Swap | None = None) -> None:
+    """Mirror images (batch, channels, z, y, x) and classes (batch, maps, z, y, x) in place, as drawn (batch, 3).
 
     With `swap`, classes change places where left and right do.
     """
     table = np.asarray(swap.table if swap else ())
-    where, swapped = on_device([flips, table], images.device)
-    axes = np.flatnonzero(flips.any(0)).tolist()
-    images, classes = mirror(images, where, axes), mirror(classes, where, axes)
-    if swap and swap.axis in axes:
-        other = swapped.to(classes.dtype)[classes.long()]
-        classes = torch.where(where[:, swap.axis, None, None, None, None] != 0, other, classes)
-    return images, classes
+    swapped, *flipped = on_device([table, *(np.flatnonzero(along) for along in flips.T)], images.device)
+    rows = [index.long() for index in flipped]
+    mirror(images, rows)
+    mirror(classes, rows)
+    if swap and len(rows[swap.axis]):
+        index = rows[swap.axis]
+        classes[index] = swapped.to(classes.dtype)[classes[index].long()]

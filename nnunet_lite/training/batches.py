@@ -91,7 +91,7 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> Batch:
         images = apply_intensity(images, draw.intensity, _masked(job))
     if draw.flips is not None:
         swap = swap_of(job.plan, job.settings.augmentation, job.dimensions)
-        images, classes = apply_mirror(images, classes, draw.flips, swap)
+        apply_mirror(images, classes, draw.flips, swap)
         if job.settings.augmentation.extra:
             images, classes = _extra(job, images, classes, draw.seeds)
     if draw.cascade:

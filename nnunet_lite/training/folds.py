@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.training.grouping import groups_of, label_strata, looks_grouped, read_column
 from nnunet_lite.training.splits import (
@@ -38,6 +40,7 @@ N_FOLDS = 5
 ALL = "all"
 LABELS = "labels"  # what is stratified by where no table is given
 _CASES = "cases.json"
+_TRIES = 20  # shuffles, of which the most even is taken where both groups and strata restrict the choice
 
 
 @dataclass(frozen=True)
@@ -115,32 +118,56 @@ def make_folds(
     ------
     UserError : fewer cases or groups than folds, or no stratum has a case for each fold.
     """
-    from sklearn.model_selection import KFold, StratifiedGroupKFold
+    from sklearn.model_selection import KFold
 
     ids = sorted(case_ids)
-    together = [case_id if groups is None else groups[case_id] for case_id in ids]
-    sizes = Counter(together)
-    if len(sizes) < n_folds:
-        what = "case" if groups is None else "group"
-        fewer = f", or take --folds {len(sizes)}" if len(sizes) > 1 else ""
-        raise UserError(
-            f"{len(sizes)} {what}{'' if len(sizes) == 1 else 's'} cannot be split into {n_folds} folds",
-            fix=f"Train on every case: `nnlite train CONFIGURATION all`{fewer}.",
-        )
+    _require_enough(ids, n_folds, groups)
     if groups is None and strata is None:
         parts = KFold(n_folds, shuffle=True, random_state=SEED).split(ids)
         return splits_of(ids, ([ids[i] for i in held_out] for _, held_out in parts))
+    together = [case_id if groups is None else groups[case_id] for case_id in ids]
     alike = ["" if strata is None else strata[case_id] for case_id in ids]
     if max(Counter(alike).values()) < n_folds:
         raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
-    # groups are dealt out in the order of their numbers: at random and the largest first, which balances best;
-    # scikit-learn's own shuffle is not the same in all of its versions
-    names = np.random.RandomState(SEED).permutation(sorted(sizes)).tolist()
+    tries = 1 if groups is None or strata is None else _TRIES
+    found = [_dealt(alike, together, n_folds, SEED + i) for i in range(tries)]
+    return splits_of(ids, ([ids[i] for i in held_out] for held_out in min(found, key=partial(_uneven, alike))))
+
+
+def _require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] | None) -> None:
+    """Make sure that each fold can hold out a case, or a group."""
+    n, what = (len(ids), "case") if groups is None else (len({groups[case_id] for case_id in ids}), "group")
+    if n < n_folds:
+        fewer = f", or take --folds {n}" if n > 1 else ""
+        raise UserError(
+            f"{plural(n, what)} cannot be split into {n_folds} folds",
+            fix=f"Train on every case: `nnlite train CONFIGURATION all`{fewer}.",
+        )
+
+
+def _dealt(alike: Sequence[str], together: Sequence[str], n_folds: int, seed: int) -> list[list[int]]:
+    """What each fold holds out, as indices of cases, from the stratum and the group of each case.
+
+    scikit-learn deals groups out in the order of their numbers where strata leave a choice. They are numbered at random
+    and the largest first, which balances best; its own shuffle is not the same in all of its versions.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    sizes = Counter(together)
+    names = np.random.RandomState(seed).permutation(sorted(sizes)).tolist()
     number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
-        parts = list(StratifiedGroupKFold(n_folds).split(ids, alike, [number[name] for name in together]))
-    return splits_of(ids, ([ids[i] for i in held_out] for _, held_out in parts))
+        parts = StratifiedGroupKFold(n_folds).split(alike, alike, [number[name] for name in together])
+        return [held_out.tolist() for _, held_out in parts]
+
+
+def _uneven(alike: Sequence[str], parts: Sequence[Sequence[int]]) -> tuple[int, float]:
+    """How much folds differ: in number of cases, then in their shares of each stratum."""
+    sizes = [len(held_out) for held_out in parts]
+    counts = [Counter(alike[i] for i in held_out) for held_out in parts]
+    unequal = sum(abs(found[name] - n / len(parts)) for name, n in Counter(alike).items() for found in counts)
+    return max(sizes) - min(sizes), unequal
 
 
 def make_splits(case_ids: Sequence[str], wanted: Wanted = ANY) -> tuple[Splits, dict[str, Any]]:
@@ -198,16 +225,21 @@ def must_be_made(splits: Path, case_ids: Sequence[str], wanted: Wanted, trained:
 
     Raises
     ------
-    UserError : there are others, and models trained on them.
+    UserError : there are others, and models trained on them; or there are fewer cases or groups than folds.
     """
-    if wanted == ANY or not splits.is_file():
-        return wanted != ANY
-    difference = _difference(splits, load_splits(splits), case_ids, wanted)
+    if wanted == ANY:
+        return False
+    there = splits.is_file()
+    difference = _difference(splits, load_splits(splits), case_ids, wanted) if there else None
     if difference and trained:
         what = f"{difference}, and {', '.join(trained)} {'is' if len(trained) == 1 else 'are'} trained on them"
         fix = "Scores on different folds do not compare: use another --workspace, or delete the file to go on here."
         raise UserError(what, splits, fix)
-    return bool(difference)
+    if there and not difference:
+        return False
+    if wanted.given is None:
+        _require_enough(case_ids, wanted.count, wanted.groups)  # here: before the minutes that a check takes
+    return True
 
 
 def read_fold(splits: Path, case_ids: Sequence[str], fold: str, wanted: Wanted = ANY) -> Fold:

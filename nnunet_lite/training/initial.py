@@ -56,7 +56,8 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
     """
     folder = model.parent.parent if model.is_file() else model
     if not (folder / "run.json").is_file():
-        raise UserError("is no model folder (no run.json), nor the weights in one", model, "Give --init a trained one.")
+        what = "is no model folder, nor the model.safetensors of a fold in one"
+        raise UserError(what, model, "A model of nnU-Net can be had with `nnlite import`.")
     plan, configuration = Plan.read(folder / "plans.json"), str(read_json(folder / "run.json")["configuration"])
     if model.is_file():
         return Source(model, plan, configuration)
@@ -65,8 +66,6 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
     chosen = next((name for name in (*wanted, *trained) if name in trained), None)
     if chosen is None:
         raise UserError("has no trained fold to start from", folder, "Train one with `nnlite train`.")
-    if plan.dataset == dataset and chosen != fold and fold != "all":
-        log.warn(f"{folder} has no fold {fold}; its fold {chosen} was trained on cases that are held out here")
     return Source(folder / f"fold_{chosen}" / MODEL, plan, configuration)
 
 
@@ -137,7 +136,11 @@ def start_from(network: nn.Module, job: Job) -> None:
         if training.freeze is not None:
             raise UserError(f"--freeze {training.freeze} would keep random weights", fix="Give a model with --init.")
         return
-    source = find_source(Path(training.init), job.plan.dataset, job.folder.name.removeprefix("fold_"))
+    fold = job.folder.name.removeprefix("fold_")
+    source = find_source(Path(training.init), job.plan.dataset, fold)
+    theirs = source.file.parent.name.removeprefix("fold_")
+    if source.plan.dataset == job.plan.dataset and theirs != fold != "all":
+        log.warn(f"{source.file} is of fold {theirs}, which was trained on cases that fold {fold} holds out")
     loaded = adopt(
         network,
         _weights(source.file),

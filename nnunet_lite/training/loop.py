@@ -22,7 +22,7 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.network.arithmetic import Arithmetic, keep_freed_memory, use_allowed_cpus
-from nnunet_lite.training.batches import Batch, make_batch, training_batches
+from nnunet_lite.training.batches import Batch, check_augmentation, make_batch, training_batches
 from nnunet_lite.training.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
 from nnunet_lite.training.distributed import any_rank, from_first, sum_over_ranks
 from nnunet_lite.training.initial import freeze, start_from
@@ -84,6 +84,7 @@ def train_fold(job: Job) -> None:
     Stopped : a signal asked for it; the checkpoint is written.
     """
     check_weights(job.settings.loss, job.plan.labels)
+    check_augmentation(job)
     with exclusive(job.folder) if job.ranks.rank == 0 else nullcontext(), stoppable() as stop:
         sweep(job.folder)
         try:

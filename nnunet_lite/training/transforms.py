@@ -31,7 +31,8 @@ def warp(images: Tensor, classes: Tensor, matrices: Tensor, patch: Sequence[int]
     source = images.shape[2:]
     grid = torch.stack([m / (max(n - 1, 1) / 2) for m, n in zip(moved, source, strict=True)][::-1], -1)
     warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return warped, _vote(classes, [m + (n - 1) / 2 for m, n in zip(moved, source, strict=True)])
+    positions = [m + (n - 1) / 2 for m, n in zip(moved, source, strict=True)]
+    return warped, vote(classes, positions, everywhere=images.device.type != "cpu")
 
 
 def _moved(factors: Tensor, patch: Sequence[int]) -> Tensor:
@@ -44,48 +45,53 @@ def _moved(factors: Tensor, patch: Sequence[int]) -> Tensor:
     return reduce(torch.add, parts)
 
 
-def _vote(classes: Tensor, positions: Sequence[Tensor]) -> Tensor:
+def vote(classes: Tensor, positions: Sequence[Tensor], everywhere: bool) -> Tensor:
     """The class with most weight among the 4 or 8 voxels around each position; (n, maps, *source) -> (n, maps, *patch).
 
-    This is what interpolating each class would give, at a cost that does not depend on their number. On a CPU, only
-    positions between different classes are looked at; a GPU would have to wait for their number, and looks at all.
+    This is what interpolating each class would give, at a cost that does not depend on their number. Unless told to
+    look `everywhere`, only positions between different classes are counted out; a GPU would wait to know how many.
     """
     (n, maps, *source), patch = classes.shape, positions[0].shape[1:]
     flat, strides = classes.flatten(), classes.stride()[2:]
     below = [p.floor().clamp(0, size - 1) for p, size in zip(positions, source, strict=True)]
-    lower = reduce(torch.add, [b.long() * stride for b, stride in zip(below, strides, strict=True)])
-    maps_start = torch.arange(0, len(flat), math.prod(source), device=flat.device).view(n, maps, 1)
-    index = (lower.view(n, 1, -1) + maps_start).flatten()
-    winners = flat[index]
-    chosen = _mixed(classes).flatten()[index].nonzero()[:, 0] if flat.device.type == "cpu" else slice(None)
-    index, around = index[chosen], []
+    lower = reduce(torch.add, [b.to(torch.int32) * stride for b, stride in zip(below, strides, strict=True)])
+    starts = torch.arange(0, len(flat), math.prod(source), device=flat.device, dtype=torch.int32).view(n, maps, 1)
+    index = (lower.view(n, 1, -1) + starts).flatten()
+    found = flat.index_select(0, index)
+    close = None if everywhere else _mixed(flat, strides).index_select(0, index).nonzero()[:, 0]
+    axes = []  # along each: what leads from the lower neighbour to the upper one, and how much weight that has
     for position, low, size, stride in zip(positions, below, source, strides, strict=True):
-        part, last = (
-            x.view(n, 1, -1).expand(-1, maps, -1).flatten()[chosen] for x in (position - low, low == size - 1)
-        )
-        around.append([(0, 1 - part), (stride * ~last, part)])
+        both = (x.view(n, 1, -1).expand(-1, maps, -1).flatten() for x in (position - low, (low < size - 1) * stride))
+        part, step = (x if close is None else x.index_select(0, close) for x in both)
+        axes.append((part, step.to(torch.int32)))
+    if close is None:
+        found = _winners(flat, index, axes)
+    else:
+        found.index_copy_(0, close, _winners(flat, index.index_select(0, close), axes))
+    return found.view(n, maps, *patch)
+
+
+def _winners(flat: Tensor, index: Tensor, axes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The vote around each index of a flattened map; along each axis (weight of the upper neighbour, step to it)."""
+    around = [[(torch.zeros_like(step), 1 - part), (step, part)] for part, step in axes]
     corners = list(itertools.product(*around))
-    found = [flat[index + sum(step for step, _ in corner)] for corner in corners]
+    found = [flat.index_select(0, reduce(torch.add, [step for step, _ in corner], index)) for corner in corners]
     votes = [reduce(torch.mul, [weight for _, weight in corner]) for corner in corners]
     winner, most = found[0], votes[0]
-    for i, each in enumerate(found):
+    for i, own in enumerate(found):
         for other, weight in zip(found[i + 1 :], votes[i + 1 :], strict=True):
-            votes[i] += torch.where(each == other, weight, 0.0)  # of equal voxels the first gets all votes
-        winner = torch.where(votes[i] > most, each, winner)
+            votes[i].addcmul_(weight, (own == other).float())  # of equal voxels the first gets all votes
+        winner = torch.where(votes[i] > most, own, winner)
         most = torch.maximum(votes[i], most)
-    winners[chosen] = winner
-    return winners.view(n, maps, *patch)
+    return winner
 
 
-def _mixed(classes: Tensor) -> Tensor:
-    """Whether the voxels from each on to the next along all axes of (n, maps, *source) are of different classes."""
-    low = high = classes
-    for axis in range(2, classes.ndim):
-        last = classes.shape[axis] - 1
-        following = torch.arange(1, last + 2, device=classes.device).clamp_max(last)
-        low = torch.minimum(low, low.index_select(axis, following))
-        high = torch.maximum(high, high.index_select(axis, following))
-    return low != high
+def _mixed(flat: Tensor, strides: Sequence[int]) -> Tensor:
+    """Where a voxel and those one step on along the axes are not all alike; at the borders perhaps where they are."""
+    low = high = flat
+    for stride in strides:
+        low, high = torch.minimum(low[:-stride], low[stride:]), torch.maximum(high[:-stride], high[stride:])
+    return F.pad(low != high, (0, len(flat) - len(low)), value=True)
 
 
 def blur(x: Tensor, sigma: Tensor, widest: float) -> Tensor:
@@ -149,8 +155,8 @@ def gamma(x: Tensor, exponent: Tensor) -> Tensor:
     return y / y.std((1, 2, 3), keepdim=True).clamp_min(1e-7) * std + mean
 
 
-def mirror(x: Tensor, flips: Tensor, axes: Sequence[int]) -> Tensor:
-    """Flip the samples (batch, channels, z, y, x) for which `flips` (batch, 3) is not 0, along some of the axes."""
-    for axis in axes:
-        x = torch.where(flips[:, axis, None, None, None, None] != 0, x.flip(axis + 2), x)
-    return x
+def mirror(x: Tensor, rows: Sequence[Tensor]) -> None:
+    """Flip samples (batch, channels, z, y, x) in place; `rows` are the indices of those flipped along each axis."""
+    for axis, index in enumerate(rows, 2):
+        if len(index):
+            x.index_copy_(0, index, x[index].flip(axis))

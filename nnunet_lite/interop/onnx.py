@@ -1,0 +1,164 @@
+"""A model as ONNX, for machines without torch: a graph for each fold, and beside it what onnx_runner.py needs.
+
+OUT/
+  fold_0.onnx ...   image (batch, inputs, *patch) -> logits (batch, outputs, *patch), float32, a batch of any size
+  plans.json        the plan: normalisation, spacing, patch, labels
+  onnx.json         configuration, folds, step size, mirroring; this and the plan are in each graph's metadata too
+  previous/         of a cascade, its first stage, alike
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import nnunet_lite
+from nnunet_lite.errors import UserError
+from nnunet_lite.interop.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
+from nnunet_lite.workspace import write_json, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nnunet_lite.inference.predictor import Model
+
+OPSET = 18
+TOLERANCE = 1e-3  # of a logit; where the largest is above 1, of that
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(folder: Path, out: Path, folds: Sequence[str | int] | None = None) -> dict[str, float]:
+    """Write the network of each fold as ONNX, its finest head alone, and run each graph to compare it with torch.
+
+    Parameters
+    ----------
+    out : a new folder; it appears when it is whole.
+    folds : which; default: all that are trained.
+
+    Returns
+    -------
+    For each file, e.g. "fold_0.onnx", the largest difference of a logit from torch's, for a random window.
+
+    Raises
+    ------
+    UserError : no model folder, not that fold, `out` is there already, the extra `onnx` is not installed, or a network
+        of the user's own does what ONNX cannot say.
+    RuntimeError : a graph computes something else than its network.
+    """
+    from nnunet_lite.inference.predictor import load
+
+    if missing := [package for package in _NEEDED if find_spec(package) is None]:
+        raise UserError(f"ONNX needs {', '.join(missing)}", fix='pip install "nnunet-lite[onnx]"')
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError("is there already", out, "Choose another --output, or delete it.")
+    model, out = load(folder, folds, "cpu", {"inference.precision": "fp32"}), out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".tmp-", dir=out.parent) as temporary:
+        differences = _write(model, Path(temporary) / out.name)
+        (Path(temporary) / out.name).replace(out)
+    return differences
+
+
+def _write(model: Model, out: Path) -> dict[str, float]:
+    """All files of a model, and of its first stage."""
+    import torch
+
+    about, differences = _about(model), {}
+    metadata = {"nnlite": json.dumps(about), "plan": model.plan.model_dump_json()}
+    write_text(out / "plans.json", model.plan.to_json())
+    write_json(out / ABOUT, about)
+    inputs = model.plan.n_inputs(model.configuration_name)
+    window = torch.randn(2, inputs, *model.configuration.patch_size, generator=torch.Generator().manual_seed(0))
+    for fold, network in zip(model.folds, model.networks, strict=True):
+        file = out / f"fold_{fold}.onnx"
+        contiguous = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        _write_graph(contiguous, window, metadata, file)
+        differences[file.name] = _difference(contiguous, window[:1], file)
+    if model.previous is not None:
+        first = _write(model.previous, out / PREVIOUS)
+        differences |= {f"{PREVIOUS}/{name}": difference for name, difference in first.items()}
+    return differences
+
+
+def _about(model: Model) -> dict[str, Any]:
+    """What the runner needs beside the plan, and what a person looks for first."""
+    return {
+        "format": FORMAT,
+        "made_by": f"nnunet_lite {nnunet_lite.__version__}",
+        "opset": OPSET,
+        "dataset": model.plan.dataset,
+        "configuration": model.configuration_name,
+        "channels": [channel.name for channel in model.plan.channels],
+        "labels": model.plan.labels.to_json(),
+        "spacing": model.configuration.spacing,
+        "patch_size": model.configuration.patch_size,
+        "folds": model.folds,
+        "step_size": model.settings.step_size,
+        "mirror_axes": model.mirror_axes if model.settings.mirroring else (),
+        "sides": None if model.sides is None else asdict(model.sides),
+    }
+
+
+def _write_graph(network: nn.Module, window: Tensor, metadata: dict[str, str], file: Path) -> None:
+    """Trace a network and write its graph; weights of more than 2 GB go to a file of their own beside it."""
+    import torch
+
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network,
+                (window,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise UserError(f"the network cannot be written as ONNX ({str(error).splitlines()[0]})") from error
+    assert program is not None  # it is for the older exporter alone, which writes the file itself
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in whose code it came from, with the paths of this machine
+    program.model.metadata_props.update(metadata)
+    program.save(file)
+
+
+def _difference(network: nn.Module, window: Tensor, file: Path) -> float:
+    """The largest difference of a logit that a graph and its network compute.
+
+    Raises
+    ------
+    RuntimeError : it is above the tolerance.
+    """
+    import torch
+
+    with torch.inference_mode():
+        expected = network(window)
+    (found,) = start_session(file).run([OUTPUT], {INPUT: window.numpy()})
+    difference = float((torch.from_numpy(found) - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise RuntimeError(f"{file.name} differs from the network by {difference:.3g} in a logit")
+    return difference
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of packages that are not installed and of its own methods."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,151 @@
+"""Convolution with fewer multiplications on a CPU: Winograd's minimal filtering along the first axis.
+
+Four neighbouring outputs of a filter of three taps need twelve multiplications, or six after both, filter and inputs,
+were transformed by small constant matrices: F(4, 3) of Lavin & Gray 2016 (arXiv:1509.09308). Here a 3x3x3 convolution
+becomes six two-dimensional ones on a quarter of the slices each, so it does half of the arithmetic; the transforms are
+matrix products along z. Without them nothing is left to gain there: the direct one runs at the peak of the processor.
+In float32 both are equally far from the exact result, to a factor of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nnunet_lite.network.norm import is_channels_last
+
+# The interpolation points are 0, 1, -1, 2, -2 and infinity.
+_INPUTS = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
+           (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))  # fmt: skip
+_FILTER = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
+           (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
+_OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_POINTS, _TILE = 6, 4
+_ONE = 1  # the point at which a constant, such as the bias, is seen in every output
+_LEAST_SLICES, _LEAST_CHANNELS = 16, 16  # with less, transforming takes longer than what it saves
+_BLOCK = 48  # slices transformed by one matrix, most of which is zero
+
+
+class Conv3d(nn.Conv3d):
+    """torch's Conv3d, which takes the shorter way where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_large(x) and not torch.compiler.is_compiling():
+            out: Tensor = _Winograd.apply(x, self.weight, self.bias)
+            return out
+        return super().forward(x)
+
+    def _is_large(self, x: Tensor) -> bool:
+        return (
+            x.is_cpu
+            and x.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and self.kernel_size == (3, 3, 3)
+            and self.stride == (1, 1, 1)
+            and x.shape[1] >= _LEAST_CHANNELS
+            and x.shape[2] >= _LEAST_SLICES
+            and is_channels_last(x)
+        )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some slices of the output, the slices of the input that they depend on, and the matrices between them."""
+
+    inputs: slice
+    outputs: slice
+    take: Tensor  # (points x tiles, input slices)
+    give: Tensor  # (output slices, points x tiles)
+
+
+@lru_cache(maxsize=64)
+def _blocks(depth: int) -> tuple[_Block, ...]:
+    return tuple(_block(start, min(start + _BLOCK, depth), depth) for start in range(0, depth, _BLOCK))
+
+
+def _block(start: int, stop: int, depth: int) -> _Block:
+    n_tiles = -(-(stop - start) // _TILE)
+    take = torch.zeros(_POINTS, n_tiles, _TILE * n_tiles + 2)
+    give = torch.zeros(n_tiles, _TILE, _POINTS, n_tiles)
+    for tile in range(n_tiles):
+        take[:, tile, _TILE * tile : _TILE * tile + _POINTS] = torch.tensor(_INPUTS)
+        give[tile, :, :, tile] = torch.tensor(_OUTPUTS)
+    low, high = max(0, start - 1), min(depth, stop + 1)  # beyond them lie zeros, which need no columns
+    columns = slice(low - start + 1, high - start + 1)
+    return _Block(
+        slice(low, high),
+        slice(start, stop),
+        take.flatten(0, 1)[:, columns].contiguous(),
+        give.flatten(2).flatten(0, 1)[: stop - start],
+    )
+
+
+def _filters(weight: Tensor) -> list[Tensor]:
+    """The two-dimensional filters, one for each point, from (out, in, 3, 3, 3)."""
+    found = torch.einsum("pk,oikyx->poiyx", torch.tensor(_FILTER), weight)
+    return [each.contiguous(memory_format=torch.channels_last) for each in found]
+
+
+def _slices(x: Tensor) -> Tensor:
+    """(batch, channels, z, y, x) in channels-last layout as (batch, z, y * x * channels)."""
+    return x.movedim(1, -1).flatten(2)
+
+
+def _images(transformed: Tensor, height: int, width: int) -> Tensor:
+    """(points x tiles, y * x * channels) as (points, tiles, channels, y, x)."""
+    return transformed.view(_POINTS, -1, height, width, transformed.shape[1] // (height * width)).movedim(-1, 2)
+
+
+def _steps(n: int, depth: int) -> Iterator[tuple[int, _Block]]:
+    """One sample and one block at a time: what is transformed stays in the cache."""
+    return ((i, block) for i in range(n) for block in _blocks(depth))
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        n, _, depth, height, width = x.shape
+        filters, source = _filters(weight), _slices(x)
+        out = x.new_empty(n, depth, height * width * len(weight))
+        for i, block in _steps(n, depth):
+            inputs = _images(block.take @ source[i, block.inputs], height, width)
+            products = x.new_empty(len(block.take), out.shape[2])
+            for point, into in enumerate(_images(products, height, width)):
+                into.copy_(F.conv2d(inputs[point], filters[point], bias if point == _ONE else None, padding=1))
+            torch.mm(block.give, products, out=out[i, block.outputs])
+        return out.view(n, depth, height, width, -1).movedim(-1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        n, _, depth, height, width = x.shape
+        filters, source = _filters(weight), _slices(x)
+        wanted = _slices(grad.contiguous(memory_format=torch.channels_last_3d))
+        to_input, several = ctx.needs_input_grad[0], len(_blocks(depth)) > 1
+        grad_x = torch.zeros_like(source) if several else torch.empty_like(source)
+        grad_filters = torch.zeros(_POINTS, *filters[0].shape)
+        for i, block in _steps(n, depth):
+            inputs = block.take @ source[i, block.inputs]
+            outputs = _images(block.give.t() @ wanted[i, block.outputs], height, width)
+            for point, image in enumerate(_images(inputs, height, width)):
+                to_image, to_filter, _ = torch.ops.aten.convolution_backward(
+                    outputs[point], image, filters[point], None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
+                    (to_input, True, False),
+                )  # fmt: skip
+                grad_filters[point] += to_filter
+                if to_input:
+                    image.copy_(to_image)  # which is not needed any more
+            if to_input:
+                grad_x[i, block.inputs].addmm_(block.take.t(), inputs, beta=float(several))
+        grad_weight = torch.einsum("pk,poiyx->oikyx", torch.tensor(_FILTER), grad_filters)
+        grad_bias = grad.sum((0, 2, 3, 4)) if ctx.needs_input_grad[2] else None
+        return grad_x.view(n, depth, height, width, -1).movedim(-1, 1) if to_input else None, grad_weight, grad_bias

@@ -1,0 +1,368 @@
+"""DICOM series are read as ITK reads them, others refused with the numbers, and segmentations are read back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from pydicom import Dataset, dcmread
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+from nnunet_lite import api
+from nnunet_lite.data.dataset import find_cases
+from nnunet_lite.data.dicom import is_series, series_geometry, series_slices
+from nnunet_lite.data.dicom_seg import read_dicom_seg, segment_names, write_dicom_seg
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+
+CASE = "hippocampus_001.nii.gz"
+A, B = 0.3, -0.2  # radians
+OBLIQUE = np.array([[np.cos(A), -np.sin(A), 0.0], [np.sin(A), np.cos(A), 0.0], [0.0, 0.0, 1.0]]) @ np.array(
+    [[1.0, 0.0, 0.0], [0.0, np.cos(B), -np.sin(B)], [0.0, np.sin(B), np.cos(B)]]
+)
+GRID = Geometry((8, 50, 35), (2.5, 0.7, 0.8), (-12.5, 30.25, 7.0), tuple(OBLIQUE.ravel().tolist()))
+Change = Callable[[int, Dataset], object]
+
+
+def save_slice(path: Path, pixels: np.ndarray, position: Iterable[float], grid: Geometry, series: str) -> None:
+    """One file of a CT whose values are the stored pixels - 1024."""
+    cosines = np.reshape(grid.direction, (3, 3))
+    d = Dataset()
+    d.file_meta = FileMetaDataset()
+    d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = CTImageStorage
+    d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID = generate_uid()
+    d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    d.SpecificCharacterSet, d.PatientName, d.PatientID = "ISO_IR 100", "Müller^Änne", "p 17"
+    d.PatientBirthDate = d.PatientSex = d.StudyDate = d.StudyTime = d.AccessionNumber = d.StudyID = ""
+    d.ReferringPhysicianName = ""
+    d.StudyInstanceUID, d.FrameOfReferenceUID, d.SeriesInstanceUID = "1.2.840.1", "1.2.840.2", f"1.2.840.{series}"
+    d.Modality, d.SeriesNumber, d.SeriesDescription = "CT", 4, f"Schädel {series}"
+    d.ImagePositionPatient = [f"{v:.8f}"[:16] for v in position]
+    d.ImageOrientationPatient = [f"{v:.12f}" for v in cosines.T[:2].ravel()]
+    d.PixelSpacing, d.SliceThickness = list(grid.spacing[1:]), grid.spacing[0]
+    d.Rows, d.Columns = pixels.shape
+    d.SamplesPerPixel, d.PhotometricInterpretation, d.PixelRepresentation = 1, "MONOCHROME2", 0
+    d.BitsAllocated, d.BitsStored, d.HighBit = 16, 12, 11
+    d.RescaleSlope, d.RescaleIntercept = 1, -1024
+    d.PixelData = pixels.astype("<u2").tobytes()
+    d.save_as(path, enforce_file_format=True)
+
+
+def save_series(folder: Path, array: np.ndarray, grid: Geometry = GRID, series: str = "1.2.3") -> Path:
+    """Files whose names do not tell the order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    step = np.reshape(grid.direction, (3, 3))[:, 2] * grid.spacing[0]
+    order = np.random.default_rng(0).permutation(len(array))
+    for i, plane in enumerate(array):
+        save_slice(folder / f"IM{order[i]:04d}", plane, np.asarray(grid.origin) + i * step, grid, series)
+    return folder
+
+
+def change(folder: Path, how: Change) -> None:
+    """Edit the files in the order of the slices."""
+    for i, path in enumerate([s.path for s in series_slices(folder)]):
+        d = dcmread(path)
+        how(i, d)
+        d.save_as(path)
+
+
+@pytest.fixture
+def pixels(hippocampus: Path) -> np.ndarray:
+    """Eight slices of a real image, as stored in DICOM."""
+    array = read_image(hippocampus / "imagesTr" / CASE).array[0]
+    return np.rint(array[10:18, :50, :35] / array.max() * 4000).astype(np.uint16)
+
+
+@pytest.fixture
+def series(tmp_path: Path, pixels: np.ndarray) -> Path:
+    return save_series(tmp_path / "patient", pixels)
+
+
+def test_a_series_is_what_itk_reads(series: Path, pixels: np.ndarray) -> None:
+    image = read_image(series)
+    assert image.array.dtype == np.int16
+    np.testing.assert_array_equal(image.array[0], pixels.astype(int) - 1024)
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(series))
+    assert [s.path for s in series_slices(series)] == [Path(name) for name in names]
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(names)
+    whole = reader.Execute()
+    np.testing.assert_array_equal(image.array[0], sitk.GetArrayFromImage(whole))
+    geometry = image.geometry
+    assert geometry.spacing == pytest.approx(whole.GetSpacing()[::-1], abs=1e-12)
+    assert geometry.origin == pytest.approx(whole.GetOrigin(), abs=1e-12)
+    assert geometry.direction == pytest.approx(whole.GetDirection(), abs=1e-9)
+    assert geometry.differences(GRID) == []
+    assert read_geometry(series) == (geometry, 1)
+    assert image.notes == ("DICOM series of 8 slices",)
+
+
+def test_each_file_has_its_own_slope_and_class(series: Path, pixels: np.ndarray) -> None:
+    def slope(i: int, d: Dataset) -> None:
+        d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = MRImageStorage
+        d.Modality, d.RescaleSlope, d.RescaleIntercept = "MR", 1 if i == 0 else 0.5 * i, 3
+
+    change(series, slope)
+    array = read_image(series).array[0]
+    slopes = np.array([1, *(0.5 * i for i in range(1, 8))])[:, None, None]
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, pixels * slopes + 3)
+
+
+def test_a_single_slice_is_as_thick_as_it_says(tmp_path: Path, pixels: np.ndarray) -> None:
+    folder = save_series(tmp_path / "one", pixels[:1], GRID)
+    assert series_geometry(folder).differences(replace(GRID, shape=(1, *pixels.shape[1:]))) == []
+    change(folder, lambda i, d: d.__delattr__("SliceThickness"))
+    with pytest.raises(UserError, match="is one slice, of unknown thickness"):
+        read_image(folder)
+
+
+def shifted(mm: float, slices: Iterable[int], axis: int = 2) -> Change:
+    """Slices moved along an axis of the image: 0 along a row, 1 along a column, 2 in depth."""
+
+    def how(i: int, d: Dataset) -> None:
+        if i in slices:
+            place = np.array([float(v) for v in d.ImagePositionPatient]) + mm * OBLIQUE[:, axis]
+            d.ImagePositionPatient = [f"{v:.8f}"[:16] for v in place]
+
+    return how
+
+
+def tilted(i: int, d: Dataset) -> None:
+    shifted(2.5 * i * np.tan(np.radians(12)), [i], axis=1)(i, d)
+
+
+def repeated(i: int, d: Dataset) -> None:
+    shifted(-2.5, [i], 2)(i, d) if i % 2 else None
+    d.EchoTime = 2.4 + 2.4 * (i % 2)
+
+
+def only(wanted: int, **values: object) -> Change:
+    """Set elements of one slice; None removes one."""
+
+    def how(i: int, d: Dataset) -> None:
+        for name, value in values.items() if i == wanted else ():
+            delattr(d, name) if value is None else setattr(d, name, value)
+
+    return how
+
+
+CROPPED = {"Rows": 20, "Columns": 10, "PixelData": bytes(400)}
+COLOURS = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0, "BitsAllocated": 8}
+COLOURS |= {"BitsStored": 8, "HighBit": 7, "PixelData": bytes(50 * 35 * 3 + 50 * 35 * 3 % 2)}
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (
+            tilted,
+            r"patient: gantry tilt: the stack of slices leans by 12 degrees, 3\.72 mm from first",
+        ),
+        (shifted(0.9, [5], 0), r"IM\d+ lies 0\.9 mm beside the line of the other slices"),
+        (shifted(0.5, [3]), r"uneven gaps of 2 to 3 mm \(median 2\.5 mm\); the widest follows IM"),
+        (shifted(5.0, range(4, 8)), r"missing 2 slices: gaps of 2\.5 mm, but also of 7\.5 mm; the widest follows IM"),
+        (
+            repeated,
+            r"4 of 8 slices lie where .* such as IM\d+ and IM\d+ at \(-12\.5, .* echo time \(2\.4, 4\.8\)",
+        ),
+        (
+            only(2, **CROPPED),
+            r"differ in size: \(50, 35\) voxels in IM\d+, \(20, 10\) in IM\d+ \(1 of 8 differ",
+        ),
+        (only(2, PixelSpacing=[0.7, 0.9]), r"differ in pixel spacing: .*\(0\.7, 0\.9\)"),
+        (only(2, ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), r"differ in orientation: .*\(0, 1, 0, 0, 0, -1\)"),
+        (
+            only(2, ImageOrientationPatient=[0, 2, 0, 0, 0, -1]),
+            r"has the orientation \(0, 2, 0, 0, 0, -1\) and",
+        ),
+        (only(2, NumberOfFrames=2, PixelData=bytes(7000)), r"IM\d+: is a multi-frame file of 2 frames"),
+        (only(2, **COLOURS), r"IM\d+: holds RGB values, 3 per pixel, no MONOCHROME2"),
+        (
+            only(2, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]),
+            r"is a mosaic: many slices in one picture",
+        ),
+        (only(2, ImagePositionPatient=None), r"has no place in space: its position is not there"),
+        (only(2, PixelSpacing="0.7"), r"has no place in space: its spacing is '0\.7'"),
+        (only(2, PixelData=None), r"IM\d+: is damaged or truncated, or holds no image"),
+    ],
+)
+def test_what_is_no_volume_is_refused_with_the_numbers(series: Path, how: Change, message: str) -> None:
+    change(series, how)
+    with pytest.raises(UserError, match=message) as error:
+        read_image(series)
+    assert "\n" not in str(error.value)
+
+
+def test_rounded_positions_are_even(series: Path) -> None:
+    change(series, lambda i, d: setattr(d, "ImagePositionPatient", [f"{v:.2f}" for v in d.ImagePositionPatient]))
+    assert series_geometry(series).spacing[0] == pytest.approx(2.5, abs=0.005)
+
+
+def test_a_truncated_file_and_one_that_is_no_dicom(series: Path) -> None:
+    path = series / "IM0003"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="IM0003: is damaged or truncated"):
+        read_image(series)
+    path.rename(path.with_suffix(".dcm")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"IM0003\.dcm: is no DICOM file, or a damaged one"):
+        read_image(series)
+
+
+def test_what_lies_beside_a_series_is_passed_over(
+    series: Path, pixels: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = read_image(series)
+    report = dcmread(next(series.iterdir()))
+    report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.22"
+    report.SeriesInstanceUID = "1.9"
+    del report.PixelData
+    report.save_as(series / "SR0001")
+    for name in ("notes.txt", ".DS_Store", "LOCKFILE"):
+        (series / name).write_text("x")
+    capsys.readouterr()
+    np.testing.assert_array_equal(read_image(series).array, wanted.array)
+    assert capsys.readouterr().err == f"warning: {series}: no DICOM, passed over: LOCKFILE\n"
+
+
+def test_one_of_several_series_is_chosen_by_a_file(series: Path, pixels: np.ndarray) -> None:
+    for i, plane in enumerate(pixels[:3]):
+        save_slice(series / f"other{i}.dcm", plane, (0, 0, i), Geometry(GRID.shape, (1.0, 1.0, 1.0)), "9.9")
+    named = r"holds 2 series: Sch.del 1\.2\.3 \(number 4, 8 files, such as IM0000\); Sch.del 9\.9 \(number 4, 3 files"
+    with pytest.raises(UserError, match=named) as error:
+        read_image(series)
+    assert str(error.value).encode(), "letters of ISO 8859-1 are no UTF-8, and can be printed"
+    assert read_image(series / "other1.dcm").array.shape[1] == 3
+    assert read_image(series / "IM0005").array.shape[1] == 8
+    (case,) = find_cases(series / "other1.dcm", 1)
+    assert (case.id, case.images) == ("other1", (series / "other1.dcm",))
+
+
+def test_find_cases_in_series_and_case_folders(
+    series: Path, pixels: np.ndarray, hippocampus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (case,) = find_cases(series, 1)
+    assert (case.id, case.images) == ("patient", (series,)) and is_series(series)
+    root = series.parent
+    for name in ("b_0000", "b_0001"):
+        save_series(root / name, pixels[:3])
+    for n in range(2):
+        path = root / "a" / f"scan_{n:04d}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((hippocampus / "imagesTr" / CASE).read_bytes())
+    (root / "logs").mkdir()
+    found = {case.id: case.images for case in find_cases(root, 2)}
+    assert found == {
+        "a": tuple(root / "a" / f"scan_{n:04d}.nii.gz" for n in range(2)),
+        "b": (root / "b_0000", root / "b_0001"),
+        "patient": (series,),
+    }
+    assert read_images(found["b"]).array.shape[:2] == (2, 3)
+    assert "folders without an image are passed over: logs" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"a: holds 2 images \(scan_0000.nii.gz, scan_0001.nii.gz\) where"):
+        find_cases(root, 1)
+
+
+def test_the_extra_is_needed_for_segmentations_only(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pydicom", "highdicom"):
+        monkeypatch.setitem(sys.modules, name, None)
+    array = read_image(series).array[0]
+    with pytest.raises(UserError, match=r"DICOM-SEG needs the extra \[dicom\] .* pip install 'nnunet-lite\[dicom\]'"):
+        write_dicom_seg(series / "seg.dcm", array, series, Labels(names={"background": 0, "a": 1}))
+
+
+LABELS = Labels(names={"background": 0, "Anterior": 1, "Tumör 肝": 7, "never found": 300})
+
+
+@pytest.mark.parametrize("where", [slice(2, 6), slice(4, 5), slice(0, 0)])
+def test_segmentations_come_back(series: Path, tmp_path: Path, where: slice) -> None:
+    path, random = tmp_path / "out" / "seg.dcm", np.random.default_rng(0)
+    segmentation = np.zeros(GRID.shape, np.uint16)
+    segmentation[where] = random.choice([0, 1, 7], segmentation[where].shape)
+    write_dicom_seg(path, segmentation, series, LABELS)
+    back, geometry, names = read_dicom_seg(path, series_geometry(series))
+    np.testing.assert_array_equal(back, segmentation)
+    assert geometry == series_geometry(series)
+    found = bool(segmentation.any())
+    assert names == (segment_names(LABELS) if found else {1: "Anterior"})
+    alone, stored, _ = read_dicom_seg(path)
+    if found:
+        np.testing.assert_array_equal(alone, segmentation[where])
+        origin = np.add(GRID.origin, where.start * 2.5 * OBLIQUE[:, 2])
+        wanted = replace(GRID, shape=alone.shape, origin=tuple(origin))
+        assert stored.differences(wanted) == []
+    with pytest.raises(UserError, match=r"its spacing \(2\.5, 0\.7, 0\.8\) differs from that of the series, \(2\.4, "):
+        read_dicom_seg(path, replace(GRID, spacing=(2.4, 0.7, 0.8)))
+    with pytest.raises(UserError, match="lies outside the series' grid"):
+        read_dicom_seg(path, replace(GRID, origin=(50.0, 0.0, 0.0)))
+
+
+def test_a_segmentation_refers_to_its_series(series: Path, tmp_path: Path) -> None:
+    segmentation = np.ones(GRID.shape, np.uint8)
+    write_dicom_seg(tmp_path / "seg.dcm", segmentation, series, LABELS)
+    d, source = dcmread(tmp_path / "seg.dcm"), [dcmread(s.path) for s in series_slices(series)]
+    for name in ("PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID"):
+        assert d[name].value == source[0][name].value
+    assert d.Modality == "SEG" and d.SeriesInstanceUID != source[0].SeriesInstanceUID
+    referred = d.ReferencedSeriesSequence[0]
+    assert referred.SeriesInstanceUID == source[0].SeriesInstanceUID
+    uids = {item.ReferencedSOPInstanceUID for item in referred.ReferencedInstanceSequence}
+    assert uids == {image.SOPInstanceUID for image in source}
+    assert [s.SegmentLabel for s in d.SegmentSequence] == list(segment_names(LABELS).values())
+    assert not is_series(tmp_path / "seg.dcm"), "no image to predict"
+    with pytest.raises(ValueError, match="not among the labels"):
+        write_dicom_seg(tmp_path / "seg.dcm", segmentation * 2, series, LABELS)
+    with pytest.raises(ValueError, match=r"shape \(3, 50, 35\) for a series of shape \(8, 50, 35\)"):
+        write_dicom_seg(tmp_path / "seg.dcm", segmentation[:3], series, LABELS)
+    with pytest.raises(UserError, match="cannot be read as a DICOM segmentation"):
+        read_dicom_seg(series_slices(series)[0].path)
+
+
+def test_a_series_whose_uids_were_emptied(series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def anonymise(i: int, d: Dataset) -> None:
+        for name in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"):
+            setattr(d, name, "")
+
+    instances = [s.path for s in series_slices(series)]
+    change(series, anonymise)
+    studies = set()
+    for name in ("a.dcm", "b.dcm"):
+        write_dicom_seg(tmp_path / name, np.ones(GRID.shape, np.uint8), series, LABELS)
+        d = dcmread(tmp_path / name)
+        studies.add(d.StudyInstanceUID)
+        assert len(d.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == len(instances)
+    assert len(studies) == 1 and "" not in studies
+    assert "has no StudyInstanceUID, SeriesInstanceUID; viewers may not" in capsys.readouterr().err
+
+
+def test_regions_are_named_by_the_value_they_write() -> None:
+    regions = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(3, 5))
+    assert segment_names(regions) == {3: "whole", 5: "core"}
+
+
+def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> None:
+    image = sitk.ReadImage(str(hippocampus / "imagesTr" / CASE))
+    stored = np.rint(sitk.GetArrayFromImage(image)).astype(np.uint16)
+    grid = Geometry(stored.shape, image.GetSpacing()[::-1], image.GetOrigin(), image.GetDirection())
+    save_series(tmp_path / "in" / "visit", stored, grid)
+    rescaled = sitk.GetImageFromArray(stored.astype(np.int16) - 1024)
+    rescaled.CopyInformation(image)
+    (tmp_path / "nifti").mkdir()
+    sitk.WriteImage(rescaled, str(tmp_path / "nifti" / "visit.nii.gz"))
+    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "changes": {"inference.mirroring": False}}
+    (of_series,) = api.predict(tmp_path / "in", tmp_path / "a", **options).files
+    (of_nifti,) = api.predict(tmp_path / "nifti", tmp_path / "b", **options).files
+    assert of_series.name == "visit.nii.gz"
+    array, geometry, _ = read_label(of_series)
+    expected, grid_of_nifti, _ = read_label(of_nifti)
+    np.testing.assert_array_equal(array, expected)
+    assert geometry.differences(grid_of_nifti) == []

@@ -1,0 +1,274 @@
+"""A model exported as ONNX predicts what torch predicts, without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnunet_lite.data.images import read_image
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference import predictor, tiles, windows
+from nnunet_lite.interop import onnx as exporter
+from nnunet_lite.interop import onnx_runner as runner
+from nnunet_lite.interop.onnx import OPSET, export_onnx
+from nnunet_lite.network.build import build_network
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.preprocess.pipeline import preprocess
+from nnunet_lite.settings import load as load_settings
+from nnunet_lite.training.checkpoint import save_weights
+from nnunet_lite.training.run import MODEL
+from nnunet_lite.workspace import read_json, write_json, write_text
+
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+Pair = tuple[predictor.Model, runner.OnnxModel]
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "tiny"
+    differences = export_onnx(tiny_model, out)
+    assert list(differences) == ["fold_0.onnx"] and 0 < differences["fold_0.onnx"] < 1e-3
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Path, exported: Path) -> Pair:
+    """The same model by torch and by ONNX, with mirroring and half a patch of overlap."""
+    return predictor.load(tiny_model, device="cpu", changes={"inference.precision": "fp32"}), runner.load(exported)
+
+
+@pytest.fixture(scope="module")
+def make_model(tiny_workspace: Path) -> MakeModel:
+    """A model folder with random weights: make_model(folder, configuration, plan changes, folds=..., **settings)."""
+    plan = read_json(tiny_workspace / "Task04_Hippocampus" / "plans.json")
+
+    def make(folder: Path, configuration: str, changes: dict[str, Any], folds: int = 1, **run: Any) -> Path:
+        made = Plan.model_validate({**plan, **changes})
+        settings = load_settings("default", run.pop("settings", {})).model_dump(mode="json")
+        write_text(folder / "plans.json", made.to_json())
+        write_json(folder / "dataset.json", {"name": "made"})
+        write_json(folder / "run.json", {"configuration": configuration, "settings": settings, **run})
+        for fold in range(folds):
+            torch.manual_seed(fold)
+            network = build_network(made, configuration)
+            arithmetic = {"precision": "fp32", "channels_last": True}  # the layout that has an operation of our own
+            save_weights(
+                folder / f"fold_{fold}" / MODEL, network, {"device": "cpu", "arithmetic": arithmetic, "epochs": 0}
+            )
+        return folder
+
+    return make
+
+
+def network(dimensions: int, kind: str = "plain", stages: int = 2) -> dict[str, Any]:
+    strides = [[1] * dimensions, *[[2] * dimensions] * (stages - 1)]
+    return {
+        "kind": kind,
+        "features": [4, 8, 8][:stages],
+        "strides": strides,
+        "kernels": [[3] * dimensions] * stages,
+        "blocks": [1] * stages,
+        "decoder_convolutions": [1] * (stages - 1),
+    }
+
+
+def agree(model: predictor.Model, exported: runner.OnnxModel, array: np.ndarray, spacing: tuple[float, ...]) -> None:
+    """Labels are equal on more than 99.99 % of the voxels, and more than one of them is there."""
+    expected, found = model(array, spacing), exported(array, spacing)
+    assert expected.shape == found.shape == array.shape[-3:] and expected.dtype == found.dtype
+    assert (expected == found).mean() > 0.9999
+    assert len(np.unique(expected)) > 1, "or this would say nothing"
+
+
+def test_a_graph_computes_the_logits_of_the_network(exported: Path, pair: Pair) -> None:
+    graph = onnx.load(exported / "fold_0.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    assert [(o.domain, o.version) for o in graph.opset_import] == [("", OPSET)]
+    session, (trained,) = runner.start_session(exported / "fold_0.onnx"), pair[0].networks
+    assert ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]) == (["image"], ["logits"])
+    for batch in (1, 3):  # not what it was traced with
+        x = torch.randn(batch, 1, *pair[0].configuration.patch_size)
+        (found,) = session.run(None, {"image": x.numpy()})
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, trained(x).numpy(), atol=1e-3, rtol=0)
+
+
+def test_a_graph_says_what_it_is_and_not_where_it_was_made(exported: Path, tiny_model: Path) -> None:
+    graph = onnx.load(exported / "fold_0.onnx")
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    assert Plan.model_validate_json(metadata["plan"]) == Plan.read(tiny_model / "plans.json")
+    assert json.loads(metadata["nnlite"]) == read_json(exported / "onnx.json")
+    assert json.loads(metadata["nnlite"])["labels"] == {"background": 0, "Anterior": 1, "Posterior": 2}
+    for file in exported.iterdir():
+        content = file.read_bytes()
+        for trace in (str(tiny_model.parent), str(Path(exporter.__file__).parent), str(Path(torch.__file__).parent)):
+            assert trace.encode() not in content, file.name
+
+
+def test_logits_of_a_whole_image_are_torchs(pair: Pair, tiny_cases: list[Any]) -> None:
+    model, exported = pair
+    assert exported.mirror_axes == (0, 1, 2) and exported.step_size == 0.5
+    image = tiny_cases[0].image[:]
+    expected = predictor.predict_preprocessed(model, image).numpy()
+    np.testing.assert_allclose(runner.predict_logits(exported, image), expected, atol=1e-3, rtol=0)
+
+
+def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, hippocampus: Path) -> None:
+    settings = pair[0].settings.model_copy(update={"mirroring": False, "step_size": 0.8})
+    model, exported = replace(pair[0], settings=settings), replace(pair[1], mirror_axes=(), step_size=0.8)
+    scans = sorted((hippocampus / "imagesTs").iterdir())[:2]
+    for scan in scans:
+        image = read_image(scan)
+        agree(model, exported, image.array, image.geometry.spacing)
+        np.testing.assert_array_equal(exported(scan), exported(image.array[0], image.geometry.spacing))
+    agree(model, exported, read_image(scans[0]).array[:, :, ::2], (1.0, 2.0, 1.0))  # resampled, and brought back
+    with pytest.raises(UserError, match="has 2 channels, the plan 1"):
+        exported(np.zeros((2, 8, 8, 8)))
+
+
+def test_two_threads_share_a_model(pair: Pair, hippocampus: Path) -> None:
+    scans = sorted((hippocampus / "imagesTs").iterdir())[:2]
+    exported = replace(pair[1], mirror_axes=(), step_size=1.0)
+    alone = [exported(scan) for scan in scans]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(exported, scans * 3))
+    for expected, found in zip(alone * 3, together, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_no_torch_is_needed(pair: Pair, exported: Path, hippocampus: Path, tmp_path: Path) -> None:
+    image = read_image(sorted((hippocampus / "imagesTs").iterdir())[0])
+    np.save(tmp_path / "image.npy", image.array)
+    program = """
+import sys
+sys.modules["torch"] = None  # whoever imports it fails
+import numpy as np
+from nnunet_lite.interop.onnx_runner import load
+folder, work = sys.argv[1:]
+np.save(f"{work}/labels.npy", load(folder)(np.load(f"{work}/image.npy"), (1.0, 1.0, 1.0)))
+"""
+    subprocess.run([sys.executable, "-c", program, str(exported), str(tmp_path)], check=True, timeout=100)
+    np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), pair[1](image.array))
+
+
+def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) -> None:
+    """Two channels, of which one counts inside its mask; thick slices along y; regions; two folds; swapped sides."""
+    statistics = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_00_5", "percentile_99_5"), 1)
+    first = {"name": "T1", "normalization": "zscore", "use_mask": True, "statistics": statistics}
+    changes = {
+        "axis_order": [1, 2, 0],
+        "channels": [first, {**first, "name": "T2", "use_mask": False}],
+        "labels": {"names": {"background": 0, "both": [1, 2], "left": 1, "right": 2}, "region_order": [3, 1, 2]},
+        "configurations": {
+            "2d": {"spacing": [1.0, 1.5], "median_shape": [40, 30], "patch_size": [16, 12], "batch_size": 2,
+                   "batch_dice": True, "network": network(2, "residual")}
+        },
+    }  # fmt: skip
+    settings = {"augmentation.mirror_swap": [["left", "right"]], "augmentation.mirror_axes": [0, 1]}
+    folder = make_model(tmp_path / "model", "2d", changes, folds=2, settings=settings)
+    assert list(export_onnx(folder, tmp_path / "out")) == ["fold_0.onnx", "fold_1.onnx"]
+    model = predictor.load(folder, device="cpu", changes={"inference.precision": "fp32"})
+    exported = runner.load(tmp_path / "out")
+    assert exported.sides is not None and exported.sides.channels == (0, 2, 1) and len(exported.sessions) == 2
+    array = np.random.default_rng(0).normal(size=(2, 30, 9, 25)).astype(np.float32)
+    array[:, :3] = 0
+    agree(model, exported, array, (1.0, 5.0, 1.2))
+    prepared = preprocess(predictor.as_image(array, (1.0, 5.0, 1.2)), None, model.plan, model.configuration).image
+    expected = predictor.predict_preprocessed(model, prepared).numpy()
+    np.testing.assert_allclose(runner.predict_logits(exported, prepared), expected, atol=1e-3, rtol=0)
+    single = runner.predict_logits(runner.load(tmp_path / "out", folds=[1]), prepared)
+    assert np.abs(single - expected).max() > 1e-2
+    with pytest.raises(UserError, match="has no fold 7"):
+        runner.load(tmp_path / "out", folds=[7])
+
+
+def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: Path) -> None:
+    coarse = {"spacing": [3.0, 3.0, 3.0], "median_shape": [10, 12, 10], "patch_size": [8, 8, 8], "batch_size": 2,
+              "batch_dice": True, "network": network(3)}  # fmt: skip
+    fine = {**coarse, "spacing": [1.5, 1.5, 1.5], "previous_stage": "3d_lowres"}
+    changes = {"configurations": {"3d_lowres": coarse, "3d_cascade_fullres": fine}}
+    make_model(tmp_path / "first", "3d_lowres", changes)
+    second = make_model(tmp_path / "second", "3d_cascade_fullres", changes, previous="first", settings={
+        "augmentation.mirror_swap": [["Anterior", "Posterior"]]})  # fmt: skip
+    differences = export_onnx(second, tmp_path / "out")
+    assert list(differences) == ["fold_0.onnx", "previous/fold_0.onnx"]
+    model = predictor.load(second, device="cpu", changes={"inference.precision": "fp32"})
+    exported = runner.load(tmp_path / "out")
+    assert exported.previous is not None and exported.sides is not None and exported.sides.classes == (0, 2, 1)
+    array = np.random.default_rng(0).normal(size=(18, 21, 24)).astype(np.float32)
+    agree(model, exported, array, (1.5, 1.5, 1.5))
+    classes = np.zeros((18, 21, 24), np.uint8)
+    with_, without = (runner.predict_logits(exported, array[None], classes + value) for value in (1, 0))
+    assert np.abs(with_ - without).max() > 1e-2, "the first stage counts"
+
+
+def test_a_graph_that_computes_something_else_is_noticed(exported: Path, pair: Pair) -> None:
+    other = build_network(pair[0].plan, pair[0].configuration_name).eval()
+    window = torch.randn(1, 1, *pair[0].configuration.patch_size)
+    with pytest.raises(RuntimeError, match=r"fold_0\.onnx differs from the network"):
+        exporter._difference(other, window, exported / "fold_0.onnx")
+
+
+class Loop(nn.Module):
+    """Its course depends on its input, which no graph can say."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+def test_what_cannot_be_exported_is_told(
+    tiny_model: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="is there already"):
+        export_onnx(tiny_model, exported)
+    with pytest.raises(UserError, match="no trained fold 3"):
+        export_onnx(tiny_model, tmp_path / "out", folds=[3])
+    with pytest.raises(UserError, match="cannot be written as ONNX"):
+        exporter._write_graph(Loop(), torch.zeros(2, 1, 4, 4), {}, tmp_path / "loop.onnx")
+    monkeypatch.setattr(exporter, "_NEEDED", ("onnx", "no_such_package"))
+    with pytest.raises(UserError, match=r"ONNX needs no_such_package.*nnunet-lite\[onnx\]"):
+        export_onnx(tiny_model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_none_is_refused(exported: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no exported model \(no onnx\.json\)"):
+        runner.load(tiny_model)
+    shutil.copytree(exported, tmp_path / "copy")
+    file = tmp_path / "copy" / "fold_0.onnx"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"fold_0\.onnx: cannot be run by onnxruntime"):
+        runner.load(tmp_path / "copy")
+    about = read_json(tmp_path / "copy" / "onnx.json")
+    write_json(tmp_path / "copy" / "onnx.json", {**about, "format": "nnlite-onnx-2"})
+    with pytest.raises(UserError, match="of another format than nnlite-onnx-1"):
+        runner.load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("patch", [(16,), (7, 9), (8, 12, 5), (1, 20, 24)])
+def test_windows_lie_and_weigh_as_with_torch(patch: tuple[int, ...]) -> None:
+    np.testing.assert_allclose(tiles.gaussian_weight(patch), windows.gaussian(patch).numpy(), rtol=1e-6)
+    for size in (3, 16, 17, 50):
+        shape = tuple(size + i for i in range(len(patch)))
+        assert tiles.windows(shape, patch, 0.5) == windows.windows(shape, patch, 0.5)
+        around = tiles.padding(shape, patch)
+        padded, inside = windows.pad_to_patch(torch.ones(1, *shape), patch)
+        expected = np.pad(np.ones((1, *shape)), ((0, 0), *around))
+        np.testing.assert_array_equal(padded.numpy(), expected)
+        assert (padded[(slice(None), *inside)] == 1).all()

@@ -1,0 +1,72 @@
+"""The short way through a convolution gives the results of the long one, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunet_lite.network.norm import is_channels_last
+from nnunet_lite.network.winograd import Conv3d
+
+LAYOUT = torch.channels_last_3d
+
+
+def gradients(y: Tensor, of: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, of, grad.to(y.dtype))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).detach().abs().max() / b.detach().abs().max())
+
+
+@pytest.mark.parametrize("depth", [16, 18, 40, 50, 97])  # whole tiles and not, one block and several
+def test_equals_the_exact_convolution(depth: int) -> None:
+    torch.manual_seed(depth)
+    convolution = Conv3d(16, 24, 3, padding=1)
+    x = torch.randn(2, 16, depth, 6, 5).contiguous(memory_format=LAYOUT).requires_grad_()
+    grad = torch.randn(2, 24, depth, 6, 5)
+    y = convolution(x)
+    assert y.grad_fn is not None and "Winograd" in y.grad_fn.name()
+    assert is_channels_last(y)
+    assert convolution.bias is not None
+    leaves = (x, convolution.weight, convolution.bias)
+    exact = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    expected = F.conv3d(*exact, padding=1)
+    assert distance(y, expected) < 1e-5
+    for found, wanted in zip(gradients(y, leaves, grad), gradients(expected, exact, grad), strict=True):
+        assert distance(found, wanted) < 1e-5
+
+
+def test_gradient_of_the_weights_alone_and_no_bias() -> None:
+    torch.manual_seed(0)
+    convolution = Conv3d(16, 16, 3, padding=1, bias=False)
+    x = torch.randn(1, 16, 16, 4, 4).contiguous(memory_format=LAYOUT)
+    grad = torch.randn(1, 16, 16, 4, 4)
+    (found,) = gradients(convolution(x), (convolution.weight,), grad)
+    (wanted,) = gradients(F.conv3d(x, convolution.weight, padding=1), (convolution.weight,), grad)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "layout"),
+    [
+        ((1, 16, 16, 4, 4), 3, 1, torch.contiguous_format),
+        ((1, 16, 12, 4, 4), 3, 1, LAYOUT),  # few slices
+        ((1, 8, 16, 4, 4), 3, 1, LAYOUT),  # few channels
+        ((1, 16, 16, 4, 4), 3, 2, LAYOUT),
+        ((1, 16, 16, 4, 4), (1, 3, 3), 1, LAYOUT),
+    ],
+)
+def test_otherwise_it_is_torchs(shape: tuple[int, ...], kernel: int, stride: int, layout: torch.memory_format) -> None:
+    sizes = (kernel,) * 3 if isinstance(kernel, int) else kernel
+    convolution = Conv3d(shape[1], 4, kernel, stride=stride, padding=[k // 2 for k in sizes])
+    y = convolution(torch.randn(shape).contiguous(memory_format=layout))
+    assert y.grad_fn is not None and "Winograd" not in y.grad_fn.name()
+
+
+def test_low_precision_is_left_to_torch() -> None:
+    x = torch.randn(1, 16, 16, 4, 4).contiguous(memory_format=LAYOUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Conv3d(16, 16, 3, padding=1)(x).dtype == torch.bfloat16
