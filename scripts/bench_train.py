@@ -150,7 +150,7 @@ def rows(configuration: str, o: argparse.Namespace, environment: dict[str, str])
         for side, result in found.items():
             for how, seconds in result["seconds"].items():
                 best[side, how] = min(*seconds, best.get((side, how), float("inf")))
-        print(f"{configuration}: {found['nnlite']['arithmetic']}", file=sys.stderr)
+        print(f"{configuration}: {found['nnlite']['arithmetic']}; {found}", file=sys.stderr)
     size = f"{'x'.join(map(str, found['nnlite']['patch']))}, batch {found['nnlite']['batch']}"
     lines = []
     for how in (LOADING, REPEATED):

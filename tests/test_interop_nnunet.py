@@ -20,8 +20,6 @@ from nnunet_lite.interop.nnunet import (
     plan_from_nnunet,
     plan_to_nnunet,
     read_plan,
-    splits_from_nnunet,
-    splits_to_nnunet,
 )
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
@@ -248,12 +246,3 @@ def test_dataset_json_of_msd_is_read() -> None:
 def test_broken_dataset_json_is_refused(dataset: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         description_from_nnunet(dataset, Path("d.json"))
-
-
-def test_splits_go_both_ways_and_are_checked() -> None:
-    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": ["a", "b"]}]
-    assert splits_from_nnunet(splits_to_nnunet(folds)) == folds
-    with pytest.raises(UserError, match="fold 0 has b on both sides"):
-        splits_from_nnunet([{"train": ["a", "b"], "val": ["b"]}])
-    with pytest.raises(UserError, match="must be a list of"):
-        splits_from_nnunet({"train": []})

@@ -37,7 +37,7 @@ def ready_case(model: Model, case: Case) -> Ready:
     wanted = len(model.plan.channels)
     expected = f"the model expects {wanted} channels ({', '.join(c.name for c in model.plan.channels)})"
     if len(case.images) > 1:
-        if absent := [path for path in case.images if not path.is_file()]:
+        if absent := [path for path in case.images if not path.exists()]:
             raise UserError(f"there is no such file; {expected}", absent[0])
         extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{suffix_of(case.images[0])}")
         if extra.is_file():

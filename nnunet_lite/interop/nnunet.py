@@ -6,7 +6,7 @@ What nnlite cannot do the same way is refused rather than approximated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,27 +80,6 @@ def description_to_nnunet(description: Description, name: str | None = None) -> 
         "numTraining": description.n_cases,
         "file_ending": description.file_ending,
     }
-
-
-def splits_from_nnunet(splits: Any, file: Path | None = None) -> list[dict[str, list[str]]]:
-    """splits_final.json: one {"train": ids, "val": ids} per fold, which is what nnlite stores too.
-
-    Raises
-    ------
-    UserError : not of that form, or a case on both sides of a fold.
-    """
-    if not isinstance(splits, list) or not all(isinstance(f, dict) and {"train", "val"} <= set(f) for f in splits):
-        raise UserError('must be a list of {"train": [ids], "val": [ids]}', file)
-    folds = [{side: [str(case) for case in fold[side]] for side in ("train", "val")} for fold in splits]
-    for number, fold in enumerate(folds):
-        if both := set(fold["train"]) & set(fold["val"]):
-            raise UserError(f"fold {number} has {min(both)} on both sides", file)
-    return folds
-
-
-def splits_to_nnunet(folds: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, list[str]]]:
-    """The splits_final.json of these folds."""
-    return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in folds]
 
 
 def read_plan(path: Path, dataset_json: Mapping[str, Any] | None = None) -> Plan:
