@@ -197,9 +197,11 @@ def _predicted(run: Run, case_ids: Sequence[str], device: torch.device) -> dict[
 
 def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
     """Load the cases and train on them."""
+    from nnunet_lite.training.batches import check_augmentation
     from nnunet_lite.training.cache import load_cases
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.loop import train_fold
+    from nnunet_lite.training.preview import draw_preview
 
     split, training = run.split, run.settings.training
     preprocess_dataset(
@@ -219,4 +221,8 @@ def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
     held_out = chosen if split.name == ALL else cases(split.validation)
     log.info(f"training {run.configuration} fold {split.name} on {len(chosen)} cases in {run.fold_folder}")
     record_cases(run.fold_folder, split)
-    train_fold(Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks))
+    job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks)
+    if run.request.preview and ranks.rank == 0:
+        check_augmentation(job)
+        draw_preview(job, job.folder / "preview.png")
+    train_fold(job)

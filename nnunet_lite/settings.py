@@ -102,7 +102,7 @@ class TrainingSettings(_Section):
         "auto", description="where the preprocessed cases lie while training"
     )
     workers: int | None = Field(
-        None, ge=0, description="batches that a thread prepares ahead, 0 = none; default: none on a CPU, 2 on a GPU"
+        None, ge=0, description="threads that prepare batches ahead, 0 = none; default: none on a CPU, 2 on a GPU"
     )
     seed: int | None = Field(
         None, ge=0, description="makes two runs identical on the CPU, unless a time limit ends them"

@@ -150,7 +150,7 @@ def rows(configuration: str, o: argparse.Namespace, environment: dict[str, str])
         for side, result in found.items():
             for how, seconds in result["seconds"].items():
                 best[side, how] = min(*seconds, best.get((side, how), float("inf")))
-        print(f"{configuration}: {found['nnlite']['arithmetic']}; {found}", file=sys.stderr)
+        print(f"{configuration}: {found['nnlite']['arithmetic']}", file=sys.stderr)
     size = f"{'x'.join(map(str, found['nnlite']['patch']))}, batch {found['nnlite']['batch']}"
     lines = []
     for how in (LOADING, REPEATED):
@@ -176,12 +176,12 @@ def main() -> None:
         environment = prepare(o.data, o.configurations, o.nnunet_python, (o.work or Path(scratch)).absolute())
         head = ["configuration", "patch", "data", "nnU-Net, s per iteration", "nnlite, s per iteration", "ratio"]
         lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        print(*lines, sep="\n", flush=True)
         for configuration in o.configurations:
             lines += rows(configuration, o, environment)
-    text = "\n".join(lines)
-    print(text)
+            print(*lines[-2:], sep="\n", flush=True)
     if o.output:
-        o.output.write_text(text + "\n")
+        o.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":  # nnU-Net's worker processes import this file anew

@@ -41,6 +41,18 @@ def test_a_slow_warm_up_is_enough_to_drop_a_candidate() -> None:
     assert runs.count("bf16") > 1
 
 
+def test_a_long_step_that_is_clearly_slower_is_not_repeated() -> None:
+    runs: list[str] = []
+
+    def step(option: Arithmetic) -> None:
+        runs.append(option.precision)
+        time.sleep({"bf16": 0.21, "fp32": 0.82, "fp16": 0.3}[option.precision])
+
+    best = fastest([Arithmetic("bf16"), Arithmetic("fp32"), Arithmetic("fp16")], step, CPU)
+    assert best.precision == "bf16"
+    assert runs == ["bf16", "bf16", "fp32", "fp16", "fp16"]
+
+
 def test_a_slow_first_call_is_not_held_against_a_candidate() -> None:
     runs: list[str] = []
 

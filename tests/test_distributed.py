@@ -115,7 +115,7 @@ def test_the_death_of_a_process_is_told_and_the_run_goes_on_later(tmp_path: Path
 
 
 def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, command: list[str]) -> None:
-    more = ["--batch-size", "1", "--gpus", "2", "--name", "split"]
+    more = ["--set", "training.batch_size=1", "--gpus", "2", "--name", "split"]
     nnlite = [sys.executable, "-m", "nnunet_lite", *command, *more]
     done = subprocess.run(nnlite, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2

@@ -8,6 +8,7 @@ import torch
 from nnunet_lite.network.unet import UNet
 from nnunet_lite.plan.memory import activation_values, layers, training_memory
 from nnunet_lite.plan.topology import default_network, topology
+from nnunet_lite.settings import LossSettings
 from nnunet_lite.training.loss import segmentation_loss
 
 CASES = [
@@ -73,7 +74,7 @@ def test_loss_is_what_autograd_keeps_of_it(classes: int) -> None:
         for head in heads:
             logits = torch.empty(3, classes, head.voxels, dtype=torch.float16, device="meta", requires_grad=True)
             target = torch.empty(3, head.voxels, dtype=torch.uint8, device="meta")
-            segmentation_loss(logits, target, batch_dice=False)
+            segmentation_loss(logits, target, LossSettings(), batch_dice=False)
 
     assert training_memory(spec, shape.patch, 3, 1, classes).loss == pytest.approx(kept(loss, []), rel=0.02)
 

@@ -52,7 +52,7 @@ def test_tensorboard_is_written_or_asked_for(tmp_path: Path) -> None:
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match="TensorBoard is not installed.*track"), recording(tmp_path, 0, True):
+        with pytest.raises(UserError, match=r"TensorBoard is not installed.*track"), recording(tmp_path, 0, True):
             pass
         return
     with recording(tmp_path, 0, tensorboard=True) as record:

@@ -151,11 +151,11 @@ def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path, plan: Plan, da
     run = read_json(tmp_path / "run.json")
     assert run["settings"]["training"]["epochs"] == 20
     assert run["changed"][0]["changes"] == ["training.epochs: 10 -> 20"]
-    with pytest.raises(UserError, match="training.epochs: 20 -> 10"):
+    with pytest.raises(UserError, match=r"training.epochs: 20 -> 10"):
         begun(tmp_path, plan, dataset, **{"training.epochs": 10})
     with pytest.raises(UserError, match="time_limit"):
         begun(tmp_path, plan, dataset, **{"training.epochs": 20, "training.time_limit": 60})
-    with pytest.raises(UserError, match="optimizer.lr"):  # what else changes needs --force as before
+    with pytest.raises(UserError, match=r"optimizer\.lr"):  # what else changes needs --force as before
         begun(tmp_path, plan, dataset, **{"training.epochs": 30, "optimizer.lr": 0.1})
     assert read_json(tmp_path / "run.json") == run
 
@@ -177,7 +177,7 @@ def test_force_takes_other_settings_over_but_not_another_network(
 
 
 def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing to resume.*Leave out --resume"):
+    with pytest.raises(UserError, match=r"nothing to resume.*Leave out --resume"):
         require_begun(tmp_path / "fold_0", restart=False)
     (tmp_path / "fold_0").mkdir()
     (tmp_path / "fold_0" / "checkpoint.safetensors").touch()

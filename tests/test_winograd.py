@@ -21,7 +21,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b).detach().abs().max() / b.detach().abs().max())
 
 
-@pytest.mark.parametrize("depth", [16, 18, 40, 50, 97])  # whole tiles and not, one block and several
+@pytest.mark.parametrize("depth", [8, 10, 20, 40, 50])  # whole tiles and not, one block and several
 def test_equals_the_exact_convolution(depth: int) -> None:
     torch.manual_seed(depth)
     convolution = Conv3d(16, 24, 3, padding=1)
@@ -53,7 +53,7 @@ def test_gradient_of_the_weights_alone_and_no_bias() -> None:
     ("shape", "kernel", "stride", "layout"),
     [
         ((1, 16, 16, 4, 4), 3, 1, torch.contiguous_format),
-        ((1, 16, 12, 4, 4), 3, 1, LAYOUT),  # few slices
+        ((1, 16, 7, 4, 4), 3, 1, LAYOUT),  # few slices
         ((1, 8, 16, 4, 4), 3, 1, LAYOUT),  # few channels
         ((1, 16, 16, 4, 4), 3, 2, LAYOUT),
         ((1, 16, 16, 4, 4), (1, 3, 3), 1, LAYOUT),

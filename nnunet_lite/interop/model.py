@@ -123,7 +123,7 @@ def import_model(folder: Path, out: Path, folds: Sequence[str | int] | None = No
                 plan.labels.n_channels,
                 found[fold],
             )
-            about = {"configuration": configuration, **_training(checkpoint)}
+            about = {"configuration": configuration, "checkpoint": found[fold].name, **_training(checkpoint)}
             save_weights(partial / f"fold_{fold}" / MODEL, network, about)
             write_json(partial / "run.json", run)
             write_text(partial / "plans.json", plan.to_json())
@@ -151,7 +151,7 @@ def _plan_and_run(folder: Path, dataset: Json, checkpoint: Json, file: Path) -> 
     run = {"format": FORMAT, "configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
     if planned.previous_stage is not None:  # nnU-Net calls a model's folder trainer__plans__configuration
         run["previous"] = f"{folder.name.rpartition('__')[0]}__{planned.previous_stage}"
-    return plan, {**run, "imported_from": f"nnU-Net, {file.name}"}
+    return plan, {**run, "imported_from": "nnU-Net"}
 
 
 def _plan(file: Path, dataset: Json, configuration: str) -> Plan:

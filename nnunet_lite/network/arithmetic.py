@@ -7,6 +7,7 @@ on a GPU it depends on the generation. So each candidate runs a few steps and th
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import time
@@ -21,7 +22,7 @@ from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 _LONG = 0.2  # s; a step this long is timed once
-_HOPELESS = {True: 1.3, False: 4.0}  # times the best: what a warm-up may take; little of a long one is starting
+_START = 0.5  # s; what a first step may take more than the next ones
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,13 +72,14 @@ def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], devic
     for option in options:
         work = partial(step, option)
         warm = seconds(work, device)
-        if times and warm > _HOPELESS[warm > _LONG] * min(times.values()):
+        best = min(times.values(), default=math.inf)
+        if warm > min(4 * best, 1.3 * best + _START):
             times[option] = warm
             continue
         times[option] = min(seconds(work, device) for _ in range(1 if warm > _LONG else 3))
-    best = min(times, key=times.__getitem__)
+    winner = min(times, key=times.__getitem__)
     shown = ", ".join(f"{_name(o)} {seconds:.3g} s" for o, seconds in times.items())
-    return Arithmetic(best.precision, best.channels_last, f"fastest of {shown}")
+    return Arithmetic(winner.precision, winner.channels_last, f"fastest of {shown}")
 
 
 def _name(option: Arithmetic) -> str:

@@ -1,9 +1,8 @@
 """Instance normalisation that stays in the channels-last layout.
 
 torch's own makes contiguous copies of channels-last tensors and back, which on a CPU costs more than the convolution
-beside it. The forward pass here is group normalisation with one channel a group, which is the same thing and has a
-channels-last kernel, but a slow one for small images; there it is written out, and so is the backward pass, which has a
-slow one always (bf16: six times). scripts/bench_norm.py prints the times.
+beside it. Here both passes are written out for that layout; below float32 the forward one is group normalisation with
+one channel a group, which is the same thing. scripts/bench_norm.py prints the times.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-_SMALL = 1024  # positions, below which torch's kernel goes through memory channel by channel
 
 
 class InstanceNorm(nn.Module):
@@ -66,16 +63,20 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and mean and 1 / deviation (batch, channels)."""
+    """The output, and mean and 1 / deviation (batch, channels).
+
+    In float32 the mean is taken away before squares are summed, in another pass: torch's kernel, which adds both up at
+    once, loses all digits where a channel's mean is a hundred times its deviation.
+    """
     batch, channels, size = *x.shape[:2], x[0, 0].numel()
-    if size >= _SMALL or x.dtype != torch.float32:
+    if x.dtype != torch.float32:
         return torch.native_group_norm(x, weight, bias, batch, channels, size, channels, eps)
     positions = tuple(range(2, x.ndim))
     mean = x.mean(positions)
-    variance = (x.square().mean(positions) - mean.square()).clamp_min(0)
-    rstd = (variance + eps).rsqrt()
-    scale = rstd * weight
-    return torch.addcmul(_over(positions, bias - mean * scale), x, _over(positions, scale)), mean, rstd
+    centred = x - _over(positions, mean)
+    rstd = (centred.square().mean(positions) + eps).rsqrt()
+    torch.addcmul(_over(positions, bias), centred, _over(positions, rstd * weight), out=centred)
+    return centred, mean, rstd
 
 
 def _over(positions: tuple[int, ...], values: Tensor) -> Tensor:

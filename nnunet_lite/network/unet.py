@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from nnunet_lite.network.norm import InstanceNorm
+from nnunet_lite.network.upsample import joined
 from nnunet_lite.network.winograd import Conv3d
 from nnunet_lite.plan.schema import Network
 
@@ -131,7 +131,7 @@ class UNet(nn.Module):
         x = skips.pop()
         outputs = []
         for i, (up, stage, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
-            x = stage(torch.cat((up(x), skips.pop()), 1))
+            x = stage(joined(up, x, skips.pop()))
             if self.deep_supervision or i == len(self.heads) - 1:
                 outputs.append(head(x))
         return outputs[::-1] if self.deep_supervision else outputs[0]

@@ -29,8 +29,8 @@ _FILTER = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
 _OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 _POINTS, _TILE = 6, 4
 _ONE = 1  # the point at which a constant, such as the bias, is seen in every output
-_LEAST_SLICES, _LEAST_CHANNELS = 16, 16  # with less, transforming takes longer than what it saves
-_BLOCK = 48  # slices transformed by one matrix, most of which is zero
+_LEAST_SLICES, _LEAST_CHANNELS = 8, 16  # with less, transforming takes longer than what it saves
+_BLOCK = 20  # slices that are transformed at once: few, so that they stay in the cache
 
 
 class Conv3d(nn.Conv3d):
@@ -61,6 +61,7 @@ class _Block:
 
     inputs: slice
     outputs: slice
+    shared: int  # slices of the input that the block before depends on, too
     take: Tensor  # (points x tiles, input slices)
     give: Tensor  # (output slices, points x tiles)
 
@@ -82,6 +83,7 @@ def _block(start: int, stop: int, depth: int) -> _Block:
     return _Block(
         slice(low, high),
         slice(start, stop),
+        2 if start else 0,
         take.flatten(0, 1)[:, columns].contiguous(),
         give.flatten(2).flatten(0, 1)[: stop - start],
     )
@@ -130,22 +132,26 @@ class _Winograd(torch.autograd.Function):
         n, _, depth, height, width = x.shape
         filters, source = _filters(weight), _slices(x)
         wanted = _slices(grad.contiguous(memory_format=torch.channels_last_3d))
-        to_input, several = ctx.needs_input_grad[0], len(_blocks(depth)) > 1
-        grad_x = torch.zeros_like(source) if several else torch.empty_like(source)
-        grad_filters = torch.zeros(_POINTS, *filters[0].shape)
+        to_input, grad_x = ctx.needs_input_grad[0], torch.empty_like(source)
+        grad_filters, grad_bias = torch.zeros(_POINTS, *filters[0].shape), torch.zeros(len(weight))
         for i, block in _steps(n, depth):
             inputs = block.take @ source[i, block.inputs]
             outputs = _images(block.give.t() @ wanted[i, block.outputs], height, width)
             for point, image in enumerate(_images(inputs, height, width)):
-                to_image, to_filter, _ = torch.ops.aten.convolution_backward(
-                    outputs[point], image, filters[point], None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
-                    (to_input, True, False),
+                to_image, to_filter, to_bias = torch.ops.aten.convolution_backward(
+                    outputs[point], image, filters[point], [len(weight)], (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
+                    (to_input, True, point == _ONE),
                 )  # fmt: skip
                 grad_filters[point] += to_filter
+                if point == _ONE:
+                    grad_bias += to_bias
                 if to_input:
                     image.copy_(to_image)  # which is not needed any more
             if to_input:
-                grad_x[i, block.inputs].addmm_(block.take.t(), inputs, beta=float(several))
+                into = grad_x[i, block.inputs]
+                shared = into[: block.shared].clone()
+                torch.mm(block.take.t(), inputs, out=into)
+                into[: block.shared] += shared
         grad_weight = torch.einsum("pk,poiyx->oikyx", torch.tensor(_FILTER), grad_filters)
-        grad_bias = grad.sum((0, 2, 3, 4)) if ctx.needs_input_grad[2] else None
-        return grad_x.view(n, depth, height, width, -1).movedim(-1, 1) if to_input else None, grad_weight, grad_bias
+        grad_x = grad_x.view(n, depth, height, width, -1).movedim(-1, 1)
+        return grad_x if to_input else None, grad_weight, grad_bias if ctx.needs_input_grad[2] else None

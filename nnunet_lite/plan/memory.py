@@ -18,9 +18,9 @@ from nnunet_lite.plan.topology import voxels_per_stage
 Precision = Literal["fp16", "bf16", "fp32"]
 
 BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
-# What the loss keeps: log-softmax and softmax in float32; per voxel the target as int64, its weight and its mask.
+# What the loss keeps: log-softmax and softmax in float32; per voxel the target as int64 and its weight.
 LOSS_BYTES_PER_LOGIT = 4 + 4
-LOSS_BYTES_PER_VOXEL = 8 + 4 + 1
+LOSS_BYTES_PER_VOXEL = 8 + 4
 # Two float32 gradients of the logits, one per term of the loss, exist before anything is freed.
 LOSS_GRADIENT_BYTES = 4 + 4
 CUDNN_BYTES = 500_000_000  # what cuDNN may take for its fastest algorithms; an allowance, not a count

@@ -141,7 +141,8 @@ def apply_intensity(images: Tensor, draw: Intensity, masked: Sequence[int] = ())
     drawn = on_device([*chosen, *(values[i] for values, i in zip(rows, chosen, strict=True))], images.device)
     for (_, transform), index, parameter in zip(steps, drawn[: len(steps)], drawn[len(steps) :], strict=True):
         if len(index):
-            x.index_copy_(0, index.long(), transform(x[index.long()], parameter))
+            row = index.long()
+            x.index_copy_(0, row, transform(x.index_select(0, row), parameter))
     images = x.unflatten(0, images.shape[:2])
     if inside is not None:
         for channel in masked:

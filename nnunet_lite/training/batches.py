@@ -62,11 +62,8 @@ def make_batch(job: Job, cases: Sequence[CaseArrays], stream: int, iteration: in
 
 def draw_batch(job: Job, cases: Sequence[CaseArrays], stream: int, iteration: int, augment: bool) -> Draw:
     """Draw a batch whole, so that a sample does not depend on the number of ranks, and keep this rank's part."""
-    rng, size, mine = (
-        rng_for(job.seed, stream, iteration),
-        job.planned.batch_size,
-        share(job.planned.batch_size, job.ranks),
-    )
+    rng, size = rng_for(job.seed, stream, iteration), job.planned.batch_size
+    mine = share(size, job.ranks)
     settings = job.settings.augmentation if augment and job.settings.augmentation.enabled else None
     native = settings if settings and settings.pipeline == "native" else None
     foreground, in_plane = job.settings.training.foreground, is_in_plane(job.patch)

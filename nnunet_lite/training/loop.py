@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -289,8 +290,8 @@ def _validate(job: Job, learner: Learner) -> Row:
     regions = labels.region_classes if labels.has_regions else None
     total = torch.zeros((), device=job.device)
     counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.float64)
-    for i in range(n_batches):
-        batch = make_batch(job, job.validation, _VALIDATION_STREAM, i, augment=False)
+    makers = (partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches))
+    for batch in prefetch(makers, job.device, job.settings.training.workers):
         loss, outputs = loss_of(job, learner, batch)
         finest = outputs[0] if isinstance(outputs, list) else outputs
         total += loss

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STREAM = 2**31 + 1  # no epoch's
+_NAMES = 24  # of labels that fit below the picture
 
 
 def draw_preview(job: Job, path: Path, samples: int = 4, versions: int = 5) -> None:
@@ -118,7 +119,7 @@ def _legend(figure: Figure, job: Job) -> None:
     values = [str(v) for v in labels.values[1:]]
     names = values if labels.has_regions else list(labels.region_names)
     lines = [Line2D([], [], color=colour, label=name) for colour, name in zip(_colours(job), names, strict=False)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(lines)), fontsize=8)
+    figure.legend(handles=lines[:_NAMES], loc="outside lower center", ncols=min(6, len(lines)), fontsize=8)
 
 
 def _colours(job: Job) -> list[str]:

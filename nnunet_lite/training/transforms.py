@@ -147,16 +147,20 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 def gamma(x: Tensor, exponent: Tensor) -> Tensor:
     """Raise rows, rescaled to 0..1, to a power each, (rows, 1); mean and standard deviation are kept."""
-    mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
-    low = x.amin((1, 2, 3), keepdim=True)
+    mean, low = x.mean((1, 2, 3), keepdim=True), x.amin((1, 2, 3), keepdim=True)
     span = (x.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-7)
-    y = ((x - low) / span) ** exponent[..., None, None] * span + low
+    y = ((x - low) / span) ** exponent[..., None, None]
     y = y - y.mean((1, 2, 3), keepdim=True)
-    return y / y.std((1, 2, 3), keepdim=True).clamp_min(1e-7) * std + mean
+    return y * (_rms(x - mean) / _rms(y).clamp_min(1e-7)) + mean
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root of the mean square of each row; on a CPU several times faster than `std`."""
+    return x.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
 def mirror(x: Tensor, rows: Sequence[Tensor]) -> None:
     """Flip samples (batch, channels, z, y, x) in place; `rows` are the indices of those flipped along each axis."""
     for axis, index in enumerate(rows, 2):
         if len(index):
-            x.index_copy_(0, index, x[index].flip(axis))
+            x.index_copy_(0, index, x.index_select(0, index).flip(axis))
