@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 from skimage.transform import resize
+from threadpoolctl import threadpool_info
 
 from nnunet_lite.preprocess.resample import (
     each_slab,
@@ -169,3 +172,17 @@ def test_operator_keeps_a_constant_and_holds_no_denormals() -> None:
     smallest = np.abs(matrix[matrix != 0]).min()
     assert smallest > 1e-9 and np.count_nonzero(matrix, axis=1).max() < 40
     assert np.array_equal(operator(7, 3, 0).argmax(axis=1), nearest(7, 3))
+
+
+def test_the_threads_of_blas_are_given_back_by_callers_in_several_threads() -> None:
+    """The limit is the process's: a caller that puts back what it found may put back the limit of another one."""
+
+    def threads() -> list[int]:
+        return sorted(info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas")
+
+    image = np.zeros((1, 30, 30, 30), np.float32)
+    resample_image(image, (40, 40, 40), (1, 1, 1), (1, 1, 1))  # loads scipy's BLAS too
+    before = threads()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda n: resample_image(image, (40 + n, 40, 40), (1, 1, 1), (1, 1, 1)), range(60)))
+    assert threads() == before

@@ -138,7 +138,6 @@ def test_a_second_stage_keeps_the_plan_of_its_first(plan: Plan) -> None:
     assert made.n_inputs("3d_cascade_fullres") == made.n_inputs("3d_lowres") + 2
 
 
-
 def begun(folder: Path, plan: Plan, dataset: Dataset, **changes: Any) -> Settings:
     settings = with_changes(Settings(), changes)
     open_run(folder, configured(plan, "3d_fullres", settings), dataset, "3d_fullres", settings)
@@ -160,9 +159,7 @@ def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path, plan: Plan, da
     assert read_json(tmp_path / "run.json") == run
 
 
-def test_force_takes_other_settings_over_but_not_another_network(
-    tmp_path: Path, plan: Plan, dataset: Dataset
-) -> None:
+def test_force_takes_other_settings_over_but_not_another_network(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
     begun(tmp_path, plan, dataset)
     seed = read_json(tmp_path / "run.json")["seed"]
     other = with_changes(Settings(), {"optimizer.name": "adam", "training.batch_size": 3})

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -271,7 +273,7 @@ def _product(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -
 def _in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None) -> None:
     """Work on all parts, in one thread per CPU unless told otherwise."""
     threads = min(threads or cpus(), len(parts))
-    with _blas().limit(limits=1):  # its own threads would wait for each other after each of many small products
+    with _one_blas_thread():  # its own would wait for each other after each of many small products
         if threads == 1:
             for part in parts:
                 work(part)
@@ -279,6 +281,37 @@ def _in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | No
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(work, parts):
                 pass
+
+
+_blas_limits: list[Any] = []  # one for each caller that is inside now, all the same
+_blas_lock = Lock()
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """numpy's BLAS in one thread, a limit of the process: callers share it, and the last one to leave lifts it.
+
+    With a limit for each, one would put back what another had set, and leave it so. threadpoolctl heeds one living
+    thread alone, which may not be the one that leaves last, so a thread of its own sets and lifts it.
+    """
+    with _blas_lock:
+        if not _blas_limits:
+            _apart(lambda: _blas_limits.append(_blas().limit(limits=1)))
+        else:
+            _blas_limits.append(_blas_limits[0])
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            limit = _blas_limits.pop()
+            if not _blas_limits:
+                _apart(limit.restore_original_limits)
+
+
+def _apart(work: Callable[[], None]) -> None:
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
 
 
 @lru_cache(maxsize=1)
