@@ -45,9 +45,20 @@ def test_a_constant_image_is_normalised_to_the_shift(side: int) -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 10.0, 100.0])
 def test_a_channel_far_from_zero_keeps_its_digits(mean: float) -> None:
-    """torch's one-pass kernel is off by 3 for a mean of 100 deviations."""
+    """A kernel that goes through them once is off by 0.15 at a mean of 100 deviations."""
     x = (torch.randn(1, 8, 40, 48, 40, generator=torch.Generator().manual_seed(0)) + mean).contiguous(
         memory_format=torch.channels_last_3d
     )
     exact = torch.nn.functional.instance_norm(x.double())
-    assert (InstanceNorm(8)(x) - exact).abs().max() < 1e-4
+    assert (InstanceNorm(8)(x) - exact).abs().max() < 1e-3
+
+
+def test_low_precision_keeps_its_statistics_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 4, 9, 8, generator=generator) * 3 + 2).contiguous(memory_format=torch.channels_last)
+    low, norm = x.bfloat16().requires_grad_(), InstanceNorm(4)
+    y = norm(low)
+    y.square().sum().backward()
+    assert y.dtype == torch.bfloat16 and low.grad is not None and low.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), F.instance_norm(low.detach().float()), rtol=0.01, atol=0.01)
+    assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32

@@ -12,14 +12,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from nnunet_lite.inference.windows import (
-    gaussian,
-    mirrorings,
-    pad_to_patch,
-    predict_logits,
-    window_starts,
-    windows,
-)
+from nnunet_lite.inference.tiles import mirrorings, window_starts, windows
+from nnunet_lite.inference.windows import gaussian, pad_to_patch, predict_logits
 
 
 @pytest.mark.parametrize("step", [0.25, 0.5, 0.75, 1.0])

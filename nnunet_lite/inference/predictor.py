@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from nnunet_lite.inference.windows import Sides
+    from nnunet_lite.inference.tiles import Sides
     from nnunet_lite.network.arithmetic import Arithmetic
 
 
@@ -324,7 +324,7 @@ def _forward(model: Model) -> Callable[[Tensor], Tensor]:
 
 def sides_of(plan: Plan, configuration: str, trained: AugmentationSettings) -> Sides | None:
     """The labels that changed places in training when left and right did."""
-    from nnunet_lite.inference.windows import Sides
+    from nnunet_lite.inference.tiles import Sides
     from nnunet_lite.training.swaps import channel_swap, swap_of
 
     planned = plan.configuration(configuration)

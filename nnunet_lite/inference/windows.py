@@ -3,64 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Window = tuple[slice, ...]
+from nnunet_lite.inference.tiles import Sides, Window, gaussian_weight, mirrorings, padding, windows
+
 Forward = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Sides:
-    """What changes places in copies mirrored along an axis that goes from left to right, as it did in training.
-
-    Parameters
-    ----------
-    axis : of the image's shape.
-    channels : the output channel that takes the place of each.
-    classes : the class that takes the place of each in the last input channel, if that holds classes.
-    """
-
-    axis: int
-    channels: tuple[int, ...]
-    classes: tuple[int, ...] | None = None
-
-
-def window_starts(size: int, patch: int, step: float) -> list[int]:
-    """First voxels of the windows along one axis: evenly spaced, at most `step * patch` apart, the last at the end."""
-    if size <= patch:
-        return [0]
-    n = min(math.ceil((size - patch) / (patch * step)), size - patch) + 1
-    return [round(i * (size - patch) / (n - 1)) for i in range(n)]
-
-
-def windows(shape: Sequence[int], patch: Sequence[int], step: float) -> list[Window]:
-    """All windows of an image, in order along the first axis."""
-    starts = (window_starts(s, p, step) for s, p in zip(shape, patch, strict=True))
-    return [tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True)) for corner in itertools.product(*starts)]
-
-
 def gaussian(patch: Sequence[int]) -> Tensor:
-    """Weight of each voxel of a window: a Gaussian with a standard deviation of an eighth of the patch, at most 1.
-
-    Voxels near the rim, where the network lacks context, count less. The weight is never zero.
-    """
-    weight = torch.ones(())
-    for size in patch:
-        offset = (torch.arange(size, dtype=torch.float64) - size // 2) / (size / 8)
-        weight = weight[..., None] * torch.exp(-0.5 * offset**2)
-    return weight.clamp_min(float(weight[weight > 0].min())).float()
-
-
-def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """All combinations of axes to flip, the unflipped one first."""
-    return [flips for n in range(len(axes) + 1) for flips in itertools.combinations(axes, n)]
+    """Weight of each voxel of a window, see `gaussian_weight`."""
+    return torch.from_numpy(gaussian_weight(patch))
 
 
 def mirrored(tile: Tensor, flip: Sequence[int], sides: Sides | None) -> Tensor:
@@ -79,11 +36,11 @@ def unmirrored(output: Tensor, flip: Sequence[int], sides: Sides | None) -> Tens
 
 def pad_to_patch(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, Window]:
     """Zeros around an image (channels, *shape) that is smaller than the patch, and where the image lies in it."""
-    missing = [max(0, p - s) for p, s in zip(patch, image.shape[1:], strict=True)]
-    inside = tuple(slice(m // 2, m // 2 + s) for m, s in zip(missing, image.shape[1:], strict=True))
-    if not any(missing):
+    around = padding(image.shape[1:], patch)
+    inside = tuple(slice(before, before + size) for (before, _), size in zip(around, image.shape[1:], strict=True))
+    if not any(map(any, around)):
         return image, inside
-    return F.pad(image, [n for m in reversed(missing) for n in (m // 2, m - m // 2)]), inside
+    return F.pad(image, [n for pair in reversed(around) for n in pair]), inside
 
 
 def predict_logits(

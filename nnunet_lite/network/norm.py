@@ -1,8 +1,10 @@
 """Instance normalisation that stays in the channels-last layout.
 
 torch's own makes contiguous copies of channels-last tensors and back, which on a CPU costs more than the convolution
-beside it. Here both passes are written out for that layout; below float32 the forward one is group normalisation with
-one channel a group, which is the same thing. scripts/bench_norm.py prints the times.
+beside it. Here the forward pass is batch normalisation of one sample after the other, which is the same thing and has a
+kernel for that layout. That of group normalisation with one channel a group would be faster still, but adds up values
+and squares in one pass: it loses all digits where a channel's mean is a hundred times its deviation. The backward pass
+is written out. scripts/bench_norm.py prints the times.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class _ChannelsLast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = _normalized(x, weight.to(x.dtype), bias.to(x.dtype), eps)
+        y, mean, rstd = _normalized(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean.float(), rstd.float())
         return y
 
@@ -63,20 +65,13 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and mean and 1 / deviation (batch, channels).
-
-    In float32 the mean is taken away before squares are summed, in another pass: torch's kernel, which adds both up at
-    once, loses all digits where a channel's mean is a hundred times its deviation.
-    """
-    batch, channels, size = *x.shape[:2], x[0, 0].numel()
-    if x.dtype != torch.float32:
-        return torch.native_group_norm(x, weight, bias, batch, channels, size, channels, eps)
-    positions = tuple(range(2, x.ndim))
-    mean = x.mean(positions)
-    centred = x - _over(positions, mean)
-    rstd = (centred.square().mean(positions) + eps).rsqrt()
-    torch.addcmul(_over(positions, bias), centred, _over(positions, rstd * weight), out=centred)
-    return centred, mean, rstd
+    """The output, and mean and 1 / deviation (batch, channels)."""
+    batch, channels = x.shape[:2]
+    y, mean, rstd = torch.empty_like(x), weight.new_empty(batch, channels), weight.new_empty(batch, channels)
+    for i in range(batch):
+        into = (y[i : i + 1], mean[i], rstd[i])
+        torch.native_batch_norm(x[i : i + 1], weight, bias, None, None, True, 0.0, eps, out=into)
+    return y, mean, rstd
 
 
 def _over(positions: tuple[int, ...], values: Tensor) -> Tensor:
