@@ -22,9 +22,10 @@ __all__ = ["check", "evaluate", "export_model", "import_model", "load", "plan", 
 
 
 def load(folder: str | Path, **options: Any) -> Model:
-    """Load a model folder, ours or nnU-Net's; `model(array, spacing)` or `model("scan.nii.gz")` segments an image."""
+    """Load a model folder, ours or nnU-Net's, or a zip; `model(array, spacing)` or `model("scan.nii.gz")` segments."""
     from nnunet_lite.inference.predictor import load as load_model
     from nnunet_lite.interop.model import native, relocated
+    from nnunet_lite.interop.unpack import unpacked
 
-    with native(Path(folder), options.get("folds")) as ours:
+    with unpacked(Path(folder)) as path, native(path, options.get("folds")) as ours:
         return relocated(load_model(ours, **options), Path(folder))

@@ -315,7 +315,8 @@ def predict(
     Parameters
     ----------
     source : a file, or a folder of any mix of supported formats.
-    model : a model folder, ours or nnU-Net's; by default the trained one of the current data set (says which).
+    model : a model folder, ours or nnU-Net's, or an exported zip; by default the trained one of the current data set
+        (says which).
     configuration : take a model of this configuration.
     folds : networks to average; default: all trained folds.
     changes : of the `inference` settings, e.g. {"inference.mirroring": False}.
@@ -325,9 +326,10 @@ def predict(
     from nnunet_lite.data.problems import plural
     from nnunet_lite.inference.predictor import load, predict_cases, read_model
     from nnunet_lite.interop.model import native, relocated
+    from nnunet_lite.interop.unpack import unpacked
 
     folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
-    with native(folder, folds) as ours:
+    with unpacked(folder) as path, native(path, folds) as ours:
         cases = find_cases(Path(source), len(read_model(ours)[0].channels))
         loaded = relocated(load(ours, folds, device, changes), folder)
     if loaded.device.type == "cpu":
@@ -371,12 +373,15 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     return best
 
 
-def import_model(folder: Folder, out: Folder | None = None, *, workspace: Folder | None = None) -> Path:
-    """Make a model folder of one that nnU-Net v2 wrote, without running anything in its checkpoints.
+def import_model(
+    source: Folder, out: Folder | None = None, *, replace: bool = False, workspace: Folder | None = None
+) -> Path:
+    """Make a model folder of an exported zip or of a model that nnU-Net v2 wrote; nothing that they carry is run.
 
     Parameters
     ----------
-    out : where; default: among the models of its data set in the workspace, under the name that the folder has.
+    out : where; default: among the models of its data set in the workspace, under the name that the model has.
+    replace : set a model of that name aside first (zip).
 
     Returns
     -------
@@ -384,33 +389,55 @@ def import_model(folder: Folder, out: Folder | None = None, *, workspace: Folder
     """
     from nnunet_lite.interop.model import dataset_name
     from nnunet_lite.interop.model import import_model as import_folder
+    from nnunet_lite.interop.unpack import is_bundle, read_manifest, unpack
     from nnunet_lite.training.run import model_folder
 
-    source = Path(folder).absolute()
-    if out is None:
-        out = model_folder(Paths(_workspace(workspace) / dataset_name(source)), source.name)
-    import_folder(source, Path(out))
-    return Path(out)
+    path, place = Path(source).absolute(), _workspace(workspace)
+    if is_bundle(path):
+        about = read_manifest(path)
+        target = Path(out) if out else model_folder(Paths(place / about.dataset), about.models[0])
+        return unpack(path, target, replace=replace)
+    target = Path(out) if out else model_folder(Paths(place / dataset_name(path)), path.name)
+    import_folder(path, target)
+    return target
 
 
 def export_model(
     out: Folder,
     model: Folder | None = None,
     *,
+    format: Literal["zip", "nnunet", "onnx"] = "zip",
+    licence: str | None = None,
+    note: str | None = None,
     configuration: str | None = None,
     dataset: str | None = None,
     workspace: Folder | None = None,
 ) -> Path:
-    """Make a folder of a model that nnU-Net v2 predicts with, and return the model's.
+    """Pack a model into one file that travels, or write it for others to predict with; returns the model's folder.
 
     Parameters
     ----------
     model, configuration : as for `predict`.
+    format : zip (for `import_model`), nnunet (a folder for nnU-Net v2) or onnx (a folder, see docs/models.md).
+    licence : SPDX identifier, text or file. note : on the training data. Both for zip.
     """
     from nnunet_lite.interop.model import export_model as export_folder
+    from nnunet_lite.interop.model import native
 
     folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
-    export_folder(folder, Path(out))
+    if format == "nnunet":
+        export_folder(folder, Path(out))
+        return folder
+    with native(folder) as ours:
+        if format == "zip":
+            from nnunet_lite.interop.bundle import licence_text, pack
+
+            pack(ours, Path(out), licence=None if licence is None else licence_text(licence), note=note)
+        else:
+            from nnunet_lite.interop.onnx import export_onnx
+
+            worst = max(export_onnx(ours, Path(out)).values())
+            log.info(f"logits differ from torch's by {worst:.1e} at most")
     return folder
 
 

@@ -47,6 +47,8 @@ class Format(StrEnum):
 
 
 class ModelFormat(StrEnum):
+    zip = "zip"
+    onnx = "onnx"
     nnunet = "nnunet"
 
 
@@ -364,30 +366,43 @@ def evaluate(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Model folder of nnU-Net v2: plans.json, dataset.json, fold_0/...")],
+    source: Annotated[Path, typer.Argument(help="Zip of `nnlite export`, or model folder of nnU-Net v2.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="New folder [in the workspace].")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Set a model of that name aside.")] = False,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
-    """Make a model folder of one that nnU-Net wrote; nothing that its checkpoints may carry is run."""
-    made = api.import_model(folder, output, workspace=workspace)
+    """Make a model folder of a zip or of a model that nnU-Net wrote; nothing that they may carry is run."""
+    made = api.import_model(source, output, replace=replace, workspace=workspace)
     _show({"model": str(made)}, f"{made}: predict with `nnlite predict -m {made}`", as_json)
 
 
 @app.command()
 def export(
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
-    model: Annotated[Path | None, typer.Argument(help="Model folder [the trained one].")] = None,
+    file: Annotated[Path | None, typer.Argument(help="Zip to write, such as model.zip.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write: nnunet, onnx.")] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model folder [the trained one].")] = None,
     configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
-    format: Annotated[ModelFormat, typer.Option(help="What to make.")] = ModelFormat.nnunet,
+    format: Annotated[ModelFormat, typer.Option(help="What to make.")] = ModelFormat.zip,
+    licence: Annotated[str | None, typer.Option(help="SPDX identifier, text or file; for zip.")] = None,
+    note: Annotated[str | None, typer.Option(help="On the training data; for zip.")] = None,
     dataset: Dataset = None,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
-    """Make a folder of a model that nnU-Net v2 predicts with."""
-    folder = api.export_model(output, model, configuration=configuration, dataset=dataset, workspace=workspace)
-    result = {"model": str(folder), "output": str(output), "format": format.value}
-    _show(result, f"{output}: predict with `nnUNetv2_predict_from_modelfolder -m {output}`", as_json)
+    """Pack a model into one file, or write it as a folder for nnU-Net v2 or for onnxruntime."""
+    target = file or output
+    if target is None or (file is not None and output is not None):
+        raise UserError("say where to: `nnlite export MODEL.zip`, or `--format nnunet -o FOLDER`")
+    if (format is ModelFormat.zip) != (target.suffix == ".zip"):
+        raise UserError(f"{target}: a zip ends in .zip, and a folder needs --format nnunet or onnx")
+    folder = api.export_model(
+        target, model, format=format.value, licence=licence, note=note, configuration=configuration, dataset=dataset,
+        workspace=workspace,
+    )  # fmt: skip
+    result = {"model": str(folder), "output": str(target), "format": format.value}
+    use = {"zip": "nnlite import", "nnunet": "nnUNetv2_predict_from_modelfolder -m", "onnx": "see docs/models.md:"}
+    _show(result, f"{target}: {use[format.value]} {target}", as_json)
 
 
 @app.command()

@@ -272,7 +272,7 @@ def test_commands_import_predict_and_export(
         assert code == 0 and str(source) in err and "/nnlite-" not in err
     maps = [read_label(tmp_path / target / scan.name)[0] for target in ("a", "b")]
     assert (maps[0] == maps[1]).mean() > 0.999
-    code, out, _ = command("export", made, "--format", "nnunet", "-o", "back", "--json", cwd=tmp_path)
+    code, out, _ = command("export", "-m", made, "--format", "nnunet", "-o", "back", "--json", cwd=tmp_path)
     assert code == 0 and json.loads(out)["output"] == "back" and (tmp_path / "back" / CHECKPOINT).is_file()
 
 
