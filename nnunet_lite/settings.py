@@ -123,7 +123,7 @@ class NetworkSettings(_Section):
     norm: Literal["instance", "batch", "none"] | None = None
     activation: Literal["leaky_relu", "relu"] | None = None
     factory: str | None = Field(
-        None, description='"module:function" that makes another network, called with (planned network, inputs, outputs)'
+        None, description='"file.py:function" makes another network; called with (planned network, inputs, outputs)'
     )
 
 

@@ -61,6 +61,15 @@ def test_a_network_of_the_users_own(plan: Plan) -> None:
     assert network(torch.zeros(2, 1, 8, 8, 8)).shape == (2, 3, 8, 8, 8)
 
 
+def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
+    assert (
+        build_network(plan, "3d_fullres", f"{tmp_path / 'own_networks.py'}:plain")(torch.zeros(1, 1, 8, 8, 8)).shape[1]
+        == 3
+    )
+    with pytest.raises(UserError, match=r"absent\.py"):
+        build_network(plan, "3d_fullres", f"{tmp_path / 'absent.py'}:plain")
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ def build_network(plan: Plan, configuration: str, factory: str | None = None) ->
 
     Parameters
     ----------
-    factory : "module:function", called with the planned `Network`, the number of input channels and that of output
-        channels. It returns a module that maps (batch, inputs, *patch) to logits (batch, outputs, *patch), or, where
-        it has an attribute `deep_supervision` and that is true, to a list of logits, finest first.
+    factory : "module:function" or "file.py:function", called with the planned `Network`, the number of input channels
+        and that of output channels. It returns a module that maps (batch, inputs, *patch) to logits (batch, outputs,
+        *patch), or, where it has an attribute `deep_supervision` and that is true, to a list of logits, finest first.
 
     Raises
     ------
@@ -48,18 +49,25 @@ def supervise_deeply(network: nn.Module, on: bool) -> None:
 
 
 def _function(factory: str) -> Factory:
-    """The function of "module:function"; a module beside the user, in the current folder, is found as well."""
-    module_name, _, name = factory.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    """The function of "module:function" or "file.py:function"."""
+    where, _, name = factory.rpartition(":")
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        fix = 'Give "module:function" of a module that can be imported here.'
+        found = getattr(_module(where), name)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        fix = 'Give "file.py:function", or "module:function" of a module that can be imported.'
         raise UserError(f"network.factory = {factory!r}: {error}", fix=fix) from None
     if not callable(found):
         raise UserError(f"network.factory = {factory!r}: {name} is no function")
     return found
+
+
+def _module(where: str) -> ModuleType:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    loader = SourceFileLoader(Path(where).stem, where)
+    module = ModuleType(loader.name)
+    loader.exec_module(module)
+    return module
 
 
 def _try(factory: str, network: nn.Module, shape: tuple[int, ...], outputs: int) -> None:
