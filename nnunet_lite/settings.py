@@ -213,6 +213,16 @@ class InferenceSettings(_Section):
     step_size: float = Field(0.5, gt=0, le=1, description="distance of two windows as a share of the patch")
     mirroring: bool = Field(True, description="average over mirrored copies, on the axes mirrored in training")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    sums: Literal["float32", "float16"] = Field(
+        "float32",
+        description="of logits, over windows; float16: rounded as nnU-Net does, which decides close races",
+    )
+    skip_empty: Literal["auto"] | bool = Field(
+        "auto", description="windows that are zero are background; auto: where the plan normalises inside a mask"
+    )
+    max_memory: float | None = Field(
+        None, gt=0, description="GB, of the machine and of the GPU each; default: 80 % of what is free"
+    )
 
 
 class Settings(_Section):

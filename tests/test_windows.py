@@ -1,19 +1,17 @@
-"""Windows cover an image evenly, and what they are put together to is what the network says of each voxel."""
+"""Windows cover an image evenly, and each slice is finished, used and dropped in time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from torch import Tensor
 
-from nnunet_lite.inference.tiles import mirrorings, window_starts, windows
-from nnunet_lite.inference.windows import gaussian, pad_to_patch, predict_logits
+from nnunet_lite.inference.tiles import Sides, gaussian_weight, mirrorings, padding, window_starts, windows
+from nnunet_lite.inference.windows import cut, mirrored, schedule, slice_spans, spans, tile, weight_of
+from nnunet_lite.preprocess.resample import blocks
 
 
 @pytest.mark.parametrize("step", [0.25, 0.5, 0.75, 1.0])
@@ -44,15 +42,18 @@ def test_the_weight_is_a_gaussian_of_an_eighth_of_the_patch(patch: tuple[int, ..
     delta = np.zeros(patch)
     delta[tuple(n // 2 for n in patch)] = 1
     expected = gaussian_filter(delta, [n / 8 for n in patch], mode="constant", truncate=20)
-    found = gaussian(patch)
-    assert found.dtype == torch.float32
-    assert found.max() == 1
-    np.testing.assert_allclose(found, expected / expected.max(), rtol=1e-4, atol=1e-9)
+    expected /= expected.max()
+    found = weight_of(patch, torch.float32)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+    half = weight_of(patch, torch.float16)
+    assert (half == half.half()).all()
+    np.testing.assert_allclose(half, (10 * expected).clip(6e-8).astype(np.float16), rtol=1e-3, atol=6e-8)
 
 
 @pytest.mark.parametrize("patch", [(1, 64, 64), (320, 320), (192, 192, 192)])
 def test_the_weight_is_never_zero(patch: tuple[int, ...]) -> None:
-    assert gaussian(patch).min() > 0
+    assert gaussian_weight(patch).min() > 0
+    assert weight_of(patch, torch.float16).half().min() > 0
 
 
 def test_mirrorings_are_all_combinations() -> None:
@@ -61,86 +62,65 @@ def test_mirrorings_are_all_combinations() -> None:
     assert len(mirrorings((0, 1, 2))) == 8
 
 
-def test_padding_puts_the_image_in_the_middle() -> None:
+def test_an_image_smaller_than_the_patch_lies_in_the_middle() -> None:
     image = torch.rand(2, 5, 20, 8)
-    padded, inside = pad_to_patch(image, (8, 8, 8))
-    assert padded.shape == (2, 8, 20, 8)
-    assert inside[0] == slice(1, 6)
-    assert torch.equal(padded[(slice(None), *inside)], image)
-    assert padded.sum() == pytest.approx(float(image.sum()), rel=1e-5)
+    assert padding(image.shape[1:], (8, 8, 8)) == ((1, 2), (0, 0), (0, 0))
+    (first,) = spans(5, 8, 0.5)
+    window = cut(image, (first, spans(20, 8, 0.5)[1], spans(8, 8, 0.5)[0]))
+    assert window.shape == (2, 8, 8, 8)
+    assert torch.equal(window[:, 1:6], image[:, :, 4:12])
+    assert not window[:, 0].any() and not window[:, 6:].any()
+    assert torch.equal(window[:, first.within], image[:, :, 4:12])
 
 
-SHAPES = [(20, 21, 22), (5, 30, 9), (3, 4, 5), (8, 8, 8), (9, 8, 17)]
+def test_spans_are_the_windows() -> None:
+    for size in (3, 8, 9, 40):
+        found = [(span.start, span.start + span.size) for span in spans(size, 8, 0.5)]
+        ((before, after),) = padding((size,), (8,))
+        assert found == [
+            (p[0].start - before, p[0].stop - before) for p in windows((size + before + after,), (8,), 0.5)
+        ]
+        seen = np.zeros(size, int)
+        for span in spans(size, 8, 0.5):
+            seen[span.inside] += 1
+            assert len(range(*span.within.indices(8))) == span.inside.stop - span.inside.start
+        assert seen.min() >= 1
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("options", [{}, {"mirror_axes": (0, 1, 2)}, {"step": 1.0}, {"step": 0.3, "batch_size": 5}])
-def test_the_identity_returns_the_image(shape: tuple[int, int, int], options: dict[str, Any]) -> None:
-    image = torch.randn(3, *shape)
-    found = predict_logits(lambda x: x, image, (8, 8, 8), 3, **options)
-    assert found.shape == image.shape
-    torch.testing.assert_close(found, image, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(("size", "at_once"), [(7, 3), (7, 7), (1, 1), (8, 4)])
+def test_slices_of_two_dimensional_networks_are_seen_once(size: int, at_once: int) -> None:
+    found = slice_spans(size, at_once)
+    assert [i for span in found for i in range(size)[span.inside]] == list(range(size))
+    assert max(span.size for span in found) == at_once
+    tiling = tile((size, 20, 9), (8, 16), 0.5, mirrorings((1, 2)), at_once)
+    assert tiling.axes[0] == found and [len(axis) for axis in tiling.axes[1:]] == [4, 1] and len(tiling.flips) == 4
 
 
-def of_position(weight: float) -> Callable[[Tensor], Tensor]:
-    """A network that depends on where in its window a voxel is, hence on every weight and flip."""
-
-    def forward(x: Tensor) -> Tensor:
-        ramp = torch.arange(x.shape[2], dtype=torch.float32).reshape(-1, 1, 1) * weight
-        return torch.cat([x.cumsum(2), x * ramp], 1)
-
-    return forward
-
-
-@pytest.mark.parametrize("batch_size", [2, 3, 7, 1000])
-def test_the_batch_size_changes_nothing(batch_size: int) -> None:
-    image = torch.randn(1, 20, 10, 9)
-    one, many = (
-        predict_logits(of_position(0.1), image, (8, 8, 8), 2, mirror_axes=(0, 2), batch_size=n) for n in (1, batch_size)
-    )
-    torch.testing.assert_close(one, many)
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize(("size", "target"), [(100, 100), (100, 170), (100, 23), (9, 20), (40, 3), (1, 1)])
+def test_slices_are_held_until_they_are_used(size: int, target: int, order: int) -> None:
+    for along in (spans(size, 32, 0.5), spans(size, 32, 1.0), slice_spans(size, 5)):
+        parts = blocks(size, target, order, 4)
+        rows, depth = schedule(along, parts)
+        first, made = 0, []
+        for row in rows:
+            assert row.span.inside.start >= first, "nothing is added to what was dropped"
+            assert first + depth >= row.span.inside.stop
+            assert all(first <= part.low and part.high <= row.finished for part in row.parts)
+            made += row.parts
+            first = row.needed
+        assert made == list(parts)
 
 
-def test_an_equivariant_network_does_not_change_when_mirrored() -> None:
-    torch.manual_seed(0)
-    convolution = torch.nn.Conv3d(1, 2, 3, padding=1)
-    with torch.no_grad():
-        weight = convolution.weight
-        for axis in (2, 3, 4):
-            weight.copy_((weight + weight.flip(axis)) / 2)
-        image = torch.randn(1, 12, 18, 9)
-        plain, mirrored = (
-            predict_logits(convolution, image, (8, 8, 8), 2, mirror_axes=axes) for axes in ((), (0, 1, 2))
-        )
-    torch.testing.assert_close(plain, mirrored)
+def test_what_is_held_does_not_grow_with_the_image() -> None:
+    depths = {schedule(spans(n, 32, 0.5), blocks(n, round(1.7 * n), 1, 4))[1] for n in (100, 200, 1600)}
+    assert max(depths) <= 32 + 6
 
 
-def test_mirroring_averages_flipped_predictions() -> None:
-    image = torch.randn(1, 8, 8, 8)
-    forward = of_position(1.0)
-    expected = (forward(image[None])[0] + forward(image[None].flip(2))[0].flip(1)) / 2
-    torch.testing.assert_close(predict_logits(forward, image, (8, 8, 8), 2, mirror_axes=(0,)), expected)
-
-
-def test_overlapping_windows_are_averaged_with_the_weight() -> None:
-    image, patch = torch.randn(1, 12, 8, 8), (8, 8, 8)
-    forward, weight = of_position(1.0), gaussian(patch)
-    total, weights = torch.zeros(2, 12, 8, 8), torch.zeros(12, 8, 8)
-    for start in (0, 4):
-        total[:, start : start + 8] += weight * forward(image[None, :, start : start + 8])[0]
-        weights[start : start + 8] += weight
-    torch.testing.assert_close(predict_logits(forward, image, patch, 2), total / weights)
-
-
-def test_windows_one_slice_thick_are_predicted_slice_by_slice() -> None:
-    image = torch.randn(1, 5, 20, 9)
-    convolution = torch.nn.Conv2d(1, 3, 3, padding=1)
-    with torch.no_grad():
-        found = predict_logits(
-            lambda x: convolution(x[:, :, 0])[:, :, None], image, (1, 8, 16), 3, mirror_axes=(1, 2), batch_size=4
-        )
-        assert found.shape == (3, 5, 20, 9)
-        for z in range(5):
-            torch.testing.assert_close(
-                found[:, z], predict_logits(convolution, image[:, z], (8, 16), 3, mirror_axes=(0, 1))
-            )
+def test_classes_of_a_mirrored_window_change_sides() -> None:
+    window = torch.stack([torch.rand(4, 4, 4), torch.randint(0, 3, (4, 4, 4)).float()])
+    sides = Sides(2, (0, 2, 1), (0, 2, 1))
+    there = mirrored(window, (0, 2), sides)
+    assert torch.equal(there[0], window[0].flip((0, 2)))
+    assert torch.equal(there[1] == 1, window[1].flip((0, 2)) == 2)
+    assert torch.equal(mirrored(window, (0,), sides), window.flip(1))

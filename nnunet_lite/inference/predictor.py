@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnunet_lite.budget import free_memory
+from nnunet_lite import log
+from nnunet_lite.budget import GB, free_memory
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.images import Image, label_suffix, read_image, suffix_of, write_label
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_case, ready_image
 from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.preprocess.pipeline import preprocess, restore_segmentation
+from nnunet_lite.preprocess.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.training.run import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.workspace import read_json
-
-_CPU_VOXELS = 2**18  # of the windows that are computed at once on a CPU
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from nnunet_lite.inference.passes import Passes
     from nnunet_lite.inference.tiles import Sides
     from nnunet_lite.network.arithmetic import Arithmetic
 
@@ -193,36 +194,41 @@ def predict_preprocessed(model: Model, image: np.ndarray, previous: np.ndarray |
     ----------
     previous : (z, y, x) classes, what the previous stage of a cascade predicts on the same grid.
     """
-    from nnunet_lite.inference.windows import as_tensor, predict_logits
+    from nnunet_lite.inference.streaming import predict_logits
 
-    configuration, forward, outputs = model.configuration, _forward(model), model.plan.labels.n_channels
-    if previous is not None:
-        image = np.concatenate([image, previous[None]], dtype=np.float32)
-        forward = _after(forward, model.plan.labels.n_classes)
+    outputs = model.plan.labels.n_channels
     needed, free = outputs * image[0].size * 4, free_memory()
     if needed > free:
         what = f"its {outputs} logits per voxel need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise UserError(what, fix="Use a machine with more memory.")
-    flat = configuration.dimensions == 2  # a two-dimensional network sees windows one slice thick
-    return predict_logits(
-        (lambda x: forward(x[:, :, 0])[:, :, None]) if flat else forward,
-        as_tensor(image),
-        (1, *configuration.patch_size) if flat else configuration.patch_size,
-        outputs,
-        step=model.settings.step_size,
-        mirror_axes=[axis + flat for axis in model.mirror_axes] if model.settings.mirroring else (),
-        batch_size=_windows_at_once(model),
-        device=model.device,
+    passes = _passes(model, previous is not None, whole=True)
+    return predict_logits(passes, _shown(image, previous), model.settings.step_size)
+
+
+def _passes(model: Model, second: bool, *, whole: bool = False) -> Passes:
+    """How the model sees an image; a `second` stage, with the classes of the first as its last channel."""
+    from nnunet_lite.inference.passes import passes_of
+
+    return passes_of(
+        model.networks,
+        model.configuration,
+        model.plan.labels.n_channels,
+        model.arithmetic,
+        model.device,
+        mirror_axes=model.mirror_axes if model.settings.mirroring else (),
         sides=model.sides,
+        n_previous=model.plan.labels.n_classes if second else None,
+        whole=whole,
+        half=model.settings.sums == "float16",
     )
 
 
-def _windows_at_once(model: Model) -> int:
-    """What a training step holds fits a GPU; on a CPU more than the caches hold gains nothing."""
-    configuration = model.configuration
-    if model.device.type == "cuda":
-        return configuration.batch_size
-    return int(np.clip(_CPU_VOXELS // np.prod(configuration.patch_size), 1, 64))
+def _shown(image: np.ndarray, previous: np.ndarray | None) -> Tensor:
+    """What a network is shown of a preprocessed image, and of the classes of a previous stage."""
+    import torch
+
+    channels = image if previous is None else np.concatenate([image, previous[None]], dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(channels, np.float32))
 
 
 def predict_cases(
@@ -294,32 +300,24 @@ def _segment(model: Model, ready: Ready, previous: np.ndarray | None = None) -> 
         before = as_classes(_segment(model.previous, ready), model.plan.labels)
         prepared = preprocess(ready.image, before, model.plan, model.configuration)
         previous = prepared.classes
-    logits = predict_preprocessed(model, prepared.image, previous)
-    return restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
+    from nnunet_lite.inference.footprint import plan_memory
+    from nnunet_lite.inference.streaming import predict_labels
+
+    place, labels, resampling = prepared.placement, model.plan.labels, model.configuration.resampling
+    passes = _passes(model, previous is not None)
+    most = None if model.settings.max_memory is None else int(model.settings.max_memory * GB)
+    footprint = plan_memory(passes, place, labels, resampling, model.settings.step_size, most)
+    _tell(str(footprint))
+    skip = model.settings.skip_empty
+    skip = any(channel.use_mask for channel in model.plan.channels) if skip == "auto" else skip
+    shown = _shown(prepared.image, previous)
+    return predict_labels(passes, shown, place, labels, resampling, footprint, skip_empty=skip)
 
 
-def _after(forward: Callable[[Tensor], Tensor], n_classes: int) -> Callable[[Tensor], Tensor]:
-    """`forward` of a second stage for windows whose last channel holds classes; only these are ever made one-hot."""
-    import torch
-
-    from nnunet_lite.training.cascade import one_hot
-
-    return lambda x: forward(torch.cat([x[:, :-1], one_hot(x[:, -1], n_classes).to(x.dtype)], 1))
-
-
-def _forward(model: Model) -> Callable[[Tensor], Tensor]:
-    """The mean logits of the networks of all folds, in the model's number format."""
-    import torch
-
-    from nnunet_lite.network.arithmetic import as_layout
-
-    @torch.inference_mode()
-    def forward(x: Tensor) -> Tensor:
-        with model.arithmetic.autocast(model.device):
-            outputs = [network(as_layout(x, model.arithmetic)) for network in model.networks]
-        return torch.stack([output.float() for output in outputs]).mean(0) if len(outputs) > 1 else outputs[0]
-
-    return forward
+@lru_cache
+def _tell(how: str) -> None:
+    """Say it once, not for each image."""
+    log.info(how)
 
 
 def sides_of(plan: Plan, configuration: str, trained: AugmentationSettings) -> Sides | None:
@@ -339,7 +337,7 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
     """What the training chose, so that a model predicts the same each time; on another kind of device it is timed."""
     import torch
 
-    from nnunet_lite.network.arithmetic import Arithmetic, candidates, fastest
+    from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest
 
     if about.get("device") == model.device.type:
         trained, asked = Arithmetic(**about["arithmetic"]), model.settings.precision
@@ -353,7 +351,8 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
 
     def step(arithmetic: Arithmetic) -> None:
         _set_layout(model, arithmetic)
-        _forward(replace(model, arithmetic=arithmetic, networks=model.networks[:1]))(window)
+        with torch.inference_mode(), arithmetic.autocast(model.device):
+            model.networks[0](as_layout(window, arithmetic))
 
     best = fastest(candidates(model.device, model.settings.precision, "auto"), step, model.device)
     _set_layout(model, best)

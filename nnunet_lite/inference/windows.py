@@ -1,96 +1,132 @@
-"""Sliding windows: where they lie, how they are weighted, and the logits of a whole image."""
+"""Sliding windows over an image: where they lie, what they show, and when the slices that they cover are finished."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lite.inference.tiles import Sides, Window, gaussian_weight, mirrorings, padding, windows
+from nnunet_lite.inference.tiles import Sides, gaussian_weight, padding, window_starts
+from nnunet_lite.preprocess.resample import Block
 
-Forward = Callable[[Tensor], Tensor]
+Flip = tuple[int, ...]  # the axes (of three) along which a copy is mirrored
 
-
-def gaussian(patch: Sequence[int]) -> Tensor:
-    """Weight of each voxel of a window, see `gaussian_weight`."""
-    return torch.from_numpy(gaussian_weight(patch))
+_LARGEST = 10  # weight, or most of them would be too small for float16
 
 
-def mirrored(tile: Tensor, flip: Sequence[int], sides: Sides | None) -> Tensor:
-    """A window (channels, *patch) flipped along some axes."""
-    out = tile.flip([axis + 1 for axis in flip])
-    if sides is not None and sides.classes is not None and sides.axis in flip:
-        out[-1] = torch.tensor(sides.classes, dtype=out.dtype)[out[-1].long()]
-    return out
+@dataclass(frozen=True)
+class Span:
+    """One window along one axis: its first voxel, below zero where the image is smaller than it, and its size."""
+
+    start: int
+    size: int
+    inside: slice  # its voxels that are the image's
+
+    @property
+    def within(self) -> slice:
+        """The voxels of the window that lie in the image."""
+        return slice(self.inside.start - self.start, self.inside.stop - self.start)
+
+    @property
+    def outside(self) -> tuple[int, int]:
+        """How many voxels lie before and after the image."""
+        return self.inside.start - self.start, self.start + self.size - self.inside.stop
 
 
-def unmirrored(output: Tensor, flip: Sequence[int], sides: Sides | None) -> Tensor:
-    """The logits (channels, *patch) of a flipped window as those of the window itself."""
-    out = output.flip([axis + 1 for axis in flip])
-    return out[list(sides.channels)] if sides is not None and sides.axis in flip else out
+@dataclass(frozen=True)
+class Tiling:
+    """The windows of an image, all combinations of those along (z, y, x), and the mirrored copies of each."""
+
+    axes: tuple[tuple[Span, ...], tuple[Span, ...], tuple[Span, ...]]
+    flips: tuple[Flip, ...]
 
 
-def pad_to_patch(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, Window]:
-    """Zeros around an image (channels, *shape) that is smaller than the patch, and where the image lies in it."""
-    around = padding(image.shape[1:], patch)
-    inside = tuple(slice(before, before + size) for (before, _), size in zip(around, image.shape[1:], strict=True))
-    if not any(map(any, around)):
-        return image, inside
-    return F.pad(image, [n for pair in reversed(around) for n in pair]), inside
-
-
-def predict_logits(
-    forward: Forward,
-    image: Tensor,
-    patch: Sequence[int],
-    n_channels: int,
-    *,
-    step: float = 0.5,
-    mirror_axes: Sequence[int] = (),
-    batch_size: int = 1,
-    device: torch.device | None = None,
-    sides: Sides | None = None,
-) -> Tensor:
-    """Logits of a whole image, the weighted mean over overlapping windows and mirrored copies.
+@dataclass(frozen=True)
+class Row:
+    """The windows with one span along the first axis.
 
     Parameters
     ----------
-    forward : (batch, channels, *patch) -> logits (batch, n_channels, *patch) on `device`.
-    image : (channels, *shape), preprocessed; smaller ones are padded to the patch.
-    mirror_axes : axes of the patch to mirror.
-    batch_size : how many windows and mirrored copies are computed at once.
-    sides : labels that change places in mirrored copies.
-
-    Returns
-    -------
-    (n_channels, *shape) float32 on the CPU.
+    finished : after them, the slices before this one.
+    parts : blocks of output slices that can be made then. needed : the slices before this one are of no more use then.
     """
-    device = device or image.device
-    padded, inside = pad_to_patch(image, patch)
-    weight = gaussian(patch)
-    total = torch.zeros((n_channels, *padded.shape[1:]))
-    weights = torch.zeros(padded.shape[1:])
-    flips = mirrorings(mirror_axes)
-    places = windows(padded.shape[1:], patch, step)
-    for place in places:
-        weights[place] += weight
-    for batch in _chunks(itertools.product(places, flips), batch_size):
-        tiles = torch.stack([mirrored(padded[(slice(None), *place)], flip, sides) for place, flip in batch])
-        outputs = forward(tiles.to(device)).float().cpu()
-        for (place, flip), output in zip(batch, outputs, strict=True):
-            total[(slice(None), *place)] += unmirrored(output, flip, sides) * (weight / len(flips))
-    total /= weights  # in place: a second copy may not fit
-    return total[(slice(None), *inside)]
+
+    span: Span
+    finished: int
+    parts: tuple[Block, ...]
+    needed: int
 
 
-def _chunks(items: itertools.product[tuple[Window, tuple[int, ...]]], size: int) -> Iterator[list]:
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
+def spans(size: int, patch: int, step: float) -> tuple[Span, ...]:
+    """The windows along one axis; an image that is smaller than the patch lies in the middle of it."""
+    ((before, after),) = padding((size,), (patch,))
+    starts = [start - before for start in window_starts(before + size + after, patch, step)]
+    return tuple(Span(start, patch, slice(max(0, start), min(size, start + patch))) for start in starts)
 
 
-def as_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image, np.float32))
+def slice_spans(size: int, at_once: int) -> tuple[Span, ...]:
+    """The first axis for a two-dimensional network: each slice once, in windows of at most so many slices."""
+    inside = [slice(start, min(start + at_once, size)) for start in range(0, size, at_once)]
+    return tuple(Span(part.start, part.stop - part.start, part) for part in inside)
+
+
+def tile(shape: Sequence[int], patch: Sequence[int], step: float, flips: Sequence[Flip], slices: int = 1) -> Tiling:
+    """The windows of an image (z, y, x).
+
+    Parameters
+    ----------
+    patch : of three axes, or of two: such windows are `slices` slices thick, of which the network sees each alone.
+    flips : as `mirrorings` gives them.
+    """
+    first = spans(shape[0], patch[0], step) if len(patch) == 3 else slice_spans(shape[0], slices)
+    y, x = (spans(size, p, step) for size, p in zip(shape[1:], patch[-2:], strict=True))
+    return Tiling((first, y, x), tuple(flips))
+
+
+def schedule(along: Sequence[Span], parts: Sequence[Block]) -> tuple[tuple[Row, ...], int]:
+    """The rows of windows, and the most slices that are held at once.
+
+    Parameters
+    ----------
+    along : the windows along the first axis.
+    parts : blocks of output slices, in order; each tells which input slices it needs.
+    """
+    rows, left, first, depth = [], list(parts), 0, 0
+    for number, span in enumerate(along):
+        finished = along[number + 1].inside.start if number + 1 < len(along) else span.inside.stop
+        ready = sum(part.high <= finished for part in left)
+        depth = max(depth, span.inside.stop - first)
+        first = min(finished, left[ready].low) if ready < len(left) else finished
+        rows.append(Row(span, finished, tuple(left[:ready]), first))
+        del left[:ready]
+    return tuple(rows), depth
+
+
+def weight_of(patch: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """How much each voxel of a window counts: a Gaussian with a deviation of an eighth of the patch, float32.
+
+    For sums in float16 it is nnU-Net's, largest and smallest weights included.
+    """
+    weight = torch.from_numpy(gaussian_weight(patch))
+    if dtype != torch.float16:
+        return weight
+    rounded = (_LARGEST * weight).half()
+    return rounded.clamp_min(float(rounded[rounded > 0].min())).float()
+
+
+def cut(image: Tensor, place: Sequence[Span]) -> Tensor:
+    """A window (channels, z, y, x) of an image, zero outside it."""
+    inside = image[(slice(None), *(span.inside for span in place))]
+    outside = [n for span in reversed(place) for n in span.outside]
+    return F.pad(inside, outside) if any(outside) else inside
+
+
+def mirrored(window: Tensor, flip: Flip, sides: Sides | None) -> Tensor:
+    """A window (channels, z, y, x) flipped along some axes."""
+    out = window.flip([axis + 1 for axis in flip])
+    if sides is not None and sides.classes is not None and sides.axis in flip:
+        out[-1] = torch.tensor(sides.classes, dtype=out.dtype)[out[-1].long()]
+    return out

@@ -17,7 +17,7 @@ from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.interop.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.plan.schema import Plan, inherited
-from nnunet_lite.settings import AugmentationSettings, Settings
+from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
 from nnunet_lite.training.run import FORMAT, MODEL, versions
 from nnunet_lite.workspace import read_json, write_json, write_text
 
@@ -147,7 +147,8 @@ def _plan_and_run(folder: Path, dataset: Json, checkpoint: Json, file: Path) -> 
     network = planned.network.model_copy(update={"norm": norm_of(checkpoint[_WEIGHTS])})
     planned = planned.model_copy(update={"network": network})
     plan = plan.model_copy(update={"configurations": {**plan.configurations, configuration: planned}})
-    settings = Settings(recipe=trainer, augmentation=AugmentationSettings(mirror_axes=tuple(axes)))
+    same = InferenceSettings(sums="float16")  # or maps would differ from nnU-Net's in close races
+    settings = Settings(recipe=trainer, augmentation=AugmentationSettings(mirror_axes=tuple(axes)), inference=same)
     run = {"format": FORMAT, "configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
     if planned.previous_stage is not None:  # nnU-Net calls a model's folder trainer__plans__configuration
         run["previous"] = f"{folder.name.rpartition('__')[0]}__{planned.previous_stage}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -155,7 +155,7 @@ def resample_labels(
                 np.copyto(best[where], score, where=better)
         slab[background > best] = 0
 
-    _in_threads(work, range(0, target[0], _SLAB), threads)
+    in_threads(work, range(0, target[0], _SLAB), threads)
     return out
 
 
@@ -180,10 +180,7 @@ def each_slab(
     size : output slices per slab.
     threads : None for one per CPU that this process may use.
     """
-    z, y, x = (
-        _on(data, blocks(n, m, order, size if a == 0 else _BLOCK))
-        for a, (n, m, order) in enumerate(zip(data.shape[-3:], target, orders, strict=True))
-    )
+    z, y, x = operators(data, _shape(data.shape[-3:]), target, orders, size)
     bounds = _bounds(data, axis, target) if clip else None
 
     def work(part: Block) -> None:
@@ -193,7 +190,46 @@ def each_slab(
             slab = slab.clip(low, high)
         use(part.start, slab)
 
-    _in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
+    in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
+
+
+def operators(
+    like: Array, shape: Shape, target: Shape, orders: Sequence[int], size: int = _SLAB
+) -> tuple[tuple[Block, ...], tuple[Block, ...], tuple[Block, ...]]:
+    """The operators of (z, y, x), of the kind that the data is and where it lies; `size` output slices per block."""
+    rest = _BLOCK if isinstance(like, np.ndarray) else max(target)  # a GPU wants few large products
+    sizes = (size, rest, rest)
+    z, y, x = (
+        tuple(_on(like, part) for part in blocks(n, m, order, at_once))
+        for n, m, order, at_once in zip(shape, target, orders, sizes, strict=True)
+    )
+    return z, y, x
+
+
+def slab_of(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple[int, slice, Array]]:
+    """One block of the product on the first axis of (z, channels, y, x), and all of the others of it, piece by piece.
+
+    Yields the output slice, its rows, and (channels, rows, x), float32: small enough for the cache.
+    """
+    slab = _float(data[part.low : part.high])
+    if part.matrix is not None:
+        slab = (part.matrix @ slab.reshape(len(slab), -1)).reshape(-1, *slab.shape[1:])
+    for z, plane in enumerate(slab, part.start):
+        for rows, piece in _rows(plane, y, x):
+            yield z, rows, piece
+
+
+def in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None = None) -> None:
+    """Work on all parts, in one thread per CPU unless told otherwise."""
+    threads = min(threads or cpus(), len(parts))
+    with _one_blas_thread():  # its own would wait for each other after each of many small products
+        if threads < 2:
+            for part in parts:
+                work(part)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(work, parts):
+                pass
 
 
 @lru_cache(maxsize=128)
@@ -252,35 +288,31 @@ def label_boxes(labels: np.ndarray) -> Iterator[tuple[int, tuple[slice, ...]]]:
 
 def _product(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -> Array:
     """One block of the first product on the last three axes of `data`, and all of the other two of it."""
-    lead, rows, columns = data.shape[:-3], y[-1].stop, x[-1].stop
     slab = _float(data[..., part.low : part.high, :, :])
     if part.matrix is not None:
-        slab = part.matrix @ slab.reshape(*lead, part.high - part.low, -1)
-        slab = slab.reshape(*lead, part.stop - part.start, *data.shape[-2:])
+        *lead, depth, rows, columns = slab.shape
+        slab = part.matrix @ slab.reshape(*lead, depth, rows * columns)
+        slab = slab.reshape(*lead, part.stop - part.start, rows, columns)
     if y[0].matrix is None and x[0].matrix is None:
         return slab
-    out = _empty(slab, (*slab.shape[:-2], rows, columns))
-    for down in y:
-        strip = slab[..., down.low : down.high, :]
-        strip = strip if down.matrix is None else down.matrix @ strip
-        for across in x:
-            piece = strip[..., across.low : across.high]
-            piece = piece if across.matrix is None else piece @ across.matrix.T
-            out[..., down.start : down.stop, across.start : across.stop] = piece
+    out = _empty(slab, (*slab.shape[:-2], y[-1].stop, x[-1].stop))
+    for rows, piece in _rows(slab, y, x):
+        out[..., rows, :] = piece
     return out
 
 
-def _in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None) -> None:
-    """Work on all parts, in one thread per CPU unless told otherwise."""
-    threads = min(threads or cpus(), len(parts))
-    with _one_blas_thread():  # its own would wait for each other after each of many small products
-        if threads == 1:
-            for part in parts:
-                work(part)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(work, parts):
-                pass
+def _rows(slab: Array, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple[slice, Array]]:
+    """The products on the last two axes, one block of rows after the other."""
+    for down in y:
+        strip = slab[..., down.low : down.high, :]
+        strip = strip if down.matrix is None else down.matrix @ strip
+        if x[0].matrix is not None:
+            flat = strip.reshape(-1, strip.shape[-1])  # one large product is faster than many small ones
+            out = _empty(slab, (len(flat), x[-1].stop))
+            for across in x:
+                out[:, across.start : across.stop] = flat[:, across.low : across.high] @ across.matrix.T
+            strip = out.reshape(*strip.shape[:-1], -1)
+        yield slice(down.start, down.stop), strip
 
 
 _blas_limits: list[Any] = []  # one for each caller that is inside now, all the same
@@ -371,13 +403,17 @@ def _empty(like: Array, shape: Sequence[int]) -> Array:
     return np.empty(shape, np.float32) if isinstance(like, np.ndarray) else like.new_empty(shape)
 
 
-def _on(like: Array, parts: tuple[Block, ...]) -> tuple[Block, ...]:
-    """The blocks' matrices where the data is."""
-    if isinstance(like, np.ndarray) or parts[0].matrix is None:
-        return parts
+def operand(like: Array, matrix: np.ndarray) -> Array:
+    """A matrix of the kind that the data is, where that lies."""
+    if isinstance(like, np.ndarray):
+        return matrix
     import torch
 
-    return tuple(Block(p.start, p.stop, p.low, p.high, torch.from_numpy(p.matrix).to(like.device)) for p in parts)
+    return torch.from_numpy(matrix).to(like.device)
+
+
+def _on(like: Array, part: Block) -> Block:
+    return part if part.matrix is None else replace(part, matrix=operand(like, part.matrix))
 
 
 def _shape(values: Any) -> Shape:
