@@ -289,88 +289,81 @@ def fold_names(
 
 @dataclass(frozen=True)
 class Predictions:
-    """The label maps that were written, what failed (case id -> why), and the model that was used."""
+    """The label maps that were written, what failed (case id -> why), and the models that were used."""
 
     files: tuple[Path, ...]
     failed: dict[str, str]
-    model: Path
+    models: tuple[Path, ...]
     folds: tuple[str, ...]
 
 
 def predict(
-    source: Folder,
+    source: Folder | Sequence[Folder],
     out: Folder,
     *,
-    model: Folder | None = None,
-    configuration: str | None = None,
+    model: Folder | Sequence[Folder] | None = None,
+    configuration: str | Sequence[str] | None = None,
     folds: Sequence[str | int] | None = None,
+    speed: Literal["fast", "balanced", "best"] | None = None,
+    save_probabilities: str | None = None,
+    save_uncertainty: bool = False,
+    dicom_seg: bool = False,
     dataset: str | None = None,
     device: str | None = None,
     changes: dict[str, Any] | None = None,
     skip_existing: bool = False,
     workspace: Folder | None = None,
 ) -> Predictions:
-    """Segment an image or a folder of images.
+    """Segment images.
 
     Parameters
     ----------
-    source : a file, or a folder of any mix of supported formats.
+    source : files, DICOM series, or folders of any mix of supported formats.
     model : a model folder, ours or nnU-Net's, or an exported zip; by default the trained one of the current data set
-        (says which).
-    configuration : take a model of this configuration.
+        (says which). Several vote with the mean of their probabilities.
+    configuration : take a model of this configuration, or of each of several, which then vote.
     folds : networks to average; default: all trained folds.
+    speed : best: as the model's settings say; balanced: without mirrored copies; fast: by one fold, and with windows
+        that overlap less, too. What is given besides, such as `folds`, stands.
+    save_probabilities : "all", or names of labels with commas: maps for them in `out`/probabilities.
+    save_uncertainty : maps of entropy and of the folds' disagreement in `out`/uncertainty.
+    dicom_seg : write a DICOM segmentation of each DICOM series.
     changes : of the `inference` settings, e.g. {"inference.mirroring": False}.
     skip_existing : keep label maps that are there already.
     """
-    from nnunet_lite.data.dataset import find_cases
+    from nnunet_lite.data.cases import find_all_cases
     from nnunet_lite.data.problems import plural
-    from nnunet_lite.inference.predictor import load, predict_cases, read_model
-    from nnunet_lite.interop.model import native, relocated
-    from nnunet_lite.interop.unpack import unpacked
+    from nnunet_lite.inference.folder import predict_cases
+    from nnunet_lite.inference.maps import Wanted, wanted_labels
+    from nnunet_lite.inference.predictor import read_model
+    from nnunet_lite.models import SPEEDS, choose_model, first_fold, in_our_form, load_all
 
-    folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
-    with unpacked(folder) as path, native(path, folds) as ours:
-        cases = find_cases(Path(source), len(read_model(ours)[0].channels))
-        loaded = relocated(load(ours, folds, device, changes), folder)
+    paths = None if model else current_paths(workspace, dataset)
+    names: Sequence[str | None] = [configuration] if configuration is None else _listed(configuration)
+    folders = [choose_model(paths, name) for name in names] if paths else [Path(one) for one in _listed(model or ())]
+    if speed == "fast" and folds is None:
+        folds = first_fold(folders)
+    with in_our_form(folders, folds) as ours:
+        plan = read_model(ours[0])[0]
+        cases = find_all_cases([Path(one) for one in _listed(source)], len(plan.channels))
+        asked = () if save_probabilities is None else wanted_labels(save_probabilities, plan.labels)
+        loaded = load_all(folders, ours, folds, device, {**SPEEDS[speed or "best"], **(changes or {})})
     if loaded.device.type == "cpu":
         from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
 
         keep_freed_memory()
-    where = f"{loaded.device}, {loaded.arithmetic.precision}"
-    stages = [loaded] if loaded.previous is None else [loaded.previous, loaded]
-    models = ", then ".join(f"{model.folder} (fold {', '.join(model.folds)})" for model in stages)
-    log.info(f"predicting {plural(len(cases), 'image')} with {models} on {where}")
-    files, failed = predict_cases(loaded, cases, Path(out), skip_existing=skip_existing, show=log.progress)
-    return Predictions(tuple(files), failed, folder, loaded.folds)
+    log.info(
+        f"predicting {plural(len(cases), 'image')} with {loaded} on {loaded.device}, {loaded.arithmetic.precision}"
+    )
+    files, failed = predict_cases(
+        loaded, cases, Path(out), wanted=Wanted(asked, save_uncertainty), dicom_seg=dicom_seg,
+        skip_existing=skip_existing, show=log.progress,
+    )  # fmt: skip
+    return Predictions(tuple(files), failed, tuple(folders), loaded.folds)
 
 
-def choose_model(paths: Paths, configuration: str | None = None) -> Path:
-    """The trained model with the most folds, of equals the one that scored best on its held-out cases.
-
-    The first stage of a cascade whose second stage is trained does not count, unless it is asked for.
-
-    Raises
-    ------
-    UserError : nothing is trained (of that configuration).
-    """
-    from nnunet_lite.evaluation.crossval import mean_dice
-    from nnunet_lite.training.run import first_training, model_folders, trained_folds
-
-    runs = {folder: read_json(folder / "run.json") for folder in model_folders(paths) if trained_folds(folder)}
-    first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
-    found = [
-        (len(folds := trained_folds(folder)), max(mean_dice(folder, fold) or 0.0 for fold in folds), folder)
-        for folder, run in runs.items()
-        if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
-    ]
-    if not found:
-        of = f" {configuration}" if configuration else ""
-        raise UserError(f"no{of} model of {paths.name} is trained", paths.models, f"Run `{first_training(paths)}`.")
-    n_folds, dice, best = max(found)
-    if len(found) > 1:
-        why = f"most folds ({n_folds}), then best Dice on held-out cases ({dice:.3f})"
-        log.info(f"{len(found)} models are trained; taking {best.name}: {why}. -m takes another")
-    return best
+def _listed(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | Path) else list(given)
 
 
 def import_model(
@@ -423,6 +416,7 @@ def export_model(
     """
     from nnunet_lite.interop.model import export_model as export_folder
     from nnunet_lite.interop.model import native
+    from nnunet_lite.models import choose_model
 
     folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
     if format == "nnunet":

@@ -52,6 +52,14 @@ class ModelFormat(StrEnum):
     nnunet = "nnunet"
 
 
+class Speed(StrEnum):
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
+_PROBABILITIES = "--save-probabilities"
+
 Workspace = Annotated[
     Path | None,
     typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
@@ -84,7 +92,7 @@ _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectory
 def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
     try:
-        code = app(sys.argv[1:] or ["--help"], prog_name="nnlite", standalone_mode=False)
+        code = app(_spelled_out(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == _INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
@@ -107,6 +115,15 @@ def main() -> None:
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
         sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """`--save-probabilities` without labels means all of them; typer knows no optional values."""
+    following = [*arguments[1:], "-"]
+    out = []
+    for argument, after in zip(arguments, following, strict=True):
+        out += [argument, "all"] if argument == _PROBABILITIES and after.startswith("-") else [argument]
+    return out
 
 
 def _fail(message: str, code: int) -> int:
@@ -307,14 +324,35 @@ def train(
 
 @app.command()
 def predict(
-    source: Annotated[Path, typer.Option("-i", "--input", help="Image, or folder of images.")],
+    source: Annotated[
+        list[Path], typer.Option("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model folder [the trained one].")] = None,
-    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option("-m", "--model", help="Model folder [the trained one]; several vote together."),
+    ] = None,
+    configuration: Annotated[
+        list[str] | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together.")
+    ] = None,
     folds: Annotated[list[str] | None, typer.Option("-f", "--fold", help="Networks to average [all trained].")] = None,
+    speed: Annotated[
+        Speed | None, typer.Option(help="balanced: no mirrored copies; fast: one fold, fewer windows, too [best].")
+    ] = None,
     mirroring: Annotated[bool | None, typer.Option(help="Average over mirrored copies: 4 to 8 times slower.")] = None,
     step_size: Annotated[float | None, typer.Option(help="Distance of windows as a share of the patch.")] = None,
     precision: Precision = None,
+    max_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Beside the image; of the GPU's as well [80 % of what is free].")
+    ] = None,
+    save_probabilities: Annotated[
+        str | None,
+        typer.Option(_PROBABILITIES, metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),
+    ] = None,
+    save_uncertainty: Annotated[
+        bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
+    ] = False,
+    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
     device: Device = None,
     skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that are there.")] = False,
     assignments: SetOptions = None,
@@ -329,12 +367,16 @@ def predict(
         "inference.mirroring": mirroring,
         "inference.step_size": step_size,
         "inference.precision": precision,
+        "inference.max_memory": max_memory,
     }
     done = api.predict(
-        source, out, model=model, configuration=configuration, folds=folds, dataset=dataset, device=device,
+        source, out, model=model or None, configuration=configuration or None, folds=folds or None,
+        speed=None if speed is None else speed.value, save_probabilities=save_probabilities,
+        save_uncertainty=save_uncertainty, dicom_seg=dicom_seg, dataset=dataset, device=device,
         changes=_changes(flags, assignments), skip_existing=skip_existing, workspace=workspace,
     )  # fmt: skip
-    result = {"files": [str(path) for path in done.files], "failed": done.failed, "model": str(done.model)}
+    models = [str(folder) for folder in done.models]
+    result = {"files": [str(path) for path in done.files], "failed": done.failed, "models": models}
     _show(result, f"{plural(len(done.files), 'label map')} in {out}", as_json)
     for case, why in done.failed.items():
         log.info(f"failed: {case}: {why}")

@@ -347,3 +347,30 @@ def test_names() -> None:
     assert stem(Path("x.PNG")) == "x"
     endings = (".jpg", ".mhd", ".par", ".nii.gz", ".png")
     assert [label_suffix(s) for s in endings] == [".png", ".mha", ".nii.gz", ".nii.gz", ".png"]
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (0, 4), (2, 0)])
+def test_the_header_of_a_nifti_is_carried_over(tmp_path: Path, codes: tuple[int, int]) -> None:
+    import nibabel
+
+    data = np.arange(4 * 5 * 6 * 2, dtype=np.int16).reshape(4, 5, 6, 2)
+    turned = nibabel.Nifti1Image(data, None)
+    affine = np.array([[0, -1.5, 0, 7], [0.9, 0, 0, -3], [0, 0, 2.5, 11], [0, 0, 0, 1]], float)
+    turned.header.set_xyzt_units("mm", "sec")
+    turned.header.set_slope_inter(0.5, -3)
+    turned.set_qform(affine if codes[0] else None, codes[0])
+    turned.set_sform(affine if codes[1] else None, codes[1])
+    nibabel.save(turned, tmp_path / "image.nii.gz")
+    image = read_image(tmp_path / "image.nii.gz")
+    labels = (image.array[0] % 3 == 0).astype(np.uint8)
+    write_label(tmp_path / "label.nii.gz", labels, image.geometry, like=tmp_path / "image.nii.gz")
+    written = nibabel.load(tmp_path / "label.nii.gz")
+    assert isinstance(written, nibabel.Nifti1Image)
+    assert (int(written.header["qform_code"]), int(written.header["sform_code"])) == codes
+    np.testing.assert_allclose(written.affine, affine, atol=1e-5)
+    assert written.shape == (4, 5, 6) and written.get_data_dtype() == np.uint8
+    assert written.header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_array_equal(np.asarray(written.dataobj), labels.T)
+    again, geometry, _ = read_label(tmp_path / "label.nii.gz")
+    np.testing.assert_array_equal(again, labels)
+    assert geometry == image.geometry

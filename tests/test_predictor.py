@@ -17,10 +17,10 @@ from nnunet_lite.data.dataset import Case, find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.predictor import (
     Model,
     load,
-    predict_cases,
     predict_image,
     predict_preprocessed,
     sides_of,

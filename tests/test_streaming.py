@@ -19,10 +19,10 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.footprint import logits_orders, plan_memory
+from nnunet_lite.inference.footprint import Request, logits_orders, plan_memory
 from nnunet_lite.inference.passes import Passes, passes_of
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.inference.streaming import predict_labels, predict_logits
+from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
 from nnunet_lite.inference.tiles import Sides, mirrorings, window_starts
 from nnunet_lite.inference.windows import weight_of
 from nnunet_lite.network.arithmetic import Arithmetic
@@ -97,10 +97,10 @@ def agreement(
     )
     expected = restore_segmentation(predict_logits(whole, image), place, labels, resampling)
     assert len(np.unique(expected)) > 2
-    footprint = plan_memory(passes, place, labels, resampling, 0.5)
+    (footprint,) = plan_memory([request := Request(passes, place, resampling)], labels, 0.5)
     if dtype is not None:
         footprint = replace(footprint, dtype=dtype)
-    found = predict_labels(passes, image, place, labels, resampling, footprint)
+    found = predict_labels(opened(request, image, footprint), place, labels)
     assert found.shape == place.geometry.shape and found.dtype == expected.dtype
     return float((found == expected).mean())
 
@@ -236,8 +236,9 @@ def test_trained_networks(tiny_model: Path, hippocampus: Path) -> None:
         passes = passes_of(model.networks, model.configuration, labels.n_channels, model.arithmetic, CPU)
         shown = torch.from_numpy(ready.image)
         expected = restore_segmentation(predict_logits(passes, shown), ready.placement, labels, how)
-        footprint = plan_memory(passes, ready.placement, labels, how, 0.5)
-        found = predict_labels(passes, shown, ready.placement, labels, how, footprint)
+        request = Request(passes, ready.placement, how)
+        (footprint,) = plan_memory([request], labels, 0.5)
+        found = predict_labels(opened(request, shown, footprint), ready.placement, labels)
         assert len(np.unique(found)) > 1
         assert (found == expected).mean() > 0.9999
 
@@ -255,10 +256,10 @@ def test_windows_of_nothing_may_be_left_out() -> None:
             return forward(x)
 
         passes, labels = replace(passes, forward=counted), labels_of(n_classes)
-        footprint = plan_memory(passes, place, labels, Resampling(), 0.5)
+        request = Request(passes, place, Resampling())
+        (footprint,) = plan_memory([request], labels, 0.5)
         full, less = (
-            predict_labels(passes, image, place, labels, Resampling(), footprint, skip_empty=skip)
-            for skip in (False, True)
+            predict_labels(opened(request, image, footprint, skip_empty=skip), place, labels) for skip in (False, True)
         )
         assert sum(seen) == 9 * 4 + 3 * 4, "two windows reach slices 8 to 12, and none those from 16 on"
         assert np.array_equal(less[:9], full[:9])
@@ -269,12 +270,13 @@ def test_what_fits_is_found_and_what_does_not_is_refused() -> None:
     place, labels, how = placed((100, 60, 60), (200, 120, 120)), labels_of(20), Resampling()
     configuration = configured((32, 32, 32))
     passes = passes_of(random_networks(configuration, 20), configuration, 20, FP32, CPU)
-    roomy = plan_memory(passes, place, labels, how, 0.5)
+    request = Request(passes, place, how)
+    (roomy,) = plan_memory([request], labels, 0.5)
     assert (roomy.batch_size, roomy.dtype) == (passes.at_once, torch.float32)
     found, limit = [roomy], roomy.host
     with pytest.raises(UserError, match=r"takes 0\.0\d GB of memory at least, 0\.0\d GB may be used\. Raise --max-mem"):
         while limit := int(0.98 * limit):
-            found.append(plan_memory(passes, place, labels, how, 0.5, limit))
+            found += plan_memory([request], labels, 0.5, limit)
             assert found[-1].host <= limit
     assert (found[-1].batch_size, found[-1].dtype) == (1, torch.float16)
     assert {plan.batch_size for plan in found} == {8, 4, 2, 1}
@@ -284,9 +286,9 @@ MEASURED = """
 import os
 import torch
 from test_streaming import CPU, FP32, configured, labels_of, placed, random_networks
-from nnunet_lite.inference.footprint import plan_memory
+from nnunet_lite.inference.footprint import Request, plan_memory
 from nnunet_lite.inference.passes import passes_of
-from nnunet_lite.inference.streaming import predict_labels
+from nnunet_lite.inference.streaming import opened, predict_labels
 from nnunet_lite.plan.schema import Resampling
 
 def peak():
@@ -299,9 +301,10 @@ passes = passes_of(random_networks(configuration, 40), configuration, 40, FP32, 
 for slices in (64, 64, 128, 512):
     place = placed((slices, 96, 96), (slices * 3 // 2, 144, 144))
     image = torch.zeros(1, slices, 96, 96).normal_()
-    footprint = plan_memory(passes, place, labels, Resampling(), 1.0)
+    request = Request(passes, place, Resampling())
+    (footprint,) = plan_memory([request], labels, 1.0)
     before = peak()
-    out = predict_labels(passes, image, place, labels, Resampling(), footprint)
+    out = predict_labels(opened(request, image, footprint), place, labels)
     print(peak() - before, footprint.host, image.nbytes + out.nbytes)
 """
 

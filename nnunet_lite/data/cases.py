@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,23 @@ def find_cases(source: Path, channels: int) -> list[Case]:
             raise UserError(f"{names} are the same case {case.id!r}", source, "Rename or remove one.")
         seen[case.id] = case
     return cases
+
+
+def find_all_cases(sources: Sequence[Path], channels: int) -> list[Case]:
+    """The cases to predict in several files and folders.
+
+    Raises
+    ------
+    UserError : as `find_cases`, or two sources hold a case of the same name.
+    """
+    found: dict[str, tuple[Case, Path]] = {}
+    for source in sources:
+        for case in find_cases(source, channels):
+            other = found.setdefault(case.id, (case, source))
+            if set(other[0].images) != set(case.images):
+                what = f"holds case {case.id!r}, and so does {other[1]}: their label maps would be one file"
+                raise UserError(what, source, "Predict them into two folders.")
+    return [case for case, _ in found.values()]
 
 
 def _of_file(path: Path, channels: int) -> list[Case]:

@@ -300,14 +300,43 @@ def _write_itk(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     sitk.WriteImage(image, str(path), useCompression=suffix_of(path) not in (".nii", ".bmp"))
 
 
+def write_nifti_like(path: Path, array: np.ndarray, like: Path) -> None:
+    """Write integers (z, y, x) as NIfTI with the header of a NIfTI image on the same grid."""
+    import nibabel
+
+    source = nibabel.load(like)
+    header = source.header.copy()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # the image's window
+    header.set_intent("none")
+    flat = len(source.shape) == 2
+    data = array[0].T if flat else array.transpose(2, 1, 0)
+    nibabel.save(source.__class__(data, None, header), path)
+
+
+def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int) -> None:
+    """Write shares of one, stored as integers (z, y, x) up to `steps`, as NIfTI that programs show as 0 to 1."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), _ras(geometry))
+    image.header.set_slope_inter(1 / steps, 0)
+    nibabel.save(image, path)
+
+
+def _ras(geometry: Geometry) -> np.ndarray:
+    """The affine (4, 4) from voxels (x, y, z) to RAS mm."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * geometry.spacing[::-1]
+    affine[:3, 3] = geometry.origin
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
 def _write_nibabel(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     """MGH, and NIfTI with a sheared affine, which ITK would straighten."""
     import nibabel
 
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * geometry.spacing[::-1]
-    affine[:3, 3] = geometry.origin
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    affine = _ras(geometry)
     if suffix_of(path) in NIFTI:
         nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), affine), path)
         return

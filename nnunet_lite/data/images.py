@@ -9,6 +9,7 @@ import numpy as np
 
 from nnunet_lite.data.dicom import is_series, read_series, series_geometry
 from nnunet_lite.data.formats import (
+    NIFTI,
     PICTURES,
     SUFFIXES,
     fits_picture,
@@ -20,6 +21,7 @@ from nnunet_lite.data.formats import (
     stem,
     suffix_of,
     write_file,
+    write_nifti_like,
 )
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import smallest_dtype
@@ -31,6 +33,7 @@ __all__ = [
     "SUFFIXES",
     "Geometry",
     "Image",
+    "is_dicom",
     "is_image",
     "label_suffix",
     "read_geometry",
@@ -59,6 +62,11 @@ def is_image(path: Path) -> bool:
     return not path.name.startswith(".") and suffix_of(path) != ""
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a path is a DICOM series: its folder, or one of its files."""
+    return not suffix_of(path) and is_series(path)
+
+
 def label_suffix(suffix: str) -> str:
     """The ending for label maps of images with this ending: the same where that can be written, whole, in one file.
 
@@ -77,7 +85,7 @@ def read_image(path: str | Path) -> Image:
         series that is no volume.
     """
     path = Path(path)
-    if _is_dicom(path):
+    if is_dicom(path):
         return Image(*read_series(path))
     array, geometry = read_file(path)
     array, notes = _without_alpha(path, array)
@@ -137,7 +145,7 @@ def read_label(path: str | Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]
 def read_geometry(path: str | Path) -> tuple[Geometry, int]:
     """Geometry and number of channels, from the header alone where the format allows."""
     path = Path(path)
-    if _is_dicom(path):
+    if is_dicom(path):
         return series_geometry(path), 1
     must_be_readable(path)
     header = read_header(path)
@@ -148,10 +156,15 @@ def read_geometry(path: str | Path) -> tuple[Geometry, int]:
     return geometry, channels - _has_alpha(path, channels)
 
 
-def write_label(path: str | Path, array: np.ndarray, geometry: Geometry) -> None:
+def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: Path | None = None) -> None:
     """Write a label map (z, y, x) of integers in the format of the path's ending, whole or not at all.
 
     Shape, spacing, origin and direction are the geometry's; types wider than 16 bit shrink to what the values need.
+
+    Parameters
+    ----------
+    like : the image that the geometry was read from. Where both are NIfTI the header is carried over: qform, sform,
+        their codes and units.
 
     Raises
     ------
@@ -169,13 +182,12 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry) -> None
     if suffix in PICTURES:
         fits_picture(path, array, geometry)
     with atomic(path) as temporary:
-        write_file(temporary, array, geometry)
+        if like is not None and suffix_of(like) in NIFTI and suffix in NIFTI:
+            write_nifti_like(temporary, array, like)
+        else:
+            write_file(temporary, array, geometry)
     if suffix in (".tif", ".tiff") and geometry.dimensions == 3 and geometry.spacing != (1.0, 1.0, 1.0):
         write_json(path.with_name(stem(path) + ".json"), {"spacing": list(geometry.spacing)})
-
-
-def _is_dicom(path: Path) -> bool:
-    return not suffix_of(path) and is_series(path)
 
 
 def _without_alpha(path: Path, array: np.ndarray) -> tuple[np.ndarray, list[str]]:

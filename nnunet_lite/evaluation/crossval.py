@@ -11,7 +11,8 @@ from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
-from nnunet_lite.inference.predictor import load, output_file, predict_cases
+from nnunet_lite.inference.folder import output_file, predict_cases
+from nnunet_lite.inference.predictor import load
 from nnunet_lite.training.previous import read_map
 from nnunet_lite.workspace import read_json, write_json, write_text
 

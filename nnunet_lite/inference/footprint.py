@@ -6,7 +6,7 @@ The image, the networks and Python itself are there already and are not counted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -58,37 +58,64 @@ class Footprint:
         return f"{what}, sums in {kind} on {self.where.type}: {self.host / GB:.1f} GB of memory{gpu}"
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be predicted: networks, and where the image that was preprocessed for them lies."""
+
+    passes: Passes
+    placement: Placement
+    resampling: Resampling
+
+
 def plan_memory(
-    passes: Passes, placement: Placement, labels: Labels, resampling: Resampling, step: float, most: int | None = None
-) -> Footprint:
-    """The fastest way to predict an image that fits.
+    requests: Sequence[Request], labels: Labels, step: float, most: int | None = None
+) -> tuple[Footprint, ...]:
+    """The fastest way that fits to predict an image, or one image in several ways slab by slab.
 
     Parameters
     ----------
     step : distance of two windows as a share of the patch.
-    most : bytes, of the machine and of the GPU each; by default 80 % of what is free.
+    most : bytes, of the machine and of the GPU each; by default 80 % of what is free. Each request gets an equal share.
 
     Raises
     ------
     UserError : nothing fits; says how much the least would need.
     """
-    device, found = passes.device, None
-    host_limit, device_limit = (int(SHARE * n) if most is None else most for n in (free_memory(), _free_on(device)))
-    places = [device] if device.type == "cpu" else [device, torch.device("cpu")]
-    kinds = (torch.float16,) if passes.half else (torch.float32, torch.float16)
-    for where, dtype in itertools.product(places, kinds):
-        for at_once in _halves(passes.at_once):
-            found = _footprint(passes, placement, labels, resampling, step, at_once, dtype, where)
-            if found.host <= host_limit and found.device <= device_limit:
-                return found
-    assert found is not None
-    short = found.host > host_limit
-    needed, limit = (found.host, host_limit) if short else (found.device, device_limit)
+    device = requests[0].passes.device
+    limits = tuple(int(SHARE * n) if most is None else most for n in (free_memory(), _free_on(device)))
+    slab = min(_slab(request) for request in requests)
+    ways = [list(_ways(request, labels, step, slab)) for request in requests]
+    for where in dict.fromkeys((device, torch.device("cpu"))):  # sums lie in one place, so that they can be compared
+        chosen = [_first_that_fits(found, where, [n // len(requests) for n in limits]) for found in ways]
+        if all(chosen):
+            return tuple(footprint for footprint in chosen if footprint)
+    least = [found[-1] for found in ways]
+    needed = [max(footprint.host for footprint in least), max(footprint.device for footprint in least)]
+    host, gpu = (len(requests) * n for n in needed)
+    short, number, limit = ("memory", host, limits[0]) if host > limits[0] else ("GPU memory", gpu, limits[1])
     raise UserError(
-        f"to predict this image takes {needed / GB:.2f} GB of {'memory' if short else 'GPU memory'} at least, "
-        f"{limit / GB:.2f} GB may be used",
+        f"to predict this image takes {number / GB:.2f} GB of {short} at least, {limit / GB:.2f} GB may be used",
         fix="Raise --max-memory." if most is not None else "Use a machine with more memory.",
     )
+
+
+def _ways(request: Request, labels: Labels, step: float, slab: int) -> Iterator[Footprint]:
+    """How an image can be predicted, the fastest first and the smallest last."""
+    passes = request.passes
+    kinds = (torch.float16,) if passes.half else (torch.float32, torch.float16)
+    for where, dtype in itertools.product(dict.fromkeys((passes.device, torch.device("cpu"))), kinds):
+        for at_once in _halves(passes.at_once):
+            yield _footprint(request, labels, step, at_once, dtype, where, slab)
+
+
+def _first_that_fits(ways: Iterable[Footprint], where: torch.device, limits: Sequence[int]) -> Footprint | None:
+    host, device = limits
+    return next((w for w in ways if w.where == where and w.host <= host and w.device <= device), None)
+
+
+def _slab(request: Request) -> int:
+    """Output slices that are made at once."""
+    return int(np.clip(_SLAB_VALUES // (request.passes.held * prod(request.placement.shape[1:])), 1, _SLAB))
 
 
 def tiling_of(passes: Passes, shape: Sequence[int], step: float, at_once: int) -> tuple[Tiling, int]:
@@ -108,21 +135,14 @@ def logits_orders(placement: Placement, resampling: Resampling) -> tuple[int, in
 
 
 def _footprint(
-    passes: Passes,
-    placement: Placement,
-    labels: Labels,
-    resampling: Resampling,
-    step: float,
-    at_once: int,
-    dtype: torch.dtype,
-    where: torch.device,
+    request: Request, labels: Labels, step: float, at_once: int, dtype: torch.dtype, where: torch.device, slab: int
 ) -> Footprint:
     """Count what `at_once` windows, and sums of some type in some place, take."""
+    passes, placement = request.passes, request.placement
     tiling, batch_size = tiling_of(passes, placement.shape, step, at_once)
     plane = passes.held * prod(placement.shape[1:])
-    slab = int(np.clip(_SLAB_VALUES // plane, 1, _SLAB))
     low, high = placement.box[0]
-    parts = blocks(placement.shape[0], high - low, logits_orders(placement, resampling)[0], slab)
+    parts = blocks(placement.shape[0], high - low, logits_orders(placement, request.resampling)[0], slab)
     depth, band = schedule(tiling.axes[0], parts)[1], max(part.high - part.low for part in parts)
     threads = cpus() if where.type == "cpu" else 1
     sums = depth * plane * dtype.itemsize + threads * (slab + band) * plane * 4

@@ -1,9 +1,8 @@
-"""A trained model: loading it, and predicting arrays, images and folders with it."""
+"""A trained model: loading it, and predicting arrays and images with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +12,11 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.budget import GB, free_memory
-from nnunet_lite.data.dataset import Case
-from nnunet_lite.data.images import Image, label_suffix, read_image, suffix_of, write_label
-from nnunet_lite.errors import UserError, describe
-from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_case, ready_image
+from nnunet_lite.data.images import Image, read_image
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_image
 from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.preprocess.pipeline import preprocess
+from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.training.run import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.workspace import read_json
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from nnunet_lite.inference.maps import NewMap, Wanted
     from nnunet_lite.inference.passes import Passes
     from nnunet_lite.inference.tiles import Sides
     from nnunet_lite.network.arithmetic import Arithmetic
@@ -38,7 +37,7 @@ class Model:
 
     `model(array, spacing)` or `model("scan.nii.gz")` returns the label map (z, y, x) with the data set's values.
     `previous` is the first stage of a cascade, which predicts an image before this model does; `sides` are the labels
-    that change places in mirrored copies.
+    that change places in mirrored copies; `partners` are models whose probabilities are averaged with this one's.
     """
 
     folder: Path
@@ -52,6 +51,12 @@ class Model:
     arithmetic: Arithmetic
     previous: Model | None = None
     sides: Sides | None = None
+    partners: tuple[Model, ...] = ()
+
+    def __str__(self) -> str:
+        before = "" if self.previous is None else f"{self.previous}, then "
+        partners = "".join(f" and {partner}" for partner in self.partners)
+        return f"{before}{self.folder} (fold {', '.join(self.folds)}){partners}"
 
     @property
     def configuration(self) -> Configuration:
@@ -184,7 +189,7 @@ def predict_image(model: Model, image: Image) -> np.ndarray:
     ------
     UserError : the image has another number of channels than the model.
     """
-    return _segment(model, ready_image(model, image))
+    return segment(model, ready_image(model, image))
 
 
 def predict_preprocessed(model: Model, image: np.ndarray, previous: np.ndarray | None = None) -> Tensor:
@@ -231,87 +236,63 @@ def _shown(image: np.ndarray, previous: np.ndarray | None) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(channels, np.float32))
 
 
-def predict_cases(
+def segment(
     model: Model,
-    cases: Sequence[Case],
-    out: Path,
-    *,
-    skip_existing: bool = False,
-    show: Callable[[Iterable[Case], int, str], Iterable[Case]] = lambda cases, total, what: cases,
-    previous: Callable[[str], np.ndarray] | None = None,
-) -> tuple[list[Path], dict[str, str]]:
-    """Predict cases into a folder, one label map each, in the format of its image.
-
-    The next case is read and prepared, and the last one written, while the network works. A case that fails does not
-    stop the others.
+    ready: Ready,
+    previous: np.ndarray | None = None,
+    wanted: Wanted | None = None,
+    new_map: NewMap | None = None,
+) -> np.ndarray:
+    """Label map (z, y, x) of a prepared image.
 
     Parameters
     ----------
-    previous : gives the classes that a case's previous stage predicts on the grid of its preprocessed array, for the
-        second stage of a cascade that was loaded alone.
-
-    Returns
-    -------
-    The label maps (those that were there before too), and case id -> what was wrong for the cases that failed.
-
-    Raises
-    ------
-    UserError : a label map would overwrite an input.
+    previous : (z, y, x) what the previous stage of a cascade that was loaded alone predicts, on the network's grid.
+    wanted, new_map : maps to make beside it, see `inference.maps`.
     """
-    targets = {case.id: output_file(case, out) for case in cases}
-    inputs = {path.resolve() for case in cases for path in case.images}
-    if overwritten := next((path for path in targets.values() if path.resolve() in inputs), None):
-        raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
-    out.mkdir(parents=True, exist_ok=True)
-    done = [path for path in targets.values() if skip_existing and path.is_file()]
-    todo = [case for case in cases if targets[case.id] not in done]
-    failed: dict[str, str] = {}
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        ahead: list[Future[Ready]] = []
-        written: list[tuple[Case, Future[None]]] = []
-        for i, case in enumerate(show(todo, len(todo), "predict")):
-            ahead += [reader.submit(ready_case, model, c) for c in todo[i + len(ahead) : i + 2]]
-            try:
-                ready = ahead.pop(0).result()
-                segmentation = _segment(model, ready, None if previous is None else previous(case.id))
-            except Exception as error:  # whatever is wrong with one case, the others are predicted
-                failed[case.id] = describe(error)
-                continue
-            geometry = ready.prepared.placement.geometry
-            written.append((case, writer.submit(write_label, targets[case.id], segmentation, geometry)))
-        for case, future in written:
-            try:
-                future.result()
-                done.append(targets[case.id])
-            except Exception as error:
-                failed[case.id] = describe(error)
-    return sorted(done), failed
+    from nnunet_lite.inference.footprint import Request, plan_memory
+    from nnunet_lite.inference.maps import Wanted, predict_maps
+    from nnunet_lite.inference.streaming import opened, predict_labels
 
-
-def output_file(case: Case, out: Path) -> Path:
-    """Where the label map of a case goes: its id, in the format of its image."""
-    return out / f"{case.id}{label_suffix(suffix_of(case.images[0]))}"
-
-
-def _segment(model: Model, ready: Ready, previous: np.ndarray | None = None) -> np.ndarray:
-    """Label map (z, y, x) of a prepared image; of a cascade, its first stage's label map is the second one's input."""
-    prepared = ready.prepared
-    if model.previous is not None and ready.image is not None:
-        before = as_classes(_segment(model.previous, ready), model.plan.labels)
-        prepared = preprocess(ready.image, before, model.plan, model.configuration)
-        previous = prepared.classes
-    from nnunet_lite.inference.footprint import plan_memory
-    from nnunet_lite.inference.streaming import predict_labels
-
-    place, labels, resampling = prepared.placement, model.plan.labels, model.configuration.resampling
-    passes = _passes(model, previous is not None)
+    wanted = wanted or Wanted()
+    members = (model, *model.partners)
+    requests, images = [], []
+    for member in members:
+        prepared, before = _prepared(member, ready, previous)
+        shown = _shown(prepared.image, before)
+        for networks in [(network,) for network in member.networks] if wanted.uncertainty else [member.networks]:
+            passes = _passes(replace(member, networks=networks), before is not None)
+            requests.append(Request(passes, prepared.placement, member.configuration.resampling))
+            images.append(shown)
     most = None if model.settings.max_memory is None else int(model.settings.max_memory * GB)
-    footprint = plan_memory(passes, place, labels, resampling, model.settings.step_size, most)
-    _tell(str(footprint))
+    footprints = plan_memory(requests, model.plan.labels, model.settings.step_size, most)
+    for footprint in footprints:
+        _tell(str(footprint))
+    skip = _skips_empty(model)
+    streams = [opened(*one, skip_empty=skip) for one in zip(requests, images, footprints, strict=True)]
+    place, labels = requests[0].placement, model.plan.labels
+    if len(streams) == 1 and not wanted:
+        return predict_labels(streams[0], place, labels)
+    left = iter(streams)
+    models = [[next(left) for _ in range(len(m.networks) if wanted.uncertainty else 1)] for m in members]
+    return predict_maps(models, place, labels, wanted, new_map or (lambda _: np.zeros(place.geometry.shape, np.uint8)))
+
+
+def _prepared(model: Model, ready: Ready, previous: np.ndarray | None) -> tuple[Preprocessed, np.ndarray | None]:
+    """An image as a model wants it; of a cascade with what its first stage says, on the grid of the second."""
+    if model.previous is not None and ready.image is not None:
+        before = as_classes(segment(model.previous, ready), model.plan.labels)
+        prepared = preprocess(ready.image, before, model.plan, model.configuration)
+        return prepared, prepared.classes
+    if (ready.plan, ready.configuration) == (model.plan, model.configuration):
+        return ready.prepared, previous
+    assert ready.image is not None
+    return preprocess(ready.image, None, model.plan, model.configuration), previous
+
+
+def _skips_empty(model: Model) -> bool:
     skip = model.settings.skip_empty
-    skip = any(channel.use_mask for channel in model.plan.channels) if skip == "auto" else skip
-    shown = _shown(prepared.image, previous)
-    return predict_labels(passes, shown, place, labels, resampling, footprint, skip_empty=skip)
+    return any(channel.use_mask for channel in model.plan.channels) if skip == "auto" else skip
 
 
 @lru_cache

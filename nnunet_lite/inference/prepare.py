@@ -13,6 +13,7 @@ from nnunet_lite.data.images import Geometry, Image, read_images, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
 
 if TYPE_CHECKING:
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ready:
-    """An image prepared for the network that sees it first; as read only where a second stage has yet to see it."""
+    """An image prepared for one configuration; as read only where others have yet to see it."""
 
     prepared: Preprocessed
+    plan: Plan
+    configuration: Configuration
     image: Image | None
 
 
@@ -59,7 +62,8 @@ def ready_image(model: Model, image: Image) -> Ready:
             f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
         )
     first = model.previous or model
-    return Ready(preprocess(image, None, first.plan, first.configuration), image if model.previous else None)
+    prepared = preprocess(image, None, first.plan, first.configuration)
+    return Ready(prepared, first.plan, first.configuration, image if model.previous or model.partners else None)
 
 
 def as_image(array: np.ndarray, spacing: Sequence[float]) -> Image:

@@ -12,23 +12,21 @@ resampled, and the logits of a few thousand voxels at a time are made of them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_lite.data.crop import slices
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.inference.footprint import Footprint, logits_orders, tiling_of
+from nnunet_lite.inference.footprint import Footprint, Request, logits_orders, tiling_of
 from nnunet_lite.inference.passes import Passes
 from nnunet_lite.inference.tiles import Sides
 from nnunet_lite.inference.windows import Flip, Span, Tiling, cut, mirrored, schedule, weight_of
-from nnunet_lite.plan.schema import Resampling
 from nnunet_lite.preprocess.decide import decide, written_values
-from nnunet_lite.preprocess.pipeline import Placement
+from nnunet_lite.preprocess.pipeline import Placement, cropped_shape, empty_map
 from nnunet_lite.preprocess.resample import Block, blocks, in_threads, operand, operators, slab_of
 
 Place = tuple[Span, ...]  # of a window
@@ -36,43 +34,63 @@ Place = tuple[Span, ...]  # of a window
 _SLICES = 16  # of a whole prediction that are handed over at once
 
 
-def predict_labels(
-    passes: Passes,
-    image: Tensor,
-    placement: Placement,
-    labels: Labels,
-    resampling: Resampling,
-    footprint: Footprint,
-    *,
-    skip_empty: bool = False,
-) -> np.ndarray:
-    """Label map (z, y, x), values of the data set, on the image's own grid.
-
-    Equals `restore_segmentation` of `predict_logits` but for rounding.
+@dataclass(frozen=True)
+class Stream:
+    """A prediction under way on the image's own grid.
 
     Parameters
     ----------
-    image : (channels, z, y, x), preprocessed, on the CPU. placement : where it lies in its image.
+    ready : blocks of slices along the first axis, in order, each list to be used before the next is asked for.
+    pieces : of a block, the slice, its rows, and what is held of them, (held, rows, x), float32.
+    head : (logits, held), as in `Passes`, where the sums lie. rounded : as `decide` wants it.
+    threads : that may work on blocks at once; None for one per CPU.
+    """
+
+    ready: Iterator[list[Block]]
+    pieces: Callable[[Block], Iterator[tuple[int, slice, Any]]]
+    head: Any
+    rounded: bool
+    threads: int | None
+
+
+def opened(request: Request, image: Tensor, footprint: Footprint, *, skip_empty: bool = False) -> Stream:
+    """Begin to predict a preprocessed image (channels, z, y, x), which lies on the CPU.
+
+    Parameters
+    ----------
     footprint : what is computed and held at once.
     skip_empty : windows that are zero are background.
     """
-    written = written_values(labels)
-    out = np.full(placement.geometry.shape, labels.background, written.dtype)
-    inner = out.transpose(placement.axis_order)[slices(placement.box)]
+    passes, placement = request.passes, request.placement
     dtype, where = footprint.dtype, footprint.where
     held = torch.empty(footprint.depth, passes.held, *placement.shape[1:], dtype=dtype, device=where)
     sums = held[:, : passes.outputs] if passes.head is None else held
     data: Any = sums.numpy() if held.is_cpu else sums
-    head = None if passes.head is None else operand(data, passes.head)
-    orders = logits_orders(placement, resampling)
-    parts, y, x = operators(data, placement.shape, inner.shape, orders, footprint.slab)
+    orders = logits_orders(placement, request.resampling)
+    parts, y, x = operators(data, placement.shape, cropped_shape(placement.box), orders, footprint.slab)
+    return Stream(
+        ready=stream(passes, image, footprint.tiling, parts, held, footprint.batch_size, skip_empty=skip_empty),
+        pieces=lambda part: slab_of(data, part, y, x),
+        head=None if passes.head is None else operand(data, passes.head),
+        rounded=passes.half,
+        threads=None if held.is_cpu else 1,
+    )
+
+
+def predict_labels(prediction: Stream, placement: Placement, labels: Labels) -> np.ndarray:
+    """Label map (z, y, x), values of the data set, on the image's own grid.
+
+    Equals `restore_segmentation` of `predict_logits` but for rounding.
+    """
+    written = written_values(labels)
+    out, inner = empty_map(placement, labels.background, written.dtype)
 
     def write(part: Block) -> None:
-        for z, rows, piece in slab_of(data, part, y, x):
-            inner[z, rows] = written[decide(piece, labels, head, rounded=passes.half)]
+        for z, rows, piece in prediction.pieces(part):
+            inner[z, rows] = written[decide(piece, labels, prediction.head, rounded=prediction.rounded)]
 
-    for ready in stream(passes, image, footprint.tiling, parts, held, footprint.batch_size, skip_empty=skip_empty):
-        in_threads(write, ready, None if held.is_cpu else 1)
+    for ready in prediction.ready:
+        in_threads(write, ready, prediction.threads)
     return out
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from nnunet_lite.data.crop import Box, bounding_box, nonzero_box, nonzero_mask, slices
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image
-from nnunet_lite.data.labels import Labels, smallest_dtype
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.plan.schema import Configuration, Plan, Resampling
+from nnunet_lite.preprocess.decide import decide, written_values
 from nnunet_lite.preprocess.normalize import normalize
 from nnunet_lite.preprocess.resample import coarse_axis, each_slab, resample_image, resample_labels
 
@@ -185,62 +186,30 @@ def restore_segmentation(
 
     Resamples slab by slab and keeps one number per voxel at once: never all channels at the image's size.
     """
-    inner = _cropped_shape(placement.box)
-    written = _written_values(labels)
-    indices = np.zeros(inner, smallest_dtype(0, len(written) - 1))
+    written = written_values(labels)
+    out, inner = empty_map(placement, labels.background, written.dtype)
 
     def write(start: int, slab: Any) -> None:
-        indices[start : start + slab.shape[1]] = _decide(slab, labels)
+        inner[start : start + slab.shape[1]] = written[decide(slab, labels)]
 
     axis = coarse_axis(placement.new_spacing, placement.spacing, resampling.separate_z)
     orders = [resampling.logits_order_z if a == axis else resampling.logits_order for a in range(3)]
-    size = int(np.clip(_SLAB_VALUES // (logits.shape[0] * inner[1] * inner[2]), 1, 16))
-    each_slab(logits, inner, orders, write, size=size)
-    return uncrop(written[indices], placement, labels.background)
-
-
-def uncrop(values: np.ndarray, placement: Placement, background: int) -> np.ndarray:
-    """Put values (transposed axes) of the cropped region back into the image's grid (z, y, x)."""
-    full = [placement.geometry.shape[axis] for axis in placement.axis_order]
-    out = np.full(full, background, values.dtype)
-    out[slices(placement.box)] = values
-    return np.ascontiguousarray(out.transpose(np.argsort(placement.axis_order)))
-
-
-def _written_values(labels: Labels) -> np.ndarray:
-    """The value written for each class, or for the background and each region."""
-    values = (labels.background, *(labels.region_order or ())) if labels.has_regions else labels.values
-    known = (*values, *labels.values)
-    return np.asarray(values, smallest_dtype(min(known), max(known)))
-
-
-def _decide(slab: Any, labels: Labels) -> np.ndarray:
-    """Index into `_written_values` for each voxel of (channels, z, y, x) logits."""
-    if not isinstance(slab, np.ndarray):
-        return _decide_on_device(slab, labels).cpu().numpy()
-    out = np.zeros(slab.shape[1:], np.uint16)
-    if labels.has_regions:
-        for number, region in enumerate(slab, 1):
-            out[region > 0] = number
-        return out
-    best = slab[0].copy()
-    for number, logits in enumerate(slab[1:], 1):  # numpy's argmax along the first axis takes over twice as long
-        np.copyto(out, number, where=logits > best)
-        np.maximum(best, logits, out=best)
+    size = int(np.clip(_SLAB_VALUES // (logits.shape[0] * inner[0].size), 1, 16))
+    each_slab(logits, cropped_shape(placement.box), orders, write, size=size)
     return out
 
 
-def _decide_on_device(slab: torch.Tensor, labels: Labels) -> torch.Tensor:
-    import torch
-
-    if not labels.has_regions:
-        return slab.argmax(dim=0)
-    out = torch.zeros(slab.shape[1:], dtype=torch.int32, device=slab.device)
-    for number, region in enumerate(slab, 1):
-        out[region > 0] = number
-    return out
+def empty_map(placement: Placement, fill: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """An array of an image's grid, and the part of it that is predicted, its axes in the order of the network's."""
+    out = np.full(placement.geometry.shape, fill, dtype)
+    return out, predicted_part(out, placement)
 
 
-def _cropped_shape(box: Box) -> Shape:
+def predicted_part(array: np.ndarray, placement: Placement) -> np.ndarray:
+    """The view of an array (z, y, x) on the image's grid that a preprocessed image stands for, axes in its order."""
+    return array.transpose(placement.axis_order)[slices(placement.box)]
+
+
+def cropped_shape(box: Box) -> Shape:
     z, y, x = (high - low for low, high in box)
     return z, y, x

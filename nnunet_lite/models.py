@@ -1,0 +1,128 @@
+"""The models that there are: choosing one, and loading it from wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_lite import log
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import Paths, read_json
+
+if TYPE_CHECKING:
+    from nnunet_lite.inference.predictor import Model
+
+# --speed: what is changed of the settings; "fast" also takes one fold
+SPEEDS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "balanced": {"inference.mirroring": False},
+    "fast": {"inference.mirroring": False, "inference.step_size": 0.75},
+}
+_ALIKE = "Models vote together on the same labels and channels, such as configurations of one plan."
+
+
+def choose_model(paths: Paths, configuration: str | None = None) -> Path:
+    """The trained model with the most folds, of equals the one that scored best on its held-out cases.
+
+    The first stage of a cascade whose second stage is trained does not count, unless it is asked for.
+
+    Raises
+    ------
+    UserError : nothing is trained (of that configuration).
+    """
+    from nnunet_lite.evaluation.crossval import mean_dice
+    from nnunet_lite.training.run import first_training, model_folders, trained_folds
+
+    runs = {folder: read_json(folder / "run.json") for folder in model_folders(paths) if trained_folds(folder)}
+    first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
+    found = [
+        (len(folds := trained_folds(folder)), max(mean_dice(folder, fold) or 0.0 for fold in folds), folder)
+        for folder, run in runs.items()
+        if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
+    ]
+    if not found:
+        of = f" {configuration}" if configuration else ""
+        raise UserError(f"no{of} model of {paths.name} is trained", paths.models, f"Run `{first_training(paths)}`.")
+    n_folds, dice, best = max(found)
+    if len(found) > 1:
+        why = f"most folds ({n_folds}), then best Dice on held-out cases ({dice:.3f})"
+        log.info(f"{len(found)} models are trained; taking {best.name}: {why}. -m takes another")
+    return best
+
+
+def first_fold(folders: Sequence[Path]) -> list[str] | None:
+    """The first fold that all of these models have trained; None where that cannot be told before they are opened."""
+    from nnunet_lite.interop.model import nnunet_folds
+    from nnunet_lite.training.run import trained_folds
+
+    have = [nnunet_folds(folder) or trained_folds(folder) for folder in folders]
+    shared = [str(fold) for fold in have[0] if all(fold in others for others in have)]
+    return shared[:1] or None
+
+
+@contextmanager
+def in_our_form(folders: Sequence[Path], folds: Sequence[str | int] | None = None) -> Iterator[list[Path]]:
+    """Model folders in our form: of zips, and of models that nnU-Net wrote, copies that the block's end deletes.
+
+    Raises
+    ------
+    UserError : one of them is no model, or they cannot vote together.
+    """
+    from nnunet_lite.inference.predictor import read_model
+    from nnunet_lite.interop.model import native
+    from nnunet_lite.interop.unpack import unpacked
+
+    with ExitStack() as stack:
+        ours = [stack.enter_context(native(stack.enter_context(unpacked(f)), folds)) for f in folders]
+        plans = [read_model(folder)[0] for folder in ours]
+        for folder, plan in zip(folders[1:], plans[1:], strict=True):
+            for what in ("labels", "axis_order"):
+                if getattr(plan, what) != getattr(plans[0], what):
+                    raise UserError(f"has other {what.replace('_', ' ')} than {folders[0]}", folder, _ALIKE)
+            names = [[channel.name for channel in p.channels] for p in (plans[0], plan)]
+            if names[0] != names[1]:
+                raise UserError(f"has other channels than {folders[0]}", folder, _ALIKE)
+        yield ours
+
+
+def load(
+    folder: str | Path | Sequence[str | Path],
+    folds: Sequence[str | int] | None = None,
+    device: str | None = None,
+    changes: dict[str, Any] | None = None,
+) -> Model:
+    """Load a model folder, ours or nnU-Net's, or a zip; `model(array, spacing)` or `model("scan.nii.gz")` segments.
+
+    Parameters
+    ----------
+    folder : or several, which then vote with the mean of their probabilities.
+    folds : which; by default all that are trained.
+    device : cpu, cuda, cuda:1; by default a GPU if there is one.
+    changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
+
+    Raises
+    ------
+    UserError : no model there, or not that fold, or they cannot vote together.
+    """
+    folders = [Path(folder)] if isinstance(folder, str | Path) else [Path(one) for one in folder]
+    with in_our_form(folders, folds) as ours:
+        return load_all(folders, ours, folds, device, changes)
+
+
+def load_all(
+    folders: Sequence[Path],
+    ours: Sequence[Path],
+    folds: Sequence[str | int] | None,
+    device: str | None,
+    changes: dict[str, Any] | None,
+) -> Model:
+    """One model of those that lie in `ours`, the forms of `folders` that `in_our_form` gives."""
+    from nnunet_lite.inference.predictor import load as load_ours
+    from nnunet_lite.interop.model import relocated
+
+    pairs = zip(folders, ours, strict=True)
+    first, *others = [relocated(load_ours(path, folds, device, changes), folder) for folder, path in pairs]
+    return replace(first, partners=tuple(others))
