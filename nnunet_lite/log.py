@@ -21,14 +21,16 @@ def be_quiet() -> None:
     _quiet = True
 
 
-def is_quiet() -> bool:
-    return _quiet
-
-
 def info(message: str) -> None:
     if _quiet:
         return
     print(message, file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """The result of a command, on standard output."""
+    if not _quiet:
+        print(text, flush=True)
 
 
 def warn(message: str) -> None:

@@ -83,7 +83,7 @@ def test_from_raw_data_to_a_score(copy_dataset: Callable[..., Path], hippocampus
     assert done.files == (tmp_path / "out" / scan.name,) and done.failed == {} and done.folds == ("0",)
 
     written = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(done.files[0])))
-    model = nnunet_lite.load(done.model, folds=[0], device="cpu")
+    model = nnunet_lite.load(done.models, folds=[0], device="cpu")
     image = SimpleITK.ReadImage(str(scan))
     array, spacing = SimpleITK.GetArrayFromImage(image), image.GetSpacing()[::-1]
     for given in (str(scan), scan):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.inference.windows import pad_to_patch
+from nnunet_lite.inference.tiles import padding
 from nnunet_lite.preprocess.stored import sampled_voxels
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cache import LoadedCase, on_device
@@ -89,11 +89,11 @@ def test_foreground_patches_lie_where_nnunet_puts_them(voxel: Shape, shape: Shap
 @pytest.mark.parametrize("shape", [(5, 30, 30), (6, 9, 31), (4, 4, 4), (7, 16, 3)])
 def test_an_image_smaller_than_the_patch_lies_as_in_the_sliding_window(shape: Shape) -> None:
     case, patch = make_case(shape), (12, 16, 16)
-    _, inside = pad_to_patch(torch.zeros(1, *shape), patch)
+    before = [around[0] for around in padding(shape, patch)]
     corners = np.array([draw_corner(case, patch, False, rng_for(0, 0, i)) for i in range(30)])
-    for found, size, p, place in zip(corners.T, shape, patch, inside, strict=True):
+    for found, size, p, start in zip(corners.T, shape, patch, before, strict=True):
         if size <= p:  # of two middles both are taken, as nnU-Net does
-            assert set(-found) == {place.start, place.start + (p - size) % 2}
+            assert set(-found) == {start, start + (p - size) % 2}
 
 
 def test_patches_of_partly_annotated_cases_are_centred_on_annotated_voxels() -> None:

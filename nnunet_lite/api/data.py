@@ -1,0 +1,205 @@
+"""Steps up to preprocessed data: check, plan, preprocess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nnunet_lite import log
+from nnunet_lite.api.place import Folder, current_paths, dataset_of, folder_of
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import Paths, find_raw, read_json, use, write_json, write_text
+
+if TYPE_CHECKING:
+    from nnunet_lite.data.dataset import Dataset
+    from nnunet_lite.data.problems import Report
+    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.preprocess.store import Summary
+
+Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
+
+
+def check(data: Folder, *, workspace: Folder | None = None, workers: int | None = None) -> Report:
+    """Read every file of a data set and report all problems at once.
+
+    Parameters
+    ----------
+    data : a folder, or a name looked up in the current folder, ./data, the workspace and nnUNet_raw.
+    """
+    from nnunet_lite.data.check import broken_dataset
+    from nnunet_lite.data.check import check as check_dataset
+    from nnunet_lite.data.dataset import read_dataset
+
+    root = find_raw(str(data), folder_of(workspace))
+    try:
+        dataset = read_dataset(root)
+    except UserError as error:
+        return broken_dataset(root, error)
+    return check_dataset(dataset, None, workers=workers, progress=log.progress)
+
+
+def plan(
+    data: Folder,
+    *,
+    workspace: Folder | None = None,
+    preset: str = "default",
+    memory: float | None = None,
+    adopt: Folder | None = None,
+    change: Change | None = None,
+    clip_percentiles: tuple[float, float] | None = None,
+    stored_as: Literal["float16", "float32"] = "float16",
+    folds: int | None = None,
+    group_by: Folder | None = None,
+    stratify: bool | Folder = False,
+    splits: Folder | None = None,
+    workers: int | None = None,
+) -> Plan:
+    """Check a data set, take its fingerprint and plan its networks; it becomes the current data set.
+
+    Parameters
+    ----------
+    preset : default, resenc_m, resenc_l or resenc_xl.
+    memory : GPU memory budget in GB; default: the preset's.
+    adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
+    change : configuration, and the patch and batch size to give it instead of the planned ones.
+    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given.
+    stored_as : type of the preprocessed images on disk.
+    clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
+
+    Raises
+    ------
+    UserError : the data set has errors, which are all logged, or an option is illegal; nothing is written then.
+    """
+    from nnunet_lite.data.dataset import dataset_to_json, read_dataset
+    from nnunet_lite.plan.fingerprint import check_and_fingerprint
+    from nnunet_lite.plan.planner import budget, make_plan
+    from nnunet_lite.training.folds import ALL, make_splits, must_be_made, point_out_groups, wanted_folds, write_splits
+    from nnunet_lite.training.run import model_folders, other_folds, set_aside
+
+    budget(preset, memory)  # a mistake in the options is told before minutes of reading
+    root = find_raw(str(data), folder_of(workspace))
+    dataset = read_dataset(root)
+    paths, ids = Paths(folder_of(workspace) / dataset.name), [case.id for case in dataset.cases]
+    wanted = wanted_folds(dataset, folds, group_by, stratify, splits)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
+    other_splits = must_be_made(paths.splits, ids, wanted, trained)
+    report, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
+    log.info(report.to_text())
+    if fingerprint is None:
+        errors = report.count("error")
+        raise UserError(f"{errors} error{'s' if errors > 1 else ''} must be mended before planning", root, "See above.")
+    if adopt is None:
+        made = make_plan(fingerprint, dataset.name, dataset.channels, dataset.labels, preset, memory)
+    else:
+        made = _adopted(Path(adopt), dataset)
+    made = _changed(made, change)
+    if clip_percentiles is not None:
+        clipped = [c if c.normalization == "ct" else c.model_copy(update={"clip_percentiles": clip_percentiles})
+                   for c in made.channels]  # fmt: skip
+        made = made.model_copy(update={"channels": tuple(clipped)})
+    made = made.model_copy(update={"stored_as": stored_as})
+    made_splits = make_splits(ids, wanted) if other_splits else None
+    write_json(paths.check, report.to_json())
+    write_json(paths.dataset, dataset_to_json(dataset))
+    write_json(paths.fingerprint, fingerprint.to_nnunet())
+    write_text(paths.plans, made.to_json())
+    if made_splits is not None:
+        if (old := set_aside(paths.splits)) is not None:
+            log.info(f"the folds that were there are kept in {old}")
+        write_splits(paths.splits, *made_splits)
+    elif not paths.splits.is_file():
+        point_out_groups(ids)
+    use(folder_of(workspace), dataset.name)
+    return made
+
+
+def _adopted(file: Path, dataset: Dataset) -> Plan:
+    """A plan made elsewhere, for this data set.
+
+    Raises
+    ------
+    UserError : it is for other channels or labels.
+    """
+    from nnunet_lite.interop.nnunet import Description, description_to_nnunet, read_plan
+
+    about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
+    theirs = read_plan(file, description_to_nnunet(about))
+    if len(theirs.channels) != len(dataset.channels) or theirs.labels.n_channels != dataset.labels.n_channels:
+        raise UserError(
+            f"is for {len(theirs.channels)} channels and {theirs.labels.n_channels} outputs, {dataset.name} has "
+            f"{len(dataset.channels)} and {dataset.labels.n_channels}",
+            file,
+        )
+    return theirs.model_copy(update={"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)})
+
+
+def plan_from_fingerprint(
+    fingerprint: Folder,
+    dataset_json: Folder,
+    *,
+    preset: str = "default",
+    memory: float | None = None,
+    change: Change | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """Plan from a fingerprint.json and a dataset.json alone; returns the plan and the description of the data set."""
+    from nnunet_lite.interop.nnunet import description_from_nnunet
+    from nnunet_lite.plan.fingerprint import Fingerprint
+    from nnunet_lite.plan.planner import make_plan
+
+    told = read_json(Path(dataset_json))
+    about = description_from_nnunet(told, Path(dataset_json))
+    taken = Fingerprint.read(Path(fingerprint))
+    name = str(told.get("name", Path(dataset_json).absolute().parent.name))
+    made = make_plan(taken, name, about.channels, about.labels, preset, memory, about.n_cases or None)
+    return _changed(made, change), told
+
+
+def _changed(made: Plan, change: Change | None) -> Plan:
+    from nnunet_lite.plan.override import override
+
+    return made if change is None or change[1:] == (None, None) else override(made, *change)
+
+
+def measure(made: Plan, device: str | None = None) -> str:
+    """Predicted against measured GPU memory of a training step, a line for each configuration that can be trained.
+
+    Raises
+    ------
+    UserError : there is no GPU.
+    """
+    from nnunet_lite.network.arithmetic import pick_device
+    from nnunet_lite.training.measure import measure_step
+
+    target, lines = pick_device(device), []
+    for name, planned in made.configurations.items():
+        measured = measure_step(made, name, target)
+        found = "more than the GPU has" if measured is None else f"{measured:.2f} GB"
+        lines.append(f"{name}: predicted {planned.memory_gb:.2f} GB, measured {found}")
+    return "\n".join(lines)
+
+
+def preprocess(
+    configurations: Sequence[str] | None = None,
+    *,
+    dataset: str | None = None,
+    clean: bool = False,
+    workspace: Folder | None = None,
+    workers: int | None = None,
+) -> Summary:
+    """Preprocess the current data set for some configurations (default: all); what is there already is kept.
+
+    Parameters
+    ----------
+    clean : delete what the plan does not need any more first.
+    """
+    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.preprocess.store import preprocess_dataset, prune
+
+    paths = current_paths(workspace, dataset)
+    made = Plan.read(paths.plans)
+    names = list(configurations or made.configurations)
+    if clean:
+        count, size = prune(paths.preprocessed, made)
+        log.info(f"{count} arrays deleted that the plan does not need, {size / 1e6:.1f} MB")
+    return preprocess_dataset(dataset_of(paths), made, names, paths.preprocessed, workers, log.progress)

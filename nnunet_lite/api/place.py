@@ -1,0 +1,31 @@
+"""Where a step works: a workspace, and in it the current data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_lite import log
+from nnunet_lite.workspace import Paths, current, read_json, workspace_folder
+
+if TYPE_CHECKING:
+    from nnunet_lite.data.dataset import Dataset
+
+Folder = str | Path
+
+
+def folder_of(given: Folder | None) -> Path:
+    return workspace_folder(None if given is None else Path(given))
+
+
+def current_paths(workspace: Folder | None = None, dataset: str | None = None) -> Paths:
+    """The files of the data set to work on; logs which one it is."""
+    paths = current(folder_of(workspace), dataset)
+    log.info(f"data set {paths.name} (workspace {paths.root.parent})")
+    return paths
+
+
+def dataset_of(paths: Paths) -> Dataset:
+    from nnunet_lite.data.dataset import dataset_from_json
+
+    return dataset_from_json(read_json(paths.dataset))

@@ -1,0 +1,163 @@
+"""Steps of trained models: predict, import, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nnunet_lite import log
+from nnunet_lite.api.place import Folder, current_paths, folder_of
+from nnunet_lite.workspace import Paths
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The label maps that were written, what failed (case id -> why), and the models that were used."""
+
+    files: tuple[Path, ...]
+    failed: dict[str, str]
+    models: tuple[Path, ...]
+    folds: tuple[str, ...]
+
+
+def predict(
+    source: Folder | Sequence[Folder],
+    out: Folder,
+    *,
+    model: Folder | Sequence[Folder] | None = None,
+    configuration: str | Sequence[str] | None = None,
+    folds: Sequence[str | int] | None = None,
+    speed: Literal["fast", "balanced", "best"] | None = None,
+    save_probabilities: str | None = None,
+    save_uncertainty: bool = False,
+    dicom_seg: bool = False,
+    dataset: str | None = None,
+    device: str | None = None,
+    changes: dict[str, Any] | None = None,
+    skip_existing: bool = False,
+    workspace: Folder | None = None,
+) -> Predictions:
+    """Segment images.
+
+    Parameters
+    ----------
+    source : files, DICOM series, or folders of any mix of supported formats.
+    model : a model folder, ours or nnU-Net's, or an exported zip; by default the trained one of the current data set
+        (says which). Several vote with the mean of their probabilities.
+    configuration : take a model of this configuration, or of each of several, which then vote.
+    folds : networks to average; default: all trained folds.
+    speed : best: as the model's settings say; balanced: without mirrored copies; fast: by one fold, and with windows
+        that overlap less, too. What is given besides, such as `folds`, stands.
+    save_probabilities : "all", or names of labels with commas: maps for them in `out`/probabilities.
+    save_uncertainty : maps of entropy and of the folds' disagreement in `out`/uncertainty.
+    dicom_seg : write a DICOM segmentation of each DICOM series.
+    changes : of the `inference` settings, e.g. {"inference.mirroring": False}.
+    skip_existing : keep label maps that are there already.
+    """
+    from nnunet_lite.data.cases import find_all_cases
+    from nnunet_lite.data.problems import plural
+    from nnunet_lite.inference.folder import predict_cases
+    from nnunet_lite.inference.maps import Wanted, wanted_labels
+    from nnunet_lite.inference.predictor import read_model
+    from nnunet_lite.models import SPEEDS, choose_model, first_fold, in_our_form, load_all
+
+    paths = None if model else current_paths(workspace, dataset)
+    names: Sequence[str | None] = [configuration] if configuration is None else _listed(configuration)
+    folders = [choose_model(paths, name) for name in names] if paths else [Path(one) for one in _listed(model or ())]
+    if speed == "fast" and folds is None:
+        folds = first_fold(folders)
+    with in_our_form(folders, folds) as ours:
+        plan = read_model(ours[0])[0]
+        cases = find_all_cases([Path(one) for one in _listed(source)], len(plan.channels))
+        asked = () if save_probabilities is None else wanted_labels(save_probabilities, plan.labels)
+        loaded = load_all(folders, ours, folds, device, {**SPEEDS[speed or "best"], **(changes or {})})
+    if loaded.device.type == "cpu":
+        from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
+
+        keep_freed_memory()
+    log.info(
+        f"predicting {plural(len(cases), 'image')} with {loaded} on {loaded.device}, {loaded.arithmetic.precision}"
+    )
+    files, failed = predict_cases(
+        loaded, cases, Path(out), wanted=Wanted(asked, save_uncertainty), dicom_seg=dicom_seg,
+        skip_existing=skip_existing, show=log.progress,
+    )  # fmt: skip
+    return Predictions(tuple(files), failed, tuple(folders), loaded.folds)
+
+
+def _listed(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | Path) else list(given)
+
+
+def import_model(
+    source: Folder, out: Folder | None = None, *, replace: bool = False, workspace: Folder | None = None
+) -> Path:
+    """Make a model folder of an exported zip or of a model that nnU-Net v2 wrote; nothing that they carry is run.
+
+    Parameters
+    ----------
+    out : where; default: among the models of its data set in the workspace, under the name that the model has.
+    replace : set a model of that name aside first (zip).
+
+    Returns
+    -------
+    The new model folder.
+    """
+    from nnunet_lite.interop.model import dataset_name
+    from nnunet_lite.interop.model import import_model as import_folder
+    from nnunet_lite.interop.unpack import is_bundle, read_manifest, unpack
+    from nnunet_lite.training.run import model_folder
+
+    path, place = Path(source).absolute(), folder_of(workspace)
+    if is_bundle(path):
+        about = read_manifest(path)
+        target = Path(out) if out else model_folder(Paths(place / about.dataset), about.models[0])
+        return unpack(path, target, replace=replace)
+    target = Path(out) if out else model_folder(Paths(place / dataset_name(path)), path.name)
+    import_folder(path, target)
+    return target
+
+
+def export_model(
+    out: Folder,
+    model: Folder | None = None,
+    *,
+    format: Literal["zip", "nnunet", "onnx"] = "zip",
+    licence: str | None = None,
+    note: str | None = None,
+    configuration: str | None = None,
+    dataset: str | None = None,
+    workspace: Folder | None = None,
+) -> Path:
+    """Pack a model into one file that travels, or write it for others to predict with; returns the model's folder.
+
+    Parameters
+    ----------
+    model, configuration : as for `predict`.
+    format : zip (for `import_model`), nnunet (a folder for nnU-Net v2) or onnx (a folder, see docs/models.md).
+    licence : SPDX identifier, text or file. note : on the training data. Both for zip.
+    """
+    from nnunet_lite.interop.model import export_model as export_folder
+    from nnunet_lite.interop.model import native
+    from nnunet_lite.models import choose_model
+
+    folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
+    if format == "nnunet":
+        export_folder(folder, Path(out))
+        return folder
+    with native(folder) as ours:
+        if format == "zip":
+            from nnunet_lite.interop.bundle import licence_text, pack
+
+            pack(ours, Path(out), licence=None if licence is None else licence_text(licence), note=note)
+        else:
+            from nnunet_lite.interop.onnx import export_onnx
+
+            worst = max(export_onnx(ours, Path(out)).values())
+            log.info(f"logits differ from torch's by {worst:.1e} at most")
+    return folder

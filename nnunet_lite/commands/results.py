@@ -1,0 +1,65 @@
+"""Commands that tell what there is and how good it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nnunet_lite import api
+from nnunet_lite.commands.options import (
+    AsJson,
+    Dataset,
+    Workers,
+    Workspace,
+    show,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def evaluate(
+    prediction: Annotated[Path, typer.Argument(help="Label map, or folder of label maps.")],
+    reference: Annotated[Path, typer.Argument(help="Its reference, or their folder.")],
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.")] = 1.0,
+    surface: Annotated[bool, typer.Option(help="Surface distances too.")] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score label maps against references: Dice, surface distances, volumes, lesions."""
+    from nnunet_lite.workspace import write_json, write_text
+
+    scores = api.evaluate(prediction, reference, tolerance_mm=tolerance, surface=surface, workers=workers)
+    if output is not None and output.suffix == ".csv":
+        write_text(output, scores.to_csv())
+    elif output is not None:
+        write_json(output, scores.to_json())
+    show(scores.to_json(), scores.table(), as_json)
+
+
+def info(
+    model: Annotated[Path | None, typer.Argument(help="Model folder [all models of the current data set].")] = None,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """What a model is, how it was made and how well it scores; or what the current data set has."""
+    from nnunet_lite.describe import describe_dataset, describe_model
+
+    about = describe_model(model) if model else describe_dataset(api.current_paths(workspace, dataset))
+    show(about.values, about.text, as_json)
+
+
+def doctor(as_json: AsJson = False, workspace: Workspace = None) -> None:
+    """What this machine has: versions, CPUs, memory, GPUs, disk; and what is wrong with it."""
+    from nnunet_lite.describe import describe_machine
+    from nnunet_lite.workspace import workspace_folder
+
+    about = describe_machine(workspace_folder(workspace))
+    show(about.values, about.text, as_json)
+    raise typer.Exit(1 if about.values["problems"] else 0)
