@@ -6,6 +6,7 @@ Everything heavy is imported inside the functions, so that `nnlite --help` answe
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -59,9 +60,8 @@ def main() -> None:
 
 def _spelled_out(arguments: list[str]) -> list[str]:
     """`--save-probabilities` without labels means all of them; typer knows no optional values."""
-    following = [*arguments[1:], "-"]
     out = []
-    for argument, after in zip(arguments, following, strict=True):
+    for argument, after in pairwise([*arguments, "-"]):
         out += [argument, "all"] if argument == prediction.PROBABILITIES and after.startswith("-") else [argument]
     return out
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them; arguments go to pytest (scripts/test.sh -m slow runs the long ones).
+# Installs what the tests need and runs them, a process for each core; arguments go to pytest (-m slow: the long ones).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" test
-python -m pytest -q "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # of each process
+cores=$(nproc)
+python -m pytest -q -n $((cores < 4 ? cores : 4)) "$@"
