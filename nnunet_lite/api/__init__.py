@@ -15,8 +15,10 @@ from nnunet_lite.api.place import current_paths
 from nnunet_lite.api.prediction import Predictions, export_model, import_model, predict
 from nnunet_lite.api.results import evaluate
 from nnunet_lite.api.training import fold_names, train
+from nnunet_lite.api.workflow import Finished, run
 
 __all__ = [
+    "Finished",
     "Predictions",
     "check",
     "current_paths",
@@ -29,5 +31,6 @@ __all__ = [
     "plan_from_fingerprint",
     "predict",
     "preprocess",
+    "run",
     "train",
 ]

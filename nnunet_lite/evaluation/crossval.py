@@ -14,9 +14,8 @@ from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.training.previous import read_map
+from nnunet_lite.training.run import SUMMARY, VALIDATION
 from nnunet_lite.workspace import read_json, write_json, write_text
-
-SUMMARY = "summary.json"
 
 
 def validate_fold(
@@ -41,7 +40,7 @@ def validate_fold(
     ------
     UserError : a case cannot be predicted.
     """
-    out = folder / f"fold_{fold}" / "validation"
+    out = folder / f"fold_{fold}" / VALIDATION
     chosen = set(case_ids)
     cases = [case for case in dataset.cases if case.id in chosen]
     model = load(folder, [fold], device, alone=previous is not None)
@@ -60,7 +59,7 @@ def validate_fold(
 
 def mean_dice(folder: Path, fold: str) -> float | None:
     """Foreground Dice of the held-out cases of a fold; None where it was not validated."""
-    file = folder / f"fold_{fold}" / "validation" / SUMMARY
+    file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
     return read_json(file)["foreground_mean"]["Dice"] if file.is_file() else None
 
 
