@@ -19,7 +19,6 @@ from nnunet_lite.settings import PlanSettings, Settings, with_changes
 from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
-    SUMMARY,
     VALIDATION,
     configured,
     fold_seed,
@@ -85,6 +84,8 @@ class Run:
 
     def is_done(self) -> bool:
         """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
+        from nnunet_lite.evaluation.crossval import SUMMARY
+
         scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
         return scored and is_complete(self.fold_folder, self.settings)
 

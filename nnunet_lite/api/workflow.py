@@ -21,30 +21,47 @@ if TYPE_CHECKING:
     from nnunet_lite.fold import Request, Run
     from nnunet_lite.plan.schema import Plan
 
-JOURNAL, SELECTED, REPORT = "steps.jsonl", "inference.json", "report.html"
+JOURNAL, REPORT = "steps.jsonl", "report.html"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What `run` did, in seconds, and what it came to; `commands` are what may be typed next."""
+    """What `run` did, in seconds, and what it came to.
+
+    Parameters
+    ----------
+    selected : what `nnlite predict` predicts with, in words; None where nothing was held out to select by.
+    table : the comparison of the models, as `nnlite select` prints it.
+    commands : what may be typed next.
+    """
 
     dataset: str
     steps: tuple[Ended, ...]
     seconds: float
     models: tuple[Path, ...]
+    selected: str | None
+    table: str
     report: Path | None
     commands: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        report = None if self.report is None else str(self.report)
-        return {**asdict(self), "models": [str(folder) for folder in self.models], "report": report}
+        return {
+            "dataset": self.dataset,
+            "steps": [asdict(step) for step in self.steps],
+            "seconds": self.seconds,
+            "models": [str(folder) for folder in self.models],
+            "selected": self.selected,
+            "report": None if self.report is None else str(self.report),
+            "commands": list(self.commands),
+        }
 
     def to_text(self) -> str:
         done = sum(step.state == "done" for step in self.steps)
         kept = f", {len(self.steps) - done} were done before" if done < len(self.steps) else ""
         report = [] if self.report is None else [f"report: {self.report}"]
+        table = [self.table, ""] if self.table else []
         head = f"{self.dataset}: {done} steps done in {log.duration(self.seconds)}{kept}"
-        return "\n".join([head, *report, "what comes next:", *(f"  {command}" for command in self.commands)])
+        return "\n".join([*table, head, *report, "what comes next:", *(f"  {command}" for command in self.commands)])
 
 
 def run(
@@ -105,13 +122,7 @@ def run(
     steps = _steps(runs, dataset_of(paths), paths, workers, device)
     log.info(overview(f"{dataset.name} (workspace {place})", [plan, *steps], what_is_left(steps, journal)))
     ended += execute(steps, journal)
-    models = tuple(dict.fromkeys(one.folder for one in runs))
-    report = paths.root / REPORT
-    commands = _commands(paths, workspace, models)
-    return Finished(
-        dataset.name, tuple(ended), round(time.monotonic() - begin, 2), models, report if report.is_file() else None,
-        commands,
-    )  # fmt: skip
+    return _finished(paths, ended, [one.folder for one in runs], workspace, round(time.monotonic() - begin, 2))
 
 
 def _is_planned(dataset: Dataset, paths: Paths) -> bool:
@@ -251,7 +262,7 @@ def _merged(runs: Sequence[Run]) -> list[Plan]:
 
 def _is_selected(paths: Paths, models: Sequence[Path]) -> bool:
     """Whether what is selected was chosen among all of these models, after the last of their folds was scored."""
-    file = paths.root / SELECTED
+    file = paths.inference
     if not file.is_file():
         return False
     candidates = {name for candidate in read_json(file)["candidates"] for name in candidate["models"]}
@@ -261,14 +272,27 @@ def _is_selected(paths: Paths, models: Sequence[Path]) -> bool:
 
 
 def _is_reported(paths: Paths) -> bool:
-    report, selected = paths.root / REPORT, paths.root / SELECTED
+    report, selected = paths.root / REPORT, paths.inference
     return report.is_file() and selected.is_file() and report.stat().st_mtime >= selected.stat().st_mtime
+
+
+def _finished(
+    paths: Paths, ended: Sequence[Ended], folders: Sequence[Path], workspace: Folder | None, seconds: float
+) -> Finished:
+    from nnunet_lite.evaluation.selection import read_selection
+
+    models, selection, report = tuple(dict.fromkeys(folders)), read_selection(paths), paths.root / REPORT
+    return Finished(
+        paths.name, tuple(ended), seconds, models, None if selection is None else selection.how,
+        "" if selection is None else selection.table(), report if report.is_file() else None,
+        _commands(paths, workspace, models),
+    )  # fmt: skip
 
 
 def _commands(paths: Paths, workspace: Folder | None, models: Sequence[Path]) -> tuple[str, ...]:
     """What to type next, as it must be typed in this folder."""
     where = [] if workspace is None else ["-w", str(workspace)]
-    chosen = [] if (paths.root / SELECTED).is_file() else ["-m", str(models[-1])]
+    chosen = [] if (paths.inference).is_file() else ["-m", str(models[-1])]
     commands = [
         ["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *chosen, *where],
         ["nnlite", "info", *where],

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from nnunet_lite.data.images import PICTURES, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
+from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.log import progress
 from nnunet_lite.workspace import read_json
 
-_RESAMPLES = 1000
-_SEED = 12345
 _MOST_CASES_AT_ONCE = 8  # a large CT takes about 1 GB
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
@@ -67,17 +65,6 @@ class CaseScore:
 
 
 @dataclass(frozen=True)
-class Statistic:
-    """One measure over cases. None where no case has it; the 95 % interval low..high also where only one has."""
-
-    n: int
-    mean: float | None
-    low: float | None
-    high: float | None
-    median: float | None
-
-
-@dataclass(frozen=True)
 class Scores:
     """The scores of all cases and labels.
 
@@ -107,12 +94,12 @@ class Scores:
         """A measure summed up over cases, for each label."""
         columns = self.values(measure).T
         return {
-            name: _statistic(column[:, None]) for name, column in zip(self.labels.region_names, columns, strict=True)
+            name: summarize(column[:, None]) for name, column in zip(self.labels.region_names, columns, strict=True)
         }
 
     def foreground(self, measure: str = "dice") -> Statistic:
         """A measure averaged over labels, then cases as nnU-Net does it: the mean of the labels' means."""
-        return _statistic(self.values(measure))
+        return summarize(self.values(measure))
 
     def to_json(self) -> dict[str, Any]:
         """What nnU-Net's summary.json holds, with more measures; n/a is null."""
@@ -194,36 +181,6 @@ def _cells(statistics: list[Statistic]) -> list[str]:
 def label_keys(labels: Labels) -> dict[str, str]:
     """How nnU-Net's summary.json calls each region: "1" for a value, "(1, 2)" for several."""
     return {name: str(labels.names[name]) for name in labels.region_names}
-
-
-def _statistic(table: np.ndarray) -> Statistic:
-    """Sum up (cases, labels): the mean over labels of their means over cases; NaN are left out.
-
-    The interval is that of 1000 resamples of the cases (percentile bootstrap, Efron 1979) with a fixed seed. The
-    median is over cases (of their means over labels).
-    """
-    table = table[np.isfinite(table).any(axis=1)]
-    n = len(table)
-    if not n:
-        return Statistic(0, None, None, None, None)
-    known = np.isfinite(table)
-    values = np.where(known, table, 0.0)
-
-    def mean(weights: np.ndarray) -> np.ndarray:
-        """The mean for each row of case weights (rows, cases)."""
-        with np.errstate(invalid="ignore"):
-            return np.nanmean((weights @ values) / (weights @ known), axis=1)
-
-    low = high = None
-    if n > 1:
-        low, high = (float(v) for v in np.percentile(mean(_resamples(n)), (2.5, 97.5)))
-    return Statistic(n, float(mean(np.ones((1, n)))[0]), low, high, float(np.median(np.nanmean(table, axis=1))))
-
-
-@lru_cache(maxsize=8)
-def _resamples(n: int) -> np.ndarray:
-    """How often each of n cases is drawn, in each resample (resamples, n)."""
-    return np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(np.float64)
 
 
 def _number(value: float | None) -> str:

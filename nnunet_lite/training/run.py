@@ -32,7 +32,6 @@ from nnunet_lite.workspace import Paths, locked, read_json, write_json, write_te
 FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
-SUMMARY = "summary.json"  # the scores
 _OLD = "old_"
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = ("training.workers", "training.cache", "training.compile", "training.tensorboard", "inference.")
