@@ -66,6 +66,19 @@ def select(
     show(found.to_json(), found.table(), as_json)
 
 
+def report(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write [report.html in the data set's folder].")
+    ] = None,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """One HTML page about the data set, its plan, models and scores, with pictures of the worst cases."""
+    page = api.report(output, dataset=dataset, workspace=workspace)
+    show({"report": str(page), "bytes": page.stat().st_size}, str(page), as_json)
+
+
 def info(
     model: Annotated[Path | None, typer.Argument(help="Model folder [all models of the current data set].")] = None,
     dataset: Dataset = None,

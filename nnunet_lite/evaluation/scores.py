@@ -26,13 +26,14 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.log import progress
+from nnunet_lite.markup import html_table
 from nnunet_lite.workspace import read_json
 
 _MOST_CASES_AT_ONCE = 8  # a large CT takes about 1 GB
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 # How each measure is called in files: first nnU-Net's own, then ours.
-_KEYS = {
+KEYS = {
     "Dice": "dice",
     "IoU": "iou",
     "TP": "tp",
@@ -104,9 +105,9 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """What nnU-Net's summary.json holds, with more measures; n/a is null."""
         keys = label_keys(self.labels)
-        overall = {key: self.foreground(field) for key, field in _KEYS.items()}
+        overall = {key: self.foreground(field) for key, field in KEYS.items()}
         by_key: dict[str, dict[str, Statistic]] = {of: {} for of in keys.values()}
-        for key, field in _KEYS.items():
+        for key, field in KEYS.items():
             for name, statistic in self.by_label(field).items():
                 by_key[keys[name]][key] = statistic
         return {
@@ -115,7 +116,7 @@ class Scores:
             "metric_per_case": [
                 {
                     "metrics": {
-                        keys[name]: {key: getattr(measures, field) for key, field in _KEYS.items()}
+                        keys[name]: {key: getattr(measures, field) for key, field in KEYS.items()}
                         for name, measures in row.measures.items()
                     },
                     "prediction_file": None if row.prediction_file is None else str(row.prediction_file),
@@ -137,29 +138,35 @@ class Scores:
         """One line per case and label; n/a is empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "label", "value", *_KEYS])
+        writer.writerow(["case", "label", "value", *KEYS])
         keys = label_keys(self.labels)
         for row in self.rows:
             for name, measures in row.measures.items():
-                writer.writerow([row.case, name, keys[name], *(getattr(measures, field) for field in _KEYS.values())])
+                writer.writerow([row.case, name, keys[name], *(getattr(measures, field) for field in KEYS.values())])
         return text.getvalue()
 
     def table(self) -> str:
-        """Plain text: one line per label, then the foreground mean, then the notes.
+        """`lines` as plain text, then the notes."""
+        widths = [max(map(len, column)) for column in zip(*self.lines(), strict=True)]
+        text = [
+            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+            for first, *rest in self.lines()
+        ]
+        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The cells of a table: its head, one line per label, then the foreground mean.
 
         A mean over other cases than Dice's says how many; an HD95 exists only where both masks are there.
         """
-        fields = ("dice", "iou", "nsd", "hd95_mm", "volume_error", "lesion_f1")
+        fields = map(KEYS.__getitem__, _SUMMED_UP)
         columns = [{**self.by_label(field), "foreground mean": self.foreground(field)} for field in fields]
         nsd = f"NSD {self.tolerance_mm:g} mm"
         head = "label", "n", "Dice", "95 % interval", "median", "IoU", nsd, "HD95 mm", "volume error", "lesion F1"
-        lines = [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-            for first, *rest in lines
-        ]
-        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
+        return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{len(self.rows)} cases", self.lines(), self.notes)
 
 
 def _means(statistics: dict[str, Statistic]) -> dict[str, float | None]:
