@@ -10,7 +10,18 @@ import nnunet_lite.preprocess  # noqa: F401
 
 __version__ = "0.1.0"
 
-from nnunet_lite.api import check, evaluate, export_model, import_model, plan, predict, preprocess, train
+from nnunet_lite.api import check, evaluate, export_model, import_model, plan, predict, preprocess, train, view
 from nnunet_lite.models import load
 
-__all__ = ["check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "train"]
+__all__ = [
+    "check",
+    "evaluate",
+    "export_model",
+    "import_model",
+    "load",
+    "plan",
+    "predict",
+    "preprocess",
+    "train",
+    "view",
+]

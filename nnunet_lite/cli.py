@@ -84,6 +84,6 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 for command in (
     data.check, data.plan, data.preprocess, training.train, prediction.predict, results.evaluate, prediction.import_,
-    prediction.export, results.info, results.doctor,
+    prediction.export, results.view, results.info, results.doctor,
 ):  # fmt: skip
     app.command(command.__name__.rstrip("_"))(command)
