@@ -168,6 +168,7 @@ async function start() {
   element("images").hidden = images.length < 2;
   element("segmentations").hidden = segmentations.length === 0;
   keyboard(nv, segmentations);
+  nv.createOnLocationChange(); // says where the cross is before it is moved
   document.documentElement.dataset.ready = "true";
 }
 
