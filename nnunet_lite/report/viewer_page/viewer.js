@@ -146,7 +146,7 @@ async function start() {
     show3Dcrosshair: true,
     crosshairColor: [1, 1, 0.5, 0.7],
     crosshairWidthUnit: "percent",
-    crosshairWidth: 0.3,
+    crosshairWidth: 0.6,
   });
   nv.onLocationChange = (location) => tellPlace(scene, (scene.place = location));
   scene.changed = () => scene.place && tellPlace(scene, scene.place);
