@@ -13,8 +13,9 @@ from __future__ import annotations
 from nnunet_lite.api.data import check, measure, plan, plan_from_fingerprint, preprocess
 from nnunet_lite.api.place import current_paths
 from nnunet_lite.api.prediction import Predictions, export_model, import_model, predict
-from nnunet_lite.api.results import evaluate, view
+from nnunet_lite.api.results import evaluate
 from nnunet_lite.api.training import fold_names, train
+from nnunet_lite.api.viewing import view
 
 __all__ = [
     "Predictions",
