@@ -140,6 +140,17 @@ def test_other_paths_are_refused(view: View, path: str) -> None:
     assert status in (400, 404) and b"root:" not in body and token.encode() not in body
 
 
+def test_the_address_that_starts_the_browser_works_once(view: View) -> None:
+    """Everybody on the machine can read how a program was started."""
+    once = view.one_time_url()
+    path = urlsplit(once).path
+    assert once.startswith(f"http://127.0.0.1:{urlsplit(view.url).port}/") and path not in view.url
+    assert ask(view, path, "HEAD")[0] == 404 and ask(view, path, host="evil.example")[0] == 421
+    status, headers, body = ask(view, path)
+    assert (status, headers["Location"], body) == (303, view.url, b"")
+    assert ask(view, path)[0] == 404
+
+
 @pytest.mark.parametrize("host", [None, "", "evil.example", "127.0.0.1.evil.example", "evil.example:80", "[::1]"])
 def test_other_hosts_are_refused(view: View, host: str | None) -> None:
     """A page whose name an attacker makes point here (DNS rebinding) sends that name."""
@@ -308,13 +319,14 @@ def test_in_a_browser(view: View) -> None:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     assert path, "Chromium is needed: apt-get install chromium"
     problems: list[str] = []
+    ours = (f"http://127.0.0.1:{urlsplit(view.url).port}/", "data:")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM)
         page = browser.new_page(viewport={"width": 760, "height": 320})
         page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda sent: None if sent.url.startswith((view.url, "data:")) else problems.append(sent.url))
-        page.goto(view.url)
+        page.on("request", lambda sent: None if sent.url.startswith(ours) else problems.append(sent.url))
+        page.goto(view.one_time_url())
         page.wait_for_selector("html[data-ready]", timeout=120_000)
         pixels = _pixels(page)
         grey = (np.ptp(pixels, axis=-1) < 12) & (pixels.max(-1) > 30)

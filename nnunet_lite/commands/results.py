@@ -84,7 +84,7 @@ def view(
     with api.view(case, *segmentations or (), model=model or None, dataset=dataset, workspace=workspace) as shown:
         log.answer(shown.url)
         log.info(f"{shown.title}: readable on this machine alone, until Ctrl-C")
-        if browser and not open_browser(shown.url):
+        if browser and not open_browser(shown):
             log.info("no browser with windows was found; open the address above in one")
         try:
             threading.Event().wait()

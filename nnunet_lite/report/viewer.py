@@ -2,7 +2,8 @@
 
 Everything that can be read lies in memory under exact paths, so no request can reach a file. The paths begin with a
 token that cannot be guessed, which shuts out the machine's other users and other pages in the browser; a `Host` that is
-not this machine's is refused, so that no foreign name can be made to point here (DNS rebinding).
+not this machine's is refused, so that no foreign name can be made to point here (DNS rebinding). The browser is started
+with an address that works once, for other users of the machine can read how a program was started.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PAGE = ("viewer.css", "viewer.js", "niivue.js")
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
         "connect-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -51,6 +52,13 @@ class View:
     url: str
     title: str
     server: ThreadingHTTPServer
+    doors: dict[str, str]  # paths that work once -> where they lead
+
+    def one_time_url(self) -> str:
+        """An address that leads to `url` the first time that it is opened."""
+        root, path = self.url.rsplit("/", 2)[0], f"/{secrets.token_urlsafe(24)}"
+        self.doors[path] = self.url
+        return root + path
 
     def close(self) -> None:
         self.server.shutdown()
@@ -67,19 +75,20 @@ def serve(scene: Scene) -> View:
     """Serve a scene on a free port of 127.0.0.1, from a thread."""
     root = f"/{secrets.token_urlsafe(24)}/"
     pages = {root + name: contents for name, contents in _pages(scene).items()}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, pages))
+    doors: dict[str, str] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, pages, doors))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    return View(f"http://127.0.0.1:{server.server_address[1]}{root}", scene.title, server)
+    return View(f"http://127.0.0.1:{server.server_address[1]}{root}", scene.title, server, doors)
 
 
-def open_browser(url: str) -> bool:
-    """Open a page in the user's browser; not in one of the terminal, which would take the terminal."""
+def open_browser(view: View) -> bool:
+    """Open a view in the user's browser; not in one of the terminal, which would take the terminal."""
     try:
         browser = webbrowser.get()
     except webbrowser.Error:
         return False
-    return type(browser) is not webbrowser.GenericBrowser and browser.open(url)
+    return type(browser) is not webbrowser.GenericBrowser and browser.open(view.one_time_url())
 
 
 def _pages(scene: Scene) -> dict[str, bytes]:
@@ -97,14 +106,14 @@ def _pages(scene: Scene) -> dict[str, bytes]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of `pages`, path -> contents; the path must be equal, character by character."""
+    """GET and HEAD of `pages`, path -> contents, and once of `doors`; paths are compared character by character."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "nnlite", ""
     timeout = _SECONDS_OF_PATIENCE
 
-    def __init__(self, pages: Mapping[str, bytes], *args: Any) -> None:
-        self.pages = pages
+    def __init__(self, pages: Mapping[str, bytes], doors: dict[str, str], *args: Any) -> None:
+        self.pages, self.doors = pages, doors
         super().__init__(*args)
 
     def handle(self) -> None:
@@ -127,6 +136,12 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or hosts[0].partition(":")[0].lower() not in _HOSTS:
             self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
+            return
+        if with_body and (behind := self.doors.pop(self.path, None)):
+            self.send_response(HTTPStatus.SEE_OTHER)
+            self.send_header("Location", behind)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         contents = self.pages.get(self.path)
         if contents is None:
