@@ -78,7 +78,8 @@ def main() -> None:
             busy.append(time.process_time() - before)
         dice = np.mean([measures.dice for measures in found.values() if measures.dice is not None])
         rows.append(f"| {name} | {dice:.3f} | {min(seconds):.2f} s | {min(busy):.2f} s |")
-    head = f"512 x 512 x 300, ten labels, all measures, {options.cores} cores of {processor()}, {time.strftime('%Y-%m-%d')}"
+    where = f"{options.cores} cores of {processor()}, {time.strftime('%Y-%m-%d')}"
+    head = f"512 x 512 x 300, ten labels, all measures, {where}"
     table = "\n".join([head, "", "| prediction | Dice | time | CPU time |", "|---|---|---|---|", *rows])
     print(table)
     if options.output:
