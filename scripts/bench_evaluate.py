@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_demo import processor
+from bench_demo import processor, publish
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation.metrics import score_case
@@ -81,10 +81,7 @@ def main() -> None:
     where = f"{options.cores} cores of {processor()}, {time.strftime('%Y-%m-%d')}"
     head = f"512 x 512 x 300, ten labels, all measures, {where}"
     table = "\n".join([head, "", "| prediction | Dice | time | CPU time |", "|---|---|---|---|", *rows])
-    print(table)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(table + "\n")
+    publish(table, options.output)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from bench_demo import processor
+from bench_demo import processor, publish
 from scipy import ndimage
 
 from nnunet_lite import api
@@ -138,10 +138,7 @@ def main() -> None:
     )
     lines = [head, "", "| what | time |", "|---|---|", *(f"| {what} | {seconds:.1f} s |" for what, seconds in rows)]
     table = "\n".join([*lines, "", "```", pairs[1].rstrip(), "```"])
-    print(table)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(table + "\n")
+    publish(table, options.output)
 
 
 if __name__ == "__main__":
