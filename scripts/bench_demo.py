@@ -32,6 +32,14 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def publish(table: str, output: Path | None) -> None:
+    """Print a table, and write it too."""
+    print(table)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(table + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -69,10 +77,7 @@ def main() -> None:
     table = "\n".join(
         [head, "", "| what | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows)]
     )
-    print(table)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(table + "\n")
+    publish(table, options.output)
 
 
 if __name__ == "__main__":

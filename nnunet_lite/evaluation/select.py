@@ -8,7 +8,7 @@ predicted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -48,7 +48,7 @@ from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths, locked, read_json, sweep, write_json
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
-_MADE_OF = "made_of.json"  # of a fold of an ensemble: the fingerprints of the weights that predicted it
+MADE_OF = "made_of.json"  # of a fold of an ensemble: the fingerprints of the weights that predicted it
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,10 +302,9 @@ def _dice_of_fold(comparison: Comparison, team: Team, fold: Fold, out: Path) -> 
     return {row.case: line.tolist() for row, line in zip(scores.rows, scores.values(), strict=True)}
 
 
-def _forget_others(team: Iterable[Member], fold: Fold, out: Path) -> None:
-    """Remove what an ensemble predicted with other weights, and note which ones predict now."""
-    weights = {member.name: fingerprint(member.folder, fold.name) for member in team}
-    note = out.parent / _MADE_OF
+def _forget_others(team: Team, fold: Fold, out: Path) -> None:
+    """Remove what an ensemble predicted with other weights, and what a killed run left; note which ones predict now."""
+    note, weights = out.parent / MADE_OF, weights_of(team, fold.name)
     if note.is_file() and read_json(note) == weights:
         sweep(out)
         return
@@ -313,6 +312,11 @@ def _forget_others(team: Iterable[Member], fold: Fold, out: Path) -> None:
         if file.is_file():
             file.unlink()
     write_json(note, weights)
+
+
+def weights_of(team: Team, fold: str) -> dict[str, str]:
+    """The content of `MADE_OF`: model -> fingerprint."""
+    return {member.name: fingerprint(member.folder, fold) for member in team}
 
 
 def _voting(team: Sequence[Member], fold: Fold, device: str | None) -> Model:
