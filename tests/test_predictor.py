@@ -323,6 +323,7 @@ def test_codes_and_both_forms_of_a_nifti_are_carried_over(model: Model, scans: l
         image = nibabel.Nifti1Image(voxels, turned.get(name, oblique))
         image.set_qform(turned.get(name, oblique), qform)
         image.set_sform(turned.get(name, oblique), sform)
+        image.header.set_xyzt_units("mm")
         nibabel.save(image, tmp_path / "in" / f"{name}.nii.gz")
     done, failed = predict_cases(by_brightness(model), find_cases(tmp_path / "in", 1), tmp_path / "out")
     assert len(done) == len(codes) and not failed
