@@ -220,6 +220,7 @@ class InferenceSettings(_Section):
     skip_empty: Literal["auto"] | bool = Field(
         "auto", description="windows that are zero are background; auto: where the plan normalises inside a mask"
     )
+    compile: bool = Field(False, description="torch.compile; takes a minute at the start, so it pays with many images")
     max_memory: float | None = Field(
         None, gt=0, description="GB, of the machine and of the GPU each; default: 80 % of what is free"
     )

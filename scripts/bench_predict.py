@@ -14,7 +14,7 @@ IMAGES       folder of NIfTI files of one channel, named without `_0000`
 IMAGE        a small CT, enlarged to 512 x 512 x slices of 0.8 x 0.8 x 1.0 mm
 
 The model of large images has random weights: a U-Net of 8, 16 and 32 features, 1.5 mm, patches of 128^3, no mirroring.
-Memory is the largest sum over all processes of the proportional set size (PSS), looked at five times a second.
+Memory is the largest sum over all processes of the proportional set size (PSS), looked at up to five times a second.
 """
 
 from __future__ import annotations

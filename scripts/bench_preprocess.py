@@ -10,7 +10,7 @@ DATA         data sets in MSD or nnU-Net layout; nnU-Net gets links to their fil
 
 nnU-Net runs `nnUNetv2_plan_and_preprocess --verify_dataset_integrity` with one process per core, nnlite `plan` (which
 checks) and `preprocess`. Memory is the largest sum over all their processes of the proportional set size (PSS), looked
-at five times a second; CPU is that of all their processes; disk is what they store.
+at up to five times a second; CPU is that of all their processes; disk is what they store.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def measure(commands: list[list[str]], cores: list[int], environment: dict[str, 
             process = psutil.Popen(command, env=os.environ | environment, stdout=output, stderr=output)
             process.cpu_affinity(cores)
             while process.poll() is None:
+                looked = time.perf_counter()
                 peak = max(peak, _tree_memory(process))
-                time.sleep(0.2)
+                time.sleep(max(0.2, 20 * (time.perf_counter() - looked)))  # to look takes long where much is used
             if process.returncode:
                 output.seek(0)
                 sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{output.read()[-3000:]}")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.passes import passes_of
 from nnunet_lite.inference.predictor import (
     Model,
     load,
@@ -26,6 +30,8 @@ from nnunet_lite.inference.predictor import (
     sides_of,
     trained_folds,
 )
+from nnunet_lite.network.arithmetic import Arithmetic
+from nnunet_lite.network.unet import UNet
 from nnunet_lite.preprocess.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.workspace import read_json, write_json
@@ -301,3 +307,75 @@ def test_an_input_is_never_overwritten(model: Model, tmp_path: Path, hippocampus
     with pytest.raises(UserError, match=r"scan\.nii\.gz: would be overwritten"):
         predict_cases(model, [Case("scan", (image,))], tmp_path)
     assert image.read_bytes() == before
+
+
+def test_codes_and_both_forms_of_a_nifti_are_carried_over(model: Model, scans: list[Path], tmp_path: Path) -> None:
+    """A label map lies on its image for readers of either form, along whatever axes the voxels run."""
+    (tmp_path / "in").mkdir()
+    loaded = nibabel.load(scans[0])
+    voxels, affine = np.asarray(loaded.dataobj), np.asarray(loaded.affine)
+    oblique = np.diag([0.9, 1.1, 1.5, 1.0])
+    oblique[:2, :2] = [[0.9 * np.cos(0.3), -1.1 * np.sin(0.3)], [0.9 * np.sin(0.3), 1.1 * np.cos(0.3)]]
+    oblique[:3, 3] = (-12.5, 30.25, 7)
+    codes = {"ras": (1, 2), "las": (4, 0), "lps": (0, 3), "oblique": (1, 1)}
+    turned = {"ras": affine, "las": affine @ np.diag([-1, 1, 1, 1]), "lps": affine @ np.diag([-1, -1, 1, 1])}
+    for name, (qform, sform) in codes.items():
+        image = nibabel.Nifti1Image(voxels, turned.get(name, oblique))
+        image.set_qform(turned.get(name, oblique), qform)
+        image.set_sform(turned.get(name, oblique), sform)
+        image.header.set_xyzt_units("mm")
+        nibabel.save(image, tmp_path / "in" / f"{name}.nii.gz")
+    done, failed = predict_cases(by_brightness(model), find_cases(tmp_path / "in", 1), tmp_path / "out")
+    assert len(done) == len(codes) and not failed
+    for name in codes:
+        given, found = (nibabel.load(tmp_path / folder / f"{name}.nii.gz") for folder in ("in", "out"))
+        for form in ("get_qform", "get_sform"):
+            (first, code), (second, same) = (getattr(image, form)(coded=True) for image in (given, found))
+            assert code == same and (code == 0 or np.allclose(first, second, atol=1e-5)), (name, form)
+        assert np.array_equal(found.shape, given.shape) and found.header.get_xyzt_units()[0] == "mm"
+
+
+def test_a_fourth_dimension_is_channels(model: Model, scans: list[Path], tmp_path: Path) -> None:
+    """As in training: of a 4D file, each volume is a channel; their number is checked."""
+    image = nibabel.load(scans[0])
+    voxels = np.asarray(image.dataobj)
+    nibabel.save(nibabel.Nifti1Image(np.stack([voxels, voxels], -1), image.affine), tmp_path / "two.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(voxels[..., None], image.affine), tmp_path / "one.nii.gz")
+    np.testing.assert_array_equal(model(tmp_path / "one.nii.gz"), model(scans[0]))
+    with pytest.raises(UserError, match=r"has 2 channels, the model expects 1 \(MRI\)"):
+        model(tmp_path / "two.nii.gz")
+
+
+WARM = """
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np, psutil, nnunet_lite
+folder, scans = {folder!r}, {scans!r}
+model = nnunet_lite.load(folder, device="cpu", changes={{"inference.mirroring": False}})
+alone = [model(scan) for scan in scans]
+with ThreadPoolExecutor(2) as pool:
+    together = list(pool.map(model, scans * 2))
+assert all(np.array_equal(a, b) for a, b in zip(alone * 2, together, strict=True))
+print(len(psutil.Process().children(recursive=True)))
+"""
+
+
+def test_threads_share_a_warm_model_without_child_processes_or_a_guard(tiny_model: Path, scans: list[Path]) -> None:
+    """As a script would: nothing is imported anew by a process that needs `if __name__ == "__main__"`."""
+    script = WARM.format(folder=str(tiny_model), scans=[str(scan) for scan in scans[:2]])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("many", [False, True], ids=["logits", "features"])
+def test_compiled_networks_say_the_same(tiny_model: Path, tiny_cases: list[Any], many: bool) -> None:
+    configuration = load(tiny_model, device="cpu").configuration
+    n = 20 if many else 3
+    network = UNet(configuration.network, 1, n).eval().requires_grad_(False)
+    plain, made = (
+        passes_of([network], configuration, n, Arithmetic(), torch.device("cpu"), compiled=compiled)
+        for compiled in (False, True)
+    )
+    assert (plain.head is not None) == many
+    window = torch.randn(2, 1, *configuration.patch_size)
+    torch.testing.assert_close(made.forward(window), plain.forward(window), atol=1e-4, rtol=1e-4)

@@ -11,6 +11,8 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -79,6 +81,7 @@ def passes_of(
     n_previous: int | None = None,
     whole: bool = False,
     half: bool = False,
+    compiled: bool = False,
 ) -> Passes:
     """How the networks of a model's folds see an image; their logits are averaged.
 
@@ -89,12 +92,14 @@ def passes_of(
     n_previous : the last input channel holds classes of a previous stage, so many, which the networks see one-hot.
     whole : hold logits in any case, as `predict_logits` needs; else features where there are fewer of them.
     half : hold logits, where they are held, as in `Passes`.
+    compiled : by torch.compile, once for each network and what it returns.
     """
     patch, flat = configuration.patch_size, configuration.dimensions == 2
     flips = tuple(mirrorings([axis + flat for axis in mirror_axes]))
     unets = [network for network in networks if isinstance(network, UNet)]
     head = None if whole or len(unets) < len(networks) else _head(unets, n_logits, flips, sides)
-    bodies = networks if head is None else [_body(network) for network in unets]
+    bodies: Sequence[nn.Module] = networks if head is None else [_body(network) for network in unets]
+    called = [_compiled(network, body) for network, body in zip(networks, bodies, strict=True)] if compiled else bodies
 
     @torch.inference_mode()
     def forward(x: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ def passes_of(
             x = torch.cat([x[:, :-1], one_hot(x[:, -1], n_previous).to(x.dtype)], 1)
         seen = as_layout(x, arithmetic)
         with arithmetic.autocast(device):
-            outputs = [body(seen).float() for body in bodies]
+            outputs = [body(seen).float() for body in called]
         if len(outputs) == 1:
             return outputs[0]
         return torch.cat(outputs, 1) if head is not None else torch.stack(outputs).mean(0)
@@ -110,8 +115,9 @@ def passes_of(
     item = DTYPES[arithmetic.precision].itemsize
     size = _HELD_FEATURES * configuration.network.features[0] * prod(patch) * item
     each = by_slice(forward) if flat else forward
+    apart = size < _SMALL and device.type == "cpu" and not compiled
     return Passes(
-        forward=side_by_side(each, torch.get_num_threads()) if size < _SMALL and device.type == "cpu" else each,
+        forward=side_by_side(each, torch.get_num_threads()) if apart else each,
         outputs=n_logits if head is None else sum(network.spec.features[0] for network in unets),
         patch=patch,
         flips=flips,
@@ -188,3 +194,16 @@ def _body(network: UNet) -> UNet:
     body = copy.copy(network)
     body._modules = {**network._modules, "heads": nn.ModuleList([*network.heads[:-1], nn.Identity()])}
     return body
+
+
+_compiled_before: WeakKeyDictionary[nn.Module, dict[bool, Function]] = WeakKeyDictionary()
+_compiling = Lock()
+
+
+def _compiled(network: nn.Module, body: nn.Module) -> Function:
+    """`body`, which is `network` or what `_body` makes of it, compiled: the same for each image."""
+    with _compiling:
+        made = _compiled_before.setdefault(network, {})
+        if (whole := body is network) not in made:
+            made[whole] = torch.compile(copy.copy(body) if whole else body)  # a copy, or it would never be forgotten
+        return made[whole]

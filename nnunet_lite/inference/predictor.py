@@ -225,6 +225,7 @@ def _passes(model: Model, second: bool, *, whole: bool = False) -> Passes:
         n_previous=model.plan.labels.n_classes if second else None,
         whole=whole,
         half=model.settings.sums == "float16",
+        compiled=model.settings.compile,
     )
 
 

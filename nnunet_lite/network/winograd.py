@@ -31,6 +31,7 @@ _OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1,
 _POINTS, _TILE = 6, 4
 _ONE = 1  # the point at which a constant, such as the bias, is seen in every output
 _LEAST_SLICES, _LEAST_CHANNELS = 8, 16  # with less, transforming takes longer than what it saves
+_LEAST_FORWARD = 48  # channels, where the forward pass is all and the CPU has no AVX-512 for its products
 _BLOCK = 20  # slices that are transformed at once: few, so that they stay in the cache
 
 
@@ -50,10 +51,16 @@ class Conv3d(nn.Conv3d):
             and not torch.is_autocast_enabled("cpu")
             and self.kernel_size == (3, 3, 3)
             and self.stride == (1, 1, 1)
-            and x.shape[1] >= _LEAST_CHANNELS
+            and x.shape[1] >= _least_channels()
             and x.shape[2] >= _LEAST_SLICES
             and is_channels_last(x)
         )
+
+
+def _least_channels() -> int:
+    if torch.is_grad_enabled() or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return _LEAST_CHANNELS
+    return _LEAST_FORWARD
 
 
 @dataclass(frozen=True)
