@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_lite import log
-from nnunet_lite.workspace import Paths, current, read_json, workspace_folder
+from nnunet_lite.workspace import Paths, current, workspace_folder
 
 if TYPE_CHECKING:
     from nnunet_lite.data.dataset import Dataset
@@ -26,6 +26,6 @@ def current_paths(workspace: Folder | None = None, dataset: str | None = None) -
 
 
 def dataset_of(paths: Paths) -> Dataset:
-    from nnunet_lite.data.dataset import dataset_from_json
+    from nnunet_lite.data.dataset import stored_dataset
 
-    return dataset_from_json(read_json(paths.dataset))
+    return stored_dataset(paths.dataset)

@@ -18,7 +18,7 @@ from nnunet_lite.data.cases import Case, find_cases, group_files, image_files, s
 from nnunet_lite.data.images import PICTURES, Image, read_geometry, read_images, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json
+from nnunet_lite.workspace import read_json, understood
 
 __all__ = [
     "Case",
@@ -154,6 +154,17 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
         file_ending=value["file_ending"],
         notes=tuple(value["notes"]),
     )
+
+
+def stored_dataset(file: Path) -> Dataset:
+    """The data set that a workspace's dataset.json tells of.
+
+    Raises
+    ------
+    UserError : no such file, no JSON, or not as `dataset_to_json` makes it.
+    """
+    with understood(file, "Run `nnlite plan` again."):
+        return dataset_from_json(read_json(file))
 
 
 # ------------------------------------------------------------------------------------------------- with dataset.json

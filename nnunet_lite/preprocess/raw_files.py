@@ -13,7 +13,7 @@ from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.workspace import read_json, understood, write_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RawCase:
 
 def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCase | Exception]:
     """Hashes and headers of cases by id, or why they cannot be had; read only where `memory` (JSON) is out of date."""
-    known = {name: _from_json(value) for name, value in read_json(memory).items()} if memory.is_file() else {}
+    known = _known(memory)
     cases = list(cases)
     if workers:
         with ThreadPoolExecutor(workers) as pool:
@@ -52,6 +52,15 @@ def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCa
     if sound != known:
         write_json(memory, {name: asdict(raw) for name, raw in sound.items()})
     return out
+
+
+def _known(memory: Path) -> dict[str, RawCase]:
+    """What was found before; nothing where the file is gone or damaged, for all of it can be found again."""
+    try:
+        with understood(memory):
+            return {name: _from_json(value) for name, value in read_json(memory).items()}
+    except UserError:
+        return {}
 
 
 def _look(case: Case, known: RawCase | None) -> RawCase | Exception:
