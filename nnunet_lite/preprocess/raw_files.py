@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,24 +38,18 @@ class RawCase:
         return sum(file.size for file in self.files)
 
 
-def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCase | Exception]:
-    """Hashes and headers of cases by id, or why they cannot be had; read only where `memory` (JSON) is out of date."""
-    known = _known(memory)
-    cases = list(cases)
+def survey(cases: Sequence[Case], known: Mapping[str, RawCase], workers: int) -> dict[str, RawCase | Exception]:
+    """Hashes and headers of cases by id, or why they cannot be had; read only where `known` is out of date."""
     if workers:
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(lambda case: _look(case, known.get(case.id)), cases))
     else:
         found = [_look(case, known.get(case.id)) for case in cases]
-    out = {case.id: raw for case, raw in zip(cases, found, strict=True)}
-    sound = {name: raw for name, raw in out.items() if isinstance(raw, RawCase)}
-    if sound != known:
-        write_json(memory, {name: asdict(raw) for name, raw in sound.items()})
-    return out
+    return {case.id: raw for case, raw in zip(cases, found, strict=True)}
 
 
-def _known(memory: Path) -> dict[str, RawCase]:
-    """What was found before; nothing where the file is gone or damaged, for all of it can be found again."""
+def recall(memory: Path) -> dict[str, RawCase]:
+    """What was known when `memory` (JSON) was written; nothing where it is gone or damaged: it can be had again."""
     try:
         with understood(memory):
             return {name: _from_json(value) for name, value in read_json(memory).items()}
@@ -63,8 +57,36 @@ def _known(memory: Path) -> dict[str, RawCase]:
         return {}
 
 
+def memorize(memory: Path, raw: Mapping[str, RawCase]) -> None:
+    write_json(memory, {name: asdict(found) for name, found in raw.items()})
+
+
+def remembered(cases: Iterable[Case], memory: Path) -> dict[str, RawCase]:
+    """What `memory` (JSON) knows of the cases whose files have not changed since; no file is read."""
+    known = recall(memory)
+    return {
+        case.id: known[case.id]
+        for case in cases
+        if case.id in known
+        and [(file.size, file.changed) for file in known[case.id].files] == [_stamp(path) for path in _paths(case)]
+    }
+
+
+def _paths(case: Case) -> list[Path]:
+    return [*case.images, *([case.label] if case.label else [])]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns; None for a file that is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _look(case: Case, known: RawCase | None) -> RawCase | Exception:
-    paths = [*case.images, *([case.label] if case.label else [])]
+    paths = _paths(case)
     before: tuple[RawFile | None, ...] = (
         known.files if known and len(known.files) == len(paths) else (None,) * len(paths)
     )

@@ -92,7 +92,11 @@ def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
             "placement": case.placement.to_json(),
         }
         (temporary / "case.json").write_text(json.dumps(about))
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has made it meanwhile, of the same files
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

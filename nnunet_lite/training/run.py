@@ -21,7 +21,7 @@ import numpy as np
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.plan.memory import with_memory
 from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
@@ -82,11 +82,11 @@ def exclusive(folder: Path) -> AbstractContextManager[None]:
 
     Raises
     ------
-    UserError : another one does.
+    Busy : another one does.
     """
 
     def refuse() -> None:
-        raise UserError("another process is training here", folder, "Wait for it, or stop it.") from None
+        raise Busy("another process is training here", folder, "Wait for it, or stop it.") from None
 
     return locked(folder, refuse)
 
