@@ -12,7 +12,7 @@ from typing import Any
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.workspace import Paths
+from nnunet_lite.workspace import Paths, understood
 
 # what pyproject.toml asks for
 _PACKAGES = (
@@ -44,10 +44,12 @@ def describe_model(folder: Path) -> About:
 
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
-    folds = {
-        fold: {**read_state(folder / f"fold_{fold}" / MODEL), "mean_dice": mean_dice(folder, fold)}
-        for fold in trained_folds(folder)
-    }
+    folds = {}
+    for fold in trained_folds(folder):
+        with understood(folder / f"fold_{fold}" / MODEL):
+            state = read_state(folder / f"fold_{fold}" / MODEL)
+            folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
+        folds[fold]["mean_dice"] = mean_dice(folder, fold)
     begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
     network = configuration.network
     values = {

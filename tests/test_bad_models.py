@@ -223,7 +223,7 @@ ZIPS = {
     ),
     "nnU-Net's configurations go in a circle": Bad(
         theirs_with(
-            lambda f: edit(f / "plans.json", lambda p: p["configurations"].update(dict.fromkeys(["3d_fullres"], CIRCLE)))
+            lambda f: edit(f / "plans.json", lambda plans: plans["configurations"].update({"3d_fullres": CIRCLE}))
         ),
         "import theirs -o new",
         ("circle",),

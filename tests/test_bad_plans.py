@@ -168,8 +168,10 @@ WORKSPACE = {
     "splits.json of unknown cases": written(
         "splits.json", '[{"train": ["hippocampus_001"], "val": ["patient_7"]}]', TRAIN, "patient_7"
     ),
-    "splits.json without the fold": written(
-        "splits.json", '[{"train": ["hippocampus_001"], "val": ["hippocampus_008"]}]', "train 3d_fullres 3", "3"
+    "splits.json without the fold": Bad(
+        written("splits.json", '[{"train": ["hippocampus_001"], "val": ["hippocampus_008"]}]').make,
+        "train 3d_fullres 3",
+        ("no fold '3'",),
     ),
     "splits.json with a case on both sides": written(
         "splits.json", '[{"train": ["hippocampus_001"], "val": ["hippocampus_001"]}]', TRAIN, "both sides"

@@ -116,10 +116,7 @@ def mutated_recipes(draw: st.DrawFn) -> bytes:
         text = text[:start] + draw(st.sampled_from(["", "=", "[", '"', "\n", "-1", "\0", "x = 1\n", "ä"])) + text[stop:]
     if draw(st.booleans()):
         key, value = draw(st.sampled_from([*keys(), "training", "base", "x.y.z", "recipe"])), draw(values)
-        try:
-            text += f"\n{key} = {json.dumps(value)}\n"
-        except UnicodeEncodeError:
-            pass
+        text += f"\n{key} = {json.dumps(value)}\n"
     return text.encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16"])), "replace")
 
 

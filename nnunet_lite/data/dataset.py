@@ -204,6 +204,8 @@ def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
     ------
     UserError : missing or malformed; `table` is the file that the message names.
     """
+    if not isinstance(told, Mapping):
+        raise UserError("is not a JSON object", table)
     names = told.get("channel_names", told.get("modality"))
     if isinstance(names, list):
         names = dict(enumerate(names))

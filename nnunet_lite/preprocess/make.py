@@ -18,7 +18,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
 from nnunet_lite.preprocess.raw_files import RawCase, survey
-from nnunet_lite.preprocess.stored import Precision, write_stored
+from nnunet_lite.preprocess.stored import Precision, is_whole, write_stored
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -156,7 +156,7 @@ def _jobs(
         for name in order:
             path = folder / "cases" / index[name][case.id]
             configuration = plan.configurations[name]
-            if path not in job.missing and not path.is_dir():
+            if path not in job.missing and not is_whole(path):
                 job.missing[path] = configuration, resampled_shape(old, spacing, target_spacing(configuration, spacing))
         if job.missing:
             jobs.append(job)
@@ -216,7 +216,7 @@ def _make(job: Job, dataset: Dataset, plan: Plan, precision: Precision, threads:
     try:
         case = _prepared(job.case, dataset, plan)
         for path, (configuration, _) in job.missing.items():
-            if path.is_dir():
+            if is_whole(path):
                 continue  # a worker that was taken for dead has made it meanwhile
             patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
             write_stored(path, resample(case, configuration, threads), plan.labels, patch, precision)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.make import Make, Part, Progress, folder_name, recipe_of, short_hash
 from nnunet_lite.preprocess.raw_files import RawCase, memorize, recall, remembered
-from nnunet_lite.preprocess.stored import LEFTOVER, Precision, StoredCase, read_stored
+from nnunet_lite.preprocess.stored import LEFTOVER, Precision, StoredCase, is_whole, read_stored
 from nnunet_lite.workspace import locked, read_json, write_json
 
 # (function, items, what for) -> (item, result or why there is none), as they end
@@ -133,7 +133,7 @@ def is_preprocessed(dataset: Dataset, plan: Plan, configurations: Sequence[str],
     if len(raw) < len(dataset.cases) or not all(path.is_file() for path in indices):
         return False
     return all(
-        (folder / "cases" / folder_name(plan, plan.configuration(name), case, found, dataset, plan.stored_as)).is_dir()
+        is_whole(folder / "cases" / folder_name(plan, plan.configuration(name), case, found, dataset, plan.stored_as))
         for name in configurations
         for case, found in raw.items()
     )
@@ -148,7 +148,7 @@ def open_case(folder: Path, plan: Plan, configuration: str, case_id: str) -> Sto
     """
     path = _index_path(folder, plan, configuration)
     key = _index(path, path.stat().st_mtime_ns).get(case_id) if path.is_file() else None
-    if key is None or not (folder / "cases" / key).is_dir():
+    if key is None or not is_whole(folder / "cases" / key):
         raise UserError(f"case {case_id} is not preprocessed for {configuration}", folder, "Run `nnlite preprocess`.")
     return read_stored(folder / "cases" / key, case_id)
 
@@ -208,8 +208,10 @@ def _index(path: Path, changed: int) -> dict[str, str]:
 
 
 def _write_if_new(path: Path, value: dict[str, str]) -> None:
-    if not path.is_file() or read_json(path) != value:
-        write_json(path, value)
+    with suppress(UserError):  # a damaged one
+        if path.is_file() and read_json(path) == value:
+            return
+    write_json(path, value)
 
 
 def _size(folder: Path) -> int:
