@@ -12,7 +12,7 @@ from typing import Any
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.workspace import Paths, read_json
+from nnunet_lite.workspace import Paths, understood
 
 # what pyproject.toml asks for
 _PACKAGES = (
@@ -44,10 +44,12 @@ def describe_model(folder: Path) -> About:
 
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
-    folds = {
-        fold: {**read_state(folder / f"fold_{fold}" / MODEL), "mean_dice": mean_dice(folder, fold)}
-        for fold in trained_folds(folder)
-    }
+    folds = {}
+    for fold in trained_folds(folder):
+        with understood(folder / f"fold_{fold}" / MODEL):
+            state = read_state(folder / f"fold_{fold}" / MODEL)
+            folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
+        folds[fold]["mean_dice"] = mean_dice(folder, fold)
     begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
     network = configuration.network
     values = {
@@ -83,19 +85,20 @@ def describe_model(folder: Path) -> About:
 
 def describe_dataset(paths: Paths) -> About:
     """What the workspace has of a data set: cases, plan, models."""
+    from nnunet_lite.data.dataset import stored_dataset
     from nnunet_lite.evaluation.selection import read_selection, trained_since
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.plan.show import plan_table
     from nnunet_lite.training.run import first_training, model_folders
 
-    plan, dataset = Plan.read(paths.plans), read_json(paths.dataset)
+    plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
     models = [describe_model(folder) for folder in model_folders(paths)]
     values = {
         "dataset": paths.name,
         "workspace": str(paths.root.parent),
-        "raw": dataset["root"],
-        "layout": dataset["layout"],
-        "cases": len(dataset["dataset"]),
+        "raw": str(dataset.root),
+        "layout": dataset.layout,
+        "cases": len(dataset.cases),
         "configurations": list(plan.configurations),
         "models": [model.values for model in models],
     }
@@ -105,7 +108,7 @@ def describe_dataset(paths: Paths) -> About:
         values["selection"] = {**selection.to_json(), "changed_since": changed}
         stale = f"; {' and '.join(changed)} changed since: run `nnlite select` again" if changed else ""
         selected = [f"selected  {selection.how}, on {selection.made}{stale}"]
-    head = f"{paths.name}: {values['cases']} cases in {dataset['root']} ({dataset['layout']})"
+    head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
     nothing = f"no model yet: {first_training(paths)}"
     return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing]), *selected]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,13 +21,23 @@ class UserError(Exception):
         where = f"{file}: " if file is not None else ""
         super().__init__(f"{where}{what}." + (f" {fix}" if fix else ""))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception travels between processes by what it was made with
+        return type(self), (self.what, self.file, self.fix)
+
+
+class Busy(UserError):
+    """Another process is at work on the same folder; waiting for it helps."""
+
 
 class Stopped(Exception):
     """A run ended because a signal asked it to, with its checkpoint written; the exit code is 128 + the signal."""
 
     def __init__(self, what: str, number: int) -> None:
-        self.number = number
+        self.what, self.number = what, number
         super().__init__(what)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.number)
 
 
 def describe(problem: BaseException) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Dataset, dataset_from_json
+from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
@@ -30,7 +30,7 @@ from nnunet_lite.training.run import (
     require_begun,
     set_aside,
 )
-from nnunet_lite.workspace import Paths, read_json
+from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
 def examined(request: Request, paths: Paths) -> Run:
     """The request with all that its mistakes can be told from, before anything is changed."""
     settings = request.settings
-    dataset = dataset_from_json(read_json(paths.dataset))
+    dataset = stored_dataset(paths.dataset)
     planned = planned_for(paths, settings)
     if settings.training.init is not None:
         from nnunet_lite.training.initial import adopted_plan, find_source

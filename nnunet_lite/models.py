@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths, read_json
+from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
     from nnunet_lite.data.labels import Labels
@@ -112,9 +112,9 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     UserError : nothing is trained (of that configuration).
     """
     from nnunet_lite.evaluation.crossval import mean_dice
-    from nnunet_lite.training.run import first_training, model_folders, trained_folds
+    from nnunet_lite.training.run import first_training, model_folders, read_run, trained_folds
 
-    runs = {folder: read_json(folder / "run.json") for folder in model_folders(paths) if trained_folds(folder)}
+    runs = {folder: read_run(folder) for folder in model_folders(paths) if trained_folds(folder)}
     first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
     found = [
         (len(folds := trained_folds(folder)), max(mean_dice(folder, fold) or 0.0 for fold in folds), folder)

@@ -81,12 +81,47 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise UserError("is nested too deeply to be read", path) from None
     except FileNotFoundError:
         raise UserError("no such file", path) from None
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
     except json.JSONDecodeError as error:
         raise UserError(f"invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}", path) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"cannot be read ({error})", path) from None
+
+
+@contextmanager
+def understood(path: Path, fix: str = "") -> Iterator[None]:
+    """Turn what a block stumbles over in the content of a file that nnlite wrote into one line that names the file.
+
+    Raises
+    ------
+    UserError : something is missing in it, or of another kind than nnlite writes.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # pydantic's are ValueErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
+
+
+def must_be_known(found: str, ours: str, file: Path) -> None:
+    """Refuse a format that is not ours, such as nnlite-model-2 of a later version.
+
+    Raises
+    ------
+    UserError : of a newer nnlite, or of a format that there is not.
+    """
+    kind, _, number = ours.rpartition("-")
+    theirs, _, later = found.rpartition("-")
+    if found == ours:
+        return
+    if theirs == kind and later.isdigit() and int(later) > int(number):
+        raise UserError(f"is of a newer nnlite ({found}, this one reads {ours})", file, "Update nnunet-lite.")
+    raise UserError(f"is of an unknown format, {found!r:.80}", file)
 
 
 @dataclass(frozen=True)
@@ -200,7 +235,8 @@ def current(workspace: Path, given: str | None = None) -> Paths:
     if given is None:
         if not (workspace / "current.json").is_file():
             raise UserError(f"no data set is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
-        given = str(read_json(workspace / "current.json")["dataset"])
+        with understood(workspace / "current.json", "Run `nnlite plan DATA` again."):
+            given = str(read_json(workspace / "current.json")["dataset"])
     name = Path(given).name
     planned = [match for match in _named(workspace, name) if (match / "plans.json").is_file()]
     if len(planned) == 1:

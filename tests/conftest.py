@@ -166,3 +166,22 @@ def tiny_cases(tiny_workspace: Path) -> list[Any]:
 def tiny_settings() -> dict[str, Any]:
     """Changes to the default recipe that make a run take seconds; with them, a run is the same to the bit each time."""
     return dict(TINY)
+
+
+@pytest.fixture
+def counts(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Something that is counted over all tests: counts("kills survived", 20); its sum is printed at the end."""
+    return lambda what, n=1: record_property("counted", [what, n])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests counted, such as "20 of 20 kills survived": of how many that were tried the test passed."""
+    tried: dict[str, int] = {}
+    held: dict[str, int] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for what, n in (value for name, value in report.user_properties if name == "counted"):
+                tried[what] = tried.get(what, 0) + n
+                held[what] = held.get(what, 0) + n * (outcome == "passed")
+    for what, n in tried.items():
+        terminalreporter.write_line(f"{held[what]} of {n} {what}")

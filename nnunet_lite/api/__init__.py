@@ -16,7 +16,7 @@ from nnunet_lite.api.prediction import Predictions, export_model, import_model, 
 from nnunet_lite.api.results import evaluate, report, select
 from nnunet_lite.api.training import fold_names, train
 from nnunet_lite.api.viewing import view
-from nnunet_lite.api.workflow import Finished, run
+from nnunet_lite.api.workflow import Finished, run, train_on
 
 __all__ = [
     "Finished",
@@ -36,5 +36,6 @@ __all__ = [
     "run",
     "select",
     "train",
+    "train_on",
     "view",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
-from nnunet_lite.api.place import Folder, current_paths, dataset_of, folder_of
+from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import Paths, find_raw, read_json, use, write_json, write_text
 
@@ -184,6 +184,7 @@ def preprocess(
     *,
     dataset: str | None = None,
     clean: bool = False,
+    scheduler: str | None = None,
     workspace: Folder | None = None,
     workers: int | None = None,
 ) -> Summary:
@@ -192,6 +193,7 @@ def preprocess(
     Parameters
     ----------
     clean : delete what the plan does not need any more first.
+    scheduler : address of a Dask scheduler, whose workers do it; see docs/cluster.md.
     """
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.preprocess.store import preprocess_dataset, prune
@@ -202,4 +204,8 @@ def preprocess(
     if clean:
         count, size = prune(paths.preprocessed, made)
         log.info(f"{count} arrays deleted that the plan does not need, {size / 1e6:.1f} MB")
-    return preprocess_dataset(dataset_of(paths), made, names, paths.preprocessed, workers, log.progress)
+    with cluster_of(scheduler, paths.root.parent) as cluster:
+        return preprocess_dataset(
+            dataset_of(paths), made, names, paths.preprocessed, workers, log.progress,
+            spread=None if cluster is None else cluster.spread,
+        )  # fmt: skip

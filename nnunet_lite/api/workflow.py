@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import api, log
-from nnunet_lite.api.place import Folder, dataset_of, folder_of
+from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, what_is_left
 from nnunet_lite.workspace import Paths, find_raw, read_json, use
 
 if TYPE_CHECKING:
+    from nnunet_lite.cluster import Cluster
     from nnunet_lite.data.dataset import Dataset
-    from nnunet_lite.fold import Request, Run
+    from nnunet_lite.fold import Run
     from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.settings import Settings
 
 JOURNAL, REPORT = "steps.jsonl", "report.html"
 
@@ -76,6 +78,7 @@ def run(
     stratify: bool | Folder = False,
     splits: Folder | None = None,
     device: str | None = None,
+    scheduler: str | None = None,
     workspace: Folder | None = None,
     workers: int | None = None,
 ) -> Finished:
@@ -87,6 +90,7 @@ def run(
     configurations : which to train, with the first stages that they need; default: all of the plan.
     fold : which folds; default: all. "all" trains on every case, and holds nothing out to select by.
     recipe, changes, folds, group_by, stratify, splits, device : as for `train`, for each fold.
+    scheduler : address of a Dask scheduler, whose workers preprocess and train; see docs/cluster.md.
     workers : threads for the steps beside training.
 
     Raises
@@ -111,18 +115,65 @@ def run(
     ended = execute([plan], journal)
     use(place, paths.name)
 
-    from nnunet_lite.fold import Request
-
-    def request(configuration: str, name: str) -> Request:
-        return Request(configuration, name, settings, device=device, **how)
-
-    names = [str(name) for name in fold] if fold else api.fold_names(**how, dataset=paths.name, workspace=place)
-    runs = _runs(request, paths, configurations, names)
+    names = _fold_names(fold, how, paths)
+    runs = _runs(paths, settings, configurations, names, device)
     _refuse_changes(runs)
-    steps = _steps(runs, dataset_of(paths), paths, workers, device)
-    log.info(overview(f"{dataset.name} (workspace {place})", [plan, *steps], what_is_left(steps, journal)))
-    ended += execute(steps, journal)
+    with cluster_of(scheduler, place) as cluster:
+        steps = _steps(runs, dataset_of(paths), paths, workers, device, cluster)
+        log.info(overview(f"{dataset.name} (workspace {place})", [plan, *steps], what_is_left(steps, journal)))
+        ended += _execute(steps, journal, cluster)
     return _finished(paths, ended, [one.folder for one in runs], workspace, round(time.monotonic() - begin, 2))
+
+
+def train_on(
+    scheduler: str,
+    configuration: str,
+    *,
+    recipe: str = "default",
+    changes: dict[str, Any] | None = None,
+    folds: int | None = None,
+    group_by: Folder | None = None,
+    stratify: bool | Folder = False,
+    splits: Folder | None = None,
+    dataset: str | None = None,
+    device: str | None = None,
+    workspace: Folder | None = None,
+) -> dict[str, Any]:
+    """Train all folds of a configuration, and what it needs before, on the workers of a Dask scheduler.
+
+    Parameters are those of `train`. Returns the content of summary.json for each fold.
+    """
+    from nnunet_lite.settings import load as load_settings
+
+    settings, paths = load_settings(recipe, changes), current_paths(workspace, dataset)
+    how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
+    runs = _runs(paths, settings, [configuration], _fold_names(None, how, paths), device)
+    _refuse_changes(runs)
+    with cluster_of(scheduler, paths.root.parent) as cluster:
+        preparing = _preprocessing(runs, dataset_of(paths), paths, None, cluster)
+        _execute([preparing, *map(_training, runs)], Journal(paths.root / JOURNAL), cluster)
+    from nnunet_lite.evaluation.crossval import SUMMARY
+    from nnunet_lite.training.run import VALIDATION
+
+    mine = [run for run in runs if run.configuration == configuration]
+    return {run.split.name: read_json(run.fold_folder / VALIDATION / SUMMARY) for run in mine}
+
+
+def _execute(steps: Sequence[Step], journal: Journal, cluster: Cluster | None) -> list[Ended]:
+    if cluster is None:
+        return execute(steps, journal)
+    from nnunet_lite.cluster import execute as execute_on
+
+    return execute_on(cluster, steps, journal)
+
+
+def _fold_names(fold: Sequence[int | str] | None, how: Mapping[str, Any], paths: Paths) -> list[str]:
+    """The folds that are asked for, default all; splits.json is there when this returns, if it is needed."""
+    asked = [str(name) for name in fold or ()]
+    if asked == ["all"]:
+        return asked
+    there = api.fold_names(**how, dataset=paths.name, workspace=paths.root.parent)
+    return asked or there
 
 
 def _is_planned(dataset: Dataset, paths: Paths) -> bool:
@@ -138,24 +189,23 @@ def _is_planned(dataset: Dataset, paths: Paths) -> bool:
 
 
 def _runs(
-    request: Callable[[str, str], Request], paths: Paths, configurations: Sequence[str] | None, folds: Sequence[str]
+    paths: Paths, settings: Settings, configurations: Sequence[str] | None, folds: Sequence[str], device: str | None
 ) -> list[Run]:
     """What is to be trained, first stages of cascades before the second, each examined for mistakes."""
-    from nnunet_lite.fold import examined, planned_for
+    from nnunet_lite.fold import Request, examined, planned_for
 
-    plan = planned_for(paths, request("", "").settings)
     runs: dict[tuple[str, str], Run] = {}
 
     def add(configuration: str, fold: str) -> None:
         if (configuration, fold) in runs:
             return
-        found = examined(request(configuration, fold), paths)
+        found = examined(Request(configuration, fold, settings, device=device), paths)
         if found.first is not None:
             for needed in found.first.folds:
                 add(found.first.configuration, needed)
         runs[configuration, fold] = found
 
-    for configuration in configurations or _worth_training(plan):
+    for configuration in configurations or _worth_training(planned_for(paths, settings)):
         for fold in folds:
             add(configuration, fold)
     return list(runs.values())
@@ -193,10 +243,17 @@ def _worth_training(plan: Plan) -> list[str]:
     return names
 
 
-def _steps(runs: Sequence[Run], dataset: Dataset, paths: Paths, workers: int | None, device: str | None) -> list[Step]:
+def _steps(
+    runs: Sequence[Run],
+    dataset: Dataset,
+    paths: Paths,
+    workers: int | None,
+    device: str | None,
+    cluster: Cluster | None,
+) -> list[Step]:
     """The steps after the plan."""
     trainings = {(run.configuration, run.split.name): _training(run) for run in runs}
-    out = [_preprocessing(runs, dataset, paths, workers), *trainings.values()]
+    out = [_preprocessing(runs, dataset, paths, workers, cluster), *trainings.values()]
     folders = list(dict.fromkeys(run.folder for run in runs if run.split.name != "all"))
     if not folders:
         return out  # nothing is held out to select by
@@ -228,7 +285,9 @@ def _training(run: Run) -> Step:
     )  # fmt: skip
 
 
-def _preprocessing(runs: Sequence[Run], dataset: Dataset, paths: Paths, workers: int | None) -> Step:
+def _preprocessing(
+    runs: Sequence[Run], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
+) -> Step:
     """Preprocess every case for all that is trained; once all is trained, nothing needs the arrays any more."""
     from nnunet_lite.preprocess.store import is_preprocessed, preprocess_dataset
 
@@ -241,7 +300,8 @@ def _preprocessing(runs: Sequence[Run], dataset: Dataset, paths: Paths, workers:
     def preprocess() -> None:
         for plan in plans:
             names = list(plan.configurations)
-            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, log.progress)
+            spread = None if cluster is None else cluster.spread
+            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, log.progress, spread=spread)
 
     return Step("preprocess", f"preprocess {len(dataset.cases)} cases", is_done, preprocess)
 

@@ -15,6 +15,7 @@ from nnunet_lite.commands.options import (
     Device,
     Folds,
     GroupBy,
+    Scheduler,
     Splits,
     Stratify,
     StratifyBy,
@@ -129,10 +130,13 @@ def preprocess(
     configuration: Annotated[list[str] | None, typer.Argument(help="Which [all of the plan].")] = None,
     dataset: Dataset = None,
     prune: Annotated[bool, typer.Option("--prune", help="Delete what the plan does not need any more.")] = False,
+    scheduler: Scheduler = None,
     workers: Workers = None,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
     """Crop, normalise and resample the current data set (train does it too where it is missing)."""
-    summary = api.preprocess(configuration, dataset=dataset, clean=prune, workspace=workspace, workers=workers)
+    summary = api.preprocess(
+        configuration, dataset=dataset, clean=prune, scheduler=scheduler, workspace=workspace, workers=workers
+    )
     show(summary.to_json(), summary.to_text(), as_json)

@@ -22,6 +22,10 @@ Workers = Annotated[int | None, typer.Option(min=0, help="Threads; 0: none, ever
 SetOptions = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
 ]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://host:8786, or its file."),
+]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Folds = Annotated[int | None, typer.Option("--folds", min=2, metavar="N", help="Number of folds [5].")]
 GroupBy = Annotated[

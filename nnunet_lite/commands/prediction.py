@@ -104,7 +104,7 @@ def predict(
     show(result, f"{plural(len(done.files), 'label map')} in {out}", as_json)
     for case, why in done.failed.items():
         log.info(f"failed: {case}: {why}")
-    raise typer.Exit(1 if done.failed else 0)
+    raise typer.Exit((1 if done.files else 2) if done.failed else 0)  # 2: there was nothing but mistakes
 
 
 def import_(

@@ -16,6 +16,7 @@ from nnunet_lite.commands.options import (
     Folds,
     GroupBy,
     Precision,
+    Scheduler,
     SetOptions,
     Splits,
     Stratify,
@@ -24,6 +25,7 @@ from nnunet_lite.commands.options import (
     changes_of,
     numbers_of,
 )
+from nnunet_lite.errors import UserError
 
 if TYPE_CHECKING:
     pass
@@ -53,6 +55,7 @@ def train(
     stratify_by: StratifyBy = None,
     splits: Splits = None,
     gpus: Annotated[int, typer.Option(min=1, help="Train on so many GPUs of this machine.")] = 1,
+    scheduler: Scheduler = None,
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on; an error if nothing was begun.")] = False,
@@ -86,6 +89,18 @@ def train(
     }
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify_by or stratify, "splits": splits}
     results = {}
+    if scheduler is not None:
+        if fold != "all-folds" or name or restart or resume or force or preview or gpus > 1:
+            what = (
+                "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
+            )
+            raise UserError(f"{what} --force and --preview")
+        on_workers = api.train_on(
+            scheduler, configuration, **how, recipe=recipe, changes=changes_of(flags, assignments), dataset=dataset,
+            device=device, workspace=workspace,
+        )  # fmt: skip
+        log.answer(json.dumps(on_workers, indent=1) if as_json else _mean_dice(on_workers))
+        return
     names = api.fold_names(**how, dataset=dataset, workspace=workspace) if fold == "all-folds" else [fold]
     for one in names:
         scores = api.train(
@@ -100,3 +115,13 @@ def train(
                 log.answer(f"fold {one}, whole images:\n{scores.table()}")
     if as_json:
         log.answer(json.dumps(results, indent=1))
+
+
+def _mean_dice(summaries: dict[str, Any]) -> str:
+    """A line for each fold."""
+    means = {fold: summary["foreground_mean"]["Dice"] for fold, summary in summaries.items()}
+    return "\n".join(f"fold {fold}, whole images: mean Dice {_shown(dice)}" for fold, dice in means.items())
+
+
+def _shown(dice: float | None) -> str:
+    return "n/a" if dice is None else f"{dice:.4f}"

@@ -12,6 +12,7 @@ from nnunet_lite.commands.options import (
     Device,
     Folds,
     GroupBy,
+    Scheduler,
     SetOptions,
     Splits,
     Stratify,
@@ -44,6 +45,7 @@ def run(
     stratify_by: StratifyBy = None,
     splits: Splits = None,
     device: Device = None,
+    scheduler: Scheduler = None,
     assignments: SetOptions = None,
     workers: Workers = None,
     as_json: AsJson = False,
@@ -54,7 +56,7 @@ def run(
     done = api.run(
         data, recipe=recipe, changes=changes_of(flags, assignments), configurations=_listed(configurations),
         fold=_listed(fold), folds=folds, group_by=group_by, stratify=stratify_by or stratify, splits=splits,
-        device=device, workspace=workspace, workers=workers,
+        device=device, scheduler=scheduler, workspace=workspace, workers=workers,
     )  # fmt: skip
     show(done.to_json(), done.to_text(), as_json)
 

@@ -6,9 +6,42 @@
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 import zlib
 from pathlib import Path
+
+from nnunet_lite.errors import UserError
+
+AGAIN = "Copy or export it again."
+
+
+DEFLATE_LIMIT = 1032  # no deflated byte becomes more
+_MAY_BE_HEADERS = (".mhd", ".mha", ".nhdr", ".nrrd")
+_DATA_FILE = re.compile(rb"^(?:ElementDataFile *=|data ?file:)([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
+_PICTURE_LIMIT = 100_000  # nor of the codecs of pictures, by far
+
+
+def must_hold(path: Path, needed: int, picture: bool = False) -> None:
+    """Refuse a file too small for the bytes that its header promises, before memory is taken for them.
+
+    Raises
+    ------
+    UserError : no compression could make them of it.
+    """
+    size = path.stat().st_size
+    if needed > size * (_PICTURE_LIMIT if picture else DEFLATE_LIMIT):
+        raise UserError(f"is truncated: {size} bytes cannot hold the {needed} that its header tells of", path, AGAIN)
+
+
+def elsewhere(path: Path) -> str:
+    """The file that a header alone (NRRD, MetaImage) names for its voxels; empty for a file that holds them."""
+    if path.suffix.lower() not in _MAY_BE_HEADERS:
+        return ""
+    with path.open("rb") as file:
+        named = _DATA_FILE.search(file.read(4096))
+    name = named[1].decode("utf-8", "replace").strip() if named else ""
+    return "" if name.upper() == "LOCAL" else name
 
 
 def defect(path: Path) -> str | None:
@@ -20,6 +53,9 @@ def defect(path: Path) -> str | None:
     size = path.stat().st_size
     if size == 0:
         return "is empty (0 bytes)"
+    other = elsewhere(path)
+    if other and not (path.parent / other).is_file() and "%" not in other and not other.upper().startswith("LIST"):
+        return f"names {other} for its voxels, which is not there"
     ends = {".png": _png_ends, ".jpg": _jpeg_ends, ".jpeg": _jpeg_ends, ".bmp": _bmp_ends, ".tif": _tiff_ends}
     whole = ends.get(path.suffix.lower().replace(".tiff", ".tif"))
     if whole is None:

@@ -18,7 +18,7 @@ from nnunet_lite.data.cases import Case, find_cases, group_files, image_files, s
 from nnunet_lite.data.images import PICTURES, Image, read_geometry, read_images, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json
+from nnunet_lite.workspace import read_json, understood
 
 __all__ = [
     "Case",
@@ -156,6 +156,17 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
     )
 
 
+def stored_dataset(file: Path) -> Dataset:
+    """The data set that a workspace's dataset.json tells of.
+
+    Raises
+    ------
+    UserError : no such file, no JSON, or not as `dataset_to_json` makes it.
+    """
+    with understood(file, "Run `nnlite plan` again."):
+        return dataset_from_json(read_json(file))
+
+
 # ------------------------------------------------------------------------------------------------- with dataset.json
 
 
@@ -193,6 +204,8 @@ def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
     ------
     UserError : missing or malformed; `table` is the file that the message names.
     """
+    if not isinstance(told, Mapping):
+        raise UserError("is not a JSON object", table)
     names = told.get("channel_names", told.get("modality"))
     if isinstance(names, list):
         names = dict(enumerate(names))

@@ -9,12 +9,13 @@ alpha, palettes (no numbers of the colours).
 from __future__ import annotations
 
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.complete import defect, gzip_defect, tiff_samples
+from nnunet_lite.data.complete import AGAIN, defect, elsewhere, gzip_defect, must_hold, tiff_samples
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.nifti import read_nifti, read_nifti_header
@@ -61,10 +62,11 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     elif header is None or suffix_of(path) in NIFTI:
         array, from_affine = _read_nibabel(path)
         geometry = header[0] if header else from_affine
-    elif _is_pillows(path):
-        array, geometry = _pillow_pixels(path, resolve_palette), header[0]
     else:
-        array, geometry = _itk_voxels(path, *header), header[0]
+        geometry, channels = header
+        if not elsewhere(path):
+            must_hold(path, channels * prod(geometry.shape), suffix_of(path) in PICTURES)
+        array = _pillow_pixels(path, resolve_palette) if _is_pillows(path) else _itk_voxels(path, *header)
     if np.iscomplexobj(array):
         raise UserError("holds complex numbers", path, "Store the magnitude.")
     if array.shape[1:] != geometry.shape:
@@ -77,7 +79,7 @@ def must_be_readable(path: Path) -> None:
         raise UserError("is of no supported format", path, f"Supported are {' '.join(SUFFIXES)}.")
     problem = defect(path)
     if problem:
-        raise UserError(problem, path, "Copy or export it again." if path.exists() else "")
+        raise UserError(problem, path, AGAIN if path.exists() else "")
 
 
 def _sitk() -> Any:
@@ -129,7 +131,15 @@ def read_header(path: Path) -> tuple[Geometry, int] | None:
         direction=tuple(c for row in cosines for c in row),
         dimensions=axes,
     )
+    _must_be_a_place(geometry, path)
     return geometry, channels
+
+
+def _must_be_a_place(geometry: Geometry, path: Path) -> None:
+    """Refuse voxels of no or negative size, or at NaN."""
+    numbers = (*geometry.spacing, *geometry.origin, *geometry.direction)
+    if not np.isfinite(numbers).all() or min(geometry.spacing) <= 0:
+        raise UserError(f"has voxels of {geometry.spacing} mm at {geometry.origin}, which cannot be", path, AGAIN)
 
 
 def _picture_geometry(path: Path, size: tuple[int, ...]) -> Geometry:
@@ -178,7 +188,7 @@ def _pillow(path: Path) -> Any:
     try:
         return Image.open(path)
     except OSError:
-        raise UserError(f"is no {suffix_of(path)} file", path, "Copy or export it again.") from None
+        raise UserError(f"is no {suffix_of(path)} file", path, AGAIN) from None
 
 
 def _pillow_pixels(path: Path, resolve_palette: bool) -> np.ndarray:
@@ -193,7 +203,7 @@ def _pillow_pixels(path: Path, resolve_palette: bool) -> np.ndarray:
                 else:
                     pages.append(np.asarray(picture.convert("L") if picture.mode == "1" else picture))
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot be read ({_reason(error)})", path, "Copy or export it again.") from None
+        raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
     array = np.stack(pages)
     return np.ascontiguousarray(np.moveaxis(array, 3, 0)) if array.ndim == 4 else array[None]
 
@@ -203,7 +213,7 @@ def _itk_voxels(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
-        raise UserError(f"cannot be read ({_reason(error)})", path, "Copy or export it again.") from None
+        raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
     array = sitk.GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
@@ -215,18 +225,21 @@ def _itk_voxels(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
 def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     """As nibabel reads it; axes and affine turned from RAS to ITK's LPS."""
     import nibabel
+    from nibabel.imageglobals import LoggingOutputSuppressor
 
     try:
-        image: Any = nibabel.load(path)
-        stored = image.dataobj
+        with LoggingOutputSuppressor():  # what it mends of a header by itself
+            image: Any = nibabel.load(path)
+            stored = image.dataobj
+        must_hold(Path(image.file_map["image"].filename), prod(stored.shape) * stored.dtype.itemsize)
         array = np.asanyarray(stored)
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # a parser of damaged bytes raises whatever it stumbles over
         problem = gzip_defect(path) if path.suffix.lower() in (".gz", ".mgz") else None
         if short := re.search(r"Expected (\d+) bytes, got (\d+)", str(error)):
             problem = f"is truncated: it holds {short[2]} of {short[1]} bytes of voxels"
-        raise UserError(problem or f"cannot be read ({_reason(error)})", path, "Copy or export it again.") from None
+        raise UserError(problem or f"cannot be read ({_reason(error)})", path, AGAIN) from None
     if array.dtype.names:  # an RGB NIfTI: the channels are fields of a record
         array = np.stack([array[name] for name in array.dtype.names], axis=-1)
     array = array.reshape(array.shape + (1,) * (2 - array.ndim))
@@ -243,7 +256,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     array = np.ascontiguousarray(array, dtype=kind)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(image.affine, np.float64)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (np.isfinite(affine).all() and (lengths > 0).all()):
+    if not (np.isfinite(affine).all() and np.isfinite(lengths).all() and (lengths > 0).all()):
         raise UserError("has an affine matrix without volume", path)
     spacing = tuple(float(s) for s in lengths[::-1])
     geometry = Geometry(

@@ -45,6 +45,7 @@ __all__ = [
     "write_label",
 ]
 
+_LARGEST = 2**53  # above, not every integer is a float
 _FRACTION_TOLERANCE = 1e-3  # how far a label stored as float may be from an integer
 
 
@@ -217,4 +218,9 @@ def _integers(array: np.ndarray, path: Path) -> np.ndarray:
             path,
             "Resample label maps with nearest neighbour and store integers.",
         )
-    return rounded.astype(smallest_dtype(int(rounded.min(initial=0)), int(rounded.max(initial=0))))
+    low, high = float(rounded.min(initial=0)), float(rounded.max(initial=0))
+    if max(-low, high) > _LARGEST:
+        raise UserError(
+            f"holds label values from {low:.6g} to {high:.6g}, too large for labels", path, "Renumber them."
+        )
+    return rounded.astype(smallest_dtype(int(low), int(high)))

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from nnunet_lite.data.complete import gzip_defect
+from nnunet_lite.data.complete import AGAIN, DEFLATE_LIMIT, gzip_defect
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.errors import UserError
 
@@ -44,10 +46,12 @@ _LAYOUT = np.dtype(
     }
 )
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
+# bytes of each type, with complex numbers, colours and numbers of 16 bytes, which nibabel reads
+_SIZES = {kind: np.dtype(name).itemsize for kind, name in _TYPES.items()}
+_SIZES |= {32: 8, 128: 3, 1024: 8, 1280: 8, 1536: 16, 1792: 16, 2048: 32, 2304: 4}
 _MILLIMETRES = (0, 2)  # of xyzt_units' low three bits: unknown, mm
 _LPS = np.array([-1.0, -1.0, 1.0])  # ITK's axes in those of NIfTI, RAS
 _TOLERANCE = 1e-6  # of float32 matrices, relative
-_DEFLATE_LIMIT = 1032  # no deflated byte becomes more
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,20 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
 
     Raises
     ------
-    UserError : a compressed file is cut off or damaged.
+    UserError : a compressed file is cut off or damaged, or the header tells what cannot be.
     """
     try:
         data = path.read_bytes()
+        most = len(data)
         if path.suffix.lower() == ".gz":
+            most *= DEFLATE_LIMIT  # what is here decompressed is the first of maybe several members
             size = int.from_bytes(data[-4:], "little")  # one byte more or less than needed, and zlib copies it all
-            data = zlib.decompress(data, 31, min(size, _DEFLATE_LIMIT * len(data)) or 1)
+            data = zlib.decompress(data, 31, min(size, DEFLATE_LIMIT * len(data)) or 1)
     except OSError:
         return None
     except zlib.error as error:
-        raise UserError(gzip_defect(path) or f"is damaged ({error})", path, "Copy or export it again.") from None
+        raise UserError(gzip_defect(path) or f"is damaged ({error})", path, AGAIN) from None
+    _must_be_sound(data, most, path)
     header = parse(data)
     if header is None or len(data) < header.start + header.dtype.itemsize * int(np.prod(header.shape)):
         return None
@@ -84,25 +91,66 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
 
 
 def read_nifti_header(path: Path) -> tuple[Geometry, int] | None:
-    """Geometry and number of channels, from the first bytes of a file; None where ITK or nibabel must read them."""
+    """Geometry and number of channels, from the first bytes of a file; None where ITK or nibabel must read them.
+
+    Raises
+    ------
+    UserError : the header tells what cannot be.
+    """
     try:
         with path.open("rb") as file:
+            most = path.stat().st_size
             if path.suffix.lower() == ".gz":
-                head = zlib.decompressobj(31).decompress(file.read(4096), _BYTES)
+                head, most = zlib.decompressobj(31).decompress(file.read(4096), _BYTES), most * DEFLATE_LIMIT
             else:
                 head = file.read(_BYTES)
     except (OSError, zlib.error):
         return None
+    _must_be_sound(head, most, path)
     header = parse(head)
     return (header.geometry, header.shape[0]) if header and header.geometry else None
+
+
+def _must_be_sound(head: bytes, size: int, path: Path) -> None:
+    """Refuse a NIfTI-1 header that ITK and nibabel would stumble over, or for which they would fill the memory.
+
+    Parameters
+    ----------
+    size : the most bytes that the file can hold when it is decompressed.
+    """
+    if len(head) < _BYTES:
+        return
+    fields, _ = _fields(head)
+    if fields["sizeof_hdr"] != _BYTES:
+        return
+    dimensions, kind = int(fields["dim"][0]), int(fields["datatype"])
+    shape = [int(n) for n in fields["dim"][1 : dimensions + 1]]
+    if not 1 <= dimensions <= 7 or min(shape) < 1:
+        what = f"{dimensions} dimensions" if not 1 <= dimensions <= 7 else f"{' x '.join(map(str, shape))} voxels"
+        raise UserError(f"is damaged: its header tells of {what}", path, AGAIN)
+    if kind not in _SIZES:
+        raise UserError(f"has voxels of type {kind}, which NIfTI does not have", path, AGAIN)
+    placed = [*fields["srow"].ravel()] if fields["sform_code"] > 0 else []
+    placed += [*fields["quatern"], *fields["qoffset"]] if fields["qform_code"] > 0 else []
+    if not np.isfinite(placed).all():
+        raise UserError("is damaged: its header places it at NaN or infinity", path, AGAIN)
+    needed = prod(shape) * _SIZES[kind]
+    if fields["magic"] == b"n+1" and needed + _BYTES > size:
+        held = max(0, size - _BYTES - 4)
+        raise UserError(f"is truncated: it holds {held} of {needed} bytes of voxels", path, AGAIN)
+
+
+def _fields(head: bytes) -> tuple[np.void, Literal["<", ">"]]:
+    """The header, and the byte order."""
+    order: Literal["<", ">"] = "<" if int.from_bytes(head[:4], "little") == _BYTES else ">"
+    return np.frombuffer(head, _LAYOUT.newbyteorder(order), 1)[0], order
 
 
 def parse(head: bytes) -> Header | None:
     """The header in the first bytes of a NIfTI file; None where ITK or nibabel must read the file."""
     if len(head) < _BYTES:
         return None
-    little = int.from_bytes(head[:4], "little") == _BYTES
-    fields = np.frombuffer(head, _LAYOUT.newbyteorder("<" if little else ">"), 1)[0]
+    fields, order = _fields(head)
     dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
     channels = channels if dimensions == 4 else 1
     start, kind, slope = float(fields["vox_offset"]), int(fields["datatype"]), float(fields["scl_slope"])
@@ -118,7 +166,7 @@ def parse(head: bytes) -> Header | None:
     )
     if not plain:
         return None
-    dtype = np.dtype(("<" if little else ">") + _TYPES[kind])
+    dtype = np.dtype(order + _TYPES[kind])
     return Header((channels, z, y, x), dtype, int(start), _geometry(fields, (z, y, x)))
 
 

@@ -22,7 +22,7 @@ from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.training.previous import read_map
 from nnunet_lite.training.run import VALIDATION
-from nnunet_lite.workspace import read_json, write_json, write_text
+from nnunet_lite.workspace import read_json, understood, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
@@ -121,7 +121,10 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> Pair:
 def mean_dice(folder: Path, fold: str) -> float | None:
     """Foreground Dice of the held-out cases of a fold; None where it was not validated."""
     file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
-    return read_json(file)["foreground_mean"]["Dice"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    with understood(file, "Delete it: `nnlite train` makes it again."):
+        return read_json(file)["foreground_mean"]["Dice"]
 
 
 def _chosen(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:

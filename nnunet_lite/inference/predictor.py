@@ -18,8 +18,7 @@ from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_ima
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
-from nnunet_lite.training.run import MODEL, is_finished, other_folds, trained_folds
-from nnunet_lite.workspace import read_json
+from nnunet_lite.training.run import MODEL, is_finished, other_folds, read_run, trained_folds
 
 if TYPE_CHECKING:
     import torch
@@ -175,11 +174,10 @@ def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
 
     Raises
     ------
-    UserError : it is no model folder.
+    UserError : it is no model folder, or one of its files is not as nnlite writes it.
     """
-    if not (folder / "run.json").is_file():
-        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
-    return Plan.read(folder / "plans.json"), read_json(folder / "run.json")
+    run = read_run(folder)
+    return Plan.read(folder / "plans.json"), run
 
 
 def predict_image(model: Model, image: Image) -> np.ndarray:

@@ -53,7 +53,7 @@ def ready_image(model: Model, image: Image) -> Ready:
 
     Raises
     ------
-    UserError : it has another number of channels than the model.
+    UserError : it has another number of channels than the model, or voxels that are NaN or infinite.
     """
     expected = len(model.plan.channels)
     if image.array.shape[0] != expected:
@@ -61,6 +61,13 @@ def ready_image(model: Model, image: Image) -> Ready:
         raise UserError(
             f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
         )
+    for channel, values in zip(model.plan.channels, image.array, strict=True):
+        # of integers there is no need to ask, and the sum of finite floats is finite but for an overflow
+        if values.dtype.kind == "f" and not np.isfinite(values.sum(dtype=np.float64)):
+            wrong = int(values.size - np.count_nonzero(np.isfinite(values)))
+            if wrong:
+                what = f"{plural(wrong, 'voxel')} of channel {channel.name} NaN or infinite"
+                raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
     first = model.previous or model
     prepared = preprocess(image, None, first.plan, first.configuration)
     return Ready(prepared, first.plan, first.configuration, image if model.previous or model.partners else None)

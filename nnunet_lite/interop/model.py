@@ -109,6 +109,8 @@ def import_model(folder: Path, out: Path, folds: Sequence[str | int] | None = No
     if missing := [fold for fold in wanted if fold not in found]:
         raise UserError(f"has no trained fold {', '.join(missing)}", folder, f"Trained folds: {', '.join(found)}.")
     dataset, first = read_json(folder / "dataset.json"), None
+    if not isinstance(dataset, dict):
+        raise UserError("is not a JSON object", folder / "dataset.json")
     with _whole(out) as partial:
         for fold in wanted:
             checkpoint = read_checkpoint(found[fold], _WEIGHTS)

@@ -27,7 +27,7 @@ from nnunet_lite.interop.bundle import CHUNK, FORMAT, MANIFEST, File, Manifest, 
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.run import FORMAT as MODEL_FORMAT
 from nnunet_lite.training.run import MODEL, set_aside
-from nnunet_lite.workspace import write_json
+from nnunet_lite.workspace import must_be_known, write_json
 
 LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
@@ -148,7 +148,7 @@ def _manifest(archive: ZipFile, file: Path) -> Manifest:
         if info.file_size > _JSON_LIMIT:
             raise ValueError(f"{info.file_size} bytes")
         values = json.loads(archive.read(info))
-        _must_be_known(str(values["format"]), FORMAT, file)
+        must_be_known(str(values["format"]), FORMAT, file)
         return Manifest.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
@@ -156,17 +156,6 @@ def _manifest(archive: ZipFile, file: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
     raise UserError(f"{MANIFEST} is not as nnlite writes it ({what})", file)
-
-
-def _must_be_known(found: str, ours: str, file: Path) -> None:
-    """Refuse a format, such as nnlite-bundle-2, of a later version."""
-    kind, _, number = ours.rpartition("-")
-    theirs, _, later = found.rpartition("-")
-    if found == ours:
-        return
-    if theirs == kind and later.isdigit() and int(later) > int(number):
-        raise UserError(f"is of a newer nnlite ({found}, this one reads {ours})", file, "Update nnunet-lite.")
-    raise UserError(f"is of an unknown format, {found!r:.80}", file)
 
 
 def _must_be_plain(info: ZipInfo, file: Path) -> None:
@@ -240,7 +229,7 @@ def _must_be_model(folder: Path, stages: Sequence[str], file: Path) -> None:
     """Refuse what could not be predicted with: a plan or settings that this version cannot read, or code to run."""
     try:
         plan, run = read_model(folder)
-        _must_be_known(str(run["format"]), MODEL_FORMAT, file)
+        must_be_known(str(run["format"]), MODEL_FORMAT, file)
         is_second = plan.configuration(run["configuration"]).previous_stage is not None
         settings = Settings.model_validate(run["settings"])
     except UserError as error:

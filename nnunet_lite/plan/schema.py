@@ -164,12 +164,12 @@ class Plan(_Model):
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
-    channels: tuple[Channel, ...]
+    channels: tuple[Channel, ...] = Field(min_length=1)
     labels: Labels
     n_cases: int = 0
     stored_as: Literal["float16", "float32"] = Field("float16", description="type of preprocessed images on disk")
     configurations: dict[str, Configuration] = Field(
-        description='one may name another as "inherits_from" and give only what differs'
+        min_length=1, description='one may name another as "inherits_from" and give only what differs'
     )
 
     @model_validator(mode="before")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.workspace import read_json, understood, write_json
 
 
 @dataclass(frozen=True)
@@ -38,34 +38,38 @@ class RawCase:
         return sum(file.size for file in self.files)
 
 
-def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCase | Exception]:
-    """Hashes and headers of cases by id, or why they cannot be had; read only where `memory` (JSON) is out of date."""
-    known, cases = _known(memory), list(cases)
+def survey(cases: Sequence[Case], known: Mapping[str, RawCase], workers: int) -> dict[str, RawCase | Exception]:
+    """Hashes and headers of cases by id, or why they cannot be had; read only where `known` is out of date."""
     if workers:
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(lambda case: _look(case, known.get(case.id)), cases))
     else:
         found = [_look(case, known.get(case.id)) for case in cases]
-    out = {case.id: raw for case, raw in zip(cases, found, strict=True)}
-    sound = {name: raw for name, raw in out.items() if isinstance(raw, RawCase)}
-    if sound != known:
-        write_json(memory, {name: asdict(raw) for name, raw in sound.items()})
-    return out
+    return {case.id: raw for case, raw in zip(cases, found, strict=True)}
+
+
+def recall(memory: Path) -> dict[str, RawCase]:
+    """What was known when `memory` (JSON) was written; nothing where it is gone or damaged: it can be had again."""
+    try:
+        with understood(memory):
+            return {name: _from_json(value) for name, value in read_json(memory).items()}
+    except UserError:
+        return {}
+
+
+def memorize(memory: Path, raw: Mapping[str, RawCase]) -> None:
+    write_json(memory, {name: asdict(found) for name, found in raw.items()})
 
 
 def remembered(cases: Iterable[Case], memory: Path) -> dict[str, RawCase]:
     """What `memory` (JSON) knows of the cases whose files have not changed since; no file is read."""
-    known = _known(memory)
+    known = recall(memory)
     return {
         case.id: known[case.id]
         for case in cases
         if case.id in known
         and [(file.size, file.changed) for file in known[case.id].files] == [_stamp(path) for path in _paths(case)]
     }
-
-
-def _known(memory: Path) -> dict[str, RawCase]:
-    return {name: _from_json(value) for name, value in read_json(memory).items()} if memory.is_file() else {}
 
 
 def _paths(case: Case) -> list[Path]:

@@ -3,7 +3,7 @@
 image.b2nd       blosc2, (channels, z, y, x) float16; float32 where float16 would overflow, or by choice
 label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); absent for a case without label
 foreground.npy   int16 or int32 (n, 3), voxels of each class or region, and those not ignored, one after the other
-case.json        how many voxels each has, and the placement
+case.json        how many voxels each has, the placement, and size and checksum of the other files
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
 from nnunet_lite.preprocess.pipeline import Placement, Preprocessed
 from nnunet_lite.preprocess.resample import label_boxes
 from nnunet_lite.workspace import read_json
@@ -58,6 +60,31 @@ class StoredCase:
     previous: Any = None
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a case is there as it was written: its files have their sizes and, where one changed since, their sums.
+
+    Reads a file only if it is newer than case.json, which is written last; so an unchanged data set costs no reading.
+    """
+    about = folder / "case.json"
+    try:
+        written = about.stat().st_mtime_ns
+        for name, (size, checksum) in read_json(about)["files"].items():
+            stat = (folder / name).stat()
+            if stat.st_size != size or (stat.st_mtime_ns > written and _checksum(folder / name) != checksum):
+                return False
+    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found = zlib.crc32(part, found)
+    return found
+
+
 def read_stored(folder: Path, case_id: str) -> StoredCase:
     """Open the folder of a case."""
     about = read_json(folder / "case.json")
@@ -90,9 +117,16 @@ def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
             "labelled": case.classes is not None,
             "foreground": [(number, len(v)) for number, v in voxels],
             "placement": case.placement.to_json(),
+            "files": {path.name: (path.stat().st_size, _checksum(path)) for path in sorted(temporary.iterdir())},
         }
         (temporary / "case.json").write_text(json.dumps(about))
-        temporary.rename(folder)
+        if folder.is_dir() and not is_whole(folder):
+            shutil.rmtree(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not is_whole(folder):  # else another process has made it meanwhile, of the same files
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

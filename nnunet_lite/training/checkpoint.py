@@ -25,10 +25,12 @@ def load_weights(path: Path, network: nn.Module) -> dict[str, Any]:
 
     Raises
     ------
-    UserError : no such file, not a safetensors file, or weights of another network.
+    UserError : no such file, not a safetensors file, weights of another network, or NaN.
     """
     tensors, about = _load(path)
     _fill(network, tensors, path)
+    if bad := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
+        raise UserError(f"holds weights that are not finite ({bad[0]})", path, "Train it again.")
     return about
 
 

@@ -21,8 +21,7 @@ from nnunet_lite.plan.schema import Channel, Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.checkpoint import read_state
 from nnunet_lite.training.job import Job
-from nnunet_lite.training.run import MODEL
-from nnunet_lite.workspace import read_json
+from nnunet_lite.training.run import MODEL, read_run
 
 Part = Literal["encoder", "all-but-head"]
 _FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}
@@ -58,7 +57,7 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
     if not (folder / "run.json").is_file():
         what = "is no model folder, nor the model.safetensors of a fold in one"
         raise UserError(what, model, "A model of nnU-Net can be had with `nnlite import`.")
-    plan, configuration = Plan.read(folder / "plans.json"), str(read_json(folder / "run.json")["configuration"])
+    plan, configuration = Plan.read(folder / "plans.json"), read_run(folder)["configuration"]
     if model.is_file():
         return Source(model, plan, configuration)
     trained = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{MODEL}"))

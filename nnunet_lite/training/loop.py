@@ -44,7 +44,7 @@ from nnunet_lite.training.step import (
     train_step,
 )
 from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, out_of_memory, stoppable, voxels_per_class
-from nnunet_lite.workspace import sweep
+from nnunet_lite.workspace import sweep, understood
 
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
 _STOP_EVERY = 20  # steps between two looks at the signals of all ranks, which wait for each other there
@@ -121,7 +121,8 @@ def _begin(job: Job) -> tuple[Learner, State]:
     """The network as the last checkpoint left it, else as it starts."""
     network, checkpoint = make_network(job), job.folder / CHECKPOINT
     if checkpoint.is_file():
-        state = State.from_json(read_state(checkpoint))
+        with understood(checkpoint, "Use --restart."):
+            state = State.from_json(read_state(checkpoint))
         freeze(network, job.settings.training.freeze)
         learner = make_learner(job, network, state.arithmetic, state.scale)
         load_checkpoint(checkpoint, network, learner.optimizer, learner.average)

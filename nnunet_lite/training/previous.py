@@ -16,8 +16,8 @@ import numpy as np
 from nnunet_lite.errors import UserError
 from nnunet_lite.preprocess.stored import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, Splits
-from nnunet_lite.training.run import is_finished, model_folder
-from nnunet_lite.workspace import Paths, atomic, read_json
+from nnunet_lite.training.run import is_finished, model_folder, read_run
+from nnunet_lite.workspace import Paths, atomic
 
 _NEXT_STAGE = "next_stage"
 
@@ -66,7 +66,7 @@ def previous_folder(
     The one that the second stage was begun with; else that of the recipe, also where the second stage has a name of its
     own and all the folds that it needs are trained there; else one named after it.
     """
-    if (folder / "run.json").is_file() and (known := read_json(folder / "run.json").get("previous")):
+    if (folder / "run.json").is_file() and (known := read_run(folder).get("previous")):
         return model_folder(paths, str(known))
     usual = model_folder(paths, f"{stage}-{recipe}")
     if name is None or all(is_finished(usual / f"fold_{fold}") for fold in folds):

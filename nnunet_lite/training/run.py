@@ -21,18 +21,19 @@ import numpy as np
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.plan.memory import with_memory
 from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, differences
 from nnunet_lite.training.folds import N_FOLDS
-from nnunet_lite.workspace import Paths, locked, read_json, write_json, write_text
+from nnunet_lite.workspace import Paths, locked, must_be_known, read_json, understood, write_json, write_text
 
 FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _OLD = "old_"
+_ANY_MACHINE_GB = 2000  # what is to take more is a slip of the pen, and would only fill the memory
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = ("training.workers", "training.cache", "training.compile", "training.tensorboard", "inference.")
 _LENGTH = ("training.epochs", "training.time_limit")
@@ -46,7 +47,7 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
     Raises
     ------
     UserError : no such configuration, a cascade of more than two stages, an illegal patch, or images too small for any
-        U-Net.
+        U-Net, or sizes beyond any machine.
     """
     training, stage = settings.training, plan.configuration(configuration).previous_stage
     stages = {} if stage is None else {stage: plan.configuration(stage)}
@@ -70,6 +71,9 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
         }
     )
     planned = with_memory(planned.model_copy(update={"network": network}), len(plan.channels), plan.labels)
+    if planned.memory_gb is not None and planned.memory_gb > _ANY_MACHINE_GB:
+        what = f"a training step of {configuration} would take {planned.memory_gb:,.0f} GB of memory"
+        raise UserError(what, fix="Lower patch_size, batch_size or features, in the plan or in the settings.")
     return changed.model_copy(update={"configurations": {configuration: planned, **stages}})
 
 
@@ -78,11 +82,11 @@ def exclusive(folder: Path) -> AbstractContextManager[None]:
 
     Raises
     ------
-    UserError : another one does.
+    Busy : another one does.
     """
 
     def refuse() -> None:
-        raise UserError("another process is training here", folder, "Wait for it, or stop it.") from None
+        raise Busy("another process is training here", folder, "Wait for it, or stop it.") from None
 
     return locked(folder, refuse)
 
@@ -124,7 +128,7 @@ def _open_run(
 ) -> int:
     file = folder / "run.json"
     if file.is_file():
-        run, old_plan = read_json(file), Plan.read(folder / "plans.json")
+        run, old_plan = read_run(folder), Plan.read(folder / "plans.json")
         old = Settings.model_validate(run["settings"])
         changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
         longer = [change for change in changes if change.startswith(_LENGTH)] if _is_longer(old, settings) else []
@@ -146,6 +150,23 @@ def _open_run(
     run |= {} if previous is None else {"previous": previous}
     write_json(file, {**run, "began": _now(), "versions": versions()})
     return seed
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a model folder.
+
+    Raises
+    ------
+    UserError : there is none, or it is of another format or lacks what every run has.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
+    with understood(file):
+        run = dict(read_json(file))
+        must_be_known(str(run["format"]), FORMAT, file)
+        Settings.model_validate(run["settings"])
+        return {**run, "configuration": str(run["configuration"]), "seed": int(run["seed"])}
 
 
 def _is_longer(old: Settings, new: Settings) -> bool:

@@ -41,15 +41,28 @@ class Stop:
             raise Stopped(f"stopped by {name} {where}; the same command goes on from there", self.asked)
 
 
+_in_threads: list[Stop] = []
+
+
+def ask_to_stop() -> None:
+    """Ask the runs in other threads than the main one of this process to stop, as SIGTERM would."""
+    for stop in _in_threads:
+        stop.asked = signal.SIGTERM
+
+
 @contextmanager
 def stoppable() -> Iterator[Stop]:
     """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once.
 
-    Signals only reach the main thread; a run in another thread of a program is left to that program.
+    Signals only reach the main thread; a run in another thread of a program is left to that program, see `ask_to_stop`.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        _in_threads.append(stop)
+        try:
+            yield stop
+        finally:
+            _in_threads.remove(stop)
         return
     before: dict[int, Any] = {}
 

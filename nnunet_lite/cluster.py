@@ -1,0 +1,379 @@
+"""The same steps on many machines: cases, folds and inputs spread over the workers of a Dask scheduler.
+
+All machines see one workspace; nothing but names of files, plans and settings travels through the scheduler. What is
+done lies in the workspace as ever, hence work whose worker died is given to another one, which goes on from what it
+finds: cases that are there, the last checkpoint of a fold.
+
+Workers give the resource `nnlite-cases`, one for each of their threads, and `nnlite-folds`, one; where some have `GPU`
+(`dask worker --resources GPU=1`), folds and predictions go to these.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distributed import (
+    CancelledError,
+    Client,
+    Future,
+    KilledWorker,
+    Worker,
+    WorkerPlugin,
+    as_completed,
+    get_worker,
+    wait,
+)
+
+import nnunet_lite
+from nnunet_lite import log
+from nnunet_lite.errors import Busy, Stopped, UserError, describe
+from nnunet_lite.training.watch import ask_to_stop
+from nnunet_lite.workflow import Ended, Journal, Step
+from nnunet_lite.workflow import execute as execute_here
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_CASES, _FOLDS, _GPU = "nnlite-cases", "nnlite-folds", "GPU"
+_CONNECT = 10  # seconds to find the scheduler
+_FIRST_WORKER = 600  # seconds to wait for one: a queue may be long
+_SEEN = 20.0  # seconds until a file in the workspace is seen by all machines
+_BUSY = 600.0  # seconds that a fold waits for a worker that was taken for dead and still trains it
+_STOPPING = 120.0  # seconds that folds get to write their checkpoints
+_IN_FLIGHT = 1000  # tasks that the scheduler knows at a time, however many cases there are
+_MOST_IN_A_TASK, _TASKS_PER_SLOT = 16, 8
+_TRIES = 3  # for what may pass, such as a file server that does not answer
+_BETWEEN_LINES = 30.0
+
+
+# ------------------------------------------------------------------------------------------- what workers must have
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker must have in common with this process: versions, and the workspace, in which `token` lies."""
+
+    versions: Mapping[str, str]
+    token: Path
+
+
+def versions() -> dict[str, str]:
+    """Of what must be the same everywhere; builds of one version, such as for CPU and for GPU, go together."""
+    packages = {name: metadata.version(name).partition("+")[0] for name in ("torch", "numpy", "distributed")}
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"nnunet_lite": nnunet_lite.__version__, "python": python, **packages}
+
+
+def unfit(place: Place) -> str | None:
+    """Why this process can do no work of that place; None: it can."""
+    mine = versions()
+    for name, wanted in place.versions.items():
+        if mine[name] != wanted:
+            return f"has {name} {mine[name]}, and here is {wanted}: install the same version on all machines"
+    until = time.monotonic() + _SEEN
+    while not place.token.is_file():
+        if not place.token.parent.is_dir() or time.monotonic() > until:
+            return (
+                f"does not see the workspace {place.token.parent}: it must lie on a file system that all machines share"
+            )
+        time.sleep(0.5)
+    return None if os.access(place.token.parent, os.W_OK) else f"may not write to the workspace {place.token.parent}"
+
+
+class Fit(WorkerPlugin):
+    """Gives a worker our resources, also one that comes later; one that is unfit gets none, hence no work."""
+
+    name = "nnlite"
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    async def setup(self, worker: Worker) -> None:
+        reason = unfit(self.place)
+        if reason is not None:
+            log.warn(f"no work for this worker: it {reason}")
+        await worker.set_resources(**{_CASES: 0 if reason else worker.state.nthreads, _FOLDS: 0 if reason else 1})
+
+
+# ------------------------------------------------------------------------------------------------------ the cluster
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A scheduler with workers that are fit."""
+
+    client: Client
+
+    @property
+    def slots(self) -> int:
+        """Threads of all workers."""
+        return max(1, sum(self.client.nthreads().values()))
+
+    def for_folds(self) -> dict[str, int]:
+        """What a task that trains takes of a worker."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return {_GPU: 1} if any(worker["resources"].get(_GPU) for worker in workers) else {_FOLDS: 1}
+
+    def spread(
+        self, function: Callable[[T], R], items: Sequence[T], what: str, *, heavy: bool = False
+    ) -> Iterator[tuple[T, R | Exception]]:
+        """Call a function with each item on the workers, and give item and result, or why there is none, as they end.
+
+        Several items are one task, so that the scheduler has little to do for each. Where a task's workers die, its
+        items are tried one by one, hence one item that kills workers, for want of memory, is known by its name.
+
+        Parameters
+        ----------
+        heavy : each needs a GPU, where there are some, or a whole worker; else one thread.
+        """
+        size = min(_MOST_IN_A_TASK, max(1, len(items) // (_TASKS_PER_SLOT * self.slots)))
+        todo = deque(list(items[i : i + size]) for i in range(0, len(items), size))
+        resources = self.for_folds() if heavy else {_CASES: 1}
+        run = f"{what}-{secrets.token_hex(4)}"
+        yield from log.progress(self._spread(function, todo, run, resources), len(items), what)
+
+    def _spread(
+        self, function: Callable[[T], R], todo: deque[list[T]], run: str, resources: dict[str, int]
+    ) -> Iterator[tuple[T, R | Exception]]:
+        flying, number = as_completed(loop=self.client.loop), 0
+        batches: dict[Any, list[T]] = {}
+        while todo or batches:
+            while todo and len(batches) < _IN_FLIGHT:
+                batch, number = todo.popleft(), number + 1
+                future = self.client.submit(
+                    _each, function, batch, key=f"{run}-{number}", resources=resources, pure=False
+                )
+                batches[future.key] = batch
+                flying.add(future)
+            future = next(flying)
+            batch = batches.pop(future.key)
+            try:
+                results = future.result()
+            except CancelledError:
+                raise _gone() from None
+            except Exception as error:
+                if len(batch) > 1:
+                    log.info(f"{describe(_told(error))} Each of {len(batch)} is tried alone")
+                    todo.extend([item] for item in batch)
+                    continue
+                results = [_told(error)]
+            yield from zip(batch, results, strict=True)
+
+
+def _each(function: Callable[[T], R], batch: Sequence[T]) -> list[R | Exception]:
+    """On a worker: call a function with each item; what may pass is tried again, a mistake of the user's is not."""
+    out: list[R | Exception] = []
+    for item in batch:
+        for attempt in range(1, _TRIES + 1):
+            try:
+                out.append(function(item))
+            except UserError as error:
+                out.append(error)
+            except Exception as error:  # any: the other items are done
+                if attempt < _TRIES:
+                    time.sleep(attempt)
+                    continue
+                out.append(error)
+            break
+    return out
+
+
+@contextmanager
+def connected(address: str, workspace: Path) -> Iterator[Cluster]:
+    """The cluster of a scheduler, when at least one worker has come and all that have come are fit.
+
+    Parameters
+    ----------
+    address : such as tcp://login1:8786, or the path of the file that the scheduler wrote (--scheduler-file).
+
+    Raises
+    ------
+    UserError : nobody answers there, no worker comes, or one has other versions or does not see the workspace.
+    """
+    with _client(address) as client, _token(workspace) as token:
+        place = Place(versions(), token)
+        if not client.nthreads():
+            log.info(f"{address}: no worker has come yet, waiting for one")
+        try:
+            client.wait_for_workers(1, timeout=_FIRST_WORKER)
+        except TimeoutError:
+            raise UserError(f"no worker has come in {log.duration(_FIRST_WORKER)}", address) from None
+        _refuse_unfit(client.run(unfit, place, on_error="return"))
+        client.register_plugin(Fit(place))
+        cluster = Cluster(client)
+        log.info(f"{address}: {len(client.nthreads())} workers with {cluster.slots} threads")
+        yield cluster
+
+
+@contextmanager
+def _client(address: str) -> Iterator[Client]:
+    file = Path(address).expanduser()
+    where = {"scheduler_file": str(file)} if file.is_file() else {"address": address}
+    try:
+        client = Client(**where, timeout=_CONNECT, set_as_default=False)
+    except (OSError, ValueError) as error:
+        fix = "Start one with `nnlite cluster CONFIG` or `dask scheduler`, and give the address that it prints."
+        raise UserError(f"no Dask scheduler answers ({type(error).__name__})", address, fix) from None
+    with client:
+        yield client
+
+
+@contextmanager
+def _token(workspace: Path) -> Iterator[Path]:
+    """A file in the workspace, by which workers tell that they see the same."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    token = workspace / f".tmp-cluster-{secrets.token_hex(8)}"
+    token.touch()
+    try:
+        yield token
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _refuse_unfit(answers: Mapping[str, Any]) -> None:
+    for worker, answer in answers.items():
+        if isinstance(answer, ModuleNotFoundError | AttributeError | ImportError):
+            raise UserError(f"the worker {worker} cannot import nnunet_lite ({answer})",
+                            fix=f"Install nnunet-lite[cluster] {nnunet_lite.__version__} there.")  # fmt: skip
+        if answer is not None:
+            raise UserError(f"the worker {worker} {answer if isinstance(answer, str) else _told(answer)}")
+
+
+# ----------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that the workers have; `progress` is how much of it was done before."""
+
+    step: Step
+    progress: float
+    start: float
+
+
+def execute(cluster: Cluster, steps: Sequence[Step], journal: Journal) -> list[Ended]:
+    """Do the steps that are not done, those that may be done anywhere on the workers, as many at once as these take.
+
+    What a worker that died had begun, another one goes on with. A step that fails stops those that need it, not others.
+
+    Raises
+    ------
+    What the first step raised that failed; Stopped after Ctrl-C, when the folds have written their checkpoints.
+    """
+    todo = [step for step in steps if not step.is_done()]
+    ended = {step.name: Ended(step.name, "kept") for step in steps if step not in todo}
+    running: dict[Future, _Begun] = {}
+    failed: dict[str, Exception] = {}
+    try:
+        while todo or running:
+            not_done = {step.name for step in todo} | {begun.step.name for begun in running.values()} | failed.keys()
+            ready = [step for step in todo if not_done.isdisjoint(step.needs)]
+            for step in ready:
+                if step.anywhere:
+                    running[_submit(cluster, step)] = _Begun(step, step.progress(), time.monotonic())
+            todo = [step for step in todo if not (step in ready and step.anywhere)]
+            here = [step for step in ready if not step.anywhere]
+            if running:
+                ended |= {each.step: each for each in _wait(cluster, running, failed, journal)}
+            elif here:
+                ended |= {each.step: each for each in execute_here(here[:1], journal)}
+                todo.remove(here[0])
+            else:
+                break  # what is left needs what has failed
+    except KeyboardInterrupt:
+        _stop(cluster, running)
+        raise Stopped("stopped by SIGINT; the same command goes on from here", signal.SIGINT) from None
+    if failed:
+        raise next(iter(failed.values()))
+    return [ended[step.name] for step in steps]
+
+
+def _submit(cluster: Cluster, step: Step) -> Future:
+    log.info(f"{step.name}: given to the workers")
+    key = f"{step.name.replace(' ', '-')}-{secrets.token_hex(4)}"
+    return cluster.client.submit(_fold, step.run, key=key, resources=cluster.for_folds(), pure=False)
+
+
+def _fold(run: Callable[[], Any]) -> None:
+    """On a worker: train a fold with all of its threads; one that was taken for dead and is not is waited for."""
+    import torch
+
+    torch.set_num_threads(get_worker().state.nthreads)
+    until = time.monotonic() + _BUSY
+    while True:
+        try:
+            run()
+        except Busy:
+            if time.monotonic() > until:
+                raise
+            time.sleep(5)
+        else:
+            return
+
+
+def _wait(
+    cluster: Cluster, running: dict[Future, _Begun], failed: dict[str, Exception], journal: Journal
+) -> list[Ended]:
+    """Wait until a step ends, or for a while; what has ended leaves `running`, what has failed comes to `failed`."""
+    try:
+        done = wait(list(running), timeout=_BETWEEN_LINES, return_when="FIRST_COMPLETED").done
+    except TimeoutError:
+        log.info("running: " + ", ".join(f"{b.step.name} {b.step.progress():.0%}" for b in running.values()))
+        return []
+    ended = []
+    for future in done:
+        begun = running.pop(future)
+        seconds = time.monotonic() - begun.start
+        try:
+            future.result()
+        except CancelledError:
+            raise _gone() from None
+        except KilledWorker as error:
+            if (progress := begun.step.progress()) > begun.progress:  # a machine that is taken away is no failure
+                running[_submit(cluster, begun.step)] = _Begun(begun.step, progress, time.monotonic())
+                continue
+            failed[begun.step.name] = _told(error, begun.step.name)
+        except Exception as error:  # any: the others go on
+            failed[begun.step.name] = error
+        else:
+            journal.add(begun.step, seconds, 1 - begun.progress)
+            ended.append(Ended(begun.step.name, "done", round(seconds, 2)))
+            log.info(f"{begun.step.name}: done in {log.duration(seconds)}")
+            continue
+        log.info(f"{begun.step.name}: failed: {describe(failed[begun.step.name])}")
+    return ended
+
+
+def _stop(cluster: Cluster, running: Mapping[Future, _Begun]) -> None:
+    """Ask the folds to stop, and wait until they have written their checkpoints."""
+    if not running:
+        return
+    log.info(f"asking {len(running)} folds to write a checkpoint and stop")
+    with suppress(TimeoutError, OSError):
+        waiting = [future for future in running if future.status == "pending"]
+        cluster.client.run(ask_to_stop)
+        wait(waiting, timeout=_STOPPING)
+    cluster.client.cancel(list(running), force=True)
+
+
+def _told(error: Exception, what: str = "") -> Exception:
+    """An exception of Dask's in words; any other one as it is."""
+    if not isinstance(error, KilledWorker):
+        return error
+    deaths = "several workers died of it, one after the other"
+    return UserError(f"{what}: {deaths}" if what else deaths, fix="Mostly that is for want of memory: see their logs.")
+
+
+def _gone() -> UserError:
+    return UserError("the scheduler is gone, and with it what was running", fix="The same command goes on from here.")

@@ -1,0 +1,67 @@
+"""What the tests of bad input share: one bad input, a place to make it in, and what it means to refuse it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Command = Callable[..., tuple[int, str, str]]  # conftest's `command` and `nnlite`
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A bad input: how to make it in a folder, the command that meets it, and words that the one line must hold.
+
+    Arguments of the command are separated by blanks.
+    """
+
+    make: Callable[[Path], object]
+    command: str
+    says: tuple[str, ...] = ()
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Every file below a folder with its bytes, links with where they lead; locks, which are empty, do not count."""
+    entries = (path for path in folder.rglob("*") if path.name != ".lock" and (path.is_symlink() or path.is_file()))
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in entries
+    }
+
+
+def refuse(bad: Bad, command: Command, place: Path, made_before: Callable[[Path], object] | None = None) -> None:
+    """Make a bad input in a folder and run the command on it: one line, exit code 2, and nothing is left behind."""
+    bad.make(place)
+    before = contents(place)
+    code, out, err = command(*bad.command.split(), cwd=place)
+    lines = [line for line in err.splitlines() if not line.startswith(("data set ", "predicting "))]
+    assert code == 2, (code, out, err)
+    assert out == "" and len(lines) == 1 and lines[0].startswith("error: "), (out, err)
+    assert "Traceback" not in err
+    for word in bad.says:
+        assert word in lines[0], (word, lines[0])
+    left = contents(place)
+    assert left == before, sorted(set(left) ^ set(before))
+
+
+def edit(file: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file: `change` works on its value in place, or returns another one."""
+    value = json.loads(file.read_text())
+    changed = change(value)
+    file.write_text(json.dumps(value if changed is None else changed))
+
+
+def setting(**values: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of a JSON object, for `edit`."""
+    return lambda value: value.update(values)
+
+
+def copy_workspace(workspace: Path, place: Path, *, arrays: bool = False, models: bool = False) -> Path:
+    """A workspace to break, as ./nnlite_workspace; returns the folder of its data set."""
+    skipped = [name for name, wanted in (("preprocessed", arrays), ("models", models)) if not wanted]
+    shutil.copytree(workspace, place / "nnlite_workspace", ignore=shutil.ignore_patterns(*skipped, ".lock"))
+    return place / "nnlite_workspace" / "Task04_Hippocampus"

@@ -1,0 +1,230 @@
+"""Images, label maps and dataset.json files that are broken in ways that real ones are, through `check` and `plan`."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from bad_inputs import Command, contents, edit
+
+IMAGE, LABEL = "imagesTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_001.nii.gz"
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """How to break a data set of five cases, the file to blame, and words that the line must hold."""
+
+    make: Callable[[Path], object]
+    file: str
+    says: tuple[str, ...] = ()
+
+
+def with_bytes(change: Callable[[bytearray], object], file: str = IMAGE) -> BadFile:
+    """A NIfTI file with other bytes, compressed as it was."""
+
+    def make(root: Path) -> None:
+        raw = bytearray(gzip.decompress((root / file).read_bytes()))
+        change(raw)
+        (root / file).write_bytes(gzip.compress(bytes(raw), 1))
+
+    return BadFile(make, file)
+
+
+def with_field(offset: int, kind: str, *values: float, file: str = IMAGE) -> BadFile:
+    """A NIfTI file with another value in its header."""
+    return with_bytes(lambda raw: struct.pack_into(kind, raw, offset, *values), file)
+
+
+def with_content(content: bytes, file: str = IMAGE, *says: str) -> BadFile:
+    return BadFile(lambda root: (root / file).write_bytes(content), file, says)
+
+
+def named(name: str, content: bytes, *says: str) -> BadFile:
+    """A first case that has another ending, with this content."""
+
+    def make(root: Path) -> None:
+        (root / IMAGE).unlink()
+        (root / "imagesTr" / name).write_bytes(content)
+        edit(root / "dataset.json", lambda table: table["training"][0].update(image=f"imagesTr/{name}"))
+
+    return BadFile(make, f"imagesTr/{name}", says)
+
+
+def instead(make: Callable[[Path], object], file: str = IMAGE, *says: str) -> BadFile:
+    """Something else in the place of a file."""
+
+    def replace(root: Path) -> None:
+        (root / file).unlink()
+        make(root / file)
+
+    return BadFile(replace, file, says)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("scan.nii", b"0" * 1000)
+
+
+def twice_compressed(path: Path) -> None:
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def flipped(path: Path) -> None:
+    """One byte of the compressed voxels is another."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def wrong_checksum(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 0xFF
+    path.write_bytes(data)
+
+
+def grid_of(path: Path, values: np.ndarray) -> None:
+    nibabel.save(nibabel.Nifti1Image(values, nibabel.load(path).affine), path)
+
+
+def nifti2(path: Path) -> None:
+    """A header of NIfTI-2, whose dimensions are 64-bit, without its voxels."""
+    nibabel.save(nibabel.Nifti2Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), path)
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<3q", raw, 24, 10_000, 10_000, 10_000)
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+COLOURS = np.zeros((35, 51, 35), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+COLOURS["R"] = 1
+NRRD = b"NRRD0004\ntype: short\ndimension: 3\nsizes: %s\nencoding: raw\nendian: little\n%s\n"
+MHA = b"ObjectType = Image\nNDims = 3\nDimSize = %s\nElementType = MET_SHORT\nElementDataFile = %s\n"
+TIFF_IN_CIRCLES = b"II*\0\x08\0\0\0" + b"\0\0" + b"\x08\0\0\0"
+
+FILES = {
+    # NIfTI: the header says what cannot be, or what the file does not hold
+    "a header alone": with_bytes(lambda raw: raw.__delitem__(slice(352, None))),
+    "half a header": with_bytes(lambda raw: raw.__delitem__(slice(200, None))),
+    "one byte too few": with_bytes(lambda raw: raw.pop()),
+    "10^9 voxels in a tiny file": with_field(42, "<3h", 1000, 1000, 1000),
+    "3 10^13 voxels in a tiny file": with_field(42, "<3h", 32767, 32767, 32767),
+    "dimensions of zero": with_field(42, "<3h", 0, 0, 0),
+    "negative dimensions": with_field(42, "<3h", -35, 51, 35),
+    "no dimension": with_field(40, "<h", 0),
+    "nine dimensions": with_field(40, "<h", 9),
+    "negative number of dimensions": with_field(40, "<h", -3),
+    "no such data type": with_field(70, "<h", 12345),
+    "data type of none": with_field(70, "<h", 0),
+    "bits as data type": with_field(70, "<h", 1),
+    "negative voxels": with_field(80, "<3f", -1, -1, -1),
+    "voxels far beyond the end": with_field(108, "<f", 1e9),
+    "voxels before the beginning": with_field(108, "<f", -1e9),
+    "voxels at NaN": with_field(108, "<f", float("nan")),
+    "voxels inside the header": with_field(108, "<f", 4),
+    "a matrix of NaN": with_field(280, "<12f", *[float("nan")] * 12),
+    "another magic": with_field(344, "4s", b"oops"),
+    "complex numbers": BadFile(lambda r: grid_of(r / IMAGE, np.zeros((35, 51, 35), np.complex64)), IMAGE, ("complex",)),
+    "slices far apart in time": BadFile(
+        lambda r: grid_of(r / IMAGE, np.zeros((5, 5, 5, 2, 3), np.uint8)), IMAGE, ("dimensions",)
+    ),
+    "NIfTI-2 of 10^12 voxels": BadFile(lambda r: nifti2(r / IMAGE), IMAGE, ("truncated",)),
+    # compression
+    "compressed twice": BadFile(lambda root: twice_compressed(root / IMAGE), IMAGE),
+    "a flipped byte": BadFile(lambda root: flipped(root / IMAGE), IMAGE, ("damaged",)),
+    "a wrong checksum": BadFile(lambda root: wrong_checksum(root / IMAGE), IMAGE, ("damaged",)),
+    "a zip called .nii.gz": instead(zipped),
+    "gzip of nothing": with_content(gzip.compress(b"")),
+    "gzip's first bytes": with_content(b"\x1f\x8b\x08\0"),
+    "a web page": with_content(b"<!DOCTYPE html><html><body>404</body></html>\n"),
+    "text of 348 bytes": with_content(b"\\x5c" * 87),
+    "zeros": with_content(bytes(100_000)),
+    "compressed zeros": with_content(gzip.compress(bytes(100_000))),
+    "an LFS pointer": with_content(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+    # in the place of a file
+    "a folder called .nii.gz": instead(lambda path: path.mkdir(), IMAGE, "is no file"),
+    "a link to itself": instead(lambda path: path.symlink_to(path.name)),
+    "a link to nowhere": instead(lambda path: path.symlink_to("gone.nii.gz")),
+    "two links in a circle": instead(lambda p: (p.symlink_to("b.nii.gz"), p.with_name("b.nii.gz").symlink_to(p.name))),
+    "a pipe": instead(os.mkfifo, IMAGE, "is no file"),
+    # other formats
+    "NRRD without voxels": named("a.nrrd", NRRD % (b"10 10 10", b"")),
+    "NRRD of 10^12 voxels": named("a.nrrd", NRRD % (b"10000 10000 10000", b"") + bytes(100)),
+    "NRRD of nowhere": named("a.nrrd", NRRD % (b"10 10 10", b"data file: gone.raw\n"), "gone.raw"),
+    "NRRD that is text": named("a.nrrd", b"not nrrd"),
+    "NRRD of 10^9 voxels": named("a.nrrd", NRRD % (b"1000 1000 1000", b"") + bytes(100), "truncated"),
+    "MHA of 10^9 voxels": named("a.mha", MHA % (b"1000 1000 1000", b"LOCAL") + bytes(100), "truncated"),
+    "MHA of 10^12 voxels": named("a.mha", MHA % (b"10000 10000 10000", b"LOCAL") + bytes(100)),
+    "MHA of nowhere": named("a.mhd", MHA % (b"10 10 10", b"gone.raw"), "gone.raw"),
+    "MHA of negative size": named("a.mha", MHA % (b"-10 10 10", b"LOCAL") + bytes(100)),
+    "MGZ that is text": named("a.mgz", b"not mgz"),
+    "Analyze without its voxels": named("a.hdr", struct.pack("<i", 348) + bytes(344)),
+    "PAR without REC": named("a.par", b"# === DATA DESCRIPTION FILE ===\n"),
+    "HEAD without BRIK": named("a+orig.HEAD", b"type = string-attribute\n"),
+    "PNG of 10^9 pixels": named("a.png", png(40000, 40000)),
+    "PNG that is text": named("a.png", b"not png"),
+    "TIFF in circles": named("a.tif", TIFF_IN_CIRCLES),
+    "TIFF of nothing": named("a.tif", b"II*\0\x08\0\0\0"),
+    "TIFF whose pages lie outside": named("a.tif", b"II*\0\xff\xff\xff\x7f"),
+    "BMP that ends": named("a.bmp", b"BM" + struct.pack("<I", 10**6) + bytes(48)),
+    "BMP of 10^9 pixels": named("a.bmp", b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 40000, 40000, 1, 24,
+                                                            0, 0, 0, 0, 0, 0)),
+    "JPEG that is text": named("a.jpg", b"not jpeg"),
+    "JPEG that ends": named("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(20)),
+    "no supported ending": named("a.xyz", b"scan", "supported"),
+    # label maps
+    "a label map of NaN": BadFile(lambda r: grid_of(r / LABEL, np.full((35, 51, 35), np.nan, np.float32)), LABEL),
+    "a label map of floats": BadFile(
+        lambda r: grid_of(r / LABEL, np.random.default_rng(0).random((35, 51, 35), np.float32)), LABEL, ("whole",)
+    ),
+    "a label map of large floats": BadFile(
+        lambda r: grid_of(r / LABEL, np.full((35, 51, 35), 1e30, np.float32)), LABEL
+    ),
+    "a label map of negative values": BadFile(
+        lambda r: grid_of(r / LABEL, np.full((35, 51, 35), -1, np.int16)), LABEL, ("-1",)
+    ),
+    "a label map of colours": BadFile(
+        lambda r: grid_of(r / LABEL, COLOURS), LABEL, ("different channels",)
+    ),
+    "a label map of complex numbers": BadFile(
+        lambda r: grid_of(r / LABEL, np.zeros((35, 51, 35), np.complex64)), LABEL, ("complex",)
+    ),
+    "a slice for a volume": BadFile(lambda r: grid_of(r / LABEL, np.zeros((35, 51), np.uint8)), LABEL),
+    "a header alone for a label map": with_bytes(lambda raw: raw.__delitem__(slice(352, None)), LABEL),
+    "a label map that is text": with_content(b"no labels", LABEL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file(command: Command, copy_dataset: Callable[..., Path], tmp_path: Path, counts, name: str) -> None:
+    """One error line names the file, and nothing is changed. (`plan` reports the same and stops: test_bad_input.py.)"""
+    counts("bad inputs refused in one line")
+    bad = FILES[name]
+    bad.make(copy_dataset(2))
+    before = contents(tmp_path)
+    start = time.process_time()
+    code, out, err = command("check", "broken", cwd=tmp_path)
+    assert time.process_time() - start < 5, "nothing is tried that cannot be"
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert (code, err) == (2, "") and len(errors) == 1, (code, out, err)
+    assert errors[0].startswith(f"error: {bad.file}: "), errors
+    assert all(word in errors[0] for word in bad.says), errors
+    assert contents(tmp_path) == before

@@ -1,0 +1,300 @@
+"""Plans, settings, folds and the workspace's own files that are wrong, through `train` and `plan`: one line each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_inputs import Bad, Command, copy_workspace, edit, refuse, setting
+
+HERE = "nnlite_workspace/Task04_Hippocampus"
+TRAIN = "train 3d_fullres 0 --device cpu"
+Change = Callable[[Any], Any]
+
+
+def plan_with(change: Change, *says: str) -> Bad:
+    """A change of the 3d_fullres configuration by hand."""
+    return Bad(
+        lambda place: edit(place / HERE / "plans.json", lambda plan: change(plan["configurations"]["3d_fullres"])),
+        TRAIN,
+        ("plans.json: ", *says),
+    )
+
+
+def network_with(change: Change, *says: str) -> Bad:
+    return plan_with(lambda configuration: change(configuration["network"]), *says)
+
+
+def whole_plan(change: Change, *says: str) -> Bad:
+    return Bad(lambda place: edit(place / HERE / "plans.json", change), TRAIN, ("plans.json: ", *says))
+
+
+def also(name: str, **fields: Any) -> Change:
+    """Another configuration of a plan."""
+    return lambda plan: plan["configurations"].update({name: fields})
+
+
+def written(file: str, content: bytes | str, command: str = TRAIN, *says: str) -> Bad:
+    """A file of the workspace that holds something else."""
+
+    def make(place: Path) -> None:
+        path = place / HERE / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return Bad(make, command, (Path(file).name, *says))
+
+
+def folder_for(file: str, command: str = TRAIN) -> Bad:
+    def make(place: Path) -> None:
+        (place / HERE / file).unlink()
+        (place / HERE / file).mkdir()
+
+    return Bad(make, command, (Path(file).name,))
+
+
+def recipe(text: str | bytes, *says: str) -> Bad:
+    content = text if isinstance(text, bytes) else text.encode()
+    return Bad(lambda place: (place / "mine.toml").write_bytes(content), f"{TRAIN} --recipe mine.toml", says)
+
+
+def asked(command: str, *says: str) -> Bad:
+    """Options that cannot be."""
+    return Bad(lambda place: None, command, says)
+
+
+def set_to(assignment: str, *says: str) -> Bad:
+    return asked(f"{TRAIN} --set {assignment}", *says)
+
+
+def two_recipes(place: Path) -> None:
+    (place / "mine.toml").write_text('base = "other.toml"\n')
+    (place / "other.toml").write_text('base = "mine.toml"\n')
+
+
+def given_splits(content: Any, *says: str) -> Bad:
+    return Bad(
+        lambda place: (place / "folds.json").write_text(json.dumps(content)),
+        "plan raw --splits folds.json",
+        ("folds.json: ", *says),
+    )
+
+
+def table(name: str, text: str, option: str, *says: str) -> Bad:
+    return Bad(lambda place: (place / name).write_text(text), f"plan raw {option} {name}", (f"{name}: ", *says))
+
+
+PLANS = {
+    "a negative patch": plan_with(setting(patch_size=[-40, 56, 40]), "patch_size.0", "greater than 0", "-40"),
+    "a patch of zero": plan_with(setting(patch_size=[0, 56, 40]), "patch_size.0"),
+    "a patch of two numbers for three": plan_with(setting(patch_size=[56, 40]), "per axis of the patch"),
+    "a patch of four numbers": plan_with(setting(patch_size=[8, 8, 8, 8]), "two or three axes"),
+    "a patch of text": plan_with(setting(patch_size="large"), "patch_size"),
+    "a patch of fractions": plan_with(setting(patch_size=[40.5, 56, 40]), "patch_size.0"),
+    "a patch that cannot be pooled": plan_with(setting(patch_size=[41, 56, 40]), "multiple of"),
+    "a patch of 10^9 a side": Bad(plan_with(setting(patch_size=[2**30] * 3)).make, TRAIN, ("GB of memory",)),
+    "a batch of nothing": plan_with(setting(batch_size=0), "batch_size"),
+    "a batch of 10^12": Bad(plan_with(setting(batch_size=10**12)).make, TRAIN, ("GB of memory",)),
+    "an unknown field": plan_with(setting(pach_size=[8, 8, 8]), "pach_size"),
+    "a spacing of zero": plan_with(setting(spacing=[0, 1, 1]), "spacing.0"),
+    "a spacing of NaN": plan_with(setting(spacing=[float("nan"), 1, 1]), "spacing.0"),
+    "a spline of order 9": plan_with(setting(resampling={"image_order": 9}), "image_order"),
+    "a previous stage that is not there": plan_with(setting(previous_stage="3d_lowres"), "previous_stage"),
+    "its own previous stage": plan_with(setting(previous_stage="3d_fullres"), "previous_stage"),
+    "no network": plan_with(lambda c: c.pop("network") and None, "network"),
+    "no features": network_with(setting(features=[]), "features"),
+    "negative features": network_with(lambda n: n["features"].__setitem__(0, -4), "features.0"),
+    "fewer strides than stages": network_with(lambda n: n["strides"].pop() and None, "strides"),
+    "a stride of zero": network_with(lambda n: n["strides"].__setitem__(1, [0, 2, 2]), "strides.1.0"),
+    "an even kernel": network_with(lambda n: n["kernels"].__setitem__(0, [2, 3, 3]), "odd"),
+    "another kind of network": network_with(setting(kind="transformer"), "kind"),
+    "another norm": network_with(setting(norm="layer"), "norm"),
+    "10^9 features": Bad(network_with(lambda n: n["features"].__setitem__(-1, 10**9)).make, TRAIN, ("GB of memory",)),
+    "an unknown format": whole_plan(setting(format="nnlite-plan-99"), "format"),
+    "an axis order of 0, 0, 1": whole_plan(setting(axis_order=[0, 0, 1]), "permutation"),
+    "no channel": whole_plan(setting(channels=[]), "channels"),
+    "another normalisation": whole_plan(lambda p: p["channels"][0].update(normalization="magic"), "normalization"),
+    "statistics of text": whole_plan(lambda p: p["channels"][0]["statistics"].update(mean="big"), "mean"),
+    "no foreground label": whole_plan(lambda p: p["labels"].update(names={"background": 0}), "foreground"),
+    "two labels of one value": whole_plan(lambda p: p["labels"].update(names={"a": 1, "b": 1}), "one value"),
+    "no configuration": whole_plan(setting(configurations={})),
+    "configurations in a list": whole_plan(setting(configurations=[]), "configurations"),
+    "a configuration that is a number": whole_plan(setting(configurations={"3d_fullres": 1})),
+    "inheritance of itself": whole_plan(also("x", inherits_from="x"), "circle"),
+    "inheritance in a circle of two": whole_plan(
+        lambda p: p["configurations"].update(x={"inherits_from": "y"}, y={"inherits_from": "x"}), "circle"
+    ),
+    "inheritance of nothing": whole_plan(also("x", inherits_from="3d_fulres"), "3d_fulres"),
+    "a plan that is a list": whole_plan(lambda plan: [plan]),
+    "a plan that is null": written("plans.json", "null"),
+    "an empty plan": written("plans.json", ""),
+    "a plan cut off": written("plans.json", '{"format": "nnlite-plan-1", "dataset"', TRAIN, "invalid JSON at line 1"),
+    "a plan in Latin-1": written("plans.json", '{"dataset": "L\xe4sion"}'.encode("latin-1"), TRAIN, "UTF-8"),
+    "a plan in UTF-16": written("plans.json", '{"format": 1}'.encode("utf-16"), TRAIN, "UTF-8"),
+    "a plan of brackets": written("plans.json", "[" * 200_000, TRAIN, "nested"),
+    "a plan of a long number": written("plans.json", '{"memory_gb": ' + "9" * 5000 + "}"),
+    "a folder for the plan": Bad(
+        lambda place: ((place / HERE / "plans.json").unlink(), (place / HERE / "plans.json").mkdir()), TRAIN, ("plan",)
+    ),
+}
+
+WORKSPACE = {
+    "the current data set is cut off": Bad(
+        lambda place: (place / "nnlite_workspace" / "current.json").write_text('{"data'), TRAIN, ("current.json",)
+    ),
+    "the current data set is a list": Bad(
+        lambda place: (place / "nnlite_workspace" / "current.json").write_text("[]"), TRAIN, ("current.json",)
+    ),
+    "the current data set is nothing": Bad(
+        lambda place: (place / "nnlite_workspace" / "current.json").write_text("{}"), TRAIN, ("current.json",)
+    ),
+    "the current data set is gone": Bad(
+        lambda place: (place / "nnlite_workspace" / "current.json").write_text('{"dataset": "../x"}'), TRAIN, ("x",)
+    ),
+    "dataset.json is a list": written("dataset.json", "[]"),
+    "dataset.json is nothing": written("dataset.json", "{}"),
+    "dataset.json has cases of text": Bad(
+        lambda place: edit(place / HERE / "dataset.json", setting(dataset=["a", "b"])), TRAIN, ("dataset.json",)
+    ),
+    "dataset.json is cut off": written("dataset.json", '{"name": "x"', TRAIN, "invalid JSON"),
+    "a folder for dataset.json": folder_for("dataset.json"),
+    "splits.json is a number": written("splits.json", "5", TRAIN, "train"),
+    "splits.json is a string": written("splits.json", '"train"'),
+    "splits.json is cut off": written("splits.json", "[{", TRAIN, "invalid JSON"),
+    "splits.json of numbers": written("splits.json", '[{"train": [1], "val": [2]}]'),
+    "splits.json of unknown cases": written(
+        "splits.json", '[{"train": ["hippocampus_001"], "val": ["patient_7"]}]', TRAIN, "patient_7"
+    ),
+    "splits.json without the fold": Bad(
+        written("splits.json", '[{"train": ["hippocampus_001"], "val": ["hippocampus_008"]}]').make,
+        "train 3d_fullres 3",
+        ("no fold '3'",),
+    ),
+    "splits.json with a case on both sides": written(
+        "splits.json", '[{"train": ["hippocampus_001"], "val": ["hippocampus_001"]}]', TRAIN, "both sides"
+    ),
+    "the fingerprint is a list": written("fingerprint.json", "[]", f"{TRAIN} --recipe resenc_l"),
+    "the fingerprint is cut off": written("fingerprint.json", '{"spacings": [[1', f"{TRAIN} --recipe resenc_l"),
+    "the workspace is a file": Bad(lambda place: (place / "file").write_text(""), f"{TRAIN} -w file", ("file",)),
+    "the workspace is not there": asked(f"{TRAIN} -w nowhere", "nnlite plan"),
+    "no such data set": asked(f"{TRAIN} -d Task99", "Task99", "Task04_Hippocampus"),
+}
+
+SETTINGS = {
+    "no such recipe": asked(f"{TRAIN} --recipe fats", "fats", "'fast'"),
+    "a recipe that is a folder": Bad(lambda p: (p / "a.toml").mkdir(), f"{TRAIN} --recipe a.toml", ("a.toml",)),
+    "a recipe that builds on itself": recipe('base = "mine.toml"\n', "mine.toml: builds on itself"),
+    "two recipes that build on each other": Bad(two_recipes, f"{TRAIN} --recipe mine.toml", ("builds on itself",)),
+    "a recipe that builds on nothing": recipe('base = "nothing"\n', "nothing"),
+    "a recipe that builds on a number": recipe("base = 5\n", "5"),
+    "a recipe that is no TOML": recipe("epochs = = 3\n", "line 1, column"),
+    "a recipe in UTF-16": recipe("[training]".encode("utf-16"), "UTF-8"),
+    "a recipe with a key twice": recipe("[training]\nepochs = 1\nepochs = 2\n", "line 3"),
+    "a recipe with an unknown section": recipe("[trainings]\nepochs = 3\n", "trainings.epochs", "training.epochs"),
+    "a recipe with an unknown key": recipe("[training]\nepoch = 3\n", "training.epoch", "training.epochs"),
+    "a recipe whose section is a number": recipe("training = 3\n", "training"),
+    "a recipe whose value is a table": recipe("[training.epochs]\nx = 3\n", "training.epochs"),
+    "a recipe with a date for a rate": recipe("[optimizer]\nlr = 2020-01-01\n", "optimizer.lr"),
+    "a recipe with a rate of infinity": recipe("[optimizer]\nlr = inf\n", "optimizer.lr"),
+    "no epochs": asked(f"{TRAIN} --epochs 0", "training.epochs"),
+    "negative iterations": asked(f"{TRAIN} --iterations -5", "training.iterations"),
+    "epochs of text": asked(f"{TRAIN} --epochs many", "--epochs"),
+    "a time limit of text": asked(f"{TRAIN} --time-limit soon", "time_limit"),
+    "no time at all": asked(f"{TRAIN} --time-limit 0", "time_limit"),
+    "a patch of letters": asked(f"{TRAIN} --patch-size axb", "--patch-size"),
+    "a negative patch for train": asked(f"{TRAIN} --patch-size -8x8x8", "-8"),
+    "a patch of two sides": asked(f"{TRAIN} --patch-size 32x32", "32x32"),
+    "a rate of nothing": asked(f"{TRAIN} --lr 0", "optimizer.lr"),
+    "another precision": asked(f"{TRAIN} --precision fp8", "training.precision"),
+    "no equals sign": set_to("training.epochs", "key=value"),
+    "a section alone": set_to("training=3", "training"),
+    "no key": set_to("=3", "unknown setting"),
+    "a private name": set_to("__class__.x=3", "__class__"),
+    "a share beyond one": set_to("training.foreground=1.5", "training.foreground"),
+    "a seed below zero": set_to("training.seed=-1", "training.seed"),
+    "a seed of 10^30": set_to("training.seed=1" + "0" * 30, "training.seed"),
+    "another loss of nothing": set_to("loss.cross_entropy=0 --set loss.dice=0", "greater than 0"),
+    "weights for other classes": set_to("loss.class_weights=[1,2]", "class_weights"),
+    "a label that is not there": set_to('augmentation.mirror_swap=[["left","right"]]', "left"),
+    "a fourth axis": set_to("augmentation.mirror_axes=[3]", "mirror_axes"),
+    "a network from no file": set_to("network.factory=nofile.py:make", "nofile.py"),
+    "a network from no function": set_to("network.factory=nofunction", "network.factory"),
+    "a model to start from that is not there": asked(f"{TRAIN} --init nowhere", "nowhere"),
+    "frozen weights without any": asked(f"{TRAIN} --freeze everything", "freeze"),
+    "a transform that is not there": set_to(
+        'augmentation.extra=[{name="Nonsense"}] --set augmentation.pipeline=batchgenerators', "Nonsense"
+    ),
+    "no such configuration": asked("train 3d_fulres 0", "3d_fulres", "3d_fullres"),
+    "a fold of text": asked("train 3d_fullres zero", "zero"),
+    "a fold beyond the last": asked("train 3d_fullres 7", "7"),
+    "a fold below zero": asked("train 3d_fullres -- -1", "-1"),
+    "no such device": asked("train 3d_fullres 0 --device warp", "warp"),
+    "a GPU that is not there": asked("train 3d_fullres 0 --device cuda:99", "cuda"),
+    "a name that leads elsewhere": asked(f"{TRAIN} --name ../../evil", "../../evil"),
+    "a hidden name": asked(f"{TRAIN} --name .hidden", ".hidden"),
+    "nothing to resume": asked(f"{TRAIN} --resume", "nothing to resume"),
+    "resume and restart": asked(f"{TRAIN} --resume --restart", "exclude each other"),
+    "one fold": asked("plan raw --folds 1", "--folds"),
+    "more folds than cases": asked("plan raw --folds 99", "99"),
+    "no memory": asked("plan raw --memory 0", "memory"),
+    "negative memory": asked("plan raw --memory -8", "memory"),
+    "no such preset": asked("plan raw --preset resenc_s", "resenc_s"),
+    "percentiles the wrong way round": asked("plan raw --clip-percentiles 99 1", "99"),
+    "percentiles beyond 100": asked("plan raw --clip-percentiles 1 101", "101"),
+    "a plan from no file": asked("plan raw --plans nowhere.json", "nowhere.json"),
+    "groups by a broken expression": asked("plan raw --group-by (", "regular expression"),
+    "groups by an expression that matches nothing": asked("plan raw --group-by patient", "matches nothing"),
+    "groups without a case": table("groups.csv", "case,group\nhippocampus_001,a\n", "--group-by", "has no group"),
+    "groups of three columns": table("groups.csv", "a,b,c\n", "--group-by", "3 columns"),
+    "groups that contradict": table("groups.csv", "hippocampus_001,a\nhippocampus_001,b\n", "--group-by"),
+    "folds of an unknown case": given_splits([{"train": ["hippocampus_001"], "val": ["x"]}], "unknown cases: x"),
+    "folds without training": given_splits([{"train": [], "val": ["hippocampus_001"]}], "no training case"),
+    "folds of nothing": given_splits([], "train"),
+    "folds of numbers": given_splits([1, 2], "train"),
+    "folds in an object": given_splits({"train": []}, "train"),
+    "folds with a case twice": given_splits([{"train": ["hippocampus_001"] * 2, "val": []}], "twice"),
+    "folds from no file": asked("plan raw --splits nowhere.json", "nowhere.json"),
+    "folds from no table": asked("plan raw --splits nowhere.csv", "nowhere.csv"),
+    "a fingerprint without its description": asked("plan --from-fingerprint x.json", "--dataset-json"),
+    "nothing to plan": asked("plan", "nnlite plan"),
+    "an option that is not there": asked("train 3d_fullres 0 --epoch 3", "--epoch"),
+    "no such command": asked("trian 3d_fullres 0", "trian"),
+    "no fold": asked("train 3d_fullres", "FOLD"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan(
+    command: Command, tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Callable[..., None], name: str
+) -> None:
+    counts("bad inputs refused in one line")
+    copy_workspace(tiny_workspace, tmp_path)
+    refuse(PLANS[name], command, tmp_path)
+
+
+@pytest.mark.parametrize("name", WORKSPACE)
+def test_workspace(
+    command: Command, tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Callable[..., None], name: str
+) -> None:
+    counts("bad inputs refused in one line")
+    copy_workspace(tiny_workspace, tmp_path)
+    refuse(WORKSPACE[name], command, tmp_path)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting(
+    command: Command,
+    tiny_workspace: Path,
+    tiny_model: Path,
+    copy_dataset: Callable[..., Path],
+    tmp_path: Path,
+    counts: Callable[..., None],
+    name: str,
+) -> None:
+    counts("bad inputs refused in one line")
+    copy_workspace(tiny_workspace, tmp_path)
+    copy_dataset(5, "raw")
+    refuse(SETTINGS[name], command, tmp_path)

@@ -1,0 +1,339 @@
+"""What goes wrong on real machines: a kill, a full disk, a damaged file, two processes at once, folders of others.
+
+Nothing is lost, and nothing half written is taken for done: the same command goes on, and ends as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from bad_inputs import copy_workspace
+from safetensors.numpy import load_file
+
+Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[1]
+TINY = [
+    f"--set={assignment}"
+    for assignment in (
+        "training.iterations=3", "training.validation_iterations=1", "training.patch_size=[24,32,24]",
+        "training.batch_size=2", "training.precision=fp32", "training.channels_last=false",
+        "network.features_base=4", "network.features_max=8", "inference.mirroring=false",
+    )
+]  # fmt: skip
+WORK = ["run", "raw", "-c", "3d_fullres", "-f", "0,1", "--epochs", "3", "--seed", "1", "--device", "cpu", *TINY]
+TRAIN = ["train", "3d_fullres", "0", "--name", "new", "--epochs", "2", "--seed", "1", "--device", "cpu", *TINY]
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nnunet_lite", *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=600)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+
+
+def results(workspace: Path) -> dict[str, Any]:
+    """What a run leaves that must not depend on when it was stopped: weights, label maps, scores, plans, folds."""
+    found: dict[str, Any] = {}
+    for file in sorted(workspace.rglob("*")):
+        name = str(file.relative_to(workspace))
+        if file.name == "model.safetensors":
+            found |= {f"{name} {key}": value for key, value in load_file(file).items()}
+        elif file.name.endswith(".nii.gz"):
+            found[name] = np.asarray(nibabel.load(file).dataobj)
+        elif file.name in ("plans.json", "splits.json", "fingerprint.json"):
+            found[name] = json.loads(file.read_text())
+        elif file.name == "summary.json":
+            found[name] = json.loads(file.read_text())["foreground_mean"]
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nobody killed, and its seconds."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    raw_data(place)
+    begin = time.monotonic()
+    code, _, err = ended(start(*WORK, cwd=place))
+    assert code == 0, err
+    return place, time.monotonic() - begin
+
+
+def raw_data(place: Path) -> None:
+    from conftest import HIPPOCAMPUS
+
+    table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
+    table["training"] = table["training"][:6]
+    for entry in table["training"]:
+        for file in entry.values():
+            (place / "raw" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HIPPOCAMPUS / file, place / "raw" / file)
+    (place / "raw" / "dataset.json").write_text(json.dumps(table))
+
+
+def survive(place: Path, undisturbed: tuple[Path, float], kills: int, seed: int) -> int:
+    """Kill a run at random moments and begin it again, until it ends by itself; the number of kills."""
+    raw_data(place)
+    expected, seconds = undisturbed
+    moments, killed = random.Random(seed), 0
+    while True:
+        process = start(*WORK, cwd=place)
+        try:
+            if killed < kills:
+                process.wait(moments.uniform(0.05, 1.0) * seconds * 0.8)
+            code, _, err = ended(process)
+            assert code == 0, err
+            if killed >= kills:
+                break
+            shutil.rmtree(place / "nnlite_workspace")  # it was done before all kills: once more
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+    left, wanted = results(place / "nnlite_workspace"), results(expected / "nnlite_workspace")
+    assert left.keys() == wanted.keys() and any(name.endswith(".nii.gz") for name in left)
+    assert not [name for name in wanted if not same(left[name], wanted[name])]
+    return killed
+
+
+def test_kills(tmp_path: Path, undisturbed: tuple[Path, float], counts: Callable[..., None]) -> None:
+    counts("kills survived", 3)
+    assert survive(tmp_path, undisturbed, 3, seed=1) == 3
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path: Path, undisturbed: tuple[Path, float], counts: Callable[..., None]) -> None:
+    counts("kills survived (20 moments)", 20)
+    assert survive(tmp_path, undisturbed, 20, seed=20) == 20
+
+
+# --------------------------------------------------------------------------------------------------------- disk full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine does not let its tests mount a disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Leave so many bytes free."""
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(max(0, free - leave)))
+    return disk / "ballast"
+
+
+def test_full_disk(command: Run, tiny_model: Path, small_disk: Path, hippocampus: Path, counts: Any) -> None:
+    """Each step says so in one line; with space again, the same command ends as it would have."""
+    counts("faults survived", 3)
+    tiny_workspace = tiny_model.parents[2]
+    copy_workspace(tiny_workspace, small_disk)
+    shutil.rmtree(small_disk / "nnlite_workspace" / "Task04_Hippocampus" / "preprocessed")
+    image = hippocampus / "imagesTr" / "hippocampus_001.nii.gz"
+    predict = ["predict", "-i", image, "-o", "out", "-m", "nnlite_workspace/Task04_Hippocampus/models/tiny"]
+    for step, room in ((["preprocess", "3d_fullres"], 150_000), (TRAIN, 20_000), (predict, 0)):
+        ballast = fill(small_disk, room)
+        code, out, err = command(*step, cwd=small_disk)
+        last = err.splitlines()[-1]
+        assert code in (1, 2) and last.startswith("error: "), (step, code, out, err)
+        assert "No space left" in last or "are free" in last, (step, last)
+        ballast.unlink()
+        code, out, err = command(*step, cwd=small_disk)
+        assert code == 0, (step, err)
+    assert not list(small_disk.rglob(".tmp-*"))
+    kept = tiny_workspace / "Task04_Hippocampus" / "preprocessed" / "cases"
+    for array in kept.glob("*/image.b2nd"):
+        made = small_disk / array.relative_to(tiny_workspace.parent).relative_to(tiny_workspace.name)
+        assert not made.exists() or made.read_bytes() == array.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def case_file(name: str) -> Callable[[Path], Path]:
+    return lambda root: sorted(root.glob(f"preprocessed/cases/*/{name}"))[0]
+
+
+def index_file(root: Path) -> Path:
+    return next(root.glob("preprocessed/3d_fullres-*.json"))
+
+
+DAMAGED = {
+    f"{kind.__name__} {name}": (kind, find)
+    for kind in (cut, flip, Path.unlink)
+    for name, find in {
+        "an image": case_file("image.b2nd"),
+        "a label map": case_file("label.b2nd"),
+        "foreground voxels": case_file("foreground.npy"),
+        "the description": case_file("case.json"),
+        "the index": index_file,
+        "what is known of the raw files": lambda root: root / "preprocessed" / "raw.json",
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_array(command: Run, tiny_workspace: Path, tmp_path: Path, counts: Any, name: str) -> None:
+    """What is damaged is made again, and only that."""
+    counts("faults survived")
+    damage, find = DAMAGED[name]
+    root = copy_workspace(tiny_workspace, tmp_path, models=False)
+    file = find(root)
+    before = file.read_bytes()
+    damage(file)
+    if name == "flip an image":  # a moment later than the file that says what it was
+        os.utime(file)
+    code, out, err = command("preprocess", "3d_fullres", "--json", cwd=tmp_path)
+    assert code == 0, err
+    assert json.loads(out)["made"] == ("case" in str(file.parent.parent.name) or 0)
+    assert file.read_bytes() == before or file.name == "case.json"
+
+
+def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, counts: Any) -> None:
+    """A label map that was changed since redoes one case."""
+    counts("faults survived")
+    root = copy_workspace(tiny_workspace, tmp_path, models=False)
+    raw_data(tmp_path)
+    told = json.loads((root / "dataset.json").read_text())
+    label = tmp_path / "raw" / "labelsTr" / Path(told["dataset"][0]["label"]).name
+    values = nibabel.load(label)
+    changed = np.asarray(values.dataobj).copy()
+    changed[0, 0, 0] = 1
+    nibabel.save(nibabel.Nifti1Image(changed, values.affine, values.header), label)
+    told["dataset"][0]["label"] = str(label)
+    (root / "dataset.json").write_text(json.dumps(told))
+    code, out, err = command("preprocess", "3d_fullres", "--json", cwd=tmp_path)
+    assert code == 0 and json.loads(out)["made"] == 1, err
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_damaged_checkpoint(
+    command: Run, tiny_model: Path, tmp_path: Path, counts: Any, damage: Callable[[Path], None]
+) -> None:
+    """Named in one line with what to do; a flipped weight is found by the checksum."""
+    counts("faults survived")
+    root = copy_workspace(tiny_model.parents[2], tmp_path)
+    code, _, err = command(*TRAIN, cwd=tmp_path)
+    assert code == 0, err
+    checkpoint = root / "models" / "new" / "fold_0" / "checkpoint.safetensors"
+    damage(checkpoint)
+    code, out, err = command(*[*TRAIN[:5], "--epochs", "3", *TRAIN[7:]], cwd=tmp_path)
+    assert (code, out) == (2, ""), err
+    assert err.splitlines()[-1].startswith(f"error: {checkpoint}: ") and "--restart" in err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------- two at once, and others
+
+
+def test_two_preprocess_one_data_set(tiny_workspace: Path, tmp_path: Path, counts: Any) -> None:
+    """The second waits, and finds the work done."""
+    counts("faults survived")
+    root = copy_workspace(tiny_workspace, tmp_path)
+    shutil.rmtree(root / "preprocessed")
+    both = [start("preprocess", "3d_fullres", "--json", cwd=tmp_path) for _ in range(2)]
+    codes, made = zip(*[(code, json.loads(out)["made"]) for code, out, _ in map(ended, both)], strict=True)
+    assert codes == (0, 0) and sorted(made) == [0, 10]
+    assert len(list((root / "preprocessed" / "cases").iterdir())) == 10
+
+
+def test_two_train_one_fold(tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Any) -> None:
+    """The second is refused, or comes after; two folds train side by side."""
+    counts("faults survived", 2)
+    root = copy_workspace(tiny_workspace, tmp_path)
+    both = [ended(process) for process in [start(*TRAIN, cwd=tmp_path) for _ in range(2)]]
+    assert sorted(code for code, _, _ in both) in ([0, 0], [0, 2])
+    assert all("another process is training here" in err for code, _, err in both if code == 2)
+    fold = root / "models" / "new" / "fold_0"
+    assert len((fold / "metrics.jsonl").read_text().splitlines()) == 2
+    other = [start(*[*TRAIN[:2], number, "--name", "two", *TRAIN[5:]], cwd=tmp_path) for number in ("0", "1")]
+    assert [ended(process)[0] for process in other] == [0, 0]
+    alone, beside = load_file(fold / "model.safetensors"), load_file(root / "models/two/fold_0/model.safetensors")
+    assert all(np.array_equal(alone[name], beside[name]) for name in alone)
+
+
+def test_two_predict_into_one_folder(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any) -> None:
+    """Label maps are whole, whoever wrote them last."""
+    counts("faults survived")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for name in ("001", "008"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(hippocampus / "imagesTr" / f"hippocampus_{name}.nii.gz", tmp_path / "in")
+    command = ["predict", "-i", "in", "-m", "model", "--no-mirroring", "--device", "cpu", "-o"]
+    both = [start(*command, "out", cwd=tmp_path) for _ in range(2)]
+    assert [ended(process)[0] for process in both] == [0, 0]
+    assert ended(start(*command, "alone", cwd=tmp_path))[0] == 0
+    for file in (tmp_path / "alone").iterdir():
+        assert gzip.decompress((tmp_path / "out" / file.name).read_bytes()) == gzip.decompress(file.read_bytes())
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to be someone else")
+def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any) -> None:
+    """Data set, model and images belong to someone else: planning, preprocessing and predicting write elsewhere."""
+    counts("faults survived", 3)
+    raw_data(tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(".lock"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.chown(mine, 65534, 65534)
+    for folder in (tmp_path, *tmp_path.parents):  # others may pass to get there
+        if folder.stat().st_uid == 0 and folder.is_relative_to("/tmp/x".replace("/x", "")):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    subprocess.run(["chmod", "-R", "a+rX,a-w", tmp_path / "raw", tmp_path / "model"], check=True)
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "nnunet_lite"]
+    who = {**environment(), "HOME": str(mine)}
+    image = tmp_path / "raw" / "imagesTr" / "hippocampus_001.nii.gz"
+    for arguments in (
+        ["plan", "../raw"],
+        ["preprocess", "3d_fullres"],
+        ["predict", "-i", str(image), "-o", "out", "-m", "../model", "--no-mirroring"],
+    ):
+        done = subprocess.run([*as_nobody, *arguments], cwd=mine, env=who, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
