@@ -23,6 +23,7 @@ from nnunet_lite.api import (
     run,
     select,
     train,
+    view,
 )
 from nnunet_lite.models import load
 
@@ -39,4 +40,5 @@ __all__ = [
     "run",
     "select",
     "train",
+    "view",
 ]

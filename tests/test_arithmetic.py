@@ -14,6 +14,22 @@ from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fa
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU for which bf16 is tried, whatever this one is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_bf16_is_not_tried_where_only_reference_code_computes_it(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert [a.precision for a in candidates(CPU, "auto", "auto")] == ["fp32", "fp32"]
+    assert [a.precision for a in candidates(CPU, "bf16", False)] == ["bf16"], "but it may be asked for"
+
+
+@pytest.mark.usefixtures("avx512")
 def test_candidates_are_all_combinations_or_what_is_set() -> None:
     both = candidates(CPU, "auto", "auto")
     assert {(a.precision, a.channels_last) for a in both} == {(p, c) for p in ("bf16", "fp32") for c in (True, False)}
@@ -21,6 +37,7 @@ def test_candidates_are_all_combinations_or_what_is_set() -> None:
     assert [a.precision for a in candidates(CPU, "auto", False)] == ["bf16", "fp32"]
 
 
+@pytest.mark.usefixtures("avx512")
 def test_the_fastest_is_taken_and_the_reason_names_the_times() -> None:
     seconds = {("bf16", True): 0.03, ("bf16", False): 0.02, ("fp32", True): 0.005, ("fp32", False): 0.03}
     options = candidates(CPU, "auto", "auto")
@@ -29,6 +46,7 @@ def test_the_fastest_is_taken_and_the_reason_names_the_times() -> None:
     assert re.fullmatch(r"fastest of bf16 channels-last [\d.]+ s, bf16 [\d.]+ s, fp32 .* s, fp32 [\d.]+ s", best.reason)
 
 
+@pytest.mark.usefixtures("avx512")
 def test_a_slow_warm_up_is_enough_to_drop_a_candidate() -> None:
     runs: list[str] = []
 

@@ -40,8 +40,8 @@ def speckled(reference: np.ndarray, seed: int, specks: int, largest: int, values
 
 @pytest.fixture(scope="module")
 def real(hippocampus: Path) -> list[Pair]:
-    """Six references, and predictions with up to eight specks."""
-    files = sorted((hippocampus / "labelsTr").glob("*.nii.gz"))[:6]
+    """Four references, and predictions with up to eight specks."""
+    files = sorted((hippocampus / "labelsTr").glob("*.nii.gz"))[:4]
     references = [read_label(path)[0] for path in files]
     return [Pair(speckled(r, i, 2 + i, 3, (1, 2)), r, SPACING) for i, r in enumerate(references)]
 
@@ -71,7 +71,7 @@ def test_what_a_rule_removes(real: list[Pair], rule: Rule) -> None:
         assert np.array_equal(found, np.where(gone, 0, before))
         assert np.array_equal(pair.prediction, before), "what was given stays as it is"
         removed += int(gone.sum())
-    assert removed > 10
+    assert removed > 5
 
 
 def test_nothing_to_remove() -> None:
@@ -167,12 +167,15 @@ def test_equals_brute_force(real: list[Pair]) -> None:
 
 
 def test_regions_equal_brute_force(real: list[Pair]) -> None:
-    """Nested regions, each with specks; a whole that shrinks takes its core along."""
+    """Nested regions with specks; a whole that shrinks takes its core along."""
     pairs = []
-    for i, pair in enumerate(real[:5]):
-        reference = np.where(ndimage.binary_erosion(pair.reference > 0), pair.reference + 1, pair.reference > 0)
-        reference = reference.astype(np.uint8)
-        pairs.append(Pair(speckled(reference, 50 + i, 6, 4, (1, 2, 3)), reference, SPACING))
+    for i, pair in enumerate(real):
+        reference = pair.reference + ndimage.binary_erosion(pair.reference == 2)
+        prediction = speckled(reference, 50 + i, 4, 3, (1, 2, 3))
+        inside = ndimage.distance_transform_edt(prediction == 1)
+        at = tuple(slice(c, c + 2) for c in np.unravel_index(inside.argmax(), inside.shape))
+        prediction[at] = 2 + i % 2  # a small core deep in the rest of the whole
+        pairs.append(Pair(prediction, reference, SPACING))
     rules, gains = decide(readers(pairs), TUMOUR)
     assert rules == by_brute_force(pairs, TUMOUR) and len(rules) >= 2
     arrays = [pair.prediction for pair in pairs]

@@ -28,7 +28,8 @@ def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
     assert wheel.name == f"nnunet_lite-{nnunet_lite.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     package = Path(nnunet_lite.__file__).parent
-    modules = {str(path.relative_to(package.parent)) for path in package.rglob("*.py")}
+    files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    modules = {str(path.relative_to(package.parent)) for path in files}  # and pages, with what they are made of
     stored = {f"nnunet_lite/configs/{name}.toml" for name in recipes()}
     assert len(stored) >= 8 and stored <= names and modules <= names
     assert not [name for name in names if name.startswith(("tests", "scripts", "docs", "configs/"))]

@@ -15,6 +15,7 @@ from nnunet_lite.api.place import current_paths
 from nnunet_lite.api.prediction import Predictions, export_model, import_model, predict
 from nnunet_lite.api.results import evaluate, report, select
 from nnunet_lite.api.training import fold_names, train
+from nnunet_lite.api.viewing import view
 from nnunet_lite.api.workflow import Finished, run, train_on
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "select",
     "train",
     "train_on",
+    "view",
 ]

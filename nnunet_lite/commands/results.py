@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nnunet_lite import api
+from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
     AsJson,
     Dataset,
@@ -100,3 +100,30 @@ def doctor(as_json: AsJson = False, workspace: Workspace = None) -> None:
     about = describe_machine(workspace_folder(workspace))
     show(about.values, about.text, as_json)
     raise typer.Exit(1 if about.values["problems"] else 0)
+
+
+def view(
+    case: Annotated[str, typer.Argument(help="Case of the data set, or an image file or DICOM series.")],
+    segmentations: Annotated[list[Path] | None, typer.Argument(help="Label maps of that file.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("-m", "--model", help="Whose cross-validation to show, a+b for an ensemble [the selected]."),
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page; else only its address is printed.")] = True,
+    dataset: Dataset = None,
+    workspace: Workspace = None,
+) -> None:
+    """Look at an image with reference and prediction in the browser."""
+    import threading
+
+    from nnunet_lite.report.viewer import open_browser
+
+    with api.view(case, *segmentations or (), model=model or None, dataset=dataset, workspace=workspace) as shown:
+        log.answer(shown.url)
+        log.info(f"{shown.title}: readable on this machine alone, until Ctrl-C")
+        if browser and not open_browser(shown):
+            log.info("no browser with windows was found; open the address above in one")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            log.info("closed")

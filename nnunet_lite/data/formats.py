@@ -319,12 +319,22 @@ def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int) -
     """Write shares of one, stored as integers (z, y, x) up to `steps`, as NIfTI that programs show as 0 to 1."""
     import nibabel
 
-    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), _ras(geometry))
+    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), ras_affine(geometry))
     image.header.set_slope_inter(1 / steps, 0)
     nibabel.save(image, path)
 
 
-def _ras(geometry: Geometry) -> np.ndarray:
+def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:
+    """A NIfTI file in memory of an array (z, y, x), or of a colour picture's bytes (3, z, y, x)."""
+    import nibabel
+
+    if array.ndim == 4:
+        array = np.ascontiguousarray(np.moveaxis(array, 0, -1)).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+    contents: bytes = nibabel.Nifti1Image(array.transpose(2, 1, 0), ras_affine(geometry)).to_bytes()
+    return contents
+
+
+def ras_affine(geometry: Geometry) -> np.ndarray:
     """The affine (4, 4) from voxels (x, y, z) to RAS mm."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * geometry.spacing[::-1]
@@ -336,7 +346,7 @@ def _write_nibabel(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     """MGH, and NIfTI with a sheared affine, which ITK would straighten."""
     import nibabel
 
-    affine = _ras(geometry)
+    affine = ras_affine(geometry)
     if suffix_of(path) in NIFTI:
         nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), affine), path)
         return

@@ -49,14 +49,16 @@ class Arithmetic:
 def candidates(device: torch.device, precision: str, channels_last: str | bool) -> list[Arithmetic]:
     """The combinations worth timing, likely winners first.
 
-    "auto" never tries fp16 on a GPU that has bf16: bf16 needs no loss scaling and does not overflow.
+    "auto" never tries fp16 on a GPU that has bf16: bf16 needs no loss scaling and does not overflow. On a CPU without
+    AVX-512, bf16 is not tried: oneDNN has only its reference code there, of which one step takes minutes.
     """
     if precision != "auto":
         formats = [precision]
     elif device.type == "cuda":
         formats = ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
     else:
-        formats = ["bf16", "fp32"] if device.type == "cpu" else ["fp32"]
+        fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        formats = ["bf16", "fp32"] if fast else ["fp32"]
     layouts = [True, False] if channels_last == "auto" else [bool(channels_last)]
     return [Arithmetic(f, layout) for f in formats for layout in layouts]
 
