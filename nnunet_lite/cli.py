@@ -85,5 +85,6 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 for command in (
     data.check, data.plan, data.preprocess, training.train, prediction.predict, results.evaluate, results.select,
     results.report, workflow.run, results.view, prediction.import_, prediction.export, results.info, results.doctor,
+    workflow.cluster,
 ):  # fmt: skip
     app.command(command.__name__.rstrip("_"))(command)

@@ -38,7 +38,6 @@ from distributed import (
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.errors import Busy, Stopped, UserError, describe
-from nnunet_lite.training.watch import ask_to_stop
 from nnunet_lite.workflow import Ended, Journal, Step
 from nnunet_lite.workflow import execute as execute_here
 
@@ -139,20 +138,20 @@ class Cluster:
         """
         size = min(_MOST_IN_A_TASK, max(1, len(items) // (_TASKS_PER_SLOT * self.slots)))
         todo = deque(list(items[i : i + size]) for i in range(0, len(items), size))
-        resources = self.for_folds() if heavy else {_CASES: 1}
         run = f"{what}-{secrets.token_hex(4)}"
-        yield from log.progress(self._spread(function, todo, run, resources), len(items), what)
+        yield from log.progress(self._spread(function, todo, run, heavy), len(items), what)
 
     def _spread(
-        self, function: Callable[[T], R], todo: deque[list[T]], run: str, resources: dict[str, int]
+        self, function: Callable[[T], R], todo: deque[list[T]], run: str, heavy: bool
     ) -> Iterator[tuple[T, R | Exception]]:
         flying, number = as_completed(loop=self.client.loop), 0
         batches: dict[Any, list[T]] = {}
+        resources = self.for_folds() if heavy else {_CASES: 1}
         while todo or batches:
             while todo and len(batches) < _IN_FLIGHT:
                 batch, number = todo.popleft(), number + 1
                 future = self.client.submit(
-                    _each, function, batch, key=f"{run}-{number}", resources=resources, pure=False
+                    _each, function, batch, heavy, key=f"{run}-{number}", resources=resources, pure=False
                 )
                 batches[future.key] = batch
                 flying.add(future)
@@ -171,8 +170,13 @@ class Cluster:
             yield from zip(batch, results, strict=True)
 
 
-def _each(function: Callable[[T], R], batch: Sequence[T]) -> list[R | Exception]:
-    """On a worker: call a function with each item; what may pass is tried again, a mistake of the user's is not."""
+def _each(function: Callable[[T], R], batch: Sequence[T], whole: bool) -> list[R | Exception]:
+    """On a worker, with one or all of its threads: call a function with each item.
+
+    What may pass is tried again, a mistake of the user's is not.
+    """
+    if whole:
+        _use_all_threads()
     out: list[R | Exception] = []
     for item in batch:
         for attempt in range(1, _TRIES + 1):
@@ -307,9 +311,7 @@ def _submit(cluster: Cluster, step: Step) -> Future:
 
 def _fold(run: Callable[[], Any]) -> None:
     """On a worker: train a fold with all of its threads; one that was taken for dead and is not is waited for."""
-    import torch
-
-    torch.set_num_threads(get_worker().state.nthreads)
+    _use_all_threads()
     until = time.monotonic() + _BUSY
     while True:
         try:
@@ -320,6 +322,12 @@ def _fold(run: Callable[[], Any]) -> None:
             time.sleep(5)
         else:
             return
+
+
+def _use_all_threads() -> None:
+    import torch
+
+    torch.set_num_threads(get_worker().state.nthreads)
 
 
 def _wait(
@@ -362,9 +370,15 @@ def _stop(cluster: Cluster, running: Mapping[Future, _Begun]) -> None:
     log.info(f"asking {len(running)} folds to write a checkpoint and stop")
     with suppress(TimeoutError, OSError):
         waiting = [future for future in running if future.status == "pending"]
-        cluster.client.run(ask_to_stop)
+        cluster.client.run(_ask_to_stop)
         wait(waiting, timeout=_STOPPING)
     cluster.client.cancel(list(running), force=True)
+
+
+def _ask_to_stop() -> None:
+    from nnunet_lite.training.watch import ask_to_stop  # imports torch, which workers that preprocess do without
+
+    ask_to_stop()
 
 
 def _told(error: Exception, what: str = "") -> Exception:

@@ -249,7 +249,8 @@ def recipe_folder() -> Path:
 def recipes() -> dict[str, Path]:
     """The recipes that come with the package: name -> file; ablations are named `ablations/batch_norm`."""
     folder = recipe_folder()
-    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.toml"))}
+    found = (path for path in sorted(folder.rglob("*.toml")) if path.parent.name != "cluster")
+    return {str(p.relative_to(folder).with_suffix("")): p for p in found}
 
 
 def load(recipe: str = "default", changes: dict[str, Any] | None = None) -> Settings:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
-from nnunet_lite.api.place import Folder, current_paths, folder_of
+from nnunet_lite.api.place import Folder, cluster_of, current_paths, folder_of
+from nnunet_lite.errors import describe
 from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
-    pass
+    from nnunet_lite.data.dataset import Case
+    from nnunet_lite.inference.maps import Wanted
+    from nnunet_lite.inference.predictor import Model
+    from nnunet_lite.models import Choice
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def predict(
     changes: dict[str, Any] | None = None,
     skip_existing: bool = False,
     postprocess: bool = True,
+    scheduler: str | None = None,
     workspace: Folder | None = None,
 ) -> Predictions:
     """Segment images.
@@ -64,6 +70,7 @@ def predict(
     changes : of the `inference` settings, e.g. {"inference.mirroring": False}.
     skip_existing : keep label maps that are there already.
     postprocess : do what `select` found to help; only where the models are exactly those that it chose.
+    scheduler : address of a Dask scheduler, whose workers predict; all of them see the files. See docs/cluster.md.
     """
     from nnunet_lite.data.cases import find_all_cases
     from nnunet_lite.data.problems import plural
@@ -71,6 +78,7 @@ def predict(
     from nnunet_lite.inference.maps import Wanted, wanted_labels
     from nnunet_lite.inference.predictor import read_model
     from nnunet_lite.models import SPEEDS, chosen, first_fold, in_our_form, load_all
+    from nnunet_lite.training.run import trained_folds
 
     paths = None if model else current_paths(workspace, dataset)
     given = [Path(one) for one in _listed(model or ())]
@@ -82,7 +90,16 @@ def predict(
         plan = read_model(ours[0])[0]
         cases = find_all_cases([Path(one) for one in _listed(source)], len(plan.channels))
         asked = () if save_probabilities is None else wanted_labels(save_probabilities, plan.labels)
-        loaded = load_all(folders, ours, folds, device, {**SPEEDS[speed or "best"], **(changes or {})})
+        changes = {**SPEEDS[speed or "best"], **(changes or {})}
+        rules = {label: str(rule) for label, rule in choice.rules.items()}
+        if scheduler is not None:
+            parcel = _Parcel(replace(choice, folders=[folder.absolute() for folder in folders], folds=folds), changes,
+                             device, Path(out).absolute(), Wanted(asked, save_uncertainty), dicom_seg,
+                             skip_existing)  # fmt: skip
+            files, failed = _predict_on(scheduler, parcel, cases)
+            used = folds or trained_folds(ours[0])
+            return Predictions(tuple(files), failed, tuple(folders), tuple(map(str, used)), rules)
+        loaded = load_all(folders, ours, folds, device, changes)
     if loaded.device.type == "cpu":
         from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
 
@@ -94,8 +111,56 @@ def predict(
         loaded, cases, Path(out), wanted=Wanted(asked, save_uncertainty), dicom_seg=dicom_seg,
         skip_existing=skip_existing, show=log.progress, finish=choice.finish(loaded.plan.labels),
     )  # fmt: skip
-    done = {label: str(rule) for label, rule in choice.rules.items()}
-    return Predictions(tuple(files), failed, tuple(folders), loaded.folds, done)
+    return Predictions(tuple(files), failed, tuple(folders), loaded.folds, rules)
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """How a worker of a cluster predicts a case: `parcel(case)` gives what `predict_cases` does. Paths are absolute."""
+
+    choice: Choice
+    changes: dict[str, Any]
+    device: str | None
+    out: Path
+    wanted: Wanted
+    dicom_seg: bool
+    skip_existing: bool
+
+    def __call__(self, case: Case) -> tuple[list[Path], dict[str, str]]:
+        from nnunet_lite.inference.folder import predict_cases
+
+        model = _kept(tuple(self.choice.folders), tuple(self.choice.folds or ()), self.device,
+                      tuple(sorted(self.changes.items())))  # fmt: skip
+        return predict_cases(
+            model, [case], self.out, wanted=self.wanted, dicom_seg=self.dicom_seg, skip_existing=self.skip_existing,
+            finish=self.choice.finish(model.plan.labels),
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _kept(
+    folders: tuple[Path, ...], folds: tuple[str | int, ...], device: str | None, changes: tuple[tuple[str, Any], ...]
+) -> Model:
+    """The model that this process predicts with, read once."""
+    from nnunet_lite.models import load
+
+    return load(folders, folds or None, device, dict(changes))
+
+
+def _predict_on(scheduler: str, parcel: _Parcel, cases: Sequence[Case]) -> tuple[list[Path], dict[str, str]]:
+    """Predict cases on the workers of a Dask scheduler; the label maps, and why others failed."""
+    files: list[Path] = []
+    failed: dict[str, str] = {}
+    with cluster_of(scheduler, parcel.out) as cluster:
+        assert cluster is not None  # there is a scheduler
+        there = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
+        for case, found in cluster.spread(parcel, there, "predict", heavy=True):
+            if isinstance(found, Exception):
+                failed[case.id] = describe(found)
+            else:
+                files += found[0]
+                failed |= found[1]
+    return sorted(files), dict(sorted(failed.items()))
 
 
 def _listed(given: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from nnunet_lite.commands.options import (
     Dataset,
     Device,
     Precision,
+    Scheduler,
     SetOptions,
     Workspace,
     changes_of,
@@ -72,6 +73,7 @@ def predict(
         bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
+    scheduler: Scheduler = None,
     device: Device = None,
     skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that are there.")] = False,
     postprocess: Annotated[
@@ -95,7 +97,7 @@ def predict(
         source, out, model=model or None, configuration=configuration or None, folds=folds or None,
         speed=None if speed is None else speed.value, save_probabilities=save_probabilities,
         save_uncertainty=save_uncertainty, dicom_seg=dicom_seg, dataset=dataset, device=device,
-        changes=changes_of(flags, assignments), skip_existing=skip_existing,
+        changes=changes_of(flags, assignments), skip_existing=skip_existing, scheduler=scheduler,
         postprocess=postprocess, workspace=workspace,
     )  # fmt: skip
     models = [str(folder) for folder in done.models]

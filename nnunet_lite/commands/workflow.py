@@ -1,12 +1,15 @@
-"""The command that does all."""
+"""The command that does all, and the one that starts workers for it."""
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from nnunet_lite import api
+from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
     AsJson,
     Device,
@@ -59,6 +62,27 @@ def run(
         device=device, scheduler=scheduler, workspace=workspace, workers=workers,
     )  # fmt: skip
     show(done.to_json(), done.to_text(), as_json)
+
+
+def cluster(
+    config: Annotated[str, typer.Argument(help="local, slurm, lsf, pbs, or a TOML file like configs/cluster/*.toml.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="How many, instead of the file's number.")] = None,
+    script: Annotated[bool, typer.Option("--script", help="Only print the script of a worker's job.")] = False,
+) -> None:
+    """Start a Dask scheduler and workers; run, train, preprocess and predict take its address with --scheduler."""
+    from nnunet_lite.cluster_start import read_start, started
+
+    start = read_start(config)
+    start = replace(start, workers=0 if script else workers or start.workers)
+    with started(start) as running:
+        if script:
+            log.answer(running.job_script() if start.kind != "local" else "workers are processes of this one")
+            return
+        log.answer(running.scheduler_address)
+        log.info(f"{start.workers} workers of kind {start.kind} come; Ctrl-C ends them. In another terminal: "
+                 f"nnlite run DATA --scheduler {running.scheduler_address}")  # fmt: skip
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 def _listed(given: list[str] | None) -> list[str] | None:

@@ -1,0 +1,192 @@
+"""Steps on a real Dask scheduler with two worker processes on this machine, one of which is killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+from safetensors.torch import load_file
+
+import nnunet_lite
+from nnunet_lite import cluster as c
+from nnunet_lite.errors import UserError
+from nnunet_lite.workflow import Journal, Step
+
+TINY: dict[str, Any] = {
+    "training.epochs": 6,
+    "training.iterations": 4,
+    "training.validation_iterations": 1,
+    "training.patch_size": [16, 16, 16],
+    "training.batch_size": 2,
+    "training.precision": "fp32",
+    "training.channels_last": False,
+    "training.seed": 1,
+    "network.features_base": 2,
+    "network.features_max": 4,
+    "inference.mirroring": False,
+    "inference.step_size": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """Two workers of one thread; one that dies is started again."""
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as local:
+        yield local.scheduler_address
+
+
+def kill_one(scheduler: str, when: Callable[[], bool], busy: str = "") -> threading.Thread:
+    """SIGKILL for a worker, one that has a task of that name, once `when` says so."""
+
+    def work() -> None:
+        with Client(scheduler, set_as_default=False) as client:
+            until = time.monotonic() + 240
+            while not when() and time.monotonic() < until:
+                time.sleep(0.005)
+            has = client.processing()
+            chosen = next(worker for worker, tasks in has.items() if any(busy in task for task in tasks) or not busy)
+            os.kill(client.run(os.getpid, workers=[chosen])[chosen], signal.SIGKILL)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, hippocampus: Path) -> Path:
+    """A workspace with the 32 cases planned."""
+    nnunet_lite.plan(hippocampus, workspace=tmp_path / "ws", workers=0)
+    return tmp_path / "ws"
+
+
+def test_cases_are_made_on_workers_though_one_is_killed(scheduler: str, workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace, tmp_path / "here")
+    here = nnunet_lite.preprocess(["3d_fullres"], workspace=tmp_path / "here", workers=0)
+    folder = workspace / "Task04_Hippocampus" / "preprocessed"
+    killer = kill_one(scheduler, lambda: len(list(folder.glob("cases/[!.]*"))) >= 3, "preprocess")
+    there = nnunet_lite.preprocess(["3d_fullres"], workspace=workspace, scheduler=scheduler)
+    killer.join()
+    assert there.cases == here.cases == {"3d_fullres": 32}
+    assert there.stored_bytes == here.stored_bytes
+    expected = files(tmp_path / "here" / "Task04_Hippocampus" / "preprocessed")
+    assert files(folder) == expected
+    again = nnunet_lite.preprocess(["3d_fullres"], workspace=workspace, scheduler=scheduler)
+    assert (again.made, again.kept) == (0, 32)
+    assert not list(workspace.glob(".tmp-cluster-*"))
+
+
+def test_a_case_that_is_broken_is_named_and_the_others_are_done(
+    scheduler: str, copy_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = copy_dataset(5)
+    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
+    broken = sorted((root / "imagesTr").iterdir())[2]
+    broken.write_bytes(broken.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"1 of 5 cases could not be preprocessed") as error:
+        nnunet_lite.preprocess(["3d_fullres"], workspace=tmp_path / "ws", scheduler=scheduler)
+    assert broken.name.removesuffix(".nii.gz") in str(error.value)
+    assert len(list((tmp_path / "ws" / "broken" / "preprocessed").glob("cases/*"))) == 4
+
+
+def test_folds_train_on_workers_though_one_is_killed(scheduler: str, tiny_workspace: Path, tmp_path: Path) -> None:
+    """SIGKILL for the worker of a fold that has a checkpoint: the networks are those that one process trains."""
+    shutil.copytree(tiny_workspace, tmp_path / "ws", ignore=shutil.ignore_patterns("models"))
+    shutil.copytree(tmp_path / "ws", tmp_path / "here")
+    models = tmp_path / "ws" / "Task04_Hippocampus" / "models" / "3d_fullres-default"
+    options: dict[str, Any] = {"changes": TINY, "device": "cpu", "folds": 2}
+    killer = kill_one(scheduler, (models / "fold_1" / "checkpoint.safetensors").is_file, "train-3d_fullres-fold-1")
+    summaries = nnunet_lite.api.train_on(scheduler, "3d_fullres", workspace=tmp_path / "ws", **options)
+    killer.join()
+    assert set(summaries) == {"0", "1"}
+    rows = [json.loads(line) for line in (models / "fold_1" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 7)), "it went on where the killed one stopped"
+    for fold in range(2):
+        nnunet_lite.train("3d_fullres", fold, workspace=tmp_path / "here", **options)
+        there = load_file(models / f"fold_{fold}" / "model.safetensors")
+        here = tmp_path / "here" / "Task04_Hippocampus" / "models" / "3d_fullres-default" / f"fold_{fold}"
+        assert all(value.equal(there[key]) for key, value in load_file(here / "model.safetensors").items())
+
+
+# ------------------------------------------------------------------------------------------------- the parts of it
+
+
+def square(number: int) -> int:
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 7:
+        raise UserError("seven is no good")
+    return number * number
+
+
+def test_an_item_that_kills_workers_is_found_out(scheduler: str, tmp_path: Path) -> None:
+    with c.connected(scheduler, tmp_path) as cluster:
+        found = dict(cluster.spread(square, range(40), "square"))
+    assert {n: r for n, r in found.items() if n not in (5, 7)} == {n: n * n for n in range(40) if n not in (5, 7)}
+    assert "seven is no good" in str(found[7])
+    assert "several workers died of it" in str(found[5])
+
+
+def fail(file: Path) -> None:
+    raise UserError("the disk is full", file)
+
+
+def test_a_step_that_fails_stops_those_that_need_it_only(scheduler: str, tmp_path: Path) -> None:
+    def step(name: str, run: Callable[[], Any], *needs: str, anywhere: bool = True) -> Step:
+        return Step(name, name, (tmp_path / name).is_file, run, needs, anywhere)
+
+    steps = [
+        step("first", partial((tmp_path / "first").touch)),
+        step("bad", partial(fail, tmp_path / "bad"), "first"),
+        step("good", partial((tmp_path / "good").touch), "first"),
+        step("last", partial((tmp_path / "last").touch), "bad", "good", anywhere=False),
+    ]
+    with c.connected(scheduler, tmp_path) as cluster:
+        with pytest.raises(UserError, match="bad: the disk is full"):
+            c.execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
+        assert (tmp_path / "good").is_file()
+        assert not (tmp_path / "last").exists()
+        (tmp_path / "bad").touch()
+        ended = c.execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
+    assert [(e.step, e.state) for e in ended] == [
+        ("first", "kept"),
+        ("bad", "kept"),
+        ("good", "kept"),
+        ("last", "done"),
+    ]
+
+
+def test_other_versions_and_another_workspace_are_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    place = c.Place(c.versions(), tmp_path / "token")
+    assert c.unfit(place) is None
+    other = c.Place({**place.versions, "torch": "1.0"}, place.token)
+    assert "and here is 1.0: install the same version" in str(c.unfit(other))
+    elsewhere = c.Place(place.versions, tmp_path / "nowhere" / "token")
+    assert str(c.unfit(elsewhere)).startswith("does not see the workspace")
+    with pytest.raises(UserError, match=r"the worker tcp://a:1 does not see the workspace /x"):
+        c._refuse_unfit({"tcp://b:1": None, "tcp://a:1": "does not see the workspace /x: it must"})
+    with pytest.raises(UserError, match=r"tcp://a:1 cannot import nnunet_lite"):
+        c._refuse_unfit({"tcp://a:1": ModuleNotFoundError("No module named 'nnunet_lite'")})
+
+
+def test_no_scheduler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(c, "_CONNECT", 0.5)
+    with (
+        pytest.raises(UserError, match=r"tcp://127\.0\.0\.1:9: no Dask scheduler answers"),
+        c.connected("tcp://127.0.0.1:9", tmp_path),
+    ):
+        raise AssertionError("there is one")
