@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-# `plan` and `preprocess` are rooms of the house and steps of the API. The rooms are entered first, for Python binds a
-# submodule's name on its first import; the steps then take the names, and `from nnunet_lite.plan.schema import Plan`
-# works as ever.
+# `plan`, `preprocess` and `report` are rooms of the house and steps of the API. The rooms are entered first, for Python
+# binds a submodule's name on its first import; the steps then take the names, and `from nnunet_lite.plan.schema import
+# Plan` works as ever.
 import nnunet_lite.plan
-import nnunet_lite.preprocess  # noqa: F401
+import nnunet_lite.preprocess
+import nnunet_lite.report  # noqa: F401
 
 __version__ = "0.1.0"
 
-from nnunet_lite.api import check, evaluate, export_model, import_model, plan, predict, preprocess, train, view
+from nnunet_lite.api import (
+    check,
+    evaluate,
+    export_model,
+    import_model,
+    plan,
+    predict,
+    preprocess,
+    report,
+    run,
+    select,
+    train,
+    view,
+)
 from nnunet_lite.models import load
 
 __all__ = [
@@ -22,6 +36,9 @@ __all__ = [
     "plan",
     "predict",
     "preprocess",
+    "report",
+    "run",
+    "select",
     "train",
     "view",
 ]

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nnunet_lite import __version__
-from nnunet_lite.commands import data, prediction, results, training
+from nnunet_lite.commands import data, prediction, results, training, workflow
 from nnunet_lite.errors import Stopped, UserError
 
 app = typer.Typer(
@@ -83,7 +83,7 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 
 for command in (
-    data.check, data.plan, data.preprocess, training.train, prediction.predict, results.evaluate, prediction.import_,
-    prediction.export, results.view, results.info, results.doctor,
+    data.check, data.plan, data.preprocess, training.train, prediction.predict, results.evaluate, results.select,
+    results.report, workflow.run, results.view, prediction.import_, prediction.export, results.info, results.doctor,
 ):  # fmt: skip
     app.command(command.__name__.rstrip("_"))(command)

@@ -83,6 +83,7 @@ def describe_model(folder: Path) -> About:
 
 def describe_dataset(paths: Paths) -> About:
     """What the workspace has of a data set: cases, plan, models."""
+    from nnunet_lite.evaluation.selection import read_selection, trained_since
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.plan.show import plan_table
     from nnunet_lite.training.run import first_training, model_folders
@@ -98,9 +99,15 @@ def describe_dataset(paths: Paths) -> About:
         "configurations": list(plan.configurations),
         "models": [model.values for model in models],
     }
+    selected = []
+    if (selection := read_selection(paths)) is not None:
+        changed = trained_since(paths, selection)
+        values["selection"] = {**selection.to_json(), "changed_since": changed}
+        stale = f"; {' and '.join(changed)} changed since: run `nnlite select` again" if changed else ""
+        selected = [f"selected  {selection.how}, on {selection.made}{stale}"]
     head = f"{paths.name}: {values['cases']} cases in {dataset['root']} ({dataset['layout']})"
     nothing = f"no model yet: {first_training(paths)}"
-    return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing])]))
+    return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing]), *selected]))
 
 
 def describe_machine(workspace: Path) -> About:

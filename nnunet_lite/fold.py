@@ -15,10 +15,11 @@ from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset
-from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.settings import PlanSettings, Settings, with_changes
 from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
+    VALIDATION,
     configured,
     fold_seed,
     is_complete,
@@ -81,6 +82,24 @@ class Run:
     def fold_folder(self) -> Path:
         return self.folder / f"fold_{self.split.name}"
 
+    def is_done(self) -> bool:
+        """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
+        from nnunet_lite.evaluation.crossval import SUMMARY
+
+        scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
+        return scored and is_complete(self.fold_folder, self.settings)
+
+    def refuse_changes(self) -> None:
+        """Make sure that a model folder which is there goes on with this plan, these settings and these cases.
+
+        Raises
+        ------
+        UserError : it does not.
+        """
+        refuse_other_cases(self.folder, self.split, self.paths.splits)
+        if (self.folder / "run.json").is_file():
+            _open(self)
+
 
 def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     """Train a fold, or go on with it, then predict and score its held-out cases.
@@ -89,7 +108,9 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     ------
     UserError : see `api.train`. Stopped : a signal asked for it.
     """
-    run = _examined(request, paths)
+    run = examined(request, paths)
+    if run.settings.plan != PlanSettings():
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
 
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.evaluation.crossval import validate_fold
@@ -114,11 +135,11 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     )
 
 
-def _examined(request: Request, paths: Paths) -> Run:
+def examined(request: Request, paths: Paths) -> Run:
     """The request with all that its mistakes can be told from, before anything is changed."""
     settings = request.settings
     dataset = dataset_from_json(read_json(paths.dataset))
-    planned = _planned_for(paths, settings)
+    planned = planned_for(paths, settings)
     if settings.training.init is not None:
         from nnunet_lite.training.initial import adopted_plan, find_source
 
@@ -132,7 +153,7 @@ def _examined(request: Request, paths: Paths) -> Run:
     return Run(request, paths, dataset, made, split, folder, first)
 
 
-def _planned_for(paths: Paths, settings: Settings) -> Plan:
+def planned_for(paths: Paths, settings: Settings) -> Plan:
     """The plan of the data set, or the one that a recipe's preset makes from its fingerprint.
 
     What was changed by hand about the channels (normalisation, clipping) and the storage stays.
@@ -144,7 +165,6 @@ def _planned_for(paths: Paths, settings: Settings) -> Plan:
     names = tuple(channel.name for channel in planned.channels)
     taken = Fingerprint.read(paths.fingerprint)
     made = make_plan(taken, planned.dataset, names, planned.labels, preset, wanted.memory)
-    log.info(f"planned anew for the recipe: {preset}, {made.memory_gb:g} GB")
     return made.model_copy(update={"channels": planned.channels, "stored_as": planned.stored_as})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import Paths, read_json
 
 if TYPE_CHECKING:
+    from nnunet_lite.data.labels import Labels
+    from nnunet_lite.evaluation.postprocess import Rule
+    from nnunet_lite.evaluation.selection import Selection
+    from nnunet_lite.inference.folder import Finish
     from nnunet_lite.inference.predictor import Model
 
 # --speed: what is changed of the settings; "fast" also takes one fold
@@ -22,6 +26,80 @@ SPEEDS: dict[str, dict[str, Any]] = {
     "fast": {"inference.mirroring": False, "inference.step_size": 0.75},
 }
 _ALIKE = "Models vote together on the same labels and channels, such as configurations of one plan."
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to predict: model folders, folds of them (None: all trained), and the rules for their label maps.
+
+    `all_folds` : whether nobody asked for certain folds.
+    """
+
+    folders: list[Path]
+    folds: Sequence[str | int] | None
+    all_folds: bool
+    rules: dict[str, Rule] = field(default_factory=dict)
+
+    def finish(self, labels: Labels) -> Finish | None:
+        """What postprocesses a label map; None where there is nothing to do."""
+        from nnunet_lite.evaluation.postprocess import apply_rules
+
+        return (lambda array, place: apply_rules(array, place.spacing, labels, self.rules)) if self.rules else None
+
+
+def chosen(
+    paths: Paths | None,
+    models: Sequence[Path],
+    configurations: Sequence[str],
+    folds: Sequence[str | int] | None,
+    postprocess: bool,
+) -> Choice:
+    """The models that were asked for, else those that `nnlite select` chose, else the trained one; says which.
+
+    What was selected for postprocessing is done where exactly the selected models predict.
+
+    Parameters
+    ----------
+    paths : of the data set; None where `models` are given, beside which their data set's selection may lie.
+
+    Raises
+    ------
+    UserError : nothing is trained, or a selected model is gone.
+    """
+    if paths is not None and not configurations:
+        selection = _selected(paths)
+        if selection is None:
+            return Choice([choose_model(paths)], folds, folds is None)
+        from nnunet_lite.evaluation.selection import require_models
+
+        folders = require_models(paths, selection)
+    else:
+        folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
+        paths = paths or Paths(folders[0].absolute().parent.parent)
+        ours = all(folder.absolute().parent == paths.models for folder in folders)
+        selection = _selected(paths) if ours else None
+        if selection is None or set(selection.models) != {folder.name for folder in folders}:
+            return Choice(folders, folds, folds is None)
+    used = list(selection.folds) if folds is None else folds
+    rules = selection.postprocessing if postprocess else {}
+    _tell(paths, selection, used, rules)
+    return Choice(folders, used, folds is None, rules)
+
+
+def _selected(paths: Paths) -> Selection | None:
+    from nnunet_lite.evaluation.selection import read_selection
+
+    return read_selection(paths) if paths.inference.is_file() else None
+
+
+def _tell(paths: Paths, selection: Selection, folds: Sequence[str | int], rules: dict[str, Rule]) -> None:
+    """One line on what is obeyed, and one if it is out of date."""
+    from nnunet_lite.evaluation.selection import in_words, trained_since
+
+    log.info(f"{paths.inference}: {in_words(selection.models, [str(fold) for fold in folds], rules)}")
+    if changed := trained_since(paths, selection):
+        what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
+        log.warn(f"{what}; `nnlite select` compares anew")
 
 
 def choose_model(paths: Paths, configuration: str | None = None) -> Path:

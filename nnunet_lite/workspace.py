@@ -6,6 +6,8 @@ workspace/
     dataset.json  fingerprint.json  plans.json  check.json  splits.json
     preprocessed/              see preprocess/store.py
     models/3d_fullres-cpu/     a model folder: plans.json dataset.json run.json fold_0/ ...
+    ensembles/A+B/fold_0/      what two models predict together of the held-out cases
+    inference.json             what `nnlite select` chose, and `nnlite predict` obeys
 """
 
 from __future__ import annotations
@@ -124,6 +126,14 @@ class Paths:
     @property
     def models(self) -> Path:
         return self.root / "models"
+
+    @property
+    def ensembles(self) -> Path:
+        return self.root / "ensembles"
+
+    @property
+    def inference(self) -> Path:
+        return self.root / "inference.json"
 
 
 def workspace_folder(given: Path | None = None) -> Path:

@@ -20,7 +20,7 @@ from scipy.ndimage import zoom
 
 from nnunet_lite import api
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import read_image
+from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.next_stage import classes_on_grid
@@ -167,6 +167,21 @@ def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: P
     expected = restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
     written = read_image(trained / "tiny" / "fold_0" / "validation" / f"{case_id}.nii.gz").array[0]
     np.testing.assert_array_equal(written, expected)
+
+
+def test_both_stages_and_the_pair_are_compared(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    """What is missing of a cascade is predicted from what the first stage's same fold says, as training does it."""
+    paths = Paths(Path(shutil.copytree(workspace, tmp_path / "workspace")) / "Task04_Hippocampus")
+    out = paths.models / "tiny" / "fold_0" / "validation"
+    before = {path.name: read_label(path)[0] for path in out.glob("*.nii.gz")}
+    shutil.rmtree(out)
+    found = api.select(workspace=tmp_path / "workspace", device="cpu", workers=1)
+    assert {one.models for one in found.candidates} == {("tiny",), (f"{FIRST}-tiny",), (f"{FIRST}-tiny", "tiny")}
+    assert {one.n_cases for one in found.candidates} == {len(before)}
+    for name, array in before.items():
+        assert (read_label(out / name)[0] == array).mean() > 0.999
+    pair = paths.ensembles / f"{FIRST}-tiny+tiny" / "fold_0" / "validation"
+    assert {path.name for path in pair.glob("*.nii.gz")} == set(before)
 
 
 def test_killed_and_gone_on_with(

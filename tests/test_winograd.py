@@ -70,3 +70,26 @@ def test_low_precision_is_left_to_torch() -> None:
     x = torch.randn(1, 16, 16, 4, 4).contiguous(memory_format=LAYOUT)
     with torch.autocast("cpu", torch.bfloat16):
         assert Conv3d(16, 16, 3, padding=1)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_shares_of_a_batch_give_the_same(threads: int) -> None:
+    """Five samples in two shares of two and one left over, and in three of one with two left over."""
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        convolution = Conv3d(16, 16, 3, padding=1)
+        x = torch.randn(5, 16, 12, 4, 4).contiguous(memory_format=LAYOUT).requires_grad_()
+        assert convolution.bias is not None
+        leaves, grad = (x, convolution.weight, convolution.bias), torch.randn(5, 16, 12, 4, 4)
+        found, again = (gradients(convolution(x), leaves, grad) for _ in range(2))
+        with torch.inference_mode():
+            y = convolution(x.detach())
+    finally:
+        torch.set_num_threads(before)
+    exact = F.conv3d(x, convolution.weight, convolution.bias, padding=1)
+    assert distance(y, exact) < 1e-5
+    for one, other, wanted in zip(found, again, gradients(exact, leaves, grad), strict=True):
+        assert distance(one, wanted) < 1e-5
+        assert torch.equal(one, other), "the order of sums does not depend on which share ends first"

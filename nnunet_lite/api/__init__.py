@@ -13,11 +13,13 @@ from __future__ import annotations
 from nnunet_lite.api.data import check, measure, plan, plan_from_fingerprint, preprocess
 from nnunet_lite.api.place import current_paths
 from nnunet_lite.api.prediction import Predictions, export_model, import_model, predict
-from nnunet_lite.api.results import evaluate
+from nnunet_lite.api.results import evaluate, report, select
 from nnunet_lite.api.training import fold_names, train
 from nnunet_lite.api.viewing import view
+from nnunet_lite.api.workflow import Finished, run
 
 __all__ = [
+    "Finished",
     "Predictions",
     "check",
     "current_paths",
@@ -30,6 +32,9 @@ __all__ = [
     "plan_from_fingerprint",
     "predict",
     "preprocess",
+    "report",
+    "run",
+    "select",
     "train",
     "view",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The label maps that were written, what failed (case id -> why), and the models that were used."""
+    """The label maps that were written, what failed (case id -> why), and the models that were used.
+
+    `postprocessing` : label or region -> what was done with its components, in words.
+    """
 
     files: tuple[Path, ...]
     failed: dict[str, str]
     models: tuple[Path, ...]
     folds: tuple[str, ...]
+    postprocessing: dict[str, str] = field(default_factory=dict)
 
 
 def predict(
@@ -40,6 +44,7 @@ def predict(
     device: str | None = None,
     changes: dict[str, Any] | None = None,
     skip_existing: bool = False,
+    postprocess: bool = True,
     workspace: Folder | None = None,
 ) -> Predictions:
     """Segment images.
@@ -47,10 +52,10 @@ def predict(
     Parameters
     ----------
     source : files, DICOM series, or folders of any mix of supported formats.
-    model : a model folder, ours or nnU-Net's, or an exported zip; by default the trained one of the current data set
-        (says which). Several vote with the mean of their probabilities.
+    model : a model folder, ours or nnU-Net's, or an exported zip; by default what `select` chose for the current data
+        set, else the trained one (says which). Several vote with the mean of their probabilities.
     configuration : take a model of this configuration, or of each of several, which then vote.
-    folds : networks to average; default: all trained folds.
+    folds : networks to average; default: those that were selected, or all trained folds.
     speed : best: as the model's settings say; balanced: without mirrored copies; fast: by one fold, and with windows
         that overlap less, too. What is given besides, such as `folds`, stands.
     save_probabilities : "all", or names of labels with commas: maps for them in `out`/probabilities.
@@ -58,19 +63,21 @@ def predict(
     dicom_seg : write a DICOM segmentation of each DICOM series.
     changes : of the `inference` settings, e.g. {"inference.mirroring": False}.
     skip_existing : keep label maps that are there already.
+    postprocess : do what `select` found to help; only where the models are exactly those that it chose.
     """
     from nnunet_lite.data.cases import find_all_cases
     from nnunet_lite.data.problems import plural
     from nnunet_lite.inference.folder import predict_cases
     from nnunet_lite.inference.maps import Wanted, wanted_labels
     from nnunet_lite.inference.predictor import read_model
-    from nnunet_lite.models import SPEEDS, choose_model, first_fold, in_our_form, load_all
+    from nnunet_lite.models import SPEEDS, chosen, first_fold, in_our_form, load_all
 
     paths = None if model else current_paths(workspace, dataset)
-    names: Sequence[str | None] = [configuration] if configuration is None else _listed(configuration)
-    folders = [choose_model(paths, name) for name in names] if paths else [Path(one) for one in _listed(model or ())]
-    if speed == "fast" and folds is None:
-        folds = first_fold(folders)
+    given = [Path(one) for one in _listed(model or ())]
+    choice = chosen(paths, given, [] if configuration is None else _listed(configuration), folds, postprocess)
+    folders, folds = choice.folders, choice.folds
+    if speed == "fast" and choice.all_folds:
+        folds = first_fold(folders) if folds is None else folds[:1]
     with in_our_form(folders, folds) as ours:
         plan = read_model(ours[0])[0]
         cases = find_all_cases([Path(one) for one in _listed(source)], len(plan.channels))
@@ -85,9 +92,10 @@ def predict(
     )
     files, failed = predict_cases(
         loaded, cases, Path(out), wanted=Wanted(asked, save_uncertainty), dicom_seg=dicom_seg,
-        skip_existing=skip_existing, show=log.progress,
+        skip_existing=skip_existing, show=log.progress, finish=choice.finish(loaded.plan.labels),
     )  # fmt: skip
-    return Predictions(tuple(files), failed, tuple(folders), loaded.folds)
+    done = {label: str(rule) for label, rule in choice.rules.items()}
+    return Predictions(tuple(files), failed, tuple(folders), loaded.folds, done)
 
 
 def _listed(given: Any) -> list[Any]:

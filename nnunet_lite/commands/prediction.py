@@ -47,12 +47,14 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
     model: Annotated[
         list[Path] | None,
-        typer.Option("-m", "--model", help="Model folder [the trained one]; several vote together."),
+        typer.Option("-m", "--model", help="Model folder [as selected, or trained]; several vote together."),
     ] = None,
     configuration: Annotated[
         list[str] | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together.")
     ] = None,
-    folds: Annotated[list[str] | None, typer.Option("-f", "--fold", help="Networks to average [all trained].")] = None,
+    folds: Annotated[
+        list[str] | None, typer.Option("-f", "--fold", help="Networks to average [selected, or all].")
+    ] = None,
     speed: Annotated[
         Speed | None, typer.Option(help="balanced: no mirrored copies; fast: one fold, fewer windows, too [best].")
     ] = None,
@@ -72,6 +74,9 @@ def predict(
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
     device: Device = None,
     skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that are there.")] = False,
+    postprocess: Annotated[
+        bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
+    ] = True,
     assignments: SetOptions = None,
     dataset: Dataset = None,
     as_json: AsJson = False,
@@ -90,10 +95,12 @@ def predict(
         source, out, model=model or None, configuration=configuration or None, folds=folds or None,
         speed=None if speed is None else speed.value, save_probabilities=save_probabilities,
         save_uncertainty=save_uncertainty, dicom_seg=dicom_seg, dataset=dataset, device=device,
-        changes=changes_of(flags, assignments), skip_existing=skip_existing, workspace=workspace,
+        changes=changes_of(flags, assignments), skip_existing=skip_existing,
+        postprocess=postprocess, workspace=workspace,
     )  # fmt: skip
     models = [str(folder) for folder in done.models]
     result = {"files": [str(path) for path in done.files], "failed": done.failed, "models": models}
+    result |= {"folds": list(done.folds), "postprocessing": done.postprocessing}
     show(result, f"{plural(len(done.files), 'label map')} in {out}", as_json)
     for case, why in done.failed.items():
         log.info(f"failed: {case}: {why}")

@@ -11,6 +11,7 @@ from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
     AsJson,
     Dataset,
+    Device,
     Workers,
     Workspace,
     show,
@@ -40,6 +41,42 @@ def evaluate(
     elif output is not None:
         write_json(output, scores.to_json())
     show(scores.to_json(), scores.table(), as_json)
+
+
+def select(
+    configuration: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated [all]."),
+    ] = None,
+    ensembles: Annotated[bool, typer.Option("--ensembles/--no-ensembles", help="Try all pairs.")] = True,
+    postprocess: Annotated[
+        bool, typer.Option("--postprocess/--no-postprocess", help="Try rules for components.")
+    ] = True,
+    device: Device = None,
+    workers: Workers = None,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Compare what is trained, and pairs of it, on the held-out cases; predict obeys."""
+    found = api.select(
+        configuration or None, ensembles=ensembles, postprocess=postprocess, device=device, workers=workers,
+        dataset=dataset, workspace=workspace,
+    )  # fmt: skip
+    show(found.to_json(), found.table(), as_json)
+
+
+def report(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write [report.html in the data set's folder].")
+    ] = None,
+    dataset: Dataset = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """One HTML page about the data set, its plan, models and scores, with pictures of the worst cases."""
+    page = api.report(output, dataset=dataset, workspace=workspace)
+    show({"report": str(page), "bytes": page.stat().st_size}, str(page), as_json)
 
 
 def info(

@@ -1,22 +1,34 @@
-"""Whole-image validation of a trained fold: predict the held-out cases, score them on their own grid."""
+"""Whole-image validation of trained folds: predict the held-out cases, score them on their own grid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nnunet_lite import log
+from nnunet_lite.budget import cpus
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.evaluation.postprocess import Pair
+from nnunet_lite.evaluation.scores import CaseScore, Scores, label_keys
 from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.training.previous import read_map
+from nnunet_lite.training.run import VALIDATION
 from nnunet_lite.workspace import read_json, write_json, write_text
 
+if TYPE_CHECKING:
+    from nnunet_lite.inference.predictor import Model
+
 SUMMARY = "summary.json"
+_MOST_CASES_AT_ONCE = 8  # as in scores.py
 
 
 def validate_fold(
@@ -41,32 +53,83 @@ def validate_fold(
     ------
     UserError : a case cannot be predicted.
     """
-    out = folder / f"fold_{fold}" / "validation"
-    chosen = set(case_ids)
-    cases = [case for case in dataset.cases if case.id in chosen]
     model = load(folder, [fold], device, alone=previous is not None)
     before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
-    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=before)
+    return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before)
+
+
+def validate(
+    model: Model,
+    out: Path,
+    dataset: Dataset,
+    case_ids: Sequence[str],
+    previous: Callable[[str], np.ndarray] | None = None,
+) -> Scores:
+    """Predict cases of a data set into a folder, those that are not there yet, and score them; as `validate_fold`."""
+    cases = _chosen(dataset, case_ids)
+    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=previous)
     if failed:
         case_id, why = next(iter(failed.items()))
         raise UserError(
             f"{len(failed)} of {len(cases)} cases could not be predicted; {case_id}: {why.rstrip('.')}", out
         )
-    scores = Scores.of([_score(case, output_file(case, out), dataset) for case in cases], dataset.labels)
+    return score_predictions(out, dataset, case_ids)
+
+
+def score_predictions(out: Path, dataset: Dataset, case_ids: Sequence[str], workers: int | None = None) -> Scores:
+    """Score the label maps of cases in a folder, and write summary.json and summary.csv there.
+
+    Parameters
+    ----------
+    workers : threads; None for all CPUs, 0 or 1 for one.
+    """
+    cases = _chosen(dataset, case_ids)
+    at_once = max(1, min(cpus() if workers is None else workers, len(cases), _MOST_CASES_AT_ONCE))
+    with ThreadPoolExecutor(at_once) as pool:
+        found = pool.map(partial(_score, out=out, dataset=dataset), cases)
+        scores = Scores.of(log.progress(found, len(cases), "score"), dataset.labels)
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores
 
 
+def predicted_cases(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> set[str]:
+    """Those of the cases whose label maps are in a folder."""
+    return {case.id for case in _chosen(dataset, case_ids) if output_file(case, out).is_file()}
+
+
+def summed_up(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> dict[str, list[float | None]] | None:
+    """Dice of each case by label from the summary.json of a folder; None where it is not one of just these cases."""
+    if not (out / SUMMARY).is_file():
+        return None
+    keys = label_keys(dataset.labels)
+    try:
+        rows = {row["case"]: [row["metrics"][keys[name]]["Dice"] for name in dataset.labels.region_names]
+                for row in read_json(out / SUMMARY)["metric_per_case"]}  # fmt: skip
+    except (KeyError, TypeError):
+        return None
+    return rows if rows.keys() == set(case_ids) else None
+
+
+def read_pair(case: Case, out: Path, dataset: Dataset) -> Pair:
+    """The label map of a case in a folder, and its reference."""
+    assert case.label is not None  # every case of a planned data set has one
+    segmentation, geometry, _ = read_label(output_file(case, out))
+    return Pair(segmentation, map_labels(read_label(case.label)[0], dataset.label_map), geometry.spacing)
+
+
 def mean_dice(folder: Path, fold: str) -> float | None:
     """Foreground Dice of the held-out cases of a fold; None where it was not validated."""
-    file = folder / f"fold_{fold}" / "validation" / SUMMARY
+    file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
     return read_json(file)["foreground_mean"]["Dice"] if file.is_file() else None
 
 
-def _score(case: Case, prediction: Path, dataset: Dataset) -> CaseScore:
-    assert case.label is not None  # every case of a planned data set has one
-    segmentation, geometry, _ = read_label(prediction)
-    reference = map_labels(read_label(case.label)[0], dataset.label_map)
-    measures = score_case(segmentation, reference, dataset.labels, geometry.spacing, surface=False)
-    return CaseScore(case.id, str(prediction), str(case.label), measures)
+def _chosen(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:
+    chosen = set(case_ids)
+    return [case for case in dataset.cases if case.id in chosen]
+
+
+def _score(case: Case, out: Path, dataset: Dataset) -> CaseScore:
+    prediction, reference, spacing = read_pair(case, out, dataset)
+    measures = score_case(prediction, reference, dataset.labels, spacing, surface=False)
+    return CaseScore(case.id, str(output_file(case, out)), str(case.label), measures)

@@ -94,7 +94,7 @@ def score_case(
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
-    joint = _join(prediction, reference, labels, threads)
+    joint = join(prediction, reference, labels, threads)
     boxes = joint.boxes()
     total = int(joint.histogram[~joint.ignored].sum())
     voxel_ml = _voxel_ml(reference.shape, spacing)
@@ -102,10 +102,10 @@ def score_case(
 
     def measure(members: tuple[int, ...]) -> Measures:
         in_prediction, in_reference = joint.members(members)
-        counts = _counts(joint.histogram, in_prediction, in_reference)
+        counts = counts_of(joint.histogram, in_prediction, in_reference)
         lesions = 0, 0, 0
         distances: tuple[float | None, float | None] = None, None
-        box = _hull([b for b, inside in zip(boxes, in_prediction | in_reference, strict=True) if b and inside])
+        box = hull([b for b, inside in zip(boxes, in_prediction | in_reference, strict=True) if b and inside])
         if box:
             pairs = joint.pairs[_grown(box)]
             masks = in_prediction[pairs], in_reference[pairs]
@@ -123,7 +123,7 @@ def score_case(
 
 
 @dataclass(frozen=True)
-class _Joint:
+class Joint:
     """Both label maps as one: the number of the pair (reference, prediction) of each voxel, and how often it occurs."""
 
     values: tuple[int, ...]  # the value of index 1, 2, ...; index 0 is any other value
@@ -132,10 +132,14 @@ class _Joint:
     ignored: np.ndarray  # (size * size,) whether the reference of a pair is the ignore label
 
     def members(self, region: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Which pairs lie in a region of the prediction, and of the reference."""
-        index = np.isin((np.nan, *self.values), region)
-        inside = np.broadcast_to(index, (len(index), len(index)))
+        """Which pairs lie in a region of the prediction, and of the reference; none where it is not known."""
+        inside = self.predicted(region)
         return inside.ravel() & ~self.ignored, inside.T.ravel() & ~self.ignored
+
+    def predicted(self, region: tuple[int, ...]) -> np.ndarray:
+        """Whether the prediction lies in a region, for each (reference, prediction)."""
+        index = np.isin((np.nan, *self.values), region)
+        return np.broadcast_to(index, (len(index), len(index)))
 
     def boxes(self) -> list[Box | None]:
         """The box around each pair; the first, which lies in no region, has none."""
@@ -145,7 +149,7 @@ class _Joint:
         return [None, *found]
 
 
-def _join(prediction: np.ndarray, reference: np.ndarray, labels: Labels, threads: int) -> _Joint:
+def join(prediction: np.ndarray, reference: np.ndarray, labels: Labels, threads: int) -> Joint:
     """Count all pairs of values in one pass, slice by slice so that it stays in the cache."""
     scored = {value for members in labels.region_values for value in members}
     values = tuple(sorted(scored if labels.ignore is None else scored | {labels.ignore}))
@@ -173,15 +177,15 @@ def _join(prediction: np.ndarray, reference: np.ndarray, labels: Labels, threads
     if labels.ignore is not None:
         row = values.index(labels.ignore) + 1
         ignored[row * size : (row + 1) * size] = True
-    return _Joint(values, pairs, histogram, ignored)
+    return Joint(values, pairs, histogram, ignored)
 
 
-def _counts(histogram: np.ndarray, in_prediction: np.ndarray, in_reference: np.ndarray) -> tuple[int, int, int]:
+def counts_of(histogram: np.ndarray, in_prediction: np.ndarray, in_reference: np.ndarray) -> tuple[int, int, int]:
     both = int(histogram[in_prediction & in_reference].sum())
     return both, int(histogram[in_prediction].sum()) - both, int(histogram[in_reference].sum()) - both
 
 
-def _hull(boxes: list[Box]) -> Box | None:
+def hull(boxes: list[Box]) -> Box | None:
     """The smallest box around some boxes."""
     if not boxes:
         return None
@@ -195,8 +199,12 @@ def _grown(box: Box) -> Box:
 
 def _voxel_ml(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> float | None:
     """Volume of a voxel; None for a picture, whose third spacing is a mark (see `Geometry`) and not a thickness."""
-    is_picture = shape[0] == 1 and spacing[0] >= 999 * max(spacing[1:])
-    return None if is_picture else float(np.prod(spacing)) / 1000
+    return None if is_picture(shape, spacing) else float(np.prod(spacing)) / 1000
+
+
+def is_picture(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> bool:
+    """Whether there is but one slice and no thickness."""
+    return shape[0] == 1 and spacing[0] >= 999 * max(spacing[1:])
 
 
 def distinct_values(array: np.ndarray) -> set[int]:

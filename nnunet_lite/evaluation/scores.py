@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,16 @@ from nnunet_lite.data.images import PICTURES, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
+from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.log import progress
+from nnunet_lite.markup import html_table
 from nnunet_lite.workspace import read_json
 
-_RESAMPLES = 1000
-_SEED = 12345
 _MOST_CASES_AT_ONCE = 8  # a large CT takes about 1 GB
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 # How each measure is called in files: first nnU-Net's own, then ours.
-_KEYS = {
+KEYS = {
     "Dice": "dice",
     "IoU": "iou",
     "TP": "tp",
@@ -67,17 +66,6 @@ class CaseScore:
 
 
 @dataclass(frozen=True)
-class Statistic:
-    """One measure over cases. None where no case has it; the 95 % interval low..high also where only one has."""
-
-    n: int
-    mean: float | None
-    low: float | None
-    high: float | None
-    median: float | None
-
-
-@dataclass(frozen=True)
 class Scores:
     """The scores of all cases and labels.
 
@@ -107,19 +95,19 @@ class Scores:
         """A measure summed up over cases, for each label."""
         columns = self.values(measure).T
         return {
-            name: _statistic(column[:, None]) for name, column in zip(self.labels.region_names, columns, strict=True)
+            name: summarize(column[:, None]) for name, column in zip(self.labels.region_names, columns, strict=True)
         }
 
     def foreground(self, measure: str = "dice") -> Statistic:
         """A measure averaged over labels, then cases as nnU-Net does it: the mean of the labels' means."""
-        return _statistic(self.values(measure))
+        return summarize(self.values(measure))
 
     def to_json(self) -> dict[str, Any]:
         """What nnU-Net's summary.json holds, with more measures; n/a is null."""
         keys = label_keys(self.labels)
-        overall = {key: self.foreground(field) for key, field in _KEYS.items()}
+        overall = {key: self.foreground(field) for key, field in KEYS.items()}
         by_key: dict[str, dict[str, Statistic]] = {of: {} for of in keys.values()}
-        for key, field in _KEYS.items():
+        for key, field in KEYS.items():
             for name, statistic in self.by_label(field).items():
                 by_key[keys[name]][key] = statistic
         return {
@@ -128,7 +116,7 @@ class Scores:
             "metric_per_case": [
                 {
                     "metrics": {
-                        keys[name]: {key: getattr(measures, field) for key, field in _KEYS.items()}
+                        keys[name]: {key: getattr(measures, field) for key, field in KEYS.items()}
                         for name, measures in row.measures.items()
                     },
                     "prediction_file": None if row.prediction_file is None else str(row.prediction_file),
@@ -150,29 +138,35 @@ class Scores:
         """One line per case and label; n/a is empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "label", "value", *_KEYS])
+        writer.writerow(["case", "label", "value", *KEYS])
         keys = label_keys(self.labels)
         for row in self.rows:
             for name, measures in row.measures.items():
-                writer.writerow([row.case, name, keys[name], *(getattr(measures, field) for field in _KEYS.values())])
+                writer.writerow([row.case, name, keys[name], *(getattr(measures, field) for field in KEYS.values())])
         return text.getvalue()
 
     def table(self) -> str:
-        """Plain text: one line per label, then the foreground mean, then the notes.
+        """`lines` as plain text, then the notes."""
+        widths = [max(map(len, column)) for column in zip(*self.lines(), strict=True)]
+        text = [
+            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+            for first, *rest in self.lines()
+        ]
+        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The cells of a table: its head, one line per label, then the foreground mean.
 
         A mean over other cases than Dice's says how many; an HD95 exists only where both masks are there.
         """
-        fields = ("dice", "iou", "nsd", "hd95_mm", "volume_error", "lesion_f1")
+        fields = map(KEYS.__getitem__, _SUMMED_UP)
         columns = [{**self.by_label(field), "foreground mean": self.foreground(field)} for field in fields]
         nsd = f"NSD {self.tolerance_mm:g} mm"
         head = "label", "n", "Dice", "95 % interval", "median", "IoU", nsd, "HD95 mm", "volume error", "lesion F1"
-        lines = [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-            for first, *rest in lines
-        ]
-        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
+        return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{len(self.rows)} cases", self.lines(), self.notes)
 
 
 def _means(statistics: dict[str, Statistic]) -> dict[str, float | None]:
@@ -194,36 +188,6 @@ def _cells(statistics: list[Statistic]) -> list[str]:
 def label_keys(labels: Labels) -> dict[str, str]:
     """How nnU-Net's summary.json calls each region: "1" for a value, "(1, 2)" for several."""
     return {name: str(labels.names[name]) for name in labels.region_names}
-
-
-def _statistic(table: np.ndarray) -> Statistic:
-    """Sum up (cases, labels): the mean over labels of their means over cases; NaN are left out.
-
-    The interval is that of 1000 resamples of the cases (percentile bootstrap, Efron 1979) with a fixed seed. The
-    median is over cases (of their means over labels).
-    """
-    table = table[np.isfinite(table).any(axis=1)]
-    n = len(table)
-    if not n:
-        return Statistic(0, None, None, None, None)
-    known = np.isfinite(table)
-    values = np.where(known, table, 0.0)
-
-    def mean(weights: np.ndarray) -> np.ndarray:
-        """The mean for each row of case weights (rows, cases)."""
-        with np.errstate(invalid="ignore"):
-            return np.nanmean((weights @ values) / (weights @ known), axis=1)
-
-    low = high = None
-    if n > 1:
-        low, high = (float(v) for v in np.percentile(mean(_resamples(n)), (2.5, 97.5)))
-    return Statistic(n, float(mean(np.ones((1, n)))[0]), low, high, float(np.median(np.nanmean(table, axis=1))))
-
-
-@lru_cache(maxsize=8)
-def _resamples(n: int) -> np.ndarray:
-    """How often each of n cases is drawn, in each resample (resamples, n)."""
-    return np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(np.float64)
 
 
 def _number(value: float | None) -> str:

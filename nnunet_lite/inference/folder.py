@@ -14,12 +14,15 @@ import numpy as np
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
 from nnunet_lite.data.formats import write_share
+from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import is_dicom, label_suffix, suffix_of, write_label
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.inference.maps import STEPS, Wanted
 from nnunet_lite.inference.predictor import Model, segment
 from nnunet_lite.inference.prepare import Ready, ready_case
 from nnunet_lite.workspace import atomic
+
+Finish = Callable[[np.ndarray, Geometry], np.ndarray]  # what is done with a label map (z, y, x) before it is written
 
 _UNFIT = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # for the name of a file
 
@@ -42,6 +45,7 @@ def predict_cases(
     skip_existing: bool = False,
     show: Callable[[Iterable[Case], int, str], Iterable[Case]] = lambda cases, total, what: cases,
     previous: Callable[[str], np.ndarray] | None = None,
+    finish: Finish | None = None,
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases into a folder, one label map each, in the format of its image.
 
@@ -53,6 +57,7 @@ def predict_cases(
     dicom_seg : write DICOM segmentations; the images must be DICOM series.
     previous : gives the classes that a case's previous stage predicts on the grid of its preprocessed array, for the
         second stage of a cascade that was loaded alone.
+    finish : what is done with each label map before it is written, such as postprocessing.
 
     Returns
     -------
@@ -85,7 +90,7 @@ def predict_cases(
             except Exception as error:  # whatever is wrong with one case, the others are predicted
                 failed[case.id] = describe(error)
                 continue
-            written.append((case, writer.submit(_write, model, case, targets[case.id], ready, found)))
+            written.append((case, writer.submit(_write, model, case, targets[case.id], ready, found, finish)))
         for case, future in written:
             try:
                 future.result()
@@ -114,7 +119,7 @@ def _predict(model: Model, ready: Ready, previous: np.ndarray | None, wanted: Wa
         return _Predicted(segment(model, ready, previous, wanted, new_map), maps, scratch.pop_all())
 
 
-def _write(model: Model, case: Case, target: Path, ready: Ready, found: _Predicted) -> None:
+def _write(model: Model, case: Case, target: Path, ready: Ready, found: _Predicted, finish: Finish | None) -> None:
     """Write the maps of a case, and its label map last: where that is, all is."""
     geometry = ready.prepared.placement.geometry
     with found.scratch:
@@ -122,7 +127,8 @@ def _write(model: Model, case: Case, target: Path, ready: Ready, found: _Predict
             folder, _, of = name.partition("/")
             with atomic(target.parent / folder / f"{case.id}_{of.translate(_UNFIT)}.nii.gz") as temporary:
                 write_share(temporary, array, geometry, STEPS)
+        labels = found.segmentation if finish is None else finish(found.segmentation, geometry)
         if target.suffix == ".dcm":
-            write_dicom_seg(target, found.segmentation, case.images[0], model.plan.labels)
+            write_dicom_seg(target, labels, case.images[0], model.plan.labels)
         else:
-            write_label(target, found.segmentation, geometry, like=case.images[0])
+            write_label(target, labels, geometry, like=case.images[0])

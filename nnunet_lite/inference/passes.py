@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
-from threading import Barrier
 
 import numpy as np
 import torch
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from nnunet_lite.inference.tiles import Sides, mirrorings
 from nnunet_lite.inference.windows import Flip
 from nnunet_lite.network.arithmetic import DTYPES, Arithmetic, as_layout
+from nnunet_lite.network.threads import pool
 from nnunet_lite.network.unet import UNet
 from nnunet_lite.plan.schema import Configuration
 from nnunet_lite.training.cascade import one_hot
@@ -148,19 +146,9 @@ def side_by_side(forward: Function, threads: int) -> Function:
         workers = min(threads, len(x) // _AT_LEAST)
         if workers < 2:
             return forward(x)
-        return torch.cat(list(_pool(workers, threads // workers).map(forward, x.tensor_split(workers))))
+        return torch.cat(list(pool(workers, threads // workers).map(forward, x.tensor_split(workers))))
 
     return parts
-
-
-@lru_cache(maxsize=4)
-def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that compute with so many threads each. New ones would take over what was set last: so it is set back."""
-    before, started = torch.get_num_threads(), Barrier(workers)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
-    list(pool.map(lambda _: started.wait(), range(workers)))
-    torch.set_num_threads(before)
-    return pool
 
 
 def _at_once(configuration: Configuration, size: int, device: torch.device) -> int:

@@ -315,16 +315,21 @@ def sides_of(plan: Plan, configuration: str, trained: AugmentationSettings) -> S
 
 
 def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
-    """What the training chose, so that a model predicts the same each time; on another kind of device it is timed."""
+    """What the training chose, so that a model predicts the same each time; on another kind of device it is timed.
+
+    On a CPU the layout is not: our normalisation, upsampling and convolution are made for channels-last.
+    """
     import torch
 
     from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest
 
+    options = candidates(model.device, model.settings.precision, True if model.device.type == "cpu" else "auto")
     if about.get("device") == model.device.type:
         trained, asked = Arithmetic(**about["arithmetic"]), model.settings.precision
         best = replace(trained, precision=trained.precision if asked == "auto" else asked)
-        _set_layout(model, best)
-        return best
+        if best.precision in [option.precision for option in options]:
+            _set_layout(model, best)
+            return best
     configuration = model.configuration
     window = torch.zeros(
         1, model.plan.n_inputs(model.configuration_name), *configuration.patch_size, device=model.device
@@ -335,7 +340,7 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
         with torch.inference_mode(), arithmetic.autocast(model.device):
             model.networks[0](as_layout(window, arithmetic))
 
-    best = fastest(candidates(model.device, model.settings.precision, "auto"), step, model.device)
+    best = fastest(options, step, model.device)
     _set_layout(model, best)
     return best
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nnunet_lite.network.norm import is_channels_last
+from nnunet_lite.network.threads import in_shares
 
 # The interpolation points are 0, 1, -1, 2, -2 and infinity.
 _INPUTS = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
@@ -105,9 +106,9 @@ def _images(transformed: Tensor, height: int, width: int) -> Tensor:
     return transformed.view(_POINTS, -1, height, width, transformed.shape[1] // (height * width)).movedim(-1, 2)
 
 
-def _steps(n: int, depth: int) -> Iterator[tuple[int, _Block]]:
+def _steps(samples: range, depth: int) -> Iterator[tuple[int, _Block]]:
     """One sample and one block at a time: what is transformed stays in the cache."""
-    return ((i, block) for i in range(n) for block in _blocks(depth))
+    return ((i, block) for i in samples for block in _blocks(depth))
 
 
 class _Winograd(torch.autograd.Function):
@@ -117,12 +118,16 @@ class _Winograd(torch.autograd.Function):
         n, _, depth, height, width = x.shape
         filters, source = _filters(weight), _slices(x)
         out = x.new_empty(n, depth, height * width * len(weight))
-        for i, block in _steps(n, depth):
-            inputs = _images(block.take @ source[i, block.inputs], height, width)
-            products = x.new_empty(len(block.take), out.shape[2])
-            for point, into in enumerate(_images(products, height, width)):
-                into.copy_(F.conv2d(inputs[point], filters[point], bias if point == _ONE else None, padding=1))
-            torch.mm(block.give, products, out=out[i, block.outputs])
+
+        def convolve(samples: range) -> None:
+            for i, block in _steps(samples, depth):
+                inputs = _images(block.take @ source[i, block.inputs], height, width)
+                products = x.new_empty(len(block.take), out.shape[2])
+                for point, into in enumerate(_images(products, height, width)):
+                    into.copy_(F.conv2d(inputs[point], filters[point], bias if point == _ONE else None, padding=1))
+                torch.mm(block.give, products, out=out[i, block.outputs])
+
+        in_shares(n, convolve)
         return out.view(n, depth, height, width, -1).movedim(-1, 1)
 
     @staticmethod
@@ -133,25 +138,30 @@ class _Winograd(torch.autograd.Function):
         filters, source = _filters(weight), _slices(x)
         wanted = _slices(grad.contiguous(memory_format=torch.channels_last_3d))
         to_input, grad_x = ctx.needs_input_grad[0], torch.empty_like(source)
-        grad_filters, grad_bias = torch.zeros(_POINTS, *filters[0].shape), torch.zeros(len(weight))
-        for i, block in _steps(n, depth):
-            inputs = block.take @ source[i, block.inputs]
-            outputs = _images(block.give.t() @ wanted[i, block.outputs], height, width)
-            for point, image in enumerate(_images(inputs, height, width)):
-                to_image, to_filter, to_bias = torch.ops.aten.convolution_backward(
-                    outputs[point], image, filters[point], [len(weight)], (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
-                    (to_input, True, point == _ONE),
-                )  # fmt: skip
-                grad_filters[point] += to_filter
-                if point == _ONE:
-                    grad_bias += to_bias
+
+        def gradients(samples: range) -> tuple[Tensor, Tensor]:
+            grad_filters, grad_bias = torch.zeros(_POINTS, *filters[0].shape), torch.zeros(len(weight))
+            for i, block in _steps(samples, depth):
+                inputs = block.take @ source[i, block.inputs]
+                outputs = _images(block.give.t() @ wanted[i, block.outputs], height, width)
+                for point, image in enumerate(_images(inputs, height, width)):
+                    to_image, to_filter, to_bias = torch.ops.aten.convolution_backward(
+                        outputs[point], image, filters[point], [len(weight)], (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
+                        (to_input, True, point == _ONE),
+                    )  # fmt: skip
+                    grad_filters[point] += to_filter
+                    if point == _ONE:
+                        grad_bias += to_bias
+                    if to_input:
+                        image.copy_(to_image)  # which is not needed any more
                 if to_input:
-                    image.copy_(to_image)  # which is not needed any more
-            if to_input:
-                into = grad_x[i, block.inputs]
-                shared = into[: block.shared].clone()
-                torch.mm(block.take.t(), inputs, out=into)
-                into[: block.shared] += shared
+                    into = grad_x[i, block.inputs]
+                    shared = into[: block.shared].clone()
+                    torch.mm(block.take.t(), inputs, out=into)
+                    into[: block.shared] += shared
+            return grad_filters, grad_bias
+
+        grad_filters, grad_bias = (sum(parts[1:], parts[0]) for parts in zip(*in_shares(n, gradients), strict=True))
         grad_weight = torch.einsum("pk,poiyx->oikyx", torch.tensor(_FILTER), grad_filters)
         grad_x = grad_x.view(n, depth, height, width, -1).movedim(-1, 1)
         return grad_x if to_input else None, grad_weight, grad_bias if ctx.needs_input_grad[2] else None

@@ -219,6 +219,11 @@ class Plan(_Model):
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)
 
+    def _repr_html_(self) -> str:
+        from nnunet_lite.plan.show import plan_html
+
+        return plan_html(self)
+
     @classmethod
     def read(cls, path: Path) -> Plan:
         """Read and validate a plans.json.

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from textwrap import wrap
 
-from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.markup import html_table
+from nnunet_lite.plan.schema import Channel, Configuration, Plan
 
 WIDTH = 120
-_HEADER = ("configuration", "spacing (mm)", "median shape", "patch", "batch", "stages", "GB", "patch sees")
+HEADER = ("configuration", "spacing (mm)", "median shape", "patch", "batch", "stages", "GB", "patch sees")
 _SCHEMES = {"ct": "CT", "zscore": "z-score", "none": "as it is", "rescale_0_1": "to 0..1", "rgb_0_1": "RGB to 0..1"}
 
 
@@ -18,20 +19,45 @@ def plan_table(plan: Plan) -> str:
 
     Lengths are in mm, GB are 1e9 bytes of a training step; "patch sees" is the share of the median image in one patch.
     """
+    rows = [HEADER, *plan_rows(plan)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    lines = [*wrap(plan_title(plan), WIDTH), *wrap(_channels(plan), WIDTH, subsequent_indent="  "), ""]
+    lines += [_align(row, widths) for row in rows]
+    for name, reasons in plan_reasons(plan).items():
+        lines += ["", name]
+        for reason in reasons:
+            lines += wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def plan_html(plan: Plan) -> str:
+    """The same for a notebook."""
+    why = [f"{name}: {reason}" for name, reasons in plan_reasons(plan).items() for reason in reasons]
+    return html_table(plan_title(plan), [HEADER, *plan_rows(plan)], [_channels(plan), *why])
+
+
+def plan_title(plan: Plan) -> str:
+    """What all configurations share, in a line."""
     axes = " ".join("zyx"[axis] for axis in plan.axis_order)
-    title = (
+    return (
         f"{plan.dataset}: {_count(plan.n_cases, 'case')}, preset {plan.preset}, budget {plan.memory_gb:g} GB, "
         f"axes {axes}, {_count(plan.labels.n_channels, 'output channel')}"
     )
-    rows = [_HEADER, *(_row(name, c) for name, c in plan.configurations.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    lines = [*wrap(title, WIDTH), *wrap("channels: " + ", ".join(_channels(plan)), WIDTH, subsequent_indent="  "), ""]
-    lines += [_align(row, widths) for row in rows]
-    for name, configuration in plan.configurations.items():
-        lines += ["", name]
-        for reason in (*configuration.reasons, *_over_budget(plan, configuration)):
-            lines += wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
-    return "\n".join(lines)
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """What `HEADER` names, of each configuration."""
+    return [_row(name, configuration) for name, configuration in plan.configurations.items()]
+
+
+def plan_reasons(plan: Plan) -> dict[str, list[str]]:
+    """Why each configuration is as it is."""
+    return {name: [*c.reasons, *_over_budget(plan, c)] for name, c in plan.configurations.items()}
+
+
+def normalization(channel: Channel) -> str:
+    """How a channel is normalised, in words."""
+    return f"{_SCHEMES[channel.normalization]}{' inside the nonzero mask' if channel.use_mask else ''}"
 
 
 def patch_share(configuration: Configuration) -> float:
@@ -59,12 +85,9 @@ def _align(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cells)
 
 
-def _channels(plan: Plan) -> list[str]:
+def _channels(plan: Plan) -> str:
     """Each channel with its normalisation."""
-    return [
-        f"{channel.name} ({_SCHEMES[channel.normalization]}{' inside the nonzero mask' if channel.use_mask else ''})"
-        for channel in plan.channels
-    ]
+    return "channels: " + ", ".join(f"{channel.name} ({normalization(channel)})" for channel in plan.channels)
 
 
 def _over_budget(plan: Plan, c: Configuration) -> list[str]:

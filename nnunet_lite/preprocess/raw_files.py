@@ -40,8 +40,7 @@ class RawCase:
 
 def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCase | Exception]:
     """Hashes and headers of cases by id, or why they cannot be had; read only where `memory` (JSON) is out of date."""
-    known = {name: _from_json(value) for name, value in read_json(memory).items()} if memory.is_file() else {}
-    cases = list(cases)
+    known, cases = _known(memory), list(cases)
     if workers:
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(lambda case: _look(case, known.get(case.id)), cases))
@@ -54,8 +53,36 @@ def survey(cases: Iterable[Case], memory: Path, workers: int) -> dict[str, RawCa
     return out
 
 
+def remembered(cases: Iterable[Case], memory: Path) -> dict[str, RawCase]:
+    """What `memory` (JSON) knows of the cases whose files have not changed since; no file is read."""
+    known = _known(memory)
+    return {
+        case.id: known[case.id]
+        for case in cases
+        if case.id in known
+        and [(file.size, file.changed) for file in known[case.id].files] == [_stamp(path) for path in _paths(case)]
+    }
+
+
+def _known(memory: Path) -> dict[str, RawCase]:
+    return {name: _from_json(value) for name, value in read_json(memory).items()} if memory.is_file() else {}
+
+
+def _paths(case: Case) -> list[Path]:
+    return [*case.images, *([case.label] if case.label else [])]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns; None for a file that is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _look(case: Case, known: RawCase | None) -> RawCase | Exception:
-    paths = [*case.images, *([case.label] if case.label else [])]
+    paths = _paths(case)
     before: tuple[RawFile | None, ...] = (
         known.files if known and len(known.files) == len(paths) else (None,) * len(paths)
     )

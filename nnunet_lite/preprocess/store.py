@@ -28,7 +28,7 @@ from nnunet_lite.data.dataset import Case, Dataset, read_case
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
-from nnunet_lite.preprocess.raw_files import RawCase, survey
+from nnunet_lite.preprocess.raw_files import RawCase, remembered, survey
 from nnunet_lite.preprocess.stored import LEFTOVER, Precision, StoredCase, read_stored, write_stored
 from nnunet_lite.workspace import locked, read_json, write_json
 
@@ -132,6 +132,19 @@ def preprocess_dataset(
     sizes = sum(_size(path) for path in folders)
     counts = {name: len(entries) for name, entries in index.items()}
     return Summary(counts, made, len(folders) - made, sum(f.size for f in sound.values()), sizes, estimate)
+
+
+def is_preprocessed(dataset: Dataset, plan: Plan, configurations: Sequence[str], folder: Path) -> bool:
+    """Whether every case is there for some configurations, made of the raw files as they are; reads none of them."""
+    raw = remembered(dataset.cases, folder / "raw.json")
+    indices = [_index_path(folder, plan, name) for name in configurations]
+    if len(raw) < len(dataset.cases) or not all(path.is_file() for path in indices):
+        return False
+    return all(
+        (folder / "cases" / _key(plan, plan.configuration(name), case, found, dataset, plan.stored_as)).is_dir()
+        for name in configurations
+        for case, found in raw.items()
+    )
 
 
 def open_case(folder: Path, plan: Plan, configuration: str, case_id: str) -> StoredCase:

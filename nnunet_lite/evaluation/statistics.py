@@ -1,0 +1,91 @@
+"""Means over cases and labels, their confidence intervals, and differences of two of them.
+
+Intervals are those of 1000 resamples of the cases (percentile bootstrap, Efron 1979) with a fixed seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+_RESAMPLES = 1000
+_SEED = 12345
+_INTERVAL = (2.5, 97.5)  # percentiles
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One measure over cases. None where no case has it; the 95 % interval low..high also where only one has."""
+
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    median: float | None
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The mean difference of two measurements of the same cases. None where there is none to tell.
+
+    The interval, of 95 %, needs two cases.
+    """
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def summarize(table: np.ndarray) -> Statistic:
+    """Sum up (cases, labels): the mean over labels of their means over cases; NaN are left out.
+
+    The median is over cases (of their means over labels).
+    """
+    table = table[np.isfinite(table).any(axis=1)]
+    n = len(table)
+    if not n:
+        return Statistic(0, None, None, None, None)
+    low = high = None
+    if n > 1:
+        low, high = (float(v) for v in np.percentile(weighted_means(table, _resamples(n)), _INTERVAL))
+    return Statistic(n, mean_of(table), low, high, float(np.median(np.nanmean(table, axis=1))))
+
+
+def paired(ours: np.ndarray, others: np.ndarray) -> Margin:
+    """By how much the mean of one table (cases, labels) is above that of another one of the same cases.
+
+    Each resample draws the same cases of both, so what makes a case hard does not widen the interval.
+    """
+    rows = np.isfinite(ours).any(axis=1) | np.isfinite(others).any(axis=1)
+    ours, others = ours[rows], others[rows]
+    n = len(ours)
+    if not np.isfinite(ours).any() or not np.isfinite(others).any():
+        return Margin(None)
+    mean = mean_of(ours) - mean_of(others)
+    if n < 2:
+        return Margin(mean)
+    draws = weighted_means(ours, _resamples(n)) - weighted_means(others, _resamples(n))
+    low, high = (float(v) for v in np.nanpercentile(draws, _INTERVAL))
+    return Margin(mean, low, high)
+
+
+def mean_of(table: np.ndarray) -> float:
+    """The mean over labels of their means over cases (cases, labels); NaN where there is nothing."""
+    return float(weighted_means(table, np.ones((1, len(table))))[0])
+
+
+def weighted_means(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean over labels of their means over cases (cases, labels), for each row of case weights (rows, cases)."""
+    known = np.isfinite(table)
+    counts = weights @ known
+    with np.errstate(invalid="ignore"):
+        by_label = (weights @ np.where(known, table, 0.0)) / counts
+        return np.where(counts > 0, by_label, 0.0).sum(axis=1) / (counts > 0).sum(axis=1)
+
+
+@lru_cache(maxsize=8)
+def _resamples(n: int) -> np.ndarray:
+    """How often each of n cases is drawn, in each resample (resamples, n)."""
+    return np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(np.float64)

@@ -1,0 +1,334 @@
+"""The best of what is trained is found, and predict does what was found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nnunet_lite
+from nnunet_lite import api
+from nnunet_lite.data.dataset import dataset_from_json, map_labels
+from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.postprocess import Gain, Rule, apply_rules
+from nnunet_lite.evaluation.select import Member, choose
+from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
+from nnunet_lite.evaluation.statistics import Margin
+from nnunet_lite.workspace import Paths, read_json, write_json
+
+Run = Callable[..., tuple[int, str, str]]
+LABELS = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2})
+FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
+
+
+@pytest.fixture
+def paths(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> Paths:
+    """A workspace with the tiny model alone, which predicts fast."""
+    workspace = tmp_path / "workspace"
+    ours = Paths(workspace / "Task04_Hippocampus")
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models", "preprocessed"))
+    shutil.copytree(tiny_model, ours.models / "tiny", ignore=shutil.ignore_patterns("checkpoint*", "*.png"))
+    run = read_json(ours.models / "tiny" / "run.json")
+    run["settings"]["inference"] |= {key.partition(".")[2]: value for key, value in FAST.items()}
+    write_json(ours.models / "tiny" / "run.json", run)
+    return ours
+
+
+def made(paths: Paths, name: str, change: Callable[[np.ndarray, int], np.ndarray], folds: int = 5) -> Path:
+    """A model of all folds that is said to have predicted the references, changed: change(reference, number)."""
+    folder, splits = paths.models / name, read_json(paths.splits)
+    cases = {case.id: case for case in dataset_from_json(read_json(paths.dataset)).cases}
+    skipped = shutil.ignore_patterns("fold_*")
+    shutil.copytree(paths.models / "tiny", folder, ignore=skipped)
+    for fold in range(folds):
+        (folder / f"fold_{fold}").mkdir()
+        shutil.copy(paths.models / "tiny" / "fold_0" / "model.safetensors", folder / f"fold_{fold}")
+        for case_id in splits[fold]["val"]:
+            array, geometry, _ = read_label(cases[case_id].label)
+            out = folder / f"fold_{fold}" / "validation" / f"{case_id}.nii.gz"
+            write_label(out, change(array, sorted(cases).index(case_id)), geometry)
+    return folder
+
+
+def shifted(array: np.ndarray, number: int) -> np.ndarray:
+    return np.roll(array, 1 + number % 2, axis=2)
+
+
+def speckled(array: np.ndarray, number: int) -> np.ndarray:
+    """Right, but for a false piece of the first label far away."""
+    out = array.copy()
+    free = np.argwhere(array == 0)
+    z, y, x = free[np.abs(free - np.argwhere(array == 1).mean(axis=0)).sum(axis=1).argmax()]
+    out[max(0, z - 2) : z + 2, max(0, y - 2) : y + 2, max(0, x - 2) : x + 2] = 1
+    return np.where(array > 0, array, out)
+
+
+def dice(a: np.ndarray, b: np.ndarray, value: int) -> float:
+    return float(2 * ((a == value) & (b == value)).sum() / ((a == value).sum() + (b == value).sum()))
+
+
+# -------------------------------------------------------------------------------------------------- single models
+
+
+def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> None:
+    shutil.rmtree(paths.models / "tiny" / "fold_0" / "validation")
+    for name, change in (("a-good", speckled), ("b-bad", shifted)):
+        made(paths, name, change)
+    found = api.select(["a-good", "b-bad"], ensembles=False, workspace=paths.root.parent, workers=2, device="cpu")
+    assert found.models == ("a-good",) and found.folds == tuple("01234")
+    good, bad = found.candidates
+    assert (good.name, bad.name, good.n_cases) == ("a-good", "b-bad", 10)
+
+    cases = sorted(dataset_from_json(read_json(paths.dataset)).cases, key=lambda case: case.id)
+    truth = [map_labels(read_label(case.label)[0], None) for case in cases if case.label]
+    each = {}
+    for name, change in (("a-good", speckled), ("b-bad", shifted)):
+        each[name] = np.array([[dice(change(t, i), t, v) for v in (1, 2)] for i, t in enumerate(truth)])
+    assert good.dice == pytest.approx(each["a-good"].mean())
+    assert list(good.by_label.values()) == pytest.approx(each["a-good"].mean(axis=0).tolist())
+    difference = each["a-good"].mean(axis=1) - each["b-bad"].mean(axis=1)
+    assert bad.margin.mean == pytest.approx(difference.mean()) and bad.margin.low is not None
+    assert difference.min() < bad.margin.low < difference.mean()
+    assert good.margin == Margin(0, 0, 0)
+
+    assert list(found.postprocessing) == ["Anterior"], "the other label has one component"
+    assert found.gains["Anterior"].before == pytest.approx(each["a-good"][:, 0].mean())
+    assert found.gains["Anterior"].after == 1.0
+    clean = apply_rules(speckled(truth[0], 0), (1.0, 1.0, 1.0), LABELS, found.postprocessing)
+    assert np.array_equal(clean, truth[0])
+
+    stored = read_json(paths.inference)
+    assert stored["format"] == "nnlite-inference-1" and stored["models"] == ["a-good"]
+    assert set(stored["postprocessing"]["Anterior"]) == {"largest_component", "min_size_mm3"}
+    assert stored["candidates"][1]["margin"]["mean"] == bad.margin.mean
+    assert read_selection(paths) == found
+    again = api.select(["a-good", "b-bad"], ensembles=False, postprocess=False, workspace=paths.root.parent)
+    assert again.postprocessing == {} and again.candidates == found.candidates
+
+
+def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command: Run) -> None:
+    for name, folds in (("five", 5), ("two", 2)):
+        made(paths, name, shifted, folds)
+    (paths.models / "old_one").mkdir()
+    whole = shutil.copytree(paths.models / "tiny", paths.models / "whole")
+    (whole / "fold_0").rename(whole / "fold_all")
+    plan = read_json(shutil.copytree(paths.models / "tiny", paths.models / "strange") / "plans.json")
+    plan["labels"]["names"] = {"background": 0, "left": 1, "right": 2}
+    write_json(paths.models / "strange" / "plans.json", plan)
+    code, out, err = command("select", "--no-ensembles", "--json", "-w", paths.root.parent, cwd=paths.root)
+    assert code == 0, err
+    found = json.loads(out)
+    assert {tuple(one["models"]) for one in found["candidates"]} == {("five",), ("two",), ("tiny",)}
+    held_out = len(read_json(paths.splits)[0]["val"])
+    assert {one["n_cases"] for one in found["candidates"]} == {held_out}
+    notes = " ".join(found["notes"])
+    assert "compared on fold 0, which all models have; five has 0, 1, 2, 3, 4; two has 0, 1" in notes
+    assert "whole is left out: it was trained on every case" in notes
+    assert "strange is left out: it was made for other labels" in notes
+    assert found["models"] == ["five"] and found["folds"] == list("01234"), "of equals the first, with all its folds"
+    code, out, err = command("select", "-c", "two", "-w", paths.root.parent, cwd=paths.root)
+    assert code == 0 and json.loads(paths.inference.read_text())["candidates"][0]["n_cases"] == 2 * held_out, err
+    head, row, *rest = out.splitlines()
+    assert head.split()[:3] == ["candidate", "n", "Dice"] and row.split()[0] == "two" and "selected" in row
+    assert rest[-1] == "postprocessing: none"
+
+
+def test_what_cannot_be_compared_is_told(paths: Paths, tiny_workspace: Path) -> None:
+    workspace = paths.root.parent
+    with pytest.raises(UserError, match=r"no model of Task04_Hippocampus is 3d_lowres\. Run `nnlite train"):
+        api.select("3d_lowres", workspace=workspace)
+    other = shutil.copytree(paths.models / "tiny", paths.models / "other")
+    (other / "fold_0" / "cases.json").unlink()
+    (other / "fold_0").rename(other / "fold_1")
+    with pytest.raises(UserError, match=r"share no fold to be compared on \(other: 1; tiny: 0\)"):
+        api.select(workspace=workspace)
+    shutil.rmtree(other)
+    splits = read_json(paths.splits)
+    splits[0], splits[1] = splits[1], splits[0]
+    write_json(paths.splits, splits)
+    with pytest.raises(UserError, match=r"tiny is left out: fold 0 was begun with other cases than splits\.json"):
+        api.select(workspace=workspace)
+    shutil.rmtree(paths.models)
+    with pytest.raises(UserError, match=r"no fold of Task04_Hippocampus is trained\. Run `nnlite train"):
+        api.select(workspace=workspace)
+
+
+def test_what_is_missing_is_predicted_or_scored(paths: Paths) -> None:
+    out = paths.models / "tiny" / "fold_0" / "validation"
+    first, second = sorted(out.glob("*.nii.gz"))
+    content, before = read_label(second)[0], first.stat().st_mtime_ns
+    expected = api.select(workspace=paths.root.parent, device="cpu").candidates[0]
+    (out / "summary.json").unlink()
+    scored = api.select(workspace=paths.root.parent, device="cpu")
+    assert scored.candidates[0] == expected and (out / "summary.json").is_file()
+    second.unlink()
+    api.select(workspace=paths.root.parent, device="cpu")
+    assert (read_label(second)[0] == content).mean() > 0.9 and first.stat().st_mtime_ns == before
+
+
+# --------------------------------------------------------------------------------------------------------- ensembles
+
+
+def test_pairs_are_predicted_once(paths: Paths) -> None:
+    other = shutil.copytree(paths.models / "tiny", paths.models / "other")
+    turn_round(other)
+    found = api.select(workspace=paths.root.parent, device="cpu")
+    assert {one.models for one in found.candidates} == {("tiny",), ("other",), ("other", "tiny")}
+    out = paths.ensembles / "other+tiny" / "fold_0" / "validation"
+    case_id = read_json(paths.splits)[0]["val"][0]
+    scan = next(c for c in dataset_from_json(read_json(paths.dataset)).cases if c.id == case_id).images[0]
+    both = nnunet_lite.load([other, paths.models / "tiny"], ["0"], "cpu")
+    assert np.array_equal(read_label(out / f"{case_id}.nii.gz")[0], both(scan))
+    pair = next(one for one in found.candidates if len(one.models) == 2)
+    assert pair.dice == read_json(out / "summary.json")["foreground_mean"]["Dice"]
+
+    files = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    assert len(files) == len(read_json(paths.splits)[0]["val"])
+    assert api.select(workspace=paths.root.parent, device="cpu").candidates == found.candidates
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    next(iter(files)).unlink()  # as a run that was killed leaves it
+    api.select(workspace=paths.root.parent, device="cpu")
+    assert sum(path.stat().st_mtime_ns == files[path] for path in out.glob("*.nii.gz")) == len(files) - 1
+    turn_round(other)
+    api.select(workspace=paths.root.parent, device="cpu")
+    assert all(path.stat().st_mtime_ns != made_at for path, made_at in files.items()), "other weights predict anew"
+
+
+def turn_round(folder: Path) -> None:
+    """Change the weights of fold 0: its kernels upside down."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "fold_0" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file({k: v.flip(-1).contiguous() if v.ndim > 2 else v for k, v in load_file(file).items()}, file, about)
+
+
+def team(*configurations: str) -> tuple[Member, ...]:
+    folder = Path("models")
+    return tuple(Member(folder / name, name, None, None, ("0",)) for name in configurations)  # type: ignore[arg-type]
+
+
+def test_a_pair_wins_only_where_it_is_really_better() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.5, 0.9, (40, 2))
+    flat, deep, both = team("2d"), team("3d_fullres"), team("2d", "3d_fullres")
+    noise = rng.normal(0, 0.02, (40, 2))
+    assert choose({flat: base, deep: base + 0.01, both: base + 0.012 + noise}) == deep
+    assert choose({flat: base, deep: base + 0.01, both: base + 0.03 + noise}) == both
+    assert choose({deep: base, flat: base, both: base}) == flat, "of equals the simplest"
+    assert choose({flat: base[:1], both: base[:1] + 0.05}) == flat, "one case tells nothing"
+    lowres, cascade = team("3d_lowres"), team("3d_cascade_fullres")
+    assert choose({cascade: base, deep: base, lowres: base}) == lowres
+    gap = np.where(rng.random((40, 2)) < 0.1, np.nan, base)
+    assert choose({flat: gap, deep: gap - 0.01}) == flat
+
+
+# ----------------------------------------------------------------------------------------------------------- predict
+
+
+def selected(paths: Paths, **changes: Any) -> Selection:
+    """A selection of the tiny model with rules that remove most, written by hand but for its weights."""
+    found = api.select("tiny", postprocess=False, workspace=paths.root.parent, device="cpu")
+    rules = {"Anterior": Rule(True), "Posterior": Rule(False, 1e6)}
+    value = found.to_json() | {"postprocessing": {k: vars(rule) for k, rule in rules.items()}} | changes
+    value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6} for k in rules}
+    write_json(paths.inference, value)
+    return Selection.from_json(value, paths.inference)
+
+
+def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command: Run) -> None:
+    chosen = selected(paths)
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    raw = nnunet_lite.load(paths.models / "tiny", [0], "cpu")(scan)
+    clean = apply_rules(raw, (1.0, 1.0, 1.0), LABELS, chosen.postprocessing)
+    assert (raw == 2).any() and not (clean == 2).any()
+    common = ["predict", "-i", scan, "--device", "cpu", "-w", paths.root.parent, "--json"]
+
+    def predicted(*options: object) -> tuple[np.ndarray, str, dict[str, Any]]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        code, out, err = command(*common, "-o", tmp_path / "out", *options, cwd=tmp_path)
+        assert code == 0, err
+        return read_label(tmp_path / "out" / scan.name)[0], err, json.loads(out)
+
+    line = "tiny, fold 0; postprocessing: Anterior: the largest component; Posterior: no component below 1e+06 mm3\n"
+    for options in ([], ["-c", "3d_fullres"], ["-m", paths.models / "tiny"], ["-f", "0"]):
+        array, err, result = predicted(*options)
+        assert np.array_equal(array, clean), options
+        assert f"{paths.inference}: {line}" in err and "warning" not in err
+        assert result["postprocessing"]["Anterior"] == "the largest component" and result["folds"] == ["0"]
+    array, err, result = predicted("--no-postprocess")
+    assert np.array_equal(array, raw) and "tiny, fold 0; postprocessing: none\n" in err
+    assert result["postprocessing"] == {}
+
+    other = shutil.copytree(paths.models / "tiny", paths.models / "other")
+    for options in (["-m", other], ["-c", "other"], ["-m", other, "-m", paths.models / "tiny"]):
+        array, err, result = predicted(*options)
+        assert result["postprocessing"] == {} and (array == raw).mean() > 0.999 and "postprocessing" not in err
+    shutil.copytree(paths.models / "tiny", tmp_path / "elsewhere")
+    assert predicted("-m", tmp_path / "elsewhere")[2]["postprocessing"] == {}
+
+    turn_round(paths.models / "tiny")
+    _, err, _ = predicted()
+    assert f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares anew\n" in err
+    shutil.rmtree(paths.models / "tiny")
+    code, _, err = command(*common, "-o", tmp_path / "out", cwd=tmp_path)
+    assert (
+        code == 2 and "inference.json: names fold 0 of the model tiny, which is gone. Run `nnlite select` again" in err
+    )
+    assert predicted("-c", "other")[2]["models"] == [str(other)]
+
+
+def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(paths.models / "tiny", paths.models / "other")
+    turn_round(other)
+    selected(paths, models=["tiny", "other"], weights={})
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    done = api.predict(scan, tmp_path / "out", workspace=paths.root.parent, device="cpu", postprocess=False)
+    assert [folder.name for folder in done.models] == ["tiny", "other"] and done.folds == ("0",)
+    both = nnunet_lite.load([paths.models / "tiny", other], [0], "cpu")
+    assert np.array_equal(read_label(done.files[0])[0], both(scan))
+    fast = api.predict(scan, tmp_path / "out", workspace=paths.root.parent, device="cpu", speed="fast")
+    assert fast.folds == ("0",) and set(fast.postprocessing) == {"Anterior", "Posterior"}
+
+
+def test_info_tells_what_is_selected(paths: Paths, command: Run) -> None:
+    chosen = selected(paths)
+    code, out, err = command("info", "-w", paths.root.parent, cwd=paths.root)
+    assert code == 0, err
+    assert f"selected  tiny, fold 0; postprocessing: Anterior: the largest component; {''}" in out
+    turn_round(paths.models / "tiny")
+    assert (
+        "tiny changed since: run `nnlite select` again" in command("info", "-w", paths.root.parent, cwd=paths.root)[1]
+    )
+    about = json.loads(command("info", "--json", "-w", paths.root.parent, cwd=paths.root)[1])
+    assert about["selection"]["models"] == list(chosen.models) and about["selection"]["changed_since"] == ["tiny"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"format": "nnlite-inference-0"}', '{"format": "nnlite-inference-1"}'])
+def test_a_broken_selection_is_refused(paths: Paths, content: str, hippocampus: Path, command: Run) -> None:
+    paths.inference.write_text(content)
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    code, _, err = command("predict", "-i", scan, "-o", "out", "-w", paths.root.parent, cwd=paths.root)
+    assert code == 2 and "inference.json: is no selection of the form nnlite-inference-1" in err
+
+
+def test_how_a_selection_reads() -> None:
+    best = Candidate(("a<b", "c"), 40, 0.91, 0.9, 0.92, {"left": 0.9, "right": None}, Margin(0, 0, 0))
+    worse = Candidate(("c",), 40, 0.9, 0.88, 0.92, {"left": 0.9, "right": None}, Margin(0.01, 0.005, 0.015))
+    gains = {"left": Gain(0.9, 0.93)}
+    found = Selection(("a<b", "c"), ("0",), {"left": Rule(True)}, gains, (best, worse), {}, ("x",), "2026-01-01", "1")
+    lines = found.table().splitlines()
+    assert lines[1].startswith("a<b + c") and "selected" in lines[1]
+    assert lines[2].endswith("+0.0100  +0.0050 to +0.0150") and "n/a" in lines[2]
+    assert lines[3:] == ["postprocessing of left: the largest component, Dice 0.9000 -> 0.9300", "note: x"]
+    html = found._repr_html_()
+    assert "a&lt;b + c" in html and "a<b" not in html and html.count("<tr>") == 3

@@ -1,0 +1,243 @@
+"""`nnlite run`: what is done, what is left, killed and gone on; the steps themselves have tests of their own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import nnunet_lite
+from nnunet_lite.api.workflow import Finished
+from nnunet_lite.errors import UserError
+from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, time_left, what_is_left
+
+TINY: dict[str, Any] = {
+    "training.epochs": 3,
+    "training.iterations": 2,
+    "training.validation_iterations": 1,
+    "training.patch_voxels": 16384,
+    "training.batch_size": 2,
+    "training.precision": "fp32",
+    "training.channels_last": False,
+    "training.seed": 1,
+    "network.features_base": 2,
+    "network.features_max": 4,
+    "inference.mirroring": False,
+    "inference.step_size": 1.0,
+}
+STEPS = ["check and plan", "preprocess", "train 2d fold 0", "train 2d fold 1", "train 3d_fullres fold 0",
+         "train 3d_fullres fold 1", "select", "report"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- steps that only write a file
+
+
+def a_step(folder: Path, name: str, kind: str = "", **more: Any) -> Step:
+    file = folder / name
+    return Step(name, kind or name, file.is_file, partial(file.write_text, name), **more)
+
+
+def test_steps_that_are_done_are_kept(tmp_path: Path) -> None:
+    steps = [a_step(tmp_path, name) for name in ("one", "two", "three")]
+    (tmp_path / "two").write_text("mine")
+    journal = Journal(tmp_path / "new" / "steps.jsonl")
+    assert [(e.step, e.state) for e in execute(steps, journal)] == [("one", "done"), ("two", "kept"), ("three", "done")]
+    assert (tmp_path / "two").read_text() == "mine"
+    assert execute(steps, journal) == [Ended(name, "kept") for name in ("one", "two", "three")]
+
+
+def test_a_step_that_fails_ends_the_run_and_the_next_run_begins_there(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise UserError("the disk is full")
+
+    first, last = a_step(tmp_path, "first"), a_step(tmp_path, "last")
+    journal = Journal(tmp_path / "steps.jsonl")
+    with pytest.raises(UserError, match="the disk is full"):
+        execute([first, Step("bad", "bad", lambda: False, fail), last], journal)
+    assert (tmp_path / "first").is_file()
+    assert not (tmp_path / "last").is_file()
+    assert [e.state for e in execute([first, last], journal)] == ["kept", "done"]
+
+
+def test_what_is_left_is_unknown_until_something_tells_it(tmp_path: Path) -> None:
+    steps = [
+        a_step(tmp_path, "fold 0", "train"),
+        a_step(tmp_path, "fold 1", "train", progress=lambda: 0.75),
+        a_step(tmp_path, "fold 2", "train", seconds=lambda: 1000.0),
+        a_step(tmp_path, "select"),
+    ]
+    journal = Journal(tmp_path / "steps.jsonl")
+    left = what_is_left(steps, journal)
+    assert [each.seconds for each in left.values()] == [None, None, 1000.0, None]
+    assert time_left(left) == "about 16:40 min, and fold 0, fold 1, select, of which that is unknown yet"
+    assert time_left({"select": left["select"]}) == "time unknown yet (select)"
+
+    steps[0].run()
+    journal.add(steps[0], 60.0, share=0.5)  # the half of a fold took a minute
+    left = what_is_left(steps, journal)
+    assert {name: each.seconds for name, each in left.items()} == {"fold 1": 30.0, "fold 2": 120.0, "select": None}
+    assert overview("data", steps, left).splitlines() == [
+        "data: 1 of 4 steps done; left: about 2:30 min, and select, of which that is unknown yet",
+        "  done  fold 0",
+        "  left  fold 1  about 30 s, 75% done",
+        "  left  fold 2  about 2:00 min",
+        "  left  select  time unknown yet",
+    ]
+    assert time_left({}) == "nothing"
+
+
+def test_a_journal_with_a_line_cut_off_is_read(tmp_path: Path) -> None:
+    step, journal = a_step(tmp_path, "one"), Journal(tmp_path / "steps.jsonl")
+    journal.add(step, 10.0, 1.0)
+    with journal.file.open("a") as file:
+        file.write('{"step": "one", "kind": "o')
+    journal.add(step, 30.0, 1.0)  # its line is lost with the one that was cut off
+    journal.add(step, 20.0, 1.0)
+    assert journal.usual() == {"one": 15.0}
+
+
+# ------------------------------------------------------------------------------------------------ from data to a report
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
+    """Six cases of the bundled data."""
+    root = tmp_path_factory.mktemp("raw") / "Task04_Hippocampus"
+    table = json.loads((hippocampus / "dataset.json").read_text())
+    table["training"] = table["training"][:6]
+    for entry in table["training"]:
+        for file in entry.values():
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_bytes((hippocampus / file).read_bytes())
+    (root / "dataset.json").write_text(json.dumps(table))
+    return root
+
+
+def run(raw: Path, workspace: Path, **more: Any) -> Finished:
+    options: dict[str, Any] = {"changes": TINY, "folds": 2, "device": "cpu", "workers": 0, **more}
+    return nnunet_lite.run(raw, configurations=["2d", "3d_fullres"], workspace=workspace, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """A workspace in which all was done without a disturbance. Not to be written to."""
+    import torch
+
+    torch.set_num_threads(1)
+    workspace = tmp_path_factory.mktemp("finished")
+    return workspace, run(raw, workspace)
+
+
+def weights(workspace: Path) -> dict[str, Any]:
+    models = (workspace / "Task04_Hippocampus" / "models").glob("*/fold_*/model.safetensors")
+    return {str(file.relative_to(workspace)): load_file(file) for file in models}
+
+
+def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, Finished]) -> None:
+    workspace, done = finished
+    assert [(step.step, step.state) for step in done.steps] == [(name, "done") for name in STEPS]
+    assert done.report is not None
+    assert done.report.read_text().lstrip().lower().startswith("<!doctype html")
+    assert [folder.name for folder in done.models] == ["2d-default", "3d_fullres-default"]
+    selected = json.loads((workspace / "Task04_Hippocampus" / "inference.json").read_text())
+    assert {name for candidate in selected["candidates"] for name in candidate["models"]} == {
+        "2d-default", "3d_fullres-default",
+    }  # fmt: skip
+    told = done.to_json()
+    assert json.loads(json.dumps(told)) == told
+    assert sum(step["seconds"] for step in told["steps"]) <= told["seconds"]
+
+
+def test_the_commands_it_ends_with_are_commands(
+    finished: tuple[Path, Finished], command: Callable[..., tuple[int, str, str]], hippocampus: Path, tmp_path: Path
+) -> None:
+    workspace, done = finished
+    predict, info = done.to_text().splitlines()[-2:]
+    assert predict == f"  nnlite predict -i IMAGES -o SEGMENTATIONS -w {workspace}"
+    scan = sorted((hippocampus / "imagesTs").iterdir())[0]
+    words = predict.replace("IMAGES", str(scan)).replace("SEGMENTATIONS", "out").split()
+    code, _, err = command(*words[1:], "--device", "cpu", cwd=tmp_path)
+    assert code == 0, err
+    assert (tmp_path / "out" / scan.name).is_file()
+    code, out, _ = command(*info.split()[1:], cwd=tmp_path)
+    assert code == 0
+    assert "3d_fullres-default" in out
+
+
+def test_again_nothing_is_left(raw: Path, finished: tuple[Path, Finished], capfd: pytest.CaptureFixture[str]) -> None:
+    workspace, _ = finished
+    before = weights(workspace)
+    again = run(raw, workspace)
+    said = capfd.readouterr().err
+    assert [(step.step, step.state) for step in again.steps] == [(name, "kept") for name in STEPS]
+    assert "8 of 8 steps done; left: nothing" in said
+    assert "epoch" not in said
+    assert weights(workspace).keys() == before.keys()
+
+
+def test_other_settings_are_refused_before_anything_is_done(raw: Path, finished: tuple[Path, Finished]) -> None:
+    workspace, _ = finished
+    with pytest.raises(UserError, match=r"begun with other settings: optimizer\.lr: 0\.01 -> 0\.5.*recipe file"):
+        run(raw, workspace, changes={**TINY, "optimizer.lr": 0.5})
+    with pytest.raises(UserError, match="3d_lowres"):
+        nnunet_lite.run(raw, configurations=["3d_lowres"], workspace=workspace, changes=TINY)
+    with pytest.raises(UserError, match="there is no fold '7'"):
+        run(raw, workspace, fold=[7], folds=None)
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_networks(
+    raw: Path, finished: tuple[Path, Finished], tmp_path: Path
+) -> None:
+    """SIGKILL while the second fold trains; the networks are to the bit those of the run that nothing disturbed."""
+    options = [part for key, value in TINY.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    more = ["--folds", "2", "--device", "cpu", "--workers", "0", "-c", "2d,3d_fullres", "-w", str(tmp_path)]
+    command = [sys.executable, "-m", "nnunet_lite", "run", str(raw), *options, *more]
+    second = tmp_path / "Task04_Hippocampus" / "models" / "2d-default" / "fold_1"
+    with subprocess.Popen(command, stdout=-3, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 240
+        while not (second / "checkpoint.safetensors").is_file() and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    assert "left  train 3d_fullres fold 1  time unknown yet" in said
+    assert not (tmp_path / "Task04_Hippocampus" / "inference.json").exists()
+    done = run(raw, tmp_path)
+    states = {step.step: step.state for step in done.steps}
+    assert [states[name] for name in STEPS[:3]] == ["kept"] * 3
+    assert [states[name] for name in STEPS[4:]] == ["done"] * 4
+    expected, got = weights(finished[0]), weights(tmp_path)
+    assert got.keys() == expected.keys()
+    assert len(got) == 4
+    for name, tensors in expected.items():
+        assert all(tensor.equal(got[name][key]) for key, tensor in tensors.items()), name
+
+
+def test_changed_data_are_planned_anew(raw: Path, finished: tuple[Path, Finished], tmp_path: Path) -> None:
+    from nnunet_lite.api.workflow import _is_planned
+    from nnunet_lite.data.dataset import read_dataset
+    from nnunet_lite.workspace import Paths
+
+    paths = Paths(finished[0] / "Task04_Hippocampus")
+    dataset = read_dataset(raw)
+    assert _is_planned(dataset, paths)
+    label = dataset.cases[0].label
+    assert label is not None
+    stat = label.stat()
+    label.touch()
+    try:
+        assert not _is_planned(dataset, paths)
+    finally:
+        import os
+
+        os.utime(label, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not _is_planned(dataset, Paths(tmp_path))
