@@ -30,13 +30,11 @@ Run = Callable[..., tuple[int, str, str]]
 # A doc's command stands for hours of work; here it does the same steps with a tiny network.
 TINY = (
     "training.epochs=1", "training.iterations=2", "training.validation_iterations=1", "training.time_limit=null",
-    "training.precision=fp32", "training.channels_last=false", "network.features_base=4", "network.features_max=8",
+    "training.precision=fp32", "training.channels_last=false", "training.patch_voxels=18432",
+    "training.batch_voxels=36864", "network.features_base=4", "network.features_max=8",
 )  # fmt: skip
-TRAIN = " ".join(f"--set {setting}" for setting in TINY)
 SHORTER: tuple[tuple[str, str], ...] = (
-    (r"nnlite train 2d .*", TRAIN + " --patch-size 32x32 --batch-size 2"),
-    (r"nnlite train .*", TRAIN + " --patch-size 24x32x24 --batch-size 2"),
-    (r"nnlite run .*", TRAIN + " --set training.patch_voxels=18432 --set training.batch_voxels=36864"),
+    (r"nnlite (train|run) .*", " ".join(f"--set {setting}" for setting in TINY)),
     (r"nnlite predict .*", "--no-mirroring"),
     (r"nnlite import .*\.zip", "--replace"),
 )
@@ -132,13 +130,9 @@ def test_commands_of_a_page(page: Path, place: Path, command: Run) -> None:
 def test_python_of_a_page(page: Path, place: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.delenv("NNLITE_WORKSPACE", raising=False)
-    tiny = dict(part.split("=") for part in shlex.split(TRAIN) if "=" in part)
-    known = {
-        "array": np.random.default_rng(1).normal(size=(30, 40, 30)).astype(np.float32),
-        "z": 1.0,
-        "y": 1.0,
-        "x": 1.0,
-    }
+    tiny = dict(setting.split("=") for setting in TINY)
+    image = np.random.default_rng(1).normal(size=(30, 40, 30)).astype(np.float32)
+    known = {"array": image, "z": 1.0, "y": 1.0, "x": 1.0}
     if "onnx" in page.read_text():
         assert command("export", "--format", "onnx", "-o", "OUT", cwd=place)[0] == 0
     for line, block in blocks(page, ("python",)):
