@@ -17,7 +17,7 @@ import nnunet_lite
 import nnunet_lite.api
 from nnunet_lite.errors import UserError
 
-STEPS = {"check", "plan", "preprocess", "train", "predict", "evaluate", "load", "import_model", "export_model"}
+STEPS = {"check", "plan", "preprocess", "train", "predict", "evaluate", "report", "load", "import_model", "export_model"}
 TINY = {
     "training.epochs": 1,
     "training.iterations": 1,

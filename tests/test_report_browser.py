@@ -62,22 +62,22 @@ def column(tab: Any, caption: str, number: int) -> list[str]:
 
 
 def test_a_table_is_sorted_by_click_and_key(tab: Any) -> None:
-    caption = "Held-out cases of tiny, worst first"
+    caption = "All 10 cases"
+    tab.get_by_text("All cases: size, spacing and volumes").click()
     table = tab.locator("table", has=tab.get_by_text(caption, exact=True))
-    heading = table.locator("thead th", has_text="mean Dice")
-    assert heading.get_attribute("aria-sort") == "ascending"
-    rising = column(tab, caption, 2)
-    assert rising == sorted(rising, key=float) and len(set(rising)) == 2
-    heading.get_by_role("button").click()
-    assert heading.get_attribute("aria-sort") == "descending" and column(tab, caption, 2) == rising[::-1]
-    case = table.locator("thead th", has_text="Case")
-    case.get_by_role("button").focus()
-    tab.keyboard.press("Enter")
-    assert case.get_attribute("aria-sort") == "ascending" and heading.get_attribute("aria-sort") is None
+    case, volume = (table.locator("thead th", has_text=name) for name in ("Case", "Anterior (ml)"))
     names = column(tab, caption, 0)
-    assert names == sorted(names)
+    assert case.get_attribute("aria-sort") == "ascending" and names == sorted(names) and len(names) == 10
+    volume.get_by_role("button").click()
+    falling = [float(text) for text in column(tab, caption, 3)]
+    assert volume.get_attribute("aria-sort") == "descending" and case.get_attribute("aria-sort") is None
+    assert falling == sorted(falling, reverse=True) and falling[0] > falling[-1]
+    volume.get_by_role("button").focus()
     tab.keyboard.press("Enter")
-    assert column(tab, caption, 0) == names[::-1]
+    assert volume.get_attribute("aria-sort") == "ascending"
+    assert [float(text) for text in column(tab, caption, 3)] == falling[::-1]
+    case.get_by_role("button").click()
+    assert column(tab, caption, 0) == names
 
 
 def test_cases_are_gone_through_by_keyboard(tab: Any) -> None:

@@ -353,4 +353,3 @@ prepareTabs();
 prepareCases();
 for (const svg of all("svg[data-curves]")) readOff(svg.closest("figure"), svg);
 followSections();
-addEventListener("beforeprint", () => all("details.long").forEach((each) => { each.open = true; }));
