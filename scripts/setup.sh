@@ -30,6 +30,15 @@ install_torch() {
     .venv/bin/pip install --quiet "torch>=2.5"
 }
 
+# The report is tested in a browser. Without one these tests are skipped.
+install_browser() {
+    if command -v chromium >/dev/null || command -v google-chrome >/dev/null || [ "$(id -u)" != 0 ]; then
+        return
+    fi
+    { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "Chromium could not be installed; the report is not tested in a browser"
+}
+
 install() {
     local extra=${1:-} stamp
     stamp=.venv/.installed-${extra:-base}-$(sha256sum pyproject.toml | cut -c1-16)
@@ -47,4 +56,7 @@ install() {
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 install "${1:-}"
+if [ -n "${1:-}" ]; then
+    install_browser
+fi
 export PATH="$PWD/.venv/bin:$PATH"

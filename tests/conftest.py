@@ -163,6 +163,14 @@ def tiny_cases(tiny_workspace: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of `tiny_workspace` with `tiny_model`. Not to be written to."""
+    from nnunet_lite import api
+
+    return api.report(tmp_path_factory.mktemp("report") / "page.html", workspace=tiny_model.parents[2])
+
+
+@pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, Any]:
     """Changes to the default recipe that make a run take seconds; with them, a run is the same to the bit each time."""
     return dict(TINY)

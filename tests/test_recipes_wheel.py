@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
+def test_wheel_holds_every_module_recipe_and_template(wheel: Path) -> None:
     assert wheel.name == f"nnunet_lite-{nnunet_lite.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     package = Path(nnunet_lite.__file__).parent
@@ -32,6 +32,8 @@ def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
     modules = {str(path.relative_to(package.parent)) for path in files}  # and pages, with what they are made of
     stored = {f"nnunet_lite/configs/{name}.toml" for name in recipes()}
     assert len(stored) >= 8 and stored <= names and modules <= names
+    templates = {str(path.relative_to(package.parent)) for path in (package / "report" / "templates").iterdir()}
+    assert len(templates) >= 4 and templates <= names
     assert not [name for name in names if name.startswith(("tests", "scripts", "docs", "configs/"))]
     assert wheel.stat().st_size < 1_000_000
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import CaseScore, Scores
@@ -170,8 +169,3 @@ def _scores(folder: Path, dataset: Dataset, notes: list[str]) -> tuple[Scores, d
         fold_of |= {row.case: fold for row in new}
         rows += new
     return Scores(tuple(rows), dataset.labels), fold_of
-
-
-def report_notes(material: Material) -> None:
-    for note in material.notes:
-        log.warn(note)

@@ -19,6 +19,7 @@ TILES = 24  # cases in the montage
 PICTURE_BYTES = 9_000_000  # of all overlays, in the page
 MOST_VOXELS = 2.5e9  # of all images that are read, the montage's share of which is a third; some 20 s on two cores
 LABEL_VOXELS = 4e9  # of all label maps that are read only to measure volumes
+TILE = Detail(224, 70)
 _FALLBACK = (64, 256, 256)  # voxels of a case of which the fingerprint does not tell
 _LADDER = ((384, 80, 0.30), (320, 78, 0.28), (256, 75, 0.25), (192, 72, 0.24), (160, 68, 0.22), (128, 62, 0.20))
 _BASE64 = 4 / 3
@@ -62,7 +63,7 @@ def make_gallery(material: Material, progress: Progress | None = None) -> Galler
         predictions = {m: files[m][case.id] for m in by_case.get(case.id, ()) if case.id in files[m]}
         return Wanted(case, case.id in tiles, case.id in measured, predictions)
 
-    work = partial(look, dataset=material.dataset, plan=material.plan, detail=detail, tile_detail=Detail(224, 70))
+    work = partial(look, dataset=material.dataset, plan=material.plan, detail=detail, tile_detail=TILE)
     jobs = [wanted(case) for case in material.dataset.cases]
     largest = max((prod(shapes[job.case.id]) for job in jobs), default=0) * len(material.plan.channels)
     seen = {}

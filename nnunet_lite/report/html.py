@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.report.collect import Material, collect, report_notes
+from nnunet_lite.data.problems import plural
+from nnunet_lite.report.collect import Material, collect
 from nnunet_lite.report.gallery import Gallery, make_gallery
 from nnunet_lite.report.results import comparison, model_view, page_data
 from nnunet_lite.report.sections import (
@@ -45,7 +46,8 @@ def write_report(paths: Paths, output: Path) -> Path:
     UserError : the data set is not planned, or one of its files is broken.
     """
     material = collect(paths)
-    report_notes(material)
+    for note in material.notes:
+        log.warn(note)
     gallery = make_gallery(material, log.progress)
     write_text(output, render(material, gallery))
     return output
@@ -60,6 +62,7 @@ def render(material: Material, gallery: Gallery) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     environment.filters |= {"shown_size": _shown_size, "errors": _errors}
     script, style = _source("report.js"), _source("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -107,11 +110,11 @@ def _view(material: Material, gallery: Gallery) -> dict[str, Any]:
 def _overview(material: Material) -> list[tuple[str, str, str]]:
     """(what, the figure, a line below it)"""
     labels = material.dataset.labels
+    named = plural(len(labels.region_names), "region" if labels.has_regions else "label")
     cards = [
-        ("Cases", str(len(material.dataset.cases)), f"{len(labels.region_names)} labels, "
-                                                    f"{len(material.plan.channels)} channels"),
+        ("Cases", str(len(material.dataset.cases)), f"{named}, {plural(len(material.plan.channels), 'channel')}"),
         ("Configurations", str(len(material.plan.configurations)), ", ".join(material.plan.configurations)),
-    ]  # fmt: skip
+    ]
     trained = [(model, [f for f in model.folds if f.state]) for model in material.models if model.run]
     if trained:
         folds = sum(len(done) for _, done in trained)

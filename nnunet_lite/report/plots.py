@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-_MOST_POINTS = 1000  # of a curve; longer ones are thinned
+_MOST_POINTS = 400  # of a curve, about one per pixel; longer ones are thinned
 _COLOURS = 10
 
 

@@ -80,24 +80,30 @@ def data_charts(material: Material, gallery: Gallery) -> list[Chart]:
     places = [seen.geometry for seen in gallery.seen.values() if seen.geometry]
     if not places:
         return []
-    charts = []
     flat = all(place.dimensions == 2 for place in places)
-    unit = "pixels" if flat else "voxels"
-    for axis in range(1 if flat else 0, 3):
-        charts.append(_spread(f"Size along {'zyx'[axis]}", [place.shape[axis] for place in places], unit))
-    for axis in range(1 if flat else 0, 3):
-        if not is_picture(places[0]):
-            charts.append(_spread(f"Spacing along {'zyx'[axis]}", [place.spacing[axis] for place in places], "mm"))
+    axes = "yx" if flat else "zyx"
+    charts = _along("Size", axes, [place.shape for place in places], "pixels" if flat else "voxels")
+    if not is_picture(places[0]):
+        charts += _along("Spacing", axes, [place.spacing for place in places], "mm")
     found = volumes(material, gallery)
-    unit = "share" if is_picture(places[0]) else "ml"
     for name in material.dataset.labels.region_names:
         values = [_volume(v[name], gallery.seen[case].geometry) for case, v in found.items() if case in gallery.seen]
         present = [value for value in values if value]
-        absent = len(values) - len(present)
-        note = f"; in {len(present)} of {len(values)} cases" if absent else ""
+        note = f"; in {len(present)} of {len(values)} cases" if len(present) < len(values) else ""
         if present:
-            charts.append(_spread(f"{'Area' if unit == 'share' else 'Volume'} of {name}", present, unit, note))
+            title, unit = ("Area", "% of the picture") if flat else ("Volume", "ml")
+            charts.append(_spread(f"{title} of {name}", present, unit, note))
     return charts
+
+
+def _along(what: str, axes: str, values: Sequence[Sequence[float]], unit: str) -> list[Chart]:
+    """How something is spread along each axis; one line where all cases are equal."""
+    columns = list(zip(*values, strict=True))[-len(axes) :]
+    charts = [_spread(f"{what} along {axis}", column, unit) for axis, column in zip(axes, columns, strict=True)]
+    if any(chart.drawing for chart in charts):
+        return charts
+    same = by([float(np.median(column)) for column in columns], ".4g")
+    return [Chart(f"{what} ({', '.join(axes)})", Markup(""), f"{same} {unit} in every case")]
 
 
 def is_picture(geometry: Geometry) -> bool:
@@ -106,11 +112,11 @@ def is_picture(geometry: Geometry) -> bool:
 
 
 def _volume(voxels: int, geometry: Geometry | None) -> float | None:
-    """ml, or of a picture the share of its pixels."""
+    """ml; of an image without thickness the percentage of its pixels."""
     if geometry is None:
         return None
     if geometry.dimensions == 2:
-        return voxels / prod(geometry.shape)
+        return 100 * voxels / prod(geometry.shape)
     return voxels * prod(geometry.spacing) / 1000
 
 
@@ -182,7 +188,7 @@ def case_table(material: Material, gallery: Gallery) -> Table:
             cells.append(Cell("n/a"))
         for name in names:
             volume = _volume(found[case.id][name], place) if case.id in found else None
-            cells.append(number(None if volume is None else volume * (100 if unit == "%" else 1), ".4g"))
+            cells.append(number(volume, ".4g"))
         rows.append(Row(tuple(cells)))
     head = ("Case", "size (z, y, x)", "spacing (mm)", *(f"{name} ({unit})" for name in names))
     return Table(f"All {len(rows)} cases", head, tuple(rows), sorted_by=0)
@@ -239,7 +245,7 @@ def fold_legend(model: Model) -> list[tuple[int, str]]:
 
 def cost_table(material: Material) -> Table:
     """Time and memory of every fold."""
-    head = ("Model", "fold", "epochs", "time", "s per epoch", "samples per s", "waiting for data", "memory",
+    head = ("Model", "fold", "epochs", "time", "s/epoch", "samples/s", "waiting", "memory",
             "planned", "device")  # fmt: skip
     rows: list[Line] = []
     for model in material.models:

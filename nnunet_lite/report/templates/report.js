@@ -31,7 +31,7 @@ function remembered() {
 function useTheme(theme) {
   if (theme === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-  $("#theme").textContent = `Theme: ${theme === "system" ? "as the system" : theme}`;
+  $("#theme").textContent = `Theme: ${theme}`;
   try { localStorage.setItem("nnlite-theme", theme); } catch { /* not remembered, then */ }
 }
 
@@ -188,9 +188,9 @@ function planeFigure(plane) {
   const reference = new Map(plane.reference), prediction = new Map(plane.prediction);
   if (shown.errors) {
     // inside one outline and not the other: the even-odd rule on both
-    for (const label of new Set([...reference.keys(), ...prediction.keys()])) {
-      voxels.append(draw("path", { class: "error", d: (reference.get(label) ?? "") + (prediction.get(label) ?? "") }));
-    }
+    const labels = new Set([...reference.keys(), ...prediction.keys()]);
+    voxels.append(draw("g", { class: "errors" }, ...[...labels].map((label) =>
+      draw("path", { class: "error", d: (reference.get(label) ?? "") + (prediction.get(label) ?? "") }))));
   }
   for (const side of ["reference", "prediction"]) {
     if (!shown[side]) continue;
@@ -353,4 +353,3 @@ prepareTabs();
 prepareCases();
 for (const svg of all("svg[data-curves]")) readOff(svg.closest("figure"), svg);
 followSections();
-addEventListener("beforeprint", () => all("details.long").forEach((each) => { each.open = true; }));

@@ -1,0 +1,290 @@
+"""The report: what it says of a data set at every stage is what the files say, and nothing in it is taken for HTML."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+from PIL import Image
+
+from nnunet_lite import api
+from nnunet_lite.errors import UserError
+from nnunet_lite.report import gallery
+from nnunet_lite.workspace import read_json, write_json
+
+Ended = tuple[int, str, str]
+
+
+class Page(HTMLParser):
+    """The elements of a page, its data, and the cells of its tables by caption."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[tuple[str, str | None]]]] = {}
+        self.text, self._raw, self._inside, self._caption = "", "", "", ""
+        self.feed(file.read_text(encoding="utf-8"))
+        self.data: dict[str, Any] = json.loads(self._raw)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        self._inside = "data" if attributes.get("id") == "report-data" else tag
+        if tag == "caption":
+            self._caption = ""
+        elif tag == "tr" and self._caption:
+            self.tables.setdefault(self._caption, []).append([])
+        elif tag in ("td", "th") and self._caption:
+            self.tables[self._caption][-1].append(("", attributes.get("data-value")))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+        if tag == "table":
+            self._caption = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "data":
+            self._raw += data
+        elif self._inside not in ("script", "style"):
+            self.text += data
+        if self._inside == "caption":
+            self._caption += data
+        elif self._caption and self.tables.get(self._caption):
+            text, value = self.tables[self._caption][-1][-1] if self.tables[self._caption][-1] else ("", None)
+            if self.tables[self._caption][-1]:
+                self.tables[self._caption][-1][-1] = (text + data.strip(), value)
+
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in attributes.items())]
+
+
+def report(workspace: Path, output: Path, dataset: str | None = None) -> Page:
+    return Page(api.report(output, workspace=workspace, dataset=dataset))
+
+
+@pytest.fixture
+def trained(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the data set's folder with a scored model, to be changed."""
+    root = tmp_path / "workspace" / "Task04_Hippocampus"
+    shutil.copytree(tiny_model.parents[1], root, ignore=shutil.ignore_patterns("preprocessed", "models"))
+    shutil.copytree(tiny_model, root / "models" / "tiny", ignore=shutil.ignore_patterns("checkpoint*"))
+    shutil.copy(tiny_model.parents[2] / "current.json", root.parent)
+    return root
+
+
+def test_every_case_and_score_is_that_of_the_summary(tiny_model: Path, tiny_report: Path) -> None:
+    page = Page(tiny_report)
+    summary = read_json(tiny_model / "fold_0" / "validation" / "summary.json")
+    shown = page.data["models"]["tiny"]
+    assert set(shown["scores"]) == {entry["case"] for entry in summary["metric_per_case"]}
+    head, *rows = page.tables["Held-out cases of tiny, worst first"]
+    assert [name for name, _ in head] == ["Case", "fold", "mean Dice", "Anterior", "Posterior"]
+    cells = {row[0][0]: row for row in rows}
+    for entry in summary["metric_per_case"]:
+        metrics = [entry["metrics"][key] for key in ("1", "2")]
+        keys = ("Dice", "IoU", "reference_ml", "prediction_ml", "volume_error", "NSD", "HD95_mm", "lesion_F1",
+                "TP", "FP", "FN")  # fmt: skip
+        assert shown["scores"][entry["case"]] == [[m[key] for key in keys] for m in metrics]
+        dice = [m["Dice"] for m in metrics]
+        assert [float(value) for _, value in cells[entry["case"]][3:]] == dice
+        assert float(cells[entry["case"]][2][1]) == pytest.approx(np.mean(dice))
+        assert cells[entry["case"]][1][0] == "0"
+    means = [float(row[2][1]) for row in rows]
+    assert means == sorted(means)
+    overall = page.tables["Scores of held-out cases, by label"][-1]
+    assert float(overall[2][1]) == pytest.approx(summary["foreground_mean"]["Dice"])
+
+
+def test_pictures_lie_in_three_planes_through_the_largest_error(tiny_model: Path, tiny_report: Path) -> None:
+    shown = Page(tiny_report).data["models"]["tiny"]["pictures"]
+    summary = read_json(tiny_model / "fold_0" / "validation" / "summary.json")
+    assert set(shown) == {entry["case"] for entry in summary["metric_per_case"]}
+    for entry in summary["metric_per_case"]:
+        found, truth = (
+            SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(entry[key])))
+            for key in ("prediction_file", "reference_file")
+        )
+        planes = shown[entry["case"]]
+        assert [plane["name"] for plane in planes] == ["axial", "coronal", "sagittal"]
+        for axis, plane in enumerate(planes):
+            wrong = (found != truth).sum(axis=tuple(a for a in range(3) if a != axis))
+            assert plane["axis"] == "zyx"[axis] and wrong[plane["slice"]] == wrong.max()
+            assert plane["of"] == truth.shape[axis]
+
+
+def test_the_page_asks_for_nothing(tiny_report: Path) -> None:
+    page = Page(tiny_report)
+    addresses = [v for _, attributes in page.elements for k, v in attributes.items() if k in ("src", "href") and v]
+    assert addresses and all(address.startswith(("data:", "#")) for address in addresses)
+    (policy,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    assert policy["content"] and policy["content"].startswith("default-src 'none'; img-src data:")
+    assert "url(" not in tiny_report.read_text() and "@import" not in tiny_report.read_text()
+
+
+def test_settings_versions_and_costs_are_those_of_the_run(tiny_model: Path, tiny_report: Path) -> None:
+    page = Page(tiny_report)
+    run = read_json(tiny_model / "run.json")
+    assert str(run["seed"]) in page.text and run["versions"]["torch"] in page.text
+    (costs,) = page.tables["Time and memory of training"][1:]
+    rows = [json.loads(line) for line in (tiny_model / "fold_0" / "metrics.jsonl").read_text().splitlines()]
+    assert costs[2] == (str(rows[-1]["epoch"]), str(float(rows[-1]["epoch"])))
+    assert float(costs[7][1] or 0) == max(row["memory_gb"] for row in rows)
+    curves = [json.loads(a["data-curves"] or "") for a in page.all("svg", **{"class": "plot"}) if "data-curves" in a]
+    losses = next(c for c in curves if c["series"][0]["name"] == "fold 0, training")
+    assert losses["series"][0]["y"] == [row["train_loss"] for row in rows]
+    assert losses["series"][1]["y"] == [row["validation_loss"] for row in rows]
+
+
+def test_a_planned_data_set(copy_dataset: Callable[..., Path], command: Callable[..., Ended], tmp_path: Path) -> None:
+    api.plan(copy_dataset(4, "planned"), workspace=tmp_path / "nnlite_workspace", workers=0)
+    code, out, _ = command("report", "--json", cwd=tmp_path)
+    told = json.loads(out)
+    assert code == 0 and Path(told["report"]) == tmp_path / "nnlite_workspace" / "planned" / "report.html"
+    page = Page(Path(told["report"]))
+    assert told["bytes"] == Path(told["report"]).stat().st_size
+    assert len(page.all("figure", **{"class": "plane"})) == 4
+    assert "nnlite train 3d_fullres all" in page.text
+    for missing in ("No fold is trained yet.", "No held-out case is scored yet.", "There is nothing to compare yet."):
+        assert missing in page.text
+    code, out, _ = command("report", "-o", tmp_path, cwd=tmp_path)
+    assert code == 0 and out.strip() == str(tmp_path / "report.html")
+
+
+def test_volumes_and_sizes_are_those_of_the_files(copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    root = copy_dataset(3, "sizes")
+    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    page = report(tmp_path / "ws", tmp_path / "page.html")
+    head, *rows = page.tables["All 3 cases"]
+    assert [name for name, _ in head] == ["Case", "size (z, y, x)", "spacing (mm)", "Anterior (ml)", "Posterior (ml)"]
+    for row in rows:
+        label = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(root / "labelsTr" / f"{row[0][0]}.nii.gz")))
+        assert row[1][0] == " × ".join(map(str, label.shape))
+        for value in (1, 2):
+            assert float(row[2 + value][1] or 0) == pytest.approx((label == value).sum() / 1000)
+
+
+def test_a_fold_that_trains_and_a_line_that_is_half_written(trained: Path, tmp_path: Path) -> None:
+    fold = trained / "models" / "tiny" / "fold_1"
+    fold.mkdir()
+    rows = (trained / "models" / "tiny" / "fold_0" / "metrics.jsonl").read_text()
+    (fold / "metrics.jsonl").write_text(rows + rows[:40])
+    page = report(trained.parent, tmp_path / "page.html")
+    assert "fold 1 (not finished)" in page.text and "2 so far" in page.text
+
+
+def test_hostile_names_are_text(copy_nnunet: Callable[..., Path], tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    picture = '"><img src=x onerror=alert(2)>'
+    root = copy_nnunet(3, channels=(f"T1{evil}",), name="<b onclick=alert(3)>", labels={
+        "background": 0, evil: 1, picture: 2})  # fmt: skip
+    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    file = api.report(tmp_path / "page.html", workspace=tmp_path / "ws")
+    page = Page(file)
+    assert len(page.all("script")) == 2 and not page.all("img")
+    assert not [k for _, attributes in page.elements for k in attributes if k.startswith("on")]
+    assert page.data["labels"] == [evil, picture] and page.data["channels"] == [f"T1{evil}"]
+    assert evil in page.text and picture in page.text and "<b onclick=alert(3)>" in page.text
+    assert evil not in file.read_text()
+
+
+def test_colour_pictures(tmp_path: Path) -> None:
+    root, draws = tmp_path / "cells", np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for i in range(3):
+        image = draws.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        label = np.zeros((48, 64), np.uint8)
+        label[10:20, 10 : 30 + i] = 255
+        Image.fromarray(image).save(root / "images" / f"{i}.png")
+        Image.fromarray(label).save(root / "labels" / f"{i}.png")
+    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    page = report(tmp_path / "ws", tmp_path / "page.html")
+    assert len(page.all("figure", **{"class": "plane"})) == 3
+    assert [row[3] for row in page.tables["All 3 cases"][1:]] == [
+        (f"{100 * 10 * (20 + i) / (48 * 64):.4g}", str(100 * 10 * (20 + i) / (48 * 64))) for i in range(3)
+    ]
+    assert "n/a" in [cell for cell, _ in page.tables["All 3 cases"][1]]  # a picture has no spacing
+
+
+def test_regions_and_channels(copy_nnunet: Callable[..., Path], tmp_path: Path) -> None:
+    labels = {"background": 0, "whole": [1, 2], "posterior": 2}
+    root = copy_nnunet(3, channels=("T1", "T2"), name="regions", labels=labels, regions_class_order=[1, 2])
+    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    page = report(tmp_path / "ws", tmp_path / "page.html")
+    for row in page.tables["All 3 cases"][1:]:
+        label = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(root / "labelsTr" / f"{row[0][0]}.nii.gz")))
+        assert float(row[3][1] or 0) == pytest.approx((label > 0).sum() / 1000)
+    assert [row[0][0] for row in page.tables["Intensities of all labelled voxels"][1:]] == ["T1", "T2"]
+    drawn = [a for a in page.all("svg", **{"class": "plot"}) if (a["aria-label"] or "").startswith("Intensities, ")]
+    assert len(drawn) == 2
+
+
+def test_what_was_selected(trained: Path, tmp_path: Path) -> None:
+    """The winner, here an ensemble, comes first and with its cases; the margin and the postprocessing are told."""
+    shutil.copytree(trained / "models" / "tiny", trained / "models" / "other")
+    ensemble = trained / "ensembles" / "other+tiny" / "fold_0"
+    shutil.copytree(trained / "models" / "tiny" / "fold_0" / "validation", ensemble / "validation")
+    winner = {"models": ["other", "tiny"], "n_cases": 2, "dice": 0.81, "low": 0.7, "high": 0.9,
+              "by_label": {"Anterior": 0.8, "Posterior": 0.82}, "margin": {"mean": 0, "low": 0, "high": 0}}  # fmt: skip
+    second = {**winner, "models": ["tiny"], "dice": 0.75, "margin": {"mean": 0.06, "low": -0.01, "high": 0.11}}
+    write_json(trained / "inference.json", {
+        "format": "nnlite-inference-1", "models": ["other", "tiny"], "folds": ["0"], "made": "2026-11-26",
+        "postprocessing": {"Posterior": {"largest_component": True, "min_size_mm3": 12.5}},
+        "candidates": [winner, second],
+        "postprocessing_gain": {"Posterior": {"before": 0.8, "after": 0.82}}, "version": "0.1.0",
+    })  # fmt: skip
+    page = report(trained.parent, tmp_path / "page.html")
+    assert list(page.data["models"]) == ["other+tiny", "other", "tiny"]
+    rows = page.tables["Candidates of nnlite select, the best first"]
+    assert [cell for cell, _ in rows[1]][:4] == ["other + tiny", "2", "0.810", "0.700 to 0.900"]
+    assert rows[2][4][0] == "+0.0600 (-0.0100 to +0.1100)"
+    steps = page.tables["Postprocessing of the predictions"][1]
+    assert steps[1][0] == "only the largest component is kept, components below 12.5 mm³ are removed"
+    assert [float(value or 0) for _, value in steps[2:]] == [0.8, 0.82]
+    assert page.tables["Held-out cases of other + tiny, worst first"]
+
+
+def test_images_that_are_gone_are_told(trained: Path, tmp_path: Path) -> None:
+    table = read_json(trained / "dataset.json")
+    scored = read_json(trained / "models" / "tiny" / "fold_0" / "validation" / "summary.json")
+    gone = scored["metric_per_case"][0]["case"]
+    for case in table["dataset"]:
+        if case["id"] == gone:
+            case["images"] = [str(tmp_path / "gone.nii.gz")]
+    write_json(trained / "dataset.json", table)
+    page = report(trained.parent, tmp_path / "page.html")
+    assert "1 of 10 cases could not be shown" in page.text and "gone.nii.gz" in page.text
+    assert gone in page.data["models"]["tiny"]["scores"] and gone not in page.data["models"]["tiny"]["pictures"]
+
+
+def test_what_does_not_fit_is_left_out_from_the_best_on(
+    trained: Path, tiny_report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Page(tiny_report)
+    worst = whole.tables["Held-out cases of tiny, worst first"][1][0][0]
+    planes = whole.data["models"]["tiny"]["pictures"][worst]
+    monkeypatch.setattr(gallery, "PICTURE_BYTES", int(1.3 * len(json.dumps(planes))))
+    monkeypatch.setattr(gallery, "TILES", 3)
+    page = report(trained.parent, tmp_path / "page.html")
+    assert list(page.data["models"]["tiny"]["pictures"]) == [worst]
+    assert "tiny: pictures of the 1 worst of 2 cases" in page.text
+    assert "the montage and the intensities are those of 3 of 10 cases" in page.text
+
+
+def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> None:
+    file = trained / "models" / "tiny" / "fold_0" / "validation" / "summary.json"
+    file.write_text(file.read_text().replace('"2": {', '"3": {'))
+    page = report(trained.parent, tmp_path / "page.html")
+    assert "scores are left out" in page.text and not page.data["models"]
+
+
+def test_no_planned_data_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data set is planned"):
+        api.report(workspace=tmp_path)
