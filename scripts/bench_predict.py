@@ -89,13 +89,14 @@ def alone(image: Path, cores: list[int], slices: int, classes: int, scratch: Pat
 
 def row(model: Path, images: Path, n: int) -> None:
     """Memory of this process after each of several cases."""
-    from nnunet_lite.api import predict
+    from nnunet_lite.models import load
+    from nnunet_lite.network.arithmetic import keep_freed_memory
 
-    sizes = []
-    with tempfile.TemporaryDirectory() as out:
-        for case in sorted(images.glob("*.nii.gz"))[:n]:
-            predict(case, out, model=model, device="cpu")
-            sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    keep_freed_memory()  # as `nnlite predict` does
+    loaded, sizes = load(model, device="cpu"), []
+    for case in sorted(images.glob("*.nii.gz"))[:n]:
+        loaded(case)
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     info("MB after each case: " + " ".join(f"{size / 1e6:.0f}" for size in sizes))
     info(f"after the last {sizes[-1] / sizes[1]:.3f} of what it was after the second")
 
