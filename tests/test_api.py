@@ -17,7 +17,10 @@ import nnunet_lite
 import nnunet_lite.api
 from nnunet_lite.errors import UserError
 
-STEPS = {"check", "plan", "preprocess", "train", "predict", "evaluate", "report", "load", "import_model", "export_model"}
+STEPS = {"check", "plan", "preprocess", "train", "predict", "evaluate", "report", "load"} | {
+    "import_model",
+    "export_model",
+}
 TINY = {
     "training.epochs": 1,
     "training.iterations": 1,

@@ -14,7 +14,7 @@ import pytest
 import nnunet_lite
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("check", "plan", "preprocess", "train", "predict", "evaluate", "info", "doctor")
+COMMANDS = ("check", "plan", "preprocess", "train", "predict", "evaluate", "report", "info", "doctor")
 
 
 def one_line(err: str) -> str:
