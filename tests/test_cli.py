@@ -14,7 +14,9 @@ import pytest
 import nnunet_lite
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("check", "plan", "preprocess", "train", "predict", "evaluate", "select", "info", "doctor")
+COMMANDS = (
+    "check", "plan", "preprocess", "train", "predict", "evaluate", "select", "report", "run", "view", "info", "doctor",
+)  # fmt: skip
 
 
 def one_line(err: str) -> str:

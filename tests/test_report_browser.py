@@ -58,7 +58,7 @@ def listen(page: Any, complaints: list[str]) -> None:
 
 def column(tab: Any, caption: str, number: int) -> list[str]:
     rows = tab.locator("table", has=tab.get_by_text(caption, exact=True)).locator("tbody tr:visible")
-    return [row.locator("th, td").nth(number).inner_text() for row in rows.all()]
+    return [(row.locator("th, td").nth(number).text_content() or "").strip() for row in rows.all()]
 
 
 def test_a_table_is_sorted_by_click_and_key(tab: Any) -> None:

@@ -37,7 +37,7 @@ class _Frame:
     x: tuple[float, float]
     y: tuple[float, float]
     left: float = 52
-    right: float = 12
+    right: float = 22
     top: float = 10
     bottom: float = 34
 

@@ -50,7 +50,7 @@ def label_table(scores: Scores, names: Sequence[str]) -> Table:
 
 
 def _percent(value: float | None) -> Cell:
-    return Cell("n/a") if value is None else Cell(f"{value:+.1%}", value)
+    return Cell("n/a") if value is None else Cell(f"{round(value, 3) + 0.0:+.1%}", value)  # no -0.0%
 
 
 def case_rows(model: Model, wide: bool) -> Table:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from nnunet_lite import log
 from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.problems import plural
 from nnunet_lite.plan.show import HEADER, normalization, plan_reasons, plan_rows, plan_title
 from nnunet_lite.report.collect import Fold, Material, Model
 from nnunet_lite.report.gallery import Gallery
@@ -20,6 +21,7 @@ from nnunet_lite.report.plots import Series, curves, histogram
 from nnunet_lite.report.tables import Cell, Line, Row, Table, by, number
 
 _CURVED_LABELS = 8  # of which intensities are drawn
+_DRAWN_LABELS = 12  # of which volumes are drawn
 _BINS = 60
 
 
@@ -86,13 +88,17 @@ def data_charts(material: Material, gallery: Gallery) -> list[Chart]:
     if not is_picture(places[0]):
         charts += _along("Spacing", axes, [place.spacing for place in places], "mm")
     found = volumes(material, gallery)
-    for name in material.dataset.labels.region_names:
+    names = material.dataset.labels.region_names
+    for name in names[:_DRAWN_LABELS]:
         values = [_volume(v[name], gallery.seen[case].geometry) for case, v in found.items() if case in gallery.seen]
         present = [value for value in values if value]
         note = f"; in {len(present)} of {len(values)} cases" if len(present) < len(values) else ""
         if present:
             title, unit = ("Area", "% of the picture") if flat else ("Volume", "ml")
             charts.append(_spread(f"{title} of {name}", present, unit, note))
+    if len(names) > _DRAWN_LABELS:
+        rest = plural(len(names) - _DRAWN_LABELS, "more label")
+        charts.append(Chart("Other labels", Markup(""), f"{rest}: in the table of all cases"))
     return charts
 
 

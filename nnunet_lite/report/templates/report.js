@@ -324,6 +324,9 @@ function readOff(figure, svg) {
     const nearest = curves.series[0].x.reduce((a, b) => (Math.abs(b - value) < Math.abs(a - value) ? b : a));
     readout.textContent = [`${curves.label} ${Number(nearest.toPrecision(5))}`, ...lines.filter(Boolean)].join("\n");
     cursor.setAttribute("d", `M${Math.min(Math.max(x, left), right)} 10V${svg.viewBox.baseVal.height - 34}`);
+    const beyond = x > (left + right) / 2; // the box keeps off the cursor
+    readout.style.left = beyond ? "3.5rem" : "";
+    readout.style.right = beyond ? "" : "1rem";
     svg.append(cursor);
     figure.append(readout);
   });
