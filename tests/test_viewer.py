@@ -302,7 +302,10 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(tiny_workspace: Pat
         assert b"viewer.js" in connection.getresponse().read()
         connection.close()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0 and err.endswith("closed\n") and "Traceback" not in err, err
 
 

@@ -114,6 +114,7 @@ def view(
     workspace: Workspace = None,
 ) -> None:
     """Look at an image with reference and prediction in the browser."""
+    import signal
     import threading
 
     from nnunet_lite.report.viewer import open_browser
@@ -123,6 +124,7 @@ def view(
         log.info(f"{shown.title}: readable on this machine alone, until Ctrl-C")
         if browser and not open_browser(shown):
             log.info("no browser with windows was found; open the address above in one")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
