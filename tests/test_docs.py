@@ -187,7 +187,10 @@ def look_at(arguments: list[str], place: Path) -> None:
         assert process.stdout is not None
         address = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert address.startswith("http://127.0.0.1:") and process.returncode == 0, f"{arguments}\n{address}{err}"
 
 

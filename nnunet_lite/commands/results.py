@@ -114,16 +114,18 @@ def view(
     workspace: Workspace = None,
 ) -> None:
     """Look at an image with reference and prediction in the browser."""
+    import signal
     import threading
 
     from nnunet_lite.report.viewer import open_browser
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     with api.view(case, *segmentations or (), model=model or None, dataset=dataset, workspace=workspace) as shown:
-        log.answer(shown.url)
-        log.info(f"{shown.title}: readable on this machine alone, until Ctrl-C")
-        if browser and not open_browser(shown):
-            log.info("no browser with windows was found; open the address above in one")
         try:
+            log.answer(shown.url)
+            log.info(f"{shown.title}: readable on this machine alone, until Ctrl-C")
+            if browser and not open_browser(shown):
+                log.info("no browser with windows was found; open the address above in one")
             threading.Event().wait()
         except KeyboardInterrupt:
             log.info("closed")
