@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import nnunet_lite
 from nnunet_lite import cluster as c
+from nnunet_lite.cluster_start import read_start
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Journal, Step
 
@@ -41,7 +42,7 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     """Two workers of one thread; one that dies is started again."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as local:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as local:
         yield local.scheduler_address
 
 
@@ -119,6 +120,49 @@ def test_folds_train_on_workers_though_one_is_killed(scheduler: str, tiny_worksp
         there = load_file(models / f"fold_{fold}" / "model.safetensors")
         here = tmp_path / "here" / "Task04_Hippocampus" / "models" / "3d_fullres-default" / f"fold_{fold}"
         assert all(value.equal(there[key]) for key, value in load_file(here / "model.safetensors").items())
+
+
+def test_images_are_predicted_on_workers(
+    scheduler: str, tiny_model: Path, hippocampus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The label maps are to the byte those of one process; a relative path is one of this folder."""
+    (tmp_path / "in").mkdir()
+    for image in sorted((hippocampus / "imagesTs").iterdir())[:3]:
+        shutil.copy(image, tmp_path / "in" / image.name)
+    (tmp_path / "in" / "broken.nii.gz").write_bytes(b"not an image")
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "changes": {"inference.mirroring": False}}
+    here = nnunet_lite.predict("in", "here", **options)
+    there = nnunet_lite.predict("in", "there", scheduler=scheduler, **options)
+    assert len(there.files) == 3
+    assert list(there.failed) == list(here.failed) == ["broken"]
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+    assert there.folds == here.folds
+
+
+@pytest.mark.parametrize("name", ["local", "slurm", "lsf", "pbs"])
+def test_each_configuration_is_read(name: str) -> None:
+    start = read_start(name)
+    assert (start.kind, start.workers > 0) == (name, True)
+
+
+@pytest.mark.parametrize(("name", "line"), [("slurm", "#SBATCH --gres=gpu:1"), ("lsf", "#BSUB -gpu num=1"),
+                                            ("pbs", "#PBS -l select=1:ncpus=8:mem=64GB:ngpus=1")])  # fmt: skip
+def test_the_script_of_a_job_asks_for_a_gpu_and_offers_it(
+    name: str, line: str, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, script, err = command("cluster", name, "--script", cwd=tmp_path)
+    assert code == 0, err
+    assert line in script
+    assert "--resources GPU=1" in script
+
+
+def test_a_wrong_configuration_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no cluster 'sge'.*local, lsf, pbs, slurm"):
+        read_start("sge")
+    (tmp_path / "mine.toml").write_text("kind = 'slurm'\nworker = 3\n")
+    with pytest.raises(UserError, match=r"mine\.toml: must be TOML with kind, workers and options"):
+        read_start(str(tmp_path / "mine.toml"))
 
 
 # ------------------------------------------------------------------------------------------------- the parts of it

@@ -95,6 +95,7 @@ def preprocess_dataset(
             part = _merged(
                 names, spread(make.alone, [(case, known.get(case.id)) for case in dataset.cases], "preprocess")
             )
+            _sweep(folder)  # what workers that died left
         if part.raw != known:
             memorize(memory, part.raw)
         for name, entries in part.index.items():
