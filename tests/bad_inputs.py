@@ -60,8 +60,7 @@ def setting(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda value: value.update(values)
 
 
-def copy_workspace(workspace: Path, place: Path, *, arrays: bool = False, models: bool = False) -> Path:
+def copy_workspace(workspace: Path, place: Path) -> Path:
     """A workspace to break, as ./nnlite_workspace; returns the folder of its data set."""
-    skipped = [name for name, wanted in (("preprocessed", arrays), ("models", models)) if not wanted]
-    shutil.copytree(workspace, place / "nnlite_workspace", ignore=shutil.ignore_patterns(*skipped, ".lock"))
+    shutil.copytree(workspace, place / "nnlite_workspace", ignore=shutil.ignore_patterns(".lock"))
     return place / "nnlite_workspace" / "Task04_Hippocampus"

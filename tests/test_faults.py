@@ -224,7 +224,7 @@ def test_damaged_array(command: Run, tiny_workspace: Path, tmp_path: Path, count
     """What is damaged is made again, and only that."""
     counts("faults survived")
     damage, find = DAMAGED[name]
-    root = copy_workspace(tiny_workspace, tmp_path, models=False)
+    root = copy_workspace(tiny_workspace, tmp_path)
     file = find(root)
     before = file.read_bytes()
     damage(file)
@@ -239,7 +239,7 @@ def test_damaged_array(command: Run, tiny_workspace: Path, tmp_path: Path, count
 def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, counts: Any) -> None:
     """A label map that was changed since redoes one case."""
     counts("faults survived")
-    root = copy_workspace(tiny_workspace, tmp_path, models=False)
+    root = copy_workspace(tiny_workspace, tmp_path)
     raw_data(tmp_path)
     told = json.loads((root / "dataset.json").read_text())
     label = tmp_path / "raw" / "labelsTr" / Path(told["dataset"][0]["label"]).name

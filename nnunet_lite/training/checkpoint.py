@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import atomic
 
 CHECKPOINT = "checkpoint.safetensors"
+_ANEW = "Get it again, or train it anew with --restart."
 
 
 def save_weights(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
@@ -92,7 +94,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("no such file", path) from None
     except Exception as error:  # safetensors raises its own SafetensorError, which is no public type
-        raise UserError(f"is not a safetensors file ({error})", path) from None
+        raise UserError(f"is not a safetensors file ({error})", path, _ANEW) from None
 
 
 def _fill(network: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -118,12 +120,26 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -
     with atomic(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+        whole = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        save_file(whole, temporary, {"state": json.dumps(state), "checksum": _checksum(whole)})
         temporary.chmod(mode)  # safetensors writes files that only their owner may read
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     state = read_state(path)
-    return load_file(path), state
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get("checksum")
+    if expected not in (None, _checksum(tensors)):
+        raise UserError("is damaged: its checksum is another", path, _ANEW)
+    return tensors, state
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
