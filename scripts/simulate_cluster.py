@@ -88,7 +88,7 @@ def sleep(seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A simulation: wall seconds, those that full workers sleep, results; memory (bytes) and CPU (s) of the scheduler."""
+    """A simulation: wall seconds, those that full workers sleep, results; memory (bytes), CPU (s) of the scheduler."""
 
     seconds: float
     ideal: float
