@@ -39,6 +39,7 @@ from nnunet_lite.network.build import build_network
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import load as load_settings
 from nnunet_lite.training.checkpoint import save_weights
+from nnunet_lite.training.run import FORMAT
 from nnunet_lite.workspace import write_json, write_text
 
 NNLITE = [sys.executable, "-m", "nnunet_lite", "predict", "--device", "cpu"]
@@ -143,7 +144,7 @@ def random_model(folder: Path, classes: int) -> Path:
     settings = load_settings("default", {"augmentation.mirror_axes": []}).model_dump(mode="json")
     write_text(folder / "plans.json", plan.to_json())
     write_json(folder / "dataset.json", about)
-    write_json(folder / "run.json", {"configuration": "3d_fullres", "settings": settings})
+    write_json(folder / "run.json", {"format": FORMAT, "configuration": "3d_fullres", "settings": settings, "seed": 0})
     torch.manual_seed(0)
     made = build_network(plan, "3d_fullres")
     save_weights(folder / "fold_0" / "model.safetensors", made, {"epochs": 0})

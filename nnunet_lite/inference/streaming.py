@@ -27,7 +27,8 @@ from nnunet_lite.inference.tiles import Sides
 from nnunet_lite.inference.windows import Flip, Span, Tiling, cut, mirrored, schedule, weight_of
 from nnunet_lite.preprocess.decide import decide, written_values
 from nnunet_lite.preprocess.pipeline import Placement, cropped_shape, empty_map
-from nnunet_lite.preprocess.resample import Block, blocks, in_threads, operand, operators, slab_of
+from nnunet_lite.preprocess.resample import Block, blocks, operand, operators, slab_of
+from nnunet_lite.preprocess.threads import in_threads
 
 Place = tuple[Span, ...]  # of a window
 

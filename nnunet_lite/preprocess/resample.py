@@ -13,17 +13,14 @@ in `threads` of ours whose number changes no bit; a torch tensor is computed on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from nnunet_lite.budget import cpus
 from nnunet_lite.data.crop import bounding_box, slices
+from nnunet_lite.preprocess.threads import in_threads
 
 if TYPE_CHECKING:
     import torch
@@ -219,19 +216,6 @@ def slab_of(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) ->
             yield z, rows, piece
 
 
-def in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None = None) -> None:
-    """Work on all parts, in one thread per CPU unless told otherwise."""
-    threads = min(threads or cpus(), len(parts))
-    with _one_blas_thread():  # its own would wait for each other after each of many small products
-        if threads < 2:
-            for part in parts:
-                work(part)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(work, parts):
-                pass
-
-
 @lru_cache(maxsize=128)
 def operator(old: int, new: int, order: int) -> np.ndarray:
     """The matrix (new, old), float32, that resamples one axis by a spline of that order; order 0 takes the nearest."""
@@ -313,45 +297,6 @@ def _rows(slab: Array, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple
                 out[:, across.start : across.stop] = flat[:, across.low : across.high] @ across.matrix.T
             strip = out.reshape(*strip.shape[:-1], -1)
         yield slice(down.start, down.stop), strip
-
-
-_blas_limits: list[Any] = []  # one for each caller that is inside now, all the same
-_blas_lock = Lock()
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """numpy's BLAS in one thread, a limit of the process: callers share it, and the last one to leave lifts it.
-
-    With a limit for each, one would put back what another had set, and leave it so. threadpoolctl heeds one living
-    thread alone, which may not be the one that leaves last, so a thread of its own sets and lifts it.
-    """
-    with _blas_lock:
-        if not _blas_limits:
-            _apart(lambda: _blas_limits.append(_blas().limit(limits=1)))
-        else:
-            _blas_limits.append(_blas_limits[0])
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            limit = _blas_limits.pop()
-            if not _blas_limits:
-                _apart(limit.restore_original_limits)
-
-
-def _apart(work: Callable[[], None]) -> None:
-    thread = Thread(target=work)
-    thread.start()
-    thread.join()
-
-
-@lru_cache(maxsize=1)
-def _blas() -> Any:
-    """The handle on numpy's BLAS and its threads."""
-    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
-
-    return ThreadpoolController().select(user_api="blas")
 
 
 def _bounds(channel: Array, axis: int | None, target: Shape) -> tuple[Array, Array]:
