@@ -10,6 +10,7 @@ Workers give the resource `nnlite-cases`, one for each of their threads, and `nn
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import secrets
@@ -23,17 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distributed import (
-    CancelledError,
-    Client,
-    Future,
-    KilledWorker,
-    Worker,
-    WorkerPlugin,
-    as_completed,
-    get_worker,
-    wait,
-)
+import distributed
+from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, as_completed
 
 import nnunet_lite
 from nnunet_lite import log
@@ -99,7 +91,7 @@ class Fit(WorkerPlugin):
         self.place = place
 
     async def setup(self, worker: Worker) -> None:
-        reason = unfit(self.place)
+        reason = await asyncio.to_thread(unfit, self.place)
         if reason is not None:
             log.warn(f"no work for this worker: it {reason}")
         await worker.set_resources(**{_CASES: 0 if reason else worker.state.nthreads, _FOLDS: 0 if reason else 1})
@@ -213,11 +205,21 @@ def connected(address: str, workspace: Path) -> Iterator[Cluster]:
             client.wait_for_workers(1, timeout=_FIRST_WORKER)
         except TimeoutError:
             raise UserError(f"no worker has come in {log.duration(_FIRST_WORKER)}", address) from None
-        _refuse_unfit(client.run(unfit, place, on_error="return"))
-        client.register_plugin(Fit(place))
+        _refuse_unfit(_insistently(lambda: client.run(unfit, place, on_error="return")))
+        _insistently(lambda: client.register_plugin(Fit(place)))
         cluster = Cluster(client)
         log.info(f"{address}: {len(client.nthreads())} workers with {cluster.slots} threads")
         yield cluster
+
+
+def _insistently(ask: Callable[[], T]) -> T:
+    """Ask all workers something, again where one of them dies meanwhile."""
+    for attempt in range(1, _TRIES):
+        try:
+            return ask()
+        except OSError:  # of a connection
+            time.sleep(2 * attempt)
+    return ask()
 
 
 @contextmanager
@@ -225,7 +227,7 @@ def _client(address: str) -> Iterator[Client]:
     file = Path(address).expanduser()
     where = {"scheduler_file": str(file)} if file.is_file() else {"address": address}
     try:
-        client = Client(**where, timeout=_CONNECT, set_as_default=False)
+        client = Client(**where, timeout=_CONNECT)
     except (OSError, ValueError) as error:
         fix = "Start one with `nnlite cluster CONFIG` or `dask scheduler`, and give the address that it prints."
         raise UserError(f"no Dask scheduler answers ({type(error).__name__})", address, fix) from None
@@ -327,7 +329,7 @@ def _fold(run: Callable[[], Any]) -> None:
 def _use_all_threads() -> None:
     import torch
 
-    torch.set_num_threads(get_worker().state.nthreads)
+    torch.set_num_threads(distributed.get_worker().state.nthreads)
 
 
 def _wait(
@@ -335,7 +337,7 @@ def _wait(
 ) -> list[Ended]:
     """Wait until a step ends, or for a while; what has ended leaves `running`, what has failed comes to `failed`."""
     try:
-        done = wait(list(running), timeout=_BETWEEN_LINES, return_when="FIRST_COMPLETED").done
+        done = distributed.wait(list(running), timeout=_BETWEEN_LINES, return_when="FIRST_COMPLETED").done
     except TimeoutError:
         log.info("running: " + ", ".join(f"{b.step.name} {b.step.progress():.0%}" for b in running.values()))
         return []
@@ -371,7 +373,7 @@ def _stop(cluster: Cluster, running: Mapping[Future, _Begun]) -> None:
     with suppress(TimeoutError, OSError):
         waiting = [future for future in running if future.status == "pending"]
         cluster.client.run(_ask_to_stop)
-        wait(waiting, timeout=_STOPPING)
+        distributed.wait(waiting, timeout=_STOPPING)
     cluster.client.cancel(list(running), force=True)
 
 

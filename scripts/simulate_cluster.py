@@ -88,7 +88,7 @@ def sleep(seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A simulation: wall seconds, those that full workers sleep, results; memory (bytes), CPU (s) of the scheduler."""
+    """Wall seconds, those that full workers sleep, results; memory (bytes) and CPU (s) of the scheduler."""
 
     seconds: float
     ideal: float
@@ -98,7 +98,7 @@ class Scheduled:
 
 
 def schedule(times: list[float], workers: int, dying: int) -> Scheduled:
-    """Send a case for each time through a scheduler in a process of its own; `dying` workers are killed on the way."""
+    """Send a case for each time through a scheduler in a process of its own; `dying` workers are killed midway."""
     from nnunet_lite.cluster import connected
 
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 from safetensors.torch import load_file
@@ -41,8 +42,11 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
-    """Two workers of one thread; one that dies is started again."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as local:
+    """Two workers of one thread; one that dies is started again, a task that killed two is given up."""
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as local,
+    ):
         yield local.scheduler_address
 
 
