@@ -243,7 +243,7 @@ SETTINGS = {
     "negative memory": asked("plan raw --memory -8", "memory"),
     "no such preset": asked("plan raw --preset resenc_s", "resenc_s"),
     "percentiles the wrong way round": asked("plan raw --clip-percentiles 99 1", "99"),
-    "percentiles beyond 100": asked("plan raw --clip-percentiles 1 101", "101"),
+    "percentiles beyond 100": asked("plan raw --clip-percentiles 1 101", "--clip-percentiles"),
     "a plan from no file": asked("plan raw --plans nowhere.json", "nowhere.json"),
     "groups by a broken expression": asked("plan raw --group-by (", "regular expression"),
     "groups by an expression that matches nothing": asked("plan raw --group-by patient", "matches nothing"),

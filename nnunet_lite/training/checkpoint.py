@@ -141,5 +141,6 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     found = 0
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+        data = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        found = zlib.crc32(data, zlib.crc32(name.encode(), found))
     return f"{found:08x}"
