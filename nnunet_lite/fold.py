@@ -122,6 +122,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     join(ranks, device)
     if device.type == "cpu" and run.settings.recipe == "default" and request.device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
+    _must_be_trainable(run, ranks, device)
     seed = _begun(run, ranks)
     if is_complete(run.fold_folder, run.settings):
         log.info(f"{run.fold_folder}: training is finished")
@@ -133,6 +134,24 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     return validate_fold(
         run.folder, run.split.name, run.dataset, held_out, request.device, _predicted(run, held_out, device)
     )
+
+
+def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
+    """Refuse, before anything is written, what only the parts that need torch can tell.
+
+    Raises
+    ------
+    UserError : class weights or swaps of other labels, no such transform, or a network that cannot be made.
+    """
+    from nnunet_lite.network.build import build_network
+    from nnunet_lite.training.batches import check_augmentation
+    from nnunet_lite.training.job import Job
+    from nnunet_lite.training.loss import check_weights
+
+    check_weights(run.settings.loss, run.plan.labels)
+    check_augmentation(Job(run.plan, run.configuration, run.settings, 0, run.fold_folder, device, [], [], ranks))
+    if run.settings.network.factory is not None:
+        build_network(run.plan, run.configuration, run.settings.network.factory)
 
 
 def examined(request: Request, paths: Paths) -> Run:
@@ -217,7 +236,6 @@ def _predicted(run: Run, case_ids: Sequence[str], device: torch.device) -> dict[
 
 def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
     """Load the cases and train on them."""
-    from nnunet_lite.training.batches import check_augmentation
     from nnunet_lite.training.cache import load_cases
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.loop import train_fold
@@ -243,6 +261,5 @@ def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
     record_cases(run.fold_folder, split)
     job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks)
     if run.request.preview and ranks.rank == 0:
-        check_augmentation(job)
         draw_preview(job, job.folder / "preview.png")
     train_fold(job)

@@ -14,8 +14,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import nibabel  # noqa: F401 - it and SimpleITK before the clock runs
 import numpy as np
 import pytest
+import SimpleITK  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -84,15 +84,15 @@ def plan(
     wanted = wanted_folds(dataset, folds, group_by, stratify, splits)
     trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
     other_splits = must_be_made(paths.splits, ids, wanted, trained)
+    adopted = None if adopt is None else _adopted(Path(adopt), dataset)
+    if clip_percentiles is not None and clip_percentiles[0] >= clip_percentiles[1]:
+        raise UserError("--clip-percentiles {:g} {:g} leaves nothing".format(*clip_percentiles), fix="Give low, high.")
     report, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(report.to_text())
     if fingerprint is None:
         errors = report.count("error")
         raise UserError(f"{errors} error{'s' if errors > 1 else ''} must be mended before planning", root, "See above.")
-    if adopt is None:
-        made = make_plan(fingerprint, dataset.name, dataset.channels, dataset.labels, preset, memory)
-    else:
-        made = _adopted(Path(adopt), dataset)
+    made = adopted or make_plan(fingerprint, dataset.name, dataset.channels, dataset.labels, preset, memory)
     made = _changed(made, change)
     if clip_percentiles is not None:
         clipped = [c if c.normalization == "ct" else c.model_copy(update={"clip_percentiles": clip_percentiles})

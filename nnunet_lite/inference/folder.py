@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -88,6 +89,7 @@ def predict_cases(
                 ready = ahead.pop(0).result()
                 found = _predict(model, ready, None if previous is None else previous(case.id), wanted, out)
             except Exception as error:  # whatever is wrong with one case, the others are predicted
+                _stop_if_full(error, out)
                 failed[case.id] = describe(error)
                 continue
             written.append((case, writer.submit(_write, model, case, targets[case.id], ready, found, finish)))
@@ -96,8 +98,15 @@ def predict_cases(
                 future.result()
                 done.append(targets[case.id])
             except Exception as error:
+                _stop_if_full(error, out)
                 failed[case.id] = describe(error)
     return sorted(done), failed
+
+
+def _stop_if_full(error: Exception, out: Path) -> None:
+    """A full disk is not the fault of one case, and no other would fare better."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise OSError(error.errno, error.strerror, str(out)) from None
 
 
 def output_file(case: Case, out: Path, dicom_seg: bool = False) -> Path:

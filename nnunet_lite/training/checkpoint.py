@@ -141,5 +141,5 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     found = 0
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
     return f"{found:08x}"
