@@ -316,13 +316,16 @@ def sides_of(plan: Plan, configuration: str, trained: AugmentationSettings) -> S
 def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
     """What the training chose, so that a model predicts the same each time; on another kind of device it is timed.
 
-    On a CPU the layout is not: our normalisation, upsampling and convolution are made for channels-last.
+    On a CPU the layout is not: our normalisation, upsampling and convolution are made for channels-last. But where a
+    model of nnU-Net is to be computed in fp32, close races are to be decided as nnU-Net decides them, hence its layout.
     """
     import torch
 
     from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest
 
-    options = candidates(model.device, model.settings.precision, True if model.device.type == "cpu" else "auto")
+    like_nnunet = model.settings.sums == "float16" and model.settings.precision == "fp32"
+    layout = not like_nnunet if model.device.type == "cpu" else "auto"
+    options = candidates(model.device, model.settings.precision, layout)
     if about.get("device") == model.device.type:
         trained, asked = Arithmetic(**about["arithmetic"]), model.settings.precision
         best = replace(trained, precision=trained.precision if asked == "auto" else asked)
