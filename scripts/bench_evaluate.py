@@ -3,8 +3,8 @@
 
 usage: taskset -c 0,1 python scripts/bench_evaluate.py [--cores N] [--repeat N] [--output TABLE.md]
 
-The prediction is as good as that of a trained network (surfaces some voxels apart), bad (each label far from its place,
-and 2000 false specks), or useless (labels shuffled and noise everywhere). Prints one table.
+The prediction is as good as that of a trained network (surfaces some voxels apart), or bad (each label far from its
+place, and 2000 false specks). Prints one table.
 """
 
 from __future__ import annotations
@@ -46,16 +46,6 @@ def with_specks(array: np.ndarray, number: int) -> np.ndarray:
     return array
 
 
-def shuffled(array: np.ndarray) -> np.ndarray:
-    """Each label takes another one's place, and a voxel in 50 is any label."""
-    rng = np.random.default_rng(2)
-    out = np.roll(np.arange(11, dtype=np.uint8)[array], 40, axis=1)
-    out = np.where(out > 0, out % 10 + 1, 0).astype(np.uint8)
-    noise = rng.random(SHAPE, dtype=np.float32) < 0.02
-    out[noise] = rng.integers(1, 11, int(noise.sum()))
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, default=2)
@@ -66,7 +56,6 @@ def main() -> None:
     predictions = {
         "good": organs(3),
         "bad: far away, with 2000 specks": with_specks(organs(40), 2000),
-        "useless: shuffled, noise everywhere": shuffled(organs(0)),
     }
     rows = []
     for name, prediction in predictions.items():

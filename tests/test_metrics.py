@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from scipy import ndimage
 from scipy.stats import bootstrap
 
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.metrics import Measures, score_case, surface_distances, surface_voxels
+from nnunet_lite.evaluation.metrics import Measures, score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores, evaluate
 
 DATA = Path(__file__).parent / "data" / "Task04_Hippocampus"
@@ -125,23 +124,6 @@ def test_equals_simpleitk(path: Path, spacing: tuple[float, float, float]) -> No
         found = {key: getattr(measured[name], key) for key in expected}
         assert found == pytest.approx(expected, abs=1e-3)
         assert 0.2 < found["dice"] < 0.95 and found["hd95_mm"] > 1  # the test has something to find
-
-
-@pytest.mark.parametrize("margin", [0, 60], ids=["distance map", "tree"])
-def test_distances_equal_brute_force(margin: int) -> None:
-    """Both ways to find distances: the wide margin makes surface voxels rare, which is when a tree is used."""
-    reference = read_label(REFERENCES[0])[0]
-    source, target = (surface_voxels(np.pad(array > 0, margin)) for array in (flawed(reference), reference))
-    between = np.argwhere(source)[:, None] * ANISOTROPIC - np.argwhere(target)[None] * ANISOTROPIC
-    expected = np.sort(np.sqrt((between**2).sum(-1)).min(1))
-    found = surface_distances(source, target, ANISOTROPIC)
-    assert np.sort(found) == pytest.approx(expected, abs=1e-4)
-    assert expected.max() > 2
-
-
-def test_surface_is_what_erosion_takes() -> None:
-    mask = read_label(REFERENCES[1])[0] > 0
-    assert np.array_equal(surface_voxels(mask), mask & ~ndimage.binary_erosion(mask))
 
 
 def test_equals_nnunet(folders: tuple[Path, Path]) -> None:

@@ -18,14 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunet_lite.data.labels import Labels, smallest_dtype
-from nnunet_lite.errors import UserError
-
-_ROUNDING = 1e-5  # mm: a distance that equals the tolerance is within it
-_MANY_QUERIES = 1 / 50  # of the box: from here on one distance map is faster than a tree, and its time has a bound
-_LARGEST_SPAN = 1 << 20  # label values farther apart than this are a mistake, and a table would not hold them
-
-Box = tuple[slice, ...]
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.evaluation.components import lesion_counts
+from nnunet_lite.evaluation.joint import counts_of, is_picture, join
+from nnunet_lite.evaluation.surfaces import outline, surface_scores
 
 
 @dataclass(frozen=True)
@@ -95,223 +91,22 @@ def score_case(
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
     joint = join(prediction, reference, labels, threads)
-    boxes = joint.boxes()
+    where = outline(joint, threads) if surface else None
     total = int(joint.histogram[~joint.ignored].sum())
     voxel_ml = _voxel_ml(reference.shape, spacing)
-    axes = tuple(axis for axis, length in enumerate(reference.shape) if length > 1)
 
     def measure(members: tuple[int, ...]) -> Measures:
-        in_prediction, in_reference = joint.members(members)
-        counts = counts_of(joint.histogram, in_prediction, in_reference)
-        lesions = 0, 0, 0
+        masks = joint.members(members)
+        counts = tp, fp, fn = counts_of(joint.histogram, *masks)
+        lesions = lesion_counts(joint.runs, reference.shape, *masks)
         distances: tuple[float | None, float | None] = None, None
-        box = hull([b for b, inside in zip(boxes, in_prediction | in_reference, strict=True) if b and inside])
-        if box:
-            pairs = joint.pairs[_grown(box)]
-            masks = in_prediction[pairs], in_reference[pairs]
-            lesions = _lesions(*masks)
-            if surface:
-                ignored = joint.ignored[pairs] if labels.ignore is not None else None
-                distances = _surface_scores(*masks, ignored, axes, spacing, tolerance_mm)
+        if where and tp + fp + fn:
+            both = tp + fp and tp + fn
+            distances = surface_scores(where, *masks, joint.ignored, spacing, tolerance_mm) if both else (0.0, None)
         return _measures(counts, total, lesions, distances, voxel_ml)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         return dict(zip(labels.region_names, pool.map(measure, labels.region_values), strict=True))
-
-
-# ----------------------------------------------------------------------------------------------------- one pass: counts
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Both label maps as one: the number of the pair (reference, prediction) of each voxel, and how often it occurs."""
-
-    values: tuple[int, ...]  # the value of index 1, 2, ...; index 0 is any other value
-    pairs: np.ndarray  # (z, y, x): index of the reference * size + index of the prediction
-    histogram: np.ndarray  # (size * size,)
-    ignored: np.ndarray  # (size * size,) whether the reference of a pair is the ignore label
-
-    def members(self, region: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Which pairs lie in a region of the prediction, and of the reference; none where it is not known."""
-        inside = self.predicted(region)
-        return inside.ravel() & ~self.ignored, inside.T.ravel() & ~self.ignored
-
-    def predicted(self, region: tuple[int, ...]) -> np.ndarray:
-        """Whether the prediction lies in a region, for each (reference, prediction)."""
-        index = np.isin((np.nan, *self.values), region)
-        return np.broadcast_to(index, (len(index), len(index)))
-
-    def boxes(self) -> list[Box | None]:
-        """The box around each pair; the first, which lies in no region, has none."""
-        from scipy import ndimage
-
-        found = ndimage.find_objects(self.pairs, len(self.histogram) - 1)
-        return [None, *found]
-
-
-def join(prediction: np.ndarray, reference: np.ndarray, labels: Labels, threads: int) -> Joint:
-    """Count all pairs of values in one pass, slice by slice so that it stays in the cache."""
-    scored = {value for members in labels.region_values for value in members}
-    values = tuple(sorted(scored if labels.ignore is None else scored | {labels.ignore}))
-    if values[-1] - values[0] > _LARGEST_SPAN:
-        raise UserError(f"label values {values[0]}..{values[-1]} are too far apart")
-    low, size = values[0] - 1, len(values) + 1
-    table = np.zeros(values[-1] - low + 2, smallest_dtype(0, size * size))  # one entry more at either end: other values
-    table[np.asarray(values) - low] = np.arange(1, size)
-    rows = table * table.dtype.type(size)
-    pairs = np.empty(reference.shape, table.dtype)
-
-    def count(slices: np.ndarray) -> np.ndarray:
-        histogram = np.zeros(size * size, np.int64)
-        for z in slices:
-            pair = rows.take(reference[z].astype(np.intp) - low, mode="clip")
-            pair += table.take(prediction[z].astype(np.intp) - low, mode="clip")
-            histogram += np.bincount(pair.ravel(), minlength=size * size)
-            pairs[z] = pair
-        return histogram
-
-    parts = np.array_split(np.arange(len(pairs)), max(1, threads))
-    with ThreadPoolExecutor(len(parts)) as pool:
-        histogram = np.sum(list(pool.map(count, parts)), axis=0)
-    ignored = np.zeros(size * size, bool)
-    if labels.ignore is not None:
-        row = values.index(labels.ignore) + 1
-        ignored[row * size : (row + 1) * size] = True
-    return Joint(values, pairs, histogram, ignored)
-
-
-def counts_of(histogram: np.ndarray, in_prediction: np.ndarray, in_reference: np.ndarray) -> tuple[int, int, int]:
-    both = int(histogram[in_prediction & in_reference].sum())
-    return both, int(histogram[in_prediction].sum()) - both, int(histogram[in_reference].sum()) - both
-
-
-def hull(boxes: list[Box]) -> Box | None:
-    """The smallest box around some boxes."""
-    if not boxes:
-        return None
-    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))
-
-
-def _grown(box: Box) -> Box:
-    """With a margin of one voxel, which shows whether what is beside a mask is ignored."""
-    return tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
-
-
-def _voxel_ml(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> float | None:
-    """Volume of a voxel; None for a picture, whose third spacing is a mark (see `Geometry`) and not a thickness."""
-    return None if is_picture(shape, spacing) else float(np.prod(spacing)) / 1000
-
-
-def is_picture(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> bool:
-    """Whether there is but one slice and no thickness."""
-    return shape[0] == 1 and spacing[0] >= 999 * max(spacing[1:])
-
-
-def distinct_values(array: np.ndarray) -> set[int]:
-    """The different values of an integer array, without sorting where the type allows it."""
-    if array.dtype.itemsize > 2:
-        return set(np.unique(array).tolist())
-    seen = np.zeros(1 << 16, bool)
-    for part in array:
-        seen[part] = True  # a negative value counts from the end, and comes back as itself
-    return set(np.flatnonzero(seen).astype(array.dtype).tolist())
-
-
-# ------------------------------------------------------------------------------------------------------------- surfaces
-
-
-def surface_voxels(
-    mask: np.ndarray, axes: tuple[int, ...] = (0, 1, 2), ignored: np.ndarray | None = None
-) -> np.ndarray:
-    """The voxels of a mask (z, y, x) with a face neighbour along `axes` outside; ignored voxels are no outside."""
-    solid = mask if ignored is None else mask | ignored
-    inner = mask.copy()
-    for axis in axes:
-        toward, beside = np.moveaxis(inner, axis, 0), np.moveaxis(solid, axis, 0)
-        toward[1:] &= beside[:-1]
-        toward[:-1] &= beside[1:]
-        toward[[0, -1]] = False
-    return mask & ~inner
-
-
-def surface_distances(source: np.ndarray, target: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Distance in mm of each voxel set in `source` to the nearest one set in `target`, both (z, y, x), none empty."""
-    apart = source & ~target
-    queries = np.count_nonzero(apart)
-    distances = np.zeros(np.count_nonzero(source))
-    if queries > _MANY_QUERIES * source.size:
-        distances[:queries] = _distance_map(target, spacing)[apart]
-    elif queries:
-        from scipy.spatial import cKDTree
-
-        # splitting in the middle suits a grid: no sorting, and no slow search among many equal distances
-        tree = cKDTree(_positions(target, spacing), leafsize=32, balanced_tree=False, compact_nodes=False)
-        distances[:queries] = tree.query(_positions(apart, spacing))[0]
-    return distances
-
-
-def _positions(mask: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Where the set voxels lie, mm (n, 3)."""
-    indices = np.unravel_index(np.flatnonzero(mask), mask.shape)  # ten times as fast as nonzero
-    return np.stack([index * step for index, step in zip(indices, spacing, strict=True)], axis=1)
-
-
-def _distance_map(target: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Distance to the nearest set voxel (Maurer et al., IEEE TPAMI 2003), for voxels that are not set; linear time."""
-    import SimpleITK as sitk
-
-    image = sitk.GetImageFromArray(target.view(np.uint8))
-    image.SetSpacing([float(s) for s in reversed(spacing)])
-    result = sitk.SignedMaurerDistanceMap(image, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
-    return sitk.GetArrayFromImage(result)
-
-
-def _surface_scores(
-    prediction: np.ndarray,
-    reference: np.ndarray,
-    ignored: np.ndarray | None,
-    axes: tuple[int, ...],
-    spacing: tuple[float, float, float],
-    tolerance_mm: float,
-) -> tuple[float | None, float | None]:
-    """NSD and HD95 (mm) of two masks, at least one of them not empty."""
-    if not prediction.any() or not reference.any():
-        return 0.0, None
-    of_prediction, of_reference = (surface_voxels(mask, axes, ignored) for mask in (prediction, reference))
-    if not of_prediction.any() or not of_reference.any():  # all of it faces voxels that are not annotated
-        return None, None
-    directed = (
-        surface_distances(of_prediction, of_reference, spacing),
-        surface_distances(of_reference, of_prediction, spacing),
-    )
-    near = sum(int(np.count_nonzero(distances <= tolerance_mm + _ROUNDING)) for distances in directed)
-    hd95 = max(float(np.percentile(distances, 95)) for distances in directed)
-    return near / sum(map(len, directed)), hd95
-
-
-# -------------------------------------------------------------------------------------------------------------- lesions
-
-
-def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Components of a mask (z, y, x), joined over faces, edges and corners: (numbers from 1, how many)."""
-    import SimpleITK as sitk
-
-    filtered = sitk.ConnectedComponentImageFilter()
-    filtered.SetFullyConnected(True)
-    result = filtered.Execute(sitk.GetImageFromArray(np.ascontiguousarray(mask).view(np.uint8)))
-    return sitk.GetArrayFromImage(result), int(filtered.GetObjectCount())
-
-
-def _lesions(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int, int]:
-    """Reference lesions found, predicted lesions where there is none, reference lesions missed."""
-
-    def touched(mask: np.ndarray, by: np.ndarray) -> tuple[int, int]:
-        numbers, count = components(mask)
-        return int(np.count_nonzero(np.bincount(numbers.ravel()[np.flatnonzero(mask & by)]))), count
-
-    found, in_reference = touched(reference, prediction)
-    true, in_prediction = touched(prediction, reference)
-    return found, in_prediction - true, in_reference - found
 
 
 def _measures(
@@ -344,3 +139,18 @@ def _measures(
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+def _voxel_ml(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> float | None:
+    """Volume of a voxel; None for a picture, whose third spacing is a mark (see `Geometry`) and not a thickness."""
+    return None if is_picture(shape, spacing) else float(np.prod(spacing)) / 1000
+
+
+def distinct_values(array: np.ndarray) -> set[int]:
+    """The different values of an integer array, without sorting where the type allows it."""
+    if array.dtype.itemsize > 2:
+        return set(np.unique(array).tolist())
+    seen = np.zeros(1 << 16, bool)
+    for part in array:
+        seen[part] = True  # a negative value counts from the end, and comes back as itself
+    return set(np.flatnonzero(seen).astype(array.dtype).tolist())

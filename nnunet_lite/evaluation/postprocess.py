@@ -22,7 +22,8 @@ import numpy as np
 
 from nnunet_lite.budget import cpus
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.evaluation.metrics import Box, Joint, components, counts_of, hull, is_picture, join
+from nnunet_lite.evaluation.components import components
+from nnunet_lite.evaluation.joint import Box, Joint, counts_of, hull, is_picture, join
 from nnunet_lite.evaluation.statistics import mean_of, paired
 from nnunet_lite.log import progress
 
