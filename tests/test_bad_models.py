@@ -43,15 +43,15 @@ def run_with(change: Callable[[Any], Any], *says: str) -> Bad:
     return Bad(lambda place: edit(place / "model" / "run.json", change), PREDICT, ("run.json", *says))
 
 
-def weights(change: Callable[[dict[str, Any]], object], *says: str) -> Bad:
-    """Other tensors in the model file, which is a whole safetensors file."""
+def weights(change: Callable[[dict[str, Any]], object], *says: str, without: str = "checksum") -> Bad:
+    """Other tensors in the model file, which is a whole safetensors file whose header lacks `without`."""
 
     def make(place: Path) -> None:
         from safetensors import safe_open
         from safetensors.numpy import load_file, save_file
 
         with safe_open(place / WEIGHTS, "np") as file:
-            about = file.metadata()
+            about = {key: value for key, value in file.metadata().items() if key != without}
         tensors = load_file(place / WEIGHTS)
         change(tensors)
         save_file(tensors, place / WEIGHTS, about)
@@ -177,6 +177,7 @@ MODELS = {
     "a weight too few": weights(lambda t: t.pop(first(t)), "another network"),
     "a weight too many": weights(lambda t: t.update(extra=np.zeros(3, np.float32)), "another network"),
     "weights of NaN": weights(lambda t: t.update({first(t): np.full_like(t[first(t)], np.nan)}), "finite"),
+    "weights that were changed": weights(lambda t: t.update({first(t): 2 * t[first(t)]}), "damaged", without=""),
     "weights without their header": Bad(without_header, INFO, ("model.safetensors",)),
     "no such fold": asked(f"{PREDICT} -f 3", "fold 3", "Trained folds: 0"),
     "a fold of text": asked(f"{PREDICT} -f zero", "zero"),

@@ -339,9 +339,9 @@ def with_unknown_settings(run: dict[str, Any]) -> None:
     [
         (with_factory, "names code to run, os:system"),
         (newer, "newer nnlite"),
-        (without_settings, "cannot be read"),
+        (without_settings, "is not as nnlite writes it"),
         (of_another_configuration, "no configuration '4d'"),
-        (with_unknown_settings, "cannot be read"),
+        (with_unknown_settings, "is not as nnlite writes it"),
     ],
 )
 def test_a_model_that_could_not_predict_is_refused(

@@ -22,6 +22,7 @@ from nnunet_lite.training.cascade import (
 )
 from nnunet_lite.training.folds import Fold
 from nnunet_lite.training.previous import held_out_by, previous_folder
+from nnunet_lite.training.run import FORMAT
 from nnunet_lite.workspace import Paths, write_json
 
 DILATE, ERODE, CLOSE, OPEN = range(len(OPERATIONS))
@@ -172,5 +173,6 @@ def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:
         (paths.models / "3d_lowres-cpu" / fold).mkdir(parents=True)
         (paths.models / "3d_lowres-cpu" / fold / "model.safetensors").touch()
     assert found("mine") == "3d_lowres-cpu", "what is trained with the recipe is used"
-    write_json(second / "run.json", {"previous": "3d_lowres-other"})
+    run = {"format": FORMAT, "configuration": "3d_cascade_fullres", "seed": 0, "settings": {}}
+    write_json(second / "run.json", {**run, "previous": "3d_lowres-other"})
     assert found("mine") == found(None) == "3d_lowres-other", "what it was begun with is kept"

@@ -31,7 +31,7 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.pipeline import preprocess
 from nnunet_lite.settings import load as load_settings
 from nnunet_lite.training.checkpoint import save_weights
-from nnunet_lite.training.run import MODEL
+from nnunet_lite.training.run import FORMAT, MODEL
 from nnunet_lite.workspace import read_json, write_json, write_text
 
 pytest.importorskip("onnxscript")
@@ -66,7 +66,8 @@ def make_model(tiny_workspace: Path) -> MakeModel:
         settings = load_settings("default", run.pop("settings", {})).model_dump(mode="json")
         write_text(folder / "plans.json", made.to_json())
         write_json(folder / "dataset.json", {"name": "made"})
-        write_json(folder / "run.json", {"configuration": configuration, "settings": settings, **run})
+        about = {"format": FORMAT, "configuration": configuration, "seed": 0, "settings": settings}
+        write_json(folder / "run.json", {**about, **run})
         for fold in range(folds):
             torch.manual_seed(fold)
             network = build_network(made, configuration)
