@@ -211,7 +211,7 @@ def turn_round(folder: Path) -> None:
 
     file = folder / "fold_0" / "model.safetensors"
     with safe_open(file, "pt") as opened:
-        about = opened.metadata()
+        about = {key: value for key, value in opened.metadata().items() if key != "checksum"}
     save_file({k: v.flip(-1).contiguous() if v.ndim > 2 else v for k, v in load_file(file).items()}, file, about)
 
 
