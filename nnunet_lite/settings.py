@@ -46,7 +46,7 @@ def _minutes(value: Any) -> Any:
     number, unit = (value[:-1], value[-1:]) if isinstance(value, str) else (value, "")
     try:
         return float(number) * {"h": 60.0, "m": 1.0, "s": 1 / 60}[unit]
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return value
 
 

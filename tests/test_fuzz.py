@@ -157,6 +157,14 @@ FIELDS = [*range(4), *range(40, 56), *range(70, 74), *range(76, 108), *range(108
 offsets = st.one_of(st.integers(0, 351), st.sampled_from(FIELDS))
 
 
+@pytest.fixture(scope="module")
+def readers() -> None:
+    """What reads odd files is imported already: that takes longer than reading."""
+    import nibabel  # noqa: F401
+    import SimpleITK  # noqa: F401
+
+
+@pytest.mark.usefixtures("readers")
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 @fuzzed
 @given(changes=st.dictionaries(offsets, st.integers(0, 255), min_size=1, max_size=6))
