@@ -161,7 +161,7 @@ offsets = st.one_of(st.integers(0, 351), st.sampled_from(FIELDS))
 @fuzzed
 @given(changes=st.dictionaries(offsets, st.integers(0, 255), min_size=1, max_size=6))
 def test_a_header_is_read_or_refused(tmp_path: Path, ending: str, changes: dict[int, int]) -> None:
-    """In less than a second of this thread (others may be left of other tests), and without memory for voxels that are not there."""
+    """In less than a second of this thread, and without memory for voxels that are not there."""
     data = bytearray(HEADER)
     for offset, value in changes.items():
         data[offset] = value
