@@ -4,28 +4,29 @@ All machines see one workspace; nothing but names of files, plans and settings t
 done lies in the workspace as ever, hence work whose worker died is given to another one, which goes on from what it
 finds: cases that are there, the last checkpoint of a fold.
 
-Workers give the resource `nnlite-cases`, one for each of their threads, and `nnlite-folds`, one; where some have `GPU`
-(`dask worker --resources GPU=1`), folds and predictions go to these.
+A case takes a thread of a worker, a fold or a prediction all of them, one after the other; where some workers have the
+resource `GPU` (`dask worker --resources GPU=1`), folds and predictions go to these.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import secrets
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import distributed
-from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, as_completed
+from distributed import CancelledError, Client, Future, KilledWorker, as_completed
 
 import nnunet_lite
 from nnunet_lite import log
@@ -36,7 +37,7 @@ from nnunet_lite.workflow import execute as execute_here
 T = TypeVar("T")
 R = TypeVar("R")
 
-_CASES, _FOLDS, _GPU = "nnlite-cases", "nnlite-folds", "GPU"
+_GPU = "GPU"  # the name that Dask users give this resource
 _CONNECT = 10  # seconds to find the scheduler
 _FIRST_WORKER = 600  # seconds to wait for one: a queue may be long
 _SEEN = 20.0  # seconds until a file in the workspace is seen by all machines
@@ -46,6 +47,7 @@ _IN_FLIGHT = 1000  # tasks that the scheduler knows at a time, however many case
 _MOST_IN_A_TASK, _TASKS_PER_SLOT = 16, 8
 _TRIES = 3  # for what may pass, such as a file server that does not answer
 _BETWEEN_LINES = 30.0
+_one_at_a_time = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------------- what workers must have
@@ -55,21 +57,21 @@ _BETWEEN_LINES = 30.0
 class Place:
     """What a worker must have in common with this process: versions, and the workspace, in which `token` lies."""
 
-    versions: Mapping[str, str]
+    versions: tuple[tuple[str, str], ...]
     token: Path
 
 
-def versions() -> dict[str, str]:
+def versions() -> tuple[tuple[str, str], ...]:
     """Of what must be the same everywhere; builds of one version, such as for CPU and for GPU, go together."""
     packages = {name: metadata.version(name).partition("+")[0] for name in ("torch", "numpy", "distributed")}
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"nnunet_lite": nnunet_lite.__version__, "python": python, **packages}
+    return tuple({"nnunet_lite": nnunet_lite.__version__, "python": python, **packages}.items())
 
 
 def unfit(place: Place) -> str | None:
     """Why this process can do no work of that place; None: it can."""
-    mine = versions()
-    for name, wanted in place.versions.items():
+    mine = dict(versions())
+    for name, wanted in place.versions:
         if mine[name] != wanted:
             return f"has {name} {mine[name]}, and here is {wanted}: install the same version on all machines"
     until = time.monotonic() + _SEEN
@@ -82,19 +84,16 @@ def unfit(place: Place) -> str | None:
     return None if os.access(place.token.parent, os.W_OK) else f"may not write to the workspace {place.token.parent}"
 
 
-class Fit(WorkerPlugin):
-    """Gives a worker our resources, also one that comes later; one that is unfit gets none, hence no work."""
+@lru_cache(maxsize=1)
+def _refuse_if_unfit(place: Place) -> None:
+    """On a worker that may have come late, once for each place.
 
-    name = "nnlite"
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    async def setup(self, worker: Worker) -> None:
-        reason = await asyncio.to_thread(unfit, self.place)
-        if reason is not None:
-            log.warn(f"no work for this worker: it {reason}")
-        await worker.set_resources(**{_CASES: 0 if reason else worker.state.nthreads, _FOLDS: 0 if reason else 1})
+    Raises
+    ------
+    UserError : it is unfit.
+    """
+    if reason := unfit(place):
+        raise UserError(f"the worker on {platform.node()} {reason}")
 
 
 # ------------------------------------------------------------------------------------------------------ the cluster
@@ -105,6 +104,7 @@ class Cluster:
     """A scheduler with workers that are fit."""
 
     client: Client
+    place: Place
 
     @property
     def slots(self) -> int:
@@ -114,7 +114,7 @@ class Cluster:
     def for_folds(self) -> dict[str, int]:
         """What a task that trains takes of a worker."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        return {_GPU: 1} if any(worker["resources"].get(_GPU) for worker in workers) else {_FOLDS: 1}
+        return {_GPU: 1} if any(worker["resources"].get(_GPU) for worker in workers) else {}
 
     def spread(
         self, function: Callable[[T], R], items: Sequence[T], what: str, *, heavy: bool = False
@@ -138,12 +138,12 @@ class Cluster:
     ) -> Iterator[tuple[T, R | Exception]]:
         flying, number = as_completed(loop=self.client.loop), 0
         batches: dict[Any, list[T]] = {}
-        resources = self.for_folds() if heavy else {_CASES: 1}
+        resources = self.for_folds() if heavy else {}
         while todo or batches:
             while todo and len(batches) < _IN_FLIGHT:
                 batch, number = todo.popleft(), number + 1
                 future = self.client.submit(
-                    _each, function, batch, heavy, key=f"{run}-{number}", resources=resources, pure=False
+                    _each, self.place, function, batch, heavy, key=f"{run}-{number}", resources=resources, pure=False
                 )
                 batches[future.key] = batch
                 flying.add(future)
@@ -162,27 +162,28 @@ class Cluster:
             yield from zip(batch, results, strict=True)
 
 
-def _each(function: Callable[[T], R], batch: Sequence[T], whole: bool) -> list[R | Exception]:
+def _each(place: Place, function: Callable[[T], R], batch: Sequence[T], whole: bool) -> list[R | Exception]:
     """On a worker, with one or all of its threads: call a function with each item.
 
     What may pass is tried again, a mistake of the user's is not.
     """
-    if whole:
-        _use_all_threads()
-    out: list[R | Exception] = []
-    for item in batch:
-        for attempt in range(1, _TRIES + 1):
-            try:
-                out.append(function(item))
-            except UserError as error:
-                out.append(error)
-            except Exception as error:  # any: the other items are done
-                if attempt < _TRIES:
-                    time.sleep(attempt)
-                    continue
-                out.append(error)
-            break
-    return out
+    _refuse_if_unfit(place)
+    with _whole_worker() if whole else nullcontext():
+        return [_insistent(function, item) for item in batch]
+
+
+def _insistent(function: Callable[[T], R], item: T) -> R | Exception:
+    for attempt in range(1, _TRIES):
+        try:
+            return function(item)
+        except UserError as error:
+            return error
+        except Exception:  # any: it may pass
+            time.sleep(attempt)
+    try:
+        return function(item)
+    except Exception as error:  # any: the other items are done
+        return error
 
 
 @contextmanager
@@ -206,8 +207,7 @@ def connected(address: str, workspace: Path) -> Iterator[Cluster]:
         except TimeoutError:
             raise UserError(f"no worker has come in {log.duration(_FIRST_WORKER)}", address) from None
         _refuse_unfit(_insistently(lambda: client.run(unfit, place, on_error="return")))
-        _insistently(lambda: client.register_plugin(Fit(place)))
-        cluster = Cluster(client)
+        cluster = Cluster(client, place)
         log.info(f"{address}: {len(client.nthreads())} workers with {cluster.slots} threads")
         yield cluster
 
@@ -308,28 +308,33 @@ def execute(cluster: Cluster, steps: Sequence[Step], journal: Journal) -> list[E
 def _submit(cluster: Cluster, step: Step) -> Future:
     log.info(f"{step.name}: given to the workers")
     key = f"{step.name.replace(' ', '-')}-{secrets.token_hex(4)}"
-    return cluster.client.submit(_fold, step.run, key=key, resources=cluster.for_folds(), pure=False)
+    return cluster.client.submit(_fold, cluster.place, step.run, key=key, resources=cluster.for_folds(), pure=False)
 
 
-def _fold(run: Callable[[], Any]) -> None:
+def _fold(place: Place, run: Callable[[], Any]) -> None:
     """On a worker: train a fold with all of its threads; one that was taken for dead and is not is waited for."""
-    _use_all_threads()
+    _refuse_if_unfit(place)
     until = time.monotonic() + _BUSY
-    while True:
-        try:
-            run()
-        except Busy:
-            if time.monotonic() > until:
-                raise
-            time.sleep(5)
-        else:
-            return
+    with _whole_worker():
+        while True:
+            try:
+                run()
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(5)
+            else:
+                return
 
 
-def _use_all_threads() -> None:
+@contextmanager
+def _whole_worker() -> Iterator[None]:
+    """The only such work of this process at a time, with as many threads as the worker has."""
     import torch
 
-    torch.set_num_threads(distributed.get_worker().state.nthreads)
+    with _one_at_a_time:
+        torch.set_num_threads(distributed.get_worker().state.nthreads)
+        yield
 
 
 def _wait(

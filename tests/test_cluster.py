@@ -221,7 +221,7 @@ def test_other_versions_and_another_workspace_are_told_in_a_line(tmp_path: Path)
     (tmp_path / "token").touch()
     place = c.Place(c.versions(), tmp_path / "token")
     assert c.unfit(place) is None
-    other = c.Place({**place.versions, "torch": "1.0"}, place.token)
+    other = c.Place(tuple({**dict(place.versions), "torch": "1.0"}.items()), place.token)
     assert "and here is 1.0: install the same version" in str(c.unfit(other))
     elsewhere = c.Place(place.versions, tmp_path / "nowhere" / "token")
     assert str(c.unfit(elsewhere)).startswith("does not see the workspace")
