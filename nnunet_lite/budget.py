@@ -10,6 +10,7 @@ from nnunet_lite.errors import UserError
 
 GB = 1e9
 _SHARE = 0.8  # of the free memory: the rest is for what is not counted
+_MOST_PAIRS = 8  # a large CT and its reference take about 1 GB
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -40,6 +41,16 @@ def cases_in_flight(largest: int, workers: int | None) -> int:
     """
     fitting = int(_SHARE * free_memory() // max(1, largest))
     return max(1, min(cpus() if workers is None else workers, fitting))
+
+
+def pairs_at_once(n: int, workers: int | None) -> int:
+    """How many of n pairs of label maps to read and compare at once, in a thread each; at least one.
+
+    Parameters
+    ----------
+    workers : the most; None for as many as there are CPUs, 0 or 1 for one.
+    """
+    return max(1, min(cpus() if workers is None else workers, n, _MOST_PAIRS))
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import HIPPOCAMPUS, TINY, first_cases
 
 Ended = tuple[int, str, str]  # exit code, standard output, standard error
-HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
 
 
 @pytest.fixture(scope="session")
@@ -29,15 +29,7 @@ def copy_dataset(tmp_path: Path) -> Callable[..., Path]:
     """Make a copy of the first cases that a test may break: copy_dataset(n=5, name="broken")."""
 
     def copy(n: int = 5, name: str = "broken") -> Path:
-        root = tmp_path / name
-        table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
-        table["training"] = table["training"][:n]
-        for entry in table["training"]:
-            for file in entry.values():
-                (root / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(HIPPOCAMPUS / file, root / file)
-        (root / "dataset.json").write_text(json.dumps(table))
-        return root
+        return first_cases(tmp_path / name, n)
 
     return copy
 
@@ -103,21 +95,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return run
 
 
-# A network this small trains in seconds; more threads than one would only wait for each other.
-TINY: dict[str, Any] = {
-    "training.epochs": 2,
-    "training.iterations": 3,
-    "training.validation_iterations": 1,
-    "training.patch_size": [24, 32, 24],
-    "training.batch_size": 2,
-    "training.precision": "fp32",
-    "training.channels_last": False,
-    "training.seed": 1,
-    "network.features_base": 4,
-    "network.features_max": 8,
-}
-
-
 @pytest.fixture(scope="session")
 def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with ten cases of the hippocampus data planned and preprocessed. Not to be written to."""
@@ -127,13 +104,7 @@ def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(1)
     raw = tmp_path_factory.mktemp("raw") / "Task04_Hippocampus"
-    table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
-    table["training"] = table["training"][:10]
-    for entry in table["training"]:
-        for file in entry.values():
-            (raw / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(HIPPOCAMPUS / file, raw / file)
-    (raw / "dataset.json").write_text(json.dumps(table))
+    first_cases(raw, 10)
     workspace = tmp_path_factory.mktemp("workspace")
     api.plan(raw, workspace=workspace, workers=0)
     api.preprocess(["2d", "3d_fullres"], workspace=workspace, workers=0)

@@ -17,6 +17,7 @@ import dask
 import pytest
 from distributed import Client, LocalCluster
 from safetensors.torch import load_file
+from samples import TINIEST
 
 import nnunet_lite
 from nnunet_lite import cluster as c
@@ -24,20 +25,7 @@ from nnunet_lite.cluster_start import read_start
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Journal, Step
 
-TINY: dict[str, Any] = {
-    "training.epochs": 6,
-    "training.iterations": 4,
-    "training.validation_iterations": 1,
-    "training.patch_size": [16, 16, 16],
-    "training.batch_size": 2,
-    "training.precision": "fp32",
-    "training.channels_last": False,
-    "training.seed": 1,
-    "network.features_base": 2,
-    "network.features_max": 4,
-    "inference.mirroring": False,
-    "inference.step_size": 1.0,
-}
+TINY = {**TINIEST, "training.epochs": 6, "training.iterations": 4, "training.patch_size": [16, 16, 16]}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +97,8 @@ def test_a_case_that_is_broken_is_named_and_the_others_are_done(
 
 def test_folds_train_on_workers_though_one_is_killed(scheduler: str, tiny_workspace: Path, tmp_path: Path) -> None:
     """SIGKILL for the worker of a fold that has a checkpoint: the networks are those that one process trains."""
-    shutil.copytree(tiny_workspace, tmp_path / "ws", ignore=shutil.ignore_patterns("models"))
+    # its folds are its own: those of `tiny_model` may be there already
+    shutil.copytree(tiny_workspace, tmp_path / "ws", ignore=shutil.ignore_patterns("models", "splits*.json"))
     shutil.copytree(tmp_path / "ws", tmp_path / "here")
     models = tmp_path / "ws" / "Task04_Hippocampus" / "models" / "3d_fullres-default"
     options: dict[str, Any] = {"changes": TINY, "device": "cpu", "folds": 2}

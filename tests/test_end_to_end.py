@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+from samples import first_cases
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = (
@@ -40,14 +41,7 @@ EXACT = (
 def home(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
     """A person's folder: the data set (8 cases to train on) in ./data, and what is to be predicted in ./in."""
     home = tmp_path_factory.mktemp("home")
-    root = home / "data" / "Task04_Hippocampus"
-    table = json.loads((hippocampus / "dataset.json").read_text())
-    table["training"] = table["training"][:8]
-    for entry in table["training"]:
-        for file in entry.values():
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(hippocampus / file, root / file)
-    (root / "dataset.json").write_text(json.dumps(table))
+    first_cases(home / "data" / "Task04_Hippocampus", 8)
     (home / "in").mkdir()
     for path, suffix in zip(sorted((hippocampus / "imagesTs").iterdir()), (".nii.gz", ".nrrd", ".mha"), strict=False):
         write_oblique(path, home / "in" / (path.name.removesuffix(".nii.gz") + suffix))

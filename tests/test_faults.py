@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from bad_inputs import copy_workspace
 from safetensors.numpy import load_file
+from samples import first_cases
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[1]
@@ -83,28 +84,16 @@ def same(one: Any, other: Any) -> bool:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run that nobody killed, and its seconds."""
     place = tmp_path_factory.mktemp("undisturbed")
-    raw_data(place)
+    first_cases(place / "raw", 6)
     begin = time.monotonic()
     code, _, err = ended(start(*WORK, cwd=place))
     assert code == 0, err
     return place, time.monotonic() - begin
 
 
-def raw_data(place: Path) -> None:
-    from conftest import HIPPOCAMPUS
-
-    table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
-    table["training"] = table["training"][:6]
-    for entry in table["training"]:
-        for file in entry.values():
-            (place / "raw" / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(HIPPOCAMPUS / file, place / "raw" / file)
-    (place / "raw" / "dataset.json").write_text(json.dumps(table))
-
-
 def survive(place: Path, undisturbed: tuple[Path, float], kills: int, seed: int) -> int:
     """Kill a run at random moments and begin it again, until it ends by itself; the number of kills."""
-    raw_data(place)
+    first_cases(place / "raw", 6)
     expected, seconds = undisturbed
     moments, killed = random.Random(seed), 0
     while True:
@@ -240,7 +229,7 @@ def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, count
     """A label map that was changed since redoes one case."""
     counts("faults survived")
     root = copy_workspace(tiny_workspace, tmp_path)
-    raw_data(tmp_path)
+    first_cases(tmp_path / "raw", 6)
     told = json.loads((root / "dataset.json").read_text())
     label = tmp_path / "raw" / "labelsTr" / Path(told["dataset"][0]["label"]).name
     values = nibabel.load(label)
@@ -318,7 +307,7 @@ def test_two_predict_into_one_folder(tiny_model: Path, hippocampus: Path, tmp_pa
 def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any) -> None:
     """Data set, model and images belong to someone else: planning, preprocessing and predicting write elsewhere."""
     counts("faults survived", 3)
-    raw_data(tmp_path)
+    first_cases(tmp_path / "raw", 6)
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(".lock"))
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -14,26 +14,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from samples import TINIEST, first_cases
 
 import nnunet_lite
 from nnunet_lite.api.workflow import Finished
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, time_left, what_is_left
 
-TINY: dict[str, Any] = {
-    "training.epochs": 3,
-    "training.iterations": 2,
-    "training.validation_iterations": 1,
-    "training.patch_voxels": 16384,
-    "training.batch_size": 2,
-    "training.precision": "fp32",
-    "training.channels_last": False,
-    "training.seed": 1,
-    "network.features_base": 2,
-    "network.features_max": 4,
-    "inference.mirroring": False,
-    "inference.step_size": 1.0,
-}
+TINY = {**TINIEST, "training.epochs": 3, "training.iterations": 2, "training.patch_voxels": 16384}
 STEPS = ["check and plan", "preprocess", "train 2d fold 0", "train 2d fold 1", "train 3d_fullres fold 0",
          "train 3d_fullres fold 1", "select", "report"]  # fmt: skip
 
@@ -111,15 +99,7 @@ def test_a_journal_with_a_line_cut_off_is_read(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
     """Six cases of the bundled data."""
-    root = tmp_path_factory.mktemp("raw") / "Task04_Hippocampus"
-    table = json.loads((hippocampus / "dataset.json").read_text())
-    table["training"] = table["training"][:6]
-    for entry in table["training"]:
-        for file in entry.values():
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            (root / file).write_bytes((hippocampus / file).read_bytes())
-    (root / "dataset.json").write_text(json.dumps(table))
-    return root
+    return first_cases(tmp_path_factory.mktemp("raw") / "Task04_Hippocampus", 6)
 
 
 def run(raw: Path, workspace: Path, **more: Any) -> Finished:

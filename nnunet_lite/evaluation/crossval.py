@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.budget import cpus
+from nnunet_lite.budget import pairs_at_once
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocess import Pair
-from nnunet_lite.evaluation.scores import CaseScore, Scores, label_keys
+from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.evaluation.summary import read_summaries
 from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.training.previous import read_map
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
 
 SUMMARY = "summary.json"
-_MOST_CASES_AT_ONCE = 8  # as in scores.py
 
 
 def validate_fold(
@@ -84,8 +84,7 @@ def score_predictions(out: Path, dataset: Dataset, case_ids: Sequence[str], work
     workers : threads; None for all CPUs, 0 or 1 for one.
     """
     cases = _chosen(dataset, case_ids)
-    at_once = max(1, min(cpus() if workers is None else workers, len(cases), _MOST_CASES_AT_ONCE))
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
         found = pool.map(partial(_score, out=out, dataset=dataset), cases)
         scores = Scores.of(log.progress(found, len(cases), "score"), dataset.labels)
     write_json(out / SUMMARY, scores.to_json())
@@ -102,13 +101,13 @@ def summed_up(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> dict[str,
     """Dice of each case by label from the summary.json of a folder; None where it is not one of just these cases."""
     if not (out / SUMMARY).is_file():
         return None
-    keys = label_keys(dataset.labels)
     try:
-        rows = {row["case"]: [row["metrics"][keys[name]]["Dice"] for name in dataset.labels.region_names]
-                for row in read_json(out / SUMMARY)["metric_per_case"]}  # fmt: skip
-    except (KeyError, TypeError):
+        scores = read_summaries([out / SUMMARY], dataset.labels)
+    except UserError:
+        return None  # it is made anew
+    if {row.case for row in scores.rows} != set(case_ids):
         return None
-    return rows if rows.keys() == set(case_ids) else None
+    return {row.case: line.tolist() for row, line in zip(scores.rows, scores.values(), strict=True)}
 
 
 def read_pair(case: Case, out: Path, dataset: Dataset) -> Pair:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nnunet_lite.budget import cpus
+from nnunet_lite.budget import pairs_at_once
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation.components import components
 from nnunet_lite.evaluation.joint import Box, Joint, counts_of, hull, is_picture, join
@@ -30,7 +30,6 @@ from nnunet_lite.log import progress
 _LEAST_GAIN = 1e-4  # of the mean Dice: less is not worth a rule
 _ROUNDING = 1e-9
 _MOST_SIZES = 200  # that are tried
-_MOST_CASES_AT_ONCE = 8  # as in scores.py
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ def decide(
     )
     rules: dict[str, Rule] = {}
     first = now = np.zeros((0, 0))
-    at_once = max(1, min(cpus() if workers is None else workers, len(cases), _MOST_CASES_AT_ONCE))
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
         for regions in rounds:
             measure = partial(_measured, labels=labels, rules=dict(rules), regions=regions)
             found = list(progress(pool.map(measure, cases), len(cases), "components"))

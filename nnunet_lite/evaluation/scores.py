@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_lite.budget import cpus, pairs_at_once
 from nnunet_lite.data.dataset import image_files, labels_of, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import PICTURES, read_label, stem, suffix_of
@@ -29,7 +29,6 @@ from nnunet_lite.log import progress
 from nnunet_lite.markup import html_table
 from nnunet_lite.workspace import read_json
 
-_MOST_CASES_AT_ONCE = 8  # a large CT takes about 1 GB
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 # How each measure is called in files: first nnU-Net's own, then ours.
@@ -221,8 +220,8 @@ def evaluate(
     """
     prediction, reference = Path(prediction), Path(reference)
     pairs, notes = _match(prediction, reference)
-    workers = max(1, len(os.sched_getaffinity(0)) if workers is None else workers)
-    at_once = min(workers, len(pairs), _MOST_CASES_AT_ONCE)
+    at_once = pairs_at_once(len(pairs), workers)
+    threads = max(1, cpus() if workers is None else workers) // at_once
     with ThreadPoolExecutor(at_once) as pool:
         if labels is None:
             labels = _described_labels(prediction, reference)
@@ -234,7 +233,7 @@ def evaluate(
 
         def score(case: str) -> tuple[CaseScore, list[tuple[str, str]]]:
             arrays, spacing, remarks = _read_pair(*pairs[case], known)
-            measures = score_case(*arrays, known, spacing, tolerance_mm, surface, workers // at_once)
+            measures = score_case(*arrays, known, spacing, tolerance_mm, surface, threads)
             return CaseScore(case, *pairs[case], measures), remarks
 
         results = list(progress(pool.map(score, pairs), len(pairs), "evaluate"))

@@ -1,0 +1,43 @@
+"""A small copy of the bundled data, and settings with which a network trains in seconds, for all tests alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
+
+# A network this small trains in seconds; more threads than one would only wait for each other.
+TINY: dict[str, Any] = {
+    "training.epochs": 2,
+    "training.iterations": 3,
+    "training.validation_iterations": 1,
+    "training.patch_size": [24, 32, 24],
+    "training.batch_size": 2,
+    "training.precision": "fp32",
+    "training.channels_last": False,
+    "training.seed": 1,
+    "network.features_base": 4,
+    "network.features_max": 8,
+}
+# Where several folds are trained and predicted; what patch, a test says.
+TINIEST: dict[str, Any] = {key: value for key, value in TINY.items() if key != "training.patch_size"} | {
+    "network.features_base": 2,
+    "network.features_max": 4,
+    "inference.mirroring": False,
+    "inference.step_size": 1.0,
+}
+
+
+def first_cases(root: Path, n: int) -> Path:
+    """The first cases of the bundled data in a folder of their own, in the layout of the Medical Decathlon."""
+    table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
+    table["training"] = table["training"][:n]
+    for entry in table["training"]:
+        for file in entry.values():
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HIPPOCAMPUS / file, root / file)
+    (root / "dataset.json").write_text(json.dumps(table))
+    return root
