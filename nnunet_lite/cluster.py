@@ -122,7 +122,8 @@ class Cluster:
         """Call a function with each item on the workers, and give item and result, or why there is none, as they end.
 
         Several items are one task, so that the scheduler has little to do for each. Where a task's workers die, its
-        items are tried one by one, hence one item that kills workers, for want of memory, is known by its name.
+        items are tried at the end, each with nothing else on the workers, hence one item that kills workers, for want
+        of memory, is known by its name, and none is blamed that lay beside it on a worker.
 
         Parameters
         ----------
@@ -138,8 +139,11 @@ class Cluster:
     ) -> Iterator[tuple[T, R | Exception]]:
         flying, number = as_completed(loop=self.client.loop), 0
         batches: dict[Any, list[T]] = {}
+        suspects: deque[T] = deque()
         resources = self.for_folds() if heavy else {}
-        while todo or batches:
+        while todo or batches or suspects:
+            if alone := not (todo or batches):
+                todo.append([suspects.popleft()])
             while todo and len(batches) < _IN_FLIGHT:
                 batch, number = todo.popleft(), number + 1
                 future = self.client.submit(
@@ -153,12 +157,18 @@ class Cluster:
                 results = future.result()
             except CancelledError:
                 raise _gone() from None
-            except Exception as error:
-                if len(batch) > 1:
-                    log.info(f"{describe(_told(error))} Each of {len(batch)} is tried alone")
-                    todo.extend([item] for item in batch)
+            except KilledWorker as error:
+                if not alone:
+                    log.info(f"{describe(_told(error))} Each of {len(batch)} is tried again, alone, at the end")
+                    suspects.extend(batch)
                     continue
                 results = [_told(error)]
+            except Exception as error:  # of the worker, or of sending the results
+                if len(batch) > 1:
+                    log.info(f"{describe(error)} Each of {len(batch)} is tried again")
+                    todo.extend([item] for item in batch)
+                    continue
+                results = [error]
             yield from zip(batch, results, strict=True)
 
 
