@@ -13,7 +13,7 @@ import typer
 
 from nnunet_lite import __version__
 from nnunet_lite.commands import data, prediction, results, training, workflow
-from nnunet_lite.errors import Stopped, UserError
+from nnunet_lite.errors import Lost, Stopped, UserError
 
 app = typer.Typer(
     name="nnlite",
@@ -39,6 +39,8 @@ def main() -> None:
         sys.exit(code)
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
+    except Lost as lost:
+        sys.exit(_fail(f"error: {lost}.", 1))
     except Stopped as stopped:
         sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):

@@ -1,4 +1,4 @@
-"""The exception that is the user's to mend, and the one that a signal to stop ends in."""
+"""The exceptions whose message is all that a user needs: a mistake to mend, a stop that was asked for, a loss."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ class Stopped(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.what, self.number)
+
+
+class Lost(Exception):
+    """What the work needs is gone, by no mistake of the user's; the line says all, the exit code is 1."""
 
 
 def describe(problem: BaseException) -> str:

@@ -106,7 +106,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
 
     Raises
     ------
-    UserError : see `api.train`. Stopped : a signal asked for it.
+    UserError : see `api.train`. Stopped : a signal asked for it. Lost : another process of several is gone.
     """
     run = examined(request, paths)
     if run.settings.plan != PlanSettings():
@@ -116,18 +116,21 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     from nnunet_lite.evaluation.crossval import validate_fold
     from nnunet_lite.network.arithmetic import pick_device
     from nnunet_lite.training.distributed import current, device_of, join
+    from nnunet_lite.training.nodes import keep_watch, naming_the_lost
 
     ranks = current()
     device = device_of(ranks, pick_device(request.device))
-    join(ranks, device)
+    if join(ranks, device):
+        keep_watch(ranks)
     if device.type == "cpu" and run.settings.recipe == "default" and request.device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    _must_be_trainable(run, ranks, device)
-    seed = _begun(run, ranks)
-    if is_complete(run.fold_folder, run.settings):
-        log.info(f"{run.fold_folder}: training is finished")
-    else:
-        _train(run, seed, ranks, device)
+    with naming_the_lost(ranks):
+        _must_be_trainable(run, ranks, device)
+        seed = _begun(run, ranks)
+        if is_complete(run.fold_folder, run.settings):
+            log.info(f"{run.fold_folder}: training is finished")
+        else:
+            _train(run, seed, ranks, device)
     if run.split.name == ALL or ranks.rank:
         return None
     held_out = run.split.validation

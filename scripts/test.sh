@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh" test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # of each process
 cores=$(nproc)
-python -m pytest -q -n $((cores < 4 ? cores : 4)) "$@"
+python -m pytest -q -n $((cores < 4 ? cores : 4)) --dist worksteal "$@"

@@ -70,16 +70,13 @@ def ran(command: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("more", [[], ["--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]])
-def test_two_processes_learn_what_one_learns(tmp_path: Path, command: list[str], more: list[str]) -> None:
-    nnlite = [sys.executable, "-m", "nnunet_lite"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran([*nnlite, *command, *more, "--name", "one"])
-    if more:
-        ran([*torchrun, "-m", "nnunet_lite", *command, *more, "--name", "two"])
-    else:
-        scores = ran([*nnlite, *command, "--gpus", "2", "--name", "two"])
-        assert scores.count("fold 0, whole images") == 1  # one process speaks
+def test_two_processes_learn_what_one_learns(tmp_path: Path, command: list[str]) -> None:
+    """Started by `nnlite`; for two that torchrun starts see test_nodes.py."""
+    more = ["--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]
+    nnlite = [sys.executable, "-m", "nnunet_lite", *command, *more]
+    ran([*nnlite, "--name", "one"])
+    scores = ran([*nnlite, "--gpus", "2", "--name", "two"])
+    assert scores.count("fold 0, whole images") == 1  # one process speaks
     one, two = (
         [json.loads(line) for line in (fold(tmp_path, name) / METRICS).read_text().splitlines()]
         for name in ("one", "two")

@@ -135,10 +135,10 @@ def test_other_settings_are_refused_with_the_differences(trained: Path, nnlite: 
     assert message.startswith(f"error: {models(trained) / '3d_fullres-cpu'}: was begun with other settings: ")
     assert "training.epochs: 2 -> 3; optimizer.lr: 0.002 -> 0.5." in message and "--restart" in message
     assert files(trained) == before
-    code, _, err = nnlite(*TRAIN_3D, "--patch-size", "32x32x40", cwd=trained)
+    code, _, err = command(*TRAIN_3D, "--patch-size", "32x32x40", cwd=trained)
     assert code == 2 and "training.patch_size: [32, 32, 32] -> [32, 32, 40]" in err
-    code, _, err = nnlite(*TRAIN_3D, "--name", "odd", "--patch-size", "33x32x32", cwd=trained)
-    assert (code == 2 and "The nearest are 32x32x32 and 36x32x32." in err) or "nearest" in err
+    code, _, err = command(*TRAIN_3D, "--name", "odd", "--patch-size", "33x32x32", cwd=trained)
+    assert code == 2 and "nearest" in err
     assert files(trained) == before
 
 
@@ -157,7 +157,7 @@ def test_restart_moves_aside(trained: Path, command: Run) -> None:
 
 def test_ctrl_c_and_the_same_command_again(trained: Path) -> None:
     """A training that is stopped after its first epochs goes on from its checkpoint, and its metrics have no gap."""
-    arguments = (*TRAIN_3D, "--name", "stopped", "--set", "training.epochs=40")
+    arguments = (*TRAIN_3D, "--name", "stopped", "--set", "training.epochs=12")
     command = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k != "NNLITE_WORKSPACE"} | {"OMP_NUM_THREADS": "1"}
     fold = models(trained) / "stopped" / "fold_0"
@@ -173,7 +173,7 @@ def test_ctrl_c_and_the_same_command_again(trained: Path) -> None:
     stopped = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True, timeout=120)
     assert stopped.returncode == 0 and "going on from epoch " in stopped.stderr and "epoch    1 " not in stopped.stderr
     rows = [json.loads(line) for line in (fold / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == list(range(1, 41))
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
     shutil.rmtree(fold.parent)
 
 

@@ -115,6 +115,9 @@ def train(
                 log.answer(f"fold {one}, whole images:\n{scores.table()}")
     if as_json:
         log.answer(json.dumps(results, indent=1))
+    from nnunet_lite.training.distributed import leave  # torch is there by now
+
+    leave()
 
 
 def _mean_dice(summaries: dict[str, Any]) -> str:

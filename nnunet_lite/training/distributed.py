@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=1)  # for each other: the death of one is noticed by who started them
+_PATIENCE = timedelta(days=1)  # for each other: who is lost is noticed by `launch`, or in nodes.py
 _GRACE = 20.0  # seconds to end by themselves when another process has died
 _POLL = 0.2
 
@@ -72,17 +72,46 @@ def device_of(ranks: Ranks, device: torch.device) -> torch.device:
     return torch.device("cuda", ranks.local)
 
 
-def join(ranks: Ranks, device: torch.device) -> None:
-    """Meet the other processes, once for the life of this one; all but the first one fall silent."""
+def join(ranks: Ranks, device: torch.device) -> bool:
+    """Meet the other processes, once for the life of this one; all but the first one fall silent.
+
+    Returns
+    -------
+    Whether they have met now.
+    """
     if ranks.world == 1 or torch.distributed.is_initialized():
-        return
+        return False
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_PATIENCE, rank=ranks.rank, world_size=ranks.world)
-    atexit.register(torch.distributed.destroy_process_group)
+    before_leaving(torch.distributed.destroy_process_group)
     if ranks.rank:
         log.be_quiet()
+    return True
+
+
+_before_leaving: list[Callable[[], None]] = []
+
+
+def before_leaving(farewell: Callable[[], None]) -> None:
+    """Have something called when this process leaves the others, by `leave` or as Python ends."""
+    _before_leaving.append(farewell)
+    atexit.register(farewell)
+
+
+def leave() -> None:
+    """End this process in success, if it has met others, without Python's tidying up.
+
+    DistributedDataParallel and its logger hold each other, so the threads of gloo outlive the group, and one that is
+    still letting go of a tensor when Python ends aborts the process: rarely, but then the others are stopped for it.
+    """
+    if torch.distributed.is_initialized():
+        for farewell in reversed(_before_leaving):
+            farewell()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def share(batch_size: int, ranks: Ranks) -> slice:
