@@ -124,7 +124,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         keep_watch(ranks)
     if device.type == "cpu" and run.settings.recipe == "default" and request.device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    with naming_the_lost(ranks):
+    with naming_the_lost():
         _must_be_trainable(run, ranks, device)
         seed = _begun(run, ranks)
         if is_complete(run.fold_folder, run.settings):

@@ -115,6 +115,25 @@ def test_folds_train_on_workers_though_one_is_killed(scheduler: str, tiny_worksp
         assert all(value.equal(there[key]) for key, value in load_file(here / "model.safetensors").items())
 
 
+def test_everything_is_done_on_workers(scheduler: str, copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    """`nnlite run`, from raw data to what predicts: as without a cluster."""
+    raw, ended = copy_dataset(6, name="raw"), {}
+    for place, where in (("here", None), ("there", scheduler)):
+        ended[place] = nnunet_lite.run(
+            raw, configurations=["3d_fullres"], folds=2, changes={**TINY, "training.epochs": 2}, device="cpu",
+            workers=0, scheduler=where, workspace=tmp_path / place,
+        )  # fmt: skip
+    here, there = ([(step.step, step.state) for step in ended[place].steps] for place in ended)
+    assert there == here
+    assert (tmp_path / "there" / "raw" / "report.html").is_file()
+    for fold in range(2):
+        name = f"raw/models/3d_fullres-default/fold_{fold}/model.safetensors"
+        one, other = (load_file(tmp_path / place / name) for place in ended)
+        assert all(one[key].equal(other[key]) for key in one)
+    one, other = (json.loads((tmp_path / place / "raw" / "inference.json").read_text()) for place in ended)
+    assert one == other
+
+
 def test_images_are_predicted_on_workers(
     scheduler: str, tiny_model: Path, hippocampus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

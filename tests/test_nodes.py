@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nnunet_lite.training.checkpoint import CHECKPOINT
 from nnunet_lite.training.record import METRICS
 from nnunet_lite.training.run import MODEL
 
@@ -115,6 +116,7 @@ def test_two_nodes_learn_what_one_process_learns(
     [
         (1, signal.SIGKILL),
         pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
@@ -129,9 +131,10 @@ def test_a_lost_node_is_named_and_another_number_of_processes_goes_on(
     command = [*command, "--set", f"training.epochs={EPOCHS}"]
     script = tmp_path / "nnlite.py"
     script.write_text(IMPATIENT)
-    nodes = start_nodes([str(script), *command, "--name", "lost"])
+    nnlite = [str(script)] if how == signal.SIGSTOP else ["-m", "nnunet_lite"]
+    nodes = start_nodes([*nnlite, *command, "--name", "lost"])
     until = time.monotonic() + 200
-    while not epochs(tmp_path, "lost"):
+    while not (fold(tmp_path, "lost") / CHECKPOINT).is_file():
         assert all(node.poll() is None for node in nodes), (tmp_path / "node_0.log").read_text()
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -140,9 +143,9 @@ def test_a_lost_node_is_named_and_another_number_of_processes_goes_on(
     left = 1 - lost
     assert nodes[left].wait(timeout=60) == 1
     said = (tmp_path / f"node_{left}.log").read_text()
-    named = f"error: lost of 2 processes: {lost} on {socket.gethostname()}"
+    named = f"error: lost of 2 processes: process {lost} on {socket.gethostname()}"
     assert (named if lost else "error: the machine of process 0, 127.0.0.1, is lost") in said
-    assert "The same command goes on from the last checkpoint" in said
+    assert "The same nnlite command goes on from the last checkpoint" in said
     for group in groups_of(nodes[lost]):
         os.killpg(group, signal.SIGKILL)
     before = len(epochs(tmp_path, "lost"))
@@ -153,3 +156,40 @@ def test_a_lost_node_is_named_and_another_number_of_processes_goes_on(
         alone(command, "undisturbed")
         # sums are rounded otherwise by two processes than by one, and training makes the difference grow
         assert losses(tmp_path, "lost") == pytest.approx(losses(tmp_path, "undisturbed"), abs=1e-3)
+
+
+BROKEN = """
+import os
+from torch import nn
+
+
+class Network(nn.Conv3d):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 4 and os.environ.get("RANK", "none") in RANKS:
+            raise RuntimeError("it broke")
+        return super().forward(x)
+
+
+def make(planned, inputs, outputs):
+    return Network(inputs, outputs, 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "01"])
+def test_an_error_that_is_no_loss_is_told_where_it_happens(
+    tmp_path: Path, command: list[str], start_nodes: Callable[..., list[subprocess.Popen[str]]], ranks: str
+) -> None:
+    """A network of the user's that fails in one process, or in both: its traceback is there, nobody is called lost."""
+    (tmp_path / "my_network.py").write_text(BROKEN.replace("RANKS", repr(ranks)))
+    factory = ["--set", f"network.factory={tmp_path / 'my_network.py'}:make"]
+    nodes = start_nodes(["-m", "nnunet_lite", *command, *factory, "--name", "broken"])
+    assert [node.wait(timeout=120) for node in nodes] == [1, 1]
+    logs = [(tmp_path / f"node_{node}.log").read_text() for node in range(2)]
+    assert all("RuntimeError: it broke" in logs[int(rank)] for rank in ranks)
+    assert not any("lost of 2" in log or "is lost" in log for log in logs)
+    if ranks == "1":
+        assert f"error: ended before the others, and said why: process 1 on {socket.gethostname()}" in logs[0]

@@ -53,6 +53,7 @@ def train(
     ------
     UserError : an illegal setting, a run that was begun with others, or nothing to resume.
     Stopped : a signal asked for it; the checkpoint is written.
+    Lost : another process of those that torchrun started is gone; the last checkpoint is whole.
     """
     from nnunet_lite.fold import Request, train_and_validate
     from nnunet_lite.settings import load as load_settings

@@ -107,7 +107,9 @@ def leave() -> None:
     still letting go of a tensor when Python ends aborts the process: rarely, but then the others are stopped for it.
     """
     if torch.distributed.is_initialized():
-        for farewell in reversed(_before_leaving):
+        while _before_leaving:
+            farewell = _before_leaving.pop()
+            atexit.unregister(farewell)
             farewell()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,7 +9,9 @@ Only for torchrun: of the processes that `distributed.launch` starts, it sees it
 
 from __future__ import annotations
 
+import math
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -21,109 +23,142 @@ from datetime import timedelta
 import torch
 
 from nnunet_lite.errors import Lost
-from nnunet_lite.training.distributed import Ranks, before_leaving
+from nnunet_lite.training.distributed import Ranks, any_rank, before_leaving, from_first
 
 _BEAT = 2.0  # seconds between two counts
 _SILENT = 90.0  # seconds without one after which a process is taken for lost: a machine may be busy
-_ROLL_CALL = 3 * _BEAT  # the same when a collective has failed: those that are there count on while they wait
-_LEFT = "left"
-_GO_ON = "The same command goes on from the last checkpoint, also with another number of processes"
+_ROLL_CALL = 4 * _BEAT  # seconds to hear of the others when a collective has failed
+_FOR_ITSELF = 30.0  # seconds that the others get to end by themselves when one has failed
+_LEFT, _FAILED = "left", "failed"  # in place of a count
+_GO_ON = "The same nnlite command goes on from the last checkpoint, also with another number of processes or machines"
+
+
+class Watch:
+    """What this process hears of the others: the last count of each, and when it was new.
+
+    One thread talks to the store, in which it may hang when the machine is lost that holds it; another one judges.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.meeting = from_first(secrets.token_hex(4), ranks)  # torchrun may start all again, with the same store
+        self.ending = _LEFT
+        self._ended = threading.Event()
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=_SILENT))
+        self._store.set(self._key("host", ranks.rank), socket.gethostname())
+        self._store.set(self._key("count", ranks.rank), "0")
+        any_rank(0, ranks)  # now all have set theirs
+        self._hosts = [host.decode() for host in self._store.multi_get(self._keys("host"))]
+        self._reached = time.monotonic()
+        self._heard = dict.fromkeys(range(ranks.world), ("0", self._reached))
+        self._threads = [threading.Thread(target=each, name="nodes", daemon=True) for each in (self._talk, self._judge)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Say that this process ends, and how."""
+        self._ended.set()
+        self._threads[0].join(_ROLL_CALL)
+
+    def roll_call(self) -> list[int]:
+        """The processes that have ended, in whatever way, or that nothing is heard of for some seconds."""
+        time.sleep(_ROLL_CALL)
+        return self._gone(_ROLL_CALL - _BEAT, left=0, failed=0)
+
+    def verdict(self, gone: Sequence[int]) -> str:
+        """Who is gone, in words: those of the first process that finds out, for it will be missed by the others too."""
+        if time.monotonic() - self._reached > 2 * _BEAT:
+            return f"the machine of process 0, {os.environ['MASTER_ADDR']}, is lost or the network is down. {_GO_ON}"
+        failed = [rank for rank in gone if self._heard[rank][0] in (_LEFT, _FAILED)]
+        lost = [rank for rank in gone if rank not in failed]
+        parts = []
+        if lost:
+            parts.append(f"lost of {self.ranks.world} processes: {self._named(lost)} "
+                         "(killed, or the machine or the network is down)")  # fmt: skip
+        if failed:
+            parts.append(f"ended before the others, and said why: {self._named(failed)}")
+        words = f"{'; '.join(parts)}. {_GO_ON}"
+        try:
+            return self._store.compare_set(self._key("verdict", 0), "", words).decode()
+        except RuntimeError:  # the store has gone meanwhile
+            return words
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        return " and ".join(f"process {rank} on {self._hosts[rank]}" for rank in ranks)
+
+    def _gone(self, silence: float, left: float, failed: float) -> list[int]:
+        """The others of which nothing new is heard for so many seconds; those that ended have limits of their own."""
+        now, own = time.monotonic(), self.ranks.rank
+        if now - self._reached > silence:
+            return [0] if own else []  # the store is on its machine
+        limits = {_LEFT: left, _FAILED: failed}
+        over = {
+            rank: now - last - limits.get(value, silence) for rank, (value, last) in self._heard.items() if rank != own
+        }
+        if max(over.values()) <= 0:
+            return []
+        return [rank for rank, seconds in over.items() if seconds > -2 * _BEAT]  # with one, its neighbours are lost
+
+    def _talk(self) -> None:
+        count = 0
+        with suppress(RuntimeError):  # a connection that broke stays so: others judge by the time that has passed
+            while not self._ended.wait(_BEAT):
+                count += 1
+                self._store.set(self._key("count", self.ranks.rank), str(count))
+                counts = [value.decode() for value in self._store.multi_get(self._keys("count"))]
+                now = time.monotonic()
+                for rank, value in enumerate(counts):
+                    if value != self._heard[rank][0]:
+                        self._heard[rank] = value, now
+                self._reached = now
+            self._store.set(self._key("count", self.ranks.rank), self.ending)
+
+    def _judge(self) -> None:
+        while not self._ended.wait(_BEAT):
+            if gone := self._gone(_SILENT, left=math.inf, failed=_FOR_ITSELF):
+                print(f"error: {self.verdict(gone)}.", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits in a collective, out of which Python knows no other way
+
+    def _keys(self, what: str) -> list[str]:
+        return [self._key(what, rank) for rank in range(self.ranks.world)]
+
+    def _key(self, what: str, rank: int) -> str:
+        return f"nnlite/{self.meeting}/{what}/{rank}"
+
+
+_watch: Watch | None = None
 
 
 def keep_watch(ranks: Ranks) -> None:
-    """Count up in the store from now to the end of this process, which comes early when another one falls silent."""
-    if not _watched(ranks):
-        return
-    store, ended = _store(_SILENT), threading.Event()
-    store.set(_key("host", ranks.rank), socket.gethostname())
-    store.set(_key("count", ranks.rank), "0")
-    thread = threading.Thread(target=_watch, args=(store, ranks, ended), name="nodes", daemon=True)
-
-    def stop() -> None:
-        ended.set()
-        thread.join()
-
-    before_leaving(stop)
-    thread.start()
-
-
-def _watch(store: torch.distributed.TCPStore, ranks: Ranks, ended: threading.Event) -> None:
-    heard: dict[int, tuple[str, float]] = {}  # the last count of each process, and when it was new
-    reached, count = time.monotonic(), 0
-    while not ended.wait(_BEAT):
-        now, count = time.monotonic(), count + 1
-        with suppress(RuntimeError):  # of the network: how long it lasts is what matters
-            store.set(_key("count", ranks.rank), str(count))
-            for rank, value in _counts(store, ranks).items():
-                if value == _LEFT or heard.get(rank, (None,))[0] != value:
-                    heard[rank] = value, now
-            reached = now
-        silent = [rank for rank, (_, last) in heard.items() if now - last > _SILENT]
-        if silent or now - reached > _SILENT:
-            if ranks.local == 0:
-                print(f"error: {_verdict(ranks, silent)}.", file=sys.stderr, flush=True)
-            os._exit(1)  # the main thread waits in a collective, out of which Python knows no other way
-    with suppress(RuntimeError):  # the store is another process's, which may have ended before
-        store.set(_key("count", ranks.rank), _LEFT)
+    """Hear of the others from now to the end of this process, which comes early when one of them is gone."""
+    global _watch
+    if ranks.world > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        _watch = Watch(ranks)
+        before_leaving(_watch.stop)
 
 
 @contextmanager
-def naming_the_lost(ranks: Ranks) -> Iterator[None]:
-    """Turn an error that comes of the loss of another process into one that says whose.
+def naming_the_lost() -> Iterator[None]:
+    """Turn an error of the network's that comes of the end of another process into one that says whose.
 
     Raises
     ------
-    Lost : a process is gone; told by one process of each machine.
+    Lost : a process is gone.
     """
     try:
         yield
-    except RuntimeError as error:
-        if not _watched(ranks) or not (gone := _gone(ranks)):
+    except BaseException as error:
+        if _watch is None:
             raise
-        if ranks.local:
-            raise SystemExit(1) from None
-        raise Lost(_verdict(ranks, gone)) from error
+        _watch.ending = _FAILED
+        if not _of_the_network(error) or not (gone := _watch.roll_call()):
+            raise
+        raise Lost(_watch.verdict(gone)) from error
 
 
-def _watched(ranks: Ranks) -> bool:
-    return ranks.world > 1 and "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _gone(ranks: Ranks) -> list[int]:
-    """The processes that do not count any more, or have left."""
-    try:
-        store = _store(_ROLL_CALL)
-        before = _counts(store, ranks)
-        time.sleep(_ROLL_CALL)
-        after = _counts(store, ranks)
-    except RuntimeError:
-        return [0]  # the store is on its machine
-    return [rank for rank, value in after.items() if value in (before[rank], _LEFT)]
-
-
-def _verdict(ranks: Ranks, gone: Sequence[int]) -> str:
-    """Who is lost, in words: those of the first process that finds out, for it will be missed by the others too."""
-    try:
-        store = _store(_ROLL_CALL)
-        hosts = store.multi_get([_key("host", rank) for rank in gone])
-        who = " and ".join(f"{rank} on {host.decode()}" for rank, host in zip(gone, hosts, strict=True))
-        what = f"lost of {ranks.world} processes: {who} (killed, or the machine or the network is down). {_GO_ON}"
-        return store.compare_set(_key("verdict", 0), "", what).decode()
-    except RuntimeError:
-        return f"the machine of process 0, {os.environ['MASTER_ADDR']}, is lost or the network is down. {_GO_ON}"
-
-
-def _counts(store: torch.distributed.TCPStore, ranks: Ranks) -> dict[int, str]:
-    counts = store.multi_get([_key("count", rank) for rank in range(ranks.world)])
-    return {rank: count.decode() for rank, count in enumerate(counts)}
-
-
-def _key(what: str, rank: int) -> str:
-    """One of this start: torchrun may start all processes again, with the same store."""
-    return f"nnlite/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}/{rank}"
-
-
-def _store(seconds: float) -> torch.distributed.TCPStore:
-    """A connection of its own to the store where the processes met."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds))
+def _of_the_network(error: BaseException) -> bool:
+    """gloo's errors have no class of their own; each begins with the name of its source file."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
