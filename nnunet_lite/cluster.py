@@ -44,7 +44,7 @@ _SEEN = 20.0  # seconds until a file in the workspace is seen by all machines
 _BUSY = 600.0  # seconds that a fold waits for a worker that was taken for dead and still trains it
 _STOPPING = 120.0  # seconds that folds get to write their checkpoints
 _IN_FLIGHT = 1000  # tasks that the scheduler knows at a time, however many cases there are
-_MOST_IN_A_TASK, _TASKS_PER_SLOT = 16, 8
+_MOST_IN_A_TASK, _TASKS_PER_SLOT = 16, 4
 _TRIES = 3  # for what may pass, such as a file server that does not answer
 _BETWEEN_LINES = 30.0
 _one_at_a_time = threading.Lock()
@@ -129,8 +129,7 @@ class Cluster:
         ----------
         heavy : each needs a GPU, where there are some, or a whole worker; else one thread.
         """
-        size = min(_MOST_IN_A_TASK, max(1, len(items) // (_TASKS_PER_SLOT * self.slots)))
-        todo = deque(list(items[i : i + size]) for i in range(0, len(items), size))
+        todo = deque(_batches(items, self.slots))
         run = f"{what}-{secrets.token_hex(4)}"
         yield from log.progress(self._spread(function, todo, run, heavy), len(items), what)
 
@@ -170,6 +169,15 @@ class Cluster:
                     continue
                 results = [error]
             yield from zip(batch, results, strict=True)
+
+
+def _batches(items: Sequence[T], slots: int) -> Iterator[list[T]]:
+    """Items in the order given, many to a task at first and few at the end, so that all workers end together."""
+    start = 0
+    while start < len(items):
+        size = min(_MOST_IN_A_TASK, max(1, (len(items) - start) // (_TASKS_PER_SLOT * slots)))
+        yield list(items[start : start + size])
+        start += size
 
 
 def _each(place: Place, function: Callable[[T], R], batch: Sequence[T], whole: bool) -> list[R | Exception]:

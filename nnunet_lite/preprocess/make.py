@@ -19,6 +19,7 @@ from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
 from nnunet_lite.preprocess.raw_files import RawCase, survey
 from nnunet_lite.preprocess.stored import Precision, is_whole, write_stored
+from nnunet_lite.preprocess.threads import one_blas_thread
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -174,20 +175,18 @@ def _run(
     """Make what is missing; the failures by case id."""
     if not jobs:
         return {}
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     needed = max(job.memory(len(plan.channels)) for job in jobs)
     if workers is None and max(prod(job.raw.shape) for job in jobs) * len(plan.channels) < _SMALL:
         workers = 0
-    in_flight = budget.cases_in_flight(needed, workers)
+    in_flight = 0 if workers == 0 else budget.cases_in_flight(needed, workers)
     free = budget.free_memory()
     if needed > free:
         log.warn(f"the largest case needs about {needed / budget.GB:.1f} GB, {free / budget.GB:.1f} GB are free")
-    threads = 1 if workers == 0 else max(1, budget.cpus() // in_flight)  # of ours, for each case
+    threads = max(1, budget.cpus() // in_flight) if in_flight else 1  # of ours, for each case
     work = partial(_make, dataset=dataset, plan=plan, precision=precision, threads=threads)
     failed = {}
-    with threadpool_limits(1, "blas"):  # none of BLAS's own
-        results = _each(work, jobs, 0 if workers == 0 else in_flight)
+    with one_blas_thread():
+        results = _each(work, jobs, in_flight)
         for job, error in progress(results, len(jobs), "preprocess") if progress else results:
             if error is not None:
                 failed[job.case.id] = error

@@ -20,7 +20,7 @@ _blas_lock = Lock()
 def in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None = None) -> None:
     """Work on all parts, in one thread per CPU unless told otherwise."""
     threads = min(threads or cpus(), len(parts))
-    with _one_blas_thread():  # its own would wait for each other after each of many small products
+    with one_blas_thread():  # its own would wait for each other after each of many small products
         if threads < 2:
             for part in parts:
                 work(part)
@@ -31,7 +31,7 @@ def in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | Non
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """numpy's BLAS in one thread, a limit of the process: callers share it, and the last one to leave lifts it.
 
     With a limit for each, one would put back what another had set, and leave it so. threadpoolctl heeds one living
