@@ -2,6 +2,6 @@
 # Installs what the tests need and runs them, a process for each core; arguments go to pytest (-m slow: the long ones).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" test
+cores=$(env -u OMP_NUM_THREADS nproc) # which would count the threads of this variable
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # of each process
-cores=$(nproc)
 python -m pytest -q -n $((cores < 4 ? cores : 4)) --dist worksteal "$@"
