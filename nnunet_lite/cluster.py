@@ -1,4 +1,4 @@
-"""The same steps on many machines: cases, folds and inputs spread over the workers of a Dask scheduler.
+"""The same work on many machines: cases, folds and inputs spread over the workers of a Dask scheduler.
 
 All machines see one workspace; nothing but names of files, plans and settings travels through the scheduler. What is
 done lies in the workspace as ever, hence work whose worker died is given to another one, which goes on from what it
@@ -13,12 +13,11 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -26,13 +25,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import distributed
-from distributed import CancelledError, Client, Future, KilledWorker, as_completed
+from distributed import CancelledError, Client, KilledWorker, as_completed
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.errors import Busy, Stopped, UserError, describe
-from nnunet_lite.workflow import Ended, Journal, Step
-from nnunet_lite.workflow import execute as execute_here
+from nnunet_lite.errors import UserError, describe
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,12 +38,9 @@ _GPU = "GPU"  # the name that Dask users give this resource
 _CONNECT = 10  # seconds to find the scheduler
 _FIRST_WORKER = 600  # seconds to wait for one: a queue may be long
 _SEEN = 20.0  # seconds until a file in the workspace is seen by all machines
-_BUSY = 600.0  # seconds that a fold waits for a worker that was taken for dead and still trains it
-_STOPPING = 120.0  # seconds that folds get to write their checkpoints
 _IN_FLIGHT = 1000  # tasks that the scheduler knows at a time, however many cases there are
 _MOST_IN_A_TASK, _TASKS_PER_SLOT = 16, 4
 _TRIES = 3  # for what may pass, such as a file server that does not answer
-_BETWEEN_LINES = 30.0
 _one_at_a_time = threading.Lock()
 
 
@@ -85,7 +79,7 @@ def unfit(place: Place) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _refuse_if_unfit(place: Place) -> None:
+def refuse_if_unfit(place: Place) -> None:
     """On a worker that may have come late, once for each place.
 
     Raises
@@ -155,13 +149,13 @@ class Cluster:
             try:
                 results = future.result()
             except CancelledError:
-                raise _gone() from None
+                raise gone() from None
             except KilledWorker as error:
                 if not alone:
-                    log.info(f"{describe(_told(error))} Each of {len(batch)} is tried again, alone, at the end")
+                    log.info(f"{describe(told(error))} Each of {len(batch)} is tried again, alone, at the end")
                     suspects.extend(batch)
                     continue
-                results = [_told(error)]
+                results = [told(error)]
             except Exception as error:  # of the worker, or of sending the results
                 if len(batch) > 1:
                     log.info(f"{describe(error)} Each of {len(batch)} is tried again")
@@ -185,8 +179,8 @@ def _each(place: Place, function: Callable[[T], R], batch: Sequence[T], whole: b
 
     What may pass is tried again, a mistake of the user's is not.
     """
-    _refuse_if_unfit(place)
-    with _whole_worker() if whole else nullcontext():
+    refuse_if_unfit(place)
+    with whole_worker() if whole else nullcontext():
         return [_insistent(function, item) for item in batch]
 
 
@@ -271,82 +265,11 @@ def _refuse_unfit(answers: Mapping[str, Any]) -> None:
             raise UserError(f"the worker {worker} cannot import nnunet_lite ({answer})",
                             fix=f"Install nnunet-lite[cluster] {nnunet_lite.__version__} there.")  # fmt: skip
         if answer is not None:
-            raise UserError(f"the worker {worker} {answer if isinstance(answer, str) else _told(answer)}")
-
-
-# ----------------------------------------------------------------------------------------------------------- steps
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A step that the workers have; `progress` is how much of it was done before."""
-
-    step: Step
-    progress: float
-    start: float
-
-
-def execute(cluster: Cluster, steps: Sequence[Step], journal: Journal) -> list[Ended]:
-    """Do the steps that are not done, those that may be done anywhere on the workers, as many at once as these take.
-
-    What a worker that died had begun, another one goes on with. A step that fails stops those that need it, not others.
-
-    Raises
-    ------
-    What the first step raised that failed; Stopped after Ctrl-C, when the folds have written their checkpoints.
-    """
-    todo = [step for step in steps if not step.is_done()]
-    ended = {step.name: Ended(step.name, "kept") for step in steps if step not in todo}
-    running: dict[Future, _Begun] = {}
-    failed: dict[str, Exception] = {}
-    try:
-        while todo or running:
-            not_done = {step.name for step in todo} | {begun.step.name for begun in running.values()} | failed.keys()
-            ready = [step for step in todo if not_done.isdisjoint(step.needs)]
-            for step in ready:
-                if step.anywhere:
-                    running[_submit(cluster, step)] = _Begun(step, step.progress(), time.monotonic())
-            todo = [step for step in todo if not (step in ready and step.anywhere)]
-            here = [step for step in ready if not step.anywhere]
-            if running:
-                ended |= {each.step: each for each in _wait(cluster, running, failed, journal)}
-            elif here:
-                ended |= {each.step: each for each in execute_here(here[:1], journal)}
-                todo.remove(here[0])
-            else:
-                break  # what is left needs what has failed
-    except KeyboardInterrupt:
-        _stop(cluster, running)
-        raise Stopped("stopped by SIGINT; the same command goes on from here", signal.SIGINT) from None
-    if failed:
-        raise next(iter(failed.values()))
-    return [ended[step.name] for step in steps]
-
-
-def _submit(cluster: Cluster, step: Step) -> Future:
-    log.info(f"{step.name}: given to the workers")
-    key = f"{step.name.replace(' ', '-')}-{secrets.token_hex(4)}"
-    return cluster.client.submit(_fold, cluster.place, step.run, key=key, resources=cluster.for_folds(), pure=False)
-
-
-def _fold(place: Place, run: Callable[[], Any]) -> None:
-    """On a worker: train a fold with all of its threads; one that was taken for dead and is not is waited for."""
-    _refuse_if_unfit(place)
-    until = time.monotonic() + _BUSY
-    with _whole_worker():
-        while True:
-            try:
-                run()
-            except Busy:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(5)
-            else:
-                return
+            raise UserError(f"the worker {worker} {answer if isinstance(answer, str) else told(answer)}")
 
 
 @contextmanager
-def _whole_worker() -> Iterator[None]:
+def whole_worker() -> Iterator[None]:
     """The only such work of this process at a time, with as many threads as the worker has."""
     import torch
 
@@ -355,58 +278,7 @@ def _whole_worker() -> Iterator[None]:
         yield
 
 
-def _wait(
-    cluster: Cluster, running: dict[Future, _Begun], failed: dict[str, Exception], journal: Journal
-) -> list[Ended]:
-    """Wait until a step ends, or for a while; what has ended leaves `running`, what has failed comes to `failed`."""
-    try:
-        done = distributed.wait(list(running), timeout=_BETWEEN_LINES, return_when="FIRST_COMPLETED").done
-    except TimeoutError:
-        log.info("running: " + ", ".join(f"{b.step.name} {b.step.progress():.0%}" for b in running.values()))
-        return []
-    ended = []
-    for future in done:
-        begun = running.pop(future)
-        seconds = time.monotonic() - begun.start
-        try:
-            future.result()
-        except CancelledError:
-            raise _gone() from None
-        except KilledWorker as error:
-            if (progress := begun.step.progress()) > begun.progress:  # a machine that is taken away is no failure
-                running[_submit(cluster, begun.step)] = _Begun(begun.step, progress, time.monotonic())
-                continue
-            failed[begun.step.name] = _told(error, begun.step.name)
-        except Exception as error:  # any: the others go on
-            failed[begun.step.name] = error
-        else:
-            journal.add(begun.step, seconds, 1 - begun.progress)
-            ended.append(Ended(begun.step.name, "done", round(seconds, 2)))
-            log.info(f"{begun.step.name}: done in {log.duration(seconds)}")
-            continue
-        log.info(f"{begun.step.name}: failed: {describe(failed[begun.step.name])}")
-    return ended
-
-
-def _stop(cluster: Cluster, running: Mapping[Future, _Begun]) -> None:
-    """Ask the folds to stop, and wait until they have written their checkpoints."""
-    if not running:
-        return
-    log.info(f"asking {len(running)} folds to write a checkpoint and stop")
-    with suppress(TimeoutError, OSError):
-        waiting = [future for future in running if future.status == "pending"]
-        cluster.client.run(_ask_to_stop)
-        distributed.wait(waiting, timeout=_STOPPING)
-    cluster.client.cancel(list(running), force=True)
-
-
-def _ask_to_stop() -> None:
-    from nnunet_lite.training.watch import ask_to_stop  # imports torch, which workers that preprocess do without
-
-    ask_to_stop()
-
-
-def _told(error: Exception, what: str = "") -> Exception:
+def told(error: Exception, what: str = "") -> Exception:
     """An exception of Dask's in words; any other one as it is."""
     if not isinstance(error, KilledWorker):
         return error
@@ -414,5 +286,5 @@ def _told(error: Exception, what: str = "") -> Exception:
     return UserError(f"{what}: {deaths}" if what else deaths, fix="Mostly that is for want of memory: see their logs.")
 
 
-def _gone() -> UserError:
+def gone() -> UserError:
     return UserError("the scheduler is gone, and with it what was running", fix="The same command goes on from here.")

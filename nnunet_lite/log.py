@@ -21,6 +21,11 @@ def be_quiet() -> None:
     _quiet = True
 
 
+def error(message: str) -> None:
+    """What this process ends of, be it a silent one or not."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def info(message: str) -> None:
     if _quiet:
         return

@@ -2,7 +2,7 @@
 
 A step is done when its files say so, not because a list says it was: hence a run may be stopped or killed anywhere,
 steps may be done by hand in between, and the same command does what is left. `execute` does the steps one after the
-other in this process; cluster.py does the same steps on many machines.
+other in this process; cluster_steps.py does the same steps on many machines.
 
 steps.jsonl     in the data set's folder: a line for each step that was done, with its seconds; for estimates only
 """

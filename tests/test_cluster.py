@@ -22,6 +22,7 @@ from samples import TINIEST
 import nnunet_lite
 from nnunet_lite import cluster as c
 from nnunet_lite.cluster_start import read_start
+from nnunet_lite.cluster_steps import execute
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Journal, Step
 
@@ -223,11 +224,11 @@ def test_a_step_that_fails_stops_those_that_need_it_only(scheduler: str, tmp_pat
     ]
     with c.connected(scheduler, tmp_path) as cluster:
         with pytest.raises(UserError, match="bad: the disk is full"):
-            c.execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
+            execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
         assert (tmp_path / "good").is_file()
         assert not (tmp_path / "last").exists()
         (tmp_path / "bad").touch()
-        ended = c.execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
+        ended = execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
     assert [(e.step, e.state) for e in ended] == [
         ("first", "kept"),
         ("bad", "kept"),

@@ -162,7 +162,7 @@ def train_on(
 def _execute(steps: Sequence[Step], journal: Journal, cluster: Cluster | None) -> list[Ended]:
     if cluster is None:
         return execute(steps, journal)
-    from nnunet_lite.cluster import execute as execute_on
+    from nnunet_lite.cluster_steps import execute as execute_on
 
     return execute_on(cluster, steps, journal)
 

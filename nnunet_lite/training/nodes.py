@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from datetime import timedelta
 
 import torch
 
+from nnunet_lite import log
 from nnunet_lite.errors import Lost
 from nnunet_lite.training.distributed import Ranks, any_rank, before_leaving, from_first
 
@@ -117,7 +117,7 @@ class Watch:
     def _judge(self) -> None:
         while not self._ended.wait(_BEAT):
             if gone := self._gone(_SILENT, left=math.inf, failed=_FOR_ITSELF):
-                print(f"error: {self.verdict(gone)}.", file=sys.stderr, flush=True)
+                log.error(f"{self.verdict(gone)}.")
                 os._exit(1)  # the main thread waits in a collective, out of which Python knows no other way
 
     def _keys(self, what: str) -> list[str]:
