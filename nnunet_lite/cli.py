@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nnunet_lite import __version__
+from nnunet_lite import __version__, log
 from nnunet_lite.commands import data, prediction, results, training, workflow
 from nnunet_lite.errors import Lost, Stopped, UserError
 
@@ -69,7 +69,7 @@ def _spelled_out(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr, flush=True)  # a silent process too says what it ended of
+    log.last(message)
     return code
 
 

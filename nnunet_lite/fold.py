@@ -120,8 +120,8 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
 
     ranks = current()
     device = device_of(ranks, pick_device(request.device))
-    if join(ranks, device):
-        keep_watch(ranks)
+    join(ranks, device)
+    keep_watch(ranks)
     if device.type == "cpu" and run.settings.recipe == "default" and request.device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
     with naming_the_lost():

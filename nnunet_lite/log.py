@@ -21,9 +21,9 @@ def be_quiet() -> None:
     _quiet = True
 
 
-def error(message: str) -> None:
-    """What this process ends of, be it a silent one or not."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def last(message: str) -> None:
+    """What this process ends of: a silent one says it too."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def info(message: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import HIPPOCAMPUS, TINY, first_cases
+from samples import HIPPOCAMPUS, TINY, as_options, first_cases
 
 Ended = tuple[int, str, str]  # exit code, standard output, standard error
 
@@ -145,6 +145,14 @@ def tiny_report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def tiny_settings() -> dict[str, Any]:
     """Changes to the default recipe that make a run take seconds; with them, a run is the same to the bit each time."""
     return dict(TINY)
+
+
+@pytest.fixture
+def train_three(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any]) -> list[str]:
+    """The arguments of a training of a batch of three, in `tmp_path`; `samples.fold_of` is where it lands."""
+    shutil.copytree(tiny_workspace, tmp_path / "workspace")
+    changes = tiny_settings | {"training.batch_size": 3, "training.patch_size": [16, 16, 16]}
+    return ["train", "3d_fullres", "0", "-w", str(tmp_path / "workspace"), "--device", "cpu", *as_options(changes)]
 
 
 @pytest.fixture

@@ -31,6 +31,11 @@ TINIEST: dict[str, Any] = {key: value for key, value in TINY.items() if key != "
 }
 
 
+def as_options(changes: dict[str, Any]) -> list[str]:
+    """Changed settings as a command line gives them."""
+    return [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+
+
 def first_cases(root: Path, n: int) -> Path:
     """The first cases of the bundled data in a folder of their own, in the layout of the Medical Decathlon."""
     table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
@@ -41,3 +46,8 @@ def first_cases(root: Path, n: int) -> Path:
             shutil.copy(HIPPOCAMPUS / file, root / file)
     (root / "dataset.json").write_text(json.dumps(table))
     return root
+
+
+def fold_of(tmp_path: Path, name: str) -> Path:
+    """The fold folder of a model that the fixture `train_three` trains under this name."""
+    return tmp_path / "workspace" / "Task04_Hippocampus" / "models" / name / "fold_0"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from samples import fold_of
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.training.distributed import ALONE, Ranks, any_rank, current, device_of, from_first, share
@@ -51,34 +50,21 @@ def test_alone_unless_somebody_started_several(monkeypatch: pytest.MonkeyPatch) 
     assert device_of(Ranks(5, 8, 1), torch.device("cpu")) == torch.device("cpu")
 
 
-@pytest.fixture
-def command(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any]) -> list[str]:
-    """A training of a batch of three, which two processes share as two and one; the fold folder is `fold(name)`."""
-    shutil.copytree(tiny_workspace, tmp_path / "workspace")
-    changes = tiny_settings | {"training.batch_size": 3, "training.patch_size": [16, 16, 16]}
-    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    return ["train", "3d_fullres", "0", "-w", str(tmp_path / "workspace"), "--device", "cpu", *sets]
-
-
-def fold(tmp_path: Path, name: str) -> Path:
-    return tmp_path / "workspace" / "Task04_Hippocampus" / "models" / name / "fold_0"
-
-
 def ran(command: list[str]) -> str:
     done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path, command: list[str]) -> None:
+def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[str]) -> None:
     """Started by `nnlite`; for two that torchrun starts see test_nodes.py."""
     more = ["--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]
-    nnlite = [sys.executable, "-m", "nnunet_lite", *command, *more]
+    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, *more]
     ran([*nnlite, "--name", "one"])
     scores = ran([*nnlite, "--gpus", "2", "--name", "two"])
     assert scores.count("fold 0, whole images") == 1  # one process speaks
     one, two = (
-        [json.loads(line) for line in (fold(tmp_path, name) / METRICS).read_text().splitlines()]
+        [json.loads(line) for line in (fold_of(tmp_path, name) / METRICS).read_text().splitlines()]
         for name in ("one", "two")
     )
     assert len(one) == len(two) == 2
@@ -87,16 +73,18 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, command: list[str])
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=2e-5)
         assert a["dice"] == pytest.approx(b["dice"], abs=2e-3)
         assert a["lr"] == b["lr"]
-    weights, others = (load_file(fold(tmp_path, name) / MODEL) for name in ("one", "two"))
+    weights, others = (load_file(fold_of(tmp_path, name) / MODEL) for name in ("one", "two"))
     for name, weight in weights.items():
         assert torch.allclose(weight, others[name], atol=1e-5), name
 
 
-def test_the_death_of_a_process_is_told_and_the_run_goes_on_later(tmp_path: Path, command: list[str]) -> None:
-    nnlite = [sys.executable, "-m", "nnunet_lite", *command, "--epochs", "400", "--gpus", "2", "--name", "killed"]
+def test_the_death_of_a_process_is_told_and_the_run_goes_on_later(tmp_path: Path, train_three: list[str]) -> None:
+    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, "--epochs", "400", "--gpus", "2", "--name", "killed"]
     process = subprocess.Popen(nnlite, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
-    while not (fold(tmp_path, "killed") / METRICS).is_file() or not (fold(tmp_path, "killed") / METRICS).read_text():
+    while (
+        not (fold_of(tmp_path, "killed") / METRICS).is_file() or not (fold_of(tmp_path, "killed") / METRICS).read_text()
+    ):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -108,12 +96,12 @@ def test_the_death_of_a_process_is_told_and_the_run_goes_on_later(tmp_path: Path
     assert process.returncode == 1
     assert "process 1 of 2 was killed by SIGKILL" in said
     assert not psutil.pid_exists(ranks[0].pid) or not ranks[0].is_running()
-    assert (fold(tmp_path, "killed") / "checkpoint.safetensors").is_file()
+    assert (fold_of(tmp_path, "killed") / "checkpoint.safetensors").is_file()
 
 
-def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, command: list[str]) -> None:
+def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, train_three: list[str]) -> None:
     more = ["--set", "training.batch_size=1", "--gpus", "2", "--name", "split"]
-    nnlite = [sys.executable, "-m", "nnunet_lite", *command, *more]
+    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, *more]
     done = subprocess.run(nnlite, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert done.stderr.count("a batch of 1 cannot be split over 2 processes") == 1

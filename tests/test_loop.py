@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from samples import as_options
 
 from nnunet_lite import api
 from nnunet_lite.data.labels import Labels
@@ -337,7 +338,7 @@ def test_a_signal_stops_in_mid_epoch_and_the_run_goes_on_to_the_same_bits(
     changes = (
         tiny_settings | SMALL | changes | {"optimizer.name": "adamw", "optimizer.ema": 0.9, "network.norm": "batch"}
     )
-    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    sets = as_options(changes)
     command = ["train", "3d_fullres", "all", "-w", str(workspace), "--device", "cpu", *sets]
     models = workspace / "Task04_Hippocampus" / "models"
     run = [sys.executable, "-m", "nnunet_lite", *command]

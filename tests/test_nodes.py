@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from samples import fold_of
 
 from nnunet_lite.training.checkpoint import CHECKPOINT
 from nnunet_lite.training.record import METRICS
@@ -26,15 +26,6 @@ from nnunet_lite.training.run import MODEL
 EPOCHS = 12
 # as `python -m nnunet_lite`, with less patience
 IMPATIENT = "from nnunet_lite import cli; from nnunet_lite.training import nodes; nodes._SILENT = 5.0; cli.main()"
-
-
-@pytest.fixture
-def command(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any]) -> list[str]:
-    """A training of a batch of three."""
-    shutil.copytree(tiny_workspace, tmp_path / "workspace")
-    changes = tiny_settings | {"training.batch_size": 3, "training.patch_size": [16, 16, 16]}
-    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    return ["train", "3d_fullres", "0", "-w", str(tmp_path / "workspace"), "--device", "cpu", *sets]
 
 
 @pytest.fixture
@@ -78,17 +69,13 @@ def groups_of(node: subprocess.Popen[str]) -> set[int]:
     return {os.getpgid(p.pid) for p in (psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True))}
 
 
-def fold(tmp_path: Path, name: str) -> Path:
-    return tmp_path / "workspace" / "Task04_Hippocampus" / "models" / name / "fold_0"
-
-
 def epochs(tmp_path: Path, name: str) -> list[dict[str, Any]]:
-    file = fold(tmp_path, name) / METRICS
+    file = fold_of(tmp_path, name) / METRICS
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def alone(command: list[str], name: str) -> str:
-    nnlite = [sys.executable, "-m", "nnunet_lite", *command, "--name", name]
+def alone(arguments: list[str], name: str) -> str:
+    nnlite = [sys.executable, "-m", "nnunet_lite", *arguments, "--name", name]
     done = subprocess.run(
         nnlite, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
     )
@@ -101,13 +88,13 @@ def losses(tmp_path: Path, name: str) -> list[float]:
 
 
 def test_two_nodes_learn_what_one_process_learns(
-    tmp_path: Path, command: list[str], start_nodes: Callable[..., list[subprocess.Popen[str]]]
+    tmp_path: Path, train_three: list[str], start_nodes: Callable[..., list[subprocess.Popen[str]]]
 ) -> None:
-    nodes = start_nodes(["-m", "nnunet_lite", *command, "--name", "two"], backend="c10d")
-    alone(command, "one")
+    nodes = start_nodes(["-m", "nnunet_lite", *train_three, "--name", "two"], backend="c10d")
+    alone(train_three, "one")
     assert [node.wait(timeout=240) for node in nodes] == [0, 0], (tmp_path / "node_0.log").read_text()
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), abs=2e-5)
-    a, b = (load_file(fold(tmp_path, name) / MODEL) for name in ("one", "two"))
+    a, b = (load_file(fold_of(tmp_path, name) / MODEL) for name in ("one", "two"))
     assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
@@ -122,19 +109,19 @@ def test_two_nodes_learn_what_one_process_learns(
 )
 def test_a_lost_node_is_named_and_another_number_of_processes_goes_on(
     tmp_path: Path,
-    command: list[str],
+    train_three: list[str],
     start_nodes: Callable[..., list[subprocess.Popen[str]]],
     lost: int,
     how: signal.Signals,
 ) -> None:
     """Killed, its connections break; stopped, as if the machine lost its power, nothing is heard of it."""
-    command = [*command, "--set", f"training.epochs={EPOCHS}"]
+    train_three = [*train_three, "--set", f"training.epochs={EPOCHS}"]
     script = tmp_path / "nnlite.py"
     script.write_text(IMPATIENT)
     nnlite = [str(script)] if how == signal.SIGSTOP else ["-m", "nnunet_lite"]
-    nodes = start_nodes([*nnlite, *command, "--name", "lost"])
+    nodes = start_nodes([*nnlite, *train_three, "--name", "lost"])
     until = time.monotonic() + 200
-    while not (fold(tmp_path, "lost") / CHECKPOINT).is_file():
+    while not (fold_of(tmp_path, "lost") / CHECKPOINT).is_file():
         assert all(node.poll() is None for node in nodes), (tmp_path / "node_0.log").read_text()
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -150,10 +137,10 @@ def test_a_lost_node_is_named_and_another_number_of_processes_goes_on(
         os.killpg(group, signal.SIGKILL)
     before = len(epochs(tmp_path, "lost"))
     assert before < EPOCHS
-    assert "going on from epoch" in alone(command, "lost")
+    assert "going on from epoch" in alone(train_three, "lost")
     assert [row["epoch"] for row in epochs(tmp_path, "lost")] == list(range(1, EPOCHS + 1))
     if how == signal.SIGKILL and lost:
-        alone(command, "undisturbed")
+        alone(train_three, "undisturbed")
         # sums are rounded otherwise by two processes than by one, and training makes the difference grow
         assert losses(tmp_path, "lost") == pytest.approx(losses(tmp_path, "undisturbed"), abs=1e-3)
 
@@ -181,12 +168,12 @@ def make(planned, inputs, outputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["1", "01"])
 def test_an_error_that_is_no_loss_is_told_where_it_happens(
-    tmp_path: Path, command: list[str], start_nodes: Callable[..., list[subprocess.Popen[str]]], ranks: str
+    tmp_path: Path, train_three: list[str], start_nodes: Callable[..., list[subprocess.Popen[str]]], ranks: str
 ) -> None:
     """A network of the user's that fails in one process, or in both: its traceback is there, nobody is called lost."""
     (tmp_path / "my_network.py").write_text(BROKEN.replace("RANKS", repr(ranks)))
     factory = ["--set", f"network.factory={tmp_path / 'my_network.py'}:make"]
-    nodes = start_nodes(["-m", "nnunet_lite", *command, *factory, "--name", "broken"])
+    nodes = start_nodes(["-m", "nnunet_lite", *train_three, *factory, "--name", "broken"])
     assert [node.wait(timeout=120) for node in nodes] == [1, 1]
     logs = [(tmp_path / f"node_{node}.log").read_text() for node in range(2)]
     assert all("RuntimeError: it broke" in logs[int(rank)] for rank in ranks)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from samples import TINIEST, first_cases
+from samples import TINIEST, as_options, first_cases
 
 import nnunet_lite
 from nnunet_lite.api.workflow import Finished
@@ -178,7 +178,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_networks(
     raw: Path, finished: tuple[Path, Finished], tmp_path: Path
 ) -> None:
     """SIGKILL while the second fold trains; the networks are to the bit those of the run that nothing disturbed."""
-    options = [part for key, value in TINY.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    options = as_options(TINY)
     more = ["--folds", "2", "--device", "cpu", "--workers", "0", "-c", "2d,3d_fullres", "-w", str(tmp_path)]
     command = [sys.executable, "-m", "nnunet_lite", "run", str(raw), *options, *more]
     second = tmp_path / "Task04_Hippocampus" / "models" / "2d-default" / "fold_1"

@@ -72,15 +72,10 @@ def device_of(ranks: Ranks, device: torch.device) -> torch.device:
     return torch.device("cuda", ranks.local)
 
 
-def join(ranks: Ranks, device: torch.device) -> bool:
-    """Meet the other processes, once for the life of this one; all but the first one fall silent.
-
-    Returns
-    -------
-    Whether they have met now.
-    """
+def join(ranks: Ranks, device: torch.device) -> None:
+    """Meet the other processes, once for the life of this one; all but the first one fall silent."""
     if ranks.world == 1 or torch.distributed.is_initialized():
-        return False
+        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -88,7 +83,6 @@ def join(ranks: Ranks, device: torch.device) -> bool:
     before_leaving(torch.distributed.destroy_process_group)
     if ranks.rank:
         log.be_quiet()
-    return True
 
 
 _before_leaving: list[Callable[[], None]] = []

@@ -44,8 +44,9 @@ class Watch:
         self.meeting = from_first(secrets.token_hex(4), ranks)  # torchrun may start all again, with the same store
         self.ending = _LEFT
         self._ended = threading.Event()
-        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=_SILENT))
+        self._address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=_SILENT)
+        self._store = torch.distributed.TCPStore(self._address, port, is_master=False, timeout=patience)
         self._store.set(self._key("host", ranks.rank), socket.gethostname())
         self._store.set(self._key("count", ranks.rank), "0")
         any_rank(0, ranks)  # now all have set theirs
@@ -69,7 +70,7 @@ class Watch:
     def verdict(self, gone: Sequence[int]) -> str:
         """Who is gone, in words: those of the first process that finds out, for it will be missed by the others too."""
         if time.monotonic() - self._reached > 2 * _BEAT:
-            return f"the machine of process 0, {os.environ['MASTER_ADDR']}, is lost or the network is down. {_GO_ON}"
+            return f"the machine of process 0, {self._address}, is lost or the network is down. {_GO_ON}"
         failed = [rank for rank in gone if self._heard[rank][0] in (_LEFT, _FAILED)]
         lost = [rank for rank in gone if rank not in failed]
         parts = []
@@ -117,7 +118,7 @@ class Watch:
     def _judge(self) -> None:
         while not self._ended.wait(_BEAT):
             if gone := self._gone(_SILENT, left=math.inf, failed=_FOR_ITSELF):
-                log.error(f"{self.verdict(gone)}.")
+                log.last(f"error: {self.verdict(gone)}.")
                 os._exit(1)  # the main thread waits in a collective, out of which Python knows no other way
 
     def _keys(self, what: str) -> list[str]:
@@ -133,7 +134,7 @@ _watch: Watch | None = None
 def keep_watch(ranks: Ranks) -> None:
     """Hear of the others from now to the end of this process, which comes early when one of them is gone."""
     global _watch
-    if ranks.world > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+    if _watch is None and ranks.world > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         _watch = Watch(ranks)
         before_leaving(_watch.stop)
 
