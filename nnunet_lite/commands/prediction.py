@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,9 +21,6 @@ from nnunet_lite.commands.options import (
     show,
 )
 from nnunet_lite.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 class ModelFormat(StrEnum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -26,9 +26,6 @@ from nnunet_lite.commands.options import (
     numbers_of,
 )
 from nnunet_lite.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(
