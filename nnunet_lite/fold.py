@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.errors import UserError
 from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
@@ -22,6 +23,7 @@ from nnunet_lite.training.run import (
     VALIDATION,
     configured,
     fold_seed,
+    is_begun,
     is_complete,
     is_finished,
     model_folder,
@@ -55,6 +57,7 @@ class Request:
     restart: bool | Literal["model"] = False
     resume: bool = False
     force: bool = False
+    lengthen: frozenset[str] = frozenset()
     preview: bool = False
 
 
@@ -128,7 +131,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         _must_be_trainable(run, ranks, device)
         seed = _begun(run, ranks)
         if is_complete(run.fold_folder, run.settings):
-            log.info(f"{run.fold_folder}: training is finished")
+            log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * request.preview)
         else:
             _train(run, seed, ranks, device)
     if run.split.name == ALL or ranks.rank:
@@ -144,8 +147,11 @@ def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
 
     Raises
     ------
-    UserError : class weights or swaps of other labels, no such transform, or a network that cannot be made.
+    UserError : class weights or swaps of other labels, no such transform, a network that cannot be made, or one that
+        normalises each process's part of a batch by itself.
     """
+    from torch import nn
+
     from nnunet_lite.network.build import build_network
     from nnunet_lite.training.batches import check_augmentation
     from nnunet_lite.training.job import Job
@@ -153,26 +159,43 @@ def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
 
     check_weights(run.settings.loss, run.plan.labels)
     check_augmentation(Job(run.plan, run.configuration, run.settings, 0, run.fold_folder, device, [], [], ranks))
-    if run.settings.network.factory is not None:
-        build_network(run.plan, run.configuration, run.settings.network.factory)
+    apart = ranks.world > 1 and device.type != "cuda"
+    if run.settings.network.factory is not None or apart:
+        network = build_network(run.plan, run.configuration, run.settings.network.factory)
+        if apart and any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
+            what = "batch normalisation over several processes needs GPUs"
+            raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
 
 
 def examined(request: Request, paths: Paths) -> Run:
     """The request with all that its mistakes can be told from, before anything is changed."""
     settings = request.settings
     dataset = stored_dataset(paths.dataset)
-    planned = planned_for(paths, settings)
-    if settings.training.init is not None:
-        from nnunet_lite.training.initial import adopted_plan, find_source
-
-        source = find_source(Path(settings.training.init), dataset.name, request.fold)
-        planned = adopted_plan(planned, request.configuration, source, settings)
-    made = configured(planned, request.configuration, settings)
+    folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
+    made = configured(_planned(request, paths, folder, dataset.name), request.configuration, settings)
     wanted = wanted_folds(dataset, request.folds, request.group_by, request.stratify, request.splits)
     split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, wanted)
-    folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
     first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
     return Run(request, paths, dataset, made, split, folder, first)
+
+
+def _planned(request: Request, paths: Paths, folder: Path, dataset: str) -> Plan:
+    """The plan of the data set, or what of it a model to start from leaves.
+
+    A fold that was begun goes on without that model.
+    """
+    planned, init = planned_for(paths, request.settings), request.settings.training.init
+    if init is None:
+        return planned
+    from nnunet_lite.training.initial import adopted_plan, find_source
+
+    try:
+        source = find_source(Path(init), dataset, request.fold)
+    except UserError:
+        if request.restart or not is_begun(folder / f"fold_{request.fold}"):
+            raise
+        return Plan.read(folder / "plans.json")
+    return adopted_plan(planned, request.configuration, source, request.settings)
 
 
 def planned_for(paths: Paths, settings: Settings) -> Plan:
@@ -212,7 +235,8 @@ def _begun(run: Run, ranks: Ranks) -> int:
 
 def _open(run: Run) -> int:
     previous = None if run.first is None else run.first.folder.name
-    return open_run(run.folder, run.plan, run.dataset, run.configuration, run.settings, run.request.force, previous)
+    force, lengthen = run.request.force, run.request.lengthen
+    return open_run(run.folder, run.plan, run.dataset, run.configuration, run.settings, force, lengthen, previous)
 
 
 def _train_first_stage(run: Run, first: FirstStage) -> None:

@@ -112,6 +112,12 @@ class TrainingSettings(_Section):
     tensorboard: bool = Field(False, description="write TensorBoard's files too; needs the extra `track`")
     max_bad_steps: int = Field(20, ge=1, description="steps with a non-finite loss that are skipped before giving up")
 
+    @model_validator(mode="after")
+    def _something_to_stop_by(self) -> TrainingSettings:
+        if self.early_stop is not None and not self.validation_iterations:
+            raise ValueError("early_stop goes by the held-out Dice: it needs validation_iterations of at least 1")
+        return self
+
 
 class NetworkSettings(_Section):
     """Changes to the planned network; what is not set stays as planned."""
@@ -179,8 +185,9 @@ class AugmentationSettings(_Section):
         description='batchgenerators transforms, applied last: [{name = "RicianNoiseTransform", p_per_sample = 0.1}]',
     )
     p_rotation: float = Field(0.2, ge=0, le=1)
-    rotation: float = Field(
-        30.0, ge=0, le=180, description="degrees either way; in plane 180 if the patch is anisotropic"
+    rotation: float = Field(30.0, ge=0, le=180, description="degrees either way about each axis of a 3D patch")
+    rotation_in_plane: float | None = Field(
+        None, ge=0, le=180, description="of 2D and anisotropic patches; default: 180, of elongated 2D ones 15"
     )
     p_scaling: float = Field(0.2, ge=0, le=1)
     scaling: Factors = (0.7, 1.4)

@@ -156,8 +156,9 @@ def main() -> int:
         for seed in o.seeds:
             scores["nnlite", seed] = dice(train_ours(work, seed, o.precision), work.dataset)
             scores["nnU-Net", seed] = dice(train_nnunet(work, seed, o.nnunet_python), work.dataset)
-    by_case = {who: np.mean([np.nanmean(scores[who, s], 1) for s in o.seeds], 0) for who in ("nnlite", "nnU-Net")}
-    difference = by_case["nnlite"] - by_case["nnU-Net"]
+    whole = np.mean([scores["nnlite", s] - scores["nnU-Net", s] for s in o.seeds], 0)  # (cases, labels)
+    rows = np.isfinite(whole).any(1)  # a case may show no label, neither in truth nor as predicted
+    difference = np.nanmean(whole[rows], 1)
     low, high = interval(difference)
     text = "\n".join(
         [

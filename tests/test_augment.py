@@ -91,12 +91,14 @@ def test_anisotropic_and_flat_patches_are_transformed_in_plane() -> None:
 def test_drawn_angles_and_factors_are_in_their_ranges() -> None:
     rotate, scale = AugmentationSettings(p_rotation=1, p_scaling=0), AugmentationSettings(p_rotation=0, p_scaling=1)
 
-    def angles(patch: tuple[int, int, int]) -> np.ndarray:
-        drawn = [draw_matrix(rng_for(0, 0, i), rotate, patch, True) for i in range(300)]
+    def angles(patch: tuple[int, int, int], settings: AugmentationSettings = rotate) -> np.ndarray:
+        drawn = [draw_matrix(rng_for(0, 0, i), settings, patch, True) for i in range(300)]
         return np.array([np.degrees(np.arctan2(m[2, 1], m[1, 1])) for m in drawn if m is not None])
 
     assert 150 < np.abs(angles((4, 64, 64))).max() <= 180
     assert 12 < np.abs(angles((1, 64, 32))).max() <= 15
+    little = AugmentationSettings(p_rotation=1, p_scaling=0, rotation_in_plane=5)
+    assert all(4 < np.abs(angles(patch, little)).max() <= 5 for patch in ((4, 64, 64), (1, 64, 64), (1, 64, 32)))
     for i in range(50):
         matrix = draw_matrix(rng_for(0, 0, i), rotate, (32, 32, 32), False)
         assert matrix is not None

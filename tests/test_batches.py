@@ -166,3 +166,6 @@ def test_mistakes_are_told_before_training(job: MakeJob) -> None:
         check_augmentation(job(**{"augmentation.mirror_swap": [["anterior", "Posterior"]]}))
     with pytest.raises(UserError, match="Did you mean 'RicianNoiseTransform'"):
         check_augmentation(job(**{"augmentation.extra": [{"name": "RicianNoise"}]}))
+    check_augmentation(job(**{"augmentation.mirror_axes": [1, 2]}))
+    with pytest.raises(UserError, match=r"mirror_axes = \[1, 2\]: 2 is no axis of a patch with 2\."):
+        check_augmentation(job("2d", **{"augmentation.mirror_axes": [1, 2]}))

@@ -30,6 +30,9 @@ def fails(planned, inputs, outputs):
 def nothing(planned, inputs, outputs):
     return None
 
+def one_argument(planned):
+    return None
+
 number = 3
 """
 
@@ -42,6 +45,7 @@ def plan(tiny_workspace: Path) -> Plan:
 @pytest.fixture(autouse=True)
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_networks.py").write_text(OWN)
+    (tmp_path / "own_typo.py").write_text("def plain(:")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -77,6 +81,11 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
         ("own_networks:fails", "fails on a batch of shape"),
         ("own_networks:nothing", "returned NoneType, no torch.nn.Module"),
         ("own_networks:number", "number is no function"),
+        (
+            "own_networks:one_argument",
+            r"TypeError: one_argument.*\(planned network, inputs, outputs\)",
+        ),
+        ("own_typo.py:plain", "SyntaxError"),
         ("own_networks:absent", "no attribute 'absent'"),
         ("no_such_module:plain", "No module named 'no_such_module'"),
         ("no_colon", "module:function"),

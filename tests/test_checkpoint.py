@@ -142,3 +142,42 @@ def test_a_model_may_be_read_by_others(tmp_path: Path) -> None:
     (tmp_path / "any").touch()
     save_weights(tmp_path / "model.safetensors", torch.nn.Linear(2, 2), {})
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_moments_find_their_weights_when_others_are_frozen_or_not_any_more(tmp_path: Path, optimizer: str) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+
+    def made(frozen: bool) -> tuple[UNet, torch.optim.Optimizer]:
+        network, _ = make(optimizer, False, 0)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(not (frozen and name.startswith("encoder.")))
+        settings = OptimizerSettings(name=optimizer, lr=0.01)  # type: ignore[arg-type]
+        return network, make_optimizer(network, settings, CPU)
+
+    for before, after in ((True, False), (False, True)):
+        network, own = made(before)
+        steps(network, own, range(2), False)
+        save_checkpoint(path, network, own, {})
+        restored, other = made(after)
+        load_checkpoint(path, restored, other)
+        saved = {name: own.state[p] for name, p in network.named_parameters() if p in own.state}
+        for name, parameter in restored.named_parameters():
+            if parameter.requires_grad and name in saved:
+                for key, value in saved[name].items():
+                    assert torch.equal(other.state[parameter][key], value), (name, key)
+        assert any(name in saved and p.requires_grad for name, p in restored.named_parameters())
+        steps(restored, other, range(2, 4), False)
+        assert all(torch.isfinite(p).all() for p in restored.parameters())
+
+
+def test_weights_that_two_layers_share_are_saved(tmp_path: Path) -> None:
+    def tied() -> torch.nn.Module:
+        network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        network[1].weight = network[0].weight
+        return network
+
+    network, restored = tied(), tied()
+    save_weights(tmp_path / "model.safetensors", network, {})
+    load_weights(tmp_path / "model.safetensors", restored)
+    assert torch.equal(network[0].weight, restored[1].weight)  # type: ignore[index]

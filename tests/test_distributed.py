@@ -17,7 +17,19 @@ from safetensors.torch import load_file
 from samples import fold_of
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.distributed import ALONE, Ranks, any_rank, current, device_of, from_first, share
+from nnunet_lite.training import distributed
+from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
+from nnunet_lite.training.distributed import (
+    ALONE,
+    LOOK_EVERY,
+    Clock,
+    Ranks,
+    any_rank,
+    current,
+    device_of,
+    from_first,
+    share,
+)
 from nnunet_lite.training.record import METRICS
 from nnunet_lite.training.run import MODEL
 
@@ -73,6 +85,8 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[s
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=2e-5)
         assert a["dice"] == pytest.approx(b["dice"], abs=2e-3)
         assert a["lr"] == b["lr"]
+    counted = [read_state(fold_of(tmp_path, name) / CHECKPOINT)["seen"] for name in ("one", "two")]
+    assert counted[0] == counted[1]
     weights, others = (load_file(fold_of(tmp_path, name) / MODEL) for name in ("one", "two"))
     for name, weight in weights.items():
         assert torch.allclose(weight, others[name], atol=1e-5), name
@@ -106,3 +120,44 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, train_three: list[
     assert done.returncode == 2
     assert done.stderr.count("a batch of 1 cannot be split over 2 processes") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_signal_to_the_command_alone_stops_all_softly(tmp_path: Path, train_three: list[str]) -> None:
+    more = ["--epochs", "400", "--gpus", "2", "--name", "stopped"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nnunet_lite", *train_three, *more], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 120
+    while not (fold_of(tmp_path, "stopped") / METRICS).is_file():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children()
+    for child in children:
+        assert os.getpgid(child.pid) == child.pid  # Ctrl-C comes to the command alone
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert said.count("stopped by SIGINT") == 1
+    assert not any(child.is_running() for child in children)
+    assert (fold_of(tmp_path, "stopped") / CHECKPOINT).is_file()
+
+
+def test_batch_norm_over_processes_needs_gpus(tmp_path: Path, train_three: list[str]) -> None:
+    more = ["--set", "network.norm=batch", "--gpus", "2", "--name", "batch_norm"]
+    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, *more]
+    done = subprocess.run(nnlite, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert "batch normalisation over several processes needs GPUs" in done.stderr
+    assert not fold_of(tmp_path, "batch_norm").exists()
+
+
+def test_the_clock_of_several_is_the_first_ones_and_goes_by_the_pace_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert 0 <= Clock(ALONE, 99.0).after(5) < 5
+    monkeypatch.setattr(distributed, "from_first", lambda value, ranks: 7.0)  # what the first process says
+    clock = Clock(Ranks(1, 2, 1), 0.5)
+    assert [clock.after(step) for step in (0, 1, LOOK_EVERY - 1)] == [0, 0.5, 0.5 * (LOOK_EVERY - 1)]
+    assert [clock.after(step) for step in (LOOK_EVERY, LOOK_EVERY + 2)] == [7, 8]
+    assert Clock(Ranks(1, 2, 1), 0.0).after(3) == 0  # in the first epoch, before anybody looked

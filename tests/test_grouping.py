@@ -24,6 +24,12 @@ def test_groups_by_expression() -> None:
     assert groups_of([*PAIRS, "anna"], r"^(pat\d+)|.+")["anna"] == "anna", "the match where its group took no part"
 
 
+def test_an_expression_may_be_longer_than_a_file_name() -> None:
+    expression = "|".join([r"pat\d+", *(rf"site{i}_\d+" for i in range(60))])
+    assert len(expression) > 255
+    assert set(groups_of(PAIRS, expression).values()) == {"pat01", "pat02", "pat03"}
+
+
 @pytest.mark.parametrize(
     ("expression", "message"),
     [

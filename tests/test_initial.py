@@ -282,6 +282,15 @@ def test_fine_tuning_starts_where_the_model_ended(
     tuned = Plan.read(folder / "plans.json").configuration("3d_fullres")
     assert tuned.patch_size == (24, 32, 24) and max(tuned.network.features) == 8
 
+    shutil.rmtree(model)  # a run that was begun does not need it any more; another fold would
+    again: dict[str, Any] = {"workspace": workspace, "name": "tuned", "device": "cpu"}
+    longer = changes | {"training.epochs": 2}
+    assert api.train("3d_fullres", "0", changes=longer, **again) is not None
+    assert "going on from epoch 1 of 2" in capfd.readouterr().err
+    assert Plan.read(folder / "plans.json").configuration("3d_fullres") == tuned
+    with pytest.raises(UserError, match="is no model folder"):
+        api.train("3d_fullres", "1", changes=longer, **again)
+
 
 def test_freezing_random_weights_is_a_mistake(
     tiny_workspace: Path, tiny_settings: dict[str, Any], tmp_path: Path

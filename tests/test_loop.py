@@ -28,12 +28,15 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.preprocess.stored import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training import loop
 from nnunet_lite.training.cache import LoadedCase, in_memory
 from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
+from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.record import METRICS, PICTURE, TABLE
 from nnunet_lite.training.run import MODEL, configured, is_complete, is_finished
+from nnunet_lite.training.watch import Stop
 from nnunet_lite.workspace import current
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
@@ -419,3 +422,53 @@ def test_a_network_of_the_users_own_trains_and_draws_the_same_random_numbers(
     assert load_file(whole.folder / MODEL)["0.weight"].shape[0] == 8
     assert same_weights(parts.folder, whole.folder)
     assert without_clock(parts.folder) == without_clock(whole.folder)
+
+
+def test_other_settings_reach_a_run_that_goes_on(job: MakeJob) -> None:
+    run = job(**{"schedule.name": "constant"})
+    train_fold(run)
+    changes = {"training.epochs": 4, "optimizer.lr": 1e-5, "training.precision": "bf16", "optimizer.name": "adamw"}
+    train_fold(replace(run, settings=with_changes(run.settings, changes | {"training.validation_iterations": 0})))
+    table = rows(run.folder)
+    assert [row["lr"] for row in table] == [0.01, 0.01, 1e-5, 1e-5]
+    assert "dice" in table[1] and "dice" not in table[2]
+    assert read_state(run.folder / MODEL)["arithmetic"]["precision"] == "bf16"
+
+
+def test_a_bad_step_leaves_the_statistics_of_batch_norm_alone(job: MakeJob, tiny_cases: list[Any]) -> None:
+    mixed = [spoiled(tiny_cases[0], math.nan), *tiny_cases[1:7]]
+    run = job(cases=mixed, **{"training.iterations": 8, "network.norm": "batch", "optimizer.ema": 0.5})
+    train_fold(run)
+    weights = load_file(run.folder / MODEL)
+    bad = rows(run.folder)[-1]["bad_steps"]
+    assert bad >= 1
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    trained = load_file(run.folder / CHECKPOINT)
+    counts = {int(value) for name, value in trained.items() if name.startswith("network.") and "num_batches" in name}
+    assert counts == {16 - bad}
+
+
+def test_a_signal_that_comes_while_the_ranks_ask_each_other_is_not_lost(
+    job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = Stop()
+
+    def asking(value: int, ranks: Ranks) -> int:
+        stop.asked = signal.SIGTERM
+        return value
+
+    run = job()
+    monkeypatch.setattr(loop, "any_rank", asking)
+    assert not loop._agreed(run, stop)  # the others did not hear of it
+    assert loop._agreed(run, stop)
+    assert stop.asked == signal.SIGTERM
+
+
+def test_a_run_whose_time_is_over_says_so(job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
+    run = job(**{"training.epochs": 1000, "training.time_limit": 0.02, "training.iterations": 10})
+    train_fold(run)
+    trained = len(rows(run.folder))
+    capfd.readouterr()
+    train_fold(replace(run, settings=with_changes(run.settings, {"training.epochs": 2000})))
+    assert len(rows(run.folder)) == trained
+    assert "the 0.02 minutes of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err

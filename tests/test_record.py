@@ -58,3 +58,11 @@ def test_tensorboard_is_written_or_asked_for(tmp_path: Path) -> None:
     with recording(tmp_path, 0, tensorboard=True) as record:
         record.add(row(1))
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / PICTURE).mkdir()
+    with recording(tmp_path, 0, tensorboard=False) as record:
+        record.add(row(1))
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 1
+    assert f"{PICTURE} could not be drawn: " in capfd.readouterr().err

@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.checkpoint import save_weights
 from nnunet_lite.training.run import (
+    MODEL,
     configured,
     exclusive,
     fold_seed,
+    length,
     open_run,
     other_folds,
     require_begun,
     set_aside,
+    told_lengths,
 )
 from nnunet_lite.workspace import current, read_json
 
@@ -140,7 +145,14 @@ def test_a_second_stage_keeps_the_plan_of_its_first(plan: Plan) -> None:
 
 def begun(folder: Path, plan: Plan, dataset: Dataset, **changes: Any) -> Settings:
     settings = with_changes(Settings(), changes)
-    open_run(folder, configured(plan, "3d_fullres", settings), dataset, "3d_fullres", settings)
+    open_run(
+        folder,
+        configured(plan, "3d_fullres", settings),
+        dataset,
+        "3d_fullres",
+        settings,
+        lengthen=told_lengths(changes),
+    )
     return settings
 
 
@@ -173,6 +185,14 @@ def test_force_takes_other_settings_over_but_not_another_network(tmp_path: Path,
     assert Plan.read(tmp_path / "plans.json") == made
 
 
+def test_another_seed_is_another_one(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    begun(tmp_path, plan, dataset)
+    other = with_changes(Settings(), {"training.seed": 77})
+    made = configured(plan, "3d_fullres", other)
+    assert open_run(tmp_path, made, dataset, "3d_fullres", other, force=True) == 77
+    assert open_run(tmp_path, made, dataset, "3d_fullres", other) == 77
+
+
 def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing to resume.*Leave out --resume"):
         require_begun(tmp_path / "fold_0", restart=False)
@@ -181,3 +201,34 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
     require_begun(tmp_path / "fold_0", restart=False)
     with pytest.raises(UserError, match="exclude each other"):
         require_begun(tmp_path / "fold_0", restart=True)
+
+
+def test_a_run_is_made_longer_only_where_its_length_is_told(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    short = with_changes(Settings(), {"training.time_limit": 60})
+    made = configured(plan, "3d_fullres", short)
+    open_run(tmp_path, made, dataset, "3d_fullres", short)
+    with pytest.raises(UserError, match=r"training\.time_limit: 60\.0 -> None"):  # the flag was forgotten
+        open_run(tmp_path, made, dataset, "3d_fullres", Settings())
+    longer = {"training.epochs": 2000}
+    assert told_lengths({**longer, "optimizer.lr": 1}) == {"training.epochs"}
+    with pytest.raises(UserError, match=r"training\.time_limit: 60\.0 -> None"):
+        open_run(tmp_path, made, dataset, "3d_fullres", with_changes(Settings(), longer), lengthen=told_lengths(longer))
+    both = {**longer, "training.time_limit": 90}
+    open_run(tmp_path, made, dataset, "3d_fullres", with_changes(Settings(), both), lengthen=told_lengths(both))
+
+
+def test_a_finished_fold_keeps_the_settings_it_was_trained_with(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    begun(tmp_path, plan, dataset)
+    run = read_json(tmp_path / "run.json")
+    before = Settings.model_validate(run["settings"])
+    save_weights(tmp_path / "fold_0" / MODEL, torch.nn.Linear(2, 2), {"length": length(before)})
+    other = with_changes(before, {"training.batch_size": 3, "augmentation.mirror_axes": [0]})
+    made = configured(plan, "3d_fullres", other)
+    shorter, longer = (with_changes(other, {"training.epochs": before.training.epochs + n}) for n in (-1, 1))
+    for settings in (other, shorter, longer):  # the last one lacks a checkpoint to go on from
+        with pytest.raises(UserError, match=r"has finished folds \(fold_0\).*batch_size: None -> 3.*Make them longer"):
+            open_run(tmp_path, made, dataset, "3d_fullres", settings, force=True)
+    assert read_json(tmp_path / "run.json") == run
+    (tmp_path / "fold_0" / "checkpoint.safetensors").touch()
+    open_run(tmp_path, made, dataset, "3d_fullres", longer, force=True)  # it goes on, with the new ones
+    assert Settings.model_validate(read_json(tmp_path / "run.json")["settings"]) == longer

@@ -48,10 +48,18 @@ def box(array: Any, corner: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     return out.numpy()
 
 
-@pytest.mark.parametrize(("n", "forced"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2), (7, 2), (9, 3), (12, 4)])
+@pytest.mark.parametrize(("n", "forced"), [(2, 1), (3, 1), (4, 1), (5, 2), (7, 2), (9, 3), (12, 4)])
 def test_a_third_of_a_batch_is_forced_as_nnunet_rounds(n: int, forced: int) -> None:
-    chosen = forced_foreground(n, 0.33)
+    chosen = forced_foreground(n, 0.33, rng_for(0))
     assert chosen == [False] * (n - forced) + [True] * forced
+
+
+@pytest.mark.parametrize(("n", "share"), [(1, 0.33), (2, 0.1), (1, 0.0)])
+def test_a_share_that_rounds_to_none_is_kept_over_many_batches(n: int, share: float) -> None:
+    rng = rng_for(0)
+    drawn = np.array([forced_foreground(n, share, rng) for _ in range(2000)])
+    assert drawn.mean() == pytest.approx(share, abs=0.03)
+    assert not drawn[:, :-1].any()
 
 
 def test_forced_patches_show_their_class_of_all_classes_alike() -> None:

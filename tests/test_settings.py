@@ -282,3 +282,9 @@ def test_keys_are_all_legal() -> None:
 def test_the_list_of_settings_in_docs_is_current() -> None:
     docs = Path(__file__).parent.parent / "docs" / "settings.md"
     assert docs.read_text() == describe_settings()
+
+
+def test_early_stop_needs_a_validation_to_go_by() -> None:
+    assert load("default", {"training.early_stop": 20}).training.early_stop == 20
+    with pytest.raises(UserError, match=r"early_stop.*needs validation_iterations of at least 1"):
+        load("default", {"training.early_stop": 20, "training.validation_iterations": 0})

@@ -14,6 +14,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import Stopped
 from nnunet_lite.plan.override import override
 from nnunet_lite.plan.schema import Plan
+from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, stoppable, voxels_per_class, what_fits
 from nnunet_lite.workspace import current
 
@@ -61,9 +62,11 @@ def test_voxels_are_counted_per_patch_and_class() -> None:
 
 def test_a_label_that_no_patch_shows_is_reported_once(capfd: pytest.CaptureFixture[str]) -> None:
     seen = Seen()
-    seen.count(torch.tensor([[90.0, 10.0, 0.0], [100.0, 0.0, 0.0]]), LABELS)
-    assert seen.voxels == pytest.approx([0.05, 0.0])
-    assert seen.patches == [0.5, 0.0]
+    seen.count(torch.tensor([[90.0, 10.0, 0.0]]), LABELS, ALONE)
+    seen.count(torch.tensor([[100.0, 0.0, 0.0]]), LABELS, ALONE)  # as after a signal in the middle of the epoch
+    assert (seen.voxels, seen.patches) == ([10, 0, 200], [1, 0, 2])
+    assert capfd.readouterr().err == ""
+    seen.report_unseen(LABELS)
     told = capfd.readouterr().err
     assert "tumour was in none of the 2 patches" in told
     assert "liver" not in told
@@ -74,7 +77,7 @@ def test_a_label_that_no_patch_shows_is_reported_once(capfd: pytest.CaptureFixtu
 
 def test_a_label_that_stays_at_zero_is_reported_with_its_share(capfd: pytest.CaptureFixture[str]) -> None:
     seen = Seen()
-    seen.count(torch.tensor([[899.0, 100.0, 1.0], [1000.0, 0.0, 0.0]]), LABELS)
+    seen.count(torch.tensor([[899.0, 100.0, 1.0], [1000.0, 0.0, 0.0]]), LABELS, ALONE)
     for epoch in range(1, 10):
         seen.after_epoch({"liver": 0.0 if epoch < 9 else 0.1, "tumour": 0.0 if epoch != 4 else None}, 0.5)
     assert capfd.readouterr().err == ""
@@ -119,3 +122,11 @@ def test_what_fits_names_a_batch_and_a_patch_that_do(tiny_workspace: Path) -> No
 
 def test_cases_of_bad_steps_are_named_once() -> None:
     assert names_of([["a", "b"], ["c"], ["b", "d"]], [0, 2]) == "a, b, d"
+
+
+def test_epochs_without_a_validation_tell_nothing() -> None:
+    seen = Seen()
+    seen.after_epoch({"liver": 0.0, "tumour": 0.5}, 0.5)
+    before = list(seen.stuck)
+    seen.after_epoch({}, 0.6)
+    assert seen.stuck == before

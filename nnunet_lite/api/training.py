@@ -46,7 +46,7 @@ def train(
         by all second stages; else it is named alike.
     restart : begin anew; the fold that is there is moved aside, not deleted; "model": all folds are.
     resume : go on with a run that was begun; where there is none, that is an error.
-    force : go on with changed settings; a longer run needs no force.
+    force : go on with changed settings; a longer run, by `changes`, needs no force.
     preview : draw augmented samples to fold_k/preview.png first.
 
     Raises
@@ -57,11 +57,12 @@ def train(
     """
     from nnunet_lite.fold import Request, train_and_validate
     from nnunet_lite.settings import load as load_settings
+    from nnunet_lite.training.run import told_lengths
 
     settings = load_settings(recipe, changes)  # a mistake in it is told first
     request = Request(
         configuration, str(fold), settings, folds, group_by, stratify, splits, name, device, restart,
-        resume, force, preview,
+        resume, force, told_lengths(changes), preview,
     )  # fmt: skip
     return train_and_validate(request, current_paths(workspace, dataset))
 

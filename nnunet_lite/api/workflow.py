@@ -100,6 +100,7 @@ def run(
     """
     from nnunet_lite.data.dataset import read_dataset
     from nnunet_lite.settings import load as load_settings
+    from nnunet_lite.training.run import told_lengths
 
     begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is told first
     place = folder_of(workspace)
@@ -116,7 +117,7 @@ def run(
     use(place, paths.name)
 
     names = _fold_names(fold, how, paths)
-    runs = _runs(paths, settings, configurations, names, device)
+    runs = _runs(paths, settings, configurations, names, device, told_lengths(changes))
     _refuse_changes(runs)
     with cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, dataset_of(paths), paths, workers, device, cluster)
@@ -144,10 +145,11 @@ def train_on(
     Parameters are those of `train`. Returns the content of summary.json for each fold.
     """
     from nnunet_lite.settings import load as load_settings
+    from nnunet_lite.training.run import told_lengths
 
     settings, paths = load_settings(recipe, changes), current_paths(workspace, dataset)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
-    runs = _runs(paths, settings, [configuration], _fold_names(None, how, paths), device)
+    runs = _runs(paths, settings, [configuration], _fold_names(None, how, paths), device, told_lengths(changes))
     _refuse_changes(runs)
     with cluster_of(scheduler, paths.root.parent) as cluster:
         preparing = _preprocessing(runs, dataset_of(paths), paths, None, cluster)
@@ -189,7 +191,12 @@ def _is_planned(dataset: Dataset, paths: Paths) -> bool:
 
 
 def _runs(
-    paths: Paths, settings: Settings, configurations: Sequence[str] | None, folds: Sequence[str], device: str | None
+    paths: Paths,
+    settings: Settings,
+    configurations: Sequence[str] | None,
+    folds: Sequence[str],
+    device: str | None,
+    lengthen: frozenset[str],
 ) -> list[Run]:
     """What is to be trained, first stages of cascades before the second, each examined for mistakes."""
     from nnunet_lite.fold import Request, examined, planned_for
@@ -199,7 +206,7 @@ def _runs(
     def add(configuration: str, fold: str) -> None:
         if (configuration, fold) in runs:
             return
-        found = examined(Request(configuration, fold, settings, device=device), paths)
+        found = examined(Request(configuration, fold, settings, device=device, lengthen=lengthen), paths)
         if found.first is not None:
             for needed in found.first.folds:
                 add(found.first.configuration, needed)

@@ -102,7 +102,8 @@ def train(
     for one in names:
         scores = api.train(
             configuration, one, **how, recipe=recipe, changes=changes_of(flags, assignments), dataset=dataset,
-            name=name, device=device, restart=restart and ("model" if len(names) > 1 else True), resume=resume,
+            name=name, device=device, restart=restart and ("model" if len(names) > 1 else True),
+            resume=resume and one == names[0],  # later folds need not be begun
             force=force, preview=preview, workspace=workspace,
         )  # fmt: skip
         restart = False  # the first fold has set all of them aside

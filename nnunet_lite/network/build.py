@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.network.unet import UNet
 from nnunet_lite.plan.schema import Network, Plan
 
@@ -35,7 +35,12 @@ def build_network(plan: Plan, configuration: str, factory: str | None = None) ->
     inputs, outputs = plan.n_inputs(configuration), plan.labels.n_channels
     if factory is None:
         return UNet(planned.network, inputs, outputs)
-    network = _function(factory)(planned.network, inputs, outputs)
+    make = _function(factory)
+    try:
+        network = make(planned.network, inputs, outputs)
+    except Exception as error:  # whatever is wrong inside the user's code
+        fix = "It is called with (planned network, inputs, outputs)."
+        raise UserError(f"network.factory = {factory!r} fails: {describe(error)}", fix=fix) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"network.factory = {factory!r} returned {type(network).__name__}, no torch.nn.Module")
     _try(factory, network, (1, inputs, *planned.patch_size), outputs)
@@ -53,9 +58,9 @@ def _function(factory: str) -> Factory:
     where, _, name = factory.rpartition(":")
     try:
         found = getattr(_module(where), name)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever is wrong inside the user's code
         fix = 'Give "file.py:function", or "module:function" of a module that can be imported.'
-        raise UserError(f"network.factory = {factory!r}: {error}", fix=fix) from None
+        raise UserError(f"network.factory = {factory!r}: {describe(error)}", fix=fix) from error
     if not callable(found):
         raise UserError(f"network.factory = {factory!r}: {name} is no function")
     return found

@@ -44,6 +44,8 @@ def rotation_limit(settings: AugmentationSettings, patch: tuple[int, int, int]) 
     """Degrees that a patch is rotated by at most, either way."""
     if not is_in_plane(patch):
         return settings.rotation
+    if settings.rotation_in_plane is not None:
+        return settings.rotation_in_plane
     return 15.0 if patch[0] == 1 and max(patch) / min(patch[1:]) > ELONGATED else 180.0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_lite.errors import UserError
 from nnunet_lite.training.augment import (
     Intensity,
     apply_intensity,
@@ -46,8 +47,13 @@ def check_augmentation(job: Job) -> None:
 
     Raises
     ------
-    UserError : labels that cannot be swapped, or a transform that batchgenerators does not have.
+    UserError : an axis to mirror that the patch does not have, labels that cannot be swapped, or a transform that
+        batchgenerators does not have.
     """
+    axes = job.settings.augmentation.mirror_axes or ()
+    if max(axes, default=0) >= job.dimensions:
+        what = f"augmentation.mirror_axes = {list(axes)}: {max(axes)} is no axis of a patch with {job.dimensions}"
+        raise UserError(what, fix=f"Give some of 0 to {job.dimensions - 1}, or leave it out for all of them.")
     check_swaps(job.plan.labels, job.settings.augmentation, job.dimensions)
     if job.settings.augmentation.extra:
         from nnunet_lite.training.reference_augment import extra_transforms

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.budget import GB, cpus, free_memory
+from nnunet_lite.errors import UserError
 from nnunet_lite.training.sampler import CaseArrays
 
 Cache = Literal["auto", "device", "ram", "disk"]
@@ -49,6 +50,10 @@ def load_cases(
         `reserve_gb`, else RAM where they need less than half of what is free, else the disk.
     device : that is trained on.
     processes : how many load the same cases into one RAM.
+
+    Raises
+    ------
+    UserError : they were to lie on the device, whose memory is too small for them.
     """
     if cache == "disk":
         return _on_disk(case_ids, open_one)
@@ -59,7 +64,10 @@ def load_cases(
         return _on_disk(case_ids, open_one)
     with ThreadPoolExecutor(cpus()) as pool:
         loaded = pool.map(lambda case_id: in_memory(open_one(case_id)), case_ids)
-        return [on_device(case, device) if where == "device" else case for case in loaded]
+        try:
+            return [on_device(case, device) if where == "device" else case for case in loaded]
+        except torch.OutOfMemoryError:
+            raise UserError(f"the memory of {device} is too small for the cases", fix="Use --cache ram.") from None
 
 
 _PLACES = {"device": "kept on {device}", "ram": "kept in RAM", "disk": "read from disk"}

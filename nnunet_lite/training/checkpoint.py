@@ -45,9 +45,9 @@ def save_checkpoint(
 ) -> None:
     """Write weights, their moving average, optimizer state and `state` (JSON) in one file, atomically."""
     tensors = {f"network.{k}": v.detach() for k, v in network.state_dict().items()}
-    for i, parameter in enumerate(_parameters(optimizer)):
+    for name, parameter in network.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{_prefix(optimizer)}{i}.{key}"] = value if torch.is_tensor(value) else torch.tensor(value)
+            tensors[f"{_prefix(optimizer)}{name}.{key}"] = value if torch.is_tensor(value) else torch.tensor(value)
     tensors |= {f"average.{k}": v for k, v in (average or {}).items()}
     _save(path, tensors, state)
 
@@ -60,8 +60,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote, in place, and return its `state`.
 
-    Another optimizer than the one that was saved starts without a past, and an average that was not saved from the
-    weights.
+    Another optimizer than the one that was saved starts without a past, as do weights that were frozen, and an average
+    that was not saved starts from the weights.
 
     Raises
     ------
@@ -72,15 +72,16 @@ def load_checkpoint(
     _fill(network, weights, path)
     for name, value in (average or {}).items():
         value.copy_(tensors.get(f"average.{name}", weights[name]))
-    for i, parameter in enumerate(_parameters(optimizer)):
-        prefix = f"{_prefix(optimizer)}{i}."
-        for name, value in tensors.items():
-            if name.startswith(prefix):
-                # moments in the layout of the parameter, so that the arithmetic is the same to the bit
-                fused = optimizer.defaults.get("fused") and parameter.is_cuda
-                step = value.to(parameter.device) if fused else value
-                like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else step
-                optimizer.state[parameter][name.removeprefix(prefix)] = like
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = {name: p for name, p in network.named_parameters() if id(p) in trained}
+    for key, value in tensors.items():
+        name, _, moment = key.removeprefix(_prefix(optimizer)).rpartition(".")
+        if key.startswith(_prefix(optimizer)) and (parameter := named.get(name)) is not None:
+            # moments in the layout of the parameter, so that the arithmetic is the same to the bit
+            fused = optimizer.defaults.get("fused") and parameter.is_cuda
+            step = value.to(parameter.device) if fused else value
+            like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else step
+            optimizer.state[parameter][moment] = like
     return state
 
 
@@ -110,17 +111,14 @@ def _prefix(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__name__.lower()}."
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _save(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     with atomic(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        whole = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        # copies, because safetensors writes no memory twice, which tied weights share
+        whole = {k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in tensors.items()}
         save_file(whole, temporary, {"state": json.dumps(state), "checksum": _checksum(whole)})
         temporary.chmod(mode)  # safetensors writes files that only their owner may read
 

@@ -34,6 +34,8 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # for each other: who is lost is noticed by `launch`, or in nodes.py
 _GRACE = 20.0  # seconds to end by themselves when another process has died
 _POLL = 0.2
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+LOOK_EVERY = 20  # steps of a training after which all wait for each other, to look at signals and at the clock
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,27 @@ def any_rank(value: int, ranks: Ranks) -> int:
     return max(found)
 
 
+class Clock:
+    """Seconds since it was made, on which all processes agree: they stop, and lower the learning rate, together.
+
+    Alone it is this process's clock. Of several it is the first one's, at which all look every LOOK_EVERY steps; in
+    between they go by `pace`, seconds per step, 0 where it is not known yet.
+    """
+
+    def __init__(self, ranks: Ranks, pace: float) -> None:
+        self._ranks, self._pace, self._start = ranks, pace, time.monotonic()
+        self._looked, self._seconds = 0, 0.0
+
+    def after(self, steps: int) -> float:
+        """The seconds after so many steps; called before each step."""
+        now = time.monotonic() - self._start
+        if self._ranks.world == 1:
+            return now
+        if steps and steps % LOOK_EVERY == 0:
+            self._looked, self._seconds = steps, from_first(now, self._ranks)
+        return self._seconds + (steps - self._looked) * self._pace
+
+
 class _Sum(torch.autograd.Function):
     """Sum over the processes. All have the same loss, so the gradient of the mean over them is that of their number."""
 
@@ -185,9 +208,9 @@ def launch(number: int, arguments: Sequence[str]) -> int:
         for process in processes:
             process.send_signal(signal_number)
 
-    # Ctrl-C reaches the processes by itself; here it must not end the waiting for them
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
-              signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}  # fmt: skip
+    # each process is a group of its own, so what comes from a terminal or a scheduler comes here, and reaches it once
+    heeded = [each for each in _PASSED_ON if signal.getsignal(each) != signal.SIG_IGN]  # nohup has SIGHUP ignored
+    before = {each: signal.signal(each, pass_on) for each in heeded}
     try:
         for rank in range(number):
             own = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -195,7 +218,9 @@ def launch(number: int, arguments: Sequence[str]) -> int:
             errors.append(error)
             command = [sys.executable, "-m", "nnunet_lite", *arguments]
             output = subprocess.DEVNULL if rank else None
-            processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=error, text=True))
+            processes.append(
+                subprocess.Popen(command, env=own, stdout=output, stderr=error, text=True, process_group=0)
+            )
         return _watch(processes, errors)
     finally:
         for number_of, handler in before.items():

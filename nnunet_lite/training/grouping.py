@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ def groups_of(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
     ------
     UserError : the table lacks a case, or the expression is none or does not match one.
     """
-    if is_table(Path(group_by)) or Path(group_by).is_file():
+    if is_table(Path(group_by)) or os.path.isfile(group_by):  # noqa: PTH113 - Path raises where a name is too long
         return read_column(Path(group_by), case_ids, "group")
     try:
         pattern = re.compile(group_by)

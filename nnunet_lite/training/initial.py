@@ -53,6 +53,7 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
     ------
     UserError : no model folder, or none of its folds is trained.
     """
+    model = model.expanduser()
     folder = model.parent.parent if model.is_file() else model
     if not (folder / "run.json").is_file():
         what = "is no model folder, nor the model.safetensors of a fold in one"

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.arithmetic import Arithmetic, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.network.arithmetic import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
 from nnunet_lite.training.batches import Batch, check_augmentation, make_batch, training_batches
 from nnunet_lite.training.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
-from nnunet_lite.training.distributed import any_rank, from_first, sum_over_ranks
+from nnunet_lite.training.distributed import ALONE, LOOK_EVERY, Clock, any_rank, from_first, sum_over_ranks
 from nnunet_lite.training.initial import freeze, start_from
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loss import check_weights, pseudo_dice_counts
@@ -47,7 +47,6 @@ from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, out_of_memor
 from nnunet_lite.workspace import sweep, understood
 
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
-_STOP_EVERY = 20  # steps between two looks at the signals of all ranks, which wait for each other there
 
 
 @dataclass
@@ -88,10 +87,11 @@ def train_fold(job: Job) -> None:
     check_augmentation(job)
     with exclusive(job.folder) if job.ranks.rank == 0 else nullcontext(), stoppable() as stop:
         sweep(job.folder)
+        taken = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
         try:
             _train_fold(job, stop)
         except torch.OutOfMemoryError:
-            what, fix = out_of_memory(job.plan, job.configuration, job.device)
+            what, fix = out_of_memory(job.plan, job.configuration, job.device, taken)
             raise UserError(what, fix=fix) from None
 
 
@@ -118,21 +118,36 @@ def _train_fold(job: Job, stop: Stop) -> None:
 
 
 def _begin(job: Job) -> tuple[Learner, State]:
-    """The network as the last checkpoint left it, else as it starts."""
+    """The network as the last checkpoint left it, else as it starts.
+
+    How it is trained on is what the settings say by now, down to the number format.
+    """
     network, checkpoint = make_network(job), job.folder / CHECKPOINT
     if checkpoint.is_file():
         with understood(checkpoint, "Use --restart."):
             state = State.from_json(read_state(checkpoint))
+        if not from_first(_is_candidate(job, state.arithmetic), job.ranks):
+            state.arithmetic = choose_arithmetic(job, network)
         freeze(network, job.settings.training.freeze)
         learner = make_learner(job, network, state.arithmetic, state.scale)
         load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
         log.info(f"going on from epoch {state.epoch} of {job.settings.training.epochs}")
+        limit = job.settings.training.time_limit
+        if limit is not None and state.seconds >= 60 * limit:
+            log.info(f"the {limit:g} minutes of training.time_limit are over; --time-limit gives it more")
     else:
         start_from(network, job)
         freeze(network, job.settings.training.freeze)
-        state = State(Plateau(lr=job.settings.optimizer.lr), choose_arithmetic(job, network))
+        state = State(Plateau(), choose_arithmetic(job, network))
         learner = make_learner(job, network, state.arithmetic, state.scale)
     return parallel(job, learner), state
+
+
+def _is_candidate(job: Job, arithmetic: Arithmetic) -> bool:
+    """Whether the settings, on this machine, still allow what a run was begun with."""
+    training = job.settings.training
+    allowed = candidates(job.device, training.precision, training.channels_last)
+    return any((a.precision, a.channels_last) == (arithmetic.precision, arithmetic.channels_last) for a in allowed)
 
 
 def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: Stop) -> None:
@@ -175,7 +190,7 @@ def _progress(job: Job, epoch: int, iteration: int, seconds: float) -> float:
 
 def _is_over(job: Job, state: State) -> bool:
     schedule, patience = job.settings.schedule, job.settings.training.early_stop
-    if schedule.name == "plateau" and state.plateau.lr < schedule.min_lr:
+    if schedule.name == "plateau" and job.settings.optimizer.lr * state.plateau.factor < schedule.min_lr:
         return True
     if patience is not None and state.trend.since >= patience:
         log.info(f"stopping early: the held-out Dice has not risen for {state.trend.since} epochs")
@@ -192,11 +207,12 @@ def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, s
     learner.network.train()
     before, losses, taken, seen = state.losses, [], [], []
     rate, case_ids, first, broken_off = 0.0, [], state.iteration, False
+    clock = Clock(job.ranks if training.time_limit else ALONE, state.pace)  # only a limit makes time count
     for iteration in range(first, training.iterations):
-        progress = _progress(job, state.epoch, iteration, _elapsed(job, state, iteration - first, start))
+        progress = _progress(job, state.epoch, iteration, state.seconds + clock.after(iteration - first))
         if progress >= 1:
             break
-        rate = learning_rate(state.plateau.lr, job.settings.schedule, progress)
+        rate = learning_rate(job.settings.optimizer.lr * state.plateau.factor, job.settings.schedule, progress)
         asked = time.monotonic()
         step_batches = list(islice(batches, training.accumulate))
         waited += time.monotonic() - asked
@@ -212,17 +228,19 @@ def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, s
         if job.device.type == "cpu":
             _refuse_bad_steps(job, state, taken, case_ids)
         state.iteration = iteration + 1
-        if (job.ranks.world == 1 or iteration % _STOP_EVERY == 0) and _agreed(job, stop):
+        if (job.ranks.world == 1 or (iteration + 1) % LOOK_EVERY == 0) and _agreed(job, stop):
             broken_off = state.iteration < training.iterations
             break
     state.losses = before + (torch.stack(losses).tolist() if losses else [])
     _refuse_bad_steps(job, state, taken, case_ids)
     state.bad_steps += len(taken) - int(torch.stack(taken).sum()) if taken else 0
+    if seen:
+        state.seen.count(torch.cat(seen), job.plan.labels, job.ranks)
     if broken_off:
         return None
     seconds = time.monotonic() - start
-    if seen:
-        state.seen.count(torch.cat(seen), job.plan.labels)
+    if state.epoch == 0:
+        state.seen.report_unseen(job.plan.labels)
     row = {
         "epoch": state.epoch + 1,
         "train_loss": _finite(_mean(state.losses)),
@@ -246,21 +264,14 @@ def _end_epoch(job: Job, state: State, pace: float) -> None:
     state.pace = from_first(pace, job.ranks)
 
 
-def _elapsed(job: Job, state: State, steps: int, start: float) -> float:
-    """Seconds since the run began, without those when it was stopped; `start` was `steps` steps ago.
-
-    The ranks of a data-parallel run must agree on the learning rate and on when to stop, so they do not look at their
-    clocks but go by the pace of the last epoch.
-    """
-    if job.ranks.world > 1:
-        return state.seconds + steps * state.pace
-    return state.seconds + time.monotonic() - start
-
-
 def _agreed(job: Job, stop: Stop) -> bool:
-    """Whether a signal came to any rank: all of them stop at the same step."""
-    stop.asked = any_rank(stop.asked or 0, job.ranks) or None
-    return stop.asked is not None
+    """Whether a signal had come to any rank: all of them stop at the same step.
+
+    One that comes while they ask each other stays, for the next time.
+    """
+    asked = any_rank(stop.asked or 0, job.ranks)
+    stop.asked = stop.asked or asked or None
+    return asked > 0
 
 
 def _refuse_bad_steps(job: Job, state: State, taken: list[Tensor], case_ids: list[list[str]]) -> None:

@@ -25,7 +25,12 @@ def make_optimizer(network: nn.Module, settings: OptimizerSettings, device: torc
     }
     options: dict[str, Any] = {"fused": True} if device.type in ("cuda", "cpu") else {}
     weights = [p for p in network.parameters() if p.requires_grad]
-    return make[settings.name](weights, lr=settings.lr, weight_decay=settings.weight_decay, **options)
+    made = make[settings.name](weights, lr=settings.lr, weight_decay=settings.weight_decay, **options)
+    if settings.name == "sgd" and settings.momentum > 0:
+        # the fused kernel makes them without a value, which they keep where the first step is skipped
+        for weight in weights:
+            made.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return made
 
 
 def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> float:
@@ -41,12 +46,15 @@ def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> f
 
 @dataclass(frozen=True)
 class Plateau:
-    """The rule of the original nnU-Net (Isensee et al. 2018, arXiv:1809.10486) on the moving average of the loss."""
+    """The rule of the original nnU-Net (Isensee et al. 2018, arXiv:1809.10486) on the moving average of the loss.
+
+    `factor` is what it has made of the learning rate so far; the rate itself is the settings', which may change.
+    """
 
     average: float | None = None
     best: float = math.inf
     since: int = 0
-    lr: float = 0.0
+    factor: float = 1.0
 
     def after_epoch(self, loss: float, settings: ScheduleSettings) -> Plateau:
         """Average the loss in; after `patience` epochs without improvement multiply the rate by `factor`."""
@@ -55,8 +63,8 @@ class Plateau:
         since = 0 if improved else self.since + 1
         best = average if improved else self.best
         if since > settings.patience:
-            return Plateau(average, best, 0, self.lr * settings.factor)
-        return Plateau(average, best, since, self.lr)
+            return Plateau(average, best, 0, self.factor * settings.factor)
+        return Plateau(average, best, since, self.factor)
 
 
 def start_average(network: nn.Module) -> dict[str, Tensor]:

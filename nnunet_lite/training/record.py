@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_lite.errors import UserError
+from nnunet_lite import log
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.training.progress import draw_progress
 from nnunet_lite.workspace import write_text
 
@@ -70,8 +71,9 @@ def recording(folder: Path, epochs: int, tensorboard: bool) -> Iterator[Record]:
             record.draw()
             if writer is not None:
                 writer.close()
-    if record.drawing is not None:
-        record.drawing.result()  # raises what went wrong in its thread
+    problem = None if record.drawing is None else record.drawing.exception()
+    if problem is not None:
+        log.warn(f"{folder / PICTURE} could not be drawn: {describe(problem)}")  # the model does not depend on it
 
 
 def flat(row: Row) -> Row:

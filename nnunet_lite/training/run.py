@@ -11,6 +11,7 @@ import math
 import platform
 import secrets
 import shutil
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _OLD = "old_"
+_BESIDE = "use another --name to train beside it, or --restart to begin anew"
 _ANY_MACHINE_GB = 2000  # what is to take more is a slip of the pen, and would only fill the memory
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = ("training.workers", "training.cache", "training.compile", "training.tensorboard", "inference.")
@@ -98,12 +100,14 @@ def open_run(
     configuration: str,
     settings: Settings,
     force: bool = False,
+    lengthen: Collection[str] = (),
     previous: str | None = None,
 ) -> int:
     """Make a model folder, or make sure that the one that is there was made with the same plan and settings.
 
-    A run may be made longer at any time. `force` takes over other changed settings too, if the network stays.
-    `previous` is the name of the model folder of a cascade's first stage.
+    `lengthen` names the settings that may make the run longer. `force` takes over other changed settings too, if the
+    network stays and no fold is finished with the old ones. `previous` is the name of the model folder of a cascade's
+    first stage.
 
     Returns
     -------
@@ -114,7 +118,7 @@ def open_run(
     UserError : the folder holds a run with other settings or another plan; lists the differences.
     """
     with locked(folder, lambda: None):  # folds that are begun at once draw one seed
-        return _open_run(folder, plan, dataset, configuration, settings, force, previous)
+        return _open_run(folder, plan, dataset, configuration, settings, force, lengthen, previous)
 
 
 def _open_run(
@@ -124,6 +128,7 @@ def _open_run(
     configuration: str,
     settings: Settings,
     force: bool,
+    lengthen: Collection[str],
     previous: str | None,
 ) -> int:
     file = folder / "run.json"
@@ -131,15 +136,19 @@ def _open_run(
         run, old_plan = read_run(folder), Plan.read(folder / "plans.json")
         old = Settings.model_validate(run["settings"])
         changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
-        longer = [change for change in changes if change.startswith(_LENGTH)] if _is_longer(old, settings) else []
+        told = [change for change in changes if change.partition(":")[0] in lengthen]
+        longer = told if _is_longer(length(old), length(settings)) else []
         if old_plan != plan and len(changes) == len(longer):
             changes = [*changes, "the plan"]
         if len(changes) > len(longer):
             _refuse_changes(folder, changes, old_plan, plan, configuration, force)
+            _refuse_finished(folder, changes, settings)
         if changes:
             log.info(f"{folder}: goes on with {'; '.join(changes)}")
             write_text(folder / "plans.json", plan.to_json())
             history = [*run.get("changed", []), {"when": _now(), "changes": changes}]
+            if settings.training.seed not in (None, old.training.seed):
+                run["seed"] = settings.training.seed
             write_json(file, {**run, "settings": settings.model_dump(mode="json"), "changed": history})
         return int(run["seed"])
     seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
@@ -169,10 +178,16 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {**run, "configuration": str(run["configuration"]), "seed": int(run["seed"])}
 
 
-def _is_longer(old: Settings, new: Settings) -> bool:
-    """Whether nothing that ends a run comes earlier than before."""
-    before, after = old.training, new.training
-    return after.epochs >= before.epochs and (after.time_limit or math.inf) >= (before.time_limit or math.inf)
+def told_lengths(changes: Mapping[str, Any] | None) -> frozenset[str]:
+    """The settings among some changes that say how long a run is."""
+    return frozenset(_LENGTH).intersection(changes or ())
+
+
+def _is_longer(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether nothing that ends a run comes earlier than before; both as `length` gives them."""
+    return bool(
+        after["epochs"] >= before["epochs"] and (after["time_limit"] or math.inf) >= (before["time_limit"] or math.inf)
+    )
 
 
 def _refuse_changes(folder: Path, changes: list[str], old: Plan, new: Plan, configuration: str, force: bool) -> None:
@@ -183,9 +198,10 @@ def _refuse_changes(folder: Path, changes: list[str], old: Plan, new: Plan, conf
     UserError : they are not, or the weights do not.
     """
     what = f"was begun with other settings: {'; '.join(changes)}"
-    beside = "use another --name to train beside it, or --restart to begin anew"
     if not force:
-        raise UserError(what, folder, f"Repeat the old settings to go on, {beside}; --force goes on with the new ones.")
+        raise UserError(
+            what, folder, f"Repeat the old settings to go on, {_BESIDE}; --force goes on with the new ones."
+        )
     same = (
         old.configuration(configuration).network == new.configuration(configuration).network
         and old.n_inputs(configuration) == new.n_inputs(configuration)
@@ -193,7 +209,31 @@ def _refuse_changes(folder: Path, changes: list[str], old: Plan, new: Plan, conf
     )
     if not same:
         raise UserError(f"{what}; that is another network, which cannot go on from these weights", folder,
-                        f"{beside[0].upper()}{beside[1:]}.")  # fmt: skip
+                        f"{_BESIDE[0].upper()}{_BESIDE[1:]}.")  # fmt: skip
+
+
+def _refuse_finished(folder: Path, changes: list[str], settings: Settings) -> None:
+    """Refuse settings that a finished fold was not trained with, unless it goes on with them.
+
+    Raises
+    ------
+    UserError : there is a fold that would stay as it is.
+    """
+    done = [fold.name for fold in sorted(folder.glob("fold_*")) if is_finished(fold) and not _goes_on(fold, settings)]
+    if done:
+        what = f"has finished folds ({', '.join(done)}), of which this would not be true: {'; '.join(changes)}"
+        raise UserError(
+            what, folder, f"Make them longer too (--epochs, --time-limit) to go on from there; or {_BESIDE}."
+        )
+
+
+def _goes_on(fold_folder: Path, settings: Settings) -> bool:
+    """Whether the settings make a finished fold longer, and its checkpoint is there to go on from."""
+    from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
+
+    before, after = read_state(fold_folder / MODEL).get("length"), length(settings)
+    there = (fold_folder / CHECKPOINT).is_file()
+    return there and before not in (None, after) and _is_longer(before, after)
 
 
 def length(settings: Settings) -> dict[str, float | None]:
@@ -238,12 +278,18 @@ def is_complete(fold_folder: Path, settings: Settings) -> bool:
 
     if not is_finished(fold_folder):
         return False
-    done = read_state(fold_folder / MODEL).get("length")
-    if done in (None, length(settings)):
+    if read_state(fold_folder / MODEL).get("length") in (None, length(settings)):  # what is imported has none
         return True
     if not (fold_folder / CHECKPOINT).is_file():
         raise UserError("was trained for less and cannot go on: its checkpoint is gone", fold_folder, "Use --restart.")
     return False
+
+
+def is_begun(fold_folder: Path) -> bool:
+    """Whether there is something to go on from."""
+    from nnunet_lite.training.checkpoint import CHECKPOINT
+
+    return is_finished(fold_folder) or (fold_folder / CHECKPOINT).is_file()
 
 
 def require_begun(fold_folder: Path, restart: object) -> None:
@@ -253,11 +299,9 @@ def require_begun(fold_folder: Path, restart: object) -> None:
     ------
     UserError : there is not, or --restart is asked for too.
     """
-    from nnunet_lite.training.checkpoint import CHECKPOINT
-
     if restart:
         raise UserError("--resume and --restart exclude each other")
-    if not is_finished(fold_folder) and not (fold_folder / CHECKPOINT).is_file():
+    if not is_begun(fold_folder):
         raise UserError("there is nothing to resume", fold_folder, "Leave out --resume to begin.")
 
 

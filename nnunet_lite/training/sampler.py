@@ -77,9 +77,16 @@ def rng_for(seed: int, *counters: int) -> np.random.Generator:
     return np.random.default_rng([seed, *counters])
 
 
-def forced_foreground(batch_size: int, share: float) -> list[bool]:
-    """Which samples of a batch are centred on a foreground voxel: the last ones, rounded as nnU-Net rounds (1 of 2)."""
-    return [i >= round(batch_size * (1 - share)) for i in range(batch_size)]
+def forced_foreground(batch_size: int, share: float, rng: np.random.Generator) -> list[bool]:
+    """Which samples of a batch are centred on a foreground voxel: the last ones, rounded as nnU-Net rounds (1 of 2).
+
+    Where that would leave none of any batch, as of one sample alone, the last one is now and then, so that the share
+    is kept over many batches.
+    """
+    forced = [i >= round(batch_size * (1 - share)) for i in range(batch_size)]
+    if share > 0 and not forced[-1]:
+        forced[-1] = rng.random() < batch_size * share
+    return forced
 
 
 def draw_corner(case: CaseArrays, patch: Shape, foreground: bool, rng: np.random.Generator) -> Shape:
@@ -118,7 +125,7 @@ def draw_places(
     Without `augmentation` none of them is turned or scaled.
     """
     places = []
-    for forced in forced_foreground(batch_size, foreground):
+    for forced in forced_foreground(batch_size, foreground, rng):
         number = int(rng.integers(len(cases)))
         corner = draw_corner(cases[number], patch, forced, rng)
         matrix = draw_matrix(rng, augmentation, patch, in_plane) if augmentation else None

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lite import log
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, seconds
 from nnunet_lite.network.build import build_network, supervise_deeply
 from nnunet_lite.training.batches import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
+from nnunet_lite.training.initial import freeze
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loss import alone, deep_supervision_loss
 from nnunet_lite.training.optimize import average_step, make_optimizer, start_average
@@ -64,6 +66,10 @@ def parallel(job: Job, learner: Learner) -> Learner:
     """Let the ranks of a data-parallel run add up their gradients, and compile the network where that pays."""
     forward = learner.network
     if job.ranks.world > 1:
+        if job.device.type == "cuda":  # batch norm by the statistics of the whole batch
+            forward = nn.SyncBatchNorm.convert_sync_batchnorm(forward)
+            freeze(forward, job.settings.training.freeze)  # the layers are others now
+            learner = replace(learner, network=forward)
         # the coarsest head has no weight in the loss, hence no gradient
         devices = [job.device] if job.device.type == "cuda" else None
         forward = nn.parallel.DistributedDataParallel(forward, device_ids=devices, find_unused_parameters=True)
@@ -96,6 +102,7 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
     for group in learner.optimizer.param_groups:
         group["lr"] = rate
     learner.optimizer.zero_grad(set_to_none=True)
+    statistics = _statistics(learner.network)
     losses = []
     for i, batch in enumerate(batches):
         with _local(learner.forward, i < len(batches) - 1):
@@ -103,9 +110,17 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
             learner.scaler.scale(loss / len(batches)).backward()
         losses.append(loss.detach())
     taken = _apply(job, learner)
+    for value, before in statistics:
+        value.copy_(torch.where(taken, value, before))
     if learner.average is not None:
         average_step(learner.average, learner.network, job.settings.optimizer.ema or 0.0, number)
     return torch.stack(losses).mean(), taken
+
+
+def _statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The running statistics of batch norm, each with a copy of what it is now."""
+    layers = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
+    return [(value, value.clone()) for layer in layers for value in layer.buffers()]
 
 
 def _local(forward: nn.Module, on: bool) -> AbstractContextManager[None]:
@@ -155,14 +170,14 @@ def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
         return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, for the seed's sake")
     batch = make_batch(job, job.training, 0, 0, augment=False)
     single = replace(job, ranks=ALONE)
-    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}  # batch norm counts the trial steps
+    statistics = _statistics(network)  # which the trial steps change
 
     def step(arithmetic: Arithmetic) -> None:
         _trial(single, make_learner(single, network, arithmetic, 1.0), batch)()
 
     best = fastest(options, step, job.device)
-    for name, buffer in network.named_buffers():
-        buffer.copy_(statistics[name])
+    for value, before in statistics:
+        value.copy_(before)
     return from_first(best, job.ranks)
 
 
@@ -183,7 +198,7 @@ def _compiled(job: Job, learner: Learner) -> Learner:
     if wanted is False or (wanted == "auto" and job.device.type != "cuda"):
         return learner
     batch = make_batch(job, job.training, 0, 0, augment=False)
-    statistics = {name: buffer.clone() for name, buffer in learner.network.named_buffers()}
+    statistics = _statistics(learner.network)
     plain, made = learner, replace(learner, forward=torch.compile(learner.forward))  # type: ignore[arg-type]
     times = []
     try:
@@ -192,11 +207,14 @@ def _compiled(job: Job, learner: Learner) -> Learner:
             work()
             times.append(min(seconds(work, job.device) for _ in range(3)))
     except Exception as error:  # the compiler's own errors, of many kinds: the run goes on without it
-        log.warn(f"torch.compile failed and is left out: {str(error).splitlines()[0]}")
+        if job.ranks.world > 1:  # the others may wait for this one by now, and cannot go on without it
+            fix = "Use --set training.compile=false."
+            raise UserError(f"torch.compile failed: {describe(error)}", fix=fix) from error
+        log.warn(f"torch.compile failed and is left out: {describe(error)}")
         return plain
     finally:
-        for name, buffer in learner.network.named_buffers():
-            buffer.copy_(statistics[name])
+        for value, before in statistics:
+            value.copy_(before)
     pays = wanted is True or from_first(times[1] < _WORTH * times[0], job.ranks)
     log.info(f"{'compiled' if pays else 'not compiled'}: a step takes {times[0]:.3g} s, compiled {times[1]:.3g} s")
     return made if pays else plain

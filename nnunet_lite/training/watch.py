@@ -18,6 +18,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import Stopped
 from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
+from nnunet_lite.training.distributed import Ranks, sum_over_ranks
 
 _STUCK_EPOCHS = 10  # with a Dice of 0 before a label is reported
 _STUCK_SHARE = 0.05  # of the run, likewise
@@ -99,7 +100,7 @@ class Trend:
 class Seen:
     """How much of each class (of each region) the patches of the first epoch showed, and the Dice of all epochs so far.
 
-    `voxels`, `patches` : share of the voxels, and of the patches that had any. `stuck` : epochs with a Dice of 0.
+    `voxels`, `patches` : how many showed it, and last how many there were. `stuck` : epochs with a Dice of 0.
     """
 
     voxels: list[float] = field(default_factory=list)
@@ -107,22 +108,33 @@ class Seen:
     stuck: list[int] = field(default_factory=list)
     reported: list[str] = field(default_factory=list)
 
-    def count(self, per_patch: Tensor, labels: Labels) -> None:
-        """Take in the voxels of each class in each patch of an epoch, (patches, classes with the ignored one)."""
-        members = labels.region_classes
-        wanted = torch.stack([per_patch[:, list(m)].sum(1) for m in members], 1)
-        self.voxels = (wanted.sum(0) / per_patch.sum().clamp_min(1)).tolist()
-        self.patches = (wanted > 0).float().mean(0).tolist()
-        for name, share in zip(labels.region_names, self.patches, strict=True):
-            if share == 0 and name not in self.reported:
+    def count(self, per_patch: Tensor, labels: Labels, ranks: Ranks) -> None:
+        """Add the voxels of each class in each patch of this rank, (patches, classes with the ignored one)."""
+        members = [list(m) for m in labels.region_classes] + [list(range(per_patch.shape[1]))]
+        voxels = torch.stack([per_patch[:, m].sum(1) for m in members], 1)
+        found = torch.stack([voxels.sum(0), (voxels > 0).float().sum(0)])
+        total = (sum_over_ranks(found) if ranks.world > 1 else found).cpu().double()
+        if self.voxels:
+            total += torch.tensor([self.voxels, self.patches], dtype=total.dtype)
+        self.voxels, self.patches = total.tolist()
+
+    def report_unseen(self, labels: Labels) -> None:
+        """Report, after the first epoch, the labels that none of its patches showed."""
+        for name, patches in zip(labels.region_names, self.patches, strict=False):
+            if patches == 0 and name not in self.reported:
                 self.reported.append(name)
                 log.warn(
-                    f"{name} was in none of the {len(per_patch)} patches of the first epoch: it cannot be learnt. "
-                    "Are there training cases with it? Then raise training.foreground or the patch size"
+                    f"{name} was in none of the {self.patches[-1]:.0f} patches of the first epoch: it cannot be "
+                    "learnt. Are there training cases with it? Then raise training.foreground or the patch size"
                 )
 
     def after_epoch(self, dice: dict[str, float | None], progress: float) -> None:
-        """Report a label whose Dice has been 0 ever since the run began; `progress` is the share of it that is done."""
+        """Report a label whose Dice has been 0 ever since the run began; `progress` is the share of it that is done.
+
+        An epoch without a pseudo-validation has no `dice` and tells nothing.
+        """
+        if not dice:
+            return
         before = self.stuck or [0] * len(dice)
         self.stuck = [
             n if n < 0 or d is None else (n + 1 if d == 0 else -1)  # -1: not any more
@@ -133,7 +145,8 @@ class Seen:
                 self.reported.append(name)
                 where = ""
                 if self.voxels:
-                    where = f"; {self.voxels[i]:.2%} of the voxels, in {self.patches[i]:.0%} of the patches"
+                    voxels, patches = (counts[i] / counts[-1] for counts in (self.voxels, self.patches))
+                    where = f"; {voxels:.2%} of the voxels, in {patches:.0%} of the patches"
                 log.warn(
                     f"{name} has had a Dice of 0 in all of {epochs} epochs{where}. Raise "
                     "training.foreground, the patch size or loss.class_weights, or check its labels"
@@ -167,11 +180,11 @@ def what_fits(plan: Plan, configuration: str, memory: float) -> str:
     return " or ".join(options)
 
 
-def out_of_memory(plan: Plan, configuration: str, device: torch.device) -> tuple[str, str]:
-    """What to say when a GPU's memory did not suffice, and how to mend it."""
+def out_of_memory(plan: Plan, configuration: str, device: torch.device, taken: int) -> tuple[str, str]:
+    """What to say when a GPU's memory did not suffice, and how to mend it; the cases have `taken` bytes of it."""
     planned = plan.configuration(configuration)
     free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
-    usable = free + torch.cuda.memory_reserved(device) / 1e9
+    usable = free + (torch.cuda.memory_reserved(device) - taken) / 1e9
     what = (f"the GPU's memory ({usable:.1f} of {total:.1f} GB usable) is too small for {planned.batch_size} "
             f"patches of {'x'.join(map(str, planned.patch_size))} (about {planned.memory_gb or 0:.1f} GB)")  # fmt: skip
     fits = what_fits(plan, configuration, 0.9 * usable)
