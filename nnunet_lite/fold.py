@@ -16,7 +16,7 @@ from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset
-from nnunet_lite.settings import PlanSettings, Settings, with_changes
+from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
@@ -112,7 +112,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     UserError : see `api.train`. Stopped : a signal asked for it. Lost : another process of several is gone.
     """
     run = examined(request, paths)
-    if run.settings.plan != PlanSettings():
+    if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
         log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
 
     # torch takes seconds to import: mistakes are told before
@@ -180,7 +180,7 @@ def examined(request: Request, paths: Paths) -> Run:
 
 
 def _planned(request: Request, paths: Paths, folder: Path, dataset: str) -> Plan:
-    """The plan of the data set, or what of it a model to start from leaves.
+    """The plan of the data set, or what of it a model to start from leaves, if that is to be adopted.
 
     A fold that was begun goes on without that model.
     """
@@ -195,7 +195,8 @@ def _planned(request: Request, paths: Paths, folder: Path, dataset: str) -> Plan
         if request.restart or not is_begun(folder / f"fold_{request.fold}"):
             raise
         return Plan.read(folder / "plans.json")
-    return adopted_plan(planned, request.configuration, source, request.settings)
+    adopts = request.settings.plan.adopt
+    return adopted_plan(planned, request.configuration, source, request.settings) if adopts else planned
 
 
 def planned_for(paths: Paths, settings: Settings) -> Plan:

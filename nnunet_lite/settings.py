@@ -71,6 +71,10 @@ class PlanSettings(_Section):
         None, description="default: the plan's"
     )
     memory: float | None = Field(None, gt=0, description="GPU memory budget in GB; default: the preset's")
+    adopt: bool = Field(
+        True,
+        description="with --init: spacing, patch, network and normalisation are the model's; false: the data set's",
+    )
 
 
 class TrainingSettings(_Section):

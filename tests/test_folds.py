@@ -357,6 +357,9 @@ def test_every_fold_is_trained(
     ]
     trained = sorted((paths.models / "3d_fullres-default").glob("fold_*/cases.json"))
     assert [read_json(file)["validation"] for file in trained] == held_out(read_json(paths.splits))
+    shutil.rmtree(trained[2].parent)  # as if it had been stopped before
+    code, _, err = command("train", "3d_fullres", "all-folds", "--resume", *asked, cwd=tmp_path)
+    assert (code, err.count("training is finished")) == (0, 2) and trained[2].is_file()
     assert command("train", "3d_fullres", 3, *asked, cwd=tmp_path)[2].endswith(
         'error: there is no fold \'3\'. Folds are 0 to 2, "all-folds" and "all".\n'
     )

@@ -282,6 +282,19 @@ def test_fine_tuning_starts_where_the_model_ended(
     tuned = Plan.read(folder / "plans.json").configuration("3d_fullres")
     assert tuned.patch_size == (24, 32, 24) and max(tuned.network.features) == 8
 
+    own = Plan.read(workspace / "Task04_Hippocampus" / "plans.json")
+    wider = {"plan.adopt": False, "network.features_max": 16, "training.freeze": None, "network.features_base": 4}
+    kept_plan: dict[str, Any] = {"workspace": workspace, "name": "own_plan", "device": "cpu"}
+    api.train("3d_fullres", "0", changes=changes | wider | {"training.patch_voxels": 8000}, **kept_plan)
+    said = capfd.readouterr().err
+    assert "starting from" in said and "at random" in said and "taken over" in said
+    found = Plan.read(folder.with_name("own_plan") / "plans.json")
+    assert (
+        found.channels == own.channels
+        and found.configuration("3d_fullres").spacing == own.configuration("3d_fullres").spacing
+    )
+    assert found.configuration("3d_fullres").network.features == (4, 8, 16) != tuned.network.features
+
     shutil.rmtree(model)  # a run that was begun does not need it any more; another fold would
     again: dict[str, Any] = {"workspace": workspace, "name": "tuned", "device": "cpu"}
     longer = changes | {"training.epochs": 2}
