@@ -93,3 +93,18 @@ def test_shares_of_a_batch_give_the_same(threads: int) -> None:
     for one, other, wanted in zip(found, again, gradients(exact, leaves, grad), strict=True):
         assert distance(one, wanted) < 1e-5
         assert torch.equal(one, other), "the order of sums does not depend on which share ends first"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_activation_may_overwrite_the_output(n: int) -> None:
+    """As in a network without normalisation."""
+    torch.manual_seed(0)
+    convolution = Conv3d(16, 16, 3, padding=1)
+    x = torch.randn(n, 16, 16, 4, 4).contiguous(memory_format=LAYOUT).requires_grad_()
+    grad = torch.randn(n, 16, 16, 4, 4)
+    leaves = (x, convolution.weight)
+    y = F.leaky_relu(convolution(x), 0.01, inplace=True)
+    expected = F.leaky_relu(F.conv3d(x, convolution.weight, convolution.bias, padding=1), 0.01)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(gradients(y, leaves, grad), gradients(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -124,7 +124,9 @@ class _Winograd(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         n, _, depth, height, width = x.shape
         filters, source = _filters(weight), _slices(x)
-        out = x.new_empty(n, depth, height * width * len(weight))
+        # an output that is no view of another tensor, so that an activation may overwrite it
+        result = torch.empty((n, len(weight), depth, height, width), memory_format=torch.channels_last_3d)
+        out = _slices(result)
 
         def convolve(samples: range) -> None:
             for i, block in _steps(samples, depth):
@@ -135,7 +137,7 @@ class _Winograd(torch.autograd.Function):
                 torch.mm(block.give, products, out=out[i, block.outputs])
 
         in_shares(n, convolve)
-        return out.view(n, depth, height, width, -1).movedim(-1, 1)
+        return result
 
     @staticmethod
     @once_differentiable
