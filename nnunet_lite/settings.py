@@ -390,14 +390,8 @@ def describe_settings() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             about = " ".join((kind.__doc__ or "").split())
-            lines += [
-                "",
-                f"## {section}",
-                "",
-                *([about, ""] if about else []),
-                "| key | default | meaning |",
-                "|---|---|---|",
-            ]
+            lines += ["", f"## {section}", "", *([about, ""] if about else [])]
+            lines += ["| key | default | meaning |", "|---|---|---|"]
             for name, entry in kind.model_fields.items():
                 lines.append(f"| `{section}.{name}` | `{json.dumps(entry.default)}` | {entry.description or ''} |")
     return "\n".join(lines) + "\n"
