@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -207,10 +208,10 @@ def _compiled(job: Job, learner: Learner) -> Learner:
             work()
             times.append(min(seconds(work, job.device) for _ in range(3)))
     except Exception as error:  # the compiler's own errors, of many kinds: the run goes on without it
+        why = shorten(describe(error), 300)
         if job.ranks.world > 1:  # the others may wait for this one by now, and cannot go on without it
-            fix = "Use --set training.compile=false."
-            raise UserError(f"torch.compile failed: {describe(error)}", fix=fix) from error
-        log.warn(f"torch.compile failed and is left out: {describe(error)}")
+            raise UserError(f"torch.compile failed: {why}", fix="Use --set training.compile=false.") from error
+        log.warn(f"torch.compile failed and is left out: {why}")
         return plain
     finally:
         for value, before in statistics:
