@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_training import interval
+from compare_training import interval, known
 
 import nnunet_lite
 from nnunet_lite.errors import UserError
@@ -57,8 +57,7 @@ def row(name: str, scores: Scores, base: Scores) -> list[str]:
     dice, reference = ([*np.nanmean(s.values(), 0), s.foreground().mean] for s in (scores, base))
     if scores is base:
         return [name, *(f"{value:.4f}" for value in dice), ""]
-    differences = scores.values() - base.values()
-    limits = interval(np.nanmean(differences[np.isfinite(differences).any(1)], 1))
+    limits = interval(known(np.nanmean(scores.values() - base.values(), 1)))
     cells = [f"{d:.4f} ({percent(d - r, r)})" for d, r in zip(dice, reference, strict=True)]
     return [name, *cells, " to ".join(percent(limit, reference[-1]) for limit in limits)]
 

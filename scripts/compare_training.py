@@ -119,6 +119,11 @@ def dice(predictions: Path, dataset: Dataset) -> np.ndarray:
     return evaluate(predictions, references, dataset.labels, surface=False).values()
 
 
+def known(values: np.ndarray) -> np.ndarray:
+    """Without those of cases that have none: no label is there, neither in truth nor as predicted."""
+    return values[np.isfinite(values)]
+
+
 def interval(differences: np.ndarray) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over cases."""
     drawn = np.random.default_rng(0).integers(len(differences), size=(10_000, len(differences)))
@@ -156,9 +161,8 @@ def main() -> int:
         for seed in o.seeds:
             scores["nnlite", seed] = dice(train_ours(work, seed, o.precision), work.dataset)
             scores["nnU-Net", seed] = dice(train_nnunet(work, seed, o.nnunet_python), work.dataset)
-    whole = np.mean([scores["nnlite", s] - scores["nnU-Net", s] for s in o.seeds], 0)  # (cases, labels)
-    rows = np.isfinite(whole).any(1)  # a case may show no label, neither in truth nor as predicted
-    difference = np.nanmean(whole[rows], 1)
+    by_case = {who: np.mean([np.nanmean(scores[who, s], 1) for s in o.seeds], 0) for who in ("nnlite", "nnU-Net")}
+    difference = known(by_case["nnlite"] - by_case["nnU-Net"])
     low, high = interval(difference)
     text = "\n".join(
         [
