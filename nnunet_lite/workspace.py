@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +217,29 @@ def _is_raw(folder: Path) -> bool:
     return any((folder / name).is_dir() for name in ("imagesTr", "images")) or (
         (folder / "dataset.json").is_file() and not (folder / "plans.json").is_file()
     )
+
+
+def place_of(workspace: Path, name: str, root: Path, ids: Sequence[str]) -> Paths:
+    """Where a raw data set, with these cases, has its files in a workspace.
+
+    Raises
+    ------
+    UserError : its name is no folder's, that is where its raw data lie, or another data set of that name is there.
+    """
+    paths = Paths(workspace / name)
+    if not name:
+        raise UserError("has no name, which a data set takes from its folder", root)
+    if paths.root.resolve() == root.resolve():
+        raise UserError(f"lies itself in the workspace {workspace}", root, "Give another folder with --workspace.")
+    if not paths.dataset.is_file():
+        return paths
+    with understood(paths.dataset, "Move it away."):
+        there = read_json(paths.dataset)
+        other, theirs = Path(there["root"]), [case["id"] for case in there["dataset"]]
+    if other.resolve() == root.resolve() or not other.exists() or theirs == list(ids):
+        return paths
+    what = f"the workspace {workspace} has another data set called {name}, with other cases, from {other}"
+    raise UserError(what, root, "Give another folder with --workspace, or rename one of the two.")
 
 
 def use(workspace: Path, name: str) -> Paths:

@@ -16,7 +16,8 @@ from typing import Any
 import dask
 import pytest
 from distributed import Client, LocalCluster
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from samples import TINIEST
 
 import nnunet_lite
@@ -152,6 +153,22 @@ def test_images_are_predicted_on_workers(
     assert list(there.failed) == list(here.failed) == ["broken"]
     assert files(tmp_path / "there") == files(tmp_path / "here")
     assert there.folds == here.folds
+
+
+def test_workers_that_live_on_see_that_a_model_was_trained_anew(
+    scheduler: str, tiny_model: Path, hippocampus: Path, tmp_path: Path
+) -> None:
+    image, model = sorted((hippocampus / "imagesTs").iterdir())[0], tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    changes = {"inference.mirroring": False}
+    nnunet_lite.predict(image, tmp_path / "before", model=model, device="cpu", changes=changes, scheduler=scheduler)
+    file = model / "fold_0" / "model.safetensors"
+    with safe_open(file, "pt") as content:
+        about = {key: text for key, text in content.metadata().items() if key != "checksum"}
+    save_file({name: value.neg() for name, value in load_file(file).items()}, file, about)
+    nnunet_lite.predict(image, tmp_path / "after", model=model, device="cpu", changes=changes, scheduler=scheduler)
+    nnunet_lite.predict(image, tmp_path / "here", model=model, device="cpu", changes=changes)
+    assert files(tmp_path / "after") == files(tmp_path / "here") != files(tmp_path / "before")
 
 
 @pytest.mark.parametrize("name", ["local", "slurm", "lsf", "pbs"])

@@ -104,6 +104,20 @@ def test_explicit_paths(copy_nnunet: Copy) -> None:
         read_dataset(root)
 
 
+def test_explicit_paths_with_variables(copy_nnunet: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = copy_nnunet(2)
+    monkeypatch.setenv("NNLITE_TEST_DATA", str(root / "imagesTr"))
+    edit(root, dataset={"mine": {"images": ["$NNLITE_TEST_DATA/a.nii.gz"]}})
+    assert read_dataset(root).cases[0].images == (root / "imagesTr" / "a.nii.gz",)
+
+
+def test_a_data_set_is_called_as_its_folder(copy_dataset: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = copy_dataset(2, "Task01_A")
+    monkeypatch.chdir(root / "imagesTr")
+    dataset = read_dataset(Path(".."))
+    assert (dataset.name, dataset.root) == ("Task01_A", root)
+
+
 def test_4d_images_are_channels(copy_nnunet: Copy) -> None:
     root = copy_nnunet(3, ("T1", "T2"))
     for path in sorted((root / "imagesTr").glob("*_0000.nii.gz")):
@@ -153,6 +167,16 @@ def test_masks_of_0_and_255_under_labels_0_and_1(tmp_path: Path) -> None:
     assert label is not None and set(np.unique(label)) == {0, 1}
 
 
+def test_masks_of_0_and_255_are_found_beside_empty_ones(tmp_path: Path) -> None:
+    root = tmp_path / "nuclei"
+    save_pictures(root, n=7)
+    for i in (0, 3, 6):
+        Pillow.fromarray(np.zeros((16, 20), np.uint8)).save(root / "labels" / f"p{i}.png")
+    table = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "nucleus": 1}}
+    (root / "dataset.json").write_text(json.dumps(table))
+    assert read_dataset(root).label_map == {255: 1}
+
+
 def test_regions_and_ignore(copy_nnunet: Copy) -> None:
     labels = {"background": 0, "whole": [1, 2], "posterior": 2, "ignore": 3}
     dataset = read_dataset(copy_nnunet(2, labels=labels, regions_class_order=[1, 2]))
@@ -191,7 +215,12 @@ def test_invalid_json_gives_line_and_column(copy_dataset: Copy) -> None:
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "two labels share one value"),
         ({"labels": {"background": 0, "a": "x"}}, "are not names with integers"),
         ({"labels": {"background": 0, "a": [1, 2]}}, "regions_class_order must give one value"),
+        ({"labels": {"background": 0, "a": 1.5}}, "are not names with integers"),
         ({"training": [{"label": "x"}]}, r"training\[0\] is not"),
+        ({"training": [{"image": "x", "label": ["x"]}]}, r"training\[0\] has the label \['x'\]"),
+        ({"file_ending": [".nii.gz"]}, r"file_ending is \['\.nii\.gz'\]"),
+        ({"dataset": {"a": {"images": [1]}}}, r"dataset\.a has something else than file names"),
+        ({"dataset": {"a/b": {"images": ["x"]}}}, "the id 'a/b' holds a /"),
     ],
 )
 def test_what_dataset_json_may_lack(copy_dataset: Copy, changes: dict[str, object], message: str) -> None:
@@ -244,3 +273,21 @@ def test_find_cases_with_channels_apart_and_one_missing(tmp_path: Path, hippocam
     (tmp_path / "scan.dcm").write_bytes(b"x")
     with pytest.raises(UserError, match=r"scan\.dcm: is of no supported format\. Supported are \.nii\.gz "):
         find_cases(tmp_path / "scan.dcm", 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_numbered_files_that_each_hold_all_channels_are_cases(tmp_path: Path, channels: int) -> None:
+    picture = np.zeros((16, 20) if channels == 1 else (16, 20, 3), np.uint8)
+    for i in range(5):
+        Pillow.fromarray(picture).save(tmp_path / f"img_{i:04d}.png")
+    cases = find_cases(tmp_path, channels)
+    assert [case.id for case in cases] == [f"img_{i:04d}" for i in range(5)]
+    assert [case for path in sorted(tmp_path.iterdir()) for case in find_cases(path, channels)] == cases
+
+
+def test_a_file_that_is_a_channel_too_many(tmp_path: Path, hippocampus: Path) -> None:
+    source = next((hippocampus / "imagesTr").glob("*.nii.gz"))
+    for i in range(3):
+        shutil.copy(source, tmp_path / f"a_{i:04d}.nii.gz")
+    with pytest.raises(UserError, match=r"a_0002\.nii\.gz: would be channel 2 of a, and the model has 2"):
+        find_cases(tmp_path / "a_0002.nii.gz", 2)

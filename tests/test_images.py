@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -219,9 +220,13 @@ def test_tiff_pages_are_a_volume_with_a_spacing_beside_it(tmp_path: Path) -> Non
     label, geometry, _ = read_label(tmp_path / "out.tif")
     assert np.array_equal(label, volume)
     assert geometry == image.geometry
-    (tmp_path / "a.json").write_text(json.dumps({"spacing": [2.5, 0.5]}))
-    with pytest.raises(UserError, match=r"a\.json: spacing is \[2\.5, 0\.5\]"):
-        read_image(tmp_path / "a_0000.tif")
+    for told in ([2.5, 0.5], ["a", 1, 1], [None, 1, 1], [0, 1, 1]):
+        (tmp_path / "a.json").write_text(json.dumps({"spacing": told}))
+        with pytest.raises(UserError, match=rf"a\.json: spacing is {re.escape(str(told))}"):
+            read_image(tmp_path / "a_0000.tif")
+    for other in ([1, 2], {"patient": "x"}):  # a file of somebody else's
+        (tmp_path / "a.json").write_text(json.dumps(other))
+        assert read_image(tmp_path / "a_0000.tif").geometry.spacing == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from test_streaming import CPU, FP32, configured, labels_of, noise, placed, rand
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.footprint import Request, plan_memory
-from nnunet_lite.inference.maps import Wanted, channel_names, predict_maps, together, wanted_labels
+from nnunet_lite.inference.maps import Wanted, _judged, channel_names, predict_maps, together, wanted_labels
 from nnunet_lite.inference.passes import Passes, passes_of
 from nnunet_lite.inference.predictor import load, predict_image
 from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
@@ -165,3 +167,16 @@ def test_a_trained_model_and_itself_agree(tiny_model: Path, hippocampus: Path) -
     image = read_image(sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0])
     twice = replace(model, partners=(model,))
     assert (predict_image(twice, image) == predict_image(model, image)).mean() > 0.9999
+
+
+@pytest.mark.parametrize("labels", [labels_of(3), REGIONS])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_skipped_windows_are_surely_background(labels: Labels, kind: Callable[[np.ndarray], Any]) -> None:
+    logits = np.zeros((labels.n_channels, 4, 5), np.float32)
+    logits[:, 1:] = 0.25
+    names = {name: number for number, name in enumerate(channel_names(labels))}
+    decided, values = _judged([[kind(logits)]], labels, False, names, Wanted(uncertainty=True))
+    expected = np.zeros(labels.n_channels) if labels.has_regions else np.eye(labels.n_channels)[0] * 255
+    assert [int(values[name][0, 0]) for name in names] == expected.tolist()
+    assert (values["uncertainty/entropy"][0] == 0).all() and (values["uncertainty/entropy"][1:] > 200).all()
+    assert (np.asarray(decided)[0] == 0).all()

@@ -240,6 +240,17 @@ def test_labels_are_numbered_as_nnunet_numbers_them(
     assert "will write: Anterior 4 -> 1, Posterior 7 -> 2" in capfd.readouterr().err
 
 
+def test_nnunet_does_not_mirror_left_and_right_of_a_model_that_swaps_them(tiny_model: Path, tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    shutil.copytree(tiny_model, ours)
+    run = read_json(ours / "run.json")
+    run["settings"]["augmentation"] |= {"mirror_axes": [0, 2], "mirror_swap": [["Anterior", "Posterior"]]}
+    write_json(ours / "run.json", run)
+    export_model(ours, tmp_path / "theirs")
+    checkpoint = torch.load(tmp_path / "theirs" / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] == (0,)
+
+
 def test_what_nnunet_cannot_do_is_not_exported(tiny_model: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     shutil.copytree(tiny_model, ours)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from nnunet_lite.workspace import (
     atomic,
     current,
     find_raw,
+    place_of,
     read_json,
     sweep,
     use,
@@ -162,3 +164,18 @@ def test_json_round_trip_and_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert read_json(tmp_path / "a.json") == [1]
+
+
+def test_raw_data_and_another_data_set_of_the_same_name_are_left_alone(here: Path) -> None:
+    raw, other = make_raw(here / "data", "Task01_A"), make_raw(here / "other", "Task01_A")
+    with pytest.raises(UserError, match="lies itself in the workspace"):
+        place_of(here / "data", raw.name, raw, ["a"])
+    workspace = here / "workspace"
+    paths = place_of(workspace, raw.name, raw, ["a"])
+    write_json(paths.dataset, {"root": str(raw), "dataset": [{"id": "a"}]})
+    assert place_of(workspace, raw.name, raw, ["a", "b"]) == paths  # it has grown
+    assert place_of(workspace, raw.name, other, ["a"]) == paths  # a copy of it
+    with pytest.raises(UserError, match=r"another data set called Task01_A, with other cases, from .*data/Task01_A"):
+        place_of(workspace, raw.name, other, ["b"])
+    shutil.rmtree(raw)
+    assert place_of(workspace, raw.name, other, ["b"]) == paths  # it was moved

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nnunet_lite import log
 from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths, find_raw, read_json, use, write_json, write_text
+from nnunet_lite.workspace import find_raw, place_of, read_json, use, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.data.dataset import Dataset
@@ -80,7 +80,8 @@ def plan(
     budget(preset, memory)  # a mistake in the options is told before minutes of reading
     root = find_raw(str(data), folder_of(workspace))
     dataset = read_dataset(root)
-    paths, ids = Paths(folder_of(workspace) / dataset.name), [case.id for case in dataset.cases]
+    ids = [case.id for case in dataset.cases]
+    paths = place_of(folder_of(workspace), dataset.name, dataset.root, ids)
     wanted = wanted_folds(dataset, folds, group_by, stratify, splits)
     trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
     other_splits = must_be_made(paths.splits, ids, wanted, trained)

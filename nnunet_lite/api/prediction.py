@@ -127,10 +127,14 @@ class _Parcel:
     skip_existing: bool
 
     def __call__(self, case: Case) -> tuple[list[Path], dict[str, str]]:
+        from nnunet_lite.evaluation.selection import fingerprint
         from nnunet_lite.inference.folder import predict_cases
+        from nnunet_lite.training.run import trained_folds
 
-        model = _kept(tuple(self.choice.folders), tuple(self.choice.folds or ()), self.device,
-                      tuple(sorted(self.changes.items())))  # fmt: skip
+        folders, folds = self.choice.folders, self.choice.folds or None
+        trained = [fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder)]
+        model = _kept(tuple(folders), tuple(folds or ()), self.device, tuple(sorted(self.changes.items())),
+                      tuple(trained))  # fmt: skip
         return predict_cases(
             model, [case], self.out, wanted=self.wanted, dicom_seg=self.dicom_seg, skip_existing=self.skip_existing,
             finish=self.choice.finish(model.plan.labels),
@@ -139,9 +143,10 @@ class _Parcel:
 
 @lru_cache(maxsize=1)
 def _kept(
-    folders: tuple[Path, ...], folds: tuple[str | int, ...], device: str | None, changes: tuple[tuple[str, Any], ...]
-) -> Model:
-    """The model that this process predicts with, read once."""
+    folders: tuple[Path, ...], folds: tuple[str | int, ...], device: str | None, changes: tuple[tuple[str, Any], ...],
+    trained: tuple[str, ...],
+) -> Model:  # fmt: skip
+    """The model that this process predicts with, read once for each training (`trained`: fingerprints of the folds)."""
     from nnunet_lite.models import load
 
     return load(folders, folds or None, device, dict(changes))

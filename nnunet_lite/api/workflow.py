@@ -14,7 +14,7 @@ from nnunet_lite import api, log
 from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, what_is_left
-from nnunet_lite.workspace import Paths, find_raw, read_json, use
+from nnunet_lite.workspace import Paths, find_raw, place_of, read_json, use
 
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
@@ -106,7 +106,7 @@ def run(
     place = folder_of(workspace)
     root = find_raw(str(data), place)
     dataset = read_dataset(root)
-    paths = Paths(place / dataset.name)
+    paths = place_of(place, dataset.name, dataset.root, [case.id for case in dataset.cases])
     journal = Journal(paths.root / JOURNAL)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
     planning = partial(api.plan, root, workspace=place, workers=workers, **how)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series
-from nnunet_lite.data.images import SUFFIXES, is_image, stem, suffix_of
+from nnunet_lite.data.images import SUFFIXES, is_image, read_geometry, stem, suffix_of
 from nnunet_lite.errors import UserError
 
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
@@ -83,9 +83,12 @@ def _of_file(path: Path, channels: int) -> list[Case]:
         if is_series(path):
             return [Case(path.stem if path.suffix.lower() in ENDINGS else path.name, (path,))]
         raise UserError("is of no supported format", path, _SUPPORTED)
-    name = split_name(stem(path))[0]
-    files = [other for other in image_files(path.parent) if channels > 1 and split_name(stem(other))[0] == name]
-    return [case for case in group_files(files or [path], channels) if path in case.images]
+    name, number = split_name(stem(path))
+    files = [other for other in image_files(path.parent) if split_name(stem(other))[0] == name]
+    cases = [case for case in group_files(files, channels) if path in case.images]
+    if not cases:
+        raise UserError(f"would be channel {number} of {name}, and the model has {channels}, from 0 on", path)
+    return cases
 
 
 def _inside(folder: Path, channels: int) -> list[Case]:
@@ -117,6 +120,14 @@ def _case_folders(parent: Path, channels: int) -> list[Case]:
     return sorted(cases + group_files(series, channels), key=lambda case: case.id)
 
 
+def _holds(path: Path, channels: int) -> bool:
+    """Whether a file can be read and holds so many channels."""
+    try:
+        return path.is_file() and read_geometry(path)[1] == channels
+    except UserError:  # whoever reads the case will say why
+        return False
+
+
 def split_name(name: str) -> tuple[str, int | None]:
     """liver_0001 -> (liver, 1); a name without a channel number -> (name, None)."""
     match = _CHANNEL.match(name)
@@ -126,16 +137,19 @@ def split_name(name: str) -> tuple[str, int | None]:
 def group_files(files: list[Path], channels: int) -> list[Case]:
     """Group files, or folders of DICOM series, by their channel numbers `_0000`, `_0001`, ...
 
-    Numbers are optional for a single file per case. Where no case has a second file, one file holds all channels. For
-    a single channel, a name with a number other than `_0000` is simply a name (scan_0017). Channels beyond `channels`
-    are left out, missing ones are listed.
+    Numbers are optional for a single file per case. Where no case has a second file, one file holds all channels. Where
+    each file holds all of them, or there is only one, numbers other than `_0000` are part of a name (scan_0017), and so
+    is the `_0000` beside them. Channels beyond `channels` are left out, missing ones are listed.
     """
     groups: dict[str, dict[int | None, Path]] = defaultdict(dict)
     twice = []
-    for path in files:
-        whole = stem(path) if suffix_of(path) else path.name  # the folder of a DICOM series has no ending
+    names = {path: stem(path) if suffix_of(path) else path.name for path in files}  # a DICOM series has no ending
+    numbered = {name for name, number in map(split_name, names.values()) if number}
+    if numbered and channels > 1 and not _holds(files[0], channels):
+        numbered = set()
+    for path, whole in names.items():
         name, number = split_name(whole)
-        if number is not None and channels == 1 and number > 0:
+        if name in numbered:
             name, number = whole, None
         if number in groups[name]:
             twice.append(Case(name, (path,)))

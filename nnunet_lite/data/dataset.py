@@ -5,6 +5,7 @@ What the folders hold is not judged here, check.py does that: a case lists the f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def read_dataset(root: Path) -> Dataset:
     UserError : no data set in one of the known layouts; dataset.json is broken (line and column) or lacks something.
     """
     root = Path(root).absolute()
+    if ".." in root.parts:
+        root = root.resolve()  # the folder's name is the data set's
     if not root.is_dir():
         raise UserError("there is no such folder", root)
     table = root / "dataset.json"
@@ -177,6 +180,8 @@ def _described(root: Path, table: Path) -> Dataset:
         raise UserError("is not a JSON object", table)
     channels = channels_of(told, table)
     labels = labels_of(told, table)
+    if not isinstance(told.get("file_ending") or "", str):
+        raise UserError(f"file_ending is {told['file_ending']!r}", table, 'Give, for example, ".nii.gz".')
     if isinstance(told.get("dataset"), dict):
         layout, cases = "explicit", _listed_v2(root, told["dataset"], table)
     elif isinstance(told.get("training"), list) and any(isinstance(entry, dict) for entry in told["training"]):
@@ -236,13 +241,21 @@ def labels_of(told: Mapping[str, Any], table: Path | None) -> Labels:
 
 
 def _listed_v2(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
-    """nnU-Net v2's explicit list: id -> {"images": [one per channel], "label": file}, relative to the data set."""
+    """nnU-Net v2's explicit list: id -> {"images": [one per channel], "label": file}, relative to the data set.
+
+    Files may begin with environment variables, as $DATA/a.nii.gz.
+    """
     cases = []
     for name, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not entry["images"]:
             raise UserError(f'dataset.{name} is not {{"images": [...], "label": ...}}', table)
-        label = entry.get("label")
-        cases.append(Case(name, tuple(root / p for p in entry["images"]), root / label if label else None))
+        if "/" in name:
+            raise UserError(f"the id {name!r} holds a /, and cases give files their names", table, "Write _ instead.")
+        files = [entry.get("label") or "", *entry["images"]]
+        if not all(isinstance(file, str) for file in files):
+            raise UserError(f"dataset.{name} has something else than file names: {files}", table)
+        label, *images = [os.path.expandvars(file) for file in files]
+        cases.append(Case(name, tuple(root / file for file in images), root / label if label else None))
     return cases
 
 
@@ -252,6 +265,8 @@ def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
+        if not isinstance(entry.get("label") or "", str):
+            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is no file name", table)
         image = root / entry["image"]
         name, suffix = stem(image), suffix_of(image)
         images: tuple[Path, ...] = (image,)
@@ -339,11 +354,17 @@ def _with_labels(files: list[Path], channels: int, labels: Path, ending: str | N
 
 
 def _mask_map(labels: Labels, cases: Iterable[Case]) -> tuple[dict[int, int] | None, tuple[str, ...]]:
-    """Whether the masks of a data set with the values 0 and 1 hold 0 and 255: looks at three files."""
+    """Whether the masks of a data set with the values 0 and 1 hold 0 and 255.
+
+    Looks at three files, and if they hold nothing but background at others until one does.
+    """
     if labels.values != (0, 1) or labels.ignore is not None:
         return None, ()
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    if 255 in _values([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths]):
+    found = _values([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths])
+    if found == {0}:
+        found = next((values for values in (_values([path]) for path in paths) if values - {0}), found)
+    if 255 in found:
         return {255: 1}, (_MASK_NOTE,)
     return None, ()
 

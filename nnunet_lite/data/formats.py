@@ -8,8 +8,8 @@ alpha, palettes (no numbers of the colours).
 
 from __future__ import annotations
 
+import math
 import re
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     else:
         geometry, channels = header
         if not elsewhere(path):
-            must_hold(path, channels * prod(geometry.shape), suffix_of(path) in PICTURES)
+            must_hold(path, channels * math.prod(geometry.shape), suffix_of(path) in PICTURES)
         array = _pillow_pixels(path, resolve_palette) if _is_pillows(path) else _itk_voxels(path, *header)
     if np.iscomplexobj(array):
         raise UserError("holds complex numbers", path, "Store the magnitude.")
@@ -150,8 +150,12 @@ def _picture_geometry(path: Path, size: tuple[int, ...]) -> Geometry:
     for name in (stem(path), re.sub(r"_\d{4}$", "", stem(path))):
         sidecar = path.with_name(name + ".json")
         if sidecar.is_file():
-            told = read_json(sidecar).get("spacing")
-            if not isinstance(told, list) or len(told) != 3 or not all(float(s) > 0 for s in told):
+            found = read_json(sidecar)
+            if not isinstance(found, dict) or "spacing" not in found:  # it tells of something else
+                continue
+            told = found["spacing"]
+            numbers = isinstance(told, list) and all(type(s) in (int, float) and 0 < s < math.inf for s in told)
+            if not numbers or len(told) != 3:
                 raise UserError(f"spacing is {told}", sidecar, "Give three numbers in mm: [z, y, x].")
             spacing = (float(told[0]), float(told[1]), float(told[2]))
             break
@@ -231,7 +235,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
         with LoggingOutputSuppressor():  # what it mends of a header by itself
             image: Any = nibabel.load(path)
             stored = image.dataobj
-        must_hold(Path(image.file_map["image"].filename), prod(stored.shape) * stored.dtype.itemsize)
+        must_hold(Path(image.file_map["image"].filename), math.prod(stored.shape) * stored.dtype.itemsize)
         array = np.asanyarray(stored)
     except (MemoryError, UserError):
         raise

@@ -175,13 +175,20 @@ class Labels(BaseModel):
             if name.lower() == IGNORE and isinstance(value, int):
                 ignore = value
             else:
-                names[name] = tuple(int(v) for v in value) if isinstance(value, list | tuple) else int(value)
+                names[name] = tuple(map(_integer, value)) if isinstance(value, list | tuple) else _integer(value)
         return cls(names=names, ignore=ignore, region_order=None if region_order is None else tuple(region_order))
 
     def to_json(self) -> dict[str, Any]:
         """The `labels` of an nnU-Net v2 dataset.json."""
         out: dict[str, Any] = {k: v if isinstance(v, int) else list(v) for k, v in self.names.items()}
         return out if self.ignore is None else {**out, IGNORE: self.ignore}
+
+
+def _integer(value: Any) -> int:
+    """A value of a dataset.json, some of which are written as "1" or 1.0; ValueError for 1.5."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{value} is no integer")
+    return int(value)
 
 
 def _members(value: int | tuple[int, ...]) -> tuple[int, ...]:

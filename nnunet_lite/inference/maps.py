@@ -147,14 +147,18 @@ def _judged(
 
 
 def _probabilities(logits: Any, regions: bool) -> Any:
+    """Of (channels, rows, x) logits. Where all are zero every window was skipped as empty: surely background."""
     if isinstance(logits, np.ndarray):
-        from scipy.special import expit
+        from scipy.special import expit, softmax
 
-        if regions:
-            return expit(logits)
-        shares = np.exp(logits - logits.max(axis=0))
-        return np.divide(shares, shares.sum(axis=0), out=shares)
-    return logits.sigmoid() if regions else logits.softmax(dim=0)
+        shares = expit(logits) if regions else softmax(logits, axis=0)
+    else:
+        shares = logits.sigmoid() if regions else logits.softmax(dim=0)
+    skipped = (logits == 0).all(0)
+    shares[:, skipped] = 0
+    if not regions:
+        shares[0, skipped] = 1
+    return shares
 
 
 def _entropy(shares: Any, regions: bool) -> np.ndarray:

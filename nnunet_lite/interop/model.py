@@ -19,6 +19,7 @@ from nnunet_lite.interop.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.plan.schema import Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
 from nnunet_lite.training.run import FORMAT, MODEL, versions
+from nnunet_lite.training.swaps import swap_of
 from nnunet_lite.workspace import read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -242,8 +243,13 @@ def _mirror_axes(settings: AugmentationSettings, plan: Plan, configuration: str)
     """The axes that were mirrored in training; None, nnU-Net's word for it, where there were none."""
     if not settings.enabled or settings.p_mirror == 0:
         return None
-    axes = settings.mirror_axes
-    return (tuple(range(plan.configuration(configuration).dimensions)) if axes is None else axes) or None
+    dimensions = plan.configuration(configuration).dimensions
+    axes = tuple(range(dimensions)) if settings.mirror_axes is None else settings.mirror_axes
+    swap = swap_of(plan, settings, dimensions)
+    if swap is not None and (sideways := swap.axis - 3 + dimensions) in axes:
+        log.info(f"nnU-Net would mix left and right: it will mirror no more along axis {sideways} when it predicts")
+        axes = tuple(axis for axis in axes if axis != sideways)
+    return axes or None
 
 
 @contextmanager

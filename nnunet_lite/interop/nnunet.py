@@ -64,7 +64,7 @@ def description_from_nnunet(dataset_json: Mapping[str, Any], file: Path | None =
     return Description(
         channels_of(dataset_json, file),
         labels_of(dataset_json, file),
-        int(dataset_json.get("numTraining", 0)),
+        int(dataset_json.get("numTraining") or 0),
         str(dataset_json.get("file_ending", ".nii.gz")),
     )
 
