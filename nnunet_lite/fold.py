@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -133,7 +134,8 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         if is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * request.preview)
         else:
-            _train(run, seed, ranks, device)
+            with _nothing_left_untrained(run, ranks):
+                _train(run, seed, ranks, device)
     if run.split.name == ALL or ranks.rank:
         return None
     held_out = run.split.validation
@@ -221,17 +223,33 @@ def _begun(run: Run, ranks: Ranks) -> int:
     request, folder = run.request, run.folder
     if request.resume:
         require_begun(run.fold_folder, request.restart)
+    if not request.restart:
+        is_complete(run.fold_folder, run.settings)  # or cannot become it
     whole = request.restart == "model" or not other_folds(folder, run.split.name)
     if not (request.restart and whole):
         refuse_other_cases(folder, run.split, run.paths.splits, anew=bool(request.restart))
+        if (folder / "run.json").is_file():  # what is wrong with it is told before anything is moved or trained
+            _open(run)
     if request.restart and ranks.rank == 0:
         set_aside(folder if whole else run.fold_folder)
     from_first(None, ranks)  # the others wait for that
     if run.first is not None and not is_finished(run.fold_folder):
-        if (folder / "run.json").is_file():  # what is wrong with it is told before the first stage is trained
-            _open(run)
         _train_first_stage(run, run.first)
-    return fold_seed(_open(run), run.split.name)
+    seed = _open(run)
+    run.fold_folder.mkdir(exist_ok=True)
+    return fold_seed(seed, run.split.name)
+
+
+@contextmanager
+def _nothing_left_untrained(run: Run, ranks: Ranks) -> Iterator[None]:
+    """Let a run that ends before there is anything to go on from not bind the next one to its settings."""
+    try:
+        yield
+    except BaseException:
+        alone = not other_folds(run.folder, run.split.name)
+        if ranks.rank == 0 and alone and not is_begun(run.fold_folder):
+            (run.folder / "run.json").unlink(missing_ok=True)
+        raise
 
 
 def _open(run: Run) -> int:

@@ -9,55 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
-
-
-def _range(legal: str, is_legal: Callable[[float, float], bool]) -> AfterValidator:
-    """Refuse a pair of numbers that is not `legal`, which puts `is_legal` in words."""
-
-    def check(limits: tuple[float, float]) -> tuple[float, float]:
-        if not is_legal(*limits):
-            raise ValueError(f"must be [low, high] with {legal}")
-        return limits
-
-    return AfterValidator(check)
-
-
-def _axes(axes: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
-        raise ValueError("must be different axes, each 0, 1 or 2")
-    return axes
-
-
-Factors = Annotated[tuple[float, float], _range("0 < low <= high", lambda low, high: 0 < low <= high)]
-Deviations = Annotated[tuple[float, float], _range("0 <= low <= high", lambda low, high: 0 <= low <= high)]
-Shares = Annotated[tuple[float, float], _range("0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1)]
-Axes = Annotated[tuple[int, ...], AfterValidator(_axes)]
-
-
-def _minutes(value: Any) -> Any:
-    """ "8h", "90m" and "300s" in minutes; anything else as it is."""
-    number, unit = (value[:-1], value[-1:]) if isinstance(value, str) else (value, "")
-    try:
-        return float(number) * {"h": 60.0, "m": 1.0, "s": 1 / 60}[unit]
-    except (KeyError, TypeError, ValueError):
-        return value
-
-
-def _weights(weights: tuple[float, ...]) -> tuple[float, ...]:
-    if min(weights, default=0) < 0 or sum(weights) == 0:
-        raise ValueError("must be numbers of at least 0, not all of them 0")
-    return weights
-
-
-Weights = Annotated[tuple[float, ...], AfterValidator(_weights)]
-Minutes = Annotated[float, BeforeValidator(_minutes)]
+from nnunet_lite.setting_types import Axes, Deviations, Factors, Factory, Minutes, Shares, Weights
 
 
 class _Section(BaseModel):
@@ -132,7 +91,7 @@ class NetworkSettings(_Section):
     features_max: int | None = Field(None, ge=1)
     norm: Literal["instance", "batch", "none"] | None = None
     activation: Literal["leaky_relu", "relu"] | None = None
-    factory: str | None = Field(
+    factory: Factory | None = Field(
         None, description='"file.py:function" makes another network; called with (planned network, inputs, outputs)'
     )
 
@@ -249,6 +208,13 @@ class Settings(_Section):
     schedule: ScheduleSettings = ScheduleSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     inference: InferenceSettings = InferenceSettings()
+
+    @model_validator(mode="after")
+    def _a_rate_to_begin_with(self) -> Settings:
+        rate, least = self.optimizer.lr, self.schedule.min_lr
+        if self.schedule.name == "plateau" and rate < least:
+            raise ValueError(f"optimizer.lr = {rate:g} is below schedule.min_lr = {least:g}, where plateau ends a run")
+        return self
 
 
 def recipe_folder() -> Path:
@@ -374,7 +340,8 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
         for part in problem["loc"][:2]:  # section, name; deeper ones are entries of a value that is shown whole
             given = given[part]
         where = ".".join(str(part) for part in problem["loc"][:2])
-        raise UserError(f"{where} = {given!r}: {problem['msg'].removeprefix('Value error, ')}", file) from None
+        what = str(problem["msg"]).removeprefix("Value error, ")
+        raise UserError(f"{where} = {given!r}: {what}" if where else what, file) from None
 
 
 def differences(old: Settings, new: Settings) -> list[str]:

@@ -43,8 +43,8 @@ def ablations() -> dict[str, dict[str, Any]]:
 def budget(recipe: str, minutes: float | None, iterations: int | None) -> dict[str, Any]:
     """The settings that end a run after some minutes or steps; what the recipe says where both are None."""
     if iterations is not None:
-        epoch = min(iterations, load(recipe).training.iterations)
-        return {"training.time_limit": None, "training.iterations": epoch, "training.epochs": -(-iterations // epoch)}
+        epochs = -(-iterations // load(recipe).training.iterations)
+        return {"training.time_limit": None, "training.iterations": -(-iterations // epochs), "training.epochs": epochs}
     return {} if minutes is None else {"training.time_limit": minutes}
 
 
@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("-w", "--workspace", type=Path, default=Path("ablation"))
     parser.add_argument("--output", type=Path, help="write the table here too")
     o = parser.parse_args()
-    if not any(o.workspace.glob("*/plans.json")):
+    dataset = o.data.resolve().name
+    if not (o.workspace / dataset / "plans.json").is_file():
         nnunet_lite.plan(o.data, workspace=o.workspace)
     told = dict(change.split("=", 1) for change in o.set)
     common = {**budget(o.recipe, o.minutes, o.iterations), "training.seed": o.seed, **told}
@@ -88,11 +89,13 @@ def main() -> None:
     for name in (BASE, *o.only):
         scores = nnunet_lite.train(
             o.configuration, o.fold, recipe=o.recipe, changes={**common, **known.get(name, {})},
-            name=f"{o.recipe}-{name}", device=o.device, workspace=o.workspace)  # fmt: skip
+            name=f"{o.recipe}-{name}", dataset=dataset, device=o.device, workspace=o.workspace)  # fmt: skip
         assert scores is not None  # a fold holds cases out
         found[name] = scores
-    labels, each = found[BASE].labels.region_names, f"{o.minutes} minutes" if o.minutes else f"{o.iterations} steps"
-    head = [f"{o.recipe}, {each if o.minutes or o.iterations else 'its own length'}", *labels, "mean", "95 % interval"]
+    labels, each = found[BASE].labels.region_names, "its own length" if o.minutes is None else f"{o.minutes} minutes"
+    if o.iterations is not None:
+        each = f"{int(common['training.epochs']) * int(common['training.iterations'])} steps"
+    head = [f"{o.recipe}, {each}", *labels, "mean", "95 % interval"]
     lines = [head, ["---"] * len(head), *(row(name, scores, found[BASE]) for name, scores in found.items())]
     n_cases = len(found[BASE].rows)
     text = f"{o.data.name}, {o.configuration}, fold {o.fold}, {n_cases} held-out cases, {time.strftime('%Y-%m-%d')}\n\n"

@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+LENGTH = ("training.epochs", "training.iterations")
 SCRIPT = Path(__file__).parent.parent / "scripts" / "ablation.py"
 
 
 def test_table_of_an_ablation(tiny_workspace: Path, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     workspace, table = tmp_path / "workspace", tmp_path / "table.md"
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))  # other tests train there
-    changes = [f"--set={key}={str(value).lower()}" for key, value in tiny_settings.items() if "epochs" not in key]
+    changes = [f"--set={key}={str(value).lower()}" for key, value in tiny_settings.items() if key not in LENGTH]
     options = ["--recipe", "cpu", "--iterations", "4", "--device", "cpu", "-w", str(workspace), "--output", str(table)]
 
     def run(*more: str) -> str:
-        command = [sys.executable, str(SCRIPT), str(tmp_path), *options, *changes, *more]
+        command = [sys.executable, str(SCRIPT), str(tmp_path / "Task04_Hippocampus"), *options, *changes, *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         return done.stderr

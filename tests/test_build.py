@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.network.build import build_network, supervise_deeply
@@ -32,6 +33,26 @@ def nothing(planned, inputs, outputs):
 
 def one_argument(planned):
     return None
+
+class Deep(nn.Module):
+    deep_supervision = False
+
+    def __init__(self, inputs, outputs, give):
+        super().__init__()
+        self.conv, self.give = nn.Conv3d(inputs, outputs, 1), give
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.give(y, nn.functional.avg_pool3d(y, 2)) if self.deep_supervision else y
+
+def deep(planned, inputs, outputs):
+    return Deep(inputs, outputs, lambda fine, coarse: [fine, coarse])
+
+def deep_tuple(planned, inputs, outputs):
+    return Deep(inputs, outputs, lambda fine, coarse: (fine, coarse))
+
+def deep_coarse_first(planned, inputs, outputs):
+    return Deep(inputs, outputs, lambda fine, coarse: [coarse, fine])
 
 number = 3
 """
@@ -70,7 +91,14 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
         build_network(plan, "3d_fullres", f"{tmp_path / 'own_networks.py'}:plain")(torch.zeros(1, 1, 8, 8, 8)).shape[1]
         == 3
     )
-    with pytest.raises(UserError, match=r"absent\.py"):
+    assert isinstance(build_network(plan, "3d_fullres", "own_networks:deep"), nn.Module)
+    (tmp_path / "with_a_dataclass.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
+        "@dataclass\nclass Options:\n    size: int = 1\n"
+        "def make(planned, inputs, outputs):\n    return nn.Conv3d(inputs, outputs, Options().size)\n"
+    )
+    assert isinstance(build_network(plan, "3d_fullres", f"{tmp_path / 'with_a_dataclass.py'}:make"), nn.Conv3d)
+    with pytest.raises(UserError, match=r"there is no file .*absent\.py"):
         build_network(plan, "3d_fullres", f"{tmp_path / 'absent.py'}:plain")
 
 
@@ -79,6 +107,8 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
     [
         ("own_networks:wrong_shape", r"returns \(1, 4, .*not \(1, 3, "),
         ("own_networks:fails", "fails on a batch of shape"),
+        ("own_networks:deep_tuple", r"returns tuple for .*deep_supervision = True, not a list that begins with"),
+        ("own_networks:deep_coarse_first", r"returns a list of \(1, 3, .*not a list that begins with"),
         ("own_networks:nothing", "returned NoneType, no torch.nn.Module"),
         ("own_networks:number", "number is no function"),
         (

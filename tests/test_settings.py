@@ -143,6 +143,19 @@ def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
         load(changes={key: 1})
 
 
+def test_plateau_needs_a_rate_to_begin_with() -> None:
+    with pytest.raises(
+        UserError, match=r"^optimizer\.lr = 1e-07 is below schedule\.min_lr = 1e-06, where plateau ends"
+    ):
+        load("paper2018", {"optimizer.lr": 1e-7})
+
+
+def test_the_file_of_a_network_is_kept_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(changes={"network.factory": "own.py:make"}).network.factory == f"{tmp_path / 'own.py'}:make"
+    assert load(changes={"network.factory": "own.module:make"}).network.factory == "own.module:make"
+
+
 def test_an_unknown_key_of_a_recipe_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[optimiser]\nlr = 1\n")

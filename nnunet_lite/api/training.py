@@ -78,8 +78,13 @@ def fold_names(
 ) -> list[str]:
     """The folds of the current data set, "0" and up; splits.json is made if it is not there, as in `train`."""
     from nnunet_lite.training.folds import read_splits, wanted_folds
+    from nnunet_lite.training.splits import checked_fold
 
     paths = current(folder_of(workspace), dataset)
     data = dataset_of(paths)
     wanted = wanted_folds(data, folds, group_by, stratify, splits)
-    return [str(i) for i in range(len(read_splits(paths.splits, [case.id for case in data.cases], wanted)))]
+    ids = [case.id for case in data.cases]
+    made = {str(i): entry for i, entry in enumerate(read_splits(paths.splits, ids, wanted))}
+    for name, entry in made.items():
+        checked_fold(entry, name, ids, paths.splits)
+    return list(made)

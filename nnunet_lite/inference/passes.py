@@ -29,7 +29,7 @@ from nnunet_lite.training.cascade import one_hot
 Function = Callable[[Tensor], Tensor]
 
 _HELD_FEATURES = 9  # tensors as large as the first stage's features that a U-Net holds at most, in its last stage
-_AT_LEAST = 2  # samples: a single small one torch convolves without oneDNN on a CPU, which takes up to twice as long
+_AT_LEAST = 2  # samples: upsampling a single small one, or a network of a user's, torch does without oneDNN on a CPU
 _CPU_VOXELS = 1 << 18  # of the windows that a thread computes at once: more than its cache holds gains nothing
 _SMALL, _LARGE = 1 << 27, 1 << 30  # bytes that a network takes for a window, below or from which it counts as such
 

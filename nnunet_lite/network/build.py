@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -69,27 +70,34 @@ def _function(factory: str) -> Factory:
 def _module(where: str) -> ModuleType:
     if not where.endswith(".py"):
         return importlib.import_module(where)
-    loader = SourceFileLoader(Path(where).stem, where)
-    module = ModuleType(loader.name)
+    if not Path(where).is_file():
+        raise FileNotFoundError(f"there is no file {where}")
+    loader = SourceFileLoader(f"nnlite_factory_{Path(where).stem}", where)
+    module = sys.modules[loader.name] = ModuleType(loader.name)  # dataclasses look their module up there
     loader.exec_module(module)
     return module
 
 
 def _try(factory: str, network: nn.Module, shape: tuple[int, ...], outputs: int) -> None:
-    """Run a network on zeros.
+    """Run a network on zeros, as in inference and, where it can, under deep supervision.
 
     Raises
     ------
     UserError : it fails, or its (finest) output is not (batch, outputs, *patch).
     """
-    supervise_deeply(network, False)
-    try:
-        with torch.inference_mode():
-            found = network.eval()(torch.zeros(shape))
-    except Exception as error:  # whatever is wrong inside the user's code
-        raise UserError(f"network.factory = {factory!r} fails on a batch of shape {shape}: {error}") from error
     expected = (shape[0], outputs, *shape[2:])
-    if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UserError(f"network.factory = {factory!r} returns {got} for a batch of shape {shape}, not {expected}")
+    for deep in (False, True) if hasattr(network, "deep_supervision") else (False,):
+        supervise_deeply(network, deep)
+        asked = f"a batch of shape {shape}" + " and deep_supervision = True" * deep
+        try:
+            with torch.inference_mode():
+                found = network.eval()(torch.zeros(shape))
+        except Exception as error:  # whatever is wrong inside the user's code
+            raise UserError(f"network.factory = {factory!r} fails on {asked}: {error}") from error
+        listed = found if deep and isinstance(found, list) and found else [found]
+        shapes = [tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__ for f in listed]
+        if shapes[0] != expected or (deep and listed is not found):
+            got = f"a list of {', '.join(map(str, shapes))}" if listed is found else shapes[0]
+            wanted = f"a list that begins with {expected}" if deep else expected
+            raise UserError(f"network.factory = {factory!r} returns {got} for {asked}, not {wanted}")
     network.train()

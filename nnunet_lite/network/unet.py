@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from nnunet_lite.network.conv import Conv2d, Conv3d
 from nnunet_lite.network.norm import InstanceNorm
 from nnunet_lite.network.upsample import joined
-from nnunet_lite.network.winograd import Conv3d
 from nnunet_lite.plan.schema import Network
 
 NEGATIVE_SLOPE = 0.01
 
-_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: Conv3d}
+_CONV: dict[int, Callable[..., nn.Module]] = {2: Conv2d, 3: Conv3d}
 _TRANSPOSED: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _POOL: dict[int, Callable[..., nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _NORM: dict[str, dict[int, Callable[[int], nn.Module]]] = {

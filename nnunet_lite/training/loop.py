@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -128,6 +128,9 @@ def _begin(job: Job) -> tuple[Learner, State]:
             state = State.from_json(read_state(checkpoint))
         if not from_first(_is_candidate(job, state.arithmetic), job.ranks):
             state.arithmetic = choose_arithmetic(job, network)
+        patience = job.settings.training.early_stop
+        if patience is not None and state.trend.since >= patience and (job.folder / MODEL).is_file():
+            state.trend = replace(state.trend, since=0)  # it had stopped early, and is asked for more
         freeze(network, job.settings.training.freeze)
         learner = make_learner(job, network, state.arithmetic, state.scale)
         load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
@@ -191,6 +194,7 @@ def _progress(job: Job, epoch: int, iteration: int, seconds: float) -> float:
 def _is_over(job: Job, state: State) -> bool:
     schedule, patience = job.settings.schedule, job.settings.training.early_stop
     if schedule.name == "plateau" and job.settings.optimizer.lr * state.plateau.factor < schedule.min_lr:
+        log.info(f"the learning rate has fallen below schedule.min_lr = {schedule.min_lr:g}, which ends the run")
         return True
     if patience is not None and state.trend.since >= patience:
         log.info(f"stopping early: the held-out Dice has not risen for {state.trend.since} epochs")
@@ -287,7 +291,8 @@ def _refuse_bad_steps(job: Job, state: State, taken: list[Tensor], case_ids: lis
     if state.bad_steps + len(bad) >= job.settings.training.max_bad_steps:
         raise UserError(
             f"the loss was not finite in {state.bad_steps + len(bad)} steps, with the cases {names_of(case_ids, bad)}",
-            fix="Look at these images with `nnlite check`; else lower --lr or use --precision fp32.",
+            fix="Look at these images with `nnlite check`; else lower --lr"
+            + (" or use --precision fp32." if state.arithmetic.precision != "fp32" else "."),
         )
 
 

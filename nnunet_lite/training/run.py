@@ -12,7 +12,7 @@ import platform
 import secrets
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _OLD = "old_"
-_BESIDE = "use another --name to train beside it, or --restart to begin anew"
 _ANY_MACHINE_GB = 2000  # what is to take more is a slip of the pen, and would only fill the memory
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = ("training.workers", "training.cache", "training.compile", "training.tensorboard", "inference.")
@@ -135,7 +134,11 @@ def _open_run(
     if file.is_file():
         run, old_plan = read_run(folder), Plan.read(folder / "plans.json")
         old = Settings.model_validate(run["settings"])
-        changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
+        differ = differences(old, settings)
+        changes = [change for change in differ if not change.startswith(_INCIDENTAL)]
+        if unheard := [change for change in differ if change.startswith("inference.")]:
+            log.warn(f"{folder}: validation goes by the settings that the run began with, without "
+                     f"{'; '.join(unheard)}; give them to `nnlite predict`")  # fmt: skip
         told = [change for change in changes if change.partition(":")[0] in lengthen]
         longer = told if _is_longer(length(old), length(settings)) else []
         if old_plan != plan and len(changes) == len(longer):
@@ -200,7 +203,7 @@ def _refuse_changes(folder: Path, changes: list[str], old: Plan, new: Plan, conf
     what = f"was begun with other settings: {'; '.join(changes)}"
     if not force:
         raise UserError(
-            what, folder, f"Repeat the old settings to go on, {_BESIDE}; --force goes on with the new ones."
+            what, folder, f"Repeat the old settings to go on, {_beside(folder)}; --force goes on with the new ones."
         )
     same = (
         old.configuration(configuration).network == new.configuration(configuration).network
@@ -208,8 +211,17 @@ def _refuse_changes(folder: Path, changes: list[str], old: Plan, new: Plan, conf
         and old.labels.n_channels == new.labels.n_channels
     )
     if not same:
+        fix = _beside(folder)
         raise UserError(f"{what}; that is another network, which cannot go on from these weights", folder,
-                        f"{_BESIDE[0].upper()}{_BESIDE[1:]}.")  # fmt: skip
+                        f"{fix[0].upper()}{fix[1:]}.")  # fmt: skip
+
+
+def _beside(folder: Path) -> str:
+    """What to do where a model folder cannot be gone on with. --restart of one fold of several leaves the others."""
+    several = len(list(folder.glob("fold_*"))) > 1
+    return (
+        f"use another --name to train beside it, or {'`all-folds --restart`' if several else '--restart'} to begin anew"
+    )
 
 
 def _refuse_finished(folder: Path, changes: list[str], settings: Settings) -> None:
@@ -223,7 +235,7 @@ def _refuse_finished(folder: Path, changes: list[str], settings: Settings) -> No
     if done:
         what = f"has finished folds ({', '.join(done)}), of which this would not be true: {'; '.join(changes)}"
         raise UserError(
-            what, folder, f"Make them longer too (--epochs, --time-limit) to go on from there; or {_BESIDE}."
+            what, folder, f"Make them longer too (--epochs, --time-limit) to go on from there; or {_beside(folder)}."
         )
 
 
@@ -324,13 +336,22 @@ def other_folds(folder: Path, fold: str) -> list[str]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move a model or fold folder out of the way, for --restart; nothing is deleted."""
+    """Move a model or fold folder, or a file, out of the way; nothing is deleted.
+
+    Raises
+    ------
+    Busy : a fold in it is being trained.
+    """
     if not folder.exists():
         return None
     number = 1
     while (target := folder.with_name(f"{_OLD}{folder.name}_{number}")).exists():
         number += 1
-    shutil.move(folder, target)
+    with ExitStack() as stack:
+        for fold in (folder, *folder.glob("fold_*")):
+            if fold.name.startswith("fold_"):
+                stack.enter_context(exclusive(fold))
+        shutil.move(folder, target)
     return target
 
 

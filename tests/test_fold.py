@@ -1,0 +1,97 @@
+"""What a command finds of earlier ones is refused, gone on with or set aside whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import TINIEST
+
+import nnunet_lite
+from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.training.run import exclusive
+from nnunet_lite.workspace import read_json, write_json
+
+SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
+
+
+def train(workspace: Path, fold: int = 0, **options: Any) -> None:
+    changes = SETTINGS | options.pop("changes", {})
+    nnunet_lite.train("3d_fullres", fold, changes=changes, device="cpu", workspace=workspace, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def two_folds(tiny_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with two trained folds. Not to be written to."""
+    workspace = tmp_path_factory.mktemp("folds") / "workspace"
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))  # other tests train there
+    train(workspace, 0)
+    train(workspace, 1)
+    return workspace
+
+
+@pytest.fixture
+def workspace(two_folds: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_folds, tmp_path / "workspace"))
+
+
+@pytest.fixture
+def models(workspace: Path) -> Path:
+    return workspace / "Task04_Hippocampus" / "models"
+
+
+def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: Path) -> None:
+    before = files(models)
+    with exclusive(models / "3d_fullres-default" / "fold_1"):
+        with pytest.raises(Busy, match=r"fold_1: another process is training here"):
+            train(workspace, 0, restart="model")
+        with pytest.raises(Busy, match=r"fold_1: another process is training here"):
+            train(workspace, 1, restart=True)
+    assert files(models) == before
+
+
+def test_one_fold_of_several_is_not_begun_anew_with_other_settings(workspace: Path, models: Path) -> None:
+    before = files(models)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.01 -> 0\.5.*`all-folds --restart` to begin anew"):
+        train(workspace, 0, restart=True, changes={"optimizer.lr": 0.5})
+    assert files(models) == before
+    train(workspace, 0, restart=True)
+    assert (models / "3d_fullres-default" / "old_fold_0_1" / "model.safetensors").is_file()
+
+
+def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
+    with pytest.raises(UserError, match="would keep random weights"):
+        train(workspace, name="new", changes={"training.freeze": "encoder"})
+    with pytest.raises(UserError, match=r"else lower --lr\.$"):
+        train(workspace, name="new", changes={"optimizer.lr": 1e30, "training.iterations": 50})
+    train(workspace, name="new")
+    assert (models / "new" / "fold_0" / "model.safetensors").is_file()
+
+
+def test_an_extension_that_cannot_be_changes_nothing(workspace: Path, models: Path) -> None:
+    (models / "3d_fullres-default" / "fold_0" / "checkpoint.safetensors").unlink()
+    before = files(models)
+    with pytest.raises(UserError, match="its checkpoint is gone"):
+        train(workspace, changes={"training.epochs": 3})
+    assert files(models) == before
+
+
+def test_settings_of_inference_that_are_not_heard_are_told(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(workspace, changes={"inference.step_size": 0.5})
+    assert "without inference.step_size: 1.0 -> 0.5; give them to `nnlite predict`" in capfd.readouterr().err
+
+
+def test_all_folds_are_looked_at_before_the_first_is_trained(workspace: Path) -> None:
+    splits = workspace / "Task04_Hippocampus" / "splits.json"
+    folds = read_json(splits)
+    folds[3]["val"].append("nobody")
+    write_json(splits, folds)
+    with pytest.raises(UserError, match="fold 3 names unknown cases: nobody"):
+        nnunet_lite.api.fold_names(workspace=workspace)
