@@ -66,19 +66,24 @@ def candidates(device: torch.device, precision: str, channels_last: str | bool) 
 def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], device: torch.device) -> Arithmetic:
     """Time each option after a warm-up and take the fastest; the reason lists the times.
 
-    An option whose warm-up alone takes much longer than the best so far is dropped without being timed.
+    An option whose warm-up alone takes much longer than the best so far is dropped without being timed again. The
+    others take turns, so that a machine which is slower for a while is so for all of them.
     """
     if len(options) == 1:
         return options[0]
     times: dict[Arithmetic, float] = {}
+    left: list[Arithmetic] = []
     for option in options:
         work = partial(step, option)
-        warm = seconds(work, device)
-        best = min(times.values(), default=math.inf)
-        if warm > min(4 * best, 1.3 * best + _START):
-            times[option] = warm
-            continue
-        times[option] = min(seconds(work, device) for _ in range(1 if warm > _LONG else 3))
+        warm = times[option] = seconds(work, device)
+        best = min((times[each] for each in left), default=math.inf)
+        if warm <= min(4 * best, 1.3 * best + _START):
+            left.append(option)
+    rounds = 1 if max(times[option] for option in left) > _LONG else 3
+    for number in range(rounds):
+        for option in left:
+            took = seconds(partial(step, option), device)
+            times[option] = min(took, times[option]) if number else took
     winner = min(times, key=times.__getitem__)
     shown = ", ".join(f"{_name(o)} {seconds:.3g} s" for o, seconds in times.items())
     return Arithmetic(winner.precision, winner.channels_last, f"fastest of {shown}")

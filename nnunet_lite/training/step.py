@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.network.apart import side_by_side
 from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, seconds
 from nnunet_lite.network.build import build_network, supervise_deeply
 from nnunet_lite.training.batches import Batch, make_batch
@@ -60,13 +61,17 @@ def make_learner(job: Job, network: nn.Module, arithmetic: Arithmetic, scale: fl
     optimizer = make_optimizer(network, job.settings.optimizer, job.device)
     scaler = torch.amp.GradScaler(job.device.type, scale, enabled=arithmetic.precision == "fp16")
     average = None if job.settings.optimizer.ema is None else start_average(network)
-    return Learner(network, network, optimizer, scaler, arithmetic, average)
+    # in the other layout torch computes single samples slowly
+    apart = job.device.type == "cpu" and arithmetic.precision == "fp32" and arithmetic.channels_last
+    forward = side_by_side(network) if apart and job.settings.training.compile is not True else network
+    return Learner(network, forward, optimizer, scaler, arithmetic, average)
 
 
 def parallel(job: Job, learner: Learner) -> Learner:
     """Let the ranks of a data-parallel run add up their gradients, and compile the network where that pays."""
-    forward = learner.network
+    forward = learner.forward
     if job.ranks.world > 1:
+        forward = learner.network
         if job.device.type == "cuda":  # batch norm by the statistics of the whole batch
             forward = nn.SyncBatchNorm.convert_sync_batchnorm(forward)
             freeze(forward, job.settings.training.freeze)  # the layers are others now
