@@ -26,14 +26,14 @@ def _is_passed_over(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
     Its own convolution, which comes instead, takes four times as long at the sizes of a U-Net.
     """
     return (
-        len(x) == 1
+        not torch.compiler.is_compiling()  # first: it exports graphs for any batch
+        and len(x) == 1
         and x.is_cpu
         and x.dtype == torch.float32
         and max(layer.kernel_size) > 1
         and not isinstance(layer.padding, str)
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
 
