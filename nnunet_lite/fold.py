@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, stored_dataset
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.configured import configured
 from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
     VALIDATION,
-    configured,
+    accepted_changes,
+    exclusive,
     fold_seed,
     is_begun,
     is_complete,
@@ -30,6 +32,7 @@ from nnunet_lite.training.run import (
     model_folder,
     open_run,
     other_folds,
+    refuse_lost_extension,
     require_begun,
     set_aside,
 )
@@ -130,11 +133,11 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
     with naming_the_lost():
         _must_be_trainable(run, ranks, device)
-        seed = _begun(run, ranks)
+        seed, fresh = _begun(run, ranks)
         if is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * request.preview)
         else:
-            with _nothing_left_untrained(run, ranks):
+            with _unbound_if_untrained(run) if fresh else nullcontext():
                 _train(run, seed, ranks, device)
     if run.split.name == ALL or ranks.rank:
         return None
@@ -163,7 +166,9 @@ def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
     check_augmentation(Job(run.plan, run.configuration, run.settings, 0, run.fold_folder, device, [], [], ranks))
     apart = ranks.world > 1 and device.type != "cuda"
     if run.settings.network.factory is not None or apart:
-        network = build_network(run.plan, run.configuration, run.settings.network.factory)
+        network = build_network(
+            run.plan, run.configuration, run.settings.network.factory, run.settings.training.deep_supervision
+        )
         if apart and any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
             what = "batch normalisation over several processes needs GPUs"
             raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
@@ -216,39 +221,43 @@ def planned_for(paths: Paths, settings: Settings) -> Plan:
     return made.model_copy(update={"channels": planned.channels, "stored_as": planned.stored_as})
 
 
-def _begun(run: Run, ranks: Ranks) -> int:
-    """Open the model folder, after the first stage of a cascade is trained, and return the fold's seed."""
+def _begun(run: Run, ranks: Ranks) -> tuple[int, bool]:
+    """Open the model folder, after the first stage of a cascade is trained: the fold's seed, whether this made it."""
     from nnunet_lite.training.distributed import from_first
 
     request, folder = run.request, run.folder
     if request.resume:
         require_begun(run.fold_folder, request.restart)
     if not request.restart:
-        is_complete(run.fold_folder, run.settings)  # or cannot become it
+        refuse_lost_extension(run.fold_folder, run.settings)
     whole = request.restart == "model" or not other_folds(folder, run.split.name)
     if not (request.restart and whole):
         refuse_other_cases(folder, run.split, run.paths.splits, anew=bool(request.restart))
         if (folder / "run.json").is_file():  # what is wrong with it is told before anything is moved or trained
-            _open(run)
+            anew = run.fold_folder.name if request.restart else None
+            accepted_changes(
+                folder, run.plan, run.configuration, run.settings, request.force, request.lengthen, anew
+            )  # fmt: skip
     if request.restart and ranks.rank == 0:
         set_aside(folder if whole else run.fold_folder)
+    fresh = not (folder / "run.json").is_file()
     from_first(None, ranks)  # the others wait for that
     if run.first is not None and not is_finished(run.fold_folder):
         _train_first_stage(run, run.first)
     seed = _open(run)
     run.fold_folder.mkdir(exist_ok=True)
-    return fold_seed(seed, run.split.name)
+    return fold_seed(seed, run.split.name), fresh and ranks.rank == 0
 
 
 @contextmanager
-def _nothing_left_untrained(run: Run, ranks: Ranks) -> Iterator[None]:
+def _unbound_if_untrained(run: Run) -> Iterator[None]:
     """Let a run that ends before there is anything to go on from not bind the next one to its settings."""
     try:
         yield
     except BaseException:
-        alone = not other_folds(run.folder, run.split.name)
-        if ranks.rank == 0 and alone and not is_begun(run.fold_folder):
-            (run.folder / "run.json").unlink(missing_ok=True)
+        with suppress(Busy), exclusive(run.fold_folder):  # nobody else trains there by now
+            if not is_begun(run.fold_folder) and not other_folds(run.folder, run.split.name):
+                (run.folder / "run.json").unlink(missing_ok=True)
         raise
 
 

@@ -34,9 +34,9 @@ from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.augment import is_in_plane, rotation_limit
 from nnunet_lite.training.batches import make_batch
 from nnunet_lite.training.cache import LoadedCase, in_memory
+from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.reference_augment import oversized
-from nnunet_lite.training.run import configured
 from nnunet_lite.training.sampler import draw_places, enlarged, read_stack, rng_for
 from nnunet_lite.workspace import current, read_json
 

@@ -28,8 +28,9 @@ from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import load
+from nnunet_lite.training.configured import configured
 from nnunet_lite.training.folds import read_fold
-from nnunet_lite.training.run import configured, model_folders, open_run
+from nnunet_lite.training.run import model_folders, open_run
 from nnunet_lite.workspace import Paths, current, read_json, write_json, write_text
 
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -38,9 +38,9 @@ def nnlite(configuration: str, device: Any) -> tuple[Callable[[Any], Any], Itera
     from nnunet_lite.settings import Settings
     from nnunet_lite.training.batches import training_batches
     from nnunet_lite.training.cache import load_cases
+    from nnunet_lite.training.configured import configured
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.prefetch import prefetch
-    from nnunet_lite.training.run import configured
     from nnunet_lite.training.step import choose_arithmetic, make_learner, make_network, parallel, train_step
     from nnunet_lite.workspace import current, read_json
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_candidates_are_all_combinations_or_what_is_set() -> None:
 def test_the_fastest_is_taken_and_the_reason_names_the_times() -> None:
     seconds = {("bf16", True): 0.03, ("bf16", False): 0.02, ("fp32", True): 0.005, ("fp32", False): 0.03}
     options = candidates(CPU, "auto", "auto")
-    best = fastest(options, lambda a: time.sleep(seconds[a.precision, a.channels_last]), CPU)
+    best = fastest(options, lambda a: partial(time.sleep, seconds[a.precision, a.channels_last]), CPU)
     assert (best.precision, best.channels_last) == ("fp32", True)
     assert re.fullmatch(r"fastest of bf16 channels-last [\d.]+ s, bf16 [\d.]+ s, fp32 .* s, fp32 [\d.]+ s", best.reason)
 
@@ -54,7 +55,7 @@ def test_a_slow_warm_up_is_enough_to_drop_a_candidate() -> None:
         runs.append(option.precision)
         time.sleep(0.5 if option.precision == "fp32" else 0.005)
 
-    assert fastest(candidates(CPU, "auto", False), step, CPU).precision == "bf16"
+    assert fastest(candidates(CPU, "auto", False), lambda a: partial(step, a), CPU).precision == "bf16"
     assert runs.count("fp32") == 1
     assert runs.count("bf16") > 1
 
@@ -64,9 +65,9 @@ def test_a_long_step_that_is_clearly_slower_is_not_repeated() -> None:
 
     def step(option: Arithmetic) -> None:
         runs.append(option.precision)
-        time.sleep({"bf16": 0.21, "fp32": 0.82, "fp16": 0.3}[option.precision])
+        time.sleep({"bf16": 1.01, "fp32": 2.0, "fp16": 1.1}[option.precision])
 
-    best = fastest([Arithmetic("bf16"), Arithmetic("fp32"), Arithmetic("fp16")], step, CPU)
+    best = fastest([Arithmetic("bf16"), Arithmetic("fp32"), Arithmetic("fp16")], lambda a: partial(step, a), CPU)
     assert best.precision == "bf16"
     assert runs == ["bf16", "fp32", "fp16", "bf16", "fp16"]
 
@@ -79,14 +80,14 @@ def test_a_slow_first_call_is_not_held_against_a_candidate() -> None:
         time.sleep(0.5 if first and option.precision == "bf16" else 0.005 if option.precision == "bf16" else 0.1)
         runs.append(option.precision)
 
-    assert fastest([Arithmetic("bf16"), Arithmetic("fp32")], step, CPU).precision == "bf16"
+    assert fastest([Arithmetic("bf16"), Arithmetic("fp32")], lambda a: partial(step, a), CPU).precision == "bf16"
 
 
 def test_a_single_candidate_is_not_timed() -> None:
     def step(option: Arithmetic) -> None:
         raise AssertionError("there is nothing to compare")
 
-    assert fastest([Arithmetic("fp32")], step, CPU) == Arithmetic("fp32")
+    assert fastest([Arithmetic("fp32")], lambda a: partial(step, a), CPU) == Arithmetic("fp32")
 
 
 def test_layouts_and_autocast_do_what_they_say() -> None:

@@ -45,6 +45,13 @@ class Deep(nn.Module):
         y = self.conv(x)
         return self.give(y, nn.functional.avg_pool3d(y, 2)) if self.deep_supervision else y
 
+class DeepInTraining(Deep):
+    def forward(self, x):
+        return super().forward(x) if self.training else self.conv(x)
+
+def deep_in_training(planned, inputs, outputs):
+    return DeepInTraining(inputs, outputs, lambda fine, coarse: [fine, coarse])
+
 def deep(planned, inputs, outputs):
     return Deep(inputs, outputs, lambda fine, coarse: [fine, coarse])
 
@@ -91,7 +98,10 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
         build_network(plan, "3d_fullres", f"{tmp_path / 'own_networks.py'}:plain")(torch.zeros(1, 1, 8, 8, 8)).shape[1]
         == 3
     )
-    assert isinstance(build_network(plan, "3d_fullres", "own_networks:deep"), nn.Module)
+    for name in ("deep", "deep_in_training"):
+        assert isinstance(build_network(plan, "3d_fullres", f"own_networks:{name}", try_deeply=True), nn.Module)
+    build_network(plan, "3d_fullres", "own_networks:deep_tuple")  # of no matter where it is not asked for
+    assert isinstance(build_network(plan, "3d_fullres", "/somewhere/else/own_networks.py:plain"), nn.Sequential)
     (tmp_path / "with_a_dataclass.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
         "@dataclass\nclass Options:\n    size: int = 1\n"
@@ -124,6 +134,6 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_used_is_one_line(plan: Plan, factory: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        build_network(plan, "3d_fullres", factory)
+        build_network(plan, "3d_fullres", factory, try_deeply=True)
     assert factory in str(error.value)
     assert "\n" not in str(error.value)

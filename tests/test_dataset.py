@@ -291,3 +291,13 @@ def test_a_file_that_is_a_channel_too_many(tmp_path: Path, hippocampus: Path) ->
         shutil.copy(source, tmp_path / f"a_{i:04d}.nii.gz")
     with pytest.raises(UserError, match=r"a_0002\.nii\.gz: would be channel 2 of a, and the model has 2"):
         find_cases(tmp_path / "a_0002.nii.gz", 2)
+
+
+def test_one_image_of_all_channels_beside_another_of_one_file_each(copy_nnunet: Copy, tmp_path: Path) -> None:
+    source = next(copy_nnunet(1).glob("imagesTr/*"))
+    image = sitk.ReadImage(source)
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(sitk.JoinSeries([image, image]), tmp_path / "in" / "a.nii.gz")
+    for i in range(2):
+        shutil.copy(source, tmp_path / "in" / f"b_{i:04d}.nii.gz")
+    assert [(case.id, len(case.images)) for case in find_cases(tmp_path / "in", 2)] == [("a", 1), ("b", 2)]

@@ -75,12 +75,29 @@ def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, 
     assert (models / "new" / "fold_0" / "model.safetensors").is_file()
 
 
+def test_a_run_that_another_process_trains_stays_bound(workspace: Path, models: Path) -> None:
+    shutil.rmtree(models)
+    with exclusive(models / "3d_fullres-default" / "fold_0"), pytest.raises(Busy):
+        train(workspace)
+    assert (models / "3d_fullres-default" / "run.json").is_file()
+
+
 def test_an_extension_that_cannot_be_changes_nothing(workspace: Path, models: Path) -> None:
     (models / "3d_fullres-default" / "fold_0" / "checkpoint.safetensors").unlink()
     before = files(models)
+    longer = {"training.epochs": 3}
     with pytest.raises(UserError, match="its checkpoint is gone"):
-        train(workspace, changes={"training.epochs": 3})
+        train(workspace, changes=longer)
+    with pytest.raises(UserError, match=r"was begun with other settings: training\.iterations: 1 -> 2"):
+        train(workspace, changes={"training.iterations": 2})
     assert files(models) == before
+
+
+def test_the_fold_that_is_begun_anew_binds_nothing(workspace: Path, models: Path) -> None:
+    (models / "3d_fullres-default" / "fold_1" / "model.safetensors").unlink()
+    train(workspace, restart=True, force=True, changes={"optimizer.lr": 0.5})
+    run = read_json(models / "3d_fullres-default" / "run.json")
+    assert run["settings"]["optimizer"]["lr"] == 0.5
 
 
 def test_settings_of_inference_that_are_not_heard_are_told(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.interop.nnunet import plan_from_nnunet
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, keys, load, recipes
-from nnunet_lite.training.run import configured
+from nnunet_lite.training.configured import configured
 
 DATA = Path(__file__).parent / "data"
 ABOUT = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}, "numTraining": 200}

@@ -31,11 +31,12 @@ from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
 from nnunet_lite.training.cache import LoadedCase, in_memory
 from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
+from nnunet_lite.training.configured import configured
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.record import METRICS, PICTURE, TABLE
-from nnunet_lite.training.run import MODEL, configured, is_complete, is_finished
+from nnunet_lite.training.run import MODEL, is_complete, is_finished
 from nnunet_lite.training.watch import Stop
 from nnunet_lite.workspace import current
 

@@ -30,10 +30,10 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.pipeline import Placement, preprocess, restore_segmentation
 from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.settings import load as load_settings
+from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.previous import map_file, read_map
-from nnunet_lite.training.run import configured
 from nnunet_lite.workspace import Paths, read_json, write_json
 
 SECOND, FIRST = "3d_cascade_fullres", "3d_lowres"

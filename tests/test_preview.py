@@ -16,9 +16,9 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.augment import rotation
 from nnunet_lite.training.batches import draw_batch
+from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.preview import applied, draw_preview
-from nnunet_lite.training.run import configured
 from nnunet_lite.training.sampler import Place
 from nnunet_lite.workspace import current
 

@@ -13,9 +13,9 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.checkpoint import save_weights
+from nnunet_lite.training.configured import configured
 from nnunet_lite.training.run import (
     MODEL,
-    configured,
     exclusive,
     fold_seed,
     length,

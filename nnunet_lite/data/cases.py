@@ -145,7 +145,8 @@ def group_files(files: list[Path], channels: int) -> list[Case]:
     twice = []
     names = {path: stem(path) if suffix_of(path) else path.name for path in files}  # a DICOM series has no ending
     numbered = {name for name, number in map(split_name, names.values()) if number}
-    if numbered and channels > 1 and not _holds(files[0], channels):
+    first = next((path for path, whole in names.items() if split_name(whole)[1]), None)
+    if first is not None and channels > 1 and not _holds(first, channels):
         numbered = set()
     for path, whole in names.items():
         name, number = split_name(whole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -337,12 +337,15 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
         1, model.plan.n_inputs(model.configuration_name), *configuration.patch_size, device=model.device
     )
 
-    def step(arithmetic: Arithmetic) -> None:
-        _set_layout(model, arithmetic)
-        with torch.inference_mode(), arithmetic.autocast(model.device):
-            model.networks[0](as_layout(window, arithmetic))
+    def prepare(arithmetic: Arithmetic) -> Callable[[], None]:
+        def predict() -> None:
+            with torch.inference_mode(), arithmetic.autocast(model.device):
+                model.networks[0](as_layout(window, arithmetic))
 
-    best = fastest(options, step, model.device)
+        _set_layout(model, arithmetic)
+        return predict
+
+    best = fastest(options, prepare, model.device)
     _set_layout(model, best)
     return best
 

@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
-_LONG = 0.2  # s; a step this long is timed once
+_LONG = 1.0  # s; a step this long is timed once
 _START = 0.5  # s; what a first step may take more than the next ones
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,8 +62,12 @@ def candidates(device: torch.device, precision: str, channels_last: str | bool) 
     return [Arithmetic(f, layout) for f in formats for layout in layouts]
 
 
-def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], device: torch.device) -> Arithmetic:
+def fastest(
+    options: list[Arithmetic], prepare: Callable[[Arithmetic], Callable[[], None]], device: torch.device
+) -> Arithmetic:
     """Time each option after a warm-up and take the fastest; the reason lists the times.
+
+    `prepare` gives the work that is timed; it is called before each time, for the options may share a network.
 
     An option whose warm-up alone takes much longer than the best so far is dropped without being timed again. The
     others take turns, so that a machine which is slower for a while is so for all of them.
@@ -74,15 +77,14 @@ def fastest(options: list[Arithmetic], step: Callable[[Arithmetic], None], devic
     times: dict[Arithmetic, float] = {}
     left: list[Arithmetic] = []
     for option in options:
-        work = partial(step, option)
-        warm = times[option] = seconds(work, device)
+        warm = times[option] = seconds(prepare(option), device)
         best = min((times[each] for each in left), default=math.inf)
         if warm <= min(4 * best, 1.3 * best + _START):
             left.append(option)
     rounds = 1 if max(times[option] for option in left) > _LONG else 3
     for number in range(rounds):
         for option in left:
-            took = seconds(partial(step, option), device)
+            took = seconds(prepare(option), device)
             times[option] = min(took, times[option]) if number else took
     winner = min(times, key=times.__getitem__)
     shown = ", ".join(f"{_name(o)} {seconds:.3g} s" for o, seconds in times.items())

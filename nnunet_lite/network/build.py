@@ -19,7 +19,9 @@ from nnunet_lite.plan.schema import Network, Plan
 Factory = Callable[[Network, int, int], nn.Module]
 
 
-def build_network(plan: Plan, configuration: str, factory: str | None = None) -> nn.Module:
+def build_network(
+    plan: Plan, configuration: str, factory: str | None = None, try_deeply: bool = False
+) -> nn.Module:  # fmt: skip
     """The network of a configuration, in float32 on the CPU.
 
     Parameters
@@ -27,6 +29,7 @@ def build_network(plan: Plan, configuration: str, factory: str | None = None) ->
     factory : "module:function" or "file.py:function", called with the planned `Network`, the number of input channels
         and that of output channels. It returns a module that maps (batch, inputs, *patch) to logits (batch, outputs,
         *patch), or, where it has an attribute `deep_supervision` and that is true, to a list of logits, finest first.
+    try_deeply : see whether it does the latter, too.
 
     Raises
     ------
@@ -44,7 +47,7 @@ def build_network(plan: Plan, configuration: str, factory: str | None = None) ->
         raise UserError(f"network.factory = {factory!r} fails: {describe(error)}", fix=fix) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"network.factory = {factory!r} returned {type(network).__name__}, no torch.nn.Module")
-    _try(factory, network, (1, inputs, *planned.patch_size), outputs)
+    _try(factory, network, (1, inputs, *planned.patch_size), outputs, try_deeply)
     return network
 
 
@@ -70,23 +73,25 @@ def _function(factory: str) -> Factory:
 def _module(where: str) -> ModuleType:
     if not where.endswith(".py"):
         return importlib.import_module(where)
-    if not Path(where).is_file():
-        raise FileNotFoundError(f"there is no file {where}")
-    loader = SourceFileLoader(f"nnlite_factory_{Path(where).stem}", where)
+    beside = Path(where).name  # a model that was copied here is followed by the file
+    file = next((file for file in (where, beside) if Path(file).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"there is no file {where}, nor {beside} in this folder")
+    loader = SourceFileLoader(f"nnlite_factory_{Path(file).stem}", file)
     module = sys.modules[loader.name] = ModuleType(loader.name)  # dataclasses look their module up there
     loader.exec_module(module)
     return module
 
 
-def _try(factory: str, network: nn.Module, shape: tuple[int, ...], outputs: int) -> None:
-    """Run a network on zeros, as in inference and, where it can, under deep supervision.
+def _try(factory: str, network: nn.Module, shape: tuple[int, ...], outputs: int, deeply: bool) -> None:
+    """Run a network on zeros, as in inference and, where that is asked for and it can, under deep supervision.
 
     Raises
     ------
     UserError : it fails, or its (finest) output is not (batch, outputs, *patch).
     """
     expected = (shape[0], outputs, *shape[2:])
-    for deep in (False, True) if hasattr(network, "deep_supervision") else (False,):
+    for deep in (False, True) if deeply and hasattr(network, "deep_supervision") else (False,):
         supervise_deeply(network, deep)
         asked = f"a batch of shape {shape}" + " and deep_supervision = True" * deep
         try:
@@ -96,7 +101,7 @@ def _try(factory: str, network: nn.Module, shape: tuple[int, ...], outputs: int)
             raise UserError(f"network.factory = {factory!r} fails on {asked}: {error}") from error
         listed = found if deep and isinstance(found, list) and found else [found]
         shapes = [tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__ for f in listed]
-        if shapes[0] != expected or (deep and listed is not found):
+        if shapes[0] != expected:
             got = f"a list of {', '.join(map(str, shapes))}" if listed is found else shapes[0]
             wanted = f"a list that begins with {expected}" if deep else expected
             raise UserError(f"network.factory = {factory!r} returns {got} for {asked}, not {wanted}")

@@ -23,8 +23,6 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import Busy, UserError
-from nnunet_lite.plan.memory import with_memory
-from nnunet_lite.plan.override import limited, override
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.settings import Settings, differences
 from nnunet_lite.training.folds import N_FOLDS
@@ -34,48 +32,9 @@ FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _OLD = "old_"
-_ANY_MACHINE_GB = 2000  # what is to take more is a slip of the pen, and would only fill the memory
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = ("training.workers", "training.cache", "training.compile", "training.tensorboard", "inference.")
 _LENGTH = ("training.epochs", "training.time_limit")
-
-
-def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
-    """The plan that is trained: this configuration with the batch, patch and network of the settings.
-
-    With the second stage of a cascade, the first one stays in the plan, as it was planned.
-
-    Raises
-    ------
-    UserError : no such configuration, a cascade of more than two stages, an illegal patch, or images too small for any
-        U-Net, or sizes beyond any machine.
-    """
-    training, stage = settings.training, plan.configuration(configuration).previous_stage
-    stages = {} if stage is None else {stage: plan.configuration(stage)}
-    if any(before.previous_stage is not None for before in stages.values()):
-        raise UserError(f"{stage}, the previous stage of {configuration}, has one itself; a cascade has two stages")
-    changed = limited(plan, configuration, training.patch_voxels, training.batch_voxels)
-    changed = override(changed, configuration, training.patch_size, training.batch_size)
-    planned = changed.configuration(configuration)
-    wanted, network = settings.network, planned.network
-    if len(network.features) == 1:
-        raise UserError(f"the images are too small for the U-Net of {configuration}: not even one pooling fits")
-    base, top = wanted.features_base or network.features[0], wanted.features_max or max(network.features)
-    features = network.features
-    if wanted.features_base or wanted.features_max:
-        features = tuple(min(base * 2**i, top) for i in range(len(features)))
-    network = network.model_copy(
-        update={
-            "features": features,
-            "norm": wanted.norm or network.norm,
-            "activation": wanted.activation or network.activation,
-        }
-    )
-    planned = with_memory(planned.model_copy(update={"network": network}), len(plan.channels), plan.labels)
-    if planned.memory_gb is not None and planned.memory_gb > _ANY_MACHINE_GB:
-        what = f"a training step of {configuration} would take {planned.memory_gb:,.0f} GB of memory"
-        raise UserError(what, fix="Lower patch_size, batch_size or features, in the plan or in the settings.")
-    return changed.model_copy(update={"configurations": {configuration: planned, **stages}})
 
 
 def exclusive(folder: Path) -> AbstractContextManager[None]:
@@ -132,20 +91,12 @@ def _open_run(
 ) -> int:
     file = folder / "run.json"
     if file.is_file():
-        run, old_plan = read_run(folder), Plan.read(folder / "plans.json")
+        run, changes = read_run(folder), accepted_changes(folder, plan, configuration, settings, force, lengthen)
         old = Settings.model_validate(run["settings"])
-        differ = differences(old, settings)
-        changes = [change for change in differ if not change.startswith(_INCIDENTAL)]
-        if unheard := [change for change in differ if change.startswith("inference.")]:
+        unheard = [change for change in differences(old, settings) if change.startswith("inference.")]
+        if unheard and not changes:
             log.warn(f"{folder}: validation goes by the settings that the run began with, without "
                      f"{'; '.join(unheard)}; give them to `nnlite predict`")  # fmt: skip
-        told = [change for change in changes if change.partition(":")[0] in lengthen]
-        longer = told if _is_longer(length(old), length(settings)) else []
-        if old_plan != plan and len(changes) == len(longer):
-            changes = [*changes, "the plan"]
-        if len(changes) > len(longer):
-            _refuse_changes(folder, changes, old_plan, plan, configuration, force)
-            _refuse_finished(folder, changes, settings)
         if changes:
             log.info(f"{folder}: goes on with {'; '.join(changes)}")
             write_text(folder / "plans.json", plan.to_json())
@@ -162,6 +113,35 @@ def _open_run(
     run |= {} if previous is None else {"previous": previous}
     write_json(file, {**run, "began": _now(), "versions": versions()})
     return seed
+
+
+def accepted_changes(
+    folder: Path,
+    plan: Plan,
+    configuration: str,
+    settings: Settings,
+    force: bool = False,
+    lengthen: Collection[str] = (),
+    anew: str | None = None,
+) -> list[str]:
+    """What `open_run` would change about a model folder that is there; nothing is written.
+
+    `anew` is the folder of a fold that is to be begun anew, so that it binds nothing.
+
+    Raises
+    ------
+    UserError : as `open_run`.
+    """
+    old_plan, old = Plan.read(folder / "plans.json"), Settings.model_validate(read_run(folder)["settings"])
+    changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
+    told = [change for change in changes if change.partition(":")[0] in lengthen]
+    longer = told if _is_longer(length(old), length(settings)) else []
+    if old_plan != plan and len(changes) == len(longer):
+        changes = [*changes, "the plan"]
+    if len(changes) > len(longer):
+        _refuse_changes(folder, changes, old_plan, plan, configuration, force)
+        _refuse_finished(folder, changes, settings, anew)
+    return changes
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -224,14 +204,15 @@ def _beside(folder: Path) -> str:
     )
 
 
-def _refuse_finished(folder: Path, changes: list[str], settings: Settings) -> None:
-    """Refuse settings that a finished fold was not trained with, unless it goes on with them.
+def _refuse_finished(folder: Path, changes: list[str], settings: Settings, anew: str | None) -> None:
+    """Refuse settings that a finished fold was not trained with, unless it goes on with them or is begun anew.
 
     Raises
     ------
     UserError : there is a fold that would stay as it is.
     """
-    done = [fold.name for fold in sorted(folder.glob("fold_*")) if is_finished(fold) and not _goes_on(fold, settings)]
+    finished = [fold for fold in sorted(folder.glob("fold_*")) if is_finished(fold) and fold.name != anew]
+    done = [fold.name for fold in finished if not _goes_on(fold, settings)]
     if done:
         what = f"has finished folds ({', '.join(done)}), of which this would not be true: {'; '.join(changes)}"
         raise UserError(
@@ -295,6 +276,20 @@ def is_complete(fold_folder: Path, settings: Settings) -> bool:
     if not (fold_folder / CHECKPOINT).is_file():
         raise UserError("was trained for less and cannot go on: its checkpoint is gone", fold_folder, "Use --restart.")
     return False
+
+
+def refuse_lost_extension(fold_folder: Path, settings: Settings) -> None:
+    """Make sure, before anything is written, that a finished fold which is asked for more can go on.
+
+    Raises
+    ------
+    UserError : its checkpoint is gone.
+    """
+    from nnunet_lite.training.checkpoint import read_state
+
+    before = read_state(fold_folder / MODEL).get("length") if is_finished(fold_folder) else None
+    if before is not None and _is_longer(before, length(settings)):
+        is_complete(fold_folder, settings)
 
 
 def is_begun(fold_folder: Path) -> bool:

@@ -178,10 +178,11 @@ def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
     single = replace(job, ranks=ALONE)
     statistics = _statistics(network)  # which the trial steps change
 
-    def step(arithmetic: Arithmetic) -> None:
-        _trial(single, make_learner(single, network, arithmetic, 1.0), batch)()
+    def prepare(arithmetic: Arithmetic) -> Callable[[], None]:
+        learner = make_learner(single, network, arithmetic, 1.0)
+        return _trial(single, learner if job.ranks.world == 1 else replace(learner, forward=network), batch)
 
-    best = fastest(options, step, job.device)
+    best = fastest(options, prepare, job.device)
     for value, before in statistics:
         value.copy_(before)
     return from_first(best, job.ranks)
