@@ -155,9 +155,8 @@ def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
     UserError : class weights or swaps of other labels, no such transform, a network that cannot be made, or one that
         normalises each process's part of a batch by itself.
     """
-    from torch import nn
-
     from nnunet_lite.network.build import build_network
+    from nnunet_lite.network.norm import mixes_samples
     from nnunet_lite.training.batches import check_augmentation
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.loss import check_weights
@@ -169,7 +168,7 @@ def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
         network = build_network(
             run.plan, run.configuration, run.settings.network.factory, run.settings.training.deep_supervision
         )
-        if apart and any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
+        if apart and mixes_samples(network):
             what = "batch normalisation over several processes needs GPUs"
             raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
 
@@ -235,9 +234,7 @@ def _begun(run: Run, ranks: Ranks) -> tuple[int, bool]:
         refuse_other_cases(folder, run.split, run.paths.splits, anew=bool(request.restart))
         if (folder / "run.json").is_file():  # what is wrong with it is told before anything is moved or trained
             anew = run.fold_folder.name if request.restart else None
-            accepted_changes(
-                folder, run.plan, run.configuration, run.settings, request.force, request.lengthen, anew
-            )  # fmt: skip
+            accepted_changes(folder, run.plan, run.configuration, run.settings, request.force, request.lengthen, anew)
     if request.restart and ranks.rank == 0:
         set_aside(folder if whole else run.fold_folder)
     fresh = not (folder / "run.json").is_file()

@@ -63,7 +63,7 @@ def row(name: str, scores: Scores, base: Scores) -> list[str]:
 
 
 def main() -> None:
-    known = ablations()
+    changes = ablations()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--recipe", default="paper2018", help="the base; default: paper2018")
@@ -72,8 +72,8 @@ def main() -> None:
     limit.add_argument("--iterations", type=int, help="of each training")
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--fold", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="ABLATION",
-                        help=f"default: {' '.join(known)}")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=changes, default=list(changes), metavar="ABLATION",
+                        help=f"default: {' '.join(changes)}")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs")
     parser.add_argument("--device")
@@ -88,14 +88,14 @@ def main() -> None:
     found: dict[str, Scores] = {}
     for name in (BASE, *o.only):
         scores = nnunet_lite.train(
-            o.configuration, o.fold, recipe=o.recipe, changes={**common, **known.get(name, {})},
+            o.configuration, o.fold, recipe=o.recipe, changes={**common, **changes.get(name, {})},
             name=f"{o.recipe}-{name}", dataset=dataset, device=o.device, workspace=o.workspace)  # fmt: skip
         assert scores is not None  # a fold holds cases out
         found[name] = scores
-    labels, each = found[BASE].labels.region_names, "its own length" if o.minutes is None else f"{o.minutes} minutes"
+    each = "its own length" if o.minutes is None else f"{o.minutes} minutes"
     if o.iterations is not None:
         each = f"{int(common['training.epochs']) * int(common['training.iterations'])} steps"
-    head = [f"{o.recipe}, {each}", *labels, "mean", "95 % interval"]
+    head = [f"{o.recipe}, {each}", *found[BASE].labels.region_names, "mean", "95 % interval"]
     lines = [head, ["---"] * len(head), *(row(name, scores, found[BASE]) for name, scores in found.items())]
     n_cases = len(found[BASE].rows)
     text = f"{o.data.name}, {o.configuration}, fold {o.fold}, {n_cases} held-out cases, {time.strftime('%Y-%m-%d')}\n\n"

@@ -131,10 +131,9 @@ class _Parcel:
         from nnunet_lite.inference.folder import predict_cases
         from nnunet_lite.training.run import trained_folds
 
-        folders, folds = self.choice.folders, self.choice.folds or None
-        trained = [fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder)]
-        model = _kept(tuple(folders), tuple(folds or ()), self.device, tuple(sorted(self.changes.items())),
-                      tuple(trained))  # fmt: skip
+        folders, folds = tuple(self.choice.folders), tuple(self.choice.folds or ())
+        trained = tuple(fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder))
+        model = _kept(folders, folds, self.device, tuple(sorted(self.changes.items())), trained)
         return predict_cases(
             model, [case], self.out, wanted=self.wanted, dicom_seg=self.dicom_seg, skip_existing=self.skip_existing,
             finish=self.choice.finish(model.plan.labels),

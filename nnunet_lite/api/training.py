@@ -78,13 +78,10 @@ def fold_names(
 ) -> list[str]:
     """The folds of the current data set, "0" and up; splits.json is made if it is not there, as in `train`."""
     from nnunet_lite.training.folds import read_splits, wanted_folds
-    from nnunet_lite.training.splits import checked_fold
+    from nnunet_lite.training.splits import checked_folds
 
     paths = current(folder_of(workspace), dataset)
     data = dataset_of(paths)
     wanted = wanted_folds(data, folds, group_by, stratify, splits)
     ids = [case.id for case in data.cases]
-    made = {str(i): entry for i, entry in enumerate(read_splits(paths.splits, ids, wanted))}
-    for name, entry in made.items():
-        checked_fold(entry, name, ids, paths.splits)
-    return list(made)
+    return [fold.name for fold in checked_folds(read_splits(paths.splits, ids, wanted), ids, paths.splits)]

@@ -84,7 +84,9 @@ def _of_file(path: Path, channels: int) -> list[Case]:
             return [Case(path.stem if path.suffix.lower() in ENDINGS else path.name, (path,))]
         raise UserError("is of no supported format", path, _SUPPORTED)
     name, number = split_name(stem(path))
-    files = [other for other in image_files(path.parent) if split_name(stem(other))[0] == name]
+    alone = channels == 1 and number != 0  # then nothing beside it changes its name
+    beside = [path] if alone else image_files(path.parent)
+    files = [other for other in beside if split_name(stem(other))[0] == name]
     cases = [case for case in group_files(files, channels) if path in case.images]
     if not cases:
         raise UserError(f"would be channel {number} of {name}, and the model has {channels}, from 0 on", path)
@@ -143,15 +145,14 @@ def group_files(files: list[Path], channels: int) -> list[Case]:
     """
     groups: dict[str, dict[int | None, Path]] = defaultdict(dict)
     twice = []
-    names = {path: stem(path) if suffix_of(path) else path.name for path in files}  # a DICOM series has no ending
-    numbered = {name for name, number in map(split_name, names.values()) if number}
-    first = next((path for path, whole in names.items() if split_name(whole)[1]), None)
-    if first is not None and channels > 1 and not _holds(first, channels):
-        numbered = set()
-    for path, whole in names.items():
-        name, number = split_name(whole)
+    wholes = {path: stem(path) if suffix_of(path) else path.name for path in files}  # a DICOM series has no ending
+    parts = {path: split_name(whole) for path, whole in wholes.items()}
+    later = [path for path, (_, number) in parts.items() if number]
+    each_is_whole = bool(later) and (channels == 1 or _holds(later[0], channels))
+    numbered = {parts[path][0] for path in later} if each_is_whole else set()
+    for path, (name, number) in parts.items():
         if name in numbered:
-            name, number = whole, None
+            name, number = wholes[path], None
         if number in groups[name]:
             twice.append(Case(name, (path,)))
         groups[name].setdefault(number, path)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nnunet_lite.network.norm import mixes_samples
 from nnunet_lite.network.threads import pool
 from nnunet_lite.network.unet import UNet
 
 
 def side_by_side(network: nn.Module) -> nn.Module:
     """The network for training, whose samples are computed apart where none of them changes what becomes of another."""
-    mixes = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
-    return Apart(network) if isinstance(network, UNet) and not mixes else network
+    return Apart(network) if isinstance(network, UNet) and not mixes_samples(network) else network
 
 
 class Apart(nn.Module):

@@ -19,9 +19,7 @@ from nnunet_lite.plan.schema import Network, Plan
 Factory = Callable[[Network, int, int], nn.Module]
 
 
-def build_network(
-    plan: Plan, configuration: str, factory: str | None = None, try_deeply: bool = False
-) -> nn.Module:  # fmt: skip
+def build_network(plan: Plan, configuration: str, factory: str | None = None, try_deeply: bool = False) -> nn.Module:
     """The network of a configuration, in float32 on the CPU.
 
     Parameters

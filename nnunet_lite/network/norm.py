@@ -77,3 +77,8 @@ def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 def _over(positions: tuple[int, ...], values: Tensor) -> Tensor:
     """(batch, channels) so that it broadcasts over positions."""
     return values.reshape(*values.shape, *(1 for _ in positions))
+
+
+def mixes_samples(network: nn.Module) -> bool:
+    """Whether a network normalises over its batch, so that what becomes of a sample depends on the others."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())

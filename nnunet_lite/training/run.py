@@ -198,10 +198,8 @@ def _refuse_changes(folder: Path, changes: list[str], old: Plan, new: Plan, conf
 
 def _beside(folder: Path) -> str:
     """What to do where a model folder cannot be gone on with. --restart of one fold of several leaves the others."""
-    several = len(list(folder.glob("fold_*"))) > 1
-    return (
-        f"use another --name to train beside it, or {'`all-folds --restart`' if several else '--restart'} to begin anew"
-    )
+    anew = "`all-folds --restart`" if len(list(folder.glob("fold_*"))) > 1 else "--restart"
+    return f"use another --name to train beside it, or {anew} to begin anew"
 
 
 def _refuse_finished(folder: Path, changes: list[str], settings: Settings, anew: str | None) -> None:

@@ -62,9 +62,13 @@ def given_splits(file: Path, ids: Sequence[str]) -> Splits:
         if set(names) != set(column.values()):
             raise UserError(f"folds are {', '.join(sorted(set(column.values())))}", file, "Number them 0, 1, 2 ...")
         folds = splits_of(ids, ([case_id for case_id in ids if column[case_id] == name] for name in names))
-    for i, entry in enumerate(folds):
-        checked_fold(entry, str(i), ids, file)
+    checked_folds(folds, ids, file)
     return folds
+
+
+def checked_folds(folds: Splits, ids: Sequence[str], file: Path) -> list[Fold]:
+    """All folds, if they can be trained; see `checked_fold`."""
+    return [checked_fold(entry, str(i), ids, file) for i, entry in enumerate(folds)]
 
 
 def checked_fold(entry: Mapping[str, Sequence[str]], name: str, ids: Sequence[str], file: Path) -> Fold:
