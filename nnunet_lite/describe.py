@@ -8,11 +8,14 @@ import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.workspace import Paths, understood
+
+if TYPE_CHECKING:
+    from nnunet_lite.plan.schema import Plan
 
 # what pyproject.toml asks for
 _PACKAGES = (
@@ -59,6 +62,7 @@ def describe_model(folder: Path) -> About:
         "recipe": run["settings"]["recipe"],
         "channels": [channel.name for channel in plan.channels],
         "labels": plan.labels.to_json(),
+        "orientation": plan.orientation,
         "spacing": configuration.spacing,
         "patch_size": configuration.patch_size,
         "batch_size": configuration.batch_size,
@@ -73,6 +77,7 @@ def describe_model(folder: Path) -> About:
         f"{folder}: {run['configuration']} of {plan.dataset}, recipe {run['settings']['recipe']}",
         f"channels  {', '.join(c.name for c in plan.channels)}",
         f"labels    {', '.join(plan.labels.region_names)}",
+        f"axes      {_orientation(plan)}",
         f"spacing   {_by(configuration.spacing)} mm, patch {_by(configuration.patch_size)}",
         f"network   {network.kind}, features {'-'.join(map(str, network.features))}, {network.norm} norm",
     ]
@@ -81,6 +86,12 @@ def describe_model(folder: Path) -> About:
         lines.append(f"fold {fold}    {state['epochs']} epochs in {log.duration(state['seconds'])}, {dice}")
     lines += [f"fold {fold}    not finished" for fold in begun]
     return About(values, "\n".join(lines))
+
+
+def _orientation(plan: Plan) -> str:
+    if plan.orientation is None:
+        return "orientation not known: images are taken as they are stored"
+    return f"images are turned to {plan.orientation}"
 
 
 def describe_dataset(paths: Paths) -> About:

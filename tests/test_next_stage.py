@@ -19,7 +19,7 @@ import torch
 from scipy.ndimage import zoom
 
 from nnunet_lite import api
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -295,8 +295,8 @@ def test_logits_are_decided_on_the_grid_of_the_second_stage(tiny_workspace: Path
     logits = np.random.default_rng(0).normal(size=(labels.n_channels, *coarse)).astype(np.float32)
     geometry = Geometry((60, 60, 60), (1.0, 1.0, 1.0))
     box = ((3, 32), (0, 41), (10, 36))
-    first = Placement(geometry, (2, 0, 1), box, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), coarse)
-    second = Placement(geometry, (2, 0, 1), box, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), fine)
+    first = Placement(geometry, Turn((2, 0, 1)), box, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), coarse)
+    second = Placement(geometry, Turn((2, 0, 1)), box, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), fine)
     found = classes_on_grid(logits, plan.model_copy(update={"labels": labels}), stage, first, second)
     factors = [n / m for n, m in zip(fine, coarse, strict=True)]
     fine_logits = np.stack([zoom(x.astype(float), factors, order=1, mode="nearest", grid_mode=True) for x in logits])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.report.outline import outline
-from nnunet_lite.report.planes import Turn, box_around, cut, grey_levels, thinned, to_bytes, webp
+from nnunet_lite.report.planes import View, box_around, cut, grey_levels, thinned, to_bytes, webp
 
 
 @pytest.mark.parametrize("code", ["LPS", "RAS", "LAS", "SPL", "AIR", "PSR", "ILA"])
@@ -26,16 +26,16 @@ def test_any_orientation_becomes_that_of_the_patient(code: str) -> None:
     turned = SimpleITK.DICOMOrient(image, code)
     array = SimpleITK.GetArrayFromImage(turned)
     spacing = turned.GetSpacing()[::-1]
-    turn = Turn.of(Geometry(array.shape, spacing, turned.GetOrigin(), turned.GetDirection()))
-    np.testing.assert_array_equal(turn(array), truth)
-    assert turn.spacing == (3.0, 2.0, 1.0)
+    view = View.of(Geometry(array.shape, spacing, turned.GetOrigin(), turned.GetDirection()))
+    np.testing.assert_array_equal(view.turn.apply(array), truth)
+    assert view.spacing == (3.0, 2.0, 1.0)
 
 
 def test_planes_show_the_right_side_up() -> None:
     """The head is at the top of coronal and sagittal planes, the front at the top of axial ones."""
     array = np.arange(4 * 5 * 6).reshape(4, 5, 6)  # to the head, to the back, to the left
     whole = (slice(0, 4), slice(0, 5), slice(0, 6))
-    axial, coronal, sagittal = Turn.of(Geometry(array.shape, (1.0, 1.0, 1.0))).planes
+    axial, coronal, sagittal = View.of(Geometry(array.shape, (1.0, 1.0, 1.0))).planes
     np.testing.assert_array_equal(cut(array, axial, 2, whole), array[2])
     np.testing.assert_array_equal(cut(array, coronal, 3, whole), array[::-1, 3])
     np.testing.assert_array_equal(cut(array, sagittal, 1, whole), array[::-1, :, 1])
@@ -43,9 +43,9 @@ def test_planes_show_the_right_side_up() -> None:
 
 
 def test_pictures_are_shown_as_stored() -> None:
-    flat = Turn.of(Geometry((1, 4, 5), (999.0, 1.0, 1.0), dimensions=2), picture=True)
-    assert [plane.name for plane in flat.planes] == ["xy"] and flat.order == (0, 1, 2)
-    stack = Turn.of(Geometry((3, 4, 5), (1.0, 1.0, 1.0)), picture=True)
+    flat = View.of(Geometry((1, 4, 5), (999.0, 1.0, 1.0), dimensions=2))
+    assert [plane.name for plane in flat.planes] == ["xy"] and flat.turn.order == (0, 1, 2)
+    stack = View.of(Geometry((3, 4, 5), (1.0, 1.0, 1.0), oriented=False))
     assert [plane.name for plane in stack.planes] == ["xy", "xz", "yz"] and not any(p.upwards for p in stack.planes)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.images import read_image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -73,7 +73,7 @@ def placed(shape: Shape, target: Shape, spacing: Sequence[float] = ISOTROPIC, or
     grid = [target[order.index(axis)] + 2 * margin for axis in range(3)]
     there = [spacing[order.index(axis)] for axis in range(3)]
     new = tuple(s * t / n for s, t, n in zip(spacing, target, shape, strict=True))
-    return Placement(Geometry(tuple(grid), tuple(there)), order, (z, y, x), tuple(spacing), new, shape)
+    return Placement(Geometry(tuple(grid), tuple(there)), Turn(order), (z, y, x), tuple(spacing), new, shape)
 
 
 def noise(shape: Shape) -> Tensor:

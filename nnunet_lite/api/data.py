@@ -93,6 +93,8 @@ def plan(
     if fingerprint is None:
         errors = report.count("error")
         raise UserError(f"{errors} error{'s' if errors > 1 else ''} must be mended before planning", root, "See above.")
+    if adopted is not None and adopted.orientation is None:
+        adopted = adopted.model_copy(update={"orientation": fingerprint.orientation})
     made = adopted or make_plan(fingerprint, dataset.name, dataset.channels, dataset.labels, preset, memory)
     made = _changed(made, change)
     if clip_percentiles is not None:

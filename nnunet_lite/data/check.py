@@ -18,7 +18,7 @@ import numpy as np
 from nnunet_lite import budget
 from nnunet_lite.data.cases import Case, image_files
 from nnunet_lite.data.dataset import Dataset, image_folder, label_folder, map_labels
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
 from nnunet_lite.data.problems import Problem, Report, plural
 from nnunet_lite.errors import UserError
@@ -78,7 +78,12 @@ def check(
         found.append(findings)
     problems = [*_files_without_case(dataset), *_repeated_ids(dataset)]
     problems += [problem for findings in found for problem in findings.problems]
-    problems += [*_dimensions(dataset, found), *_across_cases(dataset, found), *_intensity_units(dataset, found)]
+    problems += [
+        *_dimensions(dataset, found),
+        *_orientations(dataset, found),
+        *_across_cases(dataset, found),
+        *_intensity_units(dataset, found),
+    ]
     problems += [Problem("understood", str(dataset.root), note) for note in dataset.notes]
     problems = [_relative(problem, dataset.root) for problem in problems]
     return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
@@ -124,7 +129,7 @@ def _threads(dataset: Dataset) -> int:
 def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFindings[T]:
     out: CaseFindings[T] = CaseFindings()
     image = _check_images(case, dataset, out)
-    label = _check_label(case, dataset, out)
+    label = _check_label(case, dataset, image.geometry.orientation if image else None, out)
     if image is None or label is None:
         return out
     values, geometry = label
@@ -145,6 +150,7 @@ def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image
     if len(images) < len(case.images):
         return None
     out.geometry = images[0].geometry
+    images = [image.turned(out.geometry.orientation) for image in images]
     fix = "Register and resample all channels of a case to one grid."
     for path, image in zip(case.images[1:], images[1:], strict=True):
         for what, found, expected in image.geometry.differences(images[0].geometry):
@@ -200,15 +206,17 @@ def _check_values(channel: np.ndarray, path: Path, name: str, out: CaseFindings[
     out.ranges.append(Range(low, high, bool((some == np.rint(some)).all())))
 
 
-def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[np.ndarray, Geometry] | None:
-    """The label map of a case as values of the data set, where it can be read."""
+def _check_label(
+    case: Case, dataset: Dataset, orientation: str | None, out: CaseFindings[Any]
+) -> tuple[np.ndarray, Geometry] | None:
+    """The label map of a case as values of the dataset, in the orientation of its image, where it can be read."""
     if case.label is None or not case.label.exists():
         where = str(case.label or case.images[0])
         fix = "Add it, or leave out the case."
         out.problems.append(Problem("missing_label", where, f"no label map for case {case.id}", "", fix))
         return None
     try:
-        label, geometry, notes = read_label(case.label)
+        label, geometry, notes = read_label(case.label, orientation)
     except UserError as error:
         out.problems.append(_unread(error, case.label, "unreadable"))
         return None
@@ -287,6 +295,17 @@ def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Pr
             text = f"{findings.geometry.dimensions} dimensions"
             fix = "All images of a data set must have the same."
             yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)
+
+
+def _orientations(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
+    """Images whose axes point elsewhere than those of most, or than dataset.json asks for."""
+    own = [findings.geometry.orientation if findings.geometry else None for findings in found]
+    wanted = dataset.orientation or common_orientation(own)
+    why = "as dataset.json asks" if dataset.orientation else "as most"
+    for case, orientation in zip(dataset.cases, own, strict=True):
+        if orientation not in (None, wanted):
+            text = f"axes point to {orientation}"
+            yield Problem("orientation", str(case.images[0]), text, f"{wanted} {why}", "They are turned on reading.")
 
 
 def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:

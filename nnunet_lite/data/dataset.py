@@ -46,6 +46,7 @@ class Dataset:
     label_map : value in the files -> value of the data set, e.g. {255: 1} for masks of 0 and 255.
     file_ending : of the images, of most where there are several.
     notes : what had to be understood.
+    orientation : that dataset.json asks for, by the reader of nnU-Net that it names; None: the one of most cases.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Dataset:
     label_map: dict[int, int] | None = None
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
+    orientation: str | None = None
 
 
 def read_dataset(root: Path) -> Dataset:
@@ -106,7 +108,7 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
         raise UserError(f"has {image.array.shape[0]} channels, {len(dataset.channels)} are expected", case.images[0])
     if case.label is None:
         return image, None
-    label, geometry, _ = read_label(case.label)
+    label, geometry, _ = read_label(case.label, image.geometry.orientation)
     if geometry.shape != image.geometry.shape:
         raise UserError(f"has shape {geometry.shape}, its image {image.geometry.shape}", case.label)
     return image, map_labels(label, dataset.label_map)
@@ -133,6 +135,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         "numTraining": len(dataset.cases),
         "label_map": None if dataset.label_map is None else {str(k): v for k, v in dataset.label_map.items()},
         "notes": list(dataset.notes),
+        **({} if dataset.orientation is None else {"orientation": dataset.orientation}),
         "dataset": [
             {"id": c.id, "images": [str(p) for p in c.images], "label": None if c.label is None else str(c.label)}
             for c in dataset.cases
@@ -156,6 +159,7 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
         label_map=None if label_map is None else {int(k): v for k, v in label_map.items()},
         file_ending=value["file_ending"],
         notes=tuple(value["notes"]),
+        orientation=value.get("orientation"),
     )
 
 
@@ -199,7 +203,13 @@ def _described(root: Path, table: Path) -> Dataset:
         label_map=label_map,
         file_ending=_common_ending(cases, told.get("file_ending")),
         notes=notes,
+        orientation=orientation_of_reader(told.get("overwrite_image_reader_writer")),
     )
+
+
+def orientation_of_reader(reader: Any) -> str | None:
+    """The orientation that a reader of nnU-Net turns images to, by its name; None: it takes them as they are stored."""
+    return "RAS" if reader == "NibabelIOWithReorient" else None
 
 
 def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:

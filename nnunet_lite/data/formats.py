@@ -159,7 +159,7 @@ def _picture_geometry(path: Path, size: tuple[int, ...]) -> Geometry:
                 raise UserError(f"spacing is {told}", sidecar, "Give three numbers in mm: [z, y, x].")
             spacing = (float(told[0]), float(told[1]), float(told[2]))
             break
-    return Geometry((size[2], size[1], size[0]), spacing)
+    return Geometry((size[2], size[1], size[0]), spacing, oriented=False)
 
 
 def picture_mode(path: Path) -> str:

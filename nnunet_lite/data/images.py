@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from nnunet_lite.data.formats import (
     write_file,
     write_nifti_like,
 )
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, turn_between
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import atomic, write_json
@@ -56,6 +56,15 @@ class Image:
     array: np.ndarray
     geometry: Geometry
     notes: tuple[str, ...] = ()
+
+    def turned(self, orientation: str | None) -> Image:
+        """The same image with its axes in an orientation such as "LAS"; itself where its own or that is not known."""
+        own = self.geometry.orientation
+        if own is None or orientation is None or own == orientation:
+            return self
+        turn = turn_between(own, orientation)
+        notes = (*self.notes, f"turned from {own} to {orientation}")
+        return replace(self, array=turn.apply(self.array), geometry=self.geometry.turned(turn), notes=notes)
 
 
 def is_image(path: Path) -> bool:
@@ -99,15 +108,16 @@ def read_image(path: str | Path) -> Image:
 
 
 def read_images(paths: list[Path] | tuple[Path, ...]) -> Image:
-    """The channels of one case, one file or several, stacked.
+    """The channels of one case, one file or several, stacked; all in the orientation of the first.
 
     Raises
     ------
-    UserError : as `read_image`; or the files lie on different grids.
+    UserError : as `read_image`; or the files are on different grids.
     """
     images = [read_image(path) for path in paths]
     if len(images) == 1:
         return images[0]
+    images = [image.turned(images[0].geometry.orientation) for image in images]
     for path, image in zip(paths[1:], images[1:], strict=True):
         for what, found, expected in image.geometry.differences(images[0].geometry):
             raise UserError(
@@ -119,8 +129,12 @@ def read_images(paths: list[Path] | tuple[Path, ...]) -> Image:
     return Image(array, images[0].geometry, tuple(dict.fromkeys(note for image in images for note in image.notes)))
 
 
-def read_label(path: str | Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
+def read_label(path: str | Path, orientation: str | None = None) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
     """A label map: integers (z, y, x) as stored (floats that hold integers are rounded), geometry, and notes.
+
+    Parameters
+    ----------
+    orientation : to turn it to, such as that of its image; None: as it is stored.
 
     Raises
     ------
@@ -140,7 +154,8 @@ def read_label(path: str | Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]
                 "Store one integer per voxel: 0 for background, 1, 2, ... for the labels.",
             )
         notes.append(f"label map with {array.shape[0]} equal channels read as one")
-    return _integers(array[0], path), geometry, tuple(notes)
+    label = Image(_integers(array[0], path)[None], geometry, tuple(notes)).turned(orientation)
+    return label.array[0], label.geometry, label.notes
 
 
 def read_geometry(path: str | Path) -> tuple[Geometry, int]:

@@ -114,7 +114,8 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> Pair:
     """The label map of a case in a folder, and its reference."""
     assert case.label is not None  # every case of a planned data set has one
     segmentation, geometry, _ = read_label(output_file(case, out))
-    return Pair(segmentation, map_labels(read_label(case.label)[0], dataset.label_map), geometry.spacing)
+    reference, _, _ = read_label(case.label, geometry.orientation)
+    return Pair(segmentation, map_labels(reference, dataset.label_map), geometry.spacing)
 
 
 def mean_dice(folder: Path, fold: str) -> float | None:

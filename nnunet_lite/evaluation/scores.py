@@ -318,7 +318,7 @@ def _read_pair(
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], list[tuple[str, str]]]:
     """Both arrays (z, y, x), the spacing, and remarks as (remark, file)."""
     predicted, grid, remarks = _read(prediction, labels)
-    truth, true_grid, more = _read(reference, labels)
+    truth, true_grid, more = _read(reference, labels, grid.orientation)
     pictures = [suffix_of(path) in PICTURES for path in (prediction, reference)]  # whose spacing is not to be believed
     if grid.shape != true_grid.shape or (not any(pictures) and grid.differences(true_grid)):
         raise UserError(
@@ -335,9 +335,11 @@ def _describe(grid: Geometry) -> str:
     return ", ".join(f"{name} ({', '.join(f'{v:.6g}' for v in values)})" for name, values in parts.items())
 
 
-def _read(path: Path, labels: Labels) -> tuple[np.ndarray, Geometry, list[tuple[str, str]]]:
-    """A label map with the values of `labels`, its geometry, and remarks."""
-    array, geometry, notes = read_label(path)
+def _read(
+    path: Path, labels: Labels, orientation: str | None = None
+) -> tuple[np.ndarray, Geometry, list[tuple[str, str]]]:
+    """A label map with the values of `labels`, turned to an orientation, its geometry, and remarks."""
+    array, geometry, notes = read_label(path, orientation)
     remarks = [(note, path.name) for note in notes]
     found, known = distinct_values(array), {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
     if known == {0, 1} and 255 in found and 1 not in found:

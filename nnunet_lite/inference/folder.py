@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nnunet_lite import log
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
 from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import is_dicom, label_suffix, suffix_of, write_label
+from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.inference.maps import STEPS, Wanted
 from nnunet_lite.inference.predictor import Model, segment
@@ -80,6 +83,7 @@ def predict_cases(
     done = [path for path in targets.values() if skip_existing and path.is_file()]
     todo = [case for case in cases if targets[case.id] not in done]
     failed: dict[str, str] = {}
+    turned: dict[str, list[str]] = defaultdict(list)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         ahead: list[Future[Ready]] = []
         written: list[tuple[Case, Future[None]]] = []
@@ -92,6 +96,9 @@ def predict_cases(
                 _stop_if_full(error, out)
                 failed[case.id] = describe(error)
                 continue
+            own = ready.prepared.placement.geometry.orientation
+            if own != (ready.plan.orientation or own) and own is not None:
+                turned[own].append(case.id)
             written.append((case, writer.submit(_write, model, case, targets[case.id], ready, found, finish)))
         for case, future in written:
             try:
@@ -100,6 +107,9 @@ def predict_cases(
             except Exception as error:
                 _stop_if_full(error, out)
                 failed[case.id] = describe(error)
+    if turned:
+        stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
+        log.info(f"turned to {model.plan.orientation}, the orientation of the model: {stored}")
     return sorted(done), failed
 
 

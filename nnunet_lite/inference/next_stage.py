@@ -19,7 +19,7 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.inference.predictor import Model, load, predict_preprocessed, read_model
 from nnunet_lite.inference.prepare import as_classes
 from nnunet_lite.plan.schema import Configuration, Plan
@@ -161,7 +161,7 @@ def classes_on_grid(
     z, y, x = second.shape
     grid, whole = Geometry(second.shape, second.new_spacing), ((0, z), (0, y), (0, x))
     # as in nnU-Net, the spacing of the first stage alone decides whether slices are resampled one by one
-    place = Placement(grid, (0, 1, 2), whole, first.new_spacing, first.new_spacing, first.shape)
+    place = Placement(grid, Turn(), whole, first.new_spacing, first.new_spacing, first.shape)
     return as_classes(restore_segmentation(logits, place, plan.labels, stage.resampling), plan.labels)
 
 

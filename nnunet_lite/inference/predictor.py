@@ -270,6 +270,8 @@ def segment(
     skip = _skips_empty(model)
     streams = [opened(*one, skip_empty=skip) for one in zip(requests, images, footprints, strict=True)]
     place, labels = requests[0].placement, model.plan.labels
+    if any(request.placement.turn != place.turn for request in requests):
+        raise UserError("the models turn this image to different orientations", fix="Predict with one of them: -m.")
     if len(streams) == 1 and not wanted:
         return predict_labels(streams[0], place, labels)
     left = iter(streams)

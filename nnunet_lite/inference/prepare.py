@@ -88,7 +88,7 @@ def as_image(array: np.ndarray, spacing: Sequence[float]) -> Image:
         )
     z, y, x = array.shape[1:]
     sz, sy, sx = (float(s) for s in spacing)
-    return Image(array, Geometry((z, y, x), (sz, sy, sx)))
+    return Image(array, Geometry((z, y, x), (sz, sy, sx), oriented=False))
 
 
 def as_classes(segmentation: np.ndarray, labels: Labels) -> np.ndarray:

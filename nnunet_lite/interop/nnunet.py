@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nnunet_lite.data.dataset import channels_of, labels_of
+from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.interop.architecture import architecture_from_nnunet, architecture_to_nnunet, refuse
@@ -212,6 +212,7 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
             dataset=plans["dataset_name"],
             preset=preset,
             memory_gb=PRESETS[preset].memory_gb,
+            orientation=orientation_of_reader(plans.get("image_reader_writer")),
             axis_order=plans["transpose_forward"],
             median_spacing=plans["original_median_spacing_after_transp"],
             median_shape=plans["original_median_shape_after_transp"],

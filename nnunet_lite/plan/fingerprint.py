@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from nnunet_lite.data.check import Report, check
 from nnunet_lite.data.crop import nonzero_box, slices
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, common_orientation, turn_between
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.draws import Draws, Stream
 from nnunet_lite.plan.schema import Statistics
@@ -37,11 +37,13 @@ class Fingerprint:
 
     Parameters
     ----------
-    spacings : of each case, mm (z, y, x).
-    shapes_after_crop : of each case, voxels (z, y, x) of the box around what is not zero in every channel.
+    spacings : of each case, mm (z, y, x), turned to `orientation`.
+    shapes_after_crop : of each case, voxels (z, y, x) of the box around what is not zero in every channel, turned too.
     relative_size_after_crop : median share of the voxels that this box holds.
     intensities : of each channel, over the foreground voxels of all cases.
     case_ids : in the order of the above; empty for a fingerprint that nnU-Net wrote.
+    orientation : that images are turned to, as in `Geometry`; None where no case has a known one.
+    orientations : of each case, as in its file; empty for a fingerprint that nnU-Net wrote.
     """
 
     spacings: tuple[Spacing, ...]
@@ -49,9 +51,11 @@ class Fingerprint:
     relative_size_after_crop: float
     intensities: tuple[Statistics, ...]
     case_ids: tuple[str, ...] = ()
+    orientation: str | None = None
+    orientations: tuple[str | None, ...] = ()
 
     def to_nnunet(self) -> dict[str, Any]:
-        """As nnU-Net's dataset_fingerprint.json, with the case ids added."""
+        """As nnU-Net's dataset_fingerprint.json, with case ids and orientations added."""
         return {
             "spacings": [list(s) for s in self.spacings],
             "shapes_after_crop": [list(s) for s in self.shapes_after_crop],
@@ -60,6 +64,8 @@ class Fingerprint:
                 str(i): s.model_dump() for i, s in enumerate(self.intensities)
             },
             "case_ids": list(self.case_ids),
+            "orientation": self.orientation,
+            "orientations": list(self.orientations),
         }
 
     @classmethod
@@ -78,6 +84,8 @@ class Fingerprint:
                 relative_size_after_crop=float(value["median_relative_size_after_cropping"]),
                 intensities=tuple(Statistics(**per_channel[str(i)]) for i in range(len(per_channel))),
                 case_ids=tuple(value.get("case_ids", ())),
+                orientation=value.get("orientation"),
+                orientations=tuple(value.get("orientations", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
             reason = " ".join(str(error).split())
@@ -107,8 +115,9 @@ class Values:
 
 @dataclass(frozen=True)
 class CaseFingerprint:
-    """What one case adds to the fingerprint."""
+    """What one case adds to the fingerprint; its axes are those of the file."""
 
+    orientation: str | None
     spacing: Spacing
     shape_after_crop: Shape
     relative_size: float
@@ -139,7 +148,7 @@ def check_and_fingerprint(
         return case_fingerprint(image, geometry, foreground, share, Draws(stream))
 
     report = check(dataset, visit, collected.add, workers, progress)
-    return report, collected.fingerprint() if report.ok else None
+    return report, collected.fingerprint(dataset.orientation) if report.ok else None
 
 
 def case_fingerprint(
@@ -152,7 +161,7 @@ def case_fingerprint(
     mask = foreground[inside]
     drawn = tuple(_draw(channel[inside][mask].astype(np.float32), samples, draws) for channel in image)
     relative = float(np.prod(shape) / np.prod(geometry.shape))
-    return CaseFingerprint(geometry.spacing, shape, relative, drawn)  # type: ignore[arg-type]
+    return CaseFingerprint(geometry.orientation, geometry.spacing, shape, relative, drawn)  # type: ignore[arg-type]
 
 
 class Collector:
@@ -173,15 +182,23 @@ class Collector:
         self._merged = [_joined(parts) for parts in zip(self._merged, *self._pending, strict=True)]
         self._pending = []
 
-    def fingerprint(self) -> Fingerprint:
+    def fingerprint(self, orientation: str | None = None) -> Fingerprint:
+        """The fingerprint of all cases, turned to an orientation (default: the one that most cases have)."""
         self._merge()
         cases = list(self._cases.values())
+        orientation = orientation or common_orientation(case.orientation for case in cases)
+        orders = [turn_between(case.orientation, orientation).order for case in cases]
+        pairs = list(zip(cases, orders, strict=True))
         return Fingerprint(
-            spacings=tuple(case.spacing for case in cases),
-            shapes_after_crop=tuple(case.shape_after_crop for case in cases),
+            spacings=tuple((c.spacing[a], c.spacing[b], c.spacing[d]) for c, (a, b, d) in pairs),
+            shapes_after_crop=tuple(
+                (c.shape_after_crop[a], c.shape_after_crop[b], c.shape_after_crop[d]) for c, (a, b, d) in pairs
+            ),
             relative_size_after_crop=float(np.median([case.relative_size for case in cases])),
             intensities=tuple(_statistics(values) for values in self._merged),
             case_ids=tuple(self._cases),
+            orientation=orientation,
+            orientations=tuple(case.orientation for case in cases),
         )
 
 

@@ -112,6 +112,7 @@ def make_plan(
         dataset=dataset_name,
         preset=preset,
         memory_gb=gigabytes,
+        orientation=fingerprint.orientation,
         axis_order=order,
         median_spacing=_triple(np.median(spacings, axis=0), order),
         median_shape=_triple(np.median(shapes, axis=0), order),

@@ -28,9 +28,16 @@ def _permutation(order: tuple[int, int, int]) -> tuple[int, int, int]:
     return order
 
 
+def _three_sides(letters: str) -> str:
+    if sorted("LR AP SI".index(letter) // 3 for letter in letters if letter in "LRAPSI") != [0, 1, 2]:
+        raise ValueError("must be one letter each of L or R, A or P, S or I, such as LAS")
+    return letters
+
+
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), AfterValidator(_odd)]
 SplineOrder = Annotated[int, Field(ge=0, le=5)]
+Orientation = Annotated[str, AfterValidator(_three_sides)]
 AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
 Length = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -161,6 +168,9 @@ class Plan(_Model):
     dataset: str
     preset: str = "default"
     memory_gb: float = Field(8, gt=0, description="GPU memory budget")
+    orientation: Orientation | None = Field(
+        None, description='where the axes x, y, z point after reading, such as "LAS"; null: as in the file'
+    )
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")

@@ -39,9 +39,10 @@ def plan_html(plan: Plan) -> str:
 def plan_title(plan: Plan) -> str:
     """What all configurations share, in a line."""
     axes = " ".join("zyx"[axis] for axis in plan.axis_order)
+    orientation = "" if plan.orientation is None else f" of {plan.orientation}"
     return (
         f"{plan.dataset}: {_count(plan.n_cases, 'case')}, preset {plan.preset}, budget {plan.memory_gb:g} GB, "
-        f"axes {axes}, {_count(plan.labels.n_channels, 'output channel')}"
+        f"axes {axes}{orientation}, {_count(plan.labels.n_channels, 'output channel')}"
     )
 
 

@@ -14,9 +14,18 @@ from typing import Any
 
 from nnunet_lite import budget, log
 from nnunet_lite.data.dataset import Case, Dataset, read_case
+from nnunet_lite.data.geometry import Turn
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
+from nnunet_lite.preprocess.pipeline import (
+    Prepared,
+    prepare,
+    resample,
+    resampled_shape,
+    target_spacing,
+    transposed,
+    turn_for,
+)
 from nnunet_lite.preprocess.raw_files import RawCase, survey
 from nnunet_lite.preprocess.stored import Precision, is_whole, write_stored
 from nnunet_lite.preprocess.threads import one_blas_thread
@@ -132,9 +141,12 @@ def folder_name(
     plan: Plan, configuration: Configuration, case_id: str, raw: RawCase, dataset: Dataset, precision: Precision
 ) -> str:
     """Name of the folder of a case: its id, and a hash of its files and the recipe at its own spacing."""
-    spacing = target_spacing(configuration, transposed(raw.spacing, plan.axis_order))
+    turn = turn_for(plan, raw.orientation)
+    spacing = target_spacing(configuration, transposed(raw.spacing, turn.order))
     files = [file.digest for file in raw.files]
     recipe = recipe_of(plan, configuration, spacing)
+    if turn != Turn(plan.axis_order):
+        recipe["orientation"] = plan.orientation
     return f"{case_id}-{short_hash([recipe, files, sorted((dataset.label_map or {}).items()), precision])}"
 
 
@@ -152,8 +164,9 @@ def _jobs(
         if case.id not in raw:
             continue
         job = Job(case, raw[case.id])
-        spacing = transposed(job.raw.spacing, plan.axis_order)
-        old = [job.raw.shape[axis] for axis in plan.axis_order]
+        turn = turn_for(plan, job.raw.orientation)
+        spacing = transposed(job.raw.spacing, turn.order)
+        old = [job.raw.shape[axis] for axis in turn.order]
         for name in order:
             path = folder / "cases" / index[name][case.id]
             configuration = plan.configurations[name]

@@ -2,7 +2,8 @@
 
 Forwards, as nnU-Net does it: reorder the axes, crop to the nonzero region, normalise, resample. `prepare` does the part
 that all configurations share; `preprocess` is all of it for one. Backwards, `restore_segmentation` undoes each step.
-Axes are (z, y, x) as in the file, or *transposed*, in the plan's axis order; spacings are mm in the same order.
+Axes are (z, y, x) as in the file, or *transposed*: turned to the plan's orientation, then in its axis order. Spacings
+are mm in the same order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_lite.data.crop import Box, bounding_box, nonzero_box, nonzero_mask, slices
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, Turn, turn_between
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.plan.schema import Configuration, Plan, Resampling
@@ -34,26 +35,27 @@ _SLAB_VALUES = 1 << 24  # logits per slab of the way back: 64 MiB of float32 for
 
 @dataclass(frozen=True)
 class Placement:
-    """How a preprocessed array lies in its image: all that the way back needs.
+    """Where a preprocessed array is in its image: all that the way back needs.
 
     Parameters
     ----------
     geometry : of the image, axes as in the file.
-    axis_order : the transposition applied to (z, y, x).
+    turn : from the axes of the file to transposed ones.
     box : half-open, of the nonzero region, transposed axes, voxels of the image.
     spacing : mm, transposed axes, of the image. new_spacing : of the preprocessed array.
     shape : of the preprocessed array, transposed axes.
     """
 
     geometry: Geometry
-    axis_order: tuple[int, int, int]
+    turn: Turn
     box: Box
     spacing: Spacing
     new_spacing: Spacing
     shape: Shape
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        turn = {"axis_order": self.turn.order, "reversed": self.turn.reversed}
+        return {**{key: value for key, value in asdict(self).items() if key != "turn"}, **turn}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
@@ -61,7 +63,7 @@ class Placement:
         (z0, z1), (y0, y1), (x0, x1) = value["box"]
         return cls(
             Geometry(**geometry),
-            tuple(value["axis_order"]),
+            Turn(tuple(value["axis_order"]), tuple(value.get("reversed", (False, False, False)))),
             ((z0, z1), (y0, y1), (x0, x1)),
             tuple(value["spacing"]),
             tuple(value["new_spacing"]),
@@ -79,7 +81,7 @@ class Prepared:
     image: np.ndarray
     classes: np.ndarray | None
     geometry: Geometry
-    axis_order: tuple[int, int, int]
+    turn: Turn
     box: Box
     spacing: Spacing
 
@@ -110,19 +112,24 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
     ------
     UserError : the image does not fit the plan's channels.
     """
-    order = plan.axis_order
-    array = image.array.transpose(0, *(1 + axis for axis in order))
+    turn = turn_for(plan, image.geometry.orientation)
+    array = turn.apply(image.array)
     mask = nonzero_mask(array) if any(channel.use_mask for channel in plan.channels) else None
     box = nonzero_box(array) if mask is None else bounding_box(mask)
     inside = slices(box)
     array = np.array(array[:, *inside], np.float32, order="C")
     if classes is not None:
-        classes = np.ascontiguousarray(classes.transpose(order)[inside])
+        classes = np.ascontiguousarray(turn.apply(classes)[inside])
     counted = None
     if mask is not None:  # as in nnU-Net, annotated voxels count even if zero
         counted = mask[inside] if classes is None else mask[inside] | (classes != 0)
     normalize(array, plan.channels, counted)
-    return Prepared(array, classes, image.geometry, order, box, transposed(image.geometry.spacing, order))
+    return Prepared(array, classes, image.geometry, turn, box, transposed(image.geometry.spacing, turn.order))
+
+
+def turn_for(plan: Plan, orientation: str | None) -> Turn:
+    """How an image of an orientation, such as "LAS", is turned for a plan: to its orientation and its axis order."""
+    return turn_between(orientation, plan.orientation).then(plan.axis_order)
 
 
 def resample(case: Prepared, configuration: Configuration, threads: int | None = None) -> Preprocessed:
@@ -146,7 +153,7 @@ def resample(case: Prepared, configuration: Configuration, threads: int | None =
         classes = resample_labels(
             classes, shape, case.spacing, new_spacing, how.label_order, how.label_order_z, how.separate_z, threads
         )
-    place = Placement(case.geometry, case.axis_order, case.box, case.spacing, new_spacing, shape)
+    place = Placement(case.geometry, case.turn, case.box, case.spacing, new_spacing, shape)
     return Preprocessed(image, classes, place)
 
 
@@ -170,7 +177,7 @@ def resampled_shape(shape: Sequence[int], spacing: Sequence[float], new_spacing:
 
 
 def transposed(values: Sequence[float], order: Sequence[int]) -> Spacing:
-    """Spacing or the like of (z, y, x) in the plan's axis order."""
+    """Spacing or the like of (z, y, x) in another order of the axes."""
     z, y, x = (float(values[axis]) for axis in order)
     return z, y, x
 
@@ -206,8 +213,8 @@ def empty_map(placement: Placement, fill: int, dtype: np.dtype) -> tuple[np.ndar
 
 
 def predicted_part(array: np.ndarray, placement: Placement) -> np.ndarray:
-    """The view of an array (z, y, x) on the image's grid that a preprocessed image stands for, axes in its order."""
-    return array.transpose(placement.axis_order)[slices(placement.box)]
+    """The view of an array (z, y, x) on the image's grid that a preprocessed image shows, axes in its order."""
+    return placement.turn.apply(array)[slices(placement.box)]
 
 
 def cropped_shape(box: Box) -> Shape:

@@ -27,11 +27,15 @@ class RawFile:
 
 @dataclass(frozen=True)
 class RawCase:
-    """The raw files of a case, images before the label, with shape and spacing (mm) of the image, (z, y, x)."""
+    """The raw files of a case, images before the label, with shape, spacing (mm) and orientation of the image.
+
+    Shape and spacing are (z, y, x) as in the file; the orientation is as in `Geometry`.
+    """
 
     files: tuple[RawFile, ...]
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
+    orientation: str | None
 
     @property
     def size(self) -> int:
@@ -95,7 +99,7 @@ def _look(case: Case, known: RawCase | None) -> RawCase | Exception:
         if known and files == known.files:
             return known
         geometry: Geometry = read_geometry(case.images[0])[0]
-        return RawCase(files, geometry.shape, geometry.spacing)
+        return RawCase(files, geometry.shape, geometry.spacing, geometry.orientation)
     except (UserError, OSError) as error:
         return error
 
@@ -110,4 +114,5 @@ def _file(path: Path, known: RawFile | None) -> RawFile:
 
 
 def _from_json(value: dict[str, Any]) -> RawCase:
-    return RawCase(tuple(RawFile(**file) for file in value["files"]), tuple(value["shape"]), tuple(value["spacing"]))
+    files = tuple(RawFile(**file) for file in value["files"])
+    return RawCase(files, tuple(value["shape"]), tuple(value["spacing"]), value["orientation"])

@@ -11,12 +11,12 @@ import numpy as np
 
 from nnunet_lite.data.dataset import Case, Dataset, map_labels, read_case
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import PICTURES, read_geometry, read_label, suffix_of
+from nnunet_lite.data.images import PICTURES, read_geometry, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.report.outline import outline
-from nnunet_lite.report.planes import Box, Plane, Turn, box_around, cut, grey_levels, thinned, to_bytes, webp
+from nnunet_lite.report.planes import Box, Plane, View, box_around, cut, grey_levels, thinned, to_bytes, webp
 
 MOST_CHANNELS = 4  # that are shown
 _INTENSITIES = 4000  # voxels of each label and case that the histograms of intensities are made of
@@ -79,9 +79,8 @@ def look(wanted: Wanted, dataset: Dataset, plan: Plan, detail: Detail, tile_deta
         if wanted.tile or wanted.predictions:
             image, label = read_case(wanted.case, dataset)
             seen.geometry = image.geometry
-            picture = suffix_of(wanted.case.images[0]) in PICTURES
-            shown = _Shown(image.array, Turn.of(image.geometry, picture), plan, is_colour(dataset, plan))
-            reference = label if label is None else shown.turn(label)
+            shown = _Shown(image.array, image.geometry, plan, is_colour(dataset, plan))
+            reference = None if label is None else shown.view.turn.apply(label)
             if wanted.tile:
                 seen.tile = shown.tile(reference, tile_detail)
                 seen.intensities = _intensities(image.array, label, plan)
@@ -137,10 +136,10 @@ def _overlay(shown: _Shown, reference: np.ndarray | None, path: Path, detail: De
     ------
     UserError : the prediction cannot be read, or lies on another grid.
     """
-    prediction, geometry, _ = read_label(path)
+    prediction, geometry, _ = read_label(path, shown.orientation)
     if geometry.shape != shown.image.shape[1:]:
         raise UserError(f"has shape {geometry.shape}, its image {shown.image.shape[1:]}", path)
-    turned = shown.turn(prediction)
+    turned = shown.view.turn.apply(prediction)
     truth = np.zeros_like(turned) if reference is None else reference
     wrong, labels = turned != truth, shown.plan.labels
     if labels.ignore is not None:
@@ -148,7 +147,7 @@ def _overlay(shown: _Shown, reference: np.ndarray | None, path: Path, detail: De
     foreground = (truth != labels.background) | (turned != labels.background)
     at = _busiest(wrong if wrong.any() else foreground)
     box = box_around(foreground)
-    return [shown.plane(plane, at, box, detail, truth, turned) for plane in shown.turn.planes]
+    return [shown.plane(plane, at, box, detail, truth, turned) for plane in shown.view.planes]
 
 
 def _busiest(mask: np.ndarray) -> tuple[int, int, int]:
@@ -161,11 +160,12 @@ def _busiest(mask: np.ndarray) -> tuple[int, int, int]:
 
 
 class _Shown:
-    """An image with what its pictures need: its turn, and grey levels, which are found once."""
+    """An image with what its pictures need: its view, and grey levels, which are found once."""
 
-    def __init__(self, image: np.ndarray, turn: Turn, plan: Plan, colour: bool) -> None:
-        self.image, self.turn, self.plan, self.colour = image, turn, plan, colour
-        self.turned = turn(image)
+    def __init__(self, image: np.ndarray, geometry: Geometry, plan: Plan, colour: bool) -> None:
+        self.image, self.plan, self.colour = image, plan, colour
+        self.orientation, self.view = geometry.orientation, View.of(geometry)
+        self.turned = self.view.turn.apply(image)
         self.levels = [self._levels(i) for i in range(min(len(image), MOST_CHANNELS))]
 
     def _levels(self, number: int) -> Levels:
@@ -185,7 +185,7 @@ class _Shown:
 
     def tile(self, reference: np.ndarray | None, detail: Detail) -> dict[str, Any]:
         """The first plane, through most of the labels, in the first channel."""
-        plane, at = self.turn.planes[0], tuple(n // 2 for n in self.turned.shape[1:])
+        plane, at = self.view.planes[0], tuple(n // 2 for n in self.turned.shape[1:])
         if reference is not None:
             at = _busiest(reference != self.plan.labels.background)
         whole: Box = tuple(slice(0, n) for n in self.turned.shape[1:])  # type: ignore[assignment]
@@ -203,16 +203,16 @@ class _Shown:
     ) -> dict[str, Any]:
         """A plane for the page: pictures and outlines in voxels, its size in voxels and mm, and where it lies."""
         index, n = at[plane.normal], self.turned.shape[1 + plane.normal]
-        axis = self.turn.order[plane.normal]
+        axis = self.view.turn.order[plane.normal]
         pictures = self.pixels(plane, index, box, range(len(self.levels)) if channels is None else channels)
         height, width = pictures[0].shape[:2]
-        spacing = self.turn.spacing
+        spacing = self.view.spacing
         return {
             "name": plane.name,
             "sides": plane.sides,
             "size": [width, height],
             "mm": [round(width * spacing[plane.columns], 3), round(height * spacing[plane.rows], 3)],
-            "slice": n - 1 - index if self.turn.flips[plane.normal] else index,
+            "slice": n - 1 - index if self.view.turn.reversed[plane.normal] else index,
             "of": n,
             "axis": "zyx"[axis],
             "cropped": any(b.stop - b.start < size for b, size in zip(box, self.turned.shape[1:], strict=True)),

@@ -9,11 +9,10 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, Turn, turn_between
 
 Box = tuple[slice, slice, slice]
 _SAMPLES = 200_000  # voxels from which grey levels are taken
@@ -45,38 +44,28 @@ _STORED = (
 
 
 @dataclass(frozen=True)
-class Turn:
-    """How the axes (z, y, x) of a file become those of the patient: to the head, to the back, to the left.
+class View:
+    """How an image is shown: its axes (z, y, x) turned to the patient's head, back and left.
 
     Parameters
     ----------
-    order : the file's axis for each of these; `flips`: whether it runs the other way.
+    turn : of the image's array.
     spacing : mm along the turned axes.
+    planes : those that are drawn.
     """
 
-    order: tuple[int, int, int]
-    flips: tuple[bool, bool, bool]
+    turn: Turn
     spacing: tuple[float, float, float]
     planes: tuple[Plane, ...]
 
     @classmethod
-    def of(cls, geometry: Geometry, picture: bool = False) -> Turn:
-        """From the direction cosines; a `picture` format knows no patient."""
-        if picture or geometry.dimensions == 2 or geometry.shape[0] == 1:
+    def of(cls, geometry: Geometry) -> View:
+        """The view of an image; one without a known orientation is shown as it is stored."""
+        if geometry.orientation is None or geometry.shape[0] == 1:
             planes = _STORED[:1] if geometry.shape[0] == 1 else _STORED
-            return cls((0, 1, 2), (False, False, False), geometry.spacing, planes)
-        # rows: the file's axes z, y, x; columns: how much of each runs to the head, the back and the left
-        cosines = np.reshape(geometry.direction, (3, 3))[::-1, ::-1].T
-        order = max(permutations(range(3)), key=lambda p: sum(abs(cosines[axis, i]) for i, axis in enumerate(p)))
-        flips = tuple(bool(cosines[axis, i] < 0) for i, axis in enumerate(order))
-        spacing = tuple(geometry.spacing[axis] for axis in order)
-        return cls(order, flips, spacing, _PATIENT)  # type: ignore[arg-type]
-
-    def __call__(self, array: np.ndarray) -> np.ndarray:
-        """A view of an array (..., z, y, x) with its last three axes turned."""
-        lead = array.ndim - 3
-        turned = array.transpose(*range(lead), *(lead + axis for axis in self.order))
-        return turned[(..., *(slice(None, None, -1) if flip else slice(None) for flip in self.flips))]
+            return cls(Turn(), geometry.spacing, planes)
+        turn = turn_between(geometry.orientation, "LPS")
+        return cls(turn, geometry.turned(turn).spacing, _PATIENT)
 
 
 def cut(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lite import log
+from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.memory import with_memory
@@ -72,9 +73,10 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
 def adopted_plan(own: Plan, configuration: str, source: Source, settings: Settings) -> Plan:
     """The plan to fine-tune with: the data set's own, with what the weights depend on from the model.
 
-    From the model come axis order, spacing, patch, batch, network and resampling, and, for channels of equal name, the
-    normalisation with its statistics: a filter learnt on CT expects the same value for the same Hounsfield unit.
-    Labels, batch Dice and cascade stay the data set's. Settings of patch and network are applied afterwards.
+    From the model come orientation, axis order, spacing, patch, batch, network and resampling, and, for channels of
+    equal name, the normalisation with its statistics: a filter learnt on CT expects the same value for the same
+    Hounsfield unit. Labels, batch Dice and cascade stay the dataset's. Settings of patch and network are applied
+    afterwards.
 
     Raises
     ------
@@ -91,7 +93,9 @@ def adopted_plan(own: Plan, configuration: str, source: Source, settings: Settin
         if here != there:
             raise UserError(f"does not fit {configuration}: {what} {there}, here {here}", source.file, fix)
     order = source.plan.axis_order
-    moved = [own.axis_order.index(axis) for axis in order]
+    orientation = source.plan.orientation or own.orientation
+    turn = turn_between(own.orientation, orientation).then(order)
+    moved = [own.axis_order.index(axis) for axis in turn.order]
     spacing, shape = (tuple(values[i] for i in moved) for values in (own.median_spacing, own.median_shape))
     axes = zip(shape, spacing, (spacing[0], *theirs.spacing)[-3:], strict=True)  # 2D: slices stay as they are
     resampled = tuple(float(max(1, round(n * old / new))) for n, old, new in axes)
@@ -110,6 +114,7 @@ def adopted_plan(own: Plan, configuration: str, source: Source, settings: Settin
     adopted = with_memory(adopted, len(own.channels), own.labels)
     return own.model_copy(
         update={
+            "orientation": orientation,
             "axis_order": order,
             "median_spacing": spacing,
             "median_shape": shape,

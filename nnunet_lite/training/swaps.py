@@ -84,12 +84,17 @@ def check_swaps(labels: Labels, settings: AugmentationSettings, dimensions: int)
 def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> Swap | None:
     """How a configuration's labels are swapped; None if they are not, or no mirrored axis goes from left to right.
 
-    By default that axis is the image's x axis, wherever the plan puts it; two-dimensional patches may not have it.
+    By default that is the axis from left to right, wherever the plan puts it, or the image's x axis where the plan has
+    no orientation; two-dimensional patches may not have it.
     """
     if not settings.mirror_swap:
         return None
     offset = 3 - dimensions
-    axis = plan.axis_order.index(2) if settings.mirror_swap_axis is None else settings.mirror_swap_axis + offset
+    if settings.mirror_swap_axis is not None:
+        axis = settings.mirror_swap_axis + offset
+    else:
+        sideways = next(i for i, letter in enumerate(plan.orientation or "LAS") if letter in "LR")
+        axis = plan.axis_order.index(2 - sideways)
     return Swap(axis, swap_table(plan.labels, settings.mirror_swap)) if axis >= offset else None
 
 
