@@ -173,7 +173,7 @@ class AugmentationSettings(_Section):
         (), description='labels that change places when left and right do: [["kidney_left", "kidney_right"]]'
     )
     mirror_swap_axis: int | None = Field(
-        None, ge=0, le=2, description="axis of the patch from left to right; default: the images' x axis"
+        None, ge=0, le=2, description="axis of the patch from left to right; default: by the plan's orientation"
     )
     p_cascade_morphology: float = Field(0.4, ge=0, le=1, description="cascade: dilate, erode, open or close a label")
     p_cascade_removal: float = Field(0.2, ge=0, le=1, description="cascade: remove a component of a label")

@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
 
 # A network this small trains in seconds; more threads than one would only wait for each other.
@@ -51,3 +54,10 @@ def first_cases(root: Path, n: int) -> Path:
 def fold_of(tmp_path: Path, name: str) -> Path:
     """The fold folder of a model that the fixture `train_three` trains under this name."""
     return tmp_path / "workspace" / "Task04_Hippocampus" / "models" / name / "fold_0"
+
+
+def turn_nifti(source: Path, target: Path, orientation: str) -> None:
+    """Store a NIfTI file with its axes in another orientation, such as "LPI", as nibabel does it: no voxel changes."""
+    image = nibabel.load(source)
+    change = ornt_transform(io_orientation(image.affine), axcodes2ornt(orientation))
+    nibabel.save(image.as_reoriented(change), target)

@@ -205,6 +205,16 @@ def test_the_plan_of_the_model_is_adopted_but_for_labels_and_channels(own: Plan,
     assert made.configuration("2d") == own.configuration("2d")
 
 
+def test_images_are_turned_to_the_orientation_of_the_model(own: Plan, cascade: Plan) -> None:
+    theirs = renamed(cascade, "MRI").model_copy(update={"orientation": "PIR"})
+    made = adopted_plan(own, "3d_fullres", Source(Path("m"), theirs, "3d_fullres"), Settings())
+    assert (own.orientation, made.orientation) == ("RAS", "PIR")
+    x, y, z = own.median_shape[::-1]
+    assert made.median_shape[::-1] == (y, z, x)
+    unknown = theirs.model_copy(update={"orientation": None})
+    assert adopted_plan(own, "3d_fullres", Source(Path("m"), unknown, "3d_fullres"), Settings()).orientation == "RAS"
+
+
 def test_a_channel_of_another_name_keeps_its_normalisation(own: Plan, cascade: Plan) -> None:
     made = adopted_plan(own, "2d", Source(Path("m"), renamed(cascade, "CT"), "2d"), Settings())
     assert made.channels == own.channels

@@ -82,13 +82,16 @@ def test_an_axis_that_the_patch_does_not_have_is_refused() -> None:
         check_swaps(KIDNEYS, AugmentationSettings(mirror_swap_axis=2), 2)
 
 
-def test_left_and_right_are_along_the_images_x_axis(tiny_workspace: Path) -> None:
+def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_workspace: Path) -> None:
     plan = Plan.read(current(tiny_workspace).plans)
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = plan.model_copy(update={"axis_order": order})
         assert swap_of(turned, settings, 3) == Swap(axis, (0, 2, 1))
         assert swap_of(turned, settings, 2) == (None if flat is None else Swap(flat, (0, 2, 1)))
+    for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
+        stored = plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
+        assert swap_of(stored, settings, 3) == Swap(axis, (0, 2, 1))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
     assert swap_of(plan, given, 3) == Swap(0, (0, 2, 1))
     assert swap_of(plan, given, 2) == Swap(1, (0, 2, 1))

@@ -304,8 +304,8 @@ def _orientations(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[
     why = "as dataset.json asks" if dataset.orientation else "as most"
     for case, orientation in zip(dataset.cases, own, strict=True):
         if orientation not in (None, wanted):
-            text = f"axes point to {orientation}"
-            yield Problem("orientation", str(case.images[0]), text, f"{wanted} {why}", "They are turned on reading.")
+            text, fix = f"stored as {orientation}", "It is turned on reading."
+            yield Problem("orientation", str(case.images[0]), text, f"{wanted} {why}", fix)
 
 
 def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:

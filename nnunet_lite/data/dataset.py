@@ -209,7 +209,7 @@ def _described(root: Path, table: Path) -> Dataset:
 
 def orientation_of_reader(reader: Any) -> str | None:
     """The orientation that a reader of nnU-Net turns images to, by its name; None: it takes them as they are stored."""
-    return "RAS" if reader == "NibabelIOWithReorient" else None
+    return "RAS" if reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient") else None
 
 
 def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:

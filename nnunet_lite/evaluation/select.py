@@ -246,9 +246,13 @@ def _uneven(members: Sequence[Member], shared: Sequence[str]) -> list[str]:
 def _pairs(members: Sequence[Member]) -> tuple[list[Team], list[str]]:
     """The pairs that can vote, and notes on those that cannot."""
     pairs: list[Team] = list(combinations(members, 2))
-    refused = [(a, b) for a, b in pairs if a.plan.axis_order != b.plan.axis_order]
+    refused = [(a, b) for a, b in pairs if _axes(a.plan) != _axes(b.plan)]
     notes = [f"{a.name} and {b.name} do not vote together: their plans have other orders of axes" for a, b in refused]
     return [pair for pair in pairs if pair not in refused], notes
+
+
+def _axes(plan: Plan) -> tuple[str | None, tuple[int, int, int]]:
+    return plan.orientation, plan.axis_order
 
 
 # ---------------------------------------------------------------------------------------------- predictions and scores

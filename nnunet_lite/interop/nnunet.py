@@ -14,7 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
+from nnunet_lite.data.formats import NIFTI
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.interop.architecture import architecture_from_nnunet, architecture_to_nnunet, refuse
@@ -142,6 +144,10 @@ def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
     if "overwrite_image_reader_writer" in dataset_json:
         return str(dataset_json["overwrite_image_reader_writer"])
     ending = str(dataset_json.get("file_ending", ".nii.gz")).lower()
+    if plan.orientation == "RAS":
+        return "NibabelIOWithReorient" if ending in NIFTI else "SimpleITKIOWithReorient"
+    if plan.orientation is not None:
+        log.info(f"nnU-Net does not turn images as nnlite does: give it images stored as {plan.orientation}")
     if ending == ".tif":
         return "Tiff3DIO" if "3d_fullres" in plan.configurations else "NaturalImage2DIO"
     return _READERS.get(ending, "SimpleITKIO")
