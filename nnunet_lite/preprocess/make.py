@@ -110,7 +110,9 @@ class Make:
 def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]) -> dict[str, Any]:
     """What of a plan decides the arrays that a case is made into."""
     labels, how = plan.labels, configuration.resampling
+    marked = {"outside": labels.outside_class} if any(c.use_mask for c in plan.channels) else {}
     return {
+        **marked,
         "version": _VERSION,
         "axis_order": plan.axis_order,
         "channels": [

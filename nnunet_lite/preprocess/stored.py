@@ -1,7 +1,8 @@
 """One preprocessed case on disk: a folder that is there whole or not at all.
 
 image.b2nd       blosc2, (channels, z, y, x) float16; float32 where float16 would overflow, or by choice
-label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); absent for a case without label
+label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); absent for a case without label;
+                 where a channel is normalised inside the nonzero mask, `Labels.outside_class` outside of it
 foreground.npy   int16 or int32 (n, 3), voxels of each class or region, and those not ignored, one after the other
 case.json        how many voxels each has, the placement, and size and checksum of the other files
 """
@@ -109,7 +110,7 @@ def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
         _write(temporary / "image.b2nd", _fitting(case.image, precision), patch)
         voxels: list[tuple[int, np.ndarray]] = []
         if case.classes is not None:
-            kind = np.uint8 if labels.n_classes < 256 else np.uint16
+            kind = np.min_scalar_type(labels.outside_class)
             _write(temporary / "label.b2nd", case.classes.astype(kind, copy=False), patch)
             voxels = sampled_voxels(case.classes, labels)
             np.save(temporary / "foreground.npy", np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
@@ -139,7 +140,7 @@ def sampled_voxels(classes: np.ndarray, labels: Labels) -> list[tuple[int, np.nd
     classes_of = labels.region_classes if labels.has_regions else [(c,) for c in range(1, labels.n_classes)]
     wanted = list(enumerate(classes_of, 1))
     if labels.ignore_class is not None:
-        wanted.append((_ANNOTATED, tuple(range(labels.n_classes))))
+        wanted.append((_ANNOTATED, (*range(labels.n_classes), labels.outside_class)))
     boxes = dict(label_boxes(classes))
     whole = tuple(slice(0, n) for n in classes.shape)
     kind = np.int16 if max(classes.shape) <= np.iinfo(np.int16).max else np.int32
