@@ -15,10 +15,10 @@ from typing import Any
 from nnunet_lite import budget, log
 from nnunet_lite.data.dataset import Case, Dataset, read_case
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.plan.schema import Configuration, Plan, Precision, exact_storage
 from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
 from nnunet_lite.preprocess.raw_files import RawCase, survey
-from nnunet_lite.preprocess.stored import Precision, is_whole, write_stored
+from nnunet_lite.preprocess.stored import is_whole, write_stored
 from nnunet_lite.preprocess.threads import one_blas_thread
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -89,6 +89,9 @@ class Make:
         if progress and jobs:
             arrays = sum(len(job.missing) for job in jobs)
             log.info(f"{arrays} arrays to make, about {estimate / 1e6:.1f} MB of disk")
+            if self.precision == "float16" and exact_storage(self.plan.channels) == "float32":
+                log.warn("the plan stores images as float16, which rounds 16-bit values that are not standardised by "
+                         "up to 16; `nnlite plan DATA --store float32` keeps all digits")  # fmt: skip
         failed |= _run(jobs, self.dataset, self.plan, workers, progress, self.precision)
         return Part(sound, index, failed, sum(len(job.missing) for job in jobs), estimate)
 
