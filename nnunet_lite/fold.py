@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
+from nnunet_lite.inference.tiles import window_starts
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
 from nnunet_lite.plan.schema import Plan
@@ -20,8 +22,10 @@ from nnunet_lite.preprocess.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
+from nnunet_lite.training.limit import Validation, announce, step_sizes
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
+    MODEL,
     VALIDATION,
     accepted_changes,
     exclusive,
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 
     from nnunet_lite.evaluation.scores import Scores
     from nnunet_lite.training.distributed import Ranks
+    from nnunet_lite.training.job import Job
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.evaluation.crossval import validate_fold
     from nnunet_lite.network.arithmetic import pick_device
+    from nnunet_lite.training.checkpoint import read_state
     from nnunet_lite.training.distributed import current, device_of, join
     from nnunet_lite.training.nodes import keep_watch, naming_the_lost
 
@@ -142,9 +148,14 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     if run.split.name == ALL or ranks.rank:
         return None
     held_out = run.split.validation
-    return validate_fold(
-        run.folder, run.split.name, run.dataset, held_out, request.device, _predicted(run, held_out, device)
-    )
+    planned = read_state(run.fold_folder / MODEL).get("validation")  # what is imported has none
+    step_size = None
+    if planned is not None and not (run.fold_folder / VALIDATION).is_dir():
+        announce(run.settings, Validation(**planned), len(held_out))
+    if planned is not None and planned["step_size"] != run.settings.inference.step_size:
+        step_size = planned["step_size"]
+    before = _predicted(run, held_out, device)
+    return validate_fold(run.folder, run.split.name, run.dataset, held_out, request.device, before, step_size)
 
 
 def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
@@ -312,6 +323,21 @@ def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
     log.info(f"training {run.configuration} fold {split.name} on {len(chosen)} cases in {run.fold_folder}")
     record_cases(run.fold_folder, split)
     job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks)
+    if split.name != ALL:
+        job = replace(job, passes=_passes_of_validation(job))
     if run.request.preview and ranks.rank == 0:
         draw_preview(job, job.folder / "preview.png")
     train_fold(job)
+
+
+def _passes_of_validation(job: Job) -> dict[float, int]:
+    """How many windows and mirrored copies the validation in whole images takes, by the distance of two windows."""
+    augmentation, inference = job.settings.augmentation, job.settings.inference
+    mirrored = inference.mirroring and augmentation.enabled and augmentation.p_mirror > 0
+    copies = 2 ** len(job.mirror_axes) if mirrored else 1
+
+    def windows(step: float) -> int:
+        axes = (zip(case.label.shape, job.patch, strict=True) for case in job.validation)
+        return sum(prod(len(window_starts(size, patch, step)) for size, patch in case) for case in axes)
+
+    return {step: copies * windows(step) for step in step_sizes(job.settings)}

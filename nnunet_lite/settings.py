@@ -45,6 +45,9 @@ class TrainingSettings(_Section):
     time_limit: Minutes | None = Field(
         None, gt=0, description='minutes, or "8h", "90m", "300s"; the schedule fits itself to it'
     )
+    limit_validation: bool = Field(
+        False, description="the time limit covers the validation of the held-out cases in whole images too"
+    )
     early_stop: int | None = Field(
         None, ge=1, description="epochs without a better moving average of the held-out Dice that end the run"
     )

@@ -31,7 +31,7 @@ import psutil
 import SimpleITK as sitk
 
 from nnunet_lite.data.dataset import Dataset, read_dataset
-from nnunet_lite.data.images import read_images
+from nnunet_lite.data.images import PICTURES, read_images
 
 CONFIGURATIONS = ("2d", "3d_fullres")
 LABELS = 5  # of the CT
@@ -87,7 +87,7 @@ def nnunet_layout(dataset: Dataset, number: int, raw: Path) -> None:
     for part in ("imagesTr", "labelsTr"):
         (root / part).mkdir(parents=True)
     for case in dataset.cases:
-        if len(case.images) == len(dataset.channels):
+        if len(case.images) == len(dataset.channels) or dataset.file_ending in PICTURES:
             for channel, path in enumerate(case.images):
                 (root / "imagesTr" / f"{case.id}_{channel:04d}{dataset.file_ending}").symlink_to(path.absolute())
         else:

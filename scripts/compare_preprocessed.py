@@ -71,7 +71,9 @@ def compare(theirs: Path, ours: Path, plan: Plan, configuration: str) -> Row:
     step = np.spacing(np.maximum(np.abs(mine), np.abs(image)).astype(np.float16)).astype(np.float32)
     step = np.maximum(step, 1e-6 * np.ptp(image))
     classes = np.asarray(case.label[:], np.int16)
-    wanted = plan.labels.encode(np.maximum(label, 0))  # -1: nnU-Net's background outside the nonzero mask
+    wanted = plan.labels.encode(np.maximum(label, 0))
+    if any(channel.use_mask for channel in plan.channels):  # nnU-Net has -1 outside the nonzero mask
+        wanted = np.where(label < 0, plan.labels.outside_class, wanted)
     return Row(
         name,
         image.shape,

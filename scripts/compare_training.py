@@ -1,126 +1,255 @@
 #!/usr/bin/env python3
-"""Accuracy at equal work: the recipe `default` against nnU-Net 2.8.1 on one fold, with the same plan, steps and batch.
+"""Accuracy at equal work: the recipe `default` against nnU-Net 2.8.1, with one plan and equal steps, folds and seeds.
 
-usage: taskset -c 0,1 python scripts/compare_training.py DATA --nnunet-python ~/venvs/nnunet/bin/python
+usage: python scripts/compare_training.py DATA --nnunet-python ~/venvs/nnunet/bin/python --work FOLDER
+           [--configuration 2d] [--plan plans.json] [--splits splits.json] [--folds 0 1] [--seeds 0 1 2] [--slices 2]
 
-Both plan and preprocess the data themselves; the network and the batch are then made smaller alike, so that a CPU can
-train them. Both predict the held-out images whole, with mirroring, and one evaluator scores them. Prints the mean Dice
-of both for each label and seed, and the mean difference (ours minus nnU-Net's, paired by case) with a bootstrap
-interval over cases. Exits with 1 where ours is worse by more than 0.005. With --work, the same command goes on.
+The plan is DATA's own or the one of --plan, with the patch, batch and features of the options, so that a CPU can train
+it. nnU-Net gets the same plan and the same folds. The two frameworks run side by side, each on a core of its own. Both
+predict the held-out images whole, with their final weights and with mirroring, and one evaluator scores them. Prints
+the mean Dice of each seed and the mean difference (nnlite minus nnU-Net, paired by case) with a 95 % bootstrap interval
+over cases. Exits with 1 where the difference over all seeds is below -0.005.
+
+Both keep checkpoints in --work: the same command resumes there. A resumed training of nnU-Net draws other random
+numbers than one that was never interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import SimpleITK as sitk
 from bench_preprocess import nnunet_layout
 
 import nnunet_lite
-from nnunet_lite.data.dataset import Dataset, read_dataset
+from nnunet_lite.api.training import fold_names
+from nnunet_lite.data.dataset import Dataset, read_case, read_dataset
 from nnunet_lite.evaluation.scores import evaluate
+from nnunet_lite.interop.nnunet import Description, description_to_nnunet, plan_to_nnunet
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.settings import load
+from nnunet_lite.training.configured import configured
+from nnunet_lite.workspace import write_json, write_text
 
-NUMBER = 900  # of the data set in nnU-Net's folders
+NUMBER = 900  # of the dataset in nnU-Net's folders
 EPOCH = 25  # steps: nnU-Net lowers its rate once an epoch
 TOLERATED = 0.005
+WHO = ("nnU-Net", "nnlite")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What both do."""
+    """What both frameworks do.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        What is trained on.
+    folder : Path
+        Holds everything that either framework writes.
+    configuration : str
+        Of the plan.
+    iterations : int
+        Steps of each training, rounded up to whole epochs.
+    changes : dict[str, Any]
+        Patch, batch and features, as settings of a recipe.
+    splits : Path or None
+        The folds; None for nnU-Net's.
+    device, precision : str
+        As of `nnlite train`; nnU-Net takes fp32 on a CPU, fp16 on a GPU.
+    """
 
     dataset: Dataset
     folder: Path
-    fold: int
+    configuration: str
     iterations: int
-    features: int
-    batch: int
+    changes: dict[str, Any]
+    splits: Path | None
     device: str
+    precision: str
 
     @property
     def epochs(self) -> int:
         return -(-self.iterations // EPOCH)
 
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "nnlite"
 
-def train_ours(work: Work, seed: int, precision: str) -> Path:
-    """Our predictions of the held-out cases."""
-    workspace, name = work.folder / "nnlite", f"seed_{seed}"
-    if not (workspace / "current.json").is_file():
-        nnunet_lite.plan(work.dataset.root, workspace=workspace)
-    changes: dict[str, Any] = {
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.read(self.folder / "plan.json")
+
+    def ours(self, seed: int, fold: str) -> Path:
+        """The folder of our predictions of a fold's held-out cases."""
+        models = next(self.workspace.glob("*/plans.json")).parent / "models"
+        return models / f"seed_{seed}" / f"fold_{fold}" / "validation"
+
+    def theirs(self, seed: int, fold: str) -> Path:
+        """The folder of nnU-Net's predictions of a fold's held-out cases."""
+        model = f"nnUNetTrainer__nnUNetPlans__{self.configuration}"
+        return self._nnunet_results(seed) / _nnunet_name(self.dataset) / model / f"fold_{fold}" / "validation"
+
+    def _nnunet_results(self, seed: int) -> Path:
+        return self.folder / "nnunet" / f"seed_{seed}"
+
+    def environment(self, seed: int) -> dict[str, str]:
+        """The environment variables that nnU-Net needs."""
+        root = self.folder / "nnunet"
+        folders = {"raw": root / "raw", "preprocessed": root / "preprocessed", "results": self._nnunet_results(seed)}
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        # on a CPU, workers would take the core of the network, and the seed alone would not decide the batches
+        workers = {"nnUNet_n_proc_DA": "0" if self.device == "cpu" else "8", "nnUNet_def_n_proc": "1"}
+        memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # as ours: see keep_freed_memory
+        return {f"nnUNet_{name}": str(folder) for name, folder in folders.items()} | workers | memory
+
+
+def prepare(work: Work, given: Path | None, python: Path) -> None:
+    """Plan once, for both, and let nnU-Net preprocess by that plan."""
+    if not (work.folder / "plan.json").is_file():
+        how: dict[str, Any] = {"workspace": work.workspace, "splits": work.splits}
+        planned = nnunet_lite.plan(work.dataset.root, adopt=given, **how)
+        small = configured(planned, work.configuration, load("default", work.changes))
+        write_text(work.folder / "made.json", small.to_json())
+        nnunet_lite.plan(work.dataset.root, adopt=work.folder / "made.json", **how)
+        fold_names(workspace=work.workspace)  # writes splits.json
+        (work.folder / "made.json").rename(work.folder / "plan.json")
+    preprocessed = work.folder / "nnunet" / "preprocessed" / _nnunet_name(work.dataset)
+    if (preprocessed / "done").is_file():
+        return
+    environment, log = work.environment(0), work.folder / "nnunet.log"
+    if not (raw := work.folder / "nnunet" / "raw" / _nnunet_name(work.dataset)).is_dir():
+        nnunet_layout(work.dataset, NUMBER, raw.parent)
+    _run([python.with_name("nnUNetv2_extract_fingerprint"), "-d", NUMBER, "-np", 1], environment, log)
+    data = work.dataset
+    about = description_to_nnunet(Description(data.channels, data.labels, len(data.cases), data.file_ending))
+    plans = plan_to_nnunet(work.plan, about) | {"dataset_name": _nnunet_name(data), "plans_name": "nnUNetPlans"}
+    write_json(preprocessed / "nnUNetPlans.json", plans)
+    write_text(preprocessed / "dataset.json", (raw / "dataset.json").read_text())
+    _run([python.with_name("nnUNetv2_preprocess"), "-d", NUMBER, "-c", work.configuration, "-np", 1], environment, log)
+    splits = next(work.workspace.glob("*/splits.json"))
+    write_text(preprocessed / "splits_final.json", splits.read_text())
+    (preprocessed / "done").touch()
+
+
+def train_ours(work: Work, seed: int, fold: str, core: int) -> None:
+    """Train and validate a fold with nnlite, unless that is done."""
+    if (work.ours(seed, fold) / "summary.json").is_file():
+        return
+    settings = {
         "training.epochs": work.epochs,
         "training.iterations": EPOCH,
         "training.validation_iterations": 1,
-        "training.batch_size": work.batch,
-        "training.precision": precision,
+        "training.precision": work.precision,
         "training.seed": seed,
-        "network.features_base": work.features,
     }
-    nnunet_lite.train("3d_fullres", work.fold, changes=changes, name=name, device=work.device, workspace=workspace)
-    (model,) = workspace.glob(f"*/models/{name}")
-    return model / f"fold_{work.fold}" / "validation"
+    command = [sys.executable, "-m", "nnunet_lite", "train", work.configuration, fold, "--name", f"seed_{seed}",
+               "--device", work.device, "-w", work.workspace]  # fmt: skip
+    command += [f"--set={key}={value}" for key, value in settings.items()]
+    _run(command, {}, work.folder / f"nnlite_seed_{seed}_fold_{fold}.log", core)
 
 
-def train_nnunet(work: Work, seed: int, python: Path) -> Path:
-    """nnU-Net's."""
-    root, results = work.folder / "nnunet", work.folder / "nnunet" / f"seed_{seed}"
-    folders = {"raw": root / "raw", "preprocessed": root / "preprocessed", "results": results}
-    environment = {f"nnUNet_{name}": str(folder) for name, folder in folders.items()}
-    environment |= {"nnUNet_n_proc_DA": "8", "nnUNet_def_n_proc": "2"}
-    environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # as ours: see keep_freed_memory
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    if not any(folders["preprocessed"].glob("*/splits_final.json")):
-        nnunet_layout(work.dataset, NUMBER, folders["raw"])
-        planning = python.with_name("nnUNetv2_plan_and_preprocess")
-        _run([planning, "-d", NUMBER, "-c", "3d_fullres", "-np", 2, "-npfp", 2], environment, root / "planning.log")
-        (plans,) = folders["preprocessed"].glob("*/nnUNetPlans.json")
-        plans.write_text(json.dumps(_smaller(json.loads(plans.read_text()), work)))
-        splits = next((work.folder / "nnlite").glob("*/splits.json"))
-        (plans.parent / "splits_final.json").write_text(splits.read_text())
-    if not any(results.rglob("validation/summary.json")):
-        script = Path(__file__).with_name("nnunet_training.py")
-        arguments = [NUMBER, work.fold, work.epochs, EPOCH, seed, work.device]
-        if work.device == "cpu":  # workers would take the cores of the network, and the seed would not decide alone
-            environment["nnUNet_n_proc_DA"] = "0"
-        _run([python, script, *arguments], environment, results / "training.log")
-    (summary,) = results.rglob(f"fold_{work.fold}/validation/summary.json")
-    return summary.parent
+def train_nnunet(work: Work, seed: int, fold: str, core: int, python: Path) -> None:
+    """Train and validate a fold with nnU-Net, unless that is done."""
+    if (work.theirs(seed, fold) / "summary.json").is_file():
+        return
+    script = Path(__file__).with_name("nnunet_training.py")
+    command = [python, script, NUMBER, work.configuration, fold, work.epochs, EPOCH, seed, work.device]
+    _run(command, work.environment(seed), work.folder / f"nnunet_seed_{seed}_fold_{fold}.log", core)
 
 
-def _smaller(plans: dict[str, Any], work: Work) -> dict[str, Any]:
-    planned = plans["configurations"]["3d_fullres"]
-    planned["batch_size"] = work.batch
-    network = planned["architecture"]["arch_kwargs"]
-    top = max(network["features_per_stage"])
-    network["features_per_stage"] = [min(work.features * 2**i, top) for i in range(network["n_stages"])]
-    return plans
+def _nnunet_name(dataset: Dataset) -> str:
+    return f"Dataset{NUMBER:03d}_{dataset.name.split('_')[-1]}"  # as nnunet_layout names it
 
 
-def _run(command: list[Any], environment: dict[str, str], log: Path) -> None:
-    with log.open("w") as output:
-        done = subprocess.run(list(map(str, command)), env=os.environ | environment, stdout=output, stderr=output)
-    if done.returncode:
-        sys.exit(f"{command[0]} ended with {done.returncode}: see {log}")
+def _run(command: list[Any], environment: dict[str, str], log: Path, core: int | None = None) -> None:
+    """Run a command to its end, on one core if one is given; a failure ends this program."""
+    threads = {} if core is None else {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as output:
+        process = psutil.Popen(
+            list(map(str, command)), env=os.environ | environment | threads, stdout=output, stderr=subprocess.STDOUT
+        )
+        if core is not None:
+            process.cpu_affinity([core])
+        if code := process.wait():
+            raise SystemExit(f"{command[0]} ended with {code}: see {log}")
 
 
-def dice(predictions: Path, dataset: Dataset) -> np.ndarray:
-    """Dice of each held-out case and label (cases, labels), by our evaluator for both."""
+# ------------------------------------------------------------------------------------------------- slices as cases
+
+
+def cut_into_slices(dataset: Dataset, every: int, folder: Path) -> tuple[Path, Path]:
+    """Cut volumes into axial slices, each a case, and hold out one volume in each fold.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Of volumes.
+    every : int
+        Takes every so many of the slices that show a label.
+    folder : Path
+        Where the dataset of slices is written, unless it is there.
+
+    Returns
+    -------
+    tuple[Path, Path]
+        The root of the new dataset and its splits.json.
+    """
+    root, splits = folder / f"{dataset.name}Slices", folder / "splits.json"
+    if splits.is_file():
+        return root, splits
+    for part in ("imagesTr", "labelsTr"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+    slices: dict[str, list[str]] = {}
+    for case in dataset.cases:
+        image, values = read_case(case, dataset)
+        assert values is not None
+        spacing = image.geometry.spacing[:0:-1]
+        shown = np.flatnonzero((values != dataset.labels.background).any((1, 2)))[::every]
+        for z in shown:
+            name = f"{case.id}s{z:03d}"
+            for channel, array in enumerate(image.array):
+                _write_slice(root / "imagesTr" / f"{name}_{channel:04d}.nii.gz", array[z].astype(np.float32), spacing)
+            _write_slice(root / "labelsTr" / f"{name}.nii.gz", values[z].astype(np.uint8), spacing)
+            slices.setdefault(case.id, []).append(name)
+    about = Description(dataset.channels, dataset.labels, sum(map(len, slices.values())), ".nii.gz")
+    write_json(root / "dataset.json", description_to_nnunet(about))
+    every_slice = [name for names in slices.values() for name in names]
+    folds = [{"train": [n for n in every_slice if n not in held_out], "val": held_out} for held_out in slices.values()]
+    write_json(splits, folds)
+    return root, splits
+
+
+def _write_slice(file: Path, array: np.ndarray, spacing: Sequence[float]) -> None:
+    image = sitk.GetImageFromArray(array[None])
+    image.SetSpacing((*map(float, spacing), 1.0))
+    sitk.WriteImage(image, str(file))
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+
+def dice(folders: Sequence[Path], dataset: Dataset) -> np.ndarray:
+    """Dice of the held-out cases of some folds and of each label (cases, labels), by one evaluator for both."""
     references = next(case.label for case in dataset.cases if case.label).parent
-    return evaluate(predictions, references, dataset.labels, surface=False).values()
+    return np.concatenate([evaluate(folder, references, dataset.labels, surface=False).values() for folder in folders])
 
 
 def known(values: np.ndarray) -> np.ndarray:
-    """Without those of cases that have none: no label is there, neither in truth nor as predicted."""
+    """Without the cases that have no value: a label is neither in the reference nor predicted."""
     return values[np.isfinite(values)]
 
 
@@ -131,54 +260,95 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def table(scores: dict[tuple[str, int], np.ndarray], labels: list[str]) -> str:
-    head = ["", "seed", *labels, "mean Dice"]
-    lines = [head, ["---"] * len(head)]
-    for (who, seed), values in scores.items():
-        means = [f"{value:.4f}" for value in (*np.nanmean(values, 0), np.nanmean(values))]
-        lines.append([who, str(seed), *means])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(scores: dict[str, np.ndarray], seeds: Sequence[int], labels: Sequence[str]) -> tuple[str, float]:
+    """The scores as a table, and the mean difference over seeds.
+
+    Parameters
+    ----------
+    scores : dict[str, np.ndarray]
+        By framework, Dice (seeds, cases, labels).
+    seeds : Sequence[int]
+        The seeds.
+    labels : Sequence[str]
+        Names of the labels.
+    """
+    lines = [["", *WHO, "nnlite - nnU-Net (95 % interval over cases)", "cases"], ["---"] * 5]
+
+    def add(name: str, pick: Any) -> float:
+        values = {who: pick(scores[who]) for who in WHO}
+        difference = known(values["nnlite"] - values["nnU-Net"])
+        low, high = interval(difference)
+        means = [f"{np.nanmean(values[who]):.4f}" for who in WHO]
+        lines.append([name, *means, f"{difference.mean():+.4f} ({low:+.4f} to {high:+.4f})", str(len(difference))])
+        return float(difference.mean())
+
+    each = [add(f"seed {seed}", lambda v, i=i: np.nanmean(v[i], 1)) for i, seed in enumerate(seeds)]
+    whole = add("all seeds", lambda v: np.nanmean(v, (0, 2)))
+    if len(labels) > 1:
+        for i, label in enumerate(labels):
+            add(f"{label}, all seeds", lambda v, i=i: np.nanmean(v[:, :, i], 0))
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if len(seeds) > 1:
+        text += f"\n\nThe difference varies from seed to seed with a standard deviation of {np.std(each, ddof=1):.4f}."
+    return text, whole
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--nnunet-python", type=Path, required=True, help="interpreter that has nnunetv2")
-    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--work", type=Path, required=True, help="keeps everything; the same command resumes there")
+    parser.add_argument("--configuration", default="3d_fullres")
+    parser.add_argument("--plan", type=Path, help="plans.json, of nnlite or nnU-Net [planned from the data]")
+    parser.add_argument("--splits", type=Path, help="splits.json or splits_final.json [nnU-Net's five folds]")
+    parser.add_argument("--slices", type=int, metavar="N", help="train on every Nth labelled axial slice as a 2D case, "
+                        "and hold out a volume in each fold")  # fmt: skip
+    parser.add_argument("--folds", nargs="+", default=["0"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--features", type=int, default=8, help="of the first stage")
+    parser.add_argument("--features-max", type=int)
+    parser.add_argument("--patch-size", type=int, nargs="+", help="instead of the plan's")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", help="of ours; nnU-Net takes fp32 on a CPU, fp16 on a GPU")
-    parser.add_argument("--work", type=Path, help="keep everything here, and go on with what is there")
     parser.add_argument("--output", type=Path, help="write the table here too")
     o = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = (o.work or Path(scratch)).absolute()
-        work = Work(read_dataset(o.data), folder, o.fold, o.iterations, o.features, o.batch_size, o.device)
-        scores = {}
-        for seed in o.seeds:
-            scores["nnlite", seed] = dice(train_ours(work, seed, o.precision), work.dataset)
-            scores["nnU-Net", seed] = dice(train_nnunet(work, seed, o.nnunet_python), work.dataset)
-    by_case = {who: np.mean([np.nanmean(scores[who, s], 1) for s in o.seeds], 0) for who in ("nnlite", "nnU-Net")}
-    difference = known(by_case["nnlite"] - by_case["nnU-Net"])
-    low, high = interval(difference)
-    text = "\n".join(
-        [
-            f"{o.data.name}, fold {o.fold}: {work.epochs * EPOCH} steps of {o.batch_size} patches, features from "
-            f"{o.features} on, {o.device}, {o.precision}, {time.strftime('%Y-%m-%d')}",
-            "",
-            table(scores, list(work.dataset.labels.region_names)),
-            "",
-            f"nnlite - nnU-Net, {len(difference)} cases, {len(o.seeds)} seed(s): {difference.mean():+.4f} "
-            f"(95 % interval over cases {low:+.4f} to {high:+.4f})",
+    o.work.mkdir(parents=True, exist_ok=True)
+    folder, dataset = o.work.absolute(), read_dataset(o.data)
+    if o.slices:
+        root, o.splits = cut_into_slices(dataset, o.slices, folder)
+        dataset = read_dataset(root)
+    changes = {"training.batch_size": o.batch_size, "training.patch_size": o.patch_size,
+               "network.features_base": o.features, "network.features_max": o.features_max}  # fmt: skip
+    changes = {key: value for key, value in changes.items() if value is not None}
+    work = Work(dataset, folder, o.configuration, o.iterations, changes, o.splits, o.device, o.precision)
+    prepare(work, o.plan, o.nnunet_python)
+    cores = sorted(psutil.Process().cpu_affinity())
+    runs = [(seed, fold) for seed in o.seeds for fold in o.folds]
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(lambda: [train_ours(work, *run, cores[0]) for run in runs]),
+            pool.submit(lambda: [train_nnunet(work, *run, cores[-1], o.nnunet_python) for run in runs]),
         ]
+        for done in both:
+            done.result()
+    scores = {
+        "nnlite": np.stack([dice([work.ours(seed, fold) for fold in o.folds], dataset) for seed in o.seeds]),
+        "nnU-Net": np.stack([dice([work.theirs(seed, fold) for fold in o.folds], dataset) for seed in o.seeds]),
+    }
+    rows, difference = table(scores, o.seeds, dataset.labels.region_names)
+    planned = work.plan.configuration(o.configuration)
+    patch, features = "x".join(map(str, planned.patch_size)), "-".join(map(str, planned.network.features))
+    text = (
+        f"{dataset.name}, {o.configuration}, folds {', '.join(o.folds)}: {work.epochs * EPOCH} steps of "
+        f"{planned.batch_size} patches of {patch}, features {features}, {o.device}, {o.precision}, "
+        f"{time.strftime('%Y-%m-%d')}\n\n{rows}"
     )
     print(text)
     if o.output:
         o.output.write_text(text + "\n")
-    return int(difference.mean() < -TOLERATED)
+    return int(difference < -TOLERATED)
 
 
 if __name__ == "__main__":

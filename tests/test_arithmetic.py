@@ -38,6 +38,21 @@ def test_candidates_are_all_combinations_or_what_is_set() -> None:
     assert [a.precision for a in candidates(CPU, "auto", False)] == ["bf16", "fp32"]
 
 
+@pytest.mark.parametrize(("budget", "timed"), [(0.0, 1), (0.25, 2), (0.55, 3), (60.0, 3)])
+def test_timing_ends_when_its_time_is_over(budget: float, timed: int) -> None:
+    """Of three options that take 0.2 s each, 0.6 s with what a first call takes more."""
+    options, calls = [Arithmetic("bf16"), Arithmetic("fp32"), Arithmetic("fp16")], []
+
+    def step(arithmetic: Arithmetic) -> None:
+        calls.append(arithmetic)
+        time.sleep(0.2 if budget < 60 else 0.01)
+
+    start = time.perf_counter()
+    best = fastest(options, lambda a: partial(step, a), CPU, budget)
+    assert time.perf_counter() - start < budget + 0.5
+    assert best.reason.count(" s") == timed and len(calls) >= timed and len(calls) == timed * (4 if budget == 60 else 1)
+
+
 @pytest.mark.usefixtures("avx512")
 def test_the_fastest_is_taken_and_the_reason_names_the_times() -> None:
     seconds = {("bf16", True): 0.03, ("bf16", False): 0.02, ("fp32", True): 0.005, ("fp32", False): 0.03}

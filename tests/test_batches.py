@@ -135,22 +135,30 @@ def test_a_second_stage_sees_the_first_ones_labels_moved_with_its_own(job: MakeJ
         torch.testing.assert_close(images[:, 1:], torch.stack([(classes == c).float() for c in (1, 2)], 1))
 
 
-def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cases: list[Any]) -> None:
-    case = in_memory(tiny_cases[0])
-    image = case.image.copy()
-    image[:, :, :10] = 0
-    channel = job().plan.channels[0].model_copy(update={"use_mask": True})
-    empty = replace(case, image=image)
-    for pipeline in ("native", "batchgenerators"):
-        settings = {**OFF, "augmentation.p_noise": 1, "augmentation.p_mirror": 0, "augmentation.pipeline": pipeline,
-                    "augmentation.noise_std": [0.1, 0.1], "training.foreground": 0}  # fmt: skip
-        run = job(cases=[empty], plan={"channels": (channel,)}, **settings)
-        draw = draw_batch(run, run.training, 0, 0, augment=True)
-        images = build_batch(run, run.training, draw)[0]
-        for place, found in zip(draw.places, images, strict=True):
-            edge, slack = 10 - place.corner[1], 6 if pipeline == "batchgenerators" else 0  # which deforms the patch
-            assert not found[0, :, : max(0, edge - slack)].any()
-            assert found[0, :, max(0, edge + slack)].any()
+@pytest.mark.parametrize("pipeline", ["native", "batchgenerators"])
+def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cases: list[Any], pipeline: str) -> None:
+    """Of one masked and one unmasked channel; the mask is that of the case, whatever values the channels have."""
+    case, marker = in_memory(tiny_cases[0]), job().plan.labels.outside_class
+    image, label = np.concatenate([case.image, case.image + 1]), case.label.copy()
+    image[0, :, :10], label[:, :10] = 1e-3, marker  # resampling leaves such values outside
+    image[0, :, 12:14] = 0  # as it may be inside
+    plain = job().plan.channels[0]
+    channels = (plain.model_copy(update={"use_mask": True}), plain)
+    settings = {**OFF, "augmentation.p_noise": 1, "augmentation.p_mirror": 0, "augmentation.pipeline": pipeline,
+                "augmentation.noise_std": [0.1, 0.1], "training.foreground": 0}  # fmt: skip
+    run = job(cases=[replace(case, image=image, label=label)], plan={"channels": channels}, **settings)
+    draw = draw_batch(run, run.training, 0, 0, augment=True)
+    if pipeline == "native":  # the first sample reaches over the lower border
+        draw = replace(draw, places=[replace(draw.places[0], corner=(0, -4, 0)), *draw.places[1:]])
+    images, classes, _ = build_batch(run, run.training, draw)
+    assert int(classes.max()) < marker
+    for place, found in zip(draw.places, images, strict=True):
+        edge, slack = 10 - place.corner[1], 6 if pipeline == "batchgenerators" else 0  # which deforms the patch
+        assert not found[0, :, : max(0, edge - slack)].any()
+        assert found[1, :, : max(0, edge - slack)].all()
+        assert found[0, :, max(0, edge + slack) :].all()
+    calm = build_batch(run, run.training, draw_batch(run, run.training, 0, 0, augment=False))
+    assert int(calm[1].max()) < marker and float(calm[0][:, 0].min()) < 0
 
 
 def test_batches_come_without_end_and_from_the_middle_of_an_epoch(job: MakeJob) -> None:

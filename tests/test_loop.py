@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,8 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.preprocess.stored import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training import loop
+from nnunet_lite.training import loop, step
+from nnunet_lite.training.batches import make_batch
 from nnunet_lite.training.cache import LoadedCase, in_memory
 from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
 from nnunet_lite.training.configured import configured
@@ -37,6 +39,7 @@ from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.record import METRICS, PICTURE, TABLE
 from nnunet_lite.training.run import MODEL, is_complete, is_finished
+from nnunet_lite.training.step import choose_arithmetic, make_network
 from nnunet_lite.training.watch import Stop
 from nnunet_lite.workspace import current
 
@@ -227,6 +230,47 @@ def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob) -> None:
     assert len(table) < 1000
     assert table[-1]["lr"] < 0.5 * 0.01
     assert is_finished(run.folder)
+
+
+def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(job: MakeJob) -> None:
+    """Of 100 000 steps and as many validation batches to an epoch, as of slow ones on a CPU."""
+    many = {"training.iterations": 100_000, "training.validation_iterations": 100_000}
+    run = job(**many, **{"training.time_limit": 0.03, "schedule.name": "constant"})
+    start = time.monotonic()
+    train_fold(run)
+    assert time.monotonic() - start < 15
+    (row,) = rows(run.folder)
+    assert 0 < row["validation_loss"] < 3 and row["seconds"] < 3
+
+
+def test_a_run_makes_one_step_however_short_its_time(job: MakeJob) -> None:
+    run = job(**{"training.time_limit": 1e-6, "training.iterations": 10, "training.seed": None})
+    train_fold(run)
+    (row,) = rows(run.folder)
+    assert row["train_loss"] is not None and row["lr"] > 0
+
+
+def test_timing_number_formats_keeps_to_a_share_of_the_time(job: MakeJob) -> None:
+    """Where a step of the whole batch takes longer than a twentieth of the limit, one small sample is timed."""
+    auto = {"training.seed": None, "training.precision": "fp32", "training.channels_last": "auto"}
+    run = job(**auto, **{"training.patch_size": [32, 40, 32], "training.batch_size": 4, "training.time_limit": 1e-4})
+    batch = make_batch(run, run.training, 0, 0, augment=False)
+    part = step.part_of(run, batch)
+    assert tuple(part[0].shape) == (1, 1, 16, 16, 16) and tuple(part[1].shape) == (1, 16, 16, 16)
+    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_arithmetic(run, make_network(run)).reason)
+    patient = replace(run, settings=with_changes(run.settings, {"training.time_limit": 60}))
+    reason = choose_arithmetic(patient, make_network(patient)).reason
+    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s, fp32 \S+ s", reason)
+
+
+def test_the_time_of_the_number_formats_counts(job: MakeJob) -> None:
+    auto = {"training.seed": None, "training.channels_last": "auto", "training.patch_size": [32, 40, 32]}
+    run = job(**auto, **{"training.epochs": 1, "training.iterations": 1})
+    start = time.monotonic()
+    train_fold(run)
+    whole, epoch = time.monotonic() - start, rows(run.folder)[0]["seconds"]
+    counted = read_state(run.folder / CHECKPOINT)["seconds"]
+    assert epoch + 0.5 * (whole - epoch) < counted < whole
 
 
 def test_the_plateau_rule_ends_the_run(job: MakeJob) -> None:

@@ -20,6 +20,7 @@ from nnunet_lite.preprocess.pipeline import (
     restore_segmentation,
     target_spacing,
 )
+from nnunet_lite.preprocess.resample import resample_labels
 
 STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
 LABELS = Labels(names={"background": 0, "anterior": 1, "posterior": 2})
@@ -103,6 +104,26 @@ def test_mask_counts_annotated_voxels_even_where_zero() -> None:
         (image.array[0][corner] - voxels.mean()) / voxels.std(), abs=1e-4
     )
     assert (got.image[0] == 0).sum() == got.image[0].size - body.sum()
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 1.3, 1.1), (4.0, 1.0, 1.0)])
+def test_what_lies_outside_the_mask_of_all_channels_is_a_class_of_its_own(spacing: tuple[float, float, float]) -> None:
+    """The mask is nnU-Net's: of all channels, be they normalised inside it or not; resampled as any other label."""
+    image, values = blob((30, 40, 20), (1.0, 1.0, 1.0))
+    second = np.where(np.arange(40)[:, None] < 15, 7, 0) * np.ones((30, 1, 20), np.float32)
+    image = Image(np.concatenate([image.array, second[None]]), image.geometry)
+    values[:, :, :9] = 0
+    plan = make_plan(use_mask=True, channels=2)
+    plan = plan.model_copy(update={"channels": (plan.channels[0], make_plan().channels[0])})
+    got = preprocess(image, values, plan, configuration(spacing))
+    box = tuple(slice(*span) for span in got.placement.box)
+    outside = ~image.array.any(0) & (values == 0)
+    marked = np.where(outside, 3, values)[box].astype(np.uint8)
+    assert outside[box].any() and (~outside & (values == 0))[box].any()
+    wanted = resample_labels(marked, got.placement.shape, (1.0, 1.0, 1.0), spacing)
+    assert got.classes is not None and np.array_equal(got.classes, wanted)
+    unmasked = preprocess(image, values, make_plan(channels=2), configuration(spacing))
+    assert unmasked.classes is not None and unmasked.classes.max() == 2
 
 
 @pytest.mark.parametrize("axis_order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])

@@ -48,7 +48,7 @@ def plan(
     adopt: Folder | None = None,
     change: Change | None = None,
     clip_percentiles: tuple[float, float] | None = None,
-    stored_as: Literal["float16", "float32"] = "float16",
+    stored_as: Literal["float16", "float32"] | None = None,
     folds: int | None = None,
     group_by: Folder | None = None,
     stratify: bool | Folder = False,
@@ -64,7 +64,8 @@ def plan(
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
     folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given.
-    stored_as : type of the preprocessed images on disk.
+    stored_as : type of the preprocessed images on disk; default: that of the plan, float32 where a channel is not
+        standardised.
     clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
 
     Raises
@@ -101,7 +102,8 @@ def plan(
         clipped = [c if c.normalization == "ct" else c.model_copy(update={"clip_percentiles": clip_percentiles})
                    for c in made.channels]  # fmt: skip
         made = made.model_copy(update={"channels": tuple(clipped)})
-    made = made.model_copy(update={"stored_as": stored_as})
+    if stored_as is not None:
+        made = made.model_copy(update={"stored_as": stored_as})
     made_splits = make_splits(ids, wanted) if other_splits else None
     write_json(paths.check, report.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))

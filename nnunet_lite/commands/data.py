@@ -73,7 +73,10 @@ def plan(
     stratify: Stratify = False,
     stratify_by: StratifyBy = None,
     splits: Splits = None,
-    store: Annotated[Stored, typer.Option(help="Type of preprocessed images on disk.")] = Stored.float16,
+    store: Annotated[
+        Stored | None,
+        typer.Option(help="Type of preprocessed images on disk [float16 where every channel is standardised]."),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
     ] = False,
@@ -102,7 +105,7 @@ def plan(
     elif data is not None:
         made = api.plan(
             data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change,
-            clip_percentiles=clip, stored_as=store.value, folds=folds, group_by=group_by,
+            clip_percentiles=clip, stored_as=None if store is None else store.value, folds=folds, group_by=group_by,
             stratify=stratify_by or stratify, splits=splits, workers=workers,
         )  # fmt: skip
     else:

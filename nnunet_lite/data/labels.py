@@ -132,6 +132,11 @@ class Labels(BaseModel):
         """The class index under which ignored voxels are stored: one past the last class."""
         return None if self.ignore is None else self.n_classes
 
+    @property
+    def outside_class(self) -> int:
+        """The class index under which voxels outside the nonzero mask are stored: one past all others."""
+        return self.n_classes + (self.ignore is not None)
+
     @cached_property
     def region_classes(self) -> tuple[tuple[int, ...], ...]:
         """The class indices that make up each of `region_names`."""

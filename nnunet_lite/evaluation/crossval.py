@@ -38,6 +38,7 @@ def validate_fold(
     case_ids: Sequence[str],
     device: str | None,
     previous: Mapping[str, Path] | None = None,
+    step_size: float | None = None,
 ) -> Scores:
     """Predict the held-out cases of a fold from their raw images and score them.
 
@@ -48,14 +49,19 @@ def validate_fold(
     ----------
     previous : for the second stage of a cascade, what the first one predicts of each case: that of the same fold, which
         held the case out too.
+    step_size : float or None
+        Distance of two windows, as a share of the patch; None for that of the settings. Another one is noted in
+        summary.json.
 
     Raises
     ------
     UserError : a case cannot be predicted.
     """
-    model = load(folder, [fold], device, alone=previous is not None)
+    changes = None if step_size is None else {"inference.step_size": step_size}
+    model = load(folder, [fold], device, changes, alone=previous is not None)
     before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
-    return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before)
+    notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
+    return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before, notes)
 
 
 def validate(
@@ -64,6 +70,7 @@ def validate(
     dataset: Dataset,
     case_ids: Sequence[str],
     previous: Callable[[str], np.ndarray] | None = None,
+    notes: Sequence[str] = (),
 ) -> Scores:
     """Predict cases of a data set into a folder, those that are not there yet, and score them; as `validate_fold`."""
     cases = _chosen(dataset, case_ids)
@@ -73,20 +80,25 @@ def validate(
         raise UserError(
             f"{len(failed)} of {len(cases)} cases could not be predicted; {case_id}: {why.rstrip('.')}", out
         )
-    return score_predictions(out, dataset, case_ids)
+    return score_predictions(out, dataset, case_ids, notes=notes)
 
 
-def score_predictions(out: Path, dataset: Dataset, case_ids: Sequence[str], workers: int | None = None) -> Scores:
+def score_predictions(
+    out: Path, dataset: Dataset, case_ids: Sequence[str], workers: int | None = None, notes: Sequence[str] = ()
+) -> Scores:
     """Score the label maps of cases in a folder, and write summary.json and summary.csv there.
 
     Parameters
     ----------
     workers : threads; None for all CPUs, 0 or 1 for one.
+    notes : Sequence[str]
+        What summary.json notes about how the cases were predicted.
     """
     cases = _chosen(dataset, case_ids)
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
         found = pool.map(partial(_score, out=out, dataset=dataset), cases)
-        scores = Scores.of(log.progress(found, len(cases), "score"), dataset.labels)
+        rows = tuple(log.progress(found, len(cases), "score"))
+    scores = Scores(rows, dataset.labels, notes=tuple(notes))
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores

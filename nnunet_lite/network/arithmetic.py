@@ -63,11 +63,15 @@ def candidates(device: torch.device, precision: str, channels_last: str | bool) 
 
 
 def fastest(
-    options: list[Arithmetic], prepare: Callable[[Arithmetic], Callable[[], None]], device: torch.device
+    options: list[Arithmetic],
+    prepare: Callable[[Arithmetic], Callable[[], None]],
+    device: torch.device,
+    budget: float = math.inf,
 ) -> Arithmetic:
     """Time each option after a warm-up and take the fastest; the reason lists the times.
 
-    `prepare` gives the work that is timed; it is called before each time, for the options may share a network.
+    `prepare` gives the work that is timed; it is called before each time, for the options may share a network. When
+    `budget` seconds are over, the fastest of what was timed until then is taken.
 
     An option whose warm-up alone takes much longer than the best so far is dropped without being timed again. The
     others take turns, so that a machine which is slower for a while is so for all of them.
@@ -76,16 +80,23 @@ def fastest(
         return options[0]
     times: dict[Arithmetic, float] = {}
     left: list[Arithmetic] = []
+    start = time.perf_counter()
     for option in options:
+        if left and time.perf_counter() - start > budget:
+            break
         warm = times[option] = seconds(prepare(option), device)
         best = min((times[each] for each in left), default=math.inf)
         if warm <= min(4 * best, 1.3 * best + _START):
             left.append(option)
     rounds = 1 if max(times[option] for option in left) > _LONG else 3
     for number in range(rounds):
+        took: dict[Arithmetic, float] = {}
         for option in left:
-            took = seconds(prepare(option), device)
-            times[option] = min(took, times[option]) if number else took
+            if time.perf_counter() - start <= budget:
+                took[option] = seconds(prepare(option), device)
+        if len(took) < len(left):
+            break  # a part of a round would compare warm-ups with what comes after them
+        times |= {option: min(took[option], times[option]) if number else took[option] for option in left}
     winner = min(times, key=times.__getitem__)
     shown = ", ".join(f"{_name(o)} {seconds:.3g} s" for o, seconds in times.items())
     return Arithmetic(winner.precision, winner.channels_last, f"fastest of {shown}")

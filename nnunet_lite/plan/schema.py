@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +42,7 @@ AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
 Length = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
+Precision = Literal["float16", "float32"]
 
 
 class _Model(BaseModel):
@@ -68,6 +69,15 @@ class Channel(_Model):
     use_mask: bool = False
     clip_percentiles: tuple[Percent, Percent] | None = Field(None, description="of each image, before normalisation")
     statistics: Statistics
+
+
+def exact_storage(channels: Iterable[Channel]) -> Precision:
+    """The type that stores normalised images as exactly as they are needed.
+
+    float16 has 11 bits: an error of at most 2^-12 of a value. That is little of a value that counts in standard
+    deviations from the mean, and of a byte; raw 16-bit values would be off by up to 16.
+    """
+    return "float32" if any(channel.normalization in ("none", "rescale_0_1") for channel in channels) else "float16"
 
 
 class Network(_Model):
@@ -177,7 +187,10 @@ class Plan(_Model):
     channels: tuple[Channel, ...] = Field(min_length=1)
     labels: Labels
     n_cases: int = 0
-    stored_as: Literal["float16", "float32"] = Field("float16", description="type of preprocessed images on disk")
+    stored_as: Precision = Field(
+        default_factory=lambda data: exact_storage(data.get("channels", ())),
+        description="type of preprocessed images on disk; default: float32 where a channel is not standardised",
+    )
     configurations: dict[str, Configuration] = Field(
         min_length=1, description='one may name another as "inherits_from" and give only what differs'
     )

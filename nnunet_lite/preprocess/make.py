@@ -16,7 +16,7 @@ from nnunet_lite import budget, log
 from nnunet_lite.data.dataset import Case, Dataset, read_case
 from nnunet_lite.data.geometry import Turn
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.plan.schema import Configuration, Plan, Precision, exact_storage
 from nnunet_lite.preprocess.pipeline import (
     Prepared,
     prepare,
@@ -27,7 +27,7 @@ from nnunet_lite.preprocess.pipeline import (
     turn_for,
 )
 from nnunet_lite.preprocess.raw_files import RawCase, survey
-from nnunet_lite.preprocess.stored import Precision, is_whole, write_stored
+from nnunet_lite.preprocess.stored import is_whole, write_stored
 from nnunet_lite.preprocess.threads import one_blas_thread
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -98,6 +98,9 @@ class Make:
         if progress and jobs:
             arrays = sum(len(job.missing) for job in jobs)
             log.info(f"{arrays} arrays to make, about {estimate / 1e6:.1f} MB of disk")
+            if self.precision == "float16" and exact_storage(self.plan.channels) == "float32":
+                log.warn("the plan stores images as float16, which rounds 16-bit values that are not standardised by "
+                         "up to 16; `nnlite plan DATA --store float32` keeps all digits")  # fmt: skip
         failed |= _run(jobs, self.dataset, self.plan, workers, progress, self.precision)
         return Part(sound, index, failed, sum(len(job.missing) for job in jobs), estimate)
 
@@ -119,7 +122,9 @@ class Make:
 def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]) -> dict[str, Any]:
     """What of a plan decides the arrays that a case is made into."""
     labels, how = plan.labels, configuration.resampling
+    marked = {"outside": labels.outside_class} if any(c.use_mask for c in plan.channels) else {}
     return {
+        **marked,
         "version": _VERSION,
         "axis_order": plan.axis_order,
         "channels": [

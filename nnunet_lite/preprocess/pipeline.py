@@ -75,7 +75,8 @@ class Placement:
 class Prepared:
     """A case cropped and normalised but not resampled, transposed axes: what all configurations share.
 
-    `image` (channels, z, y, x) float32; `classes` (z, y, x) or None.
+    `image` (channels, z, y, x) float32; `classes` (z, y, x) or None. Where a channel is normalised inside the nonzero
+    mask, the background outside of that mask has the class `Labels.outside_class`.
     """
 
     image: np.ndarray
@@ -123,6 +124,9 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
     counted = None
     if mask is not None:  # as in nnU-Net, annotated voxels count even if zero
         counted = mask[inside] if classes is None else mask[inside] | (classes != 0)
+    if counted is not None and classes is not None:
+        outside = plan.labels.outside_class
+        classes = np.where(counted, classes, np.min_scalar_type(outside).type(outside))
     normalize(array, plan.channels, counted)
     return Prepared(array, classes, image.geometry, turn, box, transposed(image.geometry.spacing, turn.order))
 

@@ -22,10 +22,10 @@ from typing import Any
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case, Dataset
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.plan.schema import Plan, Precision
 from nnunet_lite.preprocess.make import Make, Part, Progress, folder_name, recipe_of, short_hash
 from nnunet_lite.preprocess.raw_files import RawCase, memorize, recall, remembered
-from nnunet_lite.preprocess.stored import LEFTOVER, Precision, StoredCase, is_whole, read_stored
+from nnunet_lite.preprocess.stored import LEFTOVER, StoredCase, is_whole, read_stored
 from nnunet_lite.workspace import locked, read_json, write_json
 
 # (function, items, what for) -> (item, result or why there is none), as they end

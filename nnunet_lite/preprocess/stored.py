@@ -1,7 +1,8 @@
 """One preprocessed case on disk: a folder that is there whole or not at all.
 
-image.b2nd       blosc2, (channels, z, y, x) float16; float32 where float16 would overflow, or by choice
-label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); absent for a case without label
+image.b2nd       blosc2, (channels, z, y, x) of the plan's `stored_as`; float32 where float16 would overflow
+label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); absent for a case without label;
+                 where a channel is normalised inside the nonzero mask, `Labels.outside_class` outside of it
 foreground.npy   int16 or int32 (n, 3), voxels of each class or region, and those not ignored, one after the other
 case.json        how many voxels each has, the placement, and size and checksum of the other files
 """
@@ -9,29 +10,28 @@ case.json        how many voxels each has, the placement, and size and checksum 
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.plan.schema import Precision
 from nnunet_lite.preprocess.pipeline import Placement, Preprocessed
 from nnunet_lite.preprocess.resample import label_boxes
 from nnunet_lite.workspace import read_json
 
-Precision = Literal["float16", "float32"]
-
 LEFTOVER = ".tmp-"  # begins the name of what a killed run leaves behind
 _BLOCK_BYTES = 1 << 16  # is decompressed at once: fits a core's cache
 _CHUNK_BYTES = 1 << 22
-_SAMPLES = 10_000  # foreground voxels kept of each class, as in nnU-Net
+_SAMPLES, _SHARE = 10_000, 0.01  # foreground voxels kept of each class: the larger of both, as in nnU-Net
 _ANNOTATED = -1
 _SLAB = 1 << 20  # voxels looked at together
 
@@ -44,7 +44,7 @@ class StoredCase:
     ----------
     image : (channels, z, y, x) float16, memory-mapped; `image[:, z0:z1, y0:y1, x0:x1]` reads that box as a numpy array.
     label : (z, y, x) classes, likewise; None for a case without label.
-    foreground : voxels (n, 3) of each class but the background, or of each region counted from 1; at most 10 000 each.
+    foreground : voxels (n, 3) of each class but the background, or of each region counted from 1; see `sampled_voxels`.
     annotated : voxels (n, 3) that are not ignored; None for a data set without ignore label.
     key : name of the case's folder, which says what it was made of.
     previous : (z, y, x) classes that the previous stage of a cascade predicted on this grid; see training/cascade.py.
@@ -109,7 +109,7 @@ def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
         _write(temporary / "image.b2nd", _fitting(case.image, precision), patch)
         voxels: list[tuple[int, np.ndarray]] = []
         if case.classes is not None:
-            kind = np.uint8 if labels.n_classes < 256 else np.uint16
+            kind = np.min_scalar_type(labels.outside_class)
             _write(temporary / "label.b2nd", case.classes.astype(kind, copy=False), patch)
             voxels = sampled_voxels(case.classes, labels)
             np.save(temporary / "foreground.npy", np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
@@ -132,14 +132,15 @@ def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
 
 
 def sampled_voxels(classes: np.ndarray, labels: Labels) -> list[tuple[int, np.ndarray]]:
-    """Up to 10 000 voxels (n, 3) of each class but the background, or of each region (from 1), found in (z, y, x).
+    """Voxels (n, 3) of each class but the background, or of each region (from 1), found in (z, y, x).
 
-    With an ignore label, those of all other classes come last, numbered -1. The same classes give the same voxels.
+    Of each 10 000 are kept, or a hundredth of all where that is more. With an ignore label, those of all other classes
+    come last, numbered -1. The same classes give the same voxels.
     """
     classes_of = labels.region_classes if labels.has_regions else [(c,) for c in range(1, labels.n_classes)]
     wanted = list(enumerate(classes_of, 1))
     if labels.ignore_class is not None:
-        wanted.append((_ANNOTATED, tuple(range(labels.n_classes))))
+        wanted.append((_ANNOTATED, (*range(labels.n_classes), labels.outside_class)))
     boxes = dict(label_boxes(classes))
     whole = tuple(slice(0, n) for n in classes.shape)
     kind = np.int16 if max(classes.shape) <= np.iinfo(np.int16).max else np.int32
@@ -163,7 +164,7 @@ def chunks_and_blocks(shape: Sequence[int], patch: Sequence[int], itemsize: int)
 
     def halved(size: list[int], most: int) -> list[int]:
         size = list(size)
-        while prod(size) * itemsize > most and max(size) > 1:
+        while math.prod(size) * itemsize > most and max(size) > 1:
             longest = size.index(max(size))
             size[longest] = -(-size[longest] // 2)
         return size
@@ -173,14 +174,15 @@ def chunks_and_blocks(shape: Sequence[int], patch: Sequence[int], itemsize: int)
 
 
 def _sample(classes: np.ndarray, members: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Up to 10 000 voxels (n, 3) of some classes, in the order of the array; slab by slab, with little memory."""
+    """Some voxels (n, 3) of some classes, in the order of the array; slab by slab, with little memory."""
     flat = classes.reshape(-1) if classes.flags.c_contiguous else np.ascontiguousarray(classes).reshape(-1)
     starts = range(0, flat.size, _SLAB)
     counts = [int(np.count_nonzero(_is_one_of(flat[start : start + _SLAB], members))) for start in starts]
     total = sum(counts)
-    ranks = np.arange(min(total, _SAMPLES))
-    if total > _SAMPLES:
-        ranks = np.sort(rng.choice(total, _SAMPLES, replace=False, shuffle=False))
+    kept = min(total, max(_SAMPLES, math.ceil(total * _SHARE)))
+    ranks = np.arange(kept)
+    if total > kept:
+        ranks = np.sort(rng.choice(total, kept, replace=False, shuffle=False))
     found, before = [np.zeros(0, np.int64)], 0
     for start, count in zip(starts, counts, strict=True):
         wanted = ranks[np.searchsorted(ranks, before) : np.searchsorted(ranks, before + count)] - before

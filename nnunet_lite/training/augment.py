@@ -127,12 +127,8 @@ def warped(images: Tensor, classes: Tensor, matrices: Tensor, patch: tuple[int, 
     return flat[0].unflatten(1, images.shape[1:3]), flat[1].unflatten(1, classes.shape[1:3])
 
 
-def apply_intensity(images: Tensor, draw: Intensity, masked: Sequence[int] = ()) -> Tensor:
-    """Apply drawn parameters to a batch (batch, channels, z, y, x) float32; what is given is overwritten.
-
-    `masked` channels were normalised inside the nonzero mask: outside of it they stay zero.
-    """
-    inside = (images != 0).any(1) if masked else None
+def apply_intensity(images: Tensor, draw: Intensity) -> Tensor:
+    """Apply drawn parameters to a batch (batch, channels, z, y, x) float32; what is given is overwritten."""
     for i in np.flatnonzero(~np.isnan(draw.noise[:, 0])):
         generator = torch.Generator(images.device).manual_seed(int(draw.seed[i]))
         images[i] += float(draw.noise[i, 0]) * torch.randn(images.shape[1:], generator=generator, device=images.device)
@@ -145,11 +141,7 @@ def apply_intensity(images: Tensor, draw: Intensity, masked: Sequence[int] = ())
         if len(index):
             row = index.long()
             x.index_copy_(0, row, transform(x.index_select(0, row), parameter))
-    images = x.unflatten(0, images.shape[:2])
-    if inside is not None:
-        for channel in masked:
-            images[:, channel] *= inside
-    return images
+    return x.unflatten(0, images.shape[:2])
 
 
 def _steps(draw: Intensity, in_plane: bool) -> list[tuple[np.ndarray, Callable[[Tensor, Tensor], Tensor]]]:

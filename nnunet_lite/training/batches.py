@@ -91,7 +91,13 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> Batch:
     reference = draw.flips is not None and job.settings.augmentation.pipeline == "batchgenerators"
     images, classes = (_reference if reference else _read)(job, cases, draw)
     if draw.intensity:
-        images = apply_intensity(images, draw.intensity, _masked(job))
+        images = apply_intensity(images, draw.intensity)
+    if masked := _masked(job):
+        outside = classes[:, 0] == job.plan.labels.outside_class
+        classes[:, 0].masked_fill_(outside, 0)
+        if draw.flips is not None:  # what augmentation has put there, and what resampling has
+            for channel in masked:
+                images[:, channel].masked_fill_(outside, 0)
     if draw.flips is not None:
         swap = swap_of(job.plan, job.settings.augmentation, job.dimensions)
         apply_mirror(images, classes, draw.flips, swap)
@@ -113,7 +119,7 @@ def _read(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> tuple[Tensor, Te
     still, moved = order[: len(order) - len(matrices)], order[len(order) - len(matrices) :]
     parts = []
     for group in filter(None, (still, moved)):
-        stack = read_stack(cases, [places[i] for i in group], job.patch, job.device).to(job.device)
+        stack = read_stack(cases, [places[i] for i in group], job.patch, job.device, _beyond(job)).to(job.device)
         parts.append((stack.images, stack.classes))
     if not matrices:
         return parts[0]
@@ -131,8 +137,8 @@ def _reference(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> tuple[Tenso
     wide = oversized(settings, job.patch)
     around = [enlarged(place, job.patch, wide) for place in draw.places]
     cpu = torch.device("cpu")
-    stack = read_stack(cases, around, wide, cpu).to(cpu)
-    transforms = reference_transforms(settings, job.patch, _masked(job))
+    stack = read_stack(cases, around, wide, cpu, _beyond(job)).to(cpu)
+    transforms = reference_transforms(settings, job.patch)
     images, classes = apply_transforms(transforms, stack.images, stack.classes, draw.seeds, job.patch)
     return images.to(job.device), classes.to(job.device)
 
@@ -145,8 +151,13 @@ def _extra(job: Job, images: Tensor, classes: Tensor, seeds: np.ndarray) -> tupl
 
 
 def _masked(job: Job) -> list[int]:
-    """The channels that were normalised inside the nonzero mask: outside of it they stay zero."""
+    """The channels that were normalised inside the nonzero mask: outside of it they stay zero, as in nnU-Net."""
     return [i for i, channel in enumerate(job.plan.channels) if channel.use_mask]
+
+
+def _beyond(job: Job) -> int:
+    """The class of what lies outside of the images: it is outside the nonzero mask, where the data have one."""
+    return job.plan.labels.outside_class if _masked(job) else 0
 
 
 def training_batches(job: Job, epoch: int, iteration: int = 0) -> Iterator[Callable[[], Batch]]:

@@ -18,7 +18,7 @@ from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.memory import with_memory
-from nnunet_lite.plan.schema import Channel, Plan
+from nnunet_lite.plan.schema import Channel, Plan, exact_storage
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.checkpoint import read_state
 from nnunet_lite.training.job import Job
@@ -112,13 +112,15 @@ def adopted_plan(own: Plan, configuration: str, source: Source, settings: Settin
         }
     )
     adopted = with_memory(adopted, len(own.channels), own.labels)
+    channels = tuple(_normalised_as(channel, known) for channel in own.channels)
     return own.model_copy(
         update={
             "orientation": orientation,
             "axis_order": order,
             "median_spacing": spacing,
             "median_shape": shape,
-            "channels": tuple(_normalised_as(channel, known) for channel in own.channels),
+            "channels": channels,
+            "stored_as": exact_storage(channels) if own.stored_as == exact_storage(own.channels) else own.stored_as,
             "configurations": {**own.configurations, configuration: adopted},
         }
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides a fold's training. `plan` already has the settings' batch, patch and network."""
+    """Everything that decides a fold's training. `plan` already has the settings' batch, patch and network.
+
+    `passes` is how many windows and mirrored copies the validation in whole images that follows shows the network, by
+    the distance of two windows (`limit.step_sizes`); empty without a validation.
+    """
 
     plan: Plan
     configuration: str
@@ -33,6 +37,7 @@ class Job:
     training: Sequence[CaseArrays]
     validation: Sequence[CaseArrays]
     ranks: Ranks = ALONE
+    passes: Mapping[float, int] = field(default_factory=dict)
 
     @cached_property
     def planned(self) -> Configuration:

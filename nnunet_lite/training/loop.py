@@ -28,6 +28,14 @@ from nnunet_lite.training.checkpoint import CHECKPOINT, load_checkpoint, read_st
 from nnunet_lite.training.distributed import ALONE, LOOK_EVERY, Clock, any_rank, from_first, sum_over_ranks
 from nnunet_lite.training.initial import freeze, start_from
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.limit import (
+    PSEUDO_VALIDATED,
+    Validation,
+    announce,
+    forward_seconds,
+    planned_validation,
+    training_seconds,
+)
 from nnunet_lite.training.loss import check_weights, pseudo_dice_counts
 from nnunet_lite.training.optimize import Plateau, learning_rate
 from nnunet_lite.training.prefetch import prefetch
@@ -43,7 +51,16 @@ from nnunet_lite.training.step import (
     parallel,
     train_step,
 )
-from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, out_of_memory, stoppable, voxels_per_class
+from nnunet_lite.training.watch import (
+    Seen,
+    Stop,
+    Trend,
+    memory_peak,
+    names_of,
+    out_of_memory,
+    stoppable,
+    voxels_per_class,
+)
 from nnunet_lite.workspace import sweep, understood
 
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
@@ -62,8 +79,9 @@ class State:
     iteration: int = 0
     losses: list[float] = field(default_factory=list)
     scale: float = 2.0**16  # of the loss, for fp16
-    seconds: float = 0.0
+    seconds: float = 0.0  # that training took, with timing of number formats and pseudo-validation
     pace: float = 0.0  # seconds per step of the last epoch
+    pass_seconds: float = 0.0  # that the network took for a patch in the last pseudo-validation
     bad_steps: int = 0
     trend: Trend = field(default_factory=Trend)
     seen: Seen = field(default_factory=Seen)
@@ -100,7 +118,9 @@ def _train_fold(job: Job, stop: Stop) -> None:
     if job.device.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape
+    start = time.monotonic()
     learner, state = _begin(job)
+    state.seconds += from_first(time.monotonic() - start, job.ranks)
     log.info(f"{job.device}, {state.arithmetic.precision}, channels-last {state.arithmetic.channels_last}: "
              f"{state.arithmetic.reason}")  # fmt: skip
     first = state.iteration * job.settings.training.accumulate
@@ -111,6 +131,7 @@ def _train_fold(job: Job, stop: Stop) -> None:
     if job.ranks.rank == 0:
         about = {"configuration": job.configuration, "epochs": state.epoch, "seconds": round(state.seconds, 1),
                  "length": length(job.settings), "device": job.device.type,
+                 "validation": None if (planned := _validation(job, state)) is None else asdict(planned),
                  "arithmetic": state.arithmetic.to_json()}  # fmt: skip
         shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was extended
         with averaged(learner):
@@ -136,7 +157,7 @@ def _begin(job: Job) -> tuple[Learner, State]:
         load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
         log.info(f"going on from epoch {state.epoch} of {job.settings.training.epochs}")
         limit = job.settings.training.time_limit
-        if limit is not None and state.seconds >= 60 * limit:
+        if limit is not None and _progress(job, state) >= 1:
             log.info(f"the {limit:g} minutes of training.time_limit are over; --time-limit gives it more")
     else:
         start_from(network, job)
@@ -165,14 +186,17 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
                 _save(job, learner, state)
                 stop.raise_if_asked(f"in epoch {state.epoch + 1} after step {state.iteration}")
                 continue
+            limited = job.settings.training.time_limit is not None
             with averaged(learner):
-                row |= _validate(job, learner)
+                row |= _validate(job, learner, state, PSEUDO_VALIDATED * row["seconds"] if limited else math.inf)
             state.seconds += from_first(time.monotonic() - start, job.ranks)
             state.trend = state.trend.after_epoch(row.get("mean_dice"))
-            state.seen.after_epoch(row.get("dice", {}), _progress(job, state.epoch, 0, state.seconds))
+            state.seen.after_epoch(row.get("dice", {}), _progress(job, state))
             if record is not None:
                 record.add(row)
                 log.info(_line(job, row, state))
+                if row["epoch"] == 1 and (planned := _validation(job, state)) is not None:
+                    announce(job.settings, planned, len(job.validation))
             _save(job, learner, state)
             if _agreed(job, stop):
                 stop.raise_if_asked(f"after epoch {state.epoch}")
@@ -184,11 +208,20 @@ def _save(job: Job, learner: Learner, state: State) -> None:
         save_checkpoint(job.folder / CHECKPOINT, learner.network, learner.optimizer, asdict(state), learner.average)
 
 
-def _progress(job: Job, epoch: int, iteration: int, seconds: float) -> float:
-    """How much of the run is done: by iterations, or by time where there is a limit and it comes first."""
+def _progress(job: Job, state: State, iteration: int = 0, since: float = 0.0, pace: float = 0.0) -> float:
+    """How much of the run is done: by iterations, or by time where there is a limit and it comes first.
+
+    `iteration` is that of an epoch that began `since` seconds ago, with `pace` seconds per step.
+    """
     training = job.settings.training
-    done = (epoch + iteration / training.iterations) / training.epochs
-    return done if training.time_limit is None else max(done, seconds / (60 * training.time_limit))
+    done = (state.epoch + iteration / training.iterations) / training.epochs
+    whole = training_seconds(job, state.pass_seconds or forward_seconds(job, pace or state.pace))
+    return max(done, (state.seconds + since) / whole)
+
+
+def _validation(job: Job, state: State) -> Validation | None:
+    """How the held-out cases will be predicted whole."""
+    return planned_validation(job, state.pass_seconds or forward_seconds(job, state.pace))
 
 
 def _is_over(job: Job, state: State) -> bool:
@@ -199,7 +232,7 @@ def _is_over(job: Job, state: State) -> bool:
     if patience is not None and state.trend.since >= patience:
         log.info(f"stopping early: the held-out Dice has not risen for {state.trend.since} epochs")
         return True
-    return _progress(job, state.epoch, 0, state.seconds) >= 1
+    return state.epoch > 0 and _progress(job, state) >= 1
 
 
 def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: Stop) -> Row | None:
@@ -213,9 +246,12 @@ def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, s
     rate, case_ids, first, broken_off = 0.0, [], state.iteration, False
     clock = Clock(job.ranks if training.time_limit else ALONE, state.pace)  # only a limit makes time count
     for iteration in range(first, training.iterations):
-        progress = _progress(job, state.epoch, iteration, state.seconds + clock.after(iteration - first))
-        if progress >= 1:
-            break
+        since = clock.after(iteration - first)
+        pace = since / (iteration - first) if iteration > first else state.pace
+        begun = state.epoch > 0 or iteration > 0  # one step is made, however short the time
+        if begun and _progress(job, state, iteration, since + pace / 2, pace) >= 1:
+            break  # the limit is nearer now than after another step
+        progress = _progress(job, state, iteration, since, pace) if begun else 0.0
         rate = learning_rate(job.settings.optimizer.lr * state.plateau.factor, job.settings.schedule, progress)
         asked = time.monotonic()
         step_batches = list(islice(batches, training.accumulate))
@@ -252,7 +288,7 @@ def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, s
         "seconds": round(seconds, 2),
         "samples_per_second": round(len(losses) * training.accumulate * job.planned.batch_size / max(seconds, 1e-9), 2),
         "waiting": round(waited / max(seconds, 1e-9), 3),
-        "memory_gb": round(_memory_peak(job.device), 2),
+        "memory_gb": round(memory_peak(job.device), 2),
         "bad_steps": state.bad_steps,
     }
     _end_epoch(job, state, seconds / max(len(losses), 1))
@@ -297,8 +333,11 @@ def _refuse_bad_steps(job: Job, state: State, taken: list[Tensor], case_ids: lis
 
 
 @torch.inference_mode()
-def _validate(job: Job, learner: Learner) -> Row:
-    """Loss and pseudo-Dice on fixed patches of the held-out cases; Dice is None for a label that they do not show."""
+def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Row:
+    """Loss and pseudo-Dice on fixed patches of the held-out cases; Dice is None for a label that they do not show.
+
+    When `allowed` seconds are over, on those patches that were seen until then.
+    """
     n_batches = job.settings.training.validation_iterations
     if not n_batches or not job.validation:
         return {}
@@ -308,18 +347,24 @@ def _validate(job: Job, learner: Learner) -> Row:
     total = torch.zeros((), device=job.device)
     counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.float64)
     makers = (partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches))
-    for batch in prefetch(makers, job.device, job.settings.training.workers):
-        loss, outputs = loss_of(job, learner, batch)
-        finest = outputs[0] if isinstance(outputs, list) else outputs
-        total += loss
-        counts += pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+    start, done = time.monotonic(), 0
+    with closing(prefetch(makers, job.device, job.settings.training.workers)) as made:
+        for batch in made:
+            loss, outputs = loss_of(job, learner, batch)
+            finest = outputs[0] if isinstance(outputs, list) else outputs
+            total += loss
+            counts += pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+            done += 1
+            if math.isfinite(allowed) and from_first(time.monotonic() - start > allowed, job.ranks):
+                break
     if job.ranks.world > 1:
         counts = sum_over_ranks(counts)
     tp, fp, fn = counts.cpu().numpy()
     dice = [round(float(2 * t / (2 * t + p + n)), 4) if t + n else None for t, p, n in zip(tp, fp, fn, strict=True)]
     known = [d for d in dice if d is not None]
+    state.pass_seconds = from_first((time.monotonic() - start) / (done * job.planned.batch_size), job.ranks)
     return {
-        "validation_loss": _finite(float(total) / n_batches),
+        "validation_loss": _finite(float(total) / done),
         "dice": dict(zip(labels.region_names, dice, strict=True)),
         "mean_dice": round(float(np.mean(known)), 4) if known else None,
     }
@@ -336,19 +381,10 @@ def _finite(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
-def _memory_peak(device: torch.device) -> float:
-    """GB: of the GPU since the start of the run, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def _line(job: Job, row: Row, state: State) -> str:
     """One epoch for a person to read."""
-    done = max(_progress(job, state.epoch, 0, state.seconds), 1e-9)
-    left = state.seconds / done * max(0.0, 1 - done)
+    done, validation = max(_progress(job, state), 1e-9), _validation(job, state)
+    left = state.seconds / done * max(0.0, 1 - done) + (0.0 if validation is None else validation.seconds)
     dice = row.get("mean_dice")
     each = " ".join("-" if d is None else f"{d:.3f}" for d in list(row.get("dice", {}).values())[:8])
     loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:+.4f}"

@@ -82,14 +82,13 @@ def _tuples(value: Any) -> Any:
 def reference_transforms(
     settings: AugmentationSettings,
     patch: Shape,
-    masked: Sequence[int] = (),
     p_elastic: float = P_ELASTIC,
     order: int = 3,
 ) -> list[Transform]:
     """The pipeline of the original nnU-Net, up to mirroring (Isensee et al. 2018, arXiv:1809.10486; version 1).
 
     Elastic deformation, rotation and scaling in one interpolation of `order` out of an oversized patch, then what else
-    the settings ask for. Slices of anisotropic patches are deformed alike. `masked` channels stay zero where all are.
+    the settings ask for. Slices of anisotropic patches are deformed alike.
     """
     from batchgenerators.transforms.color_transforms import (
         BrightnessMultiplicativeTransform,
@@ -110,23 +109,7 @@ def reference_transforms(
         (s.p_gamma_inverted, lambda p: GammaTransform(s.gamma, True, True, retain_stats=True, p_per_sample=p)),
         (s.p_gamma, lambda p: GammaTransform(s.gamma, False, True, retain_stats=True, p_per_sample=p)),
     ]  # fmt: skip
-    transforms = [_spatial(settings, patch, p_elastic, order), *(make(p) for p, make in chances if p > 0)]
-    return [_inside_mask(transforms, masked)] if masked else transforms
-
-
-def _inside_mask(transforms: Sequence[Transform], masked: Sequence[int]) -> Transform:
-    """Transforms after which the masked channels are zero where all channels were; the mask moves with the classes."""
-
-    def apply(data: np.ndarray, seg: np.ndarray) -> dict[str, np.ndarray]:
-        inside = (data != 0).any(1, keepdims=True)
-        sample = {"data": data, "seg": np.concatenate([seg, inside], 1)}
-        for transform in transforms:
-            sample = transform(**sample)
-        for channel in masked:
-            sample["data"][:, channel] *= sample["seg"][:, -1]
-        return {"data": sample["data"], "seg": sample["seg"][:, :-1]}
-
-    return apply
+    return [_spatial(settings, patch, p_elastic, order), *(make(p) for p, make in chances if p > 0)]
 
 
 def _spatial(settings: AugmentationSettings, patch: Shape, p_elastic: float, order: int) -> Transform:

@@ -33,7 +33,10 @@ MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _OLD = "old_"
 # changing these between two calls of `train` does not make it another run
-_INCIDENTAL = ("training.workers", "training.cache", "training.compile", "training.tensorboard", "inference.")
+_INCIDENTAL = (
+    "training.workers", "training.cache", "training.compile", "training.tensorboard", "training.limit_validation",
+    "inference.",
+)  # fmt: skip
 _LENGTH = ("training.epochs", "training.time_limit")
 
 

@@ -152,24 +152,26 @@ def enlarged(place: Place, patch: Shape, shape: Shape) -> Place:
     return Place(place.case, (z, y, x), place.matrix)
 
 
-def read_box(array: Any, corner: Sequence[int], out: Any) -> None:
-    """Fill `out` (..., z, y, x) with the box at `corner` of the last three axes of an array, zeros outside of it.
+def read_box(array: Any, corner: Sequence[int], out: Any, beyond: int = 0) -> None:
+    """Fill `out` (..., z, y, x) with the box at `corner` of the last three axes of an array, `beyond` outside of it.
 
     Both are tensors, or `out` is a numpy array and the other one like it, for instance on disk.
     """
     shape = out.shape[-3:]
     spans = [(max(c, 0), min(c + size, n)) for c, size, n in zip(corner, shape, array.shape[-3:], strict=True)]
     if any(stop - start < size for (start, stop), size in zip(spans, shape, strict=True)):
-        out[...] = 0
+        out[...] = beyond
     if all(start < stop for start, stop in spans):
         inside = (..., *(slice(*span) for span in spans))
         target = (..., *(slice(start - c, stop - c) for (start, stop), c in zip(spans, corner, strict=True)))
         out[target] = array[inside]
 
 
-def read_stack(cases: Sequence[CaseArrays], places: Sequence[Place], patch: Shape, device: torch.device) -> Stack:
+def read_stack(
+    cases: Sequence[CaseArrays], places: Sequence[Place], patch: Shape, device: torch.device, beyond: int = 0
+) -> Stack:
     """Read patches as they are stored; those to be turned or scaled with a box that holds them, in the middle of one
-    shape for all.
+    shape for all. `beyond` is the class of what a patch holds outside of its image.
 
     On the device where the cases lie there, else on the host, for a GPU in pinned memory.
     """
@@ -185,7 +187,7 @@ def read_stack(cases: Sequence[CaseArrays], places: Sequence[Place], patch: Shap
             inner = (..., *(slice((w - s) // 2, (w + s) // 2) for w, s in zip(common, shape, strict=True)))
             image, classes = image[inner], classes[inner]
         read_box(case.image, corner, image)
-        read_box(case.label, corner, classes[0])
+        read_box(case.label, corner, classes[0], beyond)
         if case.previous is not None:
             read_box(case.previous, corner, classes[1])
     return stack

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -21,9 +22,11 @@ from nnunet_lite.training.batches import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
 from nnunet_lite.training.initial import freeze
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.limit import PROBED
 from nnunet_lite.training.loss import alone, deep_supervision_loss
 from nnunet_lite.training.optimize import average_step, make_optimizer, start_average
 
+_COMPILING = 60.0  # s; about what torch.compile takes
 _WORTH = 0.95  # a compiled network must take at most this share of the time: compiling is paid again at every start
 
 
@@ -178,14 +181,34 @@ def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
     single = replace(job, ranks=ALONE)
     statistics = _statistics(network)  # which the trial steps change
 
-    def prepare(arithmetic: Arithmetic) -> Callable[[], None]:
+    def prepare(arithmetic: Arithmetic, batch: Batch) -> Callable[[], None]:
         learner = make_learner(single, network, arithmetic, 1.0)
         return _trial(single, learner if job.ranks.world == 1 else replace(learner, forward=network), batch)
 
-    best = fastest(options, prepare, job.device)
+    budget = math.inf if training.time_limit is None else PROBED * 60 * training.time_limit
+    if training.time_limit is not None and len(options) > 1:
+        small = part_of(job, batch)
+        took = seconds(prepare(options[0], small), job.device)
+        budget -= took
+        if 2 * len(options) * took * batch[0].numel() / small[0].numel() > budget:
+            batch = small
+    best = fastest(options, partial(prepare, batch=batch), job.device, budget)
     for value, before in statistics:
         value.copy_(before)
     return from_first(best, job.ranks)
+
+
+def part_of(job: Job, batch: Batch) -> Batch:
+    """One sample of a batch and half of its patch along each axis, where the network can take that."""
+    images, classes, ids = batch
+    size = images.shape[2:]
+    if job.settings.network.factory is None:
+        divisor = job.planned.network.divisor
+        half = [max(1, n // d // 2) * d for n, d in zip(size, divisor, strict=True)]
+        if any(n > d for n, d in zip(half, divisor, strict=True)):  # instance norm needs more than one voxel
+            size = torch.Size(half)
+    inside = tuple(slice(0, n) for n in size)
+    return images[:1, :, *inside], classes[:1, *inside], ids[:1]
 
 
 def _trial(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
@@ -202,7 +225,9 @@ def _trial(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
 def _compiled(job: Job, learner: Learner) -> Learner:
     """The learner with a compiled network: on request, or on a GPU where it proves to be faster."""
     wanted = job.settings.training.compile
-    if wanted is False or (wanted == "auto" and job.device.type != "cuda"):
+    limit = job.settings.training.time_limit
+    too_short = limit is not None and PROBED * 60 * limit < _COMPILING
+    if wanted is False or (wanted == "auto" and (job.device.type != "cuda" or too_short)):
         return learner
     batch = make_batch(job, job.training, 0, 0, augment=False)
     statistics = _statistics(learner.network)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -194,3 +195,10 @@ def out_of_memory(plan: Plan, configuration: str, device: torch.device, taken: i
 def names_of(case_ids: Sequence[Sequence[str]], chosen: Sequence[int]) -> str:
     """The cases of some batches, each once."""
     return ", ".join(dict.fromkeys(case for i in chosen for case in case_ids[i]))
+
+
+def memory_peak(device: torch.device) -> float:
+    """GB: of the GPU since the start of the run, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
