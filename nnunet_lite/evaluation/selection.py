@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.postprocess import Gain, Rule
+from nnunet_lite.evaluation.postprocess import Gain
+from nnunet_lite.evaluation.rules import Rule
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.training.run import MODEL, is_finished
 from nnunet_lite.workspace import Paths, read_json, write_json
@@ -54,10 +55,10 @@ class Selection:
     models : names of model folders; two vote with the mean of their probabilities.
     folds : of each, whose networks are averaged.
     postprocessing : label or region -> rule, of those that it helps.
-    gains : label or region -> mean Dice before and after, of those.
+    gains : label or region -> mean Dice before and after, of those, on cases that did not choose the rule.
     candidates : the winner first, then the others from the best on.
     weights : model -> fold -> fingerprint, to notice that it was trained since.
-    notes : what the comparison leaves out.
+    notes : what the comparison leaves out, and why labels have no postprocessing.
     made : date, ISO. version : of nnunet_lite.
     """
 
@@ -116,6 +117,11 @@ class Selection:
             raise UserError(f"is no selection of the form {FORMAT} ({error})", file, _AGAIN) from None
 
     @property
+    def unconfirmed(self) -> list[str]:
+        """The labels whose rule was chosen and measured on the same cases, by a version that did so."""
+        return [label for label in self.postprocessing if label not in self.gains or self.gains[label].n is None]
+
+    @property
     def how(self) -> str:
         """The models, folds and rules in a line."""
         return in_words(self.models, self.folds, self.postprocessing)
@@ -129,8 +135,7 @@ class Selection:
             for first, *rest in (head, *rows)
         ]
         words = [
-            f"postprocessing of {label}: {rule}, Dice {self.gains[label].before:.4f} -> {self.gains[label].after:.4f}"
-            for label, rule in self.postprocessing.items()
+            f"postprocessing of {label}: {rule}, {self.gains[label]}" for label, rule in self.postprocessing.items()
         ]
         words = words or ["postprocessing: none"]
         return "\n".join([*lines, *words, *(f"note: {note}" for note in self.notes)])
