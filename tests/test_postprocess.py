@@ -160,7 +160,7 @@ def by_brute_force(pairs: list[Pair], labels: Labels) -> tuple[dict[str, Rule], 
                 for old, new, pair in zip(arrays, cleaned, pairs, strict=True):
                     inside = np.isin(pair.reference, values[i])
                     gone = inside & np.isin(old, values[i]) & ~np.isin(new, values[i])
-                    lost = max(lost, gone.sum() / inside.sum())
+                    lost = max(lost, gone.sum() / max(1, inside.sum()))
                 others = np.delete(after - before, i, axis=1).mean(axis=0)
                 if gain >= 1e-4 and lost <= 0.1 and (others > -1e-9).all():
                     tries.append((-round(gain, 9), len(tries), rule, after))
@@ -234,12 +234,10 @@ def test_many_true_lesions_are_not_reduced_to_the_largest() -> None:
 
 def test_a_label_that_is_not_there_may_vanish() -> None:
     """Removing all of a false prediction makes its Dice n/a instead of 0, as everywhere."""
-    pairs = 6 * [lesions([2], [False]), SPECK, lesions([7], [True])]
+    pairs = 10 * [lesions([2], [False]), SPECK, lesions([7], [True])]
     found = decided(pairs, LESION)
     assert found.rules == {"lesion": Rule(min_size_mm3=21.0)}, "a tenth of the smallest"
-    assert found.gains["lesion"].after == 1.0 and found.gains["lesion"].before == pytest.approx(
-        (0 + 432 / 440 + 1) / 3, abs=0.1
-    )
+    assert found.gains["lesion"].after == 1.0 and found.gains["lesion"].before == pytest.approx((0 + 432 / 440 + 1) / 3)
 
 
 @pytest.mark.parametrize(
@@ -279,11 +277,9 @@ def test_a_rule_deletes_no_structure_of_any_reference() -> None:
         pairs.append(Pair(np.maximum(organ, false) if i % 2 else organ, organ, (1.0, 1.0, 1.0)))
     small = lesions([2], [True])  # 8 voxels
     for more in ([], [small]):
-        found = decided(pairs, LESION, more=more)
-        smallest = min(pair.reference.sum() for pair in (*pairs, *more))
-        assert all((rule.min_size_mm3 or 0) < smallest for rule in candidates([np.array([float(smallest)])]))
+        rules = decided(pairs, LESION, more=more).rules
         for pair in (*pairs, *more):
-            assert np.array_equal(apply_rules(pair.reference, pair.spacing, LESION, found.rules), pair.reference)
+            assert np.array_equal(apply_rules(pair.reference, pair.spacing, LESION, rules), pair.reference)
     specks = 20 * [lesions([5, 3], [True, False])]
     assert decided(specks, LESION).rules == {"lesion": Rule(min_size_mm3=31.0)}, "a quarter of 125 mm3"
     assert decided(specks, LESION, more=[small]).rules == {"lesion": Rule(True)}, "27 mm3 is more than an organ has"
@@ -368,7 +364,7 @@ def test_rules_never_take_from_other_labels() -> None:
 
 
 def test_what_is_tried() -> None:
-    tried = [str(rule) for rule in candidates([np.array([900.0, 64.0]), np.array([]), np.array([80.0])], "px")]
+    tried = [str(rule) for rule in candidates([np.array([900.0, 200.0]), np.array([]), np.array([64.0])], "px")]
     assert tried == [f"no component below {size} px" for size in ("6.4", "16", "32", "57")]
     single = candidates([np.array([1234.0, 100.0])])
     assert single[-1] == Rule(True) and [rule.min_size_mm3 for rule in single[:-1]] == [10, 25, 50, 90]

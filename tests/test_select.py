@@ -99,14 +99,19 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     assert good.margin == Margin(0, 0, 0)
 
     assert list(found.postprocessing) == ["Anterior"], "the other label has one component"
-    assert found.gains["Anterior"].before == pytest.approx(each["a-good"][:, 0].mean())
-    assert found.gains["Anterior"].after == 1.0
+    assert found.notes == ()
+    splits = read_json(paths.splits)
+    others = {case_id for fold in (0, 2, 4) for case_id in splits[fold]["val"]}  # two of five folds chose the rule
+    kept = [i for i, case in enumerate(cases) if case.id in others]
+    assert found.gains["Anterior"] == pytest.approx((each["a-good"][kept, 0].mean(), 1.0, 6))
+    line = f"postprocessing of Anterior: {found.postprocessing['Anterior']}, Dice "
+    assert line in found.table() and found.table().endswith("-> 1.0000 on 6 cases that did not choose it")
     clean = apply_rules(speckled(truth[0], 0), (1.0, 1.0, 1.0), LABELS, found.postprocessing)
     assert np.array_equal(clean, truth[0])
 
     stored = read_json(paths.inference)
     assert stored["format"] == "nnlite-inference-1" and stored["models"] == ["a-good"]
-    assert set(stored["postprocessing"]["Anterior"]) == {"largest_component", "min_size_mm3"}
+    assert set(stored["postprocessing"]["Anterior"]) == {"largest_component", "min_size_mm3", "unit"}
     assert stored["candidates"][1]["margin"]["mean"] == bad.margin.mean
     assert read_selection(paths) == found
     again = api.select(["a-good", "b-bad"], ensembles=False, postprocess=False, workspace=paths.root.parent)
@@ -137,7 +142,8 @@ def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command:
     assert code == 0 and json.loads(paths.inference.read_text())["candidates"][0]["n_cases"] == 2 * held_out, err
     head, row, *rest = out.splitlines()
     assert head.split()[:3] == ["candidate", "n", "Dice"] and row.split()[0] == "two" and "selected" in row
-    assert rest[-1] == "postprocessing: none"
+    why = "note: no postprocessing: 4 cases held out, 10 are needed to choose a rule and to confirm it"
+    assert rest[-2:] == ["postprocessing: none", why]
 
 
 def test_what_cannot_be_compared_is_told(paths: Paths, tiny_workspace: Path) -> None:
@@ -243,7 +249,7 @@ def selected(paths: Paths, **changes: Any) -> Selection:
     found = api.select("tiny", postprocess=False, workspace=paths.root.parent, device="cpu")
     rules = {"Anterior": Rule(True), "Posterior": Rule(False, 1e6)}
     value = found.to_json() | {"postprocessing": {k: vars(rule) for k, rule in rules.items()}} | changes
-    value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6} for k in rules}
+    value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6, "n": 20} for k in rules}
     write_json(paths.inference, value)
     return Selection.from_json(value, paths.inference)
 
@@ -290,6 +296,25 @@ def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command:
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
+def test_an_older_selection_is_obeyed_with_a_warning(
+    paths: Paths, hippocampus: Path, tmp_path: Path, command: Run
+) -> None:
+    """An inference.json of a version whose rules nothing confirmed: its sizes are mm3, its gains have no n."""
+    chosen = selected(paths)
+    value = chosen.to_json()
+    value["postprocessing"] = {"Posterior": {"largest_component": False, "min_size_mm3": 1e6}}
+    value["postprocessing_gain"] = {"Posterior": {"before": 0.5, "after": 0.6}}
+    write_json(paths.inference, value)
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    common = ["predict", "-i", scan, "-o", tmp_path / "out", "--device", "cpu", "-w", paths.root.parent]
+    code, _, err = command(*common, cwd=tmp_path)
+    assert code == 0 and "postprocessing: Posterior: no component below 1e+06 mm3\n" in err
+    assert "warning: the postprocessing of Posterior was chosen and measured on the same cases; `nnlite select`" in err
+    assert not (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
+    assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
+    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in Selection.from_json(value, paths.inference).table()
+
+
 def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_path: Path) -> None:
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     turn_round(other)
@@ -327,11 +352,12 @@ def test_a_broken_selection_is_refused(paths: Paths, content: str, hippocampus: 
 def test_how_a_selection_reads() -> None:
     best = Candidate(("a<b", "c"), 40, 0.91, 0.9, 0.92, {"left": 0.9, "right": None}, Margin(0, 0, 0))
     worse = Candidate(("c",), 40, 0.9, 0.88, 0.92, {"left": 0.9, "right": None}, Margin(0.01, 0.005, 0.015))
-    gains = {"left": Gain(0.9, 0.93)}
+    gains = {"left": Gain(0.9, 0.93, 1)}
     found = Selection(("a<b", "c"), ("0",), {"left": Rule(True)}, gains, (best, worse), {}, ("x",), "2026-01-01", "1")
     lines = found.table().splitlines()
     assert lines[1].startswith("a<b + c") and "selected" in lines[1]
     assert lines[2].endswith("+0.0100  +0.0050 to +0.0150") and "n/a" in lines[2]
-    assert lines[3:] == ["postprocessing of left: the largest component, Dice 0.9000 -> 0.9300", "note: x"]
+    gain = "Dice 0.9000 -> 0.9300 on 1 case that did not choose it"
+    assert lines[3:] == [f"postprocessing of left: the largest component, {gain}", "note: x"]
     html = found._repr_html_()
     assert "a&lt;b + c" in html and "a<b" not in html and html.count("<tr>") == 3

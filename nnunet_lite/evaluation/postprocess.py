@@ -285,7 +285,7 @@ def _best(
     for rule in rules:
         after = _with_rule(cases, region, rule, now)
         gain = _mean_gain(now[chooses, region], after[chooses, region])
-        others = [i for i in range(now.shape[1]) if i != region]
+        others = cases[0].parts[region].changes.keys() - {region}
         worse = any(mean_of(after[:, [i]]) < mean_of(now[:, [i]]) - _ROUNDING for i in others)
         if gain >= most and not worse and all(_spares(case, region, rule) for case in cases):
             best, most = rule, gain + _ROUNDING
