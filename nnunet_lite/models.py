@@ -41,9 +41,17 @@ class Choice:
     rules: dict[str, Rule] = field(default_factory=dict)
 
     def finish(self, labels: Labels) -> Finish | None:
-        """What postprocesses a label map; None where there is nothing to do."""
+        """What postprocesses a label map; None where there is nothing to do.
+
+        Raises
+        ------
+        UserError : a rule is for a label that the model does not have.
+        """
         from nnunet_lite.evaluation.rules import apply_rules
 
+        if strange := sorted(self.rules.keys() - set(labels.region_names)):
+            what = f"the selection postprocesses {strange[0]}, which is no label of the model"
+            raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
         return (lambda array, place: apply_rules(array, place.spacing, labels, self.rules)) if self.rules else None
 
 

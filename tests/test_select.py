@@ -14,6 +14,7 @@ import pytest
 import nnunet_lite
 from nnunet_lite import api
 from nnunet_lite.data.dataset import dataset_from_json, map_labels
+from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -116,6 +117,53 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     assert read_selection(paths) == found
     again = api.select(["a-good", "b-bad"], ensembles=False, postprocess=False, workspace=paths.root.parent)
     assert again.postprocessing == {} and again.candidates == found.candidates
+
+
+@pytest.mark.parametrize(("pages", "unit"), [(1, "px"), (6, "voxels")])
+def test_sizes_without_a_spacing_are_pixels(
+    pages: int, unit: str, tiny_model: Path, tmp_path: Path, command: Run
+) -> None:
+    """Pictures, and TIFF stacks without a spacing: neither select nor the report nor the plan speaks of mm."""
+    root, ending = tmp_path / "cells", ".png" if pages == 1 else ".tif"
+    rng = np.random.default_rng(0)
+    spacing = (999.0 if pages == 1 else 1.0, 1.0, 1.0)
+    place = Geometry((pages, 40, 48), spacing, dimensions=2 if pages == 1 else 3)
+    for i in range(12):
+        label = np.zeros(place.shape, np.uint8)
+        label[:, 4:16, 4 : 16 + i] = 1
+        image = (60 * label + rng.integers(0, 60, label.shape)).astype(np.uint8)
+        write_label(root / "images" / f"{i:02}{ending}", image, place)
+        write_label(root / "labels" / f"{i:02}{ending}", label, place)
+    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    ours = Paths(tmp_path / "ws" / "cells")
+    cases = [case.id for case in dataset_from_json(read_json(ours.dataset)).cases]
+    folds = [cases[k::5] for k in range(5)]
+    write_json(ours.splits, [{"train": [c for c in cases if c not in val], "val": val} for val in folds])
+    model = shutil.copytree(tiny_model, ours.models / "a", ignore=shutil.ignore_patterns("fold_*"))
+    shutil.copy(ours.plans, model / "plans.json")
+    write_json(model / "run.json", read_json(model / "run.json") | {"configuration": "2d"})
+    for k, val in enumerate(folds):
+        (model / f"fold_{k}").mkdir()
+        shutil.copy(tiny_model / "fold_0" / "model.safetensors", model / f"fold_{k}")
+        for case_id in val:
+            label, geometry, _ = read_label(root / "labels" / f"{case_id}{ending}")
+            label = label.copy()
+            label[0, 30:32, 40:46] = 1  # a speck
+            write_label(model / f"fold_{k}" / "validation" / f"{case_id}{ending}", label, geometry)
+    found = api.select(workspace=tmp_path / "ws", device="cpu")
+    words = f"no component below {14 * pages if pages == 1 else 86} {unit}"
+    assert [str(rule) for rule in found.postprocessing.values()] == [words]
+    assert words in found.table() and "mm" not in found.table()
+    summary = read_json(model / "fold_0" / "validation" / "summary.json")
+    assert summary["length_unit"] == "px" and summary["metric_per_case"][0]["metrics"]["1"]["reference_ml"] is None
+    api.report(tmp_path / "page.html", workspace=tmp_path / "ws")
+    page = (tmp_path / "page.html").read_text()
+    assert f"components below {words.split('below ')[1]} are removed" in page and "mm³" not in page
+    assert "(ml)</th>" not in page and " ml in every case" not in page
+    code, out, err = command("info", "-w", tmp_path / "ws", cwd=tmp_path)
+    assert code == 0 and words in out, err
+    if pages == 1:
+        assert "spacing (px)" in out and "spacing   1x1 px" in out
 
 
 def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command: Run) -> None:
@@ -347,6 +395,65 @@ def test_a_broken_selection_is_refused(paths: Paths, content: str, hippocampus: 
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     code, _, err = command("predict", "-i", scan, "-o", "out", "-w", paths.root.parent, cwd=paths.root)
     assert code == 2 and "inference.json: is no selection of the form nnlite-inference-1" in err
+
+
+BROKEN_RULES = {
+    "size_is_text": ({"min_size_mm3": "30"}, "min_size_mm3 is '30'"),
+    "size_is_negative": ({"min_size_mm3": -1}, "min_size_mm3 is -1"),
+    "size_is_endless": ({"min_size_mm3": float("inf")}, "min_size_mm3 is inf"),
+    "size_is_nan": ({"min_size_mm3": float("nan")}, "min_size_mm3 is nan"),
+    "largest_is_text": ({"largest_component": "no"}, "largest_component is 'no'"),
+    "unknown_unit": ({"unit": "ml"}, "unit is 'ml', not one of mm3, mm2, voxels, px"),
+    "unknown_key": ({"hole": 3}, "unexpected keyword argument 'hole'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_RULES)
+def test_broken_rules_are_refused(
+    paths: Paths, name: str, hippocampus: Path, command: Run, counts: Callable[..., None]
+) -> None:
+    """An inference.json that was changed by hand."""
+    broken, why = BROKEN_RULES[name]
+    value = handwritten() | {"postprocessing": {"Anterior": {"largest_component": True, "min_size_mm3": None} | broken}}
+    paths.inference.write_text(json.dumps(value))
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    for arguments in (["predict", "-i", scan, "-o", paths.root / "out"], ["info"]):
+        code, _, err = command(*arguments, "-w", paths.root.parent, cwd=paths.root)
+        (line,) = [line for line in err.splitlines() if line.startswith("error")]
+        assert code == 2 and why in line and "inference.json" in line and "Run `nnlite select` again" in line
+    assert not (paths.root / "out").exists()
+    counts("bad inputs refused in one line")
+
+
+def handwritten() -> dict[str, Any]:
+    """The content of an inference.json that predicts with the tiny model."""
+    return {"format": "nnlite-inference-1", "models": ["tiny"], "folds": ["0"], "postprocessing": {},
+            "postprocessing_gain": {}, "candidates": [], "made": "2026-01-01", "version": "1"}  # fmt: skip
+
+
+def test_rules_for_a_label_that_is_not_there_are_refused(
+    paths: Paths, hippocampus: Path, command: Run, counts: Callable[..., None]
+) -> None:
+    rules = {"Anteriorr": {"largest_component": True}}
+    write_json(paths.inference, handwritten() | {"postprocessing": rules})
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    common = ["predict", "-i", scan, "-o", paths.root / "out", "-w", paths.root.parent, "--device", "cpu"]
+    code, _, err = command(*common, cwd=paths.root)
+    assert code == 2 and "the selection postprocesses Anteriorr, which is no label of the model" in err
+    assert not list((paths.root / "out").glob("*"))
+    assert command(*common, "--no-postprocess", cwd=paths.root)[0] == 0
+    counts("bad inputs refused in one line")
+
+
+@pytest.mark.parametrize("gain", [{"before": "0.5", "after": 1.0}, {"before": 0.5}, {"before": 0.5, "after": None}])
+def test_broken_gains_are_refused(
+    paths: Paths, gain: dict[str, Any], command: Run, counts: Callable[..., None]
+) -> None:
+    rules = {"Anterior": {"largest_component": True}}
+    write_json(paths.inference, handwritten() | {"postprocessing": rules, "postprocessing_gain": {"Anterior": gain}})
+    code, _, err = command("info", "-w", paths.root.parent, cwd=paths.root)
+    assert code == 2 and err.count("error") == 1 and "inference.json: is no selection" in err
+    counts("bad inputs refused in one line")
 
 
 def test_how_a_selection_reads() -> None:

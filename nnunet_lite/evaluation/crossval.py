@@ -86,8 +86,9 @@ def score_predictions(out: Path, dataset: Dataset, case_ids: Sequence[str], work
     cases = _chosen(dataset, case_ids)
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
         found = pool.map(partial(_score, out=out, dataset=dataset), cases)
-        rows, scaled = zip(*log.progress(found, len(cases), "score"), strict=True)
-    scores = Scores(rows, dataset.labels, unit="mm" if any(scaled) else "px")
+        scored = list(log.progress(found, len(cases), "score"))
+    unit = "px" if scored and not any(scaled for _, scaled in scored) else "mm"
+    scores = Scores(tuple(row for row, _ in scored), dataset.labels, unit=unit)
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores

@@ -68,6 +68,12 @@ class Gain(NamedTuple):
     after: float
     n: int | None = None
 
+    def checked(self) -> Gain:
+        """Itself, as it may come from a file; raises ValueError where it holds anything but numbers."""
+        if any(type(value) not in (int, float) for value in (self.before, self.after, self.n or 0)):
+            raise ValueError(f"the gain is {tuple(self)}")
+        return self
+
     def __str__(self) -> str:
         where = "the cases that chose it" if self.n is None else f"{plural(self.n, 'case')} that did not choose it"
         return f"Dice {self.before:.4f} -> {self.after:.4f} on {where}"

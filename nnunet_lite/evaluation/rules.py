@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation.components import components
 from nnunet_lite.evaluation.joint import Box, is_picture
+
+UNITS = ("mm3", "mm2", "voxels", "px")
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,28 @@ class Rule:
     Parameters
     ----------
     min_size_mm3 : in mm3; of two-dimensional images in mm2, and where no spacing is known in voxels or pixels.
-    unit : what the size is called: "mm3", "mm2", "voxels" or "px".
+    unit : what the size is called, one of `UNITS`.
     """
 
     largest_component: bool = False
     min_size_mm3: float | None = None
     unit: str = "mm3"
+
+    def checked(self) -> Rule:
+        """Itself, as it may come from a file.
+
+        Raises
+        ------
+        ValueError : a value is of another type, or a size that cannot be.
+        """
+        size = self.min_size_mm3
+        if size is not None and (type(size) not in (int, float) or not 0 <= size < inf):
+            raise ValueError(f"min_size_mm3 is {size!r}")
+        if type(self.largest_component) is not bool:
+            raise ValueError(f"largest_component is {self.largest_component!r}")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit is {self.unit!r}, not one of {', '.join(UNITS)}")
+        return self
 
     def __str__(self) -> str:
         size = "" if self.min_size_mm3 is None else f"{self.min_size_mm3:g} {self.unit}"

@@ -105,8 +105,8 @@ class Selection:
             return cls(
                 models=tuple(value["models"]),
                 folds=tuple(map(str, value["folds"])),
-                postprocessing={label: Rule(**rule) for label, rule in value["postprocessing"].items()},
-                gains={label: Gain(**gain) for label, gain in value["postprocessing_gain"].items()},
+                postprocessing={label: Rule(**rule).checked() for label, rule in value["postprocessing"].items()},
+                gains={label: Gain(**gain).checked() for label, gain in value["postprocessing_gain"].items()},
                 candidates=tuple(candidates),
                 weights=value.get("weights", {}),
                 notes=tuple(value.get("notes", ())),
@@ -135,7 +135,8 @@ class Selection:
             for first, *rest in (head, *rows)
         ]
         words = [
-            f"postprocessing of {label}: {rule}, {self.gains[label]}" for label, rule in self.postprocessing.items()
+            f"postprocessing of {label}: {rule}, {self.gains.get(label, 'gain unknown')}"
+            for label, rule in self.postprocessing.items()
         ]
         words = words or ["postprocessing: none"]
         return "\n".join([*lines, *words, *(f"note: {note}" for note in self.notes)])
