@@ -363,8 +363,8 @@ def test_pictures(tmp_path: Path) -> None:
     assert (pixels.unit, mm.unit) == ("px", "mm")
     assert {"HD95", "NSD"} <= set(pixels.table().split()) and "mm" not in pixels.table() and "1 px" in pixels.table()
     assert "HD95 mm" in mm.table() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
-    told = json.dumps(pixels.to_json()) + pixels.to_csv()
-    assert "HD95_px" in told and "nsd_tolerance_px" in told and "_mm" not in told
+    content = json.dumps(pixels.to_json()) + pixels.to_csv()
+    assert "HD95_px" in content and "nsd_tolerance_px" in content and "_mm" not in content
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 0.5, 0.5)])

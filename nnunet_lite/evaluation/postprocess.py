@@ -266,7 +266,7 @@ def _decide(
         if _mean_gain(ours, theirs) >= _LEAST_GAIN and p_of_gain(_differences(ours, theirs)) <= level / len(chosen):
             rules[name], gains[name] = rule, Gain(mean_of(ours[:, None]), mean_of(theirs[:, None]), _known(ours))
         else:
-            why[f"{rule}, is not confirmed by the {plural(_known(ours), 'case')} that did not choose it"].append(name)
+            why[f'"{rule}" is not confirmed by the {plural(_known(ours), "case")} that did not choose it'].append(name)
     notes = [f"no postprocessing of {', '.join(names)}: {reason}" for reason, names in why.items()]
     return Decision(rules, gains, (*before.notes, *notes))
 

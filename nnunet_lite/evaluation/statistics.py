@@ -80,8 +80,8 @@ def p_of_gain(differences: np.ndarray) -> float:
     from scipy.stats import permutation_test
 
     changed = differences[differences != 0]
-    if not len(changed):
-        return 1.0
+    if len(changed) < 2:
+        return 0.5 if changed.sum() > 0 else 1.0
     found = permutation_test(
         (changed,), np.sum, permutation_type="samples", n_resamples=_FLIPS, alternative="greater", vectorized=True,
         random_state=_SEED,
