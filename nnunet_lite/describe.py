@@ -42,6 +42,7 @@ def describe_model(folder: Path) -> About:
     """
     from nnunet_lite.evaluation.crossval import mean_dice
     from nnunet_lite.inference.predictor import read_model
+    from nnunet_lite.plan.show import length_unit
     from nnunet_lite.training.checkpoint import read_state
     from nnunet_lite.training.run import MODEL, trained_folds
 
@@ -78,7 +79,7 @@ def describe_model(folder: Path) -> About:
         f"channels  {', '.join(c.name for c in plan.channels)}",
         f"labels    {', '.join(plan.labels.region_names)}",
         f"axes      {_orientation(plan)}",
-        f"spacing   {_by(configuration.spacing)} mm, patch {_by(configuration.patch_size)}",
+        f"spacing   {_by(configuration.spacing)} {length_unit(plan)}, patch {_by(configuration.patch_size)}",
         f"network   {network.kind}, features {'-'.join(map(str, network.features))}, {network.norm} norm",
     ]
     for fold, state in folds.items():

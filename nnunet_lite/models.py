@@ -14,7 +14,7 @@ from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
     from nnunet_lite.data.labels import Labels
-    from nnunet_lite.evaluation.postprocess import Rule
+    from nnunet_lite.evaluation.rules import Rule
     from nnunet_lite.evaluation.selection import Selection
     from nnunet_lite.inference.folder import Finish
     from nnunet_lite.inference.predictor import Model
@@ -41,9 +41,17 @@ class Choice:
     rules: dict[str, Rule] = field(default_factory=dict)
 
     def finish(self, labels: Labels) -> Finish | None:
-        """What postprocesses a label map; None where there is nothing to do."""
-        from nnunet_lite.evaluation.postprocess import apply_rules
+        """What postprocesses a label map; None where there is nothing to do.
 
+        Raises
+        ------
+        UserError : a rule is for a label that the model does not have.
+        """
+        from nnunet_lite.evaluation.rules import apply_rules
+
+        if strange := sorted(self.rules.keys() - set(labels.region_names)):
+            what = f"the selection postprocesses {strange[0]}, which is no label of the model"
+            raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
         return (lambda array, place: apply_rules(array, place.spacing, labels, self.rules)) if self.rules else None
 
 
@@ -97,6 +105,9 @@ def _tell(paths: Paths, selection: Selection, folds: Sequence[str | int], rules:
     from nnunet_lite.evaluation.selection import in_words, trained_since
 
     log.info(f"{paths.inference}: {in_words(selection.models, [str(fold) for fold in folds], rules)}")
+    if doubtful := [label for label in selection.unconfirmed if label in rules]:
+        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
+        log.warn(f"{what}; `nnlite select` confirms it on others")
     if changed := trained_since(paths, selection):
         what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
         log.warn(f"{what}; `nnlite select` compares anew")

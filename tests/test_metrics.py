@@ -277,6 +277,30 @@ def test_csv_and_table(folders: tuple[Path, Path]) -> None:
     assert json.loads(text)["statistics"]["foreground"]["Dice"]["n"] == 8
 
 
+def test_what_was_not_measured_has_no_column(folders: tuple[Path, Path]) -> None:
+    without, with_surface = (evaluate(*folders, TWO, surface=surface) for surface in (False, True))
+    assert "NSD" not in without.table() and "HD95" not in without.table() and "n/a" not in without.table()
+    assert without.lines()[1] == tuple(cell for i, cell in enumerate(with_surface.lines()[1]) if i not in (6, 7))
+    assert with_surface.lines()[0][6:8] == ("NSD 1 mm", "HD95 mm")
+
+
+def test_volume_errors_do_not_cancel() -> None:
+    """One volume of a half too much and one of a half too little: an error of a half, not of nothing."""
+    reference = np.zeros((1, 4, 8), np.uint8)
+    reference[0, 0, :4] = 1
+    rows = []
+    for i, n in enumerate((2, 6)):
+        prediction = np.zeros_like(reference)
+        prediction[0, 0, :n] = 1
+        rows.append(CaseScore(str(i), None, None, {"lesion": one(prediction, reference)}))
+    scores = Scores.of(rows, Labels(names={"lesion": 1}))
+    cells = dict(zip(scores.lines()[0], scores.lines()[1], strict=True))
+    assert cells["abs. volume error"] == "0.5000" and "volume error" not in cells
+    mean = scores.to_json()["mean"]["1"]
+    assert (mean["absolute_volume_error"], mean["volume_error"]) == (0.5, 0.0), "the second is the bias"
+    assert scores.to_json()["statistics"]["1"]["absolute_volume_error"]["median"] == 0.5
+
+
 # --------------------------------------------------------------------------------------------------------- on disk
 
 
@@ -336,6 +360,35 @@ def test_pictures(tmp_path: Path) -> None:
     pixels, mm = (evaluate(tmp_path / "p.png", tmp_path / name, TWO) for name in ("r.png", "r.nii.gz"))
     assert pixels.foreground().mean == mm.foreground().mean and 0 < pixels.foreground().mean < 1
     assert mm.values("hd95_mm") == pytest.approx(pixels.values("hd95_mm") / 2, nan_ok=True)
+    assert (pixels.unit, mm.unit) == ("px", "mm")
+    assert {"HD95", "NSD"} <= set(pixels.table().split()) and "mm" not in pixels.table() and "1 px" in pixels.table()
+    assert "HD95 mm" in mm.table() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
+    content = json.dumps(pixels.to_json()) + pixels.to_csv()
+    assert "HD95_px" in content and "nsd_tolerance_px" in content and "_mm" not in content
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 0.5, 0.5)])
+def test_volumes_need_a_spacing(tmp_path: Path, spacing: tuple[float, float, float]) -> None:
+    """The pages of a TIFF are a volume of unknown size, unless a file says their spacing."""
+    array = read_label(REFERENCES[2])[0]
+    for name in ("p.tif", "r.tif", "r.nii.gz"):
+        write_label(tmp_path / name, array, Geometry(array.shape, spacing))
+    known = spacing != (1.0, 1.0, 1.0)
+    stack = evaluate(tmp_path / "p.tif", tmp_path / "r.tif", TWO)
+    assert stack.unit == ("mm" if known else "px")
+    ml = (array == 1).sum() * np.prod(spacing) / 1000
+    assert stack.rows[0].measures["Anterior"].reference_ml == (pytest.approx(ml) if known else None)
+    against_nifti = evaluate(tmp_path / "p.tif", tmp_path / "r.nii.gz", TWO)
+    assert against_nifti.unit == "mm" and against_nifti.rows[0].measures["Anterior"].reference_ml == pytest.approx(ml)
+
+
+def test_files_without_a_spacing_among_others_are_noted(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        array = np.zeros((1, 8, 9), np.uint8)
+        array[0, 2:5, 2:5] = 1
+        write_label(folder / "picture.png", array, Geometry(array.shape, (999.0, 1.0, 1.0), dimensions=2))
+    scores = evaluate(*folders, TWO, surface=False)
+    assert scores.unit == "mm" and scores.notes == ("no spacing is known, 1 mm taken for a pixel (picture)",)
 
 
 def test_another_grid_is_refused(folders: tuple[Path, Path]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import nnunet_lite
 from nnunet_lite import api
 from nnunet_lite.data.dataset import dataset_from_json, map_labels
+from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -99,18 +100,70 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     assert good.margin == Margin(0, 0, 0)
 
     assert list(found.postprocessing) == ["Anterior"], "the other label has one component"
-    assert found.gains["Anterior"].before == pytest.approx(each["a-good"][:, 0].mean())
-    assert found.gains["Anterior"].after == 1.0
+    assert found.notes == ()
+    splits = read_json(paths.splits)
+    others = {case_id for fold in (0, 2, 4) for case_id in splits[fold]["val"]}  # two of five folds chose the rule
+    kept = [i for i, case in enumerate(cases) if case.id in others]
+    assert found.gains["Anterior"] == pytest.approx((each["a-good"][kept, 0].mean(), 1.0, 6))
+    line = f"postprocessing of Anterior: {found.postprocessing['Anterior']}, Dice "
+    assert line in found.table() and found.table().endswith("-> 1.0000 on 6 cases that did not choose it")
     clean = apply_rules(speckled(truth[0], 0), (1.0, 1.0, 1.0), LABELS, found.postprocessing)
     assert np.array_equal(clean, truth[0])
 
     stored = read_json(paths.inference)
     assert stored["format"] == "nnlite-inference-1" and stored["models"] == ["a-good"]
-    assert set(stored["postprocessing"]["Anterior"]) == {"largest_component", "min_size_mm3"}
+    assert set(stored["postprocessing"]["Anterior"]) == {"largest_component", "min_size_mm3", "unit"}
     assert stored["candidates"][1]["margin"]["mean"] == bad.margin.mean
     assert read_selection(paths) == found
     again = api.select(["a-good", "b-bad"], ensembles=False, postprocess=False, workspace=paths.root.parent)
     assert again.postprocessing == {} and again.candidates == found.candidates
+
+
+@pytest.mark.parametrize(("pages", "unit"), [(1, "px"), (6, "voxels")])
+def test_sizes_without_a_spacing_are_pixels(
+    pages: int, unit: str, tiny_model: Path, tmp_path: Path, command: Run
+) -> None:
+    """Pictures, and TIFF stacks without a spacing: neither select nor the report nor the plan speaks of mm."""
+    root, ending = tmp_path / "cells", ".png" if pages == 1 else ".tif"
+    rng = np.random.default_rng(0)
+    spacing = (999.0 if pages == 1 else 1.0, 1.0, 1.0)
+    place = Geometry((pages, 40, 48), spacing, dimensions=2 if pages == 1 else 3)
+    for i in range(12):
+        label = np.zeros(place.shape, np.uint8)
+        label[:, 4:16, 4 : 16 + i] = 1
+        image = (60 * label + rng.integers(0, 60, label.shape)).astype(np.uint8)
+        write_label(root / "images" / f"{i:02}{ending}", image, place)
+        write_label(root / "labels" / f"{i:02}{ending}", label, place)
+    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    ours = Paths(tmp_path / "ws" / "cells")
+    cases = [case.id for case in dataset_from_json(read_json(ours.dataset)).cases]
+    folds = [cases[k::5] for k in range(5)]
+    write_json(ours.splits, [{"train": [c for c in cases if c not in val], "val": val} for val in folds])
+    model = shutil.copytree(tiny_model, ours.models / "a", ignore=shutil.ignore_patterns("fold_*"))
+    shutil.copy(ours.plans, model / "plans.json")
+    write_json(model / "run.json", read_json(model / "run.json") | {"configuration": "2d"})
+    for k, val in enumerate(folds):
+        (model / f"fold_{k}").mkdir()
+        shutil.copy(tiny_model / "fold_0" / "model.safetensors", model / f"fold_{k}")
+        for case_id in val:
+            label, geometry, _ = read_label(root / "labels" / f"{case_id}{ending}")
+            label = label.copy()
+            label[0, 30:32, 40:46] = 1  # a speck
+            write_label(model / f"fold_{k}" / "validation" / f"{case_id}{ending}", label, geometry)
+    found = api.select(workspace=tmp_path / "ws", device="cpu")
+    words = f"no component below {14 * pages if pages == 1 else 86} {unit}"
+    assert [str(rule) for rule in found.postprocessing.values()] == [words]
+    assert words in found.table() and "mm" not in found.table()
+    summary = read_json(model / "fold_0" / "validation" / "summary.json")
+    assert summary["length_unit"] == "px" and summary["metric_per_case"][0]["metrics"]["1"]["reference_ml"] is None
+    api.report(tmp_path / "page.html", workspace=tmp_path / "ws")
+    page = (tmp_path / "page.html").read_text()
+    assert f"components below {words.split('below ')[1]} are removed" in page and "mm³" not in page
+    assert "(ml)</th>" not in page and " ml in every case" not in page
+    code, out, err = command("info", "-w", tmp_path / "ws", cwd=tmp_path)
+    assert code == 0 and words in out, err
+    if pages == 1:
+        assert "spacing (px)" in out and "spacing   1x1 px" in out
 
 
 def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command: Run) -> None:
@@ -137,7 +190,8 @@ def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command:
     assert code == 0 and json.loads(paths.inference.read_text())["candidates"][0]["n_cases"] == 2 * held_out, err
     head, row, *rest = out.splitlines()
     assert head.split()[:3] == ["candidate", "n", "Dice"] and row.split()[0] == "two" and "selected" in row
-    assert rest[-1] == "postprocessing: none"
+    why = "note: no postprocessing: 4 cases held out, 10 are needed to choose a rule and to confirm it"
+    assert rest[-2:] == ["postprocessing: none", why]
 
 
 def test_what_cannot_be_compared_is_told(paths: Paths, tiny_workspace: Path) -> None:
@@ -243,7 +297,7 @@ def selected(paths: Paths, **changes: Any) -> Selection:
     found = api.select("tiny", postprocess=False, workspace=paths.root.parent, device="cpu")
     rules = {"Anterior": Rule(True), "Posterior": Rule(False, 1e6)}
     value = found.to_json() | {"postprocessing": {k: vars(rule) for k, rule in rules.items()}} | changes
-    value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6} for k in rules}
+    value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6, "n": 20} for k in rules}
     write_json(paths.inference, value)
     return Selection.from_json(value, paths.inference)
 
@@ -290,6 +344,25 @@ def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command:
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
+def test_an_older_selection_is_obeyed_with_a_warning(
+    paths: Paths, hippocampus: Path, tmp_path: Path, command: Run
+) -> None:
+    """An inference.json of a version whose rules nothing confirmed: its sizes are mm3, its gains have no n."""
+    chosen = selected(paths)
+    value = chosen.to_json()
+    value["postprocessing"] = {"Posterior": {"largest_component": False, "min_size_mm3": 1e6}}
+    value["postprocessing_gain"] = {"Posterior": {"before": 0.5, "after": 0.6}}
+    write_json(paths.inference, value)
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    common = ["predict", "-i", scan, "-o", tmp_path / "out", "--device", "cpu", "-w", paths.root.parent]
+    code, _, err = command(*common, cwd=tmp_path)
+    assert code == 0 and "postprocessing: Posterior: no component below 1e+06 mm3\n" in err
+    assert "warning: the postprocessing of Posterior was chosen and measured on the same cases; `nnlite select`" in err
+    assert not (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
+    assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
+    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in Selection.from_json(value, paths.inference).table()
+
+
 def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_path: Path) -> None:
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     turn_round(other)
@@ -324,14 +397,74 @@ def test_a_broken_selection_is_refused(paths: Paths, content: str, hippocampus: 
     assert code == 2 and "inference.json: is no selection of the form nnlite-inference-1" in err
 
 
+BROKEN_RULES = {
+    "size_is_text": ({"min_size_mm3": "30"}, "min_size_mm3 is '30'"),
+    "size_is_negative": ({"min_size_mm3": -1}, "min_size_mm3 is -1"),
+    "size_is_endless": ({"min_size_mm3": float("inf")}, "min_size_mm3 is inf"),
+    "size_is_nan": ({"min_size_mm3": float("nan")}, "min_size_mm3 is nan"),
+    "largest_is_text": ({"largest_component": "no"}, "largest_component is 'no'"),
+    "unknown_unit": ({"unit": "ml"}, "unit is 'ml', not one of mm3, mm2, voxels, px"),
+    "unknown_key": ({"hole": 3}, "unexpected keyword argument 'hole'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_RULES)
+def test_broken_rules_are_refused(
+    paths: Paths, name: str, hippocampus: Path, command: Run, counts: Callable[..., None]
+) -> None:
+    """An inference.json that was changed by hand."""
+    broken, why = BROKEN_RULES[name]
+    value = handwritten() | {"postprocessing": {"Anterior": {"largest_component": True, "min_size_mm3": None} | broken}}
+    paths.inference.write_text(json.dumps(value))
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    for arguments in (["predict", "-i", scan, "-o", paths.root / "out"], ["info"]):
+        code, _, err = command(*arguments, "-w", paths.root.parent, cwd=paths.root)
+        (line,) = [line for line in err.splitlines() if line.startswith("error")]
+        assert code == 2 and why in line and "inference.json" in line and "Run `nnlite select` again" in line
+    assert not (paths.root / "out").exists()
+    counts("bad inputs refused in one line")
+
+
+def handwritten() -> dict[str, Any]:
+    """The content of an inference.json that predicts with the tiny model."""
+    return {"format": "nnlite-inference-1", "models": ["tiny"], "folds": ["0"], "postprocessing": {},
+            "postprocessing_gain": {}, "candidates": [], "made": "2026-01-01", "version": "1"}  # fmt: skip
+
+
+def test_rules_for_a_label_that_is_not_there_are_refused(
+    paths: Paths, hippocampus: Path, command: Run, counts: Callable[..., None]
+) -> None:
+    rules = {"Anteriorr": {"largest_component": True}}
+    write_json(paths.inference, handwritten() | {"postprocessing": rules})
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    common = ["predict", "-i", scan, "-o", paths.root / "out", "-w", paths.root.parent, "--device", "cpu"]
+    code, _, err = command(*common, cwd=paths.root)
+    assert code == 2 and "the selection postprocesses Anteriorr, which is no label of the model" in err
+    assert not list((paths.root / "out").glob("*"))
+    assert command(*common, "--no-postprocess", cwd=paths.root)[0] == 0
+    counts("bad inputs refused in one line")
+
+
+@pytest.mark.parametrize("gain", [{"before": "0.5", "after": 1.0}, {"before": 0.5}, {"before": 0.5, "after": None}])
+def test_broken_gains_are_refused(
+    paths: Paths, gain: dict[str, Any], command: Run, counts: Callable[..., None]
+) -> None:
+    rules = {"Anterior": {"largest_component": True}}
+    write_json(paths.inference, handwritten() | {"postprocessing": rules, "postprocessing_gain": {"Anterior": gain}})
+    code, _, err = command("info", "-w", paths.root.parent, cwd=paths.root)
+    assert code == 2 and err.count("error") == 1 and "inference.json: is no selection" in err
+    counts("bad inputs refused in one line")
+
+
 def test_how_a_selection_reads() -> None:
     best = Candidate(("a<b", "c"), 40, 0.91, 0.9, 0.92, {"left": 0.9, "right": None}, Margin(0, 0, 0))
     worse = Candidate(("c",), 40, 0.9, 0.88, 0.92, {"left": 0.9, "right": None}, Margin(0.01, 0.005, 0.015))
-    gains = {"left": Gain(0.9, 0.93)}
+    gains = {"left": Gain(0.9, 0.93, 1)}
     found = Selection(("a<b", "c"), ("0",), {"left": Rule(True)}, gains, (best, worse), {}, ("x",), "2026-01-01", "1")
     lines = found.table().splitlines()
     assert lines[1].startswith("a<b + c") and "selected" in lines[1]
     assert lines[2].endswith("+0.0100  +0.0050 to +0.0150") and "n/a" in lines[2]
-    assert lines[3:] == ["postprocessing of left: the largest component, Dice 0.9000 -> 0.9300", "note: x"]
+    gain = "Dice 0.9000 -> 0.9300 on 1 case that did not choose it"
+    assert lines[3:] == [f"postprocessing of left: the largest component, {gain}", "note: x"]
     html = found._repr_html_()
     assert "a&lt;b + c" in html and "a<b" not in html and html.count("<tr>") == 3

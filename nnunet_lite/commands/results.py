@@ -21,7 +21,7 @@ from nnunet_lite.commands.options import (
 def evaluate(
     prediction: Annotated[Path, typer.Argument(help="Label map, or folder of label maps.")],
     reference: Annotated[Path, typer.Argument(help="Its reference, or their folder.")],
-    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.")] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
     surface: Annotated[bool, typer.Option(help="Surface distances too.")] = True,
     output: Annotated[
         Path | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ __all__ = [
     "Image",
     "is_dicom",
     "is_image",
+    "is_unscaled",
     "label_suffix",
     "read_geometry",
     "read_image",
@@ -75,6 +77,14 @@ def is_image(path: Path) -> bool:
 def is_dicom(path: Path) -> bool:
     """Whether a path is a DICOM series: its folder, or one of its files."""
     return not suffix_of(path) and is_series(path)
+
+
+def is_unscaled(ending: str, spacing: Sequence[float]) -> bool:
+    """Whether a file with this ending gave no spacing, so that lengths are in pixels.
+
+    A picture is read with a spacing of (999, 1, 1), a stack of pages without one with (1, 1, 1); see `Geometry`.
+    """
+    return ending in PICTURES and tuple(spacing) in ((999, 1, 1), (1, 1, 1))
 
 
 def label_suffix(suffix: str) -> str:

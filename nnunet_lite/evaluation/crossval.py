@@ -13,10 +13,10 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.budget import pairs_at_once
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
-from nnunet_lite.data.images import read_label
+from nnunet_lite.data.images import PICTURES, is_unscaled, read_geometry, read_label, suffix_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.postprocess import Pair
+from nnunet_lite.evaluation.postprocess import Pair, Reference
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
 from nnunet_lite.inference.folder import output_file, predict_cases
@@ -97,8 +97,9 @@ def score_predictions(
     cases = _chosen(dataset, case_ids)
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
         found = pool.map(partial(_score, out=out, dataset=dataset), cases)
-        rows = tuple(log.progress(found, len(cases), "score"))
-    scores = Scores(rows, dataset.labels, notes=tuple(notes))
+        scored = list(log.progress(found, len(cases), "score"))
+    unit = "px" if scored and not any(scaled for _, scaled in scored) else "mm"
+    scores = Scores(tuple(row for row, _ in scored), dataset.labels, notes=tuple(notes), unit=unit)
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores
@@ -130,6 +131,15 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> Pair:
     return Pair(segmentation, map_labels(reference, dataset.label_map), geometry.spacing)
 
 
+def read_reference(case: Case, dataset: Dataset) -> Reference:
+    """The reference of a case, with the spacing of its image."""
+    assert case.label is not None  # every case of a planned dataset has one
+    array, geometry, _ = read_label(case.label)
+    if suffix_of(case.label) in PICTURES:  # its image may be of a format with a spacing
+        geometry, _ = read_geometry(case.images[0])
+    return Reference(map_labels(array, dataset.label_map), geometry.spacing)
+
+
 def mean_dice(folder: Path, fold: str) -> float | None:
     """Foreground Dice of the held-out cases of a fold; None where it was not validated."""
     file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
@@ -144,7 +154,9 @@ def _chosen(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:
     return [case for case in dataset.cases if case.id in chosen]
 
 
-def _score(case: Case, out: Path, dataset: Dataset) -> CaseScore:
+def _score(case: Case, out: Path, dataset: Dataset) -> tuple[CaseScore, bool]:
+    """The scores of a case, and whether its spacing is known."""
     prediction, reference, spacing = read_pair(case, out, dataset)
-    measures = score_case(prediction, reference, dataset.labels, spacing, surface=False)
-    return CaseScore(case.id, str(output_file(case, out)), str(case.label), measures)
+    scaled = not is_unscaled(suffix_of(case.images[0]), spacing)
+    measures = score_case(prediction, reference, dataset.labels, spacing, surface=False, scaled=scaled)
+    return CaseScore(case.id, str(output_file(case, out)), str(case.label), measures), scaled

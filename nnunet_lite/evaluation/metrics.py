@@ -35,9 +35,9 @@ class Measures:
     ----------
     tp, fp, fn, tn : voxels, those with the ignore label left out.
     nsd : normalised surface Dice at the tolerance.
-    hd95_mm : 95th percentile of the Hausdorff distance, mm.
-    prediction_ml, reference_ml : volumes; n/a for pictures, which have no thickness.
-    volume_error : (prediction - reference) / reference.
+    hd95_mm : 95th percentile of the Hausdorff distance, mm, or pixels without a spacing.
+    prediction_ml, reference_ml : volumes; n/a without a spacing, and for pictures, which have no thickness.
+    volume_error : (prediction - reference) / reference; its mean is the bias, in which errors cancel.
     lesion_tp, lesion_fn : reference lesions found and missed.
     lesion_fp : predicted lesions where there is none.
     """
@@ -59,6 +59,10 @@ class Measures:
     lesion_f1: float | None
 
     @property
+    def absolute_volume_error(self) -> float | None:
+        return None if self.volume_error is None else abs(self.volume_error)
+
+    @property
     def n_prediction(self) -> int:
         return self.tp + self.fp
 
@@ -75,6 +79,7 @@ def score_case(
     tolerance_mm: float = 1.0,
     surface: bool = True,
     threads: int = 1,
+    scaled: bool = True,
 ) -> dict[str, Measures]:
     """Score one case: region name (`labels.region_names`) -> measures.
 
@@ -87,13 +92,14 @@ def score_case(
     tolerance_mm : how far apart surfaces may be for NSD.
     surface : whether to measure NSD and HD95.
     threads : how many work at the same time: on slices for the counts, then on labels.
+    scaled : whether the spacing is known; else it is 1 for each axis and means pixels.
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
     joint = join(prediction, reference, labels, threads)
     where = outline(joint, threads) if surface else None
     total = int(joint.histogram[~joint.ignored].sum())
-    voxel_ml = _voxel_ml(reference.shape, spacing)
+    voxel_ml = _voxel_ml(reference.shape, spacing) if scaled else None
 
     def measure(members: tuple[int, ...]) -> Measures:
         masks = joint.members(members)

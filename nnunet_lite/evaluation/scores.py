@@ -20,7 +20,7 @@ import numpy as np
 from nnunet_lite.budget import cpus, pairs_at_once
 from nnunet_lite.data.dataset import image_files, labels_of, map_labels
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import PICTURES, read_label, stem, suffix_of
+from nnunet_lite.data.images import PICTURES, is_unscaled, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
@@ -29,6 +29,7 @@ from nnunet_lite.log import progress
 from nnunet_lite.markup import html_table
 from nnunet_lite.workspace import read_json
 
+_UNSCALED = "no spacing is known, 1 mm taken for a pixel"
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 # How each measure is called in files: first nnU-Net's own, then ours.
@@ -46,12 +47,15 @@ KEYS = {
     "prediction_ml": "prediction_ml",
     "reference_ml": "reference_ml",
     "volume_error": "volume_error",
+    "absolute_volume_error": "absolute_volume_error",
     "lesion_TP": "lesion_tp",
     "lesion_FP": "lesion_fp",
     "lesion_FN": "lesion_fn",
     "lesion_F1": "lesion_f1",
 }
-_SUMMED_UP = ("Dice", "IoU", "NSD", "HD95_mm", "volume_error", "lesion_F1")  # with n, interval and median
+_SURFACE = ("NSD", "HD95_mm")
+_COLUMNS = ("Dice", "IoU", *_SURFACE, "absolute_volume_error", "lesion_F1")  # of the table
+_SUMMED_UP = (*_COLUMNS, "volume_error")  # with n, interval and median
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Scores:
     Parameters
     ----------
     rows : one per case.
-    tolerance_mm : of NSD.
+    tolerance_mm : of NSD, in `unit`.
+    unit : of distances: "mm", or "px" where no spacing is known.
     notes : what had to be understood or was left out.
     """
 
@@ -79,10 +84,16 @@ class Scores:
     labels: Labels
     tolerance_mm: float = 1.0
     notes: tuple[str, ...] = ()
+    unit: str = "mm"
 
     @classmethod
     def of(cls, rows: Iterable[CaseScore], labels: Labels) -> Scores:
         return cls(tuple(rows), labels)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """How each measure is called in files -> field or property of `Measures`."""
+        return {in_unit(key, self.unit): field for key, field in KEYS.items()}
 
     def values(self, measure: str = "dice") -> np.ndarray:
         """A measure (a field of `Measures`) of each case and label (cases, labels); NaN where it is n/a."""
@@ -104,9 +115,9 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """What nnU-Net's summary.json holds, with more measures; n/a is null."""
         keys = label_keys(self.labels)
-        overall = {key: self.foreground(field) for key, field in KEYS.items()}
+        overall = {key: self.foreground(field) for key, field in self.keys.items()}
         by_key: dict[str, dict[str, Statistic]] = {of: {} for of in keys.values()}
-        for key, field in KEYS.items():
+        for key, field in self.keys.items():
             for name, statistic in self.by_label(field).items():
                 by_key[keys[name]][key] = statistic
         return {
@@ -115,7 +126,7 @@ class Scores:
             "metric_per_case": [
                 {
                     "metrics": {
-                        keys[name]: {key: getattr(measures, field) for key, field in KEYS.items()}
+                        keys[name]: {key: getattr(measures, field) for key, field in self.keys.items()}
                         for name, measures in row.measures.items()
                     },
                     "prediction_file": None if row.prediction_file is None else str(row.prediction_file),
@@ -125,11 +136,12 @@ class Scores:
                 for row in self.rows
             ],
             "statistics": {
-                of: {key: vars(statistics[key]) for key in _SUMMED_UP}
+                of: {key: vars(statistics[key]) for key in (in_unit(key, self.unit) for key in _SUMMED_UP)}
                 for of, statistics in {"foreground": overall, **by_key}.items()
             },
             "labels": {of: name for name, of in keys.items()},
-            "nsd_tolerance_mm": self.tolerance_mm,
+            "length_unit": self.unit,
+            f"nsd_tolerance_{self.unit}": self.tolerance_mm,
             "notes": list(self.notes),
         }
 
@@ -137,11 +149,13 @@ class Scores:
         """One line per case and label; n/a is empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "label", "value", *KEYS])
+        writer.writerow(["case", "label", "value", *self.keys])
         keys = label_keys(self.labels)
         for row in self.rows:
             for name, measures in row.measures.items():
-                writer.writerow([row.case, name, keys[name], *(getattr(measures, field) for field in KEYS.values())])
+                writer.writerow(
+                    [row.case, name, keys[name], *(getattr(measures, field) for field in self.keys.values())]
+                )
         return text.getvalue()
 
     def table(self) -> str:
@@ -156,16 +170,24 @@ class Scores:
     def lines(self) -> list[tuple[str, ...]]:
         """The cells of a table: its head, one line per label, then the foreground mean.
 
-        A mean over other cases than Dice's says how many; an HD95 exists only where both masks are there.
+        A mean over other cases than Dice's says how many; an HD95 exists only where both masks are there. Surface
+        measures that were not computed have no columns.
         """
-        fields = map(KEYS.__getitem__, _SUMMED_UP)
-        columns = [{**self.by_label(field), "foreground mean": self.foreground(field)} for field in fields]
-        nsd = f"NSD {self.tolerance_mm:g} mm"
-        head = "label", "n", "Dice", "95 % interval", "median", "IoU", nsd, "HD95 mm", "volume error", "lesion F1"
+        measured = np.isfinite(self.values("nsd")).any()
+        shown = [key for key in _COLUMNS if measured or key not in _SURFACE]
+        columns = [{**self.by_label(KEYS[key]), "foreground mean": self.foreground(KEYS[key])} for key in shown]
+        titles = {"NSD": f"NSD {self.tolerance_mm:g} {self.unit}", "HD95_mm": f"HD95 {self.unit}",
+                  "absolute_volume_error": "abs. volume error", "lesion_F1": "lesion F1"}  # fmt: skip
+        head = "label", "n", "Dice", "95 % interval", "median", *(titles.get(key, key) for key in shown[1:])
         return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
 
     def _repr_html_(self) -> str:
         return html_table(f"{len(self.rows)} cases", self.lines(), self.notes)
+
+
+def in_unit(key: str, unit: str) -> str:
+    """The name of a measure in files: HD95_px where no spacing is known."""
+    return f"{key.removesuffix('_mm')}_{unit}" if key.endswith("_mm") else key
 
 
 def _means(statistics: dict[str, Statistic]) -> dict[str, float | None]:
@@ -210,7 +232,7 @@ def evaluate(
     ----------
     labels : else those of a dataset.json in the reference folder, its parent, or the prediction folder; else the values
         that the files hold.
-    tolerance_mm : how far apart surfaces may be for NSD.
+    tolerance_mm : how far apart surfaces may be for NSD; pixels where no file has a spacing.
     surface : whether to measure NSD and HD95.
     workers : threads, all cores where None; 0 or 1 for one.
 
@@ -231,14 +253,18 @@ def evaluate(
             notes = [*notes, f"no dataset.json: the labels are the values found, {', '.join(labels.region_names)}"]
         known = labels
 
-        def score(case: str) -> tuple[CaseScore, list[tuple[str, str]]]:
-            arrays, spacing, remarks = _read_pair(*pairs[case], known)
-            measures = score_case(*arrays, known, spacing, tolerance_mm, surface, threads)
-            return CaseScore(case, *pairs[case], measures), remarks
+        def score(case: str) -> tuple[CaseScore, list[tuple[str, str]], bool]:
+            arrays, spacing, scaled, remarks = _read_pair(*pairs[case], known)
+            measures = score_case(*arrays, known, spacing, tolerance_mm, surface, threads, scaled)
+            return CaseScore(case, *pairs[case], measures), remarks, scaled
 
         results = list(progress(pool.map(score, pairs), len(pairs), "evaluate"))
-    rows, remarks = zip(*results, strict=True)
-    return Scores(rows, labels, tolerance_mm, (*notes, *_gather(remark for each in remarks for remark in each)))
+    rows, each, scaled = zip(*results, strict=True)
+    remarks = [remark for some in each for remark in some]
+    if any(scaled):
+        remarks += [(_UNSCALED, row.case) for row, known_size in zip(rows, scaled, strict=True) if not known_size]
+    unit = "mm" if any(scaled) else "px"
+    return Scores(rows, labels, tolerance_mm, (*notes, *_gather(remarks)), unit)
 
 
 def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
@@ -315,8 +341,8 @@ def _values_of_file(path: Path) -> set[int]:
 
 def _read_pair(
     prediction: Path, reference: Path, labels: Labels
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], list[tuple[str, str]]]:
-    """Both arrays (z, y, x), the spacing, and remarks as (remark, file)."""
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], bool, list[tuple[str, str]]]:
+    """Both arrays (z, y, x), the spacing, whether a file gives it, and remarks as (remark, file)."""
     predicted, grid, remarks = _read(prediction, labels)
     truth, true_grid, more = _read(reference, labels, grid.orientation)
     pictures = [suffix_of(path) in PICTURES for path in (prediction, reference)]  # whose spacing is not to be believed
@@ -326,8 +352,8 @@ def _read_pair(
             prediction,
             "Resample one to the grid of the other, with nearest neighbour.",
         )
-    spacing = grid.spacing if pictures == [False, True] else true_grid.spacing
-    return (predicted, truth), spacing, remarks + more
+    file, spacing = (prediction, grid.spacing) if pictures == [False, True] else (reference, true_grid.spacing)
+    return (predicted, truth), spacing, not is_unscaled(suffix_of(file), spacing), remarks + more
 
 
 def _describe(grid: Geometry) -> str:

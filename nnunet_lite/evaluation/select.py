@@ -20,17 +20,19 @@ import numpy as np
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.images import is_unscaled, read_geometry, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.crossval import (
     predicted_cases,
     read_pair,
+    read_reference,
     score_predictions,
     summed_up,
     validate,
     validate_fold,
 )
-from nnunet_lite.evaluation.postprocess import Pair, decide
+from nnunet_lite.evaluation.postprocess import Decision, Pair, decide
 from nnunet_lite.evaluation.selection import (
     Candidate,
     Selection,
@@ -120,11 +122,12 @@ def select(
         teams, notes = [*teams, *pairs], [*notes, *refused]
     tables = {team: _dice_of(comparison, team) for team in teams}
     winner = choose(tables)
-    rules, gains = decide(_readers(comparison, winner), dataset.labels, workers) if postprocess else ({}, {})
+    decision = _postprocessing(comparison, winner) if postprocess else Decision({}, {}, ())
     used = winner[0].folds if len(winner) == 1 else names
     selection = Selection(
-        tuple(member.name for member in winner), used, rules, gains, _ranked(tables, winner, dataset),
-        fingerprints([member.folder for member in winner], used), tuple(notes), date.today().isoformat(),
+        tuple(member.name for member in winner), used, decision.rules, decision.gains,
+        _ranked(tables, winner, dataset), fingerprints([member.folder for member in winner], used),
+        (*notes, *decision.notes), date.today().isoformat(),
         nnunet_lite.__version__,
     )  # fmt: skip
     write_selection(paths, selection)
@@ -265,13 +268,26 @@ def _folder(comparison: Comparison, team: Sequence[Member], fold: Fold) -> Path:
     return comparison.paths.ensembles / "+".join(member.name for member in team) / f"fold_{fold.name}" / VALIDATION
 
 
-def _readers(comparison: Comparison, team: Team) -> list[Callable[[], Pair]]:
-    """For each case, in the order of their ids, what reads its label map and its reference."""
-    cases = {case.id: case for case in comparison.dataset.cases}
-    return [
-        partial(read_pair, cases[case_id], _folder(comparison, team, fold), comparison.dataset)
-        for case_id, fold in sorted(comparison.holders.items(), key=lambda entry: entry[0])
+def _postprocessing(comparison: Comparison, team: Team) -> Decision:
+    """The rules for the label maps of a candidate that its held-out cases, in the order of their ids, confirm."""
+    dataset = comparison.dataset
+    cases = {case.id: case for case in dataset.cases}
+    held_out = sorted(comparison.holders.items(), key=lambda entry: entry[0])
+    readers: list[Callable[[], Pair]] = [
+        partial(read_pair, cases[case_id], _folder(comparison, team, fold), dataset) for case_id, fold in held_out
     ]
+    folds = [fold.name for _, fold in held_out]
+    references = [partial(read_reference, case, dataset) for case in dataset.cases]
+    return decide(readers, folds, references, dataset.labels, _size_unit(dataset), comparison.workers)
+
+
+def _size_unit(dataset: Dataset) -> str:
+    """What sizes of components are called; in pixels only where no image has a spacing."""
+    files = [case.images[0] for case in dataset.cases]
+    flat = read_geometry(files[0])[0].dimensions == 2
+    if all(is_unscaled(suffix_of(file), read_geometry(file)[0].spacing) for file in files):
+        return "px" if flat else "voxels"
+    return "mm2" if flat else "mm3"
 
 
 def _dice_of(comparison: Comparison, team: Team) -> np.ndarray:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.postprocess import Gain, Rule
+from nnunet_lite.evaluation.postprocess import Gain
+from nnunet_lite.evaluation.rules import Rule
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.training.run import MODEL, is_finished
 from nnunet_lite.workspace import Paths, read_json, write_json
@@ -54,10 +55,10 @@ class Selection:
     models : names of model folders; two vote with the mean of their probabilities.
     folds : of each, whose networks are averaged.
     postprocessing : label or region -> rule, of those that it helps.
-    gains : label or region -> mean Dice before and after, of those.
+    gains : label or region -> mean Dice before and after, of those, on cases that did not choose the rule.
     candidates : the winner first, then the others from the best on.
     weights : model -> fold -> fingerprint, to notice that it was trained since.
-    notes : what the comparison leaves out.
+    notes : what the comparison leaves out, and why labels have no postprocessing.
     made : date, ISO. version : of nnunet_lite.
     """
 
@@ -104,8 +105,8 @@ class Selection:
             return cls(
                 models=tuple(value["models"]),
                 folds=tuple(map(str, value["folds"])),
-                postprocessing={label: Rule(**rule) for label, rule in value["postprocessing"].items()},
-                gains={label: Gain(**gain) for label, gain in value["postprocessing_gain"].items()},
+                postprocessing={label: Rule(**rule).checked() for label, rule in value["postprocessing"].items()},
+                gains={label: Gain(**gain).checked() for label, gain in value["postprocessing_gain"].items()},
                 candidates=tuple(candidates),
                 weights=value.get("weights", {}),
                 notes=tuple(value.get("notes", ())),
@@ -114,6 +115,11 @@ class Selection:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"is no selection of the form {FORMAT} ({error})", file, _AGAIN) from None
+
+    @property
+    def unconfirmed(self) -> list[str]:
+        """The labels whose rule was chosen and measured on the same cases, by a version that did so."""
+        return [label for label in self.postprocessing if label not in self.gains or self.gains[label].n is None]
 
     @property
     def how(self) -> str:
@@ -129,7 +135,7 @@ class Selection:
             for first, *rest in (head, *rows)
         ]
         words = [
-            f"postprocessing of {label}: {rule}, Dice {self.gains[label].before:.4f} -> {self.gains[label].after:.4f}"
+            f"postprocessing of {label}: {rule}, {self.gains.get(label, 'gain unknown')}"
             for label, rule in self.postprocessing.items()
         ]
         words = words or ["postprocessing: none"]

@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures
-from nnunet_lite.evaluation.scores import KEYS, CaseScore, Scores, label_keys
+from nnunet_lite.evaluation.scores import KEYS, CaseScore, Scores, in_unit, label_keys
 from nnunet_lite.workspace import read_json
 
 _FIELDS = {key: field for key, field in KEYS.items() if field in {known.name for known in fields(Measures)}}
@@ -26,20 +26,21 @@ def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
     UserError : a file is no summary, or one for other labels.
     """
     names = {key: name for name, key in label_keys(labels).items()}
-    rows = []
+    rows, unit = [], "mm"
     for file in files:
         summary = read_json(file)
         try:
-            rows += [_row(entry, names, file.parent) for entry in summary["metric_per_case"]]
-        except (KeyError, TypeError) as error:
+            unit = summary.get("length_unit", "mm")
+            rows += [_row(entry, names, file.parent, unit) for entry in summary["metric_per_case"]]
+        except (KeyError, TypeError, AttributeError) as error:
             what = f"is not a summary for the labels {', '.join(names.values())} ({type(error).__name__}: {error})"
             raise UserError(what, file, "Validate the fold again: delete its folder `validation` and train.") from None
-    return Scores(tuple(rows), labels)
+    return Scores(tuple(rows), labels, unit=unit)
 
 
-def _row(entry: dict[str, Any], names: dict[str, str], folder: Path) -> CaseScore:
+def _row(entry: dict[str, Any], names: dict[str, str], folder: Path, unit: str) -> CaseScore:
     measures = {
-        name: Measures(**{field: entry["metrics"][key][shown] for shown, field in _FIELDS.items()})
+        name: Measures(**{field: entry["metrics"][key][in_unit(shown, unit)] for shown, field in _FIELDS.items()})
         for key, name in names.items()
     }
     prediction = folder / Path(entry["prediction_file"]).name if entry["prediction_file"] else None

@@ -10,17 +10,18 @@ from nnunet_lite.markup import html_table
 from nnunet_lite.plan.schema import Channel, Configuration, Plan
 
 WIDTH = 120
-HEADER = ("configuration", "spacing (mm)", "median shape", "patch", "batch", "stages", "GB", "patch sees")
+_PICTURES = [1, 1, 999]  # the spacing, sorted, with which pictures are read: they have none
 _SCHEMES = {"ct": "CT", "zscore": "z-score", "none": "as it is", "rescale_0_1": "to 0..1", "rgb_0_1": "RGB to 0..1"}
 
 
 def plan_table(plan: Plan) -> str:
     """The plan as plain text, at most 120 columns: one line per configuration, then the reasons for each.
 
-    Lengths are in mm, GB are 1e9 bytes of a training step; "patch sees" is the share of the median image in one patch.
+    Lengths are in mm, of pictures in pixels; GB are 1e9 bytes of a training step; "patch sees" is the share of the
+    median image in one patch.
     """
-    rows = [HEADER, *plan_rows(plan)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    rows = [plan_head(plan), *plan_rows(plan)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [*wrap(plan_title(plan), WIDTH), *wrap(_channels(plan), WIDTH, subsequent_indent="  "), ""]
     lines += [_align(row, widths) for row in rows]
     for name, reasons in plan_reasons(plan).items():
@@ -33,7 +34,7 @@ def plan_table(plan: Plan) -> str:
 def plan_html(plan: Plan) -> str:
     """The same for a notebook."""
     why = [f"{name}: {reason}" for name, reasons in plan_reasons(plan).items() for reason in reasons]
-    return html_table(plan_title(plan), [HEADER, *plan_rows(plan)], [_channels(plan), *why])
+    return html_table(plan_title(plan), [plan_head(plan), *plan_rows(plan)], [_channels(plan), *why])
 
 
 def plan_title(plan: Plan) -> str:
@@ -46,8 +47,19 @@ def plan_title(plan: Plan) -> str:
     )
 
 
+def length_unit(plan: Plan) -> str:
+    """What the plan's spacings are measured in: "mm", or "px" for pictures."""
+    return "px" if sorted(plan.median_spacing) == _PICTURES else "mm"
+
+
+def plan_head(plan: Plan) -> tuple[str, ...]:
+    """The names of the columns of `plan_rows`."""
+    spacing = f"spacing ({length_unit(plan)})"
+    return "configuration", spacing, "median shape", "patch", "batch", "stages", "GB", "patch sees"
+
+
 def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """What `HEADER` names, of each configuration."""
+    """What `plan_head` names, of each configuration."""
     return [_row(name, configuration) for name, configuration in plan.configurations.items()]
 
 

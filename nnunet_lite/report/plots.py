@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup, escape
 
 _MOST_POINTS = 400  # of a curve, about one per pixel; longer ones are thinned
 _COLOURS = 10
+_LEAST_RANGE = 1e-9  # of the values: less is rounding
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,23 @@ class _Frame:
 
 
 def curves(
-    title: str, series: Sequence[Series], x_label: str, y_label: str, y_range: tuple[float, float] | None = None
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float | None, float | None] = (None, None),
 ) -> Markup:
-    """Curves over a common axis, with a legend of the distinct names; empty where there is nothing to draw."""
-    series = [thinned(s) for s in series]
-    known = [(x, y) for s in series for x, y in zip(s.xs, s.ys, strict=True) if y is not None and math.isfinite(y)]
+    """Curves over a common axis, with a legend of the distinct names; empty where there is nothing to draw.
+
+    `y_range` : ends of the axis; None for one that follows from the values.
+    """
+    series = [_finite(thinned(s)) for s in series]
+    known = [(x, y) for s in series for x, y in zip(s.xs, s.ys, strict=True) if y is not None]
     if not known:
         return Markup("")
     xs, ys = zip(*known, strict=True)
-    frame = _Frame(460, 230, _widened(min(xs), max(xs)), y_range or _padded(min(ys), max(ys)))
+    low, high = (end if given is None else given for end, given in zip(_padded(min(ys), max(ys)), y_range, strict=True))
+    frame = _Frame(460, 230, _widened(min(xs), max(xs)), (low, high))
     lines = [_line(s, frame) for s in series]
     data = {
         "x": [frame.x[0], frame.x[1], frame.left, frame.width - frame.right],
@@ -76,11 +85,19 @@ def thinned(series: Series) -> Series:
     if step <= 1:
         return series
     kept = sorted({*range(0, len(series.xs), step), len(series.xs) - 1})
-    return Series(series.name, [series.xs[i] for i in kept], [series.ys[i] for i in kept], series.colour, series.kind)
+    return replace(series, xs=[series.xs[i] for i in kept], ys=[series.ys[i] for i in kept])
+
+
+def _finite(series: Series) -> Series:
+    """A curve whose values that are no numbers are gaps."""
+    return replace(series, ys=[y if y is not None and math.isfinite(y) else None for y in series.ys])
 
 
 def histogram(title: str, values: Sequence[float], unit: str) -> Markup:
-    """How often values occur, in at most 20 bins; the median is a line."""
+    """How often values occur, in at most 20 bins; the median is a line. Empty where there is nothing to draw."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return Markup("")
     counts, edges = np.histogram(values, bins=min(20, max(4, math.ceil(math.sqrt(len(values))) * 2)))
     frame = _Frame(260, 130, (float(edges[0]), float(edges[-1])), (0, float(counts.max())), left=34, bottom=32)
     bars = []
@@ -121,15 +138,18 @@ def dots(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float | None]
     return _svg(title, frame, *parts)
 
 
-def intervals(title: str, rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Markup:
-    """A mean with its 95 % interval for each row, the first row marked."""
+def intervals(title: str, rows: Sequence[tuple[str, float | None, float | None, float | None]], label: str) -> Markup:
+    """A mean with its 95 % interval for each row that has one, the first row marked."""
     height = 26.0
-    names = [_short(name, 44) for name, *_ in rows]
-    ends = [v for _, *values in rows for v in values if v is not None]
+    known = [(name, mean, low, high) for name, mean, low, high in rows if mean is not None]
+    if not known:
+        return Markup("")
+    names = [_short(name, 44) for name, *_ in known]
+    ends = [v for _, *values in known for v in values if v is not None]
     left = 16 + 6.6 * max(map(len, names))
-    frame = _Frame(680, 44 + height * len(rows), _padded(min(ends), max(ends)), (0, len(rows)), left=left)
+    frame = _Frame(680, 44 + height * len(known), _padded(min(ends), max(ends)), (0, len(known)), left=left)
     parts = [_x_axis(frame, label)]
-    for i, (name, (_, mean, low, high)) in enumerate(zip(names, rows, strict=True)):
+    for i, (name, (_, mean, low, high)) in enumerate(zip(names, known, strict=True)):
         y = frame.top + height * (i + 0.5)
         kind = "first" if i == 0 else "other"
         parts.append(f'<text class="name" x="{left - 8:.0f}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
@@ -151,7 +171,7 @@ def _line(series: Series, frame: _Frame) -> str:
     """A curve in which a missing value is a gap; values beyond the frame are drawn at its edge, a lone one as a dot."""
     look, parts, pen = f"line {series.kind} c{series.colour % _COLOURS}", [], "M"
     for x, y in zip(series.xs, series.ys, strict=True):
-        if y is None or not math.isfinite(y):
+        if y is None:
             pen = "M"
             continue
         at = frame.at_x(x), frame.at_y(min(max(y, frame.y[0]), frame.y[1]))
@@ -165,10 +185,10 @@ def _line(series: Series, frame: _Frame) -> str:
 
 def _axes(frame: _Frame, x_label: str, y_label: str, whole: bool = False) -> str:
     parts = [_x_axis(frame, x_label, x_label == "epoch")]
-    for value in ticks(*frame.y, 4, whole):
+    for value, text in _marks(frame.y, 4, whole):
         y = frame.at_y(value)
         parts.append(f'<path class="grid" d="M{frame.left:g} {y:.1f}H{frame.width - frame.right:g}"/>'
-                     f'<text x="{frame.left - 6:g}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')  # fmt: skip
+                     f'<text x="{frame.left - 6:g}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')  # fmt: skip
     if y_label:
         middle = (frame.top + frame.height - frame.bottom) / 2
         parts.append(f'<text class="label" transform="translate(11 {middle:.0f}) rotate(-90)" '
@@ -179,10 +199,10 @@ def _axes(frame: _Frame, x_label: str, y_label: str, whole: bool = False) -> str
 def _x_axis(frame: _Frame, label: str, whole: bool = False) -> str:
     low = frame.height - frame.bottom
     parts = []
-    for value in ticks(*frame.x, 6, whole):
+    for value, text in _marks(frame.x, 6, whole):
         x = frame.at_x(value)
         parts.append(f'<path class="grid" d="M{x:.1f} {frame.top:g}V{low:g}"/>'
-                     f'<text x="{x:.1f}" y="{low + 14:g}" text-anchor="middle">{value:.5g}</text>')  # fmt: skip
+                     f'<text x="{x:.1f}" y="{low + 14:g}" text-anchor="middle">{text}</text>')  # fmt: skip
     middle = (frame.left + frame.width - frame.right) / 2
     parts.append(
         f'<text class="label" x="{middle:.0f}" y="{frame.height - 4:g}" text-anchor="middle">{escape(label)}</text>'
@@ -197,12 +217,26 @@ def ticks(low: float, high: float, about: int, whole: bool = False) -> list[floa
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     step = max(1, step) if whole else step
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _marks(limits: tuple[float, float], about: int, whole: bool) -> list[tuple[float, str]]:
+    """Ticks with their texts, which have as many digits as tell neighbours apart."""
+    values = ticks(*limits, about, whole)
+    for digits in range(4, 13):
+        texts = [f"{value:.{digits}g}" for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return list(zip(values, texts, strict=True))
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range that is not empty."""
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    """A range that is not empty, about a value that does not change, in its own order of magnitude."""
+    size = max(abs(low), abs(high))
+    if high - low > _LEAST_RANGE * size:
+        return low, high
+    margin = size / 2 or 0.5
+    return low - margin, high + margin
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

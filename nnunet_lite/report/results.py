@@ -36,7 +36,7 @@ MEASURES: tuple[tuple[str, str, str], ...] = (
 
 def label_table(scores: Scores, names: Sequence[str]) -> Table:
     """One row per label, then the mean over them."""
-    fields = ("iou", "volume_error", "lesion_f1")
+    fields = ("iou", "absolute_volume_error", "lesion_f1")
     others = [{**scores.by_label(field), "all labels": scores.foreground(field)} for field in fields]
     dice = {**scores.by_label(), "all labels": scores.foreground()}
     rows = []
@@ -44,13 +44,9 @@ def label_table(scores: Scores, names: Sequence[str]) -> Table:
         of = dice[name]
         iou, volume, lesion = (other[name].mean for other in others)
         rows.append((name, Cell(str(of.n), of.n), score(of.mean), Cell(interval(of.low, of.high), of.mean),
-                     score(of.median), score(iou), _percent(volume), score(lesion)))  # fmt: skip
-    head = ("Label", "cases", "mean Dice", "95 % interval", "median", "IoU", "volume error", "lesion F1")
+                     score(of.median), score(iou), number(volume, ".1%"), score(lesion)))  # fmt: skip
+    head = ("Label", "cases", "mean Dice", "95 % interval", "median", "IoU", "abs. volume error", "lesion F1")
     return Table.plain("Scores of held-out cases, by label", head, rows)
-
-
-def _percent(value: float | None) -> Cell:
-    return Cell("n/a") if value is None else Cell(f"{round(value, 3) + 0.0:+.1%}", value)  # no -0.0%
 
 
 def case_rows(model: Model, wide: bool) -> Table:
@@ -193,10 +189,12 @@ def _postprocessing(selection: dict[str, Any]) -> Table | None:
     for label, steps in selection.get("postprocessing", {}).items():
         smallest = steps.get("min_size_mm3")
         done = ["only the largest component is kept"] if steps.get("largest_component") else []
-        done += [f"components below {smallest:g} mm³ are removed"] if smallest else []
+        unit = steps.get("unit", "mm3").replace("mm3", "mm³").replace("mm2", "mm²")
+        done += [f"components below {smallest:g} {unit} are removed"] if smallest else []
         gain = selection.get("postprocessing_gain", {}).get(label, {})
-        rows.append((label, ", ".join(done) or "nothing", score(gain.get("before")), score(gain.get("after"))))
-    head = ("Label", "what is done", "Dice before", "after")
+        others = number(gain.get("n"), "d")
+        rows.append((label, ", ".join(done) or "nothing", score(gain.get("before")), score(gain.get("after")), others))
+    head = ("Label", "what is done", "Dice before", "after", "cases that did not choose it")
     return Table.plain("Postprocessing of the predictions", head, rows, texts=(0, 1)) if rows else None
 
 

@@ -13,8 +13,9 @@ from markupsafe import Markup
 
 from nnunet_lite import log
 from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import is_unscaled
 from nnunet_lite.data.problems import plural
-from nnunet_lite.plan.show import HEADER, normalization, plan_reasons, plan_rows, plan_title
+from nnunet_lite.plan.show import normalization, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.report.collect import Fold, Material, Model
 from nnunet_lite.report.gallery import Gallery
 from nnunet_lite.report.plots import Series, curves, histogram
@@ -85,17 +86,19 @@ def data_charts(material: Material, gallery: Gallery) -> list[Chart]:
     flat = all(place.dimensions == 2 for place in places)
     axes = "yx" if flat else "zyx"
     charts = _along("Size", axes, [place.shape for place in places], "pixels" if flat else "voxels")
-    if not is_picture(places[0]):
+    if not all(is_unscaled(material.dataset.file_ending, place.spacing) for place in places):
         charts += _along("Spacing", axes, [place.spacing for place in places], "mm")
     found = volumes(material, gallery)
+    title, unit = "Area" if flat else "Volume", _volume_unit(material, places)
     names = material.dataset.labels.region_names
     for name in names[:_DRAWN_LABELS]:
-        values = [_volume(v[name], gallery.seen[case].geometry) for case, v in found.items() if case in gallery.seen]
+        values = [
+            _volume(v[name], gallery.seen[case].geometry, unit) for case, v in found.items() if case in gallery.seen
+        ]
         present = [value for value in values if value]
         note = f"; in {len(present)} of {len(values)} cases" if len(present) < len(values) else ""
         if present:
-            title, unit = ("Area", "% of the picture") if flat else ("Volume", "ml")
-            charts.append(_spread(f"{title} of {name}", present, unit, note))
+            charts.append(_spread(f"{title} of {name}", present, "% of the picture" if flat else unit, note))
     if len(names) > _DRAWN_LABELS:
         rest = plural(len(names) - _DRAWN_LABELS, "more label")
         charts.append(Chart("Other labels", Markup(""), f"{rest}: in the table of all cases"))
@@ -112,18 +115,19 @@ def _along(what: str, axes: str, values: Sequence[Sequence[float]], unit: str) -
     return [Chart(f"{what} ({', '.join(axes)})", Markup(""), f"{same} {unit} in every case")]
 
 
-def is_picture(geometry: Geometry) -> bool:
-    """Whether voxels have no size in mm that could be believed."""
-    return geometry.dimensions == 2 and geometry.spacing[0] == 999
+def _volume_unit(material: Material, places: Sequence[Geometry]) -> str:
+    """What volumes are measured in: ml; voxels without a spacing; of images without thickness the share of pixels."""
+    if places and all(place.dimensions == 2 for place in places):
+        return "%"
+    unscaled = all(is_unscaled(material.dataset.file_ending, place.spacing) for place in places)
+    return "voxels" if places and unscaled else "ml"
 
 
-def _volume(voxels: int, geometry: Geometry | None) -> float | None:
-    """ml; of an image without thickness the percentage of its pixels."""
-    if geometry is None:
-        return None
-    if geometry.dimensions == 2:
-        return 100 * voxels / prod(geometry.shape)
-    return voxels * prod(geometry.spacing) / 1000
+def _volume(voxels: int, geometry: Geometry | None, unit: str) -> float | None:
+    """The volume of some voxels in a unit of `_volume_unit`."""
+    if geometry is None or unit == "voxels":
+        return None if geometry is None else voxels
+    return 100 * voxels / prod(geometry.shape) if unit == "%" else voxels * prod(geometry.spacing) / 1000
 
 
 def _spread(title: str, values: Sequence[float], unit: str, note: str = "") -> Chart:
@@ -161,8 +165,8 @@ def intensity_charts(material: Material, gallery: Gallery) -> list[Chart]:
         if not inside.size:
             continue
         low, high = (float(v) for v in np.percentile(inside, (0.5, 99.5)))
-        edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
-        middles = [round(float(v), 4) for v in (edges[:-1] + edges[1:]) / 2]
+        edges = np.linspace(low, high if high > low else low + (abs(low) or 1), _BINS + 1)
+        middles = [float(f"{v:.8g}") for v in (edges[:-1] + edges[1:]) / 2]
         series = []
         for number_, (name, values) in enumerate(every.items()):
             counts = np.histogram(values, edges)[0].astype(float)
@@ -180,20 +184,19 @@ def case_table(material: Material, gallery: Gallery) -> Table:
     """Every case with its size and the volumes of its labels."""
     names = material.dataset.labels.region_names
     found = volumes(material, gallery)
-    first = next((seen.geometry for seen in gallery.seen.values() if seen.geometry), None)
-    unit = "%" if first is not None and first.dimensions == 2 else "ml"
+    unit = _volume_unit(material, [seen.geometry for seen in gallery.seen.values() if seen.geometry])
     rows = []
     for case in material.dataset.cases:
         seen = gallery.seen[case.id]
         place = seen.geometry
         cells = [Cell(case.id)]
         cells.append(Cell("not read") if place is None else Cell(by(place.shape), float(prod(place.shape))))
-        if place is not None and not is_picture(place):
+        if place is not None and not is_unscaled(material.dataset.file_ending, place.spacing):
             cells.append(Cell(by(place.spacing, ".4g"), float(prod(place.spacing))))
         else:
             cells.append(Cell("n/a"))
         for name in names:
-            volume = _volume(found[case.id][name], place) if case.id in found else None
+            volume = _volume(found[case.id][name], place, unit) if case.id in found else None
             cells.append(number(volume, ".4g"))
         rows.append(Row(tuple(cells)))
     head = ("Case", "size (z, y, x)", "spacing (mm)", *(f"{name} ({unit})" for name in names))
@@ -207,7 +210,7 @@ def plan_section(material: Material) -> dict[str, Any]:
     plan = material.plan
     return {
         "title": plan_title(plan),
-        "table": Table.plain("Configurations", HEADER, plan_rows(plan)),
+        "table": Table.plain("Configurations", plan_head(plan), plan_rows(plan)),
         "reasons": plan_reasons(plan),
         "networks": [
             (name, f"{c.network.kind} U-Net, features {'-'.join(map(str, c.network.features))}, "
@@ -225,9 +228,13 @@ def training_charts(model: Model) -> list[Chart]:
     """Loss, Dice of held-out patches, and the learning rate, a colour for each fold."""
     folds = [fold for fold in model.folds if fold.rows]
     parts = (
-        ("Loss", [("train_loss", "solid", "training"), ("validation_loss", "dashed", "held-out patches")], None),
+        (
+            "Loss",
+            [("train_loss", "solid", "training"), ("validation_loss", "dashed", "held-out patches")],
+            (None, None),
+        ),
         ("Dice of held-out patches", [("mean_dice", "solid", "mean")], (0.0, 1.0)),
-        ("Learning rate", [("lr", "solid", "")], None),
+        ("Learning rate", [("lr", "solid", "")], (0.0, None)),
     )
     charts = []
     for title, keys, limits in parts:
