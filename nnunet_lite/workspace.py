@@ -24,6 +24,8 @@ from typing import Any
 
 from nnunet_lite.errors import UserError
 
+IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in any case
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -214,7 +216,7 @@ def _named(place: Path, name: str) -> list[Path]:
 
 
 def _is_raw(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in ("imagesTr", "images")) or (
+    return any(entry.is_dir() and entry.name.lower() in IMAGE_FOLDERS for entry in folder.iterdir()) or (
         (folder / "dataset.json").is_file() and not (folder / "plans.json").is_file()
     )
 

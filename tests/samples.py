@@ -40,6 +40,7 @@ def first_cases(root: Path, n: int) -> Path:
     """The first cases of the bundled data in a folder of their own, in the layout of the Medical Decathlon."""
     table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
     table["training"] = table["training"][:n]
+    table["numTraining"] = n
     for entry in table["training"]:
         for file in entry.values():
             (root / file).parent.mkdir(parents=True, exist_ok=True)
