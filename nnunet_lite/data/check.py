@@ -20,7 +20,7 @@ from nnunet_lite.data.cases import Case, image_files, split_name
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
-from nnunet_lite.data.label_values import check_labels, correction
+from nnunet_lite.data.label_values import MASK_NOTE, check_labels, correction
 from nnunet_lite.data.pairing import LABEL_FOLDERS, advice, label_base, likely_pairs
 from nnunet_lite.data.problems import Problem, Report, plural
 from nnunet_lite.errors import UserError
@@ -82,10 +82,12 @@ def check(
     problems = [*_number_of_cases(dataset), *_files_without_case(dataset), *_repeated_ids(dataset)]
     of_labels = [*check_labels(dataset, [findings.values for findings in found])]
     instances = any(problem.kind == "instances" for problem in of_labels)  # which no list of values would correct
+    void = any(255 in (findings.values or ()) for findings in found)  # then 255 is no other form of 1
+    notes = [note for note in dataset.notes if not (void and note == MASK_NOTE)]
+    problems += [Problem("understood", str(dataset.root), note) for note in notes]
     problems += [p for findings in found for p in findings.problems if not (instances and p.kind == "label_value")]
     problems += of_labels
     problems += [*_dimensions(dataset, found), *_across_cases(dataset, found), *_intensity_units(dataset, found)]
-    problems += [Problem("understood", str(dataset.root), note) for note in dataset.notes]
     problems = [_relative(problem, dataset.root) for problem in problems]
     return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
 
@@ -272,7 +274,7 @@ def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
         case_id, _, number = stem(path).rpartition("_")
         if case_id in labels and number.isdigit():
             found = f"a file for channel {int(number)} of case {case_id}"
-            wanted = f"{len(dataset.channels)} channels ({', '.join(dataset.channels)})"
+            wanted = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
             fix = "Name the channel in dataset.json, or remove the file."
             yield Problem("extra_channel", str(path), found, wanted, fix)
         else:

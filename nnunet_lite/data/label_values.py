@@ -1,4 +1,4 @@
-"""What the values in the label maps of a whole dataset mean: classes, masks of 0 and 255, voxels not annotated, instances."""
+"""What the values in all label maps of a dataset mean: classes, masks of 0 and 255, instances, voxels not annotated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
 _MIXED_NOTE = "some label maps hold 0 and 1, the others 0 and 255: 255 is read as 1"
 _VOID = (255, 65535, -1)  # values that mean "not annotated" in many datasets
-_SMOOTHED = 20  # a mask with more values than these between 0 and 255 was smoothed
+_MANY = 20  # values that dataset.json does not list are no slip
 _MOST_CLASSES = 256  # that are taken from the files without a dataset.json
 _MAPS_LOOKED_AT = 10
 _PIECES_LOOKED_AT = 200  # values of one label map
@@ -57,11 +57,9 @@ def labels_of_files(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[i
     values = [found for found in read if not isinstance(found, UserError)]
     if not values:
         first = next((error for error in read if isinstance(error, UserError)), None)
-        why = f": {first.what}" if first else ""
-        where = folder if first is None or first.file is None else first.file
-        raise UserError(
-            f"none of {plural(len(paths), 'label map')} can be read{why}", where, first.fix if first else ""
-        )
+        if first is None:  # labelled_cases found some
+            raise UserError("holds no label map", folder)
+        raise UserError(f"{first.what}; none of {plural(len(paths), 'label map')} can be read", first.file, first.fix)
     union = set().union(*values)
     apart = union == {0, 1, 255} and not any({1, 255} <= found for found in values)
     if union == {0, 255} or apart:
@@ -87,20 +85,21 @@ def mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | No
         return None, ()
     paths = [case.label for case in cases if case.label and case.label.is_file()]
     some = [paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths]
-    found = _union(some)
-    if found == {0}:
-        found = next((values for values in (_union([path]) for path in paths) if values - {0}), found)
-    return ({255: 1}, (MASK_NOTE,)) if 255 in found else (None, ())
+    values = _readable(some)
+    if set().union(*values) == {0}:
+        values = next((found for found in (_readable([path]) for path in paths) if set().union(*found) - {0}), values)
+    masks = any(255 in found for found in values) and not any({1, 255} <= found for found in values)
+    return ({255: 1}, (MASK_NOTE,)) if masks else (None, ())
 
 
-def _union(paths: Sequence[Path]) -> set[int]:
-    """All values in some label maps. Files that cannot be read are passed over: the check reports each of them."""
-    return set().union(*(found for found in distinct_by_file(paths) if not isinstance(found, UserError)))
+def _readable(paths: Sequence[Path]) -> list[set[int]]:
+    """The values in some label maps. Files that cannot be read are passed over: the check reports each of them."""
+    return [found for found in distinct_by_file(paths) if not isinstance(found, UserError)]
 
 
 def correction(unknown: Sequence[int]) -> str:
     """What to do about values in a label map that dataset.json does not list."""
-    if len(unknown) > _SMOOTHED:
+    if len(unknown) > _MANY:
         return (
             "If they come from smoothing or resizing, export the label map again without interpolation; if they number "
             "instances, set all of them to 1; if they are labels, add them to dataset.json."
@@ -108,8 +107,8 @@ def correction(unknown: Sequence[int]) -> str:
     void = next((value for value in _VOID if value in unknown), None)
     if void is not None:
         return (
-            f'If {void} marks voxels that are not annotated, add "ignore": {void} to the labels of dataset.json; else add '
-            "its name, or correct the file."
+            f'If {void} marks voxels that are not annotated, add "ignore": {void} to the labels of dataset.json; if it is '
+            "a label, add its name, or write the value that the label has there."
         )
     return "Add it to the labels of dataset.json, or correct the file."
 
@@ -145,7 +144,7 @@ def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Probl
     """Values that nobody named and that are rarely classes: of smoothed masks, of images, and for "not annotated"."""
     between = union - {0, 255}
     levels = f"label maps hold {len(union)} different values from {min(union, default=0)} to {max(union, default=0)}"
-    if 255 in union and len(between) > _SMOOTHED and max(between) < 255:
+    if max(union, default=0) == 255 and len(between) > 5 and max(between) > 200:
         fix = (
             "Export them again without interpolation and not as JPEG, or set values above 127 to 1 and the others to 0."
         )
@@ -164,8 +163,8 @@ def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Probl
         channels = ", ".join(f'"{i}": "{name}"' for i, name in enumerate(dataset.channels))
         fix = (
             f"If {void} marks voxels that are not annotated, write a dataset.json: "
-            f'{{"channel_names": {{{channels}}}, "labels": {{{pairs}, "ignore": {void}}}}}; if it is a label, give its name '
-            'in place of "ignore".'
+            f'{{"channel_names": {{{channels}}}, "labels": {{{pairs}, "ignore": {void}}}}}; if it is a label, give its '
+            'name in place of "ignore".'
         )
         listed = ", ".join(map(str, others[:3])) + (f" and {len(others) - 3} more" if others[3:] else "")
         yield Problem("label_void", table, f"label maps hold the value {void} besides {listed}", "", fix)
@@ -177,8 +176,8 @@ def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Probl
 def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> list[Problem]:
     """Whether label maps number cells or lesions instead of naming classes.
 
-    The number of values then varies from case to case, each map holds (nearly) 1, 2, ... n, few hold the largest, and each
-    value is one piece. Organs of which some are missing are no such thing: what is missing is not always the last.
+    The number of values then varies from case to case, each map holds (nearly) 1, 2, ... n, few hold the largest, and
+    each value is one piece. Organs of which some are missing are no such thing: what is missing is not always the last.
     """
     ignored = {dataset.labels.background, dataset.labels.ignore}
     maps = [
@@ -205,8 +204,8 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> list[Probl
         "instance masks, which number cells or lesions"
     )
     fix = (
-        "Networks here learn classes: set every value above 0 to 1 (and, to separate instances that touch, give a label of "
-        "its own to the border between them)."
+        "Networks here learn classes: set every value above 0 to 1 (to separate instances that touch, give a label of its "
+        "own to the border between them)."
     )
     if dataset.layout == "plain":
         fix += " If the values are classes, name them in a dataset.json."

@@ -1,7 +1,7 @@
 """Which label map belongs to which image: the folders of a dataset, and how the names in them match.
 
-A label map has the name of its image. A word such as `_mask` at its end is understood, and reported. Other names that look
-like pairs are proposed to the user, never taken.
+A label map has the name of its image. A word such as `_mask` at its end is understood, and reported. Other names that
+look like pairs are proposed to the user, never taken.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 
 from nnunet_lite.data.cases import Case, group_files, image_files, numbered_alone, split_name
@@ -112,9 +112,11 @@ def labelled_cases(
         if mine and stem(label) != case.id:
             by_word.append(f"{label.name} taken as the label map of {case.images[0].name}")
         out.append(Case(case.id, case.images, label))
-    notes = [f"{where.name}/ taken as the folder of the {what}" for where, what, usual in (
-        (files[0].parent, "images", ("images", "imagesTr")), (folder, "label maps", ("labels", "labelsTr"))
-    ) if where.name not in usual]  # fmt: skip
+    notes = [
+        f"{where.name}/ taken as the folder of the {what}"
+        for where, what in ((files[0].parent, "images"), (folder, "label maps"))
+        if where.name.lower() not in ("imagestr", "images", "labelstr", "labels")
+    ]
     if by_word:
         notes.append(by_word[0] + (f", and {len(by_word) - 1} more in the same way" if by_word[1:] else ""))
     if channels == 1 and (series := numbered_alone(alone)):
@@ -129,7 +131,7 @@ def image_names(files: Iterable[Path]) -> set[str]:
 
 
 def label_maps(files: Iterable[Path], names: Collection[str]) -> dict[str, list[Path]]:
-    """The label maps of each name that has any: those of that very name, else those with a word such as `_mask` more."""
+    """The label maps of each name that has any: those of that very name, else those with a word such as `_mask`."""
     exact: dict[str, list[Path]] = defaultdict(list)
     by_word: dict[str, list[Path]] = defaultdict(list)
     for path in files:
@@ -184,9 +186,14 @@ def _varying(names: dict[Path, tuple[str, ...]]) -> dict[Path, tuple[str, ...]]:
     """Each name without the tokens that all of them begin and end with."""
     if len(set(names.values())) < 2:
         return names
-    first = len(commonprefix(list(names.values())))
-    last = len(commonprefix([name[first:][::-1] for name in names.values()]))
+    first = _common(names.values())
+    last = _common([name[first:][::-1] for name in names.values()])
     return {path: name[first : len(name) - last] for path, name in names.items()}
+
+
+def _common(names: Iterable[tuple[str, ...]]) -> int:
+    """How many tokens all names begin with."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*names, strict=False)))
 
 
 def advice(label: Path, images: Sequence[Path]) -> str:
@@ -203,24 +210,24 @@ def advice(label: Path, images: Sequence[Path]) -> str:
     return f"If it is the label map of {images[0].name}, rename it to {stem(images[0])}{suffix_of(label)}."
 
 
-# ------------------------------------------------------------------------------------------- what is there, for messages
+# ------------------------------------------------------------------------------------------ what is there, for messages
 
 
 def _unmatched(folder: Path, files: list[Path], maps: list[Path]) -> UserError:
     """No label map has the name of an image: both, and what look like pairs."""
-    what = (
-        f"none of its {plural(len(maps), 'label map')} ({_few([path.name for path in maps])}) has the name of one of the "
-        f"{plural(len(files), 'image')} ({_few([path.name for path in files])})"
-    )
+    n_maps, n_images = plural(len(maps), "label map"), plural(len(files), "image")
     pairs = likely_pairs(files, maps)
     if not pairs:
+        have, wanted = (_few([path.name for path in paths]) for paths in (maps, files))
+        what = f"none of its {n_maps} ({have}) has the name of one of the {n_images} ({wanted})"
         return UserError(what, folder, f"Name each label map as its image, or {_LIST}.")
     listed = [f"{' and '.join(path.name for path in found)} with {label.name}" for label, found in pairs.items()]
     label, found = next(iter(pairs.items()))
     fix = advice(label, found)
     if fix.startswith("If it"):
         fix = f"If these are pairs, rename {label.name} to {stem(found[0])}{suffix_of(label)}, and so on, or {_LIST}."
-    return UserError(f"{what}; likely pairs are {_few(listed)}", folder, fix)
+    what = f"none of its {n_maps} has the name of one of the {n_images}; likely pairs are {_few(listed)}"
+    return UserError(what, folder, fix)
 
 
 def no_files_in(folder: Path, what: str, ending: str | None = None) -> UserError:
@@ -257,7 +264,8 @@ def _folder_per_case(folder: Path, case: str, files: list[str], what: str) -> Us
     ending = suffix_of(Path(files[0]))
     if what == "label map" and len(files) > 1:
         values = ", ".join(f"{i} for {name}" for i, name in enumerate(names[:_SHOWN], 1))
-        fix = f"Merge the masks of each case into one label map, {folder.name}/{case}{ending}: 0 for background, {values}."
+        merged = f"{folder.name}/{case}{ending}"
+        fix = f"Merge the masks of each case into one label map, {merged}: 0 for background, {values}."
         text = f"holds a folder for each case with one mask per structure (in {case}/ {_few(files)})"
         return UserError(text, folder, fix if len(files) <= _SHOWN else f"{fix[:-1]}, and so on.")
     number = "_0000" if what == "image" and len(files) > 1 else ""
@@ -284,13 +292,25 @@ def no_dataset(root: Path) -> UserError:
         assert have is not None
         return UserError(f"is no data set: it holds {have.name}/ and no folder of {lack}", root, _NEEDS)
     for folder in _folders(root):
-        names = [path.name for path in (*image_files(folder), *(f for f in _folders(folder) if image_files(f)))]
-        if len(names) > 1:
-            fix = f"Move the images to images/{folder.name}{suffix_of(Path(names[0]))} and the label maps to labels/ under "
-            fix += f"the same name, or {_LIST}."
-            return UserError(f"is no data set: it holds a folder for each case (in {folder.name}/ {_few(names)})",
-                             root, fix)  # fmt: skip
+        if error := _case_of_files(root, folder):
+            return error
     return UserError("is no data set", root, _NEEDS)
+
+
+def _case_of_files(root: Path, case: Path) -> UserError | None:
+    """Whether a folder holds the image and the label map of one case, or its masks in a folder of their own."""
+    masks = [folder for folder in _folders(case) if image_files(folder)]
+    files = image_files(case)
+    if not files or len(files) + len(masks) < 2:
+        return None
+    ending = suffix_of(files[0])
+    names = [*(path.name for path in files), *(f"{folder.name}/" for folder in masks)]
+    merged = f"the masks of {masks[0].name}/ as one label map" if masks else "its label map"
+    fix = (
+        f"Move the image to images/{case.name}{ending} (channels: {case.name}_0000{ending} and so on) and {merged} to "
+        f"labels/{case.name}{ending}, or {_LIST}."
+    )
+    return UserError(f"is no data set: it holds a folder for each case (in {case.name}/ {_few(names)})", root, fix)
 
 
 def _side_by_side(files: list[Path]) -> str:

@@ -46,7 +46,7 @@ KINDS: dict[str, Severity] = {
     "understood": "notice",
 }
 _FILES_SHOWN = 3
-_LINES_SHOWN = 3
+_LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Report:
         order = {"error": 0, "warning": 1, "notice": 2}
         for (severity, kind, found, expected, fix), files in sorted(same.items(), key=lambda e: order[e[0][0]]):
             shown[kind] += 1
-            if shown[kind] > _LINES_SHOWN:
+            if shown[kind] > _LINES_SHOWN[severity]:
                 hidden[kind] += len(files)
                 continue
             wanted = f", expected {expected}" if expected else ""
