@@ -107,8 +107,8 @@ def correction(unknown: Sequence[int]) -> str:
     void = next((value for value in _VOID if value in unknown), None)
     if void is not None:
         return (
-            f'If {void} marks voxels that are not annotated, add "ignore": {void} to the labels of dataset.json; if it is '
-            "a label, add its name, or write the value that the label has there."
+            f'If {void} marks voxels that are not annotated, add "ignore": {void} to the labels of dataset.json; if it '
+            "is a label, add its name, or write the value that the label has there."
         )
     return "Add it to the labels of dataset.json, or correct the file."
 
@@ -144,7 +144,8 @@ def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Probl
     """Values that nobody named and that are rarely classes: of smoothed masks, of images, and for "not annotated"."""
     between = union - {0, 255}
     levels = f"label maps hold {len(union)} different values from {min(union, default=0)} to {max(union, default=0)}"
-    if max(union, default=0) == 255 and len(between) > 5 and max(between) > 200:
+    smoothed = len(between) > 64 or (len(between) > 5 and 254 not in between)  # FreeSurfer has labels 251 to 255
+    if max(union, default=0) == 255 and smoothed and max(between) > 200:
         fix = (
             "Export them again without interpolation and not as JPEG, or set values above 127 to 1 and the others to 0."
         )
@@ -204,8 +205,8 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> list[Probl
         "instance masks, which number cells or lesions"
     )
     fix = (
-        "Networks here learn classes: set every value above 0 to 1 (to separate instances that touch, give a label of its "
-        "own to the border between them)."
+        "Networks here learn classes: set every value above 0 to 1 (to separate instances that touch, give a label of "
+        "its own to the border between them)."
     )
     if dataset.layout == "plain":
         fix += " If the values are classes, name them in a dataset.json."
