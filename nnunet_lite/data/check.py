@@ -285,9 +285,9 @@ def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
             yield Problem("extra_image", str(path), found, "", fix)
     pairs = likely_pairs([c.images[0] for c in dataset.cases if not c.label or not c.label.exists()], maps)
     for path in maps:
-        case_id = next((name for name in (stem(path), label_base(stem(path))) if name in labels), None)
-        if case_id is not None and (stem(path) == case_id) == (stem(labels[case_id]) == case_id):
-            found = f"could be the label map of case {case_id}, and {labels[case_id].name} is taken"
+        owner = next((name for name in (stem(path), label_base(stem(path))) if name in labels), None)
+        if owner is not None and (stem(path) == owner) == (stem(labels[owner]) == owner):
+            found = f"could be the label map of case {owner}, and {labels[owner].name} is taken"
             yield Problem("ambiguous_label", str(path), found, "one label map", "Remove one of the two.")
         elif stem(path) not in unlisted:
             fix = f"{advice(path, pairs[path])} " if path in pairs else ""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.problems import Problem, plural
+from nnunet_lite.data.problems import Problem
 from nnunet_lite.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,17 +29,17 @@ _MAPS_LOOKED_AT = 10
 _PIECES_LOOKED_AT = 200  # values of one label map
 
 
-def distinct_by_file(paths: Sequence[Path]) -> list[set[int] | UserError]:
-    """The values in each of some label maps, or why it cannot be read."""
+def _readable(paths: Sequence[Path]) -> list[set[int]]:
+    """The values in each of some label maps. Files that cannot be read are left out: the check reports each of them."""
 
-    def values(path: Path) -> set[int] | UserError:
+    def values(path: Path) -> set[int] | None:
         try:
             return {int(value) for value in np.unique(read_label(path)[0])}
-        except UserError as error:
-            return error
+        except UserError:
+            return None
 
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(values, paths))
+        return [found for found in pool.map(values, paths) if found is not None]
 
 
 def labels_of_files(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None, tuple[str, ...]]:
@@ -51,29 +51,25 @@ def labels_of_files(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[i
 
     Raises
     ------
-    UserError : no label map can be read, or none holds anything but zeros, or the values are too far apart.
+    UserError : all label maps can be read, and none holds anything but zeros; or the values are too far apart.
     """
-    read = distinct_by_file(paths)
-    values = [found for found in read if not isinstance(found, UserError)]
-    if not values:
-        first = next((error for error in read if isinstance(error, UserError)), None)
-        if first is None:  # labelled_cases found some
-            raise UserError("holds no label map", folder)
-        raise UserError(f"{first.what}; none of {plural(len(paths), 'label map')} can be read", first.file, first.fix)
+    values = _readable(paths)
     union = set().union(*values)
+    mask = Labels(names={"background": 0, "label_1": 1})
     apart = union == {0, 1, 255} and not any({1, 255} <= found for found in values)
     if union == {0, 255} or apart:
-        labels = Labels(names={"background": 0, "label_1": 1})
-        return labels, {255: 1}, (_MIXED_NOTE if apart else MASK_NOTE,)
+        return mask, {255: 1}, (_MIXED_NOTE if apart else MASK_NOTE,)
+    fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
     if not union - {0}:
-        fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
+        if len(values) < len(paths):  # the check reports each of those that cannot be read
+            return mask, None, ()
         raise UserError("holds no label map with anything but zeros", folder, fix)
     names: dict[str, int | tuple[int, ...]] = {f"label_{value}": value for value in sorted(union - {0})}
     try:
         return Labels(names={"background": 0, **names}), None, ()
     except ValidationError as error:
         message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise UserError(message, folder, "Label maps hold 0, 1, 2, ..., not numbers of instances.") from None
+        raise UserError(message, folder, fix) from None
 
 
 def mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | None, tuple[str, ...]]:
@@ -90,11 +86,6 @@ def mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | No
         values = next((found for found in (_readable([path]) for path in paths) if set().union(*found) - {0}), values)
     masks = any(255 in found for found in values) and not any({1, 255} <= found for found in values)
     return ({255: 1}, (MASK_NOTE,)) if masks else (None, ())
-
-
-def _readable(paths: Sequence[Path]) -> list[set[int]]:
-    """The values in some label maps. Files that cannot be read are passed over: the check reports each of them."""
-    return [found for found in distinct_by_file(paths) if not isinstance(found, UserError)]
 
 
 def correction(unknown: Sequence[int]) -> str:

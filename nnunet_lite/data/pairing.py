@@ -54,7 +54,7 @@ def _the_folder(root: Path, of_nnunet: str, usual: Sequence[str], what: str) -> 
     if (root / of_nnunet).is_dir():
         return root / of_nnunet
     named = [folder for folder in _folders(root) if folder.name.lower() in usual]
-    filled = [folder for folder in named if _folders(folder) or _files(folder)]
+    filled = [folder for folder in named if any(not path.name.startswith(".") for path in folder.iterdir())]
     if len(filled) > 1:
         names = " and ".join(f"{folder.name}/" for folder in filled)
         raise UserError(f"holds {names}, and each could hold the {what}", root, f"Keep one of them, or {_LIST}.")
@@ -94,8 +94,10 @@ def labelled_cases(
     """
     maps = image_files(folder)
     if not maps:
-        raise no_files_in(folder, "label map")
+        raise no_files_in(folder, "label map", names=image_names(files))
     found = label_maps(maps, image_names(files))
+    if channels != 1:
+        _of_first_channels(found, files)
     alone = [Case(stem(path), (path,)) for path in files if stem(path) in found]  # also names that end in _0001
     others = [path for path in files if stem(path) not in found]
     if channels is None:
@@ -110,7 +112,8 @@ def labelled_cases(
         mine = sorted(found.get(case.id, ()), key=lambda path: not path.name.endswith(ending or ""))
         label = mine[0] if mine else folder / f"{case.id}{missing}"
         if mine and stem(label) != case.id:
-            by_word.append(f"{label.name} taken as the label map of {case.images[0].name}")
+            image = case.images[0].name
+            by_word.append(f"{label.name} taken as the label map of {image if image != label.name else case.id}")
         out.append(Case(case.id, case.images, label))
     notes = [
         f"{where.name}/ taken as the folder of the {what}"
@@ -123,6 +126,18 @@ def labelled_cases(
         names = " and ".join(case.images[0].name for case in series[0][:2])
         notes.append(f"{names} are two cases and not two channels, since each has a label map")
     return out, tuple(notes)
+
+
+def _of_first_channels(found: dict[str, list[Path]], files: Iterable[Path]) -> None:
+    """Give label maps called x_0000 to the case x where x_0001, ... are images without one."""
+    later: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        base, number = split_name(stem(path))
+        if number:
+            later[base].append(stem(path))
+    for base, names in later.items():
+        if f"{base}_0000" in found and base not in found and not any(name in found for name in names):
+            found[base] = found.pop(f"{base}_0000")
 
 
 def image_names(files: Iterable[Path]) -> set[str]:
@@ -198,79 +213,100 @@ def _common(names: Iterable[tuple[str, ...]]) -> int:
 
 def advice(label: Path, images: Sequence[Path]) -> str:
     """How to rename the files of a likely pair."""
+    rename = f"rename it to {stem(images[0])}{suffix_of(label)}"
+    return _channel_advice(label, images) or f"If it is the label map of {images[0].name}, {rename}."
+
+
+def _channel_advice(label: Path, images: Sequence[Path]) -> str:
+    """How to rename images that look like channels of one case; empty where they do not."""
     name, ending = label_base(stem(label)), suffix_of(images[0])
     if re.fullmatch(re.escape(name) + r"[^A-Za-z0-9]?\d{1,6}", stem(images[0])):
-        return (
-            f"The number of a channel has four digits after an underscore: rename {images[0].name} to "
-            f"{name}_0000{ending}."
-        )
+        right = f"{name}_0000{ending}"
+        return f"The number of a channel has four digits after an underscore: rename {images[0].name} to {right}."
     if len(images) > 1:
         files = " and ".join(path.name for path in images[:2])
         return f"If {files} are channels of one case, rename them to {name}_0000{ending} and {name}_0001{ending}."
-    return f"If it is the label map of {images[0].name}, rename it to {stem(images[0])}{suffix_of(label)}."
+    return ""
 
 
 # ------------------------------------------------------------------------------------------ what is there, for messages
 
 
-def _unmatched(folder: Path, files: list[Path], maps: list[Path]) -> UserError:
-    """No label map has the name of an image: both, and what look like pairs."""
+def _unmatched(folder: Path, files: Sequence[Path], maps: Sequence[Path]) -> UserError:
+    """No label map has the name of an image: both, and what look like pairs, or like masks of one case."""
     n_maps, n_images = plural(len(maps), "label map"), plural(len(files), "image")
-    pairs = likely_pairs(files, maps)
+    pairs, masks = likely_pairs(files, maps), likely_pairs(maps, files)
+    several = next((image for image, found in masks.items() if len(found) > 1), None)
+    if several and not pairs:
+        names = [path.name for path in masks[several]]
+        what = f"holds several masks for an image ({_few(names)} for {several.name})"
+        return UserError(what, folder, _merge(folder, f"{stem(several)}{suffix_of(several)}", names))
     if not pairs:
         have, wanted = (_few([path.name for path in paths]) for paths in (maps, files))
         what = f"none of its {n_maps} ({have}) has the name of one of the {n_images} ({wanted})"
         return UserError(what, folder, f"Name each label map as its image, or {_LIST}.")
     listed = [f"{' and '.join(path.name for path in found)} with {label.name}" for label, found in pairs.items()]
-    label, found = next(iter(pairs.items()))
-    fix = advice(label, found)
-    if fix.startswith("If it"):
-        fix = f"If these are pairs, rename {label.name} to {stem(found[0])}{suffix_of(label)}, and so on, or {_LIST}."
     what = f"none of its {n_maps} has the name of one of the {n_images}; likely pairs are {_few(listed)}"
-    return UserError(what, folder, fix)
+    label, found = next(iter(pairs.items()))
+    rename = f"rename {label.name} to {stem(found[0])}{suffix_of(label)}"
+    return UserError(
+        what, folder, _channel_advice(label, found) or f"If these are pairs, {rename}, and so on, or {_LIST}."
+    )
 
 
-def no_files_in(folder: Path, what: str, ending: str | None = None) -> UserError:
+def no_files_in(folder: Path, what: str, ending: str | None = None, names: Collection[str] = ()) -> UserError:
     """A folder holds no image, or no label map, to read; the error says what it holds instead.
 
     Parameters
     ----------
     what : "image" or "label map".
     ending : the only one that counts, from dataset.json.
+    names : of the images that label maps are wanted for.
     """
-    readable = image_files(folder)
-    if readable:
-        there = _few(sorted({suffix_of(path) for path in readable}))
+    if readable := image_files(folder):
+        there = f"{plural(len(readable), 'file')} {_few(sorted({suffix_of(path) for path in readable}))}"
         fix = 'Correct "file_ending" in dataset.json, or convert the files.'
-        return UserError(f"holds no {what} that ends with {ending}, but {plural(len(readable), 'file')} {there}",
-                         folder, fix)  # fmt: skip
-    for inside in _folders(folder):
-        files = [path.name for path in image_files(inside)]
-        if files:
-            return _folder_per_case(folder, inside.name, files, what)
-        if is_series(inside):
-            fix = f"{_LIST[0].upper()}{_LIST[1:]}: the image of a case is the folder of its series."
-            return UserError(f"holds no {what} but folders of DICOM files, such as {inside.name}", folder, fix)
-    if files := _files(folder):
-        endings = _few(sorted({path.suffix.lower() or path.name for path in files}))
+        return UserError(f"holds no {what} that ends with {ending}, but {there}", folder, fix)
+    inside = {path: image_files(path) for path in _folders(folder)}
+    filled = {path: files for path, files in inside.items() if files}
+    if filled:
+        return _in_folders(folder, filled, what, names)
+    if series := next((path for path in inside if is_series(path)), None):
+        fix = f"Convert them to NIfTI, or {_LIST}: the image of a case is then the folder of its series."
+        return UserError(f"holds no {what} but folders of DICOM files, such as {series.name}", folder, fix)
+    if others := _files(folder):
+        there = f"{plural(len(others), 'file')} {_few(sorted({path.suffix.lower() or path.name for path in others}))}"
         fix = f"Convert them. Supported are {' '.join(SUFFIXES)}."
-        return UserError(f"holds no {what} of a supported format, but {plural(len(files), 'file')} {endings}",
-                         folder, fix)  # fmt: skip
+        return UserError(f"holds no {what} of a supported format, but {there}", folder, fix)
     return UserError(f"holds no {what} of a supported format: it is empty", folder)
 
 
-def _folder_per_case(folder: Path, case: str, files: list[str], what: str) -> UserError:
-    names = [stem(Path(file)) for file in files]
-    ending = suffix_of(Path(files[0]))
+def _in_folders(folder: Path, inside: dict[Path, list[Path]], what: str, names: Collection[str]) -> UserError:
+    """The images or label maps are in folders below: one per case, one per structure, or one for all."""
+    (case, paths), files = next(iter(inside.items())), [path.name for path in next(iter(inside.values()))]
+    if not {label_base(stem(path)) for path in paths}.isdisjoint(names) and len(inside) > 1:
+        folders = [path.name for path in inside]
+        text = f"holds a folder for each structure ({_few(folders)}), each with a mask per case"
+        return UserError(text, folder, _merge(folder, paths[0].name, folders))
+    if len(inside) == 1 and len(files) > 1 and case.name not in names:
+        fix = f"Move its files to {folder.name}/, or {_LIST}."
+        return UserError(f"holds no {what}, but {case.name}/ inside it does ({_few(files)})", folder, fix)
     if what == "label map" and len(files) > 1:
-        values = ", ".join(f"{i} for {name}" for i, name in enumerate(names[:_SHOWN], 1))
-        merged = f"{folder.name}/{case}{ending}"
-        fix = f"Merge the masks of each case into one label map, {merged}: 0 for background, {values}."
-        text = f"holds a folder for each case with one mask per structure (in {case}/ {_few(files)})"
-        return UserError(text, folder, fix if len(files) <= _SHOWN else f"{fix[:-1]}, and so on.")
+        text = f"holds a folder for each case with one mask per structure (in {case.name}/ {_few(files)})"
+        return UserError(text, folder, _merge(folder, f"{case.name}{suffix_of(paths[0])}", files))
     number = "_0000" if what == "image" and len(files) > 1 else ""
-    fix = f"Move {case}/{files[0]} to {folder.name}/{case}{number}{ending}, and so on, or {_LIST}."
-    return UserError(f"holds no {what} but a folder for each case (in {case}/ {_few(files)})", folder, fix)
+    target = f"{folder.name}/{case.name}{number}{suffix_of(paths[0])}"
+    fix = f"Move {case.name}/{files[0]} to {target}, and so on, or {_LIST}."
+    return UserError(f"holds no {what} but a folder for each case (in {case.name}/ {_few(files)})", folder, fix)
+
+
+def _merge(folder: Path, case: str, masks: Sequence[str]) -> str:
+    """How to make a label map of masks of single structures."""
+    values = ", ".join(f"{i} for {stem(Path(name))}" for i, name in enumerate(masks[:_SHOWN], 1))
+    rest = ", and so on" if len(masks) > _SHOWN else ""
+    return (
+        f"Merge the masks of each case into one label map, {folder.name}/{case}: 0 for the background, {values}{rest}."
+    )
 
 
 def no_dataset(root: Path) -> UserError:
@@ -278,7 +314,7 @@ def no_dataset(root: Path) -> UserError:
     inside = [folder for folder in _folders(root) if (folder / "dataset.json").is_file() or _has_both(folder)]
     if inside:
         return UserError("is no data set", root, f"Give a folder inside it: {_few([str(path) for path in inside])}.")
-    if _has_both(root.parent) and root.name.lower() in (*IMAGE_FOLDERS, *LABEL_FOLDERS):
+    if root.name.lower() in (*IMAGE_FOLDERS, *LABEL_FOLDERS) and _has_both(root.parent):
         return UserError("is no data set but a part of one", root, f"Give {root.parent}.")
     images, labels = image_folder(root), label_folder(root)
     files = image_files(images or root)
