@@ -186,9 +186,10 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> list[Probl
         return []
     counts = sorted(len(values) for _, values in maps)
     apart = float(np.mean([piece.apart for piece in pieces])) >= 0.8
-    clear = counts[-1] > 5 or (len(set(counts)) > 2 and apart)  # of few values, nested organs look the same
     union = set().union(*(values for _, values in maps))
     named = dataset.layout != "plain" and union <= set(dataset.labels.values)
+    few = 12 if named else 5  # organs with lesions inside look the same
+    clear = counts[-1] > few or (len(set(counts)) > 2 and apart)
     if not clear and (named or not apart):
         return []
     text = (
@@ -209,7 +210,7 @@ def _numbered(maps: Sequence[set[int]]) -> bool:
     """Whether the values of label maps (without background) are numbers of instances, as far as values show it."""
     counts = {len(values) for values in maps}
     union = set().union(*maps)
-    if len(maps) < 2 or len(counts) < 2 or min(union) < 0:
+    if len(maps) < 2 or len(counts) < 2 or min(union) < 1:
         return False
     if len(maps) >= 5 and len(union) >= 20 and sum(map(len, maps)) <= 0.2 * len(union) * len(maps):
         return True  # hardly any value occurs twice
