@@ -273,7 +273,11 @@ def test_the_same_id_twice(copy_dataset: Copy) -> None:
     table["training"].append(table["training"][0])
     (root / "dataset.json").write_text(json.dumps(table))
     problems = run(root).problems
-    assert problems[0].kind == "duplicate_id" and problems[0].found == "2 cases have the id hippocampus_001"
+    assert [(p.kind, p.found) for p in problems] == [
+        ("n_cases", "numTraining is 5, and there are 6 cases"),
+        ("duplicate_id", "2 cases have the id hippocampus_001 (hippocampus_001.nii.gz)"),
+        ("duplicate_case", "holds the same image as case hippocampus_001"),
+    ]
 
 
 def test_fewer_cases_than_folds(copy_dataset: Copy) -> None:

@@ -61,6 +61,21 @@ def test_nnunet_v1_layout(copy_dataset: Copy) -> None:
 
 
 @pytest.mark.parametrize("channels", [("T1",), ("T1", "T2", "FLAIR")])
+def test_lists_whose_entries_are_first_channels(copy_nnunet: Copy, channels: tuple[str, ...]) -> None:
+    """An entry x_0000 is the case x with its other channels; with a single channel it is what it says."""
+    root = copy_nnunet(3, channels)
+    names = [path.name.removesuffix(".nii.gz") for path in sorted((root / "labelsTr").iterdir())]
+    entries = [{"image": f"./imagesTr/{name}_0000.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
+    edit(root, training=entries)
+    dataset = read_dataset(root)
+    assert [case.id for case in dataset.cases] == [name if channels[1:] else f"{name}_0000" for name in names]
+    for case, name in zip(dataset.cases, names, strict=True):
+        assert [path.name for path in case.images] == [f"{name}_{i:04d}.nii.gz" for i in range(len(channels))]
+        assert read_case(case, dataset)[0].array.shape[0] == len(channels)
+    assert dataset.layout == ("nnunet_v1" if channels[1:] else "msd")
+
+
+@pytest.mark.parametrize("channels", [("T1",), ("T1", "T2", "FLAIR")])
 def test_nnunet_v2_layout(copy_nnunet: Copy, channels: tuple[str, ...]) -> None:
     dataset = read_dataset(copy_nnunet(4, channels))
     assert (dataset.layout, dataset.channels, len(dataset.cases)) == ("nnunet_v2", channels, 4)
@@ -283,6 +298,42 @@ def test_numbered_files_that_each_hold_all_channels_are_cases(tmp_path: Path, ch
     cases = find_cases(tmp_path, channels)
     assert [case.id for case in cases] == [f"img_{i:04d}" for i in range(5)]
     assert [case for path in sorted(tmp_path.iterdir()) for case in find_cases(path, channels)] == cases
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "warned"),
+    [
+        (["case_0000", "case_0001"], 1, True),
+        (["a_0000", "a_0001", "a_0002", "b_0000"], 1, True),
+        (["case_0000", "case_0001"], 2, False),
+        (["case_0001", "case_0002"], 1, False),
+        (["case_0000", "scan_0001"], 1, False),
+        ([f"frame_{i:04d}" for i in range(12)], 1, False),
+    ],
+)
+def test_channels_that_would_be_predicted_as_cases(
+    tmp_path: Path, hippocampus: Path, capfd: pytest.CaptureFixture[str], names: list[str], channels: int, warned: bool
+) -> None:
+    source = next((hippocampus / "imagesTs").iterdir())
+    for name in names:
+        shutil.copy(source, tmp_path / f"{name}.nii.gz")
+    find_cases(tmp_path, channels)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == warned
+    if warned:
+        first, second = (f"{name}.nii.gz" for name in names[:2])
+        assert f"{first} and {second} are predicted as two cases, because the model has one channel" in lines[0]
+
+
+def test_one_channel_is_known_by_its_label_map(copy_nnunet: Copy) -> None:
+    """x_0001 beside x_0000 and the label map x is a channel that dataset.json does not name, and no case."""
+    root = copy_nnunet(3, ("T1",))
+    image = sorted((root / "imagesTr").iterdir())[0]
+    shutil.copy(image, image.with_name(image.name.replace("_0000", "_0001")))
+    assert len(read_dataset(root).cases) == 3
+    image.unlink()
+    (missing,) = (path for case in read_dataset(root).cases for path in case.images if not path.exists())
+    assert missing == image, "channel 1 is not taken in its place"
 
 
 def test_a_file_that_is_a_channel_too_many(tmp_path: Path, hippocampus: Path) -> None:
