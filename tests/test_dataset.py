@@ -102,6 +102,14 @@ def test_names_that_end_in_four_digits_are_no_channels(copy_nnunet: Copy) -> Non
     assert [case.id for case in read_dataset(root).cases] == ["scan_0000", "scan_0001", "scan_0002"]
 
 
+def test_the_case_of_an_ending_does_not_matter(copy_nnunet: Copy) -> None:
+    root = copy_nnunet(3)
+    for path in (root / "imagesTr").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    dataset = read_dataset(root)
+    assert len(dataset.cases) == 3 and all(path.is_file() for case in dataset.cases for path in case.images)
+
+
 def test_explicit_paths(copy_nnunet: Copy) -> None:
     root = copy_nnunet(2)
     image = next((root / "imagesTr").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +160,26 @@ def test_the_pair_of_a_label_map_without_image_is_proposed(tmp_path: Path) -> No
     extra = found["extra_label"]
     assert (extra.severity, extra.file) == ("warning", "labels/mask_2.png")
     assert extra.fix.startswith("If it is the label map of c2.png, rename it to c2.png. ")
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_image_with_another_separator(tmp_path: Path, channels: int) -> None:
+    for i in range(5):
+        marks = [f"{'.' if i == 2 else '_'}000{c}" for c in range(channels)]
+        save_arrays(tmp_path, {f"imagesTr/c{i}{mark}.nii.gz": scan(i) for mark in marks})
+        save_arrays(tmp_path, {f"labelsTr/c{i}.nii.gz": blocks((1,))})
+    names = {str(c): f"T{c}" for c in range(channels)}
+    table = {"channel_names": names, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(table))
+    (extra,) = (p for p in report_of(read_dataset(tmp_path)).problems if p.kind == "extra_label")
+    assert extra.file == "labelsTr/c2.nii.gz" and "rename c2.0000.nii.gz to c2_0000.nii.gz. " in extra.fix
+
+
+def test_many_names_are_paired_quickly() -> None:
+    images, labels = paths(*(f"img_{i}.png" for i in range(20_000))), paths(*(f"mask_{i}.png" for i in range(20_000)))
+    begin = time.process_time()
+    assert len(likely_pairs(images, labels)) == 20_000
+    assert time.process_time() - begin < 10
 
 
 def paths(*names: str) -> list[Path]:

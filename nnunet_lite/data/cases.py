@@ -32,7 +32,8 @@ class Case:
 
 def image_files(folder: Path, ending: str | None = None) -> list[Path]:
     """The readable, not hidden image files of a folder (with this ending), sorted."""
-    return sorted(p for p in folder.iterdir() if is_image(p) and (ending is None or p.name.endswith(ending)))
+    end = (ending or "").lower()
+    return sorted(path for path in folder.iterdir() if is_image(path) and path.name.lower().endswith(end))
 
 
 def find_cases(source: Path, channels: int) -> list[Case]:
@@ -96,7 +97,8 @@ def _of_file(path: Path, channels: int) -> list[Case]:
     files = [other for other in beside if split_name(stem(other))[0] == name]
     cases = [case for case in group_files(files, channels) if path in case.images]
     if not cases:
-        raise UserError(f"would be channel {number} of {name}, and the model has {channels}, from 0 on", path)
+        what = f"would be channel {number} of {name}, and the model has {channels}, from 0 on"
+        raise UserError(what, path, f"Give {name}_0000{suffix_of(path)}, or the folder.")
     return cases
 
 

@@ -169,7 +169,7 @@ def _described(root: Path, table: Path) -> Dataset:
     """A data set with a dataset.json."""
     told = read_json(table)
     if not isinstance(told, dict):
-        raise UserError("is not a JSON object", table)
+        raise UserError("is not a JSON object", table, 'It is {"channel_names": {...}, "labels": {...}}, or more.')
     channels = channels_of(told, table)
     labels = labels_of(told, table)
     ending = told.get("file_ending") or None
@@ -218,6 +218,12 @@ def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
     return tuple(numbers[str(i)] for i in range(len(numbers)))
 
 
+_LABELS_FORM = (
+    'Labels are written as {"background": 0, "organ": 1, "tumour": 2, "ignore": 255}; a region is a list of values, '
+    "and regions_class_order then has a value for each region."
+)
+
+
 def labels_of(told: Mapping[str, Any], table: Path | None) -> Labels:
     """Labels of a dataset.json.
 
@@ -231,9 +237,9 @@ def labels_of(told: Mapping[str, Any], table: Path | None) -> Labels:
         return Labels.from_json(told["labels"], told.get("regions_class_order"))
     except ValidationError as error:
         message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise UserError(f"labels: {message}", table) from None
+        raise UserError(f"labels: {message}", table, _LABELS_FORM) from None
     except (TypeError, ValueError):
-        raise UserError(f"labels {told['labels']} are not names with integers", table) from None
+        raise UserError(f"labels {told['labels']} are not names with integers", table, _LABELS_FORM) from None
 
 
 def _listed_v2(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:

@@ -215,7 +215,8 @@ def _numbered(maps: Sequence[set[int]]) -> bool:
     if len(maps) >= 5 and len(union) >= 20 and sum(map(len, maps)) <= 0.2 * len(union) * len(maps):
         return True  # hardly any value occurs twice
     dense = float(np.mean([len(values) / max(values) for values in maps]))
-    if 2 * sum(max(union) in values for values in maps) > len(maps):
+    last = max(union)
+    if 2 * sum(last in values for values in maps) > len(maps):
         return False
     if max(counts) < 1.5 * min(counts):  # the last of many organs may be missing in some cases
         return len(counts) > 2 and dense == 1

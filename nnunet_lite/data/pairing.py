@@ -180,11 +180,12 @@ def likely_pairs(images: Sequence[Path], maps: Sequence[Path]) -> dict[Path, lis
     theirs = {path: _tokens(label_base(stem(path))) for path in maps}
     numbers = {path: tuple(filter(str.isdecimal, tokens)) for path, tokens in (ours | theirs).items()}
     for keys in (_varying(ours) | _varying(theirs), numbers):
-        pairs: dict[Path, list[Path]] = {}
-        for label in maps:
-            key = keys[label]
-            same = [image for image in images if keys[image] == key and key]
-            pairs[label] = same or [image for image in images if key and keys[image][: len(key)] == key]
+        exact, by_start = defaultdict(list), defaultdict(list)
+        for image in images:
+            exact[keys[image]].append(image)
+            for length in range(1, len(keys[image])):
+                by_start[keys[image][:length]].append(image)
+        pairs = {label: exact.get(keys[label]) or by_start.get(keys[label], []) for label in maps if keys[label]}
         times = Counter(image for found in pairs.values() for image in found)
         sure = {label: found for label, found in pairs.items() if found and all(times[image] == 1 for image in found)}
         if sure:
