@@ -305,15 +305,15 @@ FOLDERS = {
     ),
     "label maps as WebP": Layout(
         renamed(named(["images/c{}.png"], ["labels/c{}.png"]), ("labels", ".webp")), "labels",
-        ("holds no label map of a supported format, but 5 files .webp", ".nii.gz"),
+        ("holds no label map of a supported format, but 5 .webp files", ".nii.gz"),
     ),
     "images as arrays of numpy": Layout(
         renamed(named(["images/c{}.png"], ["labels/c{}.png"]), ("images", ".npy")), "images",
-        ("holds no image of a supported format, but 5 files .npy",),
+        ("holds no image of a supported format, but 5 .npy files",),
     ),
     "another file_ending": Layout(
         named(["imagesTr/c{}_0000.nrrd"], ["labelsTr/c{}.nrrd"], table=described("A")), "imagesTr",
-        ("no image that ends with .nii.gz, but 5 files .nrrd", '"file_ending"'),
+        ("no image that ends with .nii.gz, but 5 .nrrd files", '"file_ending"'),
     ),
 }  # fmt: skip
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from nnunet_lite.data.cases import Case, group_files, image_files, numbered_alone, split_name
 from nnunet_lite.data.dicom import is_series
 from nnunet_lite.data.images import SUFFIXES, stem, suffix_of
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import IMAGE_FOLDERS
 
 LABEL_FOLDERS = ("labelstr", "labels", "label", "masks", "mask", "segmentations", "segmentation")
 _LABEL_WORD = re.compile(r"(.+?)[ _.-](?:masks?|segs?|segmentations?|labels?|gt)", re.IGNORECASE)
 _TOKEN = re.compile(r"\d+|[^\W\d_]+")
-_SHOWN = 3
 _LIST = 'list the files in dataset.json ("dataset", see docs/files.md)'
 _NEEDS = "It needs dataset.json, or the folders images/ and labels/ (or imagesTr/ and labelsTr/)."
 
@@ -240,14 +239,14 @@ def _unmatched(folder: Path, files: Sequence[Path], maps: Sequence[Path]) -> Use
     several = next((image for image, found in masks.items() if len(found) > 1), None)
     if several and not pairs:
         names = [path.name for path in masks[several]]
-        what = f"holds several masks for an image ({_few(names)} for {several.name})"
+        what = f"holds several masks for an image ({few(names)} for {several.name})"
         return UserError(what, folder, _merge(folder, f"{stem(several)}{suffix_of(several)}", names))
     if not pairs:
-        have, wanted = (_few([path.name for path in paths]) for paths in (maps, files))
+        have, wanted = (few([path.name for path in paths]) for paths in (maps, files))
         what = f"none of its {n_maps} ({have}) has the name of one of the {n_images} ({wanted})"
         return UserError(what, folder, f"Name each label map as its image, or {_LIST}.")
     listed = [f"{' and '.join(path.name for path in found)} with {label.name}" for label, found in pairs.items()]
-    what = f"none of its {n_maps} has the name of one of the {n_images}; likely pairs are {_few(listed)}"
+    what = f"none of its {n_maps} has the name of one of the {n_images}; likely pairs are {few(listed)}"
     label, found = next(iter(pairs.items()))
     rename = f"rename {label.name} to {stem(found[0])}{suffix_of(label)}"
     return UserError(
@@ -265,7 +264,7 @@ def no_files_in(folder: Path, what: str, ending: str | None = None, names: Colle
     names : of the images that label maps are wanted for.
     """
     if readable := image_files(folder):
-        there = f"{plural(len(readable), 'file')} {_few(sorted({suffix_of(path) for path in readable}))}"
+        there = _by_ending(suffix_of(path) for path in readable)
         fix = 'Correct "file_ending" in dataset.json, or convert the files.'
         return UserError(f"holds no {what} that ends with {ending}, but {there}", folder, fix)
     inside = {path: image_files(path) for path in _folders(folder)}
@@ -276,10 +275,15 @@ def no_files_in(folder: Path, what: str, ending: str | None = None, names: Colle
         fix = f"Convert them to NIfTI, or {_LIST}: the image of a case is then the folder of its series."
         return UserError(f"holds no {what} but folders of DICOM files, such as {series.name}", folder, fix)
     if others := _files(folder):
-        there = f"{plural(len(others), 'file')} {_few(sorted({path.suffix.lower() or path.name for path in others}))}"
+        there = _by_ending(path.suffix.lower() or path.name for path in others)
         fix = f"Convert them. Supported are {' '.join(SUFFIXES)}."
         return UserError(f"holds no {what} of a supported format, but {there}", folder, fix)
     return UserError(f"holds no {what} of a supported format: it is empty", folder)
+
+
+def _by_ending(endings: Iterable[str]) -> str:
+    """How many files there are of each ending: 5 .gif files, 1 .txt file."""
+    return few([plural(n, f"{ending} file") for ending, n in Counter(endings).most_common()])
 
 
 def _in_folders(folder: Path, inside: dict[Path, list[Path]], what: str, names: Collection[str]) -> UserError:
@@ -287,24 +291,24 @@ def _in_folders(folder: Path, inside: dict[Path, list[Path]], what: str, names: 
     (case, paths), files = next(iter(inside.items())), [path.name for path in next(iter(inside.values()))]
     if not {label_base(stem(path)) for path in paths}.isdisjoint(names) and len(inside) > 1:
         folders = [path.name for path in inside]
-        text = f"holds a folder for each structure ({_few(folders)}), each with a mask per case"
+        text = f"holds a folder for each structure ({few(folders)}), each with a mask per case"
         return UserError(text, folder, _merge(folder, paths[0].name, folders))
     if len(inside) == 1 and len(files) > 1 and case.name not in names:
         fix = f"Move its files to {folder.name}/, or {_LIST}."
-        return UserError(f"holds no {what}, but {case.name}/ inside it does ({_few(files)})", folder, fix)
+        return UserError(f"holds no {what}, but {case.name}/ inside it does ({few(files)})", folder, fix)
     if what == "label map" and len(files) > 1:
-        text = f"holds a folder for each case with one mask per structure (in {case.name}/ {_few(files)})"
+        text = f"holds a folder for each case with one mask per structure (in {case.name}/ {few(files)})"
         return UserError(text, folder, _merge(folder, f"{case.name}{suffix_of(paths[0])}", files))
     number = "_0000" if what == "image" and len(files) > 1 else ""
     target = f"{folder.name}/{case.name}{number}{suffix_of(paths[0])}"
     fix = f"Move {case.name}/{files[0]} to {target}, and so on, or {_LIST}."
-    return UserError(f"holds no {what} but a folder for each case (in {case.name}/ {_few(files)})", folder, fix)
+    return UserError(f"holds no {what} but a folder for each case (in {case.name}/ {few(files)})", folder, fix)
 
 
 def _merge(folder: Path, case: str, masks: Sequence[str]) -> str:
     """How to make a label map of masks of single structures."""
-    values = ", ".join(f"{i} for {stem(Path(name))}" for i, name in enumerate(masks[:_SHOWN], 1))
-    rest = ", and so on" if len(masks) > _SHOWN else ""
+    values = ", ".join(f"{i} for {stem(Path(name))}" for i, name in enumerate(masks[:3], 1))
+    rest = ", and so on" if masks[3:] else ""
     return (
         f"Merge the masks of each case into one label map, {folder.name}/{case}: 0 for the background, {values}{rest}."
     )
@@ -314,7 +318,7 @@ def no_dataset(root: Path) -> UserError:
     """A folder is no dataset; the error says what it is instead, where that can be seen."""
     inside = [folder for folder in _folders(root) if (folder / "dataset.json").is_file() or _has_both(folder)]
     if inside:
-        return UserError("is no data set", root, f"Give a folder inside it: {_few([str(path) for path in inside])}.")
+        return UserError("is no data set", root, f"Give a folder inside it: {few([str(path) for path in inside])}.")
     if root.name.lower() in (*IMAGE_FOLDERS, *LABEL_FOLDERS) and _has_both(root.parent):
         return UserError("is no data set but a part of one", root, f"Give {root.parent}.")
     images, labels = image_folder(root), label_folder(root)
@@ -347,7 +351,7 @@ def _case_of_files(root: Path, case: Path) -> UserError | None:
         f"Move the image to images/{case.name}{ending} (channels: {case.name}_0000{ending} and so on) and {merged} to "
         f"labels/{case.name}{ending}, or {_LIST}."
     )
-    return UserError(f"is no data set: it holds a folder for each case (in {case.name}/ {_few(names)})", root, fix)
+    return UserError(f"is no data set: it holds a folder for each case (in {case.name}/ {few(names)})", root, fix)
 
 
 def _side_by_side(files: list[Path]) -> str:
@@ -355,8 +359,3 @@ def _side_by_side(files: list[Path]) -> str:
     by_name = {stem(path): path for path in files}
     pairs = ((by_name.get(label_base(name)), path) for name, path in by_name.items() if label_base(name) != name)
     return next((f"{image.name}, {label.name}" for image, label in pairs if image), "")
-
-
-def _few(names: list[str]) -> str:
-    listed = ", ".join(names[:_SHOWN])
-    return listed if len(names) <= _SHOWN else f"{listed} and {len(names) - _SHOWN} more"

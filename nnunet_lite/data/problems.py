@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -45,7 +46,6 @@ KINDS: dict[str, Severity] = {
     "not_ct": "warning",
     "understood": "notice",
 }
-_FILES_SHOWN = 3
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}
 
 
@@ -107,16 +107,16 @@ class Report:
                 hidden[kind] += len(files)
                 continue
             wanted = f", expected {expected}" if expected else ""
-            lines.append(f"{severity}: {_names(files)}: {found}{wanted}. {fix}".rstrip() + f" [{kind}]")
+            lines.append(f"{severity}: {few(files)}: {found}{wanted}. {fix}".rstrip() + f" [{kind}]")
         lines += [
             f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all" for kind, n in hidden.items()
         ]
         return "\n".join(lines)
 
 
-def _names(files: list[str]) -> str:
-    listed = ", ".join(files[:_FILES_SHOWN])
-    return listed if len(files) <= _FILES_SHOWN else f"{listed} and {len(files) - _FILES_SHOWN} more"
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def plural(n: int, what: str) -> str:
