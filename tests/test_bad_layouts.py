@@ -237,6 +237,13 @@ NAMES = {
     "a label map of nnU-Net's list is deleted": Layout(
         without(explicit, "seg/x3.nii.gz"), "seg/x3.nii.gz", ("no label map for case x3",)
     ),
+    "the first channel of an entry x_0000 is deleted": Layout(
+        without(named(["imagesTr/c{}_0000.nii.gz", "imagesTr/c{}_0001.nii.gz"], ["labelsTr/c{}.nii.gz"],
+                      table=described("A", "B", training=[
+                          {"image": f"imagesTr/c{i}_0000.nii.gz", "label": f"labelsTr/c{i}.nii.gz"}
+                          for i in range(1, 6)])), "imagesTr/c3_0000.nii.gz"),
+        "imagesTr/c3_0000.nii.gz", ("no file for A of case c3",),
+    ),
     "the second channel of an entry x_0000 is deleted": Layout(
         without(named(["imagesTr/c{}_0000.nii.gz", "imagesTr/c{}_0001.nii.gz", "imagesTr/c{}_0002.nii.gz"],
                       ["labelsTr/c{}.nii.gz"], table=described("A", "B", "C", training=[

@@ -110,6 +110,14 @@ def test_extra_image_and_label(copy_dataset: Copy) -> None:
     assert (problem.file, problem.found) == ("labelsTr/other.nii.gz", "a label map without an image")
 
 
+@pytest.mark.parametrize("name", ["other_0000.nrrd", "hippocampus_001_0000.nrrd"])
+def test_an_image_with_another_ending_than_dataset_json_says(copy_nnunet: Copy, name: str) -> None:
+    root = copy_nnunet(5)
+    shutil.copy(first(root, "imagesTr"), root / "imagesTr" / name)
+    problem = only(run(root), "extra_image")
+    assert (problem.file, problem.found) == (f"imagesTr/{name}", "does not end with .nii.gz, and is left out")
+
+
 def test_missing_label(copy_dataset: Copy) -> None:
     root = copy_dataset()
     first(root, "labelsTr").unlink()

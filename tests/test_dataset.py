@@ -75,6 +75,20 @@ def test_lists_whose_entries_are_first_channels(copy_nnunet: Copy, channels: tup
     assert dataset.layout == ("nnunet_v1" if channels[1:] else "msd")
 
 
+def test_listed_cases_that_are_numbered_are_no_channels(copy_nnunet: Copy) -> None:
+    """case_0000 and case_0001 in the list, each of which holds all channels."""
+    root = copy_nnunet(3, ("T1", "T2"))
+    entries = []
+    for i, path in enumerate(sorted((root / "imagesTr").glob("*_0000.nii.gz"))):
+        image, name = sitk.ReadImage(path), path.name.replace("_0000", "")
+        sitk.WriteImage(sitk.JoinSeries([image, image]), root / "imagesTr" / f"case_{i:04d}.nii.gz")
+        entries.append({"image": f"imagesTr/case_{i:04d}.nii.gz", "label": f"labelsTr/{name}"})
+    edit(root, training=entries)
+    dataset = read_dataset(root)
+    assert [case.id for case in dataset.cases] == ["case_0000", "case_0001", "case_0002"]
+    assert all(len(case.images) == 1 for case in dataset.cases) and dataset.layout == "msd"
+
+
 @pytest.mark.parametrize("channels", [("T1",), ("T1", "T2", "FLAIR")])
 def test_nnunet_v2_layout(copy_nnunet: Copy, channels: tuple[str, ...]) -> None:
     dataset = read_dataset(copy_nnunet(4, channels))
@@ -256,7 +270,7 @@ def test_what_dataset_json_may_lack(copy_dataset: Copy, changes: dict[str, objec
 def test_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         read_dataset(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"is no data set. It needs dataset\.json, or the folders images/ and labels/"):
+    with pytest.raises(UserError, match=r"is no dataset. It needs dataset\.json, or the folders images/ and labels/"):
         read_dataset(tmp_path)
     save_pictures(tmp_path / "empty", values=(0, 0))
     with pytest.raises(UserError, match="no label map with anything but zeros"):

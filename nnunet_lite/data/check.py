@@ -22,7 +22,7 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
 from nnunet_lite.data.label_values import MASK_NOTE, check_labels, correction
 from nnunet_lite.data.pairing import LABEL_FOLDERS, advice, label_base, likely_pairs
-from nnunet_lite.data.problems import Problem, Report, plural
+from nnunet_lite.data.problems import Problem, Report, few, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import IMAGE_FOLDERS, read_json
 
@@ -233,8 +233,7 @@ def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[
     unknown = sorted(out.values - known)
     if unknown:
         voxels = int(np.isin(label, unknown).sum())
-        values = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        found = f"label value {values} ({plural(voxels, 'voxel')})"
+        found = f"label value {few([str(value) for value in unknown], 5)} ({plural(voxels, 'voxel')})"
         legal = ", ".join(str(v) for v in sorted(v for v in known if v is not None))
         out.problems.append(Problem("label_value", str(case.label), found, f"one of {legal}", correction(unknown)))
     return label, geometry
@@ -262,9 +261,10 @@ def _number_of_cases(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
-    """Files in the data set's folders that no case uses; a data set that lists its files may leave some out."""
+    """Files in the dataset's folders that no case uses; a dataset that lists its files may leave some out."""
     if dataset.layout == "explicit":
         return
+    ids = {case.id for case in dataset.cases}
     labels = {case.id: case.label for case in dataset.cases if case.label}
     used = {path for case in dataset.cases for path in (*case.images, case.label)}
     images = _unused(dataset.root, {case.images[0].parent for case in dataset.cases}, IMAGE_FOLDERS, used)
@@ -272,17 +272,19 @@ def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
     unlisted: set[str] = set()
     for path in images:
         case_id, _, number = stem(path).rpartition("_")
-        if case_id in labels and number.isdigit():
+        if dataset.layout == "nnunet_v2" and not path.name.lower().endswith(dataset.file_ending.lower()):
+            unlisted |= {stem(path), case_id}
+            text = f"does not end with {dataset.file_ending}, and is left out"
+            yield Problem("extra_image", str(path), text, "", "Convert it, or remove it.")
+        elif case_id in ids and number.isdigit():
             found = f"a file for channel {int(number)} of case {case_id}"
             wanted = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
             fix = "Name the channel in dataset.json, or remove the file."
             yield Problem("extra_channel", str(path), found, wanted, fix)
         else:
             unlisted |= {stem(path), case_id}
-            found, fix = "is not in the data set", "List it in dataset.json, or remove it."
-            if dataset.layout == "nnunet_v2":
-                found, fix = f"does not end with {dataset.file_ending}, and is left out", "Convert it, or remove it."
-            yield Problem("extra_image", str(path), found, "", fix)
+            fix = "List it in dataset.json, or remove it."
+            yield Problem("extra_image", str(path), "is not in the dataset", "", fix)
     pairs = likely_pairs([c.images[0] for c in dataset.cases if not c.label or not c.label.exists()], maps)
     for path in maps:
         owner = next((name for name in (stem(path), label_base(stem(path))) if name in labels), None)

@@ -6,7 +6,7 @@ What the folders hold is not judged here, check.py does that: a case lists the f
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,7 @@ def _listed_v2(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
 def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple[str, list[Case]]:
     """MSD's list of image and label. nnU-Net v1 has the same list but names its files image_0000, image_0001, ..."""
     cases, layout = [], "msd"
+    listed = {root / str(entry.get("image")) for entry in entries if isinstance(entry, dict)}
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
@@ -271,23 +272,23 @@ def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple
             raise UserError(f"training[{number}] has the label {entry['label']!r}, which is no file name", table)
         image = root / entry["image"]
         label = root / entry["label"] if entry.get("label") else None
-        name, images = _channel_files(image, channels)
+        name, images = _channel_files(image, channels, listed)
         if images != (image,):
             layout = "nnunet_v1"
         cases.append(Case(name, images, label))
     return layout, cases
 
 
-def _channel_files(image: Path, channels: int) -> tuple[str, tuple[Path, ...]]:
-    """The id and the files of a listed image: the entry x or x_0000 may mean x_0000, x_0001, ..."""
+def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tuple[str, tuple[Path, ...]]:
+    """The id and the files of a listed image: x, or x_0000, may mean x_0000, x_0001, ... that are not listed."""
     name, suffix = stem(image), suffix_of(image)
     base, number = split_name(name)
-    if not image.is_file():
-        base = name
-    elif number != 0 or channels == 1:
-        return name, (image,)
-    files = tuple(image.with_name(f"{base}_{i:04d}{suffix}") for i in range(channels))
-    return (base, files) if any(path.is_file() for path in files if path != image) else (name, (image,))
+    for case_id, possible in ((name, not image.is_file()), (base, number == 0 and channels > 1)):
+        files = tuple(image.with_name(f"{case_id}_{i:04d}{suffix}") for i in range(channels))
+        others = [path for path in files if path != image]
+        if possible and any(path.is_file() for path in others) and not any(path in listed for path in others):
+            return case_id, files
+    return name, (image,)
 
 
 def _scanned(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.problems import Problem
+from nnunet_lite.data.problems import Problem, few
 from nnunet_lite.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
 _MIXED_NOTE = "some label maps hold 0 and 1, the others 0 and 255: 255 is read as 1"
 _VOID = (255, 65535, -1)  # values that mean "not annotated" in many datasets
-_MANY = 20  # values that dataset.json does not list are no slip
+_MANY = 20  # more values than these that dataset.json does not list are no slip of a tool
 _MOST_CLASSES = 256  # that are taken from the files without a dataset.json
 _MAPS_LOOKED_AT = 10
 _PIECES_LOOKED_AT = 200  # values of one label map
@@ -132,7 +132,7 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
 
 
 def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Problem]:
-    """Values that nobody named and that are rarely classes: of smoothed masks, of images, and for "not annotated"."""
+    """Values without a name that are rarely classes: of smoothed masks, of images, and of voxels not annotated."""
     between = union - {0, 255}
     levels = f"label maps hold {len(union)} different values from {min(union, default=0)} to {max(union, default=0)}"
     smoothed = len(between) > 64 or (len(between) > 5 and 254 not in between)  # FreeSurfer has labels 251 to 255
@@ -158,8 +158,8 @@ def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Probl
             f'{{"channel_names": {{{channels}}}, "labels": {{{pairs}, "ignore": {void}}}}}; if it is a label, give its '
             'name in place of "ignore".'
         )
-        listed = ", ".join(map(str, others[:3])) + (f" and {len(others) - 3} more" if others[3:] else "")
-        yield Problem("label_void", table, f"label maps hold the value {void} besides {listed}", "", fix)
+        text = f"label maps hold the value {void} besides {few([str(value) for value in others])}"
+        yield Problem("label_void", table, text, "", fix)
 
 
 # -------------------------------------------------------------------------------------------------------- instances

@@ -318,24 +318,24 @@ def no_dataset(root: Path) -> UserError:
     """A folder is no dataset; the error says what it is instead, where that can be seen."""
     inside = [folder for folder in _folders(root) if (folder / "dataset.json").is_file() or _has_both(folder)]
     if inside:
-        return UserError("is no data set", root, f"Give a folder inside it: {few([str(path) for path in inside])}.")
+        return UserError("is no dataset", root, f"Give a folder inside it: {few([str(path) for path in inside])}.")
     if root.name.lower() in (*IMAGE_FOLDERS, *LABEL_FOLDERS) and _has_both(root.parent):
-        return UserError("is no data set but a part of one", root, f"Give {root.parent}.")
+        return UserError("is no dataset but a part of one", root, f"Give {root.parent}.")
     images, labels = image_folder(root), label_folder(root)
     files = image_files(images or root)
     mixed = _side_by_side(files)
     if mixed and labels is None:
         where = f"{images.name}/ holds" if images else "it holds"
         fix = f"Move the images to images/ and the label maps to labels/, or {_LIST}."
-        return UserError(f"is no data set: {where} images and label maps in one folder ({mixed})", root, fix)
+        return UserError(f"is no dataset: {where} images and label maps in one folder ({mixed})", root, fix)
     if images or labels:
         have, lack = (images, "label maps, such as labels/") if images else (labels, "images, such as images/")
         assert have is not None
-        return UserError(f"is no data set: it holds {have.name}/ and no folder of {lack}", root, _NEEDS)
+        return UserError(f"is no dataset: it holds {have.name}/ and no folder of {lack}", root, _NEEDS)
     for folder in _folders(root):
         if error := _case_of_files(root, folder):
             return error
-    return UserError("is no data set", root, _NEEDS)
+    return UserError("is no dataset", root, _NEEDS)
 
 
 def _case_of_files(root: Path, case: Path) -> UserError | None:
@@ -351,7 +351,7 @@ def _case_of_files(root: Path, case: Path) -> UserError | None:
         f"Move the image to images/{case.name}{ending} (channels: {case.name}_0000{ending} and so on) and {merged} to "
         f"labels/{case.name}{ending}, or {_LIST}."
     )
-    return UserError(f"is no data set: it holds a folder for each case (in {case.name}/ {few(names)})", root, fix)
+    return UserError(f"is no dataset: it holds a folder for each case (in {case.name}/ {few(names)})", root, fix)
 
 
 def _side_by_side(files: list[Path]) -> str:
