@@ -202,7 +202,7 @@ def find_raw(given: str, workspace: Path) -> Path:
             names = ", ".join(sorted(str(match) for match in found))
             raise UserError(f"{given!r} could be {names}", fix="Give the path.")
     looked = ", ".join(str(place) for place in places)
-    raise UserError(f"there is no dataset {given!r}", fix=f"Give its folder, or a name in one of: {looked}.")
+    raise UserError(f"there is no data set {given!r}", fix=f"Give its folder, or a name in one of: {looked}.")
 
 
 def _named(place: Path, name: str) -> list[Path]:

@@ -77,7 +77,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["preprocess"], "Run `nnlite plan DATA` first."),
         (["preprocess", "-d", "Task04"], "'Task04'"),
         (["plan"], "nnlite plan Task04_Hippocampus"),
-        (["plan", "Task99"], "there is no dataset 'Task99'"),
+        (["plan", "Task99"], "there is no data set 'Task99'"),
         (["plan", "Task99", "--preset", "resenc_s"], "resenc_m"),
         (["plan", "--from-fingerprint", "f.json"], "--dataset-json"),
         (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
@@ -140,7 +140,7 @@ def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], t
     code, out, err = command("info", "-w", "elsewhere", cwd=tmp_path)
     assert code == 2 and str(tmp_path / "elsewhere") in one_line(err)
     code, out, err = command("plan", "Task0", cwd=tmp_path)
-    assert code == 2 and "there is no dataset 'Task0'" in one_line(err)
+    assert code == 2 and "there is no data set 'Task0'" in one_line(err)
 
 
 def test_plan_from_a_fingerprint(command: Run, tmp_path: Path, hippocampus: Path) -> None:
