@@ -24,8 +24,6 @@ from typing import Any
 
 from nnunet_lite.errors import UserError
 
-IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in any case
-
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -176,6 +174,9 @@ class Paths:
 def workspace_folder(given: Path | None = None) -> Path:
     """The workspace: what was given, else NNLITE_WORKSPACE, else ./nnlite_workspace."""
     return Path(given or os.environ.get("NNLITE_WORKSPACE") or "nnlite_workspace").expanduser().absolute()
+
+
+IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in upper or lower case
 
 
 def find_raw(given: str, workspace: Path) -> Path:
