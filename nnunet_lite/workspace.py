@@ -176,6 +176,9 @@ def workspace_folder(given: Path | None = None) -> Path:
     return Path(given or os.environ.get("NNLITE_WORKSPACE") or "nnlite_workspace").expanduser().absolute()
 
 
+IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in upper or lower case
+
+
 def find_raw(given: str, workspace: Path) -> Path:
     """The folder of a raw data set from a path or a name; `Task04` finds `Task04_Hippocampus`.
 
@@ -214,7 +217,7 @@ def _named(place: Path, name: str) -> list[Path]:
 
 
 def _is_raw(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in ("imagesTr", "images")) or (
+    return any(entry.is_dir() and entry.name.lower() in IMAGE_FOLDERS for entry in folder.iterdir()) or (
         (folder / "dataset.json").is_file() and not (folder / "plans.json").is_file()
     )
 

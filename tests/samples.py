@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import nibabel
+import numpy as np
+import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
@@ -43,12 +46,36 @@ def first_cases(root: Path, n: int) -> Path:
     """The first cases of the bundled data in a folder of their own, in the layout of the Medical Decathlon."""
     table = json.loads((HIPPOCAMPUS / "dataset.json").read_text())
     table["training"] = table["training"][:n]
+    table["numTraining"] = n
     for entry in table["training"]:
         for file in entry.values():
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HIPPOCAMPUS / file, root / file)
     (root / "dataset.json").write_text(json.dumps(table))
     return root
+
+
+def scan(seed: int) -> np.ndarray:
+    """An image (z, y, x) of noise, uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (4, 24, 28)).astype(np.uint8)
+
+
+def blocks(values: Iterable[int]) -> np.ndarray:
+    """A label map (z, y, x) with a block for each value, none of which touches another; at most 42 values."""
+    label = np.zeros((4, 24, 28), np.int64)
+    for i, value in enumerate(values):
+        y, x = divmod(i, 7)
+        label[1:3, 4 * y : 4 * y + 3, 4 * x : 4 * x + 3] = value
+    low, high = label.min(), label.max()
+    return label.astype(np.uint8 if low >= 0 and high < 256 else np.uint16 if low >= 0 and high < 2**16 else np.int64)
+
+
+def save_arrays(root: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write images (z, y, x) or (y, x) to files below a folder; of a volume, pictures get the middle slice."""
+    for name, array in arrays.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        flat = array.ndim == 3 and name.endswith((".png", ".tif"))
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array[len(array) // 2] if flat else array), root / name)
 
 
 def fold_of(tmp_path: Path, name: str) -> Path:

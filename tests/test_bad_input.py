@@ -72,7 +72,7 @@ def cut(path: Path) -> None:
 
 def twice(root: Path) -> None:
     table = json.loads((root / "dataset.json").read_text())
-    edit(root, training=[*table["training"], table["training"][0]])
+    edit(root, training=[*table["training"], table["training"][0]], numTraining=6)
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,6 @@ ERRORS = {
         2,
     ),
     "missing label": Bad("missing_label", lambda r: (r / LABEL).unlink(), LABEL, ("no label map for case",)),
-    "extra label": Bad(
-        "extra_label",
-        lambda r: shutil.copy(r / LABEL, r / "labelsTr/other.nii.gz"),
-        "labelsTr/other.nii.gz",
-        ("without an image",),
-    ),
     "no image at all": Bad("unreadable", lambda r: (r / IMAGE).write_text("404 not found"), IMAGE, ("Copy or export",)),
     "empty file": Bad("unreadable", lambda r: (r / IMAGE).write_bytes(b""), IMAGE, ("empty",)),
     "truncated image": Bad("unreadable", lambda r: cut(r / IMAGE), IMAGE, ("truncated",)),
@@ -134,6 +128,15 @@ ERRORS = {
 }
 
 WARNINGS = {
+    "label map without an image": Bad(
+        "extra_label",
+        lambda r: shutil.copy(r / LABEL, r / "labelsTr/other.nii.gz"),
+        "labelsTr/other.nii.gz",
+        ("without an image",),
+    ),
+    "fewer cases than counted": Bad(
+        "n_cases", lambda r: edit(r, numTraining=10), "dataset.json", ("numTraining is 10", "there are 5 cases")
+    ),
     "label without any voxel": Bad(
         "label_absent",
         lambda r: edit(r, labels={"0": "background", "1": "Anterior", "2": "Posterior", "3": "Tail"}),
@@ -278,7 +281,7 @@ def test_places_that_are_not_what_they_should_be(command: Run, copy_dataset: Cop
         (["plan", "broke"], "there is no data set 'broke'"),
         (["plan", "some/where"], "there is no data set 'some/where'"),
         (["plan", table], f"{table}: is a file; a data set is a folder"),
-        (["plan", tmp_path / "broken" / "imagesTr"], "imagesTr: is no data set"),
+        (["plan", tmp_path / "broken" / "imagesTr"], "imagesTr: is no dataset"),
         (["plan", "broken", "-w", "file"], "file"),
         (["plan", "broken", "-w", "file/below"], "file"),
         (["plan", "broken", "--output", "file/below"], "file"),

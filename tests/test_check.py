@@ -110,6 +110,14 @@ def test_extra_image_and_label(copy_dataset: Copy) -> None:
     assert (problem.file, problem.found) == ("labelsTr/other.nii.gz", "a label map without an image")
 
 
+@pytest.mark.parametrize("name", ["other_0000.nrrd", "hippocampus_001_0000.nrrd"])
+def test_an_image_with_another_ending_than_dataset_json_says(copy_nnunet: Copy, name: str) -> None:
+    root = copy_nnunet(5)
+    shutil.copy(first(root, "imagesTr"), root / "imagesTr" / name)
+    problem = only(run(root), "extra_image")
+    assert (problem.file, problem.found) == (f"imagesTr/{name}", "does not end with .nii.gz, and is left out")
+
+
 def test_missing_label(copy_dataset: Copy) -> None:
     root = copy_dataset()
     first(root, "labelsTr").unlink()
@@ -273,7 +281,11 @@ def test_the_same_id_twice(copy_dataset: Copy) -> None:
     table["training"].append(table["training"][0])
     (root / "dataset.json").write_text(json.dumps(table))
     problems = run(root).problems
-    assert problems[0].kind == "duplicate_id" and problems[0].found == "2 cases have the id hippocampus_001"
+    assert [(p.kind, p.found) for p in problems] == [
+        ("n_cases", "numTraining is 5, and there are 6 cases"),
+        ("duplicate_id", "2 cases have the id hippocampus_001 (hippocampus_001.nii.gz)"),
+        ("duplicate_case", "holds the same image as case hippocampus_001"),
+    ]
 
 
 def test_fewer_cases_than_folds(copy_dataset: Copy) -> None:

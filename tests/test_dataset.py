@@ -61,6 +61,35 @@ def test_nnunet_v1_layout(copy_dataset: Copy) -> None:
 
 
 @pytest.mark.parametrize("channels", [("T1",), ("T1", "T2", "FLAIR")])
+def test_lists_whose_entries_are_first_channels(copy_nnunet: Copy, channels: tuple[str, ...]) -> None:
+    """An entry x_0000 is the case x with its other channels; with a single channel it is what it says."""
+    root = copy_nnunet(3, channels)
+    names = [path.name.removesuffix(".nii.gz") for path in sorted((root / "labelsTr").iterdir())]
+    entries = [{"image": f"./imagesTr/{name}_0000.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
+    edit(root, training=entries)
+    dataset = read_dataset(root)
+    assert [case.id for case in dataset.cases] == [name if channels[1:] else f"{name}_0000" for name in names]
+    for case, name in zip(dataset.cases, names, strict=True):
+        assert [path.name for path in case.images] == [f"{name}_{i:04d}.nii.gz" for i in range(len(channels))]
+        assert read_case(case, dataset)[0].array.shape[0] == len(channels)
+    assert dataset.layout == ("nnunet_v1" if channels[1:] else "msd")
+
+
+def test_listed_cases_that_are_numbered_are_no_channels(copy_nnunet: Copy) -> None:
+    """case_0000 and case_0001 in the list, each of which holds all channels."""
+    root = copy_nnunet(3, ("T1", "T2"))
+    entries = []
+    for i, path in enumerate(sorted((root / "imagesTr").glob("*_0000.nii.gz"))):
+        image, name = sitk.ReadImage(path), path.name.replace("_0000", "")
+        sitk.WriteImage(sitk.JoinSeries([image, image]), root / "imagesTr" / f"case_{i:04d}.nii.gz")
+        entries.append({"image": f"imagesTr/case_{i:04d}.nii.gz", "label": f"labelsTr/{name}"})
+    edit(root, training=entries)
+    dataset = read_dataset(root)
+    assert [case.id for case in dataset.cases] == ["case_0000", "case_0001", "case_0002"]
+    assert all(len(case.images) == 1 for case in dataset.cases) and dataset.layout == "msd"
+
+
+@pytest.mark.parametrize("channels", [("T1",), ("T1", "T2", "FLAIR")])
 def test_nnunet_v2_layout(copy_nnunet: Copy, channels: tuple[str, ...]) -> None:
     dataset = read_dataset(copy_nnunet(4, channels))
     assert (dataset.layout, dataset.channels, len(dataset.cases)) == ("nnunet_v2", channels, 4)
@@ -85,6 +114,14 @@ def test_names_that_end_in_four_digits_are_no_channels(copy_nnunet: Copy) -> Non
         for i, path in enumerate(sorted((root / folder).iterdir())):
             path.rename(path.with_name(f"scan_{i:04d}.nii.gz"))
     assert [case.id for case in read_dataset(root).cases] == ["scan_0000", "scan_0001", "scan_0002"]
+
+
+def test_the_case_of_an_ending_does_not_matter(copy_nnunet: Copy) -> None:
+    root = copy_nnunet(3)
+    for path in (root / "imagesTr").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    dataset = read_dataset(root)
+    assert len(dataset.cases) == 3 and all(path.is_file() for case in dataset.cases for path in case.images)
 
 
 def test_explicit_paths(copy_nnunet: Copy) -> None:
@@ -233,7 +270,7 @@ def test_what_dataset_json_may_lack(copy_dataset: Copy, changes: dict[str, objec
 def test_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         read_dataset(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"is no data set. It needs dataset\.json, or the folders images/ and labels/"):
+    with pytest.raises(UserError, match=r"is no dataset. It needs dataset\.json, or the folders images/ and labels/"):
         read_dataset(tmp_path)
     save_pictures(tmp_path / "empty", values=(0, 0))
     with pytest.raises(UserError, match="no label map with anything but zeros"):
@@ -283,6 +320,42 @@ def test_numbered_files_that_each_hold_all_channels_are_cases(tmp_path: Path, ch
     cases = find_cases(tmp_path, channels)
     assert [case.id for case in cases] == [f"img_{i:04d}" for i in range(5)]
     assert [case for path in sorted(tmp_path.iterdir()) for case in find_cases(path, channels)] == cases
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "warned"),
+    [
+        (["case_0000", "case_0001"], 1, True),
+        (["a_0000", "a_0001", "a_0002", "b_0000"], 1, True),
+        (["case_0000", "case_0001"], 2, False),
+        (["case_0001", "case_0002"], 1, False),
+        (["case_0000", "scan_0001"], 1, False),
+        ([f"frame_{i:04d}" for i in range(12)], 1, False),
+    ],
+)
+def test_channels_that_would_be_predicted_as_cases(
+    tmp_path: Path, hippocampus: Path, capfd: pytest.CaptureFixture[str], names: list[str], channels: int, warned: bool
+) -> None:
+    source = next((hippocampus / "imagesTs").iterdir())
+    for name in names:
+        shutil.copy(source, tmp_path / f"{name}.nii.gz")
+    find_cases(tmp_path, channels)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == warned
+    if warned:
+        first, second = (f"{name}.nii.gz" for name in names[:2])
+        assert f"{first} and {second} are predicted as two cases, because the model has one channel" in lines[0]
+
+
+def test_one_channel_is_known_by_its_label_map(copy_nnunet: Copy) -> None:
+    """x_0001 beside x_0000 and the label map x is a channel that dataset.json does not name, and no case."""
+    root = copy_nnunet(3, ("T1",))
+    image = sorted((root / "imagesTr").iterdir())[0]
+    shutil.copy(image, image.with_name(image.name.replace("_0000", "_0001")))
+    assert len(read_dataset(root).cases) == 3
+    image.unlink()
+    (missing,) = (path for case in read_dataset(root).cases for path in case.images if not path.exists())
+    assert missing == image, "channel 1 is not taken in its place"
 
 
 def test_a_file_that_is_a_channel_too_many(tmp_path: Path, hippocampus: Path) -> None:

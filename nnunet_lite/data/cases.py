@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from nnunet_lite.data.images import SUFFIXES, is_image, read_geometry, stem, suf
 from nnunet_lite.errors import UserError
 
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+_MOST_CHANNELS = 8  # of one case, in separate files; more files of one name are a series
 _SUPPORTED = f"Supported are {' '.join(SUFFIXES)} and DICOM series."
 
 
@@ -31,7 +32,8 @@ class Case:
 
 def image_files(folder: Path, ending: str | None = None) -> list[Path]:
     """The readable, not hidden image files of a folder (with this ending), sorted."""
-    return sorted(p for p in folder.iterdir() if is_image(p) and (ending is None or p.name.endswith(ending)))
+    end = (ending or "").lower()
+    return sorted(path for path in folder.iterdir() if is_image(path) and path.name.lower().endswith(end))
 
 
 def find_cases(source: Path, channels: int) -> list[Case]:
@@ -58,6 +60,12 @@ def find_cases(source: Path, channels: int) -> list[Case]:
             names = " and ".join(path.name for path in (seen[case.id].images[0], case.images[0]))
             raise UserError(f"{names} are the same case {case.id!r}", source, "Rename or remove one.")
         seen[case.id] = case
+    if channels == 1 and (series := numbered_alone(cases)):
+        names = " and ".join(case.images[0].name for case in series[0][:2])
+        log.warn(
+            f"{source}: {names} are predicted as two cases, because the model has one channel. If they are channels of "
+            "one case, leave only the channel of the model in the folder"
+        )
     return cases
 
 
@@ -89,7 +97,8 @@ def _of_file(path: Path, channels: int) -> list[Case]:
     files = [other for other in beside if split_name(stem(other))[0] == name]
     cases = [case for case in group_files(files, channels) if path in case.images]
     if not cases:
-        raise UserError(f"would be channel {number} of {name}, and the model has {channels}, from 0 on", path)
+        what = f"would be channel {number} of {name}, and the model has {channels}, from 0 on"
+        raise UserError(what, path, f"Give {name}_0000{suffix_of(path)}, or the folder.")
     return cases
 
 
@@ -136,12 +145,30 @@ def split_name(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def group_files(files: list[Path], channels: int) -> list[Case]:
+def numbered_alone(cases: Iterable[Case]) -> list[list[Case]]:
+    """Cases called x_0000, x_0001, ... that could be the channels of a case x; a longer series could not."""
+    series: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        name, number = split_name(case.id)
+        if number is not None:
+            series[name].append(case)
+    return [
+        found
+        for name, found in series.items()
+        if 1 < len(found) <= _MOST_CHANNELS and any(case.id == f"{name}_0000" for case in found)
+    ]
+
+
+def group_files(files: list[Path], channels: int, ids: Collection[str] = ()) -> list[Case]:
     """Group files, or folders of DICOM series, by their channel numbers `_0000`, `_0001`, ...
 
     Numbers are optional for a single file per case. Where no case has a second file, one file holds all channels. Where
     each file holds all of them, or there is only one, numbers other than `_0000` are part of a name (scan_0017), and so
     is the `_0000` beside them. Channels beyond `channels` are left out, missing ones are listed.
+
+    Parameters
+    ----------
+    ids : names of which it is known that they are cases: a number after one is that of a channel.
     """
     groups: dict[str, dict[int | None, Path]] = defaultdict(dict)
     twice = []
@@ -149,7 +176,7 @@ def group_files(files: list[Path], channels: int) -> list[Case]:
     parts = {path: split_name(whole) for path, whole in wholes.items()}
     later = [path for path, (_, number) in parts.items() if number]
     each_is_whole = bool(later) and (channels == 1 or _holds(later[0], channels))
-    numbered = {parts[path][0] for path in later} if each_is_whole else set()
+    numbered = {parts[path][0] for path in later}.difference(ids) if each_is_whole else set()
     for path, (name, number) in parts.items():
         if name in numbered:
             name, number = wholes[path], None
@@ -163,7 +190,7 @@ def group_files(files: list[Path], channels: int) -> list[Case]:
         if None in numbers:
             cases.append(Case(name, (numbers[None],)))
             twice += [Case(name, (path,)) for number, path in numbers.items() if number is not None]
-        elif separate:
+        elif separate or (channels == 1 and name in ids):
             expected = (first.with_name(f"{name}_{i:04d}{suffix_of(first)}") for i in range(channels))
             cases.append(Case(name, tuple(numbers.get(i, path) for i, path in enumerate(expected))))
         else:

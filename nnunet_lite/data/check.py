@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,15 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from nnunet_lite import budget
-from nnunet_lite.data.cases import Case, image_files
-from nnunet_lite.data.dataset import Dataset, image_folder, label_folder, map_labels
+from nnunet_lite.data.cases import Case, image_files, split_name
+from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
-from nnunet_lite.data.problems import Problem, Report, plural
+from nnunet_lite.data.label_values import MASK_NOTE, check_labels, correction
+from nnunet_lite.data.pairing import LABEL_FOLDERS, advice, label_base, likely_pairs
+from nnunet_lite.data.problems import Problem, Report, few, plural
 from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import IMAGE_FOLDERS, read_json
 
 T = TypeVar("T")
 Visit = Callable[[np.ndarray, Geometry, np.ndarray], T]
@@ -47,7 +50,7 @@ class CaseFindings(Generic[T]):
     problems: list[Problem] = field(default_factory=list)
     geometry: Geometry | None = None
     ranges: list[Range] = field(default_factory=list)
-    values: set[int] = field(default_factory=set)
+    values: set[int] | None = None
     digest: bytes = b""
     visited: T | None = None
 
@@ -76,23 +79,23 @@ def check(
             keep(dataset.cases[len(found)].id, findings.visited)
         findings.visited = None
         found.append(findings)
-    problems = [*_files_without_case(dataset), *_repeated_ids(dataset)]
-    problems += [problem for findings in found for problem in findings.problems]
-    problems += [
-        *_dimensions(dataset, found),
-        *_orientations(dataset, found),
-        *_across_cases(dataset, found),
-        *_intensity_units(dataset, found),
-    ]
-    problems += [Problem("understood", str(dataset.root), note) for note in dataset.notes]
+    problems = [*_number_of_cases(dataset), *_files_without_case(dataset), *_repeated_ids(dataset)]
+    of_labels = [*check_labels(dataset, [findings.values for findings in found])]
+    instances = any(problem.kind == "instances" for problem in of_labels)  # which no list of values would correct
+    void = any(255 in (findings.values or ()) for findings in found)  # then 255 is no other form of 1
+    notes = [note for note in dataset.notes if not (void and note == MASK_NOTE)]
+    problems += [Problem("understood", str(dataset.root), note) for note in notes]
+    problems += [p for findings in found for p in findings.problems if not (instances and p.kind == "label_value")]
+    problems += of_labels
+    problems += [*_dimensions(dataset, found), *_orientations(dataset, found)]
+    problems += [*_across_cases(dataset, found), *_intensity_units(dataset, found)]
     problems = [_relative(problem, dataset.root) for problem in problems]
     return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
 
 
 def broken_dataset(root: Path, error: UserError) -> Report:
     """The report of a folder that `read_dataset` refused."""
-    table = root / "dataset.json"
-    where = table if error.file == table else root
+    where = root if error.file is None else Path(error.file)
     problem = _unread(error, where, "invalid_json" if "invalid JSON" in error.what else "invalid_dataset")
     return Report(root.name, 0, (), (_relative(problem, root),))
 
@@ -163,7 +166,10 @@ def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image
     array = images[0].array if len(images) == 1 else np.concatenate([image.array for image in images])
     if len(array) != len(dataset.channels):
         wanted = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
-        fix = "Name the channels in dataset.json as they are in the files, or mend the file."
+        fix = "Name the channels in dataset.json as they are in the files, or correct the file."
+        name, number = split_name(stem(case.images[0]))
+        if len(case.images) == 1 and number == 0:
+            fix += f" Channels in files of their own are called {name}_0000, {name}_0001, ..."
         out.problems.append(Problem("channels", str(case.images[0]), plural(len(array), "channel"), wanted, fix))
         return None
     out.digest = hashlib.sha256(array.data).digest()
@@ -231,11 +237,9 @@ def _check_label(
     unknown = sorted(out.values - known)
     if unknown:
         voxels = int(np.isin(label, unknown).sum())
-        values = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        found = f"label value {values} ({plural(voxels, 'voxel')})"
+        found = f"label value {few([str(value) for value in unknown], 5)} ({plural(voxels, 'voxel')})"
         legal = ", ".join(str(v) for v in sorted(v for v in known if v is not None))
-        fix = "Add it to the labels of dataset.json, or correct the file."
-        out.problems.append(Problem("label_value", str(case.label), found, f"one of {legal}", fix))
+        out.problems.append(Problem("label_value", str(case.label), found, f"one of {legal}", correction(unknown)))
     return label, geometry
 
 
@@ -250,38 +254,65 @@ def _unread(error: UserError, path: Path, kind: str) -> Problem:
 # --------------------------------------------------------------------------------------------------------- all of them
 
 
+def _number_of_cases(dataset: Dataset) -> Iterator[Problem]:
+    """Cases that dataset.json counts (numTraining) and that are not there, or the reverse."""
+    table = dataset.root / "dataset.json"
+    declared = read_json(table).get("numTraining") if table.is_file() else None
+    if isinstance(declared, int) and declared != len(dataset.cases):
+        fix = "Add the files that are missing, or correct numTraining."
+        text = f"numTraining is {declared}, and there are {plural(len(dataset.cases), 'case')}"
+        yield Problem("n_cases", str(table), text, "", fix)
+
+
 def _files_without_case(dataset: Dataset) -> Iterator[Problem]:
-    """Files in the data set's folders that no case uses; a data set that lists its files may leave some out."""
+    """Files in the dataset's folders that no case uses; a dataset that lists its files may leave some out."""
     if dataset.layout == "explicit":
         return
-    images, labels = image_folder(dataset.root), label_folder(dataset.root)
-    used = {path for case in dataset.cases for path in (*case.images, case.label)}
     ids = {case.id for case in dataset.cases}
+    labels = {case.id: case.label for case in dataset.cases if case.label}
+    used = {path for case in dataset.cases for path in (*case.images, case.label)}
+    images = _unused(dataset.root, {case.images[0].parent for case in dataset.cases}, IMAGE_FOLDERS, used)
+    maps = _unused(dataset.root, {path.parent for path in labels.values()}, LABEL_FOLDERS, used)
     unlisted: set[str] = set()
-    for path in image_files(images) if images else ():
+    for path in images:
         case_id, _, number = stem(path).rpartition("_")
-        if path in used:
-            continue
-        if case_id in ids and number.isdigit():
+        if dataset.layout == "nnunet_v2" and not path.name.lower().endswith(dataset.file_ending.lower()):
+            unlisted |= {stem(path), case_id}
+            text = f"does not end with {dataset.file_ending}, and is left out"
+            yield Problem("extra_image", str(path), text, "", "Convert it, or remove it.")
+        elif case_id in ids and number.isdigit():
             found = f"a file for channel {int(number)} of case {case_id}"
-            wanted = f"{len(dataset.channels)} channels ({', '.join(dataset.channels)})"
+            wanted = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
             fix = "Name the channel in dataset.json, or remove the file."
             yield Problem("extra_channel", str(path), found, wanted, fix)
         else:
             unlisted |= {stem(path), case_id}
-            yield Problem(
-                "extra_image", str(path), "is not in the data set", "", "List it in dataset.json, or remove it."
-            )
-    for path in image_files(labels) if labels else ():
-        if path not in used and stem(path) not in unlisted:
-            yield Problem("extra_label", str(path), "a label map without an image", "", "Add the image, or remove it.")
+            fix = "List it in dataset.json, or remove it."
+            yield Problem("extra_image", str(path), "is not in the dataset", "", fix)
+    pairs = likely_pairs([c.images[0] for c in dataset.cases if not c.label or not c.label.exists()], maps)
+    for path in maps:
+        owner = next((name for name in (stem(path), label_base(stem(path))) if name in labels), None)
+        if owner is not None and (stem(path) == owner) == (stem(labels[owner]) == owner):
+            found = f"could be the label map of case {owner}, and {labels[owner].name} is taken"
+            yield Problem("ambiguous_label", str(path), found, "one label map", "Remove one of the two.")
+        elif stem(path) not in unlisted:
+            fix = f"{advice(path, pairs[path])} " if path in pairs else ""
+            fix += "Else add its image, or remove it." if fix else "Add the image, or remove it."
+            yield Problem("extra_label", str(path), "a label map without an image", "", fix)
+
+
+def _unused(root: Path, folders: set[Path], usual: Sequence[str], used: set[Path | None]) -> list[Path]:
+    """The files in the usual ones of some folders that no case uses."""
+    usual_ones = sorted(f for f in folders if f.parent == root and f.name.lower() in usual and f.is_dir())
+    return [path for folder in usual_ones for path in image_files(folder) if path not in used]
 
 
 def _repeated_ids(dataset: Dataset) -> Iterator[Problem]:
     for case_id, n in Counter(case.id for case in dataset.cases).items():
         if n > 1:
-            files = [str(case.images[0]) for case in dataset.cases if case.id == case_id]
-            yield Problem("duplicate_id", files[0], f"{n} cases have the id {case_id}", "one", "Rename or remove one.")
+            files = [case.images[0] for case in dataset.cases if case.id == case_id]
+            text = f"{n} cases have the id {case_id} ({', '.join(sorted({path.name for path in files}))})"
+            yield Problem("duplicate_id", str(files[0]), text, "one", "Rename or remove one.")
 
 
 def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
@@ -309,7 +340,7 @@ def _orientations(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[
 
 
 def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
-    """Equal images, absent labels, too few cases."""
+    """Equal images, too few cases."""
     same: dict[bytes, list[Case]] = defaultdict(list)
     for case, findings in zip(dataset.cases, found, strict=True):
         if findings.digest:
@@ -319,16 +350,6 @@ def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[
             text = f"holds the same image as case {first.id}"
             fix = "Remove one: the same patient in training and validation makes scores too good."
             yield Problem("duplicate_case", str(case.images[0]), text, "", fix)
-    values = set().union(*(findings.values for findings in found))
-    table = str(dataset.root / "dataset.json" if dataset.layout != "plain" else dataset.root)
-    members = dict(zip(dataset.labels.region_names, dataset.labels.region_values, strict=True))
-    absent = [name for name, wanted in members.items() if not values & set(wanted)]
-    if absent and len(absent) == len(members):
-        yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")
-    else:
-        for name in absent:
-            text = f"label {name} ({', '.join(map(str, members[name]))}) has no voxel in any case"
-            yield Problem("label_absent", table, text, "", f"Correct the labels, or remove {name} from dataset.json.")
     if len(dataset.cases) < FOLDS:
         text = plural(len(dataset.cases), "case")
         fix = "Train on all of them (fold `all`), or add cases."

@@ -6,8 +6,7 @@ What the folders hold is not judged here, check.py does that: a case lists the f
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,18 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from nnunet_lite.data.cases import Case, find_cases, group_files, image_files, split_name
+from nnunet_lite.data.cases import Case, find_cases, image_files, split_name
 from nnunet_lite.data.images import PICTURES, Image, read_geometry, read_images, read_label, stem, suffix_of
+from nnunet_lite.data.label_values import labels_of_files, mask_map
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.pairing import (
+    common_ending,
+    image_folder,
+    label_folder,
+    labelled_cases,
+    no_dataset,
+    no_files_in,
+)
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import read_json, understood
 
@@ -27,8 +35,6 @@ __all__ = [
     "dataset_from_json",
     "dataset_to_json",
     "find_cases",
-    "image_folder",
-    "label_folder",
     "map_labels",
     "read_case",
     "read_dataset",
@@ -78,22 +84,8 @@ def read_dataset(root: Path) -> Dataset:
         return _described(root, table)
     images, labels = image_folder(root), label_folder(root)
     if images is None or labels is None:
-        raise UserError(
-            "is no data set",
-            root,
-            "It needs dataset.json, or the folders images/ and labels/ (or imagesTr/ and labelsTr/).",
-        )
+        raise no_dataset(root)
     return _plain(root, images, labels)
-
-
-def image_folder(root: Path) -> Path | None:
-    """Where a data set keeps its training images."""
-    return next((root / name for name in ("imagesTr", "images") if (root / name).is_dir()), None)
-
-
-def label_folder(root: Path) -> Path | None:
-    """Where a data set keeps its training labels."""
-    return next((root / name for name in ("labelsTr", "labels") if (root / name).is_dir()), None)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
@@ -181,18 +173,22 @@ def _described(root: Path, table: Path) -> Dataset:
     """A data set with a dataset.json."""
     told = read_json(table)
     if not isinstance(told, dict):
-        raise UserError("is not a JSON object", table)
+        raise UserError("is not a JSON object", table, 'It is {"channel_names": {...}, "labels": {...}}, or more.')
     channels = channels_of(told, table)
     labels = labels_of(told, table)
-    if not isinstance(told.get("file_ending") or "", str):
-        raise UserError(f"file_ending is {told['file_ending']!r}", table, 'Give, for example, ".nii.gz".')
+    ending = told.get("file_ending") or None
+    if ending is not None and not isinstance(ending, str):
+        raise UserError(f"file_ending is {ending!r}", table, 'Give, for example, ".nii.gz".')
+    ending = ending and f".{ending.removeprefix('.')}"
+    pairing: tuple[str, ...] = ()
     if isinstance(told.get("dataset"), dict):
         layout, cases = "explicit", _listed_v2(root, told["dataset"], table)
     elif isinstance(told.get("training"), list) and any(isinstance(entry, dict) for entry in told["training"]):
         layout, cases = _listed(root, told["training"], len(channels), table)
     else:
-        layout, cases = "nnunet_v2", _scanned(root, len(channels), told.get("file_ending"), table)
-    label_map, notes = _mask_map(labels, cases)
+        layout = "nnunet_v2"
+        cases, pairing = _scanned(root, len(channels), ending, table)
+    label_map, remarks = mask_map(labels, cases)
     return Dataset(
         name=root.name,
         root=root,
@@ -201,9 +197,9 @@ def _described(root: Path, table: Path) -> Dataset:
         labels=labels,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
         label_map=label_map,
-        file_ending=_common_ending(cases, told.get("file_ending")),
-        notes=notes,
         orientation=orientation_of_reader(told.get("overwrite_image_reader_writer")),
+        file_ending=ending or common_ending(cases),
+        notes=(*pairing, *remarks),
     )
 
 
@@ -232,6 +228,12 @@ def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
     return tuple(numbers[str(i)] for i in range(len(numbers)))
 
 
+_LABELS_FORM = (
+    'Labels are written as {"background": 0, "organ": 1, "tumour": 2, "ignore": 255}; a region is a list of values, '
+    "and regions_class_order then has a value for each region."
+)
+
+
 def labels_of(told: Mapping[str, Any], table: Path | None) -> Labels:
     """Labels of a dataset.json.
 
@@ -245,9 +247,9 @@ def labels_of(told: Mapping[str, Any], table: Path | None) -> Labels:
         return Labels.from_json(told["labels"], told.get("regions_class_order"))
     except ValidationError as error:
         message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise UserError(f"labels: {message}", table) from None
+        raise UserError(f"labels: {message}", table, _LABELS_FORM) from None
     except (TypeError, ValueError):
-        raise UserError(f"labels {told['labels']} are not names with integers", table) from None
+        raise UserError(f"labels {told['labels']} are not names with integers", table, _LABELS_FORM) from None
 
 
 def _listed_v2(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
@@ -272,30 +274,47 @@ def _listed_v2(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
 def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple[str, list[Case]]:
     """MSD's list of image and label. nnU-Net v1 has the same list but names its files image_0000, image_0001, ..."""
     cases, layout = [], "msd"
+    listed = {root / str(entry.get("image")) for entry in entries if isinstance(entry, dict)}
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
         if not isinstance(entry.get("label") or "", str):
             raise UserError(f"training[{number}] has the label {entry['label']!r}, which is no file name", table)
         image = root / entry["image"]
-        name, suffix = stem(image), suffix_of(image)
-        images: tuple[Path, ...] = (image,)
-        numbered = tuple(image.with_name(f"{name}_{i:04d}{suffix}") for i in range(channels))
-        if not image.is_file() and any(path.is_file() for path in numbered):
-            images, layout = numbered, "nnunet_v1"
-        cases.append(Case(name, images, root / entry["label"] if entry.get("label") else None))
+        label = root / entry["label"] if entry.get("label") else None
+        name, images = _channel_files(image, channels, listed)
+        if images != (image,):
+            layout = "nnunet_v1"
+        cases.append(Case(name, images, label))
     return layout, cases
 
 
-def _scanned(root: Path, channels: int, ending: str | None, table: Path) -> list[Case]:
-    """All images of imagesTr (or images), with the label of the same name in labelsTr (or labels)."""
+def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tuple[str, tuple[Path, ...]]:
+    """The id and the files of a listed image: x, or x_0000, may mean x_0000, x_0001, ... that are not listed."""
+    name, suffix = stem(image), suffix_of(image)
+    base, number = split_name(name)
+    for case_id, possible in ((name, not image.is_file()), (base, number == 0 and channels > 1)):
+        files = tuple(image.with_name(f"{case_id}_{i:04d}{suffix}") for i in range(channels))
+        others = [path for path in files if path != image]
+        if possible and any(path.is_file() for path in others) and not any(path in listed for path in others):
+            return case_id, files
+    return name, (image,)
+
+
+def _scanned(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:
+    """All images of imagesTr (or images), with the label map of the same name in labelsTr (or labels)."""
     images, labels = image_folder(root), label_folder(root)
     if images is None or labels is None:
-        raise UserError("there is no folder imagesTr or no folder labelsTr beside it", table)
+        lacks = " and no ".join(
+            name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None
+        )
+        raise UserError(
+            f"lists no files, and there is no {lacks} beside it", table, "Add the folder, or list the files."
+        )
     files = image_files(images, ending)
     if not files:
-        raise UserError(f"holds no image{f' that ends with {ending}' if ending else ''}", images)
-    return _with_labels(files, channels, labels, ending)
+        raise no_files_in(images, "image", ending)
+    return labelled_cases(files, channels, labels, ending)
 
 
 # -------------------------------------------------------------------------------------------------------- plain folders
@@ -305,11 +324,9 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     """No dataset.json: channels follow from the files, labels from the values in the label maps."""
     files = image_files(images)
     if not files:
-        raise UserError("holds no image of a supported format", images)
-    names = {stem(path) for path in image_files(labels)}
-    numbers = [split_name(stem(path))[1] for path in files if stem(path) not in names]
-    channels = max((n for n in numbers if n is not None), default=0) + 1
-    cases = _with_labels(files, channels, labels, None)
+        raise no_files_in(images, "image")
+    cases, pairing = labelled_cases(files, None, labels, None)
+    channels = max(len(case.images) for case in cases)
     readable = next((path for case in cases for path in case.images if path.is_file()), files[0])
     inside = read_geometry(readable)[1]
     if channels > 1 or inside == 1:
@@ -317,70 +334,16 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     else:
         picture = inside == 3 and suffix_of(readable) in PICTURES
         channel_names = ("R", "G", "B") if picture else tuple(f"channel_{i}" for i in range(inside))
-    values = _values([case.label for case in cases if case.label and case.label.is_file()])
-    is_mask = values == {0, 255}
-    found = [1] if is_mask else sorted(values - {0})
-    if not found:
-        raise UserError("holds no label map with anything but zeros", labels)
-    notes = ["no dataset.json: channels and labels were taken from the files"]
+    paths = [case.label for case in cases if case.label and case.label.is_file()]
+    found, label_map, remarks = labels_of_files(paths, labels)
     return Dataset(
         name=root.name,
         root=root,
         layout="plain",
         channels=channel_names,
-        labels=Labels(names={"background": 0, **{f"label_{value}": value for value in found}}),
+        labels=found,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
-        label_map={255: 1} if is_mask else None,
-        file_ending=_common_ending(cases, None),
-        notes=(*notes, _MASK_NOTE) if is_mask else tuple(notes),
+        label_map=label_map,
+        file_ending=common_ending(cases),
+        notes=("no dataset.json: channels and labels were taken from the files", *pairing, *remarks),
     )
-
-
-_MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
-
-
-def _values(paths: list[Path]) -> set[int]:
-    """All values in some label maps. Files that cannot be read are passed over here: check.py reports each of them."""
-
-    def values(path: Path) -> set[int]:
-        try:
-            label = read_label(path)[0]
-        except UserError:
-            return set()
-        return {int(v) for v in np.unique(label)}
-
-    with ThreadPoolExecutor(4) as pool:
-        return set().union(*pool.map(values, paths))
-
-
-def _with_labels(files: list[Path], channels: int, labels: Path, ending: str | None) -> list[Case]:
-    """Group image files into cases; each gets the label of its name, or the path where one is missing."""
-    found = {stem(path): path for path in image_files(labels)}
-    whole = [path for path in files if stem(path) in found]  # names that end in _0001 by themselves
-    others = [path for path in files if stem(path) not in found]
-    cases = [Case(stem(path), (path,)) for path in whole] + group_files(others, channels)
-    missing = ending or _common_ending(cases, None)
-    return [Case(case.id, case.images, found.get(case.id, labels / f"{case.id}{missing}")) for case in cases]
-
-
-def _mask_map(labels: Labels, cases: Iterable[Case]) -> tuple[dict[int, int] | None, tuple[str, ...]]:
-    """Whether the masks of a data set with the values 0 and 1 hold 0 and 255.
-
-    Looks at three files, and if they hold nothing but background at others until one does.
-    """
-    if labels.values != (0, 1) or labels.ignore is not None:
-        return None, ()
-    paths = [case.label for case in cases if case.label and case.label.is_file()]
-    found = _values([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths])
-    if found == {0}:
-        found = next((values for values in (_values([path]) for path in paths) if values - {0}), found)
-    if 255 in found:
-        return {255: 1}, (_MASK_NOTE,)
-    return None, ()
-
-
-def _common_ending(cases: Iterable[Case], told: str | None) -> str:
-    if told:
-        return told
-    endings = [suffix_of(path) for case in cases for path in case.images]
-    return max(set(endings), key=endings.count, default=".nii.gz")

@@ -16,7 +16,9 @@ KINDS: dict[str, Severity] = {
     "extra_channel": "error",
     "extra_image": "warning",
     "missing_label": "error",
-    "extra_label": "error",
+    "extra_label": "warning",
+    "ambiguous_label": "error",
+    "n_cases": "warning",
     "duplicate_id": "error",
     "unreadable": "error",
     "dimensions": "error",
@@ -30,6 +32,10 @@ KINDS: dict[str, Severity] = {
     "label_fraction": "error",
     "label_channels": "error",
     "label_value": "error",
+    "label_void": "error",
+    "label_levels": "error",
+    "instances": "error",
+    "instances_likely": "warning",
     "label_lossy": "error",
     "no_foreground": "error",
     "label_absent": "warning",
@@ -41,7 +47,7 @@ KINDS: dict[str, Severity] = {
     "orientation": "notice",
     "understood": "notice",
 }
-_LINES_SHOWN = 3
+_LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Report:
         order = {"error": 0, "warning": 1, "notice": 2}
         for (severity, kind, found, expected, fix), files in sorted(same.items(), key=lambda e: order[e[0][0]]):
             shown[kind] += 1
-            if shown[kind] > _LINES_SHOWN:
+            if shown[kind] > _LINES_SHOWN[severity]:
                 hidden[kind] += len(files)
                 continue
             wanted = f", expected {expected}" if expected else ""

@@ -22,6 +22,7 @@ from nnunet_lite.data.dataset import image_files, labels_of, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import PICTURES, is_unscaled, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.pairing import label_maps
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
@@ -277,6 +278,12 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     if reference.is_file():
         return {stem(reference): (prediction, reference)}, []
     predicted, wanted = _by_stem(prediction), _by_stem(reference)
+    by_word = {
+        name: maps[0]
+        for name, maps in label_maps(wanted.values(), predicted).items()
+        if name not in wanted and len(maps) == 1
+    }
+    wanted = {name: path for name, path in wanted.items() if path not in by_word.values()} | by_word
     pairs = {case: (predicted[case], wanted[case]) for case in sorted(predicted.keys() & wanted.keys())}
     if not pairs:
         raise UserError(
@@ -293,6 +300,9 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
         )
         if alone
     ]
+    if by_word:
+        references = [f"{path.name} of {name}" for name, path in by_word.items()]
+        notes.append(f"{len(by_word)} references found by a word at the end of their names: {_few(references, 1)}")
     return pairs, notes
 
 

@@ -1,0 +1,144 @@
+"""What values mean over all label maps: sound labels that must pass, and the values that say what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from samples import blocks, save_arrays, scan
+
+from nnunet_lite.data.check import check
+from nnunet_lite.data.dataset import read_case, read_dataset
+from nnunet_lite.data.problems import Problem
+
+
+def problems(root: Path) -> list[Problem]:
+    found = check(read_dataset(root), workers=0).problems
+    return [problem for problem in found if problem.severity != "notice" and problem.kind != "few_cases"]
+
+
+def save(root: Path, *maps: np.ndarray, labels: dict[str, int] | None = None, ending: str = ".nii.gz") -> None:
+    """A case for each label map, with dataset.json where it has labels."""
+    for i, label in enumerate(maps):
+        save_arrays(root, {f"images/c{i}{ending}": scan(i), f"labels/c{i}{ending}": label})
+    if labels is not None:
+        table = {"channel_names": {"0": "grey"}, "labels": {"background": 0, **labels}}
+        (root / "dataset.json").write_text(json.dumps(table))
+
+
+def nested(depth: int) -> np.ndarray:
+    """An organ with a tumour inside, with a necrosis inside, ...: as many as are there."""
+    label = np.zeros((4, 24, 28), np.uint8)
+    for i in range(depth):
+        label[:, 2 + 2 * i : 22 - 2 * i, 2 + 2 * i : 26 - 2 * i] = i + 1
+    return label
+
+
+def lacking(n: int, *missing: Iterable[int]) -> list[np.ndarray]:
+    """Maps of n organs of which some are missing."""
+    return [blocks(value if value not in gone else 0 for value in range(1, n + 1)) for gone in missing]
+
+
+RNG = np.random.default_rng(0)
+SOUND: dict[str, Sequence[np.ndarray]] = {
+    "two organs in all cases": lacking(2, (), (), (), (), ()),
+    "the last organ missing in most": lacking(6, (), (6,), (6,), (6,), (6,)),
+    "the last organs missing in some": lacking(8, (), (8,), (7, 8), (), (), ()),
+    "any of 40 organs missing": lacking(40, *(RNG.choice(np.arange(1, 41), RNG.integers(0, 15)) for _ in range(8))),
+    "a part of the body, organs in order": lacking(24, range(9, 25), range(1, 9), range(17, 25), range(1, 17), ()),
+    "an organ, with a tumour inside in half": [nested(1 + i % 2) for i in range(6)],
+    "an organ, a tumour, its necrosis": [nested(n) for n in (1, 2, 3, 1, 2)],
+    "lesions in pieces": [
+        np.where(RNG.random((4, 24, 28)) < 0.1, RNG.integers(1, 2 + i, (4, 24, 28)), 0).astype(np.uint8)
+        for i in range(5)
+    ],
+    "one case": [blocks(range(1, 30))],
+    "labels as high as 255": lacking(3, (), ()) + [np.where(blocks((1, 2)) > 0, blocks((254, 255)), 0)] * 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("described", [False, True], ids=["plain", "dataset.json"])
+@pytest.mark.parametrize("name", SOUND)
+def test_classes_are_no_instances(tmp_path: Path, name: str, described: bool) -> None:
+    values = sorted({int(value) for label in SOUND[name] for value in np.unique(label)} - {0})
+    save(tmp_path, *SOUND[name], labels={f"label_{value}": value for value in values} if described else None)
+    assert problems(tmp_path) == []
+
+
+def test_two_organs_one_of_which_is_missing_in_half_are_worth_a_look(tmp_path: Path) -> None:
+    """Lesions that are numbered look the same, so it is a warning; names in dataset.json answer it."""
+    save(tmp_path, *lacking(2, (), (2,), (), (2,), (2,), ()))
+    (problem,) = problems(tmp_path)
+    assert (problem.kind, problem.severity) == ("instances_likely", "warning")
+    save(tmp_path, labels={"left": 1, "right": 2})
+    assert problems(tmp_path) == []
+
+
+def test_instances_that_dataset_json_names(tmp_path: Path) -> None:
+    save(
+        tmp_path, *(blocks(range(1, n + 1)) for n in (15, 7, 12, 9, 20)), labels={f"cell_{i}": i for i in range(1, 21)}
+    )
+    (problem,) = problems(tmp_path)
+    assert (problem.kind, problem.severity, problem.file) == ("instances_likely", "warning", "labels")
+    assert problem.found.startswith("label maps hold 7 to 20 values, and each value is one connected piece")
+
+
+def test_components_of_a_thresholded_image(tmp_path: Path) -> None:
+    """Pieces of any shape and size, numbered as scipy and scikit-image number them."""
+    from scipy.ndimage import gaussian_filter, label
+
+    rng = np.random.default_rng(1)
+    maps = [label(gaussian_filter(rng.random((4, 24, 28)), 1.2) > level)[0] for level in (0.52, 0.53, 0.54, 0.55, 0.56)]
+    assert len({found.max() for found in maps}) >= 3 and max(found.max() for found in maps) > 5
+    save(tmp_path, *(found.astype(np.uint8) for found in maps))
+    assert [problem.kind for problem in problems(tmp_path)] == ["instances"]
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_masks_of_1_in_some_and_of_255_in_others(tmp_path: Path, described: bool) -> None:
+    """No map holds both: both mean the label."""
+    save(tmp_path, *(blocks((value,)) for value in (255, 1, 255, 1, 1)), labels={"a": 1} if described else None)
+    dataset = read_dataset(tmp_path)
+    assert problems(tmp_path) == [] and dataset.label_map == {255: 1}
+    for case in dataset.cases:
+        label = read_case(case, dataset)[1]
+        assert label is not None and set(np.unique(label)) == {0, 1}
+
+
+def test_255_as_ignore_in_the_smallest_dataset_json(tmp_path: Path) -> None:
+    """What the message asks for is accepted as it is, and 255 stays apart from the labels."""
+    save(tmp_path, *(blocks(values) for values in ((255,), (1, 255), (1, 2), (2, 255), (1,))), ending=".png")
+    (problem,) = problems(tmp_path)
+    assert problem.kind == "label_void"
+    text = problem.fix[problem.fix.index("{") : problem.fix.rindex("}") + 1]
+    (tmp_path / "dataset.json").write_text(text)
+    dataset = read_dataset(tmp_path)
+    assert problems(tmp_path) == []
+    assert (dataset.labels.values, dataset.labels.ignore, dataset.label_map) == ((0, 1, 2), 255, None)
+    assert dataset.channels == ("channel_0",) and len(dataset.cases) == 5
+
+
+def test_no_notice_about_255_where_it_is_refused(tmp_path: Path) -> None:
+    """The maps looked at first hold 0 and 255, later ones 0, 1 and 255."""
+    save(tmp_path, *(blocks((1, 255) if i % 2 else (255,)) for i in range(5)), labels={"a": 1})
+    found = check(read_dataset(tmp_path), workers=0).problems
+    assert {problem.kind for problem in found} == {"label_value"}
+
+
+def test_label_maps_that_cannot_be_read_are_no_missing_labels(tmp_path: Path) -> None:
+    """Neither "no foreground" nor "no voxel in any case" is known then."""
+    save(tmp_path, *(blocks((1, 2)) for _ in range(5)), labels={"a": 1, "b": 2})
+    for path in (tmp_path / "labels").iterdir():
+        path.write_bytes(b"")
+    assert {problem.kind for problem in problems(tmp_path)} == {"unreadable"}
+    save(tmp_path, *(blocks((1,)) for _ in range(4)))
+    assert [problem.kind for problem in problems(tmp_path)] == ["unreadable"]
+    save(tmp_path, *(blocks((1,)) for _ in range(5)))
+    assert [problem.kind for problem in problems(tmp_path)] == ["label_absent"]
+    (tmp_path / "dataset.json").unlink()
+    for path in (tmp_path / "labels").iterdir():
+        path.write_bytes(b"")
+    assert {problem.kind for problem in problems(tmp_path)} == {"unreadable"}, "all of them, and without dataset.json"
