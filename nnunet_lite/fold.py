@@ -16,10 +16,20 @@ from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predi
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
 from nnunet_lite.plan.schema import Plan
+from nnunet_lite.plan.show import configuration_changes
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.configured import configured
-from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
+from nnunet_lite.training.folds import (
+    ALL,
+    Fold,
+    Wanted,
+    point_out_other_folds,
+    read_fold,
+    record_cases,
+    refuse_other_cases,
+    wanted_folds,
+)
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
     VALIDATION,
@@ -36,6 +46,7 @@ from nnunet_lite.training.run import (
     require_begun,
     set_aside,
 )
+from nnunet_lite.training.splits import how_made, load_splits
 from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
@@ -64,6 +75,10 @@ class Request:
     lengthen: frozenset[str] = frozenset()
     preview: bool = False
 
+    def wanted(self, dataset: Dataset) -> Wanted:
+        """The folds that are asked for."""
+        return wanted_folds(dataset, self.folds, self.group_by, self.stratify, self.splits)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -72,7 +87,8 @@ class Run:
     request: Request
     paths: Paths
     dataset: Dataset
-    plan: Plan
+    planned: Plan
+    plan: Plan  # that with the changes of the settings
     split: Fold
     folder: Path
     first: FirstStage | None
@@ -116,8 +132,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     UserError : see `api.train`. Stopped : a signal asked for it. Lost : another process of several is gone.
     """
     run = examined(request, paths)
-    if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
-        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    _say_what_is_trained(run)
 
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.evaluation.crossval import validate_fold
@@ -145,6 +160,17 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     return validate_fold(
         run.folder, run.split.name, run.dataset, held_out, request.device, _predicted(run, held_out, device)
     )
+
+
+def _say_what_is_trained(run: Run) -> None:
+    """How the settings change the plan, and which folds are not used."""
+    name, ids = run.configuration, [case.id for case in run.dataset.cases]
+    if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    if changes := configuration_changes(run.planned.configuration(name), run.plan.configuration(name)):
+        log.info(f"{name}, changed against the plan by the settings: {'; '.join(changes)}")
+    if run.split.name != ALL:
+        point_out_other_folds(run.paths.splits, ids, run.request.wanted(run.dataset))
 
 
 def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
@@ -178,11 +204,11 @@ def examined(request: Request, paths: Paths) -> Run:
     settings = request.settings
     dataset = stored_dataset(paths.dataset)
     folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
-    made = configured(_planned(request, paths, folder, dataset.name), request.configuration, settings)
-    wanted = wanted_folds(dataset, request.folds, request.group_by, request.stratify, request.splits)
-    split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, wanted)
+    planned = _planned(request, paths, folder, dataset.name)
+    made = configured(planned, request.configuration, settings)
+    split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, request.wanted(dataset))
     first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
-    return Run(request, paths, dataset, made, split, folder, first)
+    return Run(request, paths, dataset, planned, made, split, folder, first)
 
 
 def _planned(request: Request, paths: Paths, folder: Path, dataset: str) -> Plan:
@@ -309,7 +335,9 @@ def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
 
     chosen = cases(split.training)
     held_out = chosen if split.name == ALL else cases(split.validation)
-    log.info(f"training {run.configuration} fold {split.name} on {len(chosen)} cases in {run.fold_folder}")
+    source = None if split.name == ALL else how_made(run.paths.splits, load_splits(run.paths.splits)).get("splits")
+    of = f" of {source}" if source else ""
+    log.info(f"training {run.configuration} fold {split.name}{of} on {len(chosen)} cases in {run.fold_folder}")
     record_cases(run.fold_folder, split)
     job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks)
     if run.request.preview and ranks.rank == 0:

@@ -119,21 +119,22 @@ def test_json_of_check_and_plan(command: Run, tmp_path: Path, hippocampus: Path)
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "my" / "plan.json").read_text())
     assert list(json.loads(out)["configurations"]) == ["2d", "3d_fullres"]
     stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
-    assert {p.name for p in stored.iterdir()} == {"check.json", "dataset.json", "fingerprint.json", "plans.json"}
+    written = {"check.json", "dataset.json", "fingerprint.json", "plans.json", "raw.json"}
+    assert {p.name for p in stored.iterdir()} == written
     code, out, _ = command("info", "--json", cwd=tmp_path)
     about = json.loads(out)
     assert (code, about["dataset"], about["cases"], about["models"]) == (0, "Task04_Hippocampus", 32, [])
 
 
 def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
-    """`Task04` is found in ./data; the data set planned last is the current one; -d takes another, -w elsewhere."""
+    """`Task04` is found in ./data; of several datasets the one planned last is shown; -d takes another, -w elsewhere."""
     copy_dataset(6, "data/Task04_Hippocampus")
     copy_dataset(5, "data/Task05_Other")
     for name in ("Task04", "Task05"):
         code, _, err = command("plan", name, cwd=tmp_path)
         assert code == 0, err
     code, out, err = command("info", cwd=tmp_path)
-    assert "data set Task05_Other (workspace " in err and out.startswith("Task05_Other: 5 cases in ")
+    assert "planned last; -d takes one of the 2 planned)" in err and out.startswith("Task05_Other: 5 cases in ")
     assert command("info", "-d", "Task04", cwd=tmp_path)[1].startswith("Task04_Hippocampus: 6 cases in ")
     code, out, err = command("info", "-d", "Task06", cwd=tmp_path)
     assert code == 2 and "It holds: Task04_Hippocampus, Task05_Other." in one_line(err)

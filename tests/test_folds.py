@@ -192,7 +192,7 @@ def test_folds_that_are_there_are_those_asked_for_or_refused(dataset: Dataset, t
     same = [{}, {"n_folds": 3}, {"group_by": r"(\d\d)\d"}, {"stratify": str(table)}, {"splits": splits}]
     assert all(ask(**options) == folds for options in same), "what was not asked is as it is there"
     held = r"splits\.json: holds 3 folds of 32 cases in \d+ groups by _\\d\\d, stratified by .*sites\.csv, "
-    fix = r"\. Leave the options for folds out to go on with these, or delete the file to make them anew\.$"
+    fix = r"\. Leave the options for folds out to continue with these, or delete the file to make them again\.$"
     for options, what in (
         ({"n_folds": 5}, "not 5"),
         ({"group_by": r"\d$"}, "with the group 0 on both sides of fold 0"),

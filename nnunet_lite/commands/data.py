@@ -56,7 +56,7 @@ def check(data: str, workers: Workers = None, as_json: AsJson = False, workspace
 
 def plan(
     data: Annotated[str | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
-    preset: Annotated[Preset, typer.Option(help="Kind of U-Net.")] = Preset.default,
+    preset: Annotated[Preset | None, typer.Option(help="Kind of U-Net [as planned before, else default].")] = None,
     memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
     plans: Annotated[Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[str | None, typer.Option(help="Such as 40x56x40, instead of the planned one.")] = None,
@@ -73,7 +73,9 @@ def plan(
     stratify: Stratify = False,
     stratify_by: StratifyBy = None,
     splits: Splits = None,
-    store: Annotated[Stored, typer.Option(help="Type of preprocessed images on disk.")] = Stored.float16,
+    store: Annotated[
+        Stored | None, typer.Option(help="Type of preprocessed images on disk [as planned before, else float16].")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
     ] = False,
@@ -86,7 +88,7 @@ def plan(
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
-    """Check a data set, take its fingerprint and plan its networks."""
+    """Check a dataset, take its fingerprint and plan its networks; the options are kept for planning it again."""
     from nnunet_lite.plan.show import plan_table
     from nnunet_lite.workspace import write_json
 
@@ -97,13 +99,13 @@ def plan(
         if dataset_json is None:
             raise UserError("--from-fingerprint needs --dataset-json")
         made, about = api.plan_from_fingerprint(
-            from_fingerprint, dataset_json, preset=preset, memory=memory, change=change
+            from_fingerprint, dataset_json, preset=preset or Preset.default, memory=memory, change=change
         )
     elif data is not None:
         made = api.plan(
-            data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change,
-            clip_percentiles=clip, stored_as=store.value, folds=folds, group_by=group_by,
-            stratify=stratify_by or stratify, splits=splits, workers=workers,
+            data, workspace=workspace, preset=None if preset is None else preset.value, memory=memory, adopt=plans,
+            change=change, clip_percentiles=clip, stored_as=None if store is None else store.value, folds=folds,
+            group_by=group_by, stratify=stratify_by or stratify, splits=splits, workers=workers,
         )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
@@ -135,7 +137,7 @@ def preprocess(
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
-    """Crop, normalise and resample the current data set (train does it too where it is missing)."""
+    """Crop, normalise and resample a planned dataset (train does it too where it is missing)."""
     summary = api.preprocess(
         configuration, dataset=dataset, clean=prune, scheduler=scheduler, workspace=workspace, workers=workers
     )
