@@ -127,7 +127,7 @@ def test_json_of_check_and_plan(command: Run, tmp_path: Path, hippocampus: Path)
 
 
 def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
-    """`Task04` is found in ./data; of several datasets the one planned last is shown; -d takes another, -w elsewhere."""
+    """`Task04` is found in ./data; of several the one planned last is shown; -d takes another, -w elsewhere."""
     copy_dataset(6, "data/Task04_Hippocampus")
     copy_dataset(5, "data/Task05_Other")
     for name in ("Task04", "Task05"):
