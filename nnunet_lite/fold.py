@@ -132,7 +132,6 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     UserError : see `api.train`. Stopped : a signal asked for it. Lost : another process of several is gone.
     """
     run = examined(request, paths)
-    _say_what_is_trained(run)
 
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.evaluation.crossval import validate_fold
@@ -152,6 +151,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         if is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * request.preview)
         else:
+            _say_what_is_trained(run)
             with _unbound_if_untrained(run) if fresh else nullcontext():
                 _train(run, seed, ranks, device)
     if run.split.name == ALL or ranks.rank:

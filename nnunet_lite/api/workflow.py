@@ -100,13 +100,15 @@ def run(
     """
     from nnunet_lite.data.dataset import read_dataset
     from nnunet_lite.settings import load as load_settings
+    from nnunet_lite.training.folds import wanted_folds
     from nnunet_lite.training.run import told_lengths
 
-    begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is told first
+    begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is reported first
     place = folder_of(workspace)
     root = find_raw(str(data), place)
     dataset = read_dataset(root)
     paths = place_of(place, dataset)
+    wanted_folds(dataset, folds, group_by, stratify, splits)  # so is one in these
     journal = Journal(paths.root / JOURNAL)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
     planning = partial(api.plan, root, workspace=place, workers=workers, **how)
