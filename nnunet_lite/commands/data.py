@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from nnunet_lite.plan.schema import Plan
 
 
+READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
+
+
 class Preset(StrEnum):
     default = "default"
     resenc_m = "resenc_m"
@@ -110,22 +113,32 @@ def plan(
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:
-        write_json(output, _formatted(made, about, format))
+        write_json(output, _formatted(made, about or _description(made, workspace), format))
     show(made.model_dump(mode="json"), plan_table(made), as_json)
     if measure:
         log.info(api.measure(made, device))
 
 
-def _formatted(made: Plan, about: dict[str, Any] | None, format: Format) -> Any:
+def _description(made: Plan, workspace: Path | None) -> dict[str, Any]:
+    """What nnU-Net's dataset.json says about a dataset that was just planned."""
+    from nnunet_lite.data.dataset import stored_dataset
+    from nnunet_lite.interop.nnunet import Description, description_to_nnunet
+    from nnunet_lite.workspace import Paths, read_json, workspace_folder
+
+    planned = stored_dataset(Paths(workspace_folder(workspace) / made.dataset).dataset)
+    described = Description(planned.channels, planned.labels, len(planned.cases), planned.file_ending)
+    table = planned.root / "dataset.json"
+    reader = read_json(table).get(READER) if table.is_file() else None
+    return {**description_to_nnunet(described), **({} if reader is None else {READER: reader})}
+
+
+def _formatted(made: Plan, about: dict[str, Any], format: Format) -> Any:
     """A plan as JSON, ours or nnU-Net's, which also wants the dataset.json."""
     if format is Format.nnlite:
-        return made.model_dump(mode="json")
-    from nnunet_lite.interop.nnunet import Description, description_to_nnunet, plan_to_nnunet
+        return made.as_dict()
+    from nnunet_lite.interop.nnunet import plan_to_nnunet
 
-    names = tuple(channel.name for channel in made.channels)
-    return plan_to_nnunet(
-        made, about or description_to_nnunet(Description(names, made.labels, made.n_cases, ".nii.gz"))
-    )
+    return plan_to_nnunet(made, about)
 
 
 def preprocess(
