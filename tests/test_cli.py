@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import nnunet_lite
 
@@ -156,6 +158,20 @@ def test_plan_from_a_fingerprint(command: Run, tmp_path: Path, hippocampus: Path
     code, out, _ = command("plan", hippocampus, "--plans", "nnUNetPlans.json", "--json", cwd=tmp_path)
     adopted = json.loads(out)["configurations"]["3d_fullres"]
     assert code == 0 and adopted["network"] == planned["configurations"]["3d_fullres"]["network"]
+
+
+def test_a_plan_of_pictures_names_the_reader_that_nnunet_has_for_them(command: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        for folder, high in (("images", 256), ("labels", 2)):
+            (tmp_path / "pictures" / folder).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(rng.integers(0, high, (40, 48), np.uint8))
+            picture.save(tmp_path / "pictures" / folder / f"p{number}.png")
+    arguments = ("--format", "nnunet", "--output", "nnUNetPlans.json")
+    code, _, err = command("plan", "pictures", *arguments, cwd=tmp_path)
+    assert code == 0, err
+    theirs = json.loads((tmp_path / "nnUNetPlans.json").read_text())
+    assert theirs["image_reader_writer"] == "NaturalImage2DIO" and list(theirs["configurations"]) == ["2d"]
 
 
 def test_reader_that_stops_reading(tmp_path: Path, hippocampus: Path) -> None:

@@ -114,7 +114,7 @@ def plan(
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:
         write_json(output, _formatted(made, about or _description(made, workspace), format))
-    show(made.model_dump(mode="json"), plan_table(made), as_json)
+    show(made.as_dict(), plan_table(made), as_json)
     if measure:
         log.info(api.measure(made, device))
 

@@ -154,7 +154,9 @@ def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
         return str(named)
     ending = str(dataset_json.get("file_ending", ".nii.gz")).lower()
     if ending not in _READ_BY_NNUNET:
-        log.warn(f"nnU-Net has no reader for {ending}: convert the images, to .png or .nii.gz, before it trains on them")
+        log.warn(
+            f"nnU-Net has no reader for {ending}: convert the images, to .png or .nii.gz, before it trains on them"
+        )
     if ending in (".tif", ".tiff"):
         return _FOR_TIFF[round(plan.median_shape[0]) > 1]
     if ending in PICTURES:
