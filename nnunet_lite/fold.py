@@ -87,8 +87,7 @@ class Run:
     request: Request
     paths: Paths
     dataset: Dataset
-    planned: Plan
-    plan: Plan  # that with the changes of the settings
+    plan: Plan
     split: Fold
     folder: Path
     first: FirstStage | None
@@ -163,12 +162,17 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
 
 
 def _say_what_is_trained(run: Run) -> None:
-    """How the settings change the plan, and which folds are not used."""
+    """How what is trained differs from the plan, and which folds are not used."""
     name, ids = run.configuration, [case.id for case in run.dataset.cases]
     if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
         log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
-    if changes := configuration_changes(run.planned.configuration(name), run.plan.configuration(name)):
-        log.info(f"{name}, changed against the plan by the settings: {'; '.join(changes)}")
+    planned = Plan.read(run.paths.plans).configurations.get(name)
+    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    if run.settings.network.factory is not None:
+        changes.append(f"network made by {run.settings.network.factory}")
+    if changes:
+        by = "the settings" if run.settings.training.init is None else "the settings and the model to start from"
+        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
     if run.split.name != ALL:
         point_out_other_folds(run.paths.splits, ids, run.request.wanted(run.dataset))
 
@@ -204,11 +208,10 @@ def examined(request: Request, paths: Paths) -> Run:
     settings = request.settings
     dataset = stored_dataset(paths.dataset)
     folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
-    planned = _planned(request, paths, folder, dataset.name)
-    made = configured(planned, request.configuration, settings)
+    made = configured(_planned(request, paths, folder, dataset.name), request.configuration, settings)
     split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, request.wanted(dataset))
     first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
-    return Run(request, paths, dataset, planned, made, split, folder, first)
+    return Run(request, paths, dataset, made, split, folder, first)
 
 
 def _planned(request: Request, paths: Paths, folder: Path, dataset: str) -> Plan:
