@@ -18,10 +18,20 @@ from nnunet_lite.inference.tiles import window_starts
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.plan.planner import make_plan
 from nnunet_lite.plan.schema import Plan
+from nnunet_lite.plan.show import configuration_changes
 from nnunet_lite.preprocess.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.configured import configured
-from nnunet_lite.training.folds import ALL, Fold, read_fold, record_cases, refuse_other_cases, wanted_folds
+from nnunet_lite.training.folds import (
+    ALL,
+    Fold,
+    Wanted,
+    point_out_other_folds,
+    read_fold,
+    record_cases,
+    refuse_other_cases,
+    wanted_folds,
+)
 from nnunet_lite.training.limit import Validation, announce, step_sizes
 from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.run import (
@@ -40,6 +50,7 @@ from nnunet_lite.training.run import (
     require_begun,
     set_aside,
 )
+from nnunet_lite.training.splits import how_made, load_splits
 from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
@@ -68,6 +79,10 @@ class Request:
     force: bool = False
     lengthen: frozenset[str] = frozenset()
     preview: bool = False
+
+    def wanted(self, dataset: Dataset) -> Wanted:
+        """The folds that are asked for."""
+        return wanted_folds(dataset, self.folds, self.group_by, self.stratify, self.splits)
 
 
 @dataclass(frozen=True)
@@ -121,8 +136,6 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     UserError : see `api.train`. Stopped : a signal asked for it. Lost : another process of several is gone.
     """
     run = examined(request, paths)
-    if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
-        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
 
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.evaluation.crossval import validate_fold
@@ -143,6 +156,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         if is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * request.preview)
         else:
+            _say_what_is_trained(run)
             with _unbound_if_untrained(run) if fresh else nullcontext():
                 _train(run, seed, ranks, device)
     if run.split.name == ALL or ranks.rank:
@@ -156,6 +170,22 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         step_size = planned["step_size"]
     before = _predicted(run, held_out, device)
     return validate_fold(run.folder, run.split.name, run.dataset, held_out, request.device, before, step_size)
+
+
+def _say_what_is_trained(run: Run) -> None:
+    """How what is trained differs from the plan, and which folds are not used."""
+    name, ids = run.configuration, [case.id for case in run.dataset.cases]
+    if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    planned = Plan.read(run.paths.plans).configurations.get(name)
+    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    if run.settings.network.factory is not None:
+        changes.append(f"network made by {run.settings.network.factory}")
+    if changes:
+        by = "the settings" if run.settings.training.init is None else "the settings and the model to start from"
+        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
+    if run.split.name != ALL:
+        point_out_other_folds(run.paths.splits, ids, run.request.wanted(run.dataset))
 
 
 def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
@@ -190,8 +220,7 @@ def examined(request: Request, paths: Paths) -> Run:
     dataset = stored_dataset(paths.dataset)
     folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
     made = configured(_planned(request, paths, folder, dataset.name), request.configuration, settings)
-    wanted = wanted_folds(dataset, request.folds, request.group_by, request.stratify, request.splits)
-    split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, wanted)
+    split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, request.wanted(dataset))
     first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
     return Run(request, paths, dataset, made, split, folder, first)
 
@@ -320,7 +349,9 @@ def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
 
     chosen = cases(split.training)
     held_out = chosen if split.name == ALL else cases(split.validation)
-    log.info(f"training {run.configuration} fold {split.name} on {len(chosen)} cases in {run.fold_folder}")
+    source = None if split.name == ALL else how_made(run.paths.splits, load_splits(run.paths.splits)).get("splits")
+    of = f" of {source}" if source else ""
+    log.info(f"training {run.configuration} fold {split.name}{of} on {len(chosen)} cases in {run.fold_folder}")
     record_cases(run.fold_folder, split)
     job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks)
     if split.name != ALL:

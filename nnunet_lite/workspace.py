@@ -1,9 +1,9 @@
-"""Where a data set's files lie: one workspace folder, the current data set, and writes that are whole or not at all.
+"""Where a dataset's files are: one workspace folder, and writes that are whole or not at all.
 
 workspace/
-  current.json                 the data set that was planned last
+  current.json                 the dataset that was planned last
   Task04_Hippocampus/
-    dataset.json  fingerprint.json  plans.json  check.json  splits.json
+    dataset.json  fingerprint.json  plans.json  check.json  raw.json  splits.json
     preprocessed/              see preprocess/store.py
     models/3d_fullres-cpu/     a model folder: plans.json dataset.json run.json fold_0/ ...
     ensembles/A+B/fold_0/      what two models predict together of the held-out cases
@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +151,16 @@ class Paths:
         return self.root / "check.json"
 
     @property
+    def raw(self) -> Path:
+        """Size, time and hash of each raw file as it was when the dataset was planned."""
+        return self.root / "raw.json"
+
+    @property
+    def option(self) -> str:
+        """What names this dataset on a command line; nothing where its workspace has no other."""
+        return f" -d {self.name}" if len(planned_datasets(self.root.parent)) > 1 else ""
+
+    @property
     def splits(self) -> Path:
         return self.root / "splits.json"
 
@@ -222,52 +232,58 @@ def _is_raw(folder: Path) -> bool:
     )
 
 
-def place_of(workspace: Path, name: str, root: Path, ids: Sequence[str]) -> Paths:
-    """Where a raw data set, with these cases, has its files in a workspace.
-
-    Raises
-    ------
-    UserError : its name is no folder's, that is where its raw data lie, or another data set of that name is there.
-    """
-    paths = Paths(workspace / name)
-    if not name:
-        raise UserError("has no name, which a data set takes from its folder", root)
-    if paths.root.resolve() == root.resolve():
-        raise UserError(f"lies itself in the workspace {workspace}", root, "Give another folder with --workspace.")
-    if not paths.dataset.is_file():
-        return paths
-    with understood(paths.dataset, "Move it away."):
-        there = read_json(paths.dataset)
-        other, theirs = Path(there["root"]), [case["id"] for case in there["dataset"]]
-    if other.resolve() == root.resolve() or not other.exists() or theirs == list(ids):
-        return paths
-    what = f"the workspace {workspace} has another data set called {name}, with other cases, from {other}"
-    raise UserError(what, root, "Give another folder with --workspace, or rename one of the two.")
-
-
 def use(workspace: Path, name: str) -> Paths:
-    """Make a data set the current one."""
+    """Record that a dataset is the one planned last."""
     write_json(workspace / "current.json", {"dataset": name})
     return Paths(workspace / name)
 
 
-def current(workspace: Path, given: str | None = None) -> Paths:
-    """The planned data set to work on: `given` (a name, the start of one, or a path to the raw data), else the current.
+def planned_datasets(workspace: Path) -> list[str]:
+    """The names of the datasets that are planned in a workspace."""
+    return sorted(path.parent.name for path in workspace.glob("*/plans.json"))
+
+
+def current(workspace: Path, given: str | None = None, only_reads: bool = False) -> Paths:
+    """The planned dataset to work on: `given` (a name, the start of one, or a path to the raw data), else the only one.
+
+    Parameters
+    ----------
+    only_reads : nothing will be written: of several datasets, the one planned last is taken.
 
     Raises
     ------
-    UserError : there is none, or not that one.
+    UserError : there is none, or not that one, or there are several and none is given.
     """
+    have = planned_datasets(workspace)
     if given is None:
         if not (workspace / "current.json").is_file():
             raise UserError(f"no data set is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
         with understood(workspace / "current.json", "Run `nnlite plan DATA` again."):
             given = str(read_json(workspace / "current.json")["dataset"])
+        if len(have) > 1 and not only_reads:
+            what = f"the workspace {workspace} has {len(have)} planned datasets: {', '.join(have)}"
+            raise UserError(what, fix="Say which one with -d NAME (from Python: dataset=NAME).")
     name = Path(given).name
     planned = [match for match in _named(workspace, name) if (match / "plans.json").is_file()]
     if len(planned) == 1:
+        _refuse_other_root(Paths(planned[0]), Path(given).expanduser())
         return Paths(planned[0])
     what = "several planned data sets" if planned else "no planned data set"
-    have = sorted(path.parent.name for path in workspace.glob("*/plans.json"))
     there = f"It holds: {', '.join(have)}." if have else "Run `nnlite plan DATA` first."
     raise UserError(f"the workspace {workspace} has {what} called {given!r}", fix=there)
+
+
+def _refuse_other_root(paths: Paths, given: Path) -> None:
+    """Make sure that a folder which was given is the one that was planned under its name.
+
+    Raises
+    ------
+    UserError : it is another folder of that name.
+    """
+    if len(given.parts) < 2 or not given.is_dir() or given.resolve() == paths.root.resolve():
+        return
+    with understood(paths.dataset, "Run `nnlite plan` again."):
+        root = Path(read_json(paths.dataset)["root"])
+    if root.exists() and root.resolve() != given.resolve():
+        raise UserError(f"is not planned: the dataset {paths.name} in the workspace {paths.root.parent} is from {root}",
+                        given, "Give the name with -d, or plan this folder in another --workspace.")  # fmt: skip

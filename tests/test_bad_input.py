@@ -192,7 +192,7 @@ def test_error(nnlite: Run, command: Run, copy_dataset: Copy, copy_nnunet: Copy,
     code, out, err = command("plan", "broken", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert line in err.splitlines(), "plan reports what check reports"
-    assert err.splitlines()[-1].startswith("error: ") and "1 error must be mended before planning" in err
+    assert err.splitlines()[-1].startswith("error: ") and "1 error must be corrected before planning" in err
     assert contents(tmp_path) == before and not (tmp_path / "nnlite_workspace").exists()
 
 

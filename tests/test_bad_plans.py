@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def given_splits(content: Any, *says: str) -> Bad:
     )
 
 
+def found_splits(content: Any, *says: str, command: str = "plan raw") -> Bad:
+    """A splits_final.json in the folder of a dataset, which nobody asked for."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    return Bad(
+        lambda place: (place / "raw" / "splits_final.json").write_text(text), command, ("splits_final.json: ", *says)
+    )
+
+
+def of_several(command: str) -> Bad:
+    """A command without -d in a workspace with a second planned dataset."""
+
+    def make(place: Path) -> None:
+        shutil.copytree(place / HERE, place / "nnlite_workspace" / "Task09_Spleen", symlinks=True)
+
+    says = ("has 2 planned datasets: Task04_Hippocampus, Task09_Spleen. Say which one with -d NAME",)
+    return Bad(make, command, says)
+
+
 def table(name: str, text: str, option: str, *says: str) -> Bad:
     return Bad(lambda place: (place / name).write_text(text), f"plan raw {option} {name}", (f"{name}: ", *says))
 
@@ -136,6 +155,10 @@ PLANS = {
     "a plan in UTF-16": written("plans.json", '{"format": 1}'.encode("utf-16"), TRAIN, "UTF-8"),
     "a plan of brackets": written("plans.json", "[" * 200_000, TRAIN, "nested"),
     "a plan of a long number": written("plans.json", '{"memory_gb": ' + "9" * 5000 + "}"),
+    "options of another kind": whole_plan(setting(options=["--preset"]), "options"),
+    "an unknown option": whole_plan(setting(options={"prest": "default"}), "options.prest"),
+    "an option of another type": whole_plan(setting(options={"stored_as": "float8"}), "options.stored_as"),
+    "negative memory among the options": whole_plan(setting(options={"memory_gb": -1}), "options.memory_gb"),
     "a folder for the plan": Bad(
         lambda place: ((place / HERE / "plans.json").unlink(), (place / HERE / "plans.json").mkdir()), TRAIN, ("plan",)
     ),
@@ -257,6 +280,36 @@ SETTINGS = {
     "folds with a case twice": given_splits([{"train": ["hippocampus_001"] * 2, "val": []}], "twice"),
     "folds from no file": asked("plan raw --splits nowhere.json", "nowhere.json"),
     "folds from no table": asked("plan raw --splits nowhere.csv", "nowhere.csv"),
+    "splits_final.json of an unknown case": found_splits(
+        [{"train": ["hippocampus_001"], "val": ["x"]}], "fold 0 names unknown cases: x"
+    ),
+    "splits_final.json with a case on both sides": found_splits(
+        [{"train": ["hippocampus_001"], "val": ["hippocampus_001"]}], "hippocampus_001 on both sides"
+    ),
+    "splits_final.json of an unknown case, for run": found_splits(
+        [{"train": ["hippocampus_001"], "val": ["x"]}], "unknown cases: x", command="run raw --recipe cpu"
+    ),
+    "splits_final.json with a case twice": found_splits([{"train": ["hippocampus_001"] * 2, "val": []}], "twice"),
+    "splits_final.json without training": found_splits([{"train": [], "val": ["hippocampus_001"]}], "no training"),
+    "splits_final.json that is cut off": found_splits('[{"train": [', "invalid JSON at line 1"),
+    "splits_final.json of nothing": found_splits("", "invalid JSON"),
+    "splits_final.json of no fold": found_splits([], "must be a list of"),
+    "splits_final.json of numbers": found_splits([{"train": [1], "val": [2]}], "must be a list of"),
+    "a second dataset, for train": of_several(TRAIN),
+    "a second dataset, for all folds": of_several("train 3d_fullres all-folds"),
+    "a second dataset, for preprocess": of_several("preprocess"),
+    "a second dataset, for predict": of_several("predict -i raw/imagesTr -o out"),
+    "a second dataset, for select": of_several("select"),
+    "a second dataset, for report": of_several("report"),
+    "a second dataset, for export": of_several("export model.zip"),
+    "a second dataset, and -d of neither": Bad(
+        of_several(TRAIN).make, f"{TRAIN} -d Task05", ("It holds: Task04_Hippocampus, Task09_Spleen.",)
+    ),
+    "a folder for -d that was not planned": Bad(
+        lambda place: (place / "other" / "Task04_Hippocampus").mkdir(parents=True),
+        f"{TRAIN} -d other/Task04_Hippocampus",
+        ("other/Task04_Hippocampus: is not planned: the dataset Task04_Hippocampus in the workspace",),
+    ),
     "a fingerprint without its description": asked("plan --from-fingerprint x.json", "--dataset-json"),
     "nothing to plan": asked("plan", "nnlite plan"),
     "an option that is not there": asked("train 3d_fullres 0 --epoch 3", "--epoch"),

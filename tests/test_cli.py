@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import nnunet_lite
 
@@ -119,21 +121,22 @@ def test_json_of_check_and_plan(command: Run, tmp_path: Path, hippocampus: Path)
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "my" / "plan.json").read_text())
     assert list(json.loads(out)["configurations"]) == ["2d", "3d_fullres"]
     stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
-    assert {p.name for p in stored.iterdir()} == {"check.json", "dataset.json", "fingerprint.json", "plans.json"}
+    written = {"check.json", "dataset.json", "fingerprint.json", "plans.json", "raw.json"}
+    assert {p.name for p in stored.iterdir()} == written
     code, out, _ = command("info", "--json", cwd=tmp_path)
     about = json.loads(out)
     assert (code, about["dataset"], about["cases"], about["models"]) == (0, "Task04_Hippocampus", 32, [])
 
 
 def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
-    """`Task04` is found in ./data; the data set planned last is the current one; -d takes another, -w elsewhere."""
+    """`Task04` is found in ./data; of several the one planned last is shown; -d takes another, -w elsewhere."""
     copy_dataset(6, "data/Task04_Hippocampus")
     copy_dataset(5, "data/Task05_Other")
     for name in ("Task04", "Task05"):
         code, _, err = command("plan", name, cwd=tmp_path)
         assert code == 0, err
     code, out, err = command("info", cwd=tmp_path)
-    assert "data set Task05_Other (workspace " in err and out.startswith("Task05_Other: 5 cases in ")
+    assert "planned last; -d takes one of the 2 planned)" in err and out.startswith("Task05_Other: 5 cases in ")
     assert command("info", "-d", "Task04", cwd=tmp_path)[1].startswith("Task04_Hippocampus: 6 cases in ")
     code, out, err = command("info", "-d", "Task06", cwd=tmp_path)
     assert code == 2 and "It holds: Task04_Hippocampus, Task05_Other." in one_line(err)
@@ -155,6 +158,20 @@ def test_plan_from_a_fingerprint(command: Run, tmp_path: Path, hippocampus: Path
     code, out, _ = command("plan", hippocampus, "--plans", "nnUNetPlans.json", "--json", cwd=tmp_path)
     adopted = json.loads(out)["configurations"]["3d_fullres"]
     assert code == 0 and adopted["network"] == planned["configurations"]["3d_fullres"]["network"]
+
+
+def test_a_plan_of_pictures_names_the_reader_that_nnunet_has_for_them(command: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        for folder, high in (("images", 256), ("labels", 2)):
+            (tmp_path / "pictures" / folder).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(rng.integers(0, high, (40, 48), np.uint8))
+            picture.save(tmp_path / "pictures" / folder / f"p{number}.png")
+    arguments = ("--format", "nnunet", "--output", "nnUNetPlans.json")
+    code, _, err = command("plan", "pictures", *arguments, cwd=tmp_path)
+    assert code == 0, err
+    theirs = json.loads((tmp_path / "nnUNetPlans.json").read_text())
+    assert theirs["image_reader_writer"] == "NaturalImage2DIO" and list(theirs["configurations"]) == ["2d"]
 
 
 def test_reader_that_stops_reading(tmp_path: Path, hippocampus: Path) -> None:

@@ -12,7 +12,7 @@ from samples import TINIEST
 import nnunet_lite
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.training.run import exclusive
-from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.workspace import current, read_json, write_json
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
 
@@ -112,3 +112,47 @@ def test_all_folds_are_looked_at_before_the_first_is_trained(workspace: Path) ->
     write_json(splits, folds)
     with pytest.raises(UserError, match="fold 3 names unknown cases: nobody"):
         nnunet_lite.api.fold_names(workspace=workspace)
+
+
+def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(workspace, 0, name="changed", changes={"training.batch_size": 3, "network.norm": "batch"})
+    changes = (
+        "3d_fullres, changed against the plan by the settings: patch 40 x 56 x 40 -> 16 x 16 x 16; batch 2 -> 3; "
+        "stages 4 -> 3; features 32-64-128-256 -> 2-4-4; strides 1x1x1/2x2x2/2x2x2/2x2x2 -> 1x1x1/2x2x2/2x2x2; "
+        "norm instance -> batch\n"
+    )
+    assert changes in capfd.readouterr().err
+
+
+def test_a_plan_that_is_trained_as_it_is_has_no_such_line(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    paths = current(workspace)
+    planned = read_json(paths.plans)
+    configuration = planned["configurations"]["3d_fullres"]
+    network = {"features": [2, 4], "strides": [[1, 1, 1], [2, 2, 2]], "kernels": [[3, 3, 3]] * 2, "blocks": [1, 1]}
+    configuration["network"] |= {**network, "decoder_convolutions": [1]}
+    configuration["patch_size"] = [16, 16, 16]
+    write_json(paths.plans, planned)
+    changes = {key: value for key, value in SETTINGS.items() if not key.startswith(("network.", "training.patch"))}
+    nnunet_lite.train(
+        "3d_fullres", 0, changes=changes | {"training.batch_size": None}, name="as_it_is", device="cpu",
+        workspace=workspace,
+    )  # fmt: skip
+    said = capfd.readouterr().err
+    assert "training 3d_fullres fold 0" in said and "against the plan" not in said
+
+
+def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:
+    plans = models / "3d_fullres-default" / "plans.json"
+    assert "options" not in read_json(plans), "they may name files of this machine"
+    paths, weights = current(workspace), models / "3d_fullres-default" / "fold_0" / "model.safetensors"
+    before = (plans.read_bytes(), weights.read_bytes())
+    planned = read_json(paths.plans)
+    planned["configurations"]["3d_fullres"] |= {"reasons": ["in other words"], "memory_gb": 99.0}
+    planned.pop("options")
+    write_json(paths.plans, planned)
+    train(workspace, 0)
+    assert (plans.read_bytes(), weights.read_bytes()) == before
+    planned["configurations"]["3d_fullres"]["batch_dice"] = True
+    write_json(paths.plans, planned)
+    with pytest.raises(UserError, match="begun with other settings: the plan"):
+        train(workspace, 0)

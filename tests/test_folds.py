@@ -16,6 +16,7 @@ from nnunet_lite import api
 from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.plan import fingerprint
 from nnunet_lite.training.folds import Wanted, make_folds, must_be_made, read_fold, read_splits, wanted_folds
 from nnunet_lite.training.splits import Splits
 from nnunet_lite.workspace import current, read_json, write_json
@@ -192,7 +193,7 @@ def test_folds_that_are_there_are_those_asked_for_or_refused(dataset: Dataset, t
     same = [{}, {"n_folds": 3}, {"group_by": r"(\d\d)\d"}, {"stratify": str(table)}, {"splits": splits}]
     assert all(ask(**options) == folds for options in same), "what was not asked is as it is there"
     held = r"splits\.json: holds 3 folds of 32 cases in \d+ groups by _\\d\\d, stratified by .*sites\.csv, "
-    fix = r"\. Leave the options for folds out to go on with these, or delete the file to make them anew\.$"
+    fix = r"\. Leave the options for folds out to continue with these, or delete the file to make them again\.$"
     for options, what in (
         ({"n_folds": 5}, "not 5"),
         ({"group_by": r"\d$"}, "with the group 0 on both sides of fold 0"),
@@ -363,3 +364,97 @@ def test_every_fold_is_trained(
     assert command("train", "3d_fullres", 3, *asked, cwd=tmp_path)[2].endswith(
         'error: there is no fold \'3\'. Folds are 0 to 2, "all-folds" and "all".\n'
     )
+
+
+# ------------------------------------------------------------------------------ splits_final.json of the dataset itself
+
+
+@pytest.fixture
+def with_splits(copy_dataset: Copy, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Splits]:
+    """A dataset of six cases with a splits_final.json of two folds."""
+    monkeypatch.setattr(fingerprint, "SAMPLES", 100_000)  # to draw 1e8 takes longer than all the rest
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    raw = copy_dataset(6, "data")
+    ids = [case.id for case in read_dataset(raw).cases]
+    folds = [{"train": ids[:3], "val": ids[3:]}, {"train": ids[3:], "val": ids[:3]}]
+    write_json(raw / "splits_final.json", folds)
+    return raw, folds
+
+
+def test_splits_final_is_taken_and_reported(
+    with_splits: tuple[Path, Splits], tiny_settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folds = with_splits
+    api.plan(raw, workspace=tmp_path / "ws", workers=0)
+    file = raw / "splits_final.json"
+    paths = current(tmp_path / "ws")
+    assert read_json(paths.splits) == folds
+    assert f"splits.json: 2 folds of 6 cases (from {file}); held out: 3, 3\n" in capsys.readouterr().err
+    api.plan(raw, workspace=tmp_path / "ws", workers=0)
+    assert api.fold_names(workspace=tmp_path / "ws") == ["0", "1"]
+    assert "splits" not in capsys.readouterr().err, "it is as it was"
+    changes = {**tiny_settings, "training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16, 16]}
+    api.train("3d_fullres", 1, changes=changes, workspace=tmp_path / "ws", device="cpu")
+    assert f"training 3d_fullres fold 1 of {file} on 3 cases" in capsys.readouterr().err
+    assert read_json(paths.models / "3d_fullres-default" / "fold_1" / "cases.json")["training"] == 3
+    dataset = read_dataset(raw)
+    everything = read_fold(paths.splits, ids_of(dataset), "all", wanted_folds(dataset))
+    assert len(everything.training) == 6, "nobody asked for folds"
+
+
+def test_splits_final_is_looked_for_where_nnunet_keeps_it(
+    with_splits: tuple[Path, Splits], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, folds = with_splits
+    kept = tmp_path / "preprocessed" / raw.name
+    kept.mkdir(parents=True)
+    write_json(kept / "splits_final.json", folds[::-1])
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    assert wanted_folds(read_dataset(raw)).given == folds, "the dataset's own comes first"
+    (raw / "splits_final.json").unlink()
+    wanted = wanted_folds(read_dataset(raw))
+    assert (wanted.given, wanted.file, wanted.found) == (folds[::-1], str(kept / "splits_final.json"), True)
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert wanted_folds(read_dataset(raw)) == Wanted()
+
+
+@pytest.mark.parametrize("how", [{"n_folds": 3}, {"group_by": r"\d+"}, {"stratify": True}, {"splits": "mine.csv"}])
+def test_what_is_asked_for_beats_splits_final(
+    with_splits: tuple[Path, Splits], how: dict[str, Any], tmp_path: Path
+) -> None:
+    raw, folds = with_splits
+    ids = sorted(case.id for case in read_dataset(raw).cases)
+    (tmp_path / "mine.csv").write_text("".join(f"{case_id},{i % 3}\n" for i, case_id in enumerate(ids)))
+    if "splits" in how:
+        how = {"splits": tmp_path / "mine.csv"}
+    wanted = wanted_folds(read_dataset(raw), **how)
+    assert wanted.asked and wanted.given != folds
+    (raw / "splits_final.json").write_text("[")  # nobody reads it
+    assert wanted_folds(read_dataset(raw), **how).given == wanted.given
+
+
+def test_folds_that_are_there_stay_and_splits_final_is_pointed_out(
+    with_splits: tuple[Path, Splits], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folds = with_splits
+    (raw / "splits_final.json").rename(tmp_path / "later.json")
+    api.plan(raw, workspace=tmp_path / "ws", folds=3, workers=0)
+    before = read_json(current(tmp_path / "ws").splits)
+    (tmp_path / "later.json").rename(raw / "splits_final.json")
+    capsys.readouterr()
+    api.plan(raw, workspace=tmp_path / "ws", workers=0)
+    said = capsys.readouterr().err
+    assert f"warning: {raw / 'splits_final.json'} is not used: " in said and "holds other folds, which stay" in said
+    assert read_json(current(tmp_path / "ws").splits) == before and len(before) == 3
+    api.plan(raw, workspace=tmp_path / "ws", splits=raw / "splits_final.json", workers=0)
+    assert read_json(current(tmp_path / "ws").splits) == folds
+
+
+def test_cases_that_no_fold_has_are_named(
+    with_splits: tuple[Path, Splits], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folds = with_splits
+    gone = folds[0]["val"][-1]
+    write_json(raw / "splits_final.json", [{side: [i for i in f[side] if i != gone] for side in f} for f in folds])
+    api.plan(raw, workspace=tmp_path / "ws", workers=0)
+    assert f"splits_final.json: no fold has case {gone}; only the fold `all` trains on them" in capsys.readouterr().err

@@ -6,6 +6,7 @@ hand that inherit from 2d and 3d_fullres.
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.interop.model import _labels_for_nnunet
 from nnunet_lite.interop.nnunet import (
     Description,
     description_from_nnunet,
@@ -122,18 +124,83 @@ def test_presets_share_preprocessed_data_only_where_nnunet_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "reader"),
+    ("ending", "slices", "reader"),
     [
-        (".nii.gz", "SimpleITKIO"),
-        (".nii", "NibabelIO"),
-        (".png", "NaturalImage2DIO"),
-        (".tif", "Tiff3DIO"),
-        (".mha", "SimpleITKIO"),
+        (".nii.gz", 36, "SimpleITKIO"),
+        (".NII.GZ", 36, "SimpleITKIO"),
+        (".nii", 36, "NibabelIO"),
+        (".mha", 36, "SimpleITKIO"),
+        (".nrrd", 1, "SimpleITKIO"),
+        (".png", 1, "NaturalImage2DIO"),
+        (".PNG", 1, "NaturalImage2DIO"),
+        (".bmp", 1, "NaturalImage2DIO"),
+        (".tif", 36, "Tiff3DIO"),
+        (".tiff", 36, "Tiff3DIO"),
+        (".tif", 1, "NaturalImage2DIO"),
+        (".tiff", 1, "NaturalImage2DIO"),
+        (".jpg", 1, "NaturalImage2DIO"),
     ],
 )
-def test_file_ending_chooses_nnunets_reader(plans: dict[str, Any], ending: str, reader: str) -> None:
+def test_images_choose_nnunets_reader(
+    plans: dict[str, Any], ending: str, slices: int, reader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their number of slices does, not which configurations the plan has: a model's plan has only its own."""
     plan = plan_from_nnunet(plans, DATASET)
+    plan = plan.model_copy(
+        update={
+            "median_shape": (slices, *plan.median_shape[1:]),
+            "configurations": {"2d": plan.configurations["2d"]},
+        }
+    )
     assert plan_to_nnunet(plan, {**DATASET, "file_ending": ending})["image_reader_writer"] == reader
+    assert ("nnU-Net has no reader for .jpg" in capsys.readouterr().err) == (ending == ".jpg")
+
+
+@pytest.mark.parametrize("named", ["None", None, "NibabelIOWithReorient"])
+def test_a_reader_that_dataset_json_names_is_taken(plans: dict[str, Any], named: str | None) -> None:
+    """ "None" is nnU-Net's word for no name."""
+    written = plan_to_nnunet(plan_from_nnunet(plans, DATASET), {**DATASET, "overwrite_image_reader_writer": named})
+    assert written["image_reader_writer"] == ("SimpleITKIO" if named in ("None", None) else named)
+
+
+def test_clipping_is_not_dropped(plans: dict[str, Any], counts: Callable[..., None]) -> None:
+    plan = plan_from_nnunet(plans, DATASET)
+    clipped = tuple(channel.model_copy(update={"clip_percentiles": (1, 99)}) for channel in plan.channels)
+    with pytest.raises(UserError, match="clips images to percentiles, which nnU-Net cannot do"):
+        plan_to_nnunet(plan.model_copy(update={"channels": clipped}), DATASET)
+    counts("bad inputs refused in one line")
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "written"),
+    [
+        ({"bg": 0, "b": 7, "a": 3}, None, {"background": 0, "a": 1, "b": 2}),
+        ({"Background": 0, "a": 1, "void": 2}, None, {"background": 0, "a": 1, "void": 2}),
+        ({"background": 0, "a": 1, "Ignore": 255}, None, {"background": 0, "a": 1, "ignore": 2}),
+        ({"background": 5, "a": 1}, None, {"background": 0, "a": 1}),
+        (
+            {"background": 0, "all": [1, 2], "core": [2], "ignore": 3},
+            [1, 2],
+            {"background": 0, "all": [1, 2], "core": [2], "ignore": 3},
+        ),
+        (
+            {"nothing": 0, "all": [1, 4], "core": 4, "ignore": 255},
+            [1, 4],
+            {"background": 0, "all": [1, 2], "core": [2], "ignore": 3},
+        ),
+    ],
+)
+def test_labels_are_written_as_nnunet_demands_them(
+    labels: dict[str, Any], order: list[int] | None, written: dict[str, Any]
+) -> None:
+    """What its LabelManager asserts: "background" is 0, and ignore is one more than the last value."""
+    assert _labels_for_nnunet(Labels.from_json(labels, order)) == written
+
+
+def test_lists_of_one_value_are_labels_as_in_nnunet() -> None:
+    labels = Labels.from_json({"background": [0], "a": [1], "b": [2]})
+    assert not labels.has_regions and labels.n_channels == 3
+    assert labels.to_json() == {"background": 0, "a": 1, "b": 2}
 
 
 def test_relu_and_batch_norm_are_taken_over(plans: dict[str, Any]) -> None:

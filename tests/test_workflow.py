@@ -200,24 +200,3 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_networks(
     assert len(got) == 4
     for name, tensors in expected.items():
         assert all(tensor.equal(got[name][key]) for key, tensor in tensors.items()), name
-
-
-def test_changed_data_are_planned_anew(raw: Path, finished: tuple[Path, Finished], tmp_path: Path) -> None:
-    from nnunet_lite.api.workflow import _is_planned
-    from nnunet_lite.data.dataset import read_dataset
-    from nnunet_lite.workspace import Paths
-
-    paths = Paths(finished[0] / "Task04_Hippocampus")
-    dataset = read_dataset(raw)
-    assert _is_planned(dataset, paths)
-    label = dataset.cases[0].label
-    assert label is not None
-    stat = label.stat()
-    label.touch()
-    try:
-        assert not _is_planned(dataset, paths)
-    finally:
-        import os
-
-        os.utime(label, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert not _is_planned(dataset, Paths(tmp_path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from nnunet_lite.workspace import (
     atomic,
     current,
     find_raw,
-    place_of,
     read_json,
     sweep,
     use,
@@ -32,7 +30,7 @@ def make_raw(place: Path, name: str) -> Path:
 
 def make_planned(workspace: Path, name: str) -> None:
     write_text(workspace / name / "plans.json", "{}")
-    write_text(workspace / name / "dataset.json", "{}")
+    write_json(workspace / name / "dataset.json", {"root": str(workspace / "nowhere")})
 
 
 @pytest.fixture
@@ -90,17 +88,33 @@ def test_a_file_is_no_data_set(here: Path) -> None:
         find_raw("scan.nii.gz", here)
 
 
-def test_the_current_data_set_is_the_one_planned_last(here: Path) -> None:
+def test_the_only_planned_dataset_is_taken_and_of_several_one_must_be_named(here: Path) -> None:
     with pytest.raises(UserError, match="no data set is planned"):
         current(here)
-    for name in ("Task04_Hippocampus", "Task09_Spleen"):
-        make_planned(here, name)
-        use(here, name)
-    assert current(here).name == "Task09_Spleen"
-    assert current(here, "Task04").name == "Task04_Hippocampus"
+    make_planned(here, "Task04_Hippocampus")
+    use(here, "Task04_Hippocampus")
+    assert current(here).name == "Task04_Hippocampus" and current(here).option == ""
+    make_planned(here, "Task09_Spleen")
+    use(here, "Task09_Spleen")
+    several = r"has 2 planned datasets: Task04_Hippocampus, Task09_Spleen\. Say which one with -d NAME"
+    with pytest.raises(UserError, match=several):
+        current(here)
+    assert current(here, only_reads=True).name == "Task09_Spleen"
+    assert current(here, "Task04").option == " -d Task04_Hippocampus"
     assert current(here, "some/where/Task04_Hippocampus").plans == here / "Task04_Hippocampus" / "plans.json"
     with pytest.raises(UserError, match=r"'Task05'.*It holds: Task04_Hippocampus, Task09_Spleen"):
         current(here, "Task05")
+
+
+def test_a_folder_that_was_not_planned_is_not_taken_for_one_of_its_name(here: Path) -> None:
+    planned, other = make_raw(here / "a", "data"), make_raw(here / "b", "data")
+    make_planned(here / "workspace", "data")
+    write_json(here / "workspace" / "data" / "dataset.json", {"root": str(planned)})
+    assert current(here / "workspace", str(planned)) == current(here / "workspace", "data")
+    with pytest.raises(UserError, match=f"b/data: is not planned: the dataset data in .* is from {planned}"):
+        current(here / "workspace", "b/data")
+    planned.rename(here / "gone")
+    assert current(here / "workspace", str(other)).name == "data", "it was moved"
 
 
 def test_atomic_leaves_nothing_behind_when_the_block_raises(tmp_path: Path) -> None:
@@ -164,18 +178,3 @@ def test_json_round_trip_and_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert read_json(tmp_path / "a.json") == [1]
-
-
-def test_raw_data_and_another_data_set_of_the_same_name_are_left_alone(here: Path) -> None:
-    raw, other = make_raw(here / "data", "Task01_A"), make_raw(here / "other", "Task01_A")
-    with pytest.raises(UserError, match="lies itself in the workspace"):
-        place_of(here / "data", raw.name, raw, ["a"])
-    workspace = here / "workspace"
-    paths = place_of(workspace, raw.name, raw, ["a"])
-    write_json(paths.dataset, {"root": str(raw), "dataset": [{"id": "a"}]})
-    assert place_of(workspace, raw.name, raw, ["a", "b"]) == paths  # it has grown
-    assert place_of(workspace, raw.name, other, ["a"]) == paths  # a copy of it
-    with pytest.raises(UserError, match=r"another data set called Task01_A, with other cases, from .*data/Task01_A"):
-        place_of(workspace, raw.name, other, ["b"])
-    shutil.rmtree(raw)
-    assert place_of(workspace, raw.name, other, ["b"]) == paths  # it was moved

@@ -5,7 +5,8 @@
     nnunet_lite.train("3d_fullres", 0, recipe="cpu")
     nnunet_lite.predict("in", "out")
 
-Every step works in a workspace (a folder, default ./nnlite_workspace) on its current data set, the one planned last.
+Every step works in a workspace (a folder, default ./nnlite_workspace) on a planned dataset: `dataset=`
+names it where the workspace has several.
 """
 
 from __future__ import annotations

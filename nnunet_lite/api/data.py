@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
-from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of
+from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of, place_of
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import find_raw, place_of, read_json, use, write_json, write_text
+from nnunet_lite.workspace import find_raw, read_json, use, write_json
 
 if TYPE_CHECKING:
     from nnunet_lite.data.dataset import Dataset
     from nnunet_lite.data.problems import Report
-    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.plan.again import Earlier
+    from nnunet_lite.plan.schema import Options, Plan
     from nnunet_lite.preprocess.store import Summary
 
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
@@ -43,7 +44,7 @@ def plan(
     data: Folder,
     *,
     workspace: Folder | None = None,
-    preset: str = "default",
+    preset: str | None = None,
     memory: float | None = None,
     adopt: Folder | None = None,
     change: Change | None = None,
@@ -55,7 +56,10 @@ def plan(
     splits: Folder | None = None,
     workers: int | None = None,
 ) -> Plan:
-    """Check a data set, take its fingerprint and plan its networks; it becomes the current data set.
+    """Check a dataset, take its fingerprint and plan its networks; it becomes the one planned last.
+
+    Planned before, it is planned with the same options, as far as none are given, and with what was changed by hand in
+    plans.json, as far as the planner gives the same for it as before; what does not stay is kept in plans_1.json.
 
     Parameters
     ----------
@@ -63,64 +67,92 @@ def plan(
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
-    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given.
-    stored_as : type of the preprocessed images on disk; default: that of the plan, float32 where a channel is not
+    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given, or if
+        there is a splits_final.json.
+    stored_as : type of the preprocessed images on disk; default: float16, or float32 where a channel is not
         standardised.
     clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
 
     Raises
     ------
-    UserError : the data set has errors, which are all logged, or an option is illegal; nothing is written then.
+    UserError : the dataset has errors, which are all logged, or an option is illegal; nothing is written then.
     """
     from nnunet_lite.data.dataset import dataset_to_json, read_dataset
+    from nnunet_lite.data.problems import plural
+    from nnunet_lite.plan import again
     from nnunet_lite.plan.fingerprint import check_and_fingerprint
-    from nnunet_lite.plan.planner import budget, make_plan
-    from nnunet_lite.training.folds import ALL, make_splits, must_be_made, point_out_groups, wanted_folds, write_splits
+    from nnunet_lite.plan.planner import budget
+    from nnunet_lite.preprocess.raw_files import look_at, memorize
+    from nnunet_lite.training import folds as splitting
     from nnunet_lite.training.run import model_folders, other_folds, set_aside
 
-    budget(preset, memory)  # a mistake in the options is told before minutes of reading
+    budget(preset or "default", memory)  # a mistake in the options is reported before minutes of reading
+    given = _options(preset, memory, adopt, change, clip_percentiles, stored_as)
     root = find_raw(str(data), folder_of(workspace))
     dataset = read_dataset(root)
     ids = [case.id for case in dataset.cases]
-    paths = place_of(folder_of(workspace), dataset.name, dataset.root, ids)
-    wanted = wanted_folds(dataset, folds, group_by, stratify, splits)
-    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
-    other_splits = must_be_made(paths.splits, ids, wanted, trained)
-    adopted = None if adopt is None else _adopted(Path(adopt), dataset)
-    if clip_percentiles is not None and clip_percentiles[0] >= clip_percentiles[1]:
-        raise UserError("--clip-percentiles {:g} {:g} leaves nothing".format(*clip_percentiles), fix="Give low, high.")
-    report, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
-    log.info(report.to_text())
+    paths = place_of(folder_of(workspace), dataset)
+    wanted = splitting.wanted_folds(dataset, folds, group_by, stratify, splits)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, splitting.ALL)]
+    other_splits = splitting.must_be_made(paths.splits, ids, wanted, trained)
+    splitting.point_out_other_folds(paths.splits, ids, wanted)
+    earlier = again.earlier_plan(paths)
+    options = again.combined(given, earlier)
+    adopted = None if options.adopted is None else _adopted(given, options.adopted, earlier, dataset)
+    raw = look_at(dataset.cases, paths.raw, workers, log.progress)  # first: a change while files are checked is seen
+    problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
+    log.info(problems.to_text())
     if fingerprint is None:
-        errors = report.count("error")
-        raise UserError(f"{errors} error{'s' if errors > 1 else ''} must be mended before planning", root, "See above.")
-    if adopted is not None and adopted.orientation is None:
-        adopted = adopted.model_copy(update={"orientation": fingerprint.orientation})
-    made = adopted or make_plan(fingerprint, dataset.name, dataset.channels, dataset.labels, preset, memory)
-    made = _changed(made, change)
-    if clip_percentiles is not None:
-        clipped = [c if c.normalization == "ct" else c.model_copy(update={"clip_percentiles": clip_percentiles})
-                   for c in made.channels]  # fmt: skip
-        made = made.model_copy(update={"channels": tuple(clipped)})
-    if stored_as is not None:
-        made = made.model_copy(update={"stored_as": stored_as})
-    made_splits = make_splits(ids, wanted) if other_splits else None
-    write_json(paths.check, report.to_json())
+        errors = plural(problems.count("error"), "error")
+        raise UserError(f"{errors} must be corrected before planning", root, "See above.")
+    found = again.plan_with(given, options, fingerprint, dataset, earlier, adopted)
+    made_splits = splitting.make_splits(ids, wanted) if other_splits else None
+    again.report(found, earlier, given)
+    write_json(paths.plans, found.content)  # before what tells that it is up to date
+    write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
-    write_text(paths.plans, made.to_json())
+    memorize(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:
             log.info(f"the folds that were there are kept in {old}")
-        write_splits(paths.splits, *made_splits)
+        splitting.write_splits(paths.splits, *made_splits)
     elif not paths.splits.is_file():
-        point_out_groups(ids)
+        splitting.point_out_groups(ids)
     use(folder_of(workspace), dataset.name)
-    return made
+    return found.plan
 
 
-def _adopted(file: Path, dataset: Dataset) -> Plan:
-    """A plan made elsewhere, for this data set.
+def _options(
+    preset: str | None,
+    memory: float | None,
+    adopt: Folder | None,
+    change: Change | None,
+    clip: tuple[float, float] | None,
+    stored_as: str | None,
+) -> Options:
+    """The options of this call.
+
+    Raises
+    ------
+    UserError : one of them is illegal.
+    """
+    from nnunet_lite.plan.again import asked
+
+    if clip is not None and not 0 <= clip[0] < clip[1] <= 100:
+        raise UserError("--clip-percentiles {:g} {:g} leaves nothing".format(*clip), fix="Give low, high, 0 to 100.")
+    sizes = {}
+    if change is not None and change[1:] != (None, None):
+        name, patch, batch = change
+        sizes = {name: {"patch_size": None if patch is None else tuple(patch), "batch_size": batch}}
+    adopted = None if adopt is None else str(Path(adopt).expanduser().absolute())
+    return asked(
+        preset=preset, memory_gb=memory, adopted=adopted, sizes=sizes, clip_percentiles=clip, stored_as=stored_as
+    )
+
+
+def _adopted(given: Options, adopted: str, earlier: Earlier | None, dataset: Dataset) -> Plan:
+    """A plan made elsewhere, for this dataset; planned again, it is the one that is there.
 
     Raises
     ------
@@ -128,8 +160,12 @@ def _adopted(file: Path, dataset: Dataset) -> Plan:
     """
     from nnunet_lite.interop.nnunet import Description, description_to_nnunet, read_plan
 
-    about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
-    theirs = read_plan(file, description_to_nnunet(about))
+    file = Path(adopted)
+    if given.adopted is None and earlier is not None and earlier.plan is not None:
+        file, theirs = earlier.file, earlier.plan
+    else:
+        about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
+        theirs = read_plan(file, description_to_nnunet(about))
     if len(theirs.channels) != len(dataset.channels) or theirs.labels.n_channels != dataset.labels.n_channels:
         raise UserError(
             f"is for {len(theirs.channels)} channels and {theirs.labels.n_channels} outputs, {dataset.name} has "
@@ -147,9 +183,10 @@ def plan_from_fingerprint(
     memory: float | None = None,
     change: Change | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Plan from a fingerprint.json and a dataset.json alone; returns the plan and the description of the data set."""
+    """Plan from a fingerprint.json and a dataset.json alone; returns the plan and the description of the dataset."""
     from nnunet_lite.interop.nnunet import description_from_nnunet
     from nnunet_lite.plan.fingerprint import Fingerprint
+    from nnunet_lite.plan.override import override
     from nnunet_lite.plan.planner import make_plan
 
     told = read_json(Path(dataset_json))
@@ -157,13 +194,7 @@ def plan_from_fingerprint(
     taken = Fingerprint.read(Path(fingerprint))
     name = str(told.get("name", Path(dataset_json).absolute().parent.name))
     made = make_plan(taken, name, about.channels, about.labels, preset, memory, about.n_cases or None)
-    return _changed(made, change), told
-
-
-def _changed(made: Plan, change: Change | None) -> Plan:
-    from nnunet_lite.plan.override import override
-
-    return made if change is None or change[1:] == (None, None) else override(made, *change)
+    return made if change is None or change[1:] == (None, None) else override(made, *change), told
 
 
 def measure(made: Plan, device: str | None = None) -> str:
@@ -193,10 +224,11 @@ def preprocess(
     workspace: Folder | None = None,
     workers: int | None = None,
 ) -> Summary:
-    """Preprocess the current data set for some configurations (default: all); what is there already is kept.
+    """Preprocess a planned dataset for some configurations (default: all); what is there already is kept.
 
     Parameters
     ----------
+    dataset : its name, or the start of it; needed where the workspace has several planned datasets.
     clean : delete what the plan does not need any more first.
     scheduler : address of a Dask scheduler, whose workers do it; see docs/cluster.md.
     """

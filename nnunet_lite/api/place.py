@@ -1,4 +1,4 @@
-"""Where a step works: a workspace, and in it the current data set."""
+"""Where a step works: a workspace, and in it one dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths, current, workspace_folder
+from nnunet_lite.workspace import Paths, current, planned_datasets, read_json, understood, workspace_folder
 
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
@@ -22,10 +22,52 @@ def folder_of(given: Folder | None) -> Path:
     return workspace_folder(None if given is None else Path(given))
 
 
-def current_paths(workspace: Folder | None = None, dataset: str | None = None) -> Paths:
-    """The files of the data set to work on; logs which one it is."""
-    paths = current(folder_of(workspace), dataset)
-    log.info(f"data set {paths.name} (workspace {paths.root.parent})")
+def current_paths(workspace: Folder | None = None, dataset: str | None = None, only_reads: bool = False) -> Paths:
+    """The files of the dataset to work on; logs which one it is.
+
+    Raises
+    ------
+    UserError : as `workspace.current`.
+    """
+    paths = current(folder_of(workspace), dataset, only_reads)
+    others = len(planned_datasets(paths.root.parent)) - 1
+    chosen = f", planned last; -d takes one of the {others + 1} planned" if dataset is None and others else ""
+    log.info(f"data set {paths.name} (workspace {paths.root.parent}{chosen})")
+    return paths
+
+
+def place_of(workspace: Path, dataset: Dataset) -> Paths:
+    """Where a raw dataset has its files in a workspace; says where it is known from another folder.
+
+    Raises
+    ------
+    UserError : its name is no folder's, that is where its raw data are, or another dataset of that name is there.
+    """
+    from nnunet_lite.data.dataset import dataset_from_json
+    from nnunet_lite.preprocess.raw_files import same_files
+
+    paths, root = Paths(workspace / dataset.name), dataset.root
+    if not dataset.name:
+        raise UserError("has no name, which a dataset takes from its folder", root)
+    if paths.root.resolve() == root.resolve():
+        raise UserError(f"is itself in the workspace {workspace}", root, "Give another folder with --workspace.")
+    if not paths.dataset.is_file():
+        return paths
+    with understood(paths.dataset, "Move it away."):
+        stored = dataset_from_json(read_json(paths.dataset))
+    if stored.root.resolve() == root.resolve():
+        return paths
+    moved = not stored.root.exists()
+    if not same_files(dataset, stored, paths, moved):
+        gone = ", which is gone" if moved else ""
+        raise UserError(
+            f"the workspace {workspace} has another dataset called {dataset.name}, with other files, "
+            f"from {stored.root}{gone}",
+            root,
+            "Give another folder with --workspace, or rename one of the two.",
+        )
+    what = f"moved here from {stored.root}" if moved else f"has the same files as {stored.root}"
+    log.info(f"{root}: {what}, and counts as the dataset {dataset.name} of the workspace {workspace}")
     return paths
 
 

@@ -58,8 +58,8 @@ def predict(
     Parameters
     ----------
     source : files, DICOM series, or folders of any mix of supported formats.
-    model : a model folder, ours or nnU-Net's, or an exported zip; by default what `select` chose for the current data
-        set, else the trained one (says which). Several vote with the mean of their probabilities.
+    model : a model folder, ours or nnU-Net's, or an exported zip; by default what `select` chose for the dataset, else
+        the trained one (says which). Several vote with the mean of their probabilities.
     configuration : take a model of this configuration, or of each of several, which then vote.
     folds : networks to average; default: those that were selected, or all trained folds.
     speed : best: as the model's settings say; balanced: without mirrored copies; fast: by one fold, and with windows

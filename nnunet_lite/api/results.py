@@ -23,7 +23,7 @@ def select(
     workspace: Folder | None = None,
     workers: int | None = None,
 ) -> Selection:
-    """Compare all trained models of the current data set on their held-out cases, and decide how `predict` predicts.
+    """Compare all trained models of a planned dataset on their held-out cases, and decide how `predict` predicts.
 
     All pairs of models are tried too, and whether removing small components helps a label. What is missing of the
     cross-validation is predicted. Writes inference.json, which `predict` obeys, unless models are given to it.

@@ -76,7 +76,7 @@ def fold_names(
     dataset: str | None = None,
     workspace: Folder | None = None,
 ) -> list[str]:
-    """The folds of the current data set, "0" and up; splits.json is made if it is not there, as in `train`."""
+    """The folds of a planned dataset, "0" and up; splits.json is made if it is not there, as in `train`."""
     from nnunet_lite.training.folds import read_splits, wanted_folds
     from nnunet_lite.training.splits import checked_folds
 

@@ -28,7 +28,8 @@ def view(
 
     Parameters
     ----------
-    case : of the current data set, which is shown with its reference and predictions; or an image file or DICOM series.
+    case : of a planned dataset, by default the one planned last, which is shown with its reference and predictions;
+        or an image file or DICOM series.
     segmentations : label maps of that file.
     model : names of model folders, or a+b for an ensemble, whose predictions in cross-validation are shown; default:
         what was selected, else the best trained one.
@@ -47,9 +48,9 @@ def view(
             raise UserError(
                 "a model's predictions are shown of a case, not of a file", file, "Give label maps after it."
             )
-        labels = dataset_of(current_paths(workspace, dataset)).labels if dataset else None
+        labels = dataset_of(current_paths(workspace, dataset, only_reads=True)).labels if dataset else None
         return serve(scene_of_files(file, [Path(path) for path in segmentations], labels))
-    paths = current_paths(workspace, dataset)
+    paths = current_paths(workspace, dataset, only_reads=True)
     found = _case_of(dataset_of(paths), str(case))
     names = [model] if isinstance(model, str) else model
     return serve(scene_of_case(dataset_of(paths), found, _predictions(paths, found, names)))

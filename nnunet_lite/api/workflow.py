@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import api, log
-from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of
+from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of, place_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, what_is_left
-from nnunet_lite.workspace import Paths, find_raw, place_of, read_json, use
+from nnunet_lite.workspace import Paths, find_raw, read_json, understood, use, write_json
 
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
@@ -100,19 +100,22 @@ def run(
     """
     from nnunet_lite.data.dataset import read_dataset
     from nnunet_lite.settings import load as load_settings
+    from nnunet_lite.training.folds import wanted_folds
     from nnunet_lite.training.run import told_lengths
 
-    begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is told first
+    begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is reported first
     place = folder_of(workspace)
     root = find_raw(str(data), place)
     dataset = read_dataset(root)
-    paths = place_of(place, dataset.name, dataset.root, [case.id for case in dataset.cases])
+    paths = place_of(place, dataset)
+    wanted_folds(dataset, folds, group_by, stratify, splits)  # so is one in these
     journal = Journal(paths.root / JOURNAL)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
     planning = partial(api.plan, root, workspace=place, workers=workers, **how)
-    plan = Step("check and plan", "plan", partial(_is_planned, dataset, paths), planning)
-    if not plan.is_done():
-        log.info(f"{dataset.name} (workspace {place}) is not planned yet; what there is to train follows from the plan")
+    why = _why_to_plan(dataset, paths)
+    plan = Step("check and plan", "plan", lambda: why is None, planning)
+    if why is not None:
+        log.info(f"{dataset.name} (workspace {place}) {why}; what there is to train follows from the plan")
     ended = execute([plan], journal)
     use(place, paths.name)
 
@@ -178,16 +181,49 @@ def _fold_names(fold: Sequence[int | str] | None, how: Mapping[str, Any], paths:
     return asked or there
 
 
-def _is_planned(dataset: Dataset, paths: Paths) -> bool:
-    """Whether there is a plan of these very cases, and none of their files has changed since."""
+def _why_to_plan(dataset: Dataset, paths: Paths) -> str | None:
+    """Why there is no plan of these very cases and files, in words; None where there is one.
+
+    A dataset that was moved is not planned again: the new places of its files are recorded.
+    """
     from nnunet_lite.data.dataset import dataset_to_json
+    from nnunet_lite.preprocess.raw_files import first_change
+    from nnunet_lite.training.grouping import some as shown
 
     files = (paths.plans, paths.dataset, paths.fingerprint)
-    if not all(file.is_file() for file in files) or read_json(paths.dataset) != dataset_to_json(dataset):
-        return False
-    planned = paths.fingerprint.stat().st_mtime
-    raw = [file for case in dataset.cases for file in (*case.images, *([case.label] if case.label else []))]
-    return all(file.stat().st_mtime <= planned for file in raw)
+    if not all(file.is_file() for file in files):
+        return "is not planned yet"
+    with understood(paths.dataset, "Run `nnlite plan` again."):
+        now, before = dataset_to_json(dataset), read_json(paths.dataset)
+        ids, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
+        differs = _unplaced(now) != _unplaced(before)
+    if ids != planned:
+        changes = {"lacks": sorted(planned - ids), "also has": sorted(ids - planned)}
+        what = [f"{verb} {shown(names)}" for verb, names in changes.items() if names]
+        return f"has changed since it was planned: it {' and '.join(what)}"
+    if differs:
+        return "has other files, channels or labels than were planned"
+    if not paths.raw.is_file():
+        return f"was planned before {paths.raw.name} was kept, which tells whether a file has changed"
+    if (changed := first_change(dataset.cases, paths.raw)) is not None:
+        return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
+    if now != before:
+        write_json(paths.dataset, now)
+    return None
+
+
+def _unplaced(described: dict[str, Any]) -> dict[str, Any]:
+    """A description of a dataset, as workspaces have it, with the files relative to the dataset's folder."""
+    root = Path(described["root"])
+
+    def relative(file: str | None) -> str | None:
+        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
+
+    cases = [
+        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
+        for case in described["dataset"]
+    ]
+    return {**described, "root": "", "dataset": cases}
 
 
 def _runs(
@@ -358,7 +394,7 @@ def _finished(
 
 def _commands(paths: Paths, workspace: Folder | None, models: Sequence[Path]) -> tuple[str, ...]:
     """What to type next, as it must be typed in this folder."""
-    where = [] if workspace is None else ["-w", str(workspace)]
+    where = [*paths.option.split(), *([] if workspace is None else ["-w", str(workspace)])]
     chosen = [] if (paths.inference).is_file() else ["-m", str(models[-1])]
     commands = [
         ["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *chosen, *where],

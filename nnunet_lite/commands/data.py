@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from nnunet_lite.plan.schema import Plan
 
 
+READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
+
+
 class Preset(StrEnum):
     default = "default"
     resenc_m = "resenc_m"
@@ -56,7 +59,7 @@ def check(data: str, workers: Workers = None, as_json: AsJson = False, workspace
 
 def plan(
     data: Annotated[str | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
-    preset: Annotated[Preset, typer.Option(help="Kind of U-Net.")] = Preset.default,
+    preset: Annotated[Preset | None, typer.Option(help="Kind of U-Net [as planned before, else default].")] = None,
     memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
     plans: Annotated[Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[str | None, typer.Option(help="Such as 40x56x40, instead of the planned one.")] = None,
@@ -75,7 +78,7 @@ def plan(
     splits: Splits = None,
     store: Annotated[
         Stored | None,
-        typer.Option(help="Type of preprocessed images on disk [float16 where every channel is standardised]."),
+        typer.Option(help="Type of preprocessed images on disk [as planned before; float32 without standardisation]."),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
@@ -89,7 +92,7 @@ def plan(
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
-    """Check a data set, take its fingerprint and plan its networks."""
+    """Check a dataset, take its fingerprint and plan its networks; the options are kept for planning it again."""
     from nnunet_lite.plan.show import plan_table
     from nnunet_lite.workspace import write_json
 
@@ -100,33 +103,43 @@ def plan(
         if dataset_json is None:
             raise UserError("--from-fingerprint needs --dataset-json")
         made, about = api.plan_from_fingerprint(
-            from_fingerprint, dataset_json, preset=preset, memory=memory, change=change
+            from_fingerprint, dataset_json, preset=preset or Preset.default, memory=memory, change=change
         )
     elif data is not None:
         made = api.plan(
-            data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change,
-            clip_percentiles=clip, stored_as=None if store is None else store.value, folds=folds, group_by=group_by,
-            stratify=stratify_by or stratify, splits=splits, workers=workers,
+            data, workspace=workspace, preset=None if preset is None else preset.value, memory=memory, adopt=plans,
+            change=change, clip_percentiles=clip, stored_as=None if store is None else store.value, folds=folds,
+            group_by=group_by, stratify=stratify_by or stratify, splits=splits, workers=workers,
         )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:
-        write_json(output, _formatted(made, about, format))
-    show(made.model_dump(mode="json"), plan_table(made), as_json)
+        write_json(output, _formatted(made, about or _description(made, workspace), format))
+    show(made.as_dict(), plan_table(made), as_json)
     if measure:
         log.info(api.measure(made, device))
 
 
-def _formatted(made: Plan, about: dict[str, Any] | None, format: Format) -> Any:
+def _description(made: Plan, workspace: Path | None) -> dict[str, Any]:
+    """What nnU-Net's dataset.json says about a dataset that was just planned."""
+    from nnunet_lite.data.dataset import stored_dataset
+    from nnunet_lite.interop.nnunet import Description, description_to_nnunet
+    from nnunet_lite.workspace import Paths, read_json, workspace_folder
+
+    planned = stored_dataset(Paths(workspace_folder(workspace) / made.dataset).dataset)
+    described = Description(planned.channels, planned.labels, len(planned.cases), planned.file_ending)
+    table = planned.root / "dataset.json"
+    reader = read_json(table).get(READER) if table.is_file() else None
+    return {**description_to_nnunet(described), **({} if reader is None else {READER: reader})}
+
+
+def _formatted(made: Plan, about: dict[str, Any], format: Format) -> Any:
     """A plan as JSON, ours or nnU-Net's, which also wants the dataset.json."""
     if format is Format.nnlite:
-        return made.model_dump(mode="json")
-    from nnunet_lite.interop.nnunet import Description, description_to_nnunet, plan_to_nnunet
+        return made.as_dict()
+    from nnunet_lite.interop.nnunet import plan_to_nnunet
 
-    names = tuple(channel.name for channel in made.channels)
-    return plan_to_nnunet(
-        made, about or description_to_nnunet(Description(names, made.labels, made.n_cases, ".nii.gz"))
-    )
+    return plan_to_nnunet(made, about)
 
 
 def preprocess(
@@ -138,7 +151,7 @@ def preprocess(
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
-    """Crop, normalise and resample the current data set (train does it too where it is missing)."""
+    """Crop, normalise and resample a planned dataset (train does it too where it is missing)."""
     summary = api.preprocess(
         configuration, dataset=dataset, clean=prune, scheduler=scheduler, workspace=workspace, workers=workers
     )

@@ -15,7 +15,7 @@ Workspace = Annotated[
     Path | None,
     typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
 ]
-Dataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned data set [the one planned last].")]
+Dataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned dataset [the only one].")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [a GPU if there is one].")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Threads; 0: none, everything in line [as fits the machine].")]

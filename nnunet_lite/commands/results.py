@@ -77,15 +77,15 @@ def report(
 
 
 def info(
-    model: Annotated[Path | None, typer.Argument(help="Model folder [all models of the current data set].")] = None,
+    model: Annotated[Path | None, typer.Argument(help="Model folder [all models of a planned dataset].")] = None,
     dataset: Dataset = None,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
-    """What a model is, how it was made and how well it scores; or what the current data set has."""
+    """What a model is, how it was made and how well it scores; or what a planned dataset has."""
     from nnunet_lite.describe import describe_dataset, describe_model
 
-    about = describe_model(model) if model else describe_dataset(api.current_paths(workspace, dataset))
+    about = describe_model(model) if model else describe_dataset(api.current_paths(workspace, dataset, only_reads=True))
     show(about.values, about.text, as_json)
 
 

@@ -181,6 +181,8 @@ class Labels(BaseModel):
                 ignore = value
             else:
                 names[name] = tuple(map(_integer, value)) if isinstance(value, list | tuple) else _integer(value)
+        if all(len(_members(value)) == 1 for value in names.values()):  # [1] for each label: no region, as in nnU-Net
+            names = {name: _members(value)[0] for name, value in names.items()}
         return cls(names=names, ignore=ignore, region_order=None if region_order is None else tuple(region_order))
 
     def to_json(self) -> dict[str, Any]:

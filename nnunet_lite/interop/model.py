@@ -199,12 +199,10 @@ def export_model(folder: Path, out: Path) -> None:
     configuration, settings = str(run["configuration"]), Settings.model_validate(run["settings"])
     if settings.network.factory is not None:
         raise UserError(f"has a network made by {settings.network.factory}, which nnU-Net has not", folder)
-    if any(channel.clip_percentiles is not None for channel in plan.channels):
-        raise UserError("clips images to percentiles, which nnU-Net cannot do", folder)
     files = sorted(folder.glob(f"fold_*/{MODEL}"))
     if not files:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
-    dataset = {**read_json(folder / "dataset.json"), "labels": _consecutive(plan.labels).to_json()}
+    dataset = {**read_json(folder / "dataset.json"), "labels": _labels_for_nnunet(plan.labels)}
     plans, network = plan_to_nnunet(plan, dataset), build_network(plan, configuration)
     with _whole(out) as partial:
         write_json(partial / "plans.json", plans)
@@ -229,14 +227,24 @@ def export_model(folder: Path, out: Path) -> None:
             torch.save(checkpoint, partial / file.parent.name / _CHECKPOINTS[0])
 
 
-def _consecutive(labels: Labels) -> Labels:
-    """The labels with the values that nnU-Net writes: class numbers, or for regions those of the region order."""
+def _labels_for_nnunet(labels: Labels) -> Json:
+    """The labels of dataset.json as nnU-Net demands them: "background" is 0, and ignore follows the last value.
+
+    Labels have the values that nnU-Net writes: class numbers. Regions keep theirs where nnU-Net accepts them.
+    """
     ordered = (BACKGROUND, *labels.region_names)
-    if labels.has_regions or labels.values == tuple(range(labels.n_classes)):
-        return labels
-    changes = ", ".join(f"{ordered[i]} {value} -> {i}" for i, value in enumerate(labels.values) if value != i)
-    log.info(f"nnU-Net numbers labels from 0 and will write: {changes}")
-    return Labels(names={name: i for i, name in enumerate(ordered)}, ignore=labels.ignore_class)
+    values: Sequence[int | tuple[int, ...]]
+    if not labels.has_regions:
+        changes = ", ".join(f"{ordered[i]} {value} -> {i}" for i, value in enumerate(labels.values) if value != i)
+        if changes:
+            log.info(f"nnU-Net numbers labels from 0 and will write: {changes}")
+        values, ignore = range(labels.n_classes), labels.ignore_class
+    elif labels.background == 0 and labels.ignore in (None, max(labels.values) + 1):
+        values, ignore = (0, *labels.region_values), labels.ignore
+    else:
+        values, ignore = (0, *labels.region_classes), labels.ignore_class
+    names = dict(zip(ordered, values, strict=True))
+    return Labels(names=names, ignore=ignore, region_order=labels.region_order).to_json()
 
 
 def _mirror_axes(settings: AugmentationSettings, plan: Plan, configuration: str) -> tuple[int, ...] | None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
-from nnunet_lite.data.formats import NIFTI
+from nnunet_lite.data.formats import NIFTI, PICTURES
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.interop.architecture import architecture_from_nnunet, architecture_to_nnunet, refuse
@@ -41,7 +41,8 @@ _SCHEMES: dict[Scheme, str] = {
     "rescale_0_1": "RescaleTo01Normalization",
     "rgb_0_1": "RGBTo01Normalization",
 }
-_READERS = {".png": "NaturalImage2DIO", ".bmp": "NaturalImage2DIO", ".tiff": "Tiff3DIO", ".nii": "NibabelIO"}
+_FOR_TIFF = {True: "Tiff3DIO", False: "NaturalImage2DIO"}  # stacks, pictures
+_READ_BY_NNUNET = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 _RESAMPLING = "resample_data_or_seg_to_shape"
 _STANDARD = ("2d", "3d_lowres", "3d_fullres")
 
@@ -107,8 +108,14 @@ def plan_to_nnunet(plan: Plan, dataset_json: Mapping[str, Any]) -> Json:
 
     Parameters
     ----------
-    dataset_json : of the same data set; its file ending chooses nnU-Net's image reader.
+    dataset_json : of the same dataset; its file ending chooses nnU-Net's image reader.
+
+    Raises
+    ------
+    UserError : the plan clips images to percentiles, which nnU-Net cannot do.
     """
+    if any(channel.clip_percentiles is not None for channel in plan.channels):
+        raise UserError(f"the plan of {plan.dataset} clips images to percentiles, which nnU-Net cannot do")
     planner, plans_name = _PLANNERS.get(plan.preset, _PLANNERS["default"])
     configurations: Json = {}
     for name, configuration in plan.configurations.items():
@@ -141,16 +148,24 @@ def _data_identifier(name: str, plans_name: str) -> str:
 
 
 def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
-    if "overwrite_image_reader_writer" in dataset_json:
-        return str(dataset_json["overwrite_image_reader_writer"])
+    """nnU-Net's reader for the images, by their file ending, unless dataset.json names one; "None" names none."""
+    named = dataset_json.get("overwrite_image_reader_writer")
+    if named not in (None, "None"):
+        return str(named)
     ending = str(dataset_json.get("file_ending", ".nii.gz")).lower()
+    if ending not in _READ_BY_NNUNET:
+        log.warn(
+            f"nnU-Net has no reader for {ending}: convert the images, to .png or .nii.gz, before it trains on them"
+        )
     if plan.orientation == "RAS":
         return "NibabelIOWithReorient" if ending in NIFTI else "SimpleITKIOWithReorient"
     if plan.orientation is not None:
         log.info(f"nnU-Net does not turn images as nnlite does: give it images stored as {plan.orientation}")
-    if ending == ".tif":
-        return "Tiff3DIO" if "3d_fullres" in plan.configurations else "NaturalImage2DIO"
-    return _READERS.get(ending, "SimpleITKIO")
+    if ending in (".tif", ".tiff"):
+        return _FOR_TIFF[round(plan.median_shape[0]) > 1]
+    if ending in PICTURES:
+        return "NaturalImage2DIO"
+    return "NibabelIO" if ending == ".nii" else "SimpleITKIO"
 
 
 def _configuration_to_nnunet(plan: Plan, c: Configuration, data_identifier: str) -> Json:

@@ -187,10 +187,11 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray
     target[coarse] = thin if thin >= in_plane else in_plane + 1e-5
     if voxels[coarse] == 1:
         return target, ["images have one slice: only the pixels count"]
+    short, shown = f"{target[coarse]:.4g} mm", f"{median:.4g} mm"
+    percentile = "the 10th percentile" if short == shown else f"the 10th percentile, not the median {shown}"
     return target, [
-        f"spacing along {_AXIS[coarse]} is {target[coarse]:.4g} mm, the 10th percentile, not the median "
-        f"{median:.4g} mm: voxels there are over {ANISOTROPY}x longer than the {in_plane:.4g} mm in plane, and over "
-        f"{ANISOTROPY}x fewer"
+        f"spacing along {_AXIS[coarse]} is {short}, {percentile}: voxels there are over {ANISOTROPY}x longer than the "
+        f"{in_plane:.4g} mm in plane, and over {ANISOTROPY}x fewer"
     ]
 
 

@@ -171,11 +171,30 @@ class Configuration(_Model):
         return self
 
 
+class Sizes(_Model):
+    """What `nnlite plan` was asked to take for one configuration instead of the planned sizes."""
+
+    patch_size: tuple[Positive, ...] | None = None
+    batch_size: Positive | None = None
+
+
+class Options(_Model):
+    """The options of `nnlite plan` that shape a plan; None where one was not given."""
+
+    preset: str | None = None
+    memory_gb: Length | None = None
+    adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
+    sizes: dict[str, Sizes] = Field({}, description="by configuration")
+    clip_percentiles: tuple[Percent, Percent] | None = None
+    stored_as: Literal["float16", "float32"] | None = None
+
+
 class Plan(_Model):
-    """Everything that preprocessing, training and inference need to know of a data set."""
+    """Everything that preprocessing, training and inference need to know of a dataset."""
 
     format: Literal["nnlite-plan-1"] = FORMAT
     dataset: str
+    options: Options | None = Field(None, description="it was made with these, and is planned again with them")
     preset: str = "default"
     memory_gb: float = Field(8, gt=0, description="GPU memory budget")
     orientation: Orientation | None = Field(
@@ -240,7 +259,15 @@ class Plan(_Model):
         return len(self.channels) + (self.labels.n_classes - 1 if second else 0)
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=1)
+        return json.dumps(self.as_dict(), indent=1, ensure_ascii=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of plans.json. A model folder's plan has no options: they may name files of this machine."""
+        return self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+
+    def trains_as(self, other: Plan) -> bool:
+        """Whether both lead to the same arrays and networks: explanations and predicted memory do not count."""
+        return _essence(self) == _essence(other)
 
     def _repr_html_(self) -> str:
         from nnunet_lite.plan.show import plan_html
@@ -266,6 +293,16 @@ class Plan(_Model):
     def json_schema(cls) -> str:
         """The JSON Schema of plans.json."""
         return json.dumps(cls.model_json_schema(), indent=1)
+
+
+def _essence(plan: Plan) -> dict[str, Any]:
+    values = plan.model_dump(exclude={"options"})
+    return {**values, "configurations": {name: essence(c) for name, c in plan.configurations.items()}}
+
+
+def essence(configuration: Configuration) -> dict[str, Any]:
+    """A configuration without its explanations and its predicted memory."""
+    return configuration.model_dump(mode="json", exclude={"reasons", "memory_gb"})
 
 
 def inherited(configurations: Mapping[str, dict[str, Any]], name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:

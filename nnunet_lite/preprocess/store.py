@@ -88,7 +88,7 @@ def preprocess_dataset(
     with _one_at_a_time(folder):
         _sweep(folder)
         memory = folder / "raw.json"
-        known = recall(memory)
+        known = recall(folder.parent / "raw.json") | recall(memory)  # planning has read the files too
         if spread is None:
             part = make(dataset.cases, known, workers, progress)
         else:
@@ -96,7 +96,7 @@ def preprocess_dataset(
                 names, spread(make.alone, [(case, known.get(case.id)) for case in dataset.cases], "preprocess")
             )
             _sweep(folder)  # what workers that died left
-        if part.raw != known:
+        if part.raw != recall(memory):
             memorize(memory, part.raw)
         for name, entries in part.index.items():
             there = {case: key for case, key in entries.items() if (folder / "cases" / key).is_dir()}

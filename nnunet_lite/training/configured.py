@@ -46,4 +46,4 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
     if planned.memory_gb is not None and planned.memory_gb > _ANY_MACHINE_GB:
         what = f"a training step of {configuration} would take {planned.memory_gb:,.0f} GB of memory"
         raise UserError(what, fix="Lower patch_size, batch_size or features, in the plan or in the settings.")
-    return changed.model_copy(update={"configurations": {configuration: planned, **stages}})
+    return changed.model_copy(update={"configurations": {configuration: planned, **stages}, "options": None})

@@ -5,6 +5,7 @@ A model folder keeps in fold_k/cases.json how many cases the fold was begun with
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.grouping import groups_of, label_strata, looks_grouped, read_column
+from nnunet_lite.training.grouping import groups_of, label_strata, looks_grouped, read_column, some
 from nnunet_lite.training.splits import (
     Fold,
     Splits,
@@ -40,12 +41,16 @@ N_FOLDS = 5
 ALL = "all"
 LABELS = "labels"  # what is stratified by where no table is given
 _CASES = "cases.json"
+_SPLITS_FINAL = "splits_final.json"  # nnU-Net's
 _TRIES = 20  # shuffles, of which the most even is taken where both groups and strata restrict the choice
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The folds that were asked for, see `wanted_folds`; None is what was not asked."""
+    """The folds that were asked for, see `wanted_folds`; None is what was not asked.
+
+    `found` : nobody asked: `given` are those of a splits_final.json that the dataset has.
+    """
 
     n_folds: int | None = None
     group_by: str | None = None
@@ -54,6 +59,12 @@ class Wanted:
     strata: Callable[[int], Mapping[str, str]] | None = None
     file: str | None = None
     given: Splits | None = None
+    found: bool = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is an option that splits.json has to agree with."""
+        return not self.found and self != ANY
 
     @property
     def count(self) -> int:
@@ -70,7 +81,9 @@ def wanted_folds(
     stratify: bool | str | Path = False,
     splits: str | Path | None = None,
 ) -> Wanted:
-    """What was asked for, with its mistakes told; no image or label map is read yet.
+    """What was asked for, with its mistakes reported; no image or label map is read yet.
+
+    Where nothing is asked for, the splits_final.json beside the dataset's images is taken, if there is one.
 
     Parameters
     ----------
@@ -88,6 +101,8 @@ def wanted_folds(
         if n_folds is not None or group_by is not None or stratify:
             raise UserError("--splits says what the folds are: --folds, --group-by and --stratify cannot change them")
         return Wanted(file=str(splits), given=given_splits(Path(splits), ids))
+    if n_folds is None and group_by is None and not stratify and (file := _splits_of_nnunet(dataset)) is not None:
+        return Wanted(file=str(file), given=given_splits(file, ids), found=True)
     if n_folds is not None and n_folds < 2:
         raise UserError(f"{n_folds} is no number of folds", fix="Take 2 or more, or train on every case: fold `all`.")
     by = None if group_by is None else str(group_by)
@@ -98,6 +113,13 @@ def wanted_folds(
         return Wanted(n_folds, by, groups, LABELS, lambda n: label_strata(dataset, n))
     table = read_column(Path(stratify), ids, "stratum")
     return Wanted(n_folds, by, groups, str(stratify), lambda _: table)
+
+
+def _splits_of_nnunet(dataset: Dataset) -> Path | None:
+    """The splits_final.json of a dataset: in its folder, or where nnU-Net keeps it."""
+    preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
+    places = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
+    return next((place / _SPLITS_FINAL for place in places if (place / _SPLITS_FINAL).is_file()), None)
 
 
 def make_folds(
@@ -178,6 +200,8 @@ def make_splits(case_ids: Sequence[str], wanted: Wanted = ANY) -> tuple[Splits, 
     UserError : as `make_folds`; or a label map cannot be read.
     """
     if wanted.given is not None:
+        if left_out := sorted(set(case_ids) - named_cases(wanted.given)):
+            log.warn(f"{wanted.file}: no fold has {some(left_out)}; only the fold `all` trains on them")
         return wanted.given, {"splits": wanted.file, "sha256": digest(wanted.given)}
     if wanted.groups is None:
         point_out_groups(case_ids)
@@ -210,8 +234,10 @@ def read_splits(splits: Path, case_ids: Sequence[str], wanted: Wanted = ANY) -> 
         write_splits(splits, folds, made)
         return folds
     folds = load_splits(splits)
+    if wanted.found:
+        return folds
     if difference := _difference(splits, folds, case_ids, wanted):
-        fix = "Leave the options for folds out to go on with these, or delete the file to make them anew."
+        fix = "Leave the options for folds out to continue with these, or delete the file to make them again."
         raise UserError(difference, splits, fix)
     return folds
 
@@ -227,9 +253,9 @@ def must_be_made(splits: Path, case_ids: Sequence[str], wanted: Wanted, trained:
     ------
     UserError : there are others, and models trained on them; or there are fewer cases or groups than folds.
     """
-    if wanted == ANY:
-        return False
     there = splits.is_file()
+    if wanted == ANY or (wanted.found and there):
+        return False
     difference = _difference(splits, load_splits(splits), case_ids, wanted) if there else None
     if difference and trained:
         what = f"{difference}, and {', '.join(trained)} {'is' if len(trained) == 1 else 'are'} trained on them"
@@ -242,6 +268,15 @@ def must_be_made(splits: Path, case_ids: Sequence[str], wanted: Wanted, trained:
     return True
 
 
+def point_out_other_folds(splits: Path, case_ids: Sequence[str], wanted: Wanted) -> None:
+    """A line of warning where a splits_final.json that was found is not obeyed: there were other folds before."""
+    if wanted.found and splits.is_file() and _difference(splits, load_splits(splits), case_ids, wanted):
+        log.warn(
+            f"{wanted.file} is not used: {splits} holds other folds, which stay. --splits {wanted.file} with "
+            "`nnlite plan` takes it where nothing is trained yet; else delete the latter file"
+        )
+
+
 def read_fold(splits: Path, case_ids: Sequence[str], fold: str, wanted: Wanted = ANY) -> Fold:
     """The cases of fold "0", "1" ... or "all"; splits.json is made if it is not there and obeyed if it is.
 
@@ -251,7 +286,7 @@ def read_fold(splits: Path, case_ids: Sequence[str], fold: str, wanted: Wanted =
     """
     ids = sorted(case_ids)
     if fold == ALL:
-        if wanted != ANY:
+        if wanted.asked:
             what = "fold `all` trains on every case, whatever the folds are"
             raise UserError(what, fix="Leave their options out, or train each of them: `all-folds`.")
         return Fold(ALL, tuple(ids), tuple(ids))
@@ -261,7 +296,7 @@ def read_fold(splits: Path, case_ids: Sequence[str], fold: str, wanted: Wanted =
     chosen = checked_fold(read_splits(splits, ids, wanted)[int(fold)], fold, ids, splits)
     if left_out := sorted(set(ids) - {*chosen.training, *chosen.validation}):
         names = f"{', '.join(left_out[:5])}{' ...' if len(left_out) > 5 else ''}"
-        log.warn(f"{splits}: fold {fold} leaves out {len(left_out)} cases ({names}); delete the file to make it anew")
+        log.warn(f"{splits}: fold {fold} leaves out {len(left_out)} cases ({names}); delete the file to make it again")
     return chosen
 
 

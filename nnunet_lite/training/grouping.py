@@ -49,7 +49,7 @@ def groups_of(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
         first = match[1] if match and pattern.groups else None
         groups[case_id] = (match[0] if match else "") if first is None else first
     if strangers := [case_id for case_id, group in groups.items() if not group]:
-        what = f"--group-by {group_by!r} matches nothing in {_some(strangers)}"
+        what = f"--group-by {group_by!r} matches nothing in {some(strangers)}"
         raise UserError(what, fix=r"Every case needs a group; `|.+` at the end makes the other cases groups of one.")
     return groups
 
@@ -82,9 +82,9 @@ def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str
         if any(cells):
             found[cells[0]].add(cells[1])
     if lacking := [case_id for case_id in wanted if not found.get(case_id, set()) - {""}]:
-        raise UserError(f"has no {what} for {_some(lacking)}", file, f"It needs two columns, case and {what}.")
+        raise UserError(f"has no {what} for {some(lacking)}", file, f"It needs two columns, case and {what}.")
     if several := [case_id for case_id in wanted if len(found[case_id]) > 1]:
-        raise UserError(f"has more than one {what} for {_some(several)}", file)
+        raise UserError(f"has more than one {what} for {some(several)}", file)
     return {case_id: next(iter(found[case_id])) for case_id in wanted}
 
 
@@ -164,6 +164,6 @@ def _foreground(case: Case, dataset: Dataset) -> tuple[tuple[int, ...], float]:
     return tuple(int(value) for value in values), float(counts.sum() * np.prod(geometry.spacing))
 
 
-def _some(case_ids: Sequence[str]) -> str:
+def some(case_ids: Sequence[str]) -> str:
     what = "case" if len(case_ids) == 1 else "cases"
     return f"{what} {', '.join(case_ids[:3])}" + (f" and {len(case_ids) - 3} more" if len(case_ids) > 3 else "")

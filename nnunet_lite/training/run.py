@@ -139,7 +139,7 @@ def accepted_changes(
     changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
     told = [change for change in changes if change.partition(":")[0] in lengthen]
     longer = told if _is_longer(length(old), length(settings)) else []
-    if old_plan != plan and len(changes) == len(longer):
+    if not old_plan.trains_as(plan) and len(changes) == len(longer):
         changes = [*changes, "the plan"]
     if len(changes) > len(longer):
         _refuse_changes(folder, changes, old_plan, plan, configuration, force)
@@ -323,7 +323,7 @@ def first_training(paths: Paths) -> str:
     """The command that trains a first model of a planned data set."""
     plan = Plan.read(paths.plans)
     configuration = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
-    return f"nnlite train {configuration} {0 if plan.n_cases >= N_FOLDS else 'all'}"
+    return f"nnlite train {configuration} {0 if plan.n_cases >= N_FOLDS else 'all'}{paths.option}"
 
 
 def other_folds(folder: Path, fold: str) -> list[str]:

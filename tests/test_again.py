@@ -1,0 +1,253 @@
+"""A dataset that is planned again keeps its options and what was changed by hand; what does not stay is kept aside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from nnunet_lite import api
+from nnunet_lite.errors import UserError
+from nnunet_lite.plan import fingerprint
+from nnunet_lite.plan.schema import Plan
+from nnunet_lite.workspace import read_json
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+class Planned:
+    """A dataset of two cases in a workspace, and what `api.plan` says about it."""
+
+    def __init__(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.raw, self.file = raw, raw.parent / "ws" / raw.name / "plans.json"
+        self._capsys = capsys
+
+    def plan(self, **options: Any) -> Plan:
+        return api.plan(self.raw, workspace=self.raw.parent / "ws", workers=0, **options)
+
+    def edit(self, change: Change) -> None:
+        content = read_json(self.file)
+        change(content)
+        self.file.write_text(json.dumps(content))
+
+    def said(self) -> str:
+        return self._capsys.readouterr().err
+
+    @property
+    def copies(self) -> list[str]:
+        return sorted(path.name for path in self.file.parent.glob("plans_*.json"))
+
+    def add_large_cases(self) -> None:
+        """Three cases of a grid that changes what is planned, three times as large as the two others."""
+        table = read_json(self.raw / "dataset.json")
+        first = table["training"][0]
+        for number in range(3):
+            entry = {what: str(Path(file).with_name(f"large_{number}.nii.gz")) for what, file in first.items()}
+            for what, file in entry.items():
+                small = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(self.raw / first[what])))
+                large = np.tile(small, (3, 3, 3))
+                large[0, 0, 0] = number if what == "image" else 0  # no two images are equal
+                SimpleITK.WriteImage(SimpleITK.GetImageFromArray(large), str(self.raw / file))
+            table["training"].append(entry)
+        (self.raw / "dataset.json").write_text(json.dumps(table))
+
+
+@pytest.fixture
+def planned(
+    copy_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Planned:
+    monkeypatch.setattr(fingerprint, "SAMPLES", 100_000)  # to draw 1e8 takes longer than all the rest
+    return Planned(copy_dataset(2, "data"), capsys)
+
+
+def add_mine(content: dict[str, Any]) -> None:
+    content["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+
+
+EVERY_OPTION: dict[str, Any] = {
+    "preset": "resenc_m",
+    "memory": 10,
+    "change": ("3d_fullres", (32, 48, 32), 3),
+    "clip_percentiles": (1, 99),
+    "stored_as": "float32",
+}
+
+
+def test_options_are_kept_and_used_again(planned: Planned) -> None:
+    first = planned.plan(**EVERY_OPTION)
+    assert first.options is not None and first.options.memory_gb == 10
+    planned.said()
+    assert planned.plan() == first == Plan.read(planned.file)
+    assert (
+        "planned again with the options of plans.json: --preset resenc_m, --memory 10, --patch-size 32x48x32 -c "
+        "3d_fullres, --batch-size 3 -c 3d_fullres, --clip-percentiles 1 99, --store float32\n" in planned.said()
+    )
+    assert planned.copies == []
+
+
+def test_an_option_that_is_given_replaces_only_itself(planned: Planned) -> None:
+    planned.plan(**EVERY_OPTION)
+    planned.said()
+    again = planned.plan(preset="default", change=("2d", (32, 32), None))
+    said = planned.said()
+    assert again.preset == "default" and again.memory_gb == 10 and again.stored_as == "float32"
+    assert again.configuration("3d_fullres").patch_size == (32, 48, 32)
+    assert again.configuration("3d_fullres").network.kind == "plain"
+    assert again.configuration("2d").patch_size == (32, 32)
+    assert "--preset" not in said.partition("planned again")[2].partition("\n")[0]
+    assert "the plan differs from the one before: 2d: patch 56 x 40 -> 32 x 32" in said
+    assert planned.copies == [], "the planner's own are made again by the options"
+
+
+def test_a_plan_that_records_no_options_is_read_and_planned_again_as_it_was(planned: Planned) -> None:
+    first = planned.plan(preset="resenc_m", memory=10, stored_as="float32", clip_percentiles=(1, 99))
+    planned.edit(lambda content: content.pop("options"))
+    assert Plan.read(planned.file).options is None
+    again = planned.plan()
+    assert again.trains_as(first) and planned.copies == []
+
+
+def test_what_was_changed_by_hand_stays(planned: Planned) -> None:
+    planned.plan()
+
+    def change(content: dict[str, Any]) -> None:
+        add_mine(content)
+        content["configurations"]["3d_fullres"]["batch_size"] = 5
+        del content["configurations"]["2d"]
+        content["channels"][0]["statistics"]["percentile_99_5"] = 1000
+        content["channels"][0]["normalization"] = "ct"
+        content["stored_as"] = "float32"
+
+    planned.edit(change)
+    before = Plan.read(planned.file)
+    planned.said()
+    assert planned.plan().trains_as(before)
+    said = planned.said()
+    assert planned.copies == [] and Plan.read(planned.file).trains_as(before)
+    for words in (
+        "stored_as (float16 -> float32)", "channels.0.normalization (zscore -> ct)", "percentile_99_5 ", "-> 1000)",
+        "2d (deleted)", "3d_fullres (batch 2 -> 5)", "mine (added)",
+    ):  # fmt: skip
+        assert words in said.partition("changed by hand and kept: ")[2].partition("\n")[0]
+    mine = read_json(planned.file)["configurations"]["mine"]
+    assert mine == {"inherits_from": "3d_fullres", "batch_size": 3}, "as it was written"
+
+
+def test_an_option_beats_a_change_by_hand_which_is_kept_aside(planned: Planned) -> None:
+    made = planned.plan()
+    planned.edit(add_mine)
+    planned.edit(lambda content: content["configurations"]["2d"].update(batch_size=7))
+    planned.edit(lambda content: content.update(stored_as="float32"))
+    edited = planned.file.read_text()
+    planned.said()
+    again = planned.plan(preset="default", stored_as="float16")
+    assert again.configuration("2d") == made.configuration("2d") and again.stored_as == "float16"
+    assert again.configuration("mine").batch_size == 3, "a configuration made by hand is nobody else's"
+    copy = planned.file.with_name("plans_1.json")
+    assert copy.read_text() == edited
+    said = planned.said()
+    assert f"warning: {planned.file} is replaced; the file as it was is kept in {copy}. Lost: " in said
+    assert "2d (batch 3 -> 7)" in said and "stored_as (float16 -> float32)" in said
+
+
+def test_data_that_change_the_plan_replace_a_change_by_hand_and_keep_a_copy(planned: Planned) -> None:
+    first = planned.plan()
+    planned.edit(add_mine)
+    planned.edit(lambda content: content["configurations"]["3d_fullres"].update(batch_size=5))
+    edited = planned.file.read_text()
+    planned.add_large_cases()
+    planned.said()
+    again = planned.plan()
+    said = planned.said()
+    assert again.configuration("3d_fullres").patch_size != first.configuration("3d_fullres").patch_size
+    assert again.configuration("3d_fullres").batch_size != 5
+    assert planned.file.with_name("plans_1.json").read_text() == edited and "Lost: 3d_fullres (batch 2 -> 5)" in said
+    mine = again.configuration("mine")
+    assert (mine.batch_size, mine.patch_size) == (3, again.configuration("3d_fullres").patch_size), "it inherits"
+    assert "the plan differs from the one before: 2d: patch 56 x 40 -> " in said
+
+
+def test_a_configuration_that_no_longer_fits_what_it_inherits_stays_as_it_was(planned: Planned) -> None:
+    planned.plan()
+    planned.edit(
+        lambda content: content["configurations"].update(
+            mine={"inherits_from": "3d_fullres", "patch_size": [8, 16, 8]},
+        )
+    )
+    before = Plan.read(planned.file).configuration("mine")
+    planned.add_large_cases()
+    again = planned.plan()
+    assert again.configuration("mine") == before
+    assert max(again.configuration("3d_fullres").network.divisor) > max(before.network.divisor)
+
+
+def test_a_plan_that_cannot_be_read_is_replaced_and_kept_with_its_options_used(planned: Planned) -> None:
+    planned.plan(preset="resenc_m")
+    planned.edit(lambda content: content.update(configurations={}))
+    broken = planned.file.read_text()
+    planned.said()
+    assert planned.plan().preset == "resenc_m"
+    assert planned.file.with_name("plans_1.json").read_text() == broken
+    planned.file.write_text("{")
+    assert planned.plan().preset == "default"
+    assert planned.copies == ["plans_1.json", "plans_2.json"]
+    assert planned.file.with_name("plans_2.json").read_text() == "{"
+
+
+def test_without_the_fingerprint_it_was_made_from_the_plan_is_kept_aside_where_it_differs(planned: Planned) -> None:
+    planned.plan()
+    (planned.file.parent / "fingerprint.json").unlink()
+    planned.plan()
+    assert planned.copies == []
+    planned.edit(add_mine)
+    (planned.file.parent / "fingerprint.json").unlink()
+    planned.plan()
+    assert planned.copies == ["plans_1.json"]
+
+
+def test_an_adopted_plan_stays_adopted_when_its_file_is_gone(planned: Planned, tmp_path: Path) -> None:
+    made = planned.plan()
+    theirs = json.loads(made.to_json())
+    theirs["configurations"]["3d_fullres"]["batch_size"], theirs["stored_as"] = 4, "float32"
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    adopted = planned.plan(adopt=tmp_path / "theirs.json")
+    assert adopted.configuration("3d_fullres").batch_size == 4 and adopted.stored_as == "float32"
+    (tmp_path / "theirs.json").unlink()
+    planned.edit(lambda content: content["configurations"]["2d"].update(batch_size=7))
+    again = planned.plan(change=("3d_fullres", None, 6))
+    assert [again.configuration(name).batch_size for name in ("2d", "3d_fullres")] == [7, 6]
+    assert planned.copies == []
+    assert planned.plan(preset="default").configuration("2d") == made.configuration("2d")
+    assert planned.copies == ["plans_1.json"], "the adopted plan is nowhere else"
+
+
+def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(planned: Planned) -> None:
+    planned.plan()
+    planned.edit(lambda content: content["options"].update(sizes={"3d_lowres": {"batch_size": 4}}))
+    with pytest.raises(UserError, match=r"no configuration '3d_lowres'.*plans\.json records the options it was made"):
+        planned.plan()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stored_as": "float8"}, "stored_as = 'float8'"),
+        ({"clip_percentiles": (-1, 50)}, "--clip-percentiles -1 50 leaves nothing"),
+        ({"clip_percentiles": (99, 99)}, "--clip-percentiles 99 99 leaves nothing"),
+        ({"change": ("3d_fullres", (0, 8, 8), None)}, "patch_size"),
+        ({"change": ("3d_fullres", None, 0)}, "batch_size"),
+        ({"memory": 0}, "not positive"),
+    ],
+)
+def test_illegal_options_are_refused_and_nothing_is_written(
+    planned: Planned, options: dict[str, Any], says: str, counts: Callable[..., None]
+) -> None:
+    with pytest.raises(UserError, match=says):
+        planned.plan(**options)
+    assert not planned.file.exists()
+    counts("bad inputs refused in one line")
