@@ -143,8 +143,9 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
         return None
     held_out = run.split.validation
     return validate_fold(
-        run.folder, run.split.name, run.dataset, held_out, request.device, _predicted(run, held_out, device)
-    )
+        run.folder, run.split.name, run.dataset, held_out, request.device, _predicted(run, held_out, device),
+        trust_code=True,  # `_open` made sure that the model names the code of this request and no other
+    )  # fmt: skip
 
 
 def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:

@@ -22,9 +22,9 @@ def folder_of(given: Folder | None) -> Path:
     return workspace_folder(None if given is None else Path(given))
 
 
-def current_paths(workspace: Folder | None = None, dataset: str | None = None) -> Paths:
-    """The files of the data set to work on; logs which one it is."""
-    paths = current(folder_of(workspace), dataset)
+def current_paths(workspace: Folder | None = None, dataset: str | None = None, *, needs_plan: bool = True) -> Paths:
+    """The files of the dataset to work on; logs which one it is. `needs_plan`: as for `workspace.current`."""
+    paths = current(folder_of(workspace), dataset, needs_plan=needs_plan)
     log.info(f"data set {paths.name} (workspace {paths.root.parent})")
     return paths
 

@@ -38,6 +38,8 @@ def validate_fold(
     case_ids: Sequence[str],
     device: str | None,
     previous: Mapping[str, Path] | None = None,
+    *,
+    trust_code: bool = False,
 ) -> Scores:
     """Predict the held-out cases of a fold from their raw images and score them.
 
@@ -48,12 +50,14 @@ def validate_fold(
     ----------
     previous : for the second stage of a cascade, what the first one predicts of each case: that of the same fold, which
         held the case out too.
+    trust_code : run the code that the model names; without it only where `folder` is in a workspace and no link.
 
     Raises
     ------
     UserError : a case cannot be predicted.
     """
-    model = load(folder, [fold], device, alone=previous is not None)
+    workspace = folder.absolute().parents[2]
+    model = load(folder, [fold], device, alone=previous is not None, trust_code=trust_code, workspace=workspace)
     before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
     return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before)
 

@@ -132,7 +132,7 @@ def predict_for_next_stage(
             sweep(where)
             todo = [case_id for case_id in mine if map_key(targets[case_id]) != keys[case_id]]
             if todo:
-                model = load(first.folder, [fold], device)
+                model = load(first.folder, [fold], device, workspace=first.folder.absolute().parents[2])
                 for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
                     target = open_second(case_id)
                     classes = _predicted(model, open_first(case_id), target)
