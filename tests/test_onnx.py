@@ -142,7 +142,7 @@ def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, hippocampus: Pat
         agree(model, exported, image.array, image.geometry.spacing)
         np.testing.assert_array_equal(exported(scan), exported(image.array[0], image.geometry.spacing))
     agree(model, exported, read_image(scans[0]).array[:, :, ::2], (1.0, 2.0, 1.0))  # resampled, and brought back
-    with pytest.raises(UserError, match="has 2 channels, the plan 1"):
+    with pytest.raises(UserError, match="has 2 channels, the model expects 1"):
         exported(np.zeros((2, 8, 8, 8)))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,8 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.budget import GB, free_memory
-from nnunet_lite.data.images import Image, read_image
-from nnunet_lite.errors import UserError
+from nnunet_lite.data.images import Image
+from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_image
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
@@ -62,21 +64,21 @@ class Model:
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
 
-    def __call__(
-        self, image: np.ndarray | str | Path | Image, spacing: Sequence[float] = (1.0, 1.0, 1.0)
-    ) -> np.ndarray:
+    def __call__(self, image: Any, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Segment an image.
 
         Parameters
         ----------
-        image : a file, an Image, or an array (z, y, x) or (channels, z, y, x).
-        spacing : of an array's voxels, (z, y, x), in mm.
+        image : a file, an Image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
+        spacing : of an array's voxels, (z, y, x), in mm; without it 1 mm is taken, which is logged once.
+
+        Raises
+        ------
+        UserError : the image cannot be read or is none, has other channels than the model, or voxels that are NaN or
+            infinite; or the networks compute such values.
         """
-        if isinstance(image, str | Path):
-            image = read_image(Path(image))
-        elif isinstance(image, np.ndarray):
-            image = as_image(image, spacing)
-        return predict_image(self, image)
+        with naming(image) if isinstance(image, str | PathLike) else nullcontext():
+            return predict_image(self, as_image(image, spacing))
 
 
 def load(
