@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import nnunet_lite
+from nnunet_lite import api
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.crossval import validate_fold
@@ -174,6 +175,32 @@ def test_code_of_other_models_is_not_run(
     assert not mark.exists() and not (tmp_path / "out").exists()
     assert command(*predict, "--trust-code", cwd=tmp_path)[0] == 0
     assert mark.is_file() and (tmp_path / "out" / scan.name).is_file()
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["folder", "link"])
+def test_what_is_trained_in_the_workspace_needs_no_flag(
+    tiny_workspace: Path, tiny_settings: dict[str, Any], hippocampus: Path, tmp_path: Path, linked: bool
+) -> None:
+    """Training validates with the code of its own request, wherever the links of a workspace lead."""
+    workspace = tmp_path / "w"
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))
+    models = workspace / "Task04_Hippocampus" / "models"
+    if linked:
+        (tmp_path / "large_disk").mkdir()
+        models.symlink_to(tmp_path / "large_disk")
+    (tmp_path / "own_net.py").write_text(OWN.format(mark=str(tmp_path / "was_run")))
+    changes = {key: value for key, value in tiny_settings.items() if not key.startswith("network.")} | QUICK
+    changes |= {"training.epochs": 1, "network.factory": f"{tmp_path / 'own_net.py'}:make"}
+    scores = api.train("3d_fullres", 0, changes=changes, workspace=workspace, name="own", device="cpu")
+    assert scores is not None
+    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+    if linked:
+        with pytest.raises(UserError, match="names code to run"):
+            api.predict(scan, tmp_path / "out", workspace=workspace, device="cpu")
+        api.predict(scan, tmp_path / "out", workspace=workspace, device="cpu", trust_code=True)
+    else:
+        api.predict(scan, tmp_path / "out", workspace=workspace, device="cpu")
+    assert (tmp_path / "out" / scan.name).is_file()
 
 
 def test_select_does_not_run_the_code_that_a_link_leads_to(coded: Path, tiny_workspace: Path, tmp_path: Path) -> None:

@@ -324,7 +324,9 @@ def test_an_imported_model_is_all_that_info_and_predict_need(
     assert command("import", other, cwd=tmp_path)[0] == 0
     for step in (("info",), ("predict", "-i", scan, "-o", "out")):
         code, _, err = command(*step, cwd=tmp_path)
-        assert code == 2 and "models of several datasets. Choose with -d: Dataset004_Hippocampus, Dataset005" in err, err
+        assert code == 2 and "models of several datasets. Choose with -d: Dataset004_Hippocampus, Dataset005" in err, (
+            err
+        )
     code, out, _ = command("info", "-d", "Dataset004", cwd=tmp_path)
     assert code == 0 and place.name in out
 
