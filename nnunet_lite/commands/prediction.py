@@ -168,7 +168,9 @@ def _source_and_target(
     ------
     UserError : one of them is given twice, or there is no target.
     """
-    if output is None and second is None and (model is not None or (first is not None and not _is_model(first))):
+    from nnunet_lite.training.run import is_model
+
+    if output is None and second is None and (model is not None or (first is not None and not is_model(first))):
         first, second = None, first
     if second is not None and output is not None:
         raise UserError(f"two places to write to are given: {second} and, with -o, {output}", fix=_GRAMMAR)
@@ -176,7 +178,3 @@ def _source_and_target(
     if target is None:
         raise UserError("where to write it is not given", source, _GRAMMAR)
     return source, target
-
-
-def _is_model(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("run.json", "plans.json"))

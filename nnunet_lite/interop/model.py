@@ -18,7 +18,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.interop.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.plan.schema import Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
-from nnunet_lite.training.run import FORMAT, MODEL, set_aside, versions
+from nnunet_lite.training.run import FORMAT, MODEL, models_near, set_aside, versions
 from nnunet_lite.training.swaps import swap_of
 from nnunet_lite.workspace import read_json, understood, write_json, write_text
 
@@ -78,7 +78,8 @@ def chosen_folds(folder: Path, folds: Sequence[str | int] | None, checkpoint: Ch
     UserError : the folder is none of nnU-Net's, no fold has this checkpoint, or not one of those that are asked for.
     """
     if not is_nnunet(folder):
-        raise UserError("is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)", folder)
+        what = "is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)"
+        raise UserError(what, folder, models_near(folder))
     found, name = nnunet_folds(folder, checkpoint), _file(checkpoint)
     begun = sorted({file.parent.name.removeprefix("fold_") for file in folder.glob("fold_*/checkpoint_*.pth")})
     lacking = [fold for fold in begun if fold not in found]
