@@ -15,6 +15,7 @@ from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZipFile, ZipInfo
 import numpy as np
 import pytest
 
+from nnunet_lite import api
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.interop import unpack as unpacking
