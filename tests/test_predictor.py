@@ -266,6 +266,7 @@ ARRAYS: dict[str, tuple[Any, Any, str]] = {
     "a negative spacing": (NUMBERS, (-1.0, 1.0, 1.0), "three positive numbers"),
     "one number for the spacing": (NUMBERS, 1.0, "spacing of 1.0"),
     "four numbers for the spacing": (NUMBERS, (1.0, 1.0, 1.0, 1.0), "three positive numbers"),
+    "digits for the spacing": (NUMBERS, "111", "spacing of '111'"),
     "words for the spacing": (NUMBERS, ("one", "1", "1"), "three positive numbers"),
     "an empty array": (np.zeros((0, 4, 4)), (1.0, 1.0, 1.0), "shape (0, 4, 4)"),
     "no channel": (np.zeros((0, 4, 4, 4)), (1.0, 1.0, 1.0), "shape (0, 4, 4, 4)"),

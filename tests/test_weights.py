@@ -428,6 +428,8 @@ def test_the_checkpoint_that_is_asked_for_is_read(three_folds: Path, tmp_path: P
         ([1], "final", r"fold 1 has no checkpoint_final\.pth\. --checkpoint best takes .* which fold 1 has"),
         ([0], "best", r"fold 0 has no checkpoint_best\.pth\. --checkpoint final takes"),
         ([3], "final", r"has no trained fold 3\. Trained folds: 0, 2"),
+        ([], "final", r"no fold of it is asked for\. Trained folds: 0, 2"),
+        (None, "latest", r"there is no checkpoint 'latest'\. Give \"final\" or \"best\""),
         (["zero"], "best", r"has no trained fold zero\. Trained folds: 1, 2"),
     ],
 )

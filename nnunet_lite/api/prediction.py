@@ -41,7 +41,7 @@ def predict(
     *,
     model: Folder | Sequence[Folder] | None = None,
     configuration: str | Sequence[str] | None = None,
-    folds: Sequence[str | int] | None = None,
+    folds: Sequence[str | int] | str | int | None = None,
     speed: Literal["fast", "balanced", "best"] | None = None,
     save_probabilities: str | None = None,
     save_uncertainty: bool = False,
@@ -87,16 +87,20 @@ def predict(
     from nnunet_lite.models import SPEEDS, chosen, first_fold, in_our_form, load_all, model_at
     from nnunet_lite.training.run import trained_folds
 
+    sources = [Path(one) for one in _listed(source)]
+    if not sources:
+        raise UserError("no image is given to predict")
     paths = None if model else current_paths(workspace, dataset, needs_plan=False)
     given = [model_at(one, folder_of(workspace)) for one in _listed(model or ())]
-    choice = chosen(paths, given, [] if configuration is None else _listed(configuration), folds, postprocess)
+    wanted = None if folds is None else _listed(folds)
+    choice = chosen(paths, given, [] if configuration is None else _listed(configuration), wanted, postprocess)
     folders, folds = choice.folders, choice.folds
     if speed == "fast" and choice.all_folds:
         folds = first_fold(folders, checkpoint) if folds is None else folds[:1]
     code: dict[str, Any] = {"trust_code": trust_code, "workspace": folder_of(workspace)}
     with in_our_form(folders, folds, checkpoint) as ours:
         plan = read_model(ours[0])[0]
-        cases = find_all_cases([Path(one) for one in _listed(source)], len(plan.channels))
+        cases = find_all_cases(sources, len(plan.channels))
         asked = () if save_probabilities is None else wanted_labels(save_probabilities, plan.labels)
         changes = {**SPEEDS[speed or "best"], **(changes or {})}
         rules = {label: str(rule) for label, rule in choice.rules.items()}
@@ -182,7 +186,7 @@ def _predict_on(scheduler: str, parcel: _Parcel, cases: Sequence[Case]) -> tuple
 
 
 def _listed(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | Path) else list(given)
+    return [given] if isinstance(given, str | int | Path) else list(given)
 
 
 def import_model(

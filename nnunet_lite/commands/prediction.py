@@ -50,7 +50,9 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
     model: Annotated[
         list[Path] | None,
-        typer.Option("-m", "--model", help="Model folder [as selected, or trained]; several vote together."),
+        typer.Option(
+            "-m", "--model", help="Model folder, nnU-Net's too, zip, or name [as selected, or trained]; several vote."
+        ),
     ] = None,
     configuration: Annotated[
         list[str] | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together.")

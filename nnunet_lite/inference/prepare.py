@@ -154,7 +154,7 @@ def _spacing(given: Sequence[float]) -> tuple[float, float, float]:
     UserError : it is none.
     """
     try:
-        z, y, x = (float(value) for value in given)
+        z, y, x = () if isinstance(given, str) else (float(value) for value in given)
         if all(0 < value < math.inf for value in (z, y, x)):
             return z, y, x
     except (TypeError, ValueError):

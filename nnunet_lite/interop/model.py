@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
@@ -48,6 +48,8 @@ def nnunet_folds(folder: Path, checkpoint: Checkpoint = "final") -> dict[str, Pa
 
 
 def _file(checkpoint: Checkpoint) -> str:
+    if checkpoint not in get_args(Checkpoint):
+        raise UserError(f"there is no checkpoint {checkpoint!r}", fix='Give "final" or "best".')
     return f"checkpoint_{checkpoint}.pth"
 
 
@@ -89,13 +91,16 @@ def chosen_folds(folder: Path, folds: Sequence[str | int] | None, checkpoint: Ch
     if not found:
         raise UserError(f"no fold has a {name} (fold {', '.join(begun)} is there without)", folder, fix)
     wanted = list(found) if folds is None else [str(fold) for fold in folds]
+    if not wanted:
+        raise UserError("no fold of it is asked for", folder, f"Trained folds: {', '.join(found)}.")
     for fold in wanted:
         if fold in lacking:
             raise UserError(f"fold {fold} has no {name}", folder, fix)
         if fold not in found:
             raise UserError(f"has no trained fold {fold}", folder, f"Trained folds: {', '.join(found)}.")
     if folds is None and lacking:
-        used, left = ", ".join(found), ", ".join(lacking)
+        used = ", ".join([fold for fold in found if fold != "all"] or found)  # as `trained_folds` averages them
+        left = ", ".join(lacking)
         log.warn(f"{folder}: fold {used} used ({name}), fold {left} left out (no {name}). {fix}".rstrip())
     return [found[fold] for fold in wanted]
 
