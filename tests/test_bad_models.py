@@ -286,7 +286,7 @@ ZIPS = {
         "predict -i scan.nii.gz -o out -m theirs",
         ("checkpoint_final.pth", "--checkpoint best"),
     ),
-    "nothing but a checkpoint of a run that goes on": Bad(
+    "nothing but the checkpoint of a run that continues": Bad(
         theirs_with(lambda f: checkpoint_of(f).rename(f / "fold_0" / "checkpoint_latest.pth")),
         "info theirs",
         ("checkpoint_final.pth", "fold 0"),
