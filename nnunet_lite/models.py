@@ -180,7 +180,12 @@ def in_our_form(
     from nnunet_lite.interop.unpack import unpacked
 
     with ExitStack() as stack:
-        ours = [stack.enter_context(native(stack.enter_context(unpacked(f)), folds, checkpoint)) for f in folders]
+        found = [stack.enter_context(unpacked(folder)) for folder in folders]
+        for given, folder in zip(folders, found, strict=True):
+            if checkpoint != "final" and (folder / "run.json").is_file():
+                what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
+                raise UserError(what, given, "Leave out --checkpoint.")
+        ours = [stack.enter_context(native(folder, folds, checkpoint)) for folder in found]
         plans = [read_model(folder)[0] for folder in ours]
         for folder, plan in zip(folders[1:], plans[1:], strict=True):
             for what in ("labels", "axis_order"):

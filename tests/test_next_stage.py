@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import zoom
 
+import nnunet_lite
 from nnunet_lite import api
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image, read_label
@@ -107,6 +108,23 @@ def test_predictions_for_the_second_stage_are_those_of_the_fold(trained: Path, p
     assert stored.shape == second.label.shape and stored.dtype == np.uint8
     assert (stored[:] != fine.argmax(0)).mean() < 1e-3
     assert len(np.unique(stored[:])) > 1, "or this would say nothing"
+
+
+def test_the_code_of_a_first_stage_is_not_run(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    """Neither where both stages are copies elsewhere, nor where the first one is a link that leads there."""
+    mark, out = tmp_path / "was_run", tmp_path / "elsewhere"
+    (tmp_path / "own_net.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n")
+    shutil.copytree(trained, out)
+    run = read_json(out / f"{FIRST}-tiny" / "run.json")
+    run["settings"]["network"]["factory"] = f"{tmp_path / 'own_net.py'}:make"
+    write_json(out / f"{FIRST}-tiny" / "run.json", run)
+    linked = tmp_path / "workspace" / "Task04_Hippocampus" / "models"
+    shutil.copytree(trained / "tiny", linked / "tiny")
+    (linked / f"{FIRST}-tiny").symlink_to(out / f"{FIRST}-tiny")
+    for folder, place in ((out, workspace), (linked, tmp_path / "workspace")):
+        with pytest.raises(UserError, match=rf"{folder}/{FIRST}-tiny: names code to run"):
+            nnunet_lite.load(folder / "tiny", device="cpu", workspace=place)
+    assert not mark.exists()
 
 
 def test_a_first_stage_whose_logits_are_not_finite_names_the_case(

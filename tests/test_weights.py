@@ -455,8 +455,10 @@ def test_a_model_without_any_final_checkpoint_needs_the_option(
                       ("export", three_folds, "model.zip", "-chk", "best")):  # fmt: skip
         assert command(*arguments, cwd=tmp_path)[0] == 0
     assert {"out", "new", "model.zip"} <= {path.name for path in tmp_path.iterdir()}
-    code, _, err = command("info", "new", "-chk", "best", cwd=tmp_path)
-    assert code == 2 and "new: has no best checkpoint: it is no model of nnU-Net. Leave out --checkpoint" in err
+    for ours in ("new", "model.zip"):
+        code, _, err = command("info", ours, "-chk", "best", cwd=tmp_path)
+        says = f"error: {ours}: has no best checkpoint: it is no model of nnU-Net. Leave out --checkpoint.\n"
+        assert (code, err) == (2, says)
 
 
 def test_what_is_no_model_of_nnunet_is_told(theirs: Callable[[str], Path], tmp_path: Path) -> None:

@@ -116,12 +116,9 @@ def native(folder: Path, folds: Sequence[str | int] | None = None, checkpoint: C
 
     Raises
     ------
-    UserError : as `import_model`, or another checkpoint than the final one is asked of a model of ours.
+    UserError : as `import_model`.
     """
     if not is_nnunet(folder):
-        if checkpoint != "final" and (folder / "run.json").is_file():
-            raise UserError(f"has no {checkpoint} checkpoint: it is no model of nnU-Net", folder,
-                            "Leave out --checkpoint.")  # fmt: skip
         yield folder
         return
     with TemporaryDirectory(prefix="nnlite-") as temporary:
