@@ -15,6 +15,7 @@ from nnunet_lite import log
 from nnunet_lite.workspace import Paths, understood
 
 if TYPE_CHECKING:
+    from nnunet_lite.interop.model import Checkpoint
     from nnunet_lite.plan.schema import Plan
 
 # what pyproject.toml asks for
@@ -33,13 +34,25 @@ class About:
     text: str
 
 
-def describe_model(folder: Path) -> About:
-    """What a model folder holds.
+def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
+    """What a model is: a model folder, ours or nnU-Net's, or an exported zip. Nothing that it may carry is run.
+
+    Parameters
+    ----------
+    checkpoint : of each fold of a model of nnU-Net.
 
     Raises
     ------
-    UserError : it is no model folder.
+    UserError : it is no model.
     """
+    from nnunet_lite.models import in_our_form
+
+    with in_our_form([model], None, checkpoint) as (folder,):
+        return _described(model, folder)
+
+
+def _described(model: Path, folder: Path) -> About:
+    """What a model folder holds; it is that of `model`, in our form."""
     from nnunet_lite.evaluation.crossval import mean_dice
     from nnunet_lite.inference.predictor import read_model
     from nnunet_lite.plan.show import length_unit
@@ -57,7 +70,7 @@ def describe_model(folder: Path) -> About:
     begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
     network = configuration.network
     values = {
-        "model": str(folder),
+        "model": str(model),
         "dataset": plan.dataset,
         "configuration": run["configuration"],
         "recipe": run["settings"]["recipe"],
@@ -75,7 +88,7 @@ def describe_model(folder: Path) -> About:
         "settings": run["settings"],
     }
     lines = [
-        f"{folder}: {run['configuration']} of {plan.dataset}, recipe {run['settings']['recipe']}",
+        f"{model}: {run['configuration']} of {plan.dataset}, recipe {run['settings']['recipe']}",
         f"channels  {', '.join(c.name for c in plan.channels)}",
         f"labels    {', '.join(plan.labels.region_names)}",
         f"axes      {_orientation(plan)}",
@@ -96,15 +109,19 @@ def _orientation(plan: Plan) -> str:
 
 
 def describe_dataset(paths: Paths) -> About:
-    """What the workspace has of a data set: cases, plan, models."""
+    """What the workspace has of a dataset: cases, plan, models; of one that is not planned, its imported models."""
     from nnunet_lite.data.dataset import stored_dataset
     from nnunet_lite.evaluation.selection import read_selection, trained_since
     from nnunet_lite.plan.schema import Plan
     from nnunet_lite.plan.show import plan_table
     from nnunet_lite.training.run import first_training, model_folders
 
-    plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
     models = [describe_model(folder) for folder in model_folders(paths)]
+    if not paths.plans.is_file():
+        about = {"dataset": paths.name, "workspace": str(paths.root.parent), "models": [m.values for m in models]}
+        head = f"{paths.name}: models alone; the dataset itself is not planned in {paths.root.parent}"
+        return About(about, "\n\n".join([head, *(model.text for model in models)]))
+    plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
     values = {
         "dataset": paths.name,
         "workspace": str(paths.root.parent),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,17 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:  # an exception travels between processes by what it was made with
         return type(self), (self.what, self.file, self.fix)
+
+
+@contextmanager
+def naming(file: str | PathLike[str]) -> Iterator[None]:
+    """Let a mistake that is noticed in a block name the file, or the case, that it is about, unless it names one."""
+    try:
+        yield
+    except UserError as error:
+        if error.file is not None:
+            raise
+        raise UserError(error.what, str(file), error.fix) from error
 
 
 class Busy(UserError):

@@ -169,7 +169,10 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     if planned is not None and planned["step_size"] != run.settings.inference.step_size:
         step_size = planned["step_size"]
     before = _predicted(run, held_out, device)
-    return validate_fold(run.folder, run.split.name, run.dataset, held_out, request.device, before, step_size)
+    return validate_fold(
+        run.folder, run.split.name, run.dataset, held_out, request.device, before, step_size,
+        trust_code=True,  # `_open` made sure that the model names the code of this request and no other
+    )  # fmt: skip
 
 
 def _say_what_is_trained(run: Run) -> None:

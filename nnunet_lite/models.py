@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths
+from nnunet_lite.workspace import Paths, workspace_folder
 
 if TYPE_CHECKING:
     from nnunet_lite.data.labels import Labels
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nnunet_lite.evaluation.selection import Selection
     from nnunet_lite.inference.folder import Finish
     from nnunet_lite.inference.predictor import Model
+    from nnunet_lite.interop.model import Checkpoint
 
 # --speed: what is changed of the settings; "fast" also takes one fold
 SPEEDS: dict[str, dict[str, Any]] = {
@@ -134,7 +136,9 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     ]
     if not found:
         of = f" {configuration}" if configuration else ""
-        raise UserError(f"no{of} model of {paths.name} is trained", paths.models, f"Run `{first_training(paths)}`.")
+        have = [f"{folder.name} ({run['configuration']})" for folder, run in runs.items()]
+        todo = f"Run `{first_training(paths)}`." if paths.plans.is_file() else f"There is: {', '.join(have)}."
+        raise UserError(f"no{of} model of {paths.name} is trained", paths.models, todo)
     n_folds, dice, best = max(found)
     if len(found) > 1:
         why = f"most folds ({n_folds}), then best Dice on held-out cases ({dice:.3f})"
@@ -142,19 +146,41 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     return best
 
 
-def first_fold(folders: Sequence[Path]) -> list[str] | None:
-    """The first fold that all of these models have trained; None where that cannot be told before they are opened."""
+def model_at(given: str | Path, workspace: Path) -> Path:
+    """A model folder or zip from its path, or from the name of a model in the workspace.
+
+    Raises
+    ------
+    UserError : several datasets have a model of that name.
+    """
+    path = Path(given).expanduser()
+    if path.exists() or len(path.parts) != 1:
+        return path
+    found = sorted(file.parent for file in workspace.glob("*/models/*/run.json") if file.parent.name == path.name)
+    if len(found) > 1:
+        raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path.")
+    return found[0] if found else path
+
+
+def first_fold(folders: Sequence[Path], checkpoint: Checkpoint = "final") -> list[str] | None:
+    """The first fold that all of these models have trained; None where that is unknown before they are opened."""
     from nnunet_lite.interop.model import nnunet_folds
     from nnunet_lite.training.run import trained_folds
 
-    have = [nnunet_folds(folder) or trained_folds(folder) for folder in folders]
+    have = [list(nnunet_folds(folder, checkpoint)) or trained_folds(folder) for folder in folders]
     shared = [str(fold) for fold in have[0] if all(fold in others for others in have)]
     return shared[:1] or None
 
 
 @contextmanager
-def in_our_form(folders: Sequence[Path], folds: Sequence[str | int] | None = None) -> Iterator[list[Path]]:
+def in_our_form(
+    folders: Sequence[Path], folds: Sequence[str | int] | None = None, checkpoint: Checkpoint = "final"
+) -> Iterator[list[Path]]:
     """Model folders in our form: of zips, and of models that nnU-Net wrote, copies that the block's end deletes.
+
+    Parameters
+    ----------
+    checkpoint : of each fold of a model of nnU-Net.
 
     Raises
     ------
@@ -165,7 +191,12 @@ def in_our_form(folders: Sequence[Path], folds: Sequence[str | int] | None = Non
     from nnunet_lite.interop.unpack import unpacked
 
     with ExitStack() as stack:
-        ours = [stack.enter_context(native(stack.enter_context(unpacked(f)), folds)) for f in folders]
+        found = [stack.enter_context(unpacked(folder)) for folder in folders]
+        for given, folder in zip(folders, found, strict=True):
+            if checkpoint != "final" and (folder / "run.json").is_file():
+                what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
+                raise UserError(what, given, "Leave out --checkpoint.")
+        ours = [stack.enter_context(native(folder, folds, checkpoint)) for folder in found]
         plans = [read_model(folder)[0] for folder in ours]
         for folder, plan in zip(folders[1:], plans[1:], strict=True):
             for what in ("labels", "axis_order"):
@@ -179,26 +210,39 @@ def in_our_form(folders: Sequence[Path], folds: Sequence[str | int] | None = Non
 
 def load(
     folder: str | Path | Sequence[str | Path],
-    folds: Sequence[str | int] | None = None,
+    folds: Sequence[str | int] | str | int | None = None,
     device: str | None = None,
     changes: dict[str, Any] | None = None,
+    *,
+    checkpoint: Checkpoint = "final",
+    trust_code: bool = False,
+    workspace: str | Path | None = None,
 ) -> Model:
     """Load a model folder, ours or nnU-Net's, or a zip; `model(array, spacing)` or `model("scan.nii.gz")` segments.
 
     Parameters
     ----------
-    folder : or several, which then vote with the mean of their probabilities.
-    folds : which; by default all that are trained.
+    folder : its path, or the name of a model in the workspace; or several, which then vote with the mean of their
+        probabilities.
+    folds : one, or several; by default all that are trained.
     device : cpu, cuda, cuda:1; by default a GPU if there is one.
     changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
+    checkpoint : "final" or "best", of each fold of an nnU-Net model. Folds that lack it are left out, which is logged.
+    trust_code : run the code that makes the model's network, if its `network.factory` names any. Without it only models
+        in the workspace may.
+    workspace : default: NNLITE_WORKSPACE, or ./nnlite_workspace.
 
     Raises
     ------
-    UserError : no model there, or not that fold, or they cannot vote together.
+    UserError : no model there, or not that fold, or they cannot vote together, or they name code that is not trusted.
     """
-    folders = [Path(folder)] if isinstance(folder, str | Path) else [Path(one) for one in folder]
-    with in_our_form(folders, folds) as ours:
-        return load_all(folders, ours, folds, device, changes)
+    place = workspace_folder(None if workspace is None else Path(workspace))
+    folders = [model_at(one, place) for one in ([folder] if isinstance(folder, str | Path) else folder)]
+    if not folders:
+        raise UserError("no model folder is given")
+    wanted = [folds] if isinstance(folds, str | int) else folds
+    with in_our_form(folders, wanted, checkpoint) as ours:
+        return load_all(folders, ours, wanted, device, changes, trust_code=trust_code, workspace=place)
 
 
 def load_all(
@@ -207,11 +251,16 @@ def load_all(
     folds: Sequence[str | int] | None,
     device: str | None,
     changes: dict[str, Any] | None,
+    *,
+    trust_code: bool,
+    workspace: Path,
 ) -> Model:
-    """One model of those that lie in `ours`, the forms of `folders` that `in_our_form` gives."""
+    """One model of those in `ours`, the forms of `folders` that `in_our_form` gives."""
     from nnunet_lite.inference.predictor import load as load_ours
     from nnunet_lite.interop.model import relocated
 
-    pairs = zip(folders, ours, strict=True)
-    first, *others = [relocated(load_ours(path, folds, device, changes), folder) for folder, path in pairs]
+    load_one = partial(
+        load_ours, folds=folds, device=device, changes=changes, trust_code=trust_code, workspace=workspace
+    )
+    first, *others = [relocated(load_one(path), folder) for folder, path in zip(folders, ours, strict=True)]
     return replace(first, partners=tuple(others))

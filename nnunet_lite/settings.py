@@ -73,7 +73,7 @@ class TrainingSettings(_Section):
     seed: int | None = Field(
         None, ge=0, description="makes two runs identical on the CPU, unless a time limit ends them"
     )
-    init: str | None = Field(None, description="model folder to start from, fine-tuning")
+    init: str | None = Field(None, description="model to start from, ours or nnU-Net's: fine-tuning")
     freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that stay as they are")
     tensorboard: bool = Field(False, description="write TensorBoard's files too; needs the extra `track`")
     max_bad_steps: int = Field(20, ge=1, description="steps with a non-finite loss that are skipped before giving up")

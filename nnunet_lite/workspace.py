@@ -181,6 +181,29 @@ class Paths:
         return self.root / "inference.json"
 
 
+def _imported(workspace: Path, given: str | None) -> Paths | None:
+    """The dataset called `given`, or the only one of the workspace, if it has models and no plan; else None."""
+    found = {file.parents[2] for file in workspace.glob("*/models/*/run.json")}
+    found = {root for root in found if not (root / "plans.json").is_file()}
+    if given is not None:
+        found &= set(_named(workspace, Path(given).name))
+    elif any(workspace.glob("*/plans.json")):
+        return None
+    if given is None and len(found) > 1:
+        names = ", ".join(sorted(root.name for root in found))
+        raise UserError(f"the workspace {workspace} has models of several datasets", fix=f"Choose with -d: {names}.")
+    return Paths(found.pop()) if len(found) == 1 else None
+
+
+def is_model_of(workspace: Path, folder: Path) -> bool:
+    """Whether a model folder is in a workspace: WORKSPACE/DATASET/models/MODEL, once all links are followed.
+
+    A link in the workspace that leads to another place is no model of the workspace.
+    """
+    above = (folder / "run.json").resolve().parents
+    return len(above) > 3 and above[1].name == "models" and above[3] == workspace.resolve()
+
+
 def workspace_folder(given: Path | None = None) -> Path:
     """The workspace: what was given, else NNLITE_WORKSPACE, else ./nnlite_workspace."""
     return Path(given or os.environ.get("NNLITE_WORKSPACE") or "nnlite_workspace").expanduser().absolute()
@@ -243,18 +266,21 @@ def planned_datasets(workspace: Path) -> list[str]:
     return sorted(path.parent.name for path in workspace.glob("*/plans.json"))
 
 
-def current(workspace: Path, given: str | None = None, only_reads: bool = False) -> Paths:
+def current(workspace: Path, given: str | None = None, *, only_reads: bool = False, needs_plan: bool = True) -> Paths:
     """The planned dataset to work on: `given` (a name, the start of one, or a path to the raw data), else the only one.
 
     Parameters
     ----------
     only_reads : nothing will be written: of several datasets, the one planned last is taken.
+    needs_plan : False: a dataset of which only models are there, imported ones, will do.
 
     Raises
     ------
     UserError : there is none, or not that one, or there are several and none is given.
     """
     have = planned_datasets(workspace)
+    if not needs_plan and (imported := _imported(workspace, given)) is not None:
+        return imported
     if given is None:
         if not (workspace / "current.json").is_file():
             raise UserError(f"no data set is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")

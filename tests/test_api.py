@@ -114,6 +114,10 @@ def test_from_raw_data_to_a_score(copy_dataset: Callable[..., Path], hippocampus
 
 
 def test_mistakes_are_exceptions_with_the_same_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no image is given"):
+        nnunet_lite.predict([], tmp_path / "out", workspace=tmp_path)
+    with pytest.raises(UserError, match="no model folder is given"):
+        nnunet_lite.load([])
     with pytest.raises(UserError, match=r"there is no data set 'Nothing'\. Give its folder, or a name in one of: "):
         nnunet_lite.plan("Nothing", workspace=tmp_path)
     with pytest.raises(UserError, match="no data set is planned in the workspace"):

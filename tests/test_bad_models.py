@@ -5,6 +5,7 @@ What a hostile zip may try is in test_bundle.py in full; here it meets the comma
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -138,6 +139,19 @@ def folder_of(*names: str) -> Callable[[Path], None]:
     return make
 
 
+def overflowing(place: Path) -> None:
+    """Weights that are finite, and logits that are not."""
+    from safetensors.numpy import load_file, save_file
+
+    from nnunet_lite.training.checkpoint import read_state
+
+    tensors, about = load_file(place / WEIGHTS), read_state(place / WEIGHTS)
+    for name in tensors:
+        if name.startswith("heads."):
+            tensors[name] = np.full_like(tensors[name], 3e38)
+    save_file(tensors, place / WEIGHTS, {"state": json.dumps(about)})
+
+
 MODELS = {
     "no model there": asked("predict -i scan.nii.gz -o out -m nowhere", "nowhere"),
     "a file for the model": asked("predict -i scan.nii.gz -o out -m scan.nii.gz", "scan.nii.gz"),
@@ -241,6 +255,42 @@ ZIPS = {
         ("new",),
     ),
     "an export to nowhere": asked("export -m model", "nnlite export"),
+    "an export to nowhere, of an argument": asked("export model", "model: where to write", "FILE.zip"),
+    "an export of an argument to no zip": asked("export model -o exp", "exp: ", "--format nnunet"),
+    "an export of two models": asked("export model -m model -o exp.zip", "two models"),
+    "an export to two places": asked("export model a.zip -o b.zip", "a.zip and, with -o, b.zip"),
+    "an export of too much": asked("export model a.zip b.zip", "b.zip"),
+    "an export of a format to a zip": asked("export model exp.zip --format nnunet", "exp.zip", "nnunet"),
+    "an export of an unknown format": asked("export model exp --format keras", "keras"),
+    "an export of a model that is not there": asked("export nowhere --format nnunet -o exp", "nowhere"),
+    "an export over a file": asked("export model scan.nii.gz --format nnunet", "scan.nii.gz", "already"),
+    "an import of a model of ours": asked("import model", "model: ", "is a model folder of nnlite already", "-m"),
+    "an import of a fold": asked("import model/fold_0", "fold_0", "model folder"),
+    "an import of one checkpoint": Bad(
+        theirs_with(lambda f: None), "import theirs/fold_0/checkpoint_final.pth", ("checkpoint_final.pth",)
+    ),
+    "an import of nnU-Net's folder of models": Bad(
+        lambda place: shutil.copytree(NNUNET, place / "Dataset004" / "trainer__plans__3d"),
+        "import Dataset004", ("Dataset004", "trainer__plans__3d"),
+    ),
+    "an import of nnU-Net's zip": Bad(
+        lambda place: (shutil.make_archive(str(place / "model"), "zip", NNUNET)), IMPORT, ("model.zip", "Unpack it")
+    ),
+    "the best checkpoint of a model of ours": asked(f"{PREDICT} -chk best", "model: ", "--checkpoint"),
+    "an unknown checkpoint": asked(f"{PREDICT} -chk latest", "latest"),
+    "no best checkpoint": Bad(
+        theirs_with(lambda f: None), "import theirs -o new -chk best", ("checkpoint_best.pth", "--checkpoint final")
+    ),
+    "no final checkpoint": Bad(
+        theirs_with(lambda f: checkpoint_of(f).rename(f / "fold_0" / "checkpoint_best.pth")),
+        "predict -i scan.nii.gz -o out -m theirs",
+        ("checkpoint_final.pth", "--checkpoint best"),
+    ),
+    "nothing but the checkpoint of a run that continues": Bad(
+        theirs_with(lambda f: checkpoint_of(f).rename(f / "fold_0" / "checkpoint_latest.pth")),
+        "info theirs",
+        ("checkpoint_final.pth", "fold 0"),
+    ),
     "an export that is no zip": asked("export model.tar -m model", "zip"),
     "an export of no model": asked("export model.zip -m nowhere", "nowhere"),
 }  # fmt: skip
@@ -268,6 +318,10 @@ INPUTS = {
         "evaluate scan.nii.gz ref.nii.gz",
     ),
     "info of nothing": asked("info nowhere", "nowhere"),
+    "info of an image": asked("info scan.nii.gz", "scan.nii.gz"),
+    "info of a fold": asked("info model/fold_0", "model/fold_0", "Give model,"),
+    "info of two models": asked("info model -m model", "two models"),
+    "info of a folder of models": asked("info .", "model"),
 }  # fmt: skip
 
 IMAGES = {
@@ -277,6 +331,7 @@ IMAGES = {
     "three channels for one": Bad(image(np.zeros((8, 8, 8, 3), np.uint8)), PREDICT, ("3 channels", "expects 1")),
     "complex numbers": Bad(image(np.zeros((8, 8, 8), np.complex64)), PREDICT, ("complex",)),
     "five dimensions": Bad(image(np.zeros((4, 4, 4, 2, 2), np.uint8)), PREDICT, ("dimensions",)),
+    "logits that are infinite": Bad(overflowing, f"{PREDICT} --precision bf16", ("--precision fp32",)),
     "an image of NaN": Bad(image(np.full((8, 8, 8), np.nan, np.float32)), PREDICT, ("scan",)),
 }
 

@@ -15,6 +15,7 @@ from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZipFile, ZipInfo
 import numpy as np
 import pytest
 
+from nnunet_lite import api
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.interop import unpack as unpacking
@@ -180,6 +181,17 @@ def test_a_model_that_is_there_is_only_replaced_on_request(bundle: Path, tmp_pat
     assert (tmp_path / "old_tiny_1" / "mine.txt").is_file(), "set aside, not deleted"
     with pytest.raises(UserError, match=r"tiny\.zip: is there already"):
         pack(folder, bundle)
+
+
+def test_an_imported_model_has_a_name_that_says_something(copy: Path, tmp_path: Path) -> None:
+    """As it was called when it was packed; where that is `model`, as the zip, or as its configuration and recipe."""
+    models = tmp_path / "w" / "Task04_Hippocampus" / "models"
+    model = copy.rename(copy.with_name("model"))
+    for file, name in (("hippo_v2.zip", "hippo_v2"), ("model.zip", "3d_fullres-default")):
+        pack(model, tmp_path / file)
+        assert api.import_model(tmp_path / file, workspace=tmp_path / "w") == models / name
+    pack(model.rename(model.with_name("mine")), tmp_path / "Model_3.zip")
+    assert api.import_model(tmp_path / "Model_3.zip", workspace=tmp_path / "w") == models / "mine"
 
 
 def test_what_cannot_travel_is_told(copy: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnunet_lite import api
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.interop.model import import_model
 from nnunet_lite.interop.nnunet import description_from_nnunet
 from nnunet_lite.network.unet import UNet
 from nnunet_lite.plan.fingerprint import Fingerprint
@@ -24,6 +25,7 @@ from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.initial import Loaded, Source, adopt, adopted_plan, find_source, freeze, input_names
 from nnunet_lite.workspace import current, read_json, write_json
 
+NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
 LUNG = Labels(names={"background": 0, "lung": 1, "tumour": 2})
 NODULE = Labels(names={"background": 0, "Tumour": 1, "nodule": 2, "lung": 3})
 STAGE = "previous stage: "
@@ -264,6 +266,54 @@ def test_the_fold_to_start_from(tiny_model: Path, tmp_path: Path) -> None:
     (model / "run.json").unlink()
     with pytest.raises(UserError, match="is no model folder"):
         find_source(file, name, "0")
+
+
+def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
+    """Of its model folder, of a checkpoint in one, and of a checkpoint that is alone, which holds the plans too."""
+    theirs = Path(shutil.copytree(NNUNET, tmp_path / "theirs"))
+    (theirs / "fold_0").rename(theirs / "fold_3")
+    shutil.copytree(theirs / "fold_3", theirs / "fold_all")
+    (theirs / "fold_1").mkdir()
+    final, best = theirs / "fold_3" / "checkpoint_final.pth", theirs / "fold_1" / "checkpoint_best.pth"
+    shutil.copy(final, best)
+    shutil.copy(final, tmp_path / "pretrained.pth")
+    name = read_json(theirs / "plans.json")["dataset_name"]
+    assert find_source(theirs, name, "3").file == final
+    assert find_source(theirs, "Other", "3").file.parent.name == "fold_all"
+    for given in (final, best, tmp_path / "pretrained.pth"):
+        source = find_source(given, name, "2")
+        assert source.file == given and source.configuration == "3d_fullres"
+        assert source.plan.configuration("3d_fullres").network.features == (2, 4, 6)
+    for fold in ("fold_3", "fold_all"):
+        shutil.rmtree(theirs / fold)
+    with pytest.raises(UserError, match=r"has no trained fold to start from\. Give the file of another checkpoint"):
+        find_source(theirs, name, "0")
+    (tmp_path / "none.pth").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"none\.pth: is no checkpoint"):
+        find_source(tmp_path / "none.pth", name, "0")
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["folder", "checkpoint"])
+def test_fine_tuning_starts_from_a_model_of_nnunet(
+    tiny_workspace: Path, tiny_settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], alone: bool
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))
+    model = Path(shutil.copy(NNUNET / "fold_0" / "checkpoint_final.pth", tmp_path / "theirs.pth")) if alone else NNUNET
+    length = {"training.epochs": 1, "training.iterations": 1, "training.init": str(model), "training.freeze": "encoder"}
+    own = ("network.features_base", "network.features_max", "training.patch_size")
+    changes = {key: value for key, value in tiny_settings.items() if key not in own} | length
+    changes |= {"inference.step_size": 1.0, "inference.mirroring": False}
+    assert api.train("3d_fullres", "0", changes=changes, workspace=workspace, name="tuned", device="cpu") is not None
+    said = capfd.readouterr().err
+    assert "starting from" in said and "100.0 % of the weights are the model's" in said
+    folder = workspace / "Task04_Hippocampus" / "models" / "tuned"
+    import_model(NNUNET, tmp_path / "imported")
+    old, new = (load_file(f / "fold_0" / "model.safetensors") for f in (tmp_path / "imported", folder))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new if name.startswith("encoder."))
+    planned = Plan.read(folder / "plans.json").configuration("3d_fullres")
+    assert planned.patch_size == (8, 16, 16) and planned.network.features == (2, 4, 6)
 
 
 def test_fine_tuning_starts_where_the_model_ended(

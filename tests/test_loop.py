@@ -221,6 +221,17 @@ def test_a_few_bad_steps_are_left_out_and_counted(job: MakeJob, tiny_cases: list
     assert all(torch.isfinite(weight).all() for weight in load_file(run.folder / MODEL).values())
 
 
+def test_held_out_logits_that_are_not_finite_have_no_dice(
+    job: MakeJob, tiny_cases: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They would count as background: a Dice of 0 for a network that may be a good one."""
+    run = job(cases=[*tiny_cases[:7], spoiled(tiny_cases[7], math.nan)], **{"training.iterations": 1})
+    train_fold(run)
+    for row in rows(run.folder):
+        assert row["validation_loss"] is None and row["mean_dice"] is None and set(row["dice"].values()) == {None}
+    assert "held-out loss not finite" in capfd.readouterr().err
+
+
 def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob) -> None:
     run = job(**{"training.epochs": 1000, "training.time_limit": 0.03, "training.iterations": 10})
     start = time.monotonic()

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import zoom
 
+import nnunet_lite
 from nnunet_lite import api
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.images import read_image, read_label
@@ -30,6 +32,7 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.pipeline import Placement, preprocess, restore_segmentation
 from nnunet_lite.preprocess.store import open_case
 from nnunet_lite.settings import load as load_settings
+from nnunet_lite.training.checkpoint import read_state
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
@@ -105,6 +108,43 @@ def test_predictions_for_the_second_stage_are_those_of_the_fold(trained: Path, p
     assert stored.shape == second.label.shape and stored.dtype == np.uint8
     assert (stored[:] != fine.argmax(0)).mean() < 1e-3
     assert len(np.unique(stored[:])) > 1, "or this would say nothing"
+
+
+def test_the_code_of_a_first_stage_is_not_run(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    """Neither where both stages are copies elsewhere, nor where the first one is a link that leads there."""
+    mark, out = tmp_path / "was_run", tmp_path / "elsewhere"
+    (tmp_path / "own_net.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n")
+    shutil.copytree(trained, out)
+    run = read_json(out / f"{FIRST}-tiny" / "run.json")
+    run["settings"]["network"]["factory"] = f"{tmp_path / 'own_net.py'}:make"
+    write_json(out / f"{FIRST}-tiny" / "run.json", run)
+    linked = tmp_path / "workspace" / "Task04_Hippocampus" / "models"
+    shutil.copytree(trained / "tiny", linked / "tiny")
+    (linked / f"{FIRST}-tiny").symlink_to(out / f"{FIRST}-tiny")
+    for folder, place in ((out, workspace), (linked, tmp_path / "workspace")):
+        with pytest.raises(UserError, match=rf"{folder}/{FIRST}-tiny: names code to run"):
+            nnunet_lite.load(folder / "tiny", device="cpu", workspace=place)
+    assert not mark.exists()
+
+
+def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
+    trained: Path, workspace: Path, paths: Paths, changes: dict[str, Any], counts: Callable[..., None]
+) -> None:
+    counts("bad inputs refused in one line")
+    weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
+    old, splits = weights.read_bytes(), read_json(paths.splits)
+    tensors, about = load_file(weights), read_state(weights)
+    tensors["heads.1.weight"].fill_(3e38)
+    save_file(tensors, weights, {"state": json.dumps(about)})
+    before = times(trained)
+    try:
+        with pytest.raises(UserError, match=r"NaN or infinite") as error:
+            api.train(SECOND, 1, changes=changes, workspace=workspace, device="cpu", name="tiny")
+        assert str(error.value).startswith(f"{splits[4]['val'][0]}: ") and "\n" not in str(error.value)
+        assert {**before, **times(trained)} == times(trained)
+    finally:
+        weights.write_bytes(old)
+        shutil.rmtree(trained / "tiny" / "fold_1", ignore_errors=True)
 
 
 def test_nothing_is_made_twice(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:

@@ -142,8 +142,46 @@ def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, hippocampus: Pat
         agree(model, exported, image.array, image.geometry.spacing)
         np.testing.assert_array_equal(exported(scan), exported(image.array[0], image.geometry.spacing))
     agree(model, exported, read_image(scans[0]).array[:, :, ::2], (1.0, 2.0, 1.0))  # resampled, and brought back
-    with pytest.raises(UserError, match="has 2 channels, the plan 1"):
+    with pytest.raises(UserError, match="has 2 channels, the model expects 1"):
         exported(np.zeros((2, 8, 8, 8)))
+
+
+def test_inputs_are_examined_as_with_torch(pair: Pair, counts: Callable[..., None]) -> None:
+    exported = replace(pair[1], mirror_axes=(), step_size=1.0)
+    array = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
+    wanted = exported(array, (1.0, 1.0, 1.0))
+    for same in (array.tolist(), torch.from_numpy(array), array.astype(np.float64)):
+        np.testing.assert_array_equal(exported(same, (1.0, 1.0, 1.0)), wanted)
+    for bad, spacing, says in (
+        (np.full((8, 8, 8), np.nan), (1.0, 1.0, 1.0), "512 voxels of channel MRI NaN"),
+        (np.zeros((0, 8, 8)), (1.0, 1.0, 1.0), "shape"),
+        (array * 1j, (1.0, 1.0, 1.0), "complex64"),
+        (array, (0.0, 1.0, 1.0), "spacing"),
+    ):
+        counts("bad inputs refused in one line")
+        with pytest.raises(UserError, match=says):
+            exported(bad, spacing)
+
+
+class Infinite:
+    """A graph whose sums were too large for float16."""
+
+    def run(self, outputs: list[str], given: dict[str, np.ndarray]) -> list[np.ndarray]:
+        image = given["image"]
+        logits = np.zeros((len(image), 3, *image.shape[2:]), np.float32)
+        logits[:, 1, -1] = np.inf
+        return [logits]
+
+
+def test_logits_that_are_not_finite_are_no_background(
+    pair: Pair, hippocampus: Path, counts: Callable[..., None]
+) -> None:
+    counts("bad inputs refused in one line")
+    scan = sorted((hippocampus / "imagesTs").iterdir())[0]
+    broken = replace(pair[1], sessions=(Infinite(),), mirror_axes=())
+    with pytest.raises(UserError, match=rf"^{scan}: .* NaN or infinite .*--precision fp32") as error:
+        broken(scan)
+    assert "\n" not in str(error.value)
 
 
 def test_two_threads_share_a_model(pair: Pair, hippocampus: Path) -> None:

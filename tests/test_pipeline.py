@@ -12,7 +12,9 @@ from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
+from nnunet_lite.preprocess.decide import must_be_finite
 from nnunet_lite.preprocess.pipeline import (
     Placement,
     preprocess,
@@ -199,6 +201,27 @@ def test_logits_of_torch_and_of_half_precision_give_the_same() -> None:
             assert (restore_segmentation(tensor, got.placement, labels, Resampling()) == want).mean() > 0.9999
         half = restore_segmentation(logits.astype(np.float16), got.placement, labels, Resampling())
         assert np.array_equal(half, want)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused(value: float) -> None:
+    import torch
+
+    image, values = blob((20, 24, 22), (1.0, 1.0, 1.0))
+    for labels in (LABELS, REGIONS):
+        got = preprocess(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+        assert got.classes is not None
+        logits = one_hot(got.classes, 3)
+        logits[1, 3, 4, 5] = value
+        for broken in (logits, logits.astype(np.float16), torch.from_numpy(logits), torch.from_numpy(logits).half()):
+            with pytest.raises(UserError, match=rf"^1 of {logits.size} values .* NaN or infinite"):
+                restore_segmentation(broken, got.placement, labels, Resampling())
+
+
+def test_numbers_whose_sum_is_infinite_are_finite() -> None:
+    large = np.full((3, 8, 8, 8), 3e38, np.float32)
+    must_be_finite(large, "")
+    must_be_finite(np.full((3, 8, 8, 8), 6e4, np.float16), "")
 
 
 def test_two_dimensional_configurations_keep_the_first_spacing() -> None:

@@ -22,14 +22,16 @@ def folder_of(given: Folder | None) -> Path:
     return workspace_folder(None if given is None else Path(given))
 
 
-def current_paths(workspace: Folder | None = None, dataset: str | None = None, only_reads: bool = False) -> Paths:
-    """The files of the dataset to work on; logs which one it is.
+def current_paths(
+    workspace: Folder | None = None, dataset: str | None = None, *, only_reads: bool = False, needs_plan: bool = True
+) -> Paths:
+    """The files of the dataset to work on; logs which one it is. Parameters are those of `workspace.current`.
 
     Raises
     ------
     UserError : as `workspace.current`.
     """
-    paths = current(folder_of(workspace), dataset, only_reads)
+    paths = current(folder_of(workspace), dataset, only_reads=only_reads, needs_plan=needs_plan)
     others = len(planned_datasets(paths.root.parent)) - 1
     chosen = f", planned last; -d takes one of the {others + 1} planned" if dataset is None and others else ""
     log.info(f"data set {paths.name} (workspace {paths.root.parent}{chosen})")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
 from nnunet_lite.api.place import Folder, cluster_of, current_paths, folder_of
-from nnunet_lite.errors import describe
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
     from nnunet_lite.data.dataset import Case
     from nnunet_lite.inference.maps import Wanted
     from nnunet_lite.inference.predictor import Model
+    from nnunet_lite.interop.model import Checkpoint
     from nnunet_lite.models import Choice
 
 
@@ -40,7 +41,7 @@ def predict(
     *,
     model: Folder | Sequence[Folder] | None = None,
     configuration: str | Sequence[str] | None = None,
-    folds: Sequence[str | int] | None = None,
+    folds: Sequence[str | int] | str | int | None = None,
     speed: Literal["fast", "balanced", "best"] | None = None,
     save_probabilities: str | None = None,
     save_uncertainty: bool = False,
@@ -51,6 +52,8 @@ def predict(
     skip_existing: bool = False,
     postprocess: bool = True,
     scheduler: str | None = None,
+    checkpoint: Checkpoint = "final",
+    trust_code: bool = False,
     workspace: Folder | None = None,
 ) -> Predictions:
     """Segment images.
@@ -58,8 +61,9 @@ def predict(
     Parameters
     ----------
     source : files, DICOM series, or folders of any mix of supported formats.
-    model : a model folder, ours or nnU-Net's, or an exported zip; by default what `select` chose for the dataset, else
-        the trained one (says which). Several vote with the mean of their probabilities.
+    model : a model folder, ours or nnU-Net's, its name in the workspace, or an exported zip; by default what `select`
+        chose for the dataset, else the trained one (says which). Several vote with the mean of their
+        probabilities.
     configuration : take a model of this configuration, or of each of several, which then vote.
     folds : networks to average; default: those that were selected, or all trained folds.
     speed : best: as the model's settings say; balanced: without mirrored copies; fast: by one fold, and with windows
@@ -71,35 +75,43 @@ def predict(
     skip_existing : keep label maps that are there already.
     postprocess : do what `select` found to help; only where the models are exactly those that it chose.
     scheduler : address of a Dask scheduler, whose workers predict; all of them see the files. See docs/cluster.md.
+    checkpoint : "final" or "best", of each fold of an nnU-Net model; folds that lack it are left out, which is logged.
+    trust_code : run the code that makes a model's network, if its `network.factory` names any. Without it only models
+        of the workspace may.
     """
     from nnunet_lite.data.cases import find_all_cases
     from nnunet_lite.data.problems import plural
     from nnunet_lite.inference.folder import predict_cases
     from nnunet_lite.inference.maps import Wanted, wanted_labels
     from nnunet_lite.inference.predictor import read_model
-    from nnunet_lite.models import SPEEDS, chosen, first_fold, in_our_form, load_all
+    from nnunet_lite.models import SPEEDS, chosen, first_fold, in_our_form, load_all, model_at
     from nnunet_lite.training.run import trained_folds
 
-    paths = None if model else current_paths(workspace, dataset)
-    given = [Path(one) for one in _listed(model or ())]
-    choice = chosen(paths, given, [] if configuration is None else _listed(configuration), folds, postprocess)
+    sources = [Path(one) for one in _listed(source)]
+    if not sources:
+        raise UserError("no image is given to predict")
+    paths = None if model else current_paths(workspace, dataset, needs_plan=False)
+    given = [model_at(one, folder_of(workspace)) for one in _listed(model or ())]
+    wanted = None if folds is None else _listed(folds)
+    choice = chosen(paths, given, [] if configuration is None else _listed(configuration), wanted, postprocess)
     folders, folds = choice.folders, choice.folds
     if speed == "fast" and choice.all_folds:
-        folds = first_fold(folders) if folds is None else folds[:1]
-    with in_our_form(folders, folds) as ours:
+        folds = first_fold(folders, checkpoint) if folds is None else folds[:1]
+    code: dict[str, Any] = {"trust_code": trust_code, "workspace": folder_of(workspace)}
+    with in_our_form(folders, folds, checkpoint) as ours:
         plan = read_model(ours[0])[0]
-        cases = find_all_cases([Path(one) for one in _listed(source)], len(plan.channels))
+        cases = find_all_cases(sources, len(plan.channels))
         asked = () if save_probabilities is None else wanted_labels(save_probabilities, plan.labels)
         changes = {**SPEEDS[speed or "best"], **(changes or {})}
         rules = {label: str(rule) for label, rule in choice.rules.items()}
         if scheduler is not None:
             parcel = _Parcel(replace(choice, folders=[folder.absolute() for folder in folders], folds=folds), changes,
                              device, Path(out).absolute(), Wanted(asked, save_uncertainty), dicom_seg,
-                             skip_existing)  # fmt: skip
+                             skip_existing, {**code, "checkpoint": checkpoint})  # fmt: skip
             files, failed = _predict_on(scheduler, parcel, cases)
             used = folds or trained_folds(ours[0])
             return Predictions(tuple(files), failed, tuple(folders), tuple(map(str, used)), rules)
-        loaded = load_all(folders, ours, folds, device, changes)
+        loaded = load_all(folders, ours, folds, device, changes, **code)
     if loaded.device.type == "cpu":
         from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
 
@@ -116,7 +128,10 @@ def predict(
 
 @dataclass(frozen=True)
 class _Parcel:
-    """How a worker of a cluster predicts a case: `parcel(case)` gives what `predict_cases` does. Paths are absolute."""
+    """How a worker of a cluster predicts a case: `parcel(case)` gives what `predict_cases` does. Paths are absolute.
+
+    `how` : which checkpoints are loaded and whose code is trusted, as `models.load` takes it.
+    """
 
     choice: Choice
     changes: dict[str, Any]
@@ -125,6 +140,7 @@ class _Parcel:
     wanted: Wanted
     dicom_seg: bool
     skip_existing: bool
+    how: dict[str, Any]
 
     def __call__(self, case: Case) -> tuple[list[Path], dict[str, str]]:
         from nnunet_lite.evaluation.selection import fingerprint
@@ -133,7 +149,9 @@ class _Parcel:
 
         folders, folds = tuple(self.choice.folders), tuple(self.choice.folds or ())
         trained = tuple(fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder))
-        model = _kept(folders, folds, self.device, tuple(sorted(self.changes.items())), trained)
+        model = _kept(
+            folders, folds, self.device, tuple(sorted(self.changes.items())), tuple(self.how.items()), trained
+        )
         return predict_cases(
             model, [case], self.out, wanted=self.wanted, dicom_seg=self.dicom_seg, skip_existing=self.skip_existing,
             finish=self.choice.finish(model.plan.labels),
@@ -143,12 +161,12 @@ class _Parcel:
 @lru_cache(maxsize=1)
 def _kept(
     folders: tuple[Path, ...], folds: tuple[str | int, ...], device: str | None, changes: tuple[tuple[str, Any], ...],
-    trained: tuple[str, ...],
+    how: tuple[tuple[str, Any], ...], trained: tuple[str, ...],
 ) -> Model:  # fmt: skip
     """The model that this process predicts with, read once for each training (`trained`: fingerprints of the folds)."""
     from nnunet_lite.models import load
 
-    return load(folders, folds or None, device, dict(changes))
+    return load(folders, folds or None, device, dict(changes), **dict(how))
 
 
 def _predict_on(scheduler: str, parcel: _Parcel, cases: Sequence[Case]) -> tuple[list[Path], dict[str, str]]:
@@ -168,35 +186,49 @@ def _predict_on(scheduler: str, parcel: _Parcel, cases: Sequence[Case]) -> tuple
 
 
 def _listed(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | Path) else list(given)
+    return [given] if isinstance(given, str | int | Path) else list(given)
 
 
 def import_model(
-    source: Folder, out: Folder | None = None, *, replace: bool = False, workspace: Folder | None = None
+    source: Folder,
+    out: Folder | None = None,
+    *,
+    replace: bool = False,
+    checkpoint: Checkpoint = "final",
+    workspace: Folder | None = None,
 ) -> Path:
     """Make a model folder of an exported zip or of a model that nnU-Net v2 wrote; nothing that they carry is run.
 
     Parameters
     ----------
-    out : where; default: among the models of its data set in the workspace, under the name that the model has.
-    replace : set a model of that name aside first (zip).
+    out : where; default: among the models of its dataset in the workspace. There it is called as it was when it was
+        exported, or, of nnU-Net, trainer__plans__configuration.
+    replace : set a model of that name aside first.
+    checkpoint : "final" or "best", of each fold of an nnU-Net model; folds that lack it are left out, which is logged.
 
     Returns
     -------
     The new model folder.
+
+    Raises
+    ------
+    UserError : it is neither, or damaged, or a model is there already.
     """
-    from nnunet_lite.interop.model import dataset_name
     from nnunet_lite.interop.model import import_model as import_folder
+    from nnunet_lite.interop.model import nnunet_names
     from nnunet_lite.interop.unpack import is_bundle, read_manifest, unpack
     from nnunet_lite.training.run import model_folder
 
     path, place = Path(source).absolute(), folder_of(workspace)
     if is_bundle(path):
         about = read_manifest(path)
-        target = Path(out) if out else model_folder(Paths(place / about.dataset), about.models[0])
+        target = Path(out) if out else model_folder(Paths(place / about.dataset), about.name_for(path))
         return unpack(path, target, replace=replace)
-    target = Path(out) if out else model_folder(Paths(place / dataset_name(path)), path.name)
-    import_folder(path, target)
+    if (path / "run.json").is_file():
+        raise UserError("is a model folder of nnlite already", path, "Use it with -m, or pack it with `nnlite export`.")
+    dataset, name = ("", "") if out else nnunet_names(path, checkpoint)
+    target = Path(out) if out else model_folder(Paths(place / dataset), name)
+    import_folder(path, target, None, checkpoint, replace=replace)
     return target
 
 
@@ -209,32 +241,40 @@ def export_model(
     note: str | None = None,
     configuration: str | None = None,
     dataset: str | None = None,
+    checkpoint: Checkpoint = "final",
+    trust_code: bool = False,
     workspace: Folder | None = None,
 ) -> Path:
     """Pack a model into one file that travels, or write it for others to predict with; returns the model's folder.
 
     Parameters
     ----------
-    model, configuration : as for `predict`.
+    model, configuration, checkpoint, trust_code : as for `predict`; one model.
     format : zip (for `import_model`), nnunet (a folder for nnU-Net v2) or onnx (a folder, see docs/models.md).
     licence : SPDX identifier, text or file. note : on the training data. Both for zip.
+
+    Raises
+    ------
+    UserError : no model is there, `out` is there already, or the model is or has what the format cannot hold.
     """
     from nnunet_lite.interop.model import export_model as export_folder
-    from nnunet_lite.interop.model import native
-    from nnunet_lite.models import choose_model
+    from nnunet_lite.models import choose_model, in_our_form, model_at
 
-    folder = Path(model) if model else choose_model(current_paths(workspace, dataset), configuration)
-    if format == "nnunet":
-        export_folder(folder, Path(out))
-        return folder
-    with native(folder) as ours:
-        if format == "zip":
+    if model:
+        folder = model_at(model, folder_of(workspace))
+    else:
+        folder = choose_model(current_paths(workspace, dataset, needs_plan=False), configuration)
+    with in_our_form([folder], None, checkpoint) as (ours,):
+        if format == "nnunet":
+            export_folder(ours, Path(out))
+        elif format == "zip":
             from nnunet_lite.interop.bundle import licence_text, pack
 
             pack(ours, Path(out), licence=None if licence is None else licence_text(licence), note=note)
         else:
             from nnunet_lite.interop.onnx import export_onnx
 
-            worst = max(export_onnx(ours, Path(out)).values())
+            code: dict[str, Any] = {"trust_code": trust_code, "workspace": folder_of(workspace)}
+            worst = max(export_onnx(ours, Path(out), **code).values())
             log.info(f"logits differ from torch's by {worst:.1e} at most")
     return folder

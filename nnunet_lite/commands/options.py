@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,19 @@ Scheduler = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://host:8786, or its file."),
 ]
+
+
+class Epoch(StrEnum):
+    final = "final"
+    best = "best"
+
+
+Checkpoint = Annotated[
+    Epoch, typer.Option("-chk", "--checkpoint", help="Of nnU-Net's models: of the last epoch, or of the best.")
+]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run code that the model names, though it is not of your workspace.")
+]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Folds = Annotated[int | None, typer.Option("--folds", min=2, metavar="N", help="Number of folds [5].")]
 GroupBy = Annotated[
@@ -41,6 +55,18 @@ Splits = Annotated[
 
 def show(result: Any, text: str, as_json: bool) -> None:
     log.answer(json.dumps(result, indent=1) if as_json else text)
+
+
+def only_one(argument: Path | None, option: Path | None) -> Path | None:
+    """A model, which may be given as an argument or with -m.
+
+    Raises
+    ------
+    UserError : it is given twice.
+    """
+    if argument is not None and option is not None:
+        raise UserError(f"two models are given: {argument} and, with -m, {option}", fix="Give one of them.")
+    return option if argument is None else argument
 
 
 def changes_of(given: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:

@@ -11,13 +11,17 @@ import typer
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
     AsJson,
+    Checkpoint,
     Dataset,
     Device,
+    Epoch,
     Precision,
     Scheduler,
     SetOptions,
+    TrustCode,
     Workspace,
     changes_of,
+    only_one,
     show,
 )
 from nnunet_lite.errors import UserError
@@ -35,6 +39,7 @@ class Speed(StrEnum):
     best = "best"
 
 
+_GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --format nnunet -o FOLDER` (or onnx)."
 PROBABILITIES = "--save-probabilities"  # `cli.main` knows it: its value may be left out
 
 
@@ -45,7 +50,9 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
     model: Annotated[
         list[Path] | None,
-        typer.Option("-m", "--model", help="Model folder [as selected, or trained]; several vote together."),
+        typer.Option(
+            "-m", "--model", help="Model folder, nnU-Net's too, zip, or name [as selected, or trained]; several vote."
+        ),
     ] = None,
     configuration: Annotated[
         list[str] | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together.")
@@ -77,6 +84,8 @@ def predict(
         bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
     ] = True,
     assignments: SetOptions = None,
+    checkpoint: Checkpoint = Epoch.final,
+    trust_code: TrustCode = False,
     dataset: Dataset = None,
     as_json: AsJson = False,
     workspace: Workspace = None,
@@ -95,7 +104,7 @@ def predict(
         speed=None if speed is None else speed.value, save_probabilities=save_probabilities,
         save_uncertainty=save_uncertainty, dicom_seg=dicom_seg, dataset=dataset, device=device,
         changes=changes_of(flags, assignments), skip_existing=skip_existing, scheduler=scheduler,
-        postprocess=postprocess, workspace=workspace,
+        postprocess=postprocess, checkpoint=checkpoint.value, trust_code=trust_code, workspace=workspace,
     )  # fmt: skip
     models = [str(folder) for folder in done.models]
     result = {"files": [str(path) for path in done.files], "failed": done.failed, "models": models}
@@ -110,20 +119,26 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Zip of `nnlite export`, or model folder of nnU-Net v2.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="New folder [in the workspace].")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Set a model of that name aside.")] = False,
+    checkpoint: Checkpoint = Epoch.final,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
     """Make a model folder of a zip or of a model that nnU-Net wrote; nothing that they may carry is run."""
-    made = api.import_model(source, output, replace=replace, workspace=workspace)
+    made = api.import_model(source, output, replace=replace, checkpoint=checkpoint.value, workspace=workspace)
     show({"model": str(made)}, f"{made}: predict with `nnlite predict -m {made}`", as_json)
 
 
 def export(
-    file: Annotated[Path | None, typer.Argument(help="Zip to write, such as model.zip.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write: nnunet, onnx.")] = None,
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model folder [the trained one].")] = None,
+    first: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Folder, zip, or name in the workspace [the trained one].")
+    ] = None,
+    second: Annotated[Path | None, typer.Argument(metavar="TARGET", help="Zip or folder to write.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Zip or folder to write.")] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model [the trained one].")] = None,
     configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
-    format: Annotated[ModelFormat, typer.Option(help="What to make.")] = ModelFormat.zip,
+    format: Annotated[ModelFormat, typer.Option(help="What to make; onnx and nnunet are folders.")] = ModelFormat.zip,
+    checkpoint: Checkpoint = Epoch.final,
+    trust_code: TrustCode = False,
     licence: Annotated[str | None, typer.Option(help="SPDX identifier, text or file; for zip.")] = None,
     note: Annotated[str | None, typer.Option(help="On the training data; for zip.")] = None,
     dataset: Dataset = None,
@@ -131,15 +146,37 @@ def export(
     workspace: Workspace = None,
 ) -> None:
     """Pack a model into one file, or write it as a folder for nnU-Net v2 or for onnxruntime."""
-    target = file or output
-    if target is None or (file is not None and output is not None):
-        raise UserError("say where to: `nnlite export MODEL.zip`, or `--format nnunet -o FOLDER`")
-    if (format is ModelFormat.zip) != (target.suffix == ".zip"):
-        raise UserError(f"{target}: a zip ends in .zip, and a folder needs --format nnunet or onnx")
+    source, target = _source_and_target(first, second, model, output)
+    if (format is ModelFormat.zip) != (target.suffix.lower() == ".zip"):
+        what = "a zip ends in .zip; a folder is written with --format nnunet or --format onnx"
+        raise UserError(f"cannot be written as {format.value}: {what}", target)
     folder = api.export_model(
-        target, model, format=format.value, licence=licence, note=note, configuration=configuration, dataset=dataset,
-        workspace=workspace,
+        target, source, format=format.value, licence=licence, note=note, configuration=configuration, dataset=dataset,
+        checkpoint=checkpoint.value, trust_code=trust_code, workspace=workspace,
     )  # fmt: skip
     result = {"model": str(folder), "output": str(target), "format": format.value}
     use = {"zip": "nnlite import", "nnunet": "nnUNetv2_predict_from_modelfolder -m", "onnx": "see docs/models.md:"}
     show(result, f"{target}: {use[format.value]} {target}", as_json)
+
+
+def _source_and_target(
+    first: Path | None, second: Path | None, model: Path | None, output: Path | None
+) -> tuple[Path | None, Path]:
+    """The model to export, None for the trained one, and where to.
+
+    The last argument is the target, unless `output` is one; what is before it is the model, unless -m gives one.
+
+    Raises
+    ------
+    UserError : one of them is given twice, or there is no target.
+    """
+    from nnunet_lite.training.run import is_model
+
+    if output is None and second is None and (model is not None or (first is not None and not is_model(first))):
+        first, second = None, first
+    if second is not None and output is not None:
+        raise UserError(f"two places to write to are given: {second} and, with -o, {output}", fix=_GRAMMAR)
+    source, target = only_one(first, model), second or output
+    if target is None:
+        raise UserError("where to write it is not given", source, _GRAMMAR)
+    return source, target

@@ -10,10 +10,13 @@ import typer
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
     AsJson,
+    Checkpoint,
     Dataset,
     Device,
+    Epoch,
     Workers,
     Workspace,
+    only_one,
     show,
 )
 
@@ -77,15 +80,24 @@ def report(
 
 
 def info(
-    model: Annotated[Path | None, typer.Argument(help="Model folder [all models of a planned dataset].")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="Model folder, nnU-Net's too, or zip [all models of a planned dataset].")
+    ] = None,
+    option: Annotated[Path | None, typer.Option("-m", "--model", help="The same, as for `nnlite predict`.")] = None,
+    checkpoint: Checkpoint = Epoch.final,
     dataset: Dataset = None,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> None:
     """What a model is, how it was made and how well it scores; or what a planned dataset has."""
     from nnunet_lite.describe import describe_dataset, describe_model
+    from nnunet_lite.models import model_at
+    from nnunet_lite.workspace import workspace_folder
 
-    about = describe_model(model) if model else describe_dataset(api.current_paths(workspace, dataset, only_reads=True))
+    if (given := only_one(model, option)) is not None:
+        about = describe_model(model_at(given, workspace_folder(workspace)), checkpoint.value)
+    else:
+        about = describe_dataset(api.current_paths(workspace, dataset, only_reads=True, needs_plan=False))
     show(about.values, about.text, as_json)
 
 

@@ -44,7 +44,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Makes two runs identical on the CPU.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Threads that prepare batches ahead; 0: none.")] = None,
     cache: Annotated[str | None, typer.Option(help="Where cases lie: auto, device, ram or disk.")] = None,
-    init: Annotated[str | None, typer.Option(help="Model folder to start from: fine-tuning.")] = None,
+    init: Annotated[str | None, typer.Option(help="Model to start from, ours or nnU-Net's: fine-tuning.")] = None,
     freeze: Annotated[str | None, typer.Option(help="Weights that stay: encoder or all-but-head.")] = None,
     folds: Folds = None,
     group_by: GroupBy = None,

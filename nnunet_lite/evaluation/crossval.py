@@ -39,6 +39,8 @@ def validate_fold(
     device: str | None,
     previous: Mapping[str, Path] | None = None,
     step_size: float | None = None,
+    *,
+    trust_code: bool = False,
 ) -> Scores:
     """Predict the held-out cases of a fold from their raw images and score them.
 
@@ -52,13 +54,16 @@ def validate_fold(
     step_size : float or None
         Distance of two windows, as a share of the patch; None for that of the settings. Another one is noted in
         summary.json.
+    trust_code : run the code that the model names; without it only where `folder` is in a workspace and no link.
 
     Raises
     ------
     UserError : a case cannot be predicted.
     """
     changes = None if step_size is None else {"inference.step_size": step_size}
-    model = load(folder, [fold], device, changes, alone=previous is not None)
+    workspace = folder.absolute().parents[2]
+    alone = previous is not None
+    model = load(folder, [fold], device, changes, alone=alone, trust_code=trust_code, workspace=workspace)
     before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before, notes)

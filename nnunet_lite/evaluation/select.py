@@ -315,7 +315,7 @@ def _dice_of_fold(comparison: Comparison, team: Team, fold: Fold, out: Path) -> 
     else:
         log.info(f"predicting fold {fold.name} of {names}: {plural(len(wanted) - len(there), 'case')}")
         if len(team) > 1:
-            scores = validate(_voting(team, fold, comparison.device), out, dataset, wanted)
+            scores = validate(_voting(comparison, team, fold), out, dataset, wanted)
         else:
             before = _first_predictions(comparison, team[0], fold)
             scores = validate_fold(team[0].folder, fold.name, dataset, wanted, comparison.device, before)
@@ -339,15 +339,15 @@ def weights_of(team: Team, fold: str) -> dict[str, str]:
     return {member.name: fingerprint(member.folder, fold) for member in team}
 
 
-def _voting(team: Sequence[Member], fold: Fold, device: str | None) -> Model:
+def _voting(comparison: Comparison, team: Sequence[Member], fold: Fold) -> Model:
     """The networks of one fold of several models as one; a cascade with the first stage of this fold alone."""
+    load_fold = partial(load, folds=[fold.name], device=comparison.device, workspace=comparison.paths.root.parent)
     loaded = []
     for member in team:
         if member.previous is None:
-            loaded.append(load(member.folder, [fold.name], device))
+            loaded.append(load_fold(member.folder))
         else:
-            second = load(member.folder, [fold.name], device, alone=True)
-            loaded.append(replace(second, previous=load(member.previous, [fold.name], device)))
+            loaded.append(replace(load_fold(member.folder, alone=True), previous=load_fold(member.previous)))
     return replace(loaded[0], partners=tuple(loaded[1:]))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, Turn
+from nnunet_lite.errors import naming
 from nnunet_lite.inference.predictor import Model, load, predict_preprocessed, read_model
 from nnunet_lite.inference.prepare import as_classes
 from nnunet_lite.plan.schema import Configuration, Plan
@@ -132,10 +133,11 @@ def predict_for_next_stage(
             sweep(where)
             todo = [case_id for case_id in mine if map_key(targets[case_id]) != keys[case_id]]
             if todo:
-                model = load(first.folder, [fold], device)
+                model = load(first.folder, [fold], device, workspace=first.folder.absolute().parents[2])
                 for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
                     target = open_second(case_id)
-                    classes = _predicted(model, open_first(case_id), target)
+                    with naming(case_id):
+                        classes = _predicted(model, open_first(case_id), target)
                     write_map(targets[case_id], classes, target.label, keys[case_id])
         files |= targets
     return files

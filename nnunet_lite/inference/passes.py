@@ -50,6 +50,7 @@ class Passes:
     sides : labels that change places in mirrored copies.
     half : hold logits as nnU-Net does, as float16. What it decides otherwise than float32 are close races, but for the
         same map of the same weights they must be decided alike.
+    precision : of the networks' arithmetic.
     """
 
     forward: Function
@@ -62,6 +63,7 @@ class Passes:
     head: np.ndarray | None = None
     sides: Sides | None = None
     half: bool = False
+    precision: str = "fp32"
 
     @property
     def held(self) -> int:
@@ -127,6 +129,7 @@ def passes_of(
         head=head,
         sides=sides,
         half=half and head is None,
+        precision=arithmetic.precision,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,14 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.budget import GB, free_memory
-from nnunet_lite.data.images import Image, read_image
-from nnunet_lite.errors import UserError
+from nnunet_lite.data.images import Image
+from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_image
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.training.run import MODEL, is_finished, other_folds, read_run, trained_folds
+from nnunet_lite.workspace import is_model_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,21 +64,21 @@ class Model:
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
 
-    def __call__(
-        self, image: np.ndarray | str | Path | Image, spacing: Sequence[float] = (1.0, 1.0, 1.0)
-    ) -> np.ndarray:
+    def __call__(self, image: Any, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Segment an image.
 
         Parameters
         ----------
-        image : a file, an Image, or an array (z, y, x) or (channels, z, y, x).
-        spacing : of an array's voxels, (z, y, x), in mm.
+        image : a file, an Image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
+        spacing : of an array's voxels, (z, y, x), in mm; without it 1 mm is taken, which is logged once.
+
+        Raises
+        ------
+        UserError : the image cannot be read or is none, has other channels than the model, or voxels that are NaN or
+            infinite; or the networks compute such values.
         """
-        if isinstance(image, str | Path):
-            image = read_image(Path(image))
-        elif isinstance(image, np.ndarray):
-            image = as_image(image, spacing)
-        return predict_image(self, image)
+        with naming(image) if isinstance(image, str | PathLike) else nullcontext():
+            return predict_image(self, as_image(image, spacing))
 
 
 def load(
@@ -85,6 +88,8 @@ def load(
     changes: dict[str, Any] | None = None,
     *,
     alone: bool = False,
+    trust_code: bool = False,
+    workspace: Path | None = None,
 ) -> Model:
     """Load a model folder: plans.json, run.json, fold_k/model.safetensors.
 
@@ -93,14 +98,19 @@ def load(
     folds : which; by default all that are trained. Of a cascade's first stage, which lies beside it, always all.
     changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
     alone : leave out the first stage of a cascade, for whoever has its predictions.
+    trust_code : run the code that makes the model's network, if `network.factory` names any.
+    workspace : the models that are trained in it may run their code, too.
 
     Raises
     ------
-    UserError : no model there, or not that fold, or not the first stage that it needs.
+    UserError : no model there, or not that fold, or not the first stage that it needs; or it names code that is not
+        trusted.
     """
     folder = Path(folder)
     plan, run = read_model(folder)
     trained = Settings.model_validate(run["settings"])
+    if trained.network.factory is not None and not trust_code:
+        _must_be_own(folder, trained.network.factory, workspace)
     settings = with_changes(trained, changes or {}, sections=("inference",)).inference
     configuration = plan.configuration(run["configuration"])
     there = trained_folds(folder)
@@ -141,10 +151,25 @@ def load(
         settings=settings,
         device=target,
         arithmetic=Arithmetic(),
-        previous=None if first is None else load(first, None, device, changes),
+        previous=None
+        if first is None
+        else load(first, None, device, changes, trust_code=trust_code, workspace=workspace),
         sides=sides_of(plan, run["configuration"], trained.augmentation),
     )
     return replace(model, arithmetic=_choose_arithmetic(model, about))
+
+
+def _must_be_own(folder: Path, factory: str, workspace: Path | None) -> None:
+    """Refuse to run the code that a model names, unless the model is one of the workspace.
+
+    Raises
+    ------
+    UserError : it is not.
+    """
+    if workspace is None or not is_model_of(workspace, folder):
+        where = "of the workspace" if workspace is None else f"of the workspace {workspace}"
+        what = f"names code to run (network.factory = {factory!r:.200}) and is no model {where}; the code was not run"
+        raise UserError(what, folder, "If you trust that code, give --trust-code (Python: trust_code=True).")
 
 
 def _first_stage(folder: Path, plan: Plan, run: dict[str, Any]) -> Path:

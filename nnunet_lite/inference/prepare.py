@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnunet_lite import log
 from nnunet_lite.data.dataset import Case
-from nnunet_lite.data.images import Geometry, Image, read_images, suffix_of
+from nnunet_lite.data.images import Geometry, Image, read_image, read_images, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
@@ -53,42 +58,114 @@ def ready_image(model: Model, image: Image) -> Ready:
 
     Raises
     ------
-    UserError : it has another number of channels than the model, or voxels that are NaN or infinite.
+    UserError : as `must_fit`.
     """
-    expected = len(model.plan.channels)
-    if image.array.shape[0] != expected:
-        names = ", ".join(channel.name for channel in model.plan.channels)
-        raise UserError(
-            f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
-        )
-    for channel, values in zip(model.plan.channels, image.array, strict=True):
-        # of integers there is no need to ask, and the sum of finite floats is finite but for an overflow
-        if values.dtype.kind == "f" and not np.isfinite(values.sum(dtype=np.float64)):
-            wrong = int(values.size - np.count_nonzero(np.isfinite(values)))
-            if wrong:
-                what = f"{plural(wrong, 'voxel')} of channel {channel.name} NaN or infinite"
-                raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
+    must_fit(image, model.plan)
     first = model.previous or model
     prepared = preprocess(image, None, first.plan, first.configuration)
     return Ready(prepared, first.plan, first.configuration, image if model.previous or model.partners else None)
 
 
-def as_image(array: np.ndarray, spacing: Sequence[float]) -> Image:
-    """An array (z, y, x) or (channels, z, y, x) as an image; spacing (z, y, x) in mm.
+def must_fit(image: Image, plan: Plan) -> None:
+    """Refuse an image that the networks of a plan cannot see.
 
     Raises
     ------
-    UserError : another number of axes.
+    UserError : it has another number of channels than the model, or voxels that are NaN, infinite or no float32.
     """
-    array = array[None] if array.ndim == 3 else array
-    if array.ndim != 4 or len(spacing) != 3:
+    expected = len(plan.channels)
+    if image.array.shape[0] != expected:
+        names = ", ".join(channel.name for channel in plan.channels)
         raise UserError(
-            f"an array of {array.ndim} dimensions with a spacing of {len(spacing)} cannot be segmented",
-            fix="Give (z, y, x) or (channels, z, y, x) and the spacing (z, y, x) in mm.",
+            f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
         )
+    for channel, values in zip(plan.channels, image.array, strict=True):
+        # of integers there is no need to ask, and the sum of finite floats is finite but for an overflow
+        wide = values.dtype.itemsize > 4
+        if values.dtype.kind == "f" and (wide or not np.isfinite(values.sum(dtype=np.float64))):
+            with np.errstate(over="ignore"):
+                wrong = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32))))
+            if wrong:
+                what = f"{plural(wrong, 'voxel')} of channel {channel.name} NaN or infinite{', as float32' * wide}"
+                raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
+
+
+def as_image(given: Any, spacing: Sequence[float] | None = None) -> Image:
+    """An image as it may be given from Python.
+
+    Parameters
+    ----------
+    given : a file, an `Image`, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
+    spacing : of an array's voxels, (z, y, x), in mm; without it 1 mm is taken, which is logged once.
+
+    Raises
+    ------
+    UserError : the file cannot be read, the array is no image, or the spacing is none; a file that is given a spacing.
+    """
+    if isinstance(given, str | PathLike | Image) and spacing is not None:
+        what = "a spacing is given for what has its own"
+        raise UserError(what, None if isinstance(given, Image) else str(given), "Give it with arrays only.")
+    if isinstance(given, str | PathLike):
+        return read_image(Path(given))
+    if isinstance(given, Image):
+        array = _image_array(given.array)
+        if array.shape[1:] != given.geometry.shape:
+            raise UserError(f"the image's array is {array.shape[1:]}, its geometry {given.geometry.shape} voxels")
+        _spacing(given.geometry.spacing)
+        return replace(given, array=array)
+    array = _image_array(given)
+    if spacing is None:
+        _assume_a_millimetre()
+        spacing = (1.0, 1.0, 1.0)
     z, y, x = array.shape[1:]
-    sz, sy, sx = (float(s) for s in spacing)
-    return Image(array, Geometry((z, y, x), (sz, sy, sx), oriented=False))
+    return Image(array, Geometry((z, y, x), _spacing(spacing), oriented=False))
+
+
+def _image_array(given: Any) -> np.ndarray:
+    """An array (channels, z, y, x) of real numbers.
+
+    Raises
+    ------
+    UserError : it is none.
+    """
+    fix = "Give (z, y, x) or (channels, z, y, x); a picture (y, x) is array[None], one slice."
+    if hasattr(given, "detach"):  # a tensor of torch, which may be on a GPU or part of a graph
+        given = given.detach().cpu()
+        given = given.float() if "bfloat16" in str(given.dtype) else given
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        raise UserError("the array is masked, and what its masked voxels are is not known", fix="Use array.filled(0).")
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{type(given).__name__} is no array ({' '.join(str(error).split()):.100})", fix=fix) from None
+    if array.dtype.kind not in "biuf":
+        what = f"an array of {array.dtype} is no image" if array.ndim else f"{type(given).__name__} is no image"
+        raise UserError(what, fix="Give real numbers, for example array.astype('float32').")
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise UserError(f"an array of shape {array.shape} cannot be segmented", fix=fix)
+    return array[None] if array.ndim == 3 else array
+
+
+def _spacing(given: Sequence[float]) -> tuple[float, float, float]:
+    """A spacing (z, y, x) in mm.
+
+    Raises
+    ------
+    UserError : it is none.
+    """
+    try:
+        z, y, x = () if isinstance(given, str) else (float(value) for value in given)
+        if all(0 < value < math.inf for value in (z, y, x)):
+            return z, y, x
+    except (TypeError, ValueError):
+        pass
+    what = f"an image with a spacing of {given!r:.100} cannot be segmented"
+    raise UserError(what, fix="Give three positive numbers: (z, y, x) in mm.") from None
+
+
+@cache
+def _assume_a_millimetre() -> None:
+    log.warn("an array without spacing: 1 x 1 x 1 mm is taken; give spacing=(z, y, x) in mm")
 
 
 def as_classes(segmentation: np.ndarray, labels: Labels) -> np.ndarray:

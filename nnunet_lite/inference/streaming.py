@@ -25,7 +25,7 @@ from nnunet_lite.inference.footprint import Footprint, Request, logits_orders, t
 from nnunet_lite.inference.passes import Passes
 from nnunet_lite.inference.tiles import Sides
 from nnunet_lite.inference.windows import Flip, Span, Tiling, cut, mirrored, schedule, weight_of
-from nnunet_lite.preprocess.decide import decide, written_values
+from nnunet_lite.preprocess.decide import decide, must_be_finite, written_values
 from nnunet_lite.preprocess.pipeline import Placement, cropped_shape, empty_map
 from nnunet_lite.preprocess.resample import Block, blocks, operand, operators, slab_of
 from nnunet_lite.preprocess.threads import in_threads
@@ -136,6 +136,10 @@ def stream(
     Yields
     ------
     The parts that can be made now, before the next are asked for, in terms of the slices of `held`.
+
+    Raises
+    ------
+    UserError : what the networks say is NaN or infinite: a decision between such logits would be background.
     """
     weight, first, finished = weight_of(passes.patch, held.dtype).to(held.device), 0, 0
     held.zero_()
@@ -149,12 +153,23 @@ def stream(
         total = done[:, -1:]
         done[:, :-1].div_(total.where(total > 0, 1))
         total.copy_(total > 0)
+        must_be_finite(done, _wider(passes, held.dtype))
         yield [replace(part, low=part.low - first, high=part.high - first) for part in row.parts]
         stop = row.span.inside.stop
         for number in range(stop - row.needed):
             held[number] = held[number + row.needed - first]
         held[stop - row.needed : stop - first] = 0
         first, finished = row.needed, row.finished
+
+
+def _wider(passes: Passes, sums: torch.dtype) -> str:
+    """What to do about logits that are NaN or infinite, a full sentence; `sums` is the type of those over windows."""
+    wider = ["--precision fp32"] if passes.precision != "fp32" else []
+    if sums == torch.float16:
+        wider.append("--set inference.sums=float32" if passes.half else "more --max-memory")
+    if wider:
+        return f"Predict with {' and '.join(wider)}, so that larger numbers fit."
+    return "They were computed in float32: look at the values of the image."
 
 
 def _windows(

@@ -31,6 +31,7 @@ from nnunet_lite.workspace import atomic, read_json
 FORMAT = "nnlite-bundle-1"
 MANIFEST = "manifest.json"
 _LONGEST_NAME = 80
+_SAYS_NOTHING = ("model", "models")  # what a folder or a zip file may be called that holds any model
 CHUNK = 2**20
 # of a dataset.json: nnU-Net's may list the cases and their files
 _TRAVELS = ("name", "description", "reference", "licence", "license", "release", "channel_names", "modality", "labels",
@@ -69,6 +70,11 @@ class Manifest(BaseModel):
     licence: str | None = None
     training_data: str | None = None
     files: dict[str, File]
+
+    def name_for(self, file: Path) -> str:
+        """What to call the model of a zip file: as it was called, or as the file, unless that says nothing."""
+        of_kind = f"{self.about.get('configuration')}-{self.about.get('recipe')}"
+        return next(name for name in (self.models[0], file.stem, of_kind) if name.lower() not in _SAYS_NOTHING)
 
 
 def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | None = None) -> Manifest:

@@ -37,13 +37,21 @@ TOLERANCE = 1e-3  # of a logit; where the largest is above 1, of that
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
-def export_onnx(folder: Path, out: Path, folds: Sequence[str | int] | None = None) -> dict[str, float]:
+def export_onnx(
+    folder: Path,
+    out: Path,
+    folds: Sequence[str | int] | None = None,
+    *,
+    trust_code: bool = False,
+    workspace: Path | None = None,
+) -> dict[str, float]:
     """Write the network of each fold as ONNX, its finest head alone, and run each graph to compare it with torch.
 
     Parameters
     ----------
     out : a new folder; it appears when it is whole.
     folds : which; default: all that are trained.
+    trust_code, workspace : whose code may be run, as for `predictor.load`.
 
     Returns
     -------
@@ -59,7 +67,8 @@ def export_onnx(folder: Path, out: Path, folds: Sequence[str | int] | None = Non
         raise UserError(f"ONNX needs {', '.join(missing)}", fix='pip install "nnunet-lite[onnx]"')
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError("is there already", out, "Choose another --output, or delete it.")
-    model, out = load(folder, folds, "cpu", {"inference.precision": "fp32"}), out.absolute()
+    exact = {"inference.precision": "fp32"}
+    model, out = load(folder, folds, "cpu", exact, trust_code=trust_code, workspace=workspace), out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".tmp-", dir=out.parent) as temporary:
         differences = _write(model, Path(temporary) / out.name)

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnunet_lite.budget import cpus
-from nnunet_lite.data.images import Image, read_image
-from nnunet_lite.errors import UserError
-from nnunet_lite.inference.prepare import as_classes, as_image
+from nnunet_lite.data.images import Image
+from nnunet_lite.errors import UserError, naming
+from nnunet_lite.inference.prepare import as_classes, as_image, must_fit
 from nnunet_lite.inference.tiles import Sides, gaussian_weight, mirrorings, padding, windows
 from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.preprocess.decide import must_be_finite
 from nnunet_lite.preprocess.pipeline import preprocess, restore_segmentation
 from nnunet_lite.workspace import read_json
 
@@ -31,6 +34,10 @@ FORMAT = "nnlite-onnx-1"
 ABOUT, PREVIOUS = "onnx.json", "previous"  # a file, and the folder of a cascade's first stage
 INPUT, OUTPUT = "image", "logits"
 _VOXELS = 2**18  # of the windows that are computed at once; more than the caches hold gains nothing
+_IF_NOT_FINITE = (
+    "Look at the values of the image. If a GPU computes it in float16, take providers=['CPUExecutionProvider'], "
+    "or `nnlite predict --precision fp32`."
+)
 _ON_CPU = ("CPUExecutionProvider",)
 
 
@@ -55,33 +62,22 @@ class OnnxModel:
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
 
-    def __call__(
-        self, image: np.ndarray | str | Path | Image, spacing: Sequence[float] = (1.0, 1.0, 1.0)
-    ) -> np.ndarray:
-        """Segment an image.
-
-        Parameters
-        ----------
-        image : a file, an Image, or an array (z, y, x) or (channels, z, y, x).
-        spacing : of an array's voxels, (z, y, x), in mm.
-
-        Raises
-        ------
-        UserError : the image cannot be read, or has other channels than the model.
-        """
-        if isinstance(image, str | Path):
-            image = read_image(Path(image))
-        elif isinstance(image, np.ndarray):
-            image = as_image(image, spacing)
-        return _segment(self, image)
+    def __call__(self, image: Any, spacing: Sequence[float] | None = None) -> np.ndarray:
+        """Segment an image; parameters and errors are those of `inference.predictor.Model`."""
+        with naming(image) if isinstance(image, str | PathLike) else nullcontext():
+            ready = as_image(image, spacing)
+            must_fit(ready, self.plan)
+            return _segment(self, ready)
 
 
-def load(folder: str | Path, folds: Sequence[str | int] | None = None, providers: Sequence[str] = _ON_CPU) -> OnnxModel:
+def load(
+    folder: str | Path, folds: Sequence[str | int] | str | int | None = None, providers: Sequence[str] = _ON_CPU
+) -> OnnxModel:
     """Load an exported model, and of a cascade its first stage.
 
     Parameters
     ----------
-    folds : networks to average; default: all that were exported.
+    folds : networks to average, one or several; default: all that were exported.
     providers : where onnxruntime computes, in order of preference, e.g. ["CUDAExecutionProvider"].
 
     Raises
@@ -94,7 +90,8 @@ def load(folder: str | Path, folds: Sequence[str | int] | None = None, providers
     about, plan = read_json(folder / ABOUT), Plan.read(folder / "plans.json")
     if about.get("format") != FORMAT:
         raise UserError(f"is of another format than {FORMAT}", folder / ABOUT, "Export the model again.")
-    wanted = tuple(about["folds"] if folds is None else map(str, folds))
+    asked = [folds] if isinstance(folds, str | int) else folds
+    wanted = tuple(about["folds"] if asked is None else map(str, asked))
     if missing := [fold for fold in wanted if fold not in about["folds"]]:
         raise UserError(f"has no fold {', '.join(missing)}", folder, f"It has: {', '.join(about['folds'])}.")
     second = plan.configuration(about["configuration"]).previous_stage is not None
@@ -142,6 +139,10 @@ def predict_logits(model: OnnxModel, image: np.ndarray, previous: np.ndarray | N
     Parameters
     ----------
     previous : (z, y, x) classes, what the first stage of a cascade predicts on the same grid.
+
+    Raises
+    ------
+    UserError : what the graphs compute is NaN or infinite.
     """
     configuration, outputs = model.configuration, model.plan.labels.n_channels
     image = np.concatenate([image, *([] if previous is None else [previous[None]])], dtype=np.float32)
@@ -163,6 +164,7 @@ def predict_logits(model: OnnxModel, image: np.ndarray, previous: np.ndarray | N
         for (place, flip), output in zip(batch, _run(model, tiles), strict=True):
             total[:, *place] += _unmirrored(output, flip, model.sides) * (weight / len(flips))
     total /= weights
+    must_be_finite(total, _IF_NOT_FINITE)
     return total[:, *inside]
 
 

@@ -124,6 +124,9 @@ def _opened(file: Path) -> Iterator[tuple[ZipFile, Manifest]]:
         raise UserError("no such file", file)
     try:
         with ZipFile(file) as archive:
+            if MANIFEST not in archive.namelist() and any(name.endswith(".pth") for name in archive.namelist()):
+                fix = "Unpack it, and import the model folder in it that holds plans.json."
+                raise UserError("is a zip of nnU-Net, none of `nnlite export`", file, fix)
             for info in archive.infolist():
                 _must_be_plain(info, file)
             manifest = _manifest(archive, file)

@@ -103,8 +103,8 @@ class _Unpickler(pickle.Unpickler):
         return Storage(str(key), dtype, int(count))
 
 
-def read_checkpoint(path: Path, weights: str) -> dict[str, Any]:
-    """What a checkpoint holds; of its tensors only those of the state dict called `weights` are read.
+def read_checkpoint(path: Path, weights: str | None = None) -> dict[str, Any]:
+    """What a checkpoint holds; of its tensors only those of the state dict called `weights` are read, if any.
 
     Raises
     ------
@@ -115,6 +115,8 @@ def read_checkpoint(path: Path, weights: str) -> dict[str, Any]:
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
             with archive.open(f"{root}data.pkl") as file:
                 values = _Unpickler(file, path).load()
+            if weights is None:
+                return dict(values)
             reader = _Reader(archive, root)
             return {**values, weights: {name: reader.tensor(stored) for name, stored in values[weights].items()}}
     except (UserError, OSError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnunet_lite.data.labels import Labels, smallest_dtype
+from nnunet_lite.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,36 @@ def written_values(labels: Labels) -> np.ndarray:
     values = (labels.background, *(labels.region_order or ())) if labels.has_regions else labels.values
     known = (*values, *labels.values)
     return np.asarray(values, smallest_dtype(min(known), max(known)))
+
+
+def must_be_finite(logits: Any, fix: str) -> None:
+    """Refuse logits that are NaN or infinite, which no decision can be made from.
+
+    Their sum shows it; only where that is not finite, each value is looked at.
+
+    Parameters
+    ----------
+    logits : float16 or float32, a numpy array or a torch tensor on any device, of any shape.
+    fix : what to do about it.
+
+    Raises
+    ------
+    UserError : one of them is.
+    """
+    if isinstance(logits, np.ndarray):
+        with np.errstate(all="ignore"):
+            if np.isfinite(logits.sum(dtype=np.float32)):
+                return
+        wrong = logits.size - int(np.count_nonzero(np.isfinite(logits)))
+    else:
+        import torch
+
+        if math.isfinite(logits.sum(dtype=torch.float32)):
+            return
+        wrong = int((~logits.isfinite()).sum())
+    if wrong:
+        raise UserError(f"{wrong} of {math.prod(logits.shape)} values that the network computed are NaN or infinite "
+                        "(non-finite logits)", fix=fix)  # fmt: skip
 
 
 def decide(data: Any, labels: Labels, head: Any = None, *, rounded: bool = False) -> np.ndarray:

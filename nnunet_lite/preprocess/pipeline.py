@@ -19,7 +19,7 @@ from nnunet_lite.data.geometry import Geometry, Turn, turn_between
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.plan.schema import Configuration, Plan, Resampling
-from nnunet_lite.preprocess.decide import decide, written_values
+from nnunet_lite.preprocess.decide import decide, must_be_finite, written_values
 from nnunet_lite.preprocess.normalize import normalize
 from nnunet_lite.preprocess.resample import coarse_axis, each_slab, resample_image, resample_labels
 
@@ -196,7 +196,12 @@ def restore_segmentation(
     logits : network output (classes or regions, z, y, x) for the preprocessed array; on any device.
 
     Resamples slab by slab and keeps one number per voxel at once: never all channels at the image's size.
+
+    Raises
+    ------
+    UserError : logits are NaN or infinite.
     """
+    must_be_finite(logits, "Compute them in float32 (--precision fp32), and look at the image's values.")
     written = written_values(labels)
     out, inner = empty_map(placement, labels.background, written.dtype)
 

@@ -6,7 +6,7 @@ The learning rate stays the recipe's. A tenth of the default one is what fine-tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.interop.model import is_nnunet, nnunet_folds, read_fold
 from nnunet_lite.plan.memory import with_memory
 from nnunet_lite.plan.schema import Channel, Plan, exact_storage
 from nnunet_lite.settings import Settings
@@ -34,11 +35,18 @@ _SHOWN = 4  # names in a line of a table
 
 @dataclass(frozen=True)
 class Source:
-    """A trained fold to start from, and the plan that it was trained with."""
+    """A trained fold to start from, and the plan that it was trained with.
+
+    Parameters
+    ----------
+    file : model.safetensors, or a checkpoint of nnU-Net.
+    fold : such as "0"; "all" where the weights have seen all cases, or may have.
+    """
 
     file: Path
     plan: Plan
     configuration: str
+    fold: str = "all"
 
 
 def find_source(model: Path, dataset: str, fold: str) -> Source:
@@ -46,7 +54,8 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
 
     Parameters
     ----------
-    model : a model folder, or the model.safetensors of one of its folds.
+    model : a model folder, ours or nnU-Net's, or the file of one of its folds: model.safetensors, or a checkpoint of
+        nnU-Net, which is read without running anything in it.
     dataset, fold : what is to be trained. A model of the same data set gives the same fold, which has not seen the
         held-out cases; one of another gives the fold that was trained on all cases, else the same, else its first.
 
@@ -55,19 +64,32 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
     UserError : no model folder, or none of its folds is trained.
     """
     model = model.expanduser()
-    folder = model.parent.parent if model.is_file() else model
-    if not (folder / "run.json").is_file():
-        what = "is no model folder, nor the model.safetensors of a fold in one"
-        raise UserError(what, model, "A model of nnU-Net can be had with `nnlite import`.")
-    plan, configuration = Plan.read(folder / "plans.json"), read_run(folder)["configuration"]
+    folder = model.absolute().parents[1] if model.is_file() else model
+    theirs = is_nnunet(folder) or (model.is_file() and model.suffix == ".pth")
+    if not theirs and not (folder / "run.json").is_file():
+        what = "is no model folder, nor the file of a fold in one (model.safetensors, or a .pth of nnU-Net)"
+        raise UserError(what, model, "Make a model folder of a zip with `nnlite import`.")
     if model.is_file():
-        return Source(model, plan, configuration)
-    trained = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{MODEL}"))
-    wanted = (fold, "all") if plan.dataset == dataset else ("all", fold)
-    chosen = next((name for name in (*wanted, *trained) if name in trained), None)
-    if chosen is None:
-        raise UserError("has no trained fold to start from", folder, "Train one with `nnlite train`.")
-    return Source(folder / f"fold_{chosen}" / MODEL, plan, configuration)
+        return _source(model)
+    files = list(nnunet_folds(folder).values()) if theirs else sorted(folder.glob(f"fold_*/{MODEL}"))
+    if not files:
+        fix = "Give the file of another checkpoint." if theirs else "Train one with `nnlite train`."
+        raise UserError("has no trained fold to start from", folder, fix)
+    trained = {file.parent.name.removeprefix("fold_"): file for file in files}
+    first = _source(files[0])
+    wanted = (fold, "all") if first.plan.dataset == dataset else ("all", fold)
+    chosen = next(name for name in (*wanted, *trained) if name in trained)
+    return replace(first, file=trained[chosen], fold=chosen)
+
+
+def _source(file: Path) -> Source:
+    """A fold to start from, of the file that holds its weights."""
+    if file.suffix == ".pth":
+        read = read_fold(file)
+        return Source(file, read.plan, read.run["configuration"], read.number)
+    folder = file.absolute().parents[1]
+    fold = file.parent.name.removeprefix("fold_")
+    return Source(file, Plan.read(folder / "plans.json"), read_run(folder)["configuration"], fold)
 
 
 def adopted_plan(own: Plan, configuration: str, source: Source, settings: Settings) -> Plan:
@@ -145,9 +167,8 @@ def start_from(network: nn.Module, job: Job) -> None:
         return
     fold = job.folder.name.removeprefix("fold_")
     source = find_source(Path(training.init), job.plan.dataset, fold)
-    theirs = source.file.parent.name.removeprefix("fold_")
-    if source.plan.dataset == job.plan.dataset and theirs != fold != "all":
-        log.warn(f"{source.file} is of fold {theirs}, which was trained on cases that fold {fold} holds out")
+    if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
+        log.warn(f"{source.file} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
     loaded = adopt(
         network,
         _weights(source.file),
@@ -165,6 +186,8 @@ def start_from(network: nn.Module, job: Job) -> None:
 def _weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
+    if file.suffix == ".pth":
+        return read_fold(file).network.state_dict()
     read_state(file)  # refuses what is no safetensors file
     return load_file(file)
 

@@ -353,14 +353,15 @@ def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Row:
             loss, outputs = loss_of(job, learner, batch)
             finest = outputs[0] if isinstance(outputs, list) else outputs
             total += loss
-            counts += pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+            found = pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+            counts += found.where(loss.isfinite(), math.nan)  # logits that are not finite would count as background
             done += 1
             if math.isfinite(allowed) and from_first(time.monotonic() - start > allowed, job.ranks):
                 break
     if job.ranks.world > 1:
         counts = sum_over_ranks(counts)
     tp, fp, fn = counts.cpu().numpy()
-    dice = [round(float(2 * t / (2 * t + p + n)), 4) if t + n else None for t, p, n in zip(tp, fp, fn, strict=True)]
+    dice = [_finite(float(2 * t / (2 * t + p + n)), 4) if t + n else None for t, p, n in zip(tp, fp, fn, strict=True)]
     known = [d for d in dice if d is not None]
     state.pass_seconds = from_first((time.monotonic() - start) / (done * job.planned.batch_size), job.ranks)
     return {
@@ -376,9 +377,9 @@ def _mean(losses: list[float]) -> float:
     return float(np.mean(finite)) if finite else math.nan
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float, digits: int = 5) -> float | None:
     """Rounded for metrics.jsonl; JSON has no NaN."""
-    return round(value, 5) if math.isfinite(value) else None
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def _line(job: Job, row: Row, state: State) -> str:
@@ -389,6 +390,8 @@ def _line(job: Job, row: Row, state: State) -> str:
     each = " ".join("-" if d is None else f"{d:.3f}" for d in list(row.get("dice", {}).values())[:8])
     loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:+.4f}"
     score = f"  Dice {dice:.3f} ({each})" if dice is not None else ""
+    if row.get("validation_loss", 0.0) is None:
+        score = "  held-out loss not finite"
     speed = f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {row['memory_gb']:.1f} GB"
     return (
         f"epoch {row['epoch']:>4}  loss {loss}{score}  lr {row['lr']:.1e}  "

@@ -156,12 +156,27 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     file = folder / "run.json"
     if not file.is_file():
-        raise UserError("is no model folder (no run.json)", folder, "Train one with `nnlite train`.")
+        fix = models_near(folder) or "Train one with `nnlite train`."
+        raise UserError("is no model folder (no run.json)", folder, fix)
     with understood(file):
         run = dict(read_json(file))
         must_be_known(str(run["format"]), FORMAT, file)
         Settings.model_validate(run["settings"])
         return {**run, "configuration": str(run["configuration"]), "seed": int(run["seed"])}
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a model folder, ours or nnU-Net's."""
+    theirs = (folder / "plans.json").is_file() and any(folder.glob("fold_*"))
+    return theirs or (folder / "run.json").is_file()
+
+
+def models_near(folder: Path) -> str:
+    """Which model folder may be meant by one that is none, as a full sentence; "" where none is near."""
+    if is_model(folder.absolute().parent):
+        return f"Give {folder.parent}, the model folder."
+    inside = [path.name for path in sorted(folder.iterdir()) if is_model(path)] if folder.is_dir() else []
+    return f"Give a model folder in it: {', '.join(inside)}." if inside else ""
 
 
 def told_lengths(changes: Mapping[str, Any] | None) -> frozenset[str]:
