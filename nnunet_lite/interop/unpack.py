@@ -21,6 +21,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 from pydantic import ValidationError
 
 from nnunet_lite import log
+from nnunet_lite.budget import in_units
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import read_model
 from nnunet_lite.interop.bundle import CHUNK, FORMAT, MANIFEST, File, Manifest, must_be_name
@@ -203,9 +204,9 @@ def _must_fit(manifest: Manifest, file: Path, out: Path, limit: int) -> None:
     if total > _RATIO * packed:
         raise UserError(f"would unpack {packed} bytes to {total}, as no model does", file, "Do not trust this file.")
     if total > limit:
-        raise UserError(f"would unpack to {total / 1e9:.1f} GB, {limit / 1e9:.1f} GB are allowed", file)
+        raise UserError(f"would unpack to {in_units(total)}, {in_units(limit)} are allowed", file)
     if total > (free := shutil.disk_usage(place).free):
-        raise UserError(f"would unpack to {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place}", file)
+        raise UserError(f"would unpack to {in_units(total)}, {in_units(free)} are free in {place}", file)
 
 
 def _extract(archive: ZipFile, path: str, expected: File, target: Path, file: Path) -> None:

@@ -88,7 +88,7 @@ class Make:
         budget.require_space(self.folder, estimate)
         if progress and jobs:
             arrays = sum(len(job.missing) for job in jobs)
-            log.info(f"{arrays} arrays to make, about {estimate / 1e6:.1f} MB of disk")
+            log.info(f"{arrays} arrays to make, about {budget.in_units(estimate)} of disk")
         failed |= _run(jobs, self.dataset, self.plan, workers, progress, self.precision)
         return Part(sound, index, failed, sum(len(job.missing) for job in jobs), estimate)
 
@@ -181,7 +181,7 @@ def _run(
     in_flight = 0 if workers == 0 else budget.cases_in_flight(needed, workers)
     free = budget.free_memory()
     if needed > free:
-        log.warn(f"the largest case needs about {needed / budget.GB:.1f} GB, {free / budget.GB:.1f} GB are free")
+        log.warn(f"the largest case needs about {budget.in_units(needed)}, {budget.in_units(free)} are free")
     threads = max(1, budget.cpus() // in_flight) if in_flight else 1  # of ours, for each case
     work = partial(_make, dataset=dataset, plan=plan, precision=precision, threads=threads)
     failed = {}
@@ -220,8 +220,8 @@ def _make(job: Job, dataset: Dataset, plan: Plan, precision: Precision, threads:
             patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
             write_stored(path, resample(case, configuration, threads), plan.labels, patch, precision)
     except MemoryError as error:
-        need, free = job.memory(len(plan.channels)) / budget.GB, budget.free_memory() / budget.GB
-        fix = f"It needs about {need:.1f} GB, {free:.1f} GB are free: use --workers 1, or more memory."
+        need, free = (budget.in_units(n) for n in (job.memory(len(plan.channels)), budget.free_memory()))
+        fix = f"It needs about {need}, {free} are free: use --workers 1, or more memory."
         return UserError(f"no memory left ({error})", fix=fix)
     except Exception as error:  # any: it is reported with the name of the case
         return error

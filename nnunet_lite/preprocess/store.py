@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite import log
+from nnunet_lite.budget import in_units
 from nnunet_lite.data.dataset import Case, Dataset
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Plan
@@ -51,8 +52,8 @@ class Summary:
     def to_text(self) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in self.cases.items())
         ratio = self.stored_bytes / max(1, self.raw_bytes)
-        size = f"{self.stored_bytes / 1e6:.1f} MB on disk, {ratio:.2f} x the raw files"
-        estimate = f" ({self.estimate / 1e6:.1f} MB were estimated)" if self.made else ""
+        size = f"{in_units(self.stored_bytes)} on disk, {ratio:.2f} x the raw files"
+        estimate = f" ({in_units(self.estimate)} were estimated)" if self.made else ""
         return f"cases: {counts}; {self.made} arrays made, {self.kept} kept\n{size}{estimate}"
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
+from nnunet_lite.budget import GB, in_units
 from nnunet_lite.errors import UserError
 from nnunet_lite.network.arithmetic import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
 from nnunet_lite.training.batches import Batch, check_augmentation, make_batch, training_batches
@@ -353,7 +354,7 @@ def _line(job: Job, row: Row, state: State) -> str:
     each = " ".join("-" if d is None else f"{d:.3f}" for d in list(row.get("dice", {}).values())[:8])
     loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:+.4f}"
     score = f"  Dice {dice:.3f} ({each})" if dice is not None else ""
-    speed = f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {row['memory_gb']:.1f} GB"
+    speed = f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {in_units(row['memory_gb'] * GB)}"
     return (
         f"epoch {row['epoch']:>4}  loss {loss}{score}  lr {row['lr']:.1e}  "
         f"{log.duration(row['seconds'])} ({speed}), {log.duration(left)} left"
