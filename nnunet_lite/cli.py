@@ -5,13 +5,17 @@ Everything heavy is imported inside the functions, so that `nnlite --help` answe
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Annotated
 
 import typer
 
-from nnunet_lite import __version__, log
+from nnunet_lite import __version__, log, start
 from nnunet_lite.commands import data, prediction, results, training, workflow
 from nnunet_lite.errors import Lost, Stopped, UserError
 
@@ -25,16 +29,18 @@ app = typer.Typer(
 )
 
 
-# what an OSError of these kinds says is the user's to mend; any other one is a failure of the machine
-_INTERRUPTED = 130
+# what an OSError of these kinds says is the user's mistake; any other one is a failure of the machine
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_RESUME = "the same command resumes from here (predict: with --continue)"
 
 
 def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
     try:
-        code = app(_spelled_out(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
-        if code == _INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
+        start.interruptible()
+        with _ended_by(signal.SIGTERM, signal.SIGHUP):
+            code = app(_spelled_out(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
+        if code == start.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
     except UserError as error:
@@ -44,9 +50,10 @@ def main() -> None:
     except Stopped as stopped:
         sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail("stopped; the same command goes on from here (predict: with --continue)", _INTERRUPTED))
+        sys.exit(_fail(f"stopped; {_RESUME}", start.INTERRUPTED))
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone
+        if sys.stderr is not None:
+            sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
     except OSError as error:
         sys.exit(
@@ -58,6 +65,31 @@ def main() -> None:
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
         sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
+
+
+@contextmanager
+def _ended_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Leave the block in order when one of these signals comes, so that nothing temporary stays; exit code 128 + it.
+
+    A signal that is ignored (nohup) stays ignored; training has a handler of its own. Only the main thread is reached.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    handled = [number for number in numbers if here and signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(number: int, frame: object) -> None:
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)  # the second time it ends at once
+        with suppress(OSError):  # the terminal may be gone
+            log.last(f"stopped by {signal.Signals(number).name}; {_RESUME}")
+        raise SystemExit(128 + number)
+
+    for number in handled:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:

@@ -306,7 +306,7 @@ def _forget_others(team: Team, fold: Fold, out: Path) -> None:
     """Remove what an ensemble predicted with other weights, and what a killed run left; note which ones predict now."""
     note, weights = out.parent / MADE_OF, weights_of(team, fold.name)
     if note.is_file() and read_json(note) == weights:
-        sweep(out)
+        sweep(out, alone=True)
         return
     for file in out.glob("*") if out.is_dir() else ():
         if file.is_file():

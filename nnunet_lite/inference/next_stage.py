@@ -129,7 +129,7 @@ def predict_for_next_stage(
         targets = {case_id: map_file(first.folder / f"fold_{fold}", configuration, case_id) for case_id in mine}
         where = targets[mine[0]].parent
         with locked(where, partial(log.info, f"{where}: another process is predicting, waiting for it")):
-            sweep(where)
+            sweep(where, alone=True)
             todo = [case_id for case_id in mine if map_key(targets[case_id]) != keys[case_id]]
             if todo:
                 model = load(first.folder, [fold], device)

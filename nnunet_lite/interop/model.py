@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
@@ -20,7 +18,7 @@ from nnunet_lite.plan.schema import Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
 from nnunet_lite.training.run import FORMAT, MODEL, versions
 from nnunet_lite.training.swaps import swap_of
-from nnunet_lite.workspace import read_json, write_json, write_text
+from nnunet_lite.workspace import must_fit, read_json, scratch, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
@@ -70,8 +68,8 @@ def native(folder: Path, folds: Sequence[str | int] | None = None) -> Iterator[P
     if not nnunet_folds(folder):
         yield folder
         return
-    with TemporaryDirectory(prefix="nnlite-") as temporary:
-        copy = Path(temporary) / folder.absolute().name
+    with scratch(Path(gettempdir())) as temporary:
+        copy = temporary / folder.absolute().name
         import_model(folder, copy, folds)
         yield copy
 
@@ -257,13 +255,12 @@ def _whole(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well, and is gone when it does not."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError("is there already", out, "Choose another --output, or delete it.")
-    partial = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
+    with scratch(out.absolute().parent) as temporary:
+        partial = temporary / out.name
+        partial.mkdir()
+        with must_fit(out, partial):
+            yield partial
         partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _now() -> str:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from pydantic import ValidationError
@@ -28,7 +28,7 @@ from nnunet_lite.interop.bundle import CHUNK, FORMAT, MANIFEST, File, Manifest, 
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.run import FORMAT as MODEL_FORMAT
 from nnunet_lite.training.run import MODEL, set_aside
-from nnunet_lite.workspace import must_be_known, write_json
+from nnunet_lite.workspace import must_be_known, must_fit, scratch, write_json
 
 LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
@@ -53,8 +53,8 @@ def unpacked(path: Path) -> Iterator[Path]:
     if not is_bundle(path):
         yield path
         return
-    with TemporaryDirectory(prefix="nnlite-") as temporary:
-        yield unpack(path, Path(temporary) / read_manifest(path).models[0])
+    with scratch(Path(gettempdir())) as temporary:
+        yield unpack(path, temporary / read_manifest(path).models[0])
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -86,17 +86,17 @@ def unpack(file: Path, out: Path, *, replace: bool = False, limit: int = LIMIT) 
     with _opened(file) as (archive, manifest):
         _must_fit(manifest, file, out, limit)
         places = _places(manifest, out, replace)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".tmp-", dir=out.parent) as temporary:
-            for path, expected in manifest.files.items():
-                _extract(archive, path, expected, Path(temporary) / path, file)
-            for number, name in enumerate(manifest.models):
-                _must_be_model(Path(temporary) / name, manifest.models[number + 1 :], file)
-            write_json(Path(temporary) / manifest.models[0] / MANIFEST, manifest.model_dump(mode="json"))
+        with scratch(out.parent) as temporary:
+            with must_fit(out, temporary, sum(expected.size for expected in manifest.files.values())):
+                for path, expected in manifest.files.items():
+                    _extract(archive, path, expected, temporary / path, file)
+                for number, name in enumerate(manifest.models):
+                    _must_be_model(temporary / name, manifest.models[number + 1 :], file)
+                write_json(temporary / manifest.models[0] / MANIFEST, manifest.model_dump(mode="json"))
             for name, place in reversed(places.items()):  # the model itself last
                 if not _is_empty(place) and (old := set_aside(place)) is not None:
                     log.info(f"the model that was there is kept in {old}")
-                (Path(temporary) / name).replace(place)
+                (temporary / name).replace(place)
     return out
 
 

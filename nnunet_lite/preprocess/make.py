@@ -14,6 +14,7 @@ from typing import Any
 
 from nnunet_lite import budget, log
 from nnunet_lite.data.dataset import Case, Dataset, read_case
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampled_shape, target_spacing, transposed
@@ -90,6 +91,11 @@ class Make:
             arrays = sum(len(job.missing) for job in jobs)
             log.info(f"{arrays} arrays to make, about {budget.in_units(estimate)} of disk")
         failed |= _run(jobs, self.dataset, self.plan, workers, progress, self.precision)
+        if full := next((error for error in failed.values() if budget.lacks_space(error)), None):
+            left = [job for job in jobs if not all(is_whole(path) for path in job.missing)]
+            needed = sum(job.disk(len(self.plan.channels), self.precision) for job in left)
+            what = f"the {plural(len(left), 'case')} left need{'s' * (len(left) == 1)} about"
+            raise budget.no_space(self.folder, what, needed, full.errno)
         return Part(sound, index, failed, sum(len(job.missing) for job in jobs), estimate)
 
     def alone(self, item: tuple[Case, RawCase | None]) -> Part:
@@ -190,6 +196,8 @@ def _run(
         for job, error in progress(results, len(jobs), "preprocess") if progress else results:
             if error is not None:
                 failed[job.case.id] = error
+            if budget.lacks_space(error):
+                break  # no other case would fare better
     return failed
 
 

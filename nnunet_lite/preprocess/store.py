@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite import log
-from nnunet_lite.budget import in_units
+from nnunet_lite.budget import in_units, lacks_space
 from nnunet_lite.data.dataset import Case, Dataset
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.make import Make, Part, Progress, folder_name, recipe_of, short_hash
 from nnunet_lite.preprocess.raw_files import RawCase, memorize, recall, remembered
-from nnunet_lite.preprocess.stored import LEFTOVER, Precision, StoredCase, is_whole, read_stored
-from nnunet_lite.workspace import locked, read_json, write_json
+from nnunet_lite.preprocess.stored import Precision, StoredCase, is_whole, read_stored
+from nnunet_lite.workspace import locked, read_json, sweep, write_json
 
 # (function, items, what for) -> (item, result or why there is none), as they end
 Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any, Any]]]
@@ -97,6 +97,8 @@ def preprocess_dataset(
                 names, spread(make.alone, [(case, known.get(case.id)) for case in dataset.cases], "preprocess")
             )
             _sweep(folder)  # what workers that died left
+        if full := next((error for error in part.failed.values() if lacks_space(error)), None):
+            raise full
         if part.raw != known:
             memorize(memory, part.raw)
         for name, entries in part.index.items():
@@ -199,8 +201,8 @@ def _one_at_a_time(folder: Path) -> AbstractContextManager[None]:
 
 def _sweep(folder: Path) -> None:
     """Delete what a killed run left half done."""
-    for leftover in (*folder.glob(f"{LEFTOVER}*"), *folder.glob(f"cases/{LEFTOVER}*")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    sweep(folder, alone=True)
+    sweep(folder / "cases", alone=True)
 
 
 @lru_cache(maxsize=8)

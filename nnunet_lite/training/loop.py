@@ -87,7 +87,8 @@ def train_fold(job: Job) -> None:
     check_weights(job.settings.loss, job.plan.labels)
     check_augmentation(job)
     with exclusive(job.folder) if job.ranks.rank == 0 else nullcontext(), stoppable() as stop:
-        sweep(job.folder)
+        if job.ranks.rank == 0:
+            sweep(job.folder, alone=True)
         taken = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
         try:
             _train_fold(job, stop)
@@ -354,7 +355,9 @@ def _line(job: Job, row: Row, state: State) -> str:
     each = " ".join("-" if d is None else f"{d:.3f}" for d in list(row.get("dice", {}).values())[:8])
     loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:+.4f}"
     score = f"  Dice {dice:.3f} ({each})" if dice is not None else ""
-    speed = f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {in_units(row['memory_gb'] * GB)}"
+    speed = (
+        f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {in_units(row['memory_gb'] * GB)}"
+    )
     return (
         f"epoch {row['epoch']:>4}  loss {loss}{score}  lr {row['lr']:.1e}  "
         f"{log.duration(row['seconds'])} ({speed}), {log.duration(left)} left"
