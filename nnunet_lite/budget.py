@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import TypeGuard
 
 from nnunet_lite.errors import UserError
 
@@ -18,8 +14,6 @@ GB = 1e9
 _SHARE = 0.8  # of the free memory: the rest is for what is not counted
 _MOST_PAIRS = 8  # a large CT and its reference take about 1 GB
 _CGROUP = Path("/sys/fs/cgroup")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full; a quota is used up; a ulimit for files
-_TRIED = 1 << 16  # bytes: a write that was cut short leaves less
 
 
 def in_units(number: float) -> str:
@@ -84,52 +78,6 @@ def require_space(folder: Path, needed: int) -> None:
             folder,
             "Free some space, or choose another --workspace.",
         )
-
-
-def lacks_space(error: BaseException | None) -> TypeGuard[OSError]:
-    """Whether an error is that of a full disk, of a quota that is used up, or of a limit for the size of files."""
-    return isinstance(error, OSError) and error.errno in _NO_SPACE
-
-
-def no_space(folder: Path, what: str, needed: int, reason: int | None = errno.ENOSPC) -> OSError:
-    """The error to raise where `needed` bytes do not fit on the disk of a folder; one line, with what to do.
-
-    Parameters
-    ----------
-    what : the subject of the sentence, such as "model.safetensors needs more than".
-    reason : the number of the system's error.
-    """
-    reason = reason or errno.ENOSPC
-    free = f", {in_units(shutil.disk_usage(folder).free)} are free" if reason == errno.ENOSPC else ""
-    fix = "Free some space, then run the same command again"
-    return OSError(reason, f"{os.strerror(reason)}: {what} {in_units(needed)}{free}. {fix}", str(folder))
-
-
-def cut_short(written: Path) -> int:
-    """Whether a file or folder that was just written may be incomplete because there is no space: the reason, or 0.
-
-    Libraries hide the system's error behind one of their own (safetensors, blosc2), or report none and leave a file
-    that is cut off (ITK). Each leaves a disk without room, or a file as large as the limit allows.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY and max((path.stat().st_size for path in _files(written)), default=0) >= limit:
-        return errno.EFBIG
-    try:
-        with TemporaryFile(dir=written.parent) as file:
-            os.posix_fallocate(file.fileno(), 0, _TRIED)
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            return error.errno
-    return 0
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder and below it; 0 where there is none."""
-    return sum(file.stat().st_size for file in _files(path))
-
-
-def _files(path: Path) -> list[Path]:
-    return [file for file in (path, *path.rglob("*")) if file.is_file()]
 
 
 def _membership() -> str:

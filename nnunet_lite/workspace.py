@@ -1,4 +1,5 @@
-"""Where a data set's files lie: one workspace folder, the current data set, and writes that are whole or not at all.
+"""Where the files of a dataset are: one workspace folder, the current dataset, locks, and JSON.
+
 
 workspace/
   current.json                 the data set that was planned last
@@ -15,104 +16,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nnunet_lite.budget import cut_short, lacks_space, no_space, size_of
 from nnunet_lite.errors import UserError
-
-_TAIL = 40  # letters of a name that its temporary name keeps: 255 bytes hold them, of 4 bytes each as they may be
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}(-.*)?")
-_ALIVE = ".lock"  # in a temporary folder: is locked while its process runs
-
-
-@contextmanager
-def atomic(path: Path, needed: int | None = None) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is gone when it does not.
-
-    The temporary name keeps the suffixes, since writers choose the format by them, and is short enough where the name
-    itself is as long as file systems allow.
-
-    Parameters
-    ----------
-    needed : bytes that will be written, for the message where they do not fit; default: those that were.
-
-    Raises
-    ------
-    OSError : the disk is full; says how much is needed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_once(path.parent.absolute())
-    temporary = path.with_name(f"{_temporary_name()}-{path.name[-_TAIL:]}")
-    try:
-        with _held(temporary), must_fit(path, temporary, needed):
-            yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
-    """A temporary folder in `parent` that is gone when the block ends; what is to stay is moved out of it before."""
-    parent.mkdir(parents=True, exist_ok=True)
-    _sweep_once(parent.absolute())
-    temporary = parent / _temporary_name()
-    temporary.mkdir()
-    try:
-        with _held(temporary / "lock"):
-            (temporary / "lock").rename(temporary / _ALIVE)  # so `sweep` never finds it unlocked
-            yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary_name() -> str:
-    return f".tmp-{secrets.token_hex(4)}"
-
-
-@contextmanager
-def _held(file: Path) -> Iterator[None]:
-    """Make a file and lock it: `sweep` deletes what no living process holds."""
-    with file.open("ab") as lock:
-        with suppress(OSError):  # a file system that has no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def must_fit(path: Path, written: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn what a block meets on a full disk into one error about `path`; `written` is what the block writes.
-
-    Parameters
-    ----------
-    needed : bytes, for the message; default: those that were written until then.
-
-    Raises
-    ------
-    OSError : the disk is full; says how much is needed. What was written is deleted.
-    """
-    reason: int | None
-    try:
-        yield
-        reason = cut_short(written)
-    except UserError:
-        raise
-    except Exception as error:  # a library's own, which has no public base
-        reason = error.errno if lacks_space(error) else cut_short(written)
-        if not reason:
-            raise
-    if reason:
-        size = max(needed or 0, size_of(written))
-        shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
-        raise no_space(path.parent, f"{path.name} needs {'more than' if needed is None else 'about'}", size, reason)
+from nnunet_lite.writing import atomic
 
 
 @contextmanager
@@ -131,43 +42,10 @@ def locked(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def sweep(folder: Path, alone: bool = False) -> None:
-    """Delete the temporary files and folders that killed runs left in a folder, not in those below it.
-
-    What a living process writes there is kept: it holds a lock on it.
-
-    Parameters
-    ----------
-    alone : no other process can be at work in this folder of ours: whatever is temporary is a leftover.
-    """
-    for leftover in folder.glob(".tmp*") if folder.is_dir() else ():
-        if alone or (_TEMPORARY.fullmatch(leftover.name) and not _is_alive(leftover)):
-            with suppress(OSError):  # another one sweeps too, or it is another user's
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@cache
-def _sweep_once(folder: Path) -> None:
-    """Sweep a folder when this process first writes there."""
-    sweep(folder)
-
-
-def _is_alive(temporary: Path) -> bool:
-    """Whether the process that made a temporary file or folder still runs."""
-    lock = temporary / _ALIVE if temporary.is_dir() else temporary
-    try:
-        with lock.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # of another user, not locked yet, or on a file system without locks
-        return True
-    return False
-
-
 def write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    content = text.encode("utf-8")
+    with atomic(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

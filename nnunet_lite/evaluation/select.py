@@ -45,7 +45,8 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.training.folds import ALL, Fold, read_fold, refuse_other_cases
 from nnunet_lite.training.run import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.training.splits import load_splits
-from nnunet_lite.workspace import Paths, locked, read_json, sweep, write_json
+from nnunet_lite.workspace import Paths, locked, read_json, write_json
+from nnunet_lite.writing import sweep
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
 MADE_OF = "made_of.json"  # of a fold of an ensemble: the fingerprints of the weights that predicted it

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nnunet_lite.budget import lacks_space, no_space
 from nnunet_lite.data.cases import split_name
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
@@ -25,7 +24,7 @@ from nnunet_lite.inference.maps import STEPS, Wanted
 from nnunet_lite.inference.predictor import Model, segment
 from nnunet_lite.inference.prepare import Ready, ready_case
 from nnunet_lite.preprocess.decide import written_values
-from nnunet_lite.workspace import atomic
+from nnunet_lite.writing import atomic, lacks_space, no_space
 
 Finish = Callable[[np.ndarray, Geometry], np.ndarray]  # what is done with a label map (z, y, x) before it is written
 

@@ -29,7 +29,8 @@ from nnunet_lite.preprocess.stored import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, read_splits
 from nnunet_lite.training.previous import held_out_by, map_file, map_key, previous_folder, write_map
 from nnunet_lite.training.run import MODEL, is_finished
-from nnunet_lite.workspace import Paths, locked, sweep
+from nnunet_lite.workspace import Paths, locked
+from nnunet_lite.writing import sweep
 
 if TYPE_CHECKING:
     from torch import Tensor

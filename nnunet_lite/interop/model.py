@@ -18,7 +18,8 @@ from nnunet_lite.plan.schema import Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
 from nnunet_lite.training.run import FORMAT, MODEL, versions
 from nnunet_lite.training.swaps import swap_of
-from nnunet_lite.workspace import must_fit, read_json, scratch, write_json, write_text
+from nnunet_lite.workspace import read_json, write_json, write_text
+from nnunet_lite.writing import must_fit, scratch
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model

@@ -29,7 +29,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import Model, load
 from nnunet_lite.interop.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.network.norm import InstanceNorm
-from nnunet_lite.workspace import must_fit, scratch, write_json, write_text
+from nnunet_lite.workspace import write_json, write_text
+from nnunet_lite.writing import must_fit, scratch
 
 OPSET = 18
 TOLERANCE = 1e-3  # of a logit; where the largest is above 1, of that

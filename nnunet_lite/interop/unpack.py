@@ -28,7 +28,8 @@ from nnunet_lite.interop.bundle import CHUNK, FORMAT, MANIFEST, File, Manifest, 
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.run import FORMAT as MODEL_FORMAT
 from nnunet_lite.training.run import MODEL, set_aside
-from nnunet_lite.workspace import must_be_known, must_fit, scratch, write_json
+from nnunet_lite.workspace import must_be_known, write_json
+from nnunet_lite.writing import must_fit, scratch
 
 LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB

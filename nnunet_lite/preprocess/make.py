@@ -21,6 +21,7 @@ from nnunet_lite.preprocess.pipeline import Prepared, prepare, resample, resampl
 from nnunet_lite.preprocess.raw_files import RawCase, survey
 from nnunet_lite.preprocess.stored import Precision, is_whole, write_stored
 from nnunet_lite.preprocess.threads import one_blas_thread
+from nnunet_lite.writing import SPARE, lacks_space, no_space
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -91,11 +92,11 @@ class Make:
             arrays = sum(len(job.missing) for job in jobs)
             log.info(f"{arrays} arrays to make, about {budget.in_units(estimate)} of disk")
         failed |= _run(jobs, self.dataset, self.plan, workers, progress, self.precision)
-        if full := next((error for error in failed.values() if budget.lacks_space(error)), None):
+        if full := next((error for error in failed.values() if lacks_space(error)), None):
             left = [job for job in jobs if not all(is_whole(path) for path in job.missing)]
-            needed = sum(job.disk(len(self.plan.channels), self.precision) for job in left)
+            needed = sum(job.disk(len(self.plan.channels), self.precision) for job in left) + SPARE
             what = f"the {plural(len(left), 'case')} left need{'s' * (len(left) == 1)} about"
-            raise budget.no_space(self.folder, what, needed, full.errno)
+            raise no_space(self.folder, what, needed, full.errno)
         return Part(sound, index, failed, sum(len(job.missing) for job in jobs), estimate)
 
     def alone(self, item: tuple[Case, RawCase | None]) -> Part:
@@ -196,7 +197,7 @@ def _run(
         for job, error in progress(results, len(jobs), "preprocess") if progress else results:
             if error is not None:
                 failed[job.case.id] = error
-            if budget.lacks_space(error):
+            if lacks_space(error):
                 break  # no other case would fare better
     return failed
 

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite import log
-from nnunet_lite.budget import in_units, lacks_space
+from nnunet_lite.budget import in_units
 from nnunet_lite.data.dataset import Case, Dataset
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.make import Make, Part, Progress, folder_name, recipe_of, short_hash
 from nnunet_lite.preprocess.raw_files import RawCase, memorize, recall, remembered
 from nnunet_lite.preprocess.stored import Precision, StoredCase, is_whole, read_stored
-from nnunet_lite.workspace import locked, read_json, sweep, write_json
+from nnunet_lite.workspace import locked, read_json, write_json
+from nnunet_lite.writing import lacks_space, sweep
 
 # (function, items, what for) -> (item, result or why there is none), as they end
 Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any, Any]]]

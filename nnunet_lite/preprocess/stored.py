@@ -23,7 +23,8 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.preprocess.pipeline import Placement, Preprocessed
 from nnunet_lite.preprocess.resample import label_boxes
-from nnunet_lite.workspace import must_fit, read_json, scratch
+from nnunet_lite.workspace import read_json
+from nnunet_lite.writing import must_fit, scratch
 
 Precision = Literal["float16", "float32"]
 

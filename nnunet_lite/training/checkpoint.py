@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import atomic
+from nnunet_lite.writing import atomic
 
 CHECKPOINT = "checkpoint.safetensors"
 _ANEW = "Get it again, or train it anew with --restart."

@@ -45,7 +45,8 @@ from nnunet_lite.training.step import (
     train_step,
 )
 from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, out_of_memory, stoppable, voxels_per_class
-from nnunet_lite.workspace import sweep, understood
+from nnunet_lite.workspace import understood
+from nnunet_lite.writing import sweep
 
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
 
