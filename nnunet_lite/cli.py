@@ -5,11 +5,7 @@ Everything heavy is imported inside the functions, so that `nnlite --help` answe
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Annotated
 
@@ -31,15 +27,13 @@ app = typer.Typer(
 
 # what an OSError of these kinds says is the user's mistake; any other one is a failure of the machine
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
-_RESUME = "the same command resumes from here (predict: with --continue)"
 
 
 def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
     try:
         start.interruptible()
-        with _ended_by(signal.SIGTERM, signal.SIGHUP):
-            code = app(_spelled_out(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
+        code = app(_spelled_out(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == start.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
@@ -50,7 +44,7 @@ def main() -> None:
     except Stopped as stopped:
         sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail(f"stopped; {_RESUME}", start.INTERRUPTED))
+        sys.exit(_fail(f"stopped; {start.RESUME}", start.INTERRUPTED))
     except BrokenPipeError:
         if sys.stderr is not None:
             sys.stderr.close()  # the reader of our output is gone
@@ -61,35 +55,12 @@ def main() -> None:
         )
     except Exception as error:
         # typer's complaints about options come from its own copy of click, whose classes have no public name
+        if start.interrupted:  # a library made another exception of it
+            sys.exit(_fail(f"stopped; {start.RESUME}", start.INTERRUPTED))
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
         sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
-
-
-@contextmanager
-def _ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Leave the block in order when one of these signals comes, so that nothing temporary stays; exit code 128 + it.
-
-    A signal that is ignored (nohup) stays ignored; training has a handler of its own. Only the main thread is reached.
-    """
-    here = threading.current_thread() is threading.main_thread()
-    handled = [number for number in numbers if here and signal.getsignal(number) is signal.SIG_DFL]
-
-    def leave(number: int, frame: object) -> None:
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)  # the second time it ends at once
-        with suppress(OSError):  # the terminal may be gone
-            log.last(f"stopped by {signal.Signals(number).name}; {_RESUME}")
-        raise SystemExit(128 + number)
-
-    for number in handled:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Where the files of a dataset are: one workspace folder, the current dataset, locks, and JSON.
 
-
 workspace/
   current.json                 the data set that was planned last
   Task04_Hippocampus/

@@ -18,6 +18,7 @@ from typing import TypeGuard
 
 from nnunet_lite.budget import in_units
 from nnunet_lite.errors import UserError
+from nnunet_lite.start import unfinished
 
 SPARE = 1 << 16  # bytes that must be left after a write: one that was cut short leaves less
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full; a quota is used up; a ulimit for files
@@ -43,13 +44,15 @@ def atomic(path: Path, needed: int | None = None) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_once(path.parent.absolute())
-    temporary = path.with_name(f"{_temporary_name()}-{path.name[-_TAIL:]}")
+    temporary = path.absolute().with_name(f"{_temporary_name()}-{path.name[-_TAIL:]}")
+    unfinished.add(temporary)
     try:
         with _held(temporary), must_fit(path, temporary, needed):
             yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        unfinished.discard(temporary)
 
 
 @contextmanager
@@ -57,14 +60,16 @@ def scratch(parent: Path) -> Iterator[Path]:
     """A temporary folder in `parent` that is gone when the block ends; what is to stay is moved out of it before."""
     parent.mkdir(parents=True, exist_ok=True)
     _sweep_once(parent.absolute())
-    temporary = parent / _temporary_name()
+    temporary = parent.absolute() / _temporary_name()
     temporary.mkdir()
+    unfinished.add(temporary)
     try:
         with _held(temporary / "lock"):
             (temporary / "lock").rename(temporary / _ALIVE)  # so `sweep` never finds it unlocked
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        unfinished.discard(temporary)
 
 
 def _temporary_name() -> str:

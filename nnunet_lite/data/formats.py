@@ -324,10 +324,11 @@ def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1
     source = nibabel.load(like)
     header = source.header.copy()
     header.set_data_dtype(array.dtype)
-    header.set_slope_inter(slope, 0)
     header["cal_min"] = header["cal_max"] = 0  # the image's window
     header.set_intent("none")
-    nibabel.save(source.__class__(_as_stored(array, len(source.shape)), None, header), path)
+    image = source.__class__(_as_stored(array, len(source.shape)), None, header)
+    image.header.set_slope_inter(slope, 0)
+    nibabel.save(image, path)
 
 
 def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, like: Path) -> None:
