@@ -189,7 +189,7 @@ def no_space(folder: Path, what: str, needed: int, reason: int | None = errno.EN
     reason = reason or errno.ENOSPC
     free = f", {in_units(shutil.disk_usage(folder).free)} are free" if reason == errno.ENOSPC else ""
     fix = "Free some space, then run the same command again"
-    return OSError(reason, f"{os.strerror(reason)}: {what} {in_units(needed)}{free}. {fix}", str(folder))
+    return OSError(reason, f"{os.strerror(reason)}: {what} {in_units(needed)}{free}. {fix}", str(folder.absolute()))
 
 
 def cut_short(written: Path) -> int:

@@ -27,6 +27,7 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _VERSION = 1  # of how the arrays are made: raising it redoes every case
 _COMPRESSED = 0.5  # of the size in memory, for the estimate; 0.2 was measured for skull-stripped MR, 0.6 for CT
+_ID_BYTES = 200  # of a case in the name of its folder: file systems allow 255 for all of it
 _SMALL = 1 << 18  # values of a case below which threads are in each other's way more than they help
 
 
@@ -138,11 +139,12 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
 def folder_name(
     plan: Plan, configuration: Configuration, case_id: str, raw: RawCase, dataset: Dataset, precision: Precision
 ) -> str:
-    """Name of the folder of a case: its id, and a hash of its files and the recipe at its own spacing."""
+    """Name of the folder of a case: its id, cut to what a name may hold, and a hash of its files and the recipe."""
     spacing = target_spacing(configuration, transposed(raw.spacing, plan.axis_order))
     files = [file.digest for file in raw.files]
     recipe = recipe_of(plan, configuration, spacing)
-    return f"{case_id}-{short_hash([recipe, files, sorted((dataset.label_map or {}).items()), precision])}"
+    short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
+    return f"{short}-{short_hash([recipe, files, sorted((dataset.label_map or {}).items()), precision])}"
 
 
 def short_hash(value: Any) -> str:
