@@ -7,7 +7,8 @@ from __future__ import annotations
 # Plan` works as ever.
 import nnunet_lite.plan
 import nnunet_lite.preprocess
-import nnunet_lite.report  # noqa: F401
+import nnunet_lite.report
+import nnunet_lite.start  # noqa: F401 - before all that takes time to import
 
 __version__ = "0.1.0"
 

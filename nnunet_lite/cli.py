@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nnunet_lite import __version__, log
+from nnunet_lite import __version__, log, start
 from nnunet_lite.commands import data, prediction, results, training, workflow
 from nnunet_lite.errors import Lost, Stopped, UserError
 
@@ -25,16 +25,16 @@ app = typer.Typer(
 )
 
 
-# what an OSError of these kinds says is the user's to mend; any other one is a failure of the machine
-_INTERRUPTED = 130
+# what an OSError of these kinds says is the user's mistake; any other one is a failure of the machine
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
     try:
+        start.interruptible()
         code = app(_spelled_out(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
-        if code == _INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
+        if code == start.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
     except UserError as error:
@@ -44,9 +44,10 @@ def main() -> None:
     except Stopped as stopped:
         sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail("stopped; the same command goes on from here (predict: with --continue)", _INTERRUPTED))
+        sys.exit(_fail(f"stopped; {start.RESUME}", start.INTERRUPTED))
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone
+        if sys.stderr is not None:
+            sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
     except OSError as error:
         sys.exit(
@@ -54,6 +55,8 @@ def main() -> None:
         )
     except Exception as error:
         # typer's complaints about options come from its own copy of click, whose classes have no public name
+        if start.interrupted:  # a library made another exception of it
+            sys.exit(_fail(f"stopped; {start.RESUME}", start.INTERRUPTED))
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")

@@ -30,6 +30,7 @@ from distributed import CancelledError, Client, KilledWorker, as_completed
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.writing import scratch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -69,7 +70,7 @@ def unfit(place: Place) -> str | None:
         if mine[name] != wanted:
             return f"has {name} {mine[name]}, and here is {wanted}: install the same version on all machines"
     until = time.monotonic() + _SEEN
-    while not place.token.is_file():
+    while not place.token.exists():
         if not place.token.parent.is_dir() or time.monotonic() > until:
             return (
                 f"does not see the workspace {place.token.parent}: it must lie on a file system that all machines share"
@@ -210,7 +211,7 @@ def connected(address: str, workspace: Path) -> Iterator[Cluster]:
     ------
     UserError : nobody answers there, no worker comes, or one has other versions or does not see the workspace.
     """
-    with _client(address) as client, _token(workspace) as token:
+    with _client(address) as client, scratch(workspace) as token:
         place = Place(versions(), token)
         if not client.nthreads():
             log.info(f"{address}: no worker has come yet, waiting for one")
@@ -245,18 +246,6 @@ def _client(address: str) -> Iterator[Client]:
         raise UserError(f"no Dask scheduler answers ({type(error).__name__})", address, fix) from None
     with client:
         yield client
-
-
-@contextmanager
-def _token(workspace: Path) -> Iterator[Path]:
-    """A file in the workspace, by which workers tell that they see the same."""
-    workspace.mkdir(parents=True, exist_ok=True)
-    token = workspace / f".tmp-cluster-{secrets.token_hex(8)}"
-    token.touch()
-    try:
-        yield token
-    finally:
-        token.unlink(missing_ok=True)
 
 
 def _refuse_unfit(answers: Mapping[str, Any]) -> None:

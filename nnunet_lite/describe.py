@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import nnunet_lite
 from nnunet_lite import log
+from nnunet_lite.budget import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import Paths, understood
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _PACKAGES = (
     "torch", "numpy", "scipy", "SimpleITK", "nibabel", "pillow", "batchgenerators", "tqdm", "blosc2", "safetensors",
     "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn", "threadpoolctl",
 )  # fmt: skip
-_LITTLE_DISK_GB = 5
+_LITTLE_DISK = 5 * GB
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,9 @@ def describe_machine(workspace: Path) -> About:
     total, free = _memory_gb(problems)
     cpu_capability, gpus = _torch(problems)
     folder = next(p for p in (workspace, *workspace.parents) if p.exists())
-    disk = shutil.disk_usage(folder).free / 1e9
-    if disk < _LITTLE_DISK_GB:
-        problems.append(f"only {disk:.1f} GB are free where the workspace is ({folder})")
+    disk = shutil.disk_usage(folder).free
+    if disk < _LITTLE_DISK:
+        problems.append(f"only {in_units(disk)} are free where the workspace is ({folder})")
     if not os.access(folder, os.W_OK):
         problems.append(f"the workspace cannot be written ({folder})")
     values = {
@@ -159,13 +160,13 @@ def describe_machine(workspace: Path) -> About:
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": versions,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cpus(),
         "cpu_capability": cpu_capability,
         "memory_gb": total,
         "memory_free_gb": free,
         "gpus": gpus,
         "workspace": str(workspace),
-        "disk_free_gb": round(disk, 1),
+        "disk_free_gb": round(disk / GB, 1),
         "problems": problems,
     }
     shown = [f"{g['name']} ({g['memory_gb']} GB)" for g in gpus] or ["none: use --recipe cpu, or expect days"]
@@ -175,7 +176,7 @@ def describe_machine(workspace: Path) -> About:
         f"CPU     {values['cpus']} cores to use, {cpu_capability or 'instruction set unknown'}",
         f"memory  {free} of {total} GB free" if total else "memory  unknown",
         f"GPU     {', '.join(shown)}",
-        f"disk    {disk:.1f} GB free for the workspace {workspace}",
+        f"disk    {in_units(disk)} free for the workspace {workspace}",
         *(f"problem: {problem}" for problem in problems),
     ]
     return About(values, "\n".join(lines + ([] if problems else ["no problem found"])))
@@ -196,7 +197,7 @@ def _memory_gb(problems: list[str]) -> tuple[float | None, float | None]:
         problems.append(f"psutil cannot be imported: {error}")
         return None, None
     memory = psutil.virtual_memory()
-    return round(memory.total / 1e9, 1), round(memory.available / 1e9, 1)
+    return round(memory.total / GB, 1), round(free_memory() / GB, 1)
 
 
 def _torch(problems: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
@@ -207,7 +208,7 @@ def _torch(problems: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
         problems.append(f"torch cannot be imported: {error}")
         return None, []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in found]
+    gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
     if not gpus and shutil.which("nvidia-smi"):
         problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     return torch.backends.cpu.get_cpu_capability(), gpus

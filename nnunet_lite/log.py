@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
 
-
 _quiet = False
+_bars: Any = None  # the class of the bars, once one is shown
 
 
 def be_quiet() -> None:
@@ -23,19 +23,29 @@ def be_quiet() -> None:
 
 def last(message: str) -> None:
     """What this process ends of: a silent one says it too."""
-    print(message, file=sys.stderr, flush=True)
+    _print(message, sys.stderr)
 
 
 def info(message: str) -> None:
-    if _quiet:
-        return
-    print(message, file=sys.stderr, flush=True)
+    if not _quiet:
+        _print(message, sys.stderr)
 
 
 def answer(text: str) -> None:
     """The result of a command, on standard output."""
     if not _quiet:
-        print(text, flush=True)
+        _print(text, sys.stdout)
+
+
+def _print(text: str, stream: TextIO | None) -> None:
+    """Print to a stream, above the bars that are shown; nothing where it is closed or None, as without a console."""
+    if stream is None or stream.closed:
+        return
+    if _bars is None:
+        print(text, file=stream, flush=True)
+    else:
+        _bars.write(text, file=stream)
+        stream.flush()
 
 
 def warn(message: str) -> None:
@@ -52,9 +62,11 @@ def duration(seconds: float) -> str:
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Show how far a loop has come: a bar with ETA on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty() and not _quiet:
+    global _bars
+    if not _quiet and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
         from tqdm import tqdm
 
+        _bars = tqdm
         yield from tqdm(items, total=total, desc=what, leave=False)
         return
     start = last = time.monotonic()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nnunet_lite import log
+from nnunet_lite.writing import append
 
 _LITTLE = 0.05  # of a step: from less than that its length is not told
 
@@ -65,9 +66,7 @@ class Journal:
         """Write down a step that was done; `share` is how much of it was left when it began."""
         when = datetime.now(UTC).isoformat(timespec="seconds")
         row = {"step": step.name, "kind": step.kind, "seconds": round(seconds, 2), "share": round(share, 4)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "when": when}) + "\n")
+        append(self.file, json.dumps({**row, "when": when}))
 
     def usual(self) -> dict[str, float]:
         """Seconds of a whole step, by kind."""

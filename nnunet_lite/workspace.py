@@ -1,4 +1,4 @@
-"""Where a dataset's files are: one workspace folder, and writes that are whole or not at all.
+"""Where the files of a dataset are: one workspace folder, the current dataset, locks, and JSON.
 
 workspace/
   current.json                 the dataset that was planned last
@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,21 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite.errors import UserError
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is gone when it does not.
-
-    The temporary name keeps the suffixes, since writers choose the format by them.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from nnunet_lite.writing import atomic
 
 
 @contextmanager
@@ -56,16 +41,10 @@ def locked(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def sweep(folder: Path) -> None:
-    """Delete the temporary files that killed runs left in a folder, not in those below it."""
-    for leftover in folder.glob(".tmp-*"):
-        if leftover.is_file():
-            leftover.unlink(missing_ok=True)
-
-
 def write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    content = text.encode("utf-8")
+    with atomic(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -146,7 +146,7 @@ def test_memory_is_shared_among_models() -> None:
     together_ = plan_memory(requests, labels, 0.5, most=2 * sum(alone))
     assert sum(footprint.host for footprint in together_) <= 2 * sum(alone)
     assert len({footprint.slab for footprint in together_}) == 1
-    with pytest.raises(UserError, match="GB of memory at least"):
+    with pytest.raises(UserError, match=r"[kM]B of memory at least"):
         plan_memory(requests, labels, 0.5, most=min(alone) // 20)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -333,7 +334,7 @@ def test_chunks_are_fitted_to_the_patch() -> None:
 
 def test_too_little_disk_is_refused(tmp_path: Path) -> None:
     budget.require_space(tmp_path, 1)
-    with pytest.raises(UserError, match=r"preprocessing needs about 1000000000\.0 GB here and .* GB are free"):
+    with pytest.raises(UserError, match=r"preprocessing needs about 1,000 PB here and [\d.]+ [MGT]B are free"):
         budget.require_space(tmp_path, 10**18)
 
 
@@ -368,6 +369,84 @@ def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
     assert budget._cgroup_rooms("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
     (second / "memory.max").write_text("max\n")
     assert budget._cgroup_rooms("0::/job\n", tmp_path / "two") == [3_500_000_000]
+
+
+def test_cpu_quotas_of_cgroups_of_both_versions_count(tmp_path: Path) -> None:
+    """`docker --cpus=4` on 64 cores counts 4, also of a group above; parts of a CPU are rounded up."""
+    second, first = tmp_path / "two" / "job", tmp_path / "one" / "cpu" / "job"
+    for folder in (second, first):
+        folder.mkdir(parents=True)
+    (second / "cpu.max").write_text("max 100000\n")
+    (second.parent / "cpu.max").write_text("400000 100000\n")
+    assert budget._cgroup_cpus("0::/job\n", tmp_path / "two") == [4]
+    assert budget._cgroup_cpus("0::/docker/a1b2\n", tmp_path / "two") == [4]  # a path of the host, in a container
+    (second / "cpu.max").write_text("150000 100000\n")
+    assert budget._cgroup_cpus("0::/job\n", tmp_path / "two") == [2, 4]
+    for group, quota in ((first, "-1"), (first.parent, "50000")):
+        (group / "cpu.cfs_quota_us").write_text(quota + "\n")
+        (group / "cpu.cfs_period_us").write_text("100000\n")
+    assert budget._cgroup_cpus("4:memory:/job\n3:cpu,cpuacct:/job\n2:cpuset:/job\n0::/\n", tmp_path / "one") == [1]
+    assert budget._cgroup_cpus("", tmp_path) == []
+
+
+def test_the_quota_of_a_real_cgroup_counts() -> None:
+    """A process in a group of this machine with half a CPU and 300 MB; where tests may not make one, it is skipped."""
+    second = Path("/sys/fs/cgroup/cgroup.controllers").is_file()
+    name = f"nnlite-test-{os.getpid()}"
+    groups = [Path("/sys/fs/cgroup", *part, name) for part in ([()] if second else [("cpu",), ("memory",)])]
+    limits = {"cpu.max": "50000 100000", "memory.max": "300000000"} if second else {}
+    limits |= {} if second else {"cpu.cfs_quota_us": "50000", "memory.limit_in_bytes": "300000000"}
+    try:
+        for group in groups:
+            group.mkdir()
+            for file, limit in limits.items():
+                if second or file.startswith(group.parent.name):
+                    (group / file).write_text(limit)
+        code = (
+            "import os, sys, pathlib\n"
+            "for group in sys.argv[1:]: (pathlib.Path(group) / 'cgroup.procs').write_text(str(os.getpid()))\n"
+            "from nnunet_lite import budget\n"
+            "print(budget.cpus(), budget.free_memory())"
+        )
+        out = subprocess.check_output([sys.executable, "-c", code, *map(str, groups)], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not let its tests make a cgroup")
+    finally:
+        for group in groups:
+            if group.is_dir():
+                group.rmdir()
+    cpus, memory = map(int, out.split())
+    assert cpus == 1 and 0 < memory < 300_000_000
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (84_000, "84 kB"), (999_499, "999 kB"), (999_600, "1 MB"), (1_250_000, "1.25 MB"),
+        (3_094_000_000, "3.09 GB"), (2e12, "2 TB"), (10**18, "1,000 PB"),
+    ],
+)  # fmt: skip
+def test_bytes_are_written_with_three_digits(number: float, text: str) -> None:
+    assert budget.in_units(number) == text
+
+
+def test_a_case_may_have_a_name_of_255_bytes(copy_dataset: Copy, tmp_path: Path) -> None:
+    """Its folder has a shorter name, and two cases that differ in their last letter have one each."""
+    root = copy_dataset(5)
+    table = json.loads((root / "dataset.json").read_text())
+    for entry, letter in zip(table["training"][:2], "ab", strict=True):
+        for key, file in entry.items():
+            name = "脑" * 82 + f"{letter}.nii.gz"
+            assert len(name.encode()) == 254
+            (root / file).rename((root / file).with_name(name))
+            entry[key] = f"./{Path(file).parent.name}/{name}"
+    (root / "dataset.json").write_text(json.dumps(table))
+    dataset = read_dataset(root)
+    plan = make_plan(dataset.labels)
+    assert preprocess_dataset(dataset, plan, BOTH, tmp_path / "pre").made == 5
+    long = [case.id for case in dataset.cases if len(case.id) > 80]
+    keys = {open_case(tmp_path / "pre", plan, "3d_fullres", case_id).key for case_id in long}
+    assert len(long) == len(keys) == 2
 
 
 def test_the_plan_says_how_images_are_stored(five: Dataset, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_what_fits_is_found_and_what_does_not_is_refused() -> None:
     (roomy,) = plan_memory([request], labels, 0.5)
     assert (roomy.batch_size, roomy.dtype) == (passes.at_once, torch.float32)
     found, limit = [roomy], roomy.host
-    with pytest.raises(UserError, match=r"takes 0\.0\d GB of memory at least, 0\.0\d GB may be used\. Raise --max-mem"):
+    with pytest.raises(UserError, match=r"takes [\d.]+ MB of memory at least, [\d.]+ MB may be used\. Raise --max-mem"):
         while limit := int(0.98 * limit):
             found += plan_memory([request], labels, 0.5, limit)
             assert found[-1].host <= limit

@@ -11,16 +11,15 @@ import pytest
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import (
-    atomic,
     current,
     find_raw,
     read_json,
-    sweep,
     use,
     workspace_folder,
     write_json,
     write_text,
 )
+from nnunet_lite.writing import atomic, sweep
 
 
 def make_raw(place: Path, name: str) -> Path:

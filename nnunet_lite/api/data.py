@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
 from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of, place_of
+from nnunet_lite.budget import GB, in_units
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import find_raw, read_json, use, write_json
 
@@ -210,8 +211,8 @@ def measure(made: Plan, device: str | None = None) -> str:
     target, lines = pick_device(device), []
     for name, planned in made.configurations.items():
         measured = measure_step(made, name, target)
-        found = "more than the GPU has" if measured is None else f"{measured:.2f} GB"
-        lines.append(f"{name}: predicted {planned.memory_gb:.2f} GB, measured {found}")
+        found = "more than the GPU has" if measured is None else in_units(measured * GB)
+        lines.append(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
     return "\n".join(lines)
 
 
@@ -240,7 +241,7 @@ def preprocess(
     names = list(configurations or made.configurations)
     if clean:
         count, size = prune(paths.preprocessed, made)
-        log.info(f"{count} arrays deleted that the plan does not need, {size / 1e6:.1f} MB")
+        log.info(f"{count} arrays deleted that the plan does not need, {in_units(size)}")
     with cluster_of(scheduler, paths.root.parent) as cluster:
         return preprocess_dataset(
             dataset_of(paths), made, names, paths.preprocessed, workers, log.progress,

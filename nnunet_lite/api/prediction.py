@@ -61,6 +61,7 @@ def predict(
     Parameters
     ----------
     source : files, DICOM series, or folders of any mix of supported formats.
+    out : a folder for the label maps; for a single image also the name of its label map, such as "seg.nii.gz".
     model : a model folder, ours or nnU-Net's, its name in the workspace, or an exported zip; by default what `select`
         chose for the dataset, else the trained one (says which). Several vote with the mean of their
         probabilities.
@@ -81,7 +82,7 @@ def predict(
     """
     from nnunet_lite.data.cases import find_all_cases
     from nnunet_lite.data.problems import plural
-    from nnunet_lite.inference.folder import predict_cases
+    from nnunet_lite.inference.folder import check_output, predict_cases
     from nnunet_lite.inference.maps import Wanted, wanted_labels
     from nnunet_lite.inference.predictor import read_model
     from nnunet_lite.models import SPEEDS, chosen, first_fold, in_our_form, load_all, model_at
@@ -101,6 +102,7 @@ def predict(
     with in_our_form(folders, folds, checkpoint) as ours:
         plan = read_model(ours[0])[0]
         cases = find_all_cases(sources, len(plan.channels))
+        check_output(sources, cases, Path(out), plan.labels, dicom_seg)
         asked = () if save_probabilities is None else wanted_labels(save_probabilities, plan.labels)
         changes = {**SPEEDS[speed or "best"], **(changes or {})}
         rules = {label: str(rule) for label, rule in choice.rules.items()}

@@ -47,7 +47,7 @@ def predict(
     source: Annotated[
         list[Path], typer.Option("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
     model: Annotated[
         list[Path] | None,
         typer.Option(

@@ -317,28 +317,45 @@ def _write_itk(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     sitk.WriteImage(image, str(path), useCompression=suffix_of(path) not in (".nii", ".bmp"))
 
 
-def write_nifti_like(path: Path, array: np.ndarray, like: Path) -> None:
-    """Write integers (z, y, x) as NIfTI with the header of a NIfTI image on the same grid."""
+def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1) -> None:
+    """Write integers (z, y, x) as NIfTI with the header of a NIfTI image on the same grid; values are times `slope`."""
     import nibabel
 
     source = nibabel.load(like)
     header = source.header.copy()
     header.set_data_dtype(array.dtype)
-    header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # the image's window
     header.set_intent("none")
-    flat = len(source.shape) == 2
-    data = array[0].T if flat else array.transpose(2, 1, 0)
-    nibabel.save(source.__class__(data, None, header), path)
+    image = source.__class__(_as_stored(array, len(source.shape)), None, header)
+    image.header.set_slope_inter(slope, 0)
+    nibabel.save(image, path)
 
 
-def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int) -> None:
-    """Write shares of one, stored as integers (z, y, x) up to `steps`, as NIfTI that programs show as 0 to 1."""
+def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, like: Path) -> None:
+    """Write shares of one, stored as integers (z, y, x) up to `steps`, as NIfTI that programs show as 0 to 1.
+
+    Parameters
+    ----------
+    like : the image that the geometry was read from; where it is NIfTI its header is carried over, as to a label map.
+    """
     import nibabel
 
-    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), ras_affine(geometry))
+    if suffix_of(like) in NIFTI:
+        write_nifti_like(path, array, like, 1 / steps)
+        return
+    affine = ras_affine(geometry)
+    image = nibabel.Nifti1Image(_as_stored(array, geometry.dimensions), affine)
+    image.set_sform(affine, "scanner")
+    if _is_orthonormal(geometry.direction):
+        image.set_qform(affine, "scanner")
+    image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(1 / steps, 0)
     nibabel.save(image, path)
+
+
+def _as_stored(array: np.ndarray, dimensions: int) -> np.ndarray:
+    """An array (z, y, x) in the order of NIfTI: (x, y, z), or (x, y) in two dimensions."""
+    return array[0].T if dimensions == 2 else array.transpose(2, 1, 0)
 
 
 def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:
@@ -352,9 +369,10 @@ def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:
 
 
 def ras_affine(geometry: Geometry) -> np.ndarray:
-    """The affine (4, 4) from voxels (x, y, z) to RAS mm."""
+    """The affine (4, 4) from voxels (x, y, z) to RAS mm; a 2D image is as thick as its pixels are wide."""
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * geometry.spacing[::-1]
+    z, y, x = geometry.spacing
+    affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * (x, y, max(x, y) if geometry.dimensions == 2 else z)
     affine[:3, 3] = geometry.origin
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
@@ -365,7 +383,7 @@ def _write_nibabel(path: Path, array: np.ndarray, geometry: Geometry) -> None:
 
     affine = ras_affine(geometry)
     if suffix_of(path) in NIFTI:
-        nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), affine), path)
+        nibabel.save(nibabel.Nifti1Image(_as_stored(array, geometry.dimensions), affine), path)
         return
     kind = np.uint8 if array.min() >= 0 and array.max() <= 255 else np.int16 if array.max() < 1 << 15 else np.int32
     nibabel.save(nibabel.MGHImage(array.transpose(2, 1, 0).astype(kind), affine), path)

@@ -27,7 +27,8 @@ from nnunet_lite.data.formats import (
 from nnunet_lite.data.geometry import Geometry, turn_between
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import atomic, write_json
+from nnunet_lite.workspace import write_json
+from nnunet_lite.writing import atomic
 
 __all__ = [
     "PICTURES",

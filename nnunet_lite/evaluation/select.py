@@ -47,7 +47,8 @@ from nnunet_lite.plan.schema import Plan
 from nnunet_lite.training.folds import ALL, Fold, read_fold, refuse_other_cases
 from nnunet_lite.training.run import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.training.splits import load_splits
-from nnunet_lite.workspace import Paths, locked, read_json, sweep, write_json
+from nnunet_lite.workspace import Paths, locked, read_json, write_json
+from nnunet_lite.writing import sweep
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
 MADE_OF = "made_of.json"  # of a fold of an ensemble: the fingerprints of the weights that predicted it
@@ -326,7 +327,7 @@ def _forget_others(team: Team, fold: Fold, out: Path) -> None:
     """Remove what an ensemble predicted with other weights, and what a killed run left; note which ones predict now."""
     note, weights = out.parent / MADE_OF, weights_of(team, fold.name)
     if note.is_file() and read_json(note) == weights:
-        sweep(out)
+        sweep(out, alone=True)
         return
     for file in out.glob("*") if out.is_dir() else ():
         if file.is_file():

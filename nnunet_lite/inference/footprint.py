@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 import torch
 
-from nnunet_lite.budget import GB, cpus, free_memory
+from nnunet_lite.budget import cpus, free_memory, in_units
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
@@ -53,9 +53,9 @@ class Footprint:
     def __str__(self) -> str:
         """One line: much the same for images that are much the same."""
         kind = str(self.dtype).removeprefix("torch.")
-        gpu = f" and {self.device / GB:.1f} GB of the GPU's" if self.device else ""
+        gpu = f" and {in_units(self.device)} of the GPU's" if self.device else ""
         what = f"{plural(self.batch_size, 'window')} at once, {plural(self.slab, 'slice')} written at once"
-        return f"{what}, sums in {kind} on {self.where.type}: {self.host / GB:.1f} GB of memory{gpu}"
+        return f"{what}, sums in {kind} on {self.where.type}: {in_units(self.host)} of memory{gpu}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def plan_memory(
     host, gpu = (len(requests) * n for n in needed)
     short, number, limit = ("memory", host, limits[0]) if host > limits[0] else ("GPU memory", gpu, limits[1])
     raise UserError(
-        f"to predict this image takes {number / GB:.2f} GB of {short} at least, {limit / GB:.2f} GB may be used",
+        f"to predict this image takes {in_units(number)} of {short} at least, {in_units(limit)} may be used",
         fix="Raise --max-memory." if most is not None else "Use a machine with more memory.",
     )
 

@@ -30,7 +30,8 @@ from nnunet_lite.preprocess.stored import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, read_splits
 from nnunet_lite.training.previous import held_out_by, map_file, map_key, previous_folder, write_map
 from nnunet_lite.training.run import MODEL, is_finished
-from nnunet_lite.workspace import Paths, locked, sweep
+from nnunet_lite.workspace import Paths, locked
+from nnunet_lite.writing import sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +131,7 @@ def predict_for_next_stage(
         targets = {case_id: map_file(first.folder / f"fold_{fold}", configuration, case_id) for case_id in mine}
         where = targets[mine[0]].parent
         with locked(where, partial(log.info, f"{where}: another process is predicting, waiting for it")):
-            sweep(where)
+            sweep(where, alone=True)
             todo = [case_id for case_id in mine if map_key(targets[case_id]) != keys[case_id]]
             if todo:
                 model = load(first.folder, [fold], device, workspace=first.folder.absolute().parents[2])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.budget import GB, free_memory
+from nnunet_lite.budget import GB, free_memory, in_units
 from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_image
@@ -227,7 +227,7 @@ def predict_preprocessed(model: Model, image: np.ndarray, previous: np.ndarray |
     outputs = model.plan.labels.n_channels
     needed, free = outputs * image[0].size * 4, free_memory()
     if needed > free:
-        what = f"its {outputs} logits per voxel need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        what = f"its {outputs} logits per voxel need {in_units(needed)}, {in_units(free)} are free"
         raise UserError(what, fix="Use a machine with more memory.")
     passes = _passes(model, previous is not None, whole=True)
     return predict_logits(passes, _shown(image, previous), model.settings.step_size)

@@ -26,7 +26,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import read_model
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.training.run import MODEL, is_finished, other_folds
-from nnunet_lite.workspace import atomic, read_json
+from nnunet_lite.workspace import read_json
+from nnunet_lite.writing import atomic
 
 FORMAT = "nnlite-bundle-1"
 MANIFEST = "manifest.json"

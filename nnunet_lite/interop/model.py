@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nnunet_lite import log
@@ -21,6 +19,7 @@ from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settin
 from nnunet_lite.training.run import FORMAT, MODEL, models_near, set_aside, versions
 from nnunet_lite.training.swaps import swap_of
 from nnunet_lite.workspace import read_json, understood, write_json, write_text
+from nnunet_lite.writing import must_fit, scratch
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
@@ -121,8 +120,8 @@ def native(folder: Path, folds: Sequence[str | int] | None = None, checkpoint: C
     if not is_nnunet(folder):
         yield folder
         return
-    with TemporaryDirectory(prefix="nnlite-") as temporary:
-        copy = Path(temporary) / folder.absolute().name
+    with scratch(Path(gettempdir())) as temporary:
+        copy = temporary / folder.absolute().name
         import_model(folder, copy, folds, checkpoint)
         yield copy
 
@@ -378,15 +377,14 @@ def _whole(out: Path, aside: bool = False) -> Iterator[Path]:
     taken = out.exists() and (out.is_file() or any(out.iterdir()))
     if taken and not aside:
         raise UserError("is there already", out, "Choose another --output, or delete it.")
-    partial = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
+    with scratch(out.absolute().parent) as temporary:
+        partial = temporary / out.name
+        partial.mkdir()
+        with must_fit(out, partial):
+            yield partial
         if taken:
             log.info(f"the model that was there is kept in {set_aside(out)}")
         partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _now() -> str:

@@ -18,7 +18,6 @@ from copy import deepcopy
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from nnunet_lite.inference.predictor import Model, load
 from nnunet_lite.interop.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.network.norm import InstanceNorm
 from nnunet_lite.workspace import write_json, write_text
+from nnunet_lite.writing import must_fit, scratch
 
 OPSET = 18
 TOLERANCE = 1e-3  # of a logit; where the largest is above 1, of that
@@ -69,10 +69,11 @@ def export_onnx(
         raise UserError("is there already", out, "Choose another --output, or delete it.")
     exact = {"inference.precision": "fp32"}
     model, out = load(folder, folds, "cpu", exact, trust_code=trust_code, workspace=workspace), out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".tmp-", dir=out.parent) as temporary:
-        differences = _write(model, Path(temporary) / out.name)
-        (Path(temporary) / out.name).replace(out)
+    with scratch(out.parent) as temporary:
+        partial = temporary / out.name
+        with must_fit(out, partial):
+            differences = _write(model, partial)
+        partial.replace(out)
     return differences
 
 

@@ -15,12 +15,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from pydantic import ValidationError
 
 from nnunet_lite import log
+from nnunet_lite.budget import in_units
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import read_model
 from nnunet_lite.interop.bundle import CHUNK, FORMAT, MANIFEST, File, Manifest, must_be_name
@@ -28,6 +29,7 @@ from nnunet_lite.settings import Settings
 from nnunet_lite.training.run import FORMAT as MODEL_FORMAT
 from nnunet_lite.training.run import MODEL, set_aside
 from nnunet_lite.workspace import must_be_known, write_json
+from nnunet_lite.writing import must_fit, scratch
 
 LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
@@ -52,8 +54,8 @@ def unpacked(path: Path) -> Iterator[Path]:
     if not is_bundle(path):
         yield path
         return
-    with TemporaryDirectory(prefix="nnlite-") as temporary:
-        yield unpack(path, Path(temporary) / read_manifest(path).models[0])
+    with scratch(Path(gettempdir())) as temporary:
+        yield unpack(path, temporary / read_manifest(path).models[0])
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -85,17 +87,17 @@ def unpack(file: Path, out: Path, *, replace: bool = False, limit: int = LIMIT) 
     with _opened(file) as (archive, manifest):
         _must_fit(manifest, file, out, limit)
         places = _places(manifest, out, replace)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".tmp-", dir=out.parent) as temporary:
-            for path, expected in manifest.files.items():
-                _extract(archive, path, expected, Path(temporary) / path, file)
-            for number, name in enumerate(manifest.models):
-                _must_be_model(Path(temporary) / name, manifest.models[number + 1 :], file)
-            write_json(Path(temporary) / manifest.models[0] / MANIFEST, manifest.model_dump(mode="json"))
+        with scratch(out.parent) as temporary:
+            with must_fit(out, temporary, sum(expected.size for expected in manifest.files.values())):
+                for path, expected in manifest.files.items():
+                    _extract(archive, path, expected, temporary / path, file)
+                for number, name in enumerate(manifest.models):
+                    _must_be_model(temporary / name, manifest.models[number + 1 :], file)
+                write_json(temporary / manifest.models[0] / MANIFEST, manifest.model_dump(mode="json"))
             for name, place in reversed(places.items()):  # the model itself last
                 if not _is_empty(place) and (old := set_aside(place)) is not None:
                     log.info(f"the model that was there is kept in {old}")
-                (Path(temporary) / name).replace(place)
+                (temporary / name).replace(place)
     return out
 
 
@@ -206,9 +208,9 @@ def _must_fit(manifest: Manifest, file: Path, out: Path, limit: int) -> None:
     if total > _RATIO * packed:
         raise UserError(f"would unpack {packed} bytes to {total}, as no model does", file, "Do not trust this file.")
     if total > limit:
-        raise UserError(f"would unpack to {total / 1e9:.1f} GB, {limit / 1e9:.1f} GB are allowed", file)
+        raise UserError(f"would unpack to {in_units(total)}, {in_units(limit)} are allowed", file)
     if total > (free := shutil.disk_usage(place).free):
-        raise UserError(f"would unpack to {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place}", file)
+        raise UserError(f"would unpack to {in_units(total)}, {in_units(free)} are free in {place}", file)
 
 
 def _extract(archive: ZipFile, path: str, expected: File, target: Path, file: Path) -> None:

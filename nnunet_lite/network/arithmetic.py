@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nnunet_lite.budget import cpus
+from nnunet_lite.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 _LONG = 1.0  # s; a step this long is timed once
@@ -124,25 +126,27 @@ def pick_device(name: str | None) -> torch.device:
     ------
     UserError : no such device here.
     """
-    from nnunet_lite.errors import UserError
-
     if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    have += ["mps"] if torch.backends.mps.is_available() else []
+    have += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
+    fix = f"This machine has: {', '.join(have)}."
+    if name not in (*have, *(each.partition(":")[0] for each in have)):
+        unfit = name.startswith("cuda") and not torch.backends.cuda.is_built()
+        reason = "this PyTorch is built without CUDA" if unfit else "there is no such device"
+        raise UserError(f"--device {name}: {reason}", fix=fix)
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device {name}: {reason}", fix=f"This machine has: {', '.join(have)}.") from None
-    return device
+        torch.empty(1, device=name)
+    except RuntimeError as error:  # a GPU that is there, and taken by others or in no state to work
+        raise UserError(f"--device {name}: {str(error).splitlines()[0].rstrip('.')}", fix=fix) from None
+    return torch.device(name)
 
 
 def use_allowed_cpus() -> None:
-    """Use the CPUs that this process may run on (taskset, SLURM), not all that the machine has."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    if torch.get_num_threads() > cpus:
-        torch.set_num_threads(cpus)
+    """Use the CPUs that this process may use (taskset, SLURM, containers), not all that the machine has."""
+    if torch.get_num_threads() > (allowed := cpus()):
+        torch.set_num_threads(allowed)
 
 
 def keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from nnunet_lite import budget, log
 from nnunet_lite.data.dataset import Case, Dataset, read_case
 from nnunet_lite.data.geometry import Turn
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Configuration, Plan, Precision, exact_storage
 from nnunet_lite.preprocess.pipeline import (
@@ -29,11 +30,13 @@ from nnunet_lite.preprocess.pipeline import (
 from nnunet_lite.preprocess.raw_files import RawCase, survey
 from nnunet_lite.preprocess.stored import is_whole, write_stored
 from nnunet_lite.preprocess.threads import one_blas_thread
+from nnunet_lite.writing import SPARE, lacks_space, no_space
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _VERSION = 1  # of how the arrays are made: raising it redoes every case
 _COMPRESSED = 0.5  # of the size in memory, for the estimate; 0.2 was measured for skull-stripped MR, 0.6 for CT
+_ID_BYTES = 200  # of a case in the name of its folder: file systems allow 255 for all of it
 _SMALL = 1 << 18  # values of a case below which threads are in each other's way more than they help
 
 
@@ -97,11 +100,16 @@ class Make:
         budget.require_space(self.folder, estimate)
         if progress and jobs:
             arrays = sum(len(job.missing) for job in jobs)
-            log.info(f"{arrays} arrays to make, about {estimate / 1e6:.1f} MB of disk")
+            log.info(f"{arrays} arrays to make, about {budget.in_units(estimate)} of disk")
             if self.precision == "float16" and exact_storage(self.plan.channels) == "float32":
                 log.warn("the plan stores images as float16, which rounds 16-bit values that are not standardised by "
                          "up to 16; `nnlite plan DATA --store float32` keeps all digits")  # fmt: skip
         failed |= _run(jobs, self.dataset, self.plan, workers, progress, self.precision)
+        if full := next((error for error in failed.values() if lacks_space(error)), None):
+            left = [job for job in jobs if not all(is_whole(path) for path in job.missing)]
+            needed = sum(job.disk(len(self.plan.channels), self.precision) for job in left) + SPARE
+            what = f"the {plural(len(left), 'case')} left need{'s' * (len(left) == 1)} about"
+            raise no_space(self.folder, what, needed, full.errno)
         return Part(sound, index, failed, sum(len(job.missing) for job in jobs), estimate)
 
     def alone(self, item: tuple[Case, RawCase | None]) -> Part:
@@ -145,14 +153,15 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
 def folder_name(
     plan: Plan, configuration: Configuration, case_id: str, raw: RawCase, dataset: Dataset, precision: Precision
 ) -> str:
-    """Name of the folder of a case: its id, and a hash of its files and the recipe at its own spacing."""
+    """Name of the folder of a case: its id, cut to what a name may hold, and a hash of its files and the recipe."""
     turn = turn_for(plan, raw.orientation)
     spacing = target_spacing(configuration, transposed(raw.spacing, turn.order))
     files = [file.digest for file in raw.files]
     recipe = recipe_of(plan, configuration, spacing)
     if turn != Turn(plan.axis_order):
         recipe["orientation"] = plan.orientation
-    return f"{case_id}-{short_hash([recipe, files, sorted((dataset.label_map or {}).items()), precision])}"
+    short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
+    return f"{short}-{short_hash([recipe, files, sorted((dataset.label_map or {}).items()), precision])}"
 
 
 def short_hash(value: Any) -> str:
@@ -199,7 +208,7 @@ def _run(
     in_flight = 0 if workers == 0 else budget.cases_in_flight(needed, workers)
     free = budget.free_memory()
     if needed > free:
-        log.warn(f"the largest case needs about {needed / budget.GB:.1f} GB, {free / budget.GB:.1f} GB are free")
+        log.warn(f"the largest case needs about {budget.in_units(needed)}, {budget.in_units(free)} are free")
     threads = max(1, budget.cpus() // in_flight) if in_flight else 1  # of ours, for each case
     work = partial(_make, dataset=dataset, plan=plan, precision=precision, threads=threads)
     failed = {}
@@ -208,6 +217,8 @@ def _run(
         for job, error in progress(results, len(jobs), "preprocess") if progress else results:
             if error is not None:
                 failed[job.case.id] = error
+            if lacks_space(error):
+                break  # no other case would fare better
     return failed
 
 
@@ -238,8 +249,8 @@ def _make(job: Job, dataset: Dataset, plan: Plan, precision: Precision, threads:
             patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
             write_stored(path, resample(case, configuration, threads), plan.labels, patch, precision)
     except MemoryError as error:
-        need, free = job.memory(len(plan.channels)) / budget.GB, budget.free_memory() / budget.GB
-        fix = f"It needs about {need:.1f} GB, {free:.1f} GB are free: use --workers 1, or more memory."
+        need, free = (budget.in_units(n) for n in (job.memory(len(plan.channels)), budget.free_memory()))
+        fix = f"It needs about {need}, {free} are free: use --workers 1, or more memory."
         return UserError(f"no memory left ({error})", fix=fix)
     except Exception as error:  # any: it is reported with the name of the case
         return error

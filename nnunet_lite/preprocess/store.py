@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite import log
+from nnunet_lite.budget import in_units
 from nnunet_lite.data.dataset import Case, Dataset
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.plan.schema import Plan, Precision
 from nnunet_lite.preprocess.make import Make, Part, Progress, folder_name, recipe_of, short_hash
 from nnunet_lite.preprocess.raw_files import RawCase, memorize, recall, remembered
-from nnunet_lite.preprocess.stored import LEFTOVER, StoredCase, is_whole, read_stored
+from nnunet_lite.preprocess.stored import StoredCase, is_whole, read_stored
 from nnunet_lite.workspace import locked, read_json, write_json
+from nnunet_lite.writing import lacks_space, sweep
 
 # (function, items, what for) -> (item, result or why there is none), as they end
 Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any, Any]]]
@@ -51,8 +53,8 @@ class Summary:
     def to_text(self) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in self.cases.items())
         ratio = self.stored_bytes / max(1, self.raw_bytes)
-        size = f"{self.stored_bytes / 1e6:.1f} MB on disk, {ratio:.2f} x the raw files"
-        estimate = f" ({self.estimate / 1e6:.1f} MB were estimated)" if self.made else ""
+        size = f"{in_units(self.stored_bytes)} on disk, {ratio:.2f} x the raw files"
+        estimate = f" ({in_units(self.estimate)} were estimated)" if self.made else ""
         return f"cases: {counts}; {self.made} arrays made, {self.kept} kept\n{size}{estimate}"
 
 
@@ -96,6 +98,8 @@ def preprocess_dataset(
                 names, spread(make.alone, [(case, known.get(case.id)) for case in dataset.cases], "preprocess")
             )
             _sweep(folder)  # what workers that died left
+        if full := next((error for error in part.failed.values() if lacks_space(error)), None):
+            raise full
         if part.raw != recall(memory):
             memorize(memory, part.raw)
         for name, entries in part.index.items():
@@ -198,8 +202,8 @@ def _one_at_a_time(folder: Path) -> AbstractContextManager[None]:
 
 def _sweep(folder: Path) -> None:
     """Delete what a killed run left half done."""
-    for leftover in (*folder.glob(f"{LEFTOVER}*"), *folder.glob(f"cases/{LEFTOVER}*")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    sweep(folder, alone=True)
+    sweep(folder / "cases", alone=True)
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ from nnunet_lite.plan.schema import Precision
 from nnunet_lite.preprocess.pipeline import Placement, Preprocessed
 from nnunet_lite.preprocess.resample import label_boxes
 from nnunet_lite.workspace import read_json
+from nnunet_lite.writing import must_fit, scratch
 
-LEFTOVER = ".tmp-"  # begins the name of what a killed run leaves behind
 _BLOCK_BYTES = 1 << 16  # is decompressed at once: fits a core's cache
 _CHUNK_BYTES = 1 << 22
 _SAMPLES, _SHARE = 10_000, 0.01  # foreground voxels kept of each class: the larger of both, as in nnU-Net
@@ -103,32 +102,35 @@ def read_stored(folder: Path, case_id: str) -> StoredCase:
 
 def write_stored(folder: Path, case: Preprocessed, labels: Labels, patch: Sequence[int], precision: Precision) -> None:
     """Write a case; chunks and blocks follow from the patch (z, y, x) that will be read."""
-    temporary = folder.with_name(f"{LEFTOVER}{secrets.token_hex(4)}-{folder.name}")
-    temporary.mkdir(parents=True)
-    try:
-        _write(temporary / "image.b2nd", _fitting(case.image, precision), patch)
-        voxels: list[tuple[int, np.ndarray]] = []
-        if case.classes is not None:
-            kind = np.min_scalar_type(labels.outside_class)
-            _write(temporary / "label.b2nd", case.classes.astype(kind, copy=False), patch)
-            voxels = sampled_voxels(case.classes, labels)
-            np.save(temporary / "foreground.npy", np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
-        about = {
-            "labelled": case.classes is not None,
-            "foreground": [(number, len(v)) for number, v in voxels],
-            "placement": case.placement.to_json(),
-            "files": {path.name: (path.stat().st_size, _checksum(path)) for path in sorted(temporary.iterdir())},
-        }
-        (temporary / "case.json").write_text(json.dumps(about))
+    with scratch(folder.parent) as temporary:
+        made = temporary / folder.name
+        made.mkdir()
+        with must_fit(folder, made):
+            _write_files(made, case, labels, patch, precision)
         if folder.is_dir() and not is_whole(folder):
             shutil.rmtree(folder)
         try:
-            temporary.rename(folder)
+            made.rename(folder)
         except OSError:
             if not is_whole(folder):  # else another process has made it meanwhile, of the same files
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_files(folder: Path, case: Preprocessed, labels: Labels, patch: Sequence[int], precision: Precision) -> None:
+    _write(folder / "image.b2nd", _fitting(case.image, precision), patch)
+    voxels: list[tuple[int, np.ndarray]] = []
+    if case.classes is not None:
+        kind = np.min_scalar_type(labels.outside_class)
+        _write(folder / "label.b2nd", case.classes.astype(kind, copy=False), patch)
+        voxels = sampled_voxels(case.classes, labels)
+        np.save(folder / "foreground.npy", np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
+    about = {
+        "labelled": case.classes is not None,
+        "foreground": [(number, len(v)) for number, v in voxels],
+        "placement": case.placement.to_json(),
+        "files": {path.name: (path.stat().st_size, _checksum(path)) for path in sorted(folder.iterdir())},
+    }
+    (folder / "case.json").write_text(json.dumps(about))
 
 
 def sampled_voxels(classes: np.ndarray, labels: Labels) -> list[tuple[int, np.ndarray]]:

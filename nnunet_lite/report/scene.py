@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,20 +128,20 @@ def _scene(
         if differing := geometry.differences(image.geometry):
             what, found, expected = differing[0]
             log.warn(f"{name}: its {what} {found} is not the image's, {expected}; it is shown where its header says")
-        layers.append(Layer(name, "segmentation", nifti_bytes(classes, _thin(geometry)), legend))
+        layers.append(Layer(name, "segmentation", nifti_bytes(classes, geometry), legend))
     if has_reference:
         _, reference, _ = encoded[0]
         for name, classes, geometry in encoded[1:]:
             if classes.shape == reference.shape:
-                wrong = nifti_bytes(_differences(reference, classes), _thin(geometry))
+                wrong = nifti_bytes(_differences(reference, classes), geometry)
                 layers.append(Layer(f"errors of {name}", "segmentation", wrong, _DIFFERENCES, shown=False))
-    to_voxel = np.linalg.inv(ras_affine(_thin(image.geometry)))[:3].tolist()
+    to_voxel = np.linalg.inv(ras_affine(image.geometry))[:3].tolist()
     return Scene(title, tuple(layers), tuple(map(tuple, to_voxel)), image.geometry.dimensions == 2)
 
 
 def _channels(image: Image, names: Sequence[str]) -> list[Layer]:
     """A layer per channel; a colour picture is one layer."""
-    array, geometry = image.array, _thin(image.geometry)
+    array, geometry = image.array, image.geometry
     if array.shape[0] == 3 and array.dtype == np.uint8 and image.geometry.dimensions == 2:
         return [Layer("colours", "image", nifti_bytes(array, geometry))]
     layers: list[Layer] = []
@@ -165,13 +165,6 @@ def _window(array: np.ndarray) -> tuple[float, float] | None:
     flat = array.reshape(-1)
     low, high = np.percentile(flat[:: max(1, flat.size // _SAMPLE)], _WINDOW)
     return (float(low), float(high)) if high > low else None
-
-
-def _thin(geometry: Geometry) -> Geometry:
-    """A picture, whose z spacing stands for "none", as thick as its pixels are wide."""
-    if geometry.dimensions == 3:
-        return geometry
-    return replace(geometry, spacing=(max(geometry.spacing[1:]), *geometry.spacing[1:]))
 
 
 def _encode(labels: Labels, name: str, values: np.ndarray) -> np.ndarray:

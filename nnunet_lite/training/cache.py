@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
-from nnunet_lite.budget import GB, cpus, free_memory
+from nnunet_lite.budget import GB, cpus, free_memory, in_units
 from nnunet_lite.errors import UserError
 from nnunet_lite.training.sampler import CaseArrays
 
@@ -59,7 +59,7 @@ def load_cases(
         return _on_disk(case_ids, open_one)
     needed = sum(_bytes(open_one(case_id)) for case_id in case_ids)
     where, why = _choose(needed, device, reserve_gb, processes) if cache == "auto" else (cache, "as asked for")
-    log.info(f"{len(case_ids)} cases, {needed / GB:.2g} GB, {_PLACES[where].format(device=device)}: {why}")
+    log.info(f"{len(case_ids)} cases, {in_units(needed)}, {_PLACES[where].format(device=device)}: {why}")
     if where == "disk":
         return _on_disk(case_ids, open_one)
     with ThreadPoolExecutor(cpus()) as pool:
@@ -79,11 +79,11 @@ def _choose(needed: int, device: torch.device, reserve_gb: float, processes: int
     if device.type == "cuda":
         room = max(0.0, torch.cuda.mem_get_info(device)[0] - reserve_gb * GB)
         if needed < _SHARE * room:
-            return "device", f"training leaves {room / GB:.3g} GB of its memory"
-    taken = f" and {room / GB:.3g} GB of the GPU's memory" if device.type == "cuda" else ""
+            return "device", f"training leaves {in_units(room)} of its memory"
+    taken = f" and {in_units(room)} of the GPU's memory" if device.type == "cuda" else ""
     if needed * processes < _SHARE * free:
-        return "ram", f"{free / GB:.3g} GB of it{taken} are free"
-    return "disk", f"only {free / GB:.3g} GB of RAM{taken} are free" + (f" for {processes} processes" * (processes > 1))
+        return "ram", f"{in_units(free)} of it{taken} are free"
+    return "disk", f"only {in_units(free)} of RAM{taken} are free" + (f" for {processes} processes" * (processes > 1))
 
 
 def _on_disk(case_ids: Sequence[str], open_one: Callable[[str], CaseArrays]) -> list[CaseArrays]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import atomic
+from nnunet_lite.writing import atomic
 
 CHECKPOINT = "checkpoint.safetensors"
 _ANEW = "Get it again, or train it anew with --restart."
@@ -114,8 +114,7 @@ def _prefix(optimizer: torch.optim.Optimizer) -> str:
 def _save(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    with atomic(path) as temporary:
-        temporary.touch()
+    with atomic(path, sum(value.nbytes for value in tensors.values())) as temporary:
         mode = temporary.stat().st_mode
         # copies, because safetensors writes no memory twice, which tied weights share
         whole = {k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in tensors.items()}

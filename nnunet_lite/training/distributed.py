@@ -107,8 +107,9 @@ def leave() -> None:
             farewell = _before_leaving.pop()
             atexit.unregister(farewell)
             farewell()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         os._exit(0)
 
 

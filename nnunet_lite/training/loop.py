@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
+from nnunet_lite.budget import GB, in_units
 from nnunet_lite.errors import UserError
 from nnunet_lite.network.arithmetic import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
 from nnunet_lite.training.batches import Batch, check_augmentation, make_batch, training_batches
@@ -61,7 +62,8 @@ from nnunet_lite.training.watch import (
     stoppable,
     voxels_per_class,
 )
-from nnunet_lite.workspace import sweep, understood
+from nnunet_lite.workspace import understood
+from nnunet_lite.writing import sweep
 
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
 
@@ -104,7 +106,8 @@ def train_fold(job: Job) -> None:
     check_weights(job.settings.loss, job.plan.labels)
     check_augmentation(job)
     with exclusive(job.folder) if job.ranks.rank == 0 else nullcontext(), stoppable() as stop:
-        sweep(job.folder)
+        if job.ranks.rank == 0:
+            sweep(job.folder, alone=True)
         taken = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
         try:
             _train_fold(job, stop)
@@ -392,7 +395,9 @@ def _line(job: Job, row: Row, state: State) -> str:
     score = f"  Dice {dice:.3f} ({each})" if dice is not None else ""
     if row.get("validation_loss", 0.0) is None:
         score = "  held-out loss not finite"
-    speed = f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {row['memory_gb']:.1f} GB"
+    speed = (
+        f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {in_units(row['memory_gb'] * GB)}"
+    )
     return (
         f"epoch {row['epoch']:>4}  loss {loss}{score}  lr {row['lr']:.1e}  "
         f"{log.duration(row['seconds'])} ({speed}), {log.duration(left)} left"

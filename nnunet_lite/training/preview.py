@@ -14,7 +14,7 @@ from nnunet_lite.training.batches import Draw, build_batch, draw_batch
 from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.sampler import Place
-from nnunet_lite.workspace import atomic
+from nnunet_lite.writing import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.preprocess.stored import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, Splits
 from nnunet_lite.training.run import is_finished, model_folder, read_run
-from nnunet_lite.workspace import Paths, atomic
+from nnunet_lite.workspace import Paths
+from nnunet_lite.writing import atomic
 
 _NEXT_STAGE = "next_stage"
 

@@ -17,6 +17,7 @@ from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.training.progress import draw_progress
 from nnunet_lite.workspace import write_text
+from nnunet_lite.writing import append
 
 METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
 _SECONDS_BETWEEN_PICTURES = 20.0
@@ -38,8 +39,7 @@ class Record:
     def add(self, row: Row) -> None:
         """Write an epoch's row."""
         self.rows.append(row)
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.folder / METRICS, json.dumps(row))
         write_text(self.folder / TABLE, to_csv(self.rows))
         if self.tensorboard is not None:
             for name, value in flat(row).items():

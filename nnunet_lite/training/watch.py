@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
+from nnunet_lite.budget import GB, in_units
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import Stopped
 from nnunet_lite.plan.override import limited, override
@@ -168,7 +169,7 @@ def what_fits(plan: Plan, configuration: str, memory: float) -> str:
     for batch in range(planned.batch_size - 1, 0, -1):
         smaller = override(plan, configuration, None, batch).configuration(configuration)
         if (smaller.memory_gb or math.inf) <= memory:
-            options.append(f"--batch-size {batch} (about {smaller.memory_gb:.1f} GB)")
+            options.append(f"--batch-size {batch} (about {in_units((smaller.memory_gb or 0) * GB)})")
             break
     voxels = math.prod(planned.patch_size)
     while voxels > 64:
@@ -176,7 +177,7 @@ def what_fits(plan: Plan, configuration: str, memory: float) -> str:
         smaller = limited(plan, configuration, voxels).configuration(configuration)
         if smaller.patch_size != planned.patch_size and (smaller.memory_gb or math.inf) <= memory:
             size = "x".join(map(str, smaller.patch_size))
-            options.append(f"--patch-size {size} (about {smaller.memory_gb:.1f} GB)")
+            options.append(f"--patch-size {size} (about {in_units((smaller.memory_gb or 0) * GB)})")
             break
     return " or ".join(options)
 
@@ -184,11 +185,12 @@ def what_fits(plan: Plan, configuration: str, memory: float) -> str:
 def out_of_memory(plan: Plan, configuration: str, device: torch.device, taken: int) -> tuple[str, str]:
     """What to say when a GPU's memory did not suffice, and how to mend it; the cases have `taken` bytes of it."""
     planned = plan.configuration(configuration)
-    free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
-    usable = free + (torch.cuda.memory_reserved(device) - taken) / 1e9
-    what = (f"the GPU's memory ({usable:.1f} of {total:.1f} GB usable) is too small for {planned.batch_size} "
-            f"patches of {'x'.join(map(str, planned.patch_size))} (about {planned.memory_gb or 0:.1f} GB)")  # fmt: skip
-    fits = what_fits(plan, configuration, 0.9 * usable)
+    free, total = torch.cuda.mem_get_info(device)
+    usable = free + torch.cuda.memory_reserved(device) - taken
+    patches = f"{planned.batch_size} patches of {'x'.join(map(str, planned.patch_size))}"
+    room, need = f"{in_units(usable)} of {in_units(total)} usable", in_units((planned.memory_gb or 0) * GB)
+    what = f"the GPU's memory ({room}) is too small for {patches} (about {need})"
+    fits = what_fits(plan, configuration, 0.9 * usable / GB)
     return what, f"{fits} would fit." if fits else "Plan with a smaller --memory."
 
 

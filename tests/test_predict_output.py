@@ -1,0 +1,280 @@
+"""Where `nnlite predict` writes, what it refuses to write, and the headers of the maps that it writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from bad_inputs import Bad, Command, contents, refuse
+
+from nnunet_lite.data.formats import write_share
+from nnunet_lite.data.images import read_geometry, read_label
+
+ROOT = Path(__file__).parents[1]
+
+
+def files(*names: str) -> Callable[[Path], None]:
+    """Copies of the scan under these names."""
+
+    def make(place: Path) -> None:
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(place / "scan.nii.gz", place / name)
+
+    return make
+
+
+def linked(place: Path) -> None:
+    files("in/a_0000.nii.gz")(place)
+    (place / "other").symlink_to("in")
+
+
+def asked(options: str, *says: str, make: Callable[[Path], object] = lambda place: None) -> Bad:
+    return Bad(make, f"predict -m model {options}", says)
+
+
+AMONG = "would hold images and label maps"
+TWO, ONE, NESTED = files("in/a.nii.gz", "in/b.nii.gz"), files("in/a_0000.nii.gz"), files("in/a/t1.nii.gz")
+
+OUTPUTS = {
+    "one file for two images": asked("-i in -o seg.nii.gz", "seg.nii.gz", "2 images", "Give a folder", make=TWO),
+    "a format that label maps do not have": asked("-i scan.nii.gz -o seg.jpg", "seg.jpg", "Use .png"),
+    "a header alone": asked("-i scan.nii.gz -o seg.mhd", "Use .mha"),
+    "a picture for a volume": asked("-i scan.nii.gz -o seg.png", "seg.png", "cannot be written", "Use .nii.gz"),
+    "DICOM without being asked for": asked("-i scan.nii.gz -o seg.dcm", "--dicom-seg"),
+    "NIfTI for a DICOM segmentation": asked("-i scan.nii.gz -o seg.nii.gz --dicom-seg", ".dcm"),
+    "into the folder of the images": asked("-i in -o in", AMONG, "--output", make=ONE),
+    "into it by another path": asked("-i in -o in/../in/.", AMONG, make=ONE),
+    "into it by a link": asked("-i in -o other", AMONG, make=linked),
+    "from it by a link": asked("-i other -o in", AMONG, make=linked),
+    "a file among the images": asked("-i in -o in/seg.nii.gz", AMONG, make=ONE),
+    "into one of two folders": asked(
+        "-i in -i more -o more", AMONG, make=files("in/a_0000.nii.gz", "more/b_0000.nii.gz")
+    ),
+    "among the folders of cases": asked("-i in -o in/out", AMONG, make=NESTED),
+    "into the folder of a case": asked("-i in -o in/a", AMONG, make=NESTED),
+    "a file among the folders of cases": asked("-i in -o in/new/seg.nii.gz", AMONG, make=NESTED),
+    "over the image by a link": asked(
+        "-i scan.nii.gz -o link.nii.gz", "overwritten", make=lambda place: (place / "link.nii.gz").symlink_to(
+            "scan.nii.gz")
+    ),
+    "a name that is a file": asked("-i scan.nii.gz -o taken", "taken", make=lambda place: (place / "taken").touch()),
+    **{
+        f"a device called {name}": asked(f"-i scan.nii.gz -o out --device {name}", f"--device {name}", "cpu")
+        for name in ("mps", "cuda:99", "xpu", "meta", "nonsense", "vulkan", "hpu", "cuda:x", "CPU", "cpu:3", "-1")
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> Path:
+    """A trained model and an image to predict."""
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(".lock", "validation"))
+    shutil.copy(hippocampus / "imagesTr" / "hippocampus_001.nii.gz", tmp_path / "scan.nii.gz")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_or_device_that_cannot_be(command: Command, place: Path, counts: Any, name: str) -> None:
+    counts("bad inputs refused in one line")
+    refuse(OUTPUTS[name], command, place)
+
+
+def test_the_only_device_of_a_machine_without_a_gpu_is_named(command: Command, place: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    _, _, err = command("predict", "-m", "model", "-i", "scan.nii.gz", "-o", "out", "--device", "cuda", cwd=place)
+    reason = "there is no such device" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
+    assert err == f"error: --device cuda: {reason}. This machine has: cpu.\n"
+
+
+@pytest.mark.parametrize("out", ["seg.nii.gz", "new/seg.nrrd", "seg.mha", "in.nii.gz", "new/sub/x_0000.nii"])
+def test_the_name_of_a_file_is_the_label_map(command: Command, place: Path, out: str) -> None:
+    options = ("predict", "-m", "model", "-i", "scan.nii.gz", "--no-mirroring", "--save-probabilities", "Anterior")
+    code, _, err = command(*options, "-o", out, cwd=place)
+    assert code == 0 and (place / out).is_file(), err
+    name = Path(out).name.split(".")[0]
+    assert (place / out).parent.joinpath("probabilities", f"{name}_Anterior.nii.gz").is_file()
+    assert command(*options, "-o", "folder", cwd=place)[0] == 0
+    expected, geometry, _ = read_label(place / "folder" / "scan.nii.gz")
+    found, place_of_it, _ = read_label(place / out)
+    assert np.array_equal(found, expected) and not place_of_it.differences(geometry)
+    changed = (place / out).stat().st_mtime_ns
+    assert command(*options, "-o", out, "--continue", cwd=place)[0] == 0
+    assert (place / out).stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "made"),
+    [
+        ("in", "in/out", files("in/a_0000.nii.gz")),  # images are looked for in the folder itself
+        ("in/deep", "in", files("in/deep/a_0000.nii.gz")),
+        ("scan_0000.nii.gz", "seg.nii.gz", files("scan_0000.nii.gz")),
+        ("in", "out", files("in/a/t1.nii.gz")),
+    ],
+)
+def test_the_same_command_again_finds_the_same_images(
+    command: Command, place: Path, source: str, out: str, made: Callable[[Path], None]
+) -> None:
+    made(place)
+    ended = [command("predict", "-m", "model", "-i", source, "-o", out, "--no-mirroring", cwd=place) for _ in range(2)]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert ended[0][1] == ended[1][1] == f"1 label map in {out}\n"
+
+
+def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, counts: Any) -> None:
+    """By SIGKILL in the middle of predictions with maps; the same command with --continue does the rest."""
+    counts("faults survived", 3)
+    names = [f"in/{letter}_0000.nii.gz" for letter in "abcdefgh"]
+    files(*names)(place)
+    arguments = [sys.executable, "-m", "nnunet_lite", "predict", "-m", "model", "-i", "in", "-o", "out", "--continue",
+                 "--save-probabilities", "--save-uncertainty", "--device", "cpu"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for n in (1, 2, 3):
+        process = subprocess.Popen(arguments, cwd=place, env=environment, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 60
+        while len(list(place.glob("out/*.nii.gz"))) < n and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert not [path for path in (place / "out").glob(".tmp*") if path.is_dir()]
+    done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and len(list(place.glob("out/*.nii.gz"))) == 8, done.stderr
+    assert len(list(place.glob("out/probabilities/*_Posterior.nii.gz"))) == 8
+    assert not list(place.rglob(".tmp*"))
+
+
+# ------------------------------------------------------------------------------------------------- headers of maps
+
+
+def forms_that_disagree(place: Path) -> Path:
+    """The sform is 30 mm beside the qform; units, codes and a window of the image's own."""
+    image = nibabel.load(place / "scan.nii.gz")
+    other = np.asarray(image.affine).copy()
+    other[0, 3] += 30
+    image.set_qform(image.affine, 1)
+    image.set_sform(other, 4)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["cal_max"] = 77
+    nibabel.save(image, place / "in" / "a.nii.gz")
+    return place / "in" / "a.nii.gz"
+
+
+def in_metres(place: Path) -> Path:
+    image = nibabel.load(place / "scan.nii.gz")
+    scaled = nibabel.Nifti1Image(np.asarray(image.dataobj), np.diag([1e-3, 1e-3, 1e-3, 1]) @ image.affine)
+    scaled.header.set_xyzt_units("meter")
+    nibabel.save(scaled, place / "in" / "a.nii")
+    return place / "in" / "a.nii"
+
+
+def second_version(place: Path) -> Path:
+    image = nibabel.load(place / "scan.nii.gz")
+    nibabel.save(nibabel.Nifti2Image(np.asarray(image.dataobj), image.affine), place / "in" / "a.nii.gz")
+    return place / "in" / "a.nii.gz"
+
+
+def scaled_values(place: Path) -> Path:
+    image = nibabel.load(place / "scan.nii.gz")
+    image.header.set_slope_inter(2.5, -7)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), place / "in" / "a.nii.gz")
+    return place / "in" / "a.nii.gz"
+
+
+def oblique(suffix: str) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        image = sitk.ReadImage(str(place / "scan.nii.gz"))
+        for key in image.GetMetaDataKeys():
+            image.EraseMetaData(key)
+        image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
+        image.SetSpacing((1.0, 1.1, 1.3))
+        image.SetOrigin((5.0, -6.0, 7.0))
+        sitk.WriteImage(image, str(place / "in" / f"a{suffix}"))
+        return place / "in" / f"a{suffix}"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [forms_that_disagree, in_metres, second_version, scaled_values, oblique(".nrrd"), oblique(".mha"), oblique(".nii")],
+)
+def test_maps_lie_where_the_label_map_and_the_image_do(
+    command: Command, place: Path, make: Callable[[Path], Path]
+) -> None:
+    (place / "in").mkdir()
+    image = make(place)
+    options = ("--save-probabilities", "Anterior", "--save-uncertainty", "--no-mirroring")
+    code, _, err = command("predict", "-m", "model", "-i", image, "-o", "out", *options, cwd=place)
+    assert code == 0, err
+    geometry, label = read_geometry(image)[0], place / "out" / image.name
+    assert not read_geometry(label)[0].differences(geometry)
+    for kind in ("probabilities/a_Anterior", "uncertainty/a_entropy", "uncertainty/a_disagreement"):
+        found = nibabel.load(place / "out" / f"{kind}.nii.gz")
+        assert not read_geometry(place / "out" / f"{kind}.nii.gz")[0].differences(geometry)
+        assert found.dataobj.slope == pytest.approx(1 / 255) and found.dataobj.inter == 0
+        assert found.get_data_dtype() == np.uint8 and 0 <= np.asarray(found.dataobj).max() <= 1.0001
+        if image.name.endswith((".nii", ".nii.gz")):
+            theirs, ours = nibabel.load(image).header, found.header
+            assert type(theirs) is type(ours)
+            for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x", "srow_x", "pixdim"):
+                np.testing.assert_array_equal(ours[field], theirs[field], field)
+            assert ours["cal_max"] == 0, "the window is the image's"
+            assert nibabel.load(label).header["sform_code"] == ours["sform_code"]
+        else:
+            assert (int(found.header["qform_code"]), int(found.header["sform_code"])) == (1, 1)
+            np.testing.assert_allclose(found.get_qform(), found.get_sform(), atol=1e-5)
+            assert found.header.get_xyzt_units()[0] == "mm"
+
+
+def two_dimensional(path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 255, (20, 30)).astype(np.uint8)  # (y, x)
+    if path.name.startswith("nibabel"):
+        nibabel.save(nibabel.Nifti1Image(array.T, np.diag([-0.5, 0.7, 1, 1])), path)
+        return
+    image = sitk.GetImageFromArray(array)
+    if not path.name.startswith("picture"):
+        image.SetSpacing((0.5, 0.7))
+        image.SetOrigin((3.0, 4.0))
+        image.SetDirection((0.0, -1.0, 1.0, 0.0))
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nibabel.nii.gz", "itk.nii.gz", "itk.nii", "itk.nrrd", "itk.mha", "picture.png", "picture.tif", "picture.bmp"],
+)
+def test_a_map_of_two_dimensions_has_two_and_no_spacing_of_999(tmp_path: Path, name: str) -> None:
+    image, target = tmp_path / name, tmp_path / "map.nii.gz"
+    two_dimensional(image)
+    geometry, _ = read_geometry(image)
+    shares = np.random.default_rng(1).integers(0, 256, geometry.shape).astype(np.uint8)
+    write_share(target, shares, geometry, 255, image)
+    found = nibabel.load(target)
+    assert found.shape == (30, 20) and found.header["pixdim"].max() <= 1 and np.abs(found.affine).max() < 10
+    np.testing.assert_allclose(np.asarray(found.dataobj), shares[0].T / 255, atol=1e-6)
+    assert not read_geometry(target)[0].differences(geometry)
+    as_itk, theirs = sitk.ReadImage(str(target)), sitk.ReadImage(str(image))
+    for what in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        if name.startswith("picture") and what == "GetSpacing":  # ITK reads the dots per inch of some
+            continue
+        np.testing.assert_allclose(getattr(as_itk, what)(), getattr(theirs, what)(), atol=1e-6, err_msg=what)
+
+
+def test_contents_of_the_place_are_as_before(place: Path, command: Command) -> None:
+    """A refused output makes no folder, not even an empty one."""
+    before = contents(place)
+    assert command("predict", "-m", "model", "-i", "scan.nii.gz", "-o", "new/seg.jpg", cwd=place)[0] == 2
+    assert contents(place) == before and not (place / "new").exists()

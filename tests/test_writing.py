@@ -1,0 +1,210 @@
+"""Files are whole or not there: long names, full disks and limits, kills and signals, and what others are writing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnunet_lite.data.formats import write_share
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.inference.folder import _nameless
+from nnunet_lite.training.checkpoint import load_weights, save_weights
+from nnunet_lite.training.previous import write_map
+from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.writing import append, atomic, cut_short, must_fit, no_space, scratch, sweep
+
+ROOT = Path(__file__).parents[1]
+VOLUME = Geometry((20, 30, 40), (1.0, 1.0, 1.0))
+PICTURE = Geometry((1, 120, 200), (999.0, 1.0, 1.0), dimensions=2)
+
+
+def noise(geometry: Geometry) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 200, geometry.shape).astype(np.uint8)
+
+
+# -------------------------------------------------------------------------------------------------------- long names
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "脑", "🧠", "e\u0301"])
+@pytest.mark.parametrize("suffix", [".json", ".nii.gz", ".png", ".safetensors"])
+def test_a_name_may_have_255_bytes(tmp_path: Path, letter: str, suffix: str) -> None:
+    path = tmp_path / (letter * ((255 - len(suffix)) // len(letter.encode())) + suffix)
+    if suffix == ".json":
+        write_json(path, [1])
+        assert read_json(path) == [1]
+    elif suffix == ".safetensors":
+        save_weights(path, nn.Linear(1, 1), {"a": 1})
+        assert load_weights(path, nn.Linear(1, 1)) == {"a": 1}
+    else:
+        geometry = PICTURE if suffix == ".png" else VOLUME
+        write_label(path, noise(geometry), geometry)
+        assert np.array_equal(read_label(path)[0], noise(geometry))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------- a limit for files
+
+
+@contextmanager
+def files_of_at_most(limit: int) -> Iterator[None]:
+    """As `ulimit -f`: what writes more is cut short, as by a full disk. Needs no rights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Like:
+    """How a stored label is chunked."""
+
+    chunks, blocks, dtype = (20, 30, 40), (20, 30, 40), np.dtype(np.uint8)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    **{
+        f"a.label{suffix}": lambda path: write_label(path, noise(VOLUME), VOLUME)
+        for suffix in (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".mgz")
+    },
+    **{f"a.label{suffix}": lambda path: write_label(path, noise(PICTURE), PICTURE) for suffix in (".png", ".bmp")},
+    "a.map.nii.gz": lambda path: write_shares(path),
+    "a.json": lambda path: write_json(path, list(range(10_000))),
+    "a.safetensors": lambda path: save_weights(path, nn.Linear(100, 100), {}),
+    "a.b2nd": lambda path: write_map(path, noise(VOLUME), Like(), "key"),
+}
+
+
+def write_shares(path: Path) -> None:
+    with atomic(path) as temporary:
+        write_share(temporary, noise(VOLUME), VOLUME, 255, path.with_name("image.nrrd"))
+
+
+@pytest.mark.parametrize("limit", [1, 4096, 10_000, "one less"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_is_cut_short_is_not_written(tmp_path: Path, counts: Any, name: str, limit: int | str) -> None:
+    """The old file stays, the error says how much is needed; ITK reports nothing of it for most formats."""
+    counts("faults survived")
+    write, path = WRITERS[name], tmp_path / "in" / name
+    write(path)
+    before = path.read_bytes()
+    with files_of_at_most(len(before) - 1 if isinstance(limit, str) else limit), pytest.raises(OSError) as caught:
+        write(path)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path.parent)
+    assert f"{name} needs " in str(caught.value.strerror) and "Free some space" in str(caught.value.strerror)
+    assert [file.name for file in path.parent.iterdir()] == [name] and path.read_bytes() == before
+    write(path)
+    assert path.stat().st_size == len(before)
+
+
+def test_lines_and_folders_that_do_not_fit(tmp_path: Path, counts: Any) -> None:
+    counts("faults survived", 3)
+    with files_of_at_most(100):
+        with pytest.raises(OSError, match=r"journal\.jsonl needs about"):
+            append(tmp_path / "journal.jsonl", "x" * 200)
+        with pytest.raises(OSError, match="each map needs 24 kB") as caught:
+            _nameless(tmp_path, VOLUME.shape)
+        assert caught.value.errno == errno.EFBIG
+        with pytest.raises(OSError, match="new needs more than"), scratch(tmp_path) as temporary:  # noqa: SIM117
+            with must_fit(tmp_path / "new", temporary):
+                (temporary / "a").write_bytes(bytes(200))
+    assert [file.name for file in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+def test_what_a_full_disk_says(tmp_path: Path) -> None:
+    error = no_space(tmp_path, "a.json needs about", 84_000)
+    assert error.filename == str(tmp_path)
+    assert str(error.strerror).startswith("No space left on device: a.json needs about 84 kB, ")
+    assert cut_short(tmp_path / "none") == 0
+    with pytest.raises(ValueError, match="something else"), atomic(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise ValueError("something else")
+    with pytest.raises(OSError, match=r"a needs more than") as caught, atomic(tmp_path / "a"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as a library's own
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- kills, signals
+
+
+def child(code: str, cwd: Path) -> subprocess.Popen[str]:
+    """A process that is in the middle of writing a file and a folder, as the command `nnlite`."""
+    code = (
+        "import sys; sys.argv = ['nnlite']\n"
+        "import os, pathlib, time, nnunet_lite.writing as w\n"
+        "here = pathlib.Path()\n"
+        "with w.atomic(here / 'a.json') as file, w.scratch(here) as folder:\n"
+        "    file.write_text('half'); (folder / 'part').write_text('half'); print('there', flush=True)\n" + code
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "there\n"
+    return process
+
+
+def test_what_a_living_process_writes_is_not_swept_and_what_a_killed_one_left_is(tmp_path: Path, counts: Any) -> None:
+    counts("faults survived", 2)
+    foreign = tmp_path / ".tmp-of-mine"
+    foreign.mkdir()
+    alive, killed = child("    input()", tmp_path), child("    input()", tmp_path)
+    assert len(list(tmp_path.glob(".tmp-*"))) == 5
+    killed.kill()
+    killed.communicate()
+    sweep(tmp_path)
+    left = sorted(path.name for path in tmp_path.glob(".tmp-*"))
+    assert len(left) == 3 and foreign.name in left
+    _, err = alive.communicate("\n")
+    assert alive.returncode == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "a.json"]
+
+
+def test_the_first_write_into_a_folder_sweeps_it(tmp_path: Path, counts: Any) -> None:
+    counts("faults survived", 2)
+    child("    os._exit(1)", tmp_path).communicate()
+    assert len(list(tmp_path.glob(".tmp-*"))) == 2
+    write_json(tmp_path / "b.json", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+    child("    os._exit(1)", tmp_path).communicate()
+    sweep(tmp_path, alone=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("where", ["time.sleep(60)", "[sum(range(1000)) for _ in iter(int, 1)]"])
+def test_a_signal_leaves_nothing_temporary(tmp_path: Path, counts: Any, number: signal.Signals, where: str) -> None:
+    """Even in a loop that takes every exception for the fault of one case."""
+    counts("faults survived")
+    code = f"    while True:\n        try: {where}\n        except Exception: pass"
+    process = child(code, tmp_path)
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert err == f"stopped by {number.name}; the same command resumes from here (predict: with --continue)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_have_no_name_while_they_are_made(tmp_path: Path, counts: Any) -> None:
+    """So nothing of them can be left, however the process ends."""
+    counts("faults survived")
+    array = _nameless(tmp_path, (3, 4, 5))
+    assert list(tmp_path.iterdir()) == [] and array.shape == (3, 4, 5) and not array.any()
+    array[1] = 7
+    assert int(array.sum()) == 7 * 20 and torch.from_numpy(array).sum() == 140
