@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
 
 
-def check(data: Folder, *, workspace: Folder | None = None, workers: int | None = None) -> Report:
-    """Read every file of a data set and report all problems at once.
+def check(
+    data: Folder, *, accept_geometry: bool = False, workspace: Folder | None = None, workers: int | None = None
+) -> Report:
+    """Read every file of a dataset and report all problems at once.
 
     Parameters
     ----------
     data : a folder, or a name looked up in the current folder, ./data, the workspace and nnUNet_raw.
+    accept_geometry : take files of a case by their voxels where origin or direction differ.
     """
     from nnunet_lite.data.check import broken_dataset
     from nnunet_lite.data.check import check as check_dataset
@@ -36,6 +40,7 @@ def check(data: Folder, *, workspace: Folder | None = None, workers: int | None 
         dataset = read_dataset(root)
     except UserError as error:
         return broken_dataset(root, error)
+    dataset = replace(dataset, accept_geometry=accept_geometry)
     return check_dataset(dataset, None, workers=workers, progress=log.progress)
 
 
@@ -53,6 +58,7 @@ def plan(
     group_by: Folder | None = None,
     stratify: bool | Folder = False,
     splits: Folder | None = None,
+    accept_geometry: bool = False,
     workers: int | None = None,
 ) -> Plan:
     """Check a data set, take its fingerprint and plan its networks; it becomes the current data set.
@@ -64,6 +70,7 @@ def plan(
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
     folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given.
+    accept_geometry : take files of a case by their voxels where origin or direction differ; preprocessing does so too.
     stored_as : type of the preprocessed images on disk.
     clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
 
@@ -72,6 +79,7 @@ def plan(
     UserError : the data set has errors, which are all logged, or an option is illegal; nothing is written then.
     """
     from nnunet_lite.data.dataset import dataset_to_json, read_dataset
+    from nnunet_lite.data.problems import plural
     from nnunet_lite.plan.fingerprint import check_and_fingerprint
     from nnunet_lite.plan.planner import budget, make_plan
     from nnunet_lite.training.folds import ALL, make_splits, must_be_made, point_out_groups, wanted_folds, write_splits
@@ -79,7 +87,7 @@ def plan(
 
     budget(preset, memory)  # a mistake in the options is told before minutes of reading
     root = find_raw(str(data), folder_of(workspace))
-    dataset = read_dataset(root)
+    dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
     ids = [case.id for case in dataset.cases]
     paths = place_of(folder_of(workspace), dataset.name, dataset.root, ids)
     wanted = wanted_folds(dataset, folds, group_by, stratify, splits)
@@ -91,8 +99,10 @@ def plan(
     report, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(report.to_text())
     if fingerprint is None:
-        errors = report.count("error")
-        raise UserError(f"{errors} error{'s' if errors > 1 else ''} must be mended before planning", root, "See above.")
+        if errors := report.count("error"):
+            raise UserError(f"{plural(errors, 'error')} must be corrected before planning", root, "See above.")
+        fix = "Correct the headers, or plan with --accept-geometry. See above."
+        raise UserError("origin or direction differ between files of a case", root, fix)
     made = adopted or make_plan(fingerprint, dataset.name, dataset.channels, dataset.labels, preset, memory)
     made = _changed(made, change)
     if clip_percentiles is not None:

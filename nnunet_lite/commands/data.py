@@ -10,6 +10,7 @@ import typer
 
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
+    AcceptGeometry,
     AsJson,
     Dataset,
     Device,
@@ -47,9 +48,15 @@ class Format(StrEnum):
     nnunet = "nnunet"
 
 
-def check(data: str, workers: Workers = None, as_json: AsJson = False, workspace: Workspace = None) -> None:
-    """Report every problem of a data set at once."""
-    report = api.check(data, workspace=workspace, workers=workers)
+def check(
+    data: str,
+    accept_geometry: AcceptGeometry = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Report every problem of a dataset at once."""
+    report = api.check(data, accept_geometry=accept_geometry, workspace=workspace, workers=workers)
     show(report.to_json(), report.to_text(), as_json)
     raise typer.Exit(0 if report.ok else 2)
 
@@ -73,6 +80,7 @@ def plan(
     stratify: Stratify = False,
     stratify_by: StratifyBy = None,
     splits: Splits = None,
+    accept_geometry: AcceptGeometry = False,
     store: Annotated[Stored, typer.Option(help="Type of preprocessed images on disk.")] = Stored.float16,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
@@ -103,7 +111,8 @@ def plan(
         made = api.plan(
             data, workspace=workspace, preset=preset, memory=memory, adopt=plans, change=change,
             clip_percentiles=clip, stored_as=store.value, folds=folds, group_by=group_by,
-            stratify=stratify_by or stratify, splits=splits, workers=workers,
+            stratify=stratify_by or stratify, splits=splits, accept_geometry=accept_geometry,
+            workers=workers,
         )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")

@@ -10,6 +10,7 @@ import typer
 
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
+    AcceptGeometry,
     AsJson,
     Dataset,
     Device,
@@ -76,6 +77,7 @@ def predict(
     postprocess: Annotated[
         bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
     ] = True,
+    accept_geometry: AcceptGeometry = False,
     assignments: SetOptions = None,
     dataset: Dataset = None,
     as_json: AsJson = False,
@@ -95,7 +97,7 @@ def predict(
         speed=None if speed is None else speed.value, save_probabilities=save_probabilities,
         save_uncertainty=save_uncertainty, dicom_seg=dicom_seg, dataset=dataset, device=device,
         changes=changes_of(flags, assignments), skip_existing=skip_existing, scheduler=scheduler,
-        postprocess=postprocess, workspace=workspace,
+        postprocess=postprocess, accept_geometry=accept_geometry, workspace=workspace,
     )  # fmt: skip
     models = [str(folder) for folder in done.models]
     result = {"files": [str(path) for path in done.files], "failed": done.failed, "models": models}

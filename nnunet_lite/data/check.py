@@ -16,9 +16,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from nnunet_lite import budget
-from nnunet_lite.data.cases import Case, image_files
+from nnunet_lite.data.cases import Case, image_files, unsupported
 from nnunet_lite.data.dataset import Dataset, image_folder, label_folder, map_labels
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.formats import forms_apart
+from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
 from nnunet_lite.data.problems import Problem, Report, plural
 from nnunet_lite.errors import UserError
@@ -48,6 +49,7 @@ class CaseFindings(Generic[T]):
     geometry: Geometry | None = None
     ranges: list[Range] = field(default_factory=list)
     values: set[int] = field(default_factory=set)
+    labelled: bool = False  # whether its label map was read
     digest: bytes = b""
     visited: T | None = None
 
@@ -81,13 +83,12 @@ def check(
     problems += [*_dimensions(dataset, found), *_across_cases(dataset, found), *_intensity_units(dataset, found)]
     problems += [Problem("understood", str(dataset.root), note) for note in dataset.notes]
     problems = [_relative(problem, dataset.root) for problem in problems]
-    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
+    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), dataset.accept_geometry)
 
 
 def broken_dataset(root: Path, error: UserError) -> Report:
     """The report of a folder that `read_dataset` refused."""
-    table = root / "dataset.json"
-    where = table if error.file == table else root
+    where = Path(error.file or root)
     problem = _unread(error, where, "invalid_json" if "invalid JSON" in error.what else "invalid_dataset")
     return Report(root.name, 0, (), (_relative(problem, root),))
 
@@ -130,13 +131,15 @@ def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFin
     values, geometry = label
     for what, found, expected in geometry.differences(image.geometry):
         fix = "Save the label map with the grid of its image." if what == "shape" else _HEADER_FIX
+        fix += _ACCEPT if what in ACCEPTABLE else ""
         out.problems.append(Problem(what, str(case.label), f"{what} {found}", f"{expected} as its image", fix))
-    if visit is not None and not any(problem.severity == "error" for problem in out.problems):
+    if visit is not None and not any(problem.stops(dataset.accept_geometry) for problem in out.problems):
         out.visited = visit(image.array, image.geometry, values != dataset.labels.background)
     return out
 
 
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
+_ACCEPT = " --accept-geometry takes the voxels as they are."
 
 
 def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image | None:
@@ -149,15 +152,19 @@ def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image
     for path, image in zip(case.images[1:], images[1:], strict=True):
         for what, found, expected in image.geometry.differences(images[0].geometry):
             wanted = f"{expected} as {case.images[0].name}"
-            out.problems.append(Problem("grid", str(path), f"{what} {found}", wanted, fix))
+            kind, more = (what, _ACCEPT) if what in ACCEPTABLE else ("grid", "")
+            out.problems.append(Problem(kind, str(path), f"{what} {found}", wanted, fix + more))
     for path, image in zip(case.images, images, strict=True):
         out.problems += [Problem("understood", str(path), note) for note in image.notes]
+        if apart := forms_apart(path, image.geometry):
+            fix = "Make them equal, for example with nibabel: image.set_qform(image.get_sform())."
+            out.problems.append(Problem("forms", str(path), apart, "", fix))
     if any(problem.kind == "grid" for problem in out.problems):
         return None
     array = images[0].array if len(images) == 1 else np.concatenate([image.array for image in images])
     if len(array) != len(dataset.channels):
         wanted = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
-        fix = "Name the channels in dataset.json as they are in the files, or mend the file."
+        fix = "Name the channels in dataset.json as they are in the files, or correct the file."
         out.problems.append(Problem("channels", str(case.images[0]), plural(len(array), "channel"), wanted, fix))
         return None
     out.digest = hashlib.sha256(array.data).digest()
@@ -177,7 +184,7 @@ def _read_channels(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> list
             out.problems.append(Problem("missing_image", str(path), text, "", "Add the file, or leave out the case."))
             continue
         try:
-            images.append(read_image(path))
+            images.append(read_image(path, len(dataset.channels) // len(case.images)))
         except UserError as error:
             out.problems.append(_unread(error, path, "unreadable"))
     return images
@@ -205,7 +212,8 @@ def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[
     if case.label is None or not case.label.exists():
         where = str(case.label or case.images[0])
         fix = "Add it, or leave out the case."
-        out.problems.append(Problem("missing_label", where, f"no label map for case {case.id}", "", fix))
+        strange = unsupported(case.label.parent, case.id) if case.label else ""
+        out.problems.append(Problem("missing_label", where, f"no label map for case {case.id}{strange}", "", fix))
         return None
     try:
         label, geometry, notes = read_label(case.label)
@@ -217,6 +225,7 @@ def _check_label(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> tuple[
         out.problems.append(Problem("label_lossy", str(case.label), found, "", fix))
         return None
     label = map_labels(label, dataset.label_map)
+    out.labelled = True
     out.problems += [Problem("understood", str(case.label), note) for note in notes]
     out.values = {int(v) for v in np.unique(label[label != dataset.labels.background])}
     known = {*dataset.labels.values, dataset.labels.ignore}
@@ -277,15 +286,16 @@ def _repeated_ids(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
-    """Two- and three-dimensional images in one data set."""
+    """Two- and three-dimensional images in one dataset; an image of one slice may be either."""
     known = [findings.geometry.dimensions for findings in found if findings.geometry]
-    if not known:
+    if not any(findings.geometry and findings.geometry.shape[0] > 1 for findings in found):
         return
     usual = Counter(known).most_common(1)[0][0]
     for case, findings in zip(dataset.cases, found, strict=True):
-        if findings.geometry and findings.geometry.dimensions != usual:
+        slice_of_volume = findings.geometry and findings.geometry.dimensions == 3 and findings.geometry.shape[0] == 1
+        if findings.geometry and findings.geometry.dimensions != usual and not slice_of_volume:
             text = f"{findings.geometry.dimensions} dimensions"
-            fix = "All images of a data set must have the same."
+            fix = "All images of a dataset must have the same."
             yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)
 
 
@@ -304,7 +314,9 @@ def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[
     table = str(dataset.root / "dataset.json" if dataset.layout != "plain" else dataset.root)
     members = dict(zip(dataset.labels.region_names, dataset.labels.region_values, strict=True))
     absent = [name for name, wanted in members.items() if not values & set(wanted)]
-    if absent and len(absent) == len(members):
+    if not any(findings.labelled for findings in found):
+        pass  # each label map is missing or cannot be read, which was reported
+    elif absent and len(absent) == len(members):
         yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")
     else:
         for name in absent:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from nnunet_lite.data.cases import Case, find_cases, group_files, image_files, split_name
-from nnunet_lite.data.images import PICTURES, Image, read_geometry, read_images, read_label, stem, suffix_of
+from nnunet_lite.data.cases import SUPPORTED, Case, find_cases, group_files, image_files, split_name, unsupported
+from nnunet_lite.data.images import PICTURES, Image, ending_of, read_geometry, read_images, read_label, stem, suffix_of
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import read_json, understood
@@ -46,6 +47,7 @@ class Dataset:
     label_map : value in the files -> value of the data set, e.g. {255: 1} for masks of 0 and 255.
     file_ending : of the images, of most where there are several.
     notes : what had to be understood.
+    accept_geometry : whether files of a case may differ in origin and direction.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Dataset:
     label_map: dict[int, int] | None = None
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
+    accept_geometry: bool = False
 
 
 def read_dataset(root: Path) -> Dataset:
@@ -101,7 +104,7 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
     ------
     UserError : a file cannot be read, channels are missing, or the shapes of image and label differ.
     """
-    image = read_images(case.images)
+    image = read_images(case.images, len(dataset.channels), dataset.accept_geometry)
     if image.array.shape[0] != len(dataset.channels):
         raise UserError(f"has {image.array.shape[0]} channels, {len(dataset.channels)} are expected", case.images[0])
     if case.label is None:
@@ -133,6 +136,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         "numTraining": len(dataset.cases),
         "label_map": None if dataset.label_map is None else {str(k): v for k, v in dataset.label_map.items()},
         "notes": list(dataset.notes),
+        "accept_geometry": dataset.accept_geometry,
         "dataset": [
             {"id": c.id, "images": [str(p) for p in c.images], "label": None if c.label is None else str(c.label)}
             for c in dataset.cases
@@ -156,6 +160,7 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
         label_map=None if label_map is None else {int(k): v for k, v in label_map.items()},
         file_ending=value["file_ending"],
         notes=tuple(value["notes"]),
+        accept_geometry=value.get("accept_geometry", False),
     )
 
 
@@ -268,7 +273,7 @@ def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple
         if not isinstance(entry.get("label") or "", str):
             raise UserError(f"training[{number}] has the label {entry['label']!r}, which is no file name", table)
         image = root / entry["image"]
-        name, suffix = stem(image), suffix_of(image)
+        name, suffix = stem(image), ending_of(image)
         images: tuple[Path, ...] = (image,)
         numbered = tuple(image.with_name(f"{name}_{i:04d}{suffix}") for i in range(channels))
         if not image.is_file() and any(path.is_file() for path in numbered):
@@ -284,7 +289,7 @@ def _scanned(root: Path, channels: int, ending: str | None, table: Path) -> list
         raise UserError("there is no folder imagesTr or no folder labelsTr beside it", table)
     files = image_files(images, ending)
     if not files:
-        raise UserError(f"holds no image{f' that ends with {ending}' if ending else ''}", images)
+        raise UserError(f"holds no image{f' that ends with {ending}' if ending else ''}{unsupported(images)}", images)
     return _with_labels(files, channels, labels, ending)
 
 
@@ -295,13 +300,14 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     """No dataset.json: channels follow from the files, labels from the values in the label maps."""
     files = image_files(images)
     if not files:
-        raise UserError("holds no image of a supported format", images)
+        raise UserError(f"holds no image of a supported format{unsupported(images)}", images, SUPPORTED)
+    if not image_files(labels):
+        raise UserError(f"holds no label map of a supported format{unsupported(labels)}", labels, SUPPORTED)
     names = {stem(path) for path in image_files(labels)}
     numbers = [split_name(stem(path))[1] for path in files if stem(path) not in names]
     channels = max((n for n in numbers if n is not None), default=0) + 1
     cases = _with_labels(files, channels, labels, None)
-    readable = next((path for case in cases for path in case.images if path.is_file()), files[0])
-    inside = read_geometry(readable)[1]
+    readable, inside = _first_readable(cases)
     if channels > 1 or inside == 1:
         channel_names = tuple(f"channel_{i}" for i in range(channels))
     else:
@@ -310,6 +316,8 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     values = _values([case.label for case in cases if case.label and case.label.is_file()])
     is_mask = values == {0, 255}
     found = [1] if is_mask else sorted(values - {0})
+    if not found and any(_unreadable(case.label) for case in cases if case.label and case.label.is_file()):
+        found = [1]  # check.py reports each file
     if not found:
         raise UserError("holds no label map with anything but zeros", labels)
     notes = ["no dataset.json: channels and labels were taken from the files"]
@@ -324,6 +332,22 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
         file_ending=_common_ending(cases, None),
         notes=(*notes, _MASK_NOTE) if is_mask else tuple(notes),
     )
+
+
+def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
+    """The first image that can be read, and its channels; check.py reports the others. The first of all, if none."""
+    for path in (paths := [path for case in cases for path in case.images]):
+        with suppress(UserError):
+            return path, read_geometry(path)[1]
+    return paths[0], 1
+
+
+def _unreadable(path: Path) -> bool:
+    try:
+        read_label(path)
+    except UserError:
+        return True
+    return False
 
 
 _MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"

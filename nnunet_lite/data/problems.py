@@ -23,8 +23,9 @@ KINDS: dict[str, Severity] = {
     "grid": "error",
     "shape": "error",
     "spacing": "error",
-    "origin": "error",
-    "direction": "error",
+    "origin": "warning",
+    "direction": "warning",
+    "forms": "warning",
     "nan": "error",
     "label_fraction": "error",
     "label_channels": "error",
@@ -39,6 +40,7 @@ KINDS: dict[str, Severity] = {
     "not_ct": "warning",
     "understood": "notice",
 }
+TO_ACCEPT = ("origin", "direction")  # warnings without whose acceptance nothing is planned
 _FILES_SHOWN = 3
 _LINES_SHOWN = 3
 
@@ -57,6 +59,10 @@ class Problem:
     def severity(self) -> Severity:
         return KINDS[self.kind]
 
+    def stops(self, accept_geometry: bool) -> bool:
+        """Whether nothing can be planned with it: errors, and a geometry that differs until that is accepted."""
+        return self.severity == "error" or (self.kind in TO_ACCEPT and not accept_geometry)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -66,11 +72,12 @@ class Report:
     cases: int
     channels: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
+    accept_geometry: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether the data set can be trained on: there is no error."""
-        return not any(problem.severity == "error" for problem in self.problems)
+        """Whether the dataset can be trained on: there is no error, and no geometry that has to be accepted."""
+        return not any(problem.stops(self.accept_geometry) for problem in self.problems)
 
     def count(self, severity: Severity) -> int:
         return sum(problem.severity == severity for problem in self.problems)

@@ -67,7 +67,8 @@ def validate(
 ) -> Scores:
     """Predict cases of a data set into a folder, those that are not there yet, and score them; as `validate_fold`."""
     cases = _chosen(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=previous)
+    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=previous,
+                              accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
         raise UserError(

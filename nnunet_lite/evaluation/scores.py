@@ -19,8 +19,8 @@ import numpy as np
 
 from nnunet_lite.budget import cpus, pairs_at_once
 from nnunet_lite.data.dataset import image_files, labels_of, map_labels
-from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import PICTURES, read_label, stem, suffix_of
+from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
+from nnunet_lite.data.images import read_label, stem
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
@@ -203,6 +203,7 @@ def evaluate(
     tolerance_mm: float = 1.0,
     surface: bool = True,
     workers: int | None = None,
+    accept_geometry: bool = False,
 ) -> Scores:
     """Score label maps against their references: two folders, whose files are matched by name, or two files.
 
@@ -213,10 +214,11 @@ def evaluate(
     tolerance_mm : how far apart surfaces may be for NSD.
     surface : whether to measure NSD and HD95.
     workers : threads, all cores where None; 0 or 1 for one.
+    accept_geometry : compare voxel by voxel where origin or direction of a pair differ, with a note.
 
     Raises
     ------
-    UserError : nothing matches; a pair lies on two grids; a file cannot be read.
+    UserError : nothing matches; a pair is on two grids; a file cannot be read.
     """
     prediction, reference = Path(prediction), Path(reference)
     pairs, notes = _match(prediction, reference)
@@ -232,7 +234,7 @@ def evaluate(
         known = labels
 
         def score(case: str) -> tuple[CaseScore, list[tuple[str, str]]]:
-            arrays, spacing, remarks = _read_pair(*pairs[case], known)
+            arrays, spacing, remarks = _read_pair(*pairs[case], known, accept_geometry)
             measures = score_case(*arrays, known, spacing, tolerance_mm, surface, threads)
             return CaseScore(case, *pairs[case], measures), remarks
 
@@ -314,25 +316,23 @@ def _values_of_file(path: Path) -> set[int]:
 
 
 def _read_pair(
-    prediction: Path, reference: Path, labels: Labels
+    prediction: Path, reference: Path, labels: Labels, accept_geometry: bool
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], list[tuple[str, str]]]:
     """Both arrays (z, y, x), the spacing, and remarks as (remark, file)."""
     predicted, grid, remarks = _read(prediction, labels)
     truth, true_grid, more = _read(reference, labels)
-    pictures = [suffix_of(path) in PICTURES for path in (prediction, reference)]  # whose spacing is not to be believed
-    if grid.shape != true_grid.shape or (not any(pictures) and grid.differences(true_grid)):
-        raise UserError(
-            f"lies on another grid than {reference}: {_describe(grid)}, the reference {_describe(true_grid)}",
-            prediction,
-            "Resample one to the grid of the other, with nearest neighbour.",
-        )
-    spacing = grid.spacing if pictures == [False, True] else true_grid.spacing
+    if differing := [what for what, _, _ in grid.differences(true_grid)]:
+        acceptable = set(differing) <= set(ACCEPTABLE)
+        if not (acceptable and accept_geometry):
+            accept = " If the voxels do match, --accept-geometry compares them as they are." if acceptable else ""
+            raise UserError(
+                f"is on another grid than {reference}: {grid.describe()}, the reference {true_grid.describe()}",
+                prediction,
+                f"Resample one to the grid of the other, with nearest neighbour.{accept}",
+            )
+        more = [*more, (f"{' and '.join(differing)} differ from the reference, accepted", prediction.name)]
+    spacing = grid.spacing if grid.calibrated and not true_grid.calibrated else true_grid.spacing
     return (predicted, truth), spacing, remarks + more
-
-
-def _describe(grid: Geometry) -> str:
-    parts = {"shape": grid.shape, "spacing": grid.spacing, "origin": grid.origin, "direction": grid.direction}
-    return ", ".join(f"{name} ({', '.join(f'{v:.6g}' for v in values)})" for name, values in parts.items())
 
 
 def _read(path: Path, labels: Labels) -> tuple[np.ndarray, Geometry, list[tuple[str, str]]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_lite.data.dataset import Case
-from nnunet_lite.data.images import Geometry, Image, read_images, suffix_of
+from nnunet_lite.data.images import Geometry, Image, ending_of, read_images
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
@@ -30,8 +30,15 @@ class Ready:
     image: Image | None
 
 
-def ready_case(model: Model, case: Case) -> Ready:
+def ready_case(model: Model, case: Case, accept_geometry: bool = False) -> Ready:
     """Read and prepare a case.
+
+    Parameters
+    ----------
+    model : Model
+    case : Case
+    accept_geometry : bool
+        Whether the files of its channels may differ in origin and direction.
 
     Raises
     ------
@@ -42,10 +49,10 @@ def ready_case(model: Model, case: Case) -> Ready:
     if len(case.images) > 1:
         if absent := [path for path in case.images if not path.exists()]:
             raise UserError(f"there is no such file; {expected}", absent[0])
-        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{suffix_of(case.images[0])}")
+        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{ending_of(case.images[0])}")
         if extra.is_file():
             raise UserError(f"is a channel too many; {expected}", extra)
-    return ready_image(model, read_images(case.images))
+    return ready_image(model, read_images(case.images, wanted, accept_geometry))
 
 
 def ready_image(model: Model, image: Image) -> Ready:
