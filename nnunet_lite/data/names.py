@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nnunet_lite.data.complete import AGAIN, defect, is_gzip
+from nnunet_lite.data.complete import AGAIN, defect, elsewhere, is_gzip
 from nnunet_lite.errors import UserError
 
 NIFTI = (".nii.gz", ".nii")
@@ -18,6 +19,8 @@ PAIRS = (".hdr.gz", ".hdr", ".img.gz", ".img")  # of header and voxels, NIfTI or
 NIBABEL_ONLY = (".mgz", ".mgh", *PAIRS, ".par", ".head")
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *GIPL, *PICTURES, *NIBABEL_ONLY)
 
+_HEADERS = {".rec": "the .PAR file", ".brik": "the .HEAD file", ".raw": "the .mhd or .nhdr file",
+            ".zraw": "the .mhd file"}  # fmt: skip
 _SEVERAL_FILES = (".nhdr", ".mhd", *PAIRS, ".par", ".head")  # named by each other
 
 
@@ -30,6 +33,19 @@ def suffix_of(path: Path) -> str:
 def ending_of(path: Path) -> str:
     """The ending of a supported file as it is written in the name: `.NII.GZ`."""
     return path.name[len(path.name) - len(suffix_of(path)) :]
+
+
+def companions(path: Path) -> list[Path]:
+    """The other files that an image is read from: voxels that its header names, and the spacing of a TIFF file."""
+    suffix, name = suffix_of(path), stem(path)
+    if suffix in TIFF:
+        names = [f"{name}.json", re.sub(r"_\d{4}$", "", name) + ".json"]
+    elif suffix in (".hdr", ".hdr.gz", ".par", ".head"):
+        endings = {".par": (".rec",), ".head": (".brik", ".brik.gz")}.get(suffix, (".img", ".img.gz"))
+        names = [name + written for ending in endings for written in (ending, ending.upper())]
+    else:
+        names = [elsewhere(path)] if path.is_file() else []
+    return [path.with_name(other) for other in dict.fromkeys(filter(None, names)) if (path.parent / other).is_file()]
 
 
 def header_of(path: Path) -> Path | None:
@@ -71,7 +87,9 @@ def must_be_readable(path: Path) -> None:
     UserError : says what is wrong with it as a file.
     """
     if not suffix_of(path):
-        raise UserError("is of no supported format", path, f"Supported are {' '.join(SUFFIXES)}.")
+        header = _HEADERS.get(path.suffix.lower()) or _HEADERS.get(Path(path.stem).suffix.lower())
+        fix = f"Give its header, {header}, instead." if header else f"Supported are {' '.join(SUFFIXES)}."
+        raise UserError("is of no supported format", path, fix)
     problem = defect(path)
     if problem:
         raise UserError(problem, path, AGAIN if path.exists() else "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import numpy as np
 
 from nnunet_lite.data.complete import AGAIN, must_hold
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
-from nnunet_lite.data.names import must_be_readable, stem
+from nnunet_lite.data.names import companions, must_be_readable
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import read_json
 
@@ -238,9 +237,8 @@ def _geometry(tif: Any, series: Any, path: Path, shape: tuple[int, ...], notes: 
 
 def _of_sidecar(path: Path) -> Spacing | None:
     """The spacing of the file `<case>.json` in the folder of a TIFF file, mm (z, y, x)."""
-    for name in (stem(path), re.sub(r"_\d{4}$", "", stem(path))):
-        sidecar = path.with_name(name + ".json")
-        found = read_json(sidecar) if sidecar.is_file() else None
+    for sidecar in companions(path):
+        found = read_json(sidecar)
         if not isinstance(found, dict) or "spacing" not in found:  # it is about something else
             continue
         given = found["spacing"]

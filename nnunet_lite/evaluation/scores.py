@@ -330,7 +330,7 @@ def _read_pair(
                 prediction,
                 f"Resample one to the grid of the other, with nearest neighbour.{accept}",
             )
-        more = [*more, (f"{' and '.join(differing)} differ from the reference, accepted", prediction.name)]
+        more = [*more, (f"another {' and '.join(differing)} than the reference, accepted", prediction.name)]
     spacing = grid.spacing if grid.calibrated and not true_grid.calibrated else true_grid.spacing
     return (predicted, truth), spacing, remarks + more
 

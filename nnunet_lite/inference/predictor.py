@@ -72,7 +72,7 @@ class Model:
         spacing : of an array's voxels, (z, y, x), in mm.
         """
         if isinstance(image, str | Path):
-            image = read_image(Path(image))
+            image = read_image(Path(image), len(self.plan.channels))
         elif isinstance(image, np.ndarray):
             image = as_image(image, spacing)
         return predict_image(self, image)

@@ -70,7 +70,7 @@ class OnnxModel:
         UserError : the image cannot be read, or has other channels than the model.
         """
         if isinstance(image, str | Path):
-            image = read_image(Path(image))
+            image = read_image(Path(image), len(self.plan.channels))
         elif isinstance(image, np.ndarray):
             image = as_image(image, spacing)
         return _segment(self, image)

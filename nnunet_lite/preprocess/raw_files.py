@@ -12,6 +12,7 @@ from typing import Any
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry
+from nnunet_lite.data.names import companions
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import read_json, understood, write_json
 
@@ -27,7 +28,10 @@ class RawFile:
 
 @dataclass(frozen=True)
 class RawCase:
-    """The raw files of a case, images before the label, with shape and spacing (mm) of the image, (z, y, x)."""
+    """The raw files of a case: images, label map, and what else an image is read from; shape and spacing of the image.
+
+    Shape and spacing (mm) are (z, y, x).
+    """
 
     files: tuple[RawFile, ...]
     shape: tuple[int, int, int]
@@ -73,7 +77,8 @@ def remembered(cases: Iterable[Case], memory: Path) -> dict[str, RawCase]:
 
 
 def _paths(case: Case) -> list[Path]:
-    return [*case.images, *([case.label] if case.label else [])]
+    others = [other for path in case.images for other in companions(path)]
+    return [*case.images, *([case.label] if case.label else []), *dict.fromkeys(others)]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
