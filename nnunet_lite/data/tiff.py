@@ -145,7 +145,7 @@ def _must_be_whole(tif: Any, series: Any, path: Path) -> None:
     size = tif.filehandle.size
     must_hold(path, series.nbytes, picture=True)
     pages = list(series)
-    if any(page is None for page in pages):
+    if any(page is None for page in pages) or (tif.is_ome and series.kind != "ome"):
         raise UserError("names other files for some of its pages, which are not there", path, "Keep them together.")
     ends = [series.dataoffset + series.nbytes] if series.dataoffset is not None else []
     ends += [at + n for page in pages for at, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
@@ -297,7 +297,7 @@ def _of_imagej(stated: dict[str, Any], page: Any) -> list[Size | None]:
     tag = page.tags.get(296)
     name = named or _RESOLUTION_UNITS.get(0 if tag is None else int(tag.value), "")
     unit = _unit(name)
-    depth = _positive(stated.get("spacing")) or (None if unit is None else 1.0)
+    depth = _positive(stated.get("spacing")) or (1.0 if _unit(named) else None)
     sizes: list[Size | None] = [None if depth is None else (depth, unit)]
     for code in (283, 282):  # YResolution, XResolution
         found = page.tags.get(code)
