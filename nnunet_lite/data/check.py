@@ -286,14 +286,13 @@ def _repeated_ids(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
-    """Two- and three-dimensional images in one dataset; an image of one slice may be either."""
+    """Two- and three-dimensional images in one dataset."""
     known = [findings.geometry.dimensions for findings in found if findings.geometry]
-    if not any(findings.geometry and findings.geometry.shape[0] > 1 for findings in found):
+    if not known:
         return
     usual = Counter(known).most_common(1)[0][0]
     for case, findings in zip(dataset.cases, found, strict=True):
-        slice_of_volume = findings.geometry and findings.geometry.dimensions == 3 and findings.geometry.shape[0] == 1
-        if findings.geometry and findings.geometry.dimensions != usual and not slice_of_volume:
+        if findings.geometry and findings.geometry.dimensions != usual:
             text = f"{findings.geometry.dimensions} dimensions"
             fix = "All images of a dataset must have the same."
             yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)

@@ -127,7 +127,7 @@ def _holds_gipl(path: Path) -> bool:
         *shape, kind = struct.unpack_from(">5H", head)
         needed = math.prod(n for n in shape if n) * _GIPL_BYTES.get(kind, 0)
         try:
-            while needed > 0 and (piece := file.read(min(needed, 1 << 20))):
+            while piece := file.read(1 << 20):
                 needed -= len(piece)
         except (EOFError, zlib.error):
             return False

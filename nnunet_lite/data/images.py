@@ -226,9 +226,10 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
     with atomic(path) as temporary:
         usual = temporary.with_name(stem(temporary) + suffix)  # libraries do not know `.Nii.gz`
         try:
-            if like is not None and suffix_of(like) in NIFTI and suffix in NIFTI:
+            carried = like is not None and suffix_of(like) in NIFTI and suffix in NIFTI
+            if like is not None and carried:
                 write_nifti_like(usual, array, like)
-            else:
+            if not carried or read_geometry(usual)[0].differences(geometry):  # such as a header without voxel sizes
                 write_file(usual, array, geometry)
             usual.replace(temporary)
         finally:
