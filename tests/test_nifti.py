@@ -194,8 +194,8 @@ def test_a_wrong_pixdim_gives_way_to_a_good_sform(tmp_path: Path, axis: int, siz
     assert np.array_equal(image.array[0], slope * voxels.T)
     assert image.geometry.spacing == pytest.approx((2.5, 0.8, 0.7)) and image.geometry.origin == (-1, -2, 3)
     assert image.geometry.direction == FLIPPED and read_geometry(path) == (image.geometry, 1)
-    told = forms_apart(path, image.geometry)
-    assert told is not None and f"{size:.6g}" in told and told.endswith("those of its sform are used")
+    reported = forms_apart(path, image.geometry)
+    assert reported is not None and f"{size:.6g}" in reported and reported.endswith("those of its sform are used")
     write_label(tmp_path / "b.nii.gz", (voxels.T % 3).astype(np.uint8), image.geometry, like=path)
     label, geometry, _ = read_label(tmp_path / "b.nii.gz")
     assert np.array_equal(label, voxels.T % 3) and geometry.differences(image.geometry) == []

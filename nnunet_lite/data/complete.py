@@ -1,6 +1,7 @@
 """Is a file whole? ITK fills what is missing from a truncated picture with zeros in silence, so we look ourselves.
 
-(NIfTI needs no look: nibabel, which reads the voxels, does complain. So do ITK's NRRD and MetaImage readers.)
+NIfTI needs no look: nibabel, which reads the voxels, does complain. So do ITK's NRRD and MetaImage readers, and TIFF
+is read by tiff.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def must_hold(path: Path, needed: int, picture: bool = False) -> None:
     """
     size = path.stat().st_size
     if needed > size * (_PICTURE_LIMIT if picture else DEFLATE_LIMIT):
-        raise UserError(f"is truncated: {size} bytes cannot hold the {needed} that its header tells of", path, AGAIN)
+        raise UserError(f"is truncated: {size} bytes cannot hold the {needed} that its header states", path, AGAIN)
 
 
 def elsewhere(path: Path) -> str:

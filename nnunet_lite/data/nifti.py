@@ -158,7 +158,7 @@ def _must_be_sound(head: bytes, size: int, path: Path) -> None:
     shape = [int(n) for n in fields["dim"][1 : dimensions + 1]]
     if not 1 <= dimensions <= 7 or min(shape) < 1:
         what = f"{dimensions} dimensions" if not 1 <= dimensions <= 7 else f"{' x '.join(map(str, shape))} voxels"
-        raise UserError(f"is damaged: its header tells of {what}", path, AGAIN)
+        raise UserError(f"is damaged: its header states {what}", path, AGAIN)
     if kind not in _SIZES:
         raise UserError(f"has voxels of type {kind}, which NIfTI does not have", path, AGAIN)
     placed = [*fields["srow"].ravel()] if fields["sform_code"] > 0 else []

@@ -130,7 +130,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _only_series(tif: Any, path: Path) -> Any:
     """The image of a file, in full resolution; thumbnails and masks do not count."""
-    series = [s for s in tif.series if not (s.keyframe.is_reduced or s.keyframe.is_mask)] or list(tif.series)
+    found = [s for s in tif.series if s.nbytes and len(s.axes) == len(s.shape)]
+    series = [s for s in found if not (s.keyframe.is_reduced or s.keyframe.is_mask)] or found
     series = [s for s in series if s.name.lower() not in _SIDE_IMAGES] or series
     if not series:
         raise UserError("holds no image", path, AGAIN)
