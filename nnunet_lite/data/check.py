@@ -80,7 +80,12 @@ def check(
         found.append(findings)
     problems = [*_files_without_case(dataset), *_repeated_ids(dataset)]
     problems += [problem for findings in found for problem in findings.problems]
-    problems += [*_dimensions(dataset, found), *_across_cases(dataset, found), *_intensity_units(dataset, found)]
+    problems += [
+        *_dimensions(dataset, found),
+        *_without_spacing(dataset, found),
+        *_across_cases(dataset, found),
+        *_intensity_units(dataset, found),
+    ]
     problems += [Problem("understood", str(dataset.root), note) for note in dataset.notes]
     problems = [_relative(problem, dataset.root) for problem in problems]
     return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), dataset.accept_geometry)
@@ -296,6 +301,16 @@ def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Pr
             text = f"{findings.geometry.dimensions} dimensions"
             fix = "All images of a dataset must have the same."
             yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)
+
+
+def _without_spacing(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
+    """Images that state no spacing where others do."""
+    known = [findings.geometry.calibrated for findings in found if findings.geometry]
+    for case, findings in zip(dataset.cases, found, strict=True):
+        if any(known) and findings.geometry and not findings.geometry.calibrated:
+            text = f"states no spacing, and {known.count(True)} of {plural(len(known), 'image')} do"
+            fix = 'For a TIFF file give it in <case>.json: {"spacing": [z, y, x]} in mm.'
+            yield Problem("no_spacing", str(case.images[0]), text, "", fix)
 
 
 def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:

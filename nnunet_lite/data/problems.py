@@ -26,6 +26,7 @@ KINDS: dict[str, Severity] = {
     "origin": "warning",
     "direction": "warning",
     "forms": "warning",
+    "no_spacing": "warning",
     "nan": "error",
     "label_fraction": "error",
     "label_channels": "error",

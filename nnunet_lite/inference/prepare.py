@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nnunet_lite import log
 from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.geometry import PICTURE_SPACING
 from nnunet_lite.data.images import Geometry, Image, ending_of, read_images
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.names import TIFF, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Configuration, Plan
@@ -18,6 +22,8 @@ from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
+
+_MICROSCOPIC = 0.05  # mm: voxels below it are of a microscope
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,33 @@ def ready_case(model: Model, case: Case, accept_geometry: bool = False) -> Ready
         extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{ending_of(case.images[0])}")
         if extra.is_file():
             raise UserError(f"is a channel too many; {expected}", extra)
-    return ready_image(model, read_images(case.images, wanted, accept_geometry))
+    image = _calibrated_as_trained(model, read_images(case.images, wanted, accept_geometry), case.images[0])
+    return ready_image(model, image)
+
+
+def _calibrated_as_trained(model: Model, image: Image, path: Path) -> Image:
+    """The image with pixels for its unit if the model was trained so, as nnU-Net reads TIFF files of a microscope.
+
+    Raises
+    ------
+    UserError : the model was trained on micrometres, and the image states no spacing.
+    """
+    geometry = image.geometry
+    planned = [configuration.spacing for configuration in model.plan.configurations.values()]
+    stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
+    if geometry.calibrated:
+        if suffix_of(path) not in TIFF or max(stated) > _MICROSCOPIC or not any(set(s) == {1.0} for s in planned):
+            return image
+        log.info(f"{path}: its spacing is not used: the model was trained on images without one")
+        pixels = PICTURE_SPACING if geometry.dimensions == 2 else (1.0, 1.0, 1.0)
+        return replace(image, geometry=replace(geometry, spacing=pixels, calibrated=False))
+    finest = min(planned, key=max)
+    if max(finest) < _MICROSCOPIC:
+        what = f"states no spacing, and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
+        raise UserError(what, path, 'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.')
+    if geometry.dimensions == 3 and set(finest) != {1.0}:
+        log.warn(f"{path}: no spacing known, 1x1x1 mm taken")
+    return image
 
 
 def ready_image(model: Model, image: Image) -> Ready:
