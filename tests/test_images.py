@@ -369,6 +369,22 @@ def test_endings_of_other_formats_in_any_case(tmp_path: Path, suffix: str) -> No
     assert read_geometry(tmp_path / f"a{suffix}")[0] == geometry
 
 
+@pytest.mark.parametrize("ending", ["MHD", "Mhd", "NHDR", "Nhdr", "HDR", "Hdr", "IMG", "Img"])
+def test_headers_whose_endings_are_in_any_case(tmp_path: Path, ending: str) -> None:
+    """The voxels are found by the name in the header, or by the header's own."""
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    usual = {"HDR": "img", "IMG": "img"}.get(ending.upper(), ending.lower())
+    if usual == "img":
+        nibabel.save(nibabel.Nifti1Pair(array.T, np.eye(4)), tmp_path / "a.img")
+        other = {"HDR": "img", "IMG": "hdr"}[ending.upper()]
+        (tmp_path / f"a.{other}").rename(tmp_path / f"a.{other.upper()}")
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(array), tmp_path / f"a.{usual}")
+    (tmp_path / f"a.{ending.lower()}").rename(tmp_path / f"a.{ending}")
+    image = read_image(tmp_path / f"a.{ending}")
+    assert np.array_equal(image.array[0], array) and read_geometry(tmp_path / f"a.{ending}")[0] == image.geometry
+
+
 @pytest.mark.parametrize("suffix", [".gipl", ".gipl.gz"])
 def test_gipl(tmp_path: Path, suffix: str) -> None:
     array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)

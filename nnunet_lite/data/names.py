@@ -21,7 +21,6 @@ SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *GIPL, *PICTURES, *NIBABEL
 
 _HEADERS = {".rec": "the .PAR file", ".brik": "the .HEAD file", ".raw": "the .mhd or .nhdr file",
             ".zraw": "the .mhd file"}  # fmt: skip
-_SEVERAL_FILES = (".nhdr", ".mhd", *PAIRS, ".par", ".head")  # named by each other
 
 
 def suffix_of(path: Path) -> str:
@@ -62,15 +61,17 @@ def usual_name(path: Path) -> Iterator[Path]:
     suffix = suffix_of(path)
     if suffix in NIFTI:
         suffix = ".nii.gz" if is_gzip(path) else ".nii"
-    if path.name.endswith(suffix) and (suffix != ".nii" or not path.name.endswith(".nii.gz")):
+    if suffix in (".par", ".head") or (path.name.endswith(suffix) and suffix_of(path) == suffix):
         yield path
         return
-    if suffix in _SEVERAL_FILES:
-        yield path
-        return
+    others = [other for other in (*companions(path), header_of(path)) if other and suffix not in TIFF]
     with TemporaryDirectory() as folder:
         link = Path(folder) / f"image{suffix}"
         link.symlink_to(path.resolve())
+        for other in others:  # a header names its voxels, or has their name
+            named = elsewhere(path) or "image" + other.name[len(stem(path)) :].lower()
+            (link.parent / named).parent.mkdir(parents=True, exist_ok=True)
+            (link.parent / named).symlink_to(other.resolve())
         yield link
 
 
