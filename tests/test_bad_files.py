@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import struct
 import time
@@ -11,10 +12,12 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 from bad_inputs import Command, contents, edit
 
 IMAGE, LABEL = "imagesTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_001.nii.gz"
@@ -43,6 +46,17 @@ def with_bytes(change: Callable[[bytearray], object], file: str = IMAGE) -> BadF
 def with_field(offset: int, kind: str, *values: float, file: str = IMAGE) -> BadFile:
     """A NIfTI file with another value in its header."""
     return with_bytes(lambda raw: struct.pack_into(kind, raw, offset, *values), file)
+
+
+def without_sform(offset: int, kind: str, *values: float) -> BadFile:
+    """A NIfTI file that is placed by its qform alone, with another value in its header."""
+
+    def change(raw: bytearray) -> None:
+        struct.pack_into("<h", raw, 254, 0)
+        struct.pack_into(kind, raw, offset, *values)
+
+    bad = with_bytes(change)
+    return BadFile(bad.make, bad.file, ("in pixdim",))
 
 
 def with_content(content: bytes, file: str = IMAGE, *says: str) -> BadFile:
@@ -96,12 +110,50 @@ def grid_of(path: Path, values: np.ndarray) -> None:
     nibabel.save(nibabel.Nifti1Image(values, nibabel.load(path).affine), path)
 
 
+def on_grid(path: Path, times: float, by: float) -> None:
+    """The voxels of a file with another spacing and origin."""
+    image = nibabel.load(path)
+    affine = image.affine @ np.diag([times, times, times, 1])
+    affine[0, 3] = image.affine[0, 3] + by
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), affine), path)
+
+
 def nifti2(path: Path) -> None:
     """A header of NIfTI-2, whose dimensions are 64-bit, without its voxels."""
     nibabel.save(nibabel.Nifti2Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), path)
     raw = bytearray(gzip.decompress(path.read_bytes()))
     struct.pack_into("<3q", raw, 24, 10_000, 10_000, 10_000)
     path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def flat_nifti2(path: Path) -> None:
+    """A file of NIfTI-2 whose voxels have no depth."""
+    nibabel.save(nibabel.Nifti2Image(np.zeros((35, 51, 35), np.uint8), None), path)
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<d", raw, 104 + 24, 0.0)
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def scaled_labels(path: Path, dtype: type) -> None:
+    """A label map that nibabel scaled into an integer type."""
+    image = nibabel.load(path)
+    scaled = nibabel.Nifti1Image(np.asarray(image.dataobj, np.float32) + 0.3 * (dtype is np.int16), image.affine)
+    scaled.set_data_dtype(dtype)
+    nibabel.save(scaled, path)
+
+
+def gipl(shape: tuple[int, ...], size: int) -> bytes:
+    """A GIPL file of 16-bit voxels whose header claims a shape."""
+    return struct.pack(">4HH", *shape, 1, 15).ljust(252, b"\0") + struct.pack(">I", 719555000) + bytes(size)
+
+
+def tiff(shape: tuple[int, ...], **how: Any) -> bytes:
+    """The bytes of a TIFF file."""
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer, np.arange(np.prod(shape)).reshape(shape).astype(np.uint16), photometric="minisblack", **how
+    )
+    return buffer.getvalue()
 
 
 def png(width: int, height: int) -> bytes:
@@ -135,7 +187,17 @@ FILES = {
     "no such data type": with_field(70, "<h", 12345),
     "data type of none": with_field(70, "<h", 0),
     "bits as data type": with_field(70, "<h", 1),
-    "negative voxels": with_field(80, "<3f", -1, -1, -1),
+    "negative voxels": without_sform(80, "<3f", -1, -1, -1),
+    "voxels of no depth": without_sform(88, "<f", 0),
+    "voxels as wide as NaN": without_sform(80, "<f", float("nan")),
+    "voxels of infinite height": without_sform(84, "<f", float("inf")),
+    "an sform of zeros and no voxel size": with_bytes(
+        lambda raw: (struct.pack_into("<f", raw, 80, 0), struct.pack_into("<12f", raw, 280, *[0.0] * 12))
+    ),
+    "a sheared sform and no voxel size": with_bytes(
+        lambda raw: (struct.pack_into("<f", raw, 80, 0), struct.pack_into("<2f", raw, 280, 1, 0.5))
+    ),
+    "NIfTI-2 without a voxel size": BadFile(lambda r: flat_nifti2(r / IMAGE), IMAGE, ("in pixdim",)),
     "voxels far beyond the end": with_field(108, "<f", 1e9),
     "voxels before the beginning": with_field(108, "<f", -1e9),
     "voxels at NaN": with_field(108, "<f", float("nan")),
@@ -190,7 +252,33 @@ FILES = {
     "JPEG that is text": named("a.jpg", b"not jpeg"),
     "JPEG that ends": named("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(20)),
     "no supported ending": named("a.xyz", b"scan", "supported"),
+    "voxels (.img) without a header": named("a.img", bytes(1000), "needs the file a.hdr"),
+    "compressed voxels without a header": named("a.img.gz", gzip.compress(bytes(1000)), "needs the file a.hdr"),
+    "a compressed header without voxels": named("a.hdr.gz", gzip.compress(bytes(348)), "needs the file a.img"),
+    "REC without PAR": named("a.rec", b"voxels", "Give its header, the .PAR file"),
+    "BRIK without HEAD": named("a+orig.BRIK.gz", b"voxels", "Give its header, the .HEAD file"),
+    "raw voxels": named("a.raw", b"voxels", "Give its header, the .mhd or .nhdr file"),
+    "a picture as GIF": named("a.gif", b"GIF89a", "supported"),
+    "GIPL that ends": named("a.gipl", gipl((35, 51, 35), 100), "truncated"),
+    "GIPL of 10^13 voxels": named("a.gipl", gipl((60000, 60000, 3000), 100), "truncated"),
+    "GIPL that is text": named("a.gipl", b"not gipl", "truncated"),
+    "compressed GIPL that ends": named("a.gipl.gz", gzip.compress(gipl((35, 51, 35), 9999))[:-20], "truncated"),
+    "TIFF that is text": named("a.tif", b"not tiff"),
+    "TIFF cut in a tile": named("a.tif", tiff((90, 90), tile=(32, 32))[:-500], "truncated"),
+    "TIFF cut in a strip": named("a.tiff", tiff((90, 90), compression="deflate")[:-50], "truncated"),
+    "TIFF of 10^10 pixels": named("a.tif", tiff((90, 90), metadata=None).replace(
+        struct.pack("<HHII", 256, 4, 1, 90), struct.pack("<HHII", 256, 4, 1, 100_000)).replace(
+        struct.pack("<HHII", 257, 4, 1, 90), struct.pack("<HHII", 257, 4, 1, 100_000))),
+    "TIFF of time points": named("a.tif", tiff((4, 30, 30), metadata={"axes": "TYX"}), "4 time points"),
+    "TIFF of five dimensions": named("a.tif", tiff((2, 3, 4, 30, 30)), "axes QQQYX"),
+    "TIFF of a damaged strip": named("a.tif", tiff((90, 90), compression="lzma").replace(b"7zXZ", b"xxxx")),
+    "TIFF of an unknown compression": named("a.tif", tiff((90, 90), metadata=None).replace(
+        struct.pack("<HHIHH", 259, 3, 1, 1, 0), struct.pack("<HHIHH", 259, 3, 1, 4711, 0))),
     # label maps
+    "a label map scaled by nibabel": BadFile(lambda r: scaled_labels(r / LABEL, np.uint8), LABEL, ("scl_slope",)),
+    "fractions scaled by nibabel": BadFile(lambda r: scaled_labels(r / LABEL, np.int16), LABEL, ("scl_slope",)),
+    "a label map of twice the spacing": BadFile(lambda r: on_grid(r / LABEL, 2, 0), LABEL, ("spacing (2, 2, 2)",)),
+    "a label map of 0.2 % more spacing": BadFile(lambda r: on_grid(r / LABEL, 1.002, 0), LABEL, ("spacing",)),
     "a label map of NaN": BadFile(lambda r: grid_of(r / LABEL, np.full((35, 51, 35), np.nan, np.float32)), LABEL),
     "a label map of floats": BadFile(
         lambda r: grid_of(r / LABEL, np.random.default_rng(0).random((35, 51, 35), np.float32)), LABEL, ("whole",)

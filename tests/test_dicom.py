@@ -13,6 +13,8 @@ import pytest
 import SimpleITK as sitk
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from nnunet_lite import api
@@ -270,6 +272,58 @@ def test_find_cases_in_series_and_case_folders(
     assert "folders without an image are passed over: logs" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"a: holds 2 images \(scan_0000.nii.gz, scan_0001.nii.gz\) where"):
         find_cases(root, 1)
+
+
+@pytest.mark.parametrize("kind", ["no preamble", "no meta header, explicit", "no meta header, implicit"])
+def test_files_without_the_preamble(series: Path, kind: str) -> None:
+    wanted = read_image(series)
+    for path in list(series.iterdir()):
+        if kind == "no preamble":
+            path.write_bytes(path.read_bytes()[132:])
+            continue
+        d = dcmread(path)
+        plain = Dataset()
+        plain.update(d)
+        buffer = DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, kind.endswith("implicit")
+        write_dataset(buffer, plain)
+        path.write_bytes(buffer.getvalue())
+    image = read_image(series)
+    np.testing.assert_array_equal(image.array, wanted.array)
+    assert image.geometry == wanted.geometry
+    assert [case.id for case in find_cases(series, 1)] == ["patient"]
+
+
+def test_what_only_resembles_dicom_is_none(series: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A report without a preamble, and bytes that begin as DICOM might."""
+    report = dcmread(next(series.iterdir()))
+    report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.22"
+    del report.PixelData
+    report.save_as(series / "SR0001")
+    (series / "SR0001").write_bytes((series / "SR0001").read_bytes()[132:])
+    (series / "raw.txt").write_bytes(b"\x08\0\x05\0" * 300)
+    assert read_image(series).array.shape[1] == 8
+
+
+def test_patient_study_and_series_folders(series: Path, pixels: np.ndarray, tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    save_series(root / "p1" / "study" / "series", pixels)
+    save_series(root / "p2" / "study" / "a", pixels)
+    save_series(root / "p2" / "study" / "b", pixels[:3], series="9.9")
+    save_series(root / "p3", pixels[:4])
+    directory = b"\x02\0\x02\0UI\x14\x001.2.840.10008.1.3.10\0"  # the class of a DICOMDIR
+    (root / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + directory + bytes(100))
+    found = {case.id: case.images[0] for case in find_cases(root, 1)}
+    assert found == {
+        "p1": root / "p1",
+        "p2_study_a": root / "p2" / "study" / "a",
+        "p2_study_b": root / "p2" / "study" / "b",
+        "p3": root / "p3",
+    }
+    assert [read_image(path).array.shape[1] for path in found.values()] == [8, 8, 3, 4]
+    assert read_geometry(root / "p1")[0] == read_image(root / "p1").geometry
+    with pytest.raises(UserError, match=r"p2: holds 2 series: .*such as study/a/IM.*such as study/b/IM"):
+        read_image(root / "p2")
 
 
 def test_the_extra_is_needed_for_segmentations_only(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:

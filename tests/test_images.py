@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import struct
@@ -13,8 +14,10 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image as Pillow
 
+from nnunet_lite.data.dataset import find_cases
 from nnunet_lite.data.images import (
     Geometry,
+    ending_of,
     label_suffix,
     read_geometry,
     read_image,
@@ -190,8 +193,9 @@ def test_tiff_with_channels_that_itk_would_lose(tmp_path: Path) -> None:
     (tmp_path / "one.tif").write_bytes(interleaved_tiff(1))
     assert read_image(tmp_path / "one.tif").array.ravel().tolist() == [0, 1, 2, 3]
     (tmp_path / "five.tif").write_bytes(interleaved_tiff(5))
-    with pytest.raises(UserError, match=r"five\.tif: holds 5 interleaved channels, of which only 1 can be read"):
-        read_image(tmp_path / "five.tif")
+    image = read_image(tmp_path / "five.tif")
+    assert image.array.reshape(5, 4).T.ravel().tolist() == list(range(20))
+    assert image.notes == ("5 channels in one file, of axes YXS",) and read_geometry(tmp_path / "five.tif")[1] == 5
 
 
 def test_black_and_white_and_grey_with_alpha(tmp_path: Path) -> None:
@@ -329,9 +333,9 @@ def test_channels_on_different_grids(tmp_path: Path) -> None:
 
 
 def test_geometry_tolerances() -> None:
-    moved = Geometry(VOLUME.shape, (3.0009, 0.7, 0.8), (-12.5, 30.2509, 7.0), OBLIQUE)
+    moved = Geometry(VOLUME.shape, (3.002, 0.7, 0.8), (-12.5, 30.2533, 7.0), OBLIQUE)
     assert VOLUME.differences(moved) == []
-    moved = Geometry(VOLUME.shape, (3.002, 0.7, 0.8), (-12.5, 30.252, 7.0), (1.0, *OBLIQUE[1:]))
+    moved = Geometry(VOLUME.shape, (3.004, 0.7, 0.8), (-12.5, 30.254, 7.0), (1.0, *OBLIQUE[1:]))
     assert [what for what, _, _ in VOLUME.differences(moved)] == ["spacing", "origin", "direction"]
 
 
@@ -352,6 +356,94 @@ def test_names() -> None:
     assert stem(Path("x.PNG")) == "x"
     endings = (".jpg", ".mhd", ".par", ".nii.gz", ".png")
     assert [label_suffix(s) for s in endings] == [".png", ".mha", ".nii.gz", ".nii.gz", ".png"]
+
+
+@pytest.mark.parametrize("suffix", [".NRRD", ".MHA", ".Mha", ".GIPL", ".MGZ", ".Tif", ".TIFF", ".PNG", ".BMP"])
+def test_endings_of_other_formats_in_any_case(tmp_path: Path, suffix: str) -> None:
+    flat = suffix in (".PNG", ".BMP")
+    grid = Geometry((1, 6, 7), (999.0, 1, 1), dimensions=2) if flat else Geometry((5, 6, 7), (3.0, 0.7, 0.8))
+    array = some_labels(grid.shape)
+    write_label(tmp_path / f"a{suffix}", array, grid)
+    back, geometry, _ = read_label(tmp_path / f"a{suffix}")
+    assert np.array_equal(back, array) and geometry.differences(grid) == []
+    assert read_geometry(tmp_path / f"a{suffix}")[0] == geometry
+
+
+@pytest.mark.parametrize("ending", ["MHD", "Mhd", "NHDR", "Nhdr", "HDR", "Hdr", "IMG", "Img"])
+def test_headers_whose_endings_are_in_any_case(tmp_path: Path, ending: str) -> None:
+    """The voxels are found by the name in the header, or by the header's own."""
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    usual = {"HDR": "img", "IMG": "img"}.get(ending.upper(), ending.lower())
+    if usual == "img":
+        nibabel.save(nibabel.Nifti1Pair(array.T, np.eye(4)), tmp_path / "a.img")
+        other = {"HDR": "img", "IMG": "hdr"}[ending.upper()]
+        (tmp_path / f"a.{other}").rename(tmp_path / f"a.{other.upper()}")
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(array), tmp_path / f"a.{usual}")
+    (tmp_path / f"a.{ending.lower()}").rename(tmp_path / f"a.{ending}")
+    image = read_image(tmp_path / f"a.{ending}")
+    assert np.array_equal(image.array[0], array) and read_geometry(tmp_path / f"a.{ending}")[0] == image.geometry
+
+
+@pytest.mark.parametrize("suffix", [".gipl", ".gipl.gz"])
+def test_gipl(tmp_path: Path, suffix: str) -> None:
+    array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.8, 0.7, 3.0))
+    image.SetOrigin((1, 2, 3))
+    path = tmp_path / f"a{suffix}"
+    sitk.WriteImage(image, path)
+    read = read_image(path)
+    assert np.array_equal(read.array[0], array)
+    assert read.geometry.spacing == pytest.approx((3.0, 0.7, 0.8)) and read.geometry.origin == (1, 2, 3)
+    write_label(tmp_path / f"out{suffix}", array % 3, read.geometry)
+    assert np.array_equal(read_label(tmp_path / f"out{suffix}")[0], array % 3)
+    with pytest.raises(UserError, match=r"GIPL has no place for directions.* Use \.nii\.gz"):
+        write_label(tmp_path / f"out{suffix}", some_labels(VOLUME.shape), VOLUME)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="is truncated"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.Spm2AnalyzeImage])
+def test_pairs_of_header_and_voxels(tmp_path: Path, kind: type) -> None:
+    """Either file of the two, compressed or not; one alone names the other; a folder of them holds one image."""
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    nibabel.save(kind(array, np.diag([0.7, 0.8, 2.5, 1])), tmp_path / "a.img")
+    for half in (".hdr", ".img"):
+        (tmp_path / f"b{half}.gz").write_bytes(gzip.compress((tmp_path / f"a{half}").read_bytes()))
+        (tmp_path / f"C{half.upper()}").write_bytes((tmp_path / f"a{half}").read_bytes())
+    names = ("a.hdr", "a.img", "b.hdr.gz", "b.img.gz", "C.HDR", "C.IMG")
+    for name in names:
+        image = read_image(tmp_path / name)
+        assert np.array_equal(image.array[0], array.T) and image.geometry.spacing == pytest.approx((2.5, 0.8, 0.7))
+    assert [case.id for case in find_cases(tmp_path, 1)] == ["C", "a", "b"]
+    (case,) = find_cases(tmp_path / "a.img", 1)
+    assert (case.id, case.images[0].name) == ("a", "a.hdr")
+    assert {label_suffix(ending_of(tmp_path / name)) for name in names[:4]} == {".nii.gz"}
+    for half, other in ((".hdr", ".img"), (".img", ".hdr")):
+        (tmp_path / f"d{half}").write_bytes((tmp_path / f"a{half}").read_bytes())
+        with pytest.raises(UserError, match=rf"d\{half}: needs the file d\{other} with it, which is not there"):
+            read_image(tmp_path / f"d{half}")
+        (tmp_path / f"d{half}").unlink()
+
+
+def test_voxels_without_their_header_name_it(tmp_path: Path) -> None:
+    for name, header in (("a.rec", ".PAR"), ("a+orig.BRIK", ".HEAD"), ("a+orig.BRIK.gz", ".HEAD"), ("a.raw", ".mhd")):
+        (tmp_path / name).write_bytes(b"voxels")
+        with pytest.raises(UserError, match=rf"is of no supported format\. Give its header, the \{header}"):
+            read_image(tmp_path / name)
+
+
+def test_a_declared_alpha_of_a_png_is_a_channel(tmp_path: Path) -> None:
+    colours = some_labels((8, 9, 4), 255).astype(np.uint8)
+    Pillow.fromarray(colours).save(tmp_path / "a.png")
+    assert np.array_equal(read_images([tmp_path / "a.png"], 4).array[:, 0], colours.transpose(2, 0, 1))
+    assert read_images([tmp_path / "a.png"], 3).array.shape[0] == 3
+    assert [read_geometry(tmp_path / "a.png", n)[1] for n in (None, 3, 4)] == [3, 3, 4]
+    Pillow.fromarray(colours[..., :2], mode="LA").save(tmp_path / "b.png")
+    assert [read_images([tmp_path / "b.png"], n).array.shape[0] for n in (None, 1, 2)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("codes", [(1, 1), (0, 4), (2, 0)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+import tifffile
 from PIL import Image
 
 Run = Callable[..., tuple[int, str, str]]
@@ -119,3 +120,59 @@ def test_several_channels_in_nnunet_layout(command: Run, tmp_path: Path, hippoca
     code, shown, err = command("predict", "-i", "data/in", "-o", "out2", cwd=tmp_path)
     assert code == 1 and [path.name for path in (tmp_path / "out2").iterdir()] == ["case_5.nii.gz"]
     assert "failed: case_6: " in err and "case_6_0001.nii.gz" in err.splitlines()[-1]
+
+
+def test_stacks_of_a_microscope(command: Run, tmp_path: Path) -> None:
+    """ImageJ stacks of two channels and micrometres, label maps without a spacing: from check to label maps."""
+    root = tmp_path / "data"
+    for folder in ("imagesTr", "labelsTr", "in"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    micrometres = {"imagej": True, "metadata": {"axes": "ZCYX", "spacing": 0.8, "unit": "um"}, "resolution": (2.5, 2.5)}
+    for i in range(7):
+        label = np.zeros((16, 32, 40), np.uint8)
+        label[4:12, 5:20, 8:30] = 1
+        stack = rng.integers(0, 1000, (16, 2, 32, 40)).astype(np.uint16)
+        stack[:, 0] += np.uint16(2000) * label
+        tifffile.imwrite(root / ("imagesTr" if i < 6 else "in") / f"cell_{i}.tif", stack, **micrometres)
+        if i < 6:
+            tifffile.imwrite(root / "labelsTr" / f"cell_{i}.tif", label, photometric="minisblack")
+    table = {"channel_names": {"0": "a", "1": "b"}, "labels": {"background": 0, "cell": 1}, "file_ending": ".tif"}
+    (root / "dataset.json").write_text(json.dumps(table))
+    out, said = trained_and_predicted(command, tmp_path, "3d_fullres", "16x32x32")
+    assert "2 channels in one file, of axes ZCYX" in said and "spacing" not in said.split("\n\n")[0]
+    planned = json.loads((tmp_path / "nnlite_workspace" / "data" / "plans.json").read_text())
+    assert planned["configurations"]["3d_fullres"]["spacing"] == pytest.approx([8e-4, 4e-4, 4e-4])
+    assert tifffile.imread(out / "cell_6.tif").shape == (16, 32, 40)
+    assert json.loads((out / "cell_6.json").read_text())["spacing"] == pytest.approx([8e-4, 4e-4, 4e-4])
+    tifffile.imwrite(root / "in" / "cell_6.tif", stack, imagej=True, metadata={"axes": "ZCYX"})
+    code, _, err = command("predict", "-i", "data/in", "-o", "out2", cwd=tmp_path)
+    assert code == 2 and "states no spacing, and the model was trained on voxels of 0.0008 x 0.0004 x 0.0004 mm" in err
+    (root / "imagesTr" / "cell_0.tif").write_bytes((root / "in" / "cell_6.tif").read_bytes())
+    _, shown, _ = command("check", "data", cwd=tmp_path)
+    assert "warning: imagesTr/cell_0.tif: states no spacing, and 5 of 6 images do" in shown
+
+
+def test_a_model_of_pixels_takes_stacks_with_micrometres_by_their_pixels(command: Run, tmp_path: Path) -> None:
+    """As nnU-Net, which does not look for the spacing of ImageJ."""
+    root = tmp_path / "data"
+    for folder in ("imagesTr", "labelsTr", "in"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        label = np.zeros((16, 32, 40), np.uint8)
+        label[4:12, 5:20, 8:30] = 1
+        stack = (rng.integers(0, 1000, label.shape) + 2000 * label.astype(int)).astype(np.uint16)
+        tifffile.imwrite(root / ("imagesTr" if i < 6 else "in") / f"cell_{i}_0000.tif", stack, photometric="minisblack")
+        if i < 6:
+            tifffile.imwrite(root / "labelsTr" / f"cell_{i}.tif", label, photometric="minisblack")
+    table = {"channel_names": {"0": "a"}, "labels": {"background": 0, "cell": 1}, "file_ending": ".tif"}
+    (root / "dataset.json").write_text(json.dumps(table))
+    out, said = trained_and_predicted(command, tmp_path, "3d_fullres", "16x32x32")
+    assert "no spacing known, 1x1x1 mm taken" in said
+    assert [path.name for path in out.iterdir()] == ["cell_6.tif"], "no spacing is invented"
+    micrometres = {"axes": "ZYX", "spacing": 0.8, "unit": "um"}
+    tifffile.imwrite(root / "in/cell_6_0000.tif", stack, imagej=True, metadata=micrometres, resolution=(2.5, 2.5))
+    code, _, err = command("predict", "-i", "data/in", "-o", "out2", cwd=tmp_path)
+    assert code == 0 and "its spacing is not used: the model was trained on images without one" in err
+    assert np.array_equal(tifffile.imread(tmp_path / "out2" / "cell_6.tif"), tifffile.imread(out / "cell_6.tif"))

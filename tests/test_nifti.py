@@ -13,8 +13,9 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_lite.data import formats
-from nnunet_lite.data.formats import read_file, read_header
+from nnunet_lite.data.formats import forms_apart, read_file, read_header
 from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import read_geometry, read_image, read_label, write_label
 from nnunet_lite.data.nifti import read_nifti, read_nifti_header
 from nnunet_lite.errors import UserError
 
@@ -129,9 +130,6 @@ def test_voxels_are_those_of_nibabel(tmp_path: Path, order: str, kind: str, shap
         {"slope": 1, "inter": -1024},
         {"slope": np.nan},
         {"magic": b"ni1\0"},
-        {"pixdim": (1, -0.7, 0.8, 2.5, 0, 0, 0, 0)},
-        {"pixdim": (1, np.nan, 0.8, 2.5, 0, 0, 0, 0)},
-        {"pixdim": (1, 0, 0.8, 2.5, 0, 0, 0, 0)},
         {"units": 3},
         {"qform": 0},
     ],
@@ -160,7 +158,7 @@ def test_damaged_files_are_refused(tmp_path: Path, hippocampus: Path) -> None:
     assert read_nifti(path) is not None
     wrong_sum = whole[:-8] + bytes(b ^ 1 for b in whole[-8:-4]) + whole[-4:]
     wrong_size = whole[:-4] + b"\xff\xff\xff\xff"
-    for data in (whole[:-3], whole[: len(whole) // 2], whole[:5], wrong_sum, wrong_size, opened):
+    for data in (whole[:-3], whole[: len(whole) // 2], whole[:5], wrong_sum, wrong_size):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"truncated|damaged"):
             read_nifti(path)
@@ -177,3 +175,133 @@ def test_a_file_in_several_gzip_members(tmp_path: Path) -> None:
     split = path.with_suffix(".nii.gz")
     split.write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:]))
     assert np.array_equal(read_file(split)[0][0], voxels.T)
+
+
+SROW = np.c_[np.diag([-0.7, 0.8, 2.5]), (1, 2, 3)]  # RAS
+FLIPPED = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)  # the same in LPS
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize("size", [0.0, -0.7, np.nan, np.inf])
+@pytest.mark.parametrize("slope", [1, 2])
+def test_a_wrong_pixdim_gives_way_to_a_good_sform(tmp_path: Path, axis: int, size: float, slope: float) -> None:
+    """ITK takes 1 mm for 0 and NaN, and turns the axis round for a negative size."""
+    pixdim = [1, 0.7, 0.8, 2.5, 1, 0, 0, 0]
+    pixdim[axis] = size
+    path = tmp_path / "a.nii.gz"
+    voxels = write(path, pixdim=pixdim, sform=1, qform=1, srow=SROW, offset=(1, 2, 3), slope=slope)
+    image = read_image(path)
+    assert np.array_equal(image.array[0], slope * voxels.T)
+    assert image.geometry.spacing == pytest.approx((2.5, 0.8, 0.7)) and image.geometry.origin == (-1, -2, 3)
+    assert image.geometry.direction == FLIPPED and read_geometry(path) == (image.geometry, 1)
+    reported = forms_apart(path, image.geometry)
+    assert reported is not None and f"{size:.6g}" in reported and reported.endswith("those of its sform are used")
+    write_label(tmp_path / "b.nii.gz", (voxels.T % 3).astype(np.uint8), image.geometry, like=path)
+    label, geometry, _ = read_label(tmp_path / "b.nii.gz")
+    assert np.array_equal(label, voxels.T % 3) and geometry.differences(image.geometry) == []
+
+
+@pytest.mark.parametrize("size", [0.0, -0.7, np.nan])
+@pytest.mark.parametrize("qform", [0, 1])
+@pytest.mark.parametrize("srow", [np.zeros((3, 4)), np.c_[[[1, 0.5, 0], [0, 1, 0], [0, 0, 1]], (1, 2, 3)]])
+def test_a_wrong_pixdim_alone_is_refused(tmp_path: Path, size: float, qform: int, srow: np.ndarray) -> None:
+    """Without an sform, and with one that is sheared or flat."""
+    path = tmp_path / "a.nii.gz"
+    write(path, pixdim=(1, 0.7, size, 2.5, 1, 0, 0, 0), qform=qform, sform=int(srow.any()), srow=srow)
+    for read in (read_image, read_geometry):
+        with pytest.raises(UserError, match=rf"gives voxels of \(0\.7, {size:.6g}, 2\.5\) mm in pixdim"):
+            read(path)
+
+
+def test_the_depth_of_a_single_slice_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    write(path, (3, 4, 1), pixdim=(1, 0.7, 0.8, 0, 1, 0, 0, 0), qform=1)
+    assert read_geometry(path)[0].spacing[1:] == pytest.approx((0.8, 0.7))
+
+
+def test_pixdim_of_nifti2_and_of_pairs(tmp_path: Path) -> None:
+    voxels = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    two = nibabel.Nifti2Image(voxels, None)
+    nibabel.save(two, tmp_path / "two.nii")
+    raw = bytearray((tmp_path / "two.nii").read_bytes())
+    struct.pack_into("<d", raw, 104 + 16, 0.0)
+    (tmp_path / "two.nii").write_bytes(raw)
+    nibabel.save(nibabel.AnalyzeImage(voxels, np.eye(4)), tmp_path / "pair.img")
+    raw = bytearray((tmp_path / "pair.hdr").read_bytes())
+    struct.pack_into("<f", raw, 76 + 8, np.nan)
+    (tmp_path / "pair.hdr").write_bytes(raw)
+    for name in ("two.nii", "pair.hdr", "pair.img"):
+        with pytest.raises(UserError, match="in pixdim, and no sform"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("scaled", [1, 2])
+@pytest.mark.parametrize(("units", "mm"), [(1, 1e3), (2, 1.0), (3, 1e-3), (0, 1.0)])
+def test_units(tmp_path: Path, units: int, mm: float, scaled: int) -> None:
+    path = tmp_path / "a.nii"
+    write(path, units=units, sform=1, srow=SROW, slope=scaled)
+    assert read_geometry(path)[0].spacing == pytest.approx((2.5 * mm, 0.8 * mm, 0.7 * mm))
+    image = nibabel.Nifti2Image(np.zeros((3, 4, 5), np.uint8), np.diag([0.7, 0.8, 2.5, 1]))
+    image.header.set_xyzt_units(units)
+    nibabel.save(image, tmp_path / "two.nii")
+    assert read_geometry(tmp_path / "two.nii")[0].spacing == pytest.approx((2.5 * mm, 0.8 * mm, 0.7 * mm))
+
+
+def test_forms_that_do_not_agree_are_reported_in_mm(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii.gz"
+    both: dict[str, Any] = {"quaternion": (0, 0, 0), "qform": 1, "sform": 1}
+    srow = np.c_[np.diag([0.7, 0.8, 2.5]), (30, 0, 0)]
+    for fields, says in (
+        (both | {"srow": srow}, "its qform and its sform place it up to 30 mm apart; the "),
+        (both | {"srow": np.c_[np.diag([0.7, 0.8, 2.5]), (0.01, 0, 0)]}, None),
+        (both | {"srow": np.c_[np.diag([0.7, 0.8, 2.5]), (0, 0, 0)]}, None),
+        ({"sform": 1, "srow": np.c_[np.diag([1.4, 0.8, 2.5]), (0, 0, 0)]},
+         "its sform has voxels of (1.4, 0.8, 2.5) mm (x, y, z), its pixdim of (0.7, 0.8, 2.5) mm, which is used"),
+        ({"qform": 1}, None),
+        ({}, None),
+    ):  # fmt: skip
+        write(path, **fields)
+        found = forms_apart(path, read_geometry(path)[0])
+        assert found == says or (found and says and found.startswith(says)), (found, says)
+    write(path, **both | {"srow": srow})
+    used = "sform" if read_geometry(path)[0].origin[0] == -30 else "qform"
+    assert str(forms_apart(path, read_geometry(path)[0])).endswith(f"the {used} is used")
+
+
+@pytest.mark.parametrize("fields", [{"qform": 1}, {"qform": 1, "sform": 1, "srow": SROW}, {"slope": 2}], ids=str)
+def test_compression_is_seen_in_the_file_and_not_in_its_name(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """NIfTI called .nii.gz and gzip called .nii, read by each of the three readers."""
+    write(tmp_path / "a.nii", **fields)
+    write(tmp_path / "b.nii.gz", **fields)
+    (tmp_path / "c.nii.gz").write_bytes((tmp_path / "a.nii").read_bytes())
+    (tmp_path / "d.nii").write_bytes((tmp_path / "b.nii.gz").read_bytes())
+    wanted = read_image(tmp_path / "a.nii")
+    for name in ("b.nii.gz", "c.nii.gz", "d.nii"):
+        image = read_image(tmp_path / name)
+        assert np.array_equal(image.array, wanted.array) and image.geometry == wanted.geometry, name
+        assert read_geometry(tmp_path / name) == (wanted.geometry, 1)
+        write_label(tmp_path / "label.nii.gz", (image.array[0] % 2).astype(np.uint8), image.geometry, tmp_path / name)
+        assert read_label(tmp_path / "label.nii.gz")[1].differences(wanted.geometry) == []
+
+
+@pytest.mark.parametrize("name", ["a.Nii.gz", "a.NII.GZ", "a.nii.GZ", "a.NII", "a.Nii"])
+@pytest.mark.parametrize("fields", [{"qform": 1}, {"qform": 1, "sform": 1, "srow": SROW}, {"slope": 2}], ids=str)
+def test_endings_in_any_case(tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
+    path = tmp_path / name
+    write(tmp_path / name.lower(), **fields)
+    (tmp_path / name.lower()).rename(path)
+    image = read_image(path)
+    labels = (image.array[0] % 3).astype(np.uint8)
+    for like in (None, path):
+        write_label(tmp_path / f"out{name[1:]}", labels, image.geometry, like)
+        back, geometry, _ = read_label(tmp_path / f"out{name[1:]}")
+        assert np.array_equal(back, labels) and geometry.differences(image.geometry) == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([name, f"out{name[1:]}"])
+
+
+def test_labels_that_nibabel_scaled_name_the_slope(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.arange(60, dtype=np.float32).reshape(3, 4, 5) % 3, np.eye(4))
+    image.set_data_dtype(np.uint8)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    with pytest.raises(UserError, match=r"\(0\.996078 .*scl_slope 0\.00784314 .* without scl_slope and scl_inter"):
+        read_label(tmp_path / "a.nii.gz")

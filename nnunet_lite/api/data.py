@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
 
 
-def check(data: Folder, *, workspace: Folder | None = None, workers: int | None = None) -> Report:
-    """Read every file of a data set and report all problems at once.
+def check(
+    data: Folder, *, accept_geometry: bool = False, workspace: Folder | None = None, workers: int | None = None
+) -> Report:
+    """Read every file of a dataset and report all problems at once.
 
     Parameters
     ----------
     data : a folder, or a name looked up in the current folder, ./data, the workspace and nnUNet_raw.
+    accept_geometry : take files of a case by their voxels where origin or direction differ.
     """
     from nnunet_lite.data.check import broken_dataset
     from nnunet_lite.data.check import check as check_dataset
@@ -38,6 +42,7 @@ def check(data: Folder, *, workspace: Folder | None = None, workers: int | None 
         dataset = read_dataset(root)
     except UserError as error:
         return broken_dataset(root, error)
+    dataset = replace(dataset, accept_geometry=accept_geometry)
     return check_dataset(dataset, None, workers=workers, progress=log.progress)
 
 
@@ -55,6 +60,7 @@ def plan(
     group_by: Folder | None = None,
     stratify: bool | Folder = False,
     splits: Folder | None = None,
+    accept_geometry: bool = False,
     workers: int | None = None,
 ) -> Plan:
     """Check a dataset, take its fingerprint and plan its networks; it becomes the one planned last.
@@ -72,6 +78,7 @@ def plan(
         there is a splits_final.json.
     stored_as : type of the preprocessed images on disk; default: float16, or float32 where a channel is not
         standardised.
+    accept_geometry : take files of a case by their voxels where origin or direction differ; preprocessing does so too.
     clip_percentiles : clip each image to these percentiles before it is normalised; CT is clipped by its own rule.
 
     Raises
@@ -90,7 +97,7 @@ def plan(
     budget(preset or "default", memory)  # a mistake in the options is reported before minutes of reading
     given = _options(preset, memory, adopt, change, clip_percentiles, stored_as)
     root = find_raw(str(data), folder_of(workspace))
-    dataset = read_dataset(root)
+    dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
     ids = [case.id for case in dataset.cases]
     paths = place_of(folder_of(workspace), dataset)
     wanted = splitting.wanted_folds(dataset, folds, group_by, stratify, splits)
@@ -104,8 +111,10 @@ def plan(
     problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(problems.to_text())
     if fingerprint is None:
-        errors = plural(problems.count("error"), "error")
-        raise UserError(f"{errors} must be corrected before planning", root, "See above.")
+        if errors := problems.count("error"):
+            raise UserError(f"{plural(errors, 'error')} must be corrected before planning", root, "See above.")
+        fix = "Correct the headers, or plan with --accept-geometry. See above."
+        raise UserError("origin or direction differ between files of a case", root, fix)
     found = again.plan_with(given, options, fingerprint, dataset, earlier, adopted)
     made_splits = splitting.make_splits(ids, wanted) if other_splits else None
     again.report(found, earlier, given)

@@ -51,6 +51,7 @@ def predict(
     changes: dict[str, Any] | None = None,
     skip_existing: bool = False,
     postprocess: bool = True,
+    accept_geometry: bool = False,
     scheduler: str | None = None,
     checkpoint: Checkpoint = "final",
     trust_code: bool = False,
@@ -75,6 +76,7 @@ def predict(
     changes : of the `inference` settings, e.g. {"inference.mirroring": False}.
     skip_existing : keep label maps that are there already.
     postprocess : do what `select` found to help; only where the models are exactly those that it chose.
+    accept_geometry : take the channel files of a case by their voxels where origin or direction differ.
     scheduler : address of a Dask scheduler, whose workers predict; all of them see the files. See docs/cluster.md.
     checkpoint : "final" or "best", of each fold of an nnU-Net model; folds that lack it are left out, which is logged.
     trust_code : run the code that makes a model's network, if its `network.factory` names any. Without it only models
@@ -109,7 +111,7 @@ def predict(
         if scheduler is not None:
             parcel = _Parcel(replace(choice, folders=[folder.absolute() for folder in folders], folds=folds), changes,
                              device, Path(out).absolute(), Wanted(asked, save_uncertainty), dicom_seg,
-                             skip_existing, {**code, "checkpoint": checkpoint})  # fmt: skip
+                             skip_existing, accept_geometry, {**code, "checkpoint": checkpoint})  # fmt: skip
             files, failed = _predict_on(scheduler, parcel, cases)
             used = folds or trained_folds(ours[0])
             return Predictions(tuple(files), failed, tuple(folders), tuple(map(str, used)), rules)
@@ -124,6 +126,7 @@ def predict(
     files, failed = predict_cases(
         loaded, cases, Path(out), wanted=Wanted(asked, save_uncertainty), dicom_seg=dicom_seg,
         skip_existing=skip_existing, show=log.progress, finish=choice.finish(loaded.plan.labels),
+        accept_geometry=accept_geometry,
     )  # fmt: skip
     return Predictions(tuple(files), failed, tuple(folders), loaded.folds, rules)
 
@@ -142,6 +145,7 @@ class _Parcel:
     wanted: Wanted
     dicom_seg: bool
     skip_existing: bool
+    accept_geometry: bool
     how: dict[str, Any]
 
     def __call__(self, case: Case) -> tuple[list[Path], dict[str, str]]:
@@ -156,7 +160,7 @@ class _Parcel:
         )
         return predict_cases(
             model, [case], self.out, wanted=self.wanted, dicom_seg=self.dicom_seg, skip_existing=self.skip_existing,
-            finish=self.choice.finish(model.plan.labels),
+            finish=self.choice.finish(model.plan.labels), accept_geometry=self.accept_geometry,
         )  # fmt: skip
 
 

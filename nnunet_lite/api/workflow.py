@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ def run(
     group_by: Folder | None = None,
     stratify: bool | Folder = False,
     splits: Folder | None = None,
+    accept_geometry: bool = False,
     device: str | None = None,
     scheduler: str | None = None,
     workspace: Folder | None = None,
@@ -90,6 +91,7 @@ def run(
     configurations : which to train, with the first stages that they need; default: all of the plan.
     fold : which folds; default: all. "all" trains on every case, and holds nothing out to select by.
     recipe, changes, folds, group_by, stratify, splits, device : as for `train`, for each fold.
+    accept_geometry : as for `plan`; what was accepted when it was planned stays so.
     scheduler : address of a Dask scheduler, whose workers preprocess and train; see docs/cluster.md.
     workers : threads for the steps beside training.
 
@@ -108,10 +110,12 @@ def run(
     root = find_raw(str(data), place)
     dataset = read_dataset(root)
     paths = place_of(place, dataset)
+    accepted = accept_geometry or (paths.dataset.is_file() and dataset_of(paths).accept_geometry)
+    dataset = replace(dataset, accept_geometry=accepted)
     wanted_folds(dataset, folds, group_by, stratify, splits)  # so is one in these
     journal = Journal(paths.root / JOURNAL)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
-    planning = partial(api.plan, root, workspace=place, workers=workers, **how)
+    planning = partial(api.plan, root, workspace=place, workers=workers, accept_geometry=accepted, **how)
     why = _why_to_plan(dataset, paths)
     plan = Step("check and plan", "plan", lambda: why is None, planning)
     if why is not None:

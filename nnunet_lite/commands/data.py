@@ -10,6 +10,7 @@ import typer
 
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
+    AcceptGeometry,
     AsJson,
     Dataset,
     Device,
@@ -50,9 +51,15 @@ class Format(StrEnum):
     nnunet = "nnunet"
 
 
-def check(data: str, workers: Workers = None, as_json: AsJson = False, workspace: Workspace = None) -> None:
-    """Report every problem of a data set at once."""
-    report = api.check(data, workspace=workspace, workers=workers)
+def check(
+    data: str,
+    accept_geometry: AcceptGeometry = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> None:
+    """Report every problem of a dataset at once."""
+    report = api.check(data, accept_geometry=accept_geometry, workspace=workspace, workers=workers)
     show(report.to_json(), report.to_text(), as_json)
     raise typer.Exit(0 if report.ok else 2)
 
@@ -80,6 +87,7 @@ def plan(
         Stored | None,
         typer.Option(help="Type of preprocessed images on disk [as planned before; float32 without standardisation]."),
     ] = None,
+    accept_geometry: AcceptGeometry = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
     ] = False,
@@ -109,7 +117,8 @@ def plan(
         made = api.plan(
             data, workspace=workspace, preset=None if preset is None else preset.value, memory=memory, adopt=plans,
             change=change, clip_percentiles=clip, stored_as=None if store is None else store.value, folds=folds,
-            group_by=group_by, stratify=stratify_by or stratify, splits=splits, workers=workers,
+            group_by=group_by, stratify=stratify_by or stratify, splits=splits, accept_geometry=accept_geometry,
+            workers=workers,
         )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")

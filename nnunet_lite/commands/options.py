@@ -48,6 +48,10 @@ GroupBy = Annotated[
 ]
 Stratify = Annotated[bool, typer.Option("--stratify", help="Folds alike in which labels occur, and their volume.")]
 StratifyBy = Annotated[Path | None, typer.Option(metavar="CSV", help="Folds alike in this: columns case, stratum.")]
+AcceptGeometry = Annotated[
+    bool,
+    typer.Option("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),
+]
 Splits = Annotated[
     Path | None, typer.Option(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold.")
 ]

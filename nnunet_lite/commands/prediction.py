@@ -10,6 +10,7 @@ import typer
 
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
+    AcceptGeometry,
     AsJson,
     Checkpoint,
     Dataset,
@@ -83,6 +84,7 @@ def predict(
     postprocess: Annotated[
         bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
     ] = True,
+    accept_geometry: AcceptGeometry = False,
     assignments: SetOptions = None,
     checkpoint: Checkpoint = Epoch.final,
     trust_code: TrustCode = False,
@@ -104,7 +106,8 @@ def predict(
         speed=None if speed is None else speed.value, save_probabilities=save_probabilities,
         save_uncertainty=save_uncertainty, dicom_seg=dicom_seg, dataset=dataset, device=device,
         changes=changes_of(flags, assignments), skip_existing=skip_existing, scheduler=scheduler,
-        postprocess=postprocess, checkpoint=checkpoint.value, trust_code=trust_code, workspace=workspace,
+        postprocess=postprocess, accept_geometry=accept_geometry, checkpoint=checkpoint.value, trust_code=trust_code,
+        workspace=workspace,
     )  # fmt: skip
     models = [str(folder) for folder in done.models]
     result = {"files": [str(path) for path in done.files], "failed": done.failed, "models": models}

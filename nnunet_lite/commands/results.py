@@ -9,6 +9,7 @@ import typer
 
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
+    AcceptGeometry,
     AsJson,
     Checkpoint,
     Dataset,
@@ -26,6 +27,7 @@ def evaluate(
     reference: Annotated[Path, typer.Argument(help="Its reference, or their folder.")],
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
     surface: Annotated[bool, typer.Option(help="Surface distances too.")] = True,
+    accept_geometry: AcceptGeometry = False,
     output: Annotated[
         Path | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")
     ] = None,
@@ -35,7 +37,10 @@ def evaluate(
     """Score label maps against references: Dice, surface distances, volumes, lesions."""
     from nnunet_lite.workspace import write_json, write_text
 
-    scores = api.evaluate(prediction, reference, tolerance_mm=tolerance, surface=surface, workers=workers)
+    scores = api.evaluate(
+        prediction, reference, tolerance_mm=tolerance, surface=surface, accept_geometry=accept_geometry,
+        workers=workers,
+    )  # fmt: skip
     if output is not None and output.suffix == ".csv":
         write_text(output, scores.to_csv())
     elif output is not None:

@@ -11,6 +11,7 @@ import typer
 
 from nnunet_lite import api, log
 from nnunet_lite.commands.options import (
+    AcceptGeometry,
     AsJson,
     Device,
     Folds,
@@ -47,6 +48,7 @@ def run(
     stratify: Stratify = False,
     stratify_by: StratifyBy = None,
     splits: Splits = None,
+    accept_geometry: AcceptGeometry = False,
     device: Device = None,
     scheduler: Scheduler = None,
     assignments: SetOptions = None,
@@ -59,7 +61,7 @@ def run(
     done = api.run(
         data, recipe=recipe, changes=changes_of(flags, assignments), configurations=_listed(configurations),
         fold=_listed(fold), folds=folds, group_by=group_by, stratify=stratify_by or stratify, splits=splits,
-        device=device, scheduler=scheduler, workspace=workspace, workers=workers,
+        accept_geometry=accept_geometry, device=device, scheduler=scheduler, workspace=workspace, workers=workers,
     )  # fmt: skip
     show(done.to_json(), done.to_text(), as_json)
 

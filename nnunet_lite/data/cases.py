@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_lite import log
-from nnunet_lite.data.dicom import ENDINGS, is_series
-from nnunet_lite.data.images import SUFFIXES, is_image, read_geometry, stem, suffix_of
+from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
+from nnunet_lite.data.images import SUFFIXES, ending_of, is_image, read_geometry, stem, suffix_of
+from nnunet_lite.data.names import header_of
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+SUPPORTED = f"Supported are {' '.join(SUFFIXES)} and DICOM series."
 _MOST_CHANNELS = 8  # of one case, in separate files; more files of one name are a series
-_SUPPORTED = f"Supported are {' '.join(SUFFIXES)} and DICOM series."
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,16 @@ class Case:
 
 def image_files(folder: Path, ending: str | None = None) -> list[Path]:
     """The readable, not hidden image files of a folder (with this ending), sorted."""
-    end = (ending or "").lower()
-    return sorted(path for path in folder.iterdir() if is_image(path) and path.name.lower().endswith(end))
+    files = (p for p in folder.iterdir() if is_image(p) and not header_of(p))
+    return sorted(p for p in files if ending is None or p.name.lower().endswith(ending.lower()))
+
+
+def unsupported(folder: Path, name: str = "") -> str:
+    """What a folder holds instead of images, with this name or any, for the end of a message; empty if nothing."""
+    files = [p for p in folder.iterdir() if p.is_file() and not is_image(p) and not p.name.startswith(".")]
+    endings = Counter(p.suffix.lower() for p in files if p.suffix and (not name or p.name.startswith(f"{name}.")))
+    endings.pop(".json", None)
+    return "".join(f", but {plural(n, f'{ending} file')}" for ending, n in endings.most_common(1))
 
 
 def find_cases(source: Path, channels: int) -> list[Case]:
@@ -53,7 +63,8 @@ def find_cases(source: Path, channels: int) -> list[Case]:
     cases = _inside(source, channels) or _case_folders(source, channels)
     if not cases:
         below = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
-        raise UserError(f"holds no image of a supported format{below}", source, _SUPPORTED)
+        what = f"holds no image of a supported format{unsupported(source)}{below}"
+        raise UserError(what, source, SUPPORTED)
     seen: dict[str, Case] = {}
     for case in cases:
         if case.id in seen:
@@ -90,7 +101,8 @@ def _of_file(path: Path, channels: int) -> list[Case]:
     if not is_image(path):
         if is_series(path):
             return [Case(path.stem if path.suffix.lower() in ENDINGS else path.name, (path,))]
-        raise UserError("is of no supported format", path, _SUPPORTED)
+        raise UserError("is of no supported format", path, SUPPORTED)
+    path = header_of(path) or path
     name, number = split_name(stem(path))
     alone = channels == 1 and number != 0  # then nothing beside it changes its name
     beside = [path] if alone else image_files(path.parent)
@@ -105,13 +117,17 @@ def _of_file(path: Path, channels: int) -> list[Case]:
 def _inside(folder: Path, channels: int) -> list[Case]:
     """The cases in the files of a folder; all its DICOM files are one case, which is called as the folder."""
     files = image_files(folder)
-    if not files and is_series(folder):
+    if not files and series_folders(folder) == [folder]:
         return [Case(folder.resolve().name, (folder,))]
     return group_files(files, channels)
 
 
 def _case_folders(parent: Path, channels: int) -> list[Case]:
-    """One case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are."""
+    """One case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
+
+    A series may be in folders below (patient/study/series). The case has the first folder's name; if that holds
+    several series, each is a case, which is called by the whole path.
+    """
     folders = sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
     series, cases, empty = [], [], []
     for folder in folders:
@@ -120,7 +136,12 @@ def _case_folders(parent: Path, channels: int) -> list[Case]:
             names = ", ".join(case.images[0].name for case in found[:3]) + (" ..." if len(found) > 3 else "")
             fix = "Give the folder of the images itself, or one folder per case."
             raise UserError(f"holds {len(found)} images ({names}) where it should hold one case", folder, fix)
-        if not found:
+        below = [] if found else series_folders(folder)
+        if len(below) == 1:
+            series.append(folder)
+        elif below:
+            cases += [Case("_".join(path.relative_to(parent).parts), (path,)) for path in below]
+        elif not found:
             empty.append(folder.name)
         elif found[0].images == (folder,):
             series.append(folder)
@@ -134,7 +155,7 @@ def _case_folders(parent: Path, channels: int) -> list[Case]:
 def _holds(path: Path, channels: int) -> bool:
     """Whether a file can be read and holds so many channels."""
     try:
-        return path.is_file() and read_geometry(path)[1] == channels
+        return path.is_file() and read_geometry(path, channels)[1] == channels
     except UserError:  # whoever reads the case will say why
         return False
 
@@ -191,7 +212,7 @@ def group_files(files: list[Path], channels: int, ids: Collection[str] = ()) -> 
             cases.append(Case(name, (numbers[None],)))
             twice += [Case(name, (path,)) for number, path in numbers.items() if number is not None]
         elif separate or (channels == 1 and name in ids):
-            expected = (first.with_name(f"{name}_{i:04d}{suffix_of(first)}") for i in range(channels))
+            expected = (first.with_name(f"{name}_{i:04d}{ending_of(first)}") for i in range(channels))
             cases.append(Case(name, tuple(numbers.get(i, path) for i, path in enumerate(expected))))
         else:
             cases.append(Case(name, (first,)))

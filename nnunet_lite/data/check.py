@@ -16,9 +16,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from nnunet_lite import budget
-from nnunet_lite.data.cases import Case, image_files, split_name
+from nnunet_lite.data.cases import Case, image_files, split_name, unsupported
 from nnunet_lite.data.dataset import Dataset, map_labels
-from nnunet_lite.data.geometry import Geometry, common_orientation
+from nnunet_lite.data.formats import forms_apart
+from nnunet_lite.data.geometry import ACCEPTABLE, Geometry, common_orientation
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
 from nnunet_lite.data.label_values import MASK_NOTE, check_labels, correction
 from nnunet_lite.data.pairing import LABEL_FOLDERS, advice, label_base, likely_pairs
@@ -87,10 +88,10 @@ def check(
     problems += [Problem("understood", str(dataset.root), note) for note in notes]
     problems += [p for findings in found for p in findings.problems if not (instances and p.kind == "label_value")]
     problems += of_labels
-    problems += [*_dimensions(dataset, found), *_orientations(dataset, found)]
+    problems += [*_dimensions(dataset, found), *_orientations(dataset, found), *_without_spacing(dataset, found)]
     problems += [*_across_cases(dataset, found), *_intensity_units(dataset, found)]
     problems = [_relative(problem, dataset.root) for problem in problems]
-    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems))
+    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), dataset.accept_geometry)
 
 
 def broken_dataset(root: Path, error: UserError) -> Report:
@@ -138,13 +139,15 @@ def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFin
     values, geometry = label
     for what, found, expected in geometry.differences(image.geometry):
         fix = "Save the label map with the grid of its image." if what == "shape" else _HEADER_FIX
+        fix += _ACCEPT if what in ACCEPTABLE else ""
         out.problems.append(Problem(what, str(case.label), f"{what} {found}", f"{expected} as its image", fix))
-    if visit is not None and not any(problem.severity == "error" for problem in out.problems):
+    if visit is not None and not any(problem.stops(dataset.accept_geometry) for problem in out.problems):
         out.visited = visit(image.array, image.geometry, values != dataset.labels.background)
     return out
 
 
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
+_ACCEPT = " --accept-geometry takes the voxels as they are."
 
 
 def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image | None:
@@ -158,9 +161,13 @@ def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image
     for path, image in zip(case.images[1:], images[1:], strict=True):
         for what, found, expected in image.geometry.differences(images[0].geometry):
             wanted = f"{expected} as {case.images[0].name}"
-            out.problems.append(Problem("grid", str(path), f"{what} {found}", wanted, fix))
+            kind, more = (what, _ACCEPT) if what in ACCEPTABLE else ("grid", "")
+            out.problems.append(Problem(kind, str(path), f"{what} {found}", wanted, fix + more))
     for path, image in zip(case.images, images, strict=True):
         out.problems += [Problem("understood", str(path), note) for note in image.notes]
+        if apart := forms_apart(path, image.geometry):
+            fix = "Make them equal, for example with nibabel: image.set_qform(image.get_sform())."
+            out.problems.append(Problem("forms", str(path), apart, "", fix))
     if any(problem.kind == "grid" for problem in out.problems):
         return None
     array = images[0].array if len(images) == 1 else np.concatenate([image.array for image in images])
@@ -189,7 +196,7 @@ def _read_channels(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> list
             out.problems.append(Problem("missing_image", str(path), text, "", "Add the file, or leave out the case."))
             continue
         try:
-            images.append(read_image(path))
+            images.append(read_image(path, len(dataset.channels) // len(case.images)))
         except UserError as error:
             out.problems.append(_unread(error, path, "unreadable"))
     return images
@@ -219,7 +226,8 @@ def _check_label(
     if case.label is None or not case.label.exists():
         where = str(case.label or case.images[0])
         fix = "Add it, or leave out the case."
-        out.problems.append(Problem("missing_label", where, f"no label map for case {case.id}", "", fix))
+        strange = unsupported(case.label.parent, case.id) if case.label else ""
+        out.problems.append(Problem("missing_label", where, f"no label map for case {case.id}{strange}", "", fix))
         return None
     try:
         label, geometry, notes = read_label(case.label, orientation)
@@ -316,7 +324,7 @@ def _repeated_ids(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
-    """Two- and three-dimensional images in one data set."""
+    """Two- and three-dimensional images in one dataset."""
     known = [findings.geometry.dimensions for findings in found if findings.geometry]
     if not known:
         return
@@ -324,7 +332,7 @@ def _dimensions(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Pr
     for case, findings in zip(dataset.cases, found, strict=True):
         if findings.geometry and findings.geometry.dimensions != usual:
             text = f"{findings.geometry.dimensions} dimensions"
-            fix = "All images of a data set must have the same."
+            fix = "All images of a dataset must have the same."
             yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)
 
 
@@ -337,6 +345,16 @@ def _orientations(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[
         if orientation not in (None, wanted):
             text, fix = f"stored as {orientation}", "It is turned on reading."
             yield Problem("orientation", str(case.images[0]), text, f"{wanted} {why}", fix)
+
+
+def _without_spacing(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:
+    """Images that state no spacing where others do."""
+    known = [findings.geometry.calibrated for findings in found if findings.geometry]
+    for case, findings in zip(dataset.cases, found, strict=True):
+        if any(known) and findings.geometry and not findings.geometry.calibrated:
+            text = f"states no spacing, and {known.count(True)} of {plural(len(known), 'image')} do"
+            fix = 'For a TIFF file give it in <case>.json: {"spacing": [z, y, x]} in mm.'
+            yield Problem("no_spacing", str(case.images[0]), text, "", fix)
 
 
 def _across_cases(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:

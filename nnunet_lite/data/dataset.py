@@ -6,7 +6,8 @@ What the folders hold is not judged here, check.py does that: a case lists the f
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from nnunet_lite.data.cases import Case, find_cases, image_files, split_name
-from nnunet_lite.data.images import PICTURES, Image, read_geometry, read_images, read_label, stem, suffix_of
+from nnunet_lite.data.images import PICTURES, Image, ending_of, read_geometry, read_images, read_label, stem, suffix_of
 from nnunet_lite.data.label_values import labels_of_files, mask_map
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.pairing import (
@@ -53,6 +54,7 @@ class Dataset:
     file_ending : of the images, of most where there are several.
     notes : what had to be understood.
     orientation : that dataset.json asks for, by the reader of nnU-Net that it names; None: the one of most cases.
+    accept_geometry : whether files of a case may differ in origin and direction.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Dataset:
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
     orientation: str | None = None
+    accept_geometry: bool = False
 
 
 def read_dataset(root: Path) -> Dataset:
@@ -95,7 +98,7 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
     ------
     UserError : a file cannot be read, channels are missing, or the shapes of image and label differ.
     """
-    image = read_images(case.images)
+    image = read_images(case.images, len(dataset.channels), dataset.accept_geometry)
     if image.array.shape[0] != len(dataset.channels):
         raise UserError(f"has {image.array.shape[0]} channels, {len(dataset.channels)} are expected", case.images[0])
     if case.label is None:
@@ -128,6 +131,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         "label_map": None if dataset.label_map is None else {str(k): v for k, v in dataset.label_map.items()},
         "notes": list(dataset.notes),
         **({} if dataset.orientation is None else {"orientation": dataset.orientation}),
+        **({"accept_geometry": True} if dataset.accept_geometry else {}),
         "dataset": [
             {"id": c.id, "images": [str(p) for p in c.images], "label": None if c.label is None else str(c.label)}
             for c in dataset.cases
@@ -152,6 +156,7 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
         file_ending=value["file_ending"],
         notes=tuple(value["notes"]),
         orientation=value.get("orientation"),
+        accept_geometry=value.get("accept_geometry", False),
     )
 
 
@@ -291,7 +296,7 @@ def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple
 
 def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tuple[str, tuple[Path, ...]]:
     """The id and the files of a listed image: x, or x_0000, may mean x_0000, x_0001, ... that are not listed."""
-    name, suffix = stem(image), suffix_of(image)
+    name, suffix = stem(image), ending_of(image)
     base, number = split_name(name)
     for case_id, possible in ((name, not image.is_file()), (base, number == 0 and channels > 1)):
         files = tuple(image.with_name(f"{case_id}_{i:04d}{suffix}") for i in range(channels))
@@ -327,8 +332,7 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
         raise no_files_in(images, "image")
     cases, pairing = labelled_cases(files, None, labels, None)
     channels = max(len(case.images) for case in cases)
-    readable = next((path for case in cases for path in case.images if path.is_file()), files[0])
-    inside = read_geometry(readable)[1]
+    readable, inside = _first_readable(cases)
     if channels > 1 or inside == 1:
         channel_names = tuple(f"channel_{i}" for i in range(channels))
     else:
@@ -347,3 +351,11 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
         file_ending=common_ending(cases),
         notes=("no dataset.json: channels and labels were taken from the files", *pairing, *remarks),
     )
+
+
+def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
+    """The first image that can be read, and its channels; check.py reports the others. The first of all, if none."""
+    for path in (paths := [path for case in cases for path in case.images]):
+        with suppress(UserError):
+            return path, read_geometry(path)[1]
+    return paths[0], 1

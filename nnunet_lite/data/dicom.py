@@ -8,6 +8,7 @@ series is ITK's: the slices in order of their positions along the normal of the 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,10 @@ _NO_SCANS = (  # classes of files that lie beside scans, by how their UIDs begin
     "1.2.840.10008.5.1.4.1.1.104.",  # documents
     "1.2.840.10008.5.1.4.1.1.481.",  # radiotherapy
 )
+_CLASS = re.compile(  # (0002,0002) or (0008,0016), the class: explicit, then implicit little endian
+    rb"(?:\x02\x00\x02\x00|\x08\x00\x16\x00)(?:UI.\x00|.\x00\x00\x00)(1\.2\.840\.10008\.[0-9.]+)", re.DOTALL
+)
+_DEEPEST = 4  # folders below the one that is given: patient, study, series, and one to spare
 _READERS = 4  # threads; more do not help GDCM
 _COSINE_TOLERANCE = 1e-3
 _SPACING_TOLERANCE = 1e-3  # mm
@@ -82,10 +87,17 @@ class Slice:
 
 
 def is_series(path: Path) -> bool:
-    """Whether a path is a DICOM file with an image, or a folder that holds one."""
-    if path.is_dir():
-        return any(_is_scan(file) for file in path.iterdir())
-    return _is_scan(path)
+    """Whether a path is a DICOM file with an image, or a folder that holds one, itself or in folders below it."""
+    return bool(series_folders(path)) if path.is_dir() else _is_scan(path)
+
+
+def series_folders(folder: Path, depth: int = _DEEPEST) -> list[Path]:
+    """The folder itself if it holds DICOM images, else those below it that do: patient/study/series."""
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if any(_is_scan(path) for path in inside):
+        return [folder]
+    below = [path for path in inside if path.is_dir()] if depth else []
+    return [found for path in below for found in series_folders(path, depth - 1)]
 
 
 def read_series(path: Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
@@ -139,18 +151,22 @@ def _is_scan(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         head = file.read(1024)
-    if head[128:132] != b"DICM":
-        return False
-    at = head.find(b"\x02\x00\x02\x00UI")  # (0002,0002), the class; this group is always explicit little endian
-    length = int.from_bytes(head[at + 6 : at + 8], "little")
-    return at < 0 or not head[at + 8 : at + 8 + length].decode("ascii", "replace").startswith(_NO_SCANS)
+    found = _CLASS.search(head)
+    return _begins_as_dicom(head) and not (found and found[1].decode("ascii").startswith(_NO_SCANS))
+
+
+def _begins_as_dicom(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of DICOM, with its preamble of 128 bytes or without."""
+    if head[128:132] == b"DICM":
+        return True
+    return head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0" and _CLASS.search(head) is not None
 
 
 def _one_series(path: Path) -> list[Slice]:
     """The headers of the only series of a folder, or of that which a file belongs to."""
     folder = path if path.is_dir() else path.parent
     series: dict[str, list[Slice]] = defaultdict(list)
-    for file in _scans(folder):
+    for file in (file for place in series_folders(folder) for file in _scans(place)):
         found = _header(file)
         series[found.tags["series"]].append(found)
     if not path.is_dir():
@@ -158,7 +174,7 @@ def _one_series(path: Path) -> list[Slice]:
     if not series:
         raise UserError("holds no DICOM image", folder)
     if len(series) > 1:
-        names = "; ".join(_describe(slices) for slices in series.values())
+        names = "; ".join(_describe(slices, folder) for slices in series.values())
         fix = "Give one file of the series that you want instead of the folder."
         raise UserError(f"holds {len(series)} series: {names}", folder, fix)
     return next(iter(series.values()))
@@ -178,14 +194,14 @@ def _scans(folder: Path) -> list[Path]:
 
 def _is_dicom(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return _begins_as_dicom(file.read(1024))
 
 
-def _describe(slices: list[Slice]) -> str:
+def _describe(slices: list[Slice], folder: Path) -> str:
     first = slices[0]
     name = first.tags["description"] or first.tags["series"] or "without a name"
     number = f"number {first.tags['number']}, " if first.tags["number"] else ""
-    return f"{name} ({number}{plural(len(slices), 'file')}, such as {first.path.name})"
+    return f"{name} ({number}{plural(len(slices), 'file')}, such as {first.path.relative_to(folder)})"
 
 
 def _reader(path: Path) -> Any:

@@ -3,11 +3,12 @@
 nifti.py reads plain NIfTI; SimpleITK the other headers, and most voxels. nibabel reads the voxels of the other NIfTI
 files (ITK pads a truncated one with zeros in silence) and whole files that ITK refuses: sheared NIfTI, NIfTI-2, MGH,
 Analyze, PAR/REC, AFNI. Pillow reads what ITK gets wrong: BMP (three channels of grey), black and white, grey with
-alpha, palettes (no numbers of the colours).
+alpha, palettes (no numbers of the colours). tiff.py reads TIFF.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from pathlib import Path
@@ -15,30 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.complete import AGAIN, defect, elsewhere, gzip_defect, must_hold, tiff_samples
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.complete import AGAIN, elsewhere, gzip_defect, must_hold
+from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.labels import smallest_dtype
-from nnunet_lite.data.nifti import read_nifti, read_nifti_header
+from nnunet_lite.data.names import (
+    NIBABEL_ONLY,
+    NIFTI,
+    PAIRS,
+    PICTURES,
+    TIFF,
+    must_be_readable,
+    suffix_of,
+    usual_name,
+)
+from nnunet_lite.data.nifti import must_have_sizes, pixdim_defect, read_nifti, read_nifti_header
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json
 
-NIFTI = (".nii.gz", ".nii")
-PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
-NIBABEL_ONLY = (".mgz", ".mgh", ".hdr", ".par", ".head")
-SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURES, *NIBABEL_ONLY)
-
-_PICTURE_SPACING = (999.0, 1.0, 1.0)
-
-
-def suffix_of(path: Path) -> str:
-    """The ending of a supported file, both parts of a double one, in lower case; empty where it is not supported."""
-    name = path.name.lower()
-    return next((s for s in SUFFIXES if name.endswith(s)), "")
-
-
-def stem(path: Path) -> str:
-    """The file's name without its (double) ending."""
-    return path.name[: len(path.name) - len(suffix_of(path) or path.suffix)]
+_MILLIMETRES = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}  # nibabel's names of NIfTI's units
+_APART = 0.25  # of a voxel: how far qform and sform of an image may be apart; a quaternion rounds by a tenth
 
 
 def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geometry]:
@@ -74,14 +69,6 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     return array, geometry
 
 
-def must_be_readable(path: Path) -> None:
-    if not suffix_of(path):
-        raise UserError("is of no supported format", path, f"Supported are {' '.join(SUFFIXES)}.")
-    problem = defect(path)
-    if problem:
-        raise UserError(problem, path, AGAIN if path.exists() else "")
-
-
 def _sitk() -> Any:
     import SimpleITK
 
@@ -89,21 +76,29 @@ def _sitk() -> Any:
     return SimpleITK
 
 
+def _nibabel() -> Any:
+    import nibabel
+    from nibabel import imageglobals
+
+    imageglobals.logger.setLevel(logging.CRITICAL)  # what it corrects of a header by itself is reported here
+    return nibabel
+
+
 def read_header(path: Path) -> tuple[Geometry, int] | None:
     """Geometry and number of channels from the header; None where only nibabel reads the file."""
     if _is_pillows(path):
         with _pillow(path) as picture:
-            pages = getattr(picture, "n_frames", 1)
             channels = 3 if picture.mode in ("P", "PA") else len(picture.getbands())
-            return _picture_geometry(path, (*picture.size, pages)), channels
+            return _picture_geometry(*picture.size), channels
     if suffix_of(path) in NIBABEL_ONLY:
         return None
     if suffix_of(path) in NIFTI and (plain := read_nifti_header(path)):
         return plain
     reader = _sitk().ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with usual_name(path) as named:
+            reader.SetFileName(str(named))
+            reader.ReadImageInformation()
     except RuntimeError as error:
         if suffix_of(path) in NIFTI:
             return None
@@ -120,10 +115,7 @@ def read_header(path: Path) -> tuple[Geometry, int] | None:
     cosines = [[direction[i * n + j] if max(i, j) < axes else float(i == j) for j in range(3)] for i in range(3)]
     spacing = reader.GetSpacing()[:axes][::-1]
     if suffix_of(path) in PICTURES:
-        if suffix_of(path) in (".tif", ".tiff") and channels != (samples := tiff_samples(path)):
-            fix = "Save it as RGB, with planar configuration, or one file per channel."
-            raise UserError(f"holds {samples} interleaved channels, of which only {channels} can be read", path, fix)
-        return _picture_geometry(path, size), channels
+        return _picture_geometry(*size[:2]), channels
     geometry = Geometry(
         shape=(1, *size[:2][::-1]) if axes == 2 else tuple(size[:3][::-1]),
         spacing=(max(spacing) * 999, *spacing) if axes == 2 else spacing,
@@ -139,41 +131,23 @@ def _must_be_a_place(geometry: Geometry, path: Path) -> None:
     """Refuse voxels of no or negative size, or at NaN."""
     numbers = (*geometry.spacing, *geometry.origin, *geometry.direction)
     if not np.isfinite(numbers).all() or min(geometry.spacing) <= 0:
-        raise UserError(f"has voxels of {geometry.spacing} mm at {geometry.origin}, which cannot be", path, AGAIN)
+        raise UserError(f"has voxels that cannot be: {geometry.describe()}", path, AGAIN)
 
 
-def _picture_geometry(path: Path, size: tuple[int, ...]) -> Geometry:
-    """Pictures have no physical size. The pages of a TIFF are a volume whose spacing a file `<case>.json` may tell."""
-    if len(size) == 2 or size[2] == 1:
-        return Geometry((1, size[1], size[0]), _PICTURE_SPACING, dimensions=2)
-    spacing = (1.0, 1.0, 1.0)
-    for name in (stem(path), re.sub(r"_\d{4}$", "", stem(path))):
-        sidecar = path.with_name(name + ".json")
-        if sidecar.is_file():
-            found = read_json(sidecar)
-            if not isinstance(found, dict) or "spacing" not in found:  # it tells of something else
-                continue
-            told = found["spacing"]
-            numbers = isinstance(told, list) and all(type(s) in (int, float) and 0 < s < math.inf for s in told)
-            if not numbers or len(told) != 3:
-                raise UserError(f"spacing is {told}", sidecar, "Give three numbers in mm: [z, y, x].")
-            spacing = (float(told[0]), float(told[1]), float(told[2]))
-            break
-    return Geometry((size[2], size[1], size[0]), spacing, oriented=False)
+def _picture_geometry(columns: int, rows: int) -> Geometry:
+    """Pictures have no physical size."""
+    return Geometry((1, rows, columns), PICTURE_SPACING, dimensions=2, calibrated=False)
 
 
 def picture_mode(path: Path) -> str:
-    """How a picture stores its pixels, in Pillow's words where that matters: P for palette, RGBA and so on."""
-    if suffix_of(path) not in PICTURES or suffix_of(path) in (".jpg", ".jpeg"):
-        return "RGB"
+    """How a picture (no TIFF) stores its pixels, in Pillow's words where that matters: P for palette, LA and so on."""
     if suffix_of(path) == ".png":
         with path.open("rb") as file:
             return {b"\x03": "P", b"\x04": "LA"}.get(file.read(26)[25:], "RGB")
-    try:
+    if suffix_of(path) == ".bmp":
         with _pillow(path) as picture:
             return str(picture.mode)
-    except UserError:  # a kind of TIFF that only ITK knows, or none at all, which it will say
-        return "RGB"
+    return "RGB"
 
 
 def is_palette(path: Path) -> bool:
@@ -196,26 +170,23 @@ def _pillow(path: Path) -> Any:
 
 
 def _pillow_pixels(path: Path, resolve_palette: bool) -> np.ndarray:
-    pages = []
     try:
         with _pillow(path) as picture:
-            for page in range(getattr(picture, "n_frames", 1)):
-                picture.seek(page)
-                if picture.mode in ("P", "PA"):
-                    colours = picture.convert("RGBA").convert("RGB") if resolve_palette else picture.convert("P")
-                    pages.append(np.asarray(colours))
-                else:
-                    pages.append(np.asarray(picture.convert("L") if picture.mode == "1" else picture))
+            if picture.mode in ("P", "PA"):
+                pixels = picture.convert("RGBA").convert("RGB") if resolve_palette else picture.convert("P")
+            else:
+                pixels = picture.convert("L") if picture.mode == "1" else picture
+            array = np.asarray(pixels)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
-    array = np.stack(pages)
-    return np.ascontiguousarray(np.moveaxis(array, 3, 0)) if array.ndim == 4 else array[None]
+    return np.ascontiguousarray(np.moveaxis(array, 2, 0))[:, None] if array.ndim == 3 else array[None, None]
 
 
 def _itk_voxels(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
     sitk = _sitk()
     try:
-        image = sitk.ReadImage(str(path))
+        with usual_name(path) as named:
+            image = sitk.ReadImage(str(named))
     except RuntimeError as error:
         raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
     array = sitk.GetArrayFromImage(image)
@@ -229,14 +200,14 @@ def _itk_voxels(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
 def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     """As nibabel reads it; axes and affine turned from RAS to ITK's LPS."""
     import nibabel
-    from nibabel.imageglobals import LoggingOutputSuppressor
 
     try:
-        with LoggingOutputSuppressor():  # what it mends of a header by itself
-            image: Any = nibabel.load(path)
+        with usual_name(path) as named:
+            image: Any = _nibabel().load(named)
             stored = image.dataobj
-        must_hold(Path(image.file_map["image"].filename), math.prod(stored.shape) * stored.dtype.itemsize)
-        array = np.asanyarray(stored)
+            must_hold(Path(image.file_map["image"].filename), math.prod(stored.shape) * stored.dtype.itemsize)
+            must_have_sizes(image, path)
+            array = np.asanyarray(stored)
     except (MemoryError, UserError):
         raise
     except Exception as error:  # a parser of damaged bytes raises whatever it stumbles over
@@ -259,6 +230,8 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     kind = array.dtype.newbyteorder("=") if array.dtype != np.float64 or stored.dtype == np.float64 else np.float32
     array = np.ascontiguousarray(array, dtype=kind)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(image.affine, np.float64)
+    if isinstance(image.header, nibabel.Nifti1Header):
+        affine[:3] *= _MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and np.isfinite(lengths).all() and (lengths > 0).all()):
         raise UserError("has an affine matrix without volume", path)
@@ -281,11 +254,57 @@ def _reason(error: BaseException) -> str:
     )
 
 
+def nifti_scale(path: Path) -> tuple[float, float] | None:
+    """Slope and intercept by which a NIfTI or Analyze header changes the stored integers; None where it does not."""
+    if suffix_of(path) not in (*NIFTI, *PAIRS):
+        return None
+    with usual_name(path) as named:
+        stored: Any = _nibabel().load(named).dataobj
+    return None if (stored.slope, stored.inter) == (1, 0) else (float(stored.slope), float(stored.inter))
+
+
+def forms_apart(path: Path, geometry: Geometry) -> str | None:
+    """What a NIfTI image says of its own place in two ways that do not agree, with the numbers; None where it does not.
+
+    Parameters
+    ----------
+    path : Path
+        An image of any format.
+    geometry : Geometry
+        As it was read.
+    """
+    if suffix_of(path) not in NIFTI:
+        return None
+    if read_nifti_header(path):  # the forms are equal, or there is one, or pixdim is wrong
+        return pixdim_defect(path)
+    with usual_name(path) as named:
+        header = _nibabel().load(named).header
+    scale = np.diag([_MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0])
+    stated = {"qform": header.get_qform(coded=True)[0], "sform": header.get_sform(coded=True)[0]}
+    forms = {name: scale @ form for name, form in stated.items() if form is not None}
+    corners = np.array([(x, y, z, 1) for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.subtract(geometry.shape[::-1], 1)
+
+    def apart(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.linalg.norm((corners @ (one - other).T)[:, : geometry.dimensions], axis=1).max())
+
+    off = {name: apart(form, ras_affine(geometry)) for name, form in forms.items()}
+    allowed = _APART * min(geometry.spacing)
+    if len(forms) == 2 and (distance := apart(*forms.values())) > allowed:
+        taken = min(off, key=lambda name: off[name])
+        return f"its qform and its sform place it up to {distance:.4g} mm apart; the {taken} is used"
+    for name in (name for name, distance in off.items() if distance > allowed):
+        of_form = ", ".join(f"{size:.6g}" for size in np.linalg.norm(forms[name][:3, :3], axis=0))
+        used = ", ".join(f"{size:.6g}" for size in geometry.spacing[::-1])
+        return f"its {name} has voxels of ({of_form}) mm (x, y, z), its pixdim of ({used}) mm, which is used"
+    return None
+
+
 def fits_picture(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     suffix = suffix_of(path)
     top = 255 if suffix == ".bmp" else 65535
     low, high = int(array.min(initial=0)), int(array.max(initial=0))
-    if geometry.dimensions == 3 and suffix not in (".tif", ".tiff"):
+    if geometry.dimensions == 3 and suffix not in TIFF:
         raise UserError(f"a volume of shape {geometry.shape} cannot be written as {suffix}", path, "Use .nii.gz.")
     if low < 0 or high > top:
         raise UserError(f"label values {low}..{high} do not fit into {suffix}", path, "Use .nii.gz.")
@@ -321,7 +340,8 @@ def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1
     """Write integers (z, y, x) as NIfTI with the header of a NIfTI image on the same grid; values are times `slope`."""
     import nibabel
 
-    source = nibabel.load(like)
+    with usual_name(like) as named:
+        source = _nibabel().load(named)
     header = source.header.copy()
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's window

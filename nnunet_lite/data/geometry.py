@@ -1,4 +1,4 @@
-"""Where the voxels of an image are in space, and how its axes are turned without loss.
+"""Where the voxels of an image are in space, whether two images share a grid, and how axes are turned without loss.
 
 An orientation is three letters, as in nibabel: "LAS" says that the axes x, y, z of an array (z, y, x) point to the
 patient's left, anterior and superior side.
@@ -8,28 +8,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 
-SPACING_TOLERANCE = ORIGIN_TOLERANCE = 1e-3  # mm
-DIRECTION_TOLERANCE = 1e-4
+TOLERANCE = 0.005  # of a voxel: how far the origin may be off, and how far a direction may move the last voxel
+SPACING_TOLERANCE = 0.001  # of the voxel size
+_ROUNDING = 1e-6  # of a coordinate, as float32 rounds it
+_COSINE_ROUNDING = 1e-4  # what the quaternion of a NIfTI header loses
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+PICTURE_SPACING = (999.0, 1.0, 1.0)  # (z, y, x) where the file does not state one, as in nnU-Net
+ACCEPTABLE = ("origin", "direction")  # differences that a user may accept, where the voxels do match
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of an image lie.
+    """Where the voxels of an image are.
 
     Parameters
     ----------
-    shape : voxels (z, y, x); a picture has z = 1.
-    spacing : mm (z, y, x). As in nnU-Net a 2D image's z spacing is 999 times its largest other, a picture's is 999.
-    origin : of the first voxel, LPS mm (x, y, z), as in ITK.
-    direction : nine direction cosines, row by row, LPS, as in ITK.
-    dimensions : 2 for a picture or a two-dimensional NIfTI, whose arrays carry a leading axis of length 1; else 3.
-    oriented : whether the direction is known. It is not for arrays from Python, nor for stacks of pictures.
+    shape : tuple of int
+        Voxels (z, y, x); a picture has z = 1.
+    spacing : tuple of float
+        mm (z, y, x). As in nnU-Net a 2D image's z spacing is 999 times its largest other, a picture's is 999.
+    origin : tuple of float
+        Place of the first voxel, LPS mm (x, y, z), as in ITK.
+    direction : tuple of float
+        Nine direction cosines, row by row, LPS, as in ITK.
+    dimensions : int
+        2 for a picture or a two-dimensional NIfTI, whose arrays carry a leading axis of length 1; else 3.
+    calibrated : bool
+        Whether the file states the spacing. If not, the spacing is one per pixel, and says nothing in a comparison.
+    oriented : bool
+        Whether the direction is known. It is not for arrays from Python, nor for stacks of pictures.
     """
 
     shape: tuple[int, int, int]
@@ -37,6 +49,7 @@ class Geometry:
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     direction: tuple[float, ...] = IDENTITY
     dimensions: int = 3
+    calibrated: bool = field(default=True, compare=False)
     oriented: bool = True
 
     @property
@@ -61,23 +74,48 @@ class Geometry:
         return replace(self, shape=(z, y, x), spacing=(sz, sy, sx), origin=tuple(origin.tolist()), direction=direction)
 
     def differences(self, other: Geometry) -> list[tuple[str, str, str]]:
-        """What differs beyond tolerance (1e-3 mm, 1e-4 in direction), as (what, of self, of other)."""
+        """List what differs beyond tolerance, as (what, of self, of other).
+
+        The spacing may differ by 0.1 % of the voxel size, the origin by 0.5 % of it, and the direction by what moves
+        the last voxel by 0.5 % of it. Of a two-dimensional image only the plane counts, and only the plane of an image
+        (1, y, x) that it is compared with. Of an image whose file does not state a spacing only the shape counts.
+        """
+        flat = 2 in (self.dimensions, other.dimensions) and self.shape[0] == other.shape[0] == 1
+        mine, others = self._described(flat), other._described(flat)
         if self.shape != other.shape:
-            return [("shape", str(self.shape), str(other.shape))]
-        out = []
-        for what, tolerance in (
-            ("spacing", SPACING_TOLERANCE),
-            ("origin", ORIGIN_TOLERANCE),
-            ("direction", DIRECTION_TOLERANCE),
-        ):
-            mine, others = getattr(self, what), getattr(other, what)
-            if max(abs(a - b) for a, b in zip(mine, others, strict=True)) > tolerance:
-                out.append((what, _numbers(mine), _numbers(others)))
-        return out
+            return [("shape", mine["shape"], others["shape"])]
+        if not (self.calibrated and other.calibrated):
+            return []
+        sizes = list(zip(self.spacing, other.spacing, strict=True))[1 if flat else 0 :]
+        voxel = min(min(pair) for pair in sizes)
+        origins = list(zip(self.origin, other.origin, strict=True))[: 2 if flat else 3]
+        cosines = list(zip(self.direction, other.direction, strict=True))
+        cosines = [cosines[i] for i in (0, 1, 3, 4)] if flat else cosines
+        turn = max(_COSINE_ROUNDING, TOLERANCE / max(self.shape))
+        differs = {
+            "spacing": any(abs(a - b) > SPACING_TOLERANCE * min(a, b) for a, b in sizes),
+            "origin": any(abs(a - b) > TOLERANCE * voxel + _ROUNDING * abs(a) for a, b in origins),
+            "direction": any(abs(a - b) > turn for a, b in cosines),
+        }
+        return [(what, mine[what], others[what]) for what, found in differs.items() if found]
+
+    def describe(self) -> str:
+        """Shape, spacing, origin and direction in one line, (z, y, x) and (x, y, z); of a 2D image only its plane."""
+        return ", ".join(f"{what} {values}" for what, values in self._described(self.dimensions == 2).items())
+
+    def _described(self, flat: bool) -> dict[str, str]:
+        """The numbers as text; of a flat image those of its plane, since its z spacing is invented."""
+        d = self.direction
+        return {
+            "shape": _numbers(self.shape[1:] if flat else self.shape),
+            "spacing": _numbers(self.spacing[1:] if flat else self.spacing),
+            "origin": _numbers(self.origin[:2] if flat else self.origin),
+            "direction": _numbers((d[0], d[1], d[3], d[4]) if flat else d),
+        }
 
 
 def _numbers(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
+    return "(" + ", ".join(f"{v + 0.0:.6g}" for v in values) + ")"
 
 
 @dataclass(frozen=True)

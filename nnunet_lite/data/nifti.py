@@ -9,10 +9,11 @@ values, colours, two dimensions, qform and sform that differ, files that end too
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,7 +37,7 @@ _FIELDS: dict[str, tuple[str, int]] = {  # type and byte, from nifti1.h
     "srow": ("(3,4)f4", 280),
     "magic": ("S4", 344),
 }
-_BYTES = 348
+_BYTES, _BYTES_2 = 348, 540  # of a header of NIfTI-1, and of NIfTI-2
 _LAYOUT = np.dtype(
     {
         "names": list(_FIELDS),
@@ -52,6 +53,7 @@ _SIZES |= {32: 8, 128: 3, 1024: 8, 1280: 8, 1536: 16, 1792: 16, 2048: 32, 2304: 
 _MILLIMETRES = (0, 2)  # of xyzt_units' low three bits: unknown, mm
 _LPS = np.array([-1.0, -1.0, 1.0])  # ITK's axes in those of NIfTI, RAS
 _TOLERANCE = 1e-6  # of float32 matrices, relative
+_RIGHT_ANGLES = 1e-3  # of cosines
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
     try:
         data = path.read_bytes()
         most = len(data)
-        if path.suffix.lower() == ".gz":
+        if _is_compressed(data, path):
             most *= DEFLATE_LIMIT  # what is here decompressed is the first of maybe several members
             size = int.from_bytes(data[-4:], "little")  # one byte more or less than needed, and zlib copies it all
             data = zlib.decompress(data, 31, min(size, DEFLATE_LIMIT * len(data)) or 1)
@@ -97,18 +99,47 @@ def read_nifti_header(path: Path) -> tuple[Geometry, int] | None:
     ------
     UserError : the header tells what cannot be.
     """
+    head = _head(path)
+    header = parse(head)
+    return (header.geometry, header.shape[0]) if header and header.geometry else _by_sform(head)
+
+
+def pixdim_defect(path: Path) -> str | None:
+    """What is wrong with the voxel sizes in a header that is read by its sform instead, or None."""
+    head = _head(path)
+    if not _by_sform(head):
+        return None
+    sizes = ", ".join(f"{size:.6g}" for size in _fields(head)[0]["pixdim"][1:4])
+    return f"its pixdim gives voxels of ({sizes}) mm (x, y, z); those of its sform are used"
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a NIfTI file, decompressed; none where they cannot be read. Raises as `read_nifti_header`."""
     try:
         with path.open("rb") as file:
             most = path.stat().st_size
-            if path.suffix.lower() == ".gz":
-                head, most = zlib.decompressobj(31).decompress(file.read(4096), _BYTES), most * DEFLATE_LIMIT
-            else:
-                head = file.read(_BYTES)
+            head = file.read(4096)
+            if _is_compressed(head, path):
+                head, most = zlib.decompressobj(31).decompress(head, _BYTES), most * DEFLATE_LIMIT
     except (OSError, zlib.error):
-        return None
+        return b""
     _must_be_sound(head, most, path)
-    header = parse(head)
-    return (header.geometry, header.shape[0]) if header and header.geometry else None
+    return head
+
+
+def _is_compressed(data: bytes, path: Path) -> bool:
+    """Whether the first bytes of a file are gzip's, whatever its name is: NIfTI called .nii.gz, and gzip called .nii.
+
+    Raises
+    ------
+    UserError : it is called .gz and is neither.
+    """
+    if data[:2] == b"\x1f\x8b":
+        return True
+    first = {int.from_bytes(data[:4], order) for order in ("little", "big")}
+    if path.suffix.lower() == ".gz" and not first & {_BYTES, _BYTES_2}:
+        raise UserError("is not gzip-compressed or is damaged", path, AGAIN)
+    return False
 
 
 def _must_be_sound(head: bytes, size: int, path: Path) -> None:
@@ -127,17 +158,78 @@ def _must_be_sound(head: bytes, size: int, path: Path) -> None:
     shape = [int(n) for n in fields["dim"][1 : dimensions + 1]]
     if not 1 <= dimensions <= 7 or min(shape) < 1:
         what = f"{dimensions} dimensions" if not 1 <= dimensions <= 7 else f"{' x '.join(map(str, shape))} voxels"
-        raise UserError(f"is damaged: its header tells of {what}", path, AGAIN)
+        raise UserError(f"is damaged: its header states {what}", path, AGAIN)
     if kind not in _SIZES:
         raise UserError(f"has voxels of type {kind}, which NIfTI does not have", path, AGAIN)
     placed = [*fields["srow"].ravel()] if fields["sform_code"] > 0 else []
     placed += [*fields["quatern"], *fields["qoffset"]] if fields["qform_code"] > 0 else []
     if not np.isfinite(placed).all():
         raise UserError("is damaged: its header places it at NaN or infinity", path, AGAIN)
+    sizes = fields["pixdim"][1 : min(dimensions, 3) + 1]
+    if not _sound_sizes(sizes, shape) and not (dimensions > 2 and _sform_columns(fields) is not None):
+        raise no_voxel_size(sizes, path)
     needed = prod(shape) * _SIZES[kind]
     if fields["magic"] == b"n+1" and needed + _BYTES > size:
         held = max(0, size - _BYTES - 4)
         raise UserError(f"is truncated: it holds {held} of {needed} bytes of voxels", path, AGAIN)
+
+
+def no_voxel_size(sizes: Iterable[float], path: Path) -> UserError:
+    """The error for a header whose voxels have sizes (x, y, z) of zero, NaN or less."""
+    numbers = ", ".join(f"{size:.6g}" for size in sizes)
+    fix = "Write the true size of the voxels into pixdim, or an sform."
+    return UserError(f"its header gives voxels of ({numbers}) mm in pixdim, and no sform instead", path, fix)
+
+
+def must_have_sizes(image: Any, path: Path) -> None:
+    """Refuse an image of nibabel, Analyze or NIfTI, whose voxels have no size: nibabel takes 1 mm in silence."""
+    from nibabel.analyze import AnalyzeHeader
+
+    if not isinstance(image.header, AnalyzeHeader):
+        return
+    with image.file_map["header" if "header" in image.file_map else "image"].get_prepare_fileobj("rb") as file:
+        stored = image.header_class.from_fileobj(file, check=False)
+    placed = "sform_code" in stored.keys() and stored["sform_code"] > 0  # noqa: SIM118 (a header is no mapping)
+    sizes = [float(size) for size, n in zip(stored["pixdim"][1:4], image.shape, strict=False) if n > 1]
+    if not placed and not all(0 < size < np.inf for size in sizes):
+        raise no_voxel_size(stored["pixdim"][1:4], path)
+
+
+def _sound_sizes(sizes: np.ndarray, shape: Sequence[int]) -> bool:
+    """Whether the sizes of voxels are positive numbers; of a single slice it does not matter."""
+    return all(0 < size < np.inf for size, n in zip(sizes, shape, strict=False) if n > 1)
+
+
+def _sform_columns(fields: np.void) -> np.ndarray | None:
+    """The matrix of an sform (3, 3) that is sound without pixdim: finite, of right angles, with volume."""
+    matrix = fields["srow"][:, :3].astype(np.float64)
+    lengths = np.linalg.norm(matrix, axis=0)
+    if fields["sform_code"] <= 0 or not (np.isfinite(matrix).all() and lengths.all()):
+        return None
+    cosines = matrix / lengths
+    return matrix if np.abs(cosines.T @ cosines - np.eye(3)).max() < _RIGHT_ANGLES else None
+
+
+def _by_sform(head: bytes) -> tuple[Geometry, int] | None:
+    """Geometry and number of channels of a header whose pixdim is no voxel size, and whose sform has it.
+
+    ITK would take 1 mm for a size of zero, and turn the image round for a negative one.
+    """
+    if len(head) < _BYTES:
+        return None
+    fields, _ = _fields(head)
+    dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
+    if fields["sizeof_hdr"] != _BYTES or dimensions not in (3, 4):
+        return None
+    matrix = _sform_columns(fields)
+    if matrix is None or _sound_sizes(fields["pixdim"][1:4], (x, y, z)):
+        return None
+    unit = {1: 1e3, 3: 1e-3}.get(int(fields["xyzt_units"]) & 7, 1.0)  # metres, micrometres
+    lengths = np.linalg.norm(matrix, axis=0)
+    sx, sy, sz = (lengths * unit).tolist()
+    ox, oy, oz = (fields["srow"][:, 3] * _LPS * unit).tolist()
+    direction = tuple((matrix / lengths * _LPS[:, None]).ravel().tolist())
+    return Geometry((z, y, x), (sz, sy, sx), (ox, oy, oz), direction), channels if dimensions == 4 else 1
 
 
 def _fields(head: bytes) -> tuple[np.void, Literal["<", ">"]]:

@@ -26,8 +26,10 @@ KINDS: dict[str, Severity] = {
     "grid": "error",
     "shape": "error",
     "spacing": "error",
-    "origin": "error",
-    "direction": "error",
+    "origin": "warning",
+    "direction": "warning",
+    "forms": "warning",
+    "no_spacing": "warning",
     "nan": "error",
     "label_fraction": "error",
     "label_channels": "error",
@@ -48,6 +50,7 @@ KINDS: dict[str, Severity] = {
     "understood": "notice",
 }
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}
+TO_ACCEPT = ("origin", "direction")  # warnings without whose acceptance nothing is planned
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Problem:
     def severity(self) -> Severity:
         return KINDS[self.kind]
 
+    def stops(self, accept_geometry: bool) -> bool:
+        """Whether nothing can be planned with it: errors, and a geometry that differs until that is accepted."""
+        return self.severity == "error" or (self.kind in TO_ACCEPT and not accept_geometry)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -73,11 +80,12 @@ class Report:
     cases: int
     channels: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
+    accept_geometry: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether the data set can be trained on: there is no error."""
-        return not any(problem.severity == "error" for problem in self.problems)
+        """Whether the dataset can be trained on: there is no error, and no geometry that has to be accepted."""
+        return not any(problem.stops(self.accept_geometry) for problem in self.problems)
 
     def count(self, severity: Severity) -> int:
         return sum(problem.severity == severity for problem in self.problems)

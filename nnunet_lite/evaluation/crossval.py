@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.budget import pairs_at_once
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
-from nnunet_lite.data.images import PICTURES, is_unscaled, read_geometry, read_label, suffix_of
+from nnunet_lite.data.images import PICTURES, read_geometry, read_label, suffix_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocess import Pair, Reference
@@ -79,7 +79,8 @@ def validate(
 ) -> Scores:
     """Predict cases of a data set into a folder, those that are not there yet, and score them; as `validate_fold`."""
     cases = _chosen(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=previous)
+    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=previous,
+                              accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
         raise UserError(
@@ -162,6 +163,6 @@ def _chosen(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:
 def _score(case: Case, out: Path, dataset: Dataset) -> tuple[CaseScore, bool]:
     """The scores of a case, and whether its spacing is known."""
     prediction, reference, spacing = read_pair(case, out, dataset)
-    scaled = not is_unscaled(suffix_of(case.images[0]), spacing)
+    scaled = read_geometry(case.images[0])[0].calibrated
     measures = score_case(prediction, reference, dataset.labels, spacing, surface=False, scaled=scaled)
     return CaseScore(case.id, str(output_file(case, out)), str(case.label), measures), scaled

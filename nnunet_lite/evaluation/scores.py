@@ -19,8 +19,8 @@ import numpy as np
 
 from nnunet_lite.budget import cpus, pairs_at_once
 from nnunet_lite.data.dataset import image_files, labels_of, map_labels
-from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import PICTURES, is_unscaled, read_label, stem, suffix_of
+from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
+from nnunet_lite.data.images import read_label, stem
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.pairing import label_maps
 from nnunet_lite.errors import UserError
@@ -226,6 +226,7 @@ def evaluate(
     tolerance_mm: float = 1.0,
     surface: bool = True,
     workers: int | None = None,
+    accept_geometry: bool = False,
 ) -> Scores:
     """Score label maps against their references: two folders, whose files are matched by name, or two files.
 
@@ -236,10 +237,11 @@ def evaluate(
     tolerance_mm : how far apart surfaces may be for NSD; pixels where no file has a spacing.
     surface : whether to measure NSD and HD95.
     workers : threads, all cores where None; 0 or 1 for one.
+    accept_geometry : compare voxel by voxel where origin or direction of a pair differ, with a note.
 
     Raises
     ------
-    UserError : nothing matches; a pair lies on two grids; a file cannot be read.
+    UserError : nothing matches; a pair is on two grids; a file cannot be read.
     """
     prediction, reference = Path(prediction), Path(reference)
     pairs, notes = _match(prediction, reference)
@@ -255,7 +257,7 @@ def evaluate(
         known = labels
 
         def score(case: str) -> tuple[CaseScore, list[tuple[str, str]], bool]:
-            arrays, spacing, scaled, remarks = _read_pair(*pairs[case], known)
+            arrays, spacing, scaled, remarks = _read_pair(*pairs[case], known, accept_geometry)
             measures = score_case(*arrays, known, spacing, tolerance_mm, surface, threads, scaled)
             return CaseScore(case, *pairs[case], measures), remarks, scaled
 
@@ -350,25 +352,23 @@ def _values_of_file(path: Path) -> set[int]:
 
 
 def _read_pair(
-    prediction: Path, reference: Path, labels: Labels
+    prediction: Path, reference: Path, labels: Labels, accept_geometry: bool
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], bool, list[tuple[str, str]]]:
-    """Both arrays (z, y, x), the spacing, whether a file gives it, and remarks as (remark, file)."""
+    """Both arrays (z, y, x), the spacing, whether a file states it, and remarks as (remark, file)."""
     predicted, grid, remarks = _read(prediction, labels)
     truth, true_grid, more = _read(reference, labels, grid.orientation)
-    pictures = [suffix_of(path) in PICTURES for path in (prediction, reference)]  # whose spacing is not to be believed
-    if grid.shape != true_grid.shape or (not any(pictures) and grid.differences(true_grid)):
-        raise UserError(
-            f"lies on another grid than {reference}: {_describe(grid)}, the reference {_describe(true_grid)}",
-            prediction,
-            "Resample one to the grid of the other, with nearest neighbour.",
-        )
-    file, spacing = (prediction, grid.spacing) if pictures == [False, True] else (reference, true_grid.spacing)
-    return (predicted, truth), spacing, not is_unscaled(suffix_of(file), spacing), remarks + more
-
-
-def _describe(grid: Geometry) -> str:
-    parts = {"shape": grid.shape, "spacing": grid.spacing, "origin": grid.origin, "direction": grid.direction}
-    return ", ".join(f"{name} ({', '.join(f'{v:.6g}' for v in values)})" for name, values in parts.items())
+    if differing := [what for what, _, _ in grid.differences(true_grid)]:
+        acceptable = set(differing) <= set(ACCEPTABLE)
+        if not (acceptable and accept_geometry):
+            accept = " If the voxels do match, --accept-geometry compares them as they are." if acceptable else ""
+            raise UserError(
+                f"is on another grid than {reference}: {grid.describe()}, the reference {true_grid.describe()}",
+                prediction,
+                f"Resample one to the grid of the other, with nearest neighbour.{accept}",
+            )
+        more = [*more, (f"another {' and '.join(differing)} than the reference, accepted", prediction.name)]
+    known = grid if grid.calibrated and not true_grid.calibrated else true_grid
+    return (predicted, truth), known.spacing, known.calibrated, remarks + more
 
 
 def _read(

@@ -20,7 +20,7 @@ import numpy as np
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.images import is_unscaled, read_geometry, suffix_of
+from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.crossval import (
@@ -286,7 +286,7 @@ def _size_unit(dataset: Dataset) -> str:
     """What sizes of components are called; in pixels only where no image has a spacing."""
     files = [case.images[0] for case in dataset.cases]
     flat = read_geometry(files[0])[0].dimensions == 2
-    if all(is_unscaled(suffix_of(file), read_geometry(file)[0].spacing) for file in files):
+    if not any(read_geometry(file)[0].calibrated for file in files):
         return "px" if flat else "voxels"
     return "mm2" if flat else "mm3"
 

@@ -52,6 +52,7 @@ def predict_cases(
     show: Callable[[Iterable[Case], int, str], Iterable[Case]] = lambda cases, total, what: cases,
     previous: Callable[[str], np.ndarray] | None = None,
     finish: Finish | None = None,
+    accept_geometry: bool = False,
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases into a folder, one label map each, in the format of its image; a single case also into a file.
 
@@ -65,6 +66,7 @@ def predict_cases(
     previous : gives the classes that a case's previous stage predicts on the grid of its preprocessed array, for the
         second stage of a cascade that was loaded alone.
     finish : what is done with each label map before it is written, such as postprocessing.
+    accept_geometry : whether the files of a case's channels may differ in origin and direction.
 
     Returns
     -------
@@ -93,7 +95,7 @@ def predict_cases(
         ahead: list[Future[Ready]] = []
         written: list[tuple[Case, Future[None]]] = []
         for i, case in enumerate(show(todo, len(todo), "predict")):
-            ahead += [reader.submit(ready_case, model, c) for c in todo[i + len(ahead) : i + 2]]
+            ahead += [reader.submit(ready_case, model, c, accept_geometry) for c in todo[i + len(ahead) : i + 2]]
             try:
                 ready = ahead.pop(0).result()
                 found = _predict(model, ready, None if previous is None else previous(case.id), wanted, out)

@@ -14,8 +14,10 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case
-from nnunet_lite.data.images import Geometry, Image, read_image, read_images, suffix_of
+from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
+from nnunet_lite.data.images import Image, ending_of, read_image, read_images
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.names import TIFF, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.schema import Configuration, Plan
@@ -23,6 +25,8 @@ from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
+
+_MICROSCOPIC = 0.05  # mm: voxels below it are of a microscope
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,15 @@ class Ready:
     image: Image | None
 
 
-def ready_case(model: Model, case: Case) -> Ready:
+def ready_case(model: Model, case: Case, accept_geometry: bool = False) -> Ready:
     """Read and prepare a case.
+
+    Parameters
+    ----------
+    model : Model
+    case : Case
+    accept_geometry : bool
+        Whether the files of its channels may differ in origin and direction.
 
     Raises
     ------
@@ -47,10 +58,36 @@ def ready_case(model: Model, case: Case) -> Ready:
     if len(case.images) > 1:
         if absent := [path for path in case.images if not path.exists()]:
             raise UserError(f"there is no such file; {expected}", absent[0])
-        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{suffix_of(case.images[0])}")
+        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{ending_of(case.images[0])}")
         if extra.is_file():
             raise UserError(f"is a channel too many; {expected}", extra)
-    return ready_image(model, read_images(case.images))
+    image = _calibrated_as_trained(model, read_images(case.images, wanted, accept_geometry), case.images[0])
+    return ready_image(model, image)
+
+
+def _calibrated_as_trained(model: Model, image: Image, path: Path) -> Image:
+    """The image with pixels for its unit if the model was trained so, as nnU-Net reads TIFF files of a microscope.
+
+    Raises
+    ------
+    UserError : the model was trained on micrometres, and the image states no spacing.
+    """
+    geometry = image.geometry
+    planned = [configuration.spacing for configuration in model.plan.configurations.values()]
+    stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
+    if geometry.calibrated:
+        if suffix_of(path) not in TIFF or max(stated) > _MICROSCOPIC or not any(set(s) == {1.0} for s in planned):
+            return image
+        log.info(f"{path}: its spacing is not used: the model was trained on images without one")
+        pixels = PICTURE_SPACING if geometry.dimensions == 2 else (1.0, 1.0, 1.0)
+        return replace(image, geometry=replace(geometry, spacing=pixels, calibrated=False))
+    finest = min(planned, key=max)
+    if max(finest) < _MICROSCOPIC:
+        what = f"states no spacing, and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
+        raise UserError(what, path, 'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.')
+    if geometry.dimensions == 3 and set(finest) != {1.0}:
+        log.warn(f"{path}: no spacing known, 1x1x1 mm taken")
+    return image
 
 
 def ready_image(model: Model, image: Image) -> Ready:
@@ -90,13 +127,14 @@ def must_fit(image: Image, plan: Plan) -> None:
                 raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
 
 
-def as_image(given: Any, spacing: Sequence[float] | None = None) -> Image:
+def as_image(given: Any, spacing: Sequence[float] | None = None, channels: int | None = None) -> Image:
     """An image as it may be given from Python.
 
     Parameters
     ----------
     given : a file, an `Image`, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
     spacing : of an array's voxels, (z, y, x), in mm; without it 1 mm is taken, which is logged once.
+    channels : how many are expected in a file, see `read_image`.
 
     Raises
     ------
@@ -106,7 +144,7 @@ def as_image(given: Any, spacing: Sequence[float] | None = None) -> Image:
         what = "a spacing is given for what has its own"
         raise UserError(what, None if isinstance(given, Image) else str(given), "Give it with arrays only.")
     if isinstance(given, str | PathLike):
-        return read_image(Path(given))
+        return read_image(Path(given), channels)
     if isinstance(given, Image):
         array = _image_array(given.array)
         if array.shape[1:] != given.geometry.shape:

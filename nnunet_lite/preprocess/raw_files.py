@@ -15,6 +15,7 @@ from nnunet_lite.budget import cpus
 from nnunet_lite.data.dataset import Case, Dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry
+from nnunet_lite.data.names import companions
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan.fingerprint import Fingerprint
 from nnunet_lite.workspace import Paths, read_json, understood, write_json
@@ -35,9 +36,9 @@ class RawFile:
 
 @dataclass(frozen=True)
 class RawCase:
-    """The raw files of a case, images before the label, with shape, spacing (mm) and orientation of the image.
+    """The raw files of a case: images, label map, and what else an image is read from; shape and spacing of the image.
 
-    Shape and spacing are (z, y, x) as in the file; the orientation is as in `Geometry`.
+    Shape and spacing (mm) are (z, y, x) as in the file; the orientation is as in `Geometry`.
     """
 
     files: tuple[RawFile, ...]
@@ -147,11 +148,13 @@ def _is_same(case: Case, stored: Case, known: RawCase | None, paths: Paths) -> b
     if case.id not in cases:
         return False
     spacing, shape = cases[case.id]
-    return bool(np.allclose(spacing, now.spacing)) and all(n <= m for n, m in zip(shape, now.shape, strict=True))
+    pairs = zip(sorted(shape), sorted(now.shape), strict=True)  # the fingerprint's may be turned
+    return bool(np.allclose(sorted(spacing), sorted(now.spacing))) and all(n <= m for n, m in pairs)
 
 
 def _paths(case: Case) -> list[Path]:
-    return [*case.images, *([case.label] if case.label else [])]
+    others = [other for path in case.images for other in companions(path)]
+    return [*case.images, *([case.label] if case.label else []), *dict.fromkeys(others)]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ def scene_of_case(dataset: Dataset, case: Case, predictions: Sequence[tuple[str,
     ------
     UserError : a file cannot be read, or holds values that are no labels of the data set.
     """
-    image = read_images(case.images)
+    image = read_images(case.images, len(dataset.channels), dataset.accept_geometry)
     maps: list[tuple[str, np.ndarray, Geometry]] = []
     if case.label is not None:
         values, geometry, _ = read_label(case.label, image.geometry.orientation)
@@ -123,7 +123,7 @@ def _scene(
     """Layers of everything; where the first map is a reference, the others are compared with it."""
     layers = _channels(image, channels)
     legend = tuple(zip(_names(labels), colours(len(labels.values) - 1 + (labels.ignore is not None)), strict=True))
-    encoded = [(name, _encode(labels, name, values), geometry) for name, values, geometry in maps]
+    encoded = [(name, _encode(labels, name, values), _onto(image, geometry)) for name, values, geometry in maps]
     for name, classes, geometry in encoded:
         if differing := geometry.differences(image.geometry):
             what, found, expected = differing[0]
@@ -172,6 +172,11 @@ def _encode(labels: Labels, name: str, values: np.ndarray) -> np.ndarray:
         return labels.encode(values)
     except UserError as error:
         raise UserError(error.what, name) from None
+
+
+def _onto(image: Image, geometry: Geometry) -> Geometry:
+    """The geometry of a label map; the image's where the label map's file does not state a spacing."""
+    return geometry if geometry.calibrated else replace(image.geometry, shape=geometry.shape)
 
 
 def _differences(reference: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from nnunet_lite import log
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import is_unscaled
 from nnunet_lite.data.problems import plural
 from nnunet_lite.plan.show import normalization, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.report.collect import Fold, Material, Model
@@ -86,7 +85,7 @@ def data_charts(material: Material, gallery: Gallery) -> list[Chart]:
     flat = all(place.dimensions == 2 for place in places)
     axes = "yx" if flat else "zyx"
     charts = _along("Size", axes, [place.shape for place in places], "pixels" if flat else "voxels")
-    if not all(is_unscaled(material.dataset.file_ending, place.spacing) for place in places):
+    if any(place.calibrated for place in places):
         charts += _along("Spacing", axes, [place.spacing for place in places], "mm")
     found = volumes(material, gallery)
     title, unit = "Area" if flat else "Volume", _volume_unit(material, places)
@@ -119,7 +118,7 @@ def _volume_unit(material: Material, places: Sequence[Geometry]) -> str:
     """What volumes are measured in: ml; voxels without a spacing; of images without thickness the share of pixels."""
     if places and all(place.dimensions == 2 for place in places):
         return "%"
-    unscaled = all(is_unscaled(material.dataset.file_ending, place.spacing) for place in places)
+    unscaled = not any(place.calibrated for place in places)
     return "voxels" if places and unscaled else "ml"
 
 
@@ -191,7 +190,7 @@ def case_table(material: Material, gallery: Gallery) -> Table:
         place = seen.geometry
         cells = [Cell(case.id)]
         cells.append(Cell("not read") if place is None else Cell(by(place.shape), float(prod(place.shape))))
-        if place is not None and not is_unscaled(material.dataset.file_ending, place.spacing):
+        if place is not None and place.calibrated:
             cells.append(Cell(by(place.spacing, ".4g"), float(prod(place.spacing))))
         else:
             cells.append(Cell("n/a"))
