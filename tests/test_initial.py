@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +293,24 @@ def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
     (tmp_path / "none.pth").write_bytes(b"none")
     with pytest.raises(UserError, match=r"none\.pth: is no checkpoint"):
         find_source(tmp_path / "none.pth", name, "0")
+
+
+class Evil:
+    """Makes a folder where it is unpickled by a careless reader."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("was_run",)
+
+
+def test_code_in_a_checkpoint_to_start_from_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Callable[..., None]
+) -> None:
+    counts("bad inputs refused in one line")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"network_weights": Evil()}, "pretrained.pth")
+    with pytest.raises(UserError, match=r"pretrained\.pth: names posix\.mkdir, .* it was not run"):
+        find_source(Path("pretrained.pth"), "Other", "0")
+    assert not Path("was_run").exists()
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["folder", "checkpoint"])

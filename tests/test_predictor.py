@@ -6,9 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lite.data.dataset import Case, find_cases
-from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference import prepare
 from nnunet_lite.inference.folder import predict_cases
-from nnunet_lite.inference.maps import Wanted
 from nnunet_lite.inference.passes import passes_of
 from nnunet_lite.inference.predictor import (
     Model,
@@ -256,124 +251,6 @@ def test_a_wrong_number_of_channels_is_named(model: Model, folder: Path, scans: 
             model(wrong)
     with pytest.raises(UserError, match="cannot be segmented"):
         model(array, (1.0, 1.0))
-
-
-NUMBERS = [[[0.0, 1.0], [2.0, 3.0]], [[1.0, 0.0], [3.0, 2.0]]]
-ARRAYS: dict[str, tuple[Any, Any, str]] = {
-    "a spacing of 0": (NUMBERS, (1.0, 0.0, 1.0), "spacing of (1.0, 0.0, 1.0)"),
-    "a spacing of NaN": (NUMBERS, (float("nan"), 1.0, 1.0), "spacing of (nan, 1.0, 1.0)"),
-    "an infinite spacing": (NUMBERS, (float("inf"), 1.0, 1.0), "three positive numbers"),
-    "a negative spacing": (NUMBERS, (-1.0, 1.0, 1.0), "three positive numbers"),
-    "one number for the spacing": (NUMBERS, 1.0, "spacing of 1.0"),
-    "four numbers for the spacing": (NUMBERS, (1.0, 1.0, 1.0, 1.0), "three positive numbers"),
-    "digits for the spacing": (NUMBERS, "111", "spacing of '111'"),
-    "words for the spacing": (NUMBERS, ("one", "1", "1"), "three positive numbers"),
-    "an empty array": (np.zeros((0, 4, 4)), (1.0, 1.0, 1.0), "shape (0, 4, 4)"),
-    "no channel": (np.zeros((0, 4, 4, 4)), (1.0, 1.0, 1.0), "shape (0, 4, 4, 4)"),
-    "an empty list": ([], (1.0, 1.0, 1.0), "shape (0,)"),
-    "complex numbers": (np.zeros((4, 4, 4), complex), (1.0, 1.0, 1.0), "complex128"),
-    "objects": (np.full((4, 4, 4), None), (1.0, 1.0, 1.0), "object"),
-    "numbers as objects": (np.zeros((4, 4, 4), object), (1.0, 1.0, 1.0), "astype('float32')"),
-    "words": ([[["a"]]], (1.0, 1.0, 1.0), "no image"),
-    "times": (np.zeros((4, 4, 4), "datetime64[s]"), (1.0, 1.0, 1.0), "datetime64"),
-    "rows of other lengths": ([[[0.0, 1.0], [2.0]]], (1.0, 1.0, 1.0), "list is no array"),
-    "nothing": (None, (1.0, 1.0, 1.0), "NoneType"),
-    "a number": (7.0, (1.0, 1.0, 1.0), "shape ()"),
-    "a dictionary": ({"image": 1}, (1.0, 1.0, 1.0), "dict"),
-    "one slice without its axis": (np.zeros((4, 4)), (1.0, 1.0, 1.0), "array[None]"),
-    "a batch": (np.zeros((1, 1, 4, 4, 4)), (1.0, 1.0, 1.0), "shape (1, 1, 4, 4, 4)"),
-    "masked voxels": (np.ma.masked_equal(NUMBERS, 0.0), (1.0, 1.0, 1.0), "filled(0)"),
-    "numbers beyond float32": (np.full((4, 4, 4), 1e300), (1.0, 1.0, 1.0), "as float32"),
-    "infinite voxels": (np.full((4, 4, 4), np.inf, np.float16), (1.0, 1.0, 1.0), "64 voxels of channel MRI"),
-    "channels too many": (np.zeros((2, 4, 4, 4)), (1.0, 1.0, 1.0), "2 channels"),
-    "an image without voxels": (Image(np.zeros((1, 0, 4, 4)), Geometry((0, 4, 4), (1.0, 1.0, 1.0))), None, "shape"),
-    "an image of spacing 0": (Image(np.zeros((1, 4, 4, 4)), Geometry((4, 4, 4), (0.0, 1.0, 1.0))), None, "positive"),
-    "another geometry": (Image(np.zeros((1, 4, 4, 4)), Geometry((4, 4, 5), (1.0, 1.0, 1.0))), None, "geometry"),
-    "a file with a spacing": ("scan.nii.gz", (1.0, 1.0, 1.0), "scan.nii.gz: a spacing is given"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-def test_what_is_no_image_is_refused(model: Model, counts: Callable[..., None], name: str) -> None:
-    counts("bad inputs refused in one line")
-    array, spacing, says = ARRAYS[name]
-    with pytest.raises(UserError) as error:
-        model(array, spacing)
-    assert says in str(error.value) and "\n" not in str(error.value)
-
-
-def test_arrays_of_every_kind_give_the_same(model: Model, scans: list[Path]) -> None:
-    image = read_image(scans[0])
-    whole, spacing = image.array[0].astype(np.int16), image.geometry.spacing
-    wanted = model(whole, spacing)
-    tensor = torch.from_numpy(whole.astype(np.float32)).requires_grad_()
-    for same in (
-        whole.tolist(), whole.astype(np.float64), np.asfortranarray(whole), whole[None].astype(np.longdouble),
-        tensor, tensor.detach().int(), list(whole), np.ma.array(whole), whole.astype(">i4"),
-    ):  # fmt: skip
-        np.testing.assert_array_equal(model(same, list(spacing)), wanted)
-    small = (whole // 512).astype(np.float16)  # which float16 and bfloat16 hold exactly
-    wanted = model(small.astype(np.float32), spacing)
-    np.testing.assert_array_equal(model(small, np.asarray(spacing)), wanted)
-    np.testing.assert_array_equal(model(torch.from_numpy(small).bfloat16(), torch.tensor(spacing).double()), wanted)
-    mask = whole > whole.mean()
-    np.testing.assert_array_equal(model(mask, spacing), model(mask.astype(np.uint8), spacing))
-
-
-def test_a_missing_spacing_is_reported_once(
-    model: Model, scans: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare, "_assume_a_millimetre", cache(prepare._assume_a_millimetre.__wrapped__))
-    array = read_image(scans[0]).array
-    np.testing.assert_array_equal(model(array), model(array, (1.0, 1.0, 1.0)))
-    model(array)
-    assert capfd.readouterr().err.count("1 x 1 x 1 mm is taken") == 1
-
-
-class Overflowing(nn.Module):
-    """One value of one class in the first voxel of each window, or in all."""
-
-    def __init__(self, value: float, n_voxels: int | None = 1) -> None:
-        super().__init__()
-        self.value, self.n_voxels = value, n_voxels
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = torch.cat([x, x, x], 1)
-        logits[:, 2].flatten(1)[:, : self.n_voxels] = self.value
-        return logits
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_are_no_background(
-    model: Model, folder: Path, tmp_path: Path, tiny_cases: list[Any], value: float, counts: Callable[..., None]
-) -> None:
-    counts("bad inputs refused in one line")
-    broken = replace(model, networks=(Overflowing(value),))  # type: ignore[arg-type]
-    done, failed = predict_cases(broken, find_cases(folder, 1), tmp_path / "out")
-    assert done == [] and sorted(failed) == sorted(path.name.removesuffix(".nii.gz") for path in folder.iterdir())
-    assert all("NaN or infinite" in why and "\n" not in why for why in failed.values())
-    scan = sorted(folder.iterdir())[0]
-    with pytest.raises(UserError, match=f"^{scan}: .*NaN or infinite"):
-        broken(scan)
-    with pytest.raises(UserError, match="computed in float32: look at the values of the image"):
-        predict_preprocessed(broken, tiny_cases[0].image[:])
-    half = replace(broken, arithmetic=Arithmetic(precision="bf16"))
-    with pytest.raises(UserError, match="Predict with --precision fp32"):
-        half(scan)
-    for wanted in (Wanted(("Anterior",)), Wanted(uncertainty=True)):
-        _, failed = predict_cases(broken, find_cases(scan, 1), tmp_path / "out", wanted=wanted)
-        assert "NaN or infinite" in failed[scan.name.removesuffix(".nii.gz")]
-    voting = replace(model, partners=(broken,))
-    with pytest.raises(UserError, match="NaN or infinite"):
-        voting(scan)
-
-
-def test_sums_that_are_too_large_for_float16_are_no_background(model: Model, scans: list[Path]) -> None:
-    """Each logit is a number, but not so its sum over windows in float16."""
-    settings = model.settings.model_copy(update={"sums": "float16"})
-    large = replace(model, networks=(Overflowing(60000.0, None),), settings=settings)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"Predict with --set inference\.sums=float32"):
-        large(scans[0])
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, tiny_model: Path) -> None:

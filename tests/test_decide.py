@@ -1,0 +1,78 @@
+"""Logits that are NaN or infinite are a mistake with a name and a remedy, wherever labels are decided from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnunet_lite.data.dataset import Case
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.maps import Wanted
+from nnunet_lite.inference.predictor import Model, load, predict_preprocessed
+from nnunet_lite.network.arithmetic import Arithmetic
+
+FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Model:
+    return load(tiny_model, device="cpu", changes=FAST)
+
+
+@pytest.fixture(scope="module")
+def scans(hippocampus: Path) -> list[Path]:
+    return sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[:3]
+
+
+class Overflowing(nn.Module):
+    """One value of one class in the first voxel of each window, or in all."""
+
+    def __init__(self, value: float, n_voxels: int | None = 1) -> None:
+        super().__init__()
+        self.value, self.n_voxels = value, n_voxels
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.cat([x, x, x], 1)
+        logits[:, 2].flatten(1)[:, : self.n_voxels] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_no_background(
+    model: Model, scans: list[Path], tmp_path: Path, tiny_cases: list[Any], value: float, counts: Callable[..., None]
+) -> None:
+    counts("bad inputs refused in one line")
+    broken = replace(model, networks=(Overflowing(value),))  # type: ignore[arg-type]
+    cases = [Case(path.name.removesuffix(".nii.gz"), (path,), None) for path in scans]
+    done, failed = predict_cases(broken, cases, tmp_path / "out")
+    assert done == [] and sorted(failed) == [case.id for case in cases]
+    assert all("NaN or infinite" in why and "\n" not in why for why in failed.values())
+    scan = scans[0]
+    with pytest.raises(UserError, match=f"^{scan}: .*NaN or infinite"):
+        broken(scan)
+    with pytest.raises(UserError, match="computed in float32: look at the values of the image"):
+        predict_preprocessed(broken, tiny_cases[0].image[:])
+    half = replace(broken, arithmetic=Arithmetic(precision="bf16"))
+    with pytest.raises(UserError, match="Predict with --precision fp32"):
+        half(scan)
+    for wanted in (Wanted(("Anterior",)), Wanted(uncertainty=True)):
+        _, failed = predict_cases(broken, cases[:1], tmp_path / "out", wanted=wanted)
+        assert "NaN or infinite" in failed[cases[0].id]
+    voting = replace(model, partners=(broken,))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        voting(scan)
+
+
+def test_sums_that_are_too_large_for_float16_are_no_background(model: Model, scans: list[Path]) -> None:
+    """Each logit is a number, but not so its sum over windows in float16."""
+    settings = model.settings.model_copy(update={"sums": "float16"})
+    large = replace(model, networks=(Overflowing(60000.0, None),), settings=settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"Predict with --set inference\.sums=float32"):
+        large(scans[0])
