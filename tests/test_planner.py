@@ -111,6 +111,21 @@ def test_coarse_axis_comes_first_and_takes_the_10th_percentile() -> None:
     assert any("order x, z, y" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ((10.0,) * 5, "is 10 mm, the 10th percentile: voxels there"),
+        ((4.9999, 5.0, 5.0, 5.0, 5.0), "is 5 mm, the 10th percentile: voxels there"),
+        ((4.0, 4.0, 5.0, 5.0, 5.0), "is 4 mm, the 10th percentile, not the median 5 mm: voxels there"),
+    ],
+)
+def test_the_median_is_named_where_it_is_another_length(lengths: tuple[float, ...], words: str) -> None:
+    spacings = tuple((z, 1.0, 1.0) for z in lengths)
+    fingerprint = Fingerprint(spacings, ((20, 400, 400),) * len(lengths), 1.0, (STATISTICS,))
+    reasons = make_plan(fingerprint, "Test", ("CT",), LABELS).configurations["3d_fullres"].reasons
+    assert f"spacing along z {words}" in reasons[0]
+
+
 def test_one_slice_gets_2d_only() -> None:
     plan = simple((1, 500, 400), (999.0, 1.0, 1.0))
     assert list(plan.configurations) == ["2d"]

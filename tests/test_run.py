@@ -58,7 +58,7 @@ def test_settings_change_the_planned_network(plan: Plan) -> None:
 def test_without_changes_the_plan_is_trained_as_it_is(plan: Plan) -> None:
     made = configured(plan, "3d_fullres", Settings())
     assert made.configurations == {"3d_fullres": plan.configuration("3d_fullres")}
-    assert made.model_copy(update={"configurations": plan.configurations}) == plan
+    assert made.model_copy(update={"configurations": plan.configurations, "options": plan.options}) == plan
 
 
 def test_the_same_call_goes_on_with_the_same_seed(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
