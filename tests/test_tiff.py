@@ -240,6 +240,10 @@ def two_images(path: Path) -> None:
         writer.write(numbers((60, 71)), metadata=None, **GREY)
 
 
+def inked(path: Path, colours: str, channels: int) -> None:
+    tifffile.imwrite(path, numbers((60, 70, channels), "u1"), photometric=colours)
+
+
 def other_file(path: Path) -> None:
     """An OME file whose second slice is in a file that is not there."""
     save(path, numbers((2, 60, 70)), "ZYX", ome=True)
@@ -260,6 +264,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "time points of OME": (lambda p: save(p, numbers((3, 5, 6, 7)), "TZYX", ome=True), "3 time points (axes TZYX"),
     "axes without a name": (lambda p: tifffile.imwrite(p, numbers((2, 5, 6, 7)), **GREY), "has axes QQYX"),
     "images of two sizes": (two_images, "holds 2 images (60 x 70, 60 x 71)"),
+    "colours for print": (lambda p: inked(p, "separated", 4), "stores its colours as CMYK"),
+    "colours of Lab": (lambda p: inked(p, "cielab", 3), "stores its colours as CIELab"),
+    "brightness and two colours": (lambda p: inked(p, "ycbcr", 3), "stores its colours as YCbCr"),
     "complex numbers": (lambda p: save(p, numbers((5, 6, 7), "c8")), "holds complex numbers"),
     "cut in its pixels": (lambda p: cut(p, numbers((5, 60, 70)), 0.5), "is truncated"),
     "cut in an ImageJ stack": (lambda p: cut(p, numbers((5, 60, 70)), 0.9, "ZYX", imagej=True), "is truncated"),

@@ -41,6 +41,8 @@ _SCREEN = 72  # dots per inch that programs write where they know nothing
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _ALPHA = (1, 2)  # of the tag ExtraSamples: associated and unassociated alpha
 _PALETTE, _WHITE_IS_ZERO, _COLOURS = 3, 0, (2, 3, 6)  # PhotometricInterpretation: RGB, palette, YCbCr
+_FOREIGN = {5: "CMYK", 6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab"}  # colours that tifffile leaves as they are
+_LOSSLESS = (1, 5, 8, 32773, 32946, 50000)  # Compression: of YCbCr any other is JPEG, which is decoded to RGB
 _SIDE_IMAGES = ("label", "macro", "thumbnail", "map")  # of a whole slide
 _ONE_VOLUME = "Save one volume or picture in a file."
 
@@ -135,6 +137,9 @@ def _only_series(tif: Any, path: Path) -> Any:
     series = [s for s in series if s.name.lower() not in _SIDE_IMAGES] or series
     if not series:
         raise UserError("holds no image", path, AGAIN)
+    page = series[0].keyframe
+    if page.photometric in _FOREIGN and (page.photometric != 6 or page.compression in _LOSSLESS):
+        raise UserError(f"stores its colours as {_FOREIGN[page.photometric]}", path, "Save it as RGB or grey.")
     if len(series) > 1:
         shapes = ", ".join(" x ".join(map(str, s.shape)) for s in series[:3]) + (" ..." if len(series) > 3 else "")
         raise UserError(f"holds {len(series)} images ({shapes})", path, _ONE_VOLUME)
