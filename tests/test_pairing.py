@@ -72,6 +72,13 @@ def test_the_exact_name_comes_first(tmp_path: Path) -> None:
     assert [case.label.name for case in dataset.cases if case.label][:2] == ["c0.png", "c0_mask.png"]
     (problem,) = (problem for problem in report_of(dataset).problems if problem.severity != "notice")
     assert (problem.kind, problem.severity, problem.file) == ("extra_label", "warning", "labels/c0_seg.png")
+    assert problem.found == "is not used: c0.png is the label map of case c0"
+    entries = [{"image": f"images/c{i}_mask.png", "label": f"labels/c{i}_mask.png"} for i in range(5)]
+    entries.append({"image": "images/c0.png", "label": "labels/c0_seg.png"})
+    table = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "a": 1}, "training": entries}
+    (tmp_path / "dataset.json").write_text(json.dumps(table))
+    report = report_of(read_dataset(tmp_path))
+    assert report.ok and [(p.kind, p.file) for p in report.problems] == [("extra_label", "labels/c0.png")], "as listed"
 
 
 @pytest.mark.parametrize(

@@ -274,11 +274,12 @@ def no_files_in(folder: Path, what: str, ending: str | None = None, names: Colle
     if series := next((path for path in inside if is_series(path)), None):
         fix = f"Convert them to NIfTI, or {_LIST}: the image of a case is then the folder of its series."
         return UserError(f"holds no {what} but folders of DICOM files, such as {series.name}", folder, fix)
-    if others := _files(folder):
+    if others := [path for path in _files(folder) if path.suffix.lower() != ".json"]:
         there = _by_ending(path.suffix.lower() or path.name for path in others)
         fix = f"Convert them. Supported are {' '.join(SUFFIXES)}."
         return UserError(f"holds no {what} of a supported format, but {there}", folder, fix)
-    return UserError(f"holds no {what} of a supported format: it is empty", folder)
+    empty = "" if _files(folder) or inside else ": it is empty"
+    return UserError(f"holds no {what} of a supported format{empty}", folder, f"Supported are {' '.join(SUFFIXES)}.")
 
 
 def _by_ending(endings: Iterable[str]) -> str:
