@@ -188,8 +188,12 @@ def no_space(folder: Path, what: str, needed: int, reason: int | None = errno.EN
     """
     reason = reason or errno.ENOSPC
     free = f", {in_units(shutil.disk_usage(folder).free)} are free" if reason == errno.ENOSPC else ""
-    fix = "Free some space, then run the same command again"
-    return OSError(reason, f"{os.strerror(reason)}: {what} {in_units(needed)}{free}. {fix}", str(folder.absolute()))
+    fix = "Raise the limit for files (ulimit -f)" if reason == errno.EFBIG else "Free some space"
+    return OSError(
+        reason,
+        f"{os.strerror(reason)}: {what} {in_units(needed)}{free}. {fix}, then run the same command again",
+        str(folder.absolute()),
+    )
 
 
 def cut_short(written: Path) -> int:

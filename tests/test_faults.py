@@ -9,12 +9,13 @@ import gzip
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 from bad_inputs import copy_workspace
 from safetensors.numpy import load_file
-from samples import first_cases
+from samples import HIPPOCAMPUS, first_cases
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[1]
@@ -144,28 +145,107 @@ def fill(disk: Path, leave: int) -> Path:
     return disk / "ballast"
 
 
-def test_full_disk(command: Run, tiny_model: Path, small_disk: Path, hippocampus: Path, counts: Any) -> None:
-    """Each step says so in one line; with space again, the same command ends as it would have."""
-    counts("faults survived", 3)
+MODEL = "nnlite_workspace/Task04_Hippocampus/models/tiny"
+SCAN = HIPPOCAMPUS / "imagesTr" / "hippocampus_001.nii.gz"
+PREDICT = ["predict", "-i", str(SCAN), "-o", "out", "-m", MODEL]
+SCORE = ["evaluate", f"{MODEL}/fold_0/validation", str(HIPPOCAMPUS / "labelsTr"), "--output", "scores/all.json"]
+ZIP, THEIRS = ["export", "model.zip", "-m", MODEL], ["export", "-o", "theirs", "--format", "nnunet", "-m", MODEL]
+MAPS = [*PREDICT, "--save-probabilities"]
+FULL = [
+    (["plan", "raw"], 0), (["plan", "raw"], 70_000), (["preprocess", "3d_fullres"], 150_000),
+    (["preprocess", "3d_fullres"], 1_000_000), (["preprocess", "3d_fullres"], 1_250_000), (TRAIN, 80_000),
+    (TRAIN, 150_000), (PREDICT, 0), (PREDICT, 66_000), (MAPS, 120_000), (MAPS, 190_000), (SCORE, 0), (["select"], 0),
+    (["report"], 60_000), (ZIP, 60_000), (THEIRS, 60_000),
+]  # fmt: skip
+
+
+def refused_for_space(code: int, out: str, err: str, words: Sequence[str]) -> str:
+    """The one line of a step that had no space: the folder, what is needed, what to do; no case is blamed for it."""
+    *before, last = err.splitlines()
+    assert code in (1, 2) and last.startswith("error: /"), (code, out, err)
+    assert any(word in last for word in words) and " needs " in last.replace(" need ", " needs "), last
+    assert "space" in last or "ulimit" in last, last
+    assert not [line for line in before if line.startswith(("error", "failed", "Traceback"))], err
+    return last
+
+
+def full_disk(command: Run, tiny_model: Path, disk: Path, step: list[str], room: int) -> bool:
+    """A step with so many free bytes, and again with more; whether it lacked space, which it may only say in one line.
+
+    With space again, the same command ends as it would have.
+    """
     tiny_workspace = tiny_model.parents[2]
-    copy_workspace(tiny_workspace, small_disk)
-    shutil.rmtree(small_disk / "nnlite_workspace" / "Task04_Hippocampus" / "preprocessed")
-    image = hippocampus / "imagesTr" / "hippocampus_001.nii.gz"
-    predict = ["predict", "-i", image, "-o", "out", "-m", "nnlite_workspace/Task04_Hippocampus/models/tiny"]
-    for step, room in ((["preprocess", "3d_fullres"], 150_000), (TRAIN, 20_000), (predict, 0)):
-        ballast = fill(small_disk, room)
-        code, out, err = command(*step, cwd=small_disk)
-        last = err.splitlines()[-1]
-        assert code in (1, 2) and last.startswith("error: "), (step, code, out, err)
-        assert "No space left" in last or "are free" in last, (step, last)
-        ballast.unlink()
-        code, out, err = command(*step, cwd=small_disk)
-        assert code == 0, (step, err)
-    assert not list(small_disk.rglob(".tmp-*"))
-    kept = tiny_workspace / "Task04_Hippocampus" / "preprocessed" / "cases"
-    for array in kept.glob("*/image.b2nd"):
-        made = small_disk / array.relative_to(tiny_workspace.parent).relative_to(tiny_workspace.name)
-        assert not made.exists() or made.read_bytes() == array.read_bytes()
+    for entry in disk.iterdir():
+        shutil.rmtree(entry)
+    copy_workspace(tiny_workspace, disk)
+    if step[0] == "plan":
+        first_cases(disk / "raw", 5)
+    if step[0] == "preprocess":
+        shutil.rmtree(disk / "nnlite_workspace" / "Task04_Hippocampus" / "preprocessed")
+    ballast = fill(disk, room)
+    ended = command(*step, cwd=disk)
+    if ended[0]:
+        refused_for_space(*ended, ["No space left on device: ", "are free"])
+    assert not list(disk.rglob(".tmp*"))
+    ballast.unlink()
+    code, _, err = command(*step, cwd=disk)
+    assert code == 0, (step, err)
+    assert not list(disk.rglob(".tmp*"))
+    if step[0] == "preprocess":
+        kept = tiny_workspace / "Task04_Hippocampus" / "preprocessed" / "cases"
+        made = disk / "nnlite_workspace" / "Task04_Hippocampus" / "preprocessed" / "cases"
+        arrays = [array for array in kept.glob("*/image.b2nd") if (made / array.parent.name).is_dir()]
+        assert len(arrays) == 10
+        assert all((made / array.parent.name / array.name).read_bytes() == array.read_bytes() for array in arrays)
+    return ended[0] != 0
+
+
+@pytest.mark.parametrize(("step", "room"), FULL, ids=[f"{step[0]} {room}" for step, room in FULL])
+def test_full_disk(command: Run, tiny_model: Path, small_disk: Path, counts: Any, step: list[str], room: int) -> None:
+    counts("faults survived")
+    assert full_disk(command, tiny_model, small_disk, step, room)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [["plan", "raw"], ["preprocess", "3d_fullres"], TRAIN, MAPS, SCORE, ["select"],
+                                  ["report"], ZIP, THEIRS], ids=lambda step: step[0])  # fmt: skip
+def test_every_fill_level(command: Run, tiny_model: Path, small_disk: Path, counts: Any, step: list[str]) -> None:
+    """Every 8 kB of free space, up to the one that suffices."""
+    room = 0
+    while full_disk(command, tiny_model, small_disk, step, room):
+        room += 8192
+    counts("faults survived", room // 8192)
+    assert room > 0
+
+
+LIMITED = {
+    "plan": (["plan", "raw"], 2_000), "preprocess": (["preprocess", "3d_fullres"], 20_000),
+    "train": (TRAIN, 20_000), "predict": (PREDICT, 2_000),
+    "maps": ([*PREDICT, "--save-probabilities"], 4_000), "evaluate": (SCORE, 2_000), "report": (["report"], 4_000),
+    "export": (ZIP, 4_000), "export for nnU-Net": (THEIRS, 4_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_limit_for_files(command: Run, tiny_model: Path, tmp_path: Path, counts: Any, name: str) -> None:
+    """The same by `ulimit -f`, which needs no rights: a file is cut short as on a full disk, and none is taken."""
+    step, limit = LIMITED[name]
+    root = copy_workspace(tiny_model.parents[2], tmp_path)
+    if step[0] == "plan":
+        first_cases(tmp_path / "raw", 10)
+    if step[0] == "preprocess":
+        shutil.rmtree(root / "preprocessed")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        ended = command(*step, cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    counts("faults survived")
+    refused_for_space(*ended, ["File too large: "])
+    assert not list(tmp_path.rglob(".tmp*"))
+    code, _, err = command(*step, cwd=tmp_path)
+    assert code == 0, err
 
 
 # ------------------------------------------------------------------------------------------------------ damaged files

@@ -106,7 +106,7 @@ def test_a_file_that_is_cut_short_is_not_written(tmp_path: Path, counts: Any, na
     with files_of_at_most(len(before) - 1 if isinstance(limit, str) else limit), pytest.raises(OSError) as caught:
         write(path)
     assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path.parent)
-    assert f"{name} needs " in str(caught.value.strerror) and "Free some space" in str(caught.value.strerror)
+    assert f"{name} needs " in str(caught.value.strerror) and "Raise the limit for files" in str(caught.value.strerror)
     assert [file.name for file in path.parent.iterdir()] == [name] and path.read_bytes() == before
     write(path)
     assert path.stat().st_size == len(before)
