@@ -111,8 +111,6 @@ ERRORS = {
     "channels in a file": Bad("channels", lambda r: rewrite(r / IMAGE, pair), IMAGE, ("2 channels, expected 1 (MRI)",)),
     "shape": Bad("shape", lambda r: rewrite(r / LABEL, lambda a: a[:-1]), LABEL, ("(35, 51, 34)", "(35, 51, 35)")),
     "spacing": Bad("spacing", lambda r: move(r / LABEL, scale=1.01), LABEL, ("1.01",)),
-    "origin": Bad("origin", lambda r: move(r / LABEL, shift=0.01), LABEL, ("header",)),
-    "direction": Bad("direction", lambda r: move(r / LABEL, angle=0.01), LABEL, ("header",)),
     "channels on two grids": Bad(
         "grid", lambda r: rewrite(r / T2, lambda a: a[:, 1:]), T2, ("hippocampus_001_0000.nii.gz", "one grid"), 2
     ),
@@ -134,6 +132,8 @@ ERRORS = {
 }
 
 WARNINGS = {
+    "origin": Bad("origin", lambda r: move(r / LABEL, shift=0.01), LABEL, ("header", "--accept-geometry")),
+    "direction": Bad("direction", lambda r: move(r / LABEL, angle=0.01), LABEL, ("header", "--accept-geometry")),
     "label without any voxel": Bad(
         "label_absent",
         lambda r: edit(r, labels={"0": "background", "1": "Anterior", "2": "Posterior", "3": "Tail"}),
@@ -189,7 +189,7 @@ def test_error(nnlite: Run, command: Run, copy_dataset: Copy, copy_nnunet: Copy,
     code, out, err = command("plan", "broken", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert line in err.splitlines(), "plan reports what check reports"
-    assert err.splitlines()[-1].startswith("error: ") and "1 error must be mended before planning" in err
+    assert err.splitlines()[-1].startswith("error: ") and "1 error must be corrected before planning" in err
     assert contents(tmp_path) == before and not (tmp_path / "nnlite_workspace").exists()
 
 

@@ -14,7 +14,7 @@ from nnunet_lite import log
 from nnunet_lite.budget import GB, free_memory
 from nnunet_lite.data.images import Image, read_image
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_image
+from nnunet_lite.inference.prepare import Ready, as_classes, as_image, calibrated_as_trained, ready_image
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
@@ -72,7 +72,7 @@ class Model:
         spacing : of an array's voxels, (z, y, x), in mm.
         """
         if isinstance(image, str | Path):
-            image = read_image(Path(image), len(self.plan.channels))
+            image = calibrated_as_trained(self.plan, read_image(Path(image), len(self.plan.channels)), Path(image))
         elif isinstance(image, np.ndarray):
             image = as_image(image, spacing)
         return predict_image(self, image)

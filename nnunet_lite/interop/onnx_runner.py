@@ -21,7 +21,7 @@ import numpy as np
 from nnunet_lite.budget import cpus
 from nnunet_lite.data.images import Image, read_image
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.prepare import as_classes, as_image
+from nnunet_lite.inference.prepare import as_classes, as_image, calibrated_as_trained
 from nnunet_lite.inference.tiles import Sides, gaussian_weight, mirrorings, padding, windows
 from nnunet_lite.plan.schema import Configuration, Plan
 from nnunet_lite.preprocess.pipeline import preprocess, restore_segmentation
@@ -70,7 +70,7 @@ class OnnxModel:
         UserError : the image cannot be read, or has other channels than the model.
         """
         if isinstance(image, str | Path):
-            image = read_image(Path(image), len(self.plan.channels))
+            image = calibrated_as_trained(self.plan, read_image(Path(image), len(self.plan.channels)), Path(image))
         elif isinstance(image, np.ndarray):
             image = as_image(image, spacing)
         return _segment(self, image)

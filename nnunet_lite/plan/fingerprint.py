@@ -129,7 +129,7 @@ def check_and_fingerprint(
 
     Returns
     -------
-    the report, and the fingerprint, None where the report holds errors.
+    the report, and the fingerprint, None where the report has errors or a geometry that is not accepted.
     """
     share = SAMPLES // max(1, len(dataset.cases))
     collected = Collector(len(dataset.channels))
@@ -139,7 +139,7 @@ def check_and_fingerprint(
         return case_fingerprint(image, geometry, foreground, share, Draws(stream))
 
     report = check(dataset, visit, collected.add, workers, progress)
-    return report, collected.fingerprint() if report.ok else None
+    return report, collected.fingerprint() if report.can_be_planned else None
 
 
 def case_fingerprint(
