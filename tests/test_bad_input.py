@@ -105,8 +105,6 @@ ERRORS = {
     "channels in a file": Bad("channels", lambda r: rewrite(r / IMAGE, pair), IMAGE, ("2 channels, expected 1 (MRI)",)),
     "shape": Bad("shape", lambda r: rewrite(r / LABEL, lambda a: a[:-1]), LABEL, ("(35, 51, 34)", "(35, 51, 35)")),
     "spacing": Bad("spacing", lambda r: move(r / LABEL, scale=1.01), LABEL, ("1.01",)),
-    "origin": Bad("origin", lambda r: move(r / LABEL, shift=0.01), LABEL, ("header",)),
-    "direction": Bad("direction", lambda r: move(r / LABEL, angle=0.01), LABEL, ("header",)),
     "channels on two grids": Bad(
         "grid", lambda r: rewrite(r / T2, lambda a: a[:, 1:]), T2, ("hippocampus_001_0000.nii.gz", "one grid"), 2
     ),
@@ -137,6 +135,8 @@ WARNINGS = {
     "fewer cases than counted": Bad(
         "n_cases", lambda r: edit(r, numTraining=10), "dataset.json", ("numTraining is 10", "there are 5 cases")
     ),
+    "origin": Bad("origin", lambda r: move(r / LABEL, shift=0.01), LABEL, ("header", "--accept-geometry")),
+    "direction": Bad("direction", lambda r: move(r / LABEL, angle=0.01), LABEL, ("header", "--accept-geometry")),
     "label without any voxel": Bad(
         "label_absent",
         lambda r: edit(r, labels={"0": "background", "1": "Anterior", "2": "Posterior", "3": "Tail"}),

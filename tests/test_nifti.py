@@ -259,6 +259,7 @@ def test_forms_that_do_not_agree_are_reported_in_mm(tmp_path: Path) -> None:
          "its sform has voxels of (1.4, 0.8, 2.5) mm (x, y, z), its pixdim of (0.7, 0.8, 2.5) mm, which is used"),
         ({"qform": 1}, None),
         ({}, None),
+        (both | {"quaternion": (1, 1, 1), "srow": srow}, "its qform is no rotation"),
     ):  # fmt: skip
         write(path, **fields)
         found = forms_apart(path, read_geometry(path)[0])

@@ -231,7 +231,9 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
     array = np.random.default_rng(0).normal(size=(2, 30, 9, 25)).astype(np.float32)
     array[:, :3] = 0
     agree(model, exported, array, (1.0, 5.0, 1.2))
-    prepared = preprocess(predictor.as_image(array, (1.0, 5.0, 1.2)), None, model.plan, model.configuration).image
+    prepared = preprocess(
+        predictor.as_image(array, (1.0, 5.0, 1.2), model.plan), None, model.plan, model.configuration
+    ).image
     expected = predictor.predict_preprocessed(model, prepared).numpy()
     np.testing.assert_allclose(runner.predict_logits(exported, prepared), expected, atol=1e-3, rtol=0)
     single = runner.predict_logits(runner.load(tmp_path / "out", folds=[1]), prepared)

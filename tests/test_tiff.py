@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import tifffile
 from bad_inputs import Command
 
+from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.preprocess.raw_files import survey
 
 UM = 1e-3  # mm
 GREY: dict[str, Any] = {"photometric": "minisblack"}
@@ -217,6 +220,21 @@ def test_a_label_map_keeps_the_spacing(tmp_path: Path) -> None:
         (tmp_path / "out.json").unlink()
         bare = read_label(tmp_path / "out.tif")[1]
         assert not bare.calibrated and bare.differences(image.geometry) == image.geometry.differences(bare) == []
+
+
+def test_a_changed_sidecar_or_file_of_voxels_is_a_changed_case(tmp_path: Path) -> None:
+    """Preprocessing looks for what changed: the spacing of a TIFF file, and the voxels that a header names."""
+    path = save(tmp_path / "a.tif", numbers((5, 6, 7)))
+    (tmp_path / "a.json").write_text(json.dumps({"spacing": [3.0, 0.7, 0.8]}))
+    sitk.WriteImage(sitk.GetImageFromArray(numbers((5, 6, 7))), tmp_path / "b.mhd")
+    cases = [Case("a", (path,)), Case("b", (tmp_path / "b.mhd",))]
+    before = survey(cases, {}, 0)
+    assert survey(cases, before, 0) == before
+    (tmp_path / "a.json").write_text(json.dumps({"spacing": [4.0, 0.7, 0.8]}))
+    (tmp_path / "b.raw").write_bytes(bytes(2 * 5 * 6 * 7))
+    after = survey(cases, before, 0)
+    assert after["a"].spacing == (4.0, 0.7, 0.8)
+    assert after["b"] != before["b"]
 
 
 def test_equal_channels_of_a_label_map_are_one(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ from nnunet_lite.data.names import (
 from nnunet_lite.data.nifti import must_have_sizes, pixdim_defect, read_nifti, read_nifti_header
 from nnunet_lite.errors import UserError
 
-_MILLIMETRES = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}  # nibabel's names of NIfTI's units
 _APART = 0.25  # of a voxel: how far qform and sform of an image may be apart; a quaternion rounds by a tenth
 
 
@@ -231,7 +230,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     array = np.ascontiguousarray(array, dtype=kind)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(image.affine, np.float64)
     if isinstance(image.header, nibabel.Nifti1Header):
-        affine[:3] *= _MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+        affine[:3] *= _millimetres(image.header)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and np.isfinite(lengths).all() and (lengths > 0).all()):
         raise UserError("has an affine matrix without volume", path)
@@ -252,6 +251,11 @@ def _reason(error: BaseException) -> str:
     return next(
         (line.strip(" .").replace(". ", "; ") for line in reversed(lines) if line.strip()), type(error).__name__
     )
+
+
+def _millimetres(header: Any) -> float:
+    """The unit of a NIfTI header in mm: metres, micrometres, and mm for any other number."""
+    return {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
 
 
 def nifti_scale(path: Path) -> tuple[float, float] | None:
@@ -279,8 +283,11 @@ def forms_apart(path: Path, geometry: Geometry) -> str | None:
         return pixdim_defect(path)
     with usual_name(path) as named:
         header = _nibabel().load(named).header
-    scale = np.diag([_MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0])
-    stated = {"qform": header.get_qform(coded=True)[0], "sform": header.get_sform(coded=True)[0]}
+    scale = np.diag([_millimetres(header)] * 3 + [1.0])
+    try:
+        stated = {"qform": header.get_qform(coded=True)[0], "sform": header.get_sform(coded=True)[0]}
+    except ValueError:
+        return "its qform is no rotation"
     forms = {name: scale @ form for name, form in stated.items() if form is not None}
     corners = np.array([(x, y, z, 1) for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
     corners[:, :3] *= np.subtract(geometry.shape[::-1], 1)

@@ -84,7 +84,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether the dataset can be trained on: there is no error, and no geometry that has to be accepted."""
+        """Whether there is no error."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+    @property
+    def can_be_planned(self) -> bool:
+        """Whether there is no error, and no geometry that has to be accepted."""
         return not any(problem.stops(self.accept_geometry) for problem in self.problems)
 
     def count(self, severity: Severity) -> int:

@@ -78,7 +78,7 @@ class Model:
             infinite; or the networks compute such values.
         """
         with naming(image) if isinstance(image, str | PathLike) else nullcontext():
-            return predict_image(self, as_image(image, spacing, len(self.plan.channels)))
+            return predict_image(self, as_image(image, spacing, self.plan))
 
 
 def load(

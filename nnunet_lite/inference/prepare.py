@@ -61,19 +61,32 @@ def ready_case(model: Model, case: Case, accept_geometry: bool = False) -> Ready
         extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{ending_of(case.images[0])}")
         if extra.is_file():
             raise UserError(f"is a channel too many; {expected}", extra)
-    image = _calibrated_as_trained(model, read_images(case.images, wanted, accept_geometry), case.images[0])
+    image = calibrated_as_trained(model.plan, read_images(case.images, wanted, accept_geometry), case.images[0])
     return ready_image(model, image)
 
 
-def _calibrated_as_trained(model: Model, image: Image, path: Path) -> Image:
-    """The image with pixels for its unit if the model was trained so, as nnU-Net reads TIFF files of a microscope.
+def calibrated_as_trained(plan: Plan, image: Image, path: Path) -> Image:
+    """Take the pixels of a microscope for the unit if the model was trained so, as nnU-Net reads such TIFF files.
+
+    Parameters
+    ----------
+    plan : Plan
+        The model's.
+    image : Image
+        As it was read from `path`.
+    path : Path
+
+    Returns
+    -------
+    Image
+        The same, or with a spacing of 1 mm.
 
     Raises
     ------
     UserError : the model was trained on micrometres, and the image states no spacing.
     """
     geometry = image.geometry
-    planned = [configuration.spacing for configuration in model.plan.configurations.values()]
+    planned = [configuration.spacing for configuration in plan.configurations.values()]
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
     if geometry.calibrated:
         if suffix_of(path) not in TIFF or max(stated) > _MICROSCOPIC or not any(set(s) == {1.0} for s in planned):
@@ -127,14 +140,14 @@ def must_fit(image: Image, plan: Plan) -> None:
                 raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
 
 
-def as_image(given: Any, spacing: Sequence[float] | None = None, channels: int | None = None) -> Image:
+def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
     """An image as it may be given from Python.
 
     Parameters
     ----------
     given : a file, an `Image`, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
     spacing : of an array's voxels, (z, y, x), in mm; without it 1 mm is taken, which is logged once.
-    channels : how many are expected in a file, see `read_image`.
+    plan : of the model that will see it.
 
     Raises
     ------
@@ -144,7 +157,7 @@ def as_image(given: Any, spacing: Sequence[float] | None = None, channels: int |
         what = "a spacing is given for what has its own"
         raise UserError(what, None if isinstance(given, Image) else str(given), "Give it with arrays only.")
     if isinstance(given, str | PathLike):
-        return read_image(Path(given), channels)
+        return calibrated_as_trained(plan, read_image(Path(given), len(plan.channels)), Path(given))
     if isinstance(given, Image):
         array = _image_array(given.array)
         if array.shape[1:] != given.geometry.shape:

@@ -65,7 +65,7 @@ class OnnxModel:
     def __call__(self, image: Any, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Segment an image; parameters and errors are those of `inference.predictor.Model`."""
         with naming(image) if isinstance(image, str | PathLike) else nullcontext():
-            ready = as_image(image, spacing, len(self.plan.channels))
+            ready = as_image(image, spacing, self.plan)
             must_fit(ready, self.plan)
             return _segment(self, ready)
 

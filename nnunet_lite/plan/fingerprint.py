@@ -138,7 +138,7 @@ def check_and_fingerprint(
 
     Returns
     -------
-    the report, and the fingerprint, None where the report holds errors.
+    the report, and the fingerprint, None where the report has errors or a geometry that is not accepted.
     """
     share = SAMPLES // max(1, len(dataset.cases))
     collected = Collector(len(dataset.channels))
@@ -148,7 +148,7 @@ def check_and_fingerprint(
         return case_fingerprint(image, geometry, foreground, share, Draws(stream))
 
     report = check(dataset, visit, collected.add, workers, progress)
-    return report, collected.fingerprint(dataset.orientation) if report.ok else None
+    return report, collected.fingerprint(dataset.orientation) if report.can_be_planned else None
 
 
 def case_fingerprint(
