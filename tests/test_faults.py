@@ -170,7 +170,7 @@ def refused_for_space(code: int, out: str, err: str, words: Sequence[str]) -> st
 
 
 def full_disk(command: Run, tiny_model: Path, disk: Path, step: list[str], room: int) -> bool:
-    """A step with so many free bytes, and again with more; whether it lacked space, which it may only say in one line.
+    """Run a step with a number of free bytes, and again with more; whether it lacked space, and said so in one line.
 
     With space again, the same command ends as it would have.
     """

@@ -17,8 +17,12 @@ import pytest
 import SimpleITK as sitk
 from bad_inputs import Bad, Command, contents, refuse
 
+from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.images import read_geometry, read_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference.folder import check_output
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,6 +136,21 @@ def test_the_same_command_again_finds_the_same_images(
     ended = [command("predict", "-m", "model", "-i", source, "-o", out, "--no-mirroring", cwd=place) for _ in range(2)]
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert ended[0][1] == ended[1][1] == f"1 label map in {out}\n"
+
+
+def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Path) -> None:
+    """`a.nii.gz` beside `a_0000.nii.gz` and `a_0001.nii.gz` is a case of its own the next time."""
+    images = tuple(tmp_path / f"a_{number:04d}.nii.gz" for number in (0, 1))
+    for image in images:
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), image)
+    cases, labels = find_cases(images[0], 2), Labels(names={"background": 0, "organ": 1})
+    assert cases == [Case("a", images)]
+    with pytest.raises(UserError, match=AMONG):
+        check_output([images[0]], cases, tmp_path, labels, False)
+    with pytest.raises(UserError, match=AMONG):
+        check_output([images[0]], cases, tmp_path / "a.nii.gz", labels, False)
+    check_output([images[0]], cases, tmp_path / "seg.nii.gz", labels, False)
+    check_output([images[0]], cases, tmp_path / "out", labels, False)
 
 
 def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, counts: Any) -> None:

@@ -177,9 +177,11 @@ def _kept(
 
 def _predict_on(scheduler: str, parcel: _Parcel, cases: Sequence[Case]) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; the label maps, and why others failed."""
+    from nnunet_lite.inference.folder import names_file
+
     files: list[Path] = []
     failed: dict[str, str] = {}
-    with cluster_of(scheduler, parcel.out) as cluster:
+    with cluster_of(scheduler, parcel.out.parent if names_file(parcel.out) else parcel.out) as cluster:
         assert cluster is not None  # there is a scheduler
         there = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
         for case, found in cluster.spread(parcel, there, "predict", heavy=True):

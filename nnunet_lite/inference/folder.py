@@ -147,19 +147,11 @@ def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labe
 
     Raises
     ------
-    UserError : one file for several cases, or in a format that cannot hold the label map; or the label maps would lie
-        where the same command would take them for images the next time.
+    UserError : one file for several cases, or in a format that cannot hold the label map; or the label maps would be
+        written where the same command takes them for images the next time.
     """
     if names_file(out):
-        if len(cases) > 1:
-            raise UserError(f"names one label map, and there are {len(cases)} images", out, "Give a folder.")
-        if dicom_seg != (out.suffix.lower() == ".dcm"):
-            raise UserError("a DICOM segmentation ends in .dcm, and needs --dicom-seg", out)
-        suffix = suffix_of(out)
-        if not dicom_seg and label_suffix(suffix) != suffix:
-            raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
-        if suffix in PICTURES:
-            fits_picture(out, written_values(labels), read_geometry(cases[0].images[0])[0])
+        _must_fit_one_file(cases, out, labels, dicom_seg)
     folder = out.parent if names_file(out) else out
     given = {_identity(source) for source in sources if source.is_dir()}
     holders = {path if path.is_dir() else path.parent for case in cases for path in case.images}
@@ -174,6 +166,19 @@ def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labe
     if _identity(folder) in searched or _identity(folder.parent) in would_be_searched or beside_channels:
         what = "would hold images and label maps, which the next prediction would take for images"
         raise UserError(what, out, "Choose another --output.")
+
+
+def _must_fit_one_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
+    """Refuse a name of a label map that is not for one image, or whose format cannot hold its label map."""
+    if len(cases) > 1:
+        raise UserError(f"names one label map, and there are {len(cases)} images", out, "Give a folder.")
+    if dicom_seg != (out.suffix.lower() == ".dcm"):
+        raise UserError("a DICOM segmentation ends in .dcm, and needs --dicom-seg", out)
+    suffix = suffix_of(out)
+    if not dicom_seg and label_suffix(suffix) != suffix:
+        raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
+    if suffix in PICTURES:
+        fits_picture(out, written_values(labels), read_geometry(cases[0].images[0])[0])
 
 
 def _identity(path: Path) -> tuple[object, ...]:

@@ -1,0 +1,87 @@
+"""The command at its very beginning: closed standard streams, and Ctrl-C while it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
+ENVIRONMENT["OMP_NUM_THREADS"] = "1"
+NNLITE = shlex.quote(str(Path(sysconfig.get_path("scripts")) / "nnlite"))
+AS_MODULE = f"{shlex.quote(sys.executable)} -m nnunet_lite"
+
+# a finder that sends SIGINT to this process as soon as a certain module is looked for, in `sitecustomize`
+INTERRUPTS = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPT_AT"]:
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "closed"),
+    [(NNLITE, "2>&-"), (NNLITE, ">&-"), (NNLITE, "<&-"), (NNLITE, "2>&- >&- <&-"), (AS_MODULE, "2>&- >&-")],
+)
+def test_closed_streams(hippocampus: Path, tmp_path: Path, start: str, closed: str) -> None:
+    """The command works as if they led to /dev/null: no file that it opens becomes its standard error."""
+    command = f"{start} plan {shlex.quote(str(hippocampus))} --json {closed}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout)["configurations"] if ">&-" not in closed.split() else done.stdout == ""
+    assert ("0 errors" in done.stderr) == ("2>&-" not in closed)
+    stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
+    for name in ("check.json", "dataset.json", "fingerprint.json", "plans.json"):
+        json.loads((stored / name).read_text())
+    wrong = subprocess.run(f"{start} plan nowhere {closed}", shell=True, cwd=tmp_path, env=ENVIRONMENT)
+    assert wrong.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("at", "number"),
+    [("nnunet_lite.api", 2), ("nnunet_lite.api", 15), ("typer", 2), ("pydantic", 2), ("torch", 2), ("torch.nn", 15)],
+)
+def test_a_signal_while_the_command_imports(
+    tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any, at: str, number: int
+) -> None:
+    """One line and the shell's exit code, also where a library makes another exception of KeyboardInterrupt."""
+    counts("faults survived")
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS)
+    image = min((hippocampus / "imagesTs").iterdir())
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "INTERRUPT_AT": at, "SIGNAL": str(number)}
+    arguments = ["predict", "-i", str(image), "-o", "out", "-m", str(tiny_model), "--device", "cpu"]
+    done = subprocess.run(
+        [*shlex.split(NNLITE), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (128 + number, ""), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("stopped"), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_that_imports_the_package_keeps_its_signals() -> None:
+    code = (
+        "import signal, sys\n"
+        "before = [signal.getsignal(n) for n in (2, 15, 1)], sys.unraisablehook\n"
+        "import nnunet_lite\n"
+        "assert before == ([signal.getsignal(n) for n in (2, 15, 1)], sys.unraisablehook)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
+    """As by nohup, and for a job in the background of a script."""
+    code = (
+        "import sys; sys.argv = ['nnlite']\nimport signal, nnunet_lite\nprint(*map(int, map(signal.getsignal, (1, 2))))"
+    )
+    command = f"trap '' HUP INT; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    assert subprocess.check_output(["sh", "-c", command], text=True) == "1 1\n"
