@@ -233,13 +233,13 @@ def test_held_out_logits_that_are_not_finite_have_no_dice(
 
 
 def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob) -> None:
-    run = job(**{"training.epochs": 1000, "training.time_limit": 0.03, "training.iterations": 10})
+    run = job(**{"training.epochs": 1000, "training.time_limit": 0.05, "training.iterations": 10})
     start = time.monotonic()
     train_fold(run)
-    assert 1.5 < time.monotonic() - start < 15
+    assert 2 < time.monotonic() - start < 15
     table = rows(run.folder)
     assert len(table) < 1000
-    assert table[-1]["lr"] < 0.5 * 0.01
+    assert table[-1]["lr"] < 0.7 * 0.01
     assert is_finished(run.folder)
 
 

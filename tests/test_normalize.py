@@ -105,3 +105,6 @@ def test_percentile_clipping_comes_before_the_scheme() -> None:
     inside[0, 0, 0] = False  # the hot voxel does not count, but is clipped
     normalize(masked, (channel.model_copy(update={"use_mask": True, "normalization": "none"}),), inside)
     assert masked.max() == np.float32(np.percentile(raw[0][inside], 99))
+    empty = np.zeros((1, 4, 5, 6), np.float32)  # an image without a voxel inside its mask
+    normalize(empty, (channel.model_copy(update={"use_mask": True}),), np.zeros((4, 5, 6), bool))
+    assert not empty.any()

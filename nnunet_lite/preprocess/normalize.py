@@ -37,7 +37,8 @@ def normalize(image: np.ndarray, channels: tuple[Channel, ...], inside: np.ndarr
         counted = inside if channel.use_mask else None
         if channel.clip_percentiles is not None:
             voxels = array if counted is None else array[counted]
-            np.clip(array, *np.percentile(voxels, channel.clip_percentiles).astype(np.float32), out=array)
+            if voxels.size:  # an image of zeros alone has none inside its mask
+                np.clip(array, *np.percentile(voxels, channel.clip_percentiles).astype(np.float32), out=array)
         SCHEMES[channel.normalization](array, channel.statistics, counted)
 
 

@@ -235,7 +235,7 @@ def _is_over(job: Job, state: State) -> bool:
     if patience is not None and state.trend.since >= patience:
         log.info(f"stopping early: the held-out Dice has not risen for {state.trend.since} epochs")
         return True
-    return state.epoch > 0 and _progress(job, state) >= 1
+    return state.epoch > 0 and _progress(job, state, since=state.pace / 2) >= 1  # as within an epoch
 
 
 def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: Stop) -> Row | None:
@@ -251,10 +251,9 @@ def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, s
     for iteration in range(first, training.iterations):
         since = clock.after(iteration - first)
         pace = since / (iteration - first) if iteration > first else state.pace
-        begun = state.epoch > 0 or iteration > 0  # one step is made, however short the time
-        if begun and _progress(job, state, iteration, since + pace / 2, pace) >= 1:
+        if iteration > first and _progress(job, state, iteration, since + pace / 2, pace) >= 1:
             break  # the limit is nearer now than after another step
-        progress = _progress(job, state, iteration, since, pace) if begun else 0.0
+        progress = _progress(job, state, iteration, since, pace) if state.epoch or iteration else 0.0
         rate = learning_rate(job.settings.optimizer.lr * state.plateau.factor, job.settings.schedule, progress)
         asked = time.monotonic()
         step_batches = list(islice(batches, training.accumulate))

@@ -16,19 +16,25 @@ def share_done(fold_folder: Path, settings: Settings) -> float:
 
 
 def seconds_of_training(fold_folder: Path, settings: Settings) -> float | None:
-    """Seconds that a fold trains in all: as folds of the same model did, else at the pace of what is done of it or of
-    them, else the time limit; None where there is nothing to tell it from."""
+    """Seconds that a fold takes in all: as folds of the same model did, with the validation; else at the pace of what
+    is done of it or of them, else the time limit; None where nothing is known."""
     from nnunet_lite.training.checkpoint import read_state
 
     others = sorted(folder for folder in fold_folder.parent.glob("fold_*") if folder != fold_folder)
     finished = [read_state(folder / MODEL) for folder in others if is_finished(folder)]
-    alike = [float(state["seconds"]) for state in finished if state.get("length") == length(settings)]
-    if alike:
-        return sum(alike) / len(alike)
+    equal = [_whole(state) for state in finished if state.get("length") == length(settings)]
+    if equal:
+        return sum(equal) / len(equal)
     limit = settings.training.time_limit
     whole = None if limit is None else 60 * limit
     pace = next(_paces((fold_folder, *others), settings), None)
     return min((each for each in (pace, whole) if each is not None), default=None)
+
+
+def _whole(state: dict[str, Any]) -> float:
+    """Seconds of a finished fold: of its training, and of the validation as it was estimated."""
+    validation = state.get("validation") or {"seconds": 0.0}
+    return float(state["seconds"]) + float(validation["seconds"])
 
 
 def _paces(folders: Iterable[Path], settings: Settings) -> Iterator[float]:
