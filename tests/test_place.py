@@ -12,8 +12,7 @@ import pytest
 import SimpleITK
 
 from nnunet_lite import api
-from nnunet_lite.api.place import place_of
-from nnunet_lite.api.workflow import _why_to_plan
+from nnunet_lite.api.place import place_of, why_to_plan
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan import fingerprint
@@ -41,7 +40,7 @@ def other_values(raw: Path, what: str = "imagesTr") -> None:
 
 def why(raw: Path, workspace: Path) -> str | None:
     dataset = read_dataset(raw)
-    return _why_to_plan(dataset, place_of(workspace, dataset))
+    return why_to_plan(dataset, place_of(workspace, dataset))
 
 
 def test_the_same_folder_has_its_files_also_when_it_has_grown(planned: tuple[Path, Path]) -> None:
