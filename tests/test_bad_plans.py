@@ -88,7 +88,9 @@ def found_splits(content: Any, *says: str, command: str = "plan raw") -> Bad:
     """A splits_final.json in the folder of a dataset, which nobody asked for."""
     text = content if isinstance(content, str) else json.dumps(content)
     return Bad(
-        lambda place: (place / "raw" / "splits_final.json").write_text(text), command, ("splits_final.json: ", *says)
+        lambda place: (place / "raw" / "splits_final.json").write_text(text),
+        command,
+        ("splits_final.json: ", "Correct or remove it, or give --folds", *says),
     )
 
 

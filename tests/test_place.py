@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+from samples import TINIEST
 
 from nnunet_lite import api
-from nnunet_lite.api.place import place_of
-from nnunet_lite.api.workflow import _why_to_plan
+from nnunet_lite.api.place import place_of, why_to_plan
+from nnunet_lite.api.workflow import _commands
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.plan import fingerprint
+from nnunet_lite.training.run import first_training
 from nnunet_lite.workspace import Paths, current, read_json
+
+SHORT = {"training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16]}
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def other_values(raw: Path, what: str = "imagesTr") -> None:
 
 def why(raw: Path, workspace: Path) -> str | None:
     dataset = read_dataset(raw)
-    return _why_to_plan(dataset, place_of(workspace, dataset))
+    return why_to_plan(dataset, place_of(workspace, dataset))
 
 
 def test_the_same_folder_has_its_files_also_when_it_has_grown(planned: tuple[Path, Path]) -> None:
@@ -128,6 +132,23 @@ def test_raw_data_in_the_workspace_are_refused(copy_dataset: Callable[..., Path]
     raw = copy_dataset(2, "ws/data")
     with pytest.raises(UserError, match="is itself in the workspace"):
         place_of(raw.parent, read_dataset(raw))
+
+
+def test_commands_name_the_dataset_where_there_are_several(
+    planned: tuple[Path, Path], copy_dataset: Callable[..., Path]
+) -> None:
+    raw, workspace = planned
+    paths = Paths(workspace / "data")
+    assert " -d " not in " ".join(_commands(paths, None, [paths.models / "2d-cpu"])) + first_training(paths)
+    api.plan(copy_dataset(2, "other"), workspace=workspace, workers=0)
+    assert first_training(paths) == "nnlite train 3d_fullres all -d data"
+    assert all(" -d data" in words for words in _commands(paths, None, [paths.models / "2d-cpu"]))
+    with pytest.raises(UserError, match="has 2 planned datasets: data, other"):
+        api.preprocess(["2d"], workspace=workspace, workers=0)
+    assert api.preprocess(["2d"], dataset="data", workspace=workspace, workers=0).made == 3
+    api.run(raw, configurations=["2d"], fold=["all"], changes=TINIEST | SHORT, workspace=workspace, device="cpu")
+    assert (paths.models / "2d-default" / "fold_all" / "model.safetensors").is_file()
+    assert not (workspace / "other" / "models").exists()
 
 
 # ----------------------------------------------------------------------------------- whether it is planned again

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths, current, planned_datasets, read_json, understood, workspace_folder
+from nnunet_lite.workspace import Paths, current, planned_datasets, read_json, understood, workspace_folder, write_json
 
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
@@ -71,6 +71,51 @@ def place_of(workspace: Path, dataset: Dataset) -> Paths:
     what = f"moved here from {stored.root}" if moved else f"has the same files as {stored.root}"
     log.info(f"{root}: {what}, and counts as the dataset {dataset.name} of the workspace {workspace}")
     return paths
+
+
+def why_to_plan(dataset: Dataset, paths: Paths) -> str | None:
+    """Why there is no plan of these very cases and files, in words; None where there is one.
+
+    A dataset that was moved is not planned again: the new places of its files are recorded.
+    """
+    from nnunet_lite.data.dataset import dataset_to_json
+    from nnunet_lite.preprocess.raw_files import first_change
+    from nnunet_lite.training.grouping import some as shown
+
+    files = (paths.plans, paths.dataset, paths.fingerprint)
+    if not all(file.is_file() for file in files):
+        return "is not planned yet"
+    with understood(paths.dataset, "Run `nnlite plan` again."):
+        now, before = dataset_to_json(dataset), read_json(paths.dataset)
+        ids, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
+        differs = _unplaced(now) != _unplaced(before)
+    if ids != planned:
+        changes = {"lacks": sorted(planned - ids), "also has": sorted(ids - planned)}
+        what = [f"{verb} {shown(names)}" for verb, names in changes.items() if names]
+        return f"has changed since it was planned: it {' and '.join(what)}"
+    if differs:
+        return "has other files, channels or labels than were planned"
+    if not paths.raw.is_file():
+        return f"was planned before {paths.raw.name} was kept, which tells whether a file has changed"
+    if (changed := first_change(dataset.cases, paths.raw)) is not None:
+        return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
+    if now != before:
+        write_json(paths.dataset, now)
+    return None
+
+
+def _unplaced(described: dict[str, Any]) -> dict[str, Any]:
+    """A description of a dataset, as workspaces have it, with the files relative to the dataset's folder."""
+    root = Path(described["root"])
+
+    def relative(file: str | None) -> str | None:
+        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
+
+    cases = [
+        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
+        for case in described["dataset"]
+    ]
+    return {**described, "root": "", "dataset": cases}
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import api, log
-from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of, place_of
+from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of, place_of, why_to_plan
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, what_is_left
-from nnunet_lite.workspace import Paths, find_raw, read_json, understood, use, write_json
+from nnunet_lite.workspace import Paths, find_raw, read_json, use
 
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
@@ -116,7 +116,7 @@ def run(
     journal = Journal(paths.root / JOURNAL)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
     planning = partial(api.plan, root, workspace=place, workers=workers, accept_geometry=accepted, **how)
-    why = _why_to_plan(dataset, paths)
+    why = why_to_plan(dataset, paths)
     plan = Step("check and plan", "plan", lambda: why is None, planning)
     if why is not None:
         log.info(f"{dataset.name} (workspace {place}) {why}; what there is to train follows from the plan")
@@ -183,51 +183,6 @@ def _fold_names(fold: Sequence[int | str] | None, how: Mapping[str, Any], paths:
         return asked
     there = api.fold_names(**how, dataset=paths.name, workspace=paths.root.parent)
     return asked or there
-
-
-def _why_to_plan(dataset: Dataset, paths: Paths) -> str | None:
-    """Why there is no plan of these very cases and files, in words; None where there is one.
-
-    A dataset that was moved is not planned again: the new places of its files are recorded.
-    """
-    from nnunet_lite.data.dataset import dataset_to_json
-    from nnunet_lite.preprocess.raw_files import first_change
-    from nnunet_lite.training.grouping import some as shown
-
-    files = (paths.plans, paths.dataset, paths.fingerprint)
-    if not all(file.is_file() for file in files):
-        return "is not planned yet"
-    with understood(paths.dataset, "Run `nnlite plan` again."):
-        now, before = dataset_to_json(dataset), read_json(paths.dataset)
-        ids, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
-        differs = _unplaced(now) != _unplaced(before)
-    if ids != planned:
-        changes = {"lacks": sorted(planned - ids), "also has": sorted(ids - planned)}
-        what = [f"{verb} {shown(names)}" for verb, names in changes.items() if names]
-        return f"has changed since it was planned: it {' and '.join(what)}"
-    if differs:
-        return "has other files, channels or labels than were planned"
-    if not paths.raw.is_file():
-        return f"was planned before {paths.raw.name} was kept, which tells whether a file has changed"
-    if (changed := first_change(dataset.cases, paths.raw)) is not None:
-        return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
-    if now != before:
-        write_json(paths.dataset, now)
-    return None
-
-
-def _unplaced(described: dict[str, Any]) -> dict[str, Any]:
-    """A description of a dataset, as workspaces have it, with the files relative to the dataset's folder."""
-    root = Path(described["root"])
-
-    def relative(file: str | None) -> str | None:
-        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
-
-    cases = [
-        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
-        for case in described["dataset"]
-    ]
-    return {**described, "root": "", "dataset": cases}
 
 
 def _runs(

@@ -102,7 +102,11 @@ def wanted_folds(
             raise UserError("--splits says what the folds are: --folds, --group-by and --stratify cannot change them")
         return Wanted(file=str(splits), given=given_splits(Path(splits), ids))
     if n_folds is None and group_by is None and not stratify and (file := _splits_of_nnunet(dataset)) is not None:
-        return Wanted(file=str(file), given=given_splits(file, ids), found=True)
+        try:
+            return Wanted(file=str(file), given=given_splits(file, ids), found=True)
+        except UserError as error:
+            fix = f"{error.fix} Correct or remove it, or give --folds, --group-by, --stratify or --splits.".strip()
+            raise UserError(error.what, error.file, fix) from None
     if n_folds is not None and n_folds < 2:
         raise UserError(f"{n_folds} is no number of folds", fix="Take 2 or more, or train on every case: fold `all`.")
     by = None if group_by is None else str(group_by)
