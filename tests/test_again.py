@@ -147,7 +147,7 @@ def test_an_option_beats_a_change_by_hand_which_is_kept_aside(planned: Planned) 
     planned.said()
     again = planned.plan(preset="default", stored_as="float16")
     assert again.configuration("2d") == made.configuration("2d") and again.stored_as == "float16"
-    assert again.configuration("mine").batch_size == 3, "a configuration made by hand is nobody else's"
+    assert again.configuration("mine").batch_size == 3, "a configuration made by hand stays"
     copy = planned.file.with_name("plans_1.json")
     assert copy.read_text() == edited
     said = planned.said()

@@ -85,7 +85,7 @@ def given_splits(content: Any, *says: str) -> Bad:
 
 
 def found_splits(content: Any, *says: str, command: str = "plan raw") -> Bad:
-    """A splits_final.json in the folder of a dataset, which nobody asked for."""
+    """A splits_final.json in the folder of a dataset, which is taken without an option."""
     text = content if isinstance(content, str) else json.dumps(content)
     return Bad(
         lambda place: (place / "raw" / "splits_final.json").write_text(text),

@@ -399,7 +399,7 @@ def test_splits_final_is_taken_and_reported(
     assert read_json(paths.models / "3d_fullres-default" / "fold_1" / "cases.json")["training"] == 3
     dataset = read_dataset(raw)
     everything = read_fold(paths.splits, ids_of(dataset), "all", wanted_folds(dataset))
-    assert len(everything.training) == 6, "nobody asked for folds"
+    assert len(everything.training) == 6, "no option asks for folds"
 
 
 def test_splits_final_is_looked_for_where_nnunet_keeps_it(
@@ -429,7 +429,7 @@ def test_what_is_asked_for_beats_splits_final(
         how = {"splits": tmp_path / "mine.csv"}
     wanted = wanted_folds(read_dataset(raw), **how)
     assert wanted.asked and wanted.given != folds
-    (raw / "splits_final.json").write_text("[")  # nobody reads it
+    (raw / "splits_final.json").write_text("[")  # it is not read
     assert wanted_folds(read_dataset(raw), **how).given == wanted.given
 
 

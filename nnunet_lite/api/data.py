@@ -118,7 +118,7 @@ def plan(
     found = again.plan_with(given, options, fingerprint, dataset, earlier, adopted)
     made_splits = splitting.make_splits(ids, wanted) if other_splits else None
     again.report(found, earlier, given)
-    write_json(paths.plans, found.content)  # before what tells that it is up to date
+    write_json(paths.plans, found.content)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())

@@ -96,7 +96,7 @@ def why_to_plan(dataset: Dataset, paths: Paths) -> str | None:
     if differs:
         return "has other files, channels or labels than were planned"
     if not paths.raw.is_file():
-        return f"was planned before {paths.raw.name} was kept, which tells whether a file has changed"
+        return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
     if (changed := first_change(dataset.cases, paths.raw)) is not None:
         return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
     if now != before:

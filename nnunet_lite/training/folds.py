@@ -49,7 +49,7 @@ _TRIES = 20  # shuffles, of which the most even is taken where both groups and s
 class Wanted:
     """The folds that were asked for, see `wanted_folds`; None is what was not asked.
 
-    `found` : nobody asked: `given` are those of a splits_final.json that the dataset has.
+    `found` : no option was given, and `given` are those of a splits_final.json that the dataset has.
     """
 
     n_folds: int | None = None
