@@ -16,8 +16,8 @@ from nnunet_lite.workspace import Paths, understood
 
 # what pyproject.toml asks for
 _PACKAGES = (
-    "torch", "numpy", "scipy", "SimpleITK", "nibabel", "pillow", "batchgenerators", "tqdm", "blosc2", "safetensors",
-    "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn", "threadpoolctl",
+    "torch", "numpy", "scipy", "SimpleITK", "nibabel", "pillow", "tifffile", "imagecodecs", "batchgenerators", "tqdm",
+    "blosc2", "safetensors", "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn", "threadpoolctl",
 )  # fmt: skip
 _LITTLE_DISK_GB = 5
 
