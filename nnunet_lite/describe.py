@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # what pyproject.toml asks for
 _PACKAGES = (
-    "torch", "numpy", "scipy", "SimpleITK", "nibabel", "pillow", "tifffile", "imagecodecs", "batchgenerators", "tqdm", "blosc2", "safetensors",
-    "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn", "threadpoolctl",
+    "torch", "numpy", "scipy", "SimpleITK", "nibabel", "pillow", "tifffile", "imagecodecs", "batchgenerators", "tqdm",
+    "blosc2", "safetensors", "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn", "threadpoolctl",
 )  # fmt: skip
 _LITTLE_DISK = 5 * GB
 
