@@ -76,6 +76,11 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
 
     float16 has 11 bits: an error of at most 2^-12 of a value. That is little of a value that counts in standard
     deviations from the mean, and of a byte; raw 16-bit values would be off by up to 16.
+
+    Parameters
+    ----------
+    channels : Iterable[Channel]
+        Of the images.
     """
     return "float32" if any(channel.normalization in ("none", "rescale_0_1") for channel in channels) else "float16"
 

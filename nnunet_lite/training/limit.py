@@ -40,7 +40,13 @@ class Validation:
 
 
 def step_sizes(settings: Settings) -> list[float]:
-    """The distances of two windows that the validation chooses from: the run's own, and larger ones to keep a limit."""
+    """The distances of two windows that the validation chooses from: the run's own, and larger ones to keep a limit.
+
+    Parameters
+    ----------
+    settings : Settings
+        Of the run.
+    """
     own, training = settings.inference.step_size, settings.training
     covered = training.limit_validation and training.time_limit is not None
     return [own, *(step for step in _STEPS if covered and step > own)]
@@ -50,6 +56,13 @@ def planned_validation(job: Job, pass_seconds: float) -> Validation | None:
     """How the held-out cases are predicted, or None where there are none.
 
     Where the limit covers the validation, windows lie further apart if it would take more than half of the limit.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    pass_seconds : float
+        That the network takes for one window.
     """
     whole, found = _seconds(job.settings), None
     for step, number in job.passes.items():
@@ -60,7 +73,15 @@ def planned_validation(job: Job, pass_seconds: float) -> Validation | None:
 
 
 def training_seconds(job: Job, pass_seconds: float) -> float:
-    """How long the training may take: the limit, less what it covers of the validation; infinite without a limit."""
+    """How long the training may take: the limit, less what it covers of the validation; infinite without a limit.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    pass_seconds : float
+        That the network takes for one window.
+    """
     whole = _seconds(job.settings)
     if whole is None:
         return math.inf
@@ -69,12 +90,30 @@ def training_seconds(job: Job, pass_seconds: float) -> float:
 
 
 def forward_seconds(job: Job, step_seconds: float) -> float:
-    """About how long a pass of one patch through the network takes, from the time of a training step."""
+    """About how many seconds the network takes for one window.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    step_seconds : float
+        That a training step takes.
+    """
     return _FORWARD * step_seconds / (job.planned.batch_size * job.settings.training.accumulate)
 
 
 def announce(settings: Settings, validation: Validation, n_cases: int) -> None:
-    """Report how long the validation will take, and what of it the limit does not cover."""
+    """Report how long the validation will take, and what of it the limit does not cover.
+
+    Parameters
+    ----------
+    settings : Settings
+        Of the run.
+    validation : Validation
+        As `planned_validation` gives it.
+    n_cases : int
+        How many cases are held out.
+    """
     cases, passes = plural(n_cases, "held-out case"), f"{validation.passes:,} passes through the network"
     takes = f"validation of {cases} in whole images: {passes}, about {log.duration(validation.seconds)}"
     whole = _seconds(settings)

@@ -199,7 +199,15 @@ def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
 
 
 def part_of(job: Job, batch: Batch) -> Batch:
-    """One sample of a batch and half of its patch along each axis, where the network can take that."""
+    """One sample of a batch and half of its patch along each axis, where the network can take that.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    batch : Batch
+        Images (batch, inputs, *patch), classes (batch, *patch) and case ids.
+    """
     images, classes, ids = batch
     size = images.shape[2:]
     if job.settings.network.factory is None:
