@@ -47,6 +47,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (  # these are still parsed
     (r"nnlite plan .*--measure.*", "needs a GPU"),
     (r"nnlite train 3d_(lowres|cascade_fullres) .*", "the small images need no low-resolution stage"),
     (r"python scripts/compare_preprocessed\.py .*", "needs arrays that nnU-Net made"),
+    (r"python scripts/compare_training\.py .*", "needs nnU-Net, and trains for minutes"),
     (r"nnlite cluster .*", "needs the queue of a cluster"),
     (r"nnlite .*--scheduler .*", "needs a cluster"),
     (r"ssh .*", "needs another machine"),
