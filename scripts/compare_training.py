@@ -199,7 +199,7 @@ def cut_into_slices(dataset: Dataset, every: int, folder: Path) -> tuple[Path, P
     dataset : Dataset
         Of volumes.
     every : int
-        Takes every so many of the slices that show a label.
+        Takes evenly spaced slices of those that show a label.
     folder : Path
         Where the dataset of slices is written, unless it is there.
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of nnU-Net are taken, and what an imported model needs beside it: nothing."""
+"""Which checkpoints of nnU-Net are taken, and that an imported model needs nothing else."""
 
 from __future__ import annotations
 

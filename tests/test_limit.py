@@ -80,7 +80,7 @@ def test_what_the_validation_takes_is_announced(job: Job, capfd: pytest.CaptureF
         said.append(capfd.readouterr().err)
     takes = "validation of 1 held-out case in whole images: "
     assert said[0] == f"{takes}1,331 passes through the network, about 2:13 min of the time limit\n"
-    assert said[1].endswith("about 2:34 min of the time limit; windows lie 0.75 of the patch apart, to keep to it\n")
+    assert said[1].endswith("about 2:34 min of the time limit; windows are 0.75 of the patch apart, to keep to it\n")
     assert said[2].startswith(f"warning: {takes}") and "more than half of the time limit, which the run" in said[2]
     announce(with_changes(job.settings, {"training.limit_validation": False}), Validation(0.5, 8, 20.0), 3)
     assert capfd.readouterr().err.endswith("about 20 s, which the time limit does not cover\n")

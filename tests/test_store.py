@@ -248,7 +248,7 @@ def test_precision(five: Dataset, tmp_path: Path) -> None:
 def test_values_that_are_not_standardised_keep_their_digits(
     copy_dataset: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str, exact: bool
 ) -> None:
-    """16-bit values from 16 384 on lie 16 and more apart in float16; bytes are well within its 11 bits."""
+    """16-bit values from 16 384 on are 16 and more apart in float16; bytes are well within its 11 bits."""
     dataset = read_dataset(copy_dataset(1))
     values, geometry, _ = read_label(dataset.cases[0].images[0])
     if exact:

@@ -314,7 +314,7 @@ def _scanned(root: Path, channels: int, ending: str | None, table: Path) -> tupl
             name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None
         )
         raise UserError(
-            f"lists no files, and there is no {lacks} beside it", table, "Add the folder, or list the files."
+            f"lists no files, and it has no {lacks} in its folder", table, "Add the folder, or list the files."
         )
     files = image_files(images, ending)
     if not files:

@@ -197,7 +197,7 @@ def _with_changes(made: Plan, earlier: Earlier, given: Options) -> Again:
 
 
 def put_aside(file: Path) -> Path:
-    """Copy a file to the first free name of the form plans_1.json beside it."""
+    """Copy a file to the first free name of the form plans_1.json in its folder."""
     number = 1
     while (target := file.with_name(f"{file.stem}_{number}{file.suffix}")).exists():
         number += 1

@@ -156,7 +156,7 @@ def _masked(job: Job) -> list[int]:
 
 
 def _beyond(job: Job) -> int:
-    """The class of what lies outside of the images: it is outside the nonzero mask, where the data have one."""
+    """The class of what is outside of the images: it is outside the nonzero mask, where the data have one."""
     return job.plan.labels.outside_class if _masked(job) else 0
 
 

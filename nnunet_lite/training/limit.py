@@ -55,7 +55,7 @@ def step_sizes(settings: Settings) -> list[float]:
 def planned_validation(job: Job, pass_seconds: float) -> Validation | None:
     """How the held-out cases are predicted, or None where there are none.
 
-    Where the limit covers the validation, windows lie further apart if it would take more than half of the limit.
+    Where the limit covers the validation, windows are further apart if it would take more than half of the limit.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def announce(settings: Settings, validation: Validation, n_cases: int) -> None:
     if whole is None or not settings.training.limit_validation:
         log.info(f"{takes}" + (", which the time limit does not cover" if whole is not None else ""))
         return
-    apart = f"; windows lie {validation.step_size:g} of the patch apart, to keep to it"
+    apart = f"; windows are {validation.step_size:g} of the patch apart, to keep to it"
     apart = apart if validation.step_size > settings.inference.step_size else ""
     if validation.seconds <= _VALIDATED * whole:
         log.info(f"{takes} of the time limit{apart}")

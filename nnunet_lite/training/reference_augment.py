@@ -88,7 +88,7 @@ def reference_transforms(
     """The pipeline of the original nnU-Net, up to mirroring (Isensee et al. 2018, arXiv:1809.10486; version 1).
 
     Elastic deformation, rotation and scaling in one interpolation of `order` out of an oversized patch, then what else
-    the settings ask for. Slices of anisotropic patches are deformed alike.
+    the settings ask for. All slices of an anisotropic patch are deformed equally.
     """
     from batchgenerators.transforms.color_transforms import (
         BrightnessMultiplicativeTransform,
