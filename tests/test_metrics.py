@@ -371,9 +371,9 @@ def test_pictures(tmp_path: Path) -> None:
 def test_volumes_need_a_spacing(tmp_path: Path, spacing: tuple[float, float, float]) -> None:
     """The pages of a TIFF are a volume of unknown size, unless a file says their spacing."""
     array = read_label(REFERENCES[2])[0]
-    for name in ("p.tif", "r.tif", "r.nii.gz"):
-        write_label(tmp_path / name, array, Geometry(array.shape, spacing))
     known = spacing != (1.0, 1.0, 1.0)
+    for name in ("p.tif", "r.tif", "r.nii.gz"):
+        write_label(tmp_path / name, array, Geometry(array.shape, spacing, calibrated=known))
     stack = evaluate(tmp_path / "p.tif", tmp_path / "r.tif", TWO)
     assert stack.unit == ("mm" if known else "px")
     ml = (array == 1).sum() * np.prod(spacing) / 1000

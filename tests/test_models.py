@@ -249,5 +249,5 @@ def test_predict_with_all_options(
     code, _, err = command("predict", *twice, cwd=tmp_path)
     assert code == 2 and f"holds case '{names[0]}', and so does" in err
     code, _, err = command("predict", "-m", tiny_model, *common[:-1], "0.0001", "-o", tmp_path / "o2", cwd=tmp_path)
-    assert code == 2 and "B of memory at least, 1 kB may be used. Raise --max-memory" in err
+    assert code == 2 and "B of memory at least, 100 kB may be used. Raise --max-memory" in err
     assert not any((tmp_path / "o2").iterdir())

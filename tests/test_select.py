@@ -127,7 +127,7 @@ def test_sizes_without_a_spacing_are_pixels(
     root, ending = tmp_path / "cells", ".png" if pages == 1 else ".tif"
     rng = np.random.default_rng(0)
     spacing = (999.0 if pages == 1 else 1.0, 1.0, 1.0)
-    place = Geometry((pages, 40, 48), spacing, dimensions=2 if pages == 1 else 3)
+    place = Geometry((pages, 40, 48), spacing, dimensions=2 if pages == 1 else 3, calibrated=False)
     for i in range(12):
         label = np.zeros(place.shape, np.uint8)
         label[:, 4:16, 4 : 16 + i] = 1

@@ -29,7 +29,7 @@ from nnunet_lite.workspace import read_json, write_json
 from nnunet_lite.writing import append, atomic, cut_short, must_fit, no_space, scratch, sweep
 
 ROOT = Path(__file__).parents[1]
-VOLUME = Geometry((20, 30, 40), (1.0, 1.0, 1.0))
+VOLUME = Geometry((20, 30, 40), (1.0, 1.0, 1.0), calibrated=False)  # a TIFF of it has no sidecar
 PICTURE = Geometry((1, 120, 200), (999.0, 1.0, 1.0), dimensions=2)
 
 
