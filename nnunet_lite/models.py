@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths, workspace_folder
+from nnunet_lite.workspace import Paths, current, workspace_folder
 
 if TYPE_CHECKING:
     from nnunet_lite.data.labels import Labels
@@ -92,6 +92,10 @@ def chosen(
             return Choice(folders, folds, folds is None)
     used = list(selection.folds) if folds is None else folds
     rules = selection.postprocessing if postprocess else {}
+    if doubtful := [label for label in selection.unconfirmed if label in rules]:
+        rules = {label: rule for label, rule in rules.items() if label not in doubtful}
+        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
+        log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
     _tell(paths, selection, used, rules)
     return Choice(folders, used, folds is None, rules)
 
@@ -107,9 +111,6 @@ def _tell(paths: Paths, selection: Selection, folds: Sequence[str | int], rules:
     from nnunet_lite.evaluation.selection import in_words, trained_since
 
     log.info(f"{paths.inference}: {in_words(selection.models, [str(fold) for fold in folds], rules)}")
-    if doubtful := [label for label in selection.unconfirmed if label in rules]:
-        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
-        log.warn(f"{what}; `nnlite select` confirms it on others")
     if changed := trained_since(paths, selection):
         what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
         log.warn(f"{what}; `nnlite select` compares anew")
@@ -146,8 +147,12 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     return best
 
 
-def model_at(given: str | Path, workspace: Path) -> Path:
+def model_at(given: str | Path, workspace: Path, dataset: str | None = None) -> Path:
     """A model folder or zip from its path, or from the name of a model in the workspace.
+
+    Parameters
+    ----------
+    dataset : whose models count, where one is given.
 
     Raises
     ------
@@ -157,8 +162,11 @@ def model_at(given: str | Path, workspace: Path) -> Path:
     if path.exists() or len(path.parts) != 1:
         return path
     found = sorted(file.parent for file in workspace.glob("*/models/*/run.json") if file.parent.name == path.name)
+    if len(found) > 1 and dataset is not None:
+        of_dataset = current(workspace, dataset, needs_plan=False).models
+        found = [folder for folder in found if folder.parent == of_dataset]
     if len(found) > 1:
-        raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path.")
+        raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path, or -d.")
     return found[0] if found else path
 
 

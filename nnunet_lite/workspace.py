@@ -261,11 +261,10 @@ def current(workspace: Path, given: str | None = None, *, only_reads: bool = Fal
     if not needs_plan and (imported := _imported(workspace, given)) is not None:
         return imported
     if given is None:
-        if not (workspace / "current.json").is_file():
-            raise UserError(f"no data set is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
-        with understood(workspace / "current.json", "Run `nnlite plan DATA` again."):
-            given = str(read_json(workspace / "current.json")["dataset"])
-        if len(have) > 1 and not only_reads:
+        if not have:
+            raise UserError(f"no dataset is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
+        given = have[0] if len(have) == 1 else _planned_last(workspace) if only_reads else None
+        if given not in have:
             what = f"the workspace {workspace} has {len(have)} planned datasets: {', '.join(have)}"
             raise UserError(what, fix="Say which one with -d NAME (from Python: dataset=NAME).")
     name = Path(given).name
@@ -276,6 +275,15 @@ def current(workspace: Path, given: str | None = None, *, only_reads: bool = Fal
     what = "several planned data sets" if planned else "no planned data set"
     there = f"It holds: {', '.join(have)}." if have else "Run `nnlite plan DATA` first."
     raise UserError(f"the workspace {workspace} has {what} called {given!r}", fix=there)
+
+
+def _planned_last(workspace: Path) -> str | None:
+    """The name in current.json; None where that is gone or damaged."""
+    try:
+        with understood(workspace / "current.json"):
+            return str(read_json(workspace / "current.json")["dataset"])
+    except UserError:
+        return None
 
 
 def _refuse_other_root(paths: Paths, given: Path) -> None:

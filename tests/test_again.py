@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,45 @@ def test_illegal_options_are_refused_and_nothing_is_written(
         planned.plan(**options)
     assert not planned.file.exists()
     counts("bad inputs refused in one line")
+
+
+def test_images_stay_as_stored_for_models_of_an_older_nnlite(planned: Planned, tiny_model: Path) -> None:
+    """Its plan has no orientation and no options; a model that was begun with it must still be trained further."""
+
+    def as_before(content: dict[str, Any]) -> None:
+        del content["orientation"], content["options"]
+
+    def write_as_before() -> None:
+        planned.edit(as_before)
+        taken = planned.file.with_name("fingerprint.json")
+        old = {key: value for key, value in read_json(taken).items() if not key.startswith("orientation")}
+        taken.write_text(json.dumps(old))
+
+    assert planned.plan().orientation == "RAS"
+    write_as_before()
+    assert planned.plan().orientation == "RAS", "without a model the images are turned from now on"
+    write_as_before()
+    shutil.copytree(tiny_model, planned.file.parent / "models" / "tiny")
+    planned.said()
+    again = planned.plan()
+    assert again.orientation is None and Plan.read(planned.file).orientation is None
+    assert "images are not turned to one orientation, because models of this dataset were trained" in planned.said()
+    assert planned.copies == []
+
+
+def test_a_configuration_follows_what_it_inherits_and_the_change_is_reported(planned: Planned) -> None:
+    planned.plan(preset="resenc_m")
+    planned.edit(add_mine)
+    planned.said()
+    mine = planned.plan(preset="default").configuration("mine")
+    said = planned.said()
+    assert mine.network.kind == "plain" and mine.batch_size == 3
+    assert "changed by hand and kept: mine (added)" in said and "Lost: mine, with what it inherits (" in said
+    assert planned.copies == ["plans_1.json"]
+
+
+def test_a_deleted_configuration_stays_deleted(planned: Planned) -> None:
+    planned.plan()
+    planned.edit(lambda content: content["configurations"].pop("2d"))
+    planned.add_large_cases()
+    assert "2d" not in planned.plan().configurations

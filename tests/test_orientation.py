@@ -18,7 +18,8 @@ from test_dicom import save_series
 from nnunet_lite import api, models
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import read_image
+from nnunet_lite.data.images import read_image, read_images
+from nnunet_lite.errors import UserError
 from nnunet_lite.interop.nnunet import plan_to_nnunet
 from nnunet_lite.plan.schema import Plan
 from nnunet_lite.preprocess.pipeline import preprocess
@@ -186,3 +187,61 @@ def test_an_old_plan_without_orientation_still_takes_images_as_stored(
     image = read_image(tmp_path / "PIR.nii.gz")
     place = preprocess(image, None, plan, plan.configuration("3d_fullres")).placement
     assert place.turn.order == plan.axis_order and not any(place.turn.reversed)
+
+
+def test_what_a_user_accepts_is_taken_as_it_is_stored(hippocampus: Path, tmp_path: Path) -> None:
+    """Two files of one array whose headers differ in more than a turn: with --accept-geometry nothing is turned."""
+    source = nibabel.load(hippocampus / "imagesTr" / "hippocampus_001.nii.gz")
+    array = np.asarray(source.dataobj)
+    las = np.diag([-1.0, 1.0, 1.0, 1.0])
+    las[:3, 3] = 90, -20, 7
+    nibabel.save(nibabel.Nifti1Image(array, las), tmp_path / "a_0000.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "a_0001.nii.gz")
+    files = (tmp_path / "a_0000.nii.gz", tmp_path / "a_0001.nii.gz")
+    image = read_images(files, accept_geometry=True)
+    np.testing.assert_array_equal(image.array[0], image.array[1])
+    with pytest.raises(UserError, match="accept it with --accept-geometry"):
+        read_images(files)
+
+
+@pytest.mark.parametrize("degrees", [45, 135, -135])
+def test_equal_grids_are_never_turned(tmp_path: Path, degrees: int) -> None:
+    """Half way between two axes, rounding decides on the letters of the sform and of the qform."""
+    array = np.arange(5 * 6 * 7, dtype=np.uint8).reshape(5, 6, 7)
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    affine = np.eye(4)
+    affine[:2, :2] = [[c, -s], [s, c]]
+    for name, form in (("s", "set_sform"), ("q", "set_qform")):
+        image = nibabel.Nifti1Image(array, None)
+        getattr(image, form)(affine, 1)
+        nibabel.save(image, tmp_path / f"{name}.nii.gz")
+    first, second = read_image(tmp_path / "s.nii.gz"), read_image(tmp_path / "q.nii.gz")
+    np.testing.assert_array_equal(second.aligned(first.geometry).array, first.array)
+
+
+def test_files_that_state_no_orientation_are_not_turned(tmp_path: Path) -> None:
+    array = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
+    nibabel.save(nibabel.Nifti1Image(array.T, None), tmp_path / "a.nii.gz")  # both codes are 0
+    nibabel.save(nibabel.AnalyzeImage(array.T, None), tmp_path / "b.hdr")
+    (tmp_path / "c.nrrd").write_bytes(
+        b"NRRD0004\ntype: short\ndimension: 3\nsizes: 6 5 4\nspacings: 1 1 1\nendian: little\nencoding: raw\n\n"
+        + array.astype("<i2").tobytes()
+    )
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), tmp_path / "d.gipl")
+    ras = Geometry(array.shape, (1.0, 1.0, 1.0), direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    for name in ("a.nii.gz", "b.hdr", "c.nrrd", "d.gipl"):
+        image = read_image(tmp_path / name)
+        assert image.geometry.orientation is None and image.aligned(ras) is image, name
+        assert image.geometry.differences(ras) == [], name
+        np.testing.assert_array_equal(image.array[0], array)
+
+
+def test_check_notes_files_without_an_orientation(copy_dataset: Callable[..., Path]) -> None:
+    root = copy_dataset(5)
+    for file in (root / "imagesTr" / "hippocampus_001.nii.gz", root / "labelsTr" / "hippocampus_008.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(file).dataobj), None), file)
+    noted = [problem for problem in api.check(root).problems if problem.kind == "orientation"]
+    assert [(problem.file, problem.found) for problem in noted] == [
+        ("labelsTr/hippocampus_008.nii.gz", "states no orientation"),
+        ("imagesTr/hippocampus_001.nii.gz", "states no orientation"),
+    ]

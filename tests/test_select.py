@@ -344,7 +344,7 @@ def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command:
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
-def test_an_older_selection_is_obeyed_with_a_warning(
+def test_rules_of_an_older_selection_are_not_applied(
     paths: Paths, hippocampus: Path, tmp_path: Path, command: Run
 ) -> None:
     """An inference.json of a version whose rules nothing confirmed: its sizes are mm3, its gains have no n."""
@@ -356,9 +356,9 @@ def test_an_older_selection_is_obeyed_with_a_warning(
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     common = ["predict", "-i", scan, "-o", tmp_path / "out", "--device", "cpu", "-w", paths.root.parent]
     code, _, err = command(*common, cwd=tmp_path)
-    assert code == 0 and "postprocessing: Posterior: no component below 1e+06 mm3\n" in err
-    assert "warning: the postprocessing of Posterior was chosen and measured on the same cases; `nnlite select`" in err
-    assert not (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
+    assert code == 0 and "postprocessing: none\n" in err
+    assert "the postprocessing of Posterior was chosen and measured on the same cases, and is not applied; `nnl" in err
+    assert (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
     assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
     assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in Selection.from_json(value, paths.inference).table()
 

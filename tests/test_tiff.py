@@ -14,6 +14,7 @@ import SimpleITK as sitk
 import tifffile
 from bad_inputs import Command
 
+from nnunet_lite import api
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
 from nnunet_lite.errors import UserError
@@ -318,3 +319,23 @@ def test_plain_pages_are_what_nnunet_reads(tmp_path: Path) -> None:
     """nnU-Net's Tiff3DIO is tifffile.imread: pages are slices, whatever their resolution tags say."""
     path = save(tmp_path / "a.tif", numbers((5, 6, 7), "u1"), resolution=(300, 300), resolutionunit="inch")
     assert np.array_equal(read_image(path).array[0], tifffile.imread(path))
+
+
+def test_masks_of_true_and_false_mean_what_tifffile_was_given(tmp_path: Path) -> None:
+    mask = np.zeros((20, 24), bool)
+    mask[3:6, 4:7] = True
+    tifffile.imwrite(tmp_path / "mask.tif", mask)
+    np.testing.assert_array_equal(read_label(tmp_path / "mask.tif")[0][0] != 0, mask)
+
+
+def test_check_warns_of_an_orientation_tag_of_the_image_alone(tmp_path: Path) -> None:
+    """Programs that ignore the tag, as most do, draw the label map in the order of the stored pixels."""
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        for folder in ("images", "labels"):
+            (tmp_path / "d" / folder).mkdir(parents=True, exist_ok=True)
+            array = rng.integers(0, 255, (20, 24), np.uint8) if folder == "images" else np.eye(20, 24, dtype=np.uint8)
+            tag = [(274, "H", 1, 3, True)] if folder == "images" else []
+            tifffile.imwrite(tmp_path / "d" / folder / f"c{number}.tif", array, extratags=tag)
+    found = [problem for problem in api.check(tmp_path / "d").problems if problem.kind == "orientation_tag"]
+    assert len(found) == 5 and (found[0].found, found[0].severity) == ("orientation tag 1", "warning")

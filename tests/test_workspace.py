@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_file_is_no_data_set(here: Path) -> None:
 
 
 def test_the_only_planned_dataset_is_taken_and_of_several_one_must_be_named(here: Path) -> None:
-    with pytest.raises(UserError, match="no data set is planned"):
+    with pytest.raises(UserError, match="no dataset is planned"):
         current(here)
     make_planned(here, "Task04_Hippocampus")
     use(here, "Task04_Hippocampus")
@@ -177,3 +178,18 @@ def test_json_round_trip_and_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert read_json(tmp_path / "a.json") == [1]
+
+
+def test_the_only_planned_dataset_needs_no_current_json(tmp_path: Path) -> None:
+    """It may have been copied here, or the one planned last was deleted."""
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "plans.json").write_text("{}")
+    for content in (None, "{", json.dumps({"dataset": "gone"})):
+        if content is not None:
+            (tmp_path / "current.json").write_text(content)
+        assert current(tmp_path).root == current(tmp_path, only_reads=True).root == tmp_path / "A"
+    (tmp_path / "B").mkdir()
+    (tmp_path / "B" / "plans.json").write_text("{}")
+    for only_reads in (False, True):
+        with pytest.raises(UserError, match=r"has 2 planned datasets: A, B\. Say which one with -d"):
+            current(tmp_path, only_reads=only_reads)

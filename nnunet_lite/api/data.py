@@ -116,6 +116,8 @@ def plan(
         fix = "Correct the headers, or plan with --accept-geometry. See above."
         raise UserError("origin or direction differ between files of a case", root, fix)
     found = again.plan_with(given, options, fingerprint, dataset, earlier, adopted)
+    if earlier is not None and model_folders(paths):
+        found = again.for_trained_models(found, earlier)
     made_splits = splitting.make_splits(ids, wanted) if other_splits else None
     again.report(found, earlier, given)
     write_json(paths.plans, found.content)  # first: the files below say that it is up to date

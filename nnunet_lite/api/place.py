@@ -32,8 +32,8 @@ def current_paths(
     UserError : as `workspace.current`.
     """
     paths = current(folder_of(workspace), dataset, only_reads=only_reads, needs_plan=needs_plan)
-    others = len(planned_datasets(paths.root.parent)) - 1
-    chosen = f", planned last; -d takes one of the {others + 1} planned" if dataset is None and others else ""
+    planned = len(planned_datasets(paths.root.parent))
+    chosen = f", planned last; -d takes one of the {planned} planned" if dataset is None and planned > 1 else ""
     log.info(f"data set {paths.name} (workspace {paths.root.parent}{chosen})")
     return paths
 

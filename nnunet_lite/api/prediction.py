@@ -94,7 +94,7 @@ def predict(
     if not sources:
         raise UserError("no image is given to predict")
     paths = None if model else current_paths(workspace, dataset, needs_plan=False)
-    given = [model_at(one, folder_of(workspace)) for one in _listed(model or ())]
+    given = [model_at(one, folder_of(workspace), dataset) for one in _listed(model or ())]
     wanted = None if folds is None else _listed(folds)
     choice = chosen(paths, given, [] if configuration is None else _listed(configuration), wanted, postprocess)
     folders, folds = choice.folders, choice.folds
@@ -269,7 +269,7 @@ def export_model(
     from nnunet_lite.models import choose_model, in_our_form, model_at
 
     if model:
-        folder = model_at(model, folder_of(workspace))
+        folder = model_at(model, folder_of(workspace), dataset)
     else:
         folder = choose_model(current_paths(workspace, dataset, needs_plan=False), configuration)
     with in_our_form([folder], None, checkpoint) as (ours,):

@@ -122,6 +122,8 @@ def plan(
         )  # fmt: skip
     else:
         raise UserError("name the data set to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
+    if output is None and format is not Format.nnlite:
+        raise UserError(f"--format {format.value} is given without a file", fix="Say where to write it: --output FILE.")
     if output is not None:
         write_json(output, _formatted(made, about or _description(made, workspace), format))
     show(made.as_dict(), plan_table(made), as_json)

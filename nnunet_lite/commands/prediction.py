@@ -149,7 +149,7 @@ def export(
     workspace: Workspace = None,
 ) -> None:
     """Pack a model into one file, or write it as a folder for nnU-Net v2 or for onnxruntime."""
-    source, target = _source_and_target(first, second, model, output)
+    source, target = _source_and_target(first, second, model, output, workspace)
     if (format is ModelFormat.zip) != (target.suffix.lower() == ".zip"):
         what = "a zip ends in .zip; a folder is written with --format nnunet or --format onnx"
         raise UserError(f"cannot be written as {format.value}: {what}", target)
@@ -163,7 +163,7 @@ def export(
 
 
 def _source_and_target(
-    first: Path | None, second: Path | None, model: Path | None, output: Path | None
+    first: Path | None, second: Path | None, model: Path | None, output: Path | None, workspace: Path | None
 ) -> tuple[Path | None, Path]:
     """The model to export, None for the trained one, and where to.
 
@@ -173,10 +173,13 @@ def _source_and_target(
     ------
     UserError : one of them is given twice, or there is no target.
     """
+    from nnunet_lite.models import model_at
     from nnunet_lite.training.run import is_model
+    from nnunet_lite.workspace import workspace_folder
 
-    if output is None and second is None and (model is not None or (first is not None and not is_model(first))):
-        first, second = None, first
+    if output is None and second is None and first is not None:
+        names_model = model is None and is_model(model_at(first, workspace_folder(workspace)))
+        first, second = (first, None) if names_model else (None, first)
     if second is not None and output is not None:
         raise UserError(f"two places to write to are given: {second} and, with -o, {output}", fix=_GRAMMAR)
     source, target = only_one(first, model), second or output

@@ -100,7 +100,7 @@ def info(
     from nnunet_lite.workspace import workspace_folder
 
     if (given := only_one(model, option)) is not None:
-        about = describe_model(model_at(given, workspace_folder(workspace)), checkpoint.value)
+        about = describe_model(model_at(given, workspace_folder(workspace), dataset), checkpoint.value)
     else:
         about = describe_dataset(api.current_paths(workspace, dataset, only_reads=True, needs_plan=False))
     show(about.values, about.text, as_json)

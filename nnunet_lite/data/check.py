@@ -23,7 +23,9 @@ from nnunet_lite.data.formats import forms_apart
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry, common_orientation
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label, stem, suffix_of
 from nnunet_lite.data.label_values import MASK_NOTE, check_labels, correction
+from nnunet_lite.data.names import TIFF
 from nnunet_lite.data.problems import Problem, Report, few, plural
+from nnunet_lite.data.tiff import orientation_tag
 from nnunet_lite.errors import UserError
 
 T = TypeVar("T")
@@ -132,10 +134,15 @@ def _threads(dataset: Dataset) -> int:
 def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFindings[T]:
     out: CaseFindings[T] = CaseFindings()
     image = _check_images(case, dataset, out)
-    label = _check_label(case, dataset, image.geometry.orientation if image else None, out)
+    label = _check_label(case, dataset, image.geometry if image else None, out)
     if image is None or label is None:
         return out
     values, geometry = label
+    assert case.label is not None  # it was read
+    if image.geometry.oriented and not geometry.oriented and suffix_of(case.label) not in TIFF:
+        text, fix = "states no orientation", "Its voxels are taken in the order of the image's."
+        out.problems.append(Problem("orientation", str(case.label), text, "that of its image", fix))
+    out.problems += _tags_apart(case)
     for what, found, expected in geometry.differences(image.geometry):
         fix = "Save the label map with the grid of its image." if what == "shape" else _HEADER_FIX
         fix += _ACCEPT if what in ACCEPTABLE else ""
@@ -143,6 +150,17 @@ def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFin
     if visit is not None and not any(problem.stops(dataset.accept_geometry) for problem in out.problems):
         out.visited = visit(image.array, image.geometry, values != dataset.labels.background)
     return out
+
+
+def _tags_apart(case: Case) -> Iterator[Problem]:
+    """TIFF files of a case whose orientation tags differ: many programs ignore the tag, and draw another way round."""
+    files = [path for path in (*case.images, case.label) if path is not None and suffix_of(path) in TIFF]
+    tags = {path: orientation_tag(path) for path in files}
+    for path in files[1:]:
+        if tags[path] != tags[files[0]]:
+            text, wanted = f"orientation tag {tags[path]}", f"{tags[files[0]]} as {files[0].name}"
+            fix = "Look whether label map and image match; save both without the tag if they do not."
+            yield Problem("orientation_tag", str(path), text, wanted, fix)
 
 
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
@@ -155,7 +173,7 @@ def _check_images(case: Case, dataset: Dataset, out: CaseFindings[Any]) -> Image
     if len(images) < len(case.images):
         return None
     out.geometry = images[0].geometry
-    images = [image.turned(out.geometry.orientation) for image in images]
+    images = [image.aligned(images[0].geometry) for image in images]
     fix = "Register and resample all channels of a case to one grid."
     for path, image in zip(case.images[1:], images[1:], strict=True):
         for what, found, expected in image.geometry.differences(images[0].geometry):
@@ -219,9 +237,9 @@ def _check_values(channel: np.ndarray, path: Path, name: str, out: CaseFindings[
 
 
 def _check_label(
-    case: Case, dataset: Dataset, orientation: str | None, out: CaseFindings[Any]
+    case: Case, dataset: Dataset, like: Geometry | None, out: CaseFindings[Any]
 ) -> tuple[np.ndarray, Geometry] | None:
-    """The label map of a case as values of the dataset, in the orientation of its image, where it can be read."""
+    """The label map of a case as values of the dataset, aligned with its image, where it can be read."""
     if case.label is None or not case.label.exists():
         where = str(case.label or case.images[0])
         fix = "Add it, or leave out the case."
@@ -229,7 +247,7 @@ def _check_label(
         out.problems.append(Problem("missing_label", where, f"no label map for case {case.id}{strange}", "", fix))
         return None
     try:
-        label, geometry, notes = read_label(case.label, orientation)
+        label, geometry, notes = read_label(case.label, like)
     except UserError as error:
         out.problems.append(_unread(error, case.label, "unreadable"))
         return None
@@ -279,10 +297,13 @@ def _orientations(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[
     own = [findings.geometry.orientation if findings.geometry else None for findings in found]
     wanted = dataset.orientation or common_orientation(own)
     why = "as dataset.json asks" if dataset.orientation else "as most"
-    for case, orientation in zip(dataset.cases, own, strict=True):
-        if orientation not in (None, wanted):
-            text, fix = f"stored as {orientation}", "It is turned on reading."
-            yield Problem("orientation", str(case.images[0]), text, f"{wanted} {why}", fix)
+    for case, findings, orientation in zip(dataset.cases, found, own, strict=True):
+        if orientation == wanted or findings.geometry is None or findings.geometry.dimensions == 2:
+            continue
+        text, fix = f"stored as {orientation}", "It is turned on reading."
+        if orientation is None:
+            text, fix = "states no orientation", "It is taken as it is stored."
+        yield Problem("orientation", str(case.images[0]), text, f"{wanted} {why}", fix)
 
 
 def _without_spacing(dataset: Dataset, found: list[CaseFindings[Any]]) -> Iterator[Problem]:

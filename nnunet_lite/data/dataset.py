@@ -103,7 +103,7 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
         raise UserError(f"has {image.array.shape[0]} channels, {len(dataset.channels)} are expected", case.images[0])
     if case.label is None:
         return image, None
-    label, geometry, _ = read_label(case.label, image.geometry.orientation)
+    label, geometry, _ = read_label(case.label, image.geometry)
     if geometry.shape != image.geometry.shape:
         raise UserError(f"has shape {geometry.shape}, its image {image.geometry.shape}", case.label)
     return image, map_labels(label, dataset.label_map)

@@ -20,6 +20,7 @@ from nnunet_lite.data.complete import AGAIN, elsewhere, gzip_defect, must_hold
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.names import (
+    GIPL,
     NIBABEL_ONLY,
     NIFTI,
     PAIRS,
@@ -121,9 +122,20 @@ def read_header(path: Path) -> tuple[Geometry, int] | None:
         origin=(*reader.GetOrigin()[:axes], 0.0)[:3],
         direction=tuple(c for row in cosines for c in row),
         dimensions=axes,
+        oriented=_states_orientation(reader, suffix_of(path)),
     )
     _must_be_a_place(geometry, path)
     return geometry, channels
+
+
+def _states_orientation(reader: Any, suffix: str) -> bool:
+    """Whether a header that ITK has read says where the patient's sides are; ITK assumes LPS where it does not."""
+    if suffix in NIFTI:
+        forms = [key for key in ("qform_code", "sform_code") if reader.HasMetaDataKey(key)]
+        return not forms or any(int(reader.GetMetaData(key)) > 0 for key in forms)
+    if suffix in (".nrrd", ".nhdr"):
+        return bool(reader.HasMetaDataKey("NRRD_space"))
+    return suffix not in GIPL
 
 
 def _must_be_a_place(geometry: Geometry, path: Path) -> None:
@@ -196,6 +208,12 @@ def _itk_voxels(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(channels, *geometry.shape))
 
 
+def has_forms(header: Any) -> bool:
+    """Whether a header of nibabel, of NIfTI or Analyze, has a qform or an sform, which place the image."""
+    codes = [key for key in ("qform_code", "sform_code") if key in header.keys()]  # noqa: SIM118 (no mapping)
+    return any(int(header[key]) > 0 for key in codes)
+
+
 def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     """As nibabel reads it; axes and affine turned from RAS to ITK's LPS."""
     import nibabel
@@ -241,6 +259,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
         origin=tuple(float(v) for v in affine[:3, 3]),  # type: ignore[arg-type]
         direction=tuple(float(v) for v in (affine[:3, :3] / lengths).ravel()),
         dimensions=dimensions,
+        oriented=not isinstance(image.header, nibabel.AnalyzeHeader) or has_forms(image.header),
     )
     return array, geometry
 

@@ -41,7 +41,8 @@ class Geometry:
     calibrated : bool
         Whether the file states the spacing. If not, the spacing is one per pixel, and says nothing in a comparison.
     oriented : bool
-        Whether the direction is known. It is not for arrays from Python, nor for stacks of pictures.
+        Whether the direction is known. It is not for arrays from Python, stacks of pictures, and files that state
+        none. Then origin and direction say nothing in a comparison.
     """
 
     shape: tuple[int, int, int]
@@ -92,10 +93,11 @@ class Geometry:
         cosines = list(zip(self.direction, other.direction, strict=True))
         cosines = [cosines[i] for i in (0, 1, 3, 4)] if flat else cosines
         turn = max(_COSINE_ROUNDING, TOLERANCE / max(self.shape))
+        placed = self.oriented and other.oriented
         differs = {
             "spacing": any(abs(a - b) > SPACING_TOLERANCE * min(a, b) for a, b in sizes),
-            "origin": any(abs(a - b) > TOLERANCE * voxel + _ROUNDING * abs(a) for a, b in origins),
-            "direction": any(abs(a - b) > turn for a, b in cosines),
+            "origin": placed and any(abs(a - b) > TOLERANCE * voxel + _ROUNDING * abs(a) for a, b in origins),
+            "direction": placed and any(abs(a - b) > turn for a, b in cosines),
         }
         return [(what, mine[what], others[what]) for what, found in differs.items() if found]
 

@@ -17,7 +17,7 @@ from nnunet_lite.data.formats import (
     write_file,
     write_nifti_like,
 )
-from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, turn_between
+from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Turn, turn_between
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.names import (
     GIPL,
@@ -66,14 +66,21 @@ class Image:
     geometry: Geometry
     notes: tuple[str, ...] = ()
 
-    def turned(self, orientation: str | None) -> Image:
-        """The same image with its axes in an orientation such as "LAS"; itself where its own or that is not known."""
-        own = self.geometry.orientation
-        if own is None or orientation is None or own == orientation:
+    def aligned(self, other: Geometry) -> Image:
+        """The same image with its axes as another has them; itself where its grid as stored is the other's already.
+
+        Where neither the stored nor the turned array has the other's grid, an array of the same shape stays as it is
+        stored: these are the voxels that a user accepts with --accept-geometry.
+        """
+        own, wanted = self.geometry.orientation, other.orientation
+        turn = turn_between(own, wanted)
+        turned = self.geometry.turned(turn)
+        if turn == Turn() or not self.geometry.differences(other):
             return self
-        turn = turn_between(own, orientation)
-        notes = (*self.notes, f"turned from {own} to {orientation}")
-        return replace(self, array=turn.apply(self.array), geometry=self.geometry.turned(turn), notes=notes)
+        if turned.differences(other) and self.geometry.shape == other.shape:
+            return self
+        notes = (*self.notes, f"turned from {own} to {wanted}")
+        return replace(self, array=turn.apply(self.array), geometry=turned, notes=notes)
 
 
 def is_image(path: Path) -> bool:
@@ -149,7 +156,7 @@ def read_images(
     images = [read_image(path, None if channels is None else channels // len(paths)) for path in paths]
     if len(images) == 1:
         return images[0]
-    images = [image.turned(images[0].geometry.orientation) for image in images]
+    images = [image.aligned(images[0].geometry) for image in images]
     for path, image in zip(paths[1:], images[1:], strict=True):
         for what, found, expected in image.geometry.differences(images[0].geometry):
             if accept_geometry and what in ACCEPTABLE:
@@ -164,12 +171,12 @@ def read_images(
     return Image(array, images[0].geometry, tuple(dict.fromkeys(note for image in images for note in image.notes)))
 
 
-def read_label(path: str | Path, orientation: str | None = None) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
+def read_label(path: str | Path, like: Geometry | None = None) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
     """A label map: integers (z, y, x) as stored (floats that hold integers are rounded), geometry, and notes.
 
     Parameters
     ----------
-    orientation : to turn it to, such as that of its image; None: as it is stored.
+    like : of its image, with whose axes it is aligned; None: as it is stored.
 
     Raises
     ------
@@ -194,7 +201,8 @@ def read_label(path: str | Path, orientation: str | None = None) -> tuple[np.nda
                 "Store one integer per voxel: 0 for background, 1, 2, ... for the labels.",
             )
         notes.append(f"label map with {array.shape[0]} equal channels read as one")
-    label = Image(_integers(array[0], path)[None], geometry, tuple(notes)).turned(orientation)
+    label = Image(_integers(array[0], path)[None], geometry, tuple(notes))
+    label = label if like is None else label.aligned(like)
     return label.array[0], label.geometry, label.notes
 
 

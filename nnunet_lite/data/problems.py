@@ -46,6 +46,7 @@ KINDS: dict[str, Severity] = {
     "few_cases": "warning",
     "looks_like_ct": "warning",
     "not_ct": "warning",
+    "orientation_tag": "warning",
     "orientation": "notice",
     "understood": "notice",
 }

@@ -70,7 +70,9 @@ def read_tiff(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
         page = series.keyframe
         array = series.asarray()
         if page.bitspersample == 1:
-            array = ((array != 0) ^ (page.photometric == _WHITE_IS_ZERO)).astype(np.uint8) * np.uint8(255)
+            # tifffile marks masks as white is zero and means one is true
+            inverted = page.photometric == _WHITE_IS_ZERO and not str(page.software).startswith("tifffile")
+            array = ((array != 0) ^ inverted).astype(np.uint8) * np.uint8(255)
         array, notes = _arranged(array, series.axes, path), []
         if page.photometric == _PALETTE and not resolve_palette:
             notes.append("palette picture read as the numbers of its colours")
@@ -98,6 +100,12 @@ def tiff_header(path: Path) -> tuple[Geometry, int]:
         outline = _turned(outline, _orientation(series.keyframe))
         channels = 3 if series.keyframe.photometric == _PALETTE else outline.shape[0]
         return _geometry(tif, series, path, outline.shape[1:], []), channels
+
+
+def orientation_tag(path: Path) -> int:
+    """Where a TIFF file says that its first pixel is shown: 1 is the top left corner; raises as `read_tiff`."""
+    with _opened(path) as (_, series):
+        return _orientation(series.keyframe)
 
 
 def tiff_alpha(path: Path) -> bool:

@@ -133,7 +133,7 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> Pair:
     """The label map of a case in a folder, and its reference."""
     assert case.label is not None  # every case of a planned data set has one
     segmentation, geometry, _ = read_label(output_file(case, out))
-    reference, _, _ = read_label(case.label, geometry.orientation)
+    reference, _, _ = read_label(case.label, geometry)
     return Pair(segmentation, map_labels(reference, dataset.label_map), geometry.spacing)
 
 

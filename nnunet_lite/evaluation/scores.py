@@ -356,7 +356,7 @@ def _read_pair(
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], bool, list[tuple[str, str]]]:
     """Both arrays (z, y, x), the spacing, whether a file states it, and remarks as (remark, file)."""
     predicted, grid, remarks = _read(prediction, labels)
-    truth, true_grid, more = _read(reference, labels, grid.orientation)
+    truth, true_grid, more = _read(reference, labels, grid)
     if differing := [what for what, _, _ in grid.differences(true_grid)]:
         acceptable = set(differing) <= set(ACCEPTABLE)
         if not (acceptable and accept_geometry):
@@ -372,10 +372,10 @@ def _read_pair(
 
 
 def _read(
-    path: Path, labels: Labels, orientation: str | None = None
+    path: Path, labels: Labels, like: Geometry | None = None
 ) -> tuple[np.ndarray, Geometry, list[tuple[str, str]]]:
-    """A label map with the values of `labels`, turned to an orientation, its geometry, and remarks."""
-    array, geometry, notes = read_label(path, orientation)
+    """A label map with the values of `labels`, aligned with another, its geometry, and remarks."""
+    array, geometry, notes = read_label(path, like)
     remarks = [(note, path.name) for note in notes]
     found, known = distinct_values(array), {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
     if known == {0, 1} and 255 in found and 1 not in found:

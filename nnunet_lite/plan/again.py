@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,18 @@ def plan_with(
     return Again(made, made.as_dict()) if earlier is None else _with_changes(made, earlier, given)
 
 
+def for_trained_models(found: Again, earlier: Earlier) -> Again:
+    """A new plan for a dataset with models: images stay as they are stored if they were so when these were trained."""
+    if earlier.plan is None or earlier.plan.orientation is not None or found.plan.orientation is None:
+        return found
+    log.info(
+        "images are not turned to one orientation, because models of this dataset were trained without; plan it in "
+        "another --workspace to turn them"
+    )
+    plan = found.plan.model_copy(update={"orientation": None})
+    return replace(found, plan=plan, content={**found.content, "orientation": None})
+
+
 def _with_changes(made: Plan, earlier: Earlier, given: Options) -> Again:
     """What the planner gives now, with what was changed by hand."""
     if earlier.plan is None or earlier.made is None:
@@ -183,7 +195,7 @@ def _with_changes(made: Plan, earlier: Earlier, given: Options) -> Again:
             continue
         if old.get(unit) == new.get(unit):
             continue
-        by_hand = unit.startswith("configurations.") and unit not in before
+        by_hand = unit.startswith("configurations.") and (unit not in before or unit not in old)  # added or deleted
         if by_hand or (new.get(unit) == before.get(unit) and not _overruled(unit, given)):
             kept.append(unit)
         else:
@@ -238,8 +250,18 @@ def _with_units(made: Plan, earlier: Earlier, kept: Sequence[str], lost: tuple[s
             plan = Plan.model_validate(content)
         except ValidationError:
             continue
-        return Again(plan, content, tuple(words), lost)
+        return Again(plan, content, tuple(words), (*lost, *_inherited_changes(earlier.plan, plan, kept)))
     return Again(made, made.as_dict(), (), (*lost, *words))
+
+
+def _inherited_changes(before: Plan, now: Plan, kept: Sequence[str]) -> list[str]:
+    """How configurations that were kept as they are written changed with what they inherit."""
+    out = []
+    for name in (unit.partition(".")[2] for unit in kept if unit.startswith("configurations.")):
+        old, new = before.configurations.get(name), now.configurations.get(name)
+        if old is not None and new is not None and (changes := configuration_changes(old, new)):
+            out.append(f"{name}, with what it inherits ({', '.join(changes)})")
+    return out
 
 
 def _put(content: dict[str, Any], source: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -326,10 +348,13 @@ def _made_before(paths: Paths, plan: Plan, options: Options) -> Plan | None:
     if options.adopted is not None:
         return None
     try:
-        return made_with(options, Fingerprint.read(paths.fingerprint), stored_dataset(paths.dataset))
+        made = made_with(options, Fingerprint.read(paths.fingerprint), stored_dataset(paths.dataset))
     except UserError as error:
         log.warn(f"what of {plan.dataset}'s plan was changed by hand is unknown: {error}")
         return None
+    if plan.options is None:  # an earlier nnlite stored every plan's images as float16
+        made = made.model_copy(update={"stored_as": plan.stored_as})
+    return made
 
 
 def _guessed(plan: Plan) -> Options:

@@ -136,7 +136,7 @@ def _overlay(shown: _Shown, reference: np.ndarray | None, path: Path, detail: De
     ------
     UserError : the prediction cannot be read, or lies on another grid.
     """
-    prediction, geometry, _ = read_label(path, shown.orientation)
+    prediction, geometry, _ = read_label(path, shown.geometry)
     if geometry.shape != shown.image.shape[1:]:
         raise UserError(f"has shape {geometry.shape}, its image {shown.image.shape[1:]}", path)
     turned = shown.view.turn.apply(prediction)
@@ -164,7 +164,7 @@ class _Shown:
 
     def __init__(self, image: np.ndarray, geometry: Geometry, plan: Plan, colour: bool) -> None:
         self.image, self.plan, self.colour = image, plan, colour
-        self.orientation, self.view = geometry.orientation, View.of(geometry)
+        self.geometry, self.view = geometry, View.of(geometry)
         self.turned = self.view.turn.apply(image)
         self.levels = [self._levels(i) for i in range(min(len(image), MOST_CHANNELS))]
 

@@ -82,9 +82,9 @@ def scene_of_case(dataset: Dataset, case: Case, predictions: Sequence[tuple[str,
     image = read_images(case.images, len(dataset.channels), dataset.accept_geometry)
     maps: list[tuple[str, np.ndarray, Geometry]] = []
     if case.label is not None:
-        values, geometry, _ = read_label(case.label, image.geometry.orientation)
+        values, geometry, _ = read_label(case.label, image.geometry)
         maps.append(("reference", map_labels(values, dataset.label_map), geometry))
-    maps += [(name, *read_label(file, image.geometry.orientation)[:2]) for name, file in predictions]
+    maps += [(name, *read_label(file, image.geometry)[:2]) for name, file in predictions]
     has_reference = case.label is not None
     return _scene(f"{case.id} ({dataset.name})", image, dataset.channels, maps, dataset.labels, has_reference)
 
@@ -101,8 +101,7 @@ def scene_of_files(file: Path, segmentations: Sequence[Path], labels: Labels | N
     UserError : a file cannot be read, or holds values that are none of `labels`.
     """
     image = read_image(file)
-    orientation = image.geometry.orientation
-    maps = [(_short(path, segmentations), *read_label(path, orientation)[:2]) for path in segmentations]
+    maps = [(_short(path, segmentations), *read_label(path, image.geometry)[:2]) for path in segmentations]
     channels = [f"channel {i}" for i in range(image.array.shape[0])]
     return _scene(file.name, image, channels, maps, labels or _numbered([values for _, values, _ in maps]), False)
 
