@@ -420,3 +420,12 @@ def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippo
     expected, grid_of_nifti, _ = read_label(of_nifti)
     np.testing.assert_array_equal(array, expected)
     assert geometry.differences(grid_of_nifti) == []
+
+
+def test_series_beside_image_files_are_reported(
+    series: Path, hippocampus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = hippocampus / "imagesTr" / CASE
+    (series.parent / file.name).write_bytes(file.read_bytes())
+    assert [case.id for case in find_cases(series.parent, 1)] == ["hippocampus_001"]
+    assert "the DICOM series in patient are not read, since the folder holds images too" in capsys.readouterr().err

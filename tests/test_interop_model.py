@@ -167,3 +167,12 @@ def test_info_of_a_model(command: Command, tmp_path: Path, how: str) -> None:
     assert code == 0 and about["channels"] == ["T1", "FLAIR"] and list(about["folds"]) == ["0"], err
     assert about["model"] == (str(folder) if how == "argument" else "net.zip" if how == "option" else about["model"])
     assert command("info", folder, "-m", folder, cwd=tmp_path)[0] == 2
+
+
+def test_the_name_of_a_model_is_no_place_to_write_to(tiny_model: Path, tmp_path: Path, command: Any) -> None:
+    """`nnlite export NAME` asks for the target; it wrote another model into a folder of that name."""
+    place = ("-w", tiny_model.parents[2], "--format", "nnunet")
+    code, _, err = command("export", "tiny", *place, cwd=tmp_path)
+    assert code == 2 and "where to write it is not given" in err and not (tmp_path / "tiny").exists()
+    code, _, err = command("export", "tiny", "out", *place, cwd=tmp_path)
+    assert code == 0 and (tmp_path / "out" / "plans.json").is_file(), err

@@ -12,7 +12,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
 from nnunet_lite.data.images import SUFFIXES, ending_of, is_image, read_geometry, stem, suffix_of
 from nnunet_lite.data.names import header_of
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
@@ -60,7 +60,15 @@ def find_cases(source: Path, channels: int) -> list[Case]:
         return _of_file(source, channels)
     if not source.is_dir():
         raise UserError("there is no such file or folder", source)
-    cases = _inside(source, channels) or _case_folders(source, channels)
+    if cases := _inside(source, channels):
+        if passed := [
+            path.name for path in folders_in(source) if cases[0].images != (source,) and series_folders(path)
+        ]:
+            log.warn(
+                f"{source}: the DICOM series in {few(passed)} are not read, because the folder holds image files too"
+            )
+    else:
+        cases = _case_folders(source, channels)
     if not cases:
         below = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
         what = f"holds no image of a supported format{unsupported(source)}{below}"
@@ -122,13 +130,18 @@ def _inside(folder: Path, channels: int) -> list[Case]:
     return group_files(files, channels)
 
 
+def folders_in(parent: Path) -> list[Path]:
+    """The folders of a folder that are not hidden, sorted."""
+    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _case_folders(parent: Path, channels: int) -> list[Case]:
     """One case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
 
     A series may be in folders below (patient/study/series). The case has the first folder's name; if that holds
     several series, each is a case, which is called by the whole path.
     """
-    folders = sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = folders_in(parent)
     series, cases, empty = [], [], []
     for folder in folders:
         found = _inside(folder, channels)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from nnunet_lite.data.cases import Case, group_files, image_files, numbered_alone, split_name
+from nnunet_lite.data.cases import Case, folders_in, group_files, image_files, numbered_alone, split_name
 from nnunet_lite.data.dicom import is_series
 from nnunet_lite.data.images import SUFFIXES, stem, suffix_of
 from nnunet_lite.data.problems import few, plural
@@ -52,7 +52,7 @@ def label_folder(root: Path) -> Path | None:
 def _the_folder(root: Path, of_nnunet: str, usual: Sequence[str], what: str) -> Path | None:
     if (root / of_nnunet).is_dir():
         return root / of_nnunet
-    named = [folder for folder in _folders(root) if folder.name.lower() in usual]
+    named = [folder for folder in folders_in(root) if folder.name.lower() in usual]
     filled = [folder for folder in named if any(not path.name.startswith(".") for path in folder.iterdir())]
     if len(filled) > 1:
         names = " and ".join(f"{folder.name}/" for folder in filled)
@@ -61,12 +61,8 @@ def _the_folder(root: Path, of_nnunet: str, usual: Sequence[str], what: str) -> 
 
 
 def _has_both(folder: Path) -> bool:
-    names = {inside.name.lower() for inside in _folders(folder)}
+    names = {inside.name.lower() for inside in folders_in(folder)}
     return not names.isdisjoint(IMAGE_FOLDERS) and not names.isdisjoint(LABEL_FOLDERS)
-
-
-def _folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -267,7 +263,7 @@ def no_files_in(folder: Path, what: str, ending: str | None = None, names: Colle
         there = _by_ending(suffix_of(path) for path in readable)
         fix = 'Correct "file_ending" in dataset.json, or convert the files.'
         return UserError(f"holds no {what} that ends with {ending}, but {there}", folder, fix)
-    inside = {path: image_files(path) for path in _folders(folder)}
+    inside = {path: image_files(path) for path in folders_in(folder)}
     filled = {path: files for path, files in inside.items() if files}
     if filled:
         return _in_folders(folder, filled, what, names)
@@ -317,7 +313,7 @@ def _merge(folder: Path, case: str, masks: Sequence[str]) -> str:
 
 def no_dataset(root: Path) -> UserError:
     """A folder is no dataset; the error says what it is instead, where that can be seen."""
-    inside = [folder for folder in _folders(root) if (folder / "dataset.json").is_file() or _has_both(folder)]
+    inside = [folder for folder in folders_in(root) if (folder / "dataset.json").is_file() or _has_both(folder)]
     if inside:
         return UserError("is no dataset", root, f"Give a folder inside it: {few([str(path) for path in inside])}.")
     if root.name.lower() in (*IMAGE_FOLDERS, *LABEL_FOLDERS) and _has_both(root.parent):
@@ -333,7 +329,7 @@ def no_dataset(root: Path) -> UserError:
         have, lack = (images, "label maps, such as labels/") if images else (labels, "images, such as images/")
         assert have is not None
         return UserError(f"is no dataset: it holds {have.name}/ and no folder of {lack}", root, _NEEDS)
-    for folder in _folders(root):
+    for folder in folders_in(root):
         if error := _case_of_files(root, folder):
             return error
     return UserError("is no dataset", root, _NEEDS)
@@ -341,7 +337,7 @@ def no_dataset(root: Path) -> UserError:
 
 def _case_of_files(root: Path, case: Path) -> UserError | None:
     """Whether a folder holds the image and the label map of one case, or its masks in a folder of their own."""
-    masks = [folder for folder in _folders(case) if image_files(folder)]
+    masks = [folder for folder in folders_in(case) if image_files(folder)]
     files = image_files(case)
     if not files or len(files) + len(masks) < 2:
         return None
