@@ -120,7 +120,7 @@ def test_mistakes_are_exceptions_with_the_same_words(tmp_path: Path) -> None:
         nnunet_lite.load([])
     with pytest.raises(UserError, match=r"there is no data set 'Nothing'\. Give its folder, or a name in one of: "):
         nnunet_lite.plan("Nothing", workspace=tmp_path)
-    with pytest.raises(UserError, match="no data set is planned in the workspace"):
+    with pytest.raises(UserError, match="no dataset is planned in the workspace"):
         nnunet_lite.train("3d_fullres", 0, workspace=tmp_path)
     with pytest.raises(UserError, match="nowhere: is no model folder"):
         nnunet_lite.load(tmp_path / "nowhere")

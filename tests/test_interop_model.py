@@ -140,7 +140,7 @@ def test_an_imported_model_is_all_that_info_and_predict_need(
     assert code == 2 and f"no 2d model of {place.name} is trained. There is: {name} (3d_fullres)." in err
     for step in (("train", "3d_fullres", "0"), ("select",), ("report",)):  # which need the dataset itself
         code, _, err = command(*step, cwd=tmp_path)
-        assert code == 2 and "no data set is planned" in err and err.count("\n") == 1
+        assert code == 2 and "no dataset is planned" in err and err.count("\n") == 1
 
     other = theirs("residual_2d")
     write_json(other / "plans.json", read_json(other / "plans.json") | {"dataset_name": "Dataset005_Other"})

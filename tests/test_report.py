@@ -286,5 +286,5 @@ def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> 
 
 
 def test_no_planned_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data set is planned"):
+    with pytest.raises(UserError, match="no dataset is planned"):
         api.report(workspace=tmp_path)

@@ -64,7 +64,7 @@ def report(output: Folder | None = None, *, dataset: str | None = None, workspac
 
     Raises
     ------
-    UserError : no data set is planned, or one of its files is broken.
+    UserError : no dataset is planned, or one of its files is broken.
     """
     from nnunet_lite.report.html import PAGE, write_report
 

@@ -61,12 +61,9 @@ def find_cases(source: Path, channels: int) -> list[Case]:
     if not source.is_dir():
         raise UserError("there is no such file or folder", source)
     if cases := _inside(source, channels):
-        if passed := [
-            path.name for path in folders_in(source) if cases[0].images != (source,) and series_folders(path)
-        ]:
-            log.warn(
-                f"{source}: the DICOM series in {few(passed)} are not read, because the folder holds image files too"
-            )
+        others = [] if cases[0].images == (source,) else folders_in(source)
+        if passed := [path.name for path in others if series_folders(path)]:
+            log.warn(f"{source}: the DICOM series in {few(passed)} are not read, since the folder holds images too")
     else:
         cases = _case_folders(source, channels)
     if not cases:
