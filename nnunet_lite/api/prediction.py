@@ -228,6 +228,8 @@ def import_model(
     from nnunet_lite.training.run import model_folder
 
     path, place = Path(source).absolute(), folder_of(workspace)
+    if not path.exists():
+        raise UserError("there is no such file or folder", path)
     if is_bundle(path):
         about = read_manifest(path)
         target = Path(out) if out else model_folder(Paths(place / about.dataset), about.name_for(path))
