@@ -172,18 +172,6 @@ PLANS = {
 }
 
 WORKSPACE = {
-    "the current data set is cut off": Bad(
-        lambda place: (place / "nnlite_workspace" / "current.json").write_text('{"data'), TRAIN, ("current.json",)
-    ),
-    "the current data set is a list": Bad(
-        lambda place: (place / "nnlite_workspace" / "current.json").write_text("[]"), TRAIN, ("current.json",)
-    ),
-    "the current data set is nothing": Bad(
-        lambda place: (place / "nnlite_workspace" / "current.json").write_text("{}"), TRAIN, ("current.json",)
-    ),
-    "the current data set is gone": Bad(
-        lambda place: (place / "nnlite_workspace" / "current.json").write_text('{"dataset": "../x"}'), TRAIN, ("x",)
-    ),
     "dataset.json is a list": written("dataset.json", "[]"),
     "dataset.json is nothing": written("dataset.json", "{}"),
     "dataset.json has cases of text": Bad(
