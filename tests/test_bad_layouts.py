@@ -296,7 +296,7 @@ FOLDERS = {
     ),
     "no folder of images": Layout(named([], ["masks/c{}.png"]), ROOT, ("it holds masks/ and no folder of images",)),
     "no folder of label maps beside dataset.json": Layout(
-        named(["imagesTr/c{}_0000.nii.gz"], [], table=described("A")), "dataset.json", ("there is no labelsTr/",)
+        named(["imagesTr/c{}_0000.nii.gz"], [], table=described("A")), "dataset.json", ("it has no labelsTr/",)
     ),
     "two folders of label maps": Layout(
         named(["images/c{}.png"], ["labels/c{}.png", "masks/c{}.png"]), ROOT, ("holds labels/ and masks/", "Keep one")

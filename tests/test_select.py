@@ -435,7 +435,8 @@ def test_rules_for_a_label_that_is_not_there_are_refused(
     paths: Paths, hippocampus: Path, command: Run, counts: Callable[..., None]
 ) -> None:
     rules = {"Anteriorr": {"largest_component": True}}
-    write_json(paths.inference, handwritten() | {"postprocessing": rules})
+    gains = {"Anteriorr": {"before": 0.8, "after": 0.9, "n": 12}}
+    write_json(paths.inference, handwritten() | {"postprocessing": rules, "postprocessing_gain": gains})
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     common = ["predict", "-i", scan, "-o", paths.root / "out", "-w", paths.root.parent, "--device", "cpu"]
     code, _, err = command(*common, cwd=paths.root)
