@@ -160,7 +160,7 @@ def _begin(job: Job) -> tuple[Learner, State]:
         load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
         log.info(f"going on from epoch {state.epoch} of {job.settings.training.epochs}")
         limit = job.settings.training.time_limit
-        if limit is not None and _progress(job, state) >= 1:
+        if limit is not None and _progress(job, state, since=state.pace / 2) >= 1:
             log.info(f"the {limit:g} minutes of training.time_limit are over; --time-limit gives it more")
     else:
         start_from(network, job)
