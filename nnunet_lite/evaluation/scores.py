@@ -23,6 +23,7 @@ from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label, stem
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.pairing import label_maps
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
@@ -289,13 +290,13 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     pairs = {case: (predicted[case], wanted[case]) for case in sorted(predicted.keys() & wanted.keys())}
     if not pairs:
         raise UserError(
-            f"no prediction has the name of a reference in {reference}: predictions {_few(sorted(predicted))}, "
-            f"references {_few(sorted(wanted))}",
+            f"no prediction has the name of a reference in {reference}: predictions {few(sorted(predicted), 10)}, "
+            f"references {few(sorted(wanted), 10)}",
             prediction,
             "Name both alike; endings may differ.",
         )
     notes = [
-        f"{len(alone)} {what} {_few(alone)}"
+        f"{len(alone)} {what} {few(alone, 10)}"
         for alone, what in (
             (sorted(wanted.keys() - predicted.keys()), "without a prediction, not scored:"),
             (sorted(predicted.keys() - wanted.keys()), "without a reference, not scored:"),
@@ -304,7 +305,7 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     ]
     if by_word:
         references = [f"{path.name} of {name}" for name, path in by_word.items()]
-        notes.append(f"{len(by_word)} references found by a word at the end of their names: {_few(references, 1)}")
+        notes.append(f"{len(by_word)} references found by a word at the end of their names: {few(references, 1)}")
     return pairs, notes
 
 
@@ -317,10 +318,6 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     if not files:
         raise UserError("holds no label map of a supported format", folder)
     return files
-
-
-def _few(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _described_labels(prediction: Path, reference: Path) -> Labels | None:
@@ -381,7 +378,7 @@ def _read(
     if known == {0, 1} and 255 in found and 1 not in found:
         return map_labels(array, {255: 1}), geometry, [*remarks, ("255 read as 1", path.name)]
     if found - known:
-        unknown = _few([str(value) for value in sorted(found - known)])
+        unknown = few([str(value) for value in sorted(found - known)], 10)
         remarks.append((f"no label has the value {unknown}, counted as background", path.name))
     return array, geometry, remarks
 
@@ -391,4 +388,4 @@ def _gather(remarks: Iterable[tuple[str, str]]) -> list[str]:
     files: dict[str, list[str]] = defaultdict(list)
     for remark, file in remarks:
         files[remark].append(file)
-    return [f"{remark} ({_few(names, 3)})" for remark, names in files.items()]
+    return [f"{remark} ({few(names)})" for remark, names in files.items()]

@@ -17,6 +17,7 @@ from nnunet_lite.budget import cpus
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 
 _READERS = 4  # label maps in memory at once
@@ -166,4 +167,4 @@ def _foreground(case: Case, dataset: Dataset) -> tuple[tuple[int, ...], float]:
 
 def some(case_ids: Sequence[str]) -> str:
     what = "case" if len(case_ids) == 1 else "cases"
-    return f"{what} {', '.join(case_ids[:3])}" + (f" and {len(case_ids) - 3} more" if len(case_ids) > 3 else "")
+    return f"{what} {few(case_ids)}"
