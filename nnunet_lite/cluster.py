@@ -30,7 +30,7 @@ from distributed import CancelledError, Client, KilledWorker, as_completed
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.writing import scratch
+from nnunet_lite.files import scratch
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.budget import GB, cpus, free_memory, in_units
+from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import Paths, understood
 
 if TYPE_CHECKING:
-    from nnunet_lite.interop.model import Checkpoint
-    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.models.nnunet import Checkpoint
+    from nnunet_lite.planning.schema import Plan
 
 # what pyproject.toml asks for
 _PACKAGES = (
@@ -46,7 +46,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
     ------
     UserError : it is no model.
     """
-    from nnunet_lite.models import in_our_form
+    from nnunet_lite.models.choice import in_our_form
 
     with in_our_form([model], None, checkpoint) as (folder,):
         return _described(model, folder)
@@ -54,11 +54,11 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
 
 def _described(model: Path, folder: Path) -> About:
     """What a model folder holds; it is that of `model`, in our form."""
-    from nnunet_lite.evaluation.crossval import mean_dice
+    from nnunet_lite.evaluation.cross_validation import mean_dice
     from nnunet_lite.inference.predictor import read_model
-    from nnunet_lite.plan.show import length_unit
-    from nnunet_lite.training.checkpoint import read_state
-    from nnunet_lite.training.run import MODEL, trained_folds
+    from nnunet_lite.models.checkpoint import read_state
+    from nnunet_lite.models.folder import MODEL, trained_folds
+    from nnunet_lite.planning.show import length_unit
 
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
@@ -113,9 +113,9 @@ def describe_dataset(paths: Paths) -> About:
     """What the workspace has of a dataset: cases, plan, models; of one that is not planned, its imported models."""
     from nnunet_lite.data.dataset import stored_dataset
     from nnunet_lite.evaluation.selection import read_selection, trained_since
-    from nnunet_lite.plan.schema import Plan
-    from nnunet_lite.plan.show import plan_table
-    from nnunet_lite.training.run import first_training, model_folders
+    from nnunet_lite.models.folder import first_training, model_folders
+    from nnunet_lite.planning.schema import Plan
+    from nnunet_lite.planning.show import plan_table
 
     models = [describe_model(folder) for folder in model_folders(paths)]
     if not paths.plans.is_file():

@@ -15,26 +15,7 @@ from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
 from nnunet_lite.inference.tiles import window_starts
-from nnunet_lite.plan.fingerprint import Fingerprint
-from nnunet_lite.plan.planner import make_plan
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.plan.show import configuration_changes
-from nnunet_lite.preprocess.store import open_case, preprocess_dataset
-from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.configured import configured
-from nnunet_lite.training.folds import (
-    ALL,
-    Fold,
-    Wanted,
-    point_out_other_folds,
-    read_fold,
-    record_cases,
-    refuse_other_cases,
-    wanted_folds,
-)
-from nnunet_lite.training.limit import Validation, announce, step_sizes
-from nnunet_lite.training.previous import with_previous
-from nnunet_lite.training.run import (
+from nnunet_lite.models.folder import (
     MODEL,
     VALIDATION,
     accepted_changes,
@@ -50,6 +31,25 @@ from nnunet_lite.training.run import (
     require_begun,
     set_aside,
 )
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.planning.show import configuration_changes
+from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
+from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.configured import configured
+from nnunet_lite.training.folds import (
+    ALL,
+    Fold,
+    Wanted,
+    point_out_other_folds,
+    read_fold,
+    record_cases,
+    refuse_other_cases,
+    wanted_folds,
+)
+from nnunet_lite.training.limit import Validation, announce, step_sizes
+from nnunet_lite.training.previous import with_previous
 from nnunet_lite.training.splits import how_made, load_splits
 from nnunet_lite.workspace import Paths
 
@@ -111,7 +111,7 @@ class Run:
 
     def is_done(self) -> bool:
         """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
-        from nnunet_lite.evaluation.crossval import SUMMARY
+        from nnunet_lite.evaluation.cross_validation import SUMMARY
 
         scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
         return scored and is_complete(self.fold_folder, self.settings)
@@ -138,9 +138,9 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
     run = examined(request, paths)
 
     # torch takes seconds to import: mistakes are told before
-    from nnunet_lite.evaluation.crossval import validate_fold
-    from nnunet_lite.network.arithmetic import pick_device
-    from nnunet_lite.training.checkpoint import read_state
+    from nnunet_lite.evaluation.cross_validation import validate_fold
+    from nnunet_lite.models.checkpoint import read_state
+    from nnunet_lite.networks.precision import pick_device
     from nnunet_lite.training.distributed import current, device_of, join
     from nnunet_lite.training.nodes import keep_watch, naming_the_lost
 
@@ -199,8 +199,8 @@ def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
     UserError : class weights or swaps of other labels, no such transform, a network that cannot be made, or one that
         normalises each process's part of a batch by itself.
     """
-    from nnunet_lite.network.build import build_network
-    from nnunet_lite.network.norm import mixes_samples
+    from nnunet_lite.networks.build import build_network
+    from nnunet_lite.networks.norm import mixes_samples
     from nnunet_lite.training.batches import check_augmentation
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.loss import check_weights

@@ -15,7 +15,7 @@ from pathlib import Path
 INTERRUPTED = 130  # the exit code that shells give a process that SIGINT ended
 RESUME = "the same command resumes from here (predict: with --continue)"
 
-unfinished: set[Path] = set()  # the temporary files and folders of this process, see writing.py
+unfinished: set[Path] = set()  # the temporary files and folders of this process, see files.py
 interrupted = False  # whether SIGINT came: what it interrupts may raise something else than KeyboardInterrupt
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nnunet_lite import log
-from nnunet_lite.writing import append
+from nnunet_lite.files import append
 
 _LITTLE = 0.05  # of a step: from less than that its length is not told
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.writing import atomic
+from nnunet_lite.files import atomic
 
 
 @contextmanager

@@ -27,16 +27,16 @@ import torch
 from scipy.ndimage import zoom
 
 from nnunet_lite.data.dataset import dataset_from_json
-from nnunet_lite.network.arithmetic import keep_freed_memory
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.store import open_case
+from nnunet_lite.networks.precision import keep_freed_memory
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.augment import is_in_plane, rotation_limit
+from nnunet_lite.training.augmentation import is_in_plane, rotation_limit
 from nnunet_lite.training.batches import make_batch
+from nnunet_lite.training.batchgenerators import oversized
 from nnunet_lite.training.cache import LoadedCase, in_memory
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
-from nnunet_lite.training.reference_augment import oversized
 from nnunet_lite.training.sampler import draw_places, enlarged, read_stack, rng_for
 from nnunet_lite.workspace import current, read_json
 

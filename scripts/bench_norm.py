@@ -12,8 +12,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from nnunet_lite.network.arithmetic import keep_freed_memory
-from nnunet_lite.network.norm import InstanceNorm
+from nnunet_lite.networks.norm import InstanceNorm
+from nnunet_lite.networks.precision import keep_freed_memory
 
 
 def best_ms(work: object, repeats: int = 10) -> float:

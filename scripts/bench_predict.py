@@ -33,13 +33,13 @@ import SimpleITK as sitk
 from bench_preprocess import Cost, measure
 
 from nnunet_lite.inference import predictor, streaming
-from nnunet_lite.interop.model import export_model
 from nnunet_lite.log import info
-from nnunet_lite.network.build import build_network
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.models.checkpoint import save_weights
+from nnunet_lite.models.folder import FORMAT
+from nnunet_lite.models.nnunet import export_model
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load as load_settings
-from nnunet_lite.training.checkpoint import save_weights
-from nnunet_lite.training.run import FORMAT
 from nnunet_lite.workspace import write_json, write_text
 
 NNLITE = [sys.executable, "-m", "nnunet_lite", "predict", "--device", "cpu"]
@@ -90,8 +90,8 @@ def alone(image: Path, cores: list[int], slices: int, classes: int, scratch: Pat
 
 def row(model: Path, images: Path, n: int) -> None:
     """Memory of this process after each of several cases."""
-    from nnunet_lite.models import load
-    from nnunet_lite.network.arithmetic import keep_freed_memory
+    from nnunet_lite.models.choice import load
+    from nnunet_lite.networks.precision import keep_freed_memory
 
     keep_freed_memory()  # as `nnlite predict` does
     loaded, sizes = load(model, device="cpu"), []

@@ -26,11 +26,11 @@ from nnunet_lite.data.dataset import Case, Dataset, dataset_from_json, map_label
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.models.folder import model_folders, open_run
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.folds import read_fold
-from nnunet_lite.training.run import model_folders, open_run
 from nnunet_lite.workspace import Paths, current, read_json, write_json, write_text
 
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

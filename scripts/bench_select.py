@@ -28,13 +28,13 @@ from scipy import ndimage
 from nnunet_lite import api
 from nnunet_lite.data.dataset import Case, Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
-from nnunet_lite.evaluation.crossval import score_predictions
+from nnunet_lite.evaluation.cross_validation import score_predictions
 from nnunet_lite.evaluation.select import MADE_OF, find_members, weights_of
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.models.folder import MODEL, VALIDATION, open_run
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load as load_settings
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.folds import read_splits
-from nnunet_lite.training.run import MODEL, VALIDATION, open_run
 from nnunet_lite.workspace import Paths, current, read_json, write_json
 
 NAMES = {"2d-bench": "2d", "3d-bench": "3d_fullres"}

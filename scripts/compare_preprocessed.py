@@ -23,8 +23,8 @@ from pathlib import Path
 import blosc2
 import numpy as np
 
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.store import open_case
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.store import open_case
 
 TOLERATED_LABELS = 1e-5  # where shares tie, the last bit of nnU-Net's float64 decides
 

@@ -37,8 +37,8 @@ import nnunet_lite
 from nnunet_lite.api.training import fold_names
 from nnunet_lite.data.dataset import Dataset, read_case, read_dataset
 from nnunet_lite.evaluation.scores import evaluate
-from nnunet_lite.interop.nnunet import Description, description_to_nnunet, plan_to_nnunet
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.nnunet import Description, description_to_nnunet, plan_to_nnunet
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load
 from nnunet_lite.training.configured import configured
 from nnunet_lite.workspace import write_json, write_text

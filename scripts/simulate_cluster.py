@@ -49,9 +49,9 @@ def measure(data: Path) -> Measured:
     """Preprocess each case alone, in this thread; then read random patches of what is stored."""
     import nnunet_lite
     from nnunet_lite.api.place import dataset_of
-    from nnunet_lite.plan.schema import Plan
-    from nnunet_lite.preprocess.make import Make
-    from nnunet_lite.preprocess.store import open_case
+    from nnunet_lite.planning.schema import Plan
+    from nnunet_lite.preprocessing.make import Make
+    from nnunet_lite.preprocessing.store import open_case
     from nnunet_lite.workspace import current
 
     with tempfile.TemporaryDirectory() as folder:

@@ -124,8 +124,8 @@ def tiny_model(tiny_workspace: Path) -> Path:
 def tiny_cases(tiny_workspace: Path) -> list[Any]:
     """The ten cases of `tiny_workspace`, preprocessed for 3d_fullres."""
     from nnunet_lite.data.dataset import dataset_from_json
-    from nnunet_lite.plan.schema import Plan
-    from nnunet_lite.preprocess.store import open_case
+    from nnunet_lite.planning.schema import Plan
+    from nnunet_lite.preprocessing.store import open_case
     from nnunet_lite.workspace import current, read_json
 
     paths = current(tiny_workspace)

@@ -14,8 +14,8 @@ import SimpleITK
 
 from nnunet_lite import api
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan import fingerprint
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning import fingerprint
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import read_json
 
 Change = Callable[[dict[str, Any]], Any]

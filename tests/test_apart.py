@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.network.apart import Apart, side_by_side
-from nnunet_lite.network.build import supervise_deeply
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.networks.apart import Apart, side_by_side
+from nnunet_lite.networks.build import supervise_deeply
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import current
 
 

@@ -58,16 +58,18 @@ def test_import_is_light() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        "from nnunet_lite.plan.schema import Plan",
-        "import nnunet_lite.plan.planner, nnunet_lite.preprocess.pipeline",
-        "import nnunet_lite, nnunet_lite.plan.planner, nnunet_lite.preprocess.store",
-        "from nnunet_lite.plan import planner; from nnunet_lite.preprocess import pipeline",
+        "from nnunet_lite.planning.schema import Plan",
+        "import nnunet_lite.planning.planner, nnunet_lite.preprocessing.pipeline",
+        "import nnunet_lite, nnunet_lite.planning.planner, nnunet_lite.preprocessing.store",
+        "from nnunet_lite.planning import planner; from nnunet_lite.preprocessing import pipeline",
     ],
 )
 def test_steps_keep_their_names_beside_the_packages(first: str) -> None:
     """`plan` and `preprocess` are functions of the API and packages of modules, whichever is imported first."""
     code = f"{first}\nimport nnunet_lite as n\nprint(*(callable(getattr(n, name)) for name in n.__all__))\n"
-    assert set(python(code + "from nnunet_lite.plan.schema import Plan; print(Plan is not None)").split()) == {"True"}
+    assert set(python(code + "from nnunet_lite.planning.schema import Plan; print(Plan is not None)").split()) == {
+        "True"
+    }
 
 
 def test_every_step_says_what_it_takes() -> None:

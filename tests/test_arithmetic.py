@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, pick_device, use_allowed_cpus
+from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates, fastest, pick_device, use_allowed_cpus
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augment import (
+from nnunet_lite.training.augmentation import (
     Intensity,
     apply_intensity,
     apply_mirror,

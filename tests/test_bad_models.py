@@ -143,7 +143,7 @@ def overflowing(place: Path) -> None:
     """Weights that are finite, and logits that are not."""
     from safetensors.numpy import load_file, save_file
 
-    from nnunet_lite.training.checkpoint import read_state
+    from nnunet_lite.models.checkpoint import read_state
 
     tensors, about = load_file(place / WEIGHTS), read_state(place / WEIGHTS)
     for name in tensors:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.batches import build_batch, check_augmentation, draw_batch, make_batch, training_batches
 from nnunet_lite.training.cache import LoadedCase, in_memory, on_device

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.build import build_network, supervise_deeply
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.networks.build import build_network, supervise_deeply
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import current
 
 OWN = """

@@ -18,10 +18,10 @@ import pytest
 from nnunet_lite import api
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.interop import unpack as unpacking
-from nnunet_lite.interop.bundle import MANIFEST, licence_text, pack
-from nnunet_lite.interop.unpack import read_manifest, unpack, unpacked
-from nnunet_lite.training.run import MODEL
+from nnunet_lite.models.bundle import MANIFEST, licence_text, pack
+from nnunet_lite.models.choice import unpack as unpacking
+from nnunet_lite.models.folder import MODEL
+from nnunet_lite.models.unpack import read_manifest, unpack, unpacked
 from nnunet_lite.workspace import read_json, write_json
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}

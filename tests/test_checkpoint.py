@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.schema import Network
-from nnunet_lite.settings import OptimizerSettings
-from nnunet_lite.training.checkpoint import (
+from nnunet_lite.models.checkpoint import (
     load_checkpoint,
     load_weights,
     read_state,
     save_checkpoint,
     save_weights,
 )
-from nnunet_lite.training.optimize import make_optimizer
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Network
+from nnunet_lite.settings import OptimizerSettings
+from nnunet_lite.training.optim import make_optimizer
 
 CPU = torch.device("cpu")
 SPEC = Network(

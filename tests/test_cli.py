@@ -56,7 +56,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     """What `nnlite --help` costs is what it imports; the time itself is measured by a benchmark."""
     code = "import sys; from nnunet_lite import cli; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).split())
-    assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "pydantic", "nnunet_lite.plan.schema"}
+    assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "pydantic", "nnunet_lite.planning.schema"}
 
 
 @pytest.mark.parametrize(

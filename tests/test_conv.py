@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_lite.network.conv import Conv2d, Conv3d
+from nnunet_lite.networks.conv import Conv2d, Conv3d
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.crossval import validate_fold
-from nnunet_lite.training.checkpoint import read_state
+from nnunet_lite.evaluation.cross_validation import validate_fold
+from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.training.folds import read_fold
 from nnunet_lite.workspace import current, read_json
 

@@ -16,7 +16,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.maps import Wanted
 from nnunet_lite.inference.predictor import Model, load, predict_preprocessed
-from nnunet_lite.network.arithmetic import Arithmetic
+from nnunet_lite.networks.precision import Arithmetic
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 

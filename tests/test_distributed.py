@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from samples import fold_of
 
 from nnunet_lite.errors import UserError
+from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
+from nnunet_lite.models.folder import MODEL
 from nnunet_lite.training import distributed
-from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
 from nnunet_lite.training.distributed import (
     ALONE,
     LOOK_EVERY,
@@ -31,7 +32,6 @@ from nnunet_lite.training.distributed import (
     share,
 )
 from nnunet_lite.training.record import METRICS
-from nnunet_lite.training.run import MODEL
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

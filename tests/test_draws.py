@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from nnunet_lite.plan import draws as module
-from nnunet_lite.plan.draws import BLOCK, SEED, Draws, Stream
+from nnunet_lite.planning import draws as module
+from nnunet_lite.planning.draws import BLOCK, SEED, Draws, Stream
 
 SAMPLES = (100_000, 3, 700_000, BLOCK)  # one after the other from the same numbers
 

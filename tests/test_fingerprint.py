@@ -12,8 +12,8 @@ import pytest
 from nnunet_lite.data.crop import nonzero_mask
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan import fingerprint as module
-from nnunet_lite.plan.fingerprint import Fingerprint, check_and_fingerprint
+from nnunet_lite.planning import fingerprint as module
+from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 
 
 def take(root: Path, workers: int | None = 2) -> Fingerprint:

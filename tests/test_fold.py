@@ -11,7 +11,7 @@ from samples import TINIEST
 
 import nnunet_lite
 from nnunet_lite.errors import Busy, UserError
-from nnunet_lite.training.run import exclusive
+from nnunet_lite.models.folder import exclusive
 from nnunet_lite.workspace import current, read_json, write_json
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}

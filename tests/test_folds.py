@@ -16,7 +16,7 @@ from nnunet_lite import api
 from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan import fingerprint
+from nnunet_lite.planning import fingerprint
 from nnunet_lite.training.folds import Wanted, make_folds, must_be_made, read_fold, read_splits, wanted_folds
 from nnunet_lite.training.splits import Splits
 from nnunet_lite.workspace import current, read_json, write_json

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from nnunet_lite.data.images import read_geometry, read_image
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.nnunet import plan_from_nnunet
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.nnunet import plan_from_nnunet
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, keys, load, recipes
 from nnunet_lite.training.configured import configured
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from nnunet_lite import api
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.model import import_model
-from nnunet_lite.interop.nnunet import description_from_nnunet
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.fingerprint import Fingerprint
-from nnunet_lite.plan.planner import make_plan
-from nnunet_lite.plan.schema import Network, Plan
+from nnunet_lite.models.nnunet import import_model
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.nnunet import description_from_nnunet
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.initial import Loaded, Source, adopt, adopted_plan, find_source, freeze, input_names
 from nnunet_lite.workspace import current, read_json, write_json

@@ -14,8 +14,9 @@ import pytest
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.model import _labels_for_nnunet
-from nnunet_lite.interop.nnunet import (
+from nnunet_lite.models.nnunet import _labels_for_nnunet
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.nnunet import (
     Description,
     description_from_nnunet,
     description_to_nnunet,
@@ -23,9 +24,8 @@ from nnunet_lite.interop.nnunet import (
     plan_to_nnunet,
     read_plan,
 )
-from nnunet_lite.plan.fingerprint import Fingerprint
-from nnunet_lite.plan.planner import make_plan
-from nnunet_lite.plan.schema import Plan, inherited
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Plan, inherited
 
 DATA = Path(__file__).parent / "data"
 DATASET = {

@@ -12,14 +12,14 @@ import pytest
 from samples import TINIEST
 
 import nnunet_lite
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.models.checkpoint import read_state
+from nnunet_lite.models.folder import MODEL
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, load, with_changes
-from nnunet_lite.training.checkpoint import read_state
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limit import Validation, announce, forward_seconds, planned_validation, step_sizes
 from nnunet_lite.training.limit import training_seconds as of_training
-from nnunet_lite.training.run import MODEL
 from nnunet_lite.workspace import current, read_json
 
 COVERED = {"training.time_limit": 10, "training.limit_validation": True}

@@ -25,20 +25,20 @@ from samples import as_options
 from nnunet_lite import api
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.store import open_case
-from nnunet_lite.preprocess.stored import sampled_voxels
+from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
+from nnunet_lite.models.folder import MODEL, is_complete, is_finished
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.store import open_case
+from nnunet_lite.preprocessing.stored import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop, step
 from nnunet_lite.training.batches import make_batch
 from nnunet_lite.training.cache import LoadedCase, in_memory
-from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.record import METRICS, PICTURE, TABLE
-from nnunet_lite.training.run import MODEL, is_complete, is_finished
 from nnunet_lite.training.step import choose_arithmetic, make_network
 from nnunet_lite.training.watch import Stop
 from nnunet_lite.workspace import current

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.schema import Network, Plan
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import LossSettings
 from nnunet_lite.training.distributed import Ranks, share, sum_over_ranks
 from nnunet_lite.training.loss import (

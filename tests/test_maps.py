@@ -14,15 +14,15 @@ from test_streaming import CPU, FP32, configured, labels_of, noise, placed, rand
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.footprint import Request, plan_memory
 from nnunet_lite.inference.maps import Wanted, _judged, channel_names, predict_maps, together, wanted_labels
+from nnunet_lite.inference.memory import Request, plan_memory
 from nnunet_lite.inference.passes import Passes, passes_of
 from nnunet_lite.inference.predictor import load, predict_image
 from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
-from nnunet_lite.plan.schema import Resampling
-from nnunet_lite.preprocess.decide import decide, written_values
-from nnunet_lite.preprocess.pipeline import Placement
-from nnunet_lite.preprocess.resample import Block, resample_image
+from nnunet_lite.planning.schema import Resampling
+from nnunet_lite.preprocessing.decide import decide, written_values
+from nnunet_lite.preprocessing.pipeline import Placement
+from nnunet_lite.preprocessing.resampling import Block, resample_image
 
 REGIONS = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
 TARGET = (21, 30, 26)

@@ -6,10 +6,10 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.markup import html_table
-from nnunet_lite.plan.fingerprint import Fingerprint
-from nnunet_lite.plan.planner import make_plan
-from nnunet_lite.plan.schema import Statistics
-from nnunet_lite.plan.show import plan_rows
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Statistics
+from nnunet_lite.planning.show import plan_rows
 
 EVIL = "<script>alert(1)</script>"
 

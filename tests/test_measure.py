@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.nnunet import plan_from_nnunet
-from nnunet_lite.network.arithmetic import Arithmetic
-from nnunet_lite.plan.override import limited
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.planning.nnunet import plan_from_nnunet
+from nnunet_lite.planning.override import limited
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.measure import measure_step, train_step
 
 ABOUT = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}, "numTraining": 200}

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.memory import activation_values, layers, training_memory
-from nnunet_lite.plan.topology import default_network, topology
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.memory import activation_values, layers, training_memory
+from nnunet_lite.planning.topology import default_network, topology
 from nnunet_lite.settings import LossSettings
 from nnunet_lite.training.loss import segmentation_loss
 

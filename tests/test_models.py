@@ -14,10 +14,10 @@ import nnunet_lite
 from nnunet_lite import api
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.crossval import validate_fold
+from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.inference.predictor import read_model
-from nnunet_lite.models import first_fold
-from nnunet_lite.training.checkpoint import read_state
+from nnunet_lite.models.checkpoint import read_state
+from nnunet_lite.models.choice import first_fold
 from nnunet_lite.training.initial import find_source
 
 QUICK = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
@@ -75,7 +75,7 @@ def coded(tiny_model: Path, tmp_path: Path) -> Path:
     """A model in a workspace whose network is made by code beside its weights; `was_run` says that it was run."""
     from torch import nn
 
-    from nnunet_lite.training.checkpoint import save_weights
+    from nnunet_lite.models.checkpoint import save_weights
 
     model = tmp_path / "w" / "Task04_Hippocampus" / "models" / "coded"
     shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("validation", ".lock"))

@@ -28,11 +28,11 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.next_stage import classes_on_grid
 from nnunet_lite.inference.predictor import load, predict_image, predict_preprocessed
 from nnunet_lite.inference.prepare import as_classes
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.pipeline import Placement, preprocess, restore_segmentation
-from nnunet_lite.preprocess.store import open_case
+from nnunet_lite.models.checkpoint import read_state
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
+from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import load as load_settings
-from nnunet_lite.training.checkpoint import read_state
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from samples import fold_of
 
-from nnunet_lite.training.checkpoint import CHECKPOINT
+from nnunet_lite.models.checkpoint import CHECKPOINT
+from nnunet_lite.models.folder import MODEL
 from nnunet_lite.training.record import METRICS
-from nnunet_lite.training.run import MODEL
 
 EPOCHS = 12
 # as `python -m nnunet_lite`, with less patience

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnunet_lite.network.norm import InstanceNorm, is_channels_last
+from nnunet_lite.networks.norm import InstanceNorm, is_channels_last
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6, 7, 4), (3, 4, 9, 8), (2, 3, 11, 10, 12), (2, 3, 40, 30)])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Channel, Statistics
-from nnunet_lite.preprocess.normalize import SCHEMES, moments, normalize
+from nnunet_lite.planning.schema import Channel, Statistics
+from nnunet_lite.preprocessing.normalization import SCHEMES, moments, normalize
 
 STATISTICS = Statistics(mean=40, median=45, std=20, min=-900, max=900, percentile_00_5=-10, percentile_99_5=120)
 

@@ -21,17 +21,17 @@ from torch import nn
 
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
+from nnunet_lite.inference import onnx as exporter
+from nnunet_lite.inference import onnx_runner as runner
 from nnunet_lite.inference import predictor, tiles, windows
-from nnunet_lite.interop import onnx as exporter
-from nnunet_lite.interop import onnx_runner as runner
-from nnunet_lite.interop.onnx import OPSET, export_onnx
-from nnunet_lite.network.build import build_network
-from nnunet_lite.network.norm import InstanceNorm
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.pipeline import preprocess
+from nnunet_lite.inference.onnx import OPSET, export_onnx
+from nnunet_lite.models.checkpoint import save_weights
+from nnunet_lite.models.folder import FORMAT, MODEL
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.norm import InstanceNorm
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import load as load_settings
-from nnunet_lite.training.checkpoint import save_weights
-from nnunet_lite.training.run import FORMAT, MODEL
 from nnunet_lite.workspace import read_json, write_json, write_text
 
 pytest.importorskip("onnxscript")
@@ -201,7 +201,7 @@ def test_no_torch_is_needed(pair: Pair, exported: Path, hippocampus: Path, tmp_p
 import sys
 sys.modules["torch"] = None  # whoever imports it fails
 import numpy as np
-from nnunet_lite.interop.onnx_runner import load
+from nnunet_lite.inference.onnx_runner import load
 folder, work = sys.argv[1:]
 np.save(f"{work}/labels.npy", load(folder)(np.load(f"{work}/image.npy"), (1.0, 1.0, 1.0)))
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
-from nnunet_lite.training.optimize import Plateau, average_step, learning_rate, make_optimizer, start_average
+from nnunet_lite.training.optim import Plateau, average_step, learning_rate, make_optimizer, start_average
 
 
 def test_poly() -> None:

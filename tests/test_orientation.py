@@ -20,10 +20,10 @@ from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image, read_images
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.nnunet import plan_to_nnunet
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.preprocess.pipeline import preprocess
-from nnunet_lite.preprocess.store import open_case
+from nnunet_lite.planning.nnunet import plan_to_nnunet
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import preprocess
+from nnunet_lite.preprocessing.store import open_case
 
 NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
 STORED = ("LPI", "SAL", "PIR", "LAS", "RAS")

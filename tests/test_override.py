@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.nnunet import plan_from_nnunet
-from nnunet_lite.plan.override import limited, override
-from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.planning.nnunet import plan_from_nnunet
+from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.schema import Configuration, Plan
 
 ABOUT = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}, "numTraining": 200}
 

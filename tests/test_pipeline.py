@@ -13,16 +13,16 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
-from nnunet_lite.preprocess.decide import must_be_finite
-from nnunet_lite.preprocess.pipeline import (
+from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
+from nnunet_lite.preprocessing.decide import must_be_finite
+from nnunet_lite.preprocessing.pipeline import (
     Placement,
     preprocess,
     resampled_shape,
     restore_segmentation,
     target_spacing,
 )
-from nnunet_lite.preprocess.resample import resample_labels
+from nnunet_lite.preprocessing.resampling import resample_labels
 
 STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
 LABELS = Labels(names={"background": 0, "anterior": 1, "posterior": 2})

@@ -17,8 +17,8 @@ from nnunet_lite.api.place import place_of, why_to_plan
 from nnunet_lite.api.workflow import _commands
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan import fingerprint
-from nnunet_lite.training.run import first_training
+from nnunet_lite.models.folder import first_training
+from nnunet_lite.planning import fingerprint
 from nnunet_lite.workspace import Paths, current, read_json
 
 SHORT = {"training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16]}

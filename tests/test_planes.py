@@ -13,8 +13,8 @@ import SimpleITK
 from PIL import Image
 
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.report.outline import outline
-from nnunet_lite.report.planes import View, box_around, cut, grey_levels, thinned, to_bytes, webp
+from nnunet_lite.reporting.outline import outline
+from nnunet_lite.reporting.planes import View, box_around, cut, grey_levels, thinned, to_bytes, webp
 
 
 @pytest.mark.parametrize("code", ["LPS", "RAS", "LAS", "SPL", "AIR", "PSR", "ILA"])

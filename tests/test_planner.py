@@ -10,13 +10,13 @@ import pytest
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.nnunet import description_from_nnunet, plan_to_nnunet
-from nnunet_lite.plan.fingerprint import Fingerprint
-from nnunet_lite.plan.override import legal_neighbours, override
-from nnunet_lite.plan.planner import make_plan
-from nnunet_lite.plan.schema import Plan, Statistics
-from nnunet_lite.plan.show import patch_share, plan_table
-from nnunet_lite.plan.topology import topology
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.nnunet import description_from_nnunet, plan_to_nnunet
+from nnunet_lite.planning.override import legal_neighbours, override
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Plan, Statistics
+from nnunet_lite.planning.show import patch_share, plan_table
+from nnunet_lite.planning.topology import topology
 
 FIXTURES = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())
 STATISTICS = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
@@ -71,7 +71,7 @@ def test_plan_is_nnunets(fixture: dict[str, Any]) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, nnunet_lite.plan.planner, nnunet_lite.plan.show, nnunet_lite.interop.nnunet as _; "
+    code = "import sys, nnunet_lite.planning.planner, nnunet_lite.planning.show, nnunet_lite.planning.nnunet as _; "
     heavy = subprocess.run(
         [sys.executable, "-c", code + "print({'torch', 'SimpleITK', 'matplotlib', 'sklearn'} & set(sys.modules))"],
         capture_output=True,

@@ -9,7 +9,7 @@ from html import unescape
 import numpy as np
 import pytest
 
-from nnunet_lite.report.plots import Series, curves, dots, histogram, intervals, ticks
+from nnunet_lite.reporting.plots import Series, curves, dots, histogram, intervals, ticks
 
 
 def y_axis(svg: str) -> list[tuple[float, str]]:

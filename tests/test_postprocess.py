@@ -14,7 +14,7 @@ from scipy import ndimage
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.postprocess import Decision, Pair, Reference, candidates, choosing, decide
+from nnunet_lite.evaluation.postprocessing import Decision, Pair, Reference, candidates, choosing, decide
 from nnunet_lite.evaluation.rules import Rule, apply_rules
 from nnunet_lite.evaluation.statistics import p_of_gain
 

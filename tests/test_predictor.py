@@ -30,9 +30,9 @@ from nnunet_lite.inference.predictor import (
     sides_of,
     trained_folds,
 )
-from nnunet_lite.network.arithmetic import Arithmetic
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.preprocess.pipeline import preprocess
+from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.workspace import read_json, write_json
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.augment import rotation
+from nnunet_lite.training.augmentation import rotation
 from nnunet_lite.training.batches import draw_batch
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job

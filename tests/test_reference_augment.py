@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augment import (
+from nnunet_lite.training.augmentation import (
     apply_intensity,
     draw_intensity,
     draw_matrix,
@@ -23,7 +23,7 @@ from nnunet_lite.training.augment import (
     rotation,
     warped,
 )
-from nnunet_lite.training.reference_augment import (
+from nnunet_lite.training.batchgenerators import (
     apply_transforms,
     extra_transforms,
     oversized,

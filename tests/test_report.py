@@ -16,7 +16,7 @@ from PIL import Image
 
 from nnunet_lite import api
 from nnunet_lite.errors import UserError
-from nnunet_lite.report import gallery
+from nnunet_lite.reporting import gallery
 from nnunet_lite.workspace import read_json, write_json
 
 Ended = tuple[int, str, str]

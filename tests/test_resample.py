@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.transform import resize
 from threadpoolctl import threadpool_info
 
-from nnunet_lite.preprocess.resample import (
+from nnunet_lite.preprocessing.resampling import (
     each_slab,
     nearest,
     operator,

@@ -10,11 +10,8 @@ import torch
 
 from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Plan
-from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.checkpoint import save_weights
-from nnunet_lite.training.configured import configured
-from nnunet_lite.training.run import (
+from nnunet_lite.models.checkpoint import save_weights
+from nnunet_lite.models.folder import (
     MODEL,
     exclusive,
     fold_seed,
@@ -25,6 +22,9 @@ from nnunet_lite.training.run import (
     set_aside,
     told_lengths,
 )
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.configured import configured
 from nnunet_lite.workspace import current, read_json
 
 

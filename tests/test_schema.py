@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.nnunet import plan_from_nnunet
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.nnunet import plan_from_nnunet
+from nnunet_lite.planning.schema import Plan
 
 ABOUT = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}, "numTraining": 200}
 

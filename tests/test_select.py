@@ -18,7 +18,7 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.postprocess import Gain, Rule, apply_rules
+from nnunet_lite.evaluation.postprocessing import Gain, Rule, apply_rules
 from nnunet_lite.evaluation.select import Member, choose
 from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
 from nnunet_lite.evaluation.statistics import Margin

@@ -1,4 +1,4 @@
-"""preprocess/store.py, stored.py, raw_files.py and budget.py on the bundled hippocampus cases."""
+"""preprocess/store.py, stored.py, raw_files.py and system.py on the bundled hippocampus cases."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunet_lite import budget
+from nnunet_lite import system
 from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Channel, Configuration, Network, Plan, Statistics
-from nnunet_lite.preprocess.store import open_case, preprocess_dataset, prune
-from nnunet_lite.preprocess.stored import chunks_and_blocks, sampled_voxels
+from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Statistics
+from nnunet_lite.preprocessing.store import open_case, preprocess_dataset, prune
+from nnunet_lite.preprocessing.stored import chunks_and_blocks, sampled_voxels
 
 STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
 BOTH = ["2d", "3d_fullres"]
@@ -333,22 +333,22 @@ def test_chunks_are_fitted_to_the_patch() -> None:
 
 
 def test_too_little_disk_is_refused(tmp_path: Path) -> None:
-    budget.require_space(tmp_path, 1)
+    system.require_space(tmp_path, 1)
     with pytest.raises(UserError, match=r"preprocessing needs about 1,000 PB here and [\d.]+ [MGT]B are free"):
-        budget.require_space(tmp_path, 10**18)
+        system.require_space(tmp_path, 10**18)
 
 
 def test_cases_in_flight_follow_memory_and_cpus() -> None:
-    cpus = budget.cpus()
-    assert budget.cases_in_flight(1, None) == cpus and budget.cases_in_flight(1, 3) == 3
-    assert budget.cases_in_flight(10**15, None) == budget.cases_in_flight(1, 0) == 1
-    assert budget.cases_in_flight(int(budget.free_memory() * 0.5), None) == 1
+    cpus = system.cpus()
+    assert system.cases_in_flight(1, None) == cpus and system.cases_in_flight(1, 3) == 3
+    assert system.cases_in_flight(10**15, None) == system.cases_in_flight(1, 0) == 1
+    assert system.cases_in_flight(int(system.free_memory() * 0.5), None) == 1
 
 
 def test_a_ulimit_counts_as_memory() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
-        "from nnunet_lite.budget import free_memory; print(free_memory())"
+        "from nnunet_lite.system import free_memory; print(free_memory())"
     )
     assert 0 < int(subprocess.check_output([sys.executable, "-c", code])) < 3 << 30
 
@@ -364,11 +364,11 @@ def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
             (level / names[0]).write_text(limit + "\n")
             (level / names[1]).write_text("2000000000\n")
             (level / "memory.stat").write_text("anon 5\ninactive_file 500000000\n")
-    rooms = budget._cgroup_rooms("0::/job\n", tmp_path / "two")
+    rooms = system._cgroup_rooms("0::/job\n", tmp_path / "two")
     assert rooms == [6_500_000_000, 3_500_000_000]
-    assert budget._cgroup_rooms("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
+    assert system._cgroup_rooms("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
     (second / "memory.max").write_text("max\n")
-    assert budget._cgroup_rooms("0::/job\n", tmp_path / "two") == [3_500_000_000]
+    assert system._cgroup_rooms("0::/job\n", tmp_path / "two") == [3_500_000_000]
 
 
 def test_cpu_quotas_of_cgroups_of_both_versions_count(tmp_path: Path) -> None:
@@ -378,15 +378,15 @@ def test_cpu_quotas_of_cgroups_of_both_versions_count(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     (second / "cpu.max").write_text("max 100000\n")
     (second.parent / "cpu.max").write_text("400000 100000\n")
-    assert budget._cgroup_cpus("0::/job\n", tmp_path / "two") == [4]
-    assert budget._cgroup_cpus("0::/docker/a1b2\n", tmp_path / "two") == [4]  # a path of the host, in a container
+    assert system._cgroup_cpus("0::/job\n", tmp_path / "two") == [4]
+    assert system._cgroup_cpus("0::/docker/a1b2\n", tmp_path / "two") == [4]  # a path of the host, in a container
     (second / "cpu.max").write_text("150000 100000\n")
-    assert budget._cgroup_cpus("0::/job\n", tmp_path / "two") == [2, 4]
+    assert system._cgroup_cpus("0::/job\n", tmp_path / "two") == [2, 4]
     for group, quota in ((first, "-1"), (first.parent, "50000")):
         (group / "cpu.cfs_quota_us").write_text(quota + "\n")
         (group / "cpu.cfs_period_us").write_text("100000\n")
-    assert budget._cgroup_cpus("4:memory:/job\n3:cpu,cpuacct:/job\n2:cpuset:/job\n0::/\n", tmp_path / "one") == [1]
-    assert budget._cgroup_cpus("", tmp_path) == []
+    assert system._cgroup_cpus("4:memory:/job\n3:cpu,cpuacct:/job\n2:cpuset:/job\n0::/\n", tmp_path / "one") == [1]
+    assert system._cgroup_cpus("", tmp_path) == []
 
 
 def test_the_quota_of_a_real_cgroup_counts() -> None:
@@ -406,7 +406,7 @@ def test_the_quota_of_a_real_cgroup_counts() -> None:
             "import os, sys, pathlib\n"
             "for group in sys.argv[1:]: (pathlib.Path(group) / 'cgroup.procs').write_text(str(os.getpid()))\n"
             "from nnunet_lite import budget\n"
-            "print(budget.cpus(), budget.free_memory())"
+            "print(system.cpus(), system.free_memory())"
         )
         out = subprocess.check_output([sys.executable, "-c", code, *map(str, groups)], text=True)
     except (OSError, subprocess.CalledProcessError):
@@ -427,7 +427,7 @@ def test_the_quota_of_a_real_cgroup_counts() -> None:
     ],
 )  # fmt: skip
 def test_bytes_are_written_with_three_digits(number: float, text: str) -> None:
-    assert budget.in_units(number) == text
+    assert system.in_units(number) == text
 
 
 def test_a_case_may_have_a_name_of_255_bytes(copy_dataset: Copy, tmp_path: Path) -> None:

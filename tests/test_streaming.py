@@ -19,16 +19,16 @@ from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.images import read_image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.footprint import Request, logits_orders, plan_memory
+from nnunet_lite.inference.memory import Request, logits_orders, plan_memory
 from nnunet_lite.inference.passes import Passes, passes_of
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
 from nnunet_lite.inference.tiles import Sides, mirrorings, window_starts
 from nnunet_lite.inference.windows import weight_of
-from nnunet_lite.network.arithmetic import Arithmetic
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.schema import Configuration, Network, Resampling
-from nnunet_lite.preprocess.pipeline import Placement, preprocess, restore_segmentation
+from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Configuration, Network, Resampling
+from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
 
 Shape = tuple[int, int, int]
 
@@ -286,10 +286,10 @@ MEASURED = """
 import os
 import torch
 from test_streaming import CPU, FP32, configured, labels_of, placed, random_networks
-from nnunet_lite.inference.footprint import Request, plan_memory
+from nnunet_lite.inference.memory import Request, plan_memory
 from nnunet_lite.inference.passes import passes_of
 from nnunet_lite.inference.streaming import opened, predict_labels
-from nnunet_lite.plan.schema import Resampling
+from nnunet_lite.planning.schema import Resampling
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

@@ -8,7 +8,7 @@ import pytest
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.swaps import Swap, channel_swap, check_swaps, swap_of, swap_table
 from nnunet_lite.workspace import current

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nnunet_lite.network.threads import in_shares
+from nnunet_lite.networks.threads import in_shares
 
 
 @pytest.fixture

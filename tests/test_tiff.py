@@ -18,7 +18,7 @@ from nnunet_lite import api
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.preprocess.raw_files import survey
+from nnunet_lite.preprocessing.raw_files import survey
 
 UM = 1e-3  # mm
 GREY: dict[str, Any] = {"photometric": "minisblack"}

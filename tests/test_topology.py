@@ -4,8 +4,8 @@ from math import prod
 
 import pytest
 
-from nnunet_lite.plan.memory import layers
-from nnunet_lite.plan.topology import default_network, feature_map_count, topology
+from nnunet_lite.planning.memory import layers
+from nnunet_lite.planning.topology import default_network, feature_map_count, topology
 
 
 def test_isotropic_axes_are_pooled_together_down_to_four_voxels() -> None:

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augment import draw_matrix
+from nnunet_lite.training.augmentation import draw_matrix
 from nnunet_lite.training.sampler import rng_for, source_shape
 from nnunet_lite.training.transforms import blur, contrast, gamma, low_resolution, mirror, vote, warp
 

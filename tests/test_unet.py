@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nnunet_lite.network.norm import InstanceNorm
-from nnunet_lite.network.unet import ResidualBlock, UNet
-from nnunet_lite.plan.schema import Network
+from nnunet_lite.networks.norm import InstanceNorm
+from nnunet_lite.networks.unet import ResidualBlock, UNet
+from nnunet_lite.planning.schema import Network
 
 PLAIN = Network(
     features=(8, 16, 32),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_lite.network.norm import is_channels_last
-from nnunet_lite.network.upsample import joined
+from nnunet_lite.networks.norm import is_channels_last
+from nnunet_lite.networks.upsample import joined
 
 
 @pytest.mark.parametrize("kernel", [(2, 2), (1, 2), (2, 2, 2), (1, 2, 2), (4, 2, 1)])

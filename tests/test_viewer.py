@@ -29,8 +29,8 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.report.scene import colours, scene_of_case, scene_of_files
-from nnunet_lite.report.viewer import View, serve
+from nnunet_lite.reporting.scene import colours, scene_of_case, scene_of_files
+from nnunet_lite.reporting.viewer import View, serve
 from nnunet_lite.workspace import write_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,8 +12,8 @@ import torch
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import Stopped
-from nnunet_lite.plan.override import override
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.override import override
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, stoppable, voxels_per_class, what_fits
 from nnunet_lite.workspace import current

@@ -25,10 +25,10 @@ from nnunet_lite import api
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import load, read_model
-from nnunet_lite.interop.model import export_model, import_model
-from nnunet_lite.interop.unpickle import read_checkpoint
-from nnunet_lite.network.build import build_network, supervise_deeply
-from nnunet_lite.training.checkpoint import load_weights
+from nnunet_lite.models.checkpoint import load_weights
+from nnunet_lite.models.nnunet import export_model, import_model
+from nnunet_lite.models.unpickle import read_checkpoint
+from nnunet_lite.networks.build import build_network, supervise_deeply
 from nnunet_lite.workspace import read_json, write_json
 
 MODELS = Path(__file__).parent / "data" / "nnunet_models"

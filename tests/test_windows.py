@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from nnunet_lite.inference.tiles import Sides, gaussian_weight, mirrorings, padding, window_starts, windows
 from nnunet_lite.inference.windows import cut, mirrored, schedule, slice_spans, spans, tile, weight_of
-from nnunet_lite.preprocess.resample import blocks
+from nnunet_lite.preprocessing.resampling import blocks
 
 
 @pytest.mark.parametrize("step", [0.25, 0.5, 0.75, 1.0])

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lite.network.conv import Conv3d
-from nnunet_lite.network.norm import is_channels_last
+from nnunet_lite.networks.conv import Conv3d
+from nnunet_lite.networks.norm import is_channels_last
 
 LAYOUT = torch.channels_last_3d
 

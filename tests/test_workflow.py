@@ -134,7 +134,8 @@ def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, Finishe
     }  # fmt: skip
     told = done.to_json()
     assert json.loads(json.dumps(told)) == told
-    assert sum(step["seconds"] for step in told["steps"]) <= told["seconds"]
+    rounding = 0.01 * len(told["steps"])
+    assert sum(step["seconds"] for step in told["steps"]) <= told["seconds"] + rounding
 
 
 def test_the_commands_it_ends_with_are_commands(

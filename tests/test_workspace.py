@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import atomic, sweep
 from nnunet_lite.workspace import (
     current,
     find_raw,
@@ -20,7 +21,6 @@ from nnunet_lite.workspace import (
     write_json,
     write_text,
 )
-from nnunet_lite.writing import atomic, sweep
 
 
 def make_raw(place: Path, name: str) -> Path:

@@ -22,11 +22,11 @@ from torch import nn
 from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, scratch, sweep
 from nnunet_lite.inference.folder import _nameless
-from nnunet_lite.training.checkpoint import load_weights, save_weights
+from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.training.previous import write_map
 from nnunet_lite.workspace import read_json, write_json
-from nnunet_lite.writing import append, atomic, cut_short, must_fit, no_space, scratch, sweep
 
 ROOT = Path(__file__).parents[1]
 VOLUME = Geometry((20, 30, 40), (1.0, 1.0, 1.0), calibrated=False)  # a TIFF of it has no sidecar
@@ -146,7 +146,7 @@ def child(code: str, cwd: Path) -> subprocess.Popen[str]:
     """A process that is in the middle of writing a file and a folder, as the command `nnlite`."""
     code = (
         "import sys; sys.argv = ['nnlite']\n"
-        "import os, pathlib, time, nnunet_lite.writing as w\n"
+        "import os, pathlib, time, nnunet_lite.files as w\n"
         "here = pathlib.Path()\n"
         "with w.atomic(here / 'a.json') as file, w.scratch(here) as folder:\n"
         "    file.write_text('half'); (folder / 'part').write_text('half'); print('there', flush=True)\n" + code

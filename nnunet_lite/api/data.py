@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_lite import log
 from nnunet_lite.api.place import Folder, cluster_of, current_paths, dataset_of, folder_of, place_of
-from nnunet_lite.budget import GB, in_units
 from nnunet_lite.errors import UserError
+from nnunet_lite.system import GB, in_units
 from nnunet_lite.workspace import find_raw, read_json, use, write_json
 
 if TYPE_CHECKING:
     from nnunet_lite.data.dataset import Dataset
     from nnunet_lite.data.problems import Report
-    from nnunet_lite.plan.again import Earlier
-    from nnunet_lite.plan.schema import Options, Plan
-    from nnunet_lite.preprocess.store import Summary
+    from nnunet_lite.planning.again import Earlier
+    from nnunet_lite.planning.schema import Options, Plan
+    from nnunet_lite.preprocessing.store import Summary
 
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
 
@@ -87,12 +87,12 @@ def plan(
     """
     from nnunet_lite.data.dataset import dataset_to_json, read_dataset
     from nnunet_lite.data.problems import plural
-    from nnunet_lite.plan import again
-    from nnunet_lite.plan.fingerprint import check_and_fingerprint
-    from nnunet_lite.plan.planner import budget
-    from nnunet_lite.preprocess.raw_files import look_at, memorize
+    from nnunet_lite.models.folder import model_folders, other_folds, set_aside
+    from nnunet_lite.planning import again
+    from nnunet_lite.planning.fingerprint import check_and_fingerprint
+    from nnunet_lite.planning.planner import budget
+    from nnunet_lite.preprocessing.raw_files import look_at, memorize
     from nnunet_lite.training import folds as splitting
-    from nnunet_lite.training.run import model_folders, other_folds, set_aside
 
     budget(preset or "default", memory)  # a mistake in the options is reported before minutes of reading
     given = _options(preset, memory, adopt, change, clip_percentiles, stored_as)
@@ -149,7 +149,7 @@ def _options(
     ------
     UserError : one of them is illegal.
     """
-    from nnunet_lite.plan.again import asked
+    from nnunet_lite.planning.again import asked
 
     if clip is not None and not 0 <= clip[0] < clip[1] <= 100:
         raise UserError("--clip-percentiles {:g} {:g} leaves nothing".format(*clip), fix="Give low, high, 0 to 100.")
@@ -170,7 +170,7 @@ def _adopted(given: Options, adopted: str, earlier: Earlier | None, dataset: Dat
     ------
     UserError : it is for other channels or labels.
     """
-    from nnunet_lite.interop.nnunet import Description, description_to_nnunet, read_plan
+    from nnunet_lite.planning.nnunet import Description, description_to_nnunet, read_plan
 
     file = Path(adopted)
     if given.adopted is None and earlier is not None and earlier.plan is not None:
@@ -196,10 +196,10 @@ def plan_from_fingerprint(
     change: Change | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Plan from a fingerprint.json and a dataset.json alone; returns the plan and the description of the dataset."""
-    from nnunet_lite.interop.nnunet import description_from_nnunet
-    from nnunet_lite.plan.fingerprint import Fingerprint
-    from nnunet_lite.plan.override import override
-    from nnunet_lite.plan.planner import make_plan
+    from nnunet_lite.planning.fingerprint import Fingerprint
+    from nnunet_lite.planning.nnunet import description_from_nnunet
+    from nnunet_lite.planning.override import override
+    from nnunet_lite.planning.planner import make_plan
 
     told = read_json(Path(dataset_json))
     about = description_from_nnunet(told, Path(dataset_json))
@@ -216,7 +216,7 @@ def measure(made: Plan, device: str | None = None) -> str:
     ------
     UserError : there is no GPU.
     """
-    from nnunet_lite.network.arithmetic import pick_device
+    from nnunet_lite.networks.precision import pick_device
     from nnunet_lite.training.measure import measure_step
 
     target, lines = pick_device(device), []
@@ -244,8 +244,8 @@ def preprocess(
     clean : delete what the plan does not need any more first.
     scheduler : address of a Dask scheduler, whose workers do it; see docs/cluster.md.
     """
-    from nnunet_lite.plan.schema import Plan
-    from nnunet_lite.preprocess.store import preprocess_dataset, prune
+    from nnunet_lite.planning.schema import Plan
+    from nnunet_lite.preprocessing.store import preprocess_dataset, prune
 
     paths = current_paths(workspace, dataset)
     made = Plan.read(paths.plans)

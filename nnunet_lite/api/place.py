@@ -46,7 +46,7 @@ def place_of(workspace: Path, dataset: Dataset) -> Paths:
     UserError : its name is no folder's, that is where its raw data are, or another dataset of that name is there.
     """
     from nnunet_lite.data.dataset import dataset_from_json
-    from nnunet_lite.preprocess.raw_files import same_files
+    from nnunet_lite.preprocessing.raw_files import same_files
 
     paths, root = Paths(workspace / dataset.name), dataset.root
     if not dataset.name:
@@ -79,7 +79,7 @@ def why_to_plan(dataset: Dataset, paths: Paths) -> str | None:
     A dataset that was moved is not planned again: the new places of its files are recorded.
     """
     from nnunet_lite.data.dataset import dataset_to_json
-    from nnunet_lite.preprocess.raw_files import first_change
+    from nnunet_lite.preprocessing.raw_files import first_change
     from nnunet_lite.training.grouping import some as shown
 
     files = (paths.plans, paths.dataset, paths.fingerprint)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from nnunet_lite.data.dataset import Case
     from nnunet_lite.inference.maps import Wanted
     from nnunet_lite.inference.predictor import Model
-    from nnunet_lite.interop.model import Checkpoint
-    from nnunet_lite.models import Choice
+    from nnunet_lite.models.choice import Choice
+    from nnunet_lite.models.nnunet import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def predict(
     from nnunet_lite.inference.folder import check_output, predict_cases
     from nnunet_lite.inference.maps import Wanted, wanted_labels
     from nnunet_lite.inference.predictor import read_model
-    from nnunet_lite.models import SPEEDS, chosen, first_fold, in_our_form, load_all, model_at
-    from nnunet_lite.training.run import trained_folds
+    from nnunet_lite.models.choice import SPEEDS, chosen, first_fold, in_our_form, load_all, model_at
+    from nnunet_lite.models.folder import trained_folds
 
     sources = [Path(one) for one in _listed(source)]
     if not sources:
@@ -117,7 +117,7 @@ def predict(
             return Predictions(tuple(files), failed, tuple(folders), tuple(map(str, used)), rules)
         loaded = load_all(folders, ours, folds, device, changes, **code)
     if loaded.device.type == "cpu":
-        from nnunet_lite.network.arithmetic import keep_freed_memory  # imports torch: after the checks above
+        from nnunet_lite.networks.precision import keep_freed_memory  # imports torch: after the checks above
 
         keep_freed_memory()
     log.info(
@@ -151,7 +151,7 @@ class _Parcel:
     def __call__(self, case: Case) -> tuple[list[Path], dict[str, str]]:
         from nnunet_lite.evaluation.selection import fingerprint
         from nnunet_lite.inference.folder import predict_cases
-        from nnunet_lite.training.run import trained_folds
+        from nnunet_lite.models.folder import trained_folds
 
         folders, folds = tuple(self.choice.folders), tuple(self.choice.folds or ())
         trained = tuple(fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder))
@@ -170,7 +170,7 @@ def _kept(
     how: tuple[tuple[str, Any], ...], trained: tuple[str, ...],
 ) -> Model:  # fmt: skip
     """The model that this process predicts with, read once for each training (`trained`: fingerprints of the folds)."""
-    from nnunet_lite.models import load
+    from nnunet_lite.models.choice import load
 
     return load(folders, folds or None, device, dict(changes), **dict(how))
 
@@ -222,10 +222,10 @@ def import_model(
     ------
     UserError : it is neither, or damaged, or a model is there already.
     """
-    from nnunet_lite.interop.model import import_model as import_folder
-    from nnunet_lite.interop.model import nnunet_names
-    from nnunet_lite.interop.unpack import is_bundle, read_manifest, unpack
-    from nnunet_lite.training.run import model_folder
+    from nnunet_lite.models.folder import model_folder
+    from nnunet_lite.models.nnunet import import_model as import_folder
+    from nnunet_lite.models.nnunet import nnunet_names
+    from nnunet_lite.models.unpack import is_bundle, read_manifest, unpack
 
     path, place = Path(source).absolute(), folder_of(workspace)
     if not path.exists():
@@ -267,8 +267,8 @@ def export_model(
     ------
     UserError : no model is there, `out` is there already, or the model is or has what the format cannot hold.
     """
-    from nnunet_lite.interop.model import export_model as export_folder
-    from nnunet_lite.models import choose_model, in_our_form, model_at
+    from nnunet_lite.models.choice import choose_model, in_our_form, model_at
+    from nnunet_lite.models.nnunet import export_model as export_folder
 
     if model:
         folder = model_at(model, folder_of(workspace), dataset)
@@ -278,11 +278,11 @@ def export_model(
         if format == "nnunet":
             export_folder(ours, Path(out))
         elif format == "zip":
-            from nnunet_lite.interop.bundle import licence_text, pack
+            from nnunet_lite.models.bundle import licence_text, pack
 
             pack(ours, Path(out), licence=None if licence is None else licence_text(licence), note=note)
         else:
-            from nnunet_lite.interop.onnx import export_onnx
+            from nnunet_lite.inference.onnx import export_onnx
 
             code: dict[str, Any] = {"trust_code": trust_code, "workspace": folder_of(workspace)}
             worst = max(export_onnx(ours, Path(out), **code).values())

@@ -66,7 +66,7 @@ def report(output: Folder | None = None, *, dataset: str | None = None, workspac
     ------
     UserError : no dataset is planned, or one of its files is broken.
     """
-    from nnunet_lite.report.html import PAGE, write_report
+    from nnunet_lite.reporting.html import PAGE, write_report
 
     paths = current_paths(workspace, dataset)
     target = paths.root / PAGE if output is None else Path(output).expanduser().absolute()

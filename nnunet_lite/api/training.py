@@ -56,8 +56,8 @@ def train(
     Lost : another process of those that torchrun started is gone; the last checkpoint is whole.
     """
     from nnunet_lite.fold import Request, train_and_validate
+    from nnunet_lite.models.folder import told_lengths
     from nnunet_lite.settings import load as load_settings
-    from nnunet_lite.training.run import told_lengths
 
     settings = load_settings(recipe, changes)  # a mistake in it is told first
     request = Request(

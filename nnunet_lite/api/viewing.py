@@ -14,7 +14,7 @@ from nnunet_lite.workspace import Paths, read_json
 
 if TYPE_CHECKING:
     from nnunet_lite.data.dataset import Case, Dataset
-    from nnunet_lite.report.viewer import View
+    from nnunet_lite.reporting.viewer import View
 
 
 def view(
@@ -39,8 +39,8 @@ def view(
     ------
     UserError : there is no such case, file or prediction, or one cannot be read.
     """
-    from nnunet_lite.report.scene import scene_of_case, scene_of_files
-    from nnunet_lite.report.viewer import serve
+    from nnunet_lite.reporting.scene import scene_of_case, scene_of_files
+    from nnunet_lite.reporting.viewer import serve
 
     file = Path(case)
     if file.exists() or segmentations:
@@ -87,8 +87,8 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[
 
 def _chosen(paths: Paths) -> list[str]:
     """The selected model or ensemble, else the best trained model, if there is one."""
-    from nnunet_lite.models import choose_model
-    from nnunet_lite.training.run import model_folders, trained_folds
+    from nnunet_lite.models.choice import choose_model
+    from nnunet_lite.models.folder import model_folders, trained_folds
 
     if (paths.root / "inference.json").is_file():
         return ["+".join(read_json(paths.root / "inference.json")["models"])]

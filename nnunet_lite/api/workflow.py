@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
     from nnunet_lite.data.dataset import Dataset
     from nnunet_lite.fold import Run
-    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.planning.schema import Plan
     from nnunet_lite.settings import Settings
 
 JOURNAL, REPORT = "steps.jsonl", "report.html"
@@ -101,9 +101,9 @@ def run(
     Stopped : a signal asked for it; the same call goes on.
     """
     from nnunet_lite.data.dataset import read_dataset
+    from nnunet_lite.models.folder import told_lengths
     from nnunet_lite.settings import load as load_settings
     from nnunet_lite.training.folds import wanted_folds
-    from nnunet_lite.training.run import told_lengths
 
     begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is reported first
     place = folder_of(workspace)
@@ -151,8 +151,8 @@ def train_on(
 
     Parameters are those of `train`. Returns the content of summary.json for each fold.
     """
+    from nnunet_lite.models.folder import told_lengths
     from nnunet_lite.settings import load as load_settings
-    from nnunet_lite.training.run import told_lengths
 
     settings, paths = load_settings(recipe, changes), current_paths(workspace, dataset)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
@@ -161,8 +161,8 @@ def train_on(
     with cluster_of(scheduler, paths.root.parent) as cluster:
         preparing = _preprocessing(runs, dataset_of(paths), paths, None, cluster)
         _execute([preparing, *map(_training, runs)], Journal(paths.root / JOURNAL), cluster)
-    from nnunet_lite.evaluation.crossval import SUMMARY
-    from nnunet_lite.training.run import VALIDATION
+    from nnunet_lite.evaluation.cross_validation import SUMMARY
+    from nnunet_lite.models.folder import VALIDATION
 
     mine = [run for run in runs if run.configuration == configuration]
     return {run.split.name: read_json(run.fold_folder / VALIDATION / SUMMARY) for run in mine}
@@ -272,8 +272,8 @@ def _steps(
 def _training(run: Run) -> Step:
     """Train and validate a fold."""
     from nnunet_lite.fold import train_and_validate
+    from nnunet_lite.models.folder import length
     from nnunet_lite.training.remaining import seconds_of_training, share_done
-    from nnunet_lite.training.run import length
 
     of = f"{run.configuration} fold {run.split.name}"
     needs = ["preprocess"]
@@ -291,7 +291,7 @@ def _preprocessing(
     runs: Sequence[Run], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
 ) -> Step:
     """Preprocess every case for all that is trained; once all is trained, nothing needs the arrays any more."""
-    from nnunet_lite.preprocess.store import is_preprocessed, preprocess_dataset
+    from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 
     plans = _merged(runs)
 

@@ -28,7 +28,7 @@ from nnunet_lite.commands.options import (
 from nnunet_lite.errors import UserError
 
 if TYPE_CHECKING:
-    from nnunet_lite.plan.schema import Plan
+    from nnunet_lite.planning.schema import Plan
 
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
@@ -101,7 +101,7 @@ def plan(
     workspace: Workspace = None,
 ) -> None:
     """Check a dataset, take its fingerprint and plan its networks; the options are kept for planning it again."""
-    from nnunet_lite.plan.show import plan_table
+    from nnunet_lite.planning.show import plan_table
     from nnunet_lite.workspace import write_json
 
     patch = None if patch_size is None else numbers_of(patch_size, "--patch-size")
@@ -134,7 +134,7 @@ def plan(
 def _description(made: Plan, workspace: Path | None) -> dict[str, Any]:
     """What nnU-Net's dataset.json says about a dataset that was just planned."""
     from nnunet_lite.data.dataset import stored_dataset
-    from nnunet_lite.interop.nnunet import Description, description_to_nnunet
+    from nnunet_lite.planning.nnunet import Description, description_to_nnunet
     from nnunet_lite.workspace import Paths, read_json, workspace_folder
 
     planned = stored_dataset(Paths(workspace_folder(workspace) / made.dataset).dataset)
@@ -148,7 +148,7 @@ def _formatted(made: Plan, about: dict[str, Any], format: Format) -> Any:
     """A plan as JSON, ours or nnU-Net's, which also wants the dataset.json."""
     if format is Format.nnlite:
         return made.as_dict()
-    from nnunet_lite.interop.nnunet import plan_to_nnunet
+    from nnunet_lite.planning.nnunet import plan_to_nnunet
 
     return plan_to_nnunet(made, about)
 

@@ -173,8 +173,8 @@ def _source_and_target(
     ------
     UserError : one of them is given twice, or there is no target.
     """
-    from nnunet_lite.models import model_at
-    from nnunet_lite.training.run import is_model
+    from nnunet_lite.models.choice import model_at
+    from nnunet_lite.models.folder import is_model
     from nnunet_lite.workspace import workspace_folder
 
     if output is None and second is None and first is not None:

@@ -96,7 +96,7 @@ def info(
 ) -> None:
     """What a model is, how it was made and how well it scores; or what a planned dataset has."""
     from nnunet_lite.describe import describe_dataset, describe_model
-    from nnunet_lite.models import model_at
+    from nnunet_lite.models.choice import model_at
     from nnunet_lite.workspace import workspace_folder
 
     if (given := only_one(model, option)) is not None:
@@ -131,7 +131,7 @@ def view(
     import signal
     import threading
 
-    from nnunet_lite.report.viewer import open_browser
+    from nnunet_lite.reporting.viewer import open_browser
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     with api.view(case, *segmentations or (), model=model or None, dataset=dataset, workspace=workspace) as shown:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nnunet_lite import budget
+from nnunet_lite import system
 from nnunet_lite.data.cases import Case, split_name, unsupported
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.file_list import check_files
@@ -123,9 +123,9 @@ def _threads(dataset: Dataset) -> int:
     try:
         geometry, channels = read_geometry(max(sizes, key=lambda path: sizes[path]))
     except (UserError, ValueError):  # the pass itself will tell what is wrong with that file, or that there is none
-        return budget.cpus()
+        return system.cpus()
     voxels = float(np.prod(geometry.shape)) * max(channels, len(dataset.channels))
-    return budget.cases_in_flight(int(voxels * _BYTES_PER_VOXEL), None)
+    return system.cases_in_flight(int(voxels * _BYTES_PER_VOXEL), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- one case

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.budget import cpus
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
+from nnunet_lite.system import cpus
 
 ENDINGS = (".dcm", ".ima", ".dicom")
 _TAGS = {

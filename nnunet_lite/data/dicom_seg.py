@@ -20,7 +20,7 @@ from nnunet_lite.data.dicom import series_slices
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import Labels, smallest_dtype
 from nnunet_lite.errors import UserError
-from nnunet_lite.writing import atomic
+from nnunet_lite.files import atomic
 
 _NAME_LETTERS = 64  # that DICOM allows
 _VALUE = "label value"  # opens the description of a segment, whose number cannot be any value

@@ -33,8 +33,8 @@ from nnunet_lite.data.names import (
 )
 from nnunet_lite.data.tiff import read_tiff, tiff_alpha, tiff_header
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import atomic
 from nnunet_lite.workspace import write_json
-from nnunet_lite.writing import atomic
 
 __all__ = [
     "PICTURES",

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.budget import cpus, pairs_at_once
 from nnunet_lite.data.dataset import image_files, labels_of, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label, stem
@@ -29,6 +28,7 @@ from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.log import progress
 from nnunet_lite.markup import html_table
+from nnunet_lite.system import cpus, pairs_at_once
 from nnunet_lite.workspace import read_json
 
 _UNSCALED = "no spacing is known, 1 mm taken for a pixel"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.postprocess import Gain
+from nnunet_lite.evaluation.postprocessing import Gain
 from nnunet_lite.evaluation.rules import Rule
 from nnunet_lite.evaluation.statistics import Margin
-from nnunet_lite.training.run import MODEL, is_finished
+from nnunet_lite.models.folder import MODEL, is_finished
 from nnunet_lite.workspace import Paths, read_json, write_json
 
 FORMAT = "nnlite-inference-1"

@@ -23,11 +23,11 @@ from nnunet_lite.data.images import PICTURES, is_dicom, label_suffix, read_geome
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.files import atomic, lacks_space, no_space
 from nnunet_lite.inference.maps import STEPS, Wanted
 from nnunet_lite.inference.predictor import Model, segment
 from nnunet_lite.inference.prepare import Ready, ready_case
-from nnunet_lite.preprocess.decide import written_values
-from nnunet_lite.writing import atomic, lacks_space, no_space
+from nnunet_lite.preprocessing.decide import written_values
 
 Finish = Callable[[np.ndarray, Geometry], np.ndarray]  # what is done with a label map (z, y, x) before it is written
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.preprocess.decide import decide, written_values
-from nnunet_lite.preprocess.pipeline import Placement, empty_map, predicted_part
-from nnunet_lite.preprocess.resample import Block
-from nnunet_lite.preprocess.threads import in_threads
+from nnunet_lite.preprocessing.decide import decide, written_values
+from nnunet_lite.preprocessing.pipeline import Placement, empty_map, predicted_part
+from nnunet_lite.preprocessing.resampling import Block
+from nnunet_lite.preprocessing.threads import in_threads
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.streaming import Stream

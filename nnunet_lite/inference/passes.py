@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from nnunet_lite.inference.tiles import Sides, mirrorings
 from nnunet_lite.inference.windows import Flip
-from nnunet_lite.network.arithmetic import DTYPES, Arithmetic, as_layout
-from nnunet_lite.network.threads import pool
-from nnunet_lite.network.unet import UNet
-from nnunet_lite.plan.schema import Configuration
+from nnunet_lite.networks.precision import DTYPES, Arithmetic, as_layout
+from nnunet_lite.networks.threads import pool
+from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.training.cascade import one_hot
 
 Function = Callable[[Tensor], Tensor]

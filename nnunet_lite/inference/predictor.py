@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.budget import GB, free_memory, in_units
 from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.prepare import Ready, as_classes, as_image, ready_image
-from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
+from nnunet_lite.models.folder import MODEL, is_finished, other_folds, read_run, trained_folds
+from nnunet_lite.planning.schema import Configuration, Plan
+from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
-from nnunet_lite.training.run import MODEL, is_finished, other_folds, read_run, trained_folds
+from nnunet_lite.system import GB, free_memory, in_units
 from nnunet_lite.workspace import is_model_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.maps import NewMap, Wanted
     from nnunet_lite.inference.passes import Passes
     from nnunet_lite.inference.tiles import Sides
-    from nnunet_lite.network.arithmetic import Arithmetic
+    from nnunet_lite.networks.precision import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def load(
     first = _first_stage(folder, plan, run) if needs_first else None
 
     # torch takes seconds to import: mistakes are told before
-    from nnunet_lite.network.arithmetic import Arithmetic, pick_device, use_allowed_cpus
-    from nnunet_lite.network.build import build_network, supervise_deeply
-    from nnunet_lite.training.checkpoint import load_weights
+    from nnunet_lite.models.checkpoint import load_weights
+    from nnunet_lite.networks.build import build_network, supervise_deeply
+    from nnunet_lite.networks.precision import Arithmetic, pick_device, use_allowed_cpus
 
     use_allowed_cpus()
     target = pick_device(device)
@@ -274,8 +274,8 @@ def segment(
     previous : (z, y, x) what the previous stage of a cascade that was loaded alone predicts, on the network's grid.
     wanted, new_map : maps to make beside it, see `inference.maps`.
     """
-    from nnunet_lite.inference.footprint import Request, plan_memory
     from nnunet_lite.inference.maps import Wanted, predict_maps
+    from nnunet_lite.inference.memory import Request, plan_memory
     from nnunet_lite.inference.streaming import opened, predict_labels
 
     wanted = wanted or Wanted()
@@ -348,7 +348,7 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
     """
     import torch
 
-    from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest
+    from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates, fastest
 
     like_nnunet = model.settings.sums == "float16" and model.settings.precision == "fp32"
     layout = not like_nnunet if model.device.type == "cpu" else "auto"

@@ -20,8 +20,8 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import TIFF, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Configuration, Plan
-from nnunet_lite.preprocess.pipeline import Preprocessed, preprocess
+from nnunet_lite.planning.schema import Configuration, Plan
+from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.inference.footprint import Footprint, Request, logits_orders, tiling_of
+from nnunet_lite.inference.memory import Footprint, Request, logits_orders, tiling_of
 from nnunet_lite.inference.passes import Passes
 from nnunet_lite.inference.tiles import Sides
 from nnunet_lite.inference.windows import Flip, Span, Tiling, cut, mirrored, schedule, weight_of
-from nnunet_lite.preprocess.decide import decide, must_be_finite, written_values
-from nnunet_lite.preprocess.pipeline import Placement, cropped_shape, empty_map
-from nnunet_lite.preprocess.resample import Block, blocks, operand, operators, slab_of
-from nnunet_lite.preprocess.threads import in_threads
+from nnunet_lite.preprocessing.decide import decide, must_be_finite, written_values
+from nnunet_lite.preprocessing.pipeline import Placement, cropped_shape, empty_map
+from nnunet_lite.preprocessing.resampling import Block, blocks, operand, operators, slab_of
+from nnunet_lite.preprocessing.threads import in_threads
 
 Place = tuple[Span, ...]  # of a window
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_lite.inference.tiles import Sides, gaussian_weight, padding, window_starts
-from nnunet_lite.preprocess.resample import Block
+from nnunet_lite.preprocessing.resampling import Block
 
 Flip = tuple[int, ...]  # the axes (of three) along which a copy is mirrored
 

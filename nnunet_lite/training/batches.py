@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.augment import (
+from nnunet_lite.training.augmentation import (
     Intensity,
     apply_intensity,
     apply_mirror,
@@ -56,7 +56,7 @@ def check_augmentation(job: Job) -> None:
         raise UserError(what, fix=f"Give some of 0 to {job.dimensions - 1}, or leave it out for all of them.")
     check_swaps(job.plan.labels, job.settings.augmentation, job.dimensions)
     if job.settings.augmentation.extra:
-        from nnunet_lite.training.reference_augment import extra_transforms
+        from nnunet_lite.training.batchgenerators import extra_transforms
 
         extra_transforms(job.settings.augmentation)
 
@@ -131,7 +131,7 @@ def _read(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> tuple[Tensor, Te
 
 def _reference(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> tuple[Tensor, Tensor]:
     """The same by the original nnU-Net's pipeline on the CPU, intensities included, out of oversized patches."""
-    from nnunet_lite.training.reference_augment import apply_transforms, oversized, reference_transforms
+    from nnunet_lite.training.batchgenerators import apply_transforms, oversized, reference_transforms
 
     settings = job.settings.augmentation
     wide = oversized(settings, job.patch)
@@ -145,7 +145,7 @@ def _reference(job: Job, cases: Sequence[CaseArrays], draw: Draw) -> tuple[Tenso
 
 def _extra(job: Job, images: Tensor, classes: Tensor, seeds: np.ndarray) -> tuple[Tensor, Tensor]:
     """Transforms of batchgenerators that the settings name; they run on the CPU."""
-    from nnunet_lite.training.reference_augment import apply_transforms, extra_transforms
+    from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms
 
     return apply_transforms(extra_transforms(job.settings.augmentation), images, classes, seeds, job.patch)
 

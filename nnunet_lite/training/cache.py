@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
-from nnunet_lite.budget import GB, cpus, free_memory, in_units
 from nnunet_lite.errors import UserError
+from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.training.sampler import CaseArrays
 
 Cache = Literal["auto", "device", "ram", "disk"]

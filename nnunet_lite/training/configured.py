@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.memory import with_memory
-from nnunet_lite.plan.override import limited, override
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.memory import with_memory
+from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 
 _ANY_MACHINE_GB = 2000  # what is to take more is a slip of the pen, and would only fill the memory

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from nnunet_lite import budget, log
+from nnunet_lite import log, system
 from nnunet_lite.errors import UserError
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def launch(number: int, arguments: Sequence[str]) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, budget.cpus() // number)))
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, system.cpus() // number)))
     processes: list[subprocess.Popen[str]] = []
     errors: list[IO[str] | None] = []
 

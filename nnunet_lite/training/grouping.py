@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.budget import cpus
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
+from nnunet_lite.system import cpus
 
 _READERS = 4  # label maps in memory at once
 _PARTS = 4  # by volume, at most

@@ -17,13 +17,13 @@ from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.interop.model import is_nnunet, nnunet_folds, read_fold
-from nnunet_lite.plan.memory import with_memory
-from nnunet_lite.plan.schema import Channel, Plan, exact_storage
+from nnunet_lite.models.checkpoint import read_state
+from nnunet_lite.models.folder import MODEL, read_run
+from nnunet_lite.models.nnunet import is_nnunet, nnunet_folds, read_fold
+from nnunet_lite.planning.memory import with_memory
+from nnunet_lite.planning.schema import Channel, Plan, exact_storage
 from nnunet_lite.settings import Settings
-from nnunet_lite.training.checkpoint import read_state
 from nnunet_lite.training.job import Job
-from nnunet_lite.training.run import MODEL, read_run
 
 Part = Literal["encoder", "all-but-head"]
 _FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_lite.plan.schema import Configuration, Plan
+from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.distributed import ALONE, Ranks
 

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
-from nnunet_lite.budget import GB, in_units
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.arithmetic import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.files import sweep
+from nnunet_lite.models.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
+from nnunet_lite.models.folder import MODEL, VALIDATION, exclusive, length
+from nnunet_lite.networks.precision import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.system import GB, in_units
 from nnunet_lite.training.batches import Batch, check_augmentation, make_batch, training_batches
-from nnunet_lite.training.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
 from nnunet_lite.training.distributed import ALONE, LOOK_EVERY, Clock, any_rank, from_first, sum_over_ranks
 from nnunet_lite.training.initial import freeze, start_from
 from nnunet_lite.training.job import Job
@@ -38,10 +40,9 @@ from nnunet_lite.training.limit import (
     training_seconds,
 )
 from nnunet_lite.training.loss import check_weights, pseudo_dice_counts
-from nnunet_lite.training.optimize import Plateau, learning_rate
+from nnunet_lite.training.optim import Plateau, learning_rate
 from nnunet_lite.training.prefetch import prefetch
 from nnunet_lite.training.record import Row, recording
-from nnunet_lite.training.run import MODEL, VALIDATION, exclusive, length
 from nnunet_lite.training.step import (
     Learner,
     averaged,
@@ -63,7 +64,6 @@ from nnunet_lite.training.watch import (
     voxels_per_class,
 )
 from nnunet_lite.workspace import understood
-from nnunet_lite.writing import sweep
 
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import LossSettings
 
 SMOOTH = 1e-5

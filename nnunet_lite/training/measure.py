@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates
-from nnunet_lite.network.build import build_network, supervise_deeply
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.networks.build import build_network, supervise_deeply
+from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.loss import deep_supervision_loss
-from nnunet_lite.training.optimize import make_optimizer
+from nnunet_lite.training.optim import make_optimizer
 
 
 def measure_step(plan: Plan, configuration: str, device: torch.device) -> float | None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nnunet_lite.files import atomic
 from nnunet_lite.settings import with_changes
-from nnunet_lite.training.augment import is_in_plane
+from nnunet_lite.training.augmentation import is_in_plane
 from nnunet_lite.training.batches import Draw, build_batch, draw_batch
 from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.sampler import Place
-from nnunet_lite.writing import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

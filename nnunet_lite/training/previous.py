@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.preprocess.stored import StoredCase
+from nnunet_lite.files import atomic
+from nnunet_lite.models.folder import is_finished, model_folder, read_run
+from nnunet_lite.preprocessing.stored import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, Splits
-from nnunet_lite.training.run import is_finished, model_folder, read_run
 from nnunet_lite.workspace import Paths
-from nnunet_lite.writing import atomic
 
 _NEXT_STAGE = "next_stage"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nnunet_lite.writing import atomic
+from nnunet_lite.files import atomic
 
 
 def draw_progress(rows: list[dict[str, Any]], path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nnunet_lite.models.folder import MODEL, is_finished, length
 from nnunet_lite.settings import Settings
-from nnunet_lite.training.run import MODEL, is_finished, length
 
 
 def share_done(fold_folder: Path, settings: Settings) -> float:
@@ -18,7 +18,7 @@ def share_done(fold_folder: Path, settings: Settings) -> float:
 def seconds_of_training(fold_folder: Path, settings: Settings) -> float | None:
     """Seconds that a fold takes in all: as folds of the same model did, with the validation; else at the pace of what
     is done of it or of them, else the time limit; None where nothing is known."""
-    from nnunet_lite.training.checkpoint import read_state
+    from nnunet_lite.models.checkpoint import read_state
 
     others = sorted(folder for folder in fold_folder.parent.glob("fold_*") if folder != fold_folder)
     finished = [read_state(folder / MODEL) for folder in others if is_finished(folder)]
@@ -45,7 +45,7 @@ def _paces(folders: Iterable[Path], settings: Settings) -> Iterator[float]:
 
 
 def _checkpoint(fold_folder: Path) -> dict[str, Any]:
-    from nnunet_lite.training.checkpoint import CHECKPOINT, read_state
+    from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
 
     file = fold_folder / CHECKPOINT
     return read_state(file) if file.is_file() else {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augment import draw_matrix
+from nnunet_lite.training.augmentation import draw_matrix
 
 Shape = tuple[int, int, int]
 

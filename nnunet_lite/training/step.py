@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.network.apart import side_by_side
-from nnunet_lite.network.arithmetic import Arithmetic, as_layout, candidates, fastest, seconds
-from nnunet_lite.network.build import build_network, supervise_deeply
+from nnunet_lite.networks.apart import side_by_side
+from nnunet_lite.networks.build import build_network, supervise_deeply
+from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates, fastest, seconds
 from nnunet_lite.training.batches import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
 from nnunet_lite.training.initial import freeze
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limit import PROBED
 from nnunet_lite.training.loss import alone, deep_supervision_loss
-from nnunet_lite.training.optimize import average_step, make_optimizer, start_average
+from nnunet_lite.training.optim import average_step, make_optimizer, start_average
 
 _COMPILING = 60.0  # s; about what torch.compile takes
 _WORTH = 0.95  # a compiled network must take at most this share of the time: compiling is paid again at every start

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import AugmentationSettings
 
 Pairs = Sequence[tuple[str, str]]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
-from nnunet_lite.budget import GB, in_units
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import Stopped
-from nnunet_lite.plan.override import limited, override
-from nnunet_lite.plan.schema import Plan
+from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.system import GB, in_units
 from nnunet_lite.training.distributed import Ranks, sum_over_ranks
 
 _STUCK_EPOCHS = 10  # with a Dice of 0 before a label is reported

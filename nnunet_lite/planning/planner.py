@@ -1,0 +1,331 @@
+"""From a data set's fingerprint to its plan, by nnU-Net's rules: plain arithmetic, milliseconds, no network is built.
+
+Isensee et al., nnU-Net, Nature Methods 2021 (doi:10.1038/s41592-020-01008-z), and the residual-encoder presets of
+Isensee et al., nnU-Net Revisited, MICCAI 2024 (arXiv:2404.09556). Plans equal those of nnU-Net 2.8.1 in every field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import prod
+
+import numpy as np
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.memory import with_memory
+from nnunet_lite.planning.schema import Channel, Configuration, Plan, Scheme
+from nnunet_lite.planning.topology import Kind, Topology, default_network, feature_map_count, shortened, topology
+
+ANISOTROPY = 3  # an axis is coarse when its voxels are this much longer, and this much fewer, than along the others
+SMALL_AFTER_CROP = 0.75  # below this median relative size after cropping, z-scores are taken inside the nonzero mask
+START_VOXELS = {2: 2048**2, 3: 256**3}  # of the first patch tried, isotropic in mm
+REFERENCE_BATCH = {2: 12, 3: 2}  # what the feature-map counts of a preset stand for
+MIN_BATCH = 2
+LOWRES_BELOW = 0.25  # share of the median image seen by a patch below which 3d_lowres is worth it
+LOWRES_STEP = 1.03
+
+_SCHEMES: dict[str, Scheme] = {
+    "ct": "ct",
+    "nonorm": "none",
+    "zscore": "zscore",
+    "rescale_to_0_1": "rescale_0_1",
+    "rgb_to_0_1": "rgb_0_1",
+}
+_AXIS = "zyx"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one of nnU-Net's planners decides by."""
+
+    kind: Kind
+    memory_gb: float  # the budget that the feature-map counts stand for
+    feature_maps: dict[int, float]  # what fits: values in all feature maps, by dimension
+    data_share: float  # a batch holds at most this share of the data set's voxels
+    shrink_to_batch: dict[int, int]  # the patch shrinks until a batch of this size fits, by dimension
+
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset("plain", 8, {2: 8.5e7, 3: 5.6e8}, 0.05, {2: 2, 3: 2}),
+    "resenc_m": Preset("residual", 8, {2: 1.35e8, 3: 6.8e8}, 1.0, REFERENCE_BATCH),
+    "resenc_l": Preset("residual", 24, {2: 3.8e8, 3: 2.1e9}, 1.0, REFERENCE_BATCH),
+    "resenc_xl": Preset("residual", 40, {2: 5.6e8, 3: 3.6e9}, 1.0, REFERENCE_BATCH),
+}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all configurations of one plan share."""
+
+    preset: Preset
+    memory_gb: float
+    n_cases: int
+    inputs: int
+    labels: Labels
+
+    @property
+    def label_entries(self) -> int:
+        """nnU-Net budgets one output per entry of dataset.json's labels, ignore included."""
+        return len(self.labels.names) + (self.labels.ignore is not None)
+
+
+def make_plan(
+    fingerprint: Fingerprint,
+    dataset_name: str,
+    channels: Sequence[str],
+    labels: Labels,
+    preset: str = "default",
+    memory_gb: float | None = None,
+    n_cases: int | None = None,
+) -> Plan:
+    """The plan of a data set.
+
+    Parameters
+    ----------
+    fingerprint : spacings in mm and cropped shapes in voxels per case, (z, y, x); intensities per channel.
+    channels : the name of each channel; "CT", "noNorm", "zscore", "rescale_to_0_1" and "rgb_to_0_1" (in any case)
+        choose a normalisation, every other name means z-score.
+    preset : one of `PRESETS`.
+    memory_gb : GPU memory budget in GB; the preset's own by default.
+    n_cases : training cases, if not those of the fingerprint.
+
+    Raises
+    ------
+    UserError : unknown preset, a budget that nothing fits, or a fingerprint of other channels.
+    """
+    rules, gigabytes = _preset(preset), budget(preset, memory_gb)
+    spacings = np.asarray(fingerprint.spacings, np.float64)
+    shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
+    if not len(spacings):
+        raise UserError("the fingerprint holds no case", fix="Plan a data set with at least one training case.")
+    task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
+    target, why = target_spacing(spacings, shapes)
+    order = axis_order(target)
+    median = np.median(np.rint(spacings / target * shapes), axis=0)
+    if order != (0, 1, 2):
+        why.append(f"axes are taken in the order {', '.join(_AXIS[a] for a in order)}: the coarsest comes first")
+    return Plan(
+        dataset=dataset_name,
+        preset=preset,
+        memory_gb=gigabytes,
+        orientation=fingerprint.orientation,
+        axis_order=order,
+        median_spacing=_triple(np.median(spacings, axis=0), order),
+        median_shape=_triple(np.median(shapes, axis=0), order),
+        channels=plan_channels(fingerprint, channels),
+        labels=labels,
+        n_cases=task.n_cases,
+        configurations=_configurations(task, target[list(order)], median[list(order)], tuple(why)),
+    )
+
+
+def budget(preset: str, memory_gb: float | None = None) -> float:
+    """The GPU memory budget in GB: what was given, else the preset's.
+
+    Raises
+    ------
+    UserError : unknown preset, or not a positive number.
+    """
+    gigabytes = _preset(preset).memory_gb if memory_gb is None else float(memory_gb)
+    if not gigabytes > 0:
+        raise UserError(f"a memory budget of {gigabytes:g} GB is not positive", fix="Give GB of GPU memory, such as 8.")
+    return gigabytes
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(PRESETS)}."
+        raise UserError(f"there is no preset {name!r}", fix=hint)
+    return PRESETS[name]
+
+
+def _triple(values: np.ndarray, order: Sequence[int]) -> tuple[float, float, float]:
+    z, y, x = (float(values[axis]) for axis in order)
+    return z, y, x
+
+
+def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Channel, ...]:
+    """How each channel is normalised: by its name, and inside the nonzero mask where cropping removed much.
+
+    Raises
+    ------
+    UserError : the fingerprint has another number of channels.
+    """
+    if len(names) != len(fingerprint.intensities):
+        raise UserError(
+            f"the data set has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}",
+            fix="Take the fingerprint again.",
+        )
+    mask = fingerprint.relative_size_after_crop < SMALL_AFTER_CROP
+    schemes = [_SCHEMES.get(name.casefold(), "zscore") for name in names]
+    return tuple(
+        Channel(name=name, normalization=scheme, use_mask=mask and scheme == "zscore", statistics=statistics)
+        for name, scheme, statistics in zip(names, schemes, fingerprint.intensities, strict=True)
+    )
+
+
+def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """The spacing (mm) to resample to, and the reasons.
+
+    The median along each axis; but along an axis with voxels over three times as long, and over three times as few, as
+    along both others, the 10th percentile, so that thin-sliced cases keep their slices. Never finer than in plane.
+    """
+    target = np.percentile(spacings, 50, axis=0)
+    voxels = np.percentile(shapes, 50, axis=0)
+    coarse = int(np.argmax(target))
+    others = [axis for axis in range(3) if axis != coarse]
+    in_plane, fewest = target[others].max(), voxels[others].min()
+    if not (target[coarse] > ANISOTROPY * in_plane and voxels[coarse] * ANISOTROPY < fewest):
+        return target, ["spacing is the median of the data set"]
+    median, thin = target[coarse], np.percentile(spacings[:, coarse], 10)
+    # A hair coarser than in plane, so that this axis stays the coarsest.
+    target[coarse] = thin if thin >= in_plane else in_plane + 1e-5
+    if voxels[coarse] == 1:
+        return target, ["images have one slice: only the pixels count"]
+    short, shown = f"{target[coarse]:.4g} mm", f"{median:.4g} mm"
+    percentile = "the 10th percentile" if short == shown else f"the 10th percentile, not the median {shown}"
+    return target, [
+        f"spacing along {_AXIS[coarse]} is {short}, {percentile}: voxels there are over {ANISOTROPY}x longer than the "
+        f"{in_plane:.4g} mm in plane, and over {ANISOTROPY}x fewer"
+    ]
+
+
+def axis_order(spacing: np.ndarray) -> tuple[int, int, int]:
+    """The transposition that puts the coarsest axis first."""
+    first = int(np.argmax(spacing))
+    second, third = (axis for axis in range(3) if axis != first)
+    return first, second, third
+
+
+def _configurations(
+    task: _Task, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
+) -> dict[str, Configuration]:
+    """All configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
+    data_voxels = float(prod(median)) * task.n_cases
+    planned = {"2d": _configuration(task, spacing[1:], median[1:], data_voxels, True, why)}
+    if median[0] == 1:
+        return planned
+    full = _configuration(task, spacing, median, data_voxels, False, why)
+    low, note = _lowres(task, full)
+    if low is None:
+        return {**planned, "3d_fullres": _because(full, note)}
+    full = full.model_copy(update={"batch_dice": True})
+    full = _because(full, "Dice is taken over the batch: a patch sees little of an image")
+    cascade = full.model_copy(
+        update={"previous_stage": "3d_lowres", "reasons": ("as 3d_fullres, beside the segmentation of 3d_lowres",)}
+    )
+    return {
+        **planned,
+        "3d_lowres": low,
+        "3d_fullres": full,
+        "3d_cascade_fullres": with_memory(cascade, task.inputs, task.labels),
+    }
+
+
+def _because(configuration: Configuration, reason: str) -> Configuration:
+    return configuration.model_copy(update={"reasons": (*configuration.reasons, reason)})
+
+
+def _lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
+    """3d_lowres and why, or None and why not: coarser by 3 % a step until a patch sees a quarter of the image."""
+    seen = prod(full.patch_size) / prod(full.median_shape)
+    if seen >= LOWRES_BELOW:
+        limit = _percent(LOWRES_BELOW)
+        return None, f"no 3d_lowres: a patch sees {_percent(seen)} of the median image, not less than {limit}"
+    start, median = np.array(full.spacing), np.array(full.median_shape)
+    spacing, low, shape = start.copy(), full, median
+    while prod(low.patch_size) / prod(shape) < LOWRES_BELOW:
+        finer = spacing.max() / spacing > 2
+        spacing[finer if finer.any() else slice(None)] *= LOWRES_STEP
+        shape = start / spacing * median
+        low = _configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, False, ())
+    smaller = prod(median) / prod(shape)
+    if smaller < 2:
+        return None, f"no 3d_lowres: it would be only {smaller:.2g}x smaller than 3d_fullres, less than 2x"
+    note = (
+        f"made because a patch of 3d_fullres sees {_percent(seen)} of the median image, less than "
+        f"{_percent(LOWRES_BELOW)}; images are {smaller:.2g}x smaller here"
+    )
+    return low.model_copy(update={"reasons": (note, *low.reasons)}), note
+
+
+def _configuration(
+    task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, batch_dice: bool, why: tuple[str, ...]
+) -> Configuration:
+    """The largest patch that fits the budget, its network, and the largest batch for both."""
+    dimensions = len(spacing)
+    budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
+    shape, patch_why = _fit_patch(task, spacing, median, budget)
+    maps = feature_map_count(task.preset.kind, shape, task.label_entries)
+    batch, batch_why = _fit_batch(
+        task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(shape.patch)
+    )
+    planned = Configuration(
+        spacing=tuple(spacing.tolist()),
+        median_shape=tuple(median.tolist()),
+        patch_size=shape.patch,
+        batch_size=batch,
+        network=default_network(task.preset.kind, shape),
+        batch_dice=batch_dice,
+        reasons=(*why, patch_why, *_network_reasons(shape), batch_why),
+    )
+    return with_memory(planned, task.inputs, task.labels)
+
+
+def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
+    """Start isotropic in mm and clipped to the median image; shorten the relatively longest axis until it fits."""
+    dimensions, mm = len(spacing), spacing.tolist()
+    density = 1 / spacing
+    ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
+    first = shape = topology(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
+    per_patch = task.preset.shrink_to_batch[dimensions] / REFERENCE_BATCH[dimensions]
+    while feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
+        smaller = shortened(shape, mm, median.tolist())
+        if smaller is None:
+            raise UserError(f"{task.memory_gb:g} GB are too few for this data set", fix="Give more with --memory.")
+        shape = smaller
+    fits = f"its feature maps fit {task.memory_gb:g} GB"
+    if shape is first:
+        whole = all(n >= m for n, m in zip(shape.patch, median, strict=True))
+        return (
+            shape,
+            f"patch {_by(shape.patch)} {'covers the median image' if whole else 'is as large as wanted'}: {fits}",
+        )
+    return shape, f"patch shrunk from {_by(first.patch)} to {_by(shape.patch)} so that {fits}"
+
+
+def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tuple[int, str]:
+    """Fill the budget; hold at most a share of the data set's voxels, which make up `patches` patches; at least two."""
+    fitting = round(budget / maps)
+    cap = round(patches * share)
+    batch = max(min(fitting, cap), MIN_BATCH)
+    if batch == fitting:
+        return batch, f"batch {batch} fills the budget"
+    if batch == cap:
+        return batch, f"batch capped at {batch} of {fitting} that fit: it may hold {_percent(share)} of all voxels"
+    short = f": {fitting} would fit, but {_percent(share)} of all voxels make only {cap}" if fitting > batch else ""
+    return batch, f"batch {batch} is the minimum{short}"
+
+
+def _network_reasons(shape: Topology) -> list[str]:
+    """What is unusual about the network, and why."""
+    if len(shape.strides) == 1:
+        return ["images are too small to pool: this network has no decoder and cannot be trained"]
+    flat = sum(1 in kernel for kernel in shape.kernels)
+    if not flat:
+        return []
+    stages = "the first stage" if flat == 1 else f"the first {flat} stages"
+    return [f"kernels {_by(shape.kernels[0])} in {stages}: voxels there are over 2x longer along one axis"]
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return "x".join(f"{n:g}" for n in numbers)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else "all"

@@ -1,0 +1,337 @@
+"""plans.json: the contract that every later step reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import read_json
+
+FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
+
+
+def _odd(size: int) -> int:
+    if size % 2 == 0:
+        raise ValueError("must be odd, or the kernel would have no centre")
+    return size
+
+
+def _permutation(order: tuple[int, int, int]) -> tuple[int, int, int]:
+    if sorted(order) != [0, 1, 2]:
+        raise ValueError("must be a permutation of 0, 1, 2")
+    return order
+
+
+def _three_sides(letters: str) -> str:
+    if sorted("LR AP SI".index(letter) // 3 for letter in letters if letter in "LRAPSI") != [0, 1, 2]:
+        raise ValueError("must be one letter each of L or R, A or P, S or I, such as LAS")
+    return letters
+
+
+Positive = Annotated[int, Field(gt=0)]
+KernelSize = Annotated[int, Field(gt=0), AfterValidator(_odd)]
+SplineOrder = Annotated[int, Field(ge=0, le=5)]
+Orientation = Annotated[str, AfterValidator(_three_sides)]
+AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
+Length = Annotated[float, Field(gt=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
+Precision = Literal["float16", "float32"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Statistics(_Model):
+    """Intensities of one channel over the foreground voxels of the training set."""
+
+    mean: float
+    median: float
+    std: float
+    min: float
+    max: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+class Channel(_Model):
+    """One input channel: how it is normalised, and whether only inside the nonzero mask."""
+
+    name: str
+    normalization: Scheme
+    use_mask: bool = False
+    clip_percentiles: tuple[Percent, Percent] | None = Field(None, description="of each image, before normalisation")
+    statistics: Statistics
+
+
+def exact_storage(channels: Iterable[Channel]) -> Precision:
+    """The type that stores normalised images as exactly as they are needed.
+
+    float16 has 11 bits: an error of at most 2^-12 of a value. That is little of a value that counts in standard
+    deviations from the mean, and of a byte; raw 16-bit values would be off by up to 16.
+
+    Parameters
+    ----------
+    channels : Iterable[Channel]
+        Of the images.
+    """
+    return "float32" if any(channel.normalization in ("none", "rescale_0_1") for channel in channels) else "float16"
+
+
+class Network(_Model):
+    """A U-Net, from the finest stage to the bottleneck. Kernels and strides are per stage and axis (z, y, x)."""
+
+    kind: Literal["plain", "residual"] = "plain"
+    features: tuple[Positive, ...] = Field(min_length=1)
+    strides: tuple[tuple[Positive, ...], ...]
+    kernels: tuple[tuple[KernelSize, ...], ...]
+    blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or residual blocks per encoder stage")
+    decoder_convolutions: tuple[Positive, ...] = Field(description="convolutions per decoder stage, finest last")
+    norm: Literal["instance", "batch", "none"] = "instance"
+    activation: Literal["leaky_relu", "relu"] = "leaky_relu"
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Network:
+        n = len(self.features)
+        for field in ("strides", "kernels", "blocks"):
+            if len(getattr(self, field)) != n:
+                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {n} stages")
+        if len(self.decoder_convolutions) != n - 1:
+            raise ValueError(f"decoder_convolutions has {len(self.decoder_convolutions)} entries, {n - 1} are needed")
+        return self
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        """What each axis of a patch must be divisible by."""
+        out = [1] * len(self.strides[0])
+        for stride in self.strides:
+            out = [a * b for a, b in zip(out, stride, strict=True)]
+        return tuple(out)
+
+
+class Resampling(_Model):
+    """Spline orders. `separate_z`: resample slices one by one along the coarse axis; None = where spacing ratio > 3."""
+
+    image_order: SplineOrder = 3
+    image_order_z: SplineOrder = 0
+    label_order: SplineOrder = 1
+    label_order_z: SplineOrder = 0
+    logits_order: SplineOrder = 1
+    logits_order_z: SplineOrder = 0
+    separate_z: bool | None = None
+
+
+class Configuration(_Model):
+    """One network and the data it sees. Two-dimensional configurations have spacing, patch and kernels of (y, x)."""
+
+    spacing: tuple[Length, ...] = Field(description="target spacing in mm, transposed axis order")
+    median_shape: tuple[Length, ...] = Field(description="median shape in voxels at that spacing")
+    patch_size: tuple[Positive, ...]
+    batch_size: Positive
+    network: Network
+    batch_dice: bool
+    resampling: Resampling = Resampling()
+    previous_stage: str | None = None
+    memory_gb: float | None = Field(None, description="predicted memory of a training step, GB (1e9 bytes)")
+    reasons: tuple[str, ...] = Field((), description="which rules decided")
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.patch_size)
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> Configuration:
+        axes = len(self.patch_size)
+        if axes not in (2, 3):
+            raise ValueError(f"patch_size = {list(self.patch_size)} must have two or three axes")
+        per_axis: dict[str, tuple[float, ...]] = {"spacing": self.spacing, "median_shape": self.median_shape}
+        for stage, (stride, kernel) in enumerate(zip(self.network.strides, self.network.kernels, strict=True)):
+            per_axis |= {f"network.strides[{stage}]": stride, f"network.kernels[{stage}]": kernel}
+        for name, numbers in per_axis.items():
+            if len(numbers) != axes:
+                raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
+        if max(self.network.strides[0]) > 1:
+            raise ValueError(
+                f"network.strides[0] = {list(self.network.strides[0])} must be all 1: the first stage is "
+                "at the resolution of the patch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patch_can_be_pooled(self) -> Configuration:
+        for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
+            if size % d:
+                below = max(d, size // d * d)
+                raise ValueError(
+                    f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}; "
+                    f"the nearest are {below} and {size // d * d + d}"
+                )
+        return self
+
+
+class Sizes(_Model):
+    """What `nnlite plan` was asked to take for one configuration instead of the planned sizes."""
+
+    patch_size: tuple[Positive, ...] | None = None
+    batch_size: Positive | None = None
+
+
+class Options(_Model):
+    """The options of `nnlite plan` that shape a plan; None where one was not given."""
+
+    preset: str | None = None
+    memory_gb: Length | None = None
+    adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
+    sizes: dict[str, Sizes] = Field({}, description="by configuration")
+    clip_percentiles: tuple[Percent, Percent] | None = None
+    stored_as: Literal["float16", "float32"] | None = None
+
+
+class Plan(_Model):
+    """Everything that preprocessing, training and inference need to know of a dataset."""
+
+    format: Literal["nnlite-plan-1"] = FORMAT
+    dataset: str
+    options: Options | None = Field(None, description="it was made with these, and is planned again with them")
+    preset: str = "default"
+    memory_gb: float = Field(8, gt=0, description="GPU memory budget")
+    orientation: Orientation | None = Field(
+        None, description='where the axes x, y, z point after reading, such as "LAS"; null: as in the file'
+    )
+    axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
+    median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
+    median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
+    channels: tuple[Channel, ...] = Field(min_length=1)
+    labels: Labels
+    n_cases: int = 0
+    stored_as: Precision = Field(
+        default_factory=lambda data: exact_storage(data.get("channels", ())),
+        description="type of preprocessed images on disk; default: float32 where a channel is not standardised",
+    )
+    configurations: dict[str, Configuration] = Field(
+        min_length=1, description='one may name another as "inherits_from" and give only what differs'
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:
+        given = values.get("configurations") if isinstance(values, dict) else None
+        if not isinstance(given, dict) or not all(isinstance(c, dict) for c in given.values()):
+            return values
+        whole = {}
+        for name in given:
+            try:
+                whole[name] = inherited(given, name)
+            except ValueError as error:
+                raise ValueError(f"configurations.{name}.{error}") from None
+        return {**values, "configurations": whole}
+
+    @model_validator(mode="after")
+    def _stages_are_there(self) -> Plan:
+        for name, configuration in self.configurations.items():
+            others = [other for other in self.configurations if other != name]
+            if configuration.previous_stage not in (None, *others):
+                raise ValueError(
+                    f"configurations.{name}.previous_stage = {configuration.previous_stage!r} is no other "
+                    f"configuration; there are: {', '.join(others) or 'none'}"
+                )
+        return self
+
+    def configuration(self, name: str) -> Configuration:
+        """The configuration of that name.
+
+        Raises
+        ------
+        UserError : the plan has none of that name.
+        """
+        if name not in self.configurations:
+            raise UserError(
+                f"the plan of {self.dataset} has no configuration {name!r}",
+                fix=f"It has: {', '.join(self.configurations)}.",
+            )
+        return self.configurations[name]
+
+    def n_inputs(self, configuration: str) -> int:
+        """Input channels of a network: those of the image and, after a previous stage, one per foreground class."""
+        second = self.configuration(configuration).previous_stage is not None
+        return len(self.channels) + (self.labels.n_classes - 1 if second else 0)
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1, ensure_ascii=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of plans.json. A model folder's plan has no options: they may name files of this machine."""
+        return self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+
+    def trains_as(self, other: Plan) -> bool:
+        """Whether both lead to the same arrays and networks: explanations and predicted memory do not count."""
+        return _essence(self) == _essence(other)
+
+    def _repr_html_(self) -> str:
+        from nnunet_lite.planning.show import plan_html
+
+        return plan_html(self)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read and validate a plans.json.
+
+        Raises
+        ------
+        UserError : no such file, no JSON, or an illegal value; names the JSON path and what is legal.
+        """
+        if not path.is_file():
+            raise UserError("there is no plan", path, "Run `nnlite plan DATA` first.")
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            raise UserError(_first_error(error), path, "Correct it, or run `nnlite plan` again.") from None
+
+    @classmethod
+    def json_schema(cls) -> str:
+        """The JSON Schema of plans.json."""
+        return json.dumps(cls.model_json_schema(), indent=1)
+
+
+def _essence(plan: Plan) -> dict[str, Any]:
+    values = plan.model_dump(exclude={"options"})
+    return {**values, "configurations": {name: essence(c) for name, c in plan.configurations.items()}}
+
+
+def essence(configuration: Configuration) -> dict[str, Any]:
+    """A configuration without its explanations and its predicted memory."""
+    return configuration.model_dump(mode="json", exclude={"reasons", "memory_gb"})
+
+
+def inherited(configurations: Mapping[str, dict[str, Any]], name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A configuration with everything that it inherits from others.
+
+    Raises
+    ------
+    ValueError : it inherits from itself, or from one that is not there.
+    """
+    if name in seen:
+        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*seen, name))}")
+    if not isinstance(name, str) or name not in configurations:
+        raise ValueError(f"inherits_from {name!r}, which is not there; there are: {', '.join(configurations)}")
+    own = configurations[name]
+    if "inherits_from" not in own:
+        return dict(own)
+    base = inherited(configurations, own["inherits_from"], (*seen, name))
+    return {**base, **{key: value for key, value in own.items() if key != "inherits_from"}}
+
+
+def _first_error(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):  # the message tells which of its entries is wrong
+        return f"{where}: {message}" if where else message
+    return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"

@@ -1,0 +1,155 @@
+"""A plan as a person wants to read it: the table, then why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from textwrap import wrap
+
+from nnunet_lite.markup import html_table
+from nnunet_lite.planning.schema import Channel, Configuration, Plan
+
+WIDTH = 120
+_PICTURES = [1, 1, 999]  # the spacing, sorted, with which pictures are read: they have none
+_SCHEMES = {"ct": "CT", "zscore": "z-score", "none": "as it is", "rescale_0_1": "to 0..1", "rgb_0_1": "RGB to 0..1"}
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan as plain text, at most 120 columns: one line per configuration, then the reasons for each.
+
+    Lengths are in mm, of pictures in pixels; GB are 1e9 bytes of a training step; "patch sees" is the share of the
+    median image in one patch.
+    """
+    rows = [plan_head(plan), *plan_rows(plan)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [*wrap(plan_title(plan), WIDTH), *wrap(_channels(plan), WIDTH, subsequent_indent="  "), ""]
+    lines += [_align(row, widths) for row in rows]
+    for name, reasons in plan_reasons(plan).items():
+        lines += ["", name]
+        for reason in reasons:
+            lines += wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def plan_html(plan: Plan) -> str:
+    """The same for a notebook."""
+    why = [f"{name}: {reason}" for name, reasons in plan_reasons(plan).items() for reason in reasons]
+    return html_table(plan_title(plan), [plan_head(plan), *plan_rows(plan)], [_channels(plan), *why])
+
+
+def plan_title(plan: Plan) -> str:
+    """What all configurations share, in a line."""
+    axes = " ".join("zyx"[axis] for axis in plan.axis_order)
+    orientation = "" if plan.orientation is None else f" of {plan.orientation}"
+    return (
+        f"{plan.dataset}: {_count(plan.n_cases, 'case')}, preset {plan.preset}, budget {plan.memory_gb:g} GB, "
+        f"axes {axes}{orientation}, {_count(plan.labels.n_channels, 'output channel')}"
+    )
+
+
+def length_unit(plan: Plan) -> str:
+    """What the plan's spacings are measured in: "mm", or "px" for pictures."""
+    return "px" if sorted(plan.median_spacing) == _PICTURES else "mm"
+
+
+def plan_head(plan: Plan) -> tuple[str, ...]:
+    """The names of the columns of `plan_rows`."""
+    spacing = f"spacing ({length_unit(plan)})"
+    return "configuration", spacing, "median shape", "patch", "batch", "stages", "GB", "patch sees"
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """What `plan_head` names, of each configuration."""
+    return [_row(name, configuration) for name, configuration in plan.configurations.items()]
+
+
+def plan_reasons(plan: Plan) -> dict[str, list[str]]:
+    """Why each configuration is as it is."""
+    return {name: [*c.reasons, *_over_budget(plan, c)] for name, c in plan.configurations.items()}
+
+
+def normalization(channel: Channel) -> str:
+    """How a channel is normalised, in words."""
+    return f"{_SCHEMES[channel.normalization]}{' inside the nonzero mask' if channel.use_mask else ''}"
+
+
+def patch_share(configuration: Configuration) -> float:
+    """The share of the median image that one patch sees, 0 to 1."""
+    axes = zip(configuration.patch_size, configuration.median_shape, strict=True)
+    return prod(min(1.0, size / whole) for size, whole in axes)
+
+
+def configuration_changes(old: Configuration, new: Configuration) -> list[str]:
+    """How a configuration differs from another one, as in "patch 40 x 56 x 40 -> 32 x 32 x 32", "stages 4 -> 5"."""
+    before, after = _parts(old), _parts(new)
+    return [f"{what} {before[what]} -> {after[what]}" for what in before if before[what] != after[what]]
+
+
+def _parts(c: Configuration) -> dict[str, str]:
+    """What makes a configuration, in words."""
+    network, stages = c.network, len(c.network.features)
+    return {
+        "patch": _by(str(n) for n in c.patch_size),
+        "batch": str(c.batch_size),
+        "stages": str(stages),
+        "features": "-".join(map(str, network.features)),
+        "strides": _short(["x".join(map(str, stride)) for stride in network.strides]),
+        "kernels": _short(["x".join(map(str, kernel)) for kernel in network.kernels]),
+        "blocks": _short(list(map(str, network.blocks))),
+        "convolutions of the decoder": _short(list(map(str, network.decoder_convolutions))),
+        "kind": network.kind,
+        "norm": network.norm,
+        "activation": network.activation,
+        "spacing": f"{_by(f'{length:.6g}' for length in c.spacing)} mm",
+        "median image": _by(f"{n:g}" for n in c.median_shape),
+        "Dice": "over the batch" if c.batch_dice else "of each image",
+        "previous stage": c.previous_stage or "none",
+        "resampling": ", ".join(f"{field} {value}" for field, value in c.resampling.model_dump().items()),
+    }
+
+
+def _short(stages: list[str]) -> str:
+    """One value for each stage, or the one that all have."""
+    return stages[0] if len(set(stages)) == 1 else "/".join(stages)
+
+
+def _row(name: str, c: Configuration) -> tuple[str, ...]:
+    return (
+        name,
+        _by(f"{length:.3g}" for length in c.spacing),
+        _by(f"{voxels:g}" for voxels in c.median_shape),
+        _by(str(voxels) for voxels in c.patch_size),
+        str(c.batch_size),
+        str(len(c.network.features)),
+        "?" if c.memory_gb is None else f"{c.memory_gb:.1f}",
+        f"{100 * patch_share(c):.3g} %",
+    )
+
+
+def _align(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Names to the left, numbers to the right."""
+    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    return "  ".join(cells)
+
+
+def _channels(plan: Plan) -> str:
+    """Each channel with its normalisation."""
+    return "channels: " + ", ".join(f"{channel.name} ({normalization(channel)})" for channel in plan.channels)
+
+
+def _over_budget(plan: Plan, c: Configuration) -> list[str]:
+    if c.memory_gb is None or c.memory_gb <= plan.memory_gb:
+        return []
+    return [
+        f"predicted {c.memory_gb:.1f} GB are more than {plan.memory_gb:g} GB: the rule for the patch counts feature "
+        f"maps, not parameters, nor the loss over {_count(plan.labels.n_channels, 'output channel')}; "
+        "a smaller batch or patch, or a smaller budget, fits"
+    ]
+
+
+def _by(parts: Iterable[str]) -> str:
+    return " x ".join(parts)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -1,0 +1,146 @@
+"""How deep a U-Net for a patch is, where it pools, with which kernels, and how many feature-map values it holds.
+
+The rules are those of nnU-Net (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): an axis is pooled while it is
+about as finely sampled as the finest one and long enough; a kernel spans an axis from the resolution on at which the
+voxels are about isotropic. All of it is arithmetic over a handful of integers; no network is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Literal
+
+from nnunet_lite.planning.schema import Network
+
+Kind = Literal["plain", "residual"]
+
+MIN_EDGE = 4  # no axis is pooled below this length
+BASE_FEATURES = 32
+MAX_FEATURES = {2: 512, 3: 320}
+RESIDUAL_BLOCKS = (1, 3, 4, 6)  # per encoder stage; deeper stages have as many as the last
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Strides and kernels per stage and axis, and the patch padded to what they can pool."""
+
+    patch: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        """What each axis of the patch is a multiple of."""
+        return tuple(prod(axis) for axis in zip(*self.strides, strict=True))
+
+
+def topology(spacing: Sequence[float], patch: Sequence[float]) -> Topology:
+    """The topology for a patch.
+
+    Parameters
+    ----------
+    spacing : mm per axis, (z, y, x) or (y, x).
+    patch : voxels per axis; may be fractional (a median of shapes), and is padded up to a multiple of the divisor.
+    """
+    axes = range(len(patch))
+    edge, sampling, kernel = list(patch), list(spacing), [1] * len(patch)
+    strides, kernels = [(1,) * len(patch)], []
+    while pooled := _axes_to_pool(edge, sampling):
+        # Once a kernel spans an axis it does so in all deeper stages, even where other axes become finer again.
+        kernel = [3 if kernel[a] == 3 or sampling[a] < 2 * min(sampling) else 1 for a in axes]
+        kernels.append(tuple(kernel))
+        strides.append(tuple(2 if a in pooled else 1 for a in axes))
+        for a in pooled:
+            edge[a], sampling[a] = ceil(edge[a] / 2), sampling[a] * 2
+    kernels.append((3,) * len(patch))
+    divisor = [prod(axis) for axis in zip(*strides, strict=True)]
+    padded = tuple(ceil(n / d) * d for n, d in zip(patch, divisor, strict=True))
+    return Topology(padded, tuple(strides), tuple(kernels))
+
+
+def shortened(shape: Topology, spacing: Sequence[float], median: Sequence[float]) -> Topology | None:
+    """One step smaller: the axis that is longest relative to the median image loses its divisor; None: nothing is left.
+
+    A shorter axis may be pooled once less and then needs only half the step: 128 goes to 112, not to 96.
+    """
+    axis = max(range(len(shape.patch)), key=lambda a: (shape.patch[a] / median[a], a))
+    smaller = _less(shape.patch, axis, shape.divisor[axis])
+    if smaller[axis] < 1:
+        return None
+    return topology(spacing, _less(shape.patch, axis, topology(spacing, smaller).divisor[axis]))
+
+
+def _less(patch: Sequence[int], axis: int, by: int) -> list[int]:
+    return [n - by if a == axis else n for a, n in enumerate(patch)]
+
+
+def _axes_to_pool(edge: Sequence[float], sampling: Sequence[float]) -> list[int]:
+    """The axes to halve next: long enough, and within a factor two of the finest among those that are."""
+    long_enough = [a for a, n in enumerate(edge) if n >= 2 * MIN_EDGE]
+    if not long_enough:
+        return []
+    finest = min(sampling[a] for a in long_enough)
+    pooled = [a for a in long_enough if sampling[a] / finest < 2]
+    # A stage that halves a single axis is only worth it where that axis is still clearly too long.
+    return [] if len(pooled) == 1 and edge[pooled[0]] < 3 * MIN_EDGE else pooled
+
+
+def default_features(stages: int, dimensions: int, base: int = BASE_FEATURES) -> tuple[int, ...]:
+    """Features per stage: doubling from `base` up to 320 (3D) or 512 (2D)."""
+    return tuple(min(base << stage, max(base, MAX_FEATURES[dimensions])) for stage in range(stages))
+
+
+def default_blocks(kind: Kind, stages: int) -> tuple[int, ...]:
+    """Convolutions (plain) or residual blocks per encoder stage."""
+    if kind == "plain":
+        return (2,) * stages
+    return (RESIDUAL_BLOCKS + RESIDUAL_BLOCKS[-1:] * stages)[:stages]
+
+
+def default_network(kind: Kind, shape: Topology) -> Network:
+    """nnU-Net's network for a topology."""
+    stages = len(shape.strides)
+    return Network(
+        kind=kind,
+        features=default_features(stages, len(shape.patch)),
+        strides=shape.strides,
+        kernels=shape.kernels,
+        blocks=default_blocks(kind, stages),
+        decoder_convolutions=(2 if kind == "plain" else 1,) * (stages - 1),
+    )
+
+
+def voxels_per_stage(strides: Sequence[Sequence[int]], patch: Sequence[int]) -> list[int]:
+    """Voxels of the feature maps of each stage; the patch must be a multiple of the divisor."""
+    out, voxels = [], prod(patch)
+    for stride in strides:
+        voxels //= prod(stride)
+        out.append(voxels)
+    return out
+
+
+def feature_map_count(kind: Kind, shape: Topology, outputs: int) -> int:
+    """How many values all feature maps of nnU-Net's network for this topology hold, for one patch.
+
+    What nnU-Net budgets by: the output of every convolution (also transposed ones and projections) and of the last
+    segmentation head. `outputs` is the number of entries in the data set's labels, background and ignore included.
+    """
+    stages = len(shape.strides)
+    sizes = [
+        features * voxels
+        for features, voxels in zip(
+            default_features(stages, len(shape.patch)), voxels_per_stage(shape.strides, shape.patch), strict=True
+        )
+    ]
+    blocks = default_blocks(kind, stages)
+    if kind == "plain":
+        encoder = sum(n * size for n, size in zip(blocks, sizes, strict=True))
+        decoder = 3 * sum(sizes[:-1])
+    else:
+        # The stem; two convolutions per block; a projection wherever a stage changes size or features.
+        encoder = sizes[0] + sum(2 * n * size for n, size in zip(blocks, sizes, strict=True)) + sum(sizes[1:])
+        decoder = 2 * sum(sizes[:-1])
+    head = outputs * prod(shape.patch) if stages > 1 else 0  # heads sit on decoder stages
+    return encoder + decoder + head

@@ -1,0 +1,366 @@
+"""Resampling as matrix products.
+
+Spline interpolation with edge mode and half-pixel centres is linear and separable: along one axis it is a matrix, which
+is what scipy's zoom makes of the identity. Three products in float32 equal the float64 spline interpolation of
+scikit-image's resize, which nnU-Net uses, to about 1e-6 of the range (M. Unser, "Splines: a perfect fit for signal and
+image processing", 1999, for the interpolation). The matrices are banded, so each block of output reads only the input
+that it needs: results are made slab by slab, and nothing but input and output is ever held at full size.
+
+Arrays are (channels, z, y, x), or (z, y, x) for labels; spacings are mm in the same order. numpy computes on the CPU,
+in `threads` of ours whose number changes no bit; a torch tensor is computed on where it lies, and `device` moves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from nnunet_lite.data.crop import bounding_box, slices
+from nnunet_lite.preprocessing.threads import in_threads
+
+if TYPE_CHECKING:
+    import torch
+
+ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
+_NEGLIGIBLE = 1e-8  # weights below it are left out: a cubic spline's reach 14 voxels far
+_TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 rounds, far below what a share means
+_FEW = 4  # labels found by numpy as fast as by scipy, which takes longer to load than some data sets to preprocess
+_SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
+
+Shape = tuple[int, int, int]
+T = TypeVar("T")
+Array = Any  # numpy array or torch tensor: both know `@`
+
+
+@dataclass(frozen=True)
+class Block:
+    """Output `start:stop` of one axis is `matrix` (stop - start, high - low) times input `low:high`."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    matrix: Array
+
+
+def separate_axis(spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
+    """The coarse axis along which slices are resampled one by one, or None.
+
+    As in nnU-Net: where the spacing, before or else after, is more than three times coarser along one axis only.
+    """
+    for candidate in (spacing, new_spacing):
+        if max(candidate) / min(candidate) > ANISOTROPY:
+            coarse = [axis for axis, s in enumerate(candidate) if s == max(candidate)]
+            return coarse[0] if len(coarse) == 1 else None
+    return None
+
+
+def coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float], separate_z: bool | None) -> int | None:
+    """`separate_axis`, unless `separate_z` decides: False never, True always, along the coarsest axis of `spacing`."""
+    if separate_z is None:
+        return separate_axis(spacing, new_spacing)
+    coarse = [axis for axis, s in enumerate(spacing) if s == max(spacing)]
+    return coarse[0] if separate_z and len(coarse) == 1 else None
+
+
+def resample_image(
+    data: np.ndarray | torch.Tensor,
+    new_shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    order: int = 3,
+    order_z: int = 0,
+    separate_z: bool | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+) -> Any:
+    """Resample a (channels, z, y, x) image to `new_shape`; float32, numpy unless data is a tensor or `device` is given.
+
+    Cubic interpolation overshoots at edges; the result is clipped to the range of the input, of each channel or, where
+    slices are resampled one by one, of each slice. The same shape is returned as it is.
+    """
+    data = _as_float(data, device)
+    shape, target = _shape(data.shape[1:]), _shape(new_shape)
+    if shape == target:
+        return data
+    axis = coarse_axis(spacing, new_spacing, separate_z)
+    out = _empty(data, (data.shape[0], *target))
+    for channel, result in zip(data, out, strict=True):
+
+        def write(start: int, slab: Array, result: Array = result) -> None:
+            result[start : start + len(slab)] = slab
+
+        if axis is None or order_z == 0:
+            orders = tuple(order_z if a == axis else order for a in range(3))
+            each_slab(channel, target, orders, write, axis, order > 1, threads=threads)
+        else:
+            flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
+            between = resample_image(channel[None], flat, spacing, new_spacing, order, 0, separate_z, threads=threads)
+            each_slab(between[0], target, (order_z,) * 3, write, threads=threads)
+    return out
+
+
+def resample_labels(
+    labels: np.ndarray,
+    new_shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    order: int = 1,
+    order_z: int = 0,
+    separate_z: bool | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Resample a (z, y, x) label map of integers >= 0 to `new_shape`, same type.
+
+    Each label's mask is interpolated, inside its bounding box, and the label of the largest share is written: the one
+    of at least one half where two meet. The nearest voxel's label wins a tie. So does nnU-Net with batchgenerators
+    0.25.5; with older ones it left background where no share reached one half, and the higher label won a tie.
+    """
+    shape, target = _shape(labels.shape), _shape(new_shape)
+    if shape == target:
+        return labels
+    axis = coarse_axis(spacing, new_spacing, separate_z)
+    if axis is not None and order_z > 0:  # slices first, then between them
+        flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
+        labels = resample_labels(labels, flat, spacing, new_spacing, order, 0, separate_z, threads)
+        shape, order, axis = flat, order_z, None
+    orders = tuple(order_z if a == axis else order for a in range(3))
+    out = np.zeros(target, labels.dtype)
+    boxes = [(value, box, _reached(box[1:], shape[1:], target[1:], orders[1:])) for value, box in label_boxes(labels)]
+
+    def work(start: int) -> None:
+        slab = out[start : start + _SLAB]
+        rows = operator(shape[0], target[0], orders[0])[start : start + _SLAB]
+        closest = _nearest_slab(labels, target, start, start + len(slab))
+        best = np.zeros(slab.shape, np.float32)
+        background = 1 + _TIE * (closest == 0)
+        for value, box, plane in boxes:
+            used = np.flatnonzero(rows[:, box[0]].any(axis=0))
+            if used.size and plane is not None:
+                z = slice(box[0].start + int(used[0]), box[0].start + int(used[-1]) + 1)
+                mask = (labels[z, *box[1:]] == value).astype(np.float32)
+                where = (slice(None), *plane[0])
+                score = _product(mask, _split(rows[:, z], _SLAB)[0], *plane[1])
+                background[where] -= score
+                score[closest[where] == value] += _TIE
+                better = score > best[where]
+                np.copyto(slab[where], value, where=better)
+                np.copyto(best[where], score, where=better)
+        slab[background > best] = 0
+
+    in_threads(work, range(0, target[0], _SLAB), threads)
+    return out
+
+
+def each_slab(
+    data: Array,
+    target: Shape,
+    orders: Sequence[int],
+    use: Callable[[int, Array], None],
+    axis: int | None = None,
+    clip: bool = False,
+    size: int = _SLAB,
+    threads: int | None = None,
+) -> None:
+    """Resample (z, y, x), or (channels, z, y, x) with `clip` off, and hand over slabs of the output with `use`.
+
+    Parameters
+    ----------
+    orders : spline order of each axis.
+    use : called with the first output slice of a slab and the slab, float32, in no particular order, from several
+        threads where the data is a numpy array.
+    axis : with `clip`, the axis along which each slice has its own range; None for one range for all.
+    size : output slices per slab.
+    threads : None for one per CPU that this process may use.
+    """
+    z, y, x = operators(data, _shape(data.shape[-3:]), target, orders, size)
+    bounds = _bounds(data, axis, target) if clip else None
+
+    def work(part: Block) -> None:
+        slab = _product(data, part, y, x)
+        if bounds is not None:
+            low, high = (b[part.start : part.stop] if axis == 0 else b for b in bounds)
+            slab = slab.clip(low, high)
+        use(part.start, slab)
+
+    in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
+
+
+def operators(
+    like: Array, shape: Shape, target: Shape, orders: Sequence[int], size: int = _SLAB
+) -> tuple[tuple[Block, ...], tuple[Block, ...], tuple[Block, ...]]:
+    """The operators of (z, y, x), of the kind that the data is and where it lies; `size` output slices per block."""
+    rest = _BLOCK if isinstance(like, np.ndarray) else max(target)  # a GPU wants few large products
+    sizes = (size, rest, rest)
+    z, y, x = (
+        tuple(_on(like, part) for part in blocks(n, m, order, at_once))
+        for n, m, order, at_once in zip(shape, target, orders, sizes, strict=True)
+    )
+    return z, y, x
+
+
+def slab_of(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple[int, slice, Array]]:
+    """One block of the product on the first axis of (z, channels, y, x), and all of the others of it, piece by piece.
+
+    Yields the output slice, its rows, and (channels, rows, x), float32: small enough for the cache.
+    """
+    slab = _float(data[part.low : part.high])
+    if part.matrix is not None:
+        slab = (part.matrix @ slab.reshape(len(slab), -1)).reshape(-1, *slab.shape[1:])
+    for z, plane in enumerate(slab, part.start):
+        for rows, piece in _rows(plane, y, x):
+            yield z, rows, piece
+
+
+@lru_cache(maxsize=128)
+def operator(old: int, new: int, order: int) -> np.ndarray:
+    """The matrix (new, old), float32, that resamples one axis by a spline of that order; order 0 takes the nearest."""
+    from scipy.ndimage import zoom
+
+    if order == 0 or old == new:
+        return np.eye(old, dtype=np.float32)[nearest(old, new)]
+    matrix = zoom(np.eye(old), (new / old, 1), order=order, mode="nearest", grid_mode=True).astype(np.float32)
+    matrix[np.abs(matrix) < _NEGLIGIBLE] = 0  # the tails reach denormal numbers, which cost ten times the time
+    return matrix
+
+
+@lru_cache(maxsize=128)
+def nearest(old: int, new: int) -> np.ndarray:
+    """For each of `new` voxels along an axis, the nearest of `old`."""
+    positions = old / new * (np.arange(new) + 0.5) - 0.5
+    return np.clip(np.floor(positions + 0.5), 0, old - 1).astype(np.intp)
+
+
+@lru_cache(maxsize=512)
+def blocks(old: int, new: int, order: int, size: int) -> tuple[Block, ...]:
+    """The operator of one axis in blocks of at most `size` outputs; their matrix is None where nothing changes."""
+    if old == new:
+        return tuple(Block(i, min(i + size, new), i, min(i + size, new), None) for i in range(0, new, size))
+    return _split(operator(old, new, order), size)
+
+
+def _split(matrix: np.ndarray, size: int) -> tuple[Block, ...]:
+    """Rows of a banded matrix in blocks, each with only the columns that it uses."""
+    out = []
+    for start in range(0, len(matrix), size):
+        rows = matrix[start : start + size]
+        used = np.flatnonzero(rows.any(axis=0))
+        low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
+        out.append(Block(start, start + len(rows), low, high, np.ascontiguousarray(rows[:, low:high])))
+    return tuple(out)
+
+
+def label_boxes(labels: np.ndarray) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """Every value above zero in ascending order, with its bounding box."""
+    top = int(labels.max(initial=0))
+    if top <= _FEW:
+        for value in range(1, top + 1):
+            mask = labels == value
+            if mask.any():
+                yield value, slices(bounding_box(mask))
+        return
+    from scipy.ndimage import find_objects
+
+    for value, box in enumerate(find_objects(labels), 1):
+        if box is not None:
+            yield value, box
+
+
+def _product(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -> Array:
+    """One block of the first product on the last three axes of `data`, and all of the other two of it."""
+    slab = _float(data[..., part.low : part.high, :, :])
+    if part.matrix is not None:
+        *lead, depth, rows, columns = slab.shape
+        slab = part.matrix @ slab.reshape(*lead, depth, rows * columns)
+        slab = slab.reshape(*lead, part.stop - part.start, rows, columns)
+    if y[0].matrix is None and x[0].matrix is None:
+        return slab
+    out = _empty(slab, (*slab.shape[:-2], y[-1].stop, x[-1].stop))
+    for rows, piece in _rows(slab, y, x):
+        out[..., rows, :] = piece
+    return out
+
+
+def _rows(slab: Array, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple[slice, Array]]:
+    """The products on the last two axes, one block of rows after the other."""
+    for down in y:
+        strip = slab[..., down.low : down.high, :]
+        strip = strip if down.matrix is None else down.matrix @ strip
+        if x[0].matrix is not None:
+            flat = strip.reshape(-1, strip.shape[-1])  # one large product is faster than many small ones
+            out = _empty(slab, (len(flat), x[-1].stop))
+            for across in x:
+                out[:, across.start : across.stop] = flat[:, across.low : across.high] @ across.matrix.T
+            strip = out.reshape(*strip.shape[:-1], -1)
+        yield slice(down.start, down.stop), strip
+
+
+def _bounds(channel: Array, axis: int | None, target: Shape) -> tuple[Array, Array]:
+    """Range of (z, y, x), or of each slice along `axis`, laid out to broadcast against the output."""
+    if axis is None:
+        return channel.min(), channel.max()
+    others = tuple(a for a in range(3) if a != axis)
+    index = nearest(channel.shape[axis], target[axis])
+    lowest, highest = ("min", "max") if isinstance(channel, np.ndarray) else ("amin", "amax")
+    shape = [-1 if a == axis else 1 for a in range(3)]
+    low, high = (getattr(channel, f)(others)[index].reshape(shape) for f in (lowest, highest))
+    return low, high
+
+
+def _nearest_slab(labels: np.ndarray, target: Shape, start: int, stop: int) -> np.ndarray:
+    """The nearest voxel's label, for output slices start:stop."""
+    z, y, x = (nearest(n, m) for n, m in zip(labels.shape, target, strict=True))
+    return labels[z[start:stop]].take(y, axis=1).take(x, axis=2)
+
+
+def _reached(
+    box: Sequence[slice], shape: Sequence[int], target: Sequence[int], orders: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[tuple[Block, ...], ...]] | None:
+    """Where in the output a box of the input shows, axis by axis, and the operators that lead there; None: nowhere."""
+    where, parts = [], []
+    for span, n, m, order in zip(box, shape, target, orders, strict=True):
+        matrix = operator(n, m, order)[:, span]
+        used = np.flatnonzero(matrix.any(axis=1))
+        if not used.size:  # nearest neighbour skips every row that holds this label
+            return None
+        where.append(slice(int(used[0]), int(used[-1]) + 1))
+        parts.append(_split(matrix[where[-1]], _BLOCK))
+    return tuple(where), tuple(parts)
+
+
+def _as_float(data: Array, device: Any) -> Array:
+    if isinstance(data, np.ndarray) and device is None:
+        return data.astype(np.float32, copy=False)
+    import torch
+
+    return torch.as_tensor(data).to(device=device, dtype=torch.float32)
+
+
+def _float(slab: Array) -> Array:
+    return slab.astype(np.float32, copy=False) if isinstance(slab, np.ndarray) else slab.float()
+
+
+def _empty(like: Array, shape: Sequence[int]) -> Array:
+    return np.empty(shape, np.float32) if isinstance(like, np.ndarray) else like.new_empty(shape)
+
+
+def operand(like: Array, matrix: np.ndarray) -> Array:
+    """A matrix of the kind that the data is, where that lies."""
+    if isinstance(like, np.ndarray):
+        return matrix
+    import torch
+
+    return torch.from_numpy(matrix).to(like.device)
+
+
+def _on(like: Array, part: Block) -> Block:
+    return part if part.matrix is None else replace(part, matrix=operand(like, part.matrix))
+
+
+def _shape(values: Any) -> Shape:
+    z, y, x = (int(v) for v in values)
+    return z, y, x
