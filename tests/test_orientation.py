@@ -15,11 +15,12 @@ import SimpleITK
 from samples import first_cases, turn_nifti
 from test_dicom import save_series
 
-from nnunet_lite import api, models
+from nnunet_lite import api
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image, read_images
 from nnunet_lite.errors import UserError
+from nnunet_lite.models import choice as models
 from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import preprocess

@@ -56,7 +56,7 @@ def write_report(paths: Paths, output: Path) -> Path:
 def render(material: Material, gallery: Gallery) -> str:
     """The page. Whatever comes from the data is escaped; a script that is not ours would not run (see the CSP)."""
     environment = Environment(
-        loader=PackageLoader("nnunet_lite.report"),
+        loader=PackageLoader("nnunet_lite.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

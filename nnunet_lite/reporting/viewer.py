@@ -96,7 +96,7 @@ def _pages(scene: Scene) -> dict[str, bytes]:
     urls = [f"layer-{i}.nii" for i in range(len(scene.layers))]
     layers = [layer.to_json(url) for layer, url in zip(scene.layers, urls, strict=True)]
     about = {"title": scene.title, "flat": scene.flat, "to_voxel": scene.to_voxel, "layers": layers}
-    page = files("nnunet_lite.report") / "viewer_page"
+    page = files("nnunet_lite.reporting") / "viewer_page"
     return {
         "": (page / "index.html").read_bytes(),
         **{name: (page / name).read_bytes() for name in _PAGE},
