@@ -28,7 +28,7 @@ from nnunet_lite.models.folder import MODEL, is_finished
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.preprocessing.stored import StoredCase
+from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, read_splits
 from nnunet_lite.training.previous import held_out_by, map_file, map_key, previous_folder, write_map
 from nnunet_lite.workspace import Paths, locked

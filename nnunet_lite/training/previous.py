@@ -16,7 +16,7 @@ import numpy as np
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic
 from nnunet_lite.models.folder import is_finished, model_folder, read_run
-from nnunet_lite.preprocessing.stored import StoredCase
+from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.training.folds import ALL, Fold, Splits
 from nnunet_lite.workspace import Paths
 
