@@ -20,10 +20,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
@@ -181,7 +181,7 @@ def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fol
     return splits
 
 
-def needs_splits(file: Path, dataset: Dataset, rule: FoldRule, trained: Sequence[str]) -> bool:
+def needs_splits(file: Path, dataset: Dataset, rule: FoldRule, trained: Sequence[str] = ()) -> bool:
     """Return whether planning has to write splits.json, since an option or a splits_final.json asks for new folds.
 
     Parameters
@@ -357,7 +357,7 @@ def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Spli
 # ------------------------------------------------------------------------------------------------ files
 
 
-class _Entry(TypedDict):
+class _Entry(BaseModel):
     train: list[str]
     val: list[str]
 
@@ -382,7 +382,7 @@ def load_splits(file: Path, ids: Collection[str] | None = None) -> list[Split]:
         entries = _ENTRIES.validate_python(read_json(file), strict=True)
     except ValidationError:
         raise UserError('must be a list of {"train": [ids], "val": [ids]}', file) from None
-    splits = [Split(str(k), tuple(entry["train"]), tuple(entry["val"])) for k, entry in enumerate(entries)]
+    splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
     _check_splits(splits, file, ids)
     return splits
 
