@@ -72,7 +72,7 @@ def plan(
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
-    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given, or if
+    folds, group_by, stratify, splits : see `training.splits.FoldRule`; splits.json is written if one is given, or if
         there is a splits_final.json.
     stored_as : type of the preprocessed images on disk; default: float16, or float32 where a channel is not
         standardised.
@@ -89,18 +89,26 @@ def plan(
     from nnunet_lite.planning import replanning
     from nnunet_lite.planning.fingerprint import check_and_fingerprint
     from nnunet_lite.preprocessing.raw_files import look_at, memorize
-    from nnunet_lite.training import folds as splitting
+    from nnunet_lite.training.grouping import warn_of_patients
+    from nnunet_lite.training.splits import (
+        ALL,
+        FoldRule,
+        make_splits,
+        needs_splits,
+        warn_of_unused_splits,
+        write_splits,
+    )
 
     # A mistake in the options is reported before minutes of reading.
     given = replanning.plan_options(preset, memory, adopt, change, clip_percentiles, stored_as)
     root = find_raw(str(data), folder_of(workspace))
     dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
-    ids = [case.id for case in dataset.cases]
     paths = place_of(folder_of(workspace), dataset)
-    wanted = splitting.wanted_folds(dataset, folds, group_by, stratify, splits)
-    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, splitting.ALL)]
-    other_splits = splitting.must_be_made(paths.splits, ids, wanted, trained)
-    splitting.point_out_other_folds(paths.splits, ids, wanted)
+    rule = FoldRule(folds, group_by, stratify, splits)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
+    other_splits = needs_splits(paths.splits, dataset, rule, trained)
+    if rule == FoldRule():
+        warn_of_unused_splits(paths.splits, dataset)
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
     raw = look_at(dataset.cases, paths.raw, workers, log.progress)  # first: a change while files are checked is seen
@@ -112,7 +120,7 @@ def plan(
         fix = "Correct the headers, or plan with --accept-geometry. See above."
         raise UserError("origin or direction differ between files of a case", root, fix)
     new = replanning.replan(given, earlier, fingerprint, dataset, adopted, trained=bool(model_folders(paths)))
-    made_splits = splitting.make_splits(ids, wanted) if other_splits else None
+    made_splits = make_splits(dataset, rule) if other_splits else None
     replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
@@ -120,10 +128,10 @@ def plan(
     memorize(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:
-            log.info(f"the folds that were there are kept in {old}")
-        splitting.write_splits(paths.splits, *made_splits)
+            log.info(f"the previous folds are kept in {old}")
+        write_splits(paths.splits, *made_splits)
     elif not paths.splits.is_file():
-        splitting.point_out_groups(ids)
+        warn_of_patients([case.id for case in dataset.cases])
     use(folder_of(workspace), dataset.name)
     return new.plan
 
