@@ -194,7 +194,7 @@ def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
         normalises each process's part of a batch by itself.
     """
     from nnunet_lite.networks.build import build_network
-    from nnunet_lite.networks.norm import mixes_samples
+    from nnunet_lite.networks.unet import mixes_samples
     from nnunet_lite.training.batches import check_augmentation
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.loss import check_weights

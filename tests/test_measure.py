@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.override import limit_sizes
 from nnunet_lite.planning.schema import Plan
@@ -24,7 +24,7 @@ def plan() -> Plan:
 
 def test_steps_reduce_the_loss_on_one_batch(plan: Plan) -> None:
     torch.manual_seed(0)
-    cpu, fp32 = torch.device("cpu"), Arithmetic()
+    cpu, fp32 = torch.device("cpu"), ComputeFormat()
     first = train_step(plan, "3d_fullres", cpu, fp32, steps=1)
     torch.manual_seed(0)
     assert train_step(plan, "3d_fullres", cpu, fp32, steps=4) < first

@@ -117,7 +117,7 @@ def predict(
             return Predictions(tuple(files), failed, tuple(folders), tuple(map(str, used)), rules)
         loaded = load_all(folders, ours, folds, device, changes, **code)
     if loaded.device.type == "cpu":
-        from nnunet_lite.networks.precision import keep_freed_memory  # imports torch: after the checks above
+        from nnunet_lite.networks.cpu import keep_freed_memory  # imports torch: after the checks above
 
         keep_freed_memory()
     log.info(

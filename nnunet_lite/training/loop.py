@@ -25,7 +25,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep
 from nnunet_lite.models.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
 from nnunet_lite.models.folder import MODEL, VALIDATION, exclusive, length
-from nnunet_lite.networks.precision import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training.batches import Batch, check_augmentation, make_batch, training_batches
 from nnunet_lite.training.distributed import ALONE, LOOK_EVERY, Clock, any_rank, from_first, sum_over_ranks
@@ -76,7 +77,7 @@ class State:
     """
 
     plateau: Plateau
-    arithmetic: Arithmetic
+    arithmetic: ComputeFormat
     epoch: int = 0
     iteration: int = 0
     losses: list[float] = field(default_factory=list)
@@ -90,7 +91,7 @@ class State:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
-        kinds = {"plateau": Plateau, "arithmetic": Arithmetic, "trend": Trend, "seen": Seen}
+        kinds = {"plateau": Plateau, "arithmetic": ComputeFormat, "trend": Trend, "seen": Seen}
         known = {each.name for each in fields(cls)}
         return cls(**{k: kinds[k](**v) if k in kinds else v for k, v in values.items() if k in known})
 
@@ -170,10 +171,10 @@ def _begin(job: Job) -> tuple[Learner, State]:
     return parallel(job, learner), state
 
 
-def _is_candidate(job: Job, arithmetic: Arithmetic) -> bool:
+def _is_candidate(job: Job, arithmetic: ComputeFormat) -> bool:
     """Whether the settings, on this machine, still allow what a run was begun with."""
     training = job.settings.training
-    allowed = candidates(job.device, training.precision, training.channels_last)
+    allowed = list_formats(job.device, training.precision, training.channels_last)
     return any((a.precision, a.channels_last) == (arithmetic.precision, arithmetic.channels_last) for a in allowed)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.networks.build import build_network, supervise_deeply
-from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.precision import ComputeFormat, list_formats
+from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.loss import deep_supervision_loss
@@ -27,7 +28,7 @@ def measure_step(plan: Plan, configuration: str, device: torch.device) -> float 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        train_step(plan, configuration, device, candidates(device, "auto", True)[0], steps=2)
+        train_step(plan, configuration, device, list_formats(device, "auto", True)[0], steps=2)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -35,12 +36,12 @@ def measure_step(plan: Plan, configuration: str, device: torch.device) -> float 
     return torch.cuda.max_memory_allocated(device) / 1e9
 
 
-def train_step(plan: Plan, configuration: str, device: torch.device, arithmetic: Arithmetic, steps: int) -> float:
+def train_step(plan: Plan, configuration: str, device: torch.device, arithmetic: ComputeFormat, steps: int) -> float:
     """Some training steps of the default recipe on random data; returns the last loss."""
     settings, planned = Settings(), plan.configuration(configuration)
     network = build_network(plan, configuration).to(device)
-    network.to(memory_format=arithmetic.layout(planned.dimensions))  # type: ignore[call-overload]
-    supervise_deeply(network, True)
+    network.to(memory_format=arithmetic.memory_format(planned.dimensions))  # type: ignore[call-overload]
+    set_deep_supervision(network, True)
     optimizer = make_optimizer(network, settings.optimizer, device)
     scaler = torch.amp.GradScaler(device.type, enabled=arithmetic.precision == "fp16")
     images = torch.randn(planned.batch_size, plan.n_inputs(configuration), *planned.patch_size, device=device)
@@ -50,7 +51,7 @@ def train_step(plan: Plan, configuration: str, device: torch.device, arithmetic:
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
         with arithmetic.autocast(device):
-            outputs = network(as_layout(images, arithmetic))
+            outputs = network(arithmetic.arrange(images))
         loss = deep_supervision_loss(outputs, classes, plan, configuration, settings.loss)
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.networks.apart import side_by_side
-from nnunet_lite.networks.build import build_network, supervise_deeply
-from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates, fastest, seconds
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, measure_seconds, pick_fastest
+from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.training.batches import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
 from nnunet_lite.training.initial import freeze
@@ -42,7 +43,7 @@ class Learner:
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    arithmetic: Arithmetic
+    arithmetic: ComputeFormat
     average: dict[str, Tensor] | None
 
     @property
@@ -54,19 +55,21 @@ def make_network(job: Job) -> nn.Module:
     """The network of a job on its device, with random weights; the seed decides them."""
     torch.manual_seed(job.seed)
     network = build_network(job.plan, job.configuration, job.settings.network.factory).to(job.device)
-    supervise_deeply(network, job.settings.training.deep_supervision)
+    if job.device.type == "cpu":
+        speed_up_on_cpu(network)
+    set_deep_supervision(network, job.settings.training.deep_supervision)
     return network
 
 
-def make_learner(job: Job, network: nn.Module, arithmetic: Arithmetic, scale: float) -> Learner:
+def make_learner(job: Job, network: nn.Module, arithmetic: ComputeFormat, scale: float) -> Learner:
     """Lay the network out in memory and give it an optimizer; `scale` is that of the loss, for fp16."""
-    network.to(memory_format=arithmetic.layout(job.dimensions))  # type: ignore[call-overload]
+    network.to(memory_format=arithmetic.memory_format(job.dimensions))  # type: ignore[call-overload]
     optimizer = make_optimizer(network, job.settings.optimizer, job.device)
     scaler = torch.amp.GradScaler(job.device.type, scale, enabled=arithmetic.precision == "fp16")
     average = None if job.settings.optimizer.ema is None else start_average(network)
     # in the other layout torch computes single samples slowly
     apart = job.device.type == "cpu" and arithmetic.precision == "fp32" and arithmetic.channels_last
-    forward = side_by_side(network) if apart and job.settings.training.compile is not True else network
+    forward = parallelize_samples(network) if apart and job.settings.training.compile is not True else network
     return Learner(network, forward, optimizer, scaler, arithmetic, average)
 
 
@@ -89,7 +92,7 @@ def loss_of(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]:
     """Loss of a batch over all ranks, and the network's output."""
     images, classes, _ = batch
     with learner.arithmetic.autocast(job.device):
-        outputs = learner.forward(as_layout(images, learner.arithmetic))
+        outputs = learner.forward(learner.arithmetic.arrange(images))
     reduce = sum_over_ranks if job.ranks.world > 1 else alone
     return deep_supervision_loss(
         outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce
@@ -171,28 +174,28 @@ def averaged(learner: Learner) -> Iterator[None]:
         learner.network.load_state_dict(own)
 
 
-def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
+def choose_arithmetic(job: Job, network: nn.Module) -> ComputeFormat:
     """Time a training step of the real network on a real batch in each candidate format and layout."""
     training = job.settings.training
-    options = candidates(job.device, training.precision, training.channels_last)
+    options = list_formats(job.device, training.precision, training.channels_last)
     if training.seed is not None:  # what is fastest may change from run to run
         return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, for the seed's sake")
     batch = make_batch(job, job.training, 0, 0, augment=False)
     single = replace(job, ranks=ALONE)
     statistics = _statistics(network)  # which the trial steps change
 
-    def prepare(arithmetic: Arithmetic, batch: Batch) -> Callable[[], None]:
+    def prepare(arithmetic: ComputeFormat, batch: Batch) -> Callable[[], None]:
         learner = make_learner(single, network, arithmetic, 1.0)
         return _trial(single, learner if job.ranks.world == 1 else replace(learner, forward=network), batch)
 
     budget = math.inf if training.time_limit is None else PROBED * 60 * training.time_limit
     if training.time_limit is not None and len(options) > 1:
         small = part_of(job, batch)
-        took = seconds(prepare(options[0], small), job.device)
+        took = measure_seconds(prepare(options[0], small), job.device)
         budget -= took
         if 2 * len(options) * took * batch[0].numel() / small[0].numel() > budget:
             batch = small
-    best = fastest(options, partial(prepare, batch=batch), job.device, budget)
+    best = pick_fastest(options, partial(prepare, batch=batch), job.device, budget)
     for value, before in statistics:
         value.copy_(before)
     return from_first(best, job.ranks)
@@ -245,7 +248,7 @@ def _compiled(job: Job, learner: Learner) -> Learner:
         for each in (plain, made):
             work = _trial(job, each, batch)
             work()
-            times.append(min(seconds(work, job.device) for _ in range(3)))
+            times.append(min(measure_seconds(work, job.device) for _ in range(3)))
     except Exception as error:  # the compiler's own errors, of many kinds: the run goes on without it
         why = shorten(describe(error), 300)
         if job.ranks.world > 1:  # the others may wait for this one by now, and cannot go on without it
