@@ -33,8 +33,7 @@ def check(
     data : a folder, or a name looked up in the current folder, ./data, the workspace and nnUNet_raw.
     accept_geometry : take files of a case by their voxels where origin or direction differ.
     """
-    from nnunet_lite.data.check import broken_dataset
-    from nnunet_lite.data.check import check as check_dataset
+    from nnunet_lite.data.check import broken_dataset, check_dataset
     from nnunet_lite.data.dataset import read_dataset
 
     root = find_raw(str(data), folder_of(workspace))

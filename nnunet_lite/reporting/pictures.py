@@ -11,8 +11,9 @@ import numpy as np
 
 from nnunet_lite.data.dataset import Case, Dataset, map_labels, read_case
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import PICTURES, read_geometry, read_label
+from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.names import PICTURES
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.outline import outline
