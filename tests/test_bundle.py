@@ -18,8 +18,8 @@ import pytest
 from nnunet_lite import api
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.predictor import load
+from nnunet_lite.models import unpack as unpacking
 from nnunet_lite.models.bundle import MANIFEST, licence_text, pack
-from nnunet_lite.models.choice import unpack as unpacking
 from nnunet_lite.models.folder import MODEL
 from nnunet_lite.models.unpack import read_manifest, unpack, unpacked
 from nnunet_lite.workspace import read_json, write_json

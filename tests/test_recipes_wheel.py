@@ -32,7 +32,7 @@ def test_wheel_holds_every_module_recipe_and_template(wheel: Path) -> None:
     modules = {str(path.relative_to(package.parent)) for path in files}  # and pages, with what they are made of
     stored = {f"nnunet_lite/configs/{name}.toml" for name in recipes()}
     assert len(stored) >= 8 and stored <= names and modules <= names
-    templates = {str(path.relative_to(package.parent)) for path in (package / "report" / "templates").iterdir()}
+    templates = {str(path.relative_to(package.parent)) for path in (package / "reporting" / "templates").iterdir()}
     assert len(templates) >= 4 and templates <= names
     assert not [name for name in names if name.startswith(("tests", "scripts", "docs", "configs/"))]
     assert wheel.stat().st_size < 1_000_000

@@ -15,8 +15,14 @@ import SimpleITK
 from PIL import Image
 
 from nnunet_lite import api
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.reporting import gallery
+from nnunet_lite.evaluation.metrics import score_case
+from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Statistics
+from nnunet_lite.reporting import pictures
 from nnunet_lite.workspace import read_json, write_json
 
 Ended = tuple[int, str, str]
@@ -137,9 +143,10 @@ def test_settings_versions_and_costs_are_those_of_the_run(tiny_model: Path, tiny
     assert costs[2] == (str(rows[-1]["epoch"]), str(float(rows[-1]["epoch"])))
     assert float(costs[7][1] or 0) == max(row["memory_gb"] for row in rows)
     curves = [json.loads(a["data-curves"] or "") for a in page.all("svg", **{"class": "plot"}) if "data-curves" in a]
-    losses = next(c for c in curves if c["series"][0]["name"] == "fold 0, training")
-    assert losses["series"][0]["y"] == [row["train_loss"] for row in rows]
-    assert losses["series"][1]["y"] == [row["validation_loss"] for row in rows]
+    losses, dice, learning_rate = (c["series"] for c in curves if c["label"] == "epoch")
+    keys = ("train_loss", "validation_loss", "mean_dice", "lr")
+    for series, key in zip((*losses, *dice, *learning_rate), keys, strict=True):
+        assert series["name"].startswith("fold 0") and series["y"] == [row[key] for row in rows]
 
 
 def test_a_planned_data_set(copy_dataset: Callable[..., Path], command: Callable[..., Ended], tmp_path: Path) -> None:
@@ -208,7 +215,7 @@ def test_colour_pictures(tmp_path: Path) -> None:
     page = report(tmp_path / "ws", tmp_path / "page.html")
     assert len(page.all("figure", **{"class": "plane"})) == 3
     assert [row[3] for row in page.tables["All 3 cases"][1:]] == [
-        (f"{100 * 10 * (20 + i) / (48 * 64):.4g}", str(100 * 10 * (20 + i) / (48 * 64))) for i in range(3)
+        (str(10 * (20 + i)), str(10.0 * (20 + i))) for i in range(3)
     ]
     assert "n/a" in [cell for cell, _ in page.tables["All 3 cases"][1]]  # a picture has no spacing
 
@@ -246,7 +253,7 @@ def test_what_was_selected(trained: Path, tmp_path: Path) -> None:
     assert [cell for cell, _ in rows[1]][:4] == ["other + tiny", "2", "0.810", "0.700 to 0.900"]
     assert rows[2][4][0] == "+0.0600 (-0.0100 to +0.1100)"
     steps = page.tables["Postprocessing of the predictions"][1]
-    assert steps[1][0] == "only the largest component is kept, components below 12.5 mm³ are removed"
+    assert steps[1][0] == "the largest component, from 12.5 mm3"
     assert [float(value or 0) for _, value in steps[2:4]] == [0.8, 0.82] and steps[4][0] == "n/a"  # an older version
     assert page.tables["Held-out cases of other + tiny, worst first"]
 
@@ -270,8 +277,8 @@ def test_what_does_not_fit_is_left_out_from_the_best_on(
     whole = Page(tiny_report)
     worst = whole.tables["Held-out cases of tiny, worst first"][1][0][0]
     planes = whole.data["models"]["tiny"]["pictures"][worst]
-    monkeypatch.setattr(gallery, "PICTURE_BYTES", int(1.3 * len(json.dumps(planes))))
-    monkeypatch.setattr(gallery, "TILES", 3)
+    monkeypatch.setattr(pictures, "PAGE_BYTES", int(1.3 * len(json.dumps(planes))))
+    monkeypatch.setattr(pictures, "TILES", 3)
     page = report(trained.parent, tmp_path / "page.html")
     assert list(page.data["models"]["tiny"]["pictures"]) == [worst]
     assert "tiny: pictures of the 1 worst of 2 cases" in page.text
@@ -288,3 +295,16 @@ def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> 
 def test_no_planned_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset is planned"):
         api.report(workspace=tmp_path)
+
+
+def test_names_are_text_in_a_notebook() -> None:
+    evil = "<script>alert(1)</script>"
+    statistics = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
+    fingerprint = Fingerprint(((1.0, 1.0, 1.0),) * 5, ((40, 50, 36),) * 5, 1.0, (statistics,))
+    labels = Labels(names={"background": 0, "a": 1, evil: 2})
+    draws = np.random.default_rng(0)
+    measures = score_case(*draws.integers(0, 3, (2, 6, 6, 6)), labels, (1.0, 1.0, 1.0))
+    scores = Scores((CaseScore("case", None, None, measures),), labels)
+    for shown in (make_plan(fingerprint, f"Task {evil}", ("MRI",), labels), scores):
+        text = shown._repr_html_()
+        assert text.startswith("<pre>") and "<script" not in text and "&lt;script&gt;" in text
