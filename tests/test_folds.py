@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from sklearn.model_selection import KFold
 
-from nnunet_lite import api
+import nnunet_lite
+from nnunet_lite.commands.train import fold_names
 from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning import fingerprint
 from nnunet_lite.training.folds import Wanted, make_folds, must_be_made, read_fold, read_splits, wanted_folds
 from nnunet_lite.training.splits import Splits
-from nnunet_lite.workspace import current, read_json, write_json
+from nnunet_lite.workspace import planned_paths
 
 Copy = Callable[..., Path]
 IDS = [f"case_{i:03d}" for i in (7, 3, 11, 1, 2, 9, 30, 4, 5, 6, 8, 10)]
@@ -312,17 +314,17 @@ def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny
     """The tiny model has fold 0 of five; its data set is then given three folds, in every way there is."""
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace)
-    paths = current(workspace)
+    paths = planned_paths(workspace)
     model, before = paths.models / "tiny", paths.splits.read_text()
     raw = read_json(paths.dataset)["root"]
 
     def train(fold: str, **options: Any) -> Any:
-        return api.train(
-            "3d_fullres", fold, changes=tiny_settings, workspace=workspace, name="tiny", device="cpu", **options
+        return nnunet_lite.train(
+            "3d_fullres", fold, settings=tiny_settings, workspace=workspace, name="tiny", device="cpu", **options
         )
 
     with pytest.raises(UserError, match=r"splits\.json: holds 5 folds of 10 cases, not 3, and tiny is trained on them"):
-        api.plan(raw, workspace=workspace, folds=3)
+        nnunet_lite.plan(raw, workspace=workspace, folds=3)
     with pytest.raises(UserError, match=r"holds 5 folds of 10 cases, not 3\. Leave the options"):
         train("0", folds=3)
     assert paths.splits.read_text() == before
@@ -334,10 +336,10 @@ def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny
             train(fold, folds=3)
     assert [path.name for path in model.glob("fold_*")] == ["fold_0"]
     paths.splits.write_text(before)
-    assert train("0", folds=5) is not None, "goes on, and has nothing to do"
+    assert train("0", folds=5).scores, "goes on, and has nothing to do"
     folds = read_json(paths.splits)
     write_json(paths.splits, [folds[0], *reversed(folds[1:])])
-    assert train("0") is not None, "what other folds hold matters where they are trained"
+    assert train("0").scores, "what other folds hold matters where they are trained"
 
 
 def test_every_fold_is_trained(
@@ -345,7 +347,7 @@ def test_every_fold_is_trained(
 ) -> None:
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace)
-    paths = current(workspace)
+    paths = planned_paths(workspace)
     shutil.rmtree(paths.models, ignore_errors=True)
     paths.splits.unlink(missing_ok=True)
     quick = {**tiny_settings, "training.epochs": 1, "inference.mirroring": False, "inference.step_size": 1.0}
@@ -385,16 +387,16 @@ def test_splits_final_is_taken_and_reported(
     with_splits: tuple[Path, Splits], tiny_settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, folds = with_splits
-    api.plan(raw, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(raw, workspace=tmp_path / "ws", workers=0)
     file = raw / "splits_final.json"
-    paths = current(tmp_path / "ws")
+    paths = planned_paths(tmp_path / "ws")
     assert read_json(paths.splits) == folds
     assert f"splits.json: 2 folds of 6 cases (from {file}); held out: 3, 3\n" in capsys.readouterr().err
-    api.plan(raw, workspace=tmp_path / "ws", workers=0)
-    assert api.fold_names(workspace=tmp_path / "ws") == ["0", "1"]
+    nnunet_lite.plan(raw, workspace=tmp_path / "ws", workers=0)
+    assert fold_names(planned_paths(tmp_path / "ws")) == ["0", "1"]
     assert "splits" not in capsys.readouterr().err, "it is as it was"
     changes = {**tiny_settings, "training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16, 16]}
-    api.train("3d_fullres", 1, changes=changes, workspace=tmp_path / "ws", device="cpu")
+    nnunet_lite.train("3d_fullres", 1, settings=changes, workspace=tmp_path / "ws", device="cpu")
     assert f"training 3d_fullres fold 1 of {file} on 3 cases" in capsys.readouterr().err
     assert read_json(paths.models / "3d_fullres-default" / "fold_1" / "cases.json")["training"] == 3
     dataset = read_dataset(raw)
@@ -438,16 +440,16 @@ def test_folds_that_are_there_stay_and_splits_final_is_pointed_out(
 ) -> None:
     raw, folds = with_splits
     (raw / "splits_final.json").rename(tmp_path / "later.json")
-    api.plan(raw, workspace=tmp_path / "ws", folds=3, workers=0)
-    before = read_json(current(tmp_path / "ws").splits)
+    nnunet_lite.plan(raw, workspace=tmp_path / "ws", folds=3, workers=0)
+    before = read_json(planned_paths(tmp_path / "ws").splits)
     (tmp_path / "later.json").rename(raw / "splits_final.json")
     capsys.readouterr()
-    api.plan(raw, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(raw, workspace=tmp_path / "ws", workers=0)
     said = capsys.readouterr().err
     assert f"warning: {raw / 'splits_final.json'} is not used: " in said and "holds other folds, which stay" in said
-    assert read_json(current(tmp_path / "ws").splits) == before and len(before) == 3
-    api.plan(raw, workspace=tmp_path / "ws", splits=raw / "splits_final.json", workers=0)
-    assert read_json(current(tmp_path / "ws").splits) == folds
+    assert read_json(planned_paths(tmp_path / "ws").splits) == before and len(before) == 3
+    nnunet_lite.plan(raw, workspace=tmp_path / "ws", splits=raw / "splits_final.json", workers=0)
+    assert read_json(planned_paths(tmp_path / "ws").splits) == folds
 
 
 def test_cases_that_no_fold_has_are_named(
@@ -456,5 +458,5 @@ def test_cases_that_no_fold_has_are_named(
     raw, folds = with_splits
     gone = folds[0]["val"][-1]
     write_json(raw / "splits_final.json", [{side: [i for i in f[side] if i != gone] for side in f} for f in folds])
-    api.plan(raw, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(raw, workspace=tmp_path / "ws", workers=0)
     assert f"splits_final.json: no fold has case {gone}; only the fold `all` trains on them" in capsys.readouterr().err

@@ -45,4 +45,4 @@ def test_scores_show_what_their_table_says() -> None:
     assert "<script" not in text and "&lt;script&gt;" in text and "a note" in text and "3 cases" in text
     for line in scores.lines()[1:]:
         assert all(f">{cell}</td>" in text for cell in line[1:])
-    assert scores.table().splitlines()[0].split() == " ".join(scores.lines()[0]).split()
+    assert scores.to_text().splitlines()[0].split() == " ".join(scores.lines()[0]).split()

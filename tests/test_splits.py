@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.training.folds import make_folds, read_fold
 from nnunet_lite.training.splits import given_splits, how_made, summary, write_splits
-from nnunet_lite.workspace import read_json, write_json
 
 IDS = [f"case_{i:03d}" for i in range(1, 13)]
 

@@ -17,12 +17,13 @@ from pydantic import ValidationError
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import atomic, read_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.override import override
 from nnunet_lite.planning.planner import PRESETS, make_plan
 from nnunet_lite.planning.schema import Options, Plan, essence
 from nnunet_lite.planning.show import configuration_changes
-from nnunet_lite.workspace import Paths, atomic, read_json
+from nnunet_lite.workspace import Paths
 
 _CHANNEL_FIELDS = ("normalization", "use_mask", "clip_percentiles", "statistics")
 _PLAN_FIELDS = ("orientation", "axis_order", "stored_as")

@@ -20,6 +20,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.training.grouping import groups_of, label_strata, looks_grouped, read_column, some
 from nnunet_lite.training.splits import (
     Fold,
@@ -34,7 +35,6 @@ from nnunet_lite.training.splits import (
     summary,
     write_splits,
 )
-from nnunet_lite.workspace import read_json, write_json
 
 SEED = 12345  # the one that nnU-Net has always used, so that folds can be compared
 N_FOLDS = 5

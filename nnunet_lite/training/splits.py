@@ -17,8 +17,8 @@ from typing import Any
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.training.grouping import is_table, read_column
-from nnunet_lite.workspace import read_json, write_json
 
 Splits = list[dict[str, list[str]]]
 
