@@ -17,7 +17,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.files import read_json
 from nnunet_lite.models.checkpoint import read_state
-from nnunet_lite.training.folds import read_fold
+from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import planned_paths
 
 
@@ -28,7 +28,7 @@ def dataset(tiny_workspace: Path) -> Dataset:
 
 @pytest.fixture
 def held_out(tiny_workspace: Path, dataset: Dataset) -> tuple[str, ...]:
-    return read_fold(planned_paths(tiny_workspace).splits, [case.id for case in dataset.cases], "0").validation
+    return read_split(planned_paths(tiny_workspace).splits, dataset, "0").validation
 
 
 @pytest.fixture

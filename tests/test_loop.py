@@ -29,7 +29,7 @@ from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
 from nnunet_lite.models.folder import MODEL, is_complete, is_finished
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.preprocessing.stored import sampled_voxels
+from nnunet_lite.preprocessing.stored_case import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop, step
 from nnunet_lite.training.batches import make_batch

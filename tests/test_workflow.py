@@ -103,7 +103,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
 
 
 def run(raw: Path, workspace: Path, **more: Any) -> RunResult:
-    options: dict[str, Any] = {"changes": TINY, "folds": 2, "device": "cpu", "workers": 0, **more}
+    options: dict[str, Any] = {"settings": TINY, "folds": 2, "device": "cpu", "workers": 0, **more}
     return nnunet_lite.run(raw, configurations=["2d", "3d_fullres"], workspace=workspace, **options)
 
 

@@ -32,22 +32,23 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.models.folder import model_folders, other_folds, set_aside
-from nnunet_lite.planning import again
+from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
-from nnunet_lite.planning.nnunet import (
-    Description,
-    description_from_nnunet,
-    description_to_nnunet,
-    plan_to_nnunet,
-    read_plan,
-)
-from nnunet_lite.planning.override import override
-from nnunet_lite.planning.planner import budget, make_plan
+from nnunet_lite.planning.nnunet import Description, description_from_nnunet, description_to_nnunet, plan_to_nnunet
+from nnunet_lite.planning.override import override_sizes
+from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Options, Plan
 from nnunet_lite.preprocessing.raw_files import first_change, look_at, memorize, same_files
 from nnunet_lite.system import GB, in_units
-from nnunet_lite.training import folds as splitting
-from nnunet_lite.training.grouping import some
+from nnunet_lite.training.grouping import name_cases, warn_of_patients
+from nnunet_lite.training.splits import (
+    ALL,
+    FoldRule,
+    make_splits,
+    needs_splits,
+    warn_of_unused_splits,
+    write_splits,
+)
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
@@ -99,9 +100,9 @@ def plan(
 ) -> Plan:
     """Check a dataset, take its fingerprint and plan its networks; the options are kept for planning it again.
 
-    A dataset that was planned before is planned with its earlier options where none are given. What was changed by hand
-    in plans.json stays, as far as the planner's own result is the same as before; what does not stay is kept in
-    plans_1.json. The dataset becomes the one planned last.
+    A dataset that was planned before is planned with its earlier options where none are given. Edits of plans.json
+    stay, as far as the planner's own result is the same as before; a copy, plans_1.json, keeps the others. The dataset
+    becomes the one planned last.
 
     Returns
     -------
@@ -123,11 +124,10 @@ def plan(
         made, about = _plan_fingerprint(Path(from_fingerprint), Path(dataset_json), preset or "default", memory, change)
     elif data is not None:
         place = workspace_folder(workspace)
-        given = _options(preset, memory, plans, change, clip_percentiles, store)
-        made = _plan_dataset(
-            find_raw(str(data), place), place, given, accept_geometry, workers,
-            folds=folds, group_by=group_by, stratify=stratify_by or stratify, splits=splits,
-        )  # fmt: skip
+        # A mistake in the options is reported before minutes of reading.
+        given = replanning.plan_options(preset, memory, plans, change, clip_percentiles, store)
+        rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+        made = _plan_dataset(find_raw(str(data), place), place, given, rule, accept_geometry, workers)
         about = _described_for_nnunet(Paths(place / made.dataset)) if format == "nnunet" else {}
     else:
         raise UserError("name the dataset to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
@@ -139,19 +139,17 @@ def plan(
 
 
 def _plan_dataset(
-    root: Path, workspace: Path, given: Options, accept_geometry: bool, workers: int | None, **how: Any
+    root: Path, workspace: Path, given: Options, rule: FoldRule, accept_geometry: bool, workers: int | None
 ) -> Plan:
     """Plan a raw dataset, and write what it was planned from into the workspace."""
     dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
-    ids = [case.id for case in dataset.cases]
     paths = dataset_paths(workspace, dataset)
-    wanted = splitting.wanted_folds(dataset, how["folds"], how["group_by"], how["stratify"], how["splits"])
-    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, splitting.ALL)]
-    other_splits = splitting.must_be_made(paths.splits, ids, wanted, trained)
-    splitting.point_out_other_folds(paths.splits, ids, wanted)
-    earlier = again.earlier_plan(paths)
-    options = again.combined(given, earlier)
-    adopted = None if options.adopted is None else _adopted(given, options.adopted, earlier, dataset)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
+    other_splits = needs_splits(paths.splits, dataset, rule, trained)
+    if rule == FoldRule():
+        warn_of_unused_splits(paths.splits, dataset)
+    earlier = replanning.read_earlier_plan(paths)
+    adopted = replanning.read_adopted_plan(given, earlier, dataset)
     raw = look_at(dataset.cases, paths.raw, workers, log.progress)  # first: a change while files are checked is seen
     problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(problems.to_text())
@@ -160,73 +158,21 @@ def _plan_dataset(
             raise UserError(f"{plural(errors, 'error')} must be corrected before planning", root, "See above.")
         fix = "Correct the headers, or plan with --accept-geometry. See above."
         raise UserError("origin or direction differ between files of a case", root, fix)
-    found = again.plan_with(given, options, fingerprint, dataset, earlier, adopted)
-    if earlier is not None and model_folders(paths):
-        found = again.for_trained_models(found, earlier)
-    made_splits = splitting.make_splits(ids, wanted) if other_splits else None
-    again.report(found, earlier, given)
-    write_json(paths.plans, found.content)  # first: the files below say that it is up to date
+    new = replanning.replan(given, earlier, fingerprint, dataset, adopted, trained=bool(model_folders(paths)))
+    made_splits = make_splits(dataset, rule) if other_splits else None
+    replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
     memorize(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:
-            log.info(f"the earlier folds are kept in {old}")
-        splitting.write_splits(paths.splits, *made_splits)
+            log.info(f"the previous folds are kept in {old}")
+        write_splits(paths.splits, *made_splits)
     elif not paths.splits.is_file():
-        splitting.point_out_groups(ids)
+        warn_of_patients([case.id for case in dataset.cases])
     use(workspace, dataset.name)
-    return found.plan
-
-
-def _options(
-    preset: str | None,
-    memory: float | None,
-    plans: FilePath | None,
-    change: _Change,
-    clip: tuple[float, float] | None,
-    store: str | None,
-) -> Options:
-    """Return the options of this call.
-
-    Raises
-    ------
-    UserError
-        One of them is illegal.
-    """
-    budget(preset or "default", memory)  # a mistake in the options is reported before minutes of reading
-    if clip is not None and not 0 <= clip[0] < clip[1] <= 100:
-        raise UserError("--clip-percentiles {:g} {:g} leaves nothing".format(*clip), fix="Give low, high, 0 to 100.")
-    name, patch, batch = change
-    sizes = {} if patch is None and batch is None else {name: {"patch_size": patch, "batch_size": batch}}
-    adopted = None if plans is None else str(Path(plans).expanduser().absolute())
-    return again.asked(
-        preset=preset, memory_gb=memory, adopted=adopted, sizes=sizes, clip_percentiles=clip, stored_as=store
-    )
-
-
-def _adopted(given: Options, adopted: str, earlier: again.Earlier | None, dataset: Dataset) -> Plan:
-    """Return a plan made elsewhere, for this dataset; if it is planned again, the plan that exists.
-
-    Raises
-    ------
-    UserError
-        The plan is for other channels or labels.
-    """
-    file = Path(adopted)
-    if given.adopted is None and earlier is not None and earlier.plan is not None:
-        file, theirs = earlier.file, earlier.plan
-    else:
-        about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
-        theirs = read_plan(file, description_to_nnunet(about))
-    if len(theirs.channels) != len(dataset.channels) or theirs.labels.n_channels != dataset.labels.n_channels:
-        raise UserError(
-            f"is for {len(theirs.channels)} channels and {theirs.labels.n_channels} outputs, {dataset.name} has "
-            f"{len(dataset.channels)} and {dataset.labels.n_channels}",
-            file,
-        )
-    return theirs.model_copy(update={"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)})
+    return new.plan
 
 
 def _plan_fingerprint(
@@ -239,7 +185,7 @@ def _plan_fingerprint(
     made = make_plan(
         Fingerprint.read(fingerprint), name, about.channels, about.labels, preset, memory, about.n_cases or None
     )
-    return made if change[1:] == (None, None) else override(made, *change), content
+    return made if change[1:] == (None, None) else override_sizes(made, *change), content
 
 
 def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
@@ -319,7 +265,7 @@ def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
         differs = _with_relative_paths(now) != _with_relative_paths(before)
     if ids != planned:
         changes = {"lacks": sorted(planned - ids), "also has": sorted(ids - planned)}
-        what = [f"{verb} {some(names)}" for verb, names in changes.items() if names]
+        what = [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]
         return f"has changed since it was planned: it {' and '.join(what)}"
     if differs:
         return "has other files, channels or labels than were planned"

@@ -51,7 +51,7 @@ from nnunet_lite.fold import Run
 from nnunet_lite.models.folder import told_lengths
 from nnunet_lite.reporting.html import PAGE
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.folds import wanted_folds
+from nnunet_lite.training.splits import FoldRule, needs_splits
 from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, what_is_left
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
 
@@ -167,12 +167,12 @@ def run(
     paths = dataset_paths(place, dataset)
     accepted = accept_geometry or (paths.dataset.is_file() and stored_dataset(paths.dataset).accept_geometry)
     dataset = replace(dataset, accept_geometry=accepted)
-    how: dict[str, Any] = {"folds": folds, "group_by": group_by, "splits": splits}
-    wanted_folds(dataset, folds, group_by, stratify_by or stratify, splits)  # so is one in these
+    rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+    needs_splits(paths.splits, dataset, rule)  # so is one in these
     journal = Journal(paths.root / JOURNAL)
     planning = partial(
-        plan, root, workspace=place, workers=workers, accept_geometry=accepted, stratify=stratify,
-        stratify_by=stratify_by, **how,
+        plan, root, workspace=place, workers=workers, accept_geometry=accepted, folds=folds, group_by=group_by,
+        stratify=stratify, stratify_by=stratify_by, splits=splits,
     )  # fmt: skip
     why = reason_to_plan(dataset, paths)
     first = Step("check and plan", "plan", lambda: why is None, planning)
@@ -183,7 +183,7 @@ def run(
 
     names = names_of(fold)
     if names != ["all"]:
-        existing = fold_names(paths, stratify=stratify_by or stratify, **how)
+        existing = fold_names(paths, rule)  # also writes splits.json
         names = names or existing
     runs = planned_runs(paths, resolved, names_of(configurations), names, device, told_lengths(changed))
     refuse_changed_settings(runs)

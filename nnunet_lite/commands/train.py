@@ -44,9 +44,8 @@ from nnunet_lite.models.folder import VALIDATION, length, told_lengths
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, load_settings
-from nnunet_lite.training.folds import read_splits, wanted_folds
 from nnunet_lite.training.remaining import seconds_of_training, share_done
-from nnunet_lite.training.splits import checked_folds
+from nnunet_lite.training.splits import DEFAULT_RULE, FoldRule, read_splits
 from nnunet_lite.workflow import Ended, Journal, Step, execute
 from nnunet_lite.workspace import Paths, select_dataset
 
@@ -158,18 +157,16 @@ def train(
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
         raise UserError(f"{what} --force and --preview")
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
-    how: dict[str, Any] = {
-        "folds": folds, "group_by": group_by, "stratify": stratify_by or stratify, "splits": splits
-    }  # fmt: skip
+    rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     paths = select_dataset(workspace, dataset)
     if scheduler is not None:
-        names = fold_names(paths, **how)
+        names = fold_names(paths, rule)
         return _train_on_cluster(scheduler, paths, configuration, names, resolved, device, told_lengths(changed))
-    names = fold_names(paths, **how) if all_folds else [str(fold)]
+    names = fold_names(paths, rule) if all_folds else [str(fold)]
     scores = {}
     for i, one in enumerate(names):
         request = Request(
-            configuration, one, resolved, **how, name=name, device=device, force=force, preview=preview,
+            configuration, one, resolved, rule, name=name, device=device, force=force, preview=preview,
             restart=restart and i == 0 and ("model" if len(names) > 1 else True),  # the first fold sets all aside
             resume=resume and i == 0,  # later folds may not have an earlier run
             lengthen=told_lengths(changed),
@@ -200,19 +197,9 @@ def launch_on_gpus(gpus: int) -> None:
     raise SystemExit(launch(gpus, sys.argv[1:]))
 
 
-def fold_names(
-    paths: Paths,
-    *,
-    folds: int | None = None,
-    group_by: FilePath | None = None,
-    stratify: bool | FilePath = False,
-    splits: FilePath | None = None,
-) -> list[str]:
+def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
     """Return the folds of a planned dataset, "0" and up; splits.json is written if it does not exist."""
-    data = stored_dataset(paths.dataset)
-    wanted = wanted_folds(data, folds, group_by, stratify, splits)
-    ids = [case.id for case in data.cases]
-    return [fold.name for fold in checked_folds(read_splits(paths.splits, ids, wanted), ids, paths.splits)]
+    return [split.name for split in read_splits(paths.splits, stored_dataset(paths.dataset), rule)]
 
 
 # ----------------------------------------------------------------------------------------------- as steps of a workflow
