@@ -412,7 +412,7 @@ def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippo
     rescaled.CopyInformation(image)
     (tmp_path / "nifti").mkdir()
     sitk.WriteImage(rescaled, str(tmp_path / "nifti" / "visit.nii.gz"))
-    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "changes": {"inference.mirroring": False}}
+    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "settings": {"inference.mirroring": False}}
     (of_series,) = nnunet_lite.predict(tmp_path / "in", tmp_path / "a", **options).files
     (of_nifti,) = nnunet_lite.predict(tmp_path / "nifti", tmp_path / "b", **options).files
     assert of_series.name == "visit.nii.gz"

@@ -20,7 +20,7 @@ SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1,
 
 
 def train(workspace: Path, fold: int = 0, **options: Any) -> None:
-    changes = SETTINGS | options.pop("changes", {})
+    changes = SETTINGS | options.pop("settings", {})
     nnunet_lite.train("3d_fullres", fold, settings=changes, device="cpu", workspace=workspace, **options)
 
 

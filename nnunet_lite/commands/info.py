@@ -15,7 +15,6 @@ from nnunet_lite.evaluation.cross_validation import mean_dice
 from nnunet_lite.evaluation.selection import read_selection, trained_since
 from nnunet_lite.files import understood
 from nnunet_lite.inference.predictor import read_model
-from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.models.choice import in_our_form, model_at
 from nnunet_lite.models.folder import MODEL, first_training, model_folders, trained_folds
 from nnunet_lite.models.nnunet import Checkpoint
@@ -71,6 +70,8 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
 
 def _described(model: Path, folder: Path) -> About:
     """What a model folder holds; it is that of `model`, in our form."""
+
+    from nnunet_lite.models.checkpoint import read_state  # imports torch
 
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
