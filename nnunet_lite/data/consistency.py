@@ -14,7 +14,8 @@ from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.pairing import LABEL_FOLDERS, label_base, likely_pairs, pair_advice
 from nnunet_lite.data.problems import Problem, plural
-from nnunet_lite.workspace import IMAGE_FOLDERS, read_json
+from nnunet_lite.files import read_json
+from nnunet_lite.workspace import IMAGE_FOLDERS
 
 T = TypeVar("T")
 FOLDS = 5

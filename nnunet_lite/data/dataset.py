@@ -29,7 +29,7 @@ from nnunet_lite.data.pairing import (
     no_files_error,
 )
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json, understood
+from nnunet_lite.files import read_json, understood
 
 __all__ = ["Case", "Dataset", "dataset_from_json", "dataset_to_json", "map_labels", "read_case", "read_dataset"]
 

@@ -26,8 +26,7 @@ from nnunet_lite.data.names import (
 from nnunet_lite.data.nifti import nifti_scale, write_nifti_like
 from nnunet_lite.data.tiff import read_tiff
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic
-from nnunet_lite.workspace import write_json
+from nnunet_lite.files import atomic, write_json
 
 __all__ = [
     "PICTURES",

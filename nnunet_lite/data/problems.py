@@ -122,6 +122,11 @@ class Report:
         """
         return sum(problem.severity == severity for problem in self.problems)
 
+    @property
+    def exit_code(self) -> int:
+        """Of `nnlite check`: 2 if the dataset has errors."""
+        return 0 if self.ok else 2
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of check.json, with an entry for each problem."""
         return {

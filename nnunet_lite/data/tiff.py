@@ -22,7 +22,7 @@ import tifffile
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.names import AGAIN, companions, require_bytes, require_readable
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json
+from nnunet_lite.files import read_json
 
 Spacing = tuple[float, float, float]
 Size = tuple[float, float | None]  # of a voxel along an axis, and its unit in mm if that is known

@@ -20,9 +20,9 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation, nonzero_box, slices, turn_between
 from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.planning.draws import Draws, Stream
 from nnunet_lite.planning.schema import Statistics
-from nnunet_lite.workspace import read_json
 
 SAMPLES = 100_000_000  # foreground voxels per channel over the whole data set
 _MANY = 1 << 22  # distinct values of one channel above which they are rounded: bounds the memory
