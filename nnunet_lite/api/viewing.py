@@ -39,8 +39,7 @@ def view(
     ------
     UserError : there is no such case, file or prediction, or one cannot be read.
     """
-    from nnunet_lite.reporting.scene import scene_of_case, scene_of_files
-    from nnunet_lite.reporting.viewer import serve
+    from nnunet_lite.reporting.viewer import read_case_scene, read_file_scene, serve
 
     file = Path(case)
     if file.exists() or segmentations:
@@ -49,11 +48,11 @@ def view(
                 "a model's predictions are shown of a case, not of a file", file, "Give label maps after it."
             )
         labels = dataset_of(current_paths(workspace, dataset, only_reads=True)).labels if dataset else None
-        return serve(scene_of_files(file, [Path(path) for path in segmentations], labels))
+        return serve(read_file_scene(file, [Path(path) for path in segmentations], labels))
     paths = current_paths(workspace, dataset, only_reads=True)
     found = _case_of(dataset_of(paths), str(case))
     names = [model] if isinstance(model, str) else model
-    return serve(scene_of_case(dataset_of(paths), found, _predictions(paths, found, names)))
+    return serve(read_case_scene(dataset_of(paths), found, _predictions(paths, found, names)))
 
 
 def _case_of(dataset: Dataset, name: str) -> Case:
