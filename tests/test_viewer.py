@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import write_json
 from nnunet_lite.reporting.viewer import View, label_colours, read_case_scene, read_file_scene, serve
-from nnunet_lite.workspace import write_json
 
 ANTERIOR, POSTERIOR = (np.array(colour) for colour in label_colours(2))
 Answer = tuple[int, dict[str, str], bytes]
@@ -56,7 +56,7 @@ def held_out(tiny_model: Path) -> str:
 
 @pytest.fixture(scope="module")
 def view(tiny_workspace: Path, held_out: str) -> Iterator[View]:
-    with api.view(held_out, workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(held_out, workspace=tiny_workspace, browser=False) as shown:
         yield shown
 
 
@@ -159,17 +159,17 @@ def test_nothing_is_served_after_close(hippocampus: Path) -> None:
 
 
 def test_which_models(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp_path: Path) -> None:
-    with api.view(held_out, model="tiny", workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(held_out, model="tiny", workspace=tiny_workspace, browser=False) as shown:
         assert "tiny, fold 0" in layers_of(shown)
     learnt = json.loads((tiny_model.parent.parent / "splits.json").read_text())[0]["train"][0]
-    with api.view(learnt, workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(learnt, workspace=tiny_workspace, browser=False) as shown:
         assert list(layers_of(shown)) == ["MRI", "reference"], "no prediction of a case that was trained on"
     with pytest.raises(UserError, match=f"tiny: has not predicted {learnt}: the fold that holds it out is not trained"):
-        api.view(learnt, model="tiny", workspace=tiny_workspace)
+        nnunet_lite.view(learnt, model="tiny", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=r"there is no such model. There are: tiny"):
-        api.view(learnt, model="tinier", workspace=tiny_workspace)
+        nnunet_lite.view(learnt, model="tinier", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=rf"no case of that name in Task04_Hippocampus. Did you mean .*{learnt}"):
-        api.view(learnt[:-1], workspace=tiny_workspace)
+        nnunet_lite.view(learnt[:-1], workspace=tiny_workspace, browser=False)
 
 
 def test_what_was_selected_is_shown(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_what_was_selected_is_shown(tiny_workspace: Path, tiny_model: Path, held
     shutil.copytree(tiny_model / "fold_0", root / "ensembles" / "other+tiny" / "fold_0")
     for models in (["other"], ["other", "tiny"]):
         write_json(root / "inference.json", {"format": "nnlite-inference-1", "models": models, "folds": ["0"]})
-        with api.view(held_out, workspace=workspace) as shown:
+        with nnunet_lite.view(held_out, workspace=workspace, browser=False) as shown:
             assert f"{'+'.join(models)}, fold 0" in layers_of(shown)
 
 
@@ -192,7 +192,7 @@ def test_files_of_any_format(tmp_path: Path) -> None:
     mask[5:9, 3:20] = 255
     Picture.fromarray(rgb).save(tmp_path / "cell.png")
     Picture.fromarray(mask).save(tmp_path / "mask.png")
-    with api.view(tmp_path / "cell.png", tmp_path / "mask.png") as shown:
+    with nnunet_lite.view(tmp_path / "cell.png", tmp_path / "mask.png", browser=False) as shown:
         layers = layers_of(shown)
         pixels = volume(shown, layers["colours"])[:, :, 0].T
         assert np.array_equal(np.stack([pixels[c] for c in "RGB"], -1), rgb)
@@ -212,13 +212,13 @@ def test_files_of_any_format(tmp_path: Path) -> None:
 def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path) -> None:
     image = sorted((hippocampus / "imagesTr").iterdir())[0]
     label = hippocampus / "labelsTr" / image.name
-    with api.view(image, label, dataset="Task04", workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(image, label, dataset="Task04", workspace=tiny_workspace, browser=False) as shown:
         assert [entry["name"] for entry in layers_of(shown)[image.name]["legend"]] == ["Anterior", "Posterior"]
     geometry = read_geometry(label)[0]
     strange = tmp_path / image.name
     write_label(strange, np.full(geometry.shape, 7, np.uint8), geometry)
     with pytest.raises(UserError, match=r"label values 7\.\.7 are not all among \[0, 1, 2\]"):
-        api.view(image, label, strange, dataset="Task04", workspace=tiny_workspace)
+        nnunet_lite.view(image, [label, strange], dataset="Task04", workspace=tiny_workspace, browser=False)
     assert [layer.name for layer in read_file_scene(image, [label, strange]).layers[1:]] == [
         f"labelsTr/{image.name}", f"{tmp_path.name}/{image.name}"
     ]  # fmt: skip
@@ -227,7 +227,7 @@ def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path
     with pytest.raises(UserError, match="are too many for label maps"):
         read_file_scene(image, [tmp_path / "many.nii.gz"])
     with pytest.raises(UserError, match="predictions are shown of a case, not of a file"):
-        api.view(image, model="tiny")
+        nnunet_lite.view(image, model="tiny", browser=False)
     regions = Labels(
         names={"background": 0, "whole": (1, 2), "core": (2,), "edge": 3}, ignore=4, region_order=(1, 2, 3)
     )

@@ -17,10 +17,11 @@ from markupsafe import Markup
 
 import nnunet_lite
 from nnunet_lite import log
+from nnunet_lite.files import write_text
 from nnunet_lite.reporting import sections
 from nnunet_lite.reporting.material import Material, read_material
 from nnunet_lite.reporting.pictures import Gallery, draw_cases
-from nnunet_lite.workspace import Paths, write_text
+from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
 _PLANE_SIZE = 240  # pixels on the page along the longer side of a picture

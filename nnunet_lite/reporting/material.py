@@ -14,12 +14,13 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.evaluation.summary import read_summaries
+from nnunet_lite.files import read_json
 from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.models.folder import MODEL, model_folders
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.record import METRICS
-from nnunet_lite.workspace import Paths, read_json
+from nnunet_lite.workspace import Paths
 
 
 @dataclass(frozen=True)

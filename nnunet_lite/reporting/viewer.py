@@ -30,10 +30,10 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
-from nnunet_lite.data.formats import nifti_bytes, ras_affine
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_image, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, IGNORE, Labels
+from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError
 
 Colour = tuple[int, int, int]
@@ -255,6 +255,17 @@ class View:
         root, path = self.url.rsplit("/", 2)[0], f"/{secrets.token_urlsafe(24)}"
         self.redirects[path] = self.url
         return root + path
+
+    def to_text(self) -> str:
+        return self.url
+
+    def to_json(self) -> dict[str, str]:
+        return {"url": self.url, "title": self.title}
+
+    def wait(self) -> None:
+        """Block; the page is served from a thread."""
+        log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
+        threading.Event().wait()
 
     def close(self) -> None:
         self.server.shutdown()
