@@ -56,7 +56,7 @@ def _described(model: Path, folder: Path) -> About:
     """What a model folder holds; it is that of `model`, in our form."""
     from nnunet_lite.evaluation.cross_validation import mean_dice
     from nnunet_lite.inference.predictor import read_model
-    from nnunet_lite.models.checkpoint import read_state
+    from nnunet_lite.models.folder import read_header
     from nnunet_lite.models.folder import MODEL, trained_folds
     from nnunet_lite.planning.show import length_unit
 
@@ -65,7 +65,7 @@ def _described(model: Path, folder: Path) -> About:
     folds = {}
     for fold in trained_folds(folder):
         with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_state(folder / f"fold_{fold}" / MODEL)
+            state = read_header(folder / f"fold_{fold}" / MODEL)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
         folds[fold]["mean_dice"] = mean_dice(folder, fold)
     begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())

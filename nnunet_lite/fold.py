@@ -1,377 +1,392 @@
-"""One fold of a planned data set, from its plan to its scores: everything around training/loop.py."""
+"""Train one fold of a planned dataset: preprocess -> first stage of a cascade -> training/loop.py -> validate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, stored_dataset
-from nnunet_lite.errors import Busy, UserError
-from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.cross_validation import SUMMARY, validate_fold
+from nnunet_lite.evaluation.scores import Scores
+from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, predict_first_stage, with_first_stage
 from nnunet_lite.inference.tiles import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
     VALIDATION,
-    accepted_changes,
-    exclusive,
+    check_resume,
     fold_seed,
     is_begun,
     is_complete,
     is_finished,
+    lock_fold,
     model_folder,
     open_run,
     other_folds,
-    refuse_lost_extension,
-    require_begun,
+    read_header,
     set_aside,
 )
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.norm import mixes_samples
+from nnunet_lite.networks.precision import pick_device
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.batches import check_augmentation
+from nnunet_lite.training.cache import load_cases
+from nnunet_lite.training.distributed import (
+    Ranks,
+    current_ranks,
+    from_first,
+    join_group,
+    rank_device,
+    report_lost_peer,
+)
+from nnunet_lite.training.finetune import adopt_plan, find_source
 from nnunet_lite.training.folds import (
     ALL,
+    ANY,
     Fold,
     Wanted,
     point_out_other_folds,
     read_fold,
     record_cases,
     refuse_other_cases,
-    wanted_folds,
 )
-from nnunet_lite.training.limit import Validation, announce, step_sizes
-from nnunet_lite.training.previous import with_previous
+from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
+from nnunet_lite.training.loop import train_fold
+from nnunet_lite.training.loss import check_weights
+from nnunet_lite.training.preview import draw_preview
 from nnunet_lite.training.splits import how_made, load_splits
 from nnunet_lite.workspace import Paths
 
-if TYPE_CHECKING:
-    import torch
-
-    from nnunet_lite.evaluation.scores import Scores
-    from nnunet_lite.training.distributed import Ranks
-    from nnunet_lite.training.job import Job
-
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of `nnlite train`; `api.train` says what each part means."""
+class TrainingRun:
+    """One fold of a model: what is trained, on which cases, and where it goes.
 
-    configuration: str
-    fold: str
-    settings: Settings
-    folds: int | None = None
-    group_by: str | Path | None = None
-    stratify: bool | str | Path = False
-    splits: str | Path | None = None
-    name: str | None = None
-    device: str | None = None
-    restart: bool | Literal["model"] = False
-    resume: bool = False
-    force: bool = False
-    lengthen: frozenset[str] = frozenset()
-    preview: bool = False
+    Parameters
+    ----------
+    paths, dataset : Paths, Dataset
+        The planned dataset.
+    plan, configuration, settings : Plan, str, Settings
+        What is trained; the plan has the settings' batch, patch and network.
+    fold, rule : Fold, Wanted
+        Its cases, and how folds were requested.
+    folder : Path
+        The model folder.
+    name : str or None
+        Of the model folder, if the user gave one.
+    first : FirstStage or None
+        Of a cascade.
+    device : str or None
+        Where to train.
+    """
 
-    def wanted(self, dataset: Dataset) -> Wanted:
-        """The folds that are asked for."""
-        return wanted_folds(dataset, self.folds, self.group_by, self.stratify, self.splits)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A request that was found to be possible: what it trains, on which cases, and where that goes."""
-
-    request: Request
     paths: Paths
     dataset: Dataset
     plan: Plan
-    split: Fold
+    configuration: str
+    settings: Settings
+    fold: Fold
+    rule: Wanted
     folder: Path
+    name: str | None
     first: FirstStage | None
+    device: str | None
 
     @property
-    def configuration(self) -> str:
-        return self.request.configuration
-
-    @property
-    def settings(self) -> Settings:
-        return self.request.settings
-
-    @cached_property
     def fold_folder(self) -> Path:
-        return self.folder / f"fold_{self.split.name}"
+        return self.folder / f"fold_{self.fold.name}"
 
     def is_done(self) -> bool:
         """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
-        from nnunet_lite.evaluation.cross_validation import SUMMARY
-
-        scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
+        scored = self.fold.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
         return scored and is_complete(self.fold_folder, self.settings)
 
-    def refuse_changes(self) -> None:
-        """Make sure that a model folder which is there goes on with this plan, these settings and these cases.
+    def check_resume(self, force: bool = False, restart: bool = False) -> None:
+        """Make sure that the model folder, if it exists, may be resumed with this plan, these settings and these cases.
+
+        Parameters
+        ----------
+        force : bool
+            Accept other settings.
+        restart : bool
+            This fold starts again, other folds stay.
 
         Raises
         ------
-        UserError : it does not.
+        UserError
+            It may not.
         """
-        refuse_other_cases(self.folder, self.split, self.paths.splits)
+        refuse_other_cases(self.folder, self.fold, self.paths.splits, anew=restart)
         if (self.folder / "run.json").is_file():
-            _open(self)
+            check_resume(self.folder, self.plan, self.configuration, self.settings, self.fold.name, force, restart)
+        if not restart:
+            is_complete(self.fold_folder, self.settings)
 
 
-def train_and_validate(request: Request, paths: Paths) -> Scores | None:
-    """Train a fold, or go on with it, then predict and score its held-out cases.
+# -------------------------------------------------------------------------------------------------- what is trained
+
+
+def prepare_run(
+    paths: Paths,
+    configuration: str,
+    fold: str,
+    settings: Settings,
+    *,
+    rule: Wanted = ANY,
+    name: str | None = None,
+    device: str | None = None,
+    restart: bool = False,
+) -> TrainingRun:
+    """Find out what is to be trained, and refuse mistakes before anything is changed.
+
+    Parameters
+    ----------
+    paths : Paths
+        Of the planned dataset.
+    configuration, fold : str
+        Such as "3d_fullres" and "0".
+    settings : Settings
+        Of the run.
+    rule : Wanted
+        For splits.json if that does not exist yet.
+    name : str or None
+        Of the model folder; default: CONFIGURATION-RECIPE.
+    device : str or None
+        Where to train.
+    restart : bool
+        The fold starts again.
 
     Raises
     ------
-    UserError : see `api.train`. Stopped : a signal asked for it. Lost : another process of several is gone.
+    UserError
+        There is no such configuration or fold, or the settings do not fit the plan.
     """
-    run = examined(request, paths)
+    dataset = stored_dataset(paths.dataset)
+    folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
+    source_plan = _starting_plan(paths, configuration, fold, settings, folder, dataset.name, restart)
+    plan = configure_plan(source_plan, configuration, settings)
+    cases = read_fold(paths.splits, [case.id for case in dataset.cases], fold, rule)
+    first = find_first_stage(paths, plan, configuration, cases, folder, settings.recipe, name)
+    return TrainingRun(paths, dataset, plan, configuration, settings, cases, rule, folder, name, first, device)
 
-    # torch takes seconds to import: mistakes are told before
-    from nnunet_lite.evaluation.cross_validation import validate_fold
-    from nnunet_lite.models.checkpoint import read_state
-    from nnunet_lite.networks.precision import pick_device
-    from nnunet_lite.training.distributed import current, device_of, join
-    from nnunet_lite.training.nodes import keep_watch, naming_the_lost
 
-    ranks = current()
-    device = device_of(ranks, pick_device(request.device))
-    join(ranks, device)
-    keep_watch(ranks)
-    if device.type == "cpu" and run.settings.recipe == "default" and request.device is None:
+def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
+    """Return the plan of a dataset, or the one that a recipe's preset makes from its fingerprint.
+
+    What was changed by hand about the channels (normalization, clipping) and the storage stays.
+    """
+    plan, preset = Plan.read(paths.plans), settings.plan.preset
+    if preset in (None, plan.preset) and settings.plan.memory in (None, plan.memory_gb):
+        return plan
+    channels = tuple(channel.name for channel in plan.channels)
+    fingerprint = Fingerprint.read(paths.fingerprint)
+    made = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset or plan.preset, settings.plan.memory)
+    return made.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
+
+
+def _starting_plan(
+    paths: Paths, configuration: str, fold: str, settings: Settings, folder: Path, dataset: str, restart: bool
+) -> Plan:
+    """The plan for the settings, adapted to a model to start from; a resumed fold does not need that model."""
+    plan, init = plan_for_settings(paths, settings), settings.training.init
+    if init is None:
+        return plan
+    try:
+        source = find_source(Path(init), dataset, fold)
+    except UserError:
+        if restart or not is_begun(folder / f"fold_{fold}"):
+            raise
+        return Plan.read(folder / "plans.json")
+    return adopt_plan(plan, configuration, source, settings) if settings.plan.adopt else plan
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def train_and_validate(
+    run: TrainingRun,
+    *,
+    restart: bool | Literal["model"] = False,
+    resume: bool = False,
+    force: bool = False,
+    preview: bool = False,
+) -> Scores | None:
+    """Train a fold, or resume it, then predict and score its held-out cases.
+
+    Parameters
+    ----------
+    run : TrainingRun
+        See `prepare_run`.
+    restart, resume, force, preview
+        See `train`.
+
+    Returns
+    -------
+    Scores or None
+        None for the fold "all", and in all processes but the first.
+    """
+    ranks = current_ranks()
+    device = rank_device(ranks, pick_device(run.device))
+    join_group(ranks, device)
+    if device.type == "cpu" and run.settings.recipe == "default" and run.device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    with naming_the_lost():
-        _must_be_trainable(run, ranks, device)
-        seed, fresh = _begun(run, ranks)
-        if is_complete(run.fold_folder, run.settings):
-            log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * request.preview)
-        else:
-            _say_what_is_trained(run)
-            with _unbound_if_untrained(run) if fresh else nullcontext():
-                _train(run, seed, ranks, device)
-    if run.split.name == ALL or ranks.rank:
-        return None
-    held_out = run.split.validation
-    planned = read_state(run.fold_folder / MODEL).get("validation")  # what is imported has none
-    step_size = None
-    if planned is not None and not (run.fold_folder / VALIDATION).is_dir():
-        announce(run.settings, Validation(**planned), len(held_out))
-    if planned is not None and planned["step_size"] != run.settings.inference.step_size:
-        step_size = planned["step_size"]
-    before = _predicted(run, held_out, device)
-    return validate_fold(
-        run.folder, run.split.name, run.dataset, held_out, request.device, before, step_size,
-        trust_code=True,  # `_open` made sure that the model names the code of this request and no other
-    )  # fmt: skip
+    with report_lost_peer():
+        _check_trainable(run, ranks, device)
+        whole = restart == "model" or not other_folds(run.folder, run.fold.name)
+        if resume and restart:
+            raise UserError("--resume and --restart exclude each other")
+        if resume and not is_begun(run.fold_folder):
+            raise UserError("there is nothing to resume", run.fold_folder, "Leave out --resume to begin.")
+        if not (restart and whole):
+            run.check_resume(force, restart=bool(restart))
+        if restart and ranks.rank == 0:
+            set_aside(run.folder if whole else run.fold_folder)
+        from_first(None, ranks)  # the others wait until the folder is moved
+        if run.first is not None and not is_finished(run.fold_folder):
+            _train_first_stage(run, run.first, force)
+        with lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
+            seed = from_first(_open_run(run, force) if ranks.rank == 0 else 0, ranks)
+            if is_complete(run.fold_folder, run.settings):
+                log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
+            else:
+                _train(run, seed, ranks, device, preview)
+    return None if run.fold.name == ALL or ranks.rank else _validate(run, device)
 
 
-def _say_what_is_trained(run: Run) -> None:
-    """How what is trained differs from the plan, and which folds are not used."""
-    name, ids = run.configuration, [case.id for case in run.dataset.cases]
-    if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
-        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
-    planned = Plan.read(run.paths.plans).configurations.get(name)
-    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
-    if run.settings.network.factory is not None:
-        changes.append(f"network made by {run.settings.network.factory}")
-    if changes:
-        by = "the settings" if run.settings.training.init is None else "the settings and the model to start from"
-        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
-    if run.split.name != ALL:
-        point_out_other_folds(run.paths.splits, ids, run.request.wanted(run.dataset))
-
-
-def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
-    """Refuse, before anything is written, what only the parts that need torch can tell.
+def _check_trainable(run: TrainingRun, ranks: Ranks, device: torch.device) -> None:
+    """Refuse settings that the loss, the augmentation or the network cannot use.
 
     Raises
     ------
-    UserError : class weights or swaps of other labels, no such transform, a network that cannot be made, or one that
-        normalises each process's part of a batch by itself.
+    UserError
+        Class weights or swaps of other labels, no such transform, a network that cannot be built, or one that
+        normalizes each process's part of a batch alone.
     """
-    from nnunet_lite.networks.build import build_network
-    from nnunet_lite.networks.norm import mixes_samples
-    from nnunet_lite.training.batches import check_augmentation
-    from nnunet_lite.training.job import Job
-    from nnunet_lite.training.loss import check_weights
-
     check_weights(run.settings.loss, run.plan.labels)
     check_augmentation(Job(run.plan, run.configuration, run.settings, 0, run.fold_folder, device, [], [], ranks))
-    apart = ranks.world > 1 and device.type != "cuda"
-    if run.settings.network.factory is not None or apart:
-        network = build_network(
-            run.plan, run.configuration, run.settings.network.factory, run.settings.training.deep_supervision
-        )
-        if apart and mixes_samples(network):
+    on_cpus = ranks.world > 1 and device.type != "cuda"
+    factory = run.settings.network.factory
+    if factory is not None or on_cpus:
+        network = build_network(run.plan, run.configuration, factory, run.settings.training.deep_supervision)
+        if on_cpus and mixes_samples(network):
             what = "batch normalisation over several processes needs GPUs"
             raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
 
 
-def examined(request: Request, paths: Paths) -> Run:
-    """The request with all that its mistakes can be told from, before anything is changed."""
-    settings = request.settings
-    dataset = stored_dataset(paths.dataset)
-    folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
-    made = configured(_planned(request, paths, folder, dataset.name), request.configuration, settings)
-    split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, request.wanted(dataset))
-    first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
-    return Run(request, paths, dataset, made, split, folder, first)
-
-
-def _planned(request: Request, paths: Paths, folder: Path, dataset: str) -> Plan:
-    """The plan of the data set, or what of it a model to start from leaves, if that is to be adopted.
-
-    A fold that was begun goes on without that model.
-    """
-    planned, init = planned_for(paths, request.settings), request.settings.training.init
-    if init is None:
-        return planned
-    from nnunet_lite.training.initial import adopted_plan, find_source
-
-    try:
-        source = find_source(Path(init), dataset, request.fold)
-    except UserError:
-        if request.restart or not is_begun(folder / f"fold_{request.fold}"):
-            raise
-        return Plan.read(folder / "plans.json")
-    adopts = request.settings.plan.adopt
-    return adopted_plan(planned, request.configuration, source, request.settings) if adopts else planned
-
-
-def planned_for(paths: Paths, settings: Settings) -> Plan:
-    """The plan of the data set, or the one that a recipe's preset makes from its fingerprint.
-
-    What was changed by hand about the channels (normalisation, clipping) and the storage stays.
-    """
-    planned, wanted = Plan.read(paths.plans), settings.plan
-    preset = wanted.preset or planned.preset
-    if preset == planned.preset and wanted.memory in (None, planned.memory_gb):
-        return planned
-    names = tuple(channel.name for channel in planned.channels)
-    taken = Fingerprint.read(paths.fingerprint)
-    made = make_plan(taken, planned.dataset, names, planned.labels, preset, wanted.memory)
-    return made.model_copy(update={"channels": planned.channels, "stored_as": planned.stored_as})
-
-
-def _begun(run: Run, ranks: Ranks) -> tuple[int, bool]:
-    """Open the model folder, after the first stage of a cascade is trained: the fold's seed, whether this made it."""
-    from nnunet_lite.training.distributed import from_first
-
-    request, folder = run.request, run.folder
-    if request.resume:
-        require_begun(run.fold_folder, request.restart)
-    if not request.restart:
-        refuse_lost_extension(run.fold_folder, run.settings)
-    whole = request.restart == "model" or not other_folds(folder, run.split.name)
-    if not (request.restart and whole):
-        refuse_other_cases(folder, run.split, run.paths.splits, anew=bool(request.restart))
-        if (folder / "run.json").is_file():  # what is wrong with it is told before anything is moved or trained
-            anew = run.fold_folder.name if request.restart else None
-            accepted_changes(folder, run.plan, run.configuration, run.settings, request.force, request.lengthen, anew)
-    if request.restart and ranks.rank == 0:
-        set_aside(folder if whole else run.fold_folder)
-    fresh = not (folder / "run.json").is_file()
-    from_first(None, ranks)  # the others wait for that
-    if run.first is not None and not is_finished(run.fold_folder):
-        _train_first_stage(run, run.first)
-    seed = _open(run)
-    run.fold_folder.mkdir(exist_ok=True)
-    return fold_seed(seed, run.split.name), fresh and ranks.rank == 0
-
-
-@contextmanager
-def _unbound_if_untrained(run: Run) -> Iterator[None]:
-    """Let a run that ends before there is anything to go on from not bind the next one to its settings."""
-    try:
-        yield
-    except BaseException:
-        with suppress(Busy), exclusive(run.fold_folder):  # nobody else trains there by now
-            if not is_begun(run.fold_folder) and not other_folds(run.folder, run.split.name):
-                (run.folder / "run.json").unlink(missing_ok=True)
-        raise
-
-
-def _open(run: Run) -> int:
+def _open_run(run: TrainingRun, force: bool) -> int:
+    """Create or update the model folder; the seed of the fold."""
     previous = None if run.first is None else run.first.folder.name
-    force, lengthen = run.request.force, run.request.lengthen
-    return open_run(run.folder, run.plan, run.dataset, run.configuration, run.settings, force, lengthen, previous)
+    fold = run.fold.name
+    seed = open_run(
+        run.folder, run.plan, run.dataset, run.configuration, run.settings, fold=fold, force=force, previous=previous
+    )
+    return fold_seed(seed, fold)
 
 
-def _train_first_stage(run: Run, first: FirstStage) -> None:
+def _train_first_stage(run: TrainingRun, first: FirstStage, force: bool) -> None:
     """Train the folds of the first stage that are missing, with the same recipe and settings."""
-    refuse_other_cases(first.folder, run.split, run.paths.splits)
-    log.info(first.needs())
-    # a model to start from is one network's
+    refuse_other_cases(first.folder, run.fold, run.paths.splits)
+    log.info(first.describe())
+    # a model to start from fits only one of the two networks
     settings = with_changes(run.settings, {"training.init": None, "training.freeze": None})
     for fold in first.missing:
-        request = replace(run.request, configuration=first.configuration, fold=fold, name=first.folder.name,
-                          settings=settings, restart=False, resume=False, preview=False)  # fmt: skip
-        train_and_validate(request, run.paths)
+        stage = prepare_run(
+            run.paths, first.configuration, fold, settings, rule=run.rule, name=first.folder.name, device=run.device
+        )
+        train_and_validate(stage, force=force)
 
 
-def _predicted(run: Run, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:
-    """What the first stage of a cascade predicts of cases."""
+def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:
     if run.first is None:
         return None
-    return predict_for_next_stage(
-        run.first.only(case_ids), run.dataset, run.plan, run.configuration, run.paths.preprocessed,
+    return predict_first_stage(
+        run.first.subset(case_ids), run.dataset, run.plan, run.configuration, run.paths.preprocessed,
         run.settings.training.workers, str(device),
     )  # fmt: skip
 
 
-def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
-    """Load the cases and train on them."""
-    from nnunet_lite.training.cache import load_cases
-    from nnunet_lite.training.job import Job
-    from nnunet_lite.training.loop import train_fold
-    from nnunet_lite.training.preview import draw_preview
+def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
+    """Preprocess and load the cases, and train on them."""
+    _announce(run)
+    fold, training = run.fold, run.settings.training
+    store = run.paths.preprocessed
+    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers, log.progress)
+    stage_maps = _predict_first_stage(run, sorted({*fold.training, *fold.validation}), device)
 
-    split, training = run.split, run.settings.training
-    preprocess_dataset(
-        run.dataset, run.plan, [run.configuration], run.paths.preprocessed, training.workers, log.progress
-    )
-    before = _predicted(run, sorted({*split.training, *split.validation}), device)
+    def open_stored(case_id: str) -> Any:
+        case = open_case(store, run.plan, run.configuration, case_id)
+        return case if stage_maps is None else with_first_stage(case, stage_maps[case_id])
 
-    def open_one(case_id: str) -> Any:
-        case = open_case(run.paths.preprocessed, run.plan, run.configuration, case_id)
-        return case if before is None else with_previous(case, before[case_id])
-
-    def cases(ids: Sequence[str]) -> list[Any]:
+    def load(ids: Sequence[str]) -> list[Any]:
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
-        return load_cases(ids, open_one, training.cache, device, reserve, ranks.world)
+        return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 
-    chosen = cases(split.training)
-    held_out = chosen if split.name == ALL else cases(split.validation)
-    source = None if split.name == ALL else how_made(run.paths.splits, load_splits(run.paths.splits)).get("splits")
+    cases = load(fold.training)
+    held_out = cases if fold.name == ALL else load(fold.validation)
+    source = None if fold.name == ALL else how_made(run.paths.splits, load_splits(run.paths.splits)).get("splits")
     of = f" of {source}" if source else ""
-    log.info(f"training {run.configuration} fold {split.name}{of} on {len(chosen)} cases in {run.fold_folder}")
-    record_cases(run.fold_folder, split)
-    job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, chosen, held_out, ranks)
-    if split.name != ALL:
-        job = replace(job, passes=_passes_of_validation(job))
-    if run.request.preview and ranks.rank == 0:
+    log.info(f"training {run.configuration} fold {fold.name}{of} on {len(cases)} cases in {run.fold_folder}")
+    record_cases(run.fold_folder, fold)
+    job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)
+    if fold.name != ALL:
+        job = replace(job, passes=_count_passes(job))
+    if preview and ranks.rank == 0:
         draw_preview(job, job.folder / "preview.png")
     train_fold(job)
 
 
-def _passes_of_validation(job: Job) -> dict[float, int]:
-    """How many windows and mirrored copies the validation in whole images takes, by the distance of two windows."""
+def _announce(run: TrainingRun) -> None:
+    """Log how the network differs from the plan, and which folds are not used."""
+    name, settings = run.configuration, run.settings
+    if settings.plan.preset is not None or settings.plan.memory is not None:
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    planned = Plan.read(run.paths.plans).configurations.get(name)
+    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    if settings.network.factory is not None:
+        changes.append(f"network made by {settings.network.factory}")
+    if changes:
+        by = "the settings" if settings.training.init is None else "the settings and the model to start from"
+        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
+    if run.fold.name != ALL:
+        point_out_other_folds(run.paths.splits, [case.id for case in run.dataset.cases], run.rule)
+
+
+def _count_passes(job: Job) -> dict[float, int]:
+    """Count the network passes of the validation (windows and mirrored copies), by step size."""
     augmentation, inference = job.settings.augmentation, job.settings.inference
     mirrored = inference.mirroring and augmentation.enabled and augmentation.p_mirror > 0
     copies = 2 ** len(job.mirror_axes) if mirrored else 1
 
-    def windows(step: float) -> int:
+    def count_windows(step: float) -> int:
         axes = (zip(case.label.shape, job.patch, strict=True) for case in job.validation)
         return sum(prod(len(window_starts(size, patch, step)) for size, patch in case) for case in axes)
 
-    return {step: copies * windows(step) for step in step_sizes(job.settings)}
+    return {step: copies * count_windows(step) for step in validation_step_sizes(job.settings)}
+
+
+def _validate(run: TrainingRun, device: torch.device) -> Scores:
+    """Predict and score the held-out cases."""
+    held_out = run.fold.validation
+    planned = read_header(run.fold_folder / MODEL).get("validation")  # an imported model has none
+    if planned is not None and not (run.fold_folder / VALIDATION).is_dir():
+        announce_validation(run.settings, ValidationPlan(**planned), len(held_out))
+    own_step = planned is None or planned["step_size"] == run.settings.inference.step_size
+    return validate_fold(
+        run.folder, run.fold.name, run.dataset, held_out, run.device, _predict_first_stage(run, held_out, device),
+        None if own_step else planned["step_size"],
+        trust_code=True,  # `open_run` made sure that the model names the code of these settings and no other
+    )  # fmt: skip

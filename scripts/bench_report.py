@@ -29,7 +29,7 @@ from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.models.folder import model_folders, open_run
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 from nnunet_lite.training.folds import read_fold
 from nnunet_lite.workspace import Paths, current, read_json, write_json, write_text
 
@@ -42,7 +42,7 @@ def stand_in(paths: Paths, configuration: str, seed: int) -> None:
     """A model folder with five scored folds."""
     plan, dataset = Plan.read(paths.plans), dataset_from_json(read_json(paths.dataset))
     settings, folder = load("default"), paths.models / f"{configuration}-standin"
-    open_run(folder, configured(plan, configuration, settings), dataset, configuration, settings)
+    open_run(folder, configure_plan(plan, configuration, settings), dataset, configuration, settings)
     cases = {case.id: case for case in dataset.cases}
     for number in range(5):
         fold, draws = folder / f"fold_{number}", np.random.default_rng([seed, number])

@@ -40,7 +40,7 @@ from nnunet_lite.evaluation.scores import evaluate
 from nnunet_lite.planning.nnunet import Description, description_to_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 from nnunet_lite.workspace import write_json, write_text
 
 NUMBER = 900  # of the dataset in nnU-Net's folders
@@ -122,7 +122,7 @@ def prepare(work: Work, given: Path | None, python: Path) -> None:
     if not (work.folder / "plan.json").is_file():
         how: dict[str, Any] = {"workspace": work.workspace, "splits": work.splits}
         planned = nnunet_lite.plan(work.dataset.root, adopt=given, **how)
-        small = configured(planned, work.configuration, load("default", work.changes))
+        small = configure_plan(planned, work.configuration, load("default", work.changes))
         write_text(work.folder / "made.json", small.to_json())
         nnunet_lite.plan(work.dataset.root, adopt=work.folder / "made.json", **how)
         fold_names(workspace=work.workspace)  # writes splits.json

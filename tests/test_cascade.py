@@ -22,7 +22,7 @@ from nnunet_lite.training.cascade import (
     grown,
 )
 from nnunet_lite.training.folds import Fold
-from nnunet_lite.training.previous import held_out_by, previous_folder
+from nnunet_lite.inference.first_stage import find_holders, first_stage_folder
 from nnunet_lite.workspace import Paths, write_json
 
 DILATE, ERODE, CLOSE, OPEN = range(len(OPERATIONS))
@@ -154,10 +154,10 @@ def test_a_gpu_changes_the_map_as_the_cpu_does(tiny_cases: list[Any]) -> None:
 def test_every_case_is_predicted_by_a_fold_that_held_it_out() -> None:
     splits = [{"train": ["b", "c"], "val": ["a"]}, {"train": ["a", "c"], "val": ["b"]}]
     splits.append({"train": ["a", "b"], "val": ["c"]})
-    assert held_out_by(Fold("1", ("a", "c"), ("b",)), splits) == {"a": "0", "c": "2", "b": "1"}
-    assert held_out_by(Fold("all", ("a", "b"), ("a", "b")), []) == {"a": "all", "b": "all"}
+    assert find_holders(Fold("1", ("a", "c"), ("b",)), splits) == {"a": "0", "c": "2", "b": "1"}
+    assert find_holders(Fold("all", ("a", "b"), ("a", "b")), []) == {"a": "all", "b": "all"}
     with pytest.raises(UserError, match=r"no fold holds out c\."):
-        held_out_by(Fold("0", ("b", "c"), ("a",)), splits[:2])
+        find_holders(Fold("0", ("b", "c"), ("a",)), splits[:2])
 
 
 def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:
     second = paths.models / "mine"
 
     def found(name: str | None) -> str:
-        return previous_folder(paths, second, "3d_lowres", "cpu", name, ["0", "1"]).name
+        return first_stage_folder(paths, second, "3d_lowres", "cpu", name, ["0", "1"]).name
 
     assert (found(None), found("mine")) == ("3d_lowres-cpu", "3d_lowres-mine")
     for fold in ("fold_0", "fold_1"):

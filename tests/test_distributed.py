@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from samples import fold_of
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
+from nnunet_lite.models.folder import CHECKPOINT, read_header
 from nnunet_lite.models.folder import MODEL
 from nnunet_lite.training import distributed
 from nnunet_lite.training.distributed import (
@@ -85,7 +85,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[s
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=2e-5)
         assert a["dice"] == pytest.approx(b["dice"], abs=2e-3)
         assert a["lr"] == b["lr"]
-    counted = [read_state(fold_of(tmp_path, name) / CHECKPOINT)["seen"] for name in ("one", "two")]
+    counted = [read_header(fold_of(tmp_path, name) / CHECKPOINT)["seen"] for name in ("one", "two")]
     assert counted[0] == counted[1]
     weights, others = (load_file(fold_of(tmp_path, name) / MODEL) for name in ("one", "two"))
     for name, weight in weights.items():

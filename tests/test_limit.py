@@ -12,11 +12,11 @@ import pytest
 from samples import TINIEST
 
 import nnunet_lite
-from nnunet_lite.models.checkpoint import read_state
+from nnunet_lite.models.folder import read_header
 from nnunet_lite.models.folder import MODEL
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, load, with_changes
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limit import Validation, announce, forward_seconds, planned_validation, step_sizes
 from nnunet_lite.training.limit import training_seconds as of_training
@@ -29,7 +29,7 @@ PASSES = {0.5: 1331, 0.75: 512, 1.0: 216}  # of an image of 11, 8 and 6 windows 
 @pytest.fixture
 def job(tiny_workspace: Path, tmp_path: Path) -> Job:
     settings = with_changes(Settings(), COVERED | {"training.batch_size": 4, "training.accumulate": 2})
-    plan = configured(Plan.read(current(tiny_workspace).plans), "3d_fullres", settings)
+    plan = configure_plan(Plan.read(current(tiny_workspace).plans), "3d_fullres", settings)
     torch = pytest.importorskip("torch")
     return Job(plan, "3d_fullres", settings, 1, tmp_path, torch.device("cpu"), [], [], passes=PASSES)
 
@@ -95,7 +95,7 @@ def test_a_run_validates_with_windows_further_apart_and_notes_it(
                                "training.time_limit": 0.004, "inference.step_size": 0.5}  # fmt: skip
     nnunet_lite.train("3d_fullres", 0, changes=changes, device="cpu", workspace=workspace)
     (fold,) = workspace.glob("*/models/*/fold_0")
-    planned = read_state(fold / MODEL)["validation"]
+    planned = read_header(fold / MODEL)["validation"]
     assert planned["step_size"] > 0.5
     note = f"windows {planned['step_size']:g} of the patch apart, to keep to the time limit"
     assert read_json(fold / "validation" / "summary.json")["notes"] == [note]

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from samples import fold_of
 
-from nnunet_lite.models.checkpoint import CHECKPOINT
+from nnunet_lite.models.folder import CHECKPOINT
 from nnunet_lite.models.folder import MODEL
 from nnunet_lite.training.record import METRICS
 

@@ -24,7 +24,7 @@ from nnunet_lite.models.folder import (
 )
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 from nnunet_lite.workspace import current, read_json
 
 
@@ -45,7 +45,7 @@ def test_settings_change_the_planned_network(plan: Plan) -> None:
         "network.norm": "batch",
         "training.batch_size": 3,
     }
-    made = configured(plan, "3d_fullres", with_changes(Settings(), changes)).configuration("3d_fullres")
+    made = configure_plan(plan, "3d_fullres", with_changes(Settings(), changes)).configuration("3d_fullres")
     assert made.network.features == (6, 12, 20, 20)[: len(made.network.features)]
     assert (made.network.norm, made.network.activation, made.batch_size) == ("batch", "leaky_relu", 3)
     planned = plan.configuration("3d_fullres")
@@ -56,13 +56,13 @@ def test_settings_change_the_planned_network(plan: Plan) -> None:
 
 
 def test_without_changes_the_plan_is_trained_as_it_is(plan: Plan) -> None:
-    made = configured(plan, "3d_fullres", Settings())
+    made = configure_plan(plan, "3d_fullres", Settings())
     assert made.configurations == {"3d_fullres": plan.configuration("3d_fullres")}
     assert made.model_copy(update={"configurations": plan.configurations, "options": plan.options}) == plan
 
 
 def test_the_same_call_goes_on_with_the_same_seed(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
-    made = configured(plan, "3d_fullres", Settings())
+    made = configure_plan(plan, "3d_fullres", Settings())
     seed = open_run(tmp_path, made, dataset, "3d_fullres", Settings())
     assert open_run(tmp_path, made, dataset, "3d_fullres", Settings()) == seed
     assert open_run(tmp_path / "other", made, dataset, "3d_fullres", Settings()) != seed
@@ -73,14 +73,14 @@ def test_the_same_call_goes_on_with_the_same_seed(tmp_path: Path, plan: Plan, da
 
 
 def test_a_model_folder_tells_no_paths_and_no_case_ids(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
-    open_run(tmp_path, configured(plan, "3d_fullres", Settings()), dataset, "3d_fullres", Settings())
+    open_run(tmp_path, configure_plan(plan, "3d_fullres", Settings()), dataset, "3d_fullres", Settings())
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert str(dataset.root) not in text
     assert not any(case.id in text for case in dataset.cases)
 
 
 def test_other_settings_are_refused_with_the_list(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
-    made = configured(plan, "3d_fullres", Settings())
+    made = configure_plan(plan, "3d_fullres", Settings())
     open_run(tmp_path, made, dataset, "3d_fullres", Settings())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     changed = with_changes(Settings(), {"training.epochs": 3, "optimizer.lr": 0.5})
@@ -90,14 +90,14 @@ def test_other_settings_are_refused_with_the_list(tmp_path: Path, plan: Plan, da
 
 
 def test_incidental_settings_may_change(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
-    made = configured(plan, "3d_fullres", Settings())
+    made = configure_plan(plan, "3d_fullres", Settings())
     open_run(tmp_path, made, dataset, "3d_fullres", Settings())
     changes: dict[str, Any] = {"training.workers": 2, "training.cache": "ram", "inference.step_size": 0.7}
     open_run(tmp_path, made, dataset, "3d_fullres", with_changes(Settings(), changes))
 
 
 def test_another_plan_is_refused(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
-    made = configured(plan, "3d_fullres", Settings())
+    made = configure_plan(plan, "3d_fullres", Settings())
     open_run(tmp_path, made, dataset, "3d_fullres", Settings())
     planned = made.configuration("3d_fullres").model_copy(update={"batch_dice": True})
     channel = made.channels[0].model_copy(update={"normalization": "none"})
@@ -137,7 +137,7 @@ def test_a_second_stage_keeps_the_plan_of_its_first(plan: Plan) -> None:
     planned = plan.configuration("3d_fullres")
     stages = {"3d_lowres": planned, "3d_cascade_fullres": planned.model_copy(update={"previous_stage": "3d_lowres"})}
     both = plan.model_copy(update={"configurations": {**plan.configurations, **stages}})
-    made = configured(both, "3d_cascade_fullres", with_changes(Settings(), {"training.batch_size": 3}))
+    made = configure_plan(both, "3d_cascade_fullres", with_changes(Settings(), {"training.batch_size": 3}))
     assert list(made.configurations) == ["3d_cascade_fullres", "3d_lowres"]
     assert made.configuration("3d_cascade_fullres").batch_size == 3
     assert made.n_inputs("3d_cascade_fullres") == made.n_inputs("3d_lowres") + 2
@@ -147,7 +147,7 @@ def begun(folder: Path, plan: Plan, dataset: Dataset, **changes: Any) -> Setting
     settings = with_changes(Settings(), changes)
     open_run(
         folder,
-        configured(plan, "3d_fullres", settings),
+        configure_plan(plan, "3d_fullres", settings),
         dataset,
         "3d_fullres",
         settings,
@@ -175,20 +175,20 @@ def test_force_takes_other_settings_over_but_not_another_network(tmp_path: Path,
     begun(tmp_path, plan, dataset)
     seed = read_json(tmp_path / "run.json")["seed"]
     other = with_changes(Settings(), {"optimizer.name": "adam", "training.batch_size": 3})
-    made = configured(plan, "3d_fullres", other)
+    made = configure_plan(plan, "3d_fullres", other)
     assert open_run(tmp_path, made, dataset, "3d_fullres", other, force=True) == seed
     assert Settings.model_validate(read_json(tmp_path / "run.json")["settings"]) == other
     assert Plan.read(tmp_path / "plans.json") == made
     wider = with_changes(other, {"network.features_base": 8})
     with pytest.raises(UserError, match="another network"):
-        open_run(tmp_path, configured(plan, "3d_fullres", wider), dataset, "3d_fullres", wider, force=True)
+        open_run(tmp_path, configure_plan(plan, "3d_fullres", wider), dataset, "3d_fullres", wider, force=True)
     assert Plan.read(tmp_path / "plans.json") == made
 
 
 def test_another_seed_is_another_one(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
     begun(tmp_path, plan, dataset)
     other = with_changes(Settings(), {"training.seed": 77})
-    made = configured(plan, "3d_fullres", other)
+    made = configure_plan(plan, "3d_fullres", other)
     assert open_run(tmp_path, made, dataset, "3d_fullres", other, force=True) == 77
     assert open_run(tmp_path, made, dataset, "3d_fullres", other) == 77
 
@@ -205,7 +205,7 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
 
 def test_a_run_is_made_longer_only_where_its_length_is_told(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
     short = with_changes(Settings(), {"training.time_limit": 60})
-    made = configured(plan, "3d_fullres", short)
+    made = configure_plan(plan, "3d_fullres", short)
     open_run(tmp_path, made, dataset, "3d_fullres", short)
     with pytest.raises(UserError, match=r"training\.time_limit: 60\.0 -> None"):  # the flag was forgotten
         open_run(tmp_path, made, dataset, "3d_fullres", Settings())
@@ -223,7 +223,7 @@ def test_a_finished_fold_keeps_the_settings_it_was_trained_with(tmp_path: Path, 
     before = Settings.model_validate(run["settings"])
     save_weights(tmp_path / "fold_0" / MODEL, torch.nn.Linear(2, 2), {"length": length(before)})
     other = with_changes(before, {"training.batch_size": 3, "augmentation.mirror_axes": [0]})
-    made = configured(plan, "3d_fullres", other)
+    made = configure_plan(plan, "3d_fullres", other)
     shorter, longer = (with_changes(other, {"training.epochs": before.training.epochs + n}) for n in (-1, 1))
     for settings in (other, shorter, longer):  # the last one lacks a checkpoint to go on from
         with pytest.raises(UserError, match=r"has finished folds \(fold_0\).*batch_size: None -> 3.*Make them longer"):

@@ -25,7 +25,7 @@ from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, scratch, sweep
 from nnunet_lite.inference.folder import _nameless
 from nnunet_lite.models.checkpoint import load_weights, save_weights
-from nnunet_lite.training.previous import write_map
+from nnunet_lite.inference.first_stage import write_stage_map
 from nnunet_lite.workspace import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.map.nii.gz": lambda path: write_shares(path),
     "a.json": lambda path: write_json(path, list(range(10_000))),
     "a.safetensors": lambda path: save_weights(path, nn.Linear(100, 100), {}),
-    "a.b2nd": lambda path: write_map(path, noise(VOLUME), Like(), "key"),
+    "a.b2nd": lambda path: write_stage_map(path, noise(VOLUME), Like(), "key"),
 }
 
 

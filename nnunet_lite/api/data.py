@@ -217,11 +217,11 @@ def measure(made: Plan, device: str | None = None) -> str:
     UserError : there is no GPU.
     """
     from nnunet_lite.networks.precision import pick_device
-    from nnunet_lite.training.measure import measure_step
+    from nnunet_lite.training.learner import measure_memory
 
     target, lines = pick_device(device), []
     for name, planned in made.configurations.items():
-        measured = measure_step(made, name, target)
+        measured = measure_memory(made, name, target)
         found = "more than the GPU has" if measured is None else in_units(measured * GB)
         lines.append(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
     return "\n".join(lines)

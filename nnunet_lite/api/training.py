@@ -55,16 +55,17 @@ def train(
     Stopped : a signal asked for it; the checkpoint is written.
     Lost : another process of those that torchrun started is gone; the last checkpoint is whole.
     """
-    from nnunet_lite.fold import Request, train_and_validate
-    from nnunet_lite.models.folder import told_lengths
+    from nnunet_lite.fold import prepare_run, train_and_validate
     from nnunet_lite.settings import load as load_settings
+    from nnunet_lite.training.folds import wanted_folds
 
-    settings = load_settings(recipe, changes)  # a mistake in it is told first
-    request = Request(
-        configuration, str(fold), settings, folds, group_by, stratify, splits, name, device, restart,
-        resume, force, told_lengths(changes), preview,
-    )  # fmt: skip
-    return train_and_validate(request, current_paths(workspace, dataset))
+    settings = load_settings(recipe, changes)  # a mistake in it is reported first
+    paths = current_paths(workspace, dataset)
+    rule = wanted_folds(dataset_of(paths), folds, group_by, stratify, splits)
+    run = prepare_run(
+        paths, configuration, str(fold), settings, rule=rule, name=name, device=device, restart=bool(restart)
+    )
+    return train_and_validate(run, restart=restart, resume=resume, force=force, preview=preview)
 
 
 def fold_names(

@@ -19,7 +19,7 @@ from nnunet_lite.workspace import Paths, find_raw, read_json, use
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
     from nnunet_lite.data.dataset import Dataset
-    from nnunet_lite.fold import Run
+    from nnunet_lite.fold import TrainingRun
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.settings import Settings
 
@@ -101,7 +101,6 @@ def run(
     Stopped : a signal asked for it; the same call goes on.
     """
     from nnunet_lite.data.dataset import read_dataset
-    from nnunet_lite.models.folder import told_lengths
     from nnunet_lite.settings import load as load_settings
     from nnunet_lite.training.folds import wanted_folds
 
@@ -124,7 +123,7 @@ def run(
     use(place, paths.name)
 
     names = _fold_names(fold, how, paths)
-    runs = _runs(paths, settings, configurations, names, device, told_lengths(changes))
+    runs = _runs(paths, settings, configurations, names, device)
     _refuse_changes(runs)
     with cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, dataset_of(paths), paths, workers, device, cluster)
@@ -151,12 +150,11 @@ def train_on(
 
     Parameters are those of `train`. Returns the content of summary.json for each fold.
     """
-    from nnunet_lite.models.folder import told_lengths
     from nnunet_lite.settings import load as load_settings
 
     settings, paths = load_settings(recipe, changes), current_paths(workspace, dataset)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
-    runs = _runs(paths, settings, [configuration], _fold_names(None, how, paths), device, told_lengths(changes))
+    runs = _runs(paths, settings, [configuration], _fold_names(None, how, paths), device)
     _refuse_changes(runs)
     with cluster_of(scheduler, paths.root.parent) as cluster:
         preparing = _preprocessing(runs, dataset_of(paths), paths, None, cluster)
@@ -165,7 +163,7 @@ def train_on(
     from nnunet_lite.models.folder import VALIDATION
 
     mine = [run for run in runs if run.configuration == configuration]
-    return {run.split.name: read_json(run.fold_folder / VALIDATION / SUMMARY) for run in mine}
+    return {run.fold.name: read_json(run.fold_folder / VALIDATION / SUMMARY) for run in mine}
 
 
 def _execute(steps: Sequence[Step], journal: Journal, cluster: Cluster | None) -> list[Ended]:
@@ -191,29 +189,28 @@ def _runs(
     configurations: Sequence[str] | None,
     folds: Sequence[str],
     device: str | None,
-    lengthen: frozenset[str],
-) -> list[Run]:
+) -> list[TrainingRun]:
     """What is to be trained, first stages of cascades before the second, each examined for mistakes."""
-    from nnunet_lite.fold import Request, examined, planned_for
+    from nnunet_lite.fold import plan_for_settings, prepare_run
 
-    runs: dict[tuple[str, str], Run] = {}
+    runs: dict[tuple[str, str], TrainingRun] = {}
 
     def add(configuration: str, fold: str) -> None:
         if (configuration, fold) in runs:
             return
-        found = examined(Request(configuration, fold, settings, device=device, lengthen=lengthen), paths)
+        found = prepare_run(paths, configuration, fold, settings, device=device)
         if found.first is not None:
             for needed in found.first.folds:
                 add(found.first.configuration, needed)
         runs[configuration, fold] = found
 
-    for configuration in configurations or _worth_training(planned_for(paths, settings)):
+    for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
         for fold in folds:
             add(configuration, fold)
     return list(runs.values())
 
 
-def _refuse_changes(runs: Sequence[Run]) -> None:
+def _refuse_changes(runs: Sequence[TrainingRun]) -> None:
     """Make sure, before anything is done, that all models that were begun go on with these settings.
 
     Raises
@@ -222,7 +219,7 @@ def _refuse_changes(runs: Sequence[Run]) -> None:
     """
     for run in runs:
         try:
-            run.refuse_changes()
+            run.check_resume()
         except UserError as error:
             fix = (
                 "Repeat the old settings, or train beside it with a recipe file of your own, whose name the models get."
@@ -246,7 +243,7 @@ def _worth_training(plan: Plan) -> list[str]:
 
 
 def _steps(
-    runs: Sequence[Run],
+    runs: Sequence[TrainingRun],
     dataset: Dataset,
     paths: Paths,
     workers: int | None,
@@ -254,9 +251,9 @@ def _steps(
     cluster: Cluster | None,
 ) -> list[Step]:
     """The steps after the plan."""
-    trainings = {(run.configuration, run.split.name): _training(run) for run in runs}
+    trainings = {(run.configuration, run.fold.name): _training(run) for run in runs}
     out = [_preprocessing(runs, dataset, paths, workers, cluster), *trainings.values()]
-    folders = list(dict.fromkeys(run.folder for run in runs if run.split.name != "all"))
+    folders = list(dict.fromkeys(run.folder for run in runs if run.fold.name != "all"))
     if not folders:
         return out  # nothing is held out to select by
     names, place = [folder.name for folder in folders], paths.root.parent
@@ -269,26 +266,26 @@ def _steps(
     return out
 
 
-def _training(run: Run) -> Step:
+def _training(run: TrainingRun) -> Step:
     """Train and validate a fold."""
     from nnunet_lite.fold import train_and_validate
-    from nnunet_lite.models.folder import length
-    from nnunet_lite.training.remaining import seconds_of_training, share_done
+    from nnunet_lite.models.folder import run_length
+    from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
 
-    of = f"{run.configuration} fold {run.split.name}"
+    of = f"{run.configuration} fold {run.fold.name}"
     needs = ["preprocess"]
     if run.first is not None:
         needs += [f"train {run.first.configuration} fold {fold}" for fold in run.first.folds]
     where = (run.fold_folder, run.settings)
     return Step(
-        f"train {of}", f"train {run.configuration} {length(run.settings)}", run.is_done,
-        partial(train_and_validate, run.request, run.paths), tuple(needs), anywhere=True,
-        progress=partial(share_done, *where), seconds=partial(seconds_of_training, *where),
+        f"train {of}", f"train {run.configuration} {run_length(run.settings)}", run.is_done,
+        partial(train_and_validate, run), tuple(needs), anywhere=True,
+        progress=partial(fold_progress, *where), seconds=partial(estimate_fold_seconds, *where),
     )  # fmt: skip
 
 
 def _preprocessing(
-    runs: Sequence[Run], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
+    runs: Sequence[TrainingRun], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
 ) -> Step:
     """Preprocess every case for all that is trained; once all is trained, nothing needs the arrays any more."""
     from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
@@ -308,7 +305,7 @@ def _preprocessing(
     return Step("preprocess", f"preprocess {len(dataset.cases)} cases", is_done, preprocess)
 
 
-def _merged(runs: Sequence[Run]) -> list[Plan]:
+def _merged(runs: Sequence[TrainingRun]) -> list[Plan]:
     """The plans of what is trained; one for all configurations that agree in the rest, whose cases are read once."""
     plans: list[Plan] = []
     for run in runs:

@@ -66,9 +66,9 @@ def train(
 ) -> None:
     """Train a fold and score its held-out cases. The same command again goes on where it stopped."""
     if gpus > 1:
-        from nnunet_lite.training.distributed import current, launch
+        from nnunet_lite.training.distributed import current_ranks, launch
 
-        if current().world == 1:
+        if current_ranks().world == 1:
             raise typer.Exit(launch(gpus, sys.argv[1:]))
     flags = {
         "training.epochs": epochs,
@@ -113,9 +113,9 @@ def train(
                 log.answer(f"fold {one}, whole images:\n{scores.table()}")
     if as_json:
         log.answer(json.dumps(results, indent=1))
-    from nnunet_lite.training.distributed import leave  # torch is there by now
+    from nnunet_lite.training.distributed import leave_group  # torch is there by now
 
-    leave()
+    leave_group()
 
 
 def _mean_dice(summaries: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.folder import VALIDATION
 from nnunet_lite.system import pairs_at_once
-from nnunet_lite.training.previous import read_map
+from nnunet_lite.inference.first_stage import read_stage_map
 from nnunet_lite.workspace import read_json, understood, write_json, write_text
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def validate_fold(
     workspace = folder.absolute().parents[2]
     alone = previous is not None
     model = load(folder, [fold], device, changes, alone=alone, trust_code=trust_code, workspace=workspace)
-    before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
+    before = None if previous is None else lambda case_id: read_stage_map(previous[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before, notes)
 

@@ -43,9 +43,6 @@ class Arithmetic:
             return torch.contiguous_format
         return torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def candidates(device: torch.device, precision: str, channels_last: str | bool) -> list[Arithmetic]:
     """The combinations worth timing, likely winners first.

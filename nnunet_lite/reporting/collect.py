@@ -141,13 +141,13 @@ def _models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[Model]
 
 def _fold(folder: Path) -> Fold:
     from nnunet_lite.models.folder import MODEL
-    from nnunet_lite.training.record import METRICS
+    from nnunet_lite.training.metrics import METRICS
 
     state = {}
     if (folder / MODEL).is_file():
-        from nnunet_lite.models.checkpoint import read_state
+        from nnunet_lite.models.folder import read_header
 
-        state = read_state(folder / MODEL)
+        state = read_header(folder / MODEL)
     file = folder / METRICS
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     rows = tuple(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half written
