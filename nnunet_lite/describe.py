@@ -56,8 +56,7 @@ def _described(model: Path, folder: Path) -> About:
     """What a model folder holds; it is that of `model`, in our form."""
     from nnunet_lite.evaluation.cross_validation import mean_dice
     from nnunet_lite.inference.predictor import read_model
-    from nnunet_lite.models.folder import read_header
-    from nnunet_lite.models.folder import MODEL, trained_folds
+    from nnunet_lite.models.folder import MODEL, read_header, trained_folds
     from nnunet_lite.planning.show import length_unit
 
     plan, run = read_model(folder)

@@ -53,22 +53,23 @@ from nnunet_lite.training.distributed import (
     report_lost_peer,
 )
 from nnunet_lite.training.finetune import adopt_plan, find_source
-from nnunet_lite.training.folds import (
-    ALL,
-    ANY,
-    Fold,
-    Wanted,
-    point_out_other_folds,
-    read_fold,
-    record_cases,
-    refuse_other_cases,
-)
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.loss import check_weights
 from nnunet_lite.training.preview import draw_preview
-from nnunet_lite.training.splits import how_made, load_splits
+from nnunet_lite.training.splits import (
+    ALL,
+    DEFAULT_RULE,
+    FoldRule,
+    Split,
+    load_splits,
+    read_record,
+    read_split,
+    record_cases,
+    refuse_other_cases,
+    warn_of_unused_splits,
+)
 from nnunet_lite.workspace import Paths
 
 
@@ -82,8 +83,8 @@ class TrainingRun:
         The planned dataset.
     plan, configuration, settings : Plan, str, Settings
         What is trained; the plan has the settings' batch, patch and network.
-    fold, rule : Fold, Wanted
-        Its cases, and how folds were requested.
+    split, rule : Split, FoldRule
+        Its cases, and the options for folds.
     folder : Path
         The model folder.
     name : str or None
@@ -99,8 +100,8 @@ class TrainingRun:
     plan: Plan
     configuration: str
     settings: Settings
-    fold: Fold
-    rule: Wanted
+    split: Split
+    rule: FoldRule
     folder: Path
     name: str | None
     first: FirstStage | None
@@ -108,11 +109,11 @@ class TrainingRun:
 
     @property
     def fold_folder(self) -> Path:
-        return self.folder / f"fold_{self.fold.name}"
+        return self.folder / f"fold_{self.split.name}"
 
     def is_done(self) -> bool:
         """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
-        scored = self.fold.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
+        scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
         return scored and is_complete(self.fold_folder, self.settings)
 
     def check_resume(self, force: bool = False, restart: bool = False) -> None:
@@ -130,9 +131,9 @@ class TrainingRun:
         UserError
             It may not.
         """
-        refuse_other_cases(self.folder, self.fold, self.paths.splits, anew=restart)
+        refuse_other_cases(self.folder, self.split, self.paths.splits, restart=restart)
         if (self.folder / "run.json").is_file():
-            check_resume(self.folder, self.plan, self.configuration, self.settings, self.fold.name, force, restart)
+            check_resume(self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart)
         if not restart:
             is_complete(self.fold_folder, self.settings)
 
@@ -146,7 +147,7 @@ def prepare_run(
     fold: str,
     settings: Settings,
     *,
-    rule: Wanted = ANY,
+    rule: FoldRule = DEFAULT_RULE,
     name: str | None = None,
     device: str | None = None,
     restart: bool = False,
@@ -161,7 +162,7 @@ def prepare_run(
         Such as "3d_fullres" and "0".
     settings : Settings
         Of the run.
-    rule : Wanted
+    rule : FoldRule
         For splits.json if that does not exist yet.
     name : str or None
         Of the model folder; default: CONFIGURATION-RECIPE.
@@ -179,9 +180,9 @@ def prepare_run(
     folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
     source_plan = _starting_plan(paths, configuration, fold, settings, folder, dataset.name, restart)
     plan = configure_plan(source_plan, configuration, settings)
-    cases = read_fold(paths.splits, [case.id for case in dataset.cases], fold, rule)
-    first = find_first_stage(paths, plan, configuration, cases, folder, settings.recipe, name)
-    return TrainingRun(paths, dataset, plan, configuration, settings, cases, rule, folder, name, first, device)
+    split = read_split(paths.splits, dataset, fold, rule)
+    first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
+    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, name, first, device)
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
@@ -246,7 +247,7 @@ def train_and_validate(
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
     with report_lost_peer():
         _check_trainable(run, ranks, device)
-        whole = restart == "model" or not other_folds(run.folder, run.fold.name)
+        whole = restart == "model" or not other_folds(run.folder, run.split.name)
         if resume and restart:
             raise UserError("--resume and --restart exclude each other")
         if resume and not is_begun(run.fold_folder):
@@ -264,7 +265,7 @@ def train_and_validate(
                 log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
             else:
                 _train(run, seed, ranks, device, preview)
-    return None if run.fold.name == ALL or ranks.rank else _validate(run, device)
+    return None if run.split.name == ALL or ranks.rank else _validate(run, device)
 
 
 def _check_trainable(run: TrainingRun, ranks: Ranks, device: torch.device) -> None:
@@ -290,7 +291,7 @@ def _check_trainable(run: TrainingRun, ranks: Ranks, device: torch.device) -> No
 def _open_run(run: TrainingRun, force: bool) -> int:
     """Create or update the model folder; the seed of the fold."""
     previous = None if run.first is None else run.first.folder.name
-    fold = run.fold.name
+    fold = run.split.name
     seed = open_run(
         run.folder, run.plan, run.dataset, run.configuration, run.settings, fold=fold, force=force, previous=previous
     )
@@ -299,7 +300,7 @@ def _open_run(run: TrainingRun, force: bool) -> int:
 
 def _train_first_stage(run: TrainingRun, first: FirstStage, force: bool) -> None:
     """Train the folds of the first stage that are missing, with the same recipe and settings."""
-    refuse_other_cases(first.folder, run.fold, run.paths.splits)
+    refuse_other_cases(first.folder, run.split, run.paths.splits)
     log.info(first.describe())
     # a model to start from fits only one of the two networks
     settings = with_changes(run.settings, {"training.init": None, "training.freeze": None})
@@ -322,10 +323,10 @@ def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torc
 def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
     """Preprocess and load the cases, and train on them."""
     _announce(run)
-    fold, training = run.fold, run.settings.training
+    split, training = run.split, run.settings.training
     store = run.paths.preprocessed
     preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers, log.progress)
-    stage_maps = _predict_first_stage(run, sorted({*fold.training, *fold.validation}), device)
+    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
 
     def open_stored(case_id: str) -> Any:
         case = open_case(store, run.plan, run.configuration, case_id)
@@ -335,14 +336,15 @@ def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, prev
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
         return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 
-    cases = load(fold.training)
-    held_out = cases if fold.name == ALL else load(fold.validation)
-    source = None if fold.name == ALL else how_made(run.paths.splits, load_splits(run.paths.splits)).get("splits")
+    cases = load(split.training)
+    held_out = cases if split.name == ALL else load(split.validation)
+    splits = run.paths.splits
+    source = None if split.name == ALL else read_record(splits, load_splits(splits)).get("splits")
     of = f" of {source}" if source else ""
-    log.info(f"training {run.configuration} fold {fold.name}{of} on {len(cases)} cases in {run.fold_folder}")
-    record_cases(run.fold_folder, fold)
+    log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
+    record_cases(run.fold_folder, split)
     job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)
-    if fold.name != ALL:
+    if split.name != ALL:
         job = replace(job, passes=_count_passes(job))
     if preview and ranks.rank == 0:
         draw_preview(job, job.folder / "preview.png")
@@ -361,8 +363,8 @@ def _announce(run: TrainingRun) -> None:
     if changes:
         by = "the settings" if settings.training.init is None else "the settings and the model to start from"
         log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
-    if run.fold.name != ALL:
-        point_out_other_folds(run.paths.splits, [case.id for case in run.dataset.cases], run.rule)
+    if run.split.name != ALL and run.rule == DEFAULT_RULE:
+        warn_of_unused_splits(run.paths.splits, run.dataset)
 
 
 def _count_passes(job: Job) -> dict[float, int]:
@@ -380,13 +382,16 @@ def _count_passes(job: Job) -> dict[float, int]:
 
 def _validate(run: TrainingRun, device: torch.device) -> Scores:
     """Predict and score the held-out cases."""
-    held_out = run.fold.validation
+    held_out = run.split.validation
     planned = read_header(run.fold_folder / MODEL).get("validation")  # an imported model has none
-    if planned is not None and not (run.fold_folder / VALIDATION).is_dir():
-        announce_validation(run.settings, ValidationPlan(**planned), len(held_out))
-    own_step = planned is None or planned["step_size"] == run.settings.inference.step_size
+    step_size = None
+    if planned is not None:
+        if not (run.fold_folder / VALIDATION).is_dir():
+            announce_validation(run.settings, ValidationPlan(**planned), len(held_out))
+        if planned["step_size"] != run.settings.inference.step_size:
+            step_size = planned["step_size"]
     return validate_fold(
-        run.folder, run.fold.name, run.dataset, held_out, run.device, _predict_first_stage(run, held_out, device),
-        None if own_step else planned["step_size"],
+        run.folder, run.split.name, run.dataset, held_out, run.device, _predict_first_stage(run, held_out, device),
+        step_size,
         trust_code=True,  # `open_run` made sure that the model names the code of these settings and no other
     )  # fmt: skip

@@ -35,8 +35,7 @@ from nnunet_lite.training.augmentation import is_in_plane, rotation_limit
 from nnunet_lite.training.batches import make_batch
 from nnunet_lite.training.batchgenerators import oversized
 from nnunet_lite.training.cache import LoadedCase, in_memory
-from nnunet_lite.training.job import configure_plan
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.sampler import draw_places, enlarged, read_stack, rng_for
 from nnunet_lite.workspace import current, read_json
 

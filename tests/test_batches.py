@@ -17,9 +17,8 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.batches import build_batch, check_augmentation, draw_batch, make_batch, training_batches
 from nnunet_lite.training.cache import LoadedCase, in_memory, on_device
-from nnunet_lite.training.job import configure_plan
 from nnunet_lite.training.distributed import Ranks
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.prefetch import prefetch
 from nnunet_lite.workspace import current
 

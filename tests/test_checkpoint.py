@@ -12,10 +12,10 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.models.checkpoint import (
     load_checkpoint,
     load_weights,
-    read_state,
     save_checkpoint,
     save_weights,
 )
+from nnunet_lite.models.folder import read_header
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network
 from nnunet_lite.settings import OptimizerSettings

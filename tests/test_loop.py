@@ -25,22 +25,20 @@ from samples import as_options
 from nnunet_lite import api
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.folder import CHECKPOINT, read_header
-from nnunet_lite.models.folder import MODEL, is_complete, is_finished
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.preprocessing.stored import sampled_voxels
+from nnunet_lite.preprocessing.stored_case import sampled_voxels
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training import loop, step
+from nnunet_lite.training import loop
 from nnunet_lite.training.batches import make_batch
 from nnunet_lite.training.cache import LoadedCase, in_memory
-from nnunet_lite.training.job import configure_plan
 from nnunet_lite.training.distributed import Ranks
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.learner import choose_arithmetic, crop_batch, make_network
+from nnunet_lite.training.limits import StopRequest
 from nnunet_lite.training.loop import train_fold
-from nnunet_lite.training.record import METRICS, PICTURE, TABLE
-from nnunet_lite.training.step import choose_arithmetic, make_network
-from nnunet_lite.training.watch import Stop
+from nnunet_lite.training.metrics import METRICS, PICTURE, TABLE
 from nnunet_lite.workspace import current
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
@@ -266,7 +264,7 @@ def test_timing_number_formats_keeps_to_a_share_of_the_time(job: MakeJob) -> Non
     auto = {"training.seed": None, "training.precision": "fp32", "training.channels_last": "auto"}
     run = job(**auto, **{"training.patch_size": [32, 40, 32], "training.batch_size": 4, "training.time_limit": 1e-4})
     batch = make_batch(run, run.training, 0, 0, augment=False)
-    part = step.part_of(run, batch)
+    part = crop_batch(run, batch)
     assert tuple(part[0].shape) == (1, 1, 16, 16, 16) and tuple(part[1].shape) == (1, 16, 16, 16)
     assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_arithmetic(run, make_network(run)).reason)
     patient = replace(run, settings=with_changes(run.settings, {"training.time_limit": 60}))
@@ -511,17 +509,17 @@ def test_a_bad_step_leaves_the_statistics_of_batch_norm_alone(job: MakeJob, tiny
 def test_a_signal_that_comes_while_the_ranks_ask_each_other_is_not_lost(
     job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop = Stop()
+    stop = StopRequest()
 
     def asking(value: int, ranks: Ranks) -> int:
-        stop.asked = signal.SIGTERM
+        stop.signal = signal.SIGTERM
         return value
 
     run = job()
-    monkeypatch.setattr(loop, "any_rank", asking)
-    assert not loop._agreed(run, stop)  # the others did not hear of it
-    assert loop._agreed(run, stop)
-    assert stop.asked == signal.SIGTERM
+    monkeypatch.setattr(loop, "max_over_ranks", asking)
+    assert not loop._agree_to_stop(run, stop)  # the others did not hear of it
+    assert loop._agree_to_stop(run, stop)
+    assert stop.signal == signal.SIGTERM
 
 
 def test_a_run_whose_time_is_over_says_so(job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,7 @@ from nnunet_lite.inference.passes import Passes, passes_of
 from nnunet_lite.inference.predictor import load, predict_image
 from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
 from nnunet_lite.planning.schema import Resampling
-from nnunet_lite.preprocessing.decide import decide, written_values
-from nnunet_lite.preprocessing.pipeline import Placement
+from nnunet_lite.preprocessing.pipeline import Placement, decode_logits, output_values
 from nnunet_lite.preprocessing.resampling import Block, resample_image
 
 REGIONS = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
@@ -78,13 +77,13 @@ def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
 
     folds = [[logits_on_grid(p, noise(shape)) for p in model] for model, shape in zip(whole, SHAPES, strict=True)]
     shares = np.mean([probabilities(np.mean(logits, axis=0), labels) for logits in folds], axis=0)
-    expected = decide(shares - 0.5, labels)
-    assert (found == written_values(labels)[expected]).mean() > 0.9999
+    expected = decode_logits(shares - 0.5, labels)
+    assert (found == output_values(labels)[expected]).mean() > 0.9999
     assert len(np.unique(found)) > 1
     for name in names[1:]:
         close = np.abs(maps.pop(f"probabilities/{name}") / 255 - shares[names.index(name)])
         assert close.max() < 0.5 / 255 + 1e-4
-    votes = np.mean([decide(logits, labels) != expected for model in folds for logits in model], axis=0)
+    votes = np.mean([decode_logits(logits, labels) != expected for model in folds for logits in model], axis=0)
     assert (np.abs(maps.pop("uncertainty/disagreement") / 255 - votes) < 0.01).mean() > 0.999
     assert 0 < votes.mean() < 1
     p = np.clip(shares.astype(float), 1e-12, 1)

@@ -16,9 +16,9 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.inference.predictor import read_model
-from nnunet_lite.models.folder import read_header
 from nnunet_lite.models.choice import first_fold
-from nnunet_lite.training.initial import find_source
+from nnunet_lite.models.folder import read_header
+from nnunet_lite.training.finetune import find_source
 
 QUICK = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 

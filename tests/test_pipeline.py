@@ -14,13 +14,13 @@ from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
-from nnunet_lite.preprocessing.decide import must_be_finite
 from nnunet_lite.preprocessing.pipeline import (
     Placement,
     preprocess,
+    require_finite,
     resampled_shape,
+    resampled_spacing,
     restore_segmentation,
-    target_spacing,
 )
 from nnunet_lite.preprocessing.resampling import resample_labels
 
@@ -220,15 +220,15 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
 
 def test_numbers_whose_sum_is_infinite_are_finite() -> None:
     large = np.full((3, 8, 8, 8), 3e38, np.float32)
-    must_be_finite(large, "")
-    must_be_finite(np.full((3, 8, 8, 8), 6e4, np.float16), "")
+    require_finite(large, "")
+    require_finite(np.full((3, 8, 8, 8), 6e4, np.float16), "")
 
 
 def test_two_dimensional_configurations_keep_the_first_spacing() -> None:
-    assert target_spacing(configuration((0.5, 0.5)), (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
-    assert target_spacing(configuration((1.0, 0.5, 0.5)), (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
+    assert resampled_spacing(configuration((0.5, 0.5)), (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
+    assert resampled_spacing(configuration((1.0, 0.5, 0.5)), (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
     rounding = float(np.float32(0.7))
-    assert target_spacing(configuration((0.7, 0.7)), (3.0, rounding, 0.7)) == (3.0, rounding, 0.7)
+    assert resampled_spacing(configuration((0.7, 0.7)), (3.0, rounding, 0.7)) == (3.0, rounding, 0.7)
 
 
 def test_shape_rounds_half_to_even_and_keeps_a_voxel() -> None:

@@ -16,8 +16,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.augmentation import rotation
 from nnunet_lite.training.batches import draw_batch
-from nnunet_lite.training.job import configure_plan
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.preview import applied, draw_preview
 from nnunet_lite.training.sampler import Place
 from nnunet_lite.workspace import current

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from nnunet_lite.training.progress import draw_progress
+from nnunet_lite.training.metrics import draw_metrics
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ SCORED: dict[str, Any] = {"validation_loss": 0.3, "dice": {"a": 0.5, "b": None},
 )
 def test_rows_become_a_picture(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path = tmp_path / "progress.png"
-    draw_progress(rows, path)
+    draw_metrics(rows, path)
     with Image.open(path) as image:
         assert image.size == (900, 700)
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
@@ -39,5 +39,5 @@ def test_rows_become_a_picture(tmp_path: Path, rows: list[dict[str, Any]]) -> No
 
 
 def test_no_rows_make_no_picture(tmp_path: Path) -> None:
-    draw_progress([], tmp_path / "progress.png")
+    draw_metrics([], tmp_path / "progress.png")
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,13 @@ import SimpleITK
 from PIL import Image
 
 from nnunet_lite import api
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.metrics import score_case
+from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Statistics
 from nnunet_lite.reporting import gallery
 from nnunet_lite.workspace import read_json, write_json
 
@@ -288,3 +294,16 @@ def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> 
 def test_no_planned_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset is planned"):
         api.report(workspace=tmp_path)
+
+
+def test_names_are_text_in_a_notebook() -> None:
+    evil = "<script>alert(1)</script>"
+    statistics = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
+    fingerprint = Fingerprint(((1.0, 1.0, 1.0),) * 5, ((40, 50, 36),) * 5, 1.0, (statistics,))
+    labels = Labels(names={"background": 0, "a": 1, evil: 2})
+    draws = np.random.default_rng(0)
+    measures = score_case(*draws.integers(0, 3, (2, 6, 6, 6)), labels, (1.0, 1.0, 1.0))
+    scores = Scores((CaseScore("case", None, None, measures),), labels)
+    for shown in (make_plan(fingerprint, f"Task {evil}", ("MRI",), labels), scores):
+        text = shown._repr_html_()
+        assert text.startswith("<pre>") and "<script" not in text and "&lt;script&gt;" in text

@@ -11,11 +11,11 @@ from skimage.transform import resize
 from threadpoolctl import threadpool_info
 
 from nnunet_lite.preprocessing.resampling import (
-    each_slab,
     nearest,
     operator,
     resample_image,
     resample_labels,
+    resample_slabs,
     separate_axis,
 )
 
@@ -151,7 +151,7 @@ def test_slabs_of_all_channels_equal_the_whole() -> None:
     logits = np.stack([smooth((9, 20, 18), seed) for seed in range(3)])
     whole = resample_image(logits, (33, 41, 25), ISOTROPIC, ISOTROPIC, order=1)
     slabs: dict[int, np.ndarray] = {}
-    each_slab(logits.astype(np.float64), (33, 41, 25), (1, 1, 1), slabs.__setitem__, size=4)
+    resample_slabs(logits.astype(np.float64), (33, 41, 25), (1, 1, 1), slabs.__setitem__, size=4)
     assert sorted(slabs) == list(range(0, 33, 4))
     assert np.allclose(np.concatenate([slabs[start] for start in sorted(slabs)], axis=1), whole, atol=1e-3)
 

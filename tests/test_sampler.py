@@ -11,7 +11,7 @@ import torch
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.tiles import padding
-from nnunet_lite.preprocessing.stored import sampled_voxels
+from nnunet_lite.preprocessing.stored_case import sampled_voxels
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cache import LoadedCase, on_device
 from nnunet_lite.training.sampler import (

@@ -24,7 +24,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Statistics
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset, prune
-from nnunet_lite.preprocessing.stored import chunks_and_blocks, sampled_voxels
+from nnunet_lite.preprocessing.stored_case import chunks_and_blocks, sampled_voxels
 
 STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
 BOTH = ["2d", "3d_fullres"]

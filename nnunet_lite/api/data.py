@@ -74,7 +74,7 @@ def plan(
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
-    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given, or if
+    folds, group_by, stratify, splits : see `training.splits.FoldRule`; splits.json is written if one is given, or if
         there is a splits_final.json.
     stored_as : type of the preprocessed images on disk; default: float16, or float32 where a channel is not
         standardised.
@@ -92,18 +92,26 @@ def plan(
     from nnunet_lite.planning.fingerprint import check_and_fingerprint
     from nnunet_lite.planning.planner import budget
     from nnunet_lite.preprocessing.raw_files import look_at, memorize
-    from nnunet_lite.training import folds as splitting
+    from nnunet_lite.training.grouping import warn_of_patients
+    from nnunet_lite.training.splits import (
+        ALL,
+        FoldRule,
+        make_splits,
+        needs_splits,
+        warn_of_unused_splits,
+        write_splits,
+    )
 
     budget(preset or "default", memory)  # a mistake in the options is reported before minutes of reading
     given = _options(preset, memory, adopt, change, clip_percentiles, stored_as)
     root = find_raw(str(data), folder_of(workspace))
     dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
-    ids = [case.id for case in dataset.cases]
     paths = place_of(folder_of(workspace), dataset)
-    wanted = splitting.wanted_folds(dataset, folds, group_by, stratify, splits)
-    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, splitting.ALL)]
-    other_splits = splitting.must_be_made(paths.splits, ids, wanted, trained)
-    splitting.point_out_other_folds(paths.splits, ids, wanted)
+    rule = FoldRule(folds, group_by, stratify, splits)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
+    other_splits = needs_splits(paths.splits, dataset, rule, trained)
+    if rule == FoldRule():
+        warn_of_unused_splits(paths.splits, dataset)
     earlier = again.earlier_plan(paths)
     options = again.combined(given, earlier)
     adopted = None if options.adopted is None else _adopted(given, options.adopted, earlier, dataset)
@@ -118,7 +126,7 @@ def plan(
     found = again.plan_with(given, options, fingerprint, dataset, earlier, adopted)
     if earlier is not None and model_folders(paths):
         found = again.for_trained_models(found, earlier)
-    made_splits = splitting.make_splits(ids, wanted) if other_splits else None
+    made_splits = make_splits(dataset, rule) if other_splits else None
     again.report(found, earlier, given)
     write_json(paths.plans, found.content)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
@@ -127,10 +135,10 @@ def plan(
     memorize(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:
-            log.info(f"the folds that were there are kept in {old}")
-        splitting.write_splits(paths.splits, *made_splits)
+            log.info(f"the previous folds are kept in {old}")
+        write_splits(paths.splits, *made_splits)
     elif not paths.splits.is_file():
-        splitting.point_out_groups(ids)
+        warn_of_patients([case.id for case in dataset.cases])
     use(folder_of(workspace), dataset.name)
     return found.plan
 

@@ -41,7 +41,7 @@ def train(
     fold : 0 to 4, or "all" to train on every case (nothing is held out: returns None).
     recipe : a name in configs/ or a TOML file.
     changes : settings on top of the recipe, e.g. {"training.epochs": 100}.
-    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; for splits.json where it is not there yet.
+    folds, group_by, stratify, splits : see `training.splits.FoldRule`; for splits.json where it is not there yet.
     name : of the model folder; default `<configuration>-<recipe>`. A first stage of the recipe that is trained is used
         by all second stages; else it is named alike.
     restart : begin anew; the fold that is there is moved aside, not deleted; "model": all folds are.
@@ -57,14 +57,14 @@ def train(
     """
     from nnunet_lite.fold import prepare_run, train_and_validate
     from nnunet_lite.settings import load as load_settings
-    from nnunet_lite.training.folds import wanted_folds
+    from nnunet_lite.training.splits import FoldRule
 
     settings = load_settings(recipe, changes)  # a mistake in it is reported first
-    paths = current_paths(workspace, dataset)
-    rule = wanted_folds(dataset_of(paths), folds, group_by, stratify, splits)
+    rule = FoldRule(folds, group_by, stratify, splits)
     run = prepare_run(
-        paths, configuration, str(fold), settings, rule=rule, name=name, device=device, restart=bool(restart)
-    )
+        current_paths(workspace, dataset), configuration, str(fold), settings, rule=rule, name=name, device=device,
+        restart=bool(restart),
+    )  # fmt: skip
     return train_and_validate(run, restart=restart, resume=resume, force=force, preview=preview)
 
 
@@ -78,11 +78,8 @@ def fold_names(
     workspace: Folder | None = None,
 ) -> list[str]:
     """The folds of a planned dataset, "0" and up; splits.json is made if it is not there, as in `train`."""
-    from nnunet_lite.training.folds import read_splits, wanted_folds
-    from nnunet_lite.training.splits import checked_folds
+    from nnunet_lite.training.splits import FoldRule, read_splits
 
     paths = current(folder_of(workspace), dataset)
-    data = dataset_of(paths)
-    wanted = wanted_folds(data, folds, group_by, stratify, splits)
-    ids = [case.id for case in data.cases]
-    return [fold.name for fold in checked_folds(read_splits(paths.splits, ids, wanted), ids, paths.splits)]
+    rule = FoldRule(folds, group_by, stratify, splits)
+    return [split.name for split in read_splits(paths.splits, dataset_of(paths), rule)]

@@ -102,7 +102,7 @@ def run(
     """
     from nnunet_lite.data.dataset import read_dataset
     from nnunet_lite.settings import load as load_settings
-    from nnunet_lite.training.folds import wanted_folds
+    from nnunet_lite.training.splits import FoldRule, needs_splits
 
     begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is reported first
     place = folder_of(workspace)
@@ -111,7 +111,7 @@ def run(
     paths = place_of(place, dataset)
     accepted = accept_geometry or (paths.dataset.is_file() and dataset_of(paths).accept_geometry)
     dataset = replace(dataset, accept_geometry=accepted)
-    wanted_folds(dataset, folds, group_by, stratify, splits)  # so is one in these
+    needs_splits(paths.splits, dataset, FoldRule(folds, group_by, stratify, splits))  # so is one in these
     journal = Journal(paths.root / JOURNAL)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
     planning = partial(api.plan, root, workspace=place, workers=workers, accept_geometry=accepted, **how)
@@ -163,7 +163,7 @@ def train_on(
     from nnunet_lite.models.folder import VALIDATION
 
     mine = [run for run in runs if run.configuration == configuration]
-    return {run.fold.name: read_json(run.fold_folder / VALIDATION / SUMMARY) for run in mine}
+    return {run.split.name: read_json(run.fold_folder / VALIDATION / SUMMARY) for run in mine}
 
 
 def _execute(steps: Sequence[Step], journal: Journal, cluster: Cluster | None) -> list[Ended]:
@@ -251,9 +251,9 @@ def _steps(
     cluster: Cluster | None,
 ) -> list[Step]:
     """The steps after the plan."""
-    trainings = {(run.configuration, run.fold.name): _training(run) for run in runs}
+    trainings = {(run.configuration, run.split.name): _training(run) for run in runs}
     out = [_preprocessing(runs, dataset, paths, workers, cluster), *trainings.values()]
-    folders = list(dict.fromkeys(run.folder for run in runs if run.fold.name != "all"))
+    folders = list(dict.fromkeys(run.folder for run in runs if run.split.name != "all"))
     if not folders:
         return out  # nothing is held out to select by
     names, place = [folder.name for folder in folders], paths.root.parent
@@ -272,7 +272,7 @@ def _training(run: TrainingRun) -> Step:
     from nnunet_lite.models.folder import run_length
     from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
 
-    of = f"{run.configuration} fold {run.fold.name}"
+    of = f"{run.configuration} fold {run.split.name}"
     needs = ["preprocess"]
     if run.first is not None:
         needs += [f"train {run.first.configuration} fold {fold}" for fold in run.first.folds]

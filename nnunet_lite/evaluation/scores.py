@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.log import progress
-from nnunet_lite.markup import html_table
 from nnunet_lite.system import cpus, pairs_at_once
 from nnunet_lite.workspace import read_json
 
@@ -184,7 +184,8 @@ class Scores:
         return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
 
     def _repr_html_(self) -> str:
-        return html_table(f"{len(self.rows)} cases", self.lines(), self.notes)
+        """The table as text, for a notebook."""
+        return f"<pre>{escape(self.table())}</pre>"
 
 
 def in_unit(key: str, unit: str) -> str:

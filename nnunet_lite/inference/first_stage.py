@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,8 @@ from nnunet_lite.models.folder import MODEL, is_finished, model_folder, read_run
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.preprocessing.stored import StoredCase
-from nnunet_lite.training.folds import ALL, Fold, read_splits
-from nnunet_lite.training.splits import Splits
+from nnunet_lite.preprocessing.stored_case import StoredCase
+from nnunet_lite.training.splits import ALL, Split, load_splits
 from nnunet_lite.workspace import Paths, locked
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class FirstStage:
 
 
 def find_first_stage(
-    paths: Paths, plan: Plan, configuration: str, fold: Fold, folder: Path, recipe: str, name: str | None
+    paths: Paths, plan: Plan, configuration: str, split: Split, folder: Path, recipe: str, name: str | None
 ) -> FirstStage | None:
     """Find the first stage of a cascade.
 
@@ -92,8 +91,8 @@ def find_first_stage(
     ----------
     paths, plan, configuration : Paths, Plan, str
         Of the second stage.
-    fold : Fold
-        Of the second stage.
+    split : Split
+        The fold of the second stage.
     folder, recipe, name : Path, str, str or None
         Of its model.
 
@@ -110,8 +109,7 @@ def find_first_stage(
     stage = plan.configuration(configuration).previous_stage
     if stage is None:
         return None
-    splits = [] if fold.name == ALL else read_splits(paths.splits, (*fold.training, *fold.validation))
-    holders = find_holders(fold, splits)
+    holders = find_holders(split, [] if split.name == ALL else load_splits(paths.splits))
     return FirstStage(stage, first_stage_folder(paths, folder, stage, recipe, name, set(holders.values())), holders)
 
 
@@ -131,7 +129,7 @@ def first_stage_folder(
     return model_folder(paths, f"{stage}-{name}")
 
 
-def find_holders(fold: Fold, splits: Splits) -> dict[str, str]:
+def find_holders(split: Split, splits: Sequence[Split]) -> dict[str, str]:
     """Return which fold of the first stage predicts each case: one that did not train on it.
 
     Cases that a fold of the second stage holds out are predicted by the same fold; "all" has no choice.
@@ -141,17 +139,17 @@ def find_holders(fold: Fold, splits: Splits) -> dict[str, str]:
     UserError
         No fold holds out one of the cases.
     """
-    if fold.name == ALL:
-        return dict.fromkeys(fold.training, ALL)
-    holders = {case_id: str(number) for number, sides in enumerate(splits) for case_id in sides["val"]}
-    holders |= dict.fromkeys(fold.validation, fold.name)
-    if missing := sorted({*fold.training} - set(holders)):
+    if split.name == ALL:
+        return dict.fromkeys(split.training, ALL)
+    holders = {case_id: fold.name for fold in splits for case_id in fold.validation}
+    holders |= dict.fromkeys(split.validation, split.name)
+    if missing := sorted({*split.training} - set(holders)):
         raise UserError(
             f"the second stage learns from predictions of held-out cases, and no fold holds out {missing[0]}"
             + (f" ({len(missing)} cases in all)" if len(missing) > 1 else ""),
             fix="Train the fold `all`, or give splits.json a fold that holds it out.",
         )
-    return {case_id: holders[case_id] for case_id in (*fold.training, *fold.validation)}
+    return {case_id: holders[case_id] for case_id in (*split.training, *split.validation)}
 
 
 # ------------------------------------------------------------------------------------------------------- predictions

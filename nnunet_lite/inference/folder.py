@@ -27,7 +27,7 @@ from nnunet_lite.files import atomic, lacks_space, no_space
 from nnunet_lite.inference.maps import STEPS, Wanted
 from nnunet_lite.inference.predictor import Model, segment
 from nnunet_lite.inference.prepare import Ready, ready_case
-from nnunet_lite.preprocessing.decide import written_values
+from nnunet_lite.preprocessing.pipeline import output_values
 
 Finish = Callable[[np.ndarray, Geometry], np.ndarray]  # what is done with a label map (z, y, x) before it is written
 
@@ -178,7 +178,7 @@ def _must_fit_one_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_s
     if not dicom_seg and label_suffix(suffix) != suffix:
         raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
     if suffix in PICTURES:
-        fits_picture(out, written_values(labels), read_geometry(cases[0].images[0])[0])
+        fits_picture(out, output_values(labels), read_geometry(cases[0].images[0])[0])
 
 
 def _identity(path: Path) -> tuple[object, ...]:

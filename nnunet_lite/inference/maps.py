@@ -15,10 +15,8 @@ import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.preprocessing.decide import decide, written_values
-from nnunet_lite.preprocessing.pipeline import Placement, empty_map, predicted_part
-from nnunet_lite.preprocessing.resampling import Block
-from nnunet_lite.preprocessing.threads import in_threads
+from nnunet_lite.preprocessing.pipeline import Placement, decode_logits, empty_map, output_values, predicted_part
+from nnunet_lite.preprocessing.resampling import Block, run_in_threads
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.streaming import Stream
@@ -77,7 +75,7 @@ def predict_maps(
     Entropy is that of the mean probabilities, as a share of the largest possible; of regions, the mean over regions.
     Disagreement is the share of streams that would have decided otherwise than all together.
     """
-    written = written_values(labels)
+    written = output_values(labels)
     out, inner = empty_map(placement, labels.background, written.dtype)
     names = channel_names(labels)
     channels = {f"{PROBABILITIES}/{name}": names.index(name) for name in wanted.probabilities}
@@ -100,7 +98,7 @@ def predict_maps(
                 view[z, rows] = values[name]
 
     for ready in together([stream.ready for stream in streams]):
-        in_threads(write, ready, streams[0].threads)
+        run_in_threads(write, ready, streams[0].threads)
     return out
 
 
@@ -133,14 +131,14 @@ def _grouped(logits: Sequence[Any], models: Sequence[Sequence[Stream]]) -> list[
 def _judged(
     models: Sequence[Sequence[Any]], labels: Labels, rounded: bool, channels: Mapping[str, int], wanted: Wanted
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What a piece is, as `decide` says it, and its maps (uint8)."""
+    """What a piece is, as `decode_logits` says it, and its maps (uint8)."""
     means = [sum(folds) / len(folds) for folds in models]
     shares = sum(_probabilities(mean, labels.has_regions) for mean in means) / len(means)
     alone = len(means) == 1  # decides exactly as if no maps were wanted
-    decided = decide(means[0], labels, rounded=rounded) if alone else decide(shares - 0.5, labels)
+    decided = decode_logits(means[0], labels, rounded=rounded) if alone else decode_logits(shares - 0.5, labels)
     values = {name: _stored(shares[channel]) for name, channel in channels.items()}
     if wanted.uncertainty:
-        votes = [decide(logits, labels, rounded=rounded) != decided for folds in models for logits in folds]
+        votes = [decode_logits(logits, labels, rounded=rounded) != decided for folds in models for logits in folds]
         values[DISAGREEMENT] = _stored(np.mean(votes, axis=0))
         values[ENTROPY] = _stored(_entropy(shares, labels.has_regions))
     return decided, values

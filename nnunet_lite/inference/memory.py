@@ -19,8 +19,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.passes import Passes
 from nnunet_lite.inference.windows import Tiling, schedule, tile
 from nnunet_lite.planning.schema import Resampling
-from nnunet_lite.preprocessing.decide import written_values
-from nnunet_lite.preprocessing.pipeline import Placement
+from nnunet_lite.preprocessing.pipeline import Placement, output_values
 from nnunet_lite.preprocessing.resampling import blocks, coarse_axis
 from nnunet_lite.system import cpus, free_memory, in_units
 
@@ -150,7 +149,7 @@ def _footprint(
     voxels = prod(passes.patch)
     weighted = 2 * tiling.axes[0][0].size if len(passes.patch) == 2 else 2  # outputs that are flipped and weighted
     computed = at_once * passes.bytes + (at_once + weighted) * voxels * passes.outputs * 4
-    host = prod(placement.geometry.shape) * written_values(labels).itemsize
+    host = prod(placement.geometry.shape) * output_values(labels).itemsize
     if passes.device.type == "cpu":
         return Footprint(tiling, batch_size, depth, dtype, where, slab, host + sums + computed, 0)
     on_device = computed + _CUDNN_BYTES

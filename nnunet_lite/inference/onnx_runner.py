@@ -25,8 +25,7 @@ from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.prepare import as_classes, as_image, must_fit
 from nnunet_lite.inference.tiles import Sides, gaussian_weight, mirrorings, padding, windows
 from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.preprocessing.decide import must_be_finite
-from nnunet_lite.preprocessing.pipeline import preprocess, restore_segmentation
+from nnunet_lite.preprocessing.pipeline import preprocess, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
 from nnunet_lite.workspace import read_json
 
@@ -164,7 +163,7 @@ def predict_logits(model: OnnxModel, image: np.ndarray, previous: np.ndarray | N
         for (place, flip), output in zip(batch, _run(model, tiles), strict=True):
             total[:, *place] += _unmirrored(output, flip, model.sides) * (weight / len(flips))
     total /= weights
-    must_be_finite(total, _IF_NOT_FINITE)
+    require_finite(total, _IF_NOT_FINITE)
     return total[:, *inside]
 
 

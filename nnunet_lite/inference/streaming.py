@@ -25,10 +25,15 @@ from nnunet_lite.inference.memory import Footprint, Request, logits_orders, tili
 from nnunet_lite.inference.passes import Passes
 from nnunet_lite.inference.tiles import Sides
 from nnunet_lite.inference.windows import Flip, Span, Tiling, cut, mirrored, schedule, weight_of
-from nnunet_lite.preprocessing.decide import decide, must_be_finite, written_values
-from nnunet_lite.preprocessing.pipeline import Placement, cropped_shape, empty_map
-from nnunet_lite.preprocessing.resampling import Block, blocks, operand, operators, slab_of
-from nnunet_lite.preprocessing.threads import in_threads
+from nnunet_lite.preprocessing.pipeline import (
+    Placement,
+    cropped_shape,
+    decode_logits,
+    empty_map,
+    output_values,
+    require_finite,
+)
+from nnunet_lite.preprocessing.resampling import Block, blocks, operand, operators, run_in_threads, slab_of
 
 Place = tuple[Span, ...]  # of a window
 
@@ -43,7 +48,7 @@ class Stream:
     ----------
     ready : blocks of slices along the first axis, in order, each list to be used before the next is asked for.
     pieces : of a block, the slice, its rows, and what is held of them, (held, rows, x), float32.
-    head : (logits, held), as in `Passes`, where the sums lie. rounded : as `decide` wants it.
+    head : (logits, held), as in `Passes`, where the sums lie. rounded : as `decode_logits` wants it.
     threads : that may work on blocks at once; None for one per CPU.
     """
 
@@ -83,15 +88,15 @@ def predict_labels(prediction: Stream, placement: Placement, labels: Labels) -> 
 
     Equals `restore_segmentation` of `predict_logits` but for rounding.
     """
-    written = written_values(labels)
+    written = output_values(labels)
     out, inner = empty_map(placement, labels.background, written.dtype)
 
     def write(part: Block) -> None:
         for z, rows, piece in prediction.pieces(part):
-            inner[z, rows] = written[decide(piece, labels, prediction.head, rounded=prediction.rounded)]
+            inner[z, rows] = written[decode_logits(piece, labels, prediction.head, rounded=prediction.rounded)]
 
     for ready in prediction.ready:
-        in_threads(write, ready, prediction.threads)
+        run_in_threads(write, ready, prediction.threads)
     return out
 
 
@@ -153,7 +158,7 @@ def stream(
         total = done[:, -1:]
         done[:, :-1].div_(total.where(total > 0, 1))
         total.copy_(total > 0)
-        must_be_finite(done, _wider(passes, held.dtype))
+        require_finite(done, _wider(passes, held.dtype))
         yield [replace(part, low=part.low - first, high=part.high - first) for part in row.parts]
         stop = row.span.inside.stop
         for number in range(stop - row.needed):

@@ -37,7 +37,7 @@ CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _RUN = "run.json"
 _OLD = "old_"
-_N_FOLDS = 5
+_N_FOLDS = 5  # by default; fewer cases are trained without folds
 # settings that may differ between two calls of `train` without making it another run
 _INCIDENTAL = (
     "training.workers", "training.cache", "training.compile", "training.tensorboard", "training.limit_validation",
@@ -215,7 +215,7 @@ def run_length(settings: Settings) -> dict[str, float | None]:
 
 
 def _is_longer(before: dict[str, float | None], after: dict[str, float | None]) -> bool:
-    """Whether a run is to be longer: neither fewer epochs nor less time. Dropping a time limit does not ask for more."""
+    """Whether a run is to be longer: neither fewer epochs nor less time. A limit that is dropped is not more time."""
     pairs = [(before[key], after[key]) for key in ("epochs", "time_limit")]
     return before != after and all(old == new or (old is not None and new is not None and new > old)
                                    for old, new in pairs)  # fmt: skip

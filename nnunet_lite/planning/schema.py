@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -275,9 +276,10 @@ class Plan(_Model):
         return _essence(self) == _essence(other)
 
     def _repr_html_(self) -> str:
-        from nnunet_lite.planning.show import plan_html
+        """The plan as text, for a notebook."""
+        from nnunet_lite.planning.show import plan_table
 
-        return plan_html(self)
+        return f"<pre>{escape(plan_table(self))}</pre>"
 
     @classmethod
     def read(cls, path: Path) -> Plan:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from textwrap import wrap
 
-from nnunet_lite.markup import html_table
 from nnunet_lite.planning.schema import Channel, Configuration, Plan
 
 WIDTH = 120
@@ -29,12 +28,6 @@ def plan_table(plan: Plan) -> str:
         for reason in reasons:
             lines += wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     return "\n".join(lines)
-
-
-def plan_html(plan: Plan) -> str:
-    """The same for a notebook."""
-    why = [f"{name}: {reason}" for name, reasons in plan_reasons(plan).items() for reason in reasons]
-    return html_table(plan_title(plan), [plan_head(plan), *plan_rows(plan)], [_channels(plan), *why])
 
 
 def plan_title(plan: Plan) -> str:

@@ -24,13 +24,13 @@ from nnunet_lite.preprocessing.pipeline import (
     prepare,
     resample,
     resampled_shape,
-    target_spacing,
+    resampled_spacing,
     transposed,
     turn_for,
 )
 from nnunet_lite.preprocessing.raw_files import RawCase, survey
-from nnunet_lite.preprocessing.stored import is_whole, write_stored
-from nnunet_lite.preprocessing.threads import one_blas_thread
+from nnunet_lite.preprocessing.resampling import one_blas_thread
+from nnunet_lite.preprocessing.stored_case import is_whole, write_stored
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -155,7 +155,7 @@ def folder_name(
 ) -> str:
     """Name of the folder of a case: its id, cut to what a name may hold, and a hash of its files and the recipe."""
     turn = turn_for(plan, raw.orientation)
-    spacing = target_spacing(configuration, transposed(raw.spacing, turn.order))
+    spacing = resampled_spacing(configuration, transposed(raw.spacing, turn.order))
     files = [file.digest for file in raw.files]
     recipe = recipe_of(plan, configuration, spacing)
     if turn != Turn(plan.axis_order):
@@ -185,7 +185,10 @@ def _jobs(
             path = folder / "cases" / index[name][case.id]
             configuration = plan.configurations[name]
             if path not in job.missing and not is_whole(path):
-                job.missing[path] = configuration, resampled_shape(old, spacing, target_spacing(configuration, spacing))
+                job.missing[path] = (
+                    configuration,
+                    resampled_shape(old, spacing, resampled_spacing(configuration, spacing)),
+                )
         if job.missing:
             jobs.append(job)
     return jobs

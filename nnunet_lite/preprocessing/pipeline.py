@@ -8,6 +8,7 @@ are mm in the same order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,11 @@ import numpy as np
 from nnunet_lite.data.crop import Box, bounding_box, nonzero_box, nonzero_mask, slices
 from nnunet_lite.data.geometry import Geometry, Turn, turn_between
 from nnunet_lite.data.images import Image
-from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.labels import Labels, smallest_dtype
+from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Configuration, Plan, Resampling
-from nnunet_lite.preprocessing.decide import decide, must_be_finite, written_values
 from nnunet_lite.preprocessing.normalization import normalize
-from nnunet_lite.preprocessing.resampling import coarse_axis, each_slab, resample_image, resample_labels
+from nnunet_lite.preprocessing.resampling import coarse_axis, resample_image, resample_labels, resample_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,8 @@ Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 _SAME_SPACING = 1e-5  # relative; spacings this close give the same shape, so nothing is resampled
+_VOXELS = 1 << 14  # decided at once on a CPU: their logits stay in its cache
+_SPLIT = 2**13 + 1  # leaves 11 bits of a float32's 24, as many as a float16 has
 _SLAB_VALUES = 1 << 24  # logits per slab of the way back: 64 MiB of float32 for each thread
 
 
@@ -138,7 +141,7 @@ def turn_for(plan: Plan, orientation: str | None) -> Turn:
 
 def resample(case: Prepared, configuration: Configuration, threads: int | None = None) -> Preprocessed:
     """Resample a prepared case to the spacing of a configuration, in threads (None: one per CPU)."""
-    new_spacing = target_spacing(configuration, case.spacing)
+    new_spacing = resampled_spacing(configuration, case.spacing)
     old: Shape = case.image.shape[1:]
     shape = resampled_shape(old, case.spacing, new_spacing)
     how = configuration.resampling
@@ -161,7 +164,7 @@ def resample(case: Prepared, configuration: Configuration, threads: int | None =
     return Preprocessed(image, classes, place)
 
 
-def target_spacing(configuration: Configuration, spacing: Spacing) -> Spacing:
+def resampled_spacing(configuration: Configuration, spacing: Spacing) -> Spacing:
     """The spacing (mm, transposed axes) that a case of this spacing is resampled to.
 
     A two-dimensional configuration keeps the spacing of the first axis. A spacing that differs from the case's own by
@@ -201,17 +204,17 @@ def restore_segmentation(
     ------
     UserError : logits are NaN or infinite.
     """
-    must_be_finite(logits, "Compute them in float32 (--precision fp32), and look at the image's values.")
-    written = written_values(labels)
+    require_finite(logits, "Compute them in float32 (--precision fp32), and look at the image's values.")
+    written = output_values(labels)
     out, inner = empty_map(placement, labels.background, written.dtype)
 
     def write(start: int, slab: Any) -> None:
-        inner[start : start + slab.shape[1]] = written[decide(slab, labels)]
+        inner[start : start + slab.shape[1]] = written[decode_logits(slab, labels)]
 
     axis = coarse_axis(placement.new_spacing, placement.spacing, resampling.separate_z)
     orders = [resampling.logits_order_z if a == axis else resampling.logits_order for a in range(3)]
     size = int(np.clip(_SLAB_VALUES // (logits.shape[0] * inner[0].size), 1, 16))
-    each_slab(logits, cropped_shape(placement.box), orders, write, size=size)
+    resample_slabs(logits, cropped_shape(placement.box), orders, write, size=size)
     return out
 
 
@@ -229,3 +232,100 @@ def predicted_part(array: np.ndarray, placement: Placement) -> np.ndarray:
 def cropped_shape(box: Box) -> Shape:
     z, y, x = (high - low for low, high in box)
     return z, y, x
+
+
+def output_values(labels: Labels) -> np.ndarray:
+    """The value written for each class, or for the background and each region."""
+    values = (labels.background, *(labels.region_order or ())) if labels.has_regions else labels.values
+    known = (*values, *labels.values)
+    return np.asarray(values, smallest_dtype(min(known), max(known)))
+
+
+def require_finite(logits: Any, fix: str) -> None:
+    """Refuse logits that are NaN or infinite, which no decision can be made from.
+
+    Their sum shows it; only where that is not finite, each value is looked at.
+
+    Parameters
+    ----------
+    logits : float16 or float32, a numpy array or a torch tensor on any device, of any shape.
+    fix : what to do about it.
+
+    Raises
+    ------
+    UserError : one of them is.
+    """
+    if isinstance(logits, np.ndarray):
+        with np.errstate(all="ignore"):
+            if np.isfinite(logits.sum(dtype=np.float32)):
+                return
+        wrong = logits.size - int(np.count_nonzero(np.isfinite(logits)))
+    else:
+        import torch
+
+        if math.isfinite(logits.sum(dtype=torch.float32)):
+            return
+        wrong = int((~logits.isfinite()).sum())
+    if wrong:
+        raise UserError(f"{wrong} of {math.prod(logits.shape)} values that the network computed are NaN or infinite "
+                        "(non-finite logits)", fix=fix)  # fmt: skip
+
+
+def decode_logits(data: Any, labels: Labels, head: Any = None, *, rounded: bool = False) -> np.ndarray:
+    """Index into `output_values` for each voxel, in the smallest type.
+
+    Parameters
+    ----------
+    data : (channels, *shape) float32 logits, a numpy array or a torch tensor on any device.
+    head : (logits, channels), of the same kind: the logits are `head @ data`, of which few voxels' exist at once.
+    rounded : round logits to float16 first, as nnU-Net does: it decides what would else be a close race.
+    """
+    flat = data.reshape(len(data), -1)
+    out = np.empty(flat.shape[1], smallest_dtype(0, len(data if head is None else head)))
+    at_once = _VOXELS if isinstance(data, np.ndarray) else len(out)
+    for start in range(0, len(out), at_once):
+        piece = slice(start, start + at_once)
+        logits = flat[:, piece] if head is None else head @ flat[:, piece]
+        _write(_rounded(logits) if rounded else logits, labels.has_regions, out[piece])
+    return out.reshape(data.shape[1:])
+
+
+def _write(logits: Any, regions: bool, out: np.ndarray) -> None:
+    if not isinstance(logits, np.ndarray):
+        out[:] = _on_device(logits, regions).cpu().numpy()
+    elif regions:
+        _last_region(logits, out)
+    else:
+        _highest(logits, out)
+
+
+def _rounded(logits: Any) -> Any:
+    """To the precision of float16 (Veltkamp's splitting), a third of the time of numpy's conversion there and back."""
+    scaled = logits * _SPLIT
+    return scaled - (scaled - logits)
+
+
+def _highest(logits: np.ndarray, out: np.ndarray) -> None:
+    """The first channel of (channels, voxels) that no other exceeds; numpy's argmax takes several times as long."""
+    best, better, number = logits[0].copy(), np.empty(out.shape, bool), np.empty_like(out)
+    out[:] = 0
+    for index, channel in enumerate(logits[1:], 1):
+        np.greater(channel, best, out=better)
+        np.maximum(best, channel, out=best)
+        np.maximum(out, np.multiply(better, out.dtype.type(index), out=number), out=out)  # later ones are larger
+
+
+def _last_region(logits: np.ndarray, out: np.ndarray) -> None:
+    """One more than the last channel of (channels, voxels) above zero; zero where there is none."""
+    out[:] = 0
+    for index, region in enumerate(logits, 1):
+        out[region > 0] = index
+
+
+def _on_device(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    import torch
+
+    if not regions:
+        return logits.argmax(dim=0)
+    numbers = torch.arange(1, len(logits) + 1, device=logits.device)[:, None]
+    return ((logits > 0) * numbers).amax(dim=0)

@@ -13,14 +13,17 @@ in `threads` of ours whose number changes no bit; a torch tensor is computed on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from nnunet_lite.data.crop import bounding_box, slices
-from nnunet_lite.preprocessing.threads import in_threads
+from nnunet_lite.system import cpus
 
 if TYPE_CHECKING:
     import torch
@@ -96,11 +99,11 @@ def resample_image(
 
         if axis is None or order_z == 0:
             orders = tuple(order_z if a == axis else order for a in range(3))
-            each_slab(channel, target, orders, write, axis, order > 1, threads=threads)
+            resample_slabs(channel, target, orders, write, axis, order > 1, threads=threads)
         else:
             flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
             between = resample_image(channel[None], flat, spacing, new_spacing, order, 0, separate_z, threads=threads)
-            each_slab(between[0], target, (order_z,) * 3, write, threads=threads)
+            resample_slabs(between[0], target, (order_z,) * 3, write, threads=threads)
     return out
 
 
@@ -152,11 +155,11 @@ def resample_labels(
                 np.copyto(best[where], score, where=better)
         slab[background > best] = 0
 
-    in_threads(work, range(0, target[0], _SLAB), threads)
+    run_in_threads(work, range(0, target[0], _SLAB), threads)
     return out
 
 
-def each_slab(
+def resample_slabs(
     data: Array,
     target: Shape,
     orders: Sequence[int],
@@ -187,7 +190,7 @@ def each_slab(
             slab = slab.clip(low, high)
         use(part.start, slab)
 
-    in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
+    run_in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
 
 
 def operators(
@@ -364,3 +367,55 @@ def _on(like: Array, part: Block) -> Block:
 def _shape(values: Any) -> Shape:
     z, y, x = (int(v) for v in values)
     return z, y, x
+
+
+_blas_limits: list[Any] = []  # one for each caller that is inside now, all the same
+_blas_lock = Lock()
+
+
+def run_in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None = None) -> None:
+    """Work on all parts, in one thread per CPU unless told otherwise."""
+    threads = min(threads or cpus(), len(parts))
+    with one_blas_thread():  # its own would wait for each other after each of many small products
+        if threads < 2:
+            for part in parts:
+                work(part)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(work, parts):
+                pass
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """numpy's BLAS in one thread, a limit of the process: callers share it, and the last one to leave lifts it.
+
+    With a limit for each, one would put back what another had set, and leave it so. threadpoolctl heeds one living
+    thread alone, which may not be the one that leaves last, so a thread of its own sets and lifts it.
+    """
+    with _blas_lock:
+        if not _blas_limits:
+            _apart(lambda: _blas_limits.append(_blas().limit(limits=1)))
+        else:
+            _blas_limits.append(_blas_limits[0])
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            limit = _blas_limits.pop()
+            if not _blas_limits:
+                _apart(limit.restore_original_limits)
+
+
+def _apart(work: Callable[[], None]) -> None:
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@lru_cache(maxsize=1)
+def _blas() -> Any:
+    """The handle on numpy's BLAS and its threads."""
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+    return ThreadpoolController().select(user_api="blas")

@@ -26,7 +26,7 @@ from nnunet_lite.files import lacks_space, sweep
 from nnunet_lite.planning.schema import Plan, Precision
 from nnunet_lite.preprocessing.make import Make, Part, Progress, folder_name, recipe_of, short_hash
 from nnunet_lite.preprocessing.raw_files import RawCase, memorize, recall, remembered
-from nnunet_lite.preprocessing.stored import StoredCase, is_whole, read_stored
+from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored
 from nnunet_lite.system import in_units
 from nnunet_lite.workspace import locked, read_json, write_json
 

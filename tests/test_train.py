@@ -11,7 +11,7 @@ from samples import TINIEST
 
 import nnunet_lite
 from nnunet_lite.errors import Busy, UserError
-from nnunet_lite.models.folder import exclusive
+from nnunet_lite.models.folder import lock_fold
 from nnunet_lite.workspace import current, read_json, write_json
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
@@ -49,7 +49,7 @@ def models(workspace: Path) -> Path:
 
 def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: Path) -> None:
     before = files(models)
-    with exclusive(models / "3d_fullres-default" / "fold_1"):
+    with lock_fold(models / "3d_fullres-default" / "fold_1"):
         with pytest.raises(Busy, match=r"fold_1: another process is training here"):
             train(workspace, 0, restart="model")
         with pytest.raises(Busy, match=r"fold_1: another process is training here"):
@@ -77,7 +77,7 @@ def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, 
 
 def test_a_run_that_another_process_trains_stays_bound(workspace: Path, models: Path) -> None:
     shutil.rmtree(models)
-    with exclusive(models / "3d_fullres-default" / "fold_0"), pytest.raises(Busy):
+    with lock_fold(models / "3d_fullres-default" / "fold_0"), pytest.raises(Busy):
         train(workspace)
     assert (models / "3d_fullres-default" / "run.json").is_file()
 

@@ -12,14 +12,18 @@ import pytest
 from samples import TINIEST
 
 import nnunet_lite
-from nnunet_lite.models.folder import read_header
-from nnunet_lite.models.folder import MODEL
+from nnunet_lite.models.folder import MODEL, read_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, load, with_changes
-from nnunet_lite.training.job import configure_plan
-from nnunet_lite.training.job import Job
-from nnunet_lite.training.limit import Validation, announce, forward_seconds, planned_validation, step_sizes
-from nnunet_lite.training.limit import training_seconds as of_training
+from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.limits import (
+    ValidationPlan,
+    announce_validation,
+    estimate_pass_seconds,
+    plan_validation,
+    validation_step_sizes,
+)
+from nnunet_lite.training.limits import training_seconds as of_training
 from nnunet_lite.workspace import current, read_json
 
 COVERED = {"training.time_limit": 10, "training.limit_validation": True}
@@ -47,42 +51,44 @@ def job(tiny_workspace: Path, tmp_path: Path) -> Job:
 def test_a_covered_validation_takes_half_of_the_limit_at_most(
     job: Job, pass_seconds: float, step: float, training: float
 ) -> None:
-    assert planned_validation(job, pass_seconds) == Validation(step, PASSES[step], PASSES[step] * pass_seconds)
+    assert plan_validation(job, pass_seconds) == ValidationPlan(step, PASSES[step], PASSES[step] * pass_seconds)
     assert of_training(job, pass_seconds) == pytest.approx(training)
 
 
 def test_a_validation_that_the_limit_does_not_cover_is_as_set(job: Job) -> None:
     alone = replace(job, settings=with_changes(job.settings, {"training.limit_validation": False}))
-    assert step_sizes(alone.settings) == [0.5]
+    assert validation_step_sizes(alone.settings) == [0.5]
     assert of_training(alone, 5.0) == 600
     endless = replace(job, settings=with_changes(job.settings, {"training.time_limit": None}), passes={0.5: 1331})
-    assert step_sizes(endless.settings) == [0.5] and of_training(endless, 5.0) == math.inf
-    assert planned_validation(endless, 5.0) == Validation(0.5, 1331, 6655.0)
-    assert planned_validation(replace(job, passes={}), 5.0) is None
+    assert validation_step_sizes(endless.settings) == [0.5] and of_training(endless, 5.0) == math.inf
+    assert plan_validation(endless, 5.0) == ValidationPlan(0.5, 1331, 6655.0)
+    assert plan_validation(replace(job, passes={}), 5.0) is None
 
 
 def test_larger_distances_are_for_covered_validations_alone() -> None:
-    assert step_sizes(load("cpu")) == [0.5, 0.75, 1.0]
-    assert step_sizes(load("cpu", {"inference.step_size": 0.75})) == [0.75, 1.0]
-    assert step_sizes(load("default", {"training.time_limit": 60})) == [0.5]
+    assert validation_step_sizes(load("cpu")) == [0.5, 0.75, 1.0]
+    assert validation_step_sizes(load("cpu", {"inference.step_size": 0.75})) == [0.75, 1.0]
+    assert validation_step_sizes(load("default", {"training.time_limit": 60})) == [0.5]
 
 
 def test_a_pass_is_estimated_from_a_training_step(job: Job) -> None:
-    assert forward_seconds(job, 24.0) == pytest.approx(1.0)  # of eight samples, a third of it forwards
+    assert estimate_pass_seconds(job, 24.0) == pytest.approx(1.0)  # of eight samples, a third of it forwards
 
 
 def test_what_the_validation_takes_is_announced(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     said = []
     for seconds in (0.1, 0.3, 5.0):
-        planned = planned_validation(job, seconds)
+        planned = plan_validation(job, seconds)
         assert planned is not None
-        announce(job.settings, planned, 1)
+        announce_validation(job.settings, planned, 1)
         said.append(capfd.readouterr().err)
     takes = "validation of 1 held-out case in whole images: "
     assert said[0] == f"{takes}1,331 passes through the network, about 2:13 min of the time limit\n"
     assert said[1].endswith("about 2:34 min of the time limit; windows are 0.75 of the patch apart, to keep to it\n")
     assert said[2].startswith(f"warning: {takes}") and "more than half of the time limit, which the run" in said[2]
-    announce(with_changes(job.settings, {"training.limit_validation": False}), Validation(0.5, 8, 20.0), 3)
+    announce_validation(
+        with_changes(job.settings, {"training.limit_validation": False}), ValidationPlan(0.5, 8, 20.0), 3
+    )
     assert capfd.readouterr().err.endswith("about 20 s, which the time limit does not cover\n")
 
 

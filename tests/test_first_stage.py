@@ -33,8 +33,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import load as load_settings
-from nnunet_lite.training.job import configure_plan
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.workspace import Paths, read_json, write_json
 
