@@ -388,7 +388,7 @@ def test_fine_tuning_starts_where_the_model_ended(
     again: dict[str, Any] = {"workspace": workspace, "name": "tuned", "device": "cpu"}
     longer = changes | {"training.epochs": 2}
     assert api.train("3d_fullres", "0", changes=longer, **again) is not None
-    assert "going on from epoch 1 of 2" in capfd.readouterr().err
+    assert "resuming from epoch 1 of 2" in capfd.readouterr().err
     assert Plan.read(folder / "plans.json").configuration("3d_fullres") == tuned
     with pytest.raises(UserError, match="is no model folder"):
         api.train("3d_fullres", "1", changes=longer, **again)

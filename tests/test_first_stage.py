@@ -291,7 +291,7 @@ def test_other_settings_are_told_before_the_first_stage_is_trained(
 ) -> None:
     before = times(trained)
     other = {**changes, "optimizer.lr": 0.5}
-    with pytest.raises(UserError, match=r"tiny: was begun with other settings: optimizer\.lr"):
+    with pytest.raises(UserError, match=r"tiny: was trained with other settings: optimizer\.lr"):
         api.train(SECOND, 2, changes=other, workspace=workspace, device="cpu", name="tiny")
     assert times(trained) == before
 

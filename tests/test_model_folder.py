@@ -97,7 +97,7 @@ def test_other_settings_are_refused_with_the_list(
 ) -> None:
     begin(before)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(UserError, match=rf"was begun with other settings: .*{differences}.*--restart"):
+    with pytest.raises(UserError, match=rf"was trained with other settings: .*{differences}.*--restart"):
         begin(after)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
 
@@ -172,7 +172,7 @@ def test_a_folder_in_which_nothing_was_trained_accepts_anything(tmp_path: Path, 
     open_run(tmp_path, plan, dataset, NAME, Settings(), fold="0")
     other = with_changes(Settings(), {"optimizer.lr": 0.5})
     with lock_fold(tmp_path / "fold_0"):  # another process trains the first fold, and has no checkpoint yet
-        with pytest.raises(UserError, match="was begun with other settings"):
+        with pytest.raises(UserError, match="was trained with other settings"):
             open_run(tmp_path, plan, dataset, NAME, other, fold="1")
         open_run(tmp_path, plan, dataset, NAME, other, fold="0")  # the lock is its own
     assert settings_of(tmp_path) == other

@@ -59,7 +59,7 @@ def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: 
 
 def test_one_fold_of_several_is_not_begun_anew_with_other_settings(workspace: Path, models: Path) -> None:
     before = files(models)
-    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.01 -> 0\.5.*`all-folds --restart` to begin anew"):
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.01 -> 0\.5.*`all-folds --restart` to begin again"):
         train(workspace, 0, restart=True, changes={"optimizer.lr": 0.5})
     assert files(models) == before
     train(workspace, 0, restart=True)
@@ -69,17 +69,10 @@ def test_one_fold_of_several_is_not_begun_anew_with_other_settings(workspace: Pa
 def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
     with pytest.raises(UserError, match="would keep random weights"):
         train(workspace, name="new", changes={"training.freeze": "encoder"})
-    with pytest.raises(UserError, match=r"else lower --lr\.$"):
+    with pytest.raises(UserError, match=r"otherwise lower --lr\.$"):
         train(workspace, name="new", changes={"optimizer.lr": 1e30, "training.iterations": 50})
     train(workspace, name="new")
     assert (models / "new" / "fold_0" / "model.safetensors").is_file()
-
-
-def test_a_run_that_another_process_trains_stays_bound(workspace: Path, models: Path) -> None:
-    shutil.rmtree(models)
-    with lock_fold(models / "3d_fullres-default" / "fold_0"), pytest.raises(Busy):
-        train(workspace)
-    assert (models / "3d_fullres-default" / "run.json").is_file()
 
 
 def test_an_extension_that_cannot_be_changes_nothing(workspace: Path, models: Path) -> None:
@@ -88,7 +81,7 @@ def test_an_extension_that_cannot_be_changes_nothing(workspace: Path, models: Pa
     longer = {"training.epochs": 3}
     with pytest.raises(UserError, match="its checkpoint is gone"):
         train(workspace, changes=longer)
-    with pytest.raises(UserError, match=r"was begun with other settings: training\.iterations: 1 -> 2"):
+    with pytest.raises(UserError, match=r"was trained with other settings: training\.iterations: 1 -> 2"):
         train(workspace, changes={"training.iterations": 2})
     assert files(models) == before
 
@@ -154,5 +147,5 @@ def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace
     assert (plans.read_bytes(), weights.read_bytes()) == before
     planned["configurations"]["3d_fullres"]["batch_dice"] = True
     write_json(paths.plans, planned)
-    with pytest.raises(UserError, match="begun with other settings: the plan"):
+    with pytest.raises(UserError, match="trained with other settings: the plan"):
         train(workspace, 0)

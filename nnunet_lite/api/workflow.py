@@ -97,7 +97,7 @@ def run(
 
     Raises
     ------
-    UserError : the data have errors, a setting is illegal, or what is trained was begun with other settings.
+    UserError : the data have errors, a setting is illegal, or what is trained was trained with other settings.
     Stopped : a signal asked for it; the same call goes on.
     """
     from nnunet_lite.data.dataset import read_dataset

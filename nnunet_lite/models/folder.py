@@ -182,7 +182,7 @@ def check_resume(
         changes.append("the plan")
 
     elsewhere = _suggest_elsewhere(folder)
-    what = f"was begun with other settings: {'; '.join(changes)}"
+    what = f"was trained with other settings: {'; '.join(changes)}"
     if not force:
         fix = f"Repeat the old settings to resume, {elsewhere}; --force resumes with the new ones."
         raise UserError(what, folder, fix)
