@@ -9,12 +9,12 @@ import pytest
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.job import configure_plan
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 
 @pytest.fixture(scope="module")
 def plan(tiny_workspace: Path) -> Plan:
-    return Plan.read(current(tiny_workspace).plans)
+    return Plan.read(planned_paths(tiny_workspace).plans)
 
 
 def test_settings_change_the_planned_network(plan: Plan) -> None:

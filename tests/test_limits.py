@@ -18,11 +18,12 @@ from samples import TINIEST
 
 import nnunet_lite
 from nnunet_lite.errors import Stopped, UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, read_header
 from nnunet_lite.planning.nnunet import plan_from_nnunet
-from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings, load, with_changes
+from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.learner import measure_memory
 from nnunet_lite.training.limits import (
@@ -37,7 +38,7 @@ from nnunet_lite.training.limits import (
     training_seconds,
     validation_step_sizes,
 )
-from nnunet_lite.workspace import current, read_json
+from nnunet_lite.workspace import planned_paths
 
 COVERED = {"training.time_limit": 10, "training.limit_validation": True}
 PASSES = {0.5: 1331, 0.75: 512, 1.0: 216}  # of an image of 11, 8 and 6 windows along each axis
@@ -46,7 +47,7 @@ PASSES = {0.5: 1331, 0.75: 512, 1.0: 216}  # of an image of 11, 8 and 6 windows 
 @pytest.fixture
 def job(tiny_workspace: Path, tmp_path: Path) -> Job:
     settings = with_changes(Settings(), COVERED | {"training.batch_size": 4, "training.accumulate": 2})
-    plan = configure_plan(Plan.read(current(tiny_workspace).plans), "3d_fullres", settings)
+    plan = configure_plan(Plan.read(planned_paths(tiny_workspace).plans), "3d_fullres", settings)
     return Job(plan, "3d_fullres", settings, 1, tmp_path, torch.device("cpu"), [], [], passes=PASSES)
 
 
@@ -78,9 +79,9 @@ def test_a_validation_that_the_limit_does_not_cover_is_as_set(job: Job) -> None:
 
 
 def test_larger_step_sizes_are_for_covered_validations_alone() -> None:
-    assert validation_step_sizes(load("cpu")) == [0.5, 0.75, 1.0]
-    assert validation_step_sizes(load("cpu", {"inference.step_size": 0.75})) == [0.75, 1.0]
-    assert validation_step_sizes(load("default", {"training.time_limit": 60})) == [0.5]
+    assert validation_step_sizes(load_settings("cpu")) == [0.5, 0.75, 1.0]
+    assert validation_step_sizes(load_settings("cpu", {"inference.step_size": 0.75})) == [0.75, 1.0]
+    assert validation_step_sizes(load_settings("default", {"training.time_limit": 60})) == [0.5]
 
 
 def test_a_pass_is_estimated_from_a_training_step(job: Job) -> None:
@@ -110,7 +111,7 @@ def test_a_run_validates_with_windows_further_apart_and_notes_it(
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))
     changes: dict[str, Any] = {**TINIEST, "training.patch_size": [8, 8, 8], "training.limit_validation": True,
                                "training.time_limit": 0.004, "inference.step_size": 0.5}  # fmt: skip
-    nnunet_lite.train("3d_fullres", 0, changes=changes, device="cpu", workspace=workspace)
+    nnunet_lite.train("3d_fullres", 0, settings=changes, device="cpu", workspace=workspace)
     (fold,) = workspace.glob("*/models/*/fold_0")
     planned = read_header(fold / MODEL)["validation"]
     assert planned["step_size"] > 0.5
@@ -118,7 +119,7 @@ def test_a_run_validates_with_windows_further_apart_and_notes_it(
     assert read_json(fold / "validation" / "summary.json")["notes"] == [note]
     assert "held-out cases in whole images" in capfd.readouterr().err
     shutil.rmtree(fold / "validation")
-    nnunet_lite.train("3d_fullres", 0, changes=changes, device="cpu", workspace=workspace)  # validates again, equally
+    nnunet_lite.train("3d_fullres", 0, settings=changes, device="cpu", workspace=workspace)  # validates again, equally
     assert read_json(fold / "validation" / "summary.json")["notes"] == [note]
 
 
@@ -166,7 +167,7 @@ def test_handlers_are_restored_and_other_threads_change_none() -> None:
 
 
 def test_a_batch_and_a_patch_that_fit_are_suggested(tiny_workspace: Path) -> None:
-    plan = override(Plan.read(current(tiny_workspace).plans), "3d_fullres", None, 20)
+    plan = override_sizes(Plan.read(planned_paths(tiny_workspace).plans), "3d_fullres", None, 20)
     planned = plan.configuration("3d_fullres")
     assert planned.memory_gb is not None
     text = suggest_smaller(plan, "3d_fullres", 0.7 * planned.memory_gb)
@@ -174,7 +175,7 @@ def test_a_batch_and_a_patch_that_fit_are_suggested(tiny_workspace: Path) -> Non
     assert 1 <= batch < planned.batch_size
     patch = [int(n) for n in text.split("--patch-size ")[1].split()[0].split("x")]
     for size, number in ((patch, None), (None, batch)):
-        fits = override(plan, "3d_fullres", size, number).configuration("3d_fullres")
+        fits = override_sizes(plan, "3d_fullres", size, number).configuration("3d_fullres")
         assert (fits.memory_gb or 9) <= 0.7 * planned.memory_gb
     assert suggest_smaller(plan, "3d_fullres", 0.001) == ""
 
@@ -183,7 +184,7 @@ def test_a_batch_and_a_patch_that_fit_are_suggested(tiny_workspace: Path) -> Non
 def small_plan() -> Plan:
     plans = json.loads((Path(__file__).parent / "data" / "nnunet_plans.json").read_text())
     about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "A": 1, "B": 2}, "numTraining": 200}
-    return limited(plan_from_nnunet(plans, about), "3d_fullres", 8_000, 16_000)
+    return limit_sizes(plan_from_nnunet(plans, about), "3d_fullres", 8_000, 16_000)
 
 
 def test_memory_is_measured_on_a_gpu_alone(small_plan: Plan) -> None:

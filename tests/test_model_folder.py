@@ -11,6 +11,7 @@ import torch
 
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import (
     CHECKPOINT,
@@ -26,7 +27,7 @@ from nnunet_lite.models.folder import (
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.job import configure_plan
-from nnunet_lite.workspace import current, read_json
+from nnunet_lite.workspace import planned_paths
 
 NAME = "3d_fullres"
 Begin = Callable[..., int]
@@ -34,12 +35,12 @@ Begin = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def plan(tiny_workspace: Path) -> Plan:
-    return configure_plan(Plan.read(current(tiny_workspace).plans), NAME, Settings())
+    return configure_plan(Plan.read(planned_paths(tiny_workspace).plans), NAME, Settings())
 
 
 @pytest.fixture(scope="module")
 def dataset(tiny_workspace: Path) -> Dataset:
-    return stored_dataset(current(tiny_workspace).dataset)
+    return stored_dataset(planned_paths(tiny_workspace).dataset)
 
 
 @pytest.fixture

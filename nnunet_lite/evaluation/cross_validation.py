@@ -18,12 +18,12 @@ from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import Pair, Reference
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
+from nnunet_lite.files import read_json, understood, write_json, write_text
 from nnunet_lite.inference.first_stage import read_stage_map
 from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.folder import VALIDATION
 from nnunet_lite.system import pairs_at_once
-from nnunet_lite.workspace import read_json, understood, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model

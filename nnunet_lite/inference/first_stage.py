@@ -26,7 +26,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.errors import UserError, naming
-from nnunet_lite.files import atomic, sweep
+from nnunet_lite.files import atomic, locked, sweep
 from nnunet_lite.inference.predictor import load, predict_preprocessed, read_model
 from nnunet_lite.inference.prepare import as_classes
 from nnunet_lite.models.folder import MODEL, is_finished, model_folder, read_run
@@ -35,7 +35,7 @@ from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.training.splits import ALL, Split, load_splits
-from nnunet_lite.workspace import Paths, locked
+from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
     from torch import Tensor

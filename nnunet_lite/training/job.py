@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.distributed import ALONE, Ranks
@@ -109,8 +109,8 @@ def configure_plan(plan: Plan, configuration: str, settings: Settings) -> Plan:
         raise UserError(f"{stage}, the previous stage of {configuration}, has one itself; a cascade has two stages")
 
     training = settings.training
-    changed = limited(plan, configuration, training.patch_voxels, training.batch_voxels)
-    changed = override(changed, configuration, training.patch_size, training.batch_size)
+    changed = limit_sizes(plan, configuration, training.patch_voxels, training.batch_voxels)
+    changed = override_sizes(changed, configuration, training.patch_size, training.batch_size)
     planned = changed.configuration(configuration)
     network = planned.network
     if len(network.features) == 1:

@@ -22,7 +22,7 @@ from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import Stopped
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_finished, read_header, run_length
-from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import GB, in_units
@@ -278,14 +278,14 @@ def suggest_smaller(plan: Plan, configuration: str, memory: float) -> str:
     """Return the options of a smaller batch and of a smaller patch that fit into `memory` GB; "" if none does."""
     planned, options = plan.configuration(configuration), []
     for batch in range(planned.batch_size - 1, 0, -1):
-        smaller = override(plan, configuration, None, batch).configuration(configuration)
+        smaller = override_sizes(plan, configuration, None, batch).configuration(configuration)
         if (smaller.memory_gb or math.inf) <= memory:
             options.append(f"--batch-size {batch} (about {in_units((smaller.memory_gb or 0) * GB)})")
             break
     voxels = math.prod(planned.patch_size)
     while voxels > 64:
         voxels = voxels * 9 // 10
-        smaller = limited(plan, configuration, voxels).configuration(configuration)
+        smaller = limit_sizes(plan, configuration, voxels).configuration(configuration)
         if smaller.patch_size != planned.patch_size and (smaller.memory_gb or math.inf) <= memory:
             size = "x".join(map(str, smaller.patch_size))
             options.append(f"--patch-size {size} (about {in_units((smaller.memory_gb or 0) * GB)})")

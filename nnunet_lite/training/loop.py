@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import sweep
+from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_header, run_length
 from nnunet_lite.networks.precision import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
@@ -69,7 +69,6 @@ from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, count_voxels, record_metrics
 from nnunet_lite.training.optim import Plateau, learning_rate, update_average
 from nnunet_lite.training.prefetch import prefetch
-from nnunet_lite.workspace import understood
 
 _VALIDATION_STREAM = 2**31  # of random numbers: no training epoch uses it
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import append, atomic
+from nnunet_lite.files import append, atomic, write_text
 from nnunet_lite.training.distributed import Ranks, sum_over_ranks
-from nnunet_lite.workspace import write_text
 
 METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
 _SECONDS_BETWEEN_PICTURES = 20.0

@@ -1,17 +1,41 @@
-"""Train one fold of a planned dataset: preprocess -> first stage of a cascade -> training/loop.py -> validate."""
+"""`nnlite train`: preprocess -> first stage of a cascade -> training/loop.py -> validate. Read it from top to bottom.
+
+`train` is the command. For each fold it calls `prepare_run` (what is trained; refuses mistakes) and
+`train_and_validate`.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import typer
 
-from nnunet_lite import log
+from nnunet_lite import log, start
+from nnunet_lite.commands.options import (
+    DatasetName,
+    Device,
+    FilePath,
+    Folds,
+    GroupBy,
+    Precision,
+    Recipe,
+    Scheduler,
+    Seed,
+    SettingOverrides,
+    Splits,
+    Stratify,
+    StratifyBy,
+    Workspace,
+    overrides_of,
+    sizes_of,
+)
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import SUMMARY, validate_fold
@@ -41,7 +65,7 @@ from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.batches import check_augmentation
 from nnunet_lite.training.cache import load_cases
 from nnunet_lite.training.distributed import (
@@ -49,6 +73,8 @@ from nnunet_lite.training.distributed import (
     current_ranks,
     from_first,
     join_group,
+    launch,
+    leave_group,
     rank_device,
     report_lost_peer,
 )
@@ -66,11 +92,163 @@ from nnunet_lite.training.splits import (
     load_splits,
     read_record,
     read_split,
+    read_splits,
     record_cases,
     refuse_other_cases,
     warn_of_unused_splits,
 )
-from nnunet_lite.workspace import Paths
+from nnunet_lite.workspace import Paths, select_dataset
+
+
+@dataclass(frozen=True)
+class TrainedFolds:
+    """The scores of the folds that were trained, by the name of the fold; none of the fold `all`."""
+
+    scores: dict[str, Scores]
+
+    def to_json(self) -> dict[str, Any]:
+        return {fold: scores.to_json() for fold, scores in self.scores.items()}
+
+    def to_text(self) -> str:
+        return "\n".join(f"fold {fold}, whole images:\n{scores.to_text()}" for fold, scores in self.scores.items())
+
+    def finish(self) -> None:
+        """Leave the processes that trained together; the command ends here."""
+        leave_group()
+
+
+def train(
+    configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres, ...")],
+    fold: Annotated[
+        int | str, typer.Argument(help='0 to 4, "all-folds" for each of them, "all" to train on every case.')
+    ],
+    *,
+    recipe: Recipe = "default",
+    epochs: Annotated[int | None, typer.Option(help="Length of the run [the recipe's, as all that follows].")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Per epoch.")] = None,
+    time_limit: Annotated[
+        str | float | None,
+        typer.Option(help="Such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Patches per step.")] = None,
+    patch_size: Annotated[
+        str | Sequence[int] | None, typer.Option(parser=str, metavar="TEXT", help="Such as 40x56x40.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Threads that prepare batches ahead; 0: none.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Where cases are kept: auto, device, ram or disk.")] = None,
+    init: Annotated[FilePath | None, typer.Option(help="Model to start from, ours or nnU-Net's: fine-tuning.")] = None,
+    freeze: Annotated[str | None, typer.Option(help="Weights that stay: encoder or all-but-head.")] = None,
+    folds: Folds = None,
+    group_by: GroupBy = None,
+    stratify: Stratify = False,
+    stratify_by: StratifyBy = None,
+    splits: Splits = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Train on this many GPUs of this machine.")] = 1,
+    scheduler: Scheduler = None,
+    device: Device = None,
+    name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Only resume; an error if there is no earlier run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Resume although settings were changed.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start again; the earlier run is moved aside.")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Draw augmented samples to preview.png first.")] = False,
+    settings: SettingOverrides = None,
+    dataset: DatasetName = None,
+    workspace: Workspace = None,
+) -> TrainedFolds:
+    """Train a fold and score its held-out cases. The same command again resumes where it stopped.
+
+    The second stage of a cascade learns from what the first one predicts of cases that it held out: the folds of the
+    first stage that this needs are trained before, with the same recipe and settings, where they are missing.
+
+    Parameters
+    ----------
+    configuration : str
+        Of the plan, such as "3d_fullres".
+    fold : int or str
+        A fold, "all-folds", or "all" to train on every case; nothing is held out then, and there are no scores.
+    settings : mapping
+        Key to value, on top of the recipe and the other options, such as {"optimizer.momentum": 0.9}.
+
+    Returns
+    -------
+    TrainedFolds
+        The scores of the held-out cases of each fold.
+
+    Raises
+    ------
+    UserError
+        A setting is illegal, an earlier run has other settings, or there is nothing to resume.
+    Stopped
+        A signal ended the run; its checkpoint is written.
+    Lost
+        Another process of those that torchrun started is gone; the last checkpoint is complete.
+    """
+    if gpus > 1:
+        launch_on_gpus(gpus)
+    changed = overrides_of(
+        settings, training__epochs=epochs, training__iterations=iterations, training__time_limit=time_limit,
+        training__batch_size=batch_size,
+        training__patch_size=None if patch_size is None else sizes_of(patch_size, "--patch-size"), optimizer__lr=lr,
+        training__precision=precision, training__seed=seed, training__workers=workers, training__cache=cache,
+        training__init=None if init is None else str(init), training__freeze=freeze,
+    )  # fmt: skip
+    all_folds = fold == "all-folds"
+    if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
+        what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
+        raise UserError(f"{what} --force and --preview")
+    resolved = load_settings(recipe, changed)  # a mistake in it is reported first
+    rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+    paths = select_dataset(workspace, dataset)
+    names = fold_names(paths, rule) if all_folds else [str(fold)]
+    if scheduler is not None:
+        from nnunet_lite.commands.steps import train_on_cluster  # an optional extra; it imports this module
+
+        return train_on_cluster(scheduler, paths, configuration, names, resolved, device)
+    scores = {}
+    for i, one in enumerate(names):
+        first = i == 0
+        run = prepare_run(
+            paths, configuration, one, resolved, rule=rule, name=name, device=device, restart=restart and first
+        )
+        result = train_and_validate(
+            run,
+            restart=restart and first and ("model" if all_folds else True),  # the first fold sets all of them aside
+            resume=resume and first,  # later folds may not have an earlier run
+            force=force,
+            preview=preview,
+        )
+        if result is not None:
+            scores[one] = result
+            if all_folds:
+                log.info(f"fold {one}, whole images:\n{result.to_text()}")
+    return TrainedFolds(scores)
+
+
+def launch_on_gpus(gpus: int) -> None:
+    """Run this command once for each GPU, and exit; in one of these processes, do nothing.
+
+    Raises
+    ------
+    UserError
+        This process is not `nnlite`: its command line cannot be repeated.
+    """
+    if current_ranks().world > 1:
+        return
+    if not start.is_command():
+        fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
+        raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
+    raise SystemExit(launch(gpus, sys.argv[1:]))
+
+
+def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
+    """Return the folds of a planned dataset, "0" and up; splits.json is written if it does not exist."""
+    return [split.name for split in read_splits(paths.splits, stored_dataset(paths.dataset), rule)]
+
+
+# -------------------------------------------------------------------------------------------------- what is trained
 
 
 @dataclass(frozen=True)
@@ -136,9 +314,6 @@ class TrainingRun:
             check_resume(self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart)
         if not restart:
             is_complete(self.fold_folder, self.settings)
-
-
-# -------------------------------------------------------------------------------------------------- what is trained
 
 
 def prepare_run(
