@@ -149,5 +149,5 @@ def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace
     assert (plans.read_bytes(), weights.read_bytes()) == before
     planned["configurations"]["3d_fullres"]["batch_dice"] = True
     write_json(paths.plans, planned)
-    with pytest.raises(UserError, match="begun with other settings: the plan"):
+    with pytest.raises(UserError, match="trained with other settings: the plan"):
         train(workspace, 0)
