@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,9 +54,6 @@ class ComputeFormat:
     def arrange(self, x: Tensor) -> Tensor:
         """Return a batch of images (batch, channels, *positions) in the memory format."""
         return x.contiguous(memory_format=self.memory_format(x.ndim - 2))
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def list_formats(device: torch.device, precision: str, channels_last: str | bool) -> list[ComputeFormat]:
