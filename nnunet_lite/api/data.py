@@ -16,7 +16,7 @@ from nnunet_lite.workspace import find_raw, read_json, use, write_json
 if TYPE_CHECKING:
     from nnunet_lite.data.problems import Report
     from nnunet_lite.planning.schema import Plan
-    from nnunet_lite.preprocessing.store import Summary
+    from nnunet_lite.preprocessing.store import PreprocessingSummary
 
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
 
@@ -88,7 +88,7 @@ def plan(
     from nnunet_lite.models.folder import model_folders, other_folds, set_aside
     from nnunet_lite.planning import replanning
     from nnunet_lite.planning.fingerprint import check_and_fingerprint
-    from nnunet_lite.preprocessing.raw_files import look_at, memorize
+    from nnunet_lite.preprocessing.raw_files import read_stamps, scan_raw_cases, write_stamps
     from nnunet_lite.training.grouping import warn_of_patients
     from nnunet_lite.training.splits import (
         ALL,
@@ -111,7 +111,8 @@ def plan(
         warn_of_unused_splits(paths.splits, dataset)
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
-    raw = look_at(dataset.cases, paths.raw, workers, log.progress)  # first: a change while files are checked is seen
+    # First, so that a change while files are checked is noticed.
+    raw = scan_raw_cases(dataset.cases, read_stamps(paths.raw), workers, log.progress)
     problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(problems.to_text())
     if fingerprint is None:
@@ -125,7 +126,7 @@ def plan(
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
-    memorize(paths.raw, raw)
+    write_stamps(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:
             log.info(f"the previous folds are kept in {old}")
@@ -184,7 +185,7 @@ def preprocess(
     scheduler: str | None = None,
     workspace: Folder | None = None,
     workers: int | None = None,
-) -> Summary:
+) -> PreprocessingSummary:
     """Preprocess a planned dataset for some configurations (default: all); what is there already is kept.
 
     Parameters

@@ -46,7 +46,7 @@ def place_of(workspace: Path, dataset: Dataset) -> Paths:
     UserError : its name is no folder's, that is where its raw data are, or another dataset of that name is there.
     """
     from nnunet_lite.data.dataset import dataset_from_json
-    from nnunet_lite.preprocessing.raw_files import same_files
+    from nnunet_lite.preprocessing.raw_files import has_same_files
 
     paths, root = Paths(workspace / dataset.name), dataset.root
     if not dataset.name:
@@ -60,7 +60,7 @@ def place_of(workspace: Path, dataset: Dataset) -> Paths:
     if stored.root.resolve() == root.resolve():
         return paths
     moved = not stored.root.exists()
-    if not same_files(dataset, stored, paths, moved):
+    if not has_same_files(dataset, stored, paths, moved):
         gone = ", which is gone" if moved else ""
         raise UserError(
             f"the workspace {workspace} has another dataset called {dataset.name}, with other files, "
