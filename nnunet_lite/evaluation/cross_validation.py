@@ -12,18 +12,19 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
-from nnunet_lite.data.images import PICTURES, read_geometry, read_label, suffix_of
+from nnunet_lite.data.images import read_geometry, read_label
+from nnunet_lite.data.names import PICTURES, suffix_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import Pair, Reference
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
+from nnunet_lite.files import read_json, understood, write_json, write_text
 from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.folder import VALIDATION
 from nnunet_lite.system import pairs_at_once
 from nnunet_lite.training.previous import read_map
-from nnunet_lite.workspace import read_json, understood, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model

@@ -41,13 +41,13 @@ from nnunet_lite.evaluation.selection import (
     write_selection,
 )
 from nnunet_lite.evaluation.statistics import paired, summarize
-from nnunet_lite.files import sweep
+from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.next_stage import FirstStage, predict_for_next_stage
 from nnunet_lite.inference.predictor import Model, load, read_model
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import ALL, Split, load_splits, read_split, refuse_other_cases
-from nnunet_lite.workspace import Paths, locked, read_json, write_json
+from nnunet_lite.workspace import Paths
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
 MADE_OF = "made_of.json"  # of a fold of an ensemble: the fingerprints of the weights that predicted it
@@ -85,7 +85,7 @@ class Comparison:
     workers: int | None
 
 
-def select(
+def select_models(
     paths: Paths,
     dataset: Dataset,
     only: Sequence[str] | None = None,

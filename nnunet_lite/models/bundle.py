@@ -23,11 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import nnunet_lite
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic
+from nnunet_lite.files import atomic, read_json
 from nnunet_lite.inference.predictor import read_model
 from nnunet_lite.models.folder import MODEL, is_finished, other_folds
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import read_json
 
 FORMAT = "nnlite-bundle-1"
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths, current, workspace_folder
+from nnunet_lite.workspace import Paths, planned_paths, workspace_folder
 
 if TYPE_CHECKING:
     from nnunet_lite.data.labels import Labels
@@ -163,7 +163,7 @@ def model_at(given: str | Path, workspace: Path, dataset: str | None = None) -> 
         return path
     found = sorted(file.parent for file in workspace.glob("*/models/*/run.json") if file.parent.name == path.name)
     if len(found) > 1 and dataset is not None:
-        of_dataset = current(workspace, dataset, needs_plan=False).models
+        of_dataset = planned_paths(workspace, dataset, needs_plan=False).models
         found = [folder for folder in found if folder.parent == of_dataset]
     if len(found) > 1:
         raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path, or -d.")
@@ -220,7 +220,7 @@ def load(
     folder: str | Path | Sequence[str | Path],
     folds: Sequence[str | int] | str | int | None = None,
     device: str | None = None,
-    changes: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     *,
     checkpoint: Checkpoint = "final",
     trust_code: bool = False,
@@ -234,7 +234,7 @@ def load(
         probabilities.
     folds : one, or several; by default all that are trained.
     device : cpu, cuda, cuda:1; by default a GPU if there is one.
-    changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
+    settings : changes of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
     checkpoint : "final" or "best", of each fold of an nnU-Net model. Folds that lack it are left out, which is logged.
     trust_code : run the code that makes the model's network, if its `network.factory` names any. Without it only models
         in the workspace may.
@@ -250,7 +250,7 @@ def load(
         raise UserError("no model folder is given")
     wanted = [folds] if isinstance(folds, str | int) else folds
     with in_our_form(folders, wanted, checkpoint) as ours:
-        return load_all(folders, ours, wanted, device, changes, trust_code=trust_code, workspace=place)
+        return load_all(folders, ours, wanted, device, settings, trust_code=trust_code, workspace=place)
 
 
 def load_all(
@@ -258,7 +258,7 @@ def load_all(
     ours: Sequence[Path],
     folds: Sequence[str | int] | None,
     device: str | None,
-    changes: dict[str, Any] | None,
+    settings: dict[str, Any] | None,
     *,
     trust_code: bool,
     workspace: Path,
@@ -268,7 +268,7 @@ def load_all(
     from nnunet_lite.models.nnunet import relocated
 
     load_one = partial(
-        load_ours, folds=folds, device=device, changes=changes, trust_code=trust_code, workspace=workspace
+        load_ours, folds=folds, device=device, settings=settings, trust_code=trust_code, workspace=workspace
     )
     first, *others = [relocated(load_one(path), folder) for folder, path in zip(folders, ours, strict=True)]
     return replace(first, partners=tuple(others))

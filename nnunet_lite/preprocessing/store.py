@@ -31,7 +31,7 @@ from nnunet_lite.data.dataset import Case, Dataset, read_case
 from nnunet_lite.data.geometry import Turn
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import SPARE, lacks_space, no_space, size_of, sweep
+from nnunet_lite.files import SPARE, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
 from nnunet_lite.planning.schema import Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing.pipeline import (
     Prepared,
@@ -52,7 +52,6 @@ from nnunet_lite.preprocessing.raw_files import (
 )
 from nnunet_lite.preprocessing.resampling import one_blas_thread
 from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored_case, write_stored_case
-from nnunet_lite.workspace import locked, read_json, write_json
 
 # (function, items, what for) -> (item, result or exception), as they end
 Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any, Any]]]
