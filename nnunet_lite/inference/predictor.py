@@ -334,14 +334,14 @@ def _tell(how: str) -> None:
 def sides_of(plan: Plan, configuration: str, trained: AugmentationSettings) -> Sides | None:
     """The labels that changed places in training when left and right did."""
     from nnunet_lite.inference.tiles import Sides
-    from nnunet_lite.training.swaps import channel_swap, swap_of
+    from nnunet_lite.planning.swaps import swap_channels, swap_of
 
     planned = plan.configuration(configuration)
     swap = swap_of(plan, trained, planned.dimensions)
     if swap is None:
         return None
     classes = None if planned.previous_stage is None else swap.table
-    return Sides(swap.axis, channel_swap(plan.labels, trained.mirror_swap), classes)
+    return Sides(swap.axis, swap_channels(plan.labels, trained.mirror_swap), classes)
 
 
 def _choose_arithmetic(model: Model, about: dict[str, Any]) -> ComputeFormat:

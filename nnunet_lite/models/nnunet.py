@@ -17,8 +17,8 @@ from nnunet_lite.files import must_fit, read_json, scratch, understood, write_js
 from nnunet_lite.models.folder import FORMAT, MODEL, package_versions, set_aside, suggest_models
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Plan, inherited
+from nnunet_lite.planning.swaps import swap_of
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
-from nnunet_lite.training.swaps import swap_of
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
