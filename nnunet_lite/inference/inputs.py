@@ -1,14 +1,14 @@
-"""What a model is shown: images as its first network wants them, and label maps of a first stage as classes."""
+"""Images as they are given to a model: files, arrays and cases, checked against its plan; without torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,61 +20,50 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import TIFF, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess
+from nnunet_lite.planning.schema import Plan
 
-if TYPE_CHECKING:
-    from nnunet_lite.inference.predictor import Model
-
-_MICROSCOPIC = 0.05  # mm: voxels below it are of a microscope
+_MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
 
 
-@dataclass(frozen=True)
-class Ready:
-    """An image prepared for one configuration; as read only where others have yet to see it."""
-
-    prepared: Preprocessed
-    plan: Plan
-    configuration: Configuration
-    image: Image | None
-
-
-def ready_case(model: Model, case: Case, accept_geometry: bool = False) -> Ready:
-    """Read and prepare a case.
-
-    Parameters
-    ----------
-    model : Model
-    case : Case
-    accept_geometry : bool
-        Whether the files of its channels may differ in origin and direction.
-
-    Raises
-    ------
-    UserError : it cannot be read, or has other channels than the model.
-    """
-    wanted = len(model.plan.channels)
-    expected = f"the model expects {wanted} channels ({', '.join(c.name for c in model.plan.channels)})"
-    if len(case.images) > 1:
-        if absent := [path for path in case.images if not path.exists()]:
-            raise UserError(f"there is no such file; {expected}", absent[0])
-        extra = case.images[0].with_name(f"{case.id}_{wanted:04d}{ending_of(case.images[0])}")
-        if extra.is_file():
-            raise UserError(f"is a channel too many; {expected}", extra)
-    image = calibrated_as_trained(model.plan, read_images(case.images, wanted, accept_geometry), case.images[0])
-    return ready_image(model, image)
-
-
-def calibrated_as_trained(plan: Plan, image: Image, path: Path) -> Image:
-    """Take the pixels of a microscope for the unit if the model was trained so, as nnU-Net reads such TIFF files.
+def read_case_image(plan: Plan, case: Case, accept_geometry: bool = False) -> Image:
+    """Read the image of a case, with the number of channels that a model expects.
 
     Parameters
     ----------
     plan : Plan
-        The model's.
+        The plan of the model.
+    case : Case
+        A file, or a file for each channel.
+    accept_geometry : bool
+        Whether the files of the channels may differ in origin and direction.
+
+    Raises
+    ------
+    UserError
+        The image cannot be read, or has other channels than the model.
+    """
+    n_channels = len(plan.channels)
+    expected = f"the model expects {n_channels} channels ({', '.join(c.name for c in plan.channels)})"
+    if len(case.images) > 1:
+        if absent := [path for path in case.images if not path.exists()]:
+            raise UserError(f"there is no such file; {expected}", absent[0])
+        extra = case.images[0].with_name(f"{case.id}_{n_channels:04d}{ending_of(case.images[0])}")
+        if extra.is_file():
+            raise UserError(f"is a channel too many; {expected}", extra)
+    return use_trained_unit(plan, read_images(case.images, n_channels, accept_geometry), case.images[0])
+
+
+def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
+    """Use the pixels of a microscope as the unit if the model was trained so, as nnU-Net reads such TIFF files.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan of the model.
     image : Image
         As it was read from `path`.
     path : Path
+        Its file.
 
     Returns
     -------
@@ -83,7 +72,8 @@ def calibrated_as_trained(plan: Plan, image: Image, path: Path) -> Image:
 
     Raises
     ------
-    UserError : the model was trained on micrometres, and the image states no spacing.
+    UserError
+        The model was trained on micrometres, and the image states no spacing.
     """
     geometry = image.geometry
     planned = [configuration.spacing for configuration in plan.configurations.values()]
@@ -99,38 +89,24 @@ def calibrated_as_trained(plan: Plan, image: Image, path: Path) -> Image:
         what = f"states no spacing, and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
         raise UserError(what, path, 'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.')
     if geometry.dimensions == 3 and set(finest) != {1.0}:
-        log.warn(f"{path}: no spacing known, 1x1x1 mm taken")
+        log.warn(f"{path}: no spacing known, 1x1x1 mm is used")
     return image
 
 
-def ready_image(model: Model, image: Image) -> Ready:
-    """Prepare an image.
+def check_image(image: Image, plan: Plan) -> None:
+    """Refuse an image that the networks of a plan cannot predict.
 
     Raises
     ------
-    UserError : as `must_fit`.
+    UserError
+        The image has another number of channels than the model, or voxels that are NaN, infinite or beyond float32.
     """
-    must_fit(image, model.plan)
-    first = model.previous or model
-    prepared = preprocess(image, None, first.plan, first.configuration)
-    return Ready(prepared, first.plan, first.configuration, image if model.previous or model.partners else None)
-
-
-def must_fit(image: Image, plan: Plan) -> None:
-    """Refuse an image that the networks of a plan cannot see.
-
-    Raises
-    ------
-    UserError : it has another number of channels than the model, or voxels that are NaN, infinite or no float32.
-    """
-    expected = len(plan.channels)
-    if image.array.shape[0] != expected:
+    expected, found = len(plan.channels), image.array.shape[0]
+    if found != expected:
         names = ", ".join(channel.name for channel in plan.channels)
-        raise UserError(
-            f"the image has {plural(image.array.shape[0], 'channel')}, the model expects {expected} ({names})"
-        )
+        raise UserError(f"the image has {plural(found, 'channel')}, the model expects {expected} ({names})")
     for channel, values in zip(plan.channels, image.array, strict=True):
-        # of integers there is no need to ask, and the sum of finite floats is finite but for an overflow
+        # integers are finite, and the sum of finite floats is finite unless it overflows
         wide = values.dtype.itemsize > 4
         if values.dtype.kind == "f" and (wide or not np.isfinite(values.sum(dtype=np.float64))):
             with np.errstate(over="ignore"):
@@ -141,50 +117,51 @@ def must_fit(image: Image, plan: Plan) -> None:
 
 
 def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
-    """An image as it may be given from Python.
+    """Make an image of what is given from Python.
 
     Parameters
     ----------
-    given : a file, an `Image`, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
-    spacing : of an array's voxels, (z, y, x), in mm; without it 1 mm is taken, which is logged once.
-    plan : of the model that will see it.
+    given : str, Path, Image or array_like
+        A file, an image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
+    spacing : sequence of float, optional
+        Voxel size (z, y, x) of an array in mm; by default 1 mm, which is logged once.
+    plan : Plan
+        The plan of the model.
 
     Raises
     ------
-    UserError : the file cannot be read, the array is no image, or the spacing is none; a file that is given a spacing.
+    UserError
+        The file cannot be read, the array is no image, the spacing is not three positive numbers, or a file is given a
+        spacing.
     """
     if isinstance(given, str | PathLike | Image) and spacing is not None:
-        what = "a spacing is given for what has its own"
+        what = "a spacing is given for an image that has its own"
         raise UserError(what, None if isinstance(given, Image) else str(given), "Give it with arrays only.")
     if isinstance(given, str | PathLike):
-        return calibrated_as_trained(plan, read_image(Path(given), len(plan.channels)), Path(given))
+        return use_trained_unit(plan, read_image(Path(given), len(plan.channels)), Path(given))
     if isinstance(given, Image):
-        array = _image_array(given.array)
+        array = _as_array(given.array)
         if array.shape[1:] != given.geometry.shape:
             raise UserError(f"the image's array is {array.shape[1:]}, its geometry {given.geometry.shape} voxels")
-        _spacing(given.geometry.spacing)
+        _check_spacing(given.geometry.spacing)
         return replace(given, array=array)
-    array = _image_array(given)
+    array = _as_array(given)
     if spacing is None:
-        _assume_a_millimetre()
+        _warn_about_spacing()
         spacing = (1.0, 1.0, 1.0)
     z, y, x = array.shape[1:]
-    return Image(array, Geometry((z, y, x), _spacing(spacing), oriented=False))
+    return Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
 
 
-def _image_array(given: Any) -> np.ndarray:
-    """An array (channels, z, y, x) of real numbers.
-
-    Raises
-    ------
-    UserError : it is none.
-    """
+def _as_array(given: Any) -> np.ndarray:
+    """Return an array (channels, z, y, x) of real numbers, or refuse what is none."""
     fix = "Give (z, y, x) or (channels, z, y, x); a picture (y, x) is array[None], one slice."
     if hasattr(given, "detach"):  # a tensor of torch, which may be on a GPU or part of a graph
         given = given.detach().cpu()
         given = given.float() if "bfloat16" in str(given.dtype) else given
     if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        raise UserError("the array is masked, and what its masked voxels are is not known", fix="Use array.filled(0).")
+        raise UserError("the array is masked, and the values of its masked voxels are unknown",
+                        fix="Use array.filled(0).")  # fmt: skip
     try:
         array = np.asarray(given)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -197,13 +174,8 @@ def _image_array(given: Any) -> np.ndarray:
     return array[None] if array.ndim == 3 else array
 
 
-def _spacing(given: Sequence[float]) -> tuple[float, float, float]:
-    """A spacing (z, y, x) in mm.
-
-    Raises
-    ------
-    UserError : it is none.
-    """
+def _check_spacing(given: Sequence[float]) -> tuple[float, float, float]:
+    """Return a spacing (z, y, x) in mm, or refuse what is none."""
     try:
         z, y, x = () if isinstance(given, str) else (float(value) for value in given)
         if all(0 < value < math.inf for value in (z, y, x)):
@@ -215,13 +187,16 @@ def _spacing(given: Sequence[float]) -> tuple[float, float, float]:
 
 
 @cache
-def _assume_a_millimetre() -> None:
-    log.warn("an array without spacing: 1 x 1 x 1 mm is taken; give spacing=(z, y, x) in mm")
+def _warn_about_spacing() -> None:
+    log.warn("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
 
 
-def as_classes(segmentation: np.ndarray, labels: Labels) -> np.ndarray:
-    """Classes of a predicted label map; a value that the region order writes and no label has is background."""
-    strange = sorted({*(labels.region_order or ())} - {*labels.values})
-    if strange:
-        segmentation = np.where(np.isin(segmentation, strange), labels.background, segmentation)
-    return labels.encode(segmentation)
+def as_classes(label_map: np.ndarray, labels: Labels) -> np.ndarray:
+    """Return the classes of a predicted label map, such as a second stage of a cascade takes them.
+
+    Values that only the region order writes become background.
+    """
+    extra = sorted({*(labels.region_order or ())} - {*labels.values})
+    if extra:
+        label_map = np.where(np.isin(label_map, extra), labels.background, label_map)
+    return labels.encode(label_map)
