@@ -14,7 +14,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predict_for_next_stage
-from nnunet_lite.inference.tiles import window_starts
+from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
     VALIDATION,

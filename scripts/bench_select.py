@@ -25,17 +25,18 @@ import numpy as np
 from bench_demo import processor, publish
 from scipy import ndimage
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import Case, Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.evaluation.cross_validation import score_predictions
 from nnunet_lite.evaluation.select import MADE_OF, find_members, weights_of
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import MODEL, VALIDATION, open_run
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import load as load_settings
+from nnunet_lite.settings import load_settings
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.splits import read_splits
-from nnunet_lite.workspace import Paths, current, read_json, write_json
+from nnunet_lite.workspace import Paths, planned_paths
 
 NAMES = {"2d-bench": "2d", "3d-bench": "3d_fullres"}
 SPECKS = {"2d-bench": 6, "3d-bench": 3, "2d-bench+3d-bench": 2}
@@ -119,8 +120,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder)
-        api.plan(options.data.absolute(), workspace=workspace)
-        paths = current(workspace)
+        nnunet_lite.plan(options.data.absolute(), workspace=workspace)
+        paths = planned_paths(workspace)
         dataset = dataset_from_json(read_json(paths.dataset))
         make_models(paths, dataset)
         make_predictions(paths, dataset)

@@ -19,7 +19,7 @@ from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, score_case
-from nnunet_lite.evaluation.scores import CaseScore, Scores, evaluate
+from nnunet_lite.evaluation.scores import CaseScore, Scores, score_files
 
 DATA = Path(__file__).parent / "data" / "Task04_Hippocampus"
 REFERENCES = sorted((DATA / "labelsTs").glob("*.nii.gz"))
@@ -128,7 +128,7 @@ def test_equals_simpleitk(path: Path, spacing: tuple[float, float, float]) -> No
 
 def test_equals_nnunet(folders: tuple[Path, Path]) -> None:
     """Figures that nnUNetv2_evaluate_folder 2.8.1 gives for the same files."""
-    summary = evaluate(*folders, TWO).to_json()
+    summary = score_files(*folders, TWO).to_json()
     for found, expected in ((summary["foreground_mean"], NNUNET_FOREGROUND), (summary["mean"]["2"], NNUNET_POSTERIOR)):
         assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-9)
     first = summary["metric_per_case"][0]
@@ -258,18 +258,18 @@ def test_nothing_to_sum_up() -> None:
     summary = made_up([None]).to_json()
     assert summary["foreground_mean"]["Dice"] is None
     json.dumps(summary, allow_nan=False)
-    assert "n/a" in made_up([None]).table()
+    assert "n/a" in made_up([None]).to_text()
 
 
 def test_csv_and_table(folders: tuple[Path, Path]) -> None:
-    scores = evaluate(*folders, TWO, tolerance_mm=2)
+    scores = score_files(*folders, TWO, tolerance_mm=2)
     lines = list(csv.DictReader(io.StringIO(scores.to_csv())))
     assert [(line["case"], line["label"], line["value"]) for line in lines[:2]] == [
         ("hippocampus_025", "Anterior", "1"),
         ("hippocampus_025", "Posterior", "2"),
     ]
     assert len(lines) == 16 and float(lines[0]["Dice"]) == scores.values("dice")[0, 0]
-    head, anterior, _, foreground = scores.table().splitlines()
+    head, anterior, _, foreground = scores.to_text().splitlines()
     assert "NSD 2 mm" in head and len(head) == len(foreground)
     assert anterior.split()[:3] == ["Anterior", "8", f"{np.mean(scores.values()[:, 0]):.4f}"]
     assert f"{scores.foreground().mean:.4f}" in foreground
@@ -278,8 +278,8 @@ def test_csv_and_table(folders: tuple[Path, Path]) -> None:
 
 
 def test_what_was_not_measured_has_no_column(folders: tuple[Path, Path]) -> None:
-    without, with_surface = (evaluate(*folders, TWO, surface=surface) for surface in (False, True))
-    assert "NSD" not in without.table() and "HD95" not in without.table() and "n/a" not in without.table()
+    without, with_surface = (score_files(*folders, TWO, surface=surface) for surface in (False, True))
+    assert "NSD" not in without.to_text() and "HD95" not in without.to_text() and "n/a" not in without.to_text()
     assert without.lines()[1] == tuple(cell for i, cell in enumerate(with_surface.lines()[1]) if i not in (6, 7))
     assert with_surface.lines()[0][6:8] == ("NSD 1 mm", "HD95 mm")
 
@@ -306,17 +306,17 @@ def test_volume_errors_do_not_cancel() -> None:
 
 def test_labels_come_from_dataset_json_or_the_files(folders: tuple[Path, Path]) -> None:
     predictions, references = folders
-    found = evaluate(*folders)
+    found = score_files(*folders)
     assert found.labels.region_names == ("1", "2") and "no dataset.json" in found.notes[0]
     described = {"labels": {"background": 0, "both": [1, 2], "tail": [2]}, "regions_class_order": [1, 2]}
     (predictions / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "front": 1}}))
-    one_label = evaluate(*folders)
+    one_label = score_files(*folders)
     assert one_label.labels.region_names == ("front",) and "value 2, counted as background" in one_label.notes[0]
     (references.parent / "dataset.json").write_text(json.dumps(described))
-    assert evaluate(*folders).labels.region_names == ("both", "tail")
+    assert score_files(*folders).labels.region_names == ("both", "tail")
     (references / "dataset.json").write_text('{"labels": {"a": "b"}}')
     with pytest.raises(UserError, match=r"references/labels/dataset\.json: labels"):
-        evaluate(*folders)
+        score_files(*folders)
 
 
 def test_missing_cases_are_noted(folders: tuple[Path, Path]) -> None:
@@ -324,13 +324,13 @@ def test_missing_cases_are_noted(folders: tuple[Path, Path]) -> None:
     (predictions / "hippocampus_025.nii.gz").unlink()
     (references / "hippocampus_367.nii.gz").unlink()
     (predictions / ".hidden.nii.gz").write_bytes(b"")
-    scores = evaluate(*folders, TWO, surface=False)
+    scores = score_files(*folders, TWO, surface=False)
     assert len(scores.rows) == 6 and np.isnan(scores.values("nsd")).all()
     assert [note[-15:] for note in scores.notes] == ["hippocampus_025", "hippocampus_367"]
     for path in [*predictions.glob("h*_0*"), *predictions.glob("h*_[1-3]*")]:
         path.rename(path.with_name("other_" + path.name))
     with pytest.raises(UserError, match=r"other_hippocampus_074.*hippocampus_025"):
-        evaluate(*folders, TWO)
+        score_files(*folders, TWO)
 
 
 def test_two_files_mixed_formats_and_masks(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -341,13 +341,13 @@ def test_two_files_mixed_formats_and_masks(folders: tuple[Path, Path], tmp_path:
     write_label(reference, mask, geometry)
     write_label(prediction, mask * 255, geometry)
     for labels in (Labels(names={"it": 1}), None):
-        scores = evaluate(prediction, reference, labels)
+        scores = score_files(prediction, reference, labels)
         assert scores.foreground().mean == 1.0 and scores.rows[0].case == "truth"
         assert "255 read as 1 (guess.nrrd)" in scores.notes
     with pytest.raises(UserError, match="two folders, or two files"):
-        evaluate(prediction, folders[1])
+        score_files(prediction, folders[1])
     with pytest.raises(UserError, match="no such file"):
-        evaluate(tmp_path / "nowhere", folders[1])
+        score_files(tmp_path / "nowhere", folders[1])
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -357,12 +357,13 @@ def test_pictures(tmp_path: Path) -> None:
     write_label(tmp_path / "p.png", flawed(array), flat)
     write_label(tmp_path / "r.png", array, flat)
     write_label(tmp_path / "r.nii.gz", array, replace(flat, spacing=(999 * 0.5, 0.5, 0.5)))
-    pixels, mm = (evaluate(tmp_path / "p.png", tmp_path / name, TWO) for name in ("r.png", "r.nii.gz"))
+    pixels, mm = (score_files(tmp_path / "p.png", tmp_path / name, TWO) for name in ("r.png", "r.nii.gz"))
     assert pixels.foreground().mean == mm.foreground().mean and 0 < pixels.foreground().mean < 1
     assert mm.values("hd95_mm") == pytest.approx(pixels.values("hd95_mm") / 2, nan_ok=True)
     assert (pixels.unit, mm.unit) == ("px", "mm")
-    assert {"HD95", "NSD"} <= set(pixels.table().split()) and "mm" not in pixels.table() and "1 px" in pixels.table()
-    assert "HD95 mm" in mm.table() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
+    assert {"HD95", "NSD"} <= set(pixels.to_text().split()) and "mm" not in pixels.to_text()
+    assert "1 px" in pixels.to_text()
+    assert "HD95 mm" in mm.to_text() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
     content = json.dumps(pixels.to_json()) + pixels.to_csv()
     assert "HD95_px" in content and "nsd_tolerance_px" in content and "_mm" not in content
 
@@ -374,11 +375,11 @@ def test_volumes_need_a_spacing(tmp_path: Path, spacing: tuple[float, float, flo
     known = spacing != (1.0, 1.0, 1.0)
     for name in ("p.tif", "r.tif", "r.nii.gz"):
         write_label(tmp_path / name, array, Geometry(array.shape, spacing, calibrated=known))
-    stack = evaluate(tmp_path / "p.tif", tmp_path / "r.tif", TWO)
+    stack = score_files(tmp_path / "p.tif", tmp_path / "r.tif", TWO)
     assert stack.unit == ("mm" if known else "px")
     ml = (array == 1).sum() * np.prod(spacing) / 1000
     assert stack.rows[0].measures["Anterior"].reference_ml == (pytest.approx(ml) if known else None)
-    against_nifti = evaluate(tmp_path / "p.tif", tmp_path / "r.nii.gz", TWO)
+    against_nifti = score_files(tmp_path / "p.tif", tmp_path / "r.nii.gz", TWO)
     assert against_nifti.unit == "mm" and against_nifti.rows[0].measures["Anterior"].reference_ml == pytest.approx(ml)
 
 
@@ -387,7 +388,7 @@ def test_files_without_a_spacing_among_others_are_noted(folders: tuple[Path, Pat
         array = np.zeros((1, 8, 9), np.uint8)
         array[0, 2:5, 2:5] = 1
         write_label(folder / "picture.png", array, Geometry(array.shape, (999.0, 1.0, 1.0), dimensions=2))
-    scores = evaluate(*folders, TWO, surface=False)
+    scores = score_files(*folders, TWO, surface=False)
     assert scores.unit == "mm" and scores.notes == ("no spacing is known, 1 mm taken for a pixel (picture)",)
 
 
@@ -396,12 +397,12 @@ def test_another_grid_is_refused(folders: tuple[Path, Path]) -> None:
     array, geometry, _ = read_label(path)
     write_label(path, array, replace(geometry, spacing=(1.0, 1.0, 1.25)))
     with pytest.raises(UserError) as error:
-        evaluate(*folders, TWO)
+        score_files(*folders, TWO)
     for part in (str(path), str(folders[1] / path.name), "spacing (1, 1, 1.25)", "spacing (1, 1, 1)"):
         assert part in str(error.value)
     write_label(path, array[:-1], replace(geometry, shape=array[:-1].shape))
     with pytest.raises(UserError, match="shape"):
-        evaluate(*folders, TWO)
+        score_files(*folders, TWO)
 
 
 def test_an_image_is_no_label_map(tmp_path: Path) -> None:
@@ -409,11 +410,11 @@ def test_an_image_is_no_label_map(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "b.nii.gz"):
         write_label(tmp_path / name, array, Geometry(array.shape, (1.0, 1.0, 1.0)))
     with pytest.raises(UserError, match="6400 different values"):
-        evaluate(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
+        score_files(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
 
 
 def test_threads_change_nothing(folders: tuple[Path, Path]) -> None:
-    assert evaluate(*folders, TWO, workers=0) == evaluate(*folders, TWO, workers=3)
+    assert score_files(*folders, TWO, workers=0) == score_files(*folders, TWO, workers=3)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import nnunet_lite
-from nnunet_lite import api
 from nnunet_lite.data.dataset import dataset_from_json, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
@@ -22,7 +21,8 @@ from nnunet_lite.evaluation.postprocessing import Gain, Rule, apply_rules
 from nnunet_lite.evaluation.select import Member, choose
 from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
 from nnunet_lite.evaluation.statistics import Margin
-from nnunet_lite.workspace import Paths, read_json, write_json
+from nnunet_lite.files import read_json, write_json
+from nnunet_lite.workspace import Paths
 
 Run = Callable[..., tuple[int, str, str]]
 LABELS = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2})
@@ -82,7 +82,9 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     shutil.rmtree(paths.models / "tiny" / "fold_0" / "validation")
     for name, change in (("a-good", speckled), ("b-bad", shifted)):
         made(paths, name, change)
-    found = api.select(["a-good", "b-bad"], ensembles=False, workspace=paths.root.parent, workers=2, device="cpu")
+    found = nnunet_lite.select(
+        ["a-good", "b-bad"], ensembles=False, workspace=paths.root.parent, workers=2, device="cpu"
+    )
     assert found.models == ("a-good",) and found.folds == tuple("01234")
     good, bad = found.candidates
     assert (good.name, bad.name, good.n_cases) == ("a-good", "b-bad", 10)
@@ -106,7 +108,7 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     kept = [i for i, case in enumerate(cases) if case.id in others]
     assert found.gains["Anterior"] == pytest.approx((each["a-good"][kept, 0].mean(), 1.0, 6))
     line = f"postprocessing of Anterior: {found.postprocessing['Anterior']}, Dice "
-    assert line in found.table() and found.table().endswith("-> 1.0000 on 6 cases that did not choose it")
+    assert line in found.to_text() and found.to_text().endswith("-> 1.0000 on 6 cases that did not choose it")
     clean = apply_rules(speckled(truth[0], 0), (1.0, 1.0, 1.0), LABELS, found.postprocessing)
     assert np.array_equal(clean, truth[0])
 
@@ -115,7 +117,7 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     assert set(stored["postprocessing"]["Anterior"]) == {"largest_component", "min_size_mm3", "unit"}
     assert stored["candidates"][1]["margin"]["mean"] == bad.margin.mean
     assert read_selection(paths) == found
-    again = api.select(["a-good", "b-bad"], ensembles=False, postprocess=False, workspace=paths.root.parent)
+    again = nnunet_lite.select(["a-good", "b-bad"], ensembles=False, postprocess=False, workspace=paths.root.parent)
     assert again.postprocessing == {} and again.candidates == found.candidates
 
 
@@ -134,7 +136,7 @@ def test_sizes_without_a_spacing_are_pixels(
         image = (60 * label + rng.integers(0, 60, label.shape)).astype(np.uint8)
         write_label(root / "images" / f"{i:02}{ending}", image, place)
         write_label(root / "labels" / f"{i:02}{ending}", label, place)
-    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
     ours = Paths(tmp_path / "ws" / "cells")
     cases = [case.id for case in dataset_from_json(read_json(ours.dataset)).cases]
     folds = [cases[k::5] for k in range(5)]
@@ -150,13 +152,13 @@ def test_sizes_without_a_spacing_are_pixels(
             label = label.copy()
             label[0, 30:32, 40:46] = 1  # a speck
             write_label(model / f"fold_{k}" / "validation" / f"{case_id}{ending}", label, geometry)
-    found = api.select(workspace=tmp_path / "ws", device="cpu")
+    found = nnunet_lite.select(workspace=tmp_path / "ws", device="cpu")
     words = f"no component below {14 * pages if pages == 1 else 86} {unit}"
     assert [str(rule) for rule in found.postprocessing.values()] == [words]
-    assert words in found.table() and "mm" not in found.table()
+    assert words in found.to_text() and "mm" not in found.to_text()
     summary = read_json(model / "fold_0" / "validation" / "summary.json")
     assert summary["length_unit"] == "px" and summary["metric_per_case"][0]["metrics"]["1"]["reference_ml"] is None
-    api.report(tmp_path / "page.html", workspace=tmp_path / "ws")
+    nnunet_lite.report(tmp_path / "page.html", workspace=tmp_path / "ws")
     page = (tmp_path / "page.html").read_text()
     assert f"components below {words.split('below ')[1]} are removed" in page and "mm³" not in page
     assert "(ml)</th>" not in page and " ml in every case" not in page
@@ -197,33 +199,33 @@ def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command:
 def test_what_cannot_be_compared_is_told(paths: Paths, tiny_workspace: Path) -> None:
     workspace = paths.root.parent
     with pytest.raises(UserError, match=r"no model of Task04_Hippocampus is 3d_lowres\. Run `nnlite train"):
-        api.select("3d_lowres", workspace=workspace)
+        nnunet_lite.select("3d_lowres", workspace=workspace)
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     (other / "fold_0" / "cases.json").unlink()
     (other / "fold_0").rename(other / "fold_1")
     with pytest.raises(UserError, match=r"share no fold to be compared on \(other: 1; tiny: 0\)"):
-        api.select(workspace=workspace)
+        nnunet_lite.select(workspace=workspace)
     shutil.rmtree(other)
     splits = read_json(paths.splits)
     splits[0], splits[1] = splits[1], splits[0]
     write_json(paths.splits, splits)
     with pytest.raises(UserError, match=r"tiny is left out: fold 0 was trained on other cases than splits\.json"):
-        api.select(workspace=workspace)
+        nnunet_lite.select(workspace=workspace)
     shutil.rmtree(paths.models)
     with pytest.raises(UserError, match=r"no fold of Task04_Hippocampus is trained\. Run `nnlite train"):
-        api.select(workspace=workspace)
+        nnunet_lite.select(workspace=workspace)
 
 
 def test_what_is_missing_is_predicted_or_scored(paths: Paths) -> None:
     out = paths.models / "tiny" / "fold_0" / "validation"
     first, second = sorted(out.glob("*.nii.gz"))
     before = first.stat().st_mtime_ns
-    expected = api.select(workspace=paths.root.parent, device="cpu").candidates[0]
+    expected = nnunet_lite.select(workspace=paths.root.parent, device="cpu").candidates[0]
     (out / "summary.json").unlink()
-    scored = api.select(workspace=paths.root.parent, device="cpu")
+    scored = nnunet_lite.select(workspace=paths.root.parent, device="cpu")
     assert scored.candidates[0] == expected and (out / "summary.json").is_file()
     second.unlink()
-    api.select(workspace=paths.root.parent, device="cpu")
+    nnunet_lite.select(workspace=paths.root.parent, device="cpu")
     name = second.name.removesuffix(".nii.gz")
     scan = next(c for c in dataset_from_json(read_json(paths.dataset)).cases if c.id == name).images[0]
     by_model = nnunet_lite.load(paths.models / "tiny", [0], "cpu")(scan)
@@ -236,7 +238,7 @@ def test_what_is_missing_is_predicted_or_scored(paths: Paths) -> None:
 def test_pairs_are_predicted_once(paths: Paths) -> None:
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     turn_round(other)
-    found = api.select(workspace=paths.root.parent, device="cpu")
+    found = nnunet_lite.select(workspace=paths.root.parent, device="cpu")
     assert {one.models for one in found.candidates} == {("tiny",), ("other",), ("other", "tiny")}
     out = paths.ensembles / "other+tiny" / "fold_0" / "validation"
     case_id = read_json(paths.splits)[0]["val"][0]
@@ -248,13 +250,13 @@ def test_pairs_are_predicted_once(paths: Paths) -> None:
 
     files = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
     assert len(files) == len(read_json(paths.splits)[0]["val"])
-    assert api.select(workspace=paths.root.parent, device="cpu").candidates == found.candidates
+    assert nnunet_lite.select(workspace=paths.root.parent, device="cpu").candidates == found.candidates
     assert {path: path.stat().st_mtime_ns for path in files} == files
     next(iter(files)).unlink()  # as a run that was killed leaves it
-    api.select(workspace=paths.root.parent, device="cpu")
+    nnunet_lite.select(workspace=paths.root.parent, device="cpu")
     assert sum(path.stat().st_mtime_ns == files[path] for path in out.glob("*.nii.gz")) == len(files) - 1
     turn_round(other)
-    api.select(workspace=paths.root.parent, device="cpu")
+    nnunet_lite.select(workspace=paths.root.parent, device="cpu")
     assert all(path.stat().st_mtime_ns != made_at for path, made_at in files.items()), "other weights predict anew"
 
 
@@ -294,7 +296,7 @@ def test_a_pair_wins_only_where_it_is_really_better() -> None:
 
 def selected(paths: Paths, **changes: Any) -> Selection:
     """A selection of the tiny model with rules that remove most, written by hand but for its weights."""
-    found = api.select("tiny", postprocess=False, workspace=paths.root.parent, device="cpu")
+    found = nnunet_lite.select("tiny", postprocess=False, workspace=paths.root.parent, device="cpu")
     rules = {"Anterior": Rule(True), "Posterior": Rule(False, 1e6)}
     value = found.to_json() | {"postprocessing": {k: vars(rule) for k, rule in rules.items()}} | changes
     value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6, "n": 20} for k in rules}
@@ -360,7 +362,7 @@ def test_rules_of_an_older_selection_are_not_applied(
     assert "the postprocessing of Posterior was chosen and measured on the same cases, and is not applied; `nnl" in err
     assert (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
     assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
-    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in Selection.from_json(value, paths.inference).table()
+    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in Selection.from_json(value, paths.inference).to_text()
 
 
 def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_path: Path) -> None:
@@ -368,11 +370,11 @@ def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_
     turn_round(other)
     selected(paths, models=["tiny", "other"], weights={})
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
-    done = api.predict(scan, tmp_path / "out", workspace=paths.root.parent, device="cpu", postprocess=False)
+    done = nnunet_lite.predict(scan, tmp_path / "out", workspace=paths.root.parent, device="cpu", postprocess=False)
     assert [folder.name for folder in done.models] == ["tiny", "other"] and done.folds == ("0",)
     both = nnunet_lite.load([paths.models / "tiny", other], [0], "cpu")
     assert np.array_equal(read_label(done.files[0])[0], both(scan))
-    fast = api.predict(scan, tmp_path / "out", workspace=paths.root.parent, device="cpu", speed="fast")
+    fast = nnunet_lite.predict(scan, tmp_path / "out", workspace=paths.root.parent, device="cpu", speed="fast")
     assert fast.folds == ("0",) and set(fast.postprocessing) == {"Anterior", "Posterior"}
 
 
@@ -462,7 +464,7 @@ def test_how_a_selection_reads() -> None:
     worse = Candidate(("c",), 40, 0.9, 0.88, 0.92, {"left": 0.9, "right": None}, Margin(0.01, 0.005, 0.015))
     gains = {"left": Gain(0.9, 0.93, 1)}
     found = Selection(("a<b", "c"), ("0",), {"left": Rule(True)}, gains, (best, worse), {}, ("x",), "2026-01-01", "1")
-    lines = found.table().splitlines()
+    lines = found.to_text().splitlines()
     assert lines[1].startswith("a<b + c") and "selected" in lines[1]
     assert lines[2].endswith("+0.0100  +0.0050 to +0.0150") and "n/a" in lines[2]
     gain = "Dice 0.9000 -> 0.9300 on 1 case that did not choose it"

@@ -13,7 +13,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
-from nnunet_lite.workspace import write_json
+from nnunet_lite.files import write_json
 
 LABELS = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,17 +17,14 @@ from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import Pair, Reference
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
-from nnunet_lite.inference.folder import output_file, predict_cases
-from nnunet_lite.inference.predictor import load
+from nnunet_lite.files import write_json, write_text
+from nnunet_lite.inference.cases import output_file
+from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import VALIDATION
+from nnunet_lite.models.lookup import SUMMARY
 from nnunet_lite.system import pairs_at_once
 from nnunet_lite.training.previous import read_map
-from nnunet_lite.workspace import read_json, understood, write_json, write_text
-
-if TYPE_CHECKING:
-    from nnunet_lite.inference.predictor import Model
-
-SUMMARY = "summary.json"
 
 
 def validate_fold(
@@ -62,15 +58,16 @@ def validate_fold(
     """
     changes = None if step_size is None else {"inference.step_size": step_size}
     workspace = folder.absolute().parents[2]
-    alone = previous is not None
-    model = load(folder, [fold], device, changes, alone=alone, trust_code=trust_code, workspace=workspace)
+    model = load(
+        folder, [fold], device, changes, first_stage=previous is None, trust_code=trust_code, workspace=workspace
+    )
     before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before, notes)
 
 
 def validate(
-    model: Model,
+    model: Predictor,
     out: Path,
     dataset: Dataset,
     case_ids: Sequence[str],
@@ -79,7 +76,7 @@ def validate(
 ) -> Scores:
     """Predict cases of a data set into a folder, those that are not there yet, and score them; as `validate_fold`."""
     cases = _chosen(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=previous,
+    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, previous=previous,
                               accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
@@ -144,15 +141,6 @@ def read_reference(case: Case, dataset: Dataset) -> Reference:
     if suffix_of(case.label) in PICTURES:  # its image may be of a format with a spacing
         geometry, _ = read_geometry(case.images[0])
     return Reference(map_labels(array, dataset.label_map), geometry.spacing)
-
-
-def mean_dice(folder: Path, fold: str) -> float | None:
-    """Foreground Dice of the held-out cases of a fold; None where it was not validated."""
-    file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
-    if not file.is_file():
-        return None
-    with understood(file, "Delete it: `nnlite train` makes it again."):
-        return read_json(file)["foreground_mean"]["Dice"]
 
 
 def _chosen(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:

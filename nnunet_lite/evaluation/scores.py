@@ -27,9 +27,9 @@ from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
+from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
-from nnunet_lite.workspace import read_json
 
 _UNSCALED = "no spacing is known, 1 mm taken for a pixel"
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
@@ -160,7 +160,7 @@ class Scores:
                 )
         return text.getvalue()
 
-    def table(self) -> str:
+    def to_text(self) -> str:
         """`lines` as plain text, then the notes."""
         widths = [max(map(len, column)) for column in zip(*self.lines(), strict=True)]
         text = [
@@ -185,7 +185,7 @@ class Scores:
 
     def _repr_html_(self) -> str:
         """The table as text, for a notebook."""
-        return f"<pre>{escape(self.table())}</pre>"
+        return f"<pre>{escape(self.to_text())}</pre>"
 
 
 def in_unit(key: str, unit: str) -> str:
@@ -221,7 +221,7 @@ def _number(value: float | None) -> str:
 # -------------------------------------------------------------------------------------------------------------- on disk
 
 
-def evaluate(
+def score_files(
     prediction: Path,
     reference: Path,
     labels: Labels | None = None,

@@ -41,13 +41,14 @@ from nnunet_lite.evaluation.selection import (
     write_selection,
 )
 from nnunet_lite.evaluation.statistics import paired, summarize
-from nnunet_lite.files import sweep
+from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.next_stage import FirstStage, predict_for_next_stage
-from nnunet_lite.inference.predictor import Model, load, read_model
+from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import ALL, Split, load_splits, read_split, refuse_other_cases
-from nnunet_lite.workspace import Paths, locked, read_json, write_json
+from nnunet_lite.workspace import Paths
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
 MADE_OF = "made_of.json"  # of a fold of an ensemble: the fingerprints of the weights that predicted it
@@ -85,7 +86,7 @@ class Comparison:
     workers: int | None
 
 
-def select(
+def select_models(
     paths: Paths,
     dataset: Dataset,
     only: Sequence[str] | None = None,
@@ -337,7 +338,7 @@ def weights_of(team: Team, fold: str) -> dict[str, str]:
     return {member.name: fingerprint(member.folder, fold) for member in team}
 
 
-def _voting(comparison: Comparison, team: Sequence[Member], fold: Split) -> Model:
+def _voting(comparison: Comparison, team: Sequence[Member], fold: Split) -> Predictor:
     """The networks of one fold of several models as one; a cascade with the first stage of this fold alone."""
     load_fold = partial(load, folds=[fold.name], device=comparison.device, workspace=comparison.paths.root.parent)
     loaded = []
@@ -345,7 +346,7 @@ def _voting(comparison: Comparison, team: Sequence[Member], fold: Split) -> Mode
         if member.previous is None:
             loaded.append(load_fold(member.folder))
         else:
-            loaded.append(replace(load_fold(member.folder, alone=True), previous=load_fold(member.previous)))
+            loaded.append(replace(load_fold(member.folder, first_stage=False), previous=load_fold(member.previous)))
     return replace(loaded[0], partners=tuple(loaded[1:]))
 
 

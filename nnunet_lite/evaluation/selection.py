@@ -13,8 +13,9 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain
 from nnunet_lite.evaluation.rules import Rule
 from nnunet_lite.evaluation.statistics import Margin
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import MODEL, is_finished
-from nnunet_lite.workspace import Paths, read_json, write_json
+from nnunet_lite.workspace import Paths
 
 FORMAT = "nnlite-inference-1"
 _FINGERPRINT_BYTES = 1 << 22  # of a file of weights: its header says how they were trained, and all weights differ
@@ -126,7 +127,7 @@ class Selection:
         """The models, folds and rules in a line."""
         return in_words(self.models, self.folds, self.postprocessing)
 
-    def table(self) -> str:
+    def to_text(self) -> str:
         """Plain text: the candidates, the winner first; then the postprocessing and the notes."""
         head, *rows = self._rows()
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

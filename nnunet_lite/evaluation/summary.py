@@ -11,7 +11,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import Measures
 from nnunet_lite.evaluation.scores import KEYS, CaseScore, Scores, in_unit, label_keys
-from nnunet_lite.workspace import read_json
+from nnunet_lite.files import read_json
 
 _FIELDS = {key: field for key, field in KEYS.items() if field in {known.name for known in fields(Measures)}}
 

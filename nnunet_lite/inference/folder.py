@@ -13,20 +13,17 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.data.cases import split_name
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
-from nnunet_lite.data.formats import fits_picture, write_share
+from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import PICTURES, is_dicom, label_suffix, read_geometry, stem, suffix_of, write_label
-from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.images import is_dicom, stem, write_label
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import atomic, lacks_space, no_space
-from nnunet_lite.inference.inputs import read_case_image
+from nnunet_lite.inference.cases import identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import NetworkInput, Predictor, prepare_image, segment
-from nnunet_lite.preprocessing.pipeline import output_values
 
 Postprocess = Callable[[np.ndarray, Geometry], np.ndarray]  # changes a label map (z, y, x) before it is written
 
@@ -87,8 +84,8 @@ def predict_cases(
         The disk is full.
     """
     targets = {case.id: output_file(case, out, dicom_seg) for case in cases}
-    images = {_identity(path) for case in cases for path in case.images}
-    if overwritten := next((path for path in targets.values() if _identity(path) in images), None):
+    images = {identify(path) for case in cases for path in case.images}
+    if overwritten := next((path for path in targets.values() if identify(path) in images), None):
         raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
     if dicom_seg:
         require_dicom()
@@ -181,80 +178,3 @@ def _write(
         write_dicom_seg(target, label_map, case.images[0], predictor.plan.labels)
     else:
         write_label(target, label_map, geometry, like=case.images[0])
-
-
-# -------------------------------------------------------------------------------------------------- where label maps go
-
-
-def names_file(out: Path) -> bool:
-    """Whether an output is the name of a label map, and not of a folder."""
-    return (suffix_of(out) != "" or out.suffix.lower() == ".dcm") and not out.is_dir()
-
-
-def output_file(case: Case, out: Path, dicom_seg: bool = False) -> Path:
-    """Return the file of a case's label map: its id, in the format of its image; or `out`, if that names a file."""
-    if names_file(out):
-        return out
-    return out / f"{case.id}{'.dcm' if dicom_seg else label_suffix(suffix_of(case.images[0]))}"
-
-
-def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
-    """Refuse an output that the label maps cannot have, before anything is predicted.
-
-    Parameters
-    ----------
-    sources : sequence of Path
-        The files and folders in which the cases were found.
-    cases : sequence of Case
-        The images.
-    out : Path
-        A folder or, of a single case, a file.
-    labels : Labels
-        What the model predicts.
-    dicom_seg : bool
-        Whether label maps are DICOM segmentations.
-
-    Raises
-    ------
-    UserError
-        One file for several cases; or a format that cannot store the label map; or a folder in which the next command
-        would find the label maps as images.
-    """
-    if names_file(out):
-        _check_file(cases, out, labels, dicom_seg)
-    folder = out.parent if names_file(out) else out
-    given = {_identity(source) for source in sources if source.is_dir()}
-    parents = {path if path.is_dir() else path.parent for case in cases for path in case.images}
-    of_one_case = {parent for parent in parents if _identity(parent) not in given and _identity(parent.parent) in given}
-    searched = given | {_identity(parent) for parent in of_one_case}
-    would_be_searched = {_identity(parent.parent) for parent in of_one_case}
-    next_to_channels = any(
-        len(case.images) > 1 and split_name(stem(case.images[0]))[0] == stem(output_file(case, out, dicom_seg))
-        for case in cases
-        if _identity(case.images[0].parent) == _identity(folder)
-    )
-    if _identity(folder) in searched or _identity(folder.parent) in would_be_searched or next_to_channels:
-        what = "would contain images and label maps, and the next prediction would read the label maps as images"
-        raise UserError(what, out, "Choose another --output.")
-
-
-def _check_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
-    """Refuse a name of a label map for several images, or with a format that cannot store it."""
-    if len(cases) > 1:
-        raise UserError(f"names one label map, for {len(cases)} images", out, "Give a folder.")
-    if dicom_seg != (out.suffix.lower() == ".dcm"):
-        raise UserError("a DICOM segmentation ends in .dcm, and needs --dicom-seg", out)
-    suffix = suffix_of(out)
-    if not dicom_seg and label_suffix(suffix) != suffix:
-        raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
-    if suffix in PICTURES:
-        fits_picture(out, output_values(labels), read_geometry(cases[0].images[0])[0])
-
-
-def _identity(path: Path) -> tuple[object, ...]:
-    """Return what two paths share if they lead to the same file or folder, through links or in other letter case."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return (path.resolve(),)
-    return (stat.st_dev, stat.st_ino)

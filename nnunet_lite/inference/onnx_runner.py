@@ -4,8 +4,8 @@
     predictor = load_onnx("exported")
     label_map = predictor(array, spacing=(z, y, x))  # or predictor("scan.nii.gz")
 
-Preprocessing, windows and resampling are those of `nnlite predict`. The logits of a whole image are in memory at once: 4
-bytes for each output channel and voxel at the plan's spacing.
+Preprocessing, windows and resampling are those of `nnlite predict`. The logits of a whole image are in memory at once:
+4 bytes for each output channel and voxel at the plan's spacing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 
 from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
-from nnunet_lite.inference.inputs import as_classes, as_image, check_image
+from nnunet_lite.files import read_json
+from nnunet_lite.inference.cases import as_classes, as_image, check_image
 from nnunet_lite.inference.windows import LabelSwap, gaussian_weight, mirrorings, padding, window_slices
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import preprocess, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
-from nnunet_lite.workspace import read_json
 
 FORMAT = "nnlite-onnx-1"
 ABOUT, PREVIOUS = "onnx.json", "previous"  # a file, and the folder of a cascade's first stage

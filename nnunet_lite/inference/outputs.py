@@ -1,7 +1,7 @@
 """From averaged windows to label maps on the image's own grid, and to maps of probabilities and uncertainty.
 
 `open_stream` starts the sliding window of an image; its slices are resampled and decided as soon as they are finished.
-Several models vote with the mean of their probabilities on the image's grid, as nnU-Net's ensembles do. They are computed
+Several models vote with the mean of their probabilities on the image's grid, as nnU-Net's ensembles do. They compute
 side by side, slab by slab: the probabilities of a whole image never exist.
 """
 
@@ -169,7 +169,7 @@ def predict_label_map(stream: LogitStream, placement: Placement, labels: Labels)
     return out
 
 
-# ------------------------------------------------------------------------------ several models, and maps of probabilities
+# ------------------------------------------------------------------------------------------- several models, and maps
 
 
 def predict_maps(

@@ -1,8 +1,8 @@
 """Load a trained model and predict images with it. Read this file from top to bottom.
 
 `load` reads a plan and the networks of some folds. `segment` predicts an image: it preprocesses it for each model
-(`_tasks`), plans the memory (memory.py), runs the networks on overlapping windows (sliding_window.py), and writes a label
-map slab by slab (outputs.py).
+(`_tasks`), plans the memory (memory.py), runs the networks on overlapping windows (sliding_window.py), and writes a
+label map slab by slab (outputs.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nnunet_lite import log
 from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
-from nnunet_lite.inference.inputs import as_classes, as_image, check_image
+from nnunet_lite.inference.cases import as_classes, as_image, check_image
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
 from nnunet_lite.inference.outputs import ExtraMaps, NewMap, open_stream, predict_label_map, predict_maps
 from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
@@ -31,7 +31,7 @@ from nnunet_lite.models.bundle import require_final, unpacked
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.folder import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.models.lookup import Checkpoint, default_folds, find_model, is_nnunet, nnunet_folds, read_model
-from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
+from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet, read_nnunet_fold
 from nnunet_lite.networks.build import build_network, supervise_deeply
 from nnunet_lite.networks.precision import (
     Arithmetic,
@@ -299,6 +299,31 @@ def _first_stage(folder: Path, plan: Plan, run: dict[str, Any], checkpoint: Chec
     if (about["configuration"], found.labels) != (stage, plan.labels):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
     return first
+
+
+def read_common_plan(
+    models: Sequence[Path], folds: Sequence[str] | None = None, checkpoint: Checkpoint = "final"
+) -> tuple[Plan, list[str]]:
+    """Read the plan of models that vote together, and the folds that predict, without their networks.
+
+    Raises
+    ------
+    UserError
+        There is no model, or the models cannot vote together.
+    """
+    plans = []
+    for path in models:
+        with unpacked(path) as folder:
+            require_final(path, folder, checkpoint)
+            if is_nnunet(folder):
+                files = nnunet_checkpoints(folder, folds, checkpoint)
+                names = default_folds(file.parent.name.removeprefix("fold_") for file in files)
+                plans.append((read_nnunet_fold(files[0]).plan, list(folds or names)))
+            else:
+                plans.append((read_model(folder)[0], list(folds or trained_folds(folder))))
+    for path, (plan, _) in zip(models[1:], plans[1:], strict=True):
+        _check_vote(plans[0][0], plan, models[0], path)
+    return plans[0]
 
 
 def _check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:

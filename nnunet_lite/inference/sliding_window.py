@@ -1,8 +1,8 @@
 """Run networks on overlapping windows and average their outputs, in memory that does not grow with the image.
 
 `build_sliding_window` makes one function of the networks of all folds. `average_windows` runs it on the windows of an
-image, row after row along the first axis: slices that no later row reaches are finished, and the caller uses them before
-it asks for the next. What is in memory is as deep as a patch.
+image, row after row along the first axis: slices that no later row reaches are finished, and the caller uses them
+before it asks for the next. What is in memory is as deep as a patch.
 
 What is averaged need not be logits. The last layer of a U-Net is linear in each voxel, as are the means over windows,
 mirrored copies and folds, and resampling, so it can be applied last. If there are more classes than features, features

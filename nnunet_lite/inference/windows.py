@@ -1,7 +1,7 @@
 """The geometry of sliding windows, without torch: their places, their weights, and when slices are finished.
 
-`tile` cuts an image into windows, `gaussian_weight` weighs their voxels, and `schedule` orders them: windows come in rows
-along the first axis, and slices that no later row reaches are finished and can be dropped.
+`tile` cuts an image into windows, `gaussian_weight` weighs their voxels, and `schedule` orders them: windows come in
+rows along the first axis, and slices that no later row reaches are finished and can be dropped.
 """
 
 from __future__ import annotations

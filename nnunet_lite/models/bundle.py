@@ -31,14 +31,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, must_fit, scratch
+from nnunet_lite.files import atomic, must_be_known, must_fit, read_json, scratch, write_json
 from nnunet_lite.models.folder import FORMAT as MODEL_FORMAT
 from nnunet_lite.models.folder import MODEL, is_finished, other_folds, set_aside
 from nnunet_lite.models.lookup import Checkpoint, is_nnunet, read_mean_dice, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import in_units
-from nnunet_lite.workspace import must_be_known, read_json, write_json
 
 FORMAT = "nnlite-bundle-1"
 MANIFEST = "manifest.json"

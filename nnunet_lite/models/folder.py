@@ -23,9 +23,10 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences
-from nnunet_lite.workspace import Paths, locked, must_be_known, read_json, understood, write_json, write_text
+from nnunet_lite.workspace import Paths
 
 FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, understood
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, read_run, trained_folds
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import Paths, current, read_json, understood
+from nnunet_lite.workspace import Paths, planned_paths
 
 Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
 SUMMARY = "summary.json"  # the scores in a folder of predictions
@@ -59,7 +60,7 @@ def find_model(given: str | Path, workspace: Path, dataset: str | None = None) -
         return path
     found = sorted(file.parent for file in workspace.glob("*/models/*/run.json") if file.parent.name == path.name)
     if len(found) > 1 and dataset is not None:
-        of_dataset = current(workspace, dataset, needs_plan=False).models
+        of_dataset = planned_paths(workspace, dataset, needs_plan=False).models
         found = [folder for folder in found if folder.parent == of_dataset]
     if len(found) > 1:
         raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path, or -d.")

@@ -1,7 +1,7 @@
 """Models of nnU-Net v2, read and written: plans.json, dataset.json, fold_k/checkpoint_final.pth.
 
-Reading comes first: `nnunet_checkpoints` finds the files, `read_nnunet` makes a plan, settings and networks of them, and
-`import_nnunet` writes a model folder. `export_nnunet` writes a model folder for nnU-Net. The names of weights are last.
+Reading comes first: `nnunet_checkpoints` finds the files, `read_nnunet` makes a plan, settings and networks of them,
+and `import_nnunet` writes a model folder. `export_nnunet` writes a model folder for nnU-Net. Names of weights are last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import must_fit, scratch
+from nnunet_lite.files import must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL, models_near, set_aside, versions
 from nnunet_lite.models.lookup import Checkpoint, default_folds, is_nnunet, nnunet_file, nnunet_folds, read_model
@@ -32,7 +32,6 @@ from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Network, Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
 from nnunet_lite.training.swaps import swap_of
-from nnunet_lite.workspace import read_json, understood, write_json, write_text
 
 Json = dict[str, Any]
 
@@ -199,7 +198,7 @@ class _Ignored:
 
 
 # what a checkpoint of nnU-Net names besides tensors; numpy 1 and 2 call their module differently
-_ALLOWED = [
+_ALLOWED: list[Any] = [
     type(name, (_Ignored,), {"__module__": module})
     for module, name in (
         ("numpy", "dtype"),

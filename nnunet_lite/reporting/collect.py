@@ -13,9 +13,10 @@ from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
+from nnunet_lite.files import read_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import Paths, read_json
+from nnunet_lite.workspace import Paths
 
 SELECTION, ENSEMBLES = "inference.json", "ensembles"
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
+from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.reporting.collect import Material, collect
 from nnunet_lite.reporting.gallery import Gallery, make_gallery
@@ -33,7 +34,7 @@ from nnunet_lite.reporting.sections import (
     training_charts,
     version_table,
 )
-from nnunet_lite.workspace import Paths, write_text
+from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
 

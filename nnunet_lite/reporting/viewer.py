@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import threading
 import webbrowser
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
+from nnunet_lite import log
 from nnunet_lite.reporting.scene import Scene
 
 _HOSTS = ("127.0.0.1", "localhost")  # with any port: `ssh -L 8000:127.0.0.1:PORT` changes it
@@ -59,6 +61,23 @@ class View:
         root, path = self.url.rsplit("/", 2)[0], f"/{secrets.token_urlsafe(24)}"
         self.doors[path] = self.url
         return root + path
+
+    def to_text(self) -> str:
+        return self.url
+
+    def to_json(self) -> dict[str, str]:
+        return {"url": self.url, "title": self.title}
+
+    def finish(self) -> None:
+        """Serve until Ctrl-C."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+        try:
+            log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            log.info("closed")
+        finally:
+            self.close()
 
     def close(self) -> None:
         self.server.shutdown()

@@ -19,7 +19,8 @@ from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.models.folder import MODEL, read_run
-from nnunet_lite.models.nnunet import is_nnunet, nnunet_folds, read_fold
+from nnunet_lite.models.lookup import is_nnunet, nnunet_folds
+from nnunet_lite.models.nnunet import read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Channel, Plan, exact_storage
 from nnunet_lite.settings import Settings
@@ -85,8 +86,8 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
 def _source(file: Path) -> Source:
     """A fold to start from, of the file that holds its weights."""
     if file.suffix == ".pth":
-        read = read_fold(file)
-        return Source(file, read.plan, read.run["configuration"], read.number)
+        read = read_nnunet_fold(file)
+        return Source(file, read.plan, read.run["configuration"], read.name)
     folder = file.absolute().parents[1]
     fold = file.parent.name.removeprefix("fold_")
     return Source(file, Plan.read(folder / "plans.json"), read_run(folder)["configuration"], fold)
@@ -187,7 +188,7 @@ def _weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if file.suffix == ".pth":
-        return read_fold(file).network.state_dict()
+        return read_nnunet_fold(file).network.state_dict()
     read_state(file)  # refuses what is no safetensors file
     return load_file(file)
 

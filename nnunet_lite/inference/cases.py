@@ -1,4 +1,4 @@
-"""Images as they are given to a model: files, arrays and cases, checked against its plan; without torch."""
+"""Check what is predicted, and where it is written: images of files, cases and arrays, and outputs; without torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from typing import Any
 import numpy as np
 
 from nnunet_lite import log
+from nnunet_lite.data.cases import split_name
 from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.formats import fits_picture
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
-from nnunet_lite.data.images import Image, ending_of, read_image, read_images
+from nnunet_lite.data.images import (
+    PICTURES,
+    Image,
+    ending_of,
+    label_suffix,
+    read_geometry,
+    read_image,
+    read_images,
+    stem,
+)
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import TIFF, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import output_values
 
 _MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
 
@@ -200,3 +212,80 @@ def as_classes(label_map: np.ndarray, labels: Labels) -> np.ndarray:
     if extra:
         label_map = np.where(np.isin(label_map, extra), labels.background, label_map)
     return labels.encode(label_map)
+
+
+# -------------------------------------------------------------------------------------------------- where label maps go
+
+
+def names_file(out: Path) -> bool:
+    """Whether an output is the name of a label map, and not of a folder."""
+    return (suffix_of(out) != "" or out.suffix.lower() == ".dcm") and not out.is_dir()
+
+
+def output_file(case: Case, out: Path, dicom_seg: bool = False) -> Path:
+    """Return the file of a case's label map: its id, in the format of its image; or `out`, if that names a file."""
+    if names_file(out):
+        return out
+    return out / f"{case.id}{'.dcm' if dicom_seg else label_suffix(suffix_of(case.images[0]))}"
+
+
+def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
+    """Refuse an output that the label maps cannot have, before anything is predicted.
+
+    Parameters
+    ----------
+    sources : sequence of Path
+        The files and folders in which the cases were found.
+    cases : sequence of Case
+        The images.
+    out : Path
+        A folder or, of a single case, a file.
+    labels : Labels
+        What the model predicts.
+    dicom_seg : bool
+        Whether label maps are DICOM segmentations.
+
+    Raises
+    ------
+    UserError
+        One file for several cases; or a format that cannot store the label map; or a folder in which the next command
+        would find the label maps as images.
+    """
+    if names_file(out):
+        _check_file(cases, out, labels, dicom_seg)
+    folder = out.parent if names_file(out) else out
+    given = {identify(source) for source in sources if source.is_dir()}
+    parents = {path if path.is_dir() else path.parent for case in cases for path in case.images}
+    of_one_case = {parent for parent in parents if identify(parent) not in given and identify(parent.parent) in given}
+    searched = given | {identify(parent) for parent in of_one_case}
+    would_be_searched = {identify(parent.parent) for parent in of_one_case}
+    next_to_channels = any(
+        len(case.images) > 1 and split_name(stem(case.images[0]))[0] == stem(output_file(case, out, dicom_seg))
+        for case in cases
+        if identify(case.images[0].parent) == identify(folder)
+    )
+    if identify(folder) in searched or identify(folder.parent) in would_be_searched or next_to_channels:
+        what = "would contain images and label maps, and the next prediction would read the label maps as images"
+        raise UserError(what, out, "Choose another --output.")
+
+
+def _check_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
+    """Refuse a name of a label map for several images, or with a format that cannot store it."""
+    if len(cases) > 1:
+        raise UserError(f"names one label map, for {len(cases)} images", out, "Give a folder.")
+    if dicom_seg != (out.suffix.lower() == ".dcm"):
+        raise UserError("a DICOM segmentation ends in .dcm, and needs --dicom-seg", out)
+    suffix = suffix_of(out)
+    if not dicom_seg and label_suffix(suffix) != suffix:
+        raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
+    if suffix in PICTURES:
+        fits_picture(out, output_values(labels), read_geometry(cases[0].images[0])[0])
+
+
+def identify(path: Path) -> tuple[object, ...]:
+    """Return what two paths share if they lead to the same file or folder, through links or in other letter case."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return (path.resolve(),)
+    return (stat.st_dev, stat.st_ino)

@@ -1,0 +1,346 @@
+"""`nnlite predict`: segment images with a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from nnunet_lite import log
+from nnunet_lite.commands.options import (
+    AcceptGeometry,
+    DatasetName,
+    Device,
+    FilePath,
+    Precision,
+    Scheduler,
+    SettingOverrides,
+    TrustCode,
+    WhichCheckpoint,
+    Workspace,
+    cluster_of,
+    names_of,
+    overrides_of,
+)
+from nnunet_lite.data.cases import find_all_cases
+from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.rules import Rule, apply_rules
+from nnunet_lite.evaluation.selection import fingerprint, in_words, read_selection, require_models, trained_since
+from nnunet_lite.inference.cases import check_output, names_file
+from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
+from nnunet_lite.inference.predictor import Predictor, load, read_common_plan
+from nnunet_lite.models.folder import trained_folds
+from nnunet_lite.models.lookup import Checkpoint, choose_model, find_model, first_common_fold
+from nnunet_lite.networks.precision import keep_freed_memory
+from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
+
+# --speed: changes of the settings; "fast" also uses one fold
+_SPEEDS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "balanced": {"inference.mirroring": False},
+    "fast": {"inference.mirroring": False, "inference.step_size": 0.75},
+}
+PROBABILITIES = "--save-probabilities"  # its value may be left out, see cli.py
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The label maps of a prediction.
+
+    Parameters
+    ----------
+    output : Path
+        The folder of the label maps, or the file of one.
+    files : tuple of Path
+        The label maps that were written.
+    failed : dict of str to str
+        Id of each case that failed, and the reason.
+    models, folds : tuple
+        The models that predicted, and their folds.
+    postprocessing : dict of str to str
+        Label or region, and the rule for its components.
+    """
+
+    output: Path
+    files: tuple[Path, ...]
+    failed: dict[str, str]
+    models: tuple[Path, ...]
+    folds: tuple[str, ...]
+    postprocessing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if some cases failed, 2 if all failed."""
+        return (1 if self.files else 2) if self.failed else 0
+
+    def to_json(self) -> dict[str, Any]:
+        files, models = [str(path) for path in self.files], [str(path) for path in self.models]
+        return {**asdict(self), "output": str(self.output), "files": files, "models": models, "folds": list(self.folds)}
+
+    def to_text(self) -> str:
+        return f"{plural(len(self.files), 'label map')} in {self.output}"
+
+
+def predict(
+    input: Annotated[
+        FilePath | Sequence[FilePath],
+        typer.Option("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
+    ],
+    output: Annotated[FilePath, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
+    *,
+    model: Annotated[
+        FilePath | Sequence[FilePath] | None,
+        typer.Option(
+            "-m", "--model", help="Model folder, nnU-Net's too, zip, or name [as selected, or trained]; several vote."
+        ),
+    ] = None,
+    configuration: Annotated[
+        str | Sequence[str] | None,
+        typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together."),
+    ] = None,
+    fold: Annotated[
+        int | str | Sequence[int | str] | None,
+        typer.Option("-f", "--fold", help="Networks to average [selected, or all]."),
+    ] = None,
+    speed: Annotated[
+        Literal["fast", "balanced", "best"] | None,
+        typer.Option(help="balanced: no mirrored copies; fast: one fold, fewer windows, too [best]."),
+    ] = None,
+    mirroring: Annotated[bool | None, typer.Option(help="Average over mirrored copies: 4 to 8 times slower.")] = None,
+    step_size: Annotated[float | None, typer.Option(help="Distance of windows as a share of the patch.")] = None,
+    precision: Precision = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Besides the image; of the GPU's as well [80 % of what is free]."),
+    ] = None,
+    save_probabilities: Annotated[
+        str | None,
+        typer.Option(PROBABILITIES, metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),
+    ] = None,
+    save_uncertainty: Annotated[
+        bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
+    ] = False,
+    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
+    scheduler: Scheduler = None,
+    device: Device = None,
+    skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that exist already.")] = False,
+    postprocess: Annotated[
+        bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
+    ] = True,
+    accept_geometry: AcceptGeometry = False,
+    settings: SettingOverrides = None,
+    checkpoint: WhichCheckpoint = "final",
+    trust_code: TrustCode = False,
+    dataset: DatasetName = None,
+    workspace: Workspace = None,
+) -> Predictions:
+    """Segment images with a trained model.
+
+    Parameters
+    ----------
+    input, output : str or Path
+        Images of any mix of formats; the folder for their label maps, or for a single image its file.
+    model : str, Path or sequence of them
+        A model folder, ours or nnU-Net's, its name in the workspace, or an exported zip. Several vote with the mean
+        of their probabilities. By default what `select` chose for the dataset, otherwise the trained model.
+    settings : mapping
+        Changes of the `inference` settings, such as {"inference.mirroring": False}.
+
+    Returns
+    -------
+    Predictions
+        The files that were written, and the reason for each case that failed.
+
+    Raises
+    ------
+    UserError
+        There is no such image or model, or an option is illegal.
+    """
+    settings = overrides_of(
+        settings, inference__mirroring=mirroring, inference__step_size=step_size, inference__precision=precision,
+        inference__max_memory=max_memory,
+    )  # fmt: skip
+    settings = {**_SPEEDS[speed or "best"], **settings}
+    out, root = Path(output), workspace_folder(workspace)
+    sources = [Path(path) for path in _as_list(input)]
+    if not sources:
+        raise UserError("no image is given to predict")
+    paths = None if model else select_dataset(workspace, dataset, needs_plan=False)
+    models = [find_model(path, root, dataset) for path in _as_list(model or ())]
+    folds = None if fold is None else [str(name) for name in _as_list(fold)]
+    folders, folds, rules = _choose_models(paths, models, names_of(configuration) or [], folds, postprocess)
+    if speed == "fast" and fold is None:
+        folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
+    source = _Source(
+        tuple(folder.absolute() for folder in folders) if scheduler else tuple(folders),
+        None if folds is None else tuple(folds),
+        device,
+        tuple(settings.items()),
+        checkpoint,
+        trust_code,
+        root.absolute(),
+    )
+    if scheduler is None:
+        predictor = source.load()
+        plan, used = predictor.plan, list(predictor.folds)
+    else:
+        plan, used = read_common_plan(folders, folds, checkpoint)
+    cases = find_all_cases(sources, len(plan.channels))
+    check_output(sources, cases, out, plan.labels, dicom_seg)
+    names = () if save_probabilities is None else parse_label_names(save_probabilities, plan.labels)
+    options: dict[str, Any] = {
+        "maps": ExtraMaps(names, save_uncertainty),
+        "dicom_seg": dicom_seg,
+        "skip_existing": skip_existing,
+        "postprocess": _postprocessing(rules, plan.labels),
+        "accept_geometry": accept_geometry,
+    }
+    if scheduler is None:
+        if predictor.device.type == "cpu":
+            keep_freed_memory()
+        how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
+        log.info(f"predicting {plural(len(cases), 'image')} with {how}")
+        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **options)
+    else:
+        files, failed = _predict_on(scheduler, source, cases, out.absolute(), options)
+    for case, reason in failed.items():
+        log.info(f"failed: {case}: {reason}")
+    words = {label: str(rule) for label, rule in rules.items()}
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
+
+
+def _choose_models(
+    paths: Paths | None,
+    models: Sequence[Path],
+    configurations: Sequence[str],
+    folds: list[str] | None,
+    postprocess: bool,
+) -> tuple[list[Path], list[str] | None, dict[str, Rule]]:
+    """Choose the given models, otherwise those that `nnlite select` chose, otherwise the trained one.
+
+    The selected postprocessing is done only if exactly the selected models predict.
+
+    Parameters
+    ----------
+    paths : Paths, optional
+        The files of the dataset; None if `models` are given, which may be among the selected ones too.
+    models : sequence of Path
+        Model folders or zips.
+    configurations : sequence of str
+        Configurations whose trained models predict.
+    folds : list of str, optional
+        The given folds.
+    postprocess : bool
+        Whether label maps are postprocessed.
+
+    Returns
+    -------
+    folders : list of Path
+        The models.
+    folds : list of str, optional
+        Folds of them; None for all that are trained.
+    rules : dict of str to Rule
+        The postprocessing of each label.
+    """
+    if paths is not None and not configurations:
+        selection = read_selection(paths)
+        if selection is None:
+            return [choose_model(paths)], folds, {}
+        folders = require_models(paths, selection)
+    else:
+        folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
+        paths = paths or Paths(folders[0].absolute().parent.parent)
+        in_dataset = all(folder.absolute().parent == paths.models for folder in folders)
+        selection = read_selection(paths) if in_dataset else None
+        if selection is None or set(selection.models) != {folder.name for folder in folders}:
+            return folders, folds, {}
+    folds = list(selection.folds) if folds is None else folds
+    rules = selection.postprocessing if postprocess else {}
+    if doubtful := [label for label in selection.unconfirmed if label in rules]:
+        rules = {label: rule for label, rule in rules.items() if label not in doubtful}
+        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
+        log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
+    log.info(f"{paths.inference}: {in_words(selection.models, folds, rules)}")
+    if changed := trained_since(paths, selection):
+        what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
+        log.warn(f"{what}; `nnlite select` compares them again")
+    return folders, folds, rules
+
+
+def _postprocessing(rules: dict[str, Rule], labels: Labels) -> partial[np.ndarray] | None:
+    """Return the function that postprocesses a label map; None without rules."""
+    if unknown := sorted(rules.keys() - set(labels.region_names)):
+        what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
+        raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
+    return partial(_apply, labels=labels, rules=rules) if rules else None
+
+
+def _apply(label_map: np.ndarray, geometry: Geometry, labels: Labels, rules: dict[str, Rule]) -> np.ndarray:
+    return apply_rules(label_map, geometry.spacing, labels, rules)
+
+
+# ------------------------------------------------------------------------------------------------------------ a cluster
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The arguments of `load`, as they are sent to the workers of a cluster."""
+
+    folders: tuple[Path, ...]
+    folds: tuple[str, ...] | None
+    device: str | None
+    settings: tuple[tuple[str, Any], ...]
+    checkpoint: Checkpoint
+    trust_code: bool
+    workspace: Path
+
+    def load(self) -> Predictor:
+        return load(self.folders, self.folds, self.device, dict(self.settings), checkpoint=self.checkpoint,
+                    trust_code=self.trust_code, workspace=self.workspace)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _load_once(source: _Source, weights: tuple[str, ...]) -> Predictor:
+    """Load a model once in this process, and again if its weights, by their fingerprints, have changed."""
+    return source.load()
+
+
+def _predict_case(case: Case, source: _Source, out: Path, options: dict[str, Any]) -> tuple[list[Path], dict[str, str]]:
+    """Predict a case on a worker; as `predict_cases`."""
+    weights = tuple(
+        fingerprint(folder, fold) for folder in source.folders for fold in source.folds or trained_folds(folder)
+    )
+    return predict_cases(_load_once(source, weights), [case], out, **options)
+
+
+def _predict_on(
+    scheduler: str, source: _Source, cases: Sequence[Case], out: Path, options: dict[str, Any]
+) -> tuple[list[Path], dict[str, str]]:
+    """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
+    files: list[Path] = []
+    failed: dict[str, str] = {}
+    work = partial(_predict_case, source=source, out=out, options=options)
+    with cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
+        assert cluster is not None  # there is a scheduler
+        absolute = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
+        for case, found in cluster.spread(work, absolute, "predict", heavy=True):
+            if isinstance(found, Exception):
+                failed[case.id] = describe(found)
+            else:
+                files += found[0]
+                failed |= found[1]
+    return sorted(files), dict(sorted(failed.items()))
+
+
+def _as_list(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | int | Path) else list(given)
