@@ -7,6 +7,7 @@ and `import_nnunet` writes a model folder. `export_nnunet` writes a model folder
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -216,12 +217,16 @@ def read_checkpoint(file: Path) -> Json:
     UserError
         There is no such file, it is damaged, it is no checkpoint, or it names a function, which is not run.
     """
-    if file.is_file() and not is_zipfile(file):
-        raise UserError("is no checkpoint in the format of torch.save since torch 1.6, or it is cut off", file)
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums
+                raise UserError(f"is damaged: the checksum of {damaged} differs", file, "Get the file again.")
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
             return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except OSError:
+    except BadZipFile:
+        what = "is no checkpoint in the format of torch.save since torch 1.6, or it is cut off"
+        raise UserError(what, file) from None
+    except (UserError, OSError):
         raise
     except Exception as error:  # damage shows in many ways
         if name := re.search(r"GLOBAL (\S+)", str(error)):
