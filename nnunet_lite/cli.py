@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -126,7 +127,8 @@ def main() -> None:
 def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
     """Make a subcommand of a function whose parameters are annotated with typer's options.
 
-    Its result has `to_text()`. It may have `to_json()`, `exit_code`, and `finish()`, which is called at the end.
+    Its result has `to_text()`. It may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A
+    result with `wait()` and `close()` is a service, which runs until Ctrl-C.
     """
     hints = get_type_hints(function, include_extras=True)
     kinds = {parameter: _command_line_type(hint) for parameter, hint in hints.items() if parameter != "return"}
@@ -137,7 +139,11 @@ def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
             if get_origin(_without_none(hints[key])) is Mapping and value is not None:
                 given[key] = dict(map(_assignment, value))
         result = function(**given)
-        log.answer(_as_json(result) if as_json else result.to_text())
+        text = _as_json(result) if as_json else result.to_text()
+        if hasattr(result, "close"):
+            _serve(result, text)
+        else:
+            log.answer(text)
         if hasattr(result, "finish"):
             result.finish()
         raise typer.Exit(getattr(result, "exit_code", 0))
@@ -152,6 +158,18 @@ def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command(name, help=summary)(run)
     return typer.main.get_command(single)
+
+
+def _serve(service: Any, text: str) -> None:
+    """Print what a service says, and keep it running until Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    try:
+        log.answer(text)
+        service.wait()
+    except KeyboardInterrupt:
+        log.info("closed")
+    finally:
+        service.close()
 
 
 def _without_none(hint: Any) -> Any:

@@ -19,8 +19,8 @@ from nnunet_lite.workspace import planned_paths
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
 
 
-def train(workspace: Path, fold: int = 0, **options: Any) -> None:
-    changes = SETTINGS | options.pop("changes", {})
+def train(workspace: Path, fold: int | str = 0, **options: Any) -> None:
+    changes = SETTINGS | options.pop("settings", {})
     nnunet_lite.train("3d_fullres", fold, settings=changes, device="cpu", workspace=workspace, **options)
 
 
@@ -53,7 +53,7 @@ def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: 
     before = files(models)
     with exclusive(models / "3d_fullres-default" / "fold_1"):
         with pytest.raises(Busy, match=r"fold_1: another process is training here"):
-            train(workspace, 0, restart="model")
+            train(workspace, "all-folds", restart=True)
         with pytest.raises(Busy, match=r"fold_1: another process is training here"):
             train(workspace, 1, restart=True)
     assert files(models) == before

@@ -244,11 +244,11 @@ def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"stored_as": "float8"}, "stored_as = 'float8'"),
+        ({"store": "float8"}, "stored_as = 'float8'"),
         ({"clip_percentiles": (-1, 50)}, "--clip-percentiles -1 50 leaves nothing"),
         ({"clip_percentiles": (99, 99)}, "--clip-percentiles 99 99 leaves nothing"),
-        ({"change": ("3d_fullres", (0, 8, 8), None)}, "patch_size"),
-        ({"change": ("3d_fullres", None, 0)}, "batch_size"),
+        ({"patch_size": (0, 8, 8)}, "patch_size"),
+        ({"batch_size": 0}, "batch_size"),
         ({"memory": 0}, "not positive"),
     ],
 )

@@ -24,10 +24,10 @@ from PIL import Image as Picture
 
 import nnunet_lite
 from nnunet_lite.data.dataset import read_dataset
-from nnunet_lite.data.formats import ras_affine
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label, write_label
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.nifti import ras_affine
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import write_json
 from nnunet_lite.reporting.scene import colours, scene_of_case, scene_of_files

@@ -128,7 +128,7 @@ def test_atomic_leaves_nothing_behind_when_the_block_raises(tmp_path: Path) -> N
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
-    code = "import pathlib, nnunet_lite.workspace as w; w.write_text(pathlib.Path('a.json'), '\"L\\xe4sion\"')"
+    code = "import pathlib, nnunet_lite.files as f; f.write_text(pathlib.Path('a.json'), '\"L\\xe4sion\"')"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=environment, check=True)
     assert read_json(tmp_path / "a.json") == "Läsion"
@@ -136,8 +136,8 @@ def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
 
 def test_sweeping_takes_the_leftovers_of_killed_runs_and_nothing_else(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, nnunet_lite.workspace as w\n"
-        "with w.atomic(pathlib.Path('a.json')) as temporary:\n"
+        "import os, pathlib, nnunet_lite.files as f\n"
+        "with f.atomic(pathlib.Path('a.json')) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os._exit(1)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -43,14 +42,14 @@ class RunningCluster:
     def to_json(self) -> dict[str, Any]:
         return {"scheduler": self.scheduler, "kind": self.kind, "workers": self.workers}
 
-    def finish(self) -> None:
-        """Block until Ctrl-C, then end the workers."""
+    def wait(self) -> None:
+        """Block; the scheduler runs in threads of this process."""
         log.info(f"{self.workers} workers of kind {self.kind} start; Ctrl-C ends them. In another terminal: "
                  f"nnlite run DATA --scheduler {self.scheduler}")  # fmt: skip
-        with self.cluster, suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
     def close(self) -> None:
+        """End the workers and the scheduler."""
         self.cluster.close()
 
 

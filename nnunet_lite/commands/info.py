@@ -14,7 +14,6 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import read_selection, trained_since
 from nnunet_lite.files import understood
 from nnunet_lite.models.bundle import as_model_folder
-from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.models.folder import MODEL, first_training, model_folders, trained_folds
 from nnunet_lite.models.lookup import Checkpoint, find_model, read_mean_dice, read_model
 from nnunet_lite.planning.schema import Plan
@@ -68,6 +67,8 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
 
 def _described(model: Path, folder: Path) -> About:
     """What a model folder holds; it is that of `model`, in our form."""
+
+    from nnunet_lite.models.checkpoint import read_state  # imports torch
 
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])

@@ -15,20 +15,11 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.cases import split_name
 from nnunet_lite.data.dataset import Case
-from nnunet_lite.data.formats import fits_picture
+from nnunet_lite.data.formats import require_picture_values
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
-from nnunet_lite.data.images import (
-    PICTURES,
-    Image,
-    ending_of,
-    label_suffix,
-    read_geometry,
-    read_image,
-    read_images,
-    stem,
-)
+from nnunet_lite.data.images import Image, label_suffix, read_geometry, read_image, read_images
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import TIFF, suffix_of
+from nnunet_lite.data.names import PICTURES, TIFF, ending_of, stem, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
@@ -279,7 +270,7 @@ def _check_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: boo
     if not dicom_seg and label_suffix(suffix) != suffix:
         raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
     if suffix in PICTURES:
-        fits_picture(out, output_values(labels), read_geometry(cases[0].images[0])[0])
+        require_picture_values(out, output_values(labels), read_geometry(cases[0].images[0])[0])
 
 
 def identify(path: Path) -> tuple[object, ...]:

@@ -15,9 +15,10 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
-from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import is_dicom, stem, write_label
+from nnunet_lite.data.images import is_dicom, write_label
+from nnunet_lite.data.names import stem
+from nnunet_lite.data.nifti import write_share
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import atomic, lacks_space, no_space

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
-from nnunet_lite.data.formats import nifti_bytes, ras_affine
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_image, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, IGNORE, Labels
+from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError
 
 Colour = tuple[int, int, int]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import signal
 import threading
 import webbrowser
 from collections.abc import Mapping
@@ -68,16 +67,10 @@ class View:
     def to_json(self) -> dict[str, str]:
         return {"url": self.url, "title": self.title}
 
-    def finish(self) -> None:
-        """Serve until Ctrl-C."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
-        try:
-            log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            log.info("closed")
-        finally:
-            self.close()
+    def wait(self) -> None:
+        """Block; the page is served from a thread."""
+        log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
+        threading.Event().wait()
 
     def close(self) -> None:
         self.server.shutdown()
