@@ -260,7 +260,7 @@ ZIPS = {
     "an export of an argument to no zip": asked("export model -o exp", "exp: ", "--format nnunet"),
     "an export of two models": asked("export model -m model -o exp.zip", "two models"),
     "an export to two places": asked("export model a.zip -o b.zip", "a.zip and, with -o, b.zip"),
-    "an export of too much": asked("export model a.zip b.zip", "b.zip"),
+    "an export of too much": asked("export model a.zip b.zip", "3 arguments", "nnlite export"),
     "an export of a format to a zip": asked("export model exp.zip --format nnunet", "exp.zip", "nnunet"),
     "an export of an unknown format": asked("export model exp --format keras", "keras"),
     "an export of a model that is not there": asked("export nowhere --format nnunet -o exp", "nowhere"),
