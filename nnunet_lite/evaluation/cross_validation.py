@@ -20,12 +20,12 @@ from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference.cases import output_file
+from nnunet_lite.inference.first_stage import read_stage_map
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import VALIDATION
 from nnunet_lite.models.lookup import SUMMARY
 from nnunet_lite.system import pairs_at_once
-from nnunet_lite.training.previous import read_map
 
 
 def validate_fold(
@@ -62,7 +62,7 @@ def validate_fold(
     model = load(
         folder, [fold], device, changes, first_stage=previous is None, trust_code=trust_code, workspace=workspace
     )
-    before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
+    before = None if previous is None else lambda case_id: read_stage_map(previous[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before, notes)
 

@@ -25,7 +25,7 @@ from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.models.checkpoint import load_weights, save_weights
-from nnunet_lite.models.folder import FORMAT, MODEL, models_near, set_aside, versions
+from nnunet_lite.models.folder import FORMAT, MODEL, package_versions, set_aside, suggest_models
 from nnunet_lite.models.lookup import Checkpoint, default_folds, is_nnunet, nnunet_file, nnunet_folds, read_model
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.unet import UNet
@@ -97,7 +97,7 @@ def nnunet_checkpoints(
     """
     if not is_nnunet(folder):
         what = "is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)"
-        raise UserError(what, folder, models_near(folder))
+        raise UserError(what, folder, suggest_models(folder))
     found, name = nnunet_folds(folder, checkpoint), nnunet_file(checkpoint)
     begun = sorted({file.parent.name.removeprefix("fold_") for file in folder.glob("fold_*/checkpoint_*.pth")})
     lacking = [fold for fold in begun if fold not in found]
@@ -316,7 +316,7 @@ def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, 
         write_text(partial / "plans.json", fold.plan.to_json())
         write_json(partial / "dataset.json", {"name": fold.plan.dataset, **fold.dataset})
         began = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(partial / "run.json", {**fold.run, "began": began, "versions": versions()})
+        write_json(partial / "run.json", {**fold.run, "began": began, "versions": package_versions()})
         first = fold.run.get("previous")
         if first is not None and is_nnunet(folder.with_name(first)) and not out.with_name(first).exists():
             import_nnunet(folder.with_name(first), out.with_name(first), checkpoint)
