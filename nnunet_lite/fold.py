@@ -38,19 +38,20 @@ from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.configured import configured
-from nnunet_lite.training.folds import (
-    ALL,
-    Fold,
-    Wanted,
-    point_out_other_folds,
-    read_fold,
-    record_cases,
-    refuse_other_cases,
-    wanted_folds,
-)
 from nnunet_lite.training.limit import Validation, announce, step_sizes
 from nnunet_lite.training.previous import with_previous
-from nnunet_lite.training.splits import how_made, load_splits
+from nnunet_lite.training.splits import (
+    ALL,
+    DEFAULT_RULE,
+    FoldRule,
+    Split,
+    load_splits,
+    read_record,
+    read_split,
+    record_cases,
+    refuse_other_cases,
+    warn_of_unused_splits,
+)
 from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
@@ -68,10 +69,7 @@ class Request:
     configuration: str
     fold: str
     settings: Settings
-    folds: int | None = None
-    group_by: str | Path | None = None
-    stratify: bool | str | Path = False
-    splits: str | Path | None = None
+    rule: FoldRule = DEFAULT_RULE
     name: str | None = None
     device: str | None = None
     restart: bool | Literal["model"] = False
@@ -79,10 +77,6 @@ class Request:
     force: bool = False
     lengthen: frozenset[str] = frozenset()
     preview: bool = False
-
-    def wanted(self, dataset: Dataset) -> Wanted:
-        """The folds that are asked for."""
-        return wanted_folds(dataset, self.folds, self.group_by, self.stratify, self.splits)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class Run:
     paths: Paths
     dataset: Dataset
     plan: Plan
-    split: Fold
+    split: Split
     folder: Path
     first: FirstStage | None
 
@@ -177,7 +171,7 @@ def train_and_validate(request: Request, paths: Paths) -> Scores | None:
 
 def _say_what_is_trained(run: Run) -> None:
     """How what is trained differs from the plan, and which folds are not used."""
-    name, ids = run.configuration, [case.id for case in run.dataset.cases]
+    name = run.configuration
     if run.settings.plan.preset is not None or run.settings.plan.memory is not None:
         log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
     planned = Plan.read(run.paths.plans).configurations.get(name)
@@ -187,8 +181,8 @@ def _say_what_is_trained(run: Run) -> None:
     if changes:
         by = "the settings" if run.settings.training.init is None else "the settings and the model to start from"
         log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
-    if run.split.name != ALL:
-        point_out_other_folds(run.paths.splits, ids, run.request.wanted(run.dataset))
+    if run.split.name != ALL and run.request.rule == DEFAULT_RULE:
+        warn_of_unused_splits(run.paths.splits, run.dataset)
 
 
 def _must_be_trainable(run: Run, ranks: Ranks, device: torch.device) -> None:
@@ -223,7 +217,7 @@ def examined(request: Request, paths: Paths) -> Run:
     dataset = stored_dataset(paths.dataset)
     folder = model_folder(paths, request.name or f"{request.configuration}-{settings.recipe}")
     made = configured(_planned(request, paths, folder, dataset.name), request.configuration, settings)
-    split = read_fold(paths.splits, [case.id for case in dataset.cases], request.fold, request.wanted(dataset))
+    split = read_split(paths.splits, dataset, request.fold, request.rule)
     first = find_first_stage(paths, made, request.configuration, split, folder, settings.recipe, request.name)
     return Run(request, paths, dataset, made, split, folder, first)
 
@@ -274,7 +268,7 @@ def _begun(run: Run, ranks: Ranks) -> tuple[int, bool]:
         refuse_lost_extension(run.fold_folder, run.settings)
     whole = request.restart == "model" or not other_folds(folder, run.split.name)
     if not (request.restart and whole):
-        refuse_other_cases(folder, run.split, run.paths.splits, anew=bool(request.restart))
+        refuse_other_cases(folder, run.split, run.paths.splits, restart=bool(request.restart))
         if (folder / "run.json").is_file():  # what is wrong with it is told before anything is moved or trained
             anew = run.fold_folder.name if request.restart else None
             accepted_changes(folder, run.plan, run.configuration, run.settings, request.force, request.lengthen, anew)
@@ -352,7 +346,7 @@ def _train(run: Run, seed: int, ranks: Ranks, device: torch.device) -> None:
 
     chosen = cases(split.training)
     held_out = chosen if split.name == ALL else cases(split.validation)
-    source = None if split.name == ALL else how_made(run.paths.splits, load_splits(run.paths.splits)).get("splits")
+    source = None if split.name == ALL else read_record(run.paths.splits, load_splits(run.paths.splits)).get("splits")
     of = f" of {source}" if source else ""
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(chosen)} cases in {run.fold_folder}")
     record_cases(run.fold_folder, split)

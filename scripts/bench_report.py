@@ -30,7 +30,7 @@ from nnunet_lite.models.folder import model_folders, open_run
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load
 from nnunet_lite.training.configured import configured
-from nnunet_lite.training.folds import read_fold
+from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import Paths, current, read_json, write_json, write_text
 
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -46,7 +46,7 @@ def stand_in(paths: Paths, configuration: str, seed: int) -> None:
     cases = {case.id: case for case in dataset.cases}
     for number in range(5):
         fold, draws = folder / f"fold_{number}", np.random.default_rng([seed, number])
-        held_out = read_fold(paths.splits, list(cases), str(number)).validation
+        held_out = read_split(paths.splits, dataset, str(number)).validation
         (fold / "validation").mkdir(parents=True)
         jobs = [(cases[case_id], int(draws.integers(2**31))) for case_id in held_out]
         with ThreadPoolExecutor() as pool:

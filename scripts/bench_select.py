@@ -34,7 +34,7 @@ from nnunet_lite.models.folder import MODEL, VALIDATION, open_run
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load as load_settings
 from nnunet_lite.training.configured import configured
-from nnunet_lite.training.folds import read_splits
+from nnunet_lite.training.splits import read_splits
 from nnunet_lite.workspace import Paths, current, read_json, write_json
 
 NAMES = {"2d-bench": "2d", "3d-bench": "3d_fullres"}
@@ -70,7 +70,7 @@ def write_prediction(job: tuple[Case, Path, str, int], dataset: Dataset) -> None
 def make_models(paths: Paths, dataset: Dataset) -> None:
     """Model folders without networks, of which `select` asks only what they were made for, and a file of weights."""
     plan, settings = Plan.read(paths.plans), load_settings("cpu")
-    folds = read_splits(paths.splits, [case.id for case in dataset.cases])
+    folds = read_splits(paths.splits, dataset)
     for name, configuration in NAMES.items():
         open_run(paths.models / name, configured(plan, configuration, settings), dataset, configuration, settings)
         for fold in range(len(folds)):
@@ -81,7 +81,7 @@ def make_models(paths: Paths, dataset: Dataset) -> None:
 
 def make_predictions(paths: Paths, dataset: Dataset) -> None:
     """Label maps of every model and pair, with a summary for the models, as training leaves it; none for the pairs."""
-    folds = read_splits(paths.splits, [case.id for case in dataset.cases])
+    folds = read_splits(paths.splits, dataset)
     cases = {case.id: (number, case) for number, case in enumerate(dataset.cases)}
     members, _ = find_members(paths, dataset)
     places = {member.name: member.folder for member in members}

@@ -21,8 +21,8 @@ from nnunet_lite.training.cascade import (
     draw_cascade,
     grown,
 )
-from nnunet_lite.training.folds import Fold
 from nnunet_lite.training.previous import held_out_by, previous_folder
+from nnunet_lite.training.splits import Split
 from nnunet_lite.workspace import Paths, write_json
 
 DILATE, ERODE, CLOSE, OPEN = range(len(OPERATIONS))
@@ -152,12 +152,11 @@ def test_a_gpu_changes_the_map_as_the_cpu_does(tiny_cases: list[Any]) -> None:
 
 
 def test_every_case_is_predicted_by_a_fold_that_held_it_out() -> None:
-    splits = [{"train": ["b", "c"], "val": ["a"]}, {"train": ["a", "c"], "val": ["b"]}]
-    splits.append({"train": ["a", "b"], "val": ["c"]})
-    assert held_out_by(Fold("1", ("a", "c"), ("b",)), splits) == {"a": "0", "c": "2", "b": "1"}
-    assert held_out_by(Fold("all", ("a", "b"), ("a", "b")), []) == {"a": "all", "b": "all"}
+    splits = [Split("0", ("b", "c"), ("a",)), Split("1", ("a", "c"), ("b",)), Split("2", ("a", "b"), ("c",))]
+    assert held_out_by(splits[1], splits) == {"a": "0", "c": "2", "b": "1"}
+    assert held_out_by(Split("all", ("a", "b"), ("a", "b")), []) == {"a": "all", "b": "all"}
     with pytest.raises(UserError, match=r"no fold holds out c\."):
-        held_out_by(Fold("0", ("b", "c"), ("a",)), splits[:2])
+        held_out_by(splits[0], splits[:2])
 
 
 def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:

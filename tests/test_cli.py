@@ -121,7 +121,7 @@ def test_json_of_check_and_plan(command: Run, tmp_path: Path, hippocampus: Path)
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "my" / "plan.json").read_text())
     assert list(json.loads(out)["configurations"]) == ["2d", "3d_fullres"]
     stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
-    written = {"check.json", "dataset.json", "fingerprint.json", "plans.json", "raw.json"}
+    written = {"check.json", "dataset.json", "fingerprint.json", "planned.json", "plans.json", "raw.json"}
     assert {p.name for p in stored.iterdir()} == written
     code, out, _ = command("info", "--json", cwd=tmp_path)
     about = json.loads(out)

@@ -16,7 +16,7 @@ from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.models.checkpoint import read_state
-from nnunet_lite.training.folds import read_fold
+from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import current, read_json
 
 
@@ -27,7 +27,7 @@ def dataset(tiny_workspace: Path) -> Dataset:
 
 @pytest.fixture
 def held_out(tiny_workspace: Path, dataset: Dataset) -> tuple[str, ...]:
-    return read_fold(current(tiny_workspace).splits, [case.id for case in dataset.cases], "0").validation
+    return read_split(current(tiny_workspace).splits, dataset, "0").validation
 
 
 @pytest.fixture

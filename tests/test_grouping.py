@@ -13,21 +13,21 @@ import pytest
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.grouping import groups_of, label_strata, looks_grouped, read_column, strata_of
+from nnunet_lite.training.grouping import find_patients, make_strata, read_column, read_groups, stratify_by_labels
 
 PAIRS = ["pat01_a", "pat01_b", "pat02_a", "pat02_b", "pat03_a"]
 
 
 def test_groups_by_expression() -> None:
-    assert groups_of(PAIRS, r"pat\d+") == {c: c[:5] for c in PAIRS}, "the whole match"
-    assert groups_of(PAIRS, r"t(\d+)_") == {c: c[3:5] for c in PAIRS}, "the first group"
-    assert groups_of([*PAIRS, "anna"], r"^(pat\d+)|.+")["anna"] == "anna", "the match where its group took no part"
+    assert read_groups(PAIRS, r"pat\d+") == {c: c[:5] for c in PAIRS}, "the whole match"
+    assert read_groups(PAIRS, r"t(\d+)_") == {c: c[3:5] for c in PAIRS}, "the first group"
+    assert read_groups([*PAIRS, "anna"], r"^(pat\d+)|.+")["anna"] == "anna", "the match where its group took no part"
 
 
 def test_an_expression_may_be_longer_than_a_file_name() -> None:
     expression = "|".join([r"pat\d+", *(rf"site{i}_\d+" for i in range(60))])
     assert len(expression) > 255
-    assert set(groups_of(PAIRS, expression).values()) == {"pat01", "pat02", "pat03"}
+    assert set(read_groups(PAIRS, expression).values()) == {"pat01", "pat02", "pat03"}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_an_expression_may_be_longer_than_a_file_name() -> None:
 )
 def test_an_expression_that_leaves_a_case_without_group(expression: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        groups_of(PAIRS, expression)
+        read_groups(PAIRS, expression)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_an_expression_that_leaves_a_case_without_group(expression: str, message
 def test_groups_by_table(tmp_path: Path, text: str) -> None:
     """With a header or none, as Excel writes it or by hand; rows of other cases do no harm."""
     (tmp_path / "groups.csv").write_text(text)
-    assert list(groups_of(PAIRS, str(tmp_path / "groups.csv")).values()) == ["x", "x", "y", "y", "z"]
+    assert list(read_groups(PAIRS, str(tmp_path / "groups.csv")).values()) == ["x", "x", "y", "y", "z"]
     (tmp_path / "groups.csv").rename(tmp_path / "groups")
-    assert groups_of(PAIRS, str(tmp_path / "groups"))["pat03_a"] == "z", "any file that is there is a table"
+    assert read_groups(PAIRS, str(tmp_path / "groups"))["pat03_a"] == "z", "any file that is there is a table"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
     ids=lambda ids: ids[0],
 )
 def test_names_of_data_sets_that_do_not_look_grouped(ids: list[str]) -> None:
-    assert looks_grouped(ids) is None
+    assert find_patients(ids) is None
 
 
 @pytest.mark.parametrize(
@@ -124,23 +124,19 @@ def test_names_of_data_sets_that_do_not_look_grouped(ids: list[str]) -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_names_that_look_grouped(ids: list[str], n_groups: int) -> None:
-    found = looks_grouped(ids)
-    assert found is not None
-    pattern, together = found
-    groups = groups_of(ids, pattern)
-    assert len(set(groups.values())) == n_groups
-    assert len(together) > 1 and len({groups[case_id] for case_id in together}) == 1
+    pattern = find_patients(ids)
+    assert pattern is not None and len(set(read_groups(ids, pattern).values())) == n_groups
 
 
 def test_strata_are_label_sets_and_volumes() -> None:
     contents = {f"c{i:02}": ((1, 2), float(i)) for i in range(12)}
     contents |= {f"d{i}": ((1,), 5.0) for i in range(4)} | {"e0": ((), 0.0), "e1": ((2,), 1.0)}
-    strata = strata_of(contents, 4)
+    strata = make_strata(contents, 4)
     volumes = [strata[f"c{i:02}"] for i in range(12)]
     assert volumes == [f"1+2, volume {part} of 3" for part in (1, 2, 3) for _ in range(4)]
     assert strata["d0"] == "1, volume 1 of 1"
     assert strata["e0"] == strata["e1"] == "rare, volume 1 of 1", "sets that not every fold could have go together"
-    assert min(Counter(strata_of(contents, 2).values()).values()) >= 2
+    assert min(Counter(make_strata(contents, 2).values()).values()) >= 2
 
 
 def test_strata_of_real_labels(
@@ -154,7 +150,7 @@ def test_strata_of_real_labels(
         label, geometry, _ = read_label(path)
         path.unlink()
         write_label(path, np.where(label == 2, 0, label), geometry)
-    strata = label_strata(dataset, 2)
+    strata = stratify_by_labels(dataset, 2)
     alone = {case.id for i, case in enumerate(dataset.cases) if i in (0, 3)}
     assert {case_id for case_id, name in strata.items() if name == "1, volume 1 of 1"} == alone
     assert "warning" not in capfd.readouterr().err
@@ -167,7 +163,7 @@ def test_strata_of_real_labels(
     assert len(small) == 2 and max(volumes[c] for c in small) <= min(
         volumes[c] for c in set(volumes) - alone - {*small}
     )
-    assert set(label_strata(dataset, 8).values()) == {"rare, volume 1 of 1"}
+    assert set(stratify_by_labels(dataset, 8).values()) == {"rare, volume 1 of 1"}
     assert "label 2 occurs in 6 of 8 cases: not every fold can hold it out" in capfd.readouterr().err
 
 
@@ -175,4 +171,4 @@ def test_a_label_map_that_is_gone_is_named(copy_dataset: Callable[..., Path]) ->
     dataset = read_dataset(copy_dataset(5))
     shutil.rmtree(dataset.root / "labelsTr")
     with pytest.raises(UserError, match=r"hippocampus_\d+\.nii\.gz"):
-        label_strata(dataset, 2)
+        stratify_by_labels(dataset, 2)

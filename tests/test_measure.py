@@ -9,7 +9,7 @@ import torch
 from nnunet_lite.errors import UserError
 from nnunet_lite.networks.precision import Arithmetic
 from nnunet_lite.planning.nnunet import plan_from_nnunet
-from nnunet_lite.planning.override import limited
+from nnunet_lite.planning.override import limit_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.measure import measure_step, train_step
 
@@ -19,7 +19,7 @@ ABOUT = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 
 @pytest.fixture
 def plan() -> Plan:
     plans = json.loads((Path(__file__).parent / "data" / "nnunet_plans.json").read_text())
-    return limited(plan_from_nnunet(plans, ABOUT), "3d_fullres", 8_000, 16_000)
+    return limit_sizes(plan_from_nnunet(plans, ABOUT), "3d_fullres", 8_000, 16_000)
 
 
 def test_steps_reduce_the_loss_on_one_batch(plan: Plan) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.memory import activation_values, layers, training_memory
-from nnunet_lite.planning.topology import default_network, topology
+from nnunet_lite.planning.topology import default_network, topology_of
 from nnunet_lite.settings import LossSettings
 from nnunet_lite.training.loss import segmentation_loss
 
@@ -40,7 +40,7 @@ def kept(forward: Callable[[], object], without: list[torch.Tensor]) -> int:
 def test_activations_are_those_that_autograd_keeps(
     spacing: tuple[float, ...], patch: tuple[int, ...], batch: int, kind: str, norm: str
 ) -> None:
-    shape = topology(spacing, patch)
+    shape = topology_of(spacing, patch)
     spec = default_network(kind, shape).model_copy(update={"norm": norm})  # type: ignore[arg-type]
     with torch.device("meta"):
         net = UNet(spec, 2, 3).half()
@@ -54,7 +54,7 @@ def test_activations_are_those_that_autograd_keeps(
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 def test_weights_are_those_of_the_network(kind: str) -> None:
-    shape = topology((3.0, 1.0, 1.0), (20, 320, 256))
+    shape = topology_of((3.0, 1.0, 1.0), (20, 320, 256))
     spec = default_network(kind, shape)  # type: ignore[arg-type]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UNet(spec, 4, 6).parameters())
@@ -66,7 +66,7 @@ def test_weights_are_those_of_the_network(kind: str) -> None:
 
 @pytest.mark.parametrize("classes", [2, 20, 117])
 def test_loss_is_what_autograd_keeps_of_it(classes: int) -> None:
-    shape = topology((1.0, 1.0), (64, 64))
+    shape = topology_of((1.0, 1.0), (64, 64))
     spec = default_network("plain", shape)
     heads = [layer for layer in layers(spec, shape.patch, 1, classes) if layer.kind == "head"]
 
@@ -80,7 +80,7 @@ def test_loss_is_what_autograd_keeps_of_it(classes: int) -> None:
 
 
 def test_memory_grows_with_the_batch_and_the_precision() -> None:
-    shape = topology((1.0, 1.0, 1.0), (64, 64, 64))
+    shape = topology_of((1.0, 1.0, 1.0), (64, 64, 64))
     spec = default_network("plain", shape)
     two, four = (training_memory(spec, shape.patch, batch, 1, 2) for batch in (2, 4))
     assert four.activations == 2 * two.activations and four.weights == two.weights

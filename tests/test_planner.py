@@ -12,11 +12,11 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import description_from_nnunet, plan_to_nnunet
-from nnunet_lite.planning.override import legal_neighbours, override
+from nnunet_lite.planning.override import override_sizes
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan, Statistics
 from nnunet_lite.planning.show import patch_share, plan_table
-from nnunet_lite.planning.topology import topology
+from nnunet_lite.planning.topology import neighbouring_patches, topology_of
 
 FIXTURES = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())
 STATISTICS = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
@@ -170,7 +170,7 @@ def test_preset_brings_its_own_budget() -> None:
     [
         ({"preset": "resenc_k"}, "there is no preset 'resenc_k'. Did you mean resenc_"),
         ({"memory_gb": 0}, "a memory budget of 0 GB is not positive"),
-        ({"memory_gb": 1e-6}, "1e-06 GB are too few for this data set"),
+        ({"memory_gb": 1e-6}, "1e-06 GB are too few for this dataset"),
     ],
 )
 def test_impossible_wishes_are_refused(options: dict[str, Any], message: str) -> None:
@@ -209,10 +209,10 @@ def test_table_warns_where_many_classes_exceed_the_budget() -> None:
 
 def test_override_takes_a_legal_patch_and_recomputes_the_topology() -> None:
     plan = simple((200, 200, 200), (1, 1, 1))
-    changed = override(plan, "3d_fullres", (64, 64, 32), 5)
+    changed = override_sizes(plan, "3d_fullres", (64, 64, 32), 5)
     c = changed.configurations["3d_fullres"]
     assert (c.patch_size, c.batch_size) == ((64, 64, 32), 5)
-    assert c.network.strides == topology((1, 1, 1), (64, 64, 32)).strides
+    assert c.network.strides == topology_of((1, 1, 1), (64, 64, 32)).strides
     assert len(c.network.features) == 5
     assert c.memory_gb is not None and c.memory_gb < (plan.configurations["3d_fullres"].memory_gb or 0)
     assert changed.configurations["2d"] == plan.configurations["2d"]
@@ -224,9 +224,9 @@ def test_override_keeps_the_widths_of_the_stages_that_stay() -> None:
     c = plan.configurations["3d_fullres"]
     narrow = c.network.model_copy(update={"features": (16, 32, 64, 128, 200)})
     plan = plan.model_copy(update={"configurations": {"3d_fullres": c.model_copy(update={"network": narrow})}})
-    deeper = override(plan, "3d_fullres", (128, 128, 128)).configurations["3d_fullres"].network
+    deeper = override_sizes(plan, "3d_fullres", (128, 128, 128)).configurations["3d_fullres"].network
     assert deeper.features == (16, 32, 64, 128, 200, 320)
-    shallower = override(plan, "3d_fullres", (16, 16, 16)).configurations["3d_fullres"].network
+    shallower = override_sizes(plan, "3d_fullres", (16, 16, 16)).configurations["3d_fullres"].network
     assert shallower.features == (16, 32, 64) and shallower.decoder_convolutions == (2, 2)
 
 
@@ -242,13 +242,13 @@ def test_override_keeps_the_widths_of_the_stages_that_stay() -> None:
 )
 def test_override_refuses_what_cannot_be(patch: tuple[int, ...] | None, batch: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        override(simple((200, 200, 200), (1, 1, 1)), "3d_fullres", patch, batch)
+        override_sizes(simple((200, 200, 200), (1, 1, 1)), "3d_fullres", patch, batch)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.7, 0.7), (1.0, 0.3)])
 def test_neighbours_are_legal_themselves(spacing: tuple[float, ...]) -> None:
     for size in range(5, 200, 7):
         patch = tuple(size + 3 * axis for axis in range(len(spacing)))
-        below, above = legal_neighbours(spacing, patch)
-        assert topology(spacing, below).patch == below and topology(spacing, above).patch == above
+        below, above = neighbouring_patches(spacing, patch)
+        assert topology_of(spacing, below).patch == below and topology_of(spacing, above).patch == above
         assert all(low <= n <= high for low, n, high in zip(below, patch, above, strict=True))

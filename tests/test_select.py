@@ -207,7 +207,7 @@ def test_what_cannot_be_compared_is_told(paths: Paths, tiny_workspace: Path) -> 
     splits = read_json(paths.splits)
     splits[0], splits[1] = splits[1], splits[0]
     write_json(paths.splits, splits)
-    with pytest.raises(UserError, match=r"tiny is left out: fold 0 was begun with other cases than splits\.json"):
+    with pytest.raises(UserError, match=r"tiny is left out: fold 0 was trained on other cases than splits\.json"):
         api.select(workspace=workspace)
     shutil.rmtree(paths.models)
     with pytest.raises(UserError, match=r"no fold of Task04_Hippocampus is trained\. Run `nnlite train"):

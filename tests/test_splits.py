@@ -1,18 +1,170 @@
-"""splits.json as it is edited, nnU-Net's splits_final.json, and tables of folds: read, or refused with the reason."""
+"""Folds are nnU-Net's or those of the options; an edited splits.json is used, or refused with the reason."""
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from sklearn.model_selection import KFold
 
+from nnunet_lite import api
+from nnunet_lite.data.dataset import Case, Dataset, read_dataset
+from nnunet_lite.data.images import read_label
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.folds import make_folds, read_fold
-from nnunet_lite.training.splits import given_splits, how_made, summary, write_splits
-from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.planning import fingerprint
+from nnunet_lite.training.splits import (
+    FoldRule,
+    Split,
+    check_rule,
+    divide,
+    load_splits,
+    make_splits,
+    needs_splits,
+    read_given_splits,
+    read_record,
+    read_split,
+    read_splits,
+    summarize_splits,
+    write_splits,
+)
+from nnunet_lite.workspace import current, read_json, write_json
 
-IDS = [f"case_{i:03d}" for i in range(1, 13)]
+Command = Callable[..., tuple[int, str, str]]
+IDS = [f"case_{i:03d}" for i in (7, 3, 11, 1, 2, 9, 30, 4, 5, 6, 8, 10)]
+
+
+def dataset_of(ids: Sequence[str], root: Path = Path()) -> Dataset:
+    """A dataset whose cases have names only."""
+    return Dataset(
+        "x", root, "plain", ("MR",), Labels(names={"background": 0, "a": 1}), tuple(Case(i, ()) for i in ids)
+    )
+
+
+def patients(sizes: Sequence[int]) -> dict[str, str]:
+    """Case id -> patient, of patients with these numbers of scans."""
+    return {f"pat{p:02}_{scan}": f"pat{p:02}" for p, n in enumerate(sizes) for scan in range(n)}
+
+
+@pytest.fixture(scope="module")
+def dataset(hippocampus: Path) -> Dataset:
+    return read_dataset(hippocampus)
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    return tmp_path / "splits.json"
+
+
+# ------------------------------------------------------------------------------------------------ division into folds
+
+
+def test_folds_are_those_of_nnunet(splits: Path) -> None:
+    ids = np.array(sorted(IDS))
+    expected = [
+        {"train": ids[train].tolist(), "val": ids[val].tolist()}
+        for train, val in KFold(n_splits=5, shuffle=True, random_state=12345).split(ids)
+    ]
+    fold = read_split(splits, dataset_of(IDS), "3")
+    assert read_json(splits) == expected
+    assert fold == Split("3", tuple(expected[3]["train"]), tuple(expected[3]["val"]))
+
+
+@pytest.mark.parametrize("sizes", [[2] * 10, [1, 2, 3, 1, 1, 7, 2, 2, 1, 1, 4, 3, 2, 1], [9, 1, 1, 1, 1], [1] * 30])
+def test_a_group_is_never_on_both_sides(sizes: list[int]) -> None:
+    groups = patients(sizes)
+    folds = divide(list(groups), 5, groups)
+    assert sorted(case for fold in folds for case in fold.validation) == sorted(groups)
+    for fold in folds:
+        assert not {groups[case] for case in fold.training} & {groups[case] for case in fold.validation}
+        assert sorted(fold.training + fold.validation) == sorted(groups)
+    held_out = [len(fold.validation) for fold in folds]
+    if max(sizes) <= 7:
+        assert max(held_out) - min(held_out) <= 1, "about equal numbers of cases"
+    assert folds == divide(list(reversed(groups)), 5, groups), "the same each time"
+    if len(sizes) > 5:
+        assert list(folds[0].validation) != sorted(groups)[: held_out[0]], "at random"
+
+
+def test_each_fold_has_its_share_of_every_stratum() -> None:
+    groups = patients([2] * 20 + [1] * 20)
+    strata = {case: f"s{int(case[3:5]) % 4}" for case in groups}
+    for by in (None, groups):
+        for fold in divide(list(groups), 5, by, strata):
+            counts = Counter(strata[case] for case in fold.validation)
+            assert set(counts) == {"s0", "s1", "s2", "s3"} and set(counts.values()) <= {2, 3, 4}
+            assert 11 <= len(fold.validation) <= 13
+    rare = strata | {"pat00_0": "alone"}
+    assert sum("pat00_0" in fold.validation for fold in divide(list(groups), 5, None, rare)) == 1
+
+
+def test_groups_and_strata_together_are_as_even_as_possible() -> None:
+    """Of 6 patients with two scans each, one small and one large: two patients to each of three folds."""
+    groups = patients([2] * 6)
+    strata = {case: f"volume {1 + int(case[3:5]) // 3 + 2 * int(case[-1])}" for case in groups}
+    folds = divide(list(groups), 3, groups, strata)
+    assert [len(fold.validation) for fold in folds] == [4, 4, 4]
+    assert [len({strata[case] for case in fold.validation}) for fold in folds] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("groups", "n_folds", "message"),
+    [
+        (patients([3, 3, 3]), 5, r"3 groups cannot be split into 5 folds\. Train on .* all`, or take --folds 3\."),
+        (patients([30]), 5, r"1 group cannot be split into 5 folds\. Train on every case: `nnlite train .* all`\.$"),
+        (patients([1] * 12), 13, r"12 groups cannot be split into 13 folds"),
+        (None, 13, "12 cases cannot be split into 13 folds"),
+    ],
+)
+def test_fewer_cases_or_groups_than_folds(groups: dict[str, str] | None, n_folds: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        divide(list(groups or IDS), n_folds, groups)
+
+
+def test_strata_smaller_than_the_number_of_folds() -> None:
+    with pytest.raises(UserError, match=r"no stratum has 5 cases, one for each fold\. Use fewer strata"):
+        divide(IDS, 5, None, {case: str(i // 4) for i, case in enumerate(IDS)})
+
+
+# ------------------------------------------------------------------------------------------------ splits.json
+
+
+def test_an_edited_file_is_used(splits: Path) -> None:
+    write_json(splits, [{"train": ["case_001"], "val": ["case_002", "case_003"]}])
+    assert read_split(splits, dataset_of(IDS), "0") == Split("0", ("case_001",), ("case_002", "case_003"))
+    with pytest.raises(UserError, match=r"no fold '1'.*Folds are 0 to 0"):
+        read_split(splits, dataset_of(IDS), "1")
+    write_json(splits, [{"train": IDS, "val": []}])
+    assert read_split(splits, dataset_of(IDS), "0").validation == (), "no validation is allowed"
+
+
+def test_all_trains_on_every_case_without_a_file(splits: Path) -> None:
+    fold = read_split(splits, dataset_of(IDS[:3]), "all")
+    assert fold.training == tuple(sorted(IDS[:3]))
+    with pytest.raises(UserError, match=r"fold `all` trains on every case.*train each fold: `all-folds`"):
+        read_split(splits, dataset_of(IDS), "all", FoldRule(3))
+    assert not splits.exists()
+
+
+@pytest.mark.parametrize("name", ["5", "-1", "a", "", "1.0", "01", "²"])
+def test_an_unknown_fold_is_named_and_no_file_is_written(splits: Path, name: str) -> None:
+    """A user who asks for fold 7 may need the option for eight folds."""
+    with pytest.raises(UserError, match=f"no fold '{name}'.*Folds are 0 to 4"):
+        read_split(splits, dataset_of(IDS), name)
+    assert not list(splits.parent.iterdir())
+    assert len(read_split(splits, dataset_of(IDS), "7", FoldRule(8)).validation) == 1
+
+
+def test_cases_without_a_fold_are_named(splits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = [f"case_{i}" for i in range(6)]
+    read_split(splits, dataset_of(ids[:5]), "0")
+    read_split(splits, dataset_of(ids), "0")
+    assert "leaves out case case_5; delete the file to make it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -25,25 +177,46 @@ IDS = [f"case_{i:03d}" for i in range(1, 13)]
         ([{"train": ["case_001", "case_001"], "val": []}], "fold 0 names case_001 twice"),
         ([{"train": "case_001", "val": ["case_002"]}], "must be a list of"),
         ([{"train": ["case_001"], "val": [2]}], "must be a list of"),
+        ([{"train": IDS[1:], "val": IDS[:1]}, {"train": IDS, "val": IDS[:1]}], "fold 1 has case_007 on both sides"),
         ([], "must be a list of"),
         ([3], "must be a list of"),
         (3, "must be a list of"),
         ({"train": ["case_001"]}, "must be a list of"),
     ],
 )
-def test_a_wrong_splits_file_is_named(tmp_path: Path, content: Any, message: str) -> None:
-    write_json(tmp_path / "splits.json", content)
-    for read in (lambda file: read_fold(file, IDS, "0"), lambda file: given_splits(file, IDS)):
+def test_a_wrong_file_is_named(splits: Path, content: Any, message: str) -> None:
+    write_json(splits, content)
+    for read in (lambda file: read_split(file, dataset_of(IDS), "0"), lambda file: read_given_splits(file, IDS)):
         with pytest.raises(UserError, match=rf"splits\.json: .*{message}"):
-            read(tmp_path / "splits.json")
+            read(splits)
 
 
-def test_a_table_of_folds_holds_each_case_out_once(tmp_path: Path) -> None:
-    table = tmp_path / "folds.csv"
-    table.write_text("case,fold\n" + "".join(f"{case_id},{i % 3}\n" for i, case_id in enumerate(IDS)))
-    folds = given_splits(table, IDS)
-    assert [fold["val"] for fold in folds] == [IDS[i::3] for i in range(3)]
-    assert all(sorted(fold["train"] + fold["val"]) == IDS for fold in folds)
+def test_the_record_is_valid_for_the_written_folds_only(splits: Path) -> None:
+    folds = divide(IDS)
+    assert read_record(splits, folds) == {}
+    write_splits(splits, folds, {"splits": "mine.csv"})
+    assert load_splits(splits) == folds
+    assert read_record(splits, folds)["splits"] == "mine.csv" and read_record(splits, folds[::-1]) == {}
+    assert summarize_splits(folds, {}) == "5 folds of 12 cases (given or edited)"
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (FoldRule(1), r"--folds 1 is not a number of folds\. Take 2 or more, or train on every case: fold `all`"),
+        (FoldRule(3, splits="x.json"), "--splits names the folds: --folds, --group-by and --stratify"),
+        (FoldRule(splits="x.json"), r"x\.json: no such file"),
+        (FoldRule(splits="x.csv"), r"x\.csv: no such file"),
+        (FoldRule(stratify="x.csv"), r"x\.csv: no such file"),
+        (FoldRule(group_by=r"pat\d+"), r"matches nothing in cases hippocampus_\d+, "),
+    ],
+)
+def test_mistakes_are_reported_before_label_maps_are_read(dataset: Dataset, rule: FoldRule, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_rule(rule, dataset)
 
 
 @pytest.mark.parametrize(
@@ -52,26 +225,281 @@ def test_a_table_of_folds_holds_each_case_out_once(tmp_path: Path) -> None:
         ("123", r"folds are 1, 2, 3\. Number them 0, 1, 2"),
         ("ab", r"folds are a, b\."),
         ("0", r"fold 0 has no training case"),
+        ("012", None),
     ],
 )
-def test_a_table_of_folds_that_are_none(tmp_path: Path, numbers: str, message: str) -> None:
-    table = tmp_path / "folds.csv"
-    table.write_text("".join(f"{case_id},{numbers[i % len(numbers)]}\n" for i, case_id in enumerate(IDS)))
-    with pytest.raises(UserError, match=rf"folds\.csv: {message}"):
-        given_splits(table, IDS)
+def test_a_table_of_folds_holds_each_case_out_once(tmp_path: Path, numbers: str, message: str | None) -> None:
+    table, ids = tmp_path / "folds.csv", sorted(IDS)
+    rows = "".join(f"{case_id},{numbers[i % len(numbers)]}\n" for i, case_id in enumerate(ids))
+    table.write_text("case,fold\n" + rows)
+    if message is not None:
+        with pytest.raises(UserError, match=rf"folds\.csv: {message}"):
+            read_given_splits(table, ids)
+        return
+    folds = read_given_splits(table, ids)
+    assert [list(fold.validation) for fold in folds] == [ids[i::3] for i in range(3)]
+    assert all(sorted(fold.training + fold.validation) == ids for fold in folds)
 
 
-def test_every_fold_of_a_given_file_is_checked(tmp_path: Path) -> None:
-    folds = make_folds(IDS)
-    folds[3]["val"].append(folds[3]["train"][0])
-    write_json(tmp_path / "splits_final.json", folds)
-    with pytest.raises(UserError, match=r"splits_final\.json: fold 3 has case_00\d on both sides\.$"):
-        given_splits(tmp_path / "splits_final.json", IDS)
+def test_real_volumes_are_spread_evenly(dataset: Dataset, splits: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each of four folds holds out eight cases, two from each quarter by volume; an edit makes the record invalid."""
+    rule = FoldRule(4, stratify=True)
+    folds = read_splits(splits, dataset, rule)
+    assert "splits.json: 4 folds of 32 cases, stratified by labels; held out: 8, 8, 8, 8" in capfd.readouterr().err
+    volumes = {}
+    for case in dataset.cases:
+        assert case.label is not None
+        label, geometry, _ = read_label(case.label)
+        volumes[case.id] = (label > 0).sum() * np.prod(geometry.spacing)
+    quarter = {case_id: rank // 8 for rank, case_id in enumerate(sorted(volumes, key=lambda c: volumes[c]))}
+    for fold in folds:
+        assert Counter(quarter[case_id] for case_id in fold.validation) == dict.fromkeys(range(4), 2)
+    write_json(splits, read_json(splits)[::-1])
+    assert len(read_splits(splits, dataset, FoldRule(4))) == 4
+    with pytest.raises(UserError, match=r"holds 4 folds of 32 cases \(given or edited\), not stratified by labels"):
+        read_splits(splits, dataset, rule)
 
 
-def test_the_record_holds_for_what_was_written_only(tmp_path: Path) -> None:
-    splits, folds = tmp_path / "splits.json", make_folds(IDS)
-    assert how_made(splits, folds) == {}
-    write_splits(splits, folds, {"splits": "mine.csv", "sha256": "0"})
-    assert how_made(splits, folds) == {} and summary(folds, {}) == "5 folds of 12 cases (given or edited)"
-    assert read_json(splits) == folds
+def test_existing_folds_agree_with_the_options_or_are_refused(
+    dataset: Dataset, splits: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = splits.with_name("sites.csv")
+    table.write_text("".join(f"{case.id},{i % 3}\n" for i, case in enumerate(dataset.cases)))
+    folds = read_splits(splits, dataset, FoldRule(3, r"_\d\d", table))
+    record = read_json(splits.with_name("splits_made.json"))
+    assert (record["folds"], record["group_by"], record["stratify"], record["seed"]) == (3, r"_\d\d", str(table), 12345)
+    assert record["groups"]["hippocampus_001"] == "_00"
+    assert f"3 folds of 32 cases in {len(set(record['groups'].values()))} groups by " in capfd.readouterr().err
+    for rule in (
+        FoldRule(),
+        FoldRule(3),
+        FoldRule(None, r"_\d\d"),
+        FoldRule(stratify=str(table)),
+        FoldRule(splits=splits),
+    ):
+        assert read_splits(splits, dataset, rule) == folds
+    held = r"splits\.json: holds 3 folds of 32 cases in \d+ groups by _\\d\\d, stratified by .*sites\.csv, "
+    fix = r"\. Omit the options for folds to continue with these, or delete the file to make them again\.$"
+    for rule, what in (
+        (FoldRule(5), "not 5"),
+        (FoldRule(group_by=r"\d$"), r"not in groups by \\d\$"),
+        (FoldRule(stratify=True), "not stratified by labels"),
+    ):
+        with pytest.raises(UserError, match=held + what + fix):
+            read_splits(splits, dataset, rule)
+    table.write_text("".join(f"{case.id},{i % 2}\n" for i, case in enumerate(dataset.cases)))
+    with pytest.raises(UserError, match=r"not stratified by .*sites\.csv"):
+        read_splits(splits, dataset, FoldRule(stratify=table))
+
+
+def test_new_cases_are_noticed_where_options_are_given(splits: Path) -> None:
+    read_splits(splits, dataset_of(IDS[:10]))
+    assert len(read_splits(splits, dataset_of(IDS))) == 5
+    with pytest.raises(UserError, match="holds 5 folds of 10 cases, not of the 12 that the dataset has"):
+        read_splits(splits, dataset_of(IDS), FoldRule(5))
+
+
+def test_names_that_look_grouped_are_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    two_scans = dataset_of(list(patients([2] * 8)))
+    read_splits(tmp_path / "splits.json", two_scans)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert lines == [
+        "warning: pat00_0 and pat00_1 look like images of one patient, whom folds may have on both sides; "
+        r"--group-by '^\D*\d+' makes 8 groups of the 16 cases"
+    ]
+    read_splits(tmp_path / "splits.json", two_scans)
+    read_splits(tmp_path / "grouped.json", two_scans, FoldRule(group_by=r"pat\d+"))
+    read_splits(tmp_path / "real.json", dataset_of([f"hippocampus_{i:03}" for i in range(30)]))
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_plan_keeps_folds_that_models_are_trained_on(splits: Path) -> None:
+    cases, rule = dataset_of(IDS), FoldRule(3)
+    assert not needs_splits(splits, cases, FoldRule(), ["a"]), "no option"
+    assert needs_splits(splits, cases, rule, ["a"]), "no file"
+    read_splits(splits, cases)
+    assert needs_splits(splits, cases, rule, [])
+    with pytest.raises(UserError, match=r"holds 5 folds of 12 cases, not 3, and a, b are trained on them\. Scores on"):
+        needs_splits(splits, cases, rule, ["a", "b"])
+    assert not needs_splits(splits, cases, FoldRule(5), ["a"]), "the folds agree"
+    with pytest.raises(UserError, match="10 groups cannot be split into 11 folds"):
+        needs_splits(splits, cases, FoldRule(11, r"\d$"), [])
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def test_plan_writes_the_folds_of_the_options(
+    copy_dataset: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    root = copy_dataset(6)
+    stored = tmp_path / "nnlite_workspace" / "broken"
+
+    def plan(*options: object) -> tuple[int, str]:
+        code, _, err = command("plan", root, *options, cwd=tmp_path)
+        return code, err
+
+    code, err = plan("--folds", 7)
+    assert code == 2 and "6 cases cannot be split into 7 folds" in err and not stored.exists()
+    assert plan()[0] == 0 and not (stored / "splits.json").exists(), "train makes nnU-Net's"
+    code, err = plan("--folds", 3, "--stratify")
+    assert code == 0 and "splits.json: 3 folds of 6 cases, stratified by labels; held out: 2, 2, 2" in err
+    first = read_json(stored / "splits.json")
+    assert "splits.json" not in plan("--folds", 3, "--stratify")[1], "they agree"
+    assert plan()[0] == 0 and read_json(stored / "splits.json") == first
+    code, err = plan("--folds", 2, "--group-by", "_0[0-9]")
+    assert code == 0 and "old_splits.json_1" in err
+    assert read_json(stored / "old_splits.json_1") == first and len(read_json(stored / "splits.json")) == 2
+    ids = sorted(case_id for side in first[0].values() for case_id in side)
+    (tmp_path / "folds.csv").write_text("".join(f"{case_id},{i % 2}\n" for i, case_id in enumerate(ids)))
+    assert plan("--splits", tmp_path / "folds.csv")[0] == 0
+    assert [fold["val"] for fold in read_json(stored / "splits.json")] == [ids[::2], ids[1::2]]
+    assert "--splits names the folds" in plan("--splits", tmp_path / "folds.csv", "--folds", 3)[1]
+
+
+def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny_settings: Any, tmp_path: Path) -> None:
+    """The tiny model has fold 0 of five; its dataset then gets three folds, in every possible way."""
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace)
+    paths = current(workspace)
+    model, before = paths.models / "tiny", paths.splits.read_text()
+    raw = read_json(paths.dataset)["root"]
+
+    def train(fold: str, **options: Any) -> Any:
+        return api.train(
+            "3d_fullres", fold, changes=tiny_settings, workspace=workspace, name="tiny", device="cpu", **options
+        )
+
+    with pytest.raises(UserError, match=r"splits\.json: holds 5 folds of 10 cases, not 3, and tiny is trained on them"):
+        api.plan(raw, workspace=workspace, folds=3)
+    with pytest.raises(UserError, match=r"holds 5 folds of 10 cases, not 3\. Omit the options"):
+        train("0", folds=3)
+    assert paths.splits.read_text() == before
+    paths.splits.unlink()
+    for fold in ("0", "1"):
+        with pytest.raises(UserError, match=r"tiny: fold 0 was trained on other cases than splits\.json has now"):
+            train(fold, folds=3)
+    assert [path.name for path in model.glob("fold_*")] == ["fold_0"]
+    paths.splits.write_text(before)
+    assert train("0", folds=5) is not None, "resumes, and has nothing to do"
+    folds = read_json(paths.splits)
+    write_json(paths.splits, [folds[0], *reversed(folds[1:])])
+    assert train("0") is not None, "the cases of untrained folds do not matter"
+
+
+def test_every_fold_is_trained(tiny_workspace: Path, tiny_settings: Any, command: Command, tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace)
+    paths = current(workspace)
+    shutil.rmtree(paths.models, ignore_errors=True)
+    paths.splits.unlink(missing_ok=True)
+    quick = {**tiny_settings, "training.epochs": 1, "inference.mirroring": False, "inference.step_size": 1.0}
+    settings = [part for key, value in quick.items() for part in ("--set", f"{key}={value}")]
+    options = ["--folds", 3, "--group-by", r"\d\d$", "-w", workspace, "--device", "cpu", *settings]
+    code, out, err = command("train", "3d_fullres", "all-folds", *options, cwd=tmp_path)
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line.startswith("fold ")] == [
+        f"fold {fold}, whole images:" for fold in range(3)
+    ]
+    trained = sorted((paths.models / "3d_fullres-default").glob("fold_*/cases.json"))
+    assert [read_json(file)["validation"] for file in trained] == [len(f["val"]) for f in read_json(paths.splits)]
+    shutil.rmtree(trained[2].parent)  # as if it had been stopped before
+    code, _, err = command("train", "3d_fullres", "all-folds", "--resume", *options, cwd=tmp_path)
+    assert (code, err.count("training is finished")) == (0, 2) and trained[2].is_file()
+    assert command("train", "3d_fullres", 3, *options, cwd=tmp_path)[2].endswith(
+        'error: there is no fold \'3\'. Folds are 0 to 2, "all-folds" and "all".\n'
+    )
+
+
+# ------------------------------------------------------------------------------ splits_final.json of the dataset itself
+
+Files = tuple[Path, list[dict[str, list[str]]]]
+
+
+@pytest.fixture
+def with_final(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Files:
+    """A dataset of six cases with a splits_final.json of two folds."""
+    monkeypatch.setattr(fingerprint, "SAMPLES", 100_000)  # to draw 1e8 takes longer than all the rest
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    raw = copy_dataset(6, "data")
+    ids = [case.id for case in read_dataset(raw).cases]
+    folds = [{"train": ids[:3], "val": ids[3:]}, {"train": ids[3:], "val": ids[:3]}]
+    write_json(raw / "splits_final.json", folds)
+    return raw, folds
+
+
+def test_splits_final_is_used_and_reported(
+    with_final: Files, tiny_settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folds = with_final
+    file, workspace = raw / "splits_final.json", tmp_path / "ws"
+    api.plan(raw, workspace=workspace, workers=0)
+    paths = current(workspace)
+    assert read_json(paths.splits) == folds
+    assert f"splits.json: 2 folds of 6 cases (from {file}); held out: 3, 3\n" in capsys.readouterr().err
+    api.plan(raw, workspace=workspace, workers=0)
+    assert api.fold_names(workspace=workspace) == ["0", "1"]
+    assert "splits" not in capsys.readouterr().err, "nothing changed"
+    file.write_text("[")  # it is not needed any more
+    changes = {**tiny_settings, "training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16, 16]}
+    api.train("3d_fullres", 1, changes=changes, workspace=workspace, device="cpu")
+    err = capsys.readouterr().err
+    assert f"training 3d_fullres fold 1 of {file} on 3 cases" in err and f"warning: {file} is not used: " in err
+    assert read_json(paths.models / "3d_fullres-default" / "fold_1" / "cases.json")["training"] == 3
+    assert len(read_split(paths.splits, read_dataset(raw), "all").training) == 6
+
+
+def test_splits_final_is_found_where_nnunet_keeps_it(
+    with_final: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, folds = with_final
+    other = tmp_path / "preprocessed" / raw.name / "splits_final.json"
+    write_json(other, folds[::-1])
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    for file in (raw / "splits_final.json", other):  # the dataset's own comes first
+        found, record = make_splits(read_dataset(raw))
+        assert record == {"splits": str(file)} and list(found[0].training) == read_json(file)[0]["train"]
+        file.unlink()
+    assert len(make_splits(read_dataset(raw))[0]) == 5
+
+
+@pytest.mark.parametrize(
+    "rule", [FoldRule(3), FoldRule(group_by=r"\d+"), FoldRule(2, stratify=True), FoldRule(splits="mine.csv")]
+)
+def test_an_option_overrules_splits_final(
+    with_final: Files, rule: FoldRule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, _ = with_final
+    monkeypatch.chdir(tmp_path)
+    (raw / "splits_final.json").write_text("[")  # it is not read
+    dataset = read_dataset(raw)
+    Path("mine.csv").write_text("".join(f"{case.id},{i % 3}\n" for i, case in enumerate(dataset.cases)))
+    assert len(make_splits(dataset, rule)[0]) == (rule.folds or (3 if rule.splits else 5))
+
+
+def test_existing_folds_stay_and_splits_final_is_reported(
+    with_final: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folds = with_final
+    file, workspace = raw / "splits_final.json", tmp_path / "ws"
+    file.rename(tmp_path / "later.json")
+    api.plan(raw, workspace=workspace, folds=3, workers=0)
+    before = read_json(current(workspace).splits)
+    (tmp_path / "later.json").rename(file)
+    capsys.readouterr()
+    api.plan(raw, workspace=workspace, workers=0)
+    err = capsys.readouterr().err
+    assert f"warning: {file} is not used: " in err and "exists, and its folds stay" in err
+    assert read_json(current(workspace).splits) == before and len(before) == 3
+    api.plan(raw, workspace=workspace, splits=file, workers=0)
+    assert read_json(current(workspace).splits) == folds
+
+
+def test_cases_that_splits_final_does_not_name_are_reported(
+    with_final: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folds = with_final
+    lost = folds[0]["val"][-1]
+    write_json(raw / "splits_final.json", [{side: [i for i in f[side] if i != lost] for side in f} for f in folds])
+    make_splits(read_dataset(raw))
+    assert f"splits_final.json: no fold has case {lost}; only the fold `all` trains on them" in capsys.readouterr().err

@@ -5,11 +5,11 @@ from math import prod
 import pytest
 
 from nnunet_lite.planning.memory import layers
-from nnunet_lite.planning.topology import default_network, feature_map_count, topology
+from nnunet_lite.planning.topology import default_network, feature_map_count, topology_of
 
 
 def test_isotropic_axes_are_pooled_together_down_to_four_voxels() -> None:
-    shape = topology((1, 1, 1), (128, 128, 128))
+    shape = topology_of((1, 1, 1), (128, 128, 128))
     assert shape.patch == (128, 128, 128)
     assert shape.strides == ((1, 1, 1), *[(2, 2, 2)] * 5)
     assert set(shape.kernels) == {(3, 3, 3)}
@@ -17,7 +17,7 @@ def test_isotropic_axes_are_pooled_together_down_to_four_voxels() -> None:
 
 
 def test_coarse_axis_waits_and_its_kernel_stays_once_it_is_spanned() -> None:
-    shape = topology((5.0, 1.0, 1.0), (20, 256, 256))
+    shape = topology_of((5.0, 1.0, 1.0), (20, 256, 256))
     assert shape.strides == ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2))
     # 5 mm beside 1 and 2 mm is skipped, beside 4 mm it is not
     assert shape.kernels[:3] == ((1, 3, 3), (1, 3, 3), (3, 3, 3))
@@ -25,23 +25,23 @@ def test_coarse_axis_waits_and_its_kernel_stays_once_it_is_spanned() -> None:
 
 
 def test_patch_is_padded_to_what_can_be_pooled() -> None:
-    assert topology((1, 1), (102.5, 405.5)).patch == (112, 448)
-    assert topology((1, 1, 1), (36, 50, 35)).patch == (40, 56, 40)
+    assert topology_of((1, 1), (102.5, 405.5)).patch == (112, 448)
+    assert topology_of((1, 1, 1), (36, 50, 35)).patch == (40, 56, 40)
 
 
 def test_single_long_axis_is_pooled_only_from_twelve_voxels_on() -> None:
-    assert topology((1, 1), (4, 11)).strides == ((1, 1),)
-    assert topology((1, 1), (4, 12)).strides == ((1, 1), (1, 2))
+    assert topology_of((1, 1), (4, 11)).strides == ((1, 1),)
+    assert topology_of((1, 1), (4, 12)).strides == ((1, 1), (1, 2))
 
 
 def test_bottleneck_spans_all_axes_even_without_pooling() -> None:
-    assert topology((9.0, 1.0, 1.0), (2, 6, 6)).kernels == ((3, 3, 3),)
+    assert topology_of((9.0, 1.0, 1.0), (2, 6, 6)).kernels == ((3, 3, 3),)
 
 
 def test_features_and_blocks_follow_depth_and_dimension() -> None:
-    flat = default_network("plain", topology((1, 1), (1024, 1024)))
+    flat = default_network("plain", topology_of((1, 1), (1024, 1024)))
     assert flat.features == (32, 64, 128, 256, 512, 512, 512, 512, 512)
-    deep = default_network("residual", topology((1, 1, 1), (128, 128, 128)))
+    deep = default_network("residual", topology_of((1, 1, 1), (128, 128, 128)))
     assert deep.features == (32, 64, 128, 256, 320, 320)
     assert deep.blocks == (1, 3, 4, 6, 6, 6)
     assert deep.decoder_convolutions == (1, 1, 1, 1, 1)
@@ -61,14 +61,14 @@ def test_features_and_blocks_follow_depth_and_dimension() -> None:
 def test_feature_map_count_is_nnunets(
     spacing: tuple[float, ...], patch: tuple[int, ...], labels: int, plain: int, residual: int
 ) -> None:
-    shape = topology(spacing, patch)
+    shape = topology_of(spacing, patch)
     assert feature_map_count("plain", shape, labels) == plain
     assert feature_map_count("residual", shape, labels) == residual
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 def test_feature_map_count_agrees_with_the_list_of_layers(kind: str) -> None:
-    shape = topology((3.0, 0.8, 0.8), (12, 64, 48))  # no two stages of equal width
+    shape = topology_of((3.0, 0.8, 0.8), (12, 64, 48))  # no two stages of equal width
     found = layers(default_network(kind, shape), shape.patch, 2, 6)  # type: ignore[arg-type]
     counted = sum(layer.values for layer in found if layer.kind != "head" or layer.stage == 0)
     assert feature_map_count(kind, shape, 6) == counted  # type: ignore[arg-type]

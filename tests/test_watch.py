@@ -12,7 +12,7 @@ import torch
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import Stopped
-from nnunet_lite.planning.override import override
+from nnunet_lite.planning.override import override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, stoppable, voxels_per_class, what_fits
@@ -107,7 +107,7 @@ def test_the_trend_counts_epochs_without_a_better_average() -> None:
 
 
 def test_what_fits_names_a_batch_and_a_patch_that_do(tiny_workspace: Path) -> None:
-    plan = override(Plan.read(current(tiny_workspace).plans), "3d_fullres", None, 20)
+    plan = override_sizes(Plan.read(current(tiny_workspace).plans), "3d_fullres", None, 20)
     planned = plan.configuration("3d_fullres")
     assert planned.memory_gb is not None
     told = what_fits(plan, "3d_fullres", 0.7 * planned.memory_gb)
@@ -115,7 +115,7 @@ def test_what_fits_names_a_batch_and_a_patch_that_do(tiny_workspace: Path) -> No
     assert 1 <= batch < planned.batch_size
     patch = [int(n) for n in told.split("--patch-size ")[1].split()[0].split("x")]
     for size, number in ((patch, None), (None, batch)):
-        fits = override(plan, "3d_fullres", size, number).configuration("3d_fullres")
+        fits = override_sizes(plan, "3d_fullres", size, number).configuration("3d_fullres")
         assert (fits.memory_gb or 9) <= 0.7 * planned.memory_gb
     assert what_fits(plan, "3d_fullres", 0.001) == ""
 

@@ -14,10 +14,8 @@ from nnunet_lite.system import GB, in_units
 from nnunet_lite.workspace import find_raw, read_json, use, write_json
 
 if TYPE_CHECKING:
-    from nnunet_lite.data.dataset import Dataset
     from nnunet_lite.data.problems import Report
-    from nnunet_lite.planning.again import Earlier
-    from nnunet_lite.planning.schema import Options, Plan
+    from nnunet_lite.planning.schema import Plan
     from nnunet_lite.preprocessing.store import Summary
 
 Change = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
@@ -65,8 +63,8 @@ def plan(
 ) -> Plan:
     """Check a dataset, take its fingerprint and plan its networks; it becomes the one planned last.
 
-    Planned before, it is planned with the same options, as far as none are given, and with what was changed by hand in
-    plans.json, as far as the planner gives the same for it as before; what does not stay is kept in plans_1.json.
+    Planned before, it is planned with the same options, as far as none are given, and with the edits of
+    plans.json, as far as the planner gives the same for them as before; a copy, plans_1.json, keeps the others.
 
     Parameters
     ----------
@@ -74,7 +72,7 @@ def plan(
     memory : GPU memory budget in GB; default: the preset's.
     adopt : a plans.json, ours or nnU-Net's, to use instead of making one.
     change : configuration, and the patch and batch size to give it instead of the planned ones.
-    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; splits.json is written if one is given, or if
+    folds, group_by, stratify, splits : see `training.splits.FoldRule`; splits.json is written if one is given, or if
         there is a splits_final.json.
     stored_as : type of the preprocessed images on disk; default: float16, or float32 where a channel is not
         standardised.
@@ -88,25 +86,31 @@ def plan(
     from nnunet_lite.data.dataset import dataset_to_json, read_dataset
     from nnunet_lite.data.problems import plural
     from nnunet_lite.models.folder import model_folders, other_folds, set_aside
-    from nnunet_lite.planning import again
+    from nnunet_lite.planning import replanning
     from nnunet_lite.planning.fingerprint import check_and_fingerprint
-    from nnunet_lite.planning.planner import budget
     from nnunet_lite.preprocessing.raw_files import look_at, memorize
-    from nnunet_lite.training import folds as splitting
+    from nnunet_lite.training.grouping import warn_of_patients
+    from nnunet_lite.training.splits import (
+        ALL,
+        FoldRule,
+        make_splits,
+        needs_splits,
+        warn_of_unused_splits,
+        write_splits,
+    )
 
-    budget(preset or "default", memory)  # a mistake in the options is reported before minutes of reading
-    given = _options(preset, memory, adopt, change, clip_percentiles, stored_as)
+    # A mistake in the options is reported before minutes of reading.
+    given = replanning.plan_options(preset, memory, adopt, change, clip_percentiles, stored_as)
     root = find_raw(str(data), folder_of(workspace))
     dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
-    ids = [case.id for case in dataset.cases]
     paths = place_of(folder_of(workspace), dataset)
-    wanted = splitting.wanted_folds(dataset, folds, group_by, stratify, splits)
-    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, splitting.ALL)]
-    other_splits = splitting.must_be_made(paths.splits, ids, wanted, trained)
-    splitting.point_out_other_folds(paths.splits, ids, wanted)
-    earlier = again.earlier_plan(paths)
-    options = again.combined(given, earlier)
-    adopted = None if options.adopted is None else _adopted(given, options.adopted, earlier, dataset)
+    rule = FoldRule(folds, group_by, stratify, splits)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
+    other_splits = needs_splits(paths.splits, dataset, rule, trained)
+    if rule == FoldRule():
+        warn_of_unused_splits(paths.splits, dataset)
+    earlier = replanning.read_earlier_plan(paths)
+    adopted = replanning.read_adopted_plan(given, earlier, dataset)
     raw = look_at(dataset.cases, paths.raw, workers, log.progress)  # first: a change while files are checked is seen
     problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(problems.to_text())
@@ -115,76 +119,21 @@ def plan(
             raise UserError(f"{plural(errors, 'error')} must be corrected before planning", root, "See above.")
         fix = "Correct the headers, or plan with --accept-geometry. See above."
         raise UserError("origin or direction differ between files of a case", root, fix)
-    found = again.plan_with(given, options, fingerprint, dataset, earlier, adopted)
-    if earlier is not None and model_folders(paths):
-        found = again.for_trained_models(found, earlier)
-    made_splits = splitting.make_splits(ids, wanted) if other_splits else None
-    again.report(found, earlier, given)
-    write_json(paths.plans, found.content)  # first: the files below say that it is up to date
+    new = replanning.replan(given, earlier, fingerprint, dataset, adopted, trained=bool(model_folders(paths)))
+    made_splits = make_splits(dataset, rule) if other_splits else None
+    replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
     memorize(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:
-            log.info(f"the folds that were there are kept in {old}")
-        splitting.write_splits(paths.splits, *made_splits)
+            log.info(f"the previous folds are kept in {old}")
+        write_splits(paths.splits, *made_splits)
     elif not paths.splits.is_file():
-        splitting.point_out_groups(ids)
+        warn_of_patients([case.id for case in dataset.cases])
     use(folder_of(workspace), dataset.name)
-    return found.plan
-
-
-def _options(
-    preset: str | None,
-    memory: float | None,
-    adopt: Folder | None,
-    change: Change | None,
-    clip: tuple[float, float] | None,
-    stored_as: str | None,
-) -> Options:
-    """The options of this call.
-
-    Raises
-    ------
-    UserError : one of them is illegal.
-    """
-    from nnunet_lite.planning.again import asked
-
-    if clip is not None and not 0 <= clip[0] < clip[1] <= 100:
-        raise UserError("--clip-percentiles {:g} {:g} leaves nothing".format(*clip), fix="Give low, high, 0 to 100.")
-    sizes = {}
-    if change is not None and change[1:] != (None, None):
-        name, patch, batch = change
-        sizes = {name: {"patch_size": None if patch is None else tuple(patch), "batch_size": batch}}
-    adopted = None if adopt is None else str(Path(adopt).expanduser().absolute())
-    return asked(
-        preset=preset, memory_gb=memory, adopted=adopted, sizes=sizes, clip_percentiles=clip, stored_as=stored_as
-    )
-
-
-def _adopted(given: Options, adopted: str, earlier: Earlier | None, dataset: Dataset) -> Plan:
-    """A plan made elsewhere, for this dataset; planned again, it is the one that is there.
-
-    Raises
-    ------
-    UserError : it is for other channels or labels.
-    """
-    from nnunet_lite.planning.nnunet import Description, description_to_nnunet, read_plan
-
-    file = Path(adopted)
-    if given.adopted is None and earlier is not None and earlier.plan is not None:
-        file, theirs = earlier.file, earlier.plan
-    else:
-        about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
-        theirs = read_plan(file, description_to_nnunet(about))
-    if len(theirs.channels) != len(dataset.channels) or theirs.labels.n_channels != dataset.labels.n_channels:
-        raise UserError(
-            f"is for {len(theirs.channels)} channels and {theirs.labels.n_channels} outputs, {dataset.name} has "
-            f"{len(dataset.channels)} and {dataset.labels.n_channels}",
-            file,
-        )
-    return theirs.model_copy(update={"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)})
+    return new.plan
 
 
 def plan_from_fingerprint(
@@ -198,7 +147,7 @@ def plan_from_fingerprint(
     """Plan from a fingerprint.json and a dataset.json alone; returns the plan and the description of the dataset."""
     from nnunet_lite.planning.fingerprint import Fingerprint
     from nnunet_lite.planning.nnunet import description_from_nnunet
-    from nnunet_lite.planning.override import override
+    from nnunet_lite.planning.override import override_sizes
     from nnunet_lite.planning.planner import make_plan
 
     told = read_json(Path(dataset_json))
@@ -206,7 +155,7 @@ def plan_from_fingerprint(
     taken = Fingerprint.read(Path(fingerprint))
     name = str(told.get("name", Path(dataset_json).absolute().parent.name))
     made = make_plan(taken, name, about.channels, about.labels, preset, memory, about.n_cases or None)
-    return made if change is None or change[1:] == (None, None) else override(made, *change), told
+    return made if change is None or change[1:] == (None, None) else override_sizes(made, *change), told
 
 
 def measure(made: Plan, device: str | None = None) -> str:

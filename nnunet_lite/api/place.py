@@ -80,7 +80,7 @@ def why_to_plan(dataset: Dataset, paths: Paths) -> str | None:
     """
     from nnunet_lite.data.dataset import dataset_to_json
     from nnunet_lite.preprocessing.raw_files import first_change
-    from nnunet_lite.training.grouping import some as shown
+    from nnunet_lite.training.grouping import name_cases
 
     files = (paths.plans, paths.dataset, paths.fingerprint)
     if not all(file.is_file() for file in files):
@@ -91,7 +91,7 @@ def why_to_plan(dataset: Dataset, paths: Paths) -> str | None:
         differs = _unplaced(now) != _unplaced(before)
     if ids != planned:
         changes = {"lacks": sorted(planned - ids), "also has": sorted(ids - planned)}
-        what = [f"{verb} {shown(names)}" for verb, names in changes.items() if names]
+        what = [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]
         return f"has changed since it was planned: it {' and '.join(what)}"
     if differs:
         return "has other files, channels or labels than were planned"

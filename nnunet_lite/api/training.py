@@ -41,7 +41,7 @@ def train(
     fold : 0 to 4, or "all" to train on every case (nothing is held out: returns None).
     recipe : a name in configs/ or a TOML file.
     changes : settings on top of the recipe, e.g. {"training.epochs": 100}.
-    folds, group_by, stratify, splits : see `training.folds.wanted_folds`; for splits.json where it is not there yet.
+    folds, group_by, stratify, splits : see `training.splits.FoldRule`; for splits.json where it is not there yet.
     name : of the model folder; default `<configuration>-<recipe>`. A first stage of the recipe that is trained is used
         by all second stages; else it is named alike.
     restart : begin anew; the fold that is there is moved aside, not deleted; "model": all folds are.
@@ -58,10 +58,11 @@ def train(
     from nnunet_lite.fold import Request, train_and_validate
     from nnunet_lite.models.folder import told_lengths
     from nnunet_lite.settings import load as load_settings
+    from nnunet_lite.training.splits import FoldRule
 
     settings = load_settings(recipe, changes)  # a mistake in it is told first
     request = Request(
-        configuration, str(fold), settings, folds, group_by, stratify, splits, name, device, restart,
+        configuration, str(fold), settings, FoldRule(folds, group_by, stratify, splits), name, device, restart,
         resume, force, told_lengths(changes), preview,
     )  # fmt: skip
     return train_and_validate(request, current_paths(workspace, dataset))
@@ -77,11 +78,8 @@ def fold_names(
     workspace: Folder | None = None,
 ) -> list[str]:
     """The folds of a planned dataset, "0" and up; splits.json is made if it is not there, as in `train`."""
-    from nnunet_lite.training.folds import read_splits, wanted_folds
-    from nnunet_lite.training.splits import checked_folds
+    from nnunet_lite.training.splits import FoldRule, read_splits
 
     paths = current(folder_of(workspace), dataset)
-    data = dataset_of(paths)
-    wanted = wanted_folds(data, folds, group_by, stratify, splits)
-    ids = [case.id for case in data.cases]
-    return [fold.name for fold in checked_folds(read_splits(paths.splits, ids, wanted), ids, paths.splits)]
+    rule = FoldRule(folds, group_by, stratify, splits)
+    return [split.name for split in read_splits(paths.splits, dataset_of(paths), rule)]

@@ -103,7 +103,7 @@ def run(
     from nnunet_lite.data.dataset import read_dataset
     from nnunet_lite.models.folder import told_lengths
     from nnunet_lite.settings import load as load_settings
-    from nnunet_lite.training.folds import wanted_folds
+    from nnunet_lite.training.splits import FoldRule, needs_splits
 
     begin, settings = time.monotonic(), load_settings(recipe, changes)  # a mistake in it is reported first
     place = folder_of(workspace)
@@ -112,7 +112,7 @@ def run(
     paths = place_of(place, dataset)
     accepted = accept_geometry or (paths.dataset.is_file() and dataset_of(paths).accept_geometry)
     dataset = replace(dataset, accept_geometry=accepted)
-    wanted_folds(dataset, folds, group_by, stratify, splits)  # so is one in these
+    needs_splits(paths.splits, dataset, FoldRule(folds, group_by, stratify, splits))  # so is one in these
     journal = Journal(paths.root / JOURNAL)
     how: dict[str, Any] = {"folds": folds, "group_by": group_by, "stratify": stratify, "splits": splits}
     planning = partial(api.plan, root, workspace=place, workers=workers, accept_geometry=accepted, **how)

@@ -46,8 +46,7 @@ from nnunet_lite.inference.next_stage import FirstStage, predict_for_next_stage
 from nnunet_lite.inference.predictor import Model, load, read_model
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.training.folds import ALL, Fold, read_fold, refuse_other_cases
-from nnunet_lite.training.splits import load_splits
+from nnunet_lite.training.splits import ALL, Split, load_splits, read_split, refuse_other_cases
 from nnunet_lite.workspace import Paths, locked, read_json, write_json
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
@@ -81,7 +80,7 @@ class Comparison:
 
     paths: Paths
     dataset: Dataset
-    holders: dict[str, Fold]
+    holders: dict[str, Split]
     device: str | None
     workers: int | None
 
@@ -114,8 +113,7 @@ def select(
     notes += _uneven(members, names)
     for note in notes:
         log.info(note)
-    ids = [case.id for case in dataset.cases]
-    folds = [read_fold(paths.splits, ids, fold) for fold in names]
+    folds = [read_split(paths.splits, dataset, fold) for fold in names]
     comparison = Comparison(paths, dataset, {i: fold for fold in folds for i in fold.validation}, device, workers)
     teams: list[Team] = [(member,) for member in members]
     if ensembles:
@@ -183,7 +181,6 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     """
     members, notes = [], []
     known: set[str] = set()
-    ids = [case.id for case in dataset.cases]
     for folder in model_folders(paths):
         plan, run = read_model(folder)
         configuration, previous = run["configuration"], run.get("previous")
@@ -195,7 +192,7 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
         folds = tuple(fold for fold in there if fold != ALL and fold in map(str, range(splits)))
         why = _unfit(folder, plan, dataset, folds) if there else "no fold of it is trained"
         if why is None:
-            why = _other_cases(folder, paths, ids, folds)
+            why = _other_cases(folder, paths, dataset, folds)
         if why is not None:
             notes.append(f"{folder.name} is left out: {why}")
             continue
@@ -217,10 +214,10 @@ def _unfit(folder: Path, plan: Plan, dataset: Dataset, folds: Sequence[str]) -> 
     return None if folds else "it was trained on every case, so that none can judge it"
 
 
-def _other_cases(folder: Path, paths: Paths, ids: Sequence[str], folds: Sequence[str]) -> str | None:
+def _other_cases(folder: Path, paths: Paths, dataset: Dataset, folds: Sequence[str]) -> str | None:
     """Whether a model was trained on other folds than those of splits.json; a sentence, or None."""
     try:
-        refuse_other_cases(folder, read_fold(paths.splits, ids, folds[0]), paths.splits)
+        refuse_other_cases(folder, read_split(paths.splits, dataset, folds[0]), paths.splits)
     except UserError as error:
         return error.what
     return None
@@ -262,7 +259,7 @@ def _axes(plan: Plan) -> tuple[str | None, tuple[int, int, int]]:
 # ---------------------------------------------------------------------------------------------- predictions and scores
 
 
-def _folder(comparison: Comparison, team: Sequence[Member], fold: Fold) -> Path:
+def _folder(comparison: Comparison, team: Sequence[Member], fold: Split) -> Path:
     """Where the label maps of a fold's held-out cases lie."""
     if len(team) == 1:
         return team[0].folder / f"fold_{fold.name}" / VALIDATION
@@ -301,7 +298,7 @@ def _dice_of(comparison: Comparison, team: Team) -> np.ndarray:
     return np.array([by_case[case_id] for case_id in sorted(comparison.holders)], dtype=float)
 
 
-def _dice_of_fold(comparison: Comparison, team: Team, fold: Fold, out: Path) -> dict[str, list[float | None]]:
+def _dice_of_fold(comparison: Comparison, team: Team, fold: Split, out: Path) -> dict[str, list[float | None]]:
     """Dice of each held-out case of a fold, by label."""
     dataset, wanted = comparison.dataset, fold.validation
     if len(team) > 1:
@@ -323,7 +320,7 @@ def _dice_of_fold(comparison: Comparison, team: Team, fold: Fold, out: Path) -> 
     return {row.case: line.tolist() for row, line in zip(scores.rows, scores.values(), strict=True)}
 
 
-def _forget_others(team: Team, fold: Fold, out: Path) -> None:
+def _forget_others(team: Team, fold: Split, out: Path) -> None:
     """Remove what an ensemble predicted with other weights, and what a killed run left; note which ones predict now."""
     note, weights = out.parent / MADE_OF, weights_of(team, fold.name)
     if note.is_file() and read_json(note) == weights:
@@ -340,7 +337,7 @@ def weights_of(team: Team, fold: str) -> dict[str, str]:
     return {member.name: fingerprint(member.folder, fold) for member in team}
 
 
-def _voting(comparison: Comparison, team: Sequence[Member], fold: Fold) -> Model:
+def _voting(comparison: Comparison, team: Sequence[Member], fold: Split) -> Model:
     """The networks of one fold of several models as one; a cascade with the first stage of this fold alone."""
     load_fold = partial(load, folds=[fold.name], device=comparison.device, workspace=comparison.paths.root.parent)
     loaded = []
@@ -352,7 +349,7 @@ def _voting(comparison: Comparison, team: Sequence[Member], fold: Fold) -> Model
     return replace(loaded[0], partners=tuple(loaded[1:]))
 
 
-def _first_predictions(comparison: Comparison, member: Member, fold: Fold) -> dict[str, Path] | None:
+def _first_predictions(comparison: Comparison, member: Member, fold: Split) -> dict[str, Path] | None:
     """What the first stage of a cascade predicts of the held-out cases; None for other models."""
     stage = member.plan.configuration(member.configuration).previous_stage
     if stage is None or member.previous is None:

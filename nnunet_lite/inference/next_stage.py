@@ -29,8 +29,8 @@ from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.preprocessing.stored_case import StoredCase
-from nnunet_lite.training.folds import ALL, Fold, read_splits
 from nnunet_lite.training.previous import held_out_by, map_file, map_key, previous_folder, write_map
+from nnunet_lite.training.splits import ALL, Split, load_splits
 from nnunet_lite.workspace import Paths, locked
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class FirstStage:
 
 
 def find_first_stage(
-    paths: Paths, plan: Plan, configuration: str, split: Fold, folder: Path, recipe: str, name: str | None
+    paths: Paths, plan: Plan, configuration: str, split: Split, folder: Path, recipe: str, name: str | None
 ) -> FirstStage | None:
     """The first stage of a cascade; None for a configuration without one.
 
@@ -89,7 +89,7 @@ def find_first_stage(
     stage = plan.configuration(configuration).previous_stage
     if stage is None:
         return None
-    splits = [] if split.name == ALL else read_splits(paths.splits, (*split.training, *split.validation))
+    splits = [] if split.name == ALL else load_splits(paths.splits)
     holders = held_out_by(split, splits)
     return FirstStage(stage, previous_folder(paths, folder, stage, recipe, name, set(holders.values())), holders)
 

@@ -25,13 +25,13 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences
-from nnunet_lite.training.folds import N_FOLDS
 from nnunet_lite.workspace import Paths, locked, must_be_known, read_json, understood, write_json, write_text
 
 FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 _OLD = "old_"
+_N_FOLDS = 5  # by default; fewer cases are trained without folds
 # changing these between two calls of `train` does not make it another run
 _INCIDENTAL = (
     "training.workers", "training.cache", "training.compile", "training.tensorboard", "training.limit_validation",
@@ -338,7 +338,7 @@ def first_training(paths: Paths) -> str:
     """The command that trains a first model of a planned data set."""
     plan = Plan.read(paths.plans)
     configuration = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
-    return f"nnlite train {configuration} {0 if plan.n_cases >= N_FOLDS else 'all'}{paths.option}"
+    return f"nnlite train {configuration} {0 if plan.n_cases >= _N_FOLDS else 'all'}{paths.option}"
 
 
 def other_folds(folder: Path, fold: str) -> list[str]:

@@ -1,7 +1,8 @@
-"""From a data set's fingerprint to its plan, by nnU-Net's rules: plain arithmetic, milliseconds, no network is built.
+"""Turn a dataset's fingerprint into its plan by nnU-Net's rules: plain arithmetic, milliseconds, no network is built.
 
-Isensee et al., nnU-Net, Nature Methods 2021 (doi:10.1038/s41592-020-01008-z), and the residual-encoder presets of
-Isensee et al., nnU-Net Revisited, MICCAI 2024 (arXiv:2404.09556). Plans equal those of nnU-Net 2.8.1 in every field.
+Read `make_plan` first, then `_plan_configurations` and `_plan_configuration`. Sources: Isensee et al., nnU-Net, Nature
+Methods 2021 (doi:10.1038/s41592-020-01008-z), and for the residual-encoder presets Isensee et al., nnU-Net Revisited,
+MICCAI 2024 (arXiv:2404.09556). Plans equal those of nnU-Net 2.8.1 in every field.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Channel, Configuration, Plan, Scheme
-from nnunet_lite.planning.topology import Kind, Topology, default_network, feature_map_count, shortened, topology
+from nnunet_lite.planning.topology import (
+    Kind,
+    Topology,
+    default_network,
+    feature_map_count,
+    shorten_patch,
+    topology_of,
+)
 
 ANISOTROPY = 3  # an axis is coarse when its voxels are this much longer, and this much fewer, than along the others
 SMALL_AFTER_CROP = 0.75  # below this median relative size after cropping, z-scores are taken inside the nonzero mask
 START_VOXELS = {2: 2048**2, 3: 256**3}  # of the first patch tried, isotropic in mm
-REFERENCE_BATCH = {2: 12, 3: 2}  # what the feature-map counts of a preset stand for
+REFERENCE_BATCH = {2: 12, 3: 2}  # the batch size that the feature-map counts of a preset refer to, by dimension
 MIN_BATCH = 2
-LOWRES_BELOW = 0.25  # share of the median image seen by a patch below which 3d_lowres is worth it
+LOWRES_BELOW = 0.25  # 3d_lowres is planned where a patch covers less than this share of the median image
 LOWRES_STEP = 1.03
 
 _SCHEMES: dict[str, Scheme] = {
@@ -39,21 +47,35 @@ _AXIS = "zyx"
 
 
 @dataclass(frozen=True)
-class Preset:
-    """What one of nnU-Net's planners decides by."""
+class PlannerPreset:
+    """The constants of one of nnU-Net's planners.
+
+    Parameters
+    ----------
+    kind : {"plain", "residual"}
+        The encoder's blocks.
+    memory_gb : float
+        Budget in GB that `feature_maps` refers to.
+    feature_maps : dict of int to float
+        Largest number of values in all feature maps, by dimension.
+    data_share : float
+        Largest share of the dataset's voxels in a batch.
+    least_batch : dict of int to int
+        The patch shrinks until a batch of this size fits, by dimension.
+    """
 
     kind: Kind
-    memory_gb: float  # the budget that the feature-map counts stand for
-    feature_maps: dict[int, float]  # what fits: values in all feature maps, by dimension
-    data_share: float  # a batch holds at most this share of the data set's voxels
-    shrink_to_batch: dict[int, int]  # the patch shrinks until a batch of this size fits, by dimension
+    memory_gb: float
+    feature_maps: dict[int, float]
+    data_share: float
+    least_batch: dict[int, int]
 
 
-PRESETS: dict[str, Preset] = {
-    "default": Preset("plain", 8, {2: 8.5e7, 3: 5.6e8}, 0.05, {2: 2, 3: 2}),
-    "resenc_m": Preset("residual", 8, {2: 1.35e8, 3: 6.8e8}, 1.0, REFERENCE_BATCH),
-    "resenc_l": Preset("residual", 24, {2: 3.8e8, 3: 2.1e9}, 1.0, REFERENCE_BATCH),
-    "resenc_xl": Preset("residual", 40, {2: 5.6e8, 3: 3.6e9}, 1.0, REFERENCE_BATCH),
+PRESETS: dict[str, PlannerPreset] = {
+    "default": PlannerPreset("plain", 8, {2: 8.5e7, 3: 5.6e8}, 0.05, {2: 2, 3: 2}),
+    "resenc_m": PlannerPreset("residual", 8, {2: 1.35e8, 3: 6.8e8}, 1.0, REFERENCE_BATCH),
+    "resenc_l": PlannerPreset("residual", 24, {2: 3.8e8, 3: 2.1e9}, 1.0, REFERENCE_BATCH),
+    "resenc_xl": PlannerPreset("residual", 40, {2: 5.6e8, 3: 3.6e9}, 1.0, REFERENCE_BATCH),
 }
 
 
@@ -61,7 +83,7 @@ PRESETS: dict[str, Preset] = {
 class _Task:
     """What all configurations of one plan share."""
 
-    preset: Preset
+    preset: PlannerPreset
     memory_gb: float
     n_cases: int
     inputs: int
@@ -82,26 +104,41 @@ def make_plan(
     memory_gb: float | None = None,
     n_cases: int | None = None,
 ) -> Plan:
-    """The plan of a data set.
+    """Plan all configurations of a dataset.
 
     Parameters
     ----------
-    fingerprint : spacings in mm and cropped shapes in voxels per case, (z, y, x); intensities per channel.
-    channels : the name of each channel; "CT", "noNorm", "zscore", "rescale_to_0_1" and "rgb_to_0_1" (in any case)
-        choose a normalisation, every other name means z-score.
-    preset : one of `PRESETS`.
-    memory_gb : GPU memory budget in GB; the preset's own by default.
-    n_cases : training cases, if not those of the fingerprint.
+    fingerprint : Fingerprint
+        Spacings in mm and cropped shapes in voxels per case, (z, y, x); intensities per channel.
+    dataset_name : str
+        Name for the plan.
+    channels : sequence of str
+        Name of each channel. "CT", "noNorm", "zscore", "rescale_to_0_1" and "rgb_to_0_1" (in any case) choose a
+        normalisation; every other name means z-score.
+    labels : Labels
+        The dataset's labels.
+    preset : str
+        One of `PRESETS`.
+    memory_gb : float, optional
+        GPU memory budget in GB; the preset's own by default.
+    n_cases : int, optional
+        Number of training cases; by default the number of cases in the fingerprint.
+
+    Returns
+    -------
+    Plan
+        The plan, equal to the one of nnU-Net 2.8.1.
 
     Raises
     ------
-    UserError : unknown preset, a budget that nothing fits, or a fingerprint of other channels.
+    UserError
+        The preset is unknown, no patch fits the budget, or the fingerprint has other channels.
     """
-    rules, gigabytes = _preset(preset), budget(preset, memory_gb)
+    rules, gigabytes = _preset(preset), memory_budget(preset, memory_gb)
     spacings = np.asarray(fingerprint.spacings, np.float64)
     shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
     if not len(spacings):
-        raise UserError("the fingerprint holds no case", fix="Plan a data set with at least one training case.")
+        raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
     task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
     target, why = target_spacing(spacings, shapes)
     order = axis_order(target)
@@ -119,16 +156,17 @@ def make_plan(
         channels=plan_channels(fingerprint, channels),
         labels=labels,
         n_cases=task.n_cases,
-        configurations=_configurations(task, target[list(order)], median[list(order)], tuple(why)),
+        configurations=_plan_configurations(task, target[list(order)], median[list(order)], tuple(why)),
     )
 
 
-def budget(preset: str, memory_gb: float | None = None) -> float:
-    """The GPU memory budget in GB: what was given, else the preset's.
+def memory_budget(preset: str, memory_gb: float | None = None) -> float:
+    """Return the GPU memory budget in GB: `memory_gb`, or the preset's own.
 
     Raises
     ------
-    UserError : unknown preset, or not a positive number.
+    UserError
+        The preset is unknown, or the budget is not a positive number.
     """
     gigabytes = _preset(preset).memory_gb if memory_gb is None else float(memory_gb)
     if not gigabytes > 0:
@@ -136,7 +174,7 @@ def budget(preset: str, memory_gb: float | None = None) -> float:
     return gigabytes
 
 
-def _preset(name: str) -> Preset:
+def _preset(name: str) -> PlannerPreset:
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, 1)
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(PRESETS)}."
@@ -150,15 +188,16 @@ def _triple(values: np.ndarray, order: Sequence[int]) -> tuple[float, float, flo
 
 
 def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Channel, ...]:
-    """How each channel is normalised: by its name, and inside the nonzero mask where cropping removed much.
+    """Choose the normalisation of each channel: by its name, and inside the nonzero mask where cropping removed much.
 
     Raises
     ------
-    UserError : the fingerprint has another number of channels.
+    UserError
+        The fingerprint has another number of channels.
     """
     if len(names) != len(fingerprint.intensities):
         raise UserError(
-            f"the data set has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}",
+            f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}",
             fix="Take the fingerprint again.",
         )
     mask = fingerprint.relative_size_after_crop < SMALL_AFTER_CROP
@@ -170,10 +209,23 @@ def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Chann
 
 
 def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """The spacing (mm) to resample to, and the reasons.
+    """Choose the spacing that 3d_fullres resamples to.
 
-    The median along each axis; but along an axis with voxels over three times as long, and over three times as few, as
-    along both others, the 10th percentile, so that thin-sliced cases keep their slices. Never finer than in plane.
+    It is the median along each axis. Along an axis with voxels over three times as long, and over three times as few,
+    as along both others, it is the 10th percentile, so that thin-sliced cases keep their slices; never finer than in
+    plane.
+
+    Parameters
+    ----------
+    spacings : ndarray, shape (cases, 3)
+        mm, (z, y, x).
+    shapes : ndarray, shape (cases, 3)
+        Voxels after cropping, (z, y, x).
+
+    Returns
+    -------
+    tuple of ndarray and list of str
+        The spacing in mm, (z, y, x), and the reasons.
     """
     target = np.percentile(spacings, 50, axis=0)
     voxels = np.percentile(shapes, 50, axis=0)
@@ -181,7 +233,7 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray
     others = [axis for axis in range(3) if axis != coarse]
     in_plane, fewest = target[others].max(), voxels[others].min()
     if not (target[coarse] > ANISOTROPY * in_plane and voxels[coarse] * ANISOTROPY < fewest):
-        return target, ["spacing is the median of the data set"]
+        return target, ["spacing is the median of the dataset"]
     median, thin = target[coarse], np.percentile(spacings[:, coarse], 10)
     # A hair coarser than in plane, so that this axis stays the coarsest.
     target[coarse] = thin if thin >= in_plane else in_plane + 1e-5
@@ -196,29 +248,28 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray
 
 
 def axis_order(spacing: np.ndarray) -> tuple[int, int, int]:
-    """The transposition that puts the coarsest axis first."""
+    """Return the transposition that puts the coarsest axis first."""
     first = int(np.argmax(spacing))
     second, third = (axis for axis in range(3) if axis != first)
     return first, second, third
 
 
-def _configurations(
+def _plan_configurations(
     task: _Task, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
 ) -> dict[str, Configuration]:
-    """All configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
+    """Plan all configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
     data_voxels = float(prod(median)) * task.n_cases
-    planned = {"2d": _configuration(task, spacing[1:], median[1:], data_voxels, True, why)}
+    planned = {"2d": _plan_configuration(task, spacing[1:], median[1:], data_voxels, True, why)}
     if median[0] == 1:
         return planned
-    full = _configuration(task, spacing, median, data_voxels, False, why)
-    low, note = _lowres(task, full)
+    full = _plan_configuration(task, spacing, median, data_voxels, False, why)
+    low, note = _plan_lowres(task, full)
     if low is None:
         return {**planned, "3d_fullres": _because(full, note)}
     full = full.model_copy(update={"batch_dice": True})
     full = _because(full, "Dice is taken over the batch: a patch sees little of an image")
-    cascade = full.model_copy(
-        update={"previous_stage": "3d_lowres", "reasons": ("as 3d_fullres, beside the segmentation of 3d_lowres",)}
-    )
+    reasons = ("as 3d_fullres, with the segmentation of 3d_lowres as further input channels",)
+    cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": reasons})
     return {
         **planned,
         "3d_lowres": low,
@@ -231,33 +282,33 @@ def _because(configuration: Configuration, reason: str) -> Configuration:
     return configuration.model_copy(update={"reasons": (*configuration.reasons, reason)})
 
 
-def _lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
-    """3d_lowres and why, or None and why not: coarser by 3 % a step until a patch sees a quarter of the image."""
-    seen = prod(full.patch_size) / prod(full.median_shape)
-    if seen >= LOWRES_BELOW:
+def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
+    """Plan 3d_lowres: coarser by 3 % a step until a patch sees a quarter of the image; None and why where not."""
+    share = prod(full.patch_size) / prod(full.median_shape)
+    if share >= LOWRES_BELOW:
         limit = _percent(LOWRES_BELOW)
-        return None, f"no 3d_lowres: a patch sees {_percent(seen)} of the median image, not less than {limit}"
+        return None, f"no 3d_lowres: a patch sees {_percent(share)} of the median image, not less than {limit}"
     start, median = np.array(full.spacing), np.array(full.median_shape)
     spacing, low, shape = start.copy(), full, median
     while prod(low.patch_size) / prod(shape) < LOWRES_BELOW:
         finer = spacing.max() / spacing > 2
         spacing[finer if finer.any() else slice(None)] *= LOWRES_STEP
         shape = start / spacing * median
-        low = _configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, False, ())
+        low = _plan_configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, False, ())
     smaller = prod(median) / prod(shape)
     if smaller < 2:
         return None, f"no 3d_lowres: it would be only {smaller:.2g}x smaller than 3d_fullres, less than 2x"
     note = (
-        f"made because a patch of 3d_fullres sees {_percent(seen)} of the median image, less than "
+        f"made because a patch of 3d_fullres sees {_percent(share)} of the median image, less than "
         f"{_percent(LOWRES_BELOW)}; images are {smaller:.2g}x smaller here"
     )
     return low.model_copy(update={"reasons": (note, *low.reasons)}), note
 
 
-def _configuration(
+def _plan_configuration(
     task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, batch_dice: bool, why: tuple[str, ...]
 ) -> Configuration:
-    """The largest patch that fits the budget, its network, and the largest batch for both."""
+    """Find the largest patch that fits the budget, its network, and the largest batch for both."""
     dimensions = len(spacing)
     budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
     shape, patch_why = _fit_patch(task, spacing, median, budget)
@@ -282,25 +333,23 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
     dimensions, mm = len(spacing), spacing.tolist()
     density = 1 / spacing
     ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
-    first = shape = topology(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
-    per_patch = task.preset.shrink_to_batch[dimensions] / REFERENCE_BATCH[dimensions]
+    first = shape = topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
+    per_patch = task.preset.least_batch[dimensions] / REFERENCE_BATCH[dimensions]
     while feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
-        smaller = shortened(shape, mm, median.tolist())
+        smaller = shorten_patch(shape, mm, median.tolist())
         if smaller is None:
-            raise UserError(f"{task.memory_gb:g} GB are too few for this data set", fix="Give more with --memory.")
+            raise UserError(f"{task.memory_gb:g} GB are too few for this dataset", fix="Give more with --memory.")
         shape = smaller
     fits = f"its feature maps fit {task.memory_gb:g} GB"
     if shape is first:
         whole = all(n >= m for n, m in zip(shape.patch, median, strict=True))
-        return (
-            shape,
-            f"patch {_by(shape.patch)} {'covers the median image' if whole else 'is as large as wanted'}: {fits}",
-        )
+        size = "covers the median image" if whole else "has its full size"
+        return shape, f"patch {_by(shape.patch)} {size}: {fits}"
     return shape, f"patch shrunk from {_by(first.patch)} to {_by(shape.patch)} so that {fits}"
 
 
 def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tuple[int, str]:
-    """Fill the budget; hold at most a share of the data set's voxels, which make up `patches` patches; at least two."""
+    """Fill the budget; hold at most a share of the dataset's voxels, which are `patches` patches; at least two."""
     fitting = round(budget / maps)
     cap = round(patches * share)
     batch = max(min(fitting, cap), MIN_BATCH)
@@ -313,7 +362,7 @@ def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tupl
 
 
 def _network_reasons(shape: Topology) -> list[str]:
-    """What is unusual about the network, and why."""
+    """Say what is unusual about the network, and why."""
     if len(shape.strides) == 1:
         return ["images are too small to pool: this network has no decoder and cannot be trained"]
     flat = sum(1 in kernel for kernel in shape.kernels)

@@ -1,8 +1,8 @@
-"""How deep a U-Net for a patch is, where it pools, with which kernels, and how many feature-map values it holds.
+"""How deep a U-Net for a patch is, where it pools, with which kernels, and how many feature-map values it has.
 
-The rules are those of nnU-Net (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): an axis is pooled while it is
-about as finely sampled as the finest one and long enough; a kernel spans an axis from the resolution on at which the
-voxels are about isotropic. All of it is arithmetic over a handful of integers; no network is built.
+The rules are those of nnU-Net (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): an axis is pooled while it is long
+enough and sampled about as finely as the finest axis; a kernel spans an axis from the resolution on at which the voxels
+are about isotropic. All of it is arithmetic over a few integers; no network is built.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ RESIDUAL_BLOCKS = (1, 3, 4, 6)  # per encoder stage; deeper stages have as many 
 
 @dataclass(frozen=True)
 class Topology:
-    """Strides and kernels per stage and axis, and the patch padded to what they can pool."""
+    """Strides and kernels of a U-Net.
+
+    Parameters
+    ----------
+    patch : tuple of int
+        Voxels per axis, padded to a multiple of `divisor`.
+    strides, kernels : tuple of tuple of int
+        Per stage and axis, the finest stage first.
+    """
 
     patch: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
@@ -36,13 +44,20 @@ class Topology:
         return tuple(prod(axis) for axis in zip(*self.strides, strict=True))
 
 
-def topology(spacing: Sequence[float], patch: Sequence[float]) -> Topology:
-    """The topology for a patch.
+def topology_of(spacing: Sequence[float], patch: Sequence[float]) -> Topology:
+    """Return the topology for a patch.
 
     Parameters
     ----------
-    spacing : mm per axis, (z, y, x) or (y, x).
-    patch : voxels per axis; may be fractional (a median of shapes), and is padded up to a multiple of the divisor.
+    spacing : sequence of float
+        mm per axis, (z, y, x) or (y, x).
+    patch : sequence of float
+        Voxels per axis. It may be fractional (a median of shapes), and is padded up to a multiple of the divisor.
+
+    Returns
+    -------
+    Topology
+        Strides, kernels and the padded patch.
     """
     axes = range(len(patch))
     edge, sampling, kernel = list(patch), list(spacing), [1] * len(patch)
@@ -60,22 +75,6 @@ def topology(spacing: Sequence[float], patch: Sequence[float]) -> Topology:
     return Topology(padded, tuple(strides), tuple(kernels))
 
 
-def shortened(shape: Topology, spacing: Sequence[float], median: Sequence[float]) -> Topology | None:
-    """One step smaller: the axis that is longest relative to the median image loses its divisor; None: nothing is left.
-
-    A shorter axis may be pooled once less and then needs only half the step: 128 goes to 112, not to 96.
-    """
-    axis = max(range(len(shape.patch)), key=lambda a: (shape.patch[a] / median[a], a))
-    smaller = _less(shape.patch, axis, shape.divisor[axis])
-    if smaller[axis] < 1:
-        return None
-    return topology(spacing, _less(shape.patch, axis, topology(spacing, smaller).divisor[axis]))
-
-
-def _less(patch: Sequence[int], axis: int, by: int) -> list[int]:
-    return [n - by if a == axis else n for a, n in enumerate(patch)]
-
-
 def _axes_to_pool(edge: Sequence[float], sampling: Sequence[float]) -> list[int]:
     """The axes to halve next: long enough, and within a factor two of the finest among those that are."""
     long_enough = [a for a, n in enumerate(edge) if n >= 2 * MIN_EDGE]
@@ -87,20 +86,75 @@ def _axes_to_pool(edge: Sequence[float], sampling: Sequence[float]) -> list[int]
     return [] if len(pooled) == 1 and edge[pooled[0]] < 3 * MIN_EDGE else pooled
 
 
+def shorten_patch(shape: Topology, spacing: Sequence[float], median: Sequence[float]) -> Topology | None:
+    """Return the topology of the next smaller patch.
+
+    The axis that is longest relative to the median image loses its divisor. A shorter axis may be pooled once less and
+    then needs only half the step: 128 goes to 112, not to 96.
+
+    Parameters
+    ----------
+    shape : Topology
+        The patch to shorten.
+    spacing : sequence of float
+        mm per axis.
+    median : sequence of float
+        Median shape of the images in voxels.
+
+    Returns
+    -------
+    Topology or None
+        None where no voxel would be left.
+    """
+    axis = max(range(len(shape.patch)), key=lambda a: (shape.patch[a] / median[a], a))
+
+    def minus(by: int) -> list[int]:
+        return [n - by if a == axis else n for a, n in enumerate(shape.patch)]
+
+    smaller = minus(shape.divisor[axis])
+    if smaller[axis] < 1:
+        return None
+    return topology_of(spacing, minus(topology_of(spacing, smaller).divisor[axis]))
+
+
+def neighbouring_patches(spacing: Sequence[float], patch: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the nearest patches below and above that can be pooled by the topology they get.
+
+    Parameters
+    ----------
+    spacing : sequence of float
+        mm per axis.
+    patch : sequence of int
+        Voxels per axis.
+
+    Returns
+    -------
+    tuple of two tuples of int
+        The patch below and the patch above.
+    """
+    above = topology_of(spacing, patch)
+    while above.patch != (padded := topology_of(spacing, above.patch)).patch:
+        above = padded
+    below = tuple(patch)
+    while (shape := topology_of(spacing, below)).patch != below:
+        below = tuple(n // d * d for n, d in zip(below, shape.divisor, strict=True))
+    return below, above.patch
+
+
 def default_features(stages: int, dimensions: int, base: int = BASE_FEATURES) -> tuple[int, ...]:
-    """Features per stage: doubling from `base` up to 320 (3D) or 512 (2D)."""
+    """Return the features per stage: they double from `base` up to 320 (3D) or 512 (2D)."""
     return tuple(min(base << stage, max(base, MAX_FEATURES[dimensions])) for stage in range(stages))
 
 
 def default_blocks(kind: Kind, stages: int) -> tuple[int, ...]:
-    """Convolutions (plain) or residual blocks per encoder stage."""
+    """Return the convolutions (plain) or residual blocks per encoder stage."""
     if kind == "plain":
         return (2,) * stages
     return (RESIDUAL_BLOCKS + RESIDUAL_BLOCKS[-1:] * stages)[:stages]
 
 
 def default_network(kind: Kind, shape: Topology) -> Network:
-    """nnU-Net's network for a topology."""
+    """Return nnU-Net's network for a topology."""
     stages = len(shape.strides)
     return Network(
         kind=kind,
@@ -113,7 +167,7 @@ def default_network(kind: Kind, shape: Topology) -> Network:
 
 
 def voxels_per_stage(strides: Sequence[Sequence[int]], patch: Sequence[int]) -> list[int]:
-    """Voxels of the feature maps of each stage; the patch must be a multiple of the divisor."""
+    """Return the voxels of the feature maps of each stage; the patch must be a multiple of the divisor."""
     out, voxels = [], prod(patch)
     for stride in strides:
         voxels //= prod(stride)
@@ -122,18 +176,28 @@ def voxels_per_stage(strides: Sequence[Sequence[int]], patch: Sequence[int]) -> 
 
 
 def feature_map_count(kind: Kind, shape: Topology, outputs: int) -> int:
-    """How many values all feature maps of nnU-Net's network for this topology hold, for one patch.
+    """Count the values in all feature maps of nnU-Net's network for one patch.
 
-    What nnU-Net budgets by: the output of every convolution (also transposed ones and projections) and of the last
-    segmentation head. `outputs` is the number of entries in the data set's labels, background and ignore included.
+    nnU-Net's memory budget counts the output of every convolution (also transposed ones and projections) and of the
+    last segmentation head.
+
+    Parameters
+    ----------
+    kind : {"plain", "residual"}
+        The encoder's blocks.
+    shape : Topology
+        Patch, strides and kernels.
+    outputs : int
+        Entries in the labels of the dataset, background and ignore included.
+
+    Returns
+    -------
+    int
+        The number of values.
     """
     stages = len(shape.strides)
-    sizes = [
-        features * voxels
-        for features, voxels in zip(
-            default_features(stages, len(shape.patch)), voxels_per_stage(shape.strides, shape.patch), strict=True
-        )
-    ]
+    features = default_features(stages, len(shape.patch))
+    sizes = [n * voxels for n, voxels in zip(features, voxels_per_stage(shape.strides, shape.patch), strict=True)]
     blocks = default_blocks(kind, stages)
     if kind == "plain":
         encoder = sum(n * size for n, size in zip(blocks, sizes, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 
@@ -25,8 +25,8 @@ def configured(plan: Plan, configuration: str, settings: Settings) -> Plan:
     stages = {} if stage is None else {stage: plan.configuration(stage)}
     if any(before.previous_stage is not None for before in stages.values()):
         raise UserError(f"{stage}, the previous stage of {configuration}, has one itself; a cascade has two stages")
-    changed = limited(plan, configuration, training.patch_voxels, training.batch_voxels)
-    changed = override(changed, configuration, training.patch_size, training.batch_size)
+    changed = limit_sizes(plan, configuration, training.patch_voxels, training.batch_voxels)
+    changed = override_sizes(changed, configuration, training.patch_size, training.batch_size)
     planned = changed.configuration(configuration)
     wanted, network = settings.network, planned.network
     if len(network.features) == 1:

@@ -1,4 +1,7 @@
-"""Which cases belong together and which are alike: what folds keep on one side, and what they spread evenly."""
+"""Groups and strata of cases, for folds: from the names of cases, from tables, and from label maps.
+
+`read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratify`, and `read_column` reads their tables.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,26 @@ from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.system import cpus
 
-_READERS = 4  # label maps in memory at once
-_PARTS = 4  # by volume, at most
-_NUMBERS = 3  # in a case id, up to which one is looked at as a patient's
-_PERSON = re.compile(r"(?i)(?:^|[^a-z])(?:p|pt|pat|patient|sub|subj|subject|case|person|vol|volume)[-_ ]?\d+$")
+_READERS = 4  # label maps in memory at the same time
+_VOLUME_PARTS = 4  # strata by volume, at most
+_PATIENT = re.compile(r"(?i)(?:^|[^a-z])(?:p|pt|pat|patient|sub|subj|subject|case|person|vol|volume)[-_ ]?\d+$")
 
 
-def groups_of(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
-    """Case id -> group.
+def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
+    """Return the group of each case.
 
     Parameters
     ----------
-    group_by : a table (a file, or a name that ends in .csv or .tsv) of the columns case and group; else a regular
-        expression, searched for in the case id: its first group is the group, or the whole match where it has none.
+    case_ids : sequence of str
+        Ids of the cases.
+    group_by : str
+        A table (a file, or a name that ends in .csv or .tsv) with the columns case and group; otherwise a regular
+        expression that is searched for in the case id. Its first group names the group, or the whole match.
 
     Raises
     ------
-    UserError : the table lacks a case, or the expression is none or does not match one.
+    UserError
+        The table lacks a case, or the expression is invalid or does not match a case.
     """
     if is_table(Path(group_by)) or os.path.isfile(group_by):  # noqa: PTH113 - Path raises where a name is too long
         return read_column(Path(group_by), case_ids, "group")
@@ -44,14 +50,11 @@ def groups_of(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
         pattern = re.compile(group_by)
     except re.error as error:
         raise UserError(f"--group-by {group_by!r} is no regular expression: {error}") from None
-    groups = {}
-    for case_id in case_ids:
-        match = pattern.search(case_id)
-        first = match[1] if match and pattern.groups else None
-        groups[case_id] = (match[0] if match else "") if first is None else first
-    if strangers := [case_id for case_id, group in groups.items() if not group]:
-        what = f"--group-by {group_by!r} matches nothing in {some(strangers)}"
-        raise UserError(what, fix=r"Every case needs a group; `|.+` at the end makes the other cases groups of one.")
+    matches = {case_id: pattern.search(case_id) for case_id in case_ids}
+    groups = {i: (pattern.groups and match[1]) or match[0] for i, match in matches.items() if match is not None}
+    if missing := [case_id for case_id in case_ids if not groups.get(case_id)]:
+        fix = r"Every case needs a group; `|.+` at the end makes the other cases groups of one."
+        raise UserError(f"--group-by {group_by!r} matches nothing in {name_cases(missing)}", fix=fix)
     return groups
 
 
@@ -60,13 +63,19 @@ def is_table(file: Path) -> bool:
 
 
 def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str]:
-    """Case id -> value, from a table of two columns with commas, semicolons or tabs between them.
+    """Read a table with two columns, case and another, between commas, semicolons or tabs.
 
-    Rows of other cases are passed over, a header among them.
+    A header and rows of other cases are ignored.
+
+    Returns
+    -------
+    dict of str to str
+        Case id -> value of the second column.
 
     Raises
     ------
-    UserError : there is no such file or table, or it lacks a case or has two values for one.
+    UserError
+        There is no such table, or it has no value or two values for a case.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -74,97 +83,111 @@ def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str
         raise UserError("no such file", file) from None
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 text (byte {error.start})", file) from None
-    wanted, found = list(case_ids), defaultdict[str, set[str]](set)
+    values = defaultdict[str, set[str]](set)
     rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count))
     for row in rows:
         cells = [cell.strip() for cell in row]
         if any(cells) and len(cells) != 2:
             raise UserError(f"line {rows.line_num} has {len(cells)} columns, not two: case, {what}", file)
         if any(cells):
-            found[cells[0]].add(cells[1])
-    if lacking := [case_id for case_id in wanted if not found.get(case_id, set()) - {""}]:
-        raise UserError(f"has no {what} for {some(lacking)}", file, f"It needs two columns, case and {what}.")
-    if several := [case_id for case_id in wanted if len(found[case_id]) > 1]:
-        raise UserError(f"has more than one {what} for {some(several)}", file)
-    return {case_id: next(iter(found[case_id])) for case_id in wanted}
+            values[cells[0]] |= {cells[1]} - {""}
+    ids = list(case_ids)
+    if missing := [case_id for case_id in ids if not values[case_id]]:
+        raise UserError(f"has no {what} for {name_cases(missing)}", file, f"It needs two columns, case and {what}.")
+    if several := [case_id for case_id in ids if len(values[case_id]) > 1]:
+        raise UserError(f"has more than one {what} for {name_cases(several)}", file)
+    return {case_id: min(values[case_id]) for case_id in ids}
 
 
-def looks_grouped(case_ids: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Whether cases seem to share patients by their names: pat01_a and pat01_b, 12_left and 12_right.
+def name_cases(case_ids: Sequence[str]) -> str:
+    return f"{'case' if len(case_ids) == 1 else 'cases'} {few(case_ids)}"
 
-    A name is cut behind its first, second or third number. The cut is taken for a patient's where names share what
-    is before it, and what is behind it comes again from patient to patient, as _left and _right do and the running
-    numbers of site1_001, site1_002, site2_001 do not; or where a word says so (pat, sub, case).
 
-    Returns
-    -------
-    the regular expression for `groups_of`, and the cases of the first such patient; None where there is none.
+def warn_of_patients(case_ids: Sequence[str]) -> None:
+    """Warn where the names of cases look as if several were images of one patient."""
+    if (pattern := find_patients(case_ids)) is None:
+        return
+    groups = read_groups(sorted(case_ids), pattern)
+    shared = next(name for name, n in Counter(groups.values()).items() if n > 1)
+    first, second, *_ = (case_id for case_id, group in groups.items() if group == shared)
+    log.warn(
+        f"{first} and {second} look like images of one patient, whom folds may have on both sides; "
+        f"--group-by '{pattern}' makes {len(set(groups.values()))} groups of the {len(case_ids)} cases"
+    )
+
+
+def find_patients(case_ids: Sequence[str]) -> str | None:
+    """Return a regular expression for `--group-by` where names show that cases share patients; otherwise None.
+
+    A name is cut after its first, second or third number. The part before the cut is a patient if several names share
+    it, and the part after it repeats from patient to patient (pat01_a, pat01_b, pat02_a), which running numbers do not
+    (site1_001, site1_002, site2_003); or if a word says so (pat, sub, case).
     """
-    ids = sorted(case_ids)
-    for numbers in range(1, _NUMBERS + 1):
+    for numbers in (1, 2, 3):
         pattern = "^" + r"\D*\d+" * numbers
-        if not all(re.match(pattern, case_id) for case_id in ids):
+        if not all(re.match(pattern, case_id) for case_id in case_ids):
             pattern += "|.+"
-        members = defaultdict[str, list[str]](list)
-        for case_id, group in groups_of(ids, pattern).items():
-            members[group].append(case_id.removeprefix(group))
-        shared = [group for group, endings in members.items() if len(endings) > 1]
-        if len(members) < 2 or not shared:
+        groups = read_groups(case_ids, pattern)
+        shared = [name for name, n in Counter(groups.values()).items() if n > 1]
+        endings = [case_id.removeprefix(group) for case_id, group in groups.items() if case_id != group]
+        if not shared or len(set(groups.values())) < 2:
             continue
-        endings = {ending for those in members.values() for ending in those if ending}
-        n_cut = sum(any(those) for those in members.values())
-        if len(endings) <= n_cut or any(_PERSON.search(group) for group in shared):
-            return pattern, [shared[0] + ending for ending in members[shared[0]]]
+        n_cut = len({group for case_id, group in groups.items() if case_id != group})
+        if len(set(endings)) <= n_cut or any(_PATIENT.search(name) for name in shared):
+            return pattern
     return None
 
 
-def label_strata(dataset: Dataset, n_folds: int) -> dict[str, str]:
-    """Case id -> stratum, by which labels occur in a case and by their volume; reads every raw label map once.
+def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:
+    """Return the stratum of each case, from its labels and their volume; reads every raw label map once.
 
-    Cases with the same labels are cut into as many parts of equal number, by the volume (mm^3) of the foreground, as
-    give each fold a case of each part, at most four. Sets of labels that fewer cases have than there are folds go
-    together. Labels that fewer cases have than there are folds are pointed out.
+    Logs a warning for each label that fewer cases have than there are folds.
 
     Raises
     ------
-    UserError : a label map cannot be read.
+    UserError
+        A label map cannot be read.
     """
     with ThreadPoolExecutor(min(_READERS, cpus())) as pool:
-        results = pool.map(lambda case: _foreground(case, dataset), dataset.cases)
-        found = list(log.progress(results, len(dataset.cases), "labels"))
-    contents = {case.id: content for case, content in zip(dataset.cases, found, strict=True)}
-    occurring = Counter(value for values, _ in contents.values() for value in values)
-    for value, n in sorted(occurring.items()):
+        results = pool.map(lambda case: _measure_labels(case, dataset), dataset.cases)
+        contents = dict(log.progress(results, len(dataset.cases), "labels"))
+    for value, n in sorted(Counter(value for values, _ in contents.values() for value in values).items()):
         if n < n_folds:
             log.warn(f"label {value} occurs in {n} of {len(contents)} cases: not every fold can hold it out")
-    return strata_of(contents, n_folds)
+    return make_strata(contents, n_folds)
 
 
-def strata_of(contents: Mapping[str, tuple[tuple[int, ...], float]], n_folds: int) -> dict[str, str]:
-    """Case id -> stratum, from the label values and the foreground volume (mm^3) of each case; see `label_strata`."""
-    alike = Counter(values for values, _ in contents.values())
+def make_strata(contents: Mapping[str, tuple[tuple[int, ...], float]], n_folds: int) -> dict[str, str]:
+    """Return the stratum of each case.
+
+    Cases with the same labels are divided by volume into up to four strata of equal size, each with a case for every
+    fold. Cases whose set of labels is rarer than the number of folds are treated as one set.
+
+    Parameters
+    ----------
+    contents : mapping of str to (tuple of int, float)
+        Case id -> label values, and the volume of the foreground in mm^3.
+    n_folds : int
+        Number of folds.
+    """
+    frequency = Counter(values for values, _ in contents.values())
     members = defaultdict[str, list[tuple[float, str]]](list)
     for case_id, (values, volume) in contents.items():
         name = "+".join(map(str, values)) or "nothing"
-        members[name if alike[values] >= n_folds else "rare"].append((volume, case_id))
+        members[name if frequency[values] >= n_folds else "rare"].append((volume, case_id))
     strata = {}
     for name, cases in members.items():
-        parts = max(1, min(_PARTS, len(cases) // n_folds))
+        parts = max(1, min(_VOLUME_PARTS, len(cases) // n_folds))
         for rank, (_, case_id) in enumerate(sorted(cases)):
             strata[case_id] = f"{name}, volume {rank * parts // len(cases) + 1} of {parts}"
     return strata
 
 
-def _foreground(case: Case, dataset: Dataset) -> tuple[tuple[int, ...], float]:
-    """The label values of a case, without background and ignore, and their volume in mm^3."""
-    assert case.label is not None  # every case of a planned data set has one
+def _measure_labels(case: Case, dataset: Dataset) -> tuple[str, tuple[tuple[int, ...], float]]:
+    """The id of a case, its label values without background and ignore label, and their volume in mm^3."""
+    assert case.label is not None  # every case of a planned dataset has one
     label, geometry, _ = read_label(case.label)
     label = map_labels(label, dataset.label_map)
-    known = dataset.labels.values[1:]  # the background comes first
-    values, counts = np.unique(label[np.isin(label, known)], return_counts=True)
-    return tuple(int(value) for value in values), float(counts.sum() * np.prod(geometry.spacing))
-
-
-def some(case_ids: Sequence[str]) -> str:
-    what = "case" if len(case_ids) == 1 else "cases"
-    return f"{what} {few(case_ids)}"
+    foreground = dataset.labels.values[1:]  # the background comes first
+    values, counts = np.unique(label[np.isin(label, foreground)], return_counts=True)
+    return case.id, (tuple(values.tolist()), float(counts.sum() * np.prod(geometry.spacing)))

@@ -6,7 +6,7 @@ fold_k/next_stage/3d_cascade_fullres/case_001.b2nd    in the model folder of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic
 from nnunet_lite.models.folder import is_finished, model_folder, read_run
 from nnunet_lite.preprocessing.stored_case import StoredCase
-from nnunet_lite.training.folds import ALL, Fold, Splits
+from nnunet_lite.training.splits import ALL, Split
 from nnunet_lite.workspace import Paths
 
 _NEXT_STAGE = "next_stage"
@@ -75,7 +75,7 @@ def previous_folder(
     return model_folder(paths, f"{stage}-{name}")
 
 
-def held_out_by(fold: Fold, splits: Splits) -> dict[str, str]:
+def held_out_by(fold: Split, splits: Sequence[Split]) -> dict[str, str]:
     """Which fold of the previous stage predicts each case for a fold of the second: one that did not train on it.
 
     Returns
@@ -88,7 +88,7 @@ def held_out_by(fold: Fold, splits: Splits) -> dict[str, str]:
     """
     if fold.name == ALL:
         return dict.fromkeys(fold.training, ALL)
-    found = {case_id: str(number) for number, sides in enumerate(splits) for case_id in sides["val"]}
+    found = {case_id: split.name for split in splits for case_id in split.validation}
     found |= dict.fromkeys(fold.validation, fold.name)
     missing = sorted({*fold.training} - set(found))
     if missing:

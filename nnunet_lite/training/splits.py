@@ -1,138 +1,532 @@
-"""The files that say what the folds are.
+"""Which cases a fold trains on and which it holds out.
 
-splits.json        [{"train": [ids], "val": [ids]}, ...], as nnU-Net's splits_final.json; may be edited
-splits_made.json   how it was made: options, groups, strata; void once splits.json is edited
+splits.json        [{"train": [ids], "val": [ids]}, ...], as nnU-Net's splits_final.json; users may edit it
+splits_made.json   the options, groups and strata that it was made with; ignored once splits.json is edited
+fold_k/cases.json  in a model folder: how many cases the fold was trained on, and a hash of their ids
+
+`FoldRule` holds the options of the command line. Training calls `read_split`; planning calls `needs_splits` and
+`make_splits`. The files follow. grouping.py reads
+groups and strata.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nnunet_lite import log
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.grouping import is_table, read_column
+from nnunet_lite.training.grouping import (
+    is_table,
+    name_cases,
+    read_column,
+    read_groups,
+    stratify_by_labels,
+    warn_of_patients,
+)
 from nnunet_lite.workspace import read_json, write_json
 
-Splits = list[dict[str, list[str]]]
+ALL = "all"  # the fold that trains on every case
+N_FOLDS = 5
+_BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
+SEED = 12345  # nnU-Net's, so that folds can be compared
+_SHUFFLES = 20  # with groups and strata, the most even of so many divisions is taken
+_CASES = "cases.json"
+_SPLITS_FINAL = "splits_final.json"  # nnU-Net's
 
 
 @dataclass(frozen=True)
-class Fold:
+class FoldRule:
+    """The options that divide the cases into folds; without any, the folds are nnU-Net's five.
+
+    Parameters
+    ----------
+    folds : int, optional
+        Number of folds.
+    group_by : str or Path, optional
+        Regular expression or table of groups, such as patients, see `read_groups`. A group is never on both sides.
+    stratify : bool or str or Path
+        True spreads labels and volumes evenly over the folds, see `stratify_by_labels`. A path names a table with the
+        columns case and stratum.
+    splits : str or Path, optional
+        File to take the folds from: splits.json, splits_final.json, or a table with the columns case and fold.
+    """
+
+    folds: int | None = None
+    group_by: str | Path | None = None
+    stratify: bool | str | Path = False
+    splits: str | Path | None = None
+
+
+DEFAULT_RULE = FoldRule()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The cases of one fold.
+
+    Parameters
+    ----------
+    name : str
+        "0", "1", ... or "all".
+    training, validation : tuple of str
+        Ids of the cases that the fold trains on, and of those that it holds out.
+    """
+
     name: str
     training: tuple[str, ...]
     validation: tuple[str, ...]
 
 
-def load_splits(file: Path) -> Splits:
-    """The content of a splits.json.
+class _Sources(NamedTuple):
+    """The files and expressions of a rule, read: folds, the group of each case, the stratum of each case."""
+
+    splits: list[Split] | None = None
+    groups: dict[str, str] | None = None
+    strata: dict[str, str] | None = None
+
+
+def check_rule(rule: FoldRule, dataset: Dataset) -> _Sources:
+    """Report mistakes in the options before any image or label map is read.
 
     Raises
     ------
-    UserError : it is not of that form.
+    UserError
+        Fewer than two folds, a wrong table, expression or file, or `splits` together with another option.
     """
-    try:
-        folds = [{side: entry[side] for side in ("train", "val")} for entry in read_json(file)]
-    except (KeyError, TypeError):
-        folds = []
-    sides = [side for entry in folds for side in entry.values()]
-    if not sides or not all(isinstance(side, list) and all(isinstance(i, str) for i in side) for side in sides):
-        raise UserError('must be a list of {"train": [ids], "val": [ids]}', file)
-    return folds
+    ids = _ids(dataset)
+    if rule.splits is not None:
+        if rule != FoldRule(splits=rule.splits):
+            raise UserError("--splits names the folds: --folds, --group-by and --stratify cannot change them")
+        return _Sources(read_given_splits(Path(rule.splits), ids))
+    if rule.folds is not None and rule.folds < 2:
+        fix = "Take 2 or more, or train on every case: fold `all`."
+        raise UserError(f"--folds {rule.folds} is not a number of folds", fix=fix)
+    table = None if isinstance(rule.stratify, bool) else Path(rule.stratify)
+    return _Sources(
+        groups=None if rule.group_by is None else read_groups(ids, str(rule.group_by)),
+        strata=None if table is None else read_column(table, ids, "stratum"),
+    )
 
 
-def given_splits(file: Path, ids: Sequence[str]) -> Splits:
-    """The folds of a file of the user's: splits.json, nnU-Net's splits_final.json, or a table of case and fold.
+def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT_RULE) -> Split:
+    """Return the cases of one fold; write splits.json if it does not exist.
+
+    Parameters
+    ----------
+    file : Path
+        splits.json of the workspace.
+    dataset : Dataset
+        Dataset whose cases are divided.
+    fold : str
+        "0", "1", ... or "all".
+    rule : FoldRule
+        Options of this call. An existing splits.json must agree with them.
+
+    Returns
+    -------
+    Split
+        Cases of the fold; "all" trains on every case and validates on the same.
 
     Raises
     ------
-    UserError : it is none of these, or one of its folds cannot be trained.
+    UserError
+        There is no such fold, splits.json names an unknown case, or `read_splits` fails.
     """
-    if not is_table(file):
-        folds = load_splits(file)
-    else:
-        column = read_column(file, ids, "fold")
-        names = [str(i) for i in range(len(set(column.values())))]
-        if set(names) != set(column.values()):
-            raise UserError(f"folds are {', '.join(sorted(set(column.values())))}", file, "Number them 0, 1, 2 ...")
-        folds = splits_of(ids, ([case_id for case_id in ids if column[case_id] == name] for name in names))
-    checked_folds(folds, ids, file)
-    return folds
+    ids = _ids(dataset)
+    if fold == ALL:
+        if rule != DEFAULT_RULE:
+            fix = "Omit the options for folds, or train each fold: `all-folds`."
+            raise UserError("fold `all` trains on every case, whatever the folds are", fix=fix)
+        return Split(ALL, tuple(ids), tuple(ids))
+    splits = read_splits(file, dataset, rule, fold)
+    split = splits[int(fold)]
+    if left_out := sorted(set(ids) - {*split.training, *split.validation}):
+        log.warn(f"{file}: fold {fold} leaves out {name_cases(left_out)}; delete the file to make it again")
+    return split
 
 
-def checked_folds(folds: Splits, ids: Sequence[str], file: Path) -> list[Fold]:
-    """All folds, if they can be trained; see `checked_fold`."""
-    return [checked_fold(entry, str(i), ids, file) for i, entry in enumerate(folds)]
-
-
-def checked_fold(entry: Mapping[str, Sequence[str]], name: str, ids: Sequence[str], file: Path) -> Fold:
-    """A fold, if it can be trained.
+def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fold: str = "0") -> list[Split]:
+    """Return all folds; write splits.json if it does not exist and `fold` is one of them.
 
     Raises
     ------
-    UserError : it names unknown cases, one of them twice, or none to train on; `file` is what the message names.
+    UserError
+        splits.json is malformed or differs from what the options ask for, there is no such fold, or `make_splits`
+        fails.
     """
-    fold = Fold(name, tuple(entry["train"]), tuple(entry["val"]))
-    listed = [*fold.training, *fold.validation]
-    if unknown := sorted(set(listed) - set(ids)):
-        what = f"fold {name} names unknown cases: {', '.join(unknown[:5])}"
-        raise UserError(what, file, "Delete it to make it anew." if file.name == "splits.json" else "")
-    twice = sorted(case_id for case_id, n in Counter(listed).items() if n > 1)
-    if both := [case_id for case_id in twice if case_id in fold.training and case_id in fold.validation]:
-        raise UserError(f"fold {name} has {both[0]} on both sides", file)
-    if twice or not fold.training:
-        raise UserError(f"fold {name} {f'names {twice[0]} twice' if twice else 'has no training case'}", file)
-    return fold
+    exists = file.is_file()
+    splits, record = (load_splits(file, _ids(dataset)), {}) if exists else make_splits(dataset, rule)
+    if fold not in map(str, range(len(splits))):
+        fix = f'Folds are 0 to {len(splits) - 1}, "all-folds" and "all".'
+        raise UserError(f"there is no fold {fold!r}", fix=fix)
+    if not exists:
+        write_splits(file, splits, record)
+    elif difference := _difference(file, splits, dataset, rule):
+        fix = "Omit the options for folds to continue with these, or delete the file to make them again."
+        raise UserError(difference, file, fix)
+    return splits
 
 
-def write_splits(splits: Path, folds: Splits, made: Mapping[str, Any]) -> None:
-    """Write splits.json and its record, and say what it holds."""
-    write_json(_record(splits), made)  # first: whoever finds splits.json finds this too
-    write_json(splits, folds)
-    held_out = ", ".join(str(len(fold["val"])) for fold in folds)
-    log.info(f"{splits.name}: {summary(folds, made)}; held out: {held_out}")
+def needs_splits(file: Path, dataset: Dataset, rule: FoldRule, trained: Sequence[str] = ()) -> bool:
+    """Return whether planning has to write splits.json, since an option or a splits_final.json asks for new folds.
+
+    Parameters
+    ----------
+    trained : sequence of str
+        Names of the models that are trained on the existing folds.
+
+    Raises
+    ------
+    UserError
+        An option is wrong, asks for more folds than there are cases, or for other folds than models are trained on.
+    """
+    if rule == DEFAULT_RULE:
+        return not file.is_file() and check_rule(_rule_of(dataset), dataset).splits is not None
+    sources = check_rule(rule, dataset)
+    difference = _difference(file, load_splits(file), dataset, rule) if file.is_file() else None
+    if difference and trained:
+        what = f"{difference}, and {', '.join(trained)} {'is' if len(trained) == 1 else 'are'} trained on them"
+        fix = "Scores on different folds cannot be compared: use another --workspace, or delete the file."
+        raise UserError(what, file, fix)
+    if file.is_file() and not difference:
+        return False
+    if sources.splits is None:  # reported before the check of the dataset, which takes minutes
+        _require_enough(_ids(dataset), rule.folds or N_FOLDS, sources.groups)
+    return True
 
 
-def how_made(splits: Path, folds: Splits) -> dict[str, Any]:
-    """The record of how folds were made; empty where nnlite did not make them so."""
-    made = read_json(_record(splits)) if _record(splits).is_file() else {}
-    return made if made.get("sha256") == digest(folds) else {}
+def warn_of_unused_splits(file: Path, dataset: Dataset) -> None:
+    """Warn where an existing splits.json has other folds than the splits_final.json of the dataset."""
+    rule = _rule_of(dataset)
+    if rule == DEFAULT_RULE or not file.is_file():
+        return
+    with suppress(UserError):  # a broken one is not used either
+        if not _difference(file, load_splits(file), dataset, rule):
+            return
+    log.warn(
+        f"{rule.splits} is not used: {file} exists, and its folds stay. `nnlite plan --splits {rule.splits}` replaces "
+        "them where nothing is trained yet"
+    )
 
 
-def _record(splits: Path) -> Path:
-    return splits.with_name(f"{splits.stem}_made.json")
+def _rule_of(dataset: Dataset) -> FoldRule:
+    """The rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
+    preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
+    folders = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
+    file = next((folder / _SPLITS_FINAL for folder in folders if (folder / _SPLITS_FINAL).is_file()), None)
+    return FoldRule(splits=file)
 
 
-def summary(folds: Splits, made: Mapping[str, Any]) -> str:
-    """5 folds of 32 cases in 8 groups by ..., stratified by ..."""
-    parts = [f"{plural(len(folds), 'fold')} of {plural(len(named_cases(folds)), 'case')}"]
-    if not made:
-        parts.append("(given or edited)")
-    if "splits" in made:
-        parts.append(f"(from {made['splits']})")
-    if made.get("groups"):
-        parts.append(f"in {plural(len(set(made['groups'].values())), 'group')} by {made['group_by']}")
-    return " ".join(parts) + (f", stratified by {made['stratify']}" if made.get("stratify") else "")
+def make_splits(dataset: Dataset, rule: FoldRule = DEFAULT_RULE) -> tuple[list[Split], dict[str, Any]]:
+    """Divide the cases into folds.
+
+    Returns
+    -------
+    list of Split
+        The folds.
+    dict
+        Record of how they were made, for splits_made.json.
+
+    Raises
+    ------
+    UserError
+        An option is wrong, see `check_rule`; `divide` fails; or a label map cannot be read.
+    """
+    rule = _rule_of(dataset) if rule == DEFAULT_RULE else rule
+    ids, sources = _ids(dataset), check_rule(rule, dataset)
+    if sources.splits is not None:
+        if left_out := sorted(set(ids) - _cases_of(sources.splits)):
+            log.warn(f"{rule.splits}: no fold has {name_cases(left_out)}; only the fold `all` trains on them")
+        return sources.splits, {"splits": str(rule.splits)}
+    if sources.groups is None:
+        warn_of_patients(ids)
+    n_folds = rule.folds or N_FOLDS
+    strata = stratify_by_labels(dataset, n_folds) if rule.stratify is True else sources.strata
+    record = {
+        "folds": n_folds,
+        "seed": SEED,
+        "group_by": None if rule.group_by is None else str(rule.group_by),
+        "stratify": _BY_LABELS if rule.stratify is True else str(rule.stratify) if rule.stratify else None,
+        "groups": sources.groups,
+        "strata": strata,
+    }
+    return divide(ids, n_folds, sources.groups, strata), record
 
 
-def splits_of(ids: Sequence[str], held_out: Iterable[Collection[str]]) -> Splits:
-    """Folds from the cases that each holds out."""
+def divide(
+    case_ids: Sequence[str],
+    n_folds: int = N_FOLDS,
+    groups: Mapping[str, str] | None = None,
+    strata: Mapping[str, str] | None = None,
+) -> list[Split]:
+    """Divide cases into folds: nnU-Net's KFold(5, shuffle, seed 12345) over the sorted ids, else StratifiedGroupKFold.
+
+    Parameters
+    ----------
+    case_ids : sequence of str
+        Ids of all cases, in any order.
+    n_folds : int
+        Number of folds.
+    groups : mapping of str to str, optional
+        Case id -> group. A group is never on both sides; folds hold out about equal numbers of cases, not of groups.
+    strata : mapping of str to str, optional
+        Case id -> stratum. Each fold holds out about an equal share of every stratum.
+
+    Returns
+    -------
+    list of Split
+        The folds.
+
+    Raises
+    ------
+    UserError
+        There are fewer cases or groups than folds, or no stratum has a case for each fold.
+    """
+    from sklearn.model_selection import KFold
+
+    ids = sorted(case_ids)
+    _require_enough(ids, n_folds, groups)
+    if groups is None and strata is None:
+        parts = [held_out for _, held_out in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
+        return _hold_out(ids, [[ids[i] for i in held_out] for held_out in parts])
+    group_of_case = [case_id if groups is None else groups[case_id] for case_id in ids]
+    stratum_of_case = ["" if strata is None else strata[case_id] for case_id in ids]
+    totals = Counter(stratum_of_case)
+    if max(totals.values()) < n_folds:
+        raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
+
+    def imbalance(parts: list[list[int]]) -> tuple[int, float]:
+        """How much folds differ in their number of cases, then in their shares of each stratum."""
+        counts = [Counter(stratum_of_case[i] for i in held_out) for held_out in parts]
+        shares = sum(abs(count[name] - n / n_folds) for name, n in totals.items() for count in counts)
+        return max(map(len, parts)) - min(map(len, parts)), shares
+
+    n_shuffles = 1 if groups is None or strata is None else _SHUFFLES
+    candidates = [_shuffle(stratum_of_case, group_of_case, n_folds, SEED + i) for i in range(n_shuffles)]
+    return _hold_out(ids, [[ids[i] for i in held_out] for held_out in min(candidates, key=imbalance)])
+
+
+def _require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] | None) -> None:
+    """Make sure that each fold can hold out a case, or a group."""
+    n, what = (len(ids), "case") if groups is None else (len({groups[case_id] for case_id in ids}), "group")
+    if n < n_folds:
+        fewer = f", or take --folds {n}" if n > 1 else ""
+        fix = f"Train on every case: `nnlite train CONFIGURATION all`{fewer}."
+        raise UserError(f"{plural(n, what)} cannot be split into {n_folds} folds", fix=fix)
+
+
+def _shuffle(strata: Sequence[str], groups: Sequence[str], n_folds: int, seed: int) -> list[list[int]]:
+    """Return the indices of the cases that each fold holds out.
+
+    Where strata leave a choice, scikit-learn deals groups out in the order of their numbers. They are numbered at
+    random, the largest first, which balances best; its own shuffle differs between its versions.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    sizes = Counter(groups)
+    names = np.random.RandomState(seed).permutation(sorted(sizes)).tolist()
+    number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
+        parts = StratifiedGroupKFold(n_folds).split(strata, strata, [number[name] for name in groups])
+        return [held_out.tolist() for _, held_out in parts]
+
+
+def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
+    """Return one fold for each part of the cases, which it holds out."""
     return [
-        {"train": [i for i in ids if i not in val], "val": [i for i in ids if i in val]} for val in map(set, held_out)
+        Split(str(k), tuple(i for i in ids if i not in part), tuple(i for i in ids if i in part))
+        for k, part in enumerate(map(set, parts))
     ]
 
 
-def named_cases(folds: Splits) -> set[str]:
-    """Every case that occurs in a fold."""
-    return {case_id for fold in folds for side in fold.values() for case_id in side}
+# ------------------------------------------------------------------------------------------------ files
 
 
-def digest(value: Any) -> str:
-    """A short hash of lists of case ids."""
+class _Entry(BaseModel):
+    train: list[str]
+    val: list[str]
+
+
+_ENTRIES = TypeAdapter(Annotated[list[_Entry], Field(min_length=1)])
+
+
+def load_splits(file: Path, ids: Collection[str] | None = None) -> list[Split]:
+    """Read a splits.json or splits_final.json.
+
+    Parameters
+    ----------
+    ids : collection of str, optional
+        The cases of the dataset; None if they are not known.
+
+    Raises
+    ------
+    UserError
+        It has another form, or a fold names an unknown case, a case twice, or none to train on.
+    """
+    try:
+        entries = _ENTRIES.validate_python(read_json(file), strict=True)
+    except ValidationError:
+        raise UserError('must be a list of {"train": [ids], "val": [ids]}', file) from None
+    splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
+    _check_splits(splits, file, ids)
+    return splits
+
+
+def _check_splits(splits: Sequence[Split], file: Path, ids: Collection[str] | None) -> None:
+    for split in splits:
+        cases = Counter([*split.training, *split.validation])
+        if both := sorted({*split.training} & {*split.validation}):
+            raise UserError(f"fold {split.name} has {both[0]} on both sides", file)
+        if twice := sorted(case_id for case_id, n in cases.items() if n > 1):
+            raise UserError(f"fold {split.name} names {twice[0]} twice", file)
+        if not split.training:
+            raise UserError(f"fold {split.name} has no training case", file)
+        if unknown := [] if ids is None else sorted(set(cases) - set(ids)):
+            fix = "Delete it to make it again." if file.name == "splits.json" else ""
+            raise UserError(f"fold {split.name} names unknown cases: {few(unknown, 5)}", file, fix)
+
+
+def read_given_splits(file: Path, ids: Sequence[str]) -> list[Split]:
+    """Read the folds of a user's file: splits.json, nnU-Net's splits_final.json, or a table of case and fold.
+
+    Raises
+    ------
+    UserError
+        It is none of these, or one of its folds cannot be trained.
+    """
+    if is_table(file):
+        column = read_column(file, ids, "fold")
+        numbers = sorted(set(column.values()))
+        if set(numbers) != {str(k) for k in range(len(numbers))}:
+            raise UserError(f"folds are {', '.join(numbers)}", file, "Number them 0, 1, 2 ...")
+        splits = _hold_out(ids, [[i for i in ids if column[i] == str(k)] for k in range(len(numbers))])
+        _check_splits(splits, file, ids)
+        return splits
+    try:
+        return load_splits(file, ids)
+    except UserError as error:
+        if file.name != _SPLITS_FINAL:  # nnU-Net's is read without an option
+            raise
+        fix = "Correct or remove it, or give --folds, --group-by, --stratify or --splits."
+        raise UserError(error.what, error.file, f"{error.fix} {fix}".strip()) from None
+
+
+def write_splits(file: Path, splits: Sequence[Split], record: Mapping[str, Any]) -> None:
+    """Write splits.json and its record, and log what it holds."""
+    write_json(_record_file(file), {**record, "sha256": _hash(_to_json(splits))})  # before splits.json, which needs it
+    write_json(file, _to_json(splits))
+    held_out = ", ".join(str(len(split.validation)) for split in splits)
+    log.info(f"{file.name}: {summarize_splits(splits, record)}; held out: {held_out}")
+
+
+def read_record(file: Path, splits: Sequence[Split]) -> dict[str, Any]:
+    """Return how nnlite made the folds of splits.json; empty where a user wrote or edited them."""
+    record = read_json(_record_file(file)) if _record_file(file).is_file() else {}
+    return record if record.get("sha256") == _hash(_to_json(splits)) else {}
+
+
+def summarize_splits(splits: Sequence[Split], record: Mapping[str, Any]) -> str:
+    """5 folds of 32 cases in 8 groups by ..., stratified by ..."""
+    text = f"{plural(len(splits), 'fold')} of {plural(len(_cases_of(splits)), 'case')}"
+    text += "" if record else " (given or edited)"
+    text += f" (from {record['splits']})" if "splits" in record else ""
+    if record.get("groups"):
+        text += f" in {plural(len(set(record['groups'].values())), 'group')} by {record['group_by']}"
+    return text + (f", stratified by {record['stratify']}" if record.get("stratify") else "")
+
+
+def _difference(file: Path, splits: Sequence[Split], dataset: Dataset, rule: FoldRule) -> str | None:
+    """Return what splits.json holds and how it differs from what the options ask for; None where it agrees."""
+    if rule == DEFAULT_RULE:
+        return None
+    n_cases, sources, record = len(dataset.cases), check_rule(rule, dataset), read_record(file, splits)
+    if sources.splits is not None:
+        same = [_fingerprint(split) for split in splits] == [_fingerprint(split) for split in sources.splits]
+        checks = [(same, f"not those of {rule.splits}")]
+    else:
+        by_labels = rule.stratify is True  # the label maps are not read again
+        stratified = record.get("stratify") == _BY_LABELS if by_labels else record.get("strata") == sources.strata
+        checks = [
+            (_cases_of(splits) == set(_ids(dataset)), f"not of the {n_cases} that the dataset has"),
+            (rule.folds in (None, len(splits)), f"not {rule.folds}"),
+            (rule.group_by is None or record.get("groups") == sources.groups, f"not in groups by {rule.group_by}"),
+            (not rule.stratify or stratified, f"not stratified by {_BY_LABELS if by_labels else rule.stratify}"),
+        ]
+    return next((f"holds {summarize_splits(splits, record)}, {what}" for agrees, what in checks if not agrees), None)
+
+
+def refuse_other_cases(folder: Path, split: Split, file: Path, restart: bool = False) -> None:
+    """Make sure that the folds of a model were trained on the cases that splits.json lists now.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the model.
+    split : Split
+        Fold that is to be trained or used.
+    file : Path
+        splits.json of the workspace.
+    restart : bool
+        Whether this fold starts again, so that only the others matter.
+
+    Raises
+    ------
+    UserError
+        The cases of a fold changed: to resume it, or to average it with others, would mix training and validation.
+    """
+    splits = [split] if split.name == ALL else load_splits(file)
+    expected = {one.name: _fingerprint(one) for one in splits}
+    for cases_file in sorted(folder.glob(f"fold_*/{_CASES}")):
+        name = cases_file.parent.name.removeprefix("fold_")
+        if (name == ALL) != (split.name == ALL) or (restart and name == split.name):
+            continue
+        if read_json(cases_file) != expected.get(name):
+            source, command = ("the dataset", "--restart") if name == ALL else (file.name, "`all-folds --restart`")
+            fix = f"Train under another --name, restore {source}, or train again with {command}."
+            raise UserError(f"fold {name} was trained on other cases than {source} has now", folder, fix)
+
+
+def record_cases(fold_folder: Path, split: Split) -> None:
+    """Write which cases a fold is trained on, for `refuse_other_cases`."""
+    write_json(fold_folder / _CASES, _fingerprint(split))
+
+
+def _fingerprint(split: Split) -> dict[str, Any]:
+    """Numbers of cases and a hash of their ids; a model that is passed on does not contain the ids."""
+    sides = [sorted(split.training), sorted(split.validation)]
+    return {"training": len(sides[0]), "validation": len(sides[1]), "sha256": _hash(sides)}
+
+
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _to_json(splits: Iterable[Split]) -> list[dict[str, list[str]]]:
+    return [{"train": list(split.training), "val": list(split.validation)} for split in splits]
+
+
+def _record_file(file: Path) -> Path:
+    return file.with_name(f"{file.stem}_made.json")
+
+
+def _ids(dataset: Dataset) -> list[str]:
+    return sorted(case.id for case in dataset.cases)
+
+
+def _cases_of(splits: Iterable[Split]) -> set[str]:
+    return {case_id for split in splits for case_id in (*split.training, *split.validation)}

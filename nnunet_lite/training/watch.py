@@ -17,7 +17,7 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import Stopped
-from nnunet_lite.planning.override import limited, override
+from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training.distributed import Ranks, sum_over_ranks
@@ -167,14 +167,14 @@ def what_fits(plan: Plan, configuration: str, memory: float) -> str:
     """A smaller batch, and a smaller patch, whose predicted memory fits `memory` GB; how to ask for them."""
     planned, options = plan.configuration(configuration), []
     for batch in range(planned.batch_size - 1, 0, -1):
-        smaller = override(plan, configuration, None, batch).configuration(configuration)
+        smaller = override_sizes(plan, configuration, None, batch).configuration(configuration)
         if (smaller.memory_gb or math.inf) <= memory:
             options.append(f"--batch-size {batch} (about {in_units((smaller.memory_gb or 0) * GB)})")
             break
     voxels = math.prod(planned.patch_size)
     while voxels > 64:
         voxels = voxels * 9 // 10
-        smaller = limited(plan, configuration, voxels).configuration(configuration)
+        smaller = limit_sizes(plan, configuration, voxels).configuration(configuration)
         if smaller.patch_size != planned.patch_size and (smaller.memory_gb or math.inf) <= memory:
             size = "x".join(map(str, smaller.patch_size))
             options.append(f"--patch-size {size} (about {in_units((smaller.memory_gb or 0) * GB)})")
