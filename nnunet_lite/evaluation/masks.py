@@ -6,18 +6,19 @@ functions work on these arrays, so that their time does not depend on the number
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cc3d
 import numpy as np
 from scipy.spatial import cKDTree
 
-from nnunet_lite.data.labels import smallest_dtype
+from nnunet_lite.data.labels import Labels, smallest_dtype
 
 Spacing = tuple[float, float, float]
 Box = tuple[slice, ...]
+Map = Callable[..., Iterable[Any]]  # `map`, or the `map` of a thread pool
 
 _PERCENTILE = 95
 _ROUNDING = 1e-5  # mm: a distance that equals the tolerance is within it
@@ -75,8 +76,8 @@ def pair_masks(
     prediction: np.ndarray,
     reference: np.ndarray,
     masks: Sequence[Sequence[int]],
-    ignore: int | None,
-    pool: Executor,
+    ignore: int | None = None,
+    mapper: Map = map,
 ) -> MaskPair:
     """Number the masks of a prediction and its reference, and count the voxels of each pair of numbers.
 
@@ -88,21 +89,14 @@ def pair_masks(
         The label values of each mask; no value belongs to two masks.
     ignore : int or None
         The value of voxels that are not annotated in the reference.
-    pool : Executor
-        Runs one slice per task.
+    mapper : callable
+        Processes one slice per call.
     """
     n = len(masks)
-    numbers = {value: k for k, members in enumerate(masks, 1) for value in members}
-    of_prediction = _LookUp.create(numbers, prediction.dtype)
-    of_reference = _LookUp.create(numbers | ({} if ignore is None else {ignore: n + 1}), reference.dtype)
-    predicted, true = (np.empty(reference.shape, smallest_dtype(0, n + 1)) for _ in range(2))
-
-    def fill(z: int) -> None:
-        true[z], predicted[z] = of_reference(reference[z]), of_prediction(prediction[z])
-        if ignore is not None:
-            predicted[z][true[z] == n + 1] = n + 1
-
-    list(pool.map(fill, range(len(reference))))
+    predicted = number_masks(prediction, masks, mapper)
+    true = number_masks(reference, masks if ignore is None else [*masks, (ignore,)], mapper)
+    if ignore is not None:
+        predicted[true == n + 1] = n + 1
     box = bounding_box(predicted, true) or (slice(0, 1),) * 3
     predicted, true = (np.ascontiguousarray(array[box]) for array in (predicted, true))
 
@@ -111,32 +105,50 @@ def pair_masks(
         starts[:, 1:] = (predicted[z, :, 1:] != predicted[z, :, :-1]) | (true[z, :, 1:] != true[z, :, :-1])
         return np.flatnonzero(starts) + z * starts.size
 
-    runs = np.concatenate(list(pool.map(find_runs, range(len(true)))))
+    runs = np.concatenate(list(mapper(find_runs, range(len(true)))))
     pairs = true.ravel()[runs] * np.intp(n + 2) + predicted.ravel()[runs]
     counts = np.bincount(pairs, np.diff(runs, append=true.size), (n + 2) ** 2).astype(np.int64)
     counts[0] += reference.size - true.size
     return MaskPair(predicted, true, n, runs[pairs != 0], counts.reshape(n + 2, n + 2))
 
 
-@dataclass(frozen=True)
-class _LookUp:
-    """A table from label values to numbers; `low` is the value of its first entry, and all other values become 0."""
+def number_masks(array: np.ndarray, masks: Sequence[Sequence[int]], mapper: Map = map) -> np.ndarray:
+    """Replace label values by the number of their mask, from 1; all other values by 0.
 
-    table: np.ndarray
-    low: int
+    Parameters
+    ----------
+    array : ndarray, shape (z, y, x)
+        Label values.
+    masks : sequence of sequences of int
+        The label values of each mask; no value belongs to two masks.
+    mapper : callable
+        Processes one slice per call.
+    """
+    numbers = {value: k for k, members in enumerate(masks, 1) for value in members}
+    # small unsigned integers are indices of the table as they are; others first lose the value of its first entry
+    low = 0 if array.dtype.kind == "u" and array.dtype.itemsize < 8 else min(numbers) - 1
+    out = np.empty(array.shape, smallest_dtype(0, len(masks) + 1))
+    table = np.zeros(max(0, *numbers) - low + 2, out.dtype)  # with an entry for higher values
+    for value, number in numbers.items():
+        if value >= low:
+            table[value - low] = number
 
-    @classmethod
-    def create(cls, numbers: dict[int, int], dtype: np.dtype) -> _LookUp:
-        # small unsigned integers are indices of the table as they are
-        low = 0 if dtype.kind == "u" and dtype.itemsize < 8 else min(numbers) - 1
-        table = np.zeros(max(0, *numbers) - low + 2, smallest_dtype(0, max(numbers.values())))
-        for value, number in numbers.items():
-            if value >= low:
-                table[value - low] = number
-        return cls(table, low)
+    def fill(z: int) -> None:
+        out[z] = table.take(array[z].astype(np.intp) - low if low else array[z], mode="clip")
 
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        return self.table.take(values.astype(np.intp) - self.low if self.low else values, mode="clip")
+    list(mapper(fill, range(len(array))))
+    return out
+
+
+def disjoint_regions(labels: Labels) -> list[list[int]]:
+    """Group the indices of regions (of `labels.region_names`) so that the regions of a group share no value."""
+    regions = range(len(labels.region_names))
+    return [[i] for i in regions] if labels.has_regions else [list(regions)]
+
+
+def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
+    """Whether an array is one slice without a thickness; then spacing[0] is a mark (see `Geometry`), not a length."""
+    return shape[0] == 1 and spacing[0] >= 999 * max(spacing[1:])
 
 
 def bounding_box(*arrays: np.ndarray) -> Box | None:
@@ -174,7 +186,7 @@ def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return cc3d.connected_components(mask, connectivity=26, return_N=True)
 
 
-def count_lesions(masks: MaskPair, pool: Executor) -> np.ndarray:
+def count_lesions(masks: MaskPair, mapper: Map = map) -> np.ndarray:
     """Count the components of each mask by whether they touch the same mask of the other label map.
 
     Returns
@@ -194,7 +206,7 @@ def count_lesions(masks: MaskPair, pool: Executor) -> np.ndarray:
         touches[component[agree]] = True
         return np.stack([np.bincount(mask_of[touches == t], minlength=masks.n + 2) for t in (True, False)])
 
-    predicted, reference = pool.map(count, arrays, mask_of_run)
+    predicted, reference = mapper(count, arrays, mask_of_run)
     return np.stack([reference[0], predicted[1], reference[1]], axis=1)[1 : masks.n + 1]
 
 
@@ -202,7 +214,7 @@ def count_lesions(masks: MaskPair, pool: Executor) -> np.ndarray:
 
 
 def surface_points(
-    masks: np.ndarray, ignored: int | None, axes: Sequence[int], spacing: Spacing, pool: Executor
+    masks: np.ndarray, ignored: int | None, axes: Sequence[int], spacing: Spacing, mapper: Map = map
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the voxels of each mask that have a face neighbour outside of it.
 
@@ -216,8 +228,8 @@ def surface_points(
         The axes along which neighbours count; a picture has no neighbours along z.
     spacing : tuple of float
         Voxel size (z, y, x) in mm.
-    pool : Executor
-        Runs one slice per task.
+    mapper : callable
+        Processes one slice per call.
 
     Returns
     -------
@@ -236,7 +248,7 @@ def surface_points(
         surface &= inside[z] != 0
         return np.flatnonzero(surface) + z * surface.size
 
-    found = np.concatenate(list(pool.map(find, range(len(masks)))))
+    found = np.concatenate(list(mapper(find, range(len(masks)))))
     indices = np.unravel_index(found, masks.shape)
     return np.stack([index * size for index, size in zip(indices, spacing, strict=True)], axis=1), masks.ravel()[found]
 

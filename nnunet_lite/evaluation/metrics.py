@@ -17,15 +17,25 @@ The definitions are those of Metrics Reloaded (Maier-Hein and Reinke et al., Nat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.evaluation.masks import MaskPair, Spacing, compare_surfaces, count_lesions, pair_masks, surface_points
+from nnunet_lite.evaluation.masks import (
+    Map,
+    MaskPair,
+    Spacing,
+    compare_surfaces,
+    count_lesions,
+    disjoint_regions,
+    is_picture,
+    pair_masks,
+    surface_points,
+)
 
 
 @dataclass(frozen=True)
@@ -179,53 +189,38 @@ def score_case(
     scores: dict[str, MetricValues] = {}
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for group in disjoint_regions(labels):
-            masks = pair_masks(prediction, reference, [labels.region_values[i] for i in group], labels.ignore, pool)
-            surfaces = _score_surfaces(masks, reference.shape, spacing, tolerance_mm, pool) if surface else {}
-            for i, comparison in zip(group, _compare(masks, surfaces, voxel_ml, pool), strict=True):
-                values = {name: metric.formula(comparison) for name, metric in METRICS.items()}
-                scores[labels.region_names[i]] = values
+            masks = pair_masks(
+                prediction, reference, [labels.region_values[i] for i in group], labels.ignore, pool.map
+            )
+            surfaces = _score_surfaces(masks, reference.shape, spacing, tolerance_mm, pool.map) if surface else {}
+            lesions = count_lesions(masks, pool.map).tolist()
+            for k, (tp, fp, fn) in enumerate(masks.overlap().tolist()):
+                tn = masks.annotated - tp - fp - fn
+                mask = MaskComparison(tp, fp, fn, tn, *lesions[k], *surfaces.get(k, (None, None)), voxel_ml)
+                values = {name: metric.formula(mask) for name, metric in METRICS.items()}
+                scores[labels.region_names[group[k]]] = values
     return scores
 
 
-def disjoint_regions(labels: Labels) -> list[list[int]]:
-    """Group the indices of regions (of `labels.region_names`) so that those of a group share no value."""
-    regions = range(len(labels.region_names))
-    return [[i] for i in regions] if labels.has_regions else [list(regions)]
-
-
-def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
-    """Whether an array is one slice without a thickness; then spacing[0] is a mark (see `Geometry`), not a length."""
-    return shape[0] == 1 and spacing[0] >= 999 * max(spacing[1:])
-
-
-def _compare(
-    masks: MaskPair, surfaces: dict[int, tuple[float | None, float | None]], voxel_ml: float | None, pool: Executor
-) -> Iterable[MaskComparison]:
-    """Compare each of the masks; `surfaces` holds NSD and HD95 by the index of a mask."""
-    lesions = count_lesions(masks, pool).tolist()
-    for i, (tp, fp, fn) in enumerate(masks.overlap().tolist()):
-        tn = masks.annotated - tp - fp - fn
-        yield MaskComparison(tp, fp, fn, tn, *lesions[i], *surfaces.get(i, (None, None)), voxel_ml)
-
-
 def _score_surfaces(
-    masks: MaskPair, shape: Sequence[int], spacing: Spacing, tolerance_mm: float, pool: Executor
+    masks: MaskPair, shape: Sequence[int], spacing: Spacing, tolerance_mm: float, mapper: Map
 ) -> dict[int, tuple[float | None, float | None]]:
     """Compute NSD and HD95 of each mask by its index; none for masks that are absent in both label maps."""
     axes = [axis for axis, length in enumerate(shape) if length > 1]
     step = max(spacing[axis] for axis in axes or range(3))
     ignored = masks.ignored if masks.counts[masks.ignored].any() else None
-    surfaces = [surface_points(array, ignored, axes, spacing, pool) for array in (masks.prediction, masks.reference)]
+    arrays, overlap = (masks.prediction, masks.reference), masks.overlap()
+    surfaces = [surface_points(array, ignored, axes, spacing, mapper) for array in arrays]
 
-    def compare(i: int) -> tuple[float | None, float | None]:
-        tp, fp, fn = overlap[i]
+    def compare(k: int) -> tuple[float | None, float | None]:
+        tp, fp, fn = overlap[k]
         if not (tp + fp and tp + fn):
             return 0.0, None
-        own, other = (points[numbers == i + 1] for points, numbers in surfaces)
-        if not (len(own) and len(other)):  # all voxels around a mask are not annotated
+        own, other = (points[numbers == k + 1] for points, numbers in surfaces)
+        if not (len(own) and len(other)):  # no voxel around a mask is annotated
             return None, None
         return compare_surfaces(own, other, tolerance_mm, step)
 
-    overlap = masks.overlap()
     present = np.flatnonzero(overlap.sum(1)).tolist()
-    return dict(zip(present, pool.map(compare, present), strict=True))
+    return dict(zip(present, mapper(compare, present), strict=True))
+

@@ -28,8 +28,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.masks import Box, Spacing, bounding_box, label_components, number_masks
-from nnunet_lite.evaluation.metrics import count_overlap, disjoint_regions, is_picture
+from nnunet_lite.evaluation.masks import (
+    Box,
+    Spacing,
+    bounding_box,
+    disjoint_regions,
+    is_picture,
+    label_components,
+    number_masks,
+    pair_masks,
+)
 from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
 from nnunet_lite.log import progress
 from nnunet_lite.system import pairs_at_once
@@ -319,7 +327,7 @@ def _measure_rules(
         any_rule = np.logical_or.reduce([by_rule for of_region in removed.values() for by_rule in of_region])
         at = np.flatnonzero(any_rule[found.numbers])  # few voxels
         before, true, component = (a.ravel()[at] for a in (prediction[found.box], reference[found.box], found.numbers))
-        annotated = true != labels.ignore
+        annotated = np.full(true.shape, True) if labels.ignore is None else true != labels.ignore
         for i, of_region in removed.items():
             after = _replaced(before, labels, [values[i]])
             affected = {*values[i], *after.tolist()}
@@ -330,7 +338,11 @@ def _measure_rules(
                     for k, by_rule in enumerate(of_region):
                         selected = by_rule[component]
                         changes[i][k, j] = gained[selected].sum(), right[selected].sum()
-    return _MeasuredRules(count_overlap(prediction, reference, labels), changes)
+    overlap = [
+        pair_masks(prediction, reference, [values[i] for i in group], labels.ignore).overlap()
+        for group in disjoint_regions(labels)
+    ]
+    return _MeasuredRules(np.concatenate(overlap), changes)
 
 
 def _confirmed(
