@@ -1,26 +1,36 @@
-"""nnunet_lite: nnU-Net's self-configuring medical image segmentation, made lean."""
+"""nnunet_lite: nnU-Net's self-configuring medical image segmentation, made lean.
+
+    import nnunet_lite
+    nnunet_lite.plan("Task04_Hippocampus")
+    nnunet_lite.train("3d_fullres", 0, recipe="cpu")
+    nnunet_lite.predict("in", "out")
+
+The functions are those of the command `nnlite`, with the same names of options. A module is imported when its function
+is used first.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import nnunet_lite.start  # noqa: F401 - before all that takes time to import
 
 __version__ = "0.1.0"
 
-from nnunet_lite.api import (
-    check,
-    evaluate,
-    export_model,
-    import_model,
-    plan,
-    predict,
-    preprocess,
-    report,
-    run,
-    select,
-    train,
-    view,
-)
-from nnunet_lite.models.choice import load
+if TYPE_CHECKING:
+    from nnunet_lite.commands.check import check
+    from nnunet_lite.commands.evaluate import evaluate
+    from nnunet_lite.commands.export import export_model, import_model
+    from nnunet_lite.commands.plan import plan
+    from nnunet_lite.commands.predict import predict
+    from nnunet_lite.commands.preprocess import preprocess
+    from nnunet_lite.commands.report import report
+    from nnunet_lite.commands.run import run
+    from nnunet_lite.commands.select import select
+    from nnunet_lite.commands.train import train
+    from nnunet_lite.commands.view import view
+    from nnunet_lite.models.choice import load
 
 __all__ = [
     "check",
@@ -37,3 +47,15 @@ __all__ = [
     "train",
     "view",
 ]
+_ELSEWHERE = {"export_model": "commands.export", "import_model": "commands.export", "load": "models.choice"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function of the API when it is used first."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, f'commands.{name}')}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,22 +1,87 @@
-"""The `nnlite` command: one thin function per command, in commands/; the steps themselves are in api.py.
+"""The `nnlite` command: every function of commands/ as a subcommand.
 
-Everything heavy is imported inside the functions, so that `nnlite --help` answers at once.
+`main` runs the command line and turns exceptions into exit codes. `CommandGroup` imports the module of a subcommand
+when it is used, so that `nnlite --help` answers at once. `command_of` makes a subcommand from a function: its
+parameters are the options, and its result is printed as text or, with `--json`, as JSON.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from itertools import pairwise
-from typing import Annotated
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from nnunet_lite import __version__, log, start
-from nnunet_lite.commands import data, prediction, results, training, workflow
 from nnunet_lite.errors import Lost, Stopped, UserError
+
+# the subcommands, in the order of use: name, module and function in commands/, first line of the function's docstring
+COMMANDS = {
+    "check": ("check.check", "Report every problem of a dataset at once."),
+    "plan": ("plan.plan", "Check a dataset, take its fingerprint and plan its networks; the options are kept for "
+             "planning it again."),
+    "preprocess": ("preprocess.preprocess", "Crop, normalise and resample a planned dataset (train does it too where "
+                   "it is missing)."),
+    "train": ("train.train", "Train a fold and score its held-out cases. The same command again resumes where it "
+              "stopped."),
+    "predict": ("predict.predict", "Segment images with a trained model."),
+    "evaluate": ("evaluate.evaluate", "Score label maps against references: Dice, surface distances, volumes, "
+                 "lesions."),
+    "select": ("select.select", "Compare trained models and pairs of them on the held-out cases; predict uses the "
+               "best."),
+    "report": ("report.report", "Write an HTML page about the dataset, its plan, models and scores, with pictures of "
+               "the worst cases."),
+    "run": ("run.run", "Check, plan, preprocess, train every fold, select and report. The same command again resumes "
+            "where it stopped."),
+    "view": ("view.view", "Look at an image with reference and prediction in the browser."),
+    "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote; none of its "
+               "code is run."),
+    "export": ("export.export_model", "Pack a model into one file, or write it as a folder for nnU-Net v2 or for "
+               "onnxruntime."),
+    "info": ("info.info", "Describe a model, how it was made and how well it scores; or a planned dataset and its "
+             "models."),
+    "doctor": ("doctor.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems."),
+    "cluster": ("cluster.cluster", "Start a Dask scheduler and workers; run, train, preprocess and predict take its "
+                "address with --scheduler."),
+}  # fmt: skip
+_AS_JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_PROBABILITIES = "--save-probabilities"
+
+# an OSError of these kinds is a mistake of the user; any other one is a failure of the machine
+_MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+class CommandGroup(TyperGroup):
+    """The subcommands; each is made when it is used."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment]  # typer suggests one of these names
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        path, summary = COMMANDS[cmd_name]
+        module, _, function = path.partition(".")
+        return command_of(getattr(import_module(f"nnunet_lite.commands.{module}"), function), cmd_name, summary)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
 
 app = typer.Typer(
     name="nnlite",
+    cls=CommandGroup,
     help="Self-configuring medical image segmentation: plan, train, predict.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,15 +90,11 @@ app = typer.Typer(
 )
 
 
-# what an OSError of these kinds says is the user's mistake; any other one is a failure of the machine
-_MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
-
-
 def main() -> None:
-    """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user's (one line, no traceback)."""
+    """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user (one line, no traceback)."""
     try:
         start.interruptible()
-        code = app(_spelled_out(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
+        code = app(_with_optional_values(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == start.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
@@ -63,11 +124,104 @@ def main() -> None:
         sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
 
 
-def _spelled_out(arguments: list[str]) -> list[str]:
-    """`--save-probabilities` without labels means all of them; typer knows no optional values."""
+def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
+    """Make a subcommand of a function whose parameters are annotated with typer's options.
+
+    Its result has `to_text()`. It may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A
+    result with `wait()` and `close()` is a service, which runs until Ctrl-C.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    kinds = {parameter: _command_line_type(hint) for parameter, hint in hints.items() if parameter != "return"}
+
+    def run(as_json: bool, **arguments: Any) -> None:
+        given = {key: value for key, value in arguments.items() if value != []}  # an empty list: the default
+        for key, value in given.items():
+            if get_origin(_without_none(hints[key])) is Mapping and value is not None:
+                given[key] = dict(map(_assignment, value))
+        result = function(**given)
+        text = _as_json(result) if as_json else result.to_text()
+        if hasattr(result, "close"):
+            _serve(result, text)
+        else:
+            log.answer(text)
+        if hasattr(result, "finish"):
+            result.finish()
+        raise typer.Exit(getattr(result, "exit_code", 0))
+
+    parameters = [
+        parameter.replace(annotation=kinds[parameter.name], kind=parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    last = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_AS_JSON)
+    run.__signature__ = inspect.Signature([*parameters, last])  # type: ignore[attr-defined]
+    run.__annotations__ = {**kinds, "as_json": _AS_JSON}
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command(name, help=summary)(run)
+    return typer.main.get_command(single)
+
+
+def _serve(service: Any, text: str) -> None:
+    """Print what a service says, and keep it running until Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    try:
+        log.answer(text)
+        service.wait()
+    except KeyboardInterrupt:
+        log.info("closed")
+    finally:
+        service.close()
+
+
+def _without_none(hint: Any) -> Any:
+    """Return the type of a parameter without typer's option and without None; a union of several stays one."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if _is_union(hint) else [hint]
+    return kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007
+
+
+def _command_line_type(hint: Any) -> Any:
+    """Return the type that the command line gives for the type of a parameter: the most general of a union."""
+    if get_origin(hint) is Annotated:
+        kind, option = get_args(hint)
+        default = str if option.parser is not None else _command_line_type(kind)
+        return Annotated[default | None if NoneType in get_args(kind) else default, option]
+    kind = _without_none(hint)
+    kinds = get_args(kind) if _is_union(kind) else (kind,)
+    for one in kinds:
+        if get_origin(one) is Sequence:
+            return list[_command_line_type(get_args(one)[0])]  # type: ignore[misc]
+        if get_origin(one) is Mapping:
+            return list[str]
+    return next((one for one in (Path, str) if one in kinds), kinds[0])
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text!r} is not key=value")
+    return key.strip(), value.strip()
+
+
+def _as_json(result: Any) -> str:
+    """Return a result as JSON text: by its own `to_json`, or as a dataclass."""
+    from pydantic import TypeAdapter  # not needed by --help
+
+    if hasattr(result, "to_json"):
+        value = result.to_json()
+    else:
+        value = TypeAdapter(type(result)).dump_python(result, mode="json")
+    return value if isinstance(value, str) else json.dumps(value, indent=1)
+
+
+def _with_optional_values(arguments: list[str]) -> list[str]:
+    """Add "all" to `--save-probabilities` without labels: typer knows no optional values."""
     out = []
     for argument, after in pairwise([*arguments, "-"]):
-        out += [argument, "all"] if argument == prediction.PROBABILITIES and after.startswith("-") else [argument]
+        out += [argument, "all"] if argument == _PROBABILITIES and after.startswith("-") else [argument]
     return out
 
 
@@ -76,8 +230,8 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(shown: bool) -> None:
+    if shown:
         print(__version__)
         raise typer.Exit
 
@@ -85,11 +239,3 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     """Self-configuring medical image segmentation: plan, train, predict."""
-
-
-for command in (
-    data.check, data.plan, data.preprocess, training.train, prediction.predict, results.evaluate, results.select,
-    results.report, workflow.run, results.view, prediction.import_, prediction.export, results.info, results.doctor,
-    workflow.cluster,
-):  # fmt: skip
-    app.command(command.__name__.rstrip("_"))(command)

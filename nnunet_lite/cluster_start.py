@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +42,8 @@ def read_start(name: str) -> Start:
     return start
 
 
-@contextmanager
-def started(start: Start) -> Iterator[Any]:
-    """A running cluster; its workers come as the queue lets them.
+def start_cluster(start: Start) -> Any:
+    """Start a Dask cluster; its workers start when the queue lets them. It is closed by `close`, or as a context.
 
     Raises
     ------
@@ -62,8 +59,6 @@ def started(start: Start) -> Iterator[Any]:
     except ImportError as error:
         raise UserError(f"Dask is not installed ({error})", fix="`pip install 'nnunet-lite[cluster]'`.") from None
     try:
-        cluster = kind(**{"n_workers": start.workers, **start.options})
+        return kind(**{"n_workers": start.workers, **start.options})
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"a {start.kind} cluster cannot be started: {error}") from None
-    with cluster:
-        yield cluster

@@ -1,20 +1,21 @@
-"""Writing files: whole or not at all, a full disk named in one line, and what killed runs left is deleted."""
+"""Files: written completely or not at all, a full disk reported in one line, leftovers of killed runs deleted; JSON."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import resource
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.start import unfinished
@@ -161,6 +162,87 @@ def _is_alive(temporary: Path) -> bool:
     except OSError:  # of another user, not locked yet, or on a file system without locks
         return True
     return False
+
+
+# ------------------------------------------------------------------------------------------------- locks, text and JSON
+
+
+@contextmanager
+def locked(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
+    """Only one process at a time works in a folder; its death releases the lock.
+
+    Where another one holds it, `when_taken` is called, which may raise; then this one waits for its turn.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            when_taken()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    content = text.encode("utf-8")
+    with atomic(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises
+    ------
+    UserError : not there, or not JSON (with line and column).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise UserError("is nested too deeply to be read", path) from None
+    except FileNotFoundError:
+        raise UserError("no such file", path) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}", path) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"cannot be read ({error})", path) from None
+
+
+@contextmanager
+def understood(path: Path, fix: str = "") -> Iterator[None]:
+    """Turn what a block stumbles over in the content of a file that nnlite wrote into one line that names the file.
+
+    Raises
+    ------
+    UserError : something is missing in it, or of another kind than nnlite writes.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # pydantic's are ValueErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
+
+
+def must_be_known(found: str, ours: str, file: Path) -> None:
+    """Refuse a format that is not ours, such as nnlite-model-2 of a later version.
+
+    Raises
+    ------
+    UserError : of a newer nnlite, or of a format that there is not.
+    """
+    kind, _, number = ours.rpartition("-")
+    theirs, _, later = found.rpartition("-")
+    if found == ours:
+        return
+    if theirs == kind and later.isdigit() and int(later) > int(number):
+        raise UserError(f"is of a newer nnlite ({found}, this one reads {ours})", file, "Update nnunet-lite.")
+    raise UserError(f"is of an unknown format, {found!r:.80}", file)
 
 
 # --------------------------------------------------------------------------------------------------------- a full disk

@@ -17,6 +17,7 @@ from nnunet_lite.inference.next_stage import FirstStage, find_first_stage, predi
 from nnunet_lite.inference.tiles import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
+    SUMMARY,
     VALIDATION,
     accepted_changes,
     exclusive,
@@ -105,7 +106,6 @@ class Run:
 
     def is_done(self) -> bool:
         """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
-        from nnunet_lite.evaluation.cross_validation import SUMMARY
 
         scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
         return scored and is_complete(self.fold_folder, self.settings)

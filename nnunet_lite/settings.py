@@ -233,7 +233,7 @@ def recipes() -> dict[str, Path]:
     return {str(p.relative_to(folder).with_suffix("")): p for p in found}
 
 
-def load(recipe: str = "default", changes: dict[str, Any] | None = None) -> Settings:
+def load_settings(recipe: str = "default", changes: dict[str, Any] | None = None) -> Settings:
     """Resolve a recipe (a name or a TOML file) and changes on top of it.
 
     Parameters
@@ -263,7 +263,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
 
 
 def with_changes(settings: Settings, changes: dict[str, Any], sections: tuple[str, ...] | None = None) -> Settings:
-    """The settings with some keys replaced, as `load` does.
+    """The settings with some keys replaced, as `load_settings` does.
 
     Parameters
     ----------

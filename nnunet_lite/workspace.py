@@ -1,4 +1,4 @@
-"""Where the files of a dataset are: one workspace folder, the current dataset, locks, and JSON.
+"""Where the files of a dataset are: one workspace folder, the current dataset, and the raw data.
 
 workspace/
   current.json                 the dataset that was planned last
@@ -12,100 +12,18 @@ workspace/
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic
-
-
-@contextmanager
-def locked(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
-    """Only one process at a time works in a folder; its death releases the lock.
-
-    Where another one holds it, `when_taken` is called, which may raise; then this one waits for its turn.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            when_taken()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def write_text(path: Path, text: str) -> None:
-    content = text.encode("utf-8")
-    with atomic(path, len(content)) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
-
-    Raises
-    ------
-    UserError : not there, or not JSON (with line and column).
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise UserError("is nested too deeply to be read", path) from None
-    except FileNotFoundError:
-        raise UserError("no such file", path) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}", path) from None
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"cannot be read ({error})", path) from None
-
-
-@contextmanager
-def understood(path: Path, fix: str = "") -> Iterator[None]:
-    """Turn what a block stumbles over in the content of a file that nnlite wrote into one line that names the file.
-
-    Raises
-    ------
-    UserError : something is missing in it, or of another kind than nnlite writes.
-    """
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # pydantic's are ValueErrors
-        reason = " ".join(str(error).split())
-        raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
-
-
-def must_be_known(found: str, ours: str, file: Path) -> None:
-    """Refuse a format that is not ours, such as nnlite-model-2 of a later version.
-
-    Raises
-    ------
-    UserError : of a newer nnlite, or of a format that there is not.
-    """
-    kind, _, number = ours.rpartition("-")
-    theirs, _, later = found.rpartition("-")
-    if found == ours:
-        return
-    if theirs == kind and later.isdigit() and int(later) > int(number):
-        raise UserError(f"is of a newer nnlite ({found}, this one reads {ours})", file, "Update nnunet-lite.")
-    raise UserError(f"is of an unknown format, {found!r:.80}", file)
+from nnunet_lite.files import read_json, understood, write_json
 
 
 @dataclass(frozen=True)
 class Paths:
-    """The files of one data set in a workspace."""
+    """The files of one dataset in a workspace."""
 
     root: Path
 
@@ -183,7 +101,7 @@ def is_model_of(workspace: Path, folder: Path) -> bool:
     return len(above) > 3 and above[1].name == "models" and above[3] == workspace.resolve()
 
 
-def workspace_folder(given: Path | None = None) -> Path:
+def workspace_folder(given: str | Path | None = None) -> Path:
     """The workspace: what was given, else NNLITE_WORKSPACE, else ./nnlite_workspace."""
     return Path(given or os.environ.get("NNLITE_WORKSPACE") or "nnlite_workspace").expanduser().absolute()
 
@@ -192,7 +110,7 @@ IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in upper or lowe
 
 
 def find_raw(given: str, workspace: Path) -> Path:
-    """The folder of a raw data set from a path or a name; `Task04` finds `Task04_Hippocampus`.
+    """The folder of a raw dataset from a path or a name; `Task04` finds `Task04_Hippocampus`.
 
     Names are looked up in the current folder, ./data, the workspace and (if set) nnUNet_raw.
 
@@ -204,7 +122,7 @@ def find_raw(given: str, workspace: Path) -> Path:
     if path.is_dir():
         return path.absolute()
     if path.exists():
-        raise UserError("is a file; a data set is a folder", path)
+        raise UserError("is a file; a dataset is a folder", path)
     raw = os.environ.get("nnUNet_raw")  # noqa: SIM112 - the name that nnU-Net gave it
     places = [Path.cwd(), Path.cwd() / "data", workspace, *([Path(raw)] if raw else [])]
     if len(path.parts) == 1:
@@ -215,7 +133,7 @@ def find_raw(given: str, workspace: Path) -> Path:
             names = ", ".join(sorted(str(match) for match in found))
             raise UserError(f"{given!r} could be {names}", fix="Give the path.")
     looked = ", ".join(str(place) for place in places)
-    raise UserError(f"there is no data set {given!r}", fix=f"Give its folder, or a name in one of: {looked}.")
+    raise UserError(f"there is no dataset {given!r}", fix=f"Give its folder, or a name in one of: {looked}.")
 
 
 def _named(place: Path, name: str) -> list[Path]:
@@ -245,7 +163,9 @@ def planned_datasets(workspace: Path) -> list[str]:
     return sorted(path.parent.name for path in workspace.glob("*/plans.json"))
 
 
-def current(workspace: Path, given: str | None = None, *, only_reads: bool = False, needs_plan: bool = True) -> Paths:
+def planned_paths(
+    workspace: Path, given: str | None = None, *, only_reads: bool = False, needs_plan: bool = True
+) -> Paths:
     """The planned dataset to work on: `given` (a name, the start of one, or a path to the raw data), else the only one.
 
     Parameters
@@ -272,7 +192,7 @@ def current(workspace: Path, given: str | None = None, *, only_reads: bool = Fal
     if len(planned) == 1:
         _refuse_other_root(Paths(planned[0]), Path(given).expanduser())
         return Paths(planned[0])
-    what = "several planned data sets" if planned else "no planned data set"
+    what = "several planned datasets" if planned else "no planned dataset"
     there = f"It holds: {', '.join(have)}." if have else "Run `nnlite plan DATA` first."
     raise UserError(f"the workspace {workspace} has {what} called {given!r}", fix=there)
 
@@ -300,3 +220,18 @@ def _refuse_other_root(paths: Paths, given: Path) -> None:
     if root.exists() and root.resolve() != given.resolve():
         raise UserError(f"is not planned: the dataset {paths.name} in the workspace {paths.root.parent} is from {root}",
                         given, "Give the name with -d, or plan this folder in another --workspace.")  # fmt: skip
+
+
+def select_dataset(
+    workspace: str | Path | None = None,
+    dataset: str | None = None,
+    *,
+    only_reads: bool = False,
+    needs_plan: bool = True,
+) -> Paths:
+    """Return the files of the dataset that a command works on, as `planned_paths` finds it, and log which one it is."""
+    paths = planned_paths(workspace_folder(workspace), dataset, only_reads=only_reads, needs_plan=needs_plan)
+    planned = len(planned_datasets(paths.root.parent))
+    chosen = f", planned last; -d takes one of the {planned} planned" if dataset is None and planned > 1 else ""
+    log.info(f"dataset {paths.name} (workspace {paths.root.parent}{chosen})")
+    return paths

@@ -24,7 +24,7 @@ from compare_training import interval, known
 import nnunet_lite
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores
-from nnunet_lite.settings import load, recipes
+from nnunet_lite.settings import load_settings, recipes
 
 BASE = "base"
 
@@ -43,7 +43,7 @@ def ablations() -> dict[str, dict[str, Any]]:
 def budget(recipe: str, minutes: float | None, iterations: int | None) -> dict[str, Any]:
     """The settings that end a run after some minutes or steps; what the recipe says where both are None."""
     if iterations is not None:
-        epochs = -(-iterations // load(recipe).training.iterations)
+        epochs = -(-iterations // load_settings(recipe).training.iterations)
         return {"training.time_limit": None, "training.iterations": -(-iterations // epochs), "training.epochs": epochs}
     return {} if minutes is None else {"training.time_limit": minutes}
 
@@ -87,11 +87,10 @@ def main() -> None:
     common = {**budget(o.recipe, o.minutes, o.iterations), "training.seed": o.seed, **told}
     found: dict[str, Scores] = {}
     for name in (BASE, *o.only):
-        scores = nnunet_lite.train(
-            o.configuration, o.fold, recipe=o.recipe, changes={**common, **changes.get(name, {})},
+        trained = nnunet_lite.train(
+            o.configuration, o.fold, recipe=o.recipe, settings={**common, **changes.get(name, {})},
             name=f"{o.recipe}-{name}", dataset=dataset, device=o.device, workspace=o.workspace)  # fmt: skip
-        assert scores is not None  # a fold holds cases out
-        found[name] = scores
+        (found[name],) = trained.scores.values()
     each = "its own length" if o.minutes is None else f"{o.minutes} minutes"
     if o.iterations is not None:
         each = f"{int(common['training.epochs']) * int(common['training.iterations'])} steps"

@@ -27,6 +27,7 @@ import torch
 from scipy.ndimage import zoom
 
 from nnunet_lite.data.dataset import dataset_from_json
+from nnunet_lite.files import read_json
 from nnunet_lite.networks.precision import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
@@ -38,7 +39,7 @@ from nnunet_lite.training.cache import LoadedCase, in_memory
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.sampler import draw_places, enlarged, read_stack, rng_for
-from nnunet_lite.workspace import current, read_json
+from nnunet_lite.workspace import planned_paths
 
 CPU = torch.device("cpu")
 NNUNET = """
@@ -79,7 +80,7 @@ def figure(ms: Sequence[float]) -> str:
 
 def jobs(workspace: Path) -> dict[str, Job]:
     """Both configurations of the data set, and noise with patches of 128^3."""
-    paths = current(workspace)
+    paths = planned_paths(workspace)
     plan, cases = Plan.read(paths.plans), dataset_from_json(read_json(paths.dataset)).cases
 
     def job(configuration: str, stored: list[Any], **changes: Any) -> Job:

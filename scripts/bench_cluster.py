@@ -40,14 +40,14 @@ def main() -> None:
     from distributed import LocalCluster
 
     import nnunet_lite
-    from nnunet_lite.workspace import current
+    from nnunet_lite.workspace import planned_paths
 
     with (
         tempfile.TemporaryDirectory() as workspace,
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as workers,
     ):
         nnunet_lite.plan(o.data, workspace=workspace)
-        made_in = current(Path(workspace)).preprocessed
+        made_in = planned_paths(Path(workspace)).preprocessed
         times: dict[str, list[float]] = {"two threads": [], "two Dask workers": []}
         for _ in range(o.rounds):
             for how, scheduler in zip(times, (None, workers.scheduler_address), strict=True):

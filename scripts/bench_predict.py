@@ -32,6 +32,7 @@ import numpy as np
 import SimpleITK as sitk
 from bench_preprocess import Cost, measure
 
+from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference import predictor, streaming
 from nnunet_lite.log import info
 from nnunet_lite.models.checkpoint import save_weights
@@ -39,8 +40,7 @@ from nnunet_lite.models.folder import FORMAT
 from nnunet_lite.models.nnunet import export_model
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import load as load_settings
-from nnunet_lite.workspace import write_json, write_text
+from nnunet_lite.settings import load_settings
 
 NNLITE = [sys.executable, "-m", "nnunet_lite", "predict", "--device", "cpu"]
 STATISTICS = {"mean": 50, "median": 50, "std": 200, "min": -1024, "max": 2000, "percentile_00_5": -900,

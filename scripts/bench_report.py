@@ -21,17 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import Case, Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.files import read_json, write_json, write_text
 from nnunet_lite.models.folder import model_folders, open_run
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import load
+from nnunet_lite.settings import load_settings
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.splits import read_split
-from nnunet_lite.workspace import Paths, current, read_json, write_json, write_text
+from nnunet_lite.workspace import Paths, planned_paths
 
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync")  # fmt: skip
@@ -41,7 +42,7 @@ EPOCHS = 1000
 def stand_in(paths: Paths, configuration: str, seed: int) -> None:
     """A model folder with five scored folds."""
     plan, dataset = Plan.read(paths.plans), dataset_from_json(read_json(paths.dataset))
-    settings, folder = load("default"), paths.models / f"{configuration}-standin"
+    settings, folder = load_settings("default"), paths.models / f"{configuration}-standin"
     open_run(folder, configured(plan, configuration, settings), dataset, configuration, settings)
     cases = {case.id: case for case in dataset.cases}
     for number in range(5):
@@ -66,8 +67,8 @@ def predicted(case: Case, seed: int, dataset: Dataset, out: Path) -> CaseScore:
     moved = np.where(edge & (draws.random(moved.shape) < 0.1), np.roll(moved, 1, 2), moved)
     path = out / f"{case.id}.nii.gz"
     write_label(path, moved, geometry)
-    measures = score_case(moved, reference, dataset.labels, geometry.spacing, surface=False)
-    return CaseScore(case.id, str(path), str(case.label), measures)
+    metrics = score_case(moved, reference, dataset.labels, geometry.spacing, surface=False)
+    return CaseScore(case.id, str(path), str(case.label), metrics)
 
 
 def epochs(dataset: Dataset, draws: np.random.Generator) -> list[dict[str, object]]:
@@ -111,14 +112,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         workspace = (given.workspace or Path(scratch)).absolute()
         if not list(workspace.glob("*/plans.json")):
-            api.plan(given.data, workspace=workspace)
-        paths = current(workspace, Path(given.data).name)
+            nnunet_lite.plan(given.data, workspace=workspace)
+        paths = planned_paths(workspace, Path(given.data).name)
         if not model_folders(paths):
             for seed, configuration in enumerate(Plan.read(paths.plans).configurations):
                 stand_in(paths, configuration, seed)
         page = Path(scratch) / "report.html"
         start = time.perf_counter()
-        api.report(page, workspace=workspace, dataset=paths.name)
+        nnunet_lite.report(page, workspace=workspace, dataset=paths.name)
         made = time.perf_counter() - start
         n, models = len(read_json(paths.dataset)["dataset"]), ", ".join(f.name for f in model_folders(paths))
         print(f"{paths.name}, {n} cases, {models}\n\n| what | figure |\n|---|---|", file=sys.stdout)

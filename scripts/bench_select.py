@@ -25,17 +25,18 @@ import numpy as np
 from bench_demo import processor, publish
 from scipy import ndimage
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import Case, Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.evaluation.comparison import ENSEMBLE_WEIGHTS, ensemble_weights, find_members
 from nnunet_lite.evaluation.cross_validation import score_predictions
-from nnunet_lite.evaluation.select import MADE_OF, find_members, weights_of
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import MODEL, VALIDATION, open_run
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import load as load_settings
+from nnunet_lite.settings import load_settings
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.splits import read_splits
-from nnunet_lite.workspace import Paths, current, read_json, write_json
+from nnunet_lite.workspace import Paths, planned_paths
 
 NAMES = {"2d-bench": "2d", "3d-bench": "3d_fullres"}
 SPECKS = {"2d-bench": 6, "3d-bench": 3, "2d-bench+3d-bench": 2}
@@ -89,7 +90,7 @@ def make_predictions(paths: Paths, dataset: Dataset) -> None:
         name = "+".join(member.name for member in pair)
         places[name] = paths.ensembles / name
         for fold in range(len(folds)):
-            write_json(places[name] / f"fold_{fold}" / MADE_OF, weights_of(pair, str(fold)))
+            write_json(places[name] / f"fold_{fold}" / ENSEMBLE_WEIGHTS, ensemble_weights(pair, str(fold)))
     jobs = [
         (cases[case_id][1], folder / f"fold_{fold}" / VALIDATION, name, cases[case_id][0])
         for name, folder in places.items()
@@ -119,8 +120,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder)
-        api.plan(options.data.absolute(), workspace=workspace)
-        paths = current(workspace)
+        nnunet_lite.plan(options.data.absolute(), workspace=workspace)
+        paths = planned_paths(workspace)
         dataset = dataset_from_json(read_json(paths.dataset))
         make_models(paths, dataset)
         make_predictions(paths, dataset)

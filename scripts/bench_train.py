@@ -32,6 +32,7 @@ LOADING, REPEATED = "with loading", "without"
 def nnlite(configuration: str, device: Any) -> tuple[Callable[[Any], Any], Iterator[Any], dict[str, Any]]:
     """A training step, batches for it, and what is trained: ours."""
     from nnunet_lite.data.dataset import dataset_from_json
+    from nnunet_lite.files import read_json
     from nnunet_lite.networks.precision import keep_freed_memory
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.preprocessing.store import open_case
@@ -42,11 +43,11 @@ def nnlite(configuration: str, device: Any) -> tuple[Callable[[Any], Any], Itera
     from nnunet_lite.training.job import Job
     from nnunet_lite.training.prefetch import prefetch
     from nnunet_lite.training.step import choose_arithmetic, make_learner, make_network, parallel, train_step
-    from nnunet_lite.workspace import current, read_json
+    from nnunet_lite.workspace import planned_paths
 
     if device.type == "cpu":
         keep_freed_memory()
-    paths, settings = current(Path(os.environ["NNLITE_WORKSPACE"])), Settings()
+    paths, settings = planned_paths(Path(os.environ["NNLITE_WORKSPACE"])), Settings()
     plan = configured(Plan.read(paths.plans), configuration, settings)
     ids = [case.id for case in dataset_from_json(read_json(paths.dataset)).cases]
     cases = load_cases(ids, lambda i: open_case(paths.preprocessed, plan, configuration, i), "auto", device)

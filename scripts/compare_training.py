@@ -34,14 +34,15 @@ import SimpleITK as sitk
 from bench_preprocess import nnunet_layout
 
 import nnunet_lite
-from nnunet_lite.api.training import fold_names
+from nnunet_lite.commands.train import fold_names
 from nnunet_lite.data.dataset import Dataset, read_case, read_dataset
-from nnunet_lite.evaluation.scores import evaluate
+from nnunet_lite.evaluation.scores import score_files
+from nnunet_lite.files import write_json, write_text
 from nnunet_lite.planning.nnunet import Description, description_to_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import load
+from nnunet_lite.settings import load_settings
 from nnunet_lite.training.configured import configured
-from nnunet_lite.workspace import write_json, write_text
+from nnunet_lite.workspace import planned_paths
 
 NUMBER = 900  # of the dataset in nnU-Net's folders
 EPOCH = 25  # steps: nnU-Net lowers its rate once an epoch
@@ -121,11 +122,11 @@ def prepare(work: Work, given: Path | None, python: Path) -> None:
     """Plan once, for both, and let nnU-Net preprocess by that plan."""
     if not (work.folder / "plan.json").is_file():
         how: dict[str, Any] = {"workspace": work.workspace, "splits": work.splits}
-        planned = nnunet_lite.plan(work.dataset.root, adopt=given, **how)
-        small = configured(planned, work.configuration, load("default", work.changes))
+        planned = nnunet_lite.plan(work.dataset.root, plans=given, **how)
+        small = configured(planned, work.configuration, load_settings("default", work.changes))
         write_text(work.folder / "made.json", small.to_json())
-        nnunet_lite.plan(work.dataset.root, adopt=work.folder / "made.json", **how)
-        fold_names(workspace=work.workspace)  # writes splits.json
+        nnunet_lite.plan(work.dataset.root, plans=work.folder / "made.json", **how)
+        fold_names(planned_paths(work.workspace))  # writes splits.json
         (work.folder / "made.json").rename(work.folder / "plan.json")
     preprocessed = work.folder / "nnunet" / "preprocessed" / _nnunet_name(work.dataset)
     if (preprocessed / "done").is_file():
@@ -245,7 +246,9 @@ def _write_slice(file: Path, array: np.ndarray, spacing: Sequence[float]) -> Non
 def dice(folders: Sequence[Path], dataset: Dataset) -> np.ndarray:
     """Dice of the held-out cases of some folds and of each label (cases, labels), by one evaluator for both."""
     references = next(case.label for case in dataset.cases if case.label).parent
-    return np.concatenate([evaluate(folder, references, dataset.labels, surface=False).values() for folder in folders])
+    return np.concatenate(
+        [score_files(folder, references, dataset.labels, surface=False).values() for folder in folders]
+    )
 
 
 def known(values: np.ndarray) -> np.ndarray:

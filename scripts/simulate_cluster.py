@@ -48,16 +48,16 @@ class Measured:
 def measure(data: Path) -> Measured:
     """Preprocess each case alone, in this thread; then read random patches of what is stored."""
     import nnunet_lite
-    from nnunet_lite.api.place import dataset_of
+    from nnunet_lite.data.dataset import stored_dataset
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.preprocessing.make import Make
     from nnunet_lite.preprocessing.store import open_case
-    from nnunet_lite.workspace import current
+    from nnunet_lite.workspace import planned_paths
 
     with tempfile.TemporaryDirectory() as folder:
         nnunet_lite.plan(data, workspace=folder)
-        paths = current(Path(folder))
-        plan, dataset = Plan.read(paths.plans), dataset_of(paths)
+        paths = planned_paths(Path(folder))
+        plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
         name = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
         make = Make(dataset, plan, (name,), paths.preprocessed, plan.stored_as)
         paths.preprocessed.mkdir()

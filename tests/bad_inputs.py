@@ -38,7 +38,7 @@ def refuse(bad: Bad, command: Command, place: Path, made_before: Callable[[Path]
     bad.make(place)
     before = contents(place)
     code, out, err = command(*bad.command.split(), cwd=place)
-    lines = [line for line in err.splitlines() if not line.startswith(("data set ", "predicting "))]
+    lines = [line for line in err.splitlines() if not line.startswith(("dataset ", "predicting "))]
     assert code == 2, (code, out, err)
     assert out == "" and len(lines) == 1 and lines[0].startswith("error: "), (out, err)
     assert "Traceback" not in err

@@ -100,23 +100,23 @@ def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with ten cases of the hippocampus data planned and preprocessed. Not to be written to."""
     import torch
 
-    from nnunet_lite import api
+    import nnunet_lite
 
     torch.set_num_threads(1)
     raw = tmp_path_factory.mktemp("raw") / "Task04_Hippocampus"
     first_cases(raw, 10)
     workspace = tmp_path_factory.mktemp("workspace")
-    api.plan(raw, workspace=workspace, workers=0)
-    api.preprocess(["2d", "3d_fullres"], workspace=workspace, workers=0)
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)
+    nnunet_lite.preprocess(["2d", "3d_fullres"], workspace=workspace, workers=0)
     return workspace
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_workspace: Path) -> Path:
     """The folder of a model with a trained and validated fold 0 of `tiny_workspace`. Not to be written to."""
-    from nnunet_lite import api
+    import nnunet_lite
 
-    api.train("3d_fullres", 0, changes=TINY, workspace=tiny_workspace, name="tiny", device="cpu")
+    nnunet_lite.train("3d_fullres", 0, settings=TINY, workspace=tiny_workspace, name="tiny", device="cpu")
     return tiny_workspace / "Task04_Hippocampus" / "models" / "tiny"
 
 
@@ -124,11 +124,12 @@ def tiny_model(tiny_workspace: Path) -> Path:
 def tiny_cases(tiny_workspace: Path) -> list[Any]:
     """The ten cases of `tiny_workspace`, preprocessed for 3d_fullres."""
     from nnunet_lite.data.dataset import dataset_from_json
+    from nnunet_lite.files import read_json
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.preprocessing.store import open_case
-    from nnunet_lite.workspace import current, read_json
+    from nnunet_lite.workspace import planned_paths
 
-    paths = current(tiny_workspace)
+    paths = planned_paths(tiny_workspace)
     cases, plan = dataset_from_json(read_json(paths.dataset)).cases, Plan.read(paths.plans)
     return [open_case(paths.preprocessed, plan, "3d_fullres", case.id) for case in cases]
 
@@ -136,9 +137,9 @@ def tiny_cases(tiny_workspace: Path) -> list[Any]:
 @pytest.fixture(scope="session")
 def tiny_report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of `tiny_workspace` with `tiny_model`. Not to be written to."""
-    from nnunet_lite import api
+    import nnunet_lite
 
-    return api.report(tmp_path_factory.mktemp("report") / "page.html", workspace=tiny_model.parents[2])
+    return nnunet_lite.report(tmp_path_factory.mktemp("report") / "page.html", workspace=tiny_model.parents[2]).report
 
 
 @pytest.fixture(scope="session")

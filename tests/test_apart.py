@@ -13,7 +13,7 @@ from nnunet_lite.networks.apart import Apart, side_by_side
 from nnunet_lite.networks.build import supervise_deeply
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def two_threads() -> Iterator[None]:
 
 
 def small(tiny_workspace: Path, norm: str = "instance") -> UNet:
-    planned = Plan.read(current(tiny_workspace).plans).configuration("3d_fullres").network
+    planned = Plan.read(planned_paths(tiny_workspace).plans).configuration("3d_fullres").network
     torch.manual_seed(0)
     features = tuple(min(4 * 2**i, 16) for i in range(len(planned.features)))
     return UNet(planned.model_copy(update={"features": features, "norm": norm}), 1, 3)

@@ -14,8 +14,9 @@ import pytest
 import SimpleITK
 
 import nnunet_lite
-import nnunet_lite.api
+from nnunet_lite.commands.train import fold_names
 from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import planned_paths
 
 STEPS = {
     "check",
@@ -90,12 +91,12 @@ def test_from_raw_data_to_a_score(copy_dataset: Callable[..., Path], hippocampus
     summary = nnunet_lite.preprocess(["3d_fullres"], workspace=workspace, workers=0)
     assert summary.made == 5
 
-    scores = nnunet_lite.train("3d_fullres", 0, changes=TINY, workspace=workspace, device="cpu")
-    assert scores is not None and 0 <= scores.to_json()["foreground_mean"]["Dice"] <= 1
-    assert nnunet_lite.train("3d_fullres", "all", changes=TINY, workspace=workspace, device="cpu") is None
+    scores = nnunet_lite.train("3d_fullres", 0, settings=TINY, workspace=workspace, device="cpu")
+    assert 0 <= scores.to_json()["0"]["foreground_mean"]["Dice"] <= 1
+    assert nnunet_lite.train("3d_fullres", "all", settings=TINY, workspace=workspace, device="cpu").scores == {}
 
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
-    done = nnunet_lite.predict(scan, tmp_path / "out", workspace=workspace, folds=[0], device="cpu")
+    done = nnunet_lite.predict(scan, tmp_path / "out", workspace=workspace, fold=0, device="cpu")
     assert done.files == (tmp_path / "out" / scan.name,) and done.failed == {} and done.folds == ("0",)
 
     written = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(done.files[0])))
@@ -120,7 +121,7 @@ def test_mistakes_are_exceptions_with_the_same_words(tmp_path: Path) -> None:
         nnunet_lite.predict([], tmp_path / "out", workspace=tmp_path)
     with pytest.raises(UserError, match="no model folder is given"):
         nnunet_lite.load([])
-    with pytest.raises(UserError, match=r"there is no data set 'Nothing'\. Give its folder, or a name in one of: "):
+    with pytest.raises(UserError, match=r"there is no dataset 'Nothing'\. Give its folder, or a name in one of: "):
         nnunet_lite.plan("Nothing", workspace=tmp_path)
     with pytest.raises(UserError, match="no dataset is planned in the workspace"):
         nnunet_lite.train("3d_fullres", 0, workspace=tmp_path)
@@ -133,7 +134,7 @@ def test_folds_of_nnunet_are_adopted(hippocampus: Path, tmp_path: Path) -> None:
     ids = sorted(path.name.removesuffix(".nii.gz") for path in (hippocampus / "labelsTr").iterdir())
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ids[:20], "val": ids[20:]}]))
     nnunet_lite.plan(hippocampus, workspace=tmp_path / "ws", splits=tmp_path / "splits_final.json")
-    assert nnunet_lite.api.fold_names(workspace=tmp_path / "ws") == ["0"]
+    assert fold_names(planned_paths(tmp_path / "ws")) == ["0"]
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ids, "val": ids[:1]}]))
     with pytest.raises(UserError, match="on both sides"):
         nnunet_lite.plan(hippocampus, workspace=tmp_path / "ws", splits=tmp_path / "splits_final.json")

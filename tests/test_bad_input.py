@@ -278,9 +278,9 @@ def test_places_that_are_not_what_they_should_be(command: Run, copy_dataset: Cop
     before = contents(tmp_path)
     table = root / "dataset.json"
     for arguments, says in (
-        (["plan", "broke"], "there is no data set 'broke'"),
-        (["plan", "some/where"], "there is no data set 'some/where'"),
-        (["plan", table], f"{table}: is a file; a data set is a folder"),
+        (["plan", "broke"], "there is no dataset 'broke'"),
+        (["plan", "some/where"], "there is no dataset 'some/where'"),
+        (["plan", table], f"{table}: is a file; a dataset is a folder"),
         (["plan", tmp_path / "broken" / "imagesTr"], "imagesTr: is no dataset"),
         (["plan", "broken", "-w", "file"], "file"),
         (["plan", "broken", "-w", "file/below"], "file"),

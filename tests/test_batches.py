@@ -21,7 +21,7 @@ from nnunet_lite.training.configured import configured
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.prefetch import prefetch
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 CPU = torch.device("cpu")
 CHANCES = (
@@ -47,7 +47,7 @@ def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settin
     def make(configuration: str = "3d_fullres", cases: Any = None, plan: Any = None, **changes: Any) -> Job:
         patch = {"training.patch_size": [32, 24]} if configuration == "2d" else {}
         settings = with_changes(Settings(), {**tiny_settings, **patch, "training.batch_size": 5, **changes})
-        made = Plan.read(current(tiny_workspace).plans).model_copy(update=plan or {})
+        made = Plan.read(planned_paths(tiny_workspace).plans).model_copy(update=plan or {})
         chosen = tiny_cases if cases is None else cases
         return Job(configured(made, configuration, settings), configuration, settings, 5, tmp_path, CPU, chosen, chosen)
 

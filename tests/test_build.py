@@ -12,7 +12,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.networks.build import build_network, supervise_deeply
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 OWN = """
 import torch
@@ -67,7 +67,7 @@ number = 3
 
 @pytest.fixture
 def plan(tiny_workspace: Path) -> Plan:
-    return Plan.read(current(tiny_workspace).plans)
+    return Plan.read(planned_paths(tiny_workspace).plans)
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,14 @@ from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZipFile, ZipInfo
 import numpy as np
 import pytest
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models import unpack as unpacking
 from nnunet_lite.models.bundle import MANIFEST, licence_text, pack
 from nnunet_lite.models.folder import MODEL
 from nnunet_lite.models.unpack import read_manifest, unpack, unpacked
-from nnunet_lite.workspace import read_json, write_json
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 WEIGHTS = f"tiny/fold_0/{MODEL}"
@@ -96,8 +96,8 @@ def test_a_model_comes_back_and_predicts_the_same(
 ) -> None:
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
     folder = unpack(bundle, tmp_path / "new" / "mine")
-    expected = load(tiny_model, device="cpu", changes=FAST)(scan)
-    np.testing.assert_array_equal(load(folder, device="cpu", changes=FAST)(scan), expected)
+    expected = load(tiny_model, device="cpu", settings=FAST)(scan)
+    np.testing.assert_array_equal(load(folder, device="cpu", settings=FAST)(scan), expected)
     assert len(np.unique(expected)) > 1, "or this would say nothing"
     held = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert held == {MANIFEST, "plans.json", "dataset.json", "run.json", f"fold_0/{MODEL}"}
@@ -189,9 +189,9 @@ def test_an_imported_model_has_a_name_that_says_something(copy: Path, tmp_path: 
     model = copy.rename(copy.with_name("model"))
     for file, name in (("hippo_v2.zip", "hippo_v2"), ("model.zip", "3d_fullres-default")):
         pack(model, tmp_path / file)
-        assert api.import_model(tmp_path / file, workspace=tmp_path / "w") == models / name
+        assert nnunet_lite.import_model(tmp_path / file, workspace=tmp_path / "w").model == models / name
     pack(model.rename(model.with_name("mine")), tmp_path / "Model_3.zip")
-    assert api.import_model(tmp_path / "Model_3.zip", workspace=tmp_path / "w") == models / "mine"
+    assert nnunet_lite.import_model(tmp_path / "Model_3.zip", workspace=tmp_path / "w").model == models / "mine"
 
 
 def test_what_cannot_travel_is_told(copy: Path, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_zip_is_used_in_place_by_two_threads(bundle: Path, hippocampus: Path) 
     """One model from a zip that is not there any more, two threads: each gets what it would have got alone."""
     scans = sorted((hippocampus / "imagesTs").iterdir())[:4]
     with unpacked(bundle) as folder:
-        model = load(folder, device="cpu", changes=FAST)
+        model = load(folder, device="cpu", settings=FAST)
     assert not folder.exists()
     alone = [model(scan) for scan in scans]
     assert any(not np.array_equal(alone[0], other) for other in alone[1:])

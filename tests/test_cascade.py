@@ -11,6 +11,7 @@ import torch
 from scipy.ndimage import distance_transform_edt, label
 
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import write_json
 from nnunet_lite.models.folder import FORMAT
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cascade import (
@@ -23,7 +24,7 @@ from nnunet_lite.training.cascade import (
 )
 from nnunet_lite.training.previous import held_out_by, previous_folder
 from nnunet_lite.training.splits import Split
-from nnunet_lite.workspace import Paths, write_json
+from nnunet_lite.workspace import Paths
 
 DILATE, ERODE, CLOSE, OPEN = range(len(OPERATIONS))
 

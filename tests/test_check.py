@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from nnunet_lite.data.check import broken_dataset, check
+from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.problems import KINDS, TO_ACCEPT, Problem, Report
 from nnunet_lite.errors import UserError
@@ -21,7 +21,7 @@ Copy = Callable[..., Path]
 
 
 def run(root: Path) -> Report:
-    return check(read_dataset(root), workers=2)
+    return check_dataset(read_dataset(root), workers=2)
 
 
 def only(report: Report, kind: str) -> Problem:
@@ -362,7 +362,7 @@ def test_threads_or_none_give_the_same_report(copy_dataset: Copy) -> None:
             seen.append((total, what))
             yield item
 
-    assert check(dataset, workers=0, progress=progress) == check(dataset, workers=3)
+    assert check_dataset(dataset, workers=0, progress=progress) == check_dataset(dataset, workers=3)
     assert seen == [(6, "check")] * 6
 
 
@@ -376,7 +376,7 @@ def test_a_label_map_as_jpeg_is_an_error(tmp_path: Path) -> None:
         Pillow.fromarray(image).save(tmp_path / "images" / f"c{i}.png")
         suffix = ".jpg" if i == 3 else ".png"
         Pillow.fromarray(mask).save(tmp_path / "labels" / f"c{i}{suffix}")
-    (problem,) = (p for p in check(read_dataset(tmp_path)).problems if p.kind == "label_lossy")
+    (problem,) = (p for p in check_dataset(read_dataset(tmp_path)).problems if p.kind == "label_lossy")
     assert (problem.severity, problem.file) == ("error", "labels/c3.jpg")
 
 

@@ -23,7 +23,7 @@ COMMANDS = (
 
 def one_line(err: str) -> str:
     """The message of a mistake: one line, which says `error`, and ends with a full sentence."""
-    lines = [line for line in err.splitlines() if not line.startswith("data set ")]
+    lines = [line for line in err.splitlines() if not line.startswith("dataset ")]
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ") and lines[0].endswith((".", "?")), err
     return lines[0]
@@ -42,7 +42,7 @@ def test_help_lists_every_command(nnlite: Run, tmp_path: Path) -> None:
 def test_help_of_every_command(nnlite: Run, tmp_path: Path, name: str) -> None:
     code, out, err = nnlite(name, "-h", cwd=tmp_path)
     assert (code, err) == (0, "") and out.startswith(f"Usage: nnlite {name} ")
-    assert ("--json" in out) == (name != "view") and "-h, --help" in out
+    assert "--json" in out and "-h, --help" in out
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -79,7 +79,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["preprocess"], "Run `nnlite plan DATA` first."),
         (["preprocess", "-d", "Task04"], "'Task04'"),
         (["plan"], "nnlite plan Task04_Hippocampus"),
-        (["plan", "Task99"], "there is no data set 'Task99'"),
+        (["plan", "Task99"], "there is no dataset 'Task99'"),
         (["plan", "Task99", "--preset", "resenc_s"], "resenc_m"),
         (["plan", "--from-fingerprint", "f.json"], "--dataset-json"),
         (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
@@ -143,7 +143,7 @@ def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], t
     code, out, err = command("info", "-w", "elsewhere", cwd=tmp_path)
     assert code == 2 and str(tmp_path / "elsewhere") in one_line(err)
     code, out, err = command("plan", "Task0", cwd=tmp_path)
-    assert code == 2 and "there is no data set 'Task0'" in one_line(err)
+    assert code == 2 and "there is no dataset 'Task0'" in one_line(err)
 
 
 def test_plan_from_a_fingerprint(command: Run, tmp_path: Path, hippocampus: Path) -> None:

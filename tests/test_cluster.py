@@ -103,11 +103,11 @@ def test_folds_train_on_workers_though_one_is_killed(scheduler: str, tiny_worksp
     shutil.copytree(tiny_workspace, tmp_path / "ws", ignore=shutil.ignore_patterns("models", "splits*.json"))
     shutil.copytree(tmp_path / "ws", tmp_path / "here")
     models = tmp_path / "ws" / "Task04_Hippocampus" / "models" / "3d_fullres-default"
-    options: dict[str, Any] = {"changes": TINY, "device": "cpu", "folds": 2}
+    options: dict[str, Any] = {"settings": TINY, "device": "cpu", "folds": 2}
     killer = kill_one(scheduler, (models / "fold_1" / "checkpoint.safetensors").is_file, "train-3d_fullres-fold-1")
-    summaries = nnunet_lite.api.train_on(scheduler, "3d_fullres", workspace=tmp_path / "ws", **options)
+    scored = nnunet_lite.train("3d_fullres", "all-folds", scheduler=scheduler, workspace=tmp_path / "ws", **options)
     killer.join()
-    assert set(summaries) == {"0", "1"}
+    assert set(scored.scores) == {"0", "1"}
     rows = [json.loads(line) for line in (models / "fold_1" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, 7)), "it went on where the killed one stopped"
     for fold in range(2):
@@ -122,7 +122,7 @@ def test_everything_is_done_on_workers(scheduler: str, copy_dataset: Callable[..
     raw, ended = copy_dataset(6, name="raw"), {}
     for place, where in (("here", None), ("there", scheduler)):
         ended[place] = nnunet_lite.run(
-            raw, configurations=["3d_fullres"], folds=2, changes={**TINY, "training.epochs": 2}, device="cpu",
+            raw, configurations=["3d_fullres"], folds=2, settings={**TINY, "training.epochs": 2}, device="cpu",
             workers=0, scheduler=where, workspace=tmp_path / place,
         )  # fmt: skip
     here, there = ([(step.step, step.state) for step in ended[place].steps] for place in ended)
@@ -146,7 +146,7 @@ def test_images_are_predicted_on_workers(
         shutil.copy(image, tmp_path / "in" / image.name)
     (tmp_path / "in" / "broken.nii.gz").write_bytes(b"not an image")
     monkeypatch.chdir(tmp_path)
-    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "changes": {"inference.mirroring": False}}
+    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "settings": {"inference.mirroring": False}}
     here = nnunet_lite.predict("in", "here", **options)
     there = nnunet_lite.predict("in", "there", scheduler=scheduler, **options)
     assert len(there.files) == 3
@@ -161,13 +161,13 @@ def test_workers_that_live_on_see_that_a_model_was_trained_anew(
     image, model = sorted((hippocampus / "imagesTs").iterdir())[0], tmp_path / "model"
     shutil.copytree(tiny_model, model)
     changes = {"inference.mirroring": False}
-    nnunet_lite.predict(image, tmp_path / "before", model=model, device="cpu", changes=changes, scheduler=scheduler)
+    nnunet_lite.predict(image, tmp_path / "before", model=model, device="cpu", settings=changes, scheduler=scheduler)
     file = model / "fold_0" / "model.safetensors"
     with safe_open(file, "pt") as content:
         about = {key: text for key, text in content.metadata().items() if key != "checksum"}
     save_file({name: value.neg() for name, value in load_file(file).items()}, file, about)
-    nnunet_lite.predict(image, tmp_path / "after", model=model, device="cpu", changes=changes, scheduler=scheduler)
-    nnunet_lite.predict(image, tmp_path / "here", model=model, device="cpu", changes=changes)
+    nnunet_lite.predict(image, tmp_path / "after", model=model, device="cpu", settings=changes, scheduler=scheduler)
+    nnunet_lite.predict(image, tmp_path / "here", model=model, device="cpu", settings=changes)
     assert files(tmp_path / "after") == files(tmp_path / "here") != files(tmp_path / "before")
 
 

@@ -15,19 +15,20 @@ from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
+from nnunet_lite.files import read_json
 from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.training.splits import read_split
-from nnunet_lite.workspace import current, read_json
+from nnunet_lite.workspace import planned_paths
 
 
 @pytest.fixture(scope="module")
 def dataset(tiny_workspace: Path) -> Dataset:
-    return dataset_from_json(read_json(current(tiny_workspace).dataset))
+    return dataset_from_json(read_json(planned_paths(tiny_workspace).dataset))
 
 
 @pytest.fixture
 def held_out(tiny_workspace: Path, dataset: Dataset) -> tuple[str, ...]:
-    return read_split(current(tiny_workspace).splits, dataset, "0").validation
+    return read_split(planned_paths(tiny_workspace).splits, dataset, "0").validation
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def test_the_held_out_cases_are_predicted_and_scored(model: Path, dataset: Datas
         for value, name in enumerate(("Anterior", "Posterior"), 1):
             hits = int(((found == value) & (truth == value)).sum())
             size = int((found == value).sum() + (truth == value).sum())
-            assert row.measures[name].tp == hits
-            assert row.measures[name].dice == pytest.approx(2 * hits / size)
+            assert row.metrics[name]["TP"] == hits
+            assert row.metrics[name]["Dice"] == pytest.approx(2 * hits / size)
 
 
 def test_the_summary_holds_every_case(model: Path, held_out: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_lite import describe
+from nnunet_lite.commands import doctor as machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,12 +29,12 @@ def doctor(folder: Path, *options: str) -> tuple[int, str]:
 
 def test_the_packages_are_those_of_pyproject() -> None:
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert {entry.partition(">")[0] for entry in told} == set(describe._PACKAGES)
+    assert {entry.partition(">")[0] for entry in told} == set(machine._PACKAGES)
 
 
 def test_a_missing_package_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(describe, "_PACKAGES", ("numpy", "no-such-package"))
-    about = describe.describe_machine(tmp_path)
+    monkeypatch.setattr(machine, "_PACKAGES", ("numpy", "no-such-package"))
+    about = machine.describe_machine(tmp_path)
     assert about.values["packages"] == {"numpy": metadata.version("numpy"), "no-such-package": None}
     assert "no-such-package is not installed: pip install no-such-package" in about.values["problems"]
     assert "no-such-package missing" in about.text and "no problem found" not in about.text

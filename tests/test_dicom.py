@@ -17,7 +17,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import find_cases
 from nnunet_lite.data.dicom import is_series, series_geometry, series_slices
 from nnunet_lite.data.dicom_seg import read_dicom_seg, segment_names, write_dicom_seg
@@ -412,9 +412,9 @@ def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippo
     rescaled.CopyInformation(image)
     (tmp_path / "nifti").mkdir()
     sitk.WriteImage(rescaled, str(tmp_path / "nifti" / "visit.nii.gz"))
-    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "changes": {"inference.mirroring": False}}
-    (of_series,) = api.predict(tmp_path / "in", tmp_path / "a", **options).files
-    (of_nifti,) = api.predict(tmp_path / "nifti", tmp_path / "b", **options).files
+    options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "settings": {"inference.mirroring": False}}
+    (of_series,) = nnunet_lite.predict(tmp_path / "in", tmp_path / "a", **options).files
+    (of_nifti,) = nnunet_lite.predict(tmp_path / "nifti", tmp_path / "b", **options).files
     assert of_series.name == "visit.nii.gz"
     array, geometry, _ = read_label(of_series)
     expected, grid_of_nifti, _ = read_label(of_nifti)

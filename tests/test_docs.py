@@ -139,7 +139,7 @@ def test_python_of_a_page(page: Path, place: Path, command: Run, monkeypatch: py
     if "onnx" in page.read_text():
         assert command("export", "--format", "onnx", "-o", "OUT", cwd=place)[0] == 0
     for line, block in blocks(page, ("python",)):
-        code = block.replace('"training.time_limit": 10', f"**{tiny}")
+        code = block.replace('time_limit="10m"', f"settings={tiny}")
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), known)
 
 
@@ -157,7 +157,7 @@ def test_inline_commands_exist() -> None:
 
 def subcommand(name: str) -> Any:
     group = typer.main.get_command(cli.app)
-    found = group.commands.get(name)  # type: ignore[attr-defined]
+    found = group.get_command(None, name)  # type: ignore[attr-defined]
     assert found is not None, f"there is no command nnlite {name}"
     return found
 

@@ -66,7 +66,7 @@ def trained(home: Path, nnlite: Run) -> Path:
     assert code == 0 and "3d_fullres" in out and "8 cases, 0 errors" in err
     code, out, err = nnlite("preprocess", cwd=home)
     assert code == 0 and "8 arrays made, 0 kept" in out, "2d and 3d_fullres share their arrays"
-    assert "data set Task04_Hippocampus (workspace " in err
+    assert "dataset Task04_Hippocampus (workspace " in err
     for arguments in (TRAIN_3D, TRAIN_2D):
         code, out, err = nnlite(*arguments, cwd=home)
         assert code == 0, err

@@ -10,16 +10,18 @@ import pytest
 from samples import TINIEST
 
 import nnunet_lite
+from nnunet_lite.commands.train import fold_names
 from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import exclusive
-from nnunet_lite.workspace import current, read_json, write_json
+from nnunet_lite.workspace import planned_paths
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
 
 
-def train(workspace: Path, fold: int = 0, **options: Any) -> None:
-    changes = SETTINGS | options.pop("changes", {})
-    nnunet_lite.train("3d_fullres", fold, changes=changes, device="cpu", workspace=workspace, **options)
+def train(workspace: Path, fold: int | str = 0, **options: Any) -> None:
+    changes = SETTINGS | options.pop("settings", {})
+    nnunet_lite.train("3d_fullres", fold, settings=changes, device="cpu", workspace=workspace, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -51,7 +53,7 @@ def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: 
     before = files(models)
     with exclusive(models / "3d_fullres-default" / "fold_1"):
         with pytest.raises(Busy, match=r"fold_1: another process is training here"):
-            train(workspace, 0, restart="model")
+            train(workspace, "all-folds", restart=True)
         with pytest.raises(Busy, match=r"fold_1: another process is training here"):
             train(workspace, 1, restart=True)
     assert files(models) == before
@@ -60,7 +62,7 @@ def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: 
 def test_one_fold_of_several_is_not_begun_anew_with_other_settings(workspace: Path, models: Path) -> None:
     before = files(models)
     with pytest.raises(UserError, match=r"optimizer\.lr: 0\.01 -> 0\.5.*`all-folds --restart` to begin anew"):
-        train(workspace, 0, restart=True, changes={"optimizer.lr": 0.5})
+        train(workspace, 0, restart=True, settings={"optimizer.lr": 0.5})
     assert files(models) == before
     train(workspace, 0, restart=True)
     assert (models / "3d_fullres-default" / "old_fold_0_1" / "model.safetensors").is_file()
@@ -68,9 +70,9 @@ def test_one_fold_of_several_is_not_begun_anew_with_other_settings(workspace: Pa
 
 def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
     with pytest.raises(UserError, match="would keep random weights"):
-        train(workspace, name="new", changes={"training.freeze": "encoder"})
+        train(workspace, name="new", settings={"training.freeze": "encoder"})
     with pytest.raises(UserError, match=r"else lower --lr\.$"):
-        train(workspace, name="new", changes={"optimizer.lr": 1e30, "training.iterations": 50})
+        train(workspace, name="new", settings={"optimizer.lr": 1e30, "training.iterations": 50})
     train(workspace, name="new")
     assert (models / "new" / "fold_0" / "model.safetensors").is_file()
 
@@ -87,21 +89,21 @@ def test_an_extension_that_cannot_be_changes_nothing(workspace: Path, models: Pa
     before = files(models)
     longer = {"training.epochs": 3}
     with pytest.raises(UserError, match="its checkpoint is gone"):
-        train(workspace, changes=longer)
+        train(workspace, settings=longer)
     with pytest.raises(UserError, match=r"was begun with other settings: training\.iterations: 1 -> 2"):
-        train(workspace, changes={"training.iterations": 2})
+        train(workspace, settings={"training.iterations": 2})
     assert files(models) == before
 
 
 def test_the_fold_that_is_begun_anew_binds_nothing(workspace: Path, models: Path) -> None:
     (models / "3d_fullres-default" / "fold_1" / "model.safetensors").unlink()
-    train(workspace, restart=True, force=True, changes={"optimizer.lr": 0.5})
+    train(workspace, restart=True, force=True, settings={"optimizer.lr": 0.5})
     run = read_json(models / "3d_fullres-default" / "run.json")
     assert run["settings"]["optimizer"]["lr"] == 0.5
 
 
 def test_settings_of_inference_that_are_not_heard_are_told(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train(workspace, changes={"inference.step_size": 0.5})
+    train(workspace, settings={"inference.step_size": 0.5})
     assert "without inference.step_size: 1.0 -> 0.5; give them to `nnlite predict`" in capfd.readouterr().err
 
 
@@ -111,11 +113,11 @@ def test_all_folds_are_looked_at_before_the_first_is_trained(workspace: Path) ->
     folds[3]["val"].append("nobody")
     write_json(splits, folds)
     with pytest.raises(UserError, match="fold 3 names unknown cases: nobody"):
-        nnunet_lite.api.fold_names(workspace=workspace)
+        fold_names(planned_paths(workspace))
 
 
 def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train(workspace, 0, name="changed", changes={"training.batch_size": 3, "network.norm": "batch"})
+    train(workspace, 0, name="changed", settings={"training.batch_size": 3, "network.norm": "batch"})
     changes = (
         "3d_fullres, changed against the plan by the settings: patch 40 x 56 x 40 -> 16 x 16 x 16; batch 2 -> 3; "
         "stages 4 -> 3; features 32-64-128-256 -> 2-4-4; strides 1x1x1/2x2x2/2x2x2/2x2x2 -> 1x1x1/2x2x2/2x2x2; "
@@ -125,7 +127,7 @@ def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd
 
 
 def test_a_plan_that_is_trained_as_it_is_has_no_such_line(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    paths = current(workspace)
+    paths = planned_paths(workspace)
     planned = read_json(paths.plans)
     configuration = planned["configurations"]["3d_fullres"]
     network = {"features": [2, 4], "strides": [[1, 1, 1], [2, 2, 2]], "kernels": [[3, 3, 3]] * 2, "blocks": [1, 1]}
@@ -134,7 +136,7 @@ def test_a_plan_that_is_trained_as_it_is_has_no_such_line(workspace: Path, capfd
     write_json(paths.plans, planned)
     changes = {key: value for key, value in SETTINGS.items() if not key.startswith(("network.", "training.patch"))}
     nnunet_lite.train(
-        "3d_fullres", 0, changes=changes | {"training.batch_size": None}, name="as_it_is", device="cpu",
+        "3d_fullres", 0, settings=changes | {"training.batch_size": None}, name="as_it_is", device="cpu",
         workspace=workspace,
     )  # fmt: skip
     said = capfd.readouterr().err
@@ -144,7 +146,7 @@ def test_a_plan_that_is_trained_as_it_is_has_no_such_line(workspace: Path, capfd
 def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:
     plans = models / "3d_fullres-default" / "plans.json"
     assert "options" not in read_json(plans), "they may name files of this machine"
-    paths, weights = current(workspace), models / "3d_fullres-default" / "fold_0" / "model.safetensors"
+    paths, weights = planned_paths(workspace), models / "3d_fullres-default" / "fold_0" / "model.safetensors"
     before = (plans.read_bytes(), weights.read_bytes())
     planned = read_json(paths.plans)
     planned["configurations"]["3d_fullres"] |= {"reasons": ["in other words"], "memory_gb": 99.0}

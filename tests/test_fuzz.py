@@ -25,7 +25,7 @@ from nnunet_lite.data.images import read_geometry, read_image
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings, keys, load, recipes
+from nnunet_lite.settings import Settings, keys, load_settings, recipes
 from nnunet_lite.training.configured import configured
 
 DATA = Path(__file__).parent / "data"
@@ -133,7 +133,7 @@ def test_a_recipe_is_valid_or_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "mine.toml"
     file.write_bytes(content)
     try:
-        found = load(str(file))
+        found = load_settings(str(file))
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -144,7 +144,7 @@ def test_a_recipe_is_valid_or_refused(tmp_path: Path, content: bytes) -> None:
 @given(key=st.sampled_from(keys()), value=st.one_of(values, st.text(max_size=12), st.sampled_from(["nan", "[1", "{}"])))
 def test_a_value_of_a_setting_is_valid_or_refused(key: str, value: Any) -> None:
     try:
-        found = load(changes={key: value})
+        found = load_settings(changes={key: value})
     except UserError as error:
         assert str(error).startswith((f"{key} = ", f"{key.split('.')[0]} = ")), str(error)
     else:

@@ -15,7 +15,7 @@ import SimpleITK
 from bad_inputs import Command
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import read_case, stored_dataset
 from nnunet_lite.data.formats import ras_affine
 from nnunet_lite.data.geometry import Geometry, Turn, common_orientation, turn_between
@@ -141,12 +141,12 @@ def test_micrometres_are_told_apart(copy_dataset: Copy, command: Command, tmp_pa
     root = copy_dataset(5, "data")
     for path in [*(root / "imagesTr").iterdir(), *(root / "labelsTr").iterdir()]:
         moved(path, times=4e-4)
-    assert api.check(root).ok
+    assert nnunet_lite.check(root).ok
     label = root / "labelsTr" / "hippocampus_001.nii.gz"
     other = tmp_path / label.name
     other.write_bytes(label.read_bytes())
     moved(label, times=2)
-    assert [problem.kind for problem in api.check(root).problems] == ["spacing"]
+    assert [problem.kind for problem in nnunet_lite.check(root).problems] == ["spacing"]
     assert command("evaluate", other, label, "--no-surface", cwd=tmp_path)[0] == 2
 
 
@@ -167,11 +167,11 @@ def test_flat_images_with_label_maps_of_one_slice(tmp_path: Path, flat: str) -> 
                 (tmp_path / "other").mkdir(exist_ok=True)
                 turned = label if folder != flat else label[..., None]
                 nibabel.save(nibabel.Nifti1Image(turned, np.diag([0.8, 0.7, 5.0, 1])), tmp_path / "other" / file.name)
-    assert [problem.kind for problem in api.check(tmp_path / "data").problems] == ["understood"]
-    planned = api.plan(tmp_path / "data", workspace=tmp_path / "w")
+    assert [problem.kind for problem in nnunet_lite.check(tmp_path / "data").problems] == ["understood"]
+    planned = nnunet_lite.plan(tmp_path / "data", workspace=tmp_path / "w")
     assert list(planned.configurations) == ["2d"]
-    assert api.preprocess(workspace=tmp_path / "w").to_json()["cases"] == {"2d": 6}
-    scores = api.evaluate(tmp_path / "other", tmp_path / "data" / "labels", surface=False)
+    assert nnunet_lite.preprocess(workspace=tmp_path / "w").to_json()["cases"] == {"2d": 6}
+    scores = nnunet_lite.evaluate(tmp_path / "other", tmp_path / "data" / "labels", surface=False)
     assert scores.foreground().mean == 1
 
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.nnunet import import_model
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.fingerprint import Fingerprint
@@ -25,7 +26,7 @@ from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.initial import Loaded, Source, adopt, adopted_plan, find_source, freeze, input_names
-from nnunet_lite.workspace import current, read_json, write_json
+from nnunet_lite.workspace import planned_paths
 
 NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
 LUNG = Labels(names={"background": 0, "lung": 1, "tumour": 2})
@@ -174,7 +175,7 @@ def test_a_network_without_such_parts_cannot_be_frozen() -> None:
 
 @pytest.fixture(scope="module")
 def own(tiny_workspace: Path) -> Plan:
-    return Plan.read(current(tiny_workspace).plans)
+    return Plan.read(planned_paths(tiny_workspace).plans)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +325,10 @@ def test_fine_tuning_starts_from_a_model_of_nnunet(
     own = ("network.features_base", "network.features_max", "training.patch_size")
     changes = {key: value for key, value in tiny_settings.items() if key not in own} | length
     changes |= {"inference.step_size": 1.0, "inference.mirroring": False}
-    assert api.train("3d_fullres", "0", changes=changes, workspace=workspace, name="tuned", device="cpu") is not None
+    assert (
+        nnunet_lite.train("3d_fullres", "0", settings=changes, workspace=workspace, name="tuned", device="cpu")
+        is not None
+    )
     said = capfd.readouterr().err
     assert "starting from" in said and "100.0 % of the weights are the model's" in said
     folder = workspace / "Task04_Hippocampus" / "models" / "tuned"
@@ -351,8 +355,8 @@ def test_fine_tuning_starts_where_the_model_ended(
     length = {"training.epochs": 1, "training.iterations": 1, "training.init": str(model)}
     kept = {k: v for k, v in tiny_settings.items() if not k.startswith("network.") and k != "training.patch_size"}
     changes = kept | length | {"training.freeze": "encoder", "training.batch_size": None}
-    scores = api.train("3d_fullres", "0", changes=changes, workspace=workspace, name="tuned", device="cpu")
-    assert scores is not None
+    scores = nnunet_lite.train("3d_fullres", "0", settings=changes, workspace=workspace, name="tuned", device="cpu")
+    assert scores.scores
     said = capfd.readouterr().err
     lines = [line for line in said.splitlines() if not line.startswith("validation of ")]
     assert "starting from" in said and "Posterior: at random" in said and "held" not in "".join(lines)
@@ -366,7 +370,7 @@ def test_fine_tuning_starts_where_the_model_ended(
     own = Plan.read(workspace / "Task04_Hippocampus" / "plans.json")
     wider = {"plan.adopt": False, "network.features_max": 16, "training.freeze": None, "network.features_base": 4}
     kept_plan: dict[str, Any] = {"workspace": workspace, "name": "own_plan", "device": "cpu"}
-    api.train("3d_fullres", "0", changes=changes | wider | {"training.patch_voxels": 8000}, **kept_plan)
+    nnunet_lite.train("3d_fullres", "0", settings=changes | wider | {"training.patch_voxels": 8000}, **kept_plan)
     said = capfd.readouterr().err
     assert "starting from" in said and "at random" in said and "taken over" in said
     found = Plan.read(folder.with_name("own_plan") / "plans.json")
@@ -379,11 +383,11 @@ def test_fine_tuning_starts_where_the_model_ended(
     shutil.rmtree(model)  # a run that was begun does not need it any more; another fold would
     again: dict[str, Any] = {"workspace": workspace, "name": "tuned", "device": "cpu"}
     longer = changes | {"training.epochs": 2}
-    assert api.train("3d_fullres", "0", changes=longer, **again) is not None
+    assert nnunet_lite.train("3d_fullres", "0", settings=longer, **again).scores
     assert "going on from epoch 1 of 2" in capfd.readouterr().err
     assert Plan.read(folder / "plans.json").configuration("3d_fullres") == tuned
     with pytest.raises(UserError, match="is no model folder"):
-        api.train("3d_fullres", "1", changes=longer, **again)
+        nnunet_lite.train("3d_fullres", "1", settings=longer, **again)
 
 
 def test_freezing_random_weights_is_a_mistake(
@@ -392,4 +396,6 @@ def test_freezing_random_weights_is_a_mistake(
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))
     with pytest.raises(UserError, match=r"--freeze encoder would keep random weights\. Give a model with --init"):
-        api.train("3d_fullres", "0", changes=tiny_settings | {"training.freeze": "encoder"}, workspace=workspace)
+        nnunet_lite.train(
+            "3d_fullres", "0", settings=tiny_settings | {"training.freeze": "encoder"}, workspace=workspace
+        )

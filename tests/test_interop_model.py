@@ -15,8 +15,8 @@ import torch
 import nnunet_lite
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.nnunet import native
-from nnunet_lite.workspace import read_json, write_json
 
 MODELS = Path(__file__).parent / "data" / "nnunet_models"
 CHECKPOINT = "fold_0/checkpoint_final.pth"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from samples import blocks, save_arrays, scan
 
-from nnunet_lite.data.check import check
+from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.problems import Problem
 
 
 def problems(root: Path) -> list[Problem]:
-    found = check(read_dataset(root), workers=0).problems
+    found = check_dataset(read_dataset(root), workers=0).problems
     return [problem for problem in found if problem.severity != "notice" and problem.kind != "few_cases"]
 
 
@@ -124,7 +124,7 @@ def test_255_as_ignore_in_the_smallest_dataset_json(tmp_path: Path) -> None:
 def test_no_notice_about_255_where_it_is_refused(tmp_path: Path) -> None:
     """The maps looked at first hold 0 and 255, later ones 0, 1 and 255."""
     save(tmp_path, *(blocks((1, 255) if i % 2 else (255,)) for i in range(5)), labels={"a": 1})
-    found = check(read_dataset(tmp_path), workers=0).problems
+    found = check_dataset(read_dataset(tmp_path), workers=0).problems
     assert {problem.kind for problem in found} == {"label_value"}
 
 

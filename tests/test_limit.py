@@ -12,15 +12,16 @@ import pytest
 from samples import TINIEST
 
 import nnunet_lite
+from nnunet_lite.files import read_json
 from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.models.folder import MODEL
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings, load, with_changes
+from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limit import Validation, announce, forward_seconds, planned_validation, step_sizes
 from nnunet_lite.training.limit import training_seconds as of_training
-from nnunet_lite.workspace import current, read_json
+from nnunet_lite.workspace import planned_paths
 
 COVERED = {"training.time_limit": 10, "training.limit_validation": True}
 PASSES = {0.5: 1331, 0.75: 512, 1.0: 216}  # of an image of 11, 8 and 6 windows along each axis
@@ -29,7 +30,7 @@ PASSES = {0.5: 1331, 0.75: 512, 1.0: 216}  # of an image of 11, 8 and 6 windows 
 @pytest.fixture
 def job(tiny_workspace: Path, tmp_path: Path) -> Job:
     settings = with_changes(Settings(), COVERED | {"training.batch_size": 4, "training.accumulate": 2})
-    plan = configured(Plan.read(current(tiny_workspace).plans), "3d_fullres", settings)
+    plan = configured(Plan.read(planned_paths(tiny_workspace).plans), "3d_fullres", settings)
     torch = pytest.importorskip("torch")
     return Job(plan, "3d_fullres", settings, 1, tmp_path, torch.device("cpu"), [], [], passes=PASSES)
 
@@ -62,9 +63,9 @@ def test_a_validation_that_the_limit_does_not_cover_is_as_set(job: Job) -> None:
 
 
 def test_larger_distances_are_for_covered_validations_alone() -> None:
-    assert step_sizes(load("cpu")) == [0.5, 0.75, 1.0]
-    assert step_sizes(load("cpu", {"inference.step_size": 0.75})) == [0.75, 1.0]
-    assert step_sizes(load("default", {"training.time_limit": 60})) == [0.5]
+    assert step_sizes(load_settings("cpu")) == [0.5, 0.75, 1.0]
+    assert step_sizes(load_settings("cpu", {"inference.step_size": 0.75})) == [0.75, 1.0]
+    assert step_sizes(load_settings("default", {"training.time_limit": 60})) == [0.5]
 
 
 def test_a_pass_is_estimated_from_a_training_step(job: Job) -> None:
@@ -93,7 +94,7 @@ def test_a_run_validates_with_windows_further_apart_and_notes_it(
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))
     changes: dict[str, Any] = {**TINIEST, "training.patch_size": [8, 8, 8], "training.limit_validation": True,
                                "training.time_limit": 0.004, "inference.step_size": 0.5}  # fmt: skip
-    nnunet_lite.train("3d_fullres", 0, changes=changes, device="cpu", workspace=workspace)
+    nnunet_lite.train("3d_fullres", 0, settings=changes, device="cpu", workspace=workspace)
     (fold,) = workspace.glob("*/models/*/fold_0")
     planned = read_state(fold / MODEL)["validation"]
     assert planned["step_size"] > 0.5
@@ -101,5 +102,5 @@ def test_a_run_validates_with_windows_further_apart_and_notes_it(
     assert read_json(fold / "validation" / "summary.json")["notes"] == [note]
     assert "held-out cases in whole images" in capfd.readouterr().err
     shutil.rmtree(fold / "validation")
-    nnunet_lite.train("3d_fullres", 0, changes=changes, device="cpu", workspace=workspace)  # validates again, equally
+    nnunet_lite.train("3d_fullres", 0, settings=changes, device="cpu", workspace=workspace)  # validates again, equally
     assert read_json(fold / "validation" / "summary.json")["notes"] == [note]

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from samples import as_options
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
@@ -41,7 +41,7 @@ from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.record import METRICS, PICTURE, TABLE
 from nnunet_lite.training.step import choose_arithmetic, make_network
 from nnunet_lite.training.watch import Stop
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
 SMALL = {"training.patch_size": [16, 16, 16]}
@@ -63,7 +63,7 @@ def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settin
         **changes: Any,
     ) -> Job:
         settings = with_changes(Settings(), tiny_settings | SMALL | changes)
-        plan = Plan.read(current(tiny_workspace).plans)
+        plan = Plan.read(planned_paths(tiny_workspace).plans)
         made = configured(plan.model_copy(update={"labels": labels or plan.labels}), configuration, settings)
         chosen = tiny_cases if cases is None else cases
         (tmp_path / name).mkdir()
@@ -164,15 +164,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
     def call(name: str) -> dict[str, Any]:
         common = {"configuration": "3d_fullres", "fold": "all", "workspace": str(workspace), "device": "cpu"}
-        return common | {"changes": changes, "name": name}
+        return common | {"settings": changes, "name": name}
 
     killed, whole = models / "killed" / "fold_all", models / "whole" / "fold_all"
-    script = f"from nnunet_lite import api; api.train(**{call('killed')!r})"
+    script = f"import nnunet_lite; nnunet_lite.train(**{call('killed')!r})"
     saved = kill_in_mid_run([sys.executable, "-c", script], killed)
     assert 2 <= saved < epochs
     assert not is_finished(killed)
-    api.train(**call("killed"))  # the same call again
-    api.train(**call("whole"))
+    nnunet_lite.train(**call("killed"))  # the same call again
+    nnunet_lite.train(**call("whole"))
     assert same_weights(killed, whole)
     assert [row["epoch"] for row in rows(killed)] == list(range(1, epochs + 1))
     assert without_clock(killed) == without_clock(whole)
@@ -294,7 +294,7 @@ def test_the_plateau_rule_ends_the_run(job: MakeJob) -> None:
 
 
 def test_two_dimensional_networks_train(job: MakeJob, tiny_workspace: Path, tiny_cases: list[Any]) -> None:
-    paths = current(tiny_workspace)
+    paths = planned_paths(tiny_workspace)
     plan = Plan.read(paths.plans)
     cases = [open_case(paths.preprocessed, plan, "2d", case.case_id) for case in tiny_cases]
     changes = {"training.patch_size": [32, 24], "training.batch_size": 6, "training.iterations": 12}

@@ -27,7 +27,7 @@ from nnunet_lite.training.loss import (
     pseudo_dice_counts,
     segmentation_loss,
 )
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 BOTH = LossSettings()
 CE, DICE = LossSettings(dice=0), LossSettings(cross_entropy=0)
@@ -141,7 +141,7 @@ def test_deep_supervision_weights_halve_and_leave_out_the_coarsest(n: int, weigh
 
 
 def test_outputs_of_all_sizes_are_weighted(tiny_workspace: Path) -> None:
-    plan = Plan.read(current(tiny_workspace).plans)
+    plan = Plan.read(planned_paths(tiny_workspace).plans)
     classes = torch.randint(0, 3, (2, 8, 8, 8), generator=torch.Generator().manual_seed(0))
     outputs = [torch.randn(2, 3, n, n, n) for n in (8, 4, 2)]
     weights = LossSettings(cross_entropy=2, dice=0.5)

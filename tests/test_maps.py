@@ -162,7 +162,7 @@ def test_a_trained_model_and_itself_agree(tiny_model: Path, hippocampus: Path) -
     """The mean of equal probabilities decides as the logits do, but for rounding."""
     from nnunet_lite.data.images import read_image
 
-    model = load(tiny_model, device="cpu", changes={"inference.mirroring": False, "inference.precision": "fp32"})
+    model = load(tiny_model, device="cpu", settings={"inference.mirroring": False, "inference.precision": "fp32"})
     image = read_image(sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0])
     twice = replace(model, partners=(model,))
     assert (predict_image(twice, image) == predict_image(model, image)).mean() > 0.9999

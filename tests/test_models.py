@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import nnunet_lite
-from nnunet_lite import api
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
@@ -35,8 +34,8 @@ def change(folder: Path, **values: Any) -> None:
 
 def test_several_models_are_one(tiny_model: Path, other: Path, hippocampus: Path) -> None:
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
-    both = nnunet_lite.load([tiny_model, other], device="cpu", changes=QUICK)
-    alone = nnunet_lite.load(tiny_model, device="cpu", changes=QUICK)
+    both = nnunet_lite.load([tiny_model, other], device="cpu", settings=QUICK)
+    alone = nnunet_lite.load(tiny_model, device="cpu", settings=QUICK)
     assert str(both) == f"{tiny_model} (fold 0) and {other} (fold 0)"
     assert (both(scan) == alone(str(scan))).mean() > 0.9999
 
@@ -94,7 +93,7 @@ def names_code(model: Path, factory: str) -> None:
 
 def test_a_model_of_the_workspace_runs_its_code(coded: Path, hippocampus: Path, tmp_path: Path) -> None:
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
-    model = nnunet_lite.load(coded, device="cpu", changes=QUICK, workspace=tmp_path / "w")
+    model = nnunet_lite.load(coded, device="cpu", settings=QUICK, workspace=tmp_path / "w")
     assert (tmp_path / "was_run").is_file() and model(scan).max() <= 2
     (tmp_path / "link").symlink_to(tmp_path / "w")  # the same workspace by another name
     assert nnunet_lite.load("coded", device="cpu", workspace=tmp_path / "link").folds == ("0",)
@@ -191,15 +190,15 @@ def test_what_is_trained_in_the_workspace_needs_no_flag(
     (tmp_path / "own_net.py").write_text(OWN.format(mark=str(tmp_path / "was_run")))
     changes = {key: value for key, value in tiny_settings.items() if not key.startswith("network.")} | QUICK
     changes |= {"training.epochs": 1, "network.factory": f"{tmp_path / 'own_net.py'}:make"}
-    scores = api.train("3d_fullres", 0, changes=changes, workspace=workspace, name="own", device="cpu")
-    assert scores is not None
+    scores = nnunet_lite.train("3d_fullres", 0, settings=changes, workspace=workspace, name="own", device="cpu")
+    assert scores.scores
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     if linked:
         with pytest.raises(UserError, match="names code to run"):
-            api.predict(scan, tmp_path / "out", workspace=workspace, device="cpu")
-        api.predict(scan, tmp_path / "out", workspace=workspace, device="cpu", trust_code=True)
+            nnunet_lite.predict(scan, tmp_path / "out", workspace=workspace, device="cpu")
+        nnunet_lite.predict(scan, tmp_path / "out", workspace=workspace, device="cpu", trust_code=True)
     else:
-        api.predict(scan, tmp_path / "out", workspace=workspace, device="cpu")
+        nnunet_lite.predict(scan, tmp_path / "out", workspace=workspace, device="cpu")
     assert (tmp_path / "out" / scan.name).is_file()
 
 

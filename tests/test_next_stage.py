@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from scipy.ndimage import zoom
 
 import nnunet_lite
-from nnunet_lite import api
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.next_stage import classes_on_grid
 from nnunet_lite.inference.predictor import load, predict_image, predict_preprocessed
 from nnunet_lite.inference.prepare import as_classes
@@ -32,12 +32,12 @@ from nnunet_lite.models.checkpoint import read_state
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.settings import load as load_settings
+from nnunet_lite.settings import load_settings
 from nnunet_lite.training.configured import configured
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.previous import map_file, read_map
-from nnunet_lite.workspace import Paths, read_json, write_json
+from nnunet_lite.workspace import Paths
 
 SECOND, FIRST = "3d_cascade_fullres", "3d_lowres"
 
@@ -72,7 +72,7 @@ def paths(workspace: Path) -> Paths:
 @pytest.fixture(scope="module")
 def trained(workspace: Path, paths: Paths, changes: dict[str, Any]) -> Path:
     """Folds 0 to 4 of 3d_lowres and fold 0 of the cascade, made by one call."""
-    api.train(SECOND, 0, changes=changes, workspace=workspace, device="cpu", name="tiny")
+    nnunet_lite.train(SECOND, 0, settings=changes, workspace=workspace, device="cpu", name="tiny")
     return paths.models
 
 
@@ -139,7 +139,7 @@ def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
     before = times(trained)
     try:
         with pytest.raises(UserError, match=r"NaN or infinite") as error:
-            api.train(SECOND, 1, changes=changes, workspace=workspace, device="cpu", name="tiny")
+            nnunet_lite.train(SECOND, 1, settings=changes, workspace=workspace, device="cpu", name="tiny")
         assert str(error.value).startswith(f"{splits[4]['val'][0]}: ") and "\n" not in str(error.value)
         assert {**before, **times(trained)} == times(trained)
     finally:
@@ -149,8 +149,8 @@ def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
 
 def test_nothing_is_made_twice(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
     before = times(trained)
-    scores = api.train(SECOND, 0, changes=changes, workspace=workspace, device="cpu", name="tiny")
-    assert scores is not None and len(scores.rows) == 2
+    scores = nnunet_lite.train(SECOND, 0, settings=changes, workspace=workspace, device="cpu", name="tiny").scores
+    assert len(scores["0"].rows) == 2
     assert times(trained) == before
 
 
@@ -161,7 +161,7 @@ def test_a_first_stage_that_changed_predicts_anew(trained: Path, workspace: Path
     old = weights[1].read_bytes()
     weights[1].write_bytes(weights[0].read_bytes())
     try:
-        api.train(SECOND, 1, changes=changes, workspace=workspace, device="cpu", name="tiny")
+        nnunet_lite.train(SECOND, 1, settings=changes, workspace=workspace, device="cpu", name="tiny")
         changed = {file for file, time in times(trained).items() if before.get(file, time) != time}
         assert changed == {str(weights[1]), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_4")}
     finally:
@@ -215,7 +215,7 @@ def test_both_stages_and_the_pair_are_compared(trained: Path, workspace: Path, t
     out = paths.models / "tiny" / "fold_0" / "validation"
     before = {path.name: read_label(path)[0] for path in out.glob("*.nii.gz")}
     shutil.rmtree(out)
-    found = api.select(workspace=tmp_path / "workspace", device="cpu", workers=1)
+    found = nnunet_lite.select(workspace=tmp_path / "workspace", device="cpu", workers=1)
     assert {one.models for one in found.candidates} == {("tiny",), (f"{FIRST}-tiny",), (f"{FIRST}-tiny", "tiny")}
     assert {one.n_cases for one in found.candidates} == {len(before)}
     for name, array in before.items():
@@ -258,7 +258,7 @@ def test_killed_and_gone_on_with(
 
 
 def test_the_fold_of_all_cases(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
-    api.train(SECOND, "all", changes=changes, workspace=workspace, device="cpu", name="tiny")
+    nnunet_lite.train(SECOND, "all", settings=changes, workspace=workspace, device="cpu", name="tiny")
     found = trained / f"{FIRST}-tiny" / "fold_all"
     assert len(list(found.glob(f"next_stage/{SECOND}/*.b2nd"))) == 10
     assert load(trained / "tiny", ["all"], "cpu").previous is not None
@@ -294,7 +294,7 @@ def test_other_settings_are_told_before_the_first_stage_is_trained(
     before = times(trained)
     other = {**changes, "optimizer.lr": 0.5}
     with pytest.raises(UserError, match=r"tiny: was begun with other settings: optimizer\.lr"):
-        api.train(SECOND, 2, changes=other, workspace=workspace, device="cpu", name="tiny")
+        nnunet_lite.train(SECOND, 2, settings=other, workspace=workspace, device="cpu", name="tiny")
     assert times(trained) == before
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json, write_text
 from nnunet_lite.inference import onnx as exporter
 from nnunet_lite.inference import onnx_runner as runner
 from nnunet_lite.inference import predictor, tiles, windows
@@ -31,8 +32,7 @@ from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.norm import InstanceNorm
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import preprocess
-from nnunet_lite.settings import load as load_settings
-from nnunet_lite.workspace import read_json, write_json, write_text
+from nnunet_lite.settings import load_settings
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
@@ -53,7 +53,7 @@ def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path, exported: Path) -> Pair:
     """The same model by torch and by ONNX, with mirroring and half a patch of overlap."""
-    return predictor.load(tiny_model, device="cpu", changes={"inference.precision": "fp32"}), runner.load(exported)
+    return predictor.load(tiny_model, device="cpu", settings={"inference.precision": "fp32"}), runner.load(exported)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
     settings = {"augmentation.mirror_swap": [["left", "right"]], "augmentation.mirror_axes": [0, 1]}
     folder = make_model(tmp_path / "model", "2d", changes, folds=2, settings=settings)
     assert list(export_onnx(folder, tmp_path / "out")) == ["fold_0.onnx", "fold_1.onnx"]
-    model = predictor.load(folder, device="cpu", changes={"inference.precision": "fp32"})
+    model = predictor.load(folder, device="cpu", settings={"inference.precision": "fp32"})
     exported = runner.load(tmp_path / "out")
     assert exported.sides is not None and exported.sides.channels == (0, 2, 1) and len(exported.sessions) == 2
     array = np.random.default_rng(0).normal(size=(2, 30, 9, 25)).astype(np.float32)
@@ -252,7 +252,7 @@ def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: 
         "augmentation.mirror_swap": [["Anterior", "Posterior"]]})  # fmt: skip
     differences = export_onnx(second, tmp_path / "out")
     assert list(differences) == ["fold_0.onnx", "previous/fold_0.onnx"]
-    model = predictor.load(second, device="cpu", changes={"inference.precision": "fp32"})
+    model = predictor.load(second, device="cpu", settings={"inference.precision": "fp32"})
     exported = runner.load(tmp_path / "out")
     assert exported.previous is not None and exported.sides is not None and exported.sides.classes == (0, 2, 1)
     array = np.random.default_rng(0).normal(size=(18, 21, 24)).astype(np.float32)

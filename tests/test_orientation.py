@@ -15,7 +15,7 @@ import SimpleITK
 from samples import first_cases, turn_nifti
 from test_dicom import save_series
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image, read_images
@@ -56,21 +56,21 @@ def mixed(tmp_path: Path) -> Path:
 def test_a_mixed_dataset_is_preprocessed_as_one_of_one_orientation(
     mixed: Path, tmp_path: Path, tiny_workspace: Path
 ) -> None:
-    plan = api.plan(mixed, workspace=tmp_path, workers=0)
+    plan = nnunet_lite.plan(mixed, workspace=tmp_path, workers=0)
     truth = Plan.read(tiny_workspace / "Task04_Hippocampus" / "plans.json")
     assert plan.orientation == truth.orientation == "RAS"
     # statistics differ in what is drawn for them
     assert plan.model_copy(update={"channels": truth.channels}) == truth
     fingerprint = json.loads((tmp_path / "Task04_Hippocampus" / "fingerprint.json").read_text())
     assert fingerprint["orientation"] == "RAS" and fingerprint["orientations"].count("RAS") == 6
-    api.preprocess(["3d_fullres"], workspace=tmp_path, workers=0)
+    nnunet_lite.preprocess(["3d_fullres"], workspace=tmp_path, workers=0)
     for case in read_dataset(mixed).cases:
         for own, expected in zip(arrays(tmp_path, plan, case.id), arrays(tiny_workspace, truth, case.id), strict=True):
             np.testing.assert_array_equal(own, expected)
 
 
 def test_check_notes_orientations_that_differ(mixed: Path) -> None:
-    report = api.check(mixed)
+    report = nnunet_lite.check(mixed)
     noted = [problem for problem in report.problems if problem.kind == "orientation"]
     assert report.ok and not report.count("warning")
     assert [problem.found for problem in noted] == [f"stored as {orientation}" for orientation in STORED[:4]]
@@ -82,10 +82,10 @@ def test_a_dataset_that_asks_for_ras_gets_it(mixed: Path, tmp_path: Path) -> Non
     """As nnU-Net's NibabelIOWithReorient reads it; most images are stored as PIR."""
     cases = [case.id for case in read_dataset(mixed).cases]
     turn_all(mixed, dict.fromkeys(cases[:9], "PIR"))
-    assert api.plan(mixed, workspace=tmp_path / "most", workers=0).orientation == "PIR"
+    assert nnunet_lite.plan(mixed, workspace=tmp_path / "most", workers=0).orientation == "PIR"
     table = json.loads((mixed / "dataset.json").read_text())
     (mixed / "dataset.json").write_text(json.dumps(table | {"overwrite_image_reader_writer": "NibabelIOWithReorient"}))
-    plan = api.plan(mixed, workspace=tmp_path / "asked", workers=0)
+    plan = nnunet_lite.plan(mixed, workspace=tmp_path / "asked", workers=0)
     assert plan.orientation == "RAS"
     assert plan_to_nnunet(plan, table)["image_reader_writer"] == "NibabelIOWithReorient"
 
@@ -99,7 +99,7 @@ def test_a_label_map_and_a_channel_are_turned_to_their_image(copy_nnunet: Callab
     image, label = read_case(case, dataset)
     turn_nifti(case.images[1], case.images[1], "PIR")
     turn_nifti(case.label, case.label, "LSA")
-    assert api.check(root).ok
+    assert nnunet_lite.check(root).ok
     same_image, same_label = read_case(case, dataset)
     np.testing.assert_array_equal(same_image.array, image.array)
     np.testing.assert_array_equal(same_label, label)
@@ -135,8 +135,8 @@ def test_a_model_of_dcm2niix_files_predicts_a_dicom_series_equally(
     """dcm2niix stores LAS, a DICOM series is read as LPS."""
     root = first_cases(tmp_path / "raw" / "Task04_Hippocampus", 5)
     turn_all(root, dict.fromkeys([case.id for case in read_dataset(root).cases], "LAS"))
-    assert api.plan(root, workspace=tmp_path, workers=0).orientation == "LAS"
-    api.train("3d_fullres", 0, changes=tiny_settings, workspace=tmp_path, name="tiny", device="cpu")
+    assert nnunet_lite.plan(root, workspace=tmp_path, workers=0).orientation == "LAS"
+    nnunet_lite.train("3d_fullres", 0, settings=tiny_settings, workspace=tmp_path, name="tiny", device="cpu")
     model = models.load(tmp_path / "Task04_Hippocampus" / "models" / "tiny")
 
     scan = SimpleITK.ReadImage(hippocampus / "imagesTs" / "hippocampus_025.nii.gz")
@@ -241,7 +241,7 @@ def test_check_notes_files_without_an_orientation(copy_dataset: Callable[..., Pa
     root = copy_dataset(5)
     for file in (root / "imagesTr" / "hippocampus_001.nii.gz", root / "labelsTr" / "hippocampus_008.nii.gz"):
         nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(file).dataobj), None), file)
-    noted = [problem for problem in api.check(root).problems if problem.kind == "orientation"]
+    noted = [problem for problem in nnunet_lite.check(root).problems if problem.kind == "orientation"]
     assert [(problem.file, problem.found) for problem in noted] == [
         ("labelsTr/hippocampus_008.nii.gz", "states no orientation"),
         ("imagesTr/hippocampus_001.nii.gz", "states no orientation"),

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from samples import blocks, save_arrays, scan
 
-from nnunet_lite.data.check import check
+from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, read_dataset
 from nnunet_lite.data.pairing import label_base, likely_pairs
 from nnunet_lite.data.problems import Report
 
 
 def report_of(dataset: Dataset) -> Report:
-    return check(dataset, workers=0)
+    return check_dataset(dataset, workers=0)
 
 
 def notices(root: Path) -> list[str]:

@@ -12,14 +12,15 @@ import pytest
 import SimpleITK
 from samples import TINIEST
 
-from nnunet_lite import api
-from nnunet_lite.api.place import place_of, why_to_plan
-from nnunet_lite.api.workflow import _commands
+import nnunet_lite
+from nnunet_lite.commands.plan import dataset_paths, reason_to_plan
+from nnunet_lite.commands.run import next_commands
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning import fingerprint
-from nnunet_lite.workspace import Paths, current, read_json
+from nnunet_lite.workspace import Paths, planned_paths
 
 SHORT = {"training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16]}
 
@@ -30,7 +31,7 @@ def planned(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fingerprint, "SAMPLES", 100_000)  # to draw 1e8 takes longer than all the rest
     raw = copy_dataset(3, "a/data")
     workspace = raw.parents[1] / "ws"
-    api.plan(raw, workspace=workspace, workers=0)
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)
     return raw, workspace
 
 
@@ -45,7 +46,7 @@ def other_values(raw: Path, what: str = "imagesTr") -> None:
 
 def why(raw: Path, workspace: Path) -> str | None:
     dataset = read_dataset(raw)
-    return why_to_plan(dataset, place_of(workspace, dataset))
+    return reason_to_plan(dataset, dataset_paths(workspace, dataset))
 
 
 def test_the_same_folder_has_its_files_also_when_it_has_grown(planned: tuple[Path, Path]) -> None:
@@ -53,9 +54,11 @@ def test_the_same_folder_has_its_files_also_when_it_has_grown(planned: tuple[Pat
     link = raw.parent / "link"
     link.symlink_to(raw.parent)
     for root in (raw, raw / ".." / "data", link / "data"):
-        assert place_of(workspace, read_dataset(root)) == Paths(workspace / "data")
+        assert dataset_paths(workspace, read_dataset(root)) == Paths(workspace / "data")
     shutil.rmtree(raw / "imagesTr")
-    assert place_of(workspace, read_dataset(raw)) == Paths(workspace / "data"), "the check says what is wrong with it"
+    assert dataset_paths(workspace, read_dataset(raw)) == Paths(workspace / "data"), (
+        "the check says what is wrong with it"
+    )
 
 
 def test_a_moved_dataset_is_recognised_and_not_planned_again(
@@ -75,7 +78,7 @@ def test_a_moved_dataset_is_recognised_and_not_planned_again(
     assert why(new, workspace) is None
     assert capsys.readouterr().err == "", "it is known from now on"
     assert Paths(workspace / "data").plans.stat().st_mtime_ns == before
-    api.preprocess(["2d"], workspace=workspace, workers=0)
+    nnunet_lite.preprocess(["2d"], workspace=workspace, workers=0)
 
 
 def test_a_copy_is_the_same_dataset(planned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +114,7 @@ def test_another_dataset_of_equal_name_and_cases_is_refused(
                 SimpleITK.WriteImage(image, str(file))
     before = Paths(workspace / "data").plans.read_text()
     says = rf"b/data: the workspace .* has another dataset called data, with other files, from {raw}"
-    for step in (api.plan, api.run):
+    for step in (nnunet_lite.plan, nnunet_lite.run):
         with pytest.raises(UserError, match=says + (", which is gone" if gone else "")):
             step(other, workspace=workspace, workers=0)
     assert Paths(workspace / "data").plans.read_text() == before
@@ -121,17 +124,17 @@ def test_another_dataset_of_equal_name_and_cases_is_refused(
 def test_other_cases_are_another_dataset(planned: tuple[Path, Path], copy_dataset: Callable[..., Path]) -> None:
     raw, workspace = planned
     other = copy_dataset(5, "b/data")
-    for step in (api.plan, api.run):
+    for step in (nnunet_lite.plan, nnunet_lite.run):
         with pytest.raises(UserError, match="another dataset called data, with other files"):
             step(other, workspace=workspace, workers=0)
     shutil.rmtree(raw)
-    assert place_of(workspace, read_dataset(other)).name == "data", "it was moved, and has grown"
+    assert dataset_paths(workspace, read_dataset(other)).name == "data", "it was moved, and has grown"
 
 
 def test_raw_data_in_the_workspace_are_refused(copy_dataset: Callable[..., Path]) -> None:
     raw = copy_dataset(2, "ws/data")
     with pytest.raises(UserError, match="is itself in the workspace"):
-        place_of(raw.parent, read_dataset(raw))
+        dataset_paths(raw.parent, read_dataset(raw))
 
 
 def test_commands_name_the_dataset_where_there_are_several(
@@ -139,14 +142,16 @@ def test_commands_name_the_dataset_where_there_are_several(
 ) -> None:
     raw, workspace = planned
     paths = Paths(workspace / "data")
-    assert " -d " not in " ".join(_commands(paths, None, [paths.models / "2d-cpu"])) + first_training(paths)
-    api.plan(copy_dataset(2, "other"), workspace=workspace, workers=0)
+    assert " -d " not in " ".join(next_commands(paths, None, [paths.models / "2d-cpu"])) + first_training(paths)
+    nnunet_lite.plan(copy_dataset(2, "other"), workspace=workspace, workers=0)
     assert first_training(paths) == "nnlite train 3d_fullres all -d data"
-    assert all(" -d data" in words for words in _commands(paths, None, [paths.models / "2d-cpu"]))
+    assert all(" -d data" in words for words in next_commands(paths, None, [paths.models / "2d-cpu"]))
     with pytest.raises(UserError, match="has 2 planned datasets: data, other"):
-        api.preprocess(["2d"], workspace=workspace, workers=0)
-    assert api.preprocess(["2d"], dataset="data", workspace=workspace, workers=0).made == 3
-    api.run(raw, configurations=["2d"], fold=["all"], changes=TINIEST | SHORT, workspace=workspace, device="cpu")
+        nnunet_lite.preprocess(["2d"], workspace=workspace, workers=0)
+    assert nnunet_lite.preprocess(["2d"], dataset="data", workspace=workspace, workers=0).made == 3
+    nnunet_lite.run(
+        raw, configurations=["2d"], fold=["all"], settings=TINIEST | SHORT, workspace=workspace, device="cpu"
+    )
     assert (paths.models / "2d-default" / "fold_all" / "model.safetensors").is_file()
     assert not (workspace / "other" / "models").exists()
 
@@ -183,7 +188,7 @@ def test_a_file_that_is_gone_is_a_line_of_the_report(
         gone.rename(raw / "aside")
         assert f"({gone} is gone)" in (why(raw, workspace) or "")
         with pytest.raises(UserError, match="1 error must be corrected before planning"):
-            api.run(raw, workspace=workspace, workers=0)
+            nnunet_lite.run(raw, workspace=workspace, workers=0)
         said = capsys.readouterr().err
         assert gone.name in said and f"[{kind}]" in said
         (raw / "aside").rename(gone)
@@ -204,4 +209,4 @@ def test_why_it_is_planned_again_names_the_cases(
     shutil.rmtree(raw)
     copy_dataset(3, "a/data")
     assert "was planned before raw.json was kept" in (why(raw, workspace) or "")
-    assert current(workspace).name == "data"
+    assert planned_paths(workspace).name == "data"

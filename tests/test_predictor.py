@@ -20,6 +20,7 @@ from nnunet_lite.data.dataset import Case, find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.passes import passes_of
 from nnunet_lite.inference.predictor import (
@@ -34,14 +35,13 @@ from nnunet_lite.networks.precision import Arithmetic
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.workspace import read_json, write_json
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Model:
-    return load(tiny_model, device="cpu", changes=FAST)
+    return load(tiny_model, device="cpu", settings=FAST)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_preprocessed_images_give_logits(model: Model, tiny_cases: list[Any]) ->
 
 def test_networks_of_several_folds_are_averaged(model: Model, tiny_cases: list[Any]) -> None:
     image = tiny_cases[0].image[:, :24, :32, :24]
-    other = load(model.folder, device="cpu", changes=FAST).networks[0]
+    other = load(model.folder, device="cpu", settings=FAST).networks[0]
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
@@ -269,8 +269,8 @@ def test_folds_that_are_trained_and_the_one_of_all_cases(tmp_path: Path, tiny_mo
     shutil.copytree(copy / "fold_0", copy / "fold_all")
     (copy / "fold_1").mkdir()  # begun and not finished
     assert trained_folds(copy) == ["0"]
-    assert load(copy, device="cpu", changes=FAST).folds == ("0",)
-    assert load(copy, ["all"], device="cpu", changes=FAST).folds == ("all",)
+    assert load(copy, device="cpu", settings=FAST).folds == ("0",)
+    assert load(copy, ["all"], device="cpu", settings=FAST).folds == ("all",)
     shutil.rmtree(copy / "fold_0")
     assert trained_folds(copy) == ["all"]
 
@@ -287,7 +287,7 @@ def test_only_axes_mirrored_in_training_are_mirrored(
     run = read_json(copy / "run.json")
     run["settings"]["augmentation"] |= change
     write_json(copy / "run.json", run)
-    assert load(copy, device="cpu", changes=FAST).mirror_axes == axes
+    assert load(copy, device="cpu", settings=FAST).mirror_axes == axes
 
 
 def test_weights_that_do_not_fit_the_plan_are_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -350,7 +350,7 @@ WARM = """
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, psutil, nnunet_lite
 folder, scans = {folder!r}, {scans!r}
-model = nnunet_lite.load(folder, device="cpu", changes={{"inference.mirroring": False}})
+model = nnunet_lite.load(folder, device="cpu", settings={{"inference.mirroring": False}})
 alone = [model(scan) for scan in scans]
 with ThreadPoolExecutor(2) as pool:
     together = list(pool.map(model, scans * 2))

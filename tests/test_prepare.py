@@ -22,7 +22,7 @@ FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.pre
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Model:
-    return load(tiny_model, device="cpu", changes=FAST)
+    return load(tiny_model, device="cpu", settings=FAST)
 
 
 @pytest.fixture(scope="module")

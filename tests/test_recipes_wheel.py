@@ -47,7 +47,7 @@ def test_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None
     code = (
         "import sys; sys.path.insert(0, 'site'); import nnunet_lite; from nnunet_lite import settings\n"
         "print(nnunet_lite.__file__, settings.recipe_folder()); print(*settings.recipes())\n"
-        "print(settings.load('cpu').recipe, settings.load('batch_norm').network.norm)"
+        "print(settings.load_settings('cpu').recipe, settings.load_settings('batch_norm').network.norm)"
     )
     out = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).splitlines()
     assert all("site/nnunet_lite" in path for path in out[0].split())

@@ -12,24 +12,24 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.planning import fingerprint
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import read_json
 
 Change = Callable[[dict[str, Any]], Any]
 
 
 class Planned:
-    """A dataset of two cases in a workspace, and what `api.plan` says about it."""
+    """A dataset of two cases in a workspace, and what `nnunet_lite.plan` says about it."""
 
     def __init__(self, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.raw, self.file = raw, raw.parent / "ws" / raw.name / "plans.json"
         self._capsys = capsys
 
     def plan(self, **options: Any) -> Plan:
-        return api.plan(self.raw, workspace=self.raw.parent / "ws", workers=0, **options)
+        return nnunet_lite.plan(self.raw, workspace=self.raw.parent / "ws", workers=0, **options)
 
     def edit(self, change: Change) -> None:
         content = read_json(self.file)
@@ -78,9 +78,10 @@ def add_mine(content: dict[str, Any]) -> None:
 EVERY_OPTION: dict[str, Any] = {
     "preset": "resenc_m",
     "memory": 10,
-    "change": ("3d_fullres", (32, 48, 32), 3),
+    "patch_size": (32, 48, 32),
+    "batch_size": 3,
     "clip_percentiles": (1, 99),
-    "stored_as": "float32",
+    "store": "float32",
 }
 
 
@@ -99,7 +100,7 @@ def test_options_are_kept_and_used_again(planned: Planned) -> None:
 def test_an_option_that_is_given_replaces_only_itself(planned: Planned) -> None:
     planned.plan(**EVERY_OPTION)
     planned.said()
-    again = planned.plan(preset="default", change=("2d", (32, 32), None))
+    again = planned.plan(preset="default", patch_size=(32, 32))
     said = planned.said()
     assert again.preset == "default" and again.memory_gb == 10 and again.stored_as == "float32"
     assert again.configuration("3d_fullres").patch_size == (32, 48, 32)
@@ -111,7 +112,7 @@ def test_an_option_that_is_given_replaces_only_itself(planned: Planned) -> None:
 
 
 def test_a_plan_that_records_no_options_is_read_and_planned_again_as_it_was(planned: Planned) -> None:
-    first = planned.plan(preset="resenc_m", memory=10, stored_as="float32", clip_percentiles=(1, 99))
+    first = planned.plan(preset="resenc_m", memory=10, store="float32", clip_percentiles=(1, 99))
     planned.edit(lambda content: content.pop("options"))
     planned.as_of_an_older_nnlite()
     assert Plan.read(planned.file).options is None
@@ -152,7 +153,7 @@ def test_an_option_beats_a_change_by_hand_which_is_kept_aside(planned: Planned) 
     planned.edit(lambda content: content.update(stored_as="float32"))
     edited = planned.file.read_text()
     planned.said()
-    again = planned.plan(preset="default", stored_as="float16")
+    again = planned.plan(preset="default", store="float16")
     assert again.configuration("2d") == made.configuration("2d") and again.stored_as == "float16"
     assert again.configuration("mine").batch_size == 3, "a configuration made by hand stays"
     copy = planned.file.with_name("plans_1.json")
@@ -222,11 +223,11 @@ def test_an_adopted_plan_stays_adopted_when_its_file_is_gone(planned: Planned, t
     theirs = json.loads(made.to_json())
     theirs["configurations"]["3d_fullres"]["batch_size"], theirs["stored_as"] = 4, "float32"
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
-    adopted = planned.plan(adopt=tmp_path / "theirs.json")
+    adopted = planned.plan(plans=tmp_path / "theirs.json")
     assert adopted.configuration("3d_fullres").batch_size == 4 and adopted.stored_as == "float32"
     (tmp_path / "theirs.json").unlink()
     planned.edit(lambda content: content["configurations"]["2d"].update(batch_size=7))
-    again = planned.plan(change=("3d_fullres", None, 6))
+    again = planned.plan(batch_size=6)
     assert [again.configuration(name).batch_size for name in ("2d", "3d_fullres")] == [7, 6]
     assert planned.copies == []
     assert planned.plan(preset="default").configuration("2d") == made.configuration("2d")
@@ -243,11 +244,11 @@ def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"stored_as": "float8"}, "stored_as = 'float8'"),
+        ({"store": "float8"}, "stored_as = 'float8'"),
         ({"clip_percentiles": (-1, 50)}, "--clip-percentiles -1 50 leaves nothing"),
         ({"clip_percentiles": (99, 99)}, "--clip-percentiles 99 99 leaves nothing"),
-        ({"change": ("3d_fullres", (0, 8, 8), None)}, "patch_size"),
-        ({"change": ("3d_fullres", None, 0)}, "batch_size"),
+        ({"patch_size": (0, 8, 8)}, "patch_size"),
+        ({"batch_size": 0}, "batch_size"),
         ({"memory": 0}, "not positive"),
     ],
 )

@@ -14,16 +14,16 @@ import pytest
 import SimpleITK
 from PIL import Image
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Statistics
-from nnunet_lite.reporting import gallery
-from nnunet_lite.workspace import read_json, write_json
+from nnunet_lite.reporting import pictures
 
 Ended = tuple[int, str, str]
 
@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 
 def report(workspace: Path, output: Path, dataset: str | None = None) -> Page:
-    return Page(api.report(output, workspace=workspace, dataset=dataset))
+    return Page(nnunet_lite.report(output, workspace=workspace, dataset=dataset).report)
 
 
 @pytest.fixture
@@ -143,13 +143,14 @@ def test_settings_versions_and_costs_are_those_of_the_run(tiny_model: Path, tiny
     assert costs[2] == (str(rows[-1]["epoch"]), str(float(rows[-1]["epoch"])))
     assert float(costs[7][1] or 0) == max(row["memory_gb"] for row in rows)
     curves = [json.loads(a["data-curves"] or "") for a in page.all("svg", **{"class": "plot"}) if "data-curves" in a]
-    losses = next(c for c in curves if c["series"][0]["name"] == "fold 0, training")
-    assert losses["series"][0]["y"] == [row["train_loss"] for row in rows]
-    assert losses["series"][1]["y"] == [row["validation_loss"] for row in rows]
+    losses, dice, learning_rate = (c["series"] for c in curves if c["label"] == "epoch")
+    keys = ("train_loss", "validation_loss", "mean_dice", "lr")
+    for series, key in zip((*losses, *dice, *learning_rate), keys, strict=True):
+        assert series["name"].startswith("fold 0") and series["y"] == [row[key] for row in rows]
 
 
 def test_a_planned_data_set(copy_dataset: Callable[..., Path], command: Callable[..., Ended], tmp_path: Path) -> None:
-    api.plan(copy_dataset(4, "planned"), workspace=tmp_path / "nnlite_workspace", workers=0)
+    nnunet_lite.plan(copy_dataset(4, "planned"), workspace=tmp_path / "nnlite_workspace", workers=0)
     code, out, _ = command("report", "--json", cwd=tmp_path)
     told = json.loads(out)
     assert code == 0 and Path(told["report"]) == tmp_path / "nnlite_workspace" / "planned" / "report.html"
@@ -165,7 +166,7 @@ def test_a_planned_data_set(copy_dataset: Callable[..., Path], command: Callable
 
 def test_volumes_and_sizes_are_those_of_the_files(copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
     root = copy_dataset(3, "sizes")
-    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
     page = report(tmp_path / "ws", tmp_path / "page.html")
     head, *rows = page.tables["All 3 cases"]
     assert [name for name, _ in head] == ["Case", "size (z, y, x)", "spacing (mm)", "Anterior (ml)", "Posterior (ml)"]
@@ -190,8 +191,8 @@ def test_hostile_names_are_text(copy_nnunet: Callable[..., Path], tmp_path: Path
     picture = '"><img src=x onerror=alert(2)>'
     root = copy_nnunet(3, channels=(f"T1{evil}",), name="<b onclick=alert(3)>", labels={
         "background": 0, evil: 1, picture: 2})  # fmt: skip
-    api.plan(root, workspace=tmp_path / "ws", workers=0)
-    file = api.report(tmp_path / "page.html", workspace=tmp_path / "ws")
+    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
+    file = nnunet_lite.report(tmp_path / "page.html", workspace=tmp_path / "ws").report
     page = Page(file)
     assert len(page.all("script")) == 2 and not page.all("img")
     assert not [k for _, attributes in page.elements for k in attributes if k.startswith("on")]
@@ -210,11 +211,11 @@ def test_colour_pictures(tmp_path: Path) -> None:
         label[10:20, 10 : 30 + i] = 255
         Image.fromarray(image).save(root / "images" / f"{i}.png")
         Image.fromarray(label).save(root / "labels" / f"{i}.png")
-    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
     page = report(tmp_path / "ws", tmp_path / "page.html")
     assert len(page.all("figure", **{"class": "plane"})) == 3
     assert [row[3] for row in page.tables["All 3 cases"][1:]] == [
-        (f"{100 * 10 * (20 + i) / (48 * 64):.4g}", str(100 * 10 * (20 + i) / (48 * 64))) for i in range(3)
+        (str(10 * (20 + i)), str(10.0 * (20 + i))) for i in range(3)
     ]
     assert "n/a" in [cell for cell, _ in page.tables["All 3 cases"][1]]  # a picture has no spacing
 
@@ -222,7 +223,7 @@ def test_colour_pictures(tmp_path: Path) -> None:
 def test_regions_and_channels(copy_nnunet: Callable[..., Path], tmp_path: Path) -> None:
     labels = {"background": 0, "whole": [1, 2], "posterior": 2}
     root = copy_nnunet(3, channels=("T1", "T2"), name="regions", labels=labels, regions_class_order=[1, 2])
-    api.plan(root, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
     page = report(tmp_path / "ws", tmp_path / "page.html")
     for row in page.tables["All 3 cases"][1:]:
         label = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(root / "labelsTr" / f"{row[0][0]}.nii.gz")))
@@ -252,7 +253,7 @@ def test_what_was_selected(trained: Path, tmp_path: Path) -> None:
     assert [cell for cell, _ in rows[1]][:4] == ["other + tiny", "2", "0.810", "0.700 to 0.900"]
     assert rows[2][4][0] == "+0.0600 (-0.0100 to +0.1100)"
     steps = page.tables["Postprocessing of the predictions"][1]
-    assert steps[1][0] == "only the largest component is kept, components below 12.5 mm³ are removed"
+    assert steps[1][0] == "the largest component, from 12.5 mm3"
     assert [float(value or 0) for _, value in steps[2:4]] == [0.8, 0.82] and steps[4][0] == "n/a"  # an older version
     assert page.tables["Held-out cases of other + tiny, worst first"]
 
@@ -276,8 +277,8 @@ def test_what_does_not_fit_is_left_out_from_the_best_on(
     whole = Page(tiny_report)
     worst = whole.tables["Held-out cases of tiny, worst first"][1][0][0]
     planes = whole.data["models"]["tiny"]["pictures"][worst]
-    monkeypatch.setattr(gallery, "PICTURE_BYTES", int(1.3 * len(json.dumps(planes))))
-    monkeypatch.setattr(gallery, "TILES", 3)
+    monkeypatch.setattr(pictures, "PAGE_BYTES", int(1.3 * len(json.dumps(planes))))
+    monkeypatch.setattr(pictures, "TILES", 3)
     page = report(trained.parent, tmp_path / "page.html")
     assert list(page.data["models"]["tiny"]["pictures"]) == [worst]
     assert "tiny: pictures of the 1 worst of 2 cases" in page.text
@@ -293,7 +294,7 @@ def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> 
 
 def test_no_planned_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset is planned"):
-        api.report(workspace=tmp_path)
+        nnunet_lite.report(workspace=tmp_path)
 
 
 def test_names_are_text_in_a_notebook() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import (
     MODEL,
@@ -25,17 +26,17 @@ from nnunet_lite.models.folder import (
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.configured import configured
-from nnunet_lite.workspace import current, read_json
+from nnunet_lite.workspace import planned_paths
 
 
 @pytest.fixture(scope="module")
 def plan(tiny_workspace: Path) -> Plan:
-    return Plan.read(current(tiny_workspace).plans)
+    return Plan.read(planned_paths(tiny_workspace).plans)
 
 
 @pytest.fixture(scope="module")
 def dataset(tiny_workspace: Path) -> Dataset:
-    return dataset_from_json(read_json(current(tiny_workspace).dataset))
+    return dataset_from_json(read_json(planned_paths(tiny_workspace).dataset))
 
 
 def test_settings_change_the_planned_network(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from nnunet_lite.settings import (
     describe_settings,
     differences,
     keys,
-    load,
+    load_settings,
     recipe_folder,
     recipes,
     with_changes,
@@ -45,9 +45,11 @@ def test_every_recipe_loads_and_is_what_its_file_says(name: str) -> None:
     assert text.startswith("#"), "a recipe begins with a comment that says what it is for"
     told = tomllib.loads(text)
     base = told.pop("base", None)
-    settings = load(name)
+    settings = load_settings(name)
     assert settings.recipe == Path(name).name
-    expected = (resolved(load(base)) if base else resolved(Settings())) | flat(told) | {"recipe": settings.recipe}
+    expected = (
+        (resolved(load_settings(base)) if base else resolved(Settings())) | flat(told) | {"recipe": settings.recipe}
+    )
     assert resolved(settings) == expected
 
 
@@ -102,36 +104,36 @@ def test_every_recipe_is_described_above() -> None:
 
 @pytest.mark.parametrize("name", DISTINGUISHING)
 def test_a_recipe_has_its_distinguishing_values(name: str) -> None:
-    found = resolved(load(name))
+    found = resolved(load_settings(name))
     assert {key: found[key] for key in DISTINGUISHING[name]} == DISTINGUISHING[name]
 
 
 @pytest.mark.parametrize("name", ABLATED)
 def test_an_ablation_changes_one_thing_of_the_original_recipe(name: str) -> None:
-    base, found = resolved(load("paper2018")), resolved(load(f"ablations/{name}"))
+    base, found = resolved(load_settings("paper2018")), resolved(load_settings(f"ablations/{name}"))
     assert {key: found[key] for key in found if found[key] != base[key] and key != "recipe"} == ABLATED[name]
 
 
 def test_presets_train_as_the_default_recipe_does() -> None:
-    base = load("default")
+    base = load_settings("default")
     for size in ("m", "l", "xl"):
-        (change,) = differences(base, load(f"resenc_{size}"))
+        (change,) = differences(base, load_settings(f"resenc_{size}"))
         assert change == f"plan.preset: None -> resenc_{size}"
 
 
 def test_a_file_builds_on_a_recipe_and_changes_build_on_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('base = "cpu"\n[optimizer]\nlr = 0.5\n')
-    settings = load(str(file), {"training.epochs": "7"})
+    settings = load_settings(str(file), {"training.epochs": "7"})
     assert (settings.recipe, settings.optimizer.lr, settings.training.epochs) == ("mine", 0.5, 7)
-    assert settings.network == load("cpu").network
+    assert settings.network == load_settings("cpu").network
 
 
 def test_a_recipe_that_builds_on_itself_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "loop.toml"
     file.write_text(f'base = "{file}"\n')
     with pytest.raises(UserError, match="itself"):
-        load(str(file))
+        load_settings(str(file))
 
 
 @pytest.mark.parametrize(
@@ -140,46 +142,46 @@ def test_a_recipe_that_builds_on_itself_is_refused(tmp_path: Path) -> None:
 )
 def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     with pytest.raises(UserError, match=f"unknown setting '{key}'.*'{nearest}'"):
-        load(changes={key: 1})
+        load_settings(changes={key: 1})
 
 
 def test_plateau_needs_a_rate_to_begin_with() -> None:
     with pytest.raises(
         UserError, match=r"^optimizer\.lr = 1e-07 is below schedule\.min_lr = 1e-06, where plateau ends"
     ):
-        load("paper2018", {"optimizer.lr": 1e-7})
+        load_settings("paper2018", {"optimizer.lr": 1e-7})
 
 
 def test_the_file_of_a_network_is_kept_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load(changes={"network.factory": "own.py:make"}).network.factory == f"{tmp_path / 'own.py'}:make"
-    assert load(changes={"network.factory": "own.module:make"}).network.factory == "own.module:make"
+    assert load_settings(changes={"network.factory": "own.py:make"}).network.factory == f"{tmp_path / 'own.py'}:make"
+    assert load_settings(changes={"network.factory": "own.module:make"}).network.factory == "own.module:make"
 
 
 def test_an_unknown_key_of_a_recipe_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[optimiser]\nlr = 1\n")
     with pytest.raises(UserError, match=r"mine\.toml: unknown setting 'optimiser\.lr'.*'optimizer\.lr'"):
-        load(str(file))
+        load_settings(str(file))
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no recipe 'defualt'.*'default'.*ablations/batch_norm"):
-        load("defualt")
+        load_settings("defualt")
 
 
 def test_bad_toml_names_line_and_column(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text("[training]\nepochs = 3\nseed = = 4\n")
     with pytest.raises(UserError, match=r"bad\.toml: invalid TOML.*line 3, column 8"):
-        load(str(file))
+        load_settings(str(file))
 
 
 def test_a_recipe_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_bytes(b"# \xff\xfe\n")
     with pytest.raises(UserError, match=r"bad\.toml: .*UTF-8"):
-        load(str(file))
+        load_settings(str(file))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_a_recipe_that_is_no_text_is_one_line(tmp_path: Path) -> None:
 )
 def test_text_becomes_the_value_it_stands_for(key: str, text: str, value: object) -> None:
     section, name = key.split(".")
-    found = getattr(getattr(load(changes={key: text}), section), name)
+    found = getattr(getattr(load_settings(changes={key: text}), section), name)
     assert found == value
     assert type(found) is type(value)
 
@@ -218,7 +220,7 @@ def test_text_becomes_the_value_it_stands_for(key: str, text: str, value: object
 )
 def test_an_illegal_value_is_named(key: str, value: str) -> None:
     with pytest.raises(UserError, match=f"^{key} = "):
-        load(changes={key: value})
+        load_settings(changes={key: value})
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_an_illegal_value_is_named(key: str, value: str) -> None:
 )
 def test_an_illegal_range_tells_what_is_legal(key: str, value: list[float], legal: str) -> None:
     with pytest.raises(UserError) as raised:
-        load(changes={f"augmentation.{key}": value})
+        load_settings(changes={f"augmentation.{key}": value})
     assert str(raised.value).startswith(f"augmentation.{key} = {value}: ") and legal in str(raised.value)
 
 
@@ -250,17 +252,17 @@ def test_an_illegal_range_tells_what_is_legal(key: str, value: list[float], lega
     [("scaling", [1, 1]), ("noise_std", [0, 0]), ("low_resolution", [1, 1]), ("mirror_axes", []), ("rotation", 0)],
 )
 def test_the_ends_of_a_range_are_legal(key: str, value: object) -> None:
-    assert load(changes={f"augmentation.{key}": value}).recipe == "default"
+    assert load_settings(changes={f"augmentation.{key}": value}).recipe == "default"
 
 
 def test_a_loss_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match=r"^loss = .*one of the weights must be greater than 0"):
-        load("ablations/dice_only", {"loss.dice": 0})
+        load_settings("ablations/dice_only", {"loss.dice": 0})
 
 
 def test_a_rate_is_finite() -> None:
     with pytest.raises(UserError, match=r"^optimizer.lr = inf: .*finite"):
-        load(changes={"optimizer.lr": "inf"})
+        load_settings(changes={"optimizer.lr": "inf"})
 
 
 def test_only_some_sections_may_be_changed() -> None:
@@ -273,14 +275,14 @@ def test_only_some_sections_may_be_changed() -> None:
 
 
 def test_settings_survive_json_and_are_frozen() -> None:
-    settings = load("cpu", {"training.patch_size": "[40, 56, 40]"})
+    settings = load_settings("cpu", {"training.patch_size": "[40, 56, 40]"})
     assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
     with pytest.raises(ValueError, match="frozen"):
         settings.training.epochs = 1  # type: ignore[misc]
 
 
 def test_differences_lists_what_changed_and_not_the_recipes_name() -> None:
-    old = load("default")
+    old = load_settings("default")
     assert differences(old, old.model_copy(update={"recipe": "other"})) == []
     new = with_changes(old, {"training.epochs": 3, "training.patch_size": [8, 8, 8]})
     assert differences(old, new) == ["training.epochs: 1000 -> 3", "training.patch_size: None -> [8, 8, 8]"]
@@ -298,6 +300,6 @@ def test_the_list_of_settings_in_docs_is_current() -> None:
 
 
 def test_early_stop_needs_a_validation_to_go_by() -> None:
-    assert load("default", {"training.early_stop": 20}).training.early_stop == 20
+    assert load_settings("default", {"training.early_stop": 20}).training.early_stop == 20
     with pytest.raises(UserError, match=r"early_stop.*needs validation_iterations of at least 1"):
-        load("default", {"training.early_stop": 20, "training.validation_iterations": 0})
+        load_settings("default", {"training.early_stop": 20, "training.validation_iterations": 0})

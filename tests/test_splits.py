@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from sklearn.model_selection import KFold
 
-from nnunet_lite import api
+import nnunet_lite
+from nnunet_lite.commands.train import fold_names
 from nnunet_lite.data.dataset import Case, Dataset, read_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning import fingerprint
 from nnunet_lite.training.splits import (
     FoldRule,
@@ -33,7 +35,7 @@ from nnunet_lite.training.splits import (
     summarize_splits,
     write_splits,
 )
-from nnunet_lite.workspace import current, read_json, write_json
+from nnunet_lite.workspace import planned_paths
 
 Command = Callable[..., tuple[int, str, str]]
 IDS = [f"case_{i:03d}" for i in (7, 3, 11, 1, 2, 9, 30, 4, 5, 6, 8, 10)]
@@ -361,17 +363,17 @@ def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny
     """The tiny model has fold 0 of five; its dataset then gets three folds, in every possible way."""
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace)
-    paths = current(workspace)
+    paths = planned_paths(workspace)
     model, before = paths.models / "tiny", paths.splits.read_text()
     raw = read_json(paths.dataset)["root"]
 
     def train(fold: str, **options: Any) -> Any:
-        return api.train(
-            "3d_fullres", fold, changes=tiny_settings, workspace=workspace, name="tiny", device="cpu", **options
+        return nnunet_lite.train(
+            "3d_fullres", fold, settings=tiny_settings, workspace=workspace, name="tiny", device="cpu", **options
         )
 
     with pytest.raises(UserError, match=r"splits\.json: holds 5 folds of 10 cases, not 3, and tiny is trained on them"):
-        api.plan(raw, workspace=workspace, folds=3)
+        nnunet_lite.plan(raw, workspace=workspace, folds=3)
     with pytest.raises(UserError, match=r"holds 5 folds of 10 cases, not 3\. Omit the options"):
         train("0", folds=3)
     assert paths.splits.read_text() == before
@@ -381,16 +383,16 @@ def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny
             train(fold, folds=3)
     assert [path.name for path in model.glob("fold_*")] == ["fold_0"]
     paths.splits.write_text(before)
-    assert train("0", folds=5) is not None, "resumes, and has nothing to do"
+    assert train("0", folds=5).scores, "resumes, and has nothing to do"
     folds = read_json(paths.splits)
     write_json(paths.splits, [folds[0], *reversed(folds[1:])])
-    assert train("0") is not None, "the cases of untrained folds do not matter"
+    assert train("0").scores, "the cases of untrained folds do not matter"
 
 
 def test_every_fold_is_trained(tiny_workspace: Path, tiny_settings: Any, command: Command, tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace)
-    paths = current(workspace)
+    paths = planned_paths(workspace)
     shutil.rmtree(paths.models, ignore_errors=True)
     paths.splits.unlink(missing_ok=True)
     quick = {**tiny_settings, "training.epochs": 1, "inference.mirroring": False, "inference.step_size": 1.0}
@@ -433,16 +435,16 @@ def test_splits_final_is_used_and_reported(
 ) -> None:
     raw, folds = with_final
     file, workspace = raw / "splits_final.json", tmp_path / "ws"
-    api.plan(raw, workspace=workspace, workers=0)
-    paths = current(workspace)
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)
+    paths = planned_paths(workspace)
     assert read_json(paths.splits) == folds
     assert f"splits.json: 2 folds of 6 cases (from {file}); held out: 3, 3\n" in capsys.readouterr().err
-    api.plan(raw, workspace=workspace, workers=0)
-    assert api.fold_names(workspace=workspace) == ["0", "1"]
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)
+    assert fold_names(planned_paths(workspace)) == ["0", "1"]
     assert "splits" not in capsys.readouterr().err, "nothing changed"
     file.write_text("[")  # it is not needed any more
     changes = {**tiny_settings, "training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16, 16]}
-    api.train("3d_fullres", 1, changes=changes, workspace=workspace, device="cpu")
+    nnunet_lite.train("3d_fullres", 1, settings=changes, workspace=workspace, device="cpu")
     err = capsys.readouterr().err
     assert f"training 3d_fullres fold 1 of {file} on 3 cases" in err and f"warning: {file} is not used: " in err
     assert read_json(paths.models / "3d_fullres-default" / "fold_1" / "cases.json")["training"] == 3
@@ -483,16 +485,16 @@ def test_existing_folds_stay_and_splits_final_is_reported(
     raw, folds = with_final
     file, workspace = raw / "splits_final.json", tmp_path / "ws"
     file.rename(tmp_path / "later.json")
-    api.plan(raw, workspace=workspace, folds=3, workers=0)
-    before = read_json(current(workspace).splits)
+    nnunet_lite.plan(raw, workspace=workspace, folds=3, workers=0)
+    before = read_json(planned_paths(workspace).splits)
     (tmp_path / "later.json").rename(file)
     capsys.readouterr()
-    api.plan(raw, workspace=workspace, workers=0)
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)
     err = capsys.readouterr().err
     assert f"warning: {file} is not used: " in err and "exists, and its folds stay" in err
-    assert read_json(current(workspace).splits) == before and len(before) == 3
-    api.plan(raw, workspace=workspace, splits=file, workers=0)
-    assert read_json(current(workspace).splits) == folds
+    assert read_json(planned_paths(workspace).splits) == before and len(before) == 3
+    nnunet_lite.plan(raw, workspace=workspace, splits=file, workers=0)
+    assert read_json(planned_paths(workspace).splits) == folds
 
 
 def test_cases_that_splits_final_does_not_name_are_reported(

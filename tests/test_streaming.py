@@ -227,7 +227,7 @@ def test_overlapping_windows_and_copies_are_averaged(at_once: int, flips: list[t
 
 def test_trained_networks(tiny_model: Path, hippocampus: Path) -> None:
     changes = {"inference.mirroring": False, "inference.precision": "fp32"}
-    model = load(tiny_model, device="cpu", changes=changes)
+    model = load(tiny_model, device="cpu", settings=changes)
     labels, how = model.plan.labels, model.configuration.resampling
     for scan, spacing in zip(sorted((hippocampus / "imagesTs").iterdir()), [ISOTROPIC, (1.2, 0.7, 0.9)], strict=False):
         image = read_image(scan)

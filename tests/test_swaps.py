@@ -11,7 +11,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.swaps import Swap, channel_swap, check_swaps, swap_of, swap_table
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 KIDNEYS = Labels(names={"background": 0, "kidney_left": 4, "liver": 2, "kidney_right": 7}, ignore=9)
 # edema and core are the values 1 and 2 on the left, 3 and 4 on the right; 5 is on both sides
@@ -83,7 +83,7 @@ def test_an_axis_that_the_patch_does_not_have_is_refused() -> None:
 
 
 def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_workspace: Path) -> None:
-    plan = Plan.read(current(tiny_workspace).plans)
+    plan = Plan.read(planned_paths(tiny_workspace).plans)
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = plan.model_copy(update={"axis_order": order})

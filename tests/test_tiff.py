@@ -14,7 +14,7 @@ import SimpleITK as sitk
 import tifffile
 from bad_inputs import Command
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
 from nnunet_lite.errors import UserError
@@ -337,5 +337,5 @@ def test_check_warns_of_an_orientation_tag_of_the_image_alone(tmp_path: Path) ->
             array = rng.integers(0, 255, (20, 24), np.uint8) if folder == "images" else np.eye(20, 24, dtype=np.uint8)
             tag = [(274, "H", 1, 3, True)] if folder == "images" else []
             tifffile.imwrite(tmp_path / "d" / folder / f"c{number}.tif", array, extratags=tag)
-    found = [problem for problem in api.check(tmp_path / "d").problems if problem.kind == "orientation_tag"]
+    found = [problem for problem in nnunet_lite.check(tmp_path / "d").problems if problem.kind == "orientation_tag"]
     assert len(found) == 5 and (found[0].found, found[0].severity) == ("orientation tag 1", "warning")

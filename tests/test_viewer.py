@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from nnunet_lite import api
+import nnunet_lite
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.formats import ras_affine
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import write_json
 from nnunet_lite.reporting.scene import colours, scene_of_case, scene_of_files
 from nnunet_lite.reporting.viewer import View, serve
-from nnunet_lite.workspace import write_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -64,7 +64,7 @@ def held_out(tiny_model: Path) -> str:
 
 @pytest.fixture(scope="module")
 def view(tiny_workspace: Path, held_out: str) -> Iterator[View]:
-    with api.view(held_out, workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(held_out, workspace=tiny_workspace, browser=False) as shown:
         yield shown
 
 
@@ -189,17 +189,17 @@ def test_nothing_is_served_after_close(hippocampus: Path) -> None:
 
 
 def test_which_models(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp_path: Path) -> None:
-    with api.view(held_out, model="tiny", workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(held_out, model="tiny", workspace=tiny_workspace, browser=False) as shown:
         assert "tiny, fold 0" in layers_of(shown)
     seen = json.loads((tiny_model.parent.parent / "splits.json").read_text())[0]["train"][0]
-    with api.view(seen, workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(seen, workspace=tiny_workspace, browser=False) as shown:
         assert list(layers_of(shown)) == ["MRI", "reference"], "a model's view of a case that it learnt is not shown"
     with pytest.raises(UserError, match=f"tiny: has not predicted {seen}: the fold that holds it out is not trained"):
-        api.view(seen, model="tiny", workspace=tiny_workspace)
+        nnunet_lite.view(seen, model="tiny", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=r"there is no such model. There are: tiny"):
-        api.view(seen, model="tinier", workspace=tiny_workspace)
+        nnunet_lite.view(seen, model="tinier", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=rf"no case of that name in Task04_Hippocampus. Did you mean .*{seen}"):
-        api.view(seen[:-1], workspace=tiny_workspace)
+        nnunet_lite.view(seen[:-1], workspace=tiny_workspace, browser=False)
 
 
 def test_what_was_selected_is_shown(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_what_was_selected_is_shown(tiny_workspace: Path, tiny_model: Path, held
     shutil.copytree(tiny_model / "fold_0", root / "ensembles" / "other+tiny" / "fold_0")
     for models in (["other"], ["other", "tiny"]):
         write_json(root / "inference.json", {"format": "nnlite-inference-1", "models": models, "folds": ["0"]})
-        with api.view(held_out, workspace=workspace) as shown:
+        with nnunet_lite.view(held_out, workspace=workspace, browser=False) as shown:
             assert f"{'+'.join(models)}, fold 0" in layers_of(shown)
 
 
@@ -222,7 +222,7 @@ def test_files_of_any_format(tmp_path: Path, hippocampus: Path) -> None:
     mask[5:9, 3:20] = 255
     Picture.fromarray(rgb).save(tmp_path / "cell.png")
     Picture.fromarray(mask).save(tmp_path / "mask.png")
-    with api.view(tmp_path / "cell.png", tmp_path / "mask.png") as shown:
+    with nnunet_lite.view(tmp_path / "cell.png", tmp_path / "mask.png", browser=False) as shown:
         layers = layers_of(shown)
         colour, cells = volume(shown, layers["colours"]), volume(shown, layers["mask.png"])
         assert colour.get_data_dtype().names == ("R", "G", "B") and colour.header.get_zooms() == (1, 1, 1)
@@ -243,20 +243,20 @@ def test_files_of_any_format(tmp_path: Path, hippocampus: Path) -> None:
 def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path) -> None:
     image = sorted((hippocampus / "imagesTr").iterdir())[0]
     label = hippocampus / "labelsTr" / image.name
-    with api.view(image, label, dataset="Task04", workspace=tiny_workspace) as shown:
+    with nnunet_lite.view(image, label, dataset="Task04", workspace=tiny_workspace, browser=False) as shown:
         assert [entry["name"] for entry in layers_of(shown)[image.name]["legend"]] == ["Anterior", "Posterior"]
     geometry = read_geometry(label)[0]
     strange = tmp_path / image.name
     write_label(strange, np.full(geometry.shape, 7, np.uint8), geometry)
     with pytest.raises(UserError, match=r"label values 7\.\.7 are not all among \[0, 1, 2\]"):
-        api.view(image, label, strange, dataset="Task04", workspace=tiny_workspace)
+        nnunet_lite.view(image, [label, strange], dataset="Task04", workspace=tiny_workspace, browser=False)
     assert [layer.name for layer in scene_of_files(image, [label, strange]).layers[1:]] == [
         f"labelsTr/{image.name}", f"{tmp_path.name}/{image.name}"
     ]  # fmt: skip
     with pytest.raises(UserError, match="are too many for label maps"):
         scene_of_files(image, [_many(tmp_path)])
     with pytest.raises(UserError, match="predictions are shown of a case, not of a file"):
-        api.view(image, model="tiny")
+        nnunet_lite.view(image, model="tiny", browser=False)
     regions = Labels(
         names={"background": 0, "whole": (1, 2), "core": (2,), "edge": 3}, ignore=4, region_order=(1, 2, 3)
     )

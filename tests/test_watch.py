@@ -16,7 +16,7 @@ from nnunet_lite.planning.override import override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.watch import Seen, Stop, Trend, names_of, stoppable, voxels_per_class, what_fits
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 LABELS = Labels(names={"background": 0, "liver": 1, "tumour": 2})
 
@@ -107,7 +107,7 @@ def test_the_trend_counts_epochs_without_a_better_average() -> None:
 
 
 def test_what_fits_names_a_batch_and_a_patch_that_do(tiny_workspace: Path) -> None:
-    plan = override_sizes(Plan.read(current(tiny_workspace).plans), "3d_fullres", None, 20)
+    plan = override_sizes(Plan.read(planned_paths(tiny_workspace).plans), "3d_fullres", None, 20)
     planned = plan.configuration("3d_fullres")
     assert planned.memory_gb is not None
     told = what_fits(plan, "3d_fullres", 0.7 * planned.memory_gb)

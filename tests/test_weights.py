@@ -21,15 +21,14 @@ import pytest
 import torch
 
 import nnunet_lite
-from nnunet_lite import api
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.predictor import load, read_model
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.nnunet import export_model, import_model
 from nnunet_lite.models.unpickle import read_checkpoint
 from nnunet_lite.networks.build import build_network, supervise_deeply
-from nnunet_lite.workspace import read_json, write_json
 
 MODELS = Path(__file__).parent / "data" / "nnunet_models"
 CHECKPOINT = "fold_0/checkpoint_final.pth"
@@ -222,7 +221,7 @@ def test_a_model_of_ours_goes_to_nnunet_and_back(tiny_model: Path, hippocampus: 
     export_model(tiny_model, tmp_path / "theirs")
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     changes = {"inference.mirroring": False, "inference.precision": "fp32", "inference.sums": "float32"}
-    maps = [nnunet_lite.load(f, device="cpu", changes=changes)(scan) for f in (tiny_model, tmp_path / "theirs")]
+    maps = [nnunet_lite.load(f, device="cpu", settings=changes)(scan) for f in (tiny_model, tmp_path / "theirs")]
     assert (maps[0] == maps[1]).mean() > 0.9999 and len(np.unique(maps[0])) > 1
 
 
@@ -315,7 +314,7 @@ def test_the_first_stage_of_a_cascade_comes_along(theirs: Callable[[str], Path],
     import_model(second, tmp_path / "models" / "second")
     names = sorted(path.name for path in (tmp_path / "models").iterdir())
     assert names == sorted([stages["3d_lowres"].name, "second"])
-    model = nnunet_lite.load(second, device="cpu", changes={"inference.precision": "fp32"})
+    model = nnunet_lite.load(second, device="cpu", settings={"inference.precision": "fp32"})
     assert model.previous is not None and model.previous.folder == stages["3d_lowres"]
     assert model.plan.n_inputs("3d_cascade_fullres") == 3
 
@@ -326,7 +325,7 @@ def test_what_is_no_model_of_nnunet_is_told(theirs: Callable[[str], Path], tmp_p
     folder = theirs("plain_3d")
     write_json(folder / "plans.json", read_json(folder / "plans.json") | {"dataset_name": "../outside"})
     with pytest.raises(UserError, match=r"dataset_name '\.\./outside' is no name for a folder"):
-        api.import_model(folder, workspace=tmp_path / "w")
+        nnunet_lite.import_model(folder, workspace=tmp_path / "w")
     change(folder, lambda checkpoint: checkpoint.pop("trainer_name"))
     with pytest.raises(UserError, match=r"is no checkpoint of nnU-Net v2 \(lacks 'trainer_name'\)"):
         import_model(folder, tmp_path / "ours")

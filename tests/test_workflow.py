@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from samples import TINIEST, as_options, first_cases
 
 import nnunet_lite
-from nnunet_lite.api.workflow import Finished
+from nnunet_lite.commands.run import RunResult
 from nnunet_lite.errors import UserError
 from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, time_left, what_is_left
 
@@ -102,13 +102,13 @@ def raw(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
     return first_cases(tmp_path_factory.mktemp("raw") / "Task04_Hippocampus", 6)
 
 
-def run(raw: Path, workspace: Path, **more: Any) -> Finished:
-    options: dict[str, Any] = {"changes": TINY, "folds": 2, "device": "cpu", "workers": 0, **more}
+def run(raw: Path, workspace: Path, **more: Any) -> RunResult:
+    options: dict[str, Any] = {"settings": TINY, "folds": 2, "device": "cpu", "workers": 0, **more}
     return nnunet_lite.run(raw, configurations=["2d", "3d_fullres"], workspace=workspace, **options)
 
 
 @pytest.fixture(scope="module")
-def finished(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def finished(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     """A workspace in which all was done without a disturbance. Not to be written to."""
     import torch
 
@@ -122,7 +122,7 @@ def weights(workspace: Path) -> dict[str, Any]:
     return {str(file.relative_to(workspace)): load_file(file) for file in models}
 
 
-def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, Finished]) -> None:
+def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, RunResult]) -> None:
     workspace, done = finished
     assert [(step.step, step.state) for step in done.steps] == [(name, "done") for name in STEPS]
     assert done.report is not None
@@ -139,7 +139,7 @@ def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, Finishe
 
 
 def test_the_commands_it_ends_with_are_commands(
-    finished: tuple[Path, Finished], command: Callable[..., tuple[int, str, str]], hippocampus: Path, tmp_path: Path
+    finished: tuple[Path, RunResult], command: Callable[..., tuple[int, str, str]], hippocampus: Path, tmp_path: Path
 ) -> None:
     workspace, done = finished
     predict, info = done.to_text().splitlines()[-2:]
@@ -154,7 +154,7 @@ def test_the_commands_it_ends_with_are_commands(
     assert "3d_fullres-default" in out
 
 
-def test_again_nothing_is_left(raw: Path, finished: tuple[Path, Finished], capfd: pytest.CaptureFixture[str]) -> None:
+def test_again_nothing_is_left(raw: Path, finished: tuple[Path, RunResult], capfd: pytest.CaptureFixture[str]) -> None:
     workspace, _ = finished
     before = weights(workspace)
     again = run(raw, workspace)
@@ -165,18 +165,18 @@ def test_again_nothing_is_left(raw: Path, finished: tuple[Path, Finished], capfd
     assert weights(workspace).keys() == before.keys()
 
 
-def test_other_settings_are_refused_before_anything_is_done(raw: Path, finished: tuple[Path, Finished]) -> None:
+def test_other_settings_are_refused_before_anything_is_done(raw: Path, finished: tuple[Path, RunResult]) -> None:
     workspace, _ = finished
     with pytest.raises(UserError, match=r"begun with other settings: optimizer\.lr: 0\.01 -> 0\.5.*recipe file"):
-        run(raw, workspace, changes={**TINY, "optimizer.lr": 0.5})
+        run(raw, workspace, settings={**TINY, "optimizer.lr": 0.5})
     with pytest.raises(UserError, match="3d_lowres"):
-        nnunet_lite.run(raw, configurations=["3d_lowres"], workspace=workspace, changes=TINY)
+        nnunet_lite.run(raw, configurations=["3d_lowres"], workspace=workspace, settings=TINY)
     with pytest.raises(UserError, match="there is no fold '7'"):
         run(raw, workspace, fold=[7], folds=None)
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_networks(
-    raw: Path, finished: tuple[Path, Finished], tmp_path: Path
+    raw: Path, finished: tuple[Path, RunResult], tmp_path: Path
 ) -> None:
     """SIGKILL while the second fold trains; the networks are to the bit those of the run that nothing disturbed."""
     options = as_options(TINY)

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, sweep
-from nnunet_lite.workspace import (
-    current,
-    find_raw,
-    read_json,
-    use,
-    workspace_folder,
-    write_json,
-    write_text,
-)
+from nnunet_lite.files import atomic, read_json, sweep, write_json, write_text
+from nnunet_lite.workspace import find_raw, planned_paths, use, workspace_folder
 
 
 def make_raw(place: Path, name: str) -> Path:
@@ -78,7 +70,7 @@ def test_an_ambiguous_name_lists_the_folders(here: Path) -> None:
 
 def test_a_name_begins_at_its_number(here: Path) -> None:
     make_raw(here, "Task044_Other")
-    with pytest.raises(UserError, match="no data set 'Task04'"):
+    with pytest.raises(UserError, match="no dataset 'Task04'"):
         find_raw("Task04", here / "workspace")
 
 
@@ -90,31 +82,31 @@ def test_a_file_is_no_data_set(here: Path) -> None:
 
 def test_the_only_planned_dataset_is_taken_and_of_several_one_must_be_named(here: Path) -> None:
     with pytest.raises(UserError, match="no dataset is planned"):
-        current(here)
+        planned_paths(here)
     make_planned(here, "Task04_Hippocampus")
     use(here, "Task04_Hippocampus")
-    assert current(here).name == "Task04_Hippocampus" and current(here).option == ""
+    assert planned_paths(here).name == "Task04_Hippocampus" and planned_paths(here).option == ""
     make_planned(here, "Task09_Spleen")
     use(here, "Task09_Spleen")
     several = r"has 2 planned datasets: Task04_Hippocampus, Task09_Spleen\. Say which one with -d NAME"
     with pytest.raises(UserError, match=several):
-        current(here)
-    assert current(here, only_reads=True).name == "Task09_Spleen"
-    assert current(here, "Task04").option == " -d Task04_Hippocampus"
-    assert current(here, "some/where/Task04_Hippocampus").plans == here / "Task04_Hippocampus" / "plans.json"
+        planned_paths(here)
+    assert planned_paths(here, only_reads=True).name == "Task09_Spleen"
+    assert planned_paths(here, "Task04").option == " -d Task04_Hippocampus"
+    assert planned_paths(here, "some/where/Task04_Hippocampus").plans == here / "Task04_Hippocampus" / "plans.json"
     with pytest.raises(UserError, match=r"'Task05'.*It holds: Task04_Hippocampus, Task09_Spleen"):
-        current(here, "Task05")
+        planned_paths(here, "Task05")
 
 
 def test_a_folder_that_was_not_planned_is_not_taken_for_one_of_its_name(here: Path) -> None:
     planned, other = make_raw(here / "a", "data"), make_raw(here / "b", "data")
     make_planned(here / "workspace", "data")
     write_json(here / "workspace" / "data" / "dataset.json", {"root": str(planned)})
-    assert current(here / "workspace", str(planned)) == current(here / "workspace", "data")
+    assert planned_paths(here / "workspace", str(planned)) == planned_paths(here / "workspace", "data")
     with pytest.raises(UserError, match=f"b/data: is not planned: the dataset data in .* is from {planned}"):
-        current(here / "workspace", "b/data")
+        planned_paths(here / "workspace", "b/data")
     planned.rename(here / "gone")
-    assert current(here / "workspace", str(other)).name == "data", "it was moved"
+    assert planned_paths(here / "workspace", str(other)).name == "data", "it was moved"
 
 
 def test_atomic_leaves_nothing_behind_when_the_block_raises(tmp_path: Path) -> None:
@@ -136,7 +128,7 @@ def test_atomic_leaves_nothing_behind_when_the_block_raises(tmp_path: Path) -> N
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
-    code = "import pathlib, nnunet_lite.workspace as w; w.write_text(pathlib.Path('a.json'), '\"L\\xe4sion\"')"
+    code = "import pathlib, nnunet_lite.files as f; f.write_text(pathlib.Path('a.json'), '\"L\\xe4sion\"')"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=environment, check=True)
     assert read_json(tmp_path / "a.json") == "Läsion"
@@ -144,8 +136,8 @@ def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
 
 def test_sweeping_takes_the_leftovers_of_killed_runs_and_nothing_else(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, nnunet_lite.workspace as w\n"
-        "with w.atomic(pathlib.Path('a.json')) as temporary:\n"
+        "import os, pathlib, nnunet_lite.files as f\n"
+        "with f.atomic(pathlib.Path('a.json')) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os._exit(1)"
     )
@@ -187,9 +179,9 @@ def test_the_only_planned_dataset_needs_no_current_json(tmp_path: Path) -> None:
     for content in (None, "{", json.dumps({"dataset": "gone"})):
         if content is not None:
             (tmp_path / "current.json").write_text(content)
-        assert current(tmp_path).root == current(tmp_path, only_reads=True).root == tmp_path / "A"
+        assert planned_paths(tmp_path).root == planned_paths(tmp_path, only_reads=True).root == tmp_path / "A"
     (tmp_path / "B").mkdir()
     (tmp_path / "B" / "plans.json").write_text("{}")
     for only_reads in (False, True):
         with pytest.raises(UserError, match=r"has 2 planned datasets: A, B\. Say which one with -d"):
-            current(tmp_path, only_reads=only_reads)
+            planned_paths(tmp_path, only_reads=only_reads)

@@ -22,11 +22,10 @@ from torch import nn
 from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
-from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, scratch, sweep
+from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, read_json, scratch, sweep, write_json
 from nnunet_lite.inference.folder import _nameless
 from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.training.previous import write_map
-from nnunet_lite.workspace import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 VOLUME = Geometry((20, 30, 40), (1.0, 1.0, 1.0), calibrated=False)  # a TIFF of it has no sidecar

@@ -1,91 +1,137 @@
-"""Options that several commands have, and how what is typed becomes what the API takes."""
+"""Options that several commands share, as types of their parameters."""
 
 from __future__ import annotations
 
-import json
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nnunet_lite import log
 from nnunet_lite.errors import UserError
 
+if TYPE_CHECKING:
+    from nnunet_lite.cluster import Cluster
+
+FilePath = str | Path
+
 Workspace = Annotated[
-    Path | None,
+    FilePath | None,
     typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
 ]
-Dataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned dataset [the only one].")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DatasetName = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned dataset [the only one].")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [a GPU if there is one].")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Threads; 0: none, everything in line [as fits the machine].")]
-SetOptions = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Threads; 0: none, all work in the main thread [as fits the machine].")
+]
+Recipe = Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")]
+SettingOverrides = Annotated[
+    Mapping[str, Any] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
 ]
 Scheduler = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://host:8786, or its file."),
 ]
-
-
-class Epoch(StrEnum):
-    final = "final"
-    best = "best"
-
-
-Checkpoint = Annotated[
-    Epoch, typer.Option("-chk", "--checkpoint", help="Of nnU-Net's models: of the last epoch, or of the best.")
+WhichCheckpoint = Annotated[
+    Literal["final", "best"],
+    typer.Option("-chk", "--checkpoint", help="Of nnU-Net's models: of the last epoch, or of the best."),
 ]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Run code that the model names, though it is not of your workspace.")
+    bool, typer.Option("--trust-code", help="Run code that the model names, although it is not in your workspace.")
 ]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
-Folds = Annotated[int | None, typer.Option("--folds", min=2, metavar="N", help="Number of folds [5].")]
-GroupBy = Annotated[
-    str | None,
-    typer.Option(metavar="REGEX|CSV", help="Cases of a group, such as a patient, are never on both sides of a fold."),
-]
-Stratify = Annotated[bool, typer.Option("--stratify", help="Folds alike in which labels occur, and their volume.")]
-StratifyBy = Annotated[Path | None, typer.Option(metavar="CSV", help="Folds alike in this: columns case, stratum.")]
+Seed = Annotated[int | None, typer.Option(help="Makes two runs identical on the CPU.")]
 AcceptGeometry = Annotated[
     bool,
     typer.Option("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),
 ]
+Folds = Annotated[int | None, typer.Option("--folds", min=2, metavar="N", help="Number of folds [5].")]
+GroupBy = Annotated[
+    FilePath | None,
+    typer.Option(metavar="REGEX|CSV", help="Cases of a group, such as a patient, are never on both sides of a fold."),
+]
+Stratify = Annotated[bool, typer.Option("--stratify", help="Folds with equal shares of labels and their volumes.")]
+StratifyBy = Annotated[
+    FilePath | None, typer.Option(metavar="CSV", help="Folds with equal shares of strata: columns case, stratum.")
+]
 Splits = Annotated[
-    Path | None, typer.Option(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold.")
+    FilePath | None, typer.Option(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold.")
 ]
 
 
-def show(result: Any, text: str, as_json: bool) -> None:
-    log.answer(json.dumps(result, indent=1) if as_json else text)
+@dataclass(frozen=True)
+class About:
+    """A description, as values for JSON and as text."""
+
+    values: dict[str, Any]
+    text: str
+    exit_code: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return self.values
+
+    def to_text(self) -> str:
+        return self.text
 
 
-def only_one(argument: Path | None, option: Path | None) -> Path | None:
-    """A model, which may be given as an argument or with -m.
+def sizes_of(value: str | Sequence[int], option: str) -> tuple[int, ...]:
+    """Return a size such as "40x56x40" or (40, 56, 40) as a tuple of numbers of voxels.
 
     Raises
     ------
-    UserError : it is given twice.
+    UserError
+        The text is not a list of whole numbers.
     """
-    if argument is not None and option is not None:
-        raise UserError(f"two models are given: {argument} and, with -m, {option}", fix="Give one of them.")
-    return option if argument is None else argument
-
-
-def changes_of(given: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
-    """Flags that were set, then --set key=value, as changes of settings."""
-    changes = {key: value for key, value in given.items() if value is not None}
-    for assignment in assignments or []:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--set {assignment!r} is not key=value")
-        changes[key.strip()] = value.strip()
-    return changes
-
-
-def numbers_of(text: str, what: str) -> tuple[int, ...]:
+    if not isinstance(value, str):
+        return tuple(value)
     try:
-        return tuple(int(part) for part in text.replace("x", " ").replace(",", " ").split())
+        return tuple(int(part) for part in value.replace("x", " ").replace(",", " ").split())
     except ValueError:
-        raise UserError(f"{what} {text!r} is not a list of whole numbers", fix="Write 40x56x40 or 40,56,40.") from None
+        raise UserError(
+            f"{option} {value!r} is not a list of whole numbers", fix="Write 40x56x40 or 40,56,40."
+        ) from None
+
+
+def names_of(value: object) -> list[str] | None:
+    """Return names that are given one by one, or several in a text with commas; None if there is no name."""
+    if value is None:
+        return None
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return [name.strip() for item in items for name in str(item).split(",") if name.strip()] or None
+
+
+def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str, Any]:
+    """Return the settings that a call changes: those of its own options, then those of `--set`.
+
+    Parameters
+    ----------
+    settings : mapping or None
+        Key of a setting, such as "training.epochs", to its value.
+    **options : Any
+        Name of a setting with two underscores for its dot, such as training__epochs. None is left out.
+    """
+    given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
+    return {**given, **(settings or {})}
+
+
+@contextmanager
+def cluster_of(scheduler: str | None, workspace: Path) -> Iterator[Cluster | None]:
+    """Connect to the workers of a Dask scheduler; without a scheduler, give None.
+
+    Raises
+    ------
+    UserError
+        The packages for it are not installed, or the scheduler or its workers cannot be used.
+    """
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from nnunet_lite.cluster import connected  # an optional extra
+    except ImportError as error:
+        fix = "`pip install 'nnunet-lite[cluster]'`, here and on the workers."
+        raise UserError(f"--scheduler needs Dask ({error})", fix=fix) from None
+    with connected(scheduler, workspace) as cluster:
+        yield cluster

@@ -57,7 +57,7 @@ class CaseFindings(Generic[T]):
     visited: T | None = None
 
 
-def check(
+def check_dataset(
     dataset: Dataset,
     visit: Visit[T] | None = None,
     keep: Callable[[str, T], None] | None = None,

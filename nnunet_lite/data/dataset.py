@@ -28,7 +28,7 @@ from nnunet_lite.data.pairing import (
     no_files_in,
 )
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json, understood
+from nnunet_lite.files import read_json, understood
 
 __all__ = [
     "Case",

@@ -11,7 +11,8 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.images import stem
 from nnunet_lite.data.pairing import LABEL_FOLDERS, advice, label_base, likely_pairs
 from nnunet_lite.data.problems import Problem, plural
-from nnunet_lite.workspace import IMAGE_FOLDERS, read_json
+from nnunet_lite.files import read_json
+from nnunet_lite.workspace import IMAGE_FOLDERS
 
 
 def check_files(dataset: Dataset) -> Iterator[Problem]:

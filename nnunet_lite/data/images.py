@@ -33,8 +33,7 @@ from nnunet_lite.data.names import (
 )
 from nnunet_lite.data.tiff import read_tiff, tiff_alpha, tiff_header
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic
-from nnunet_lite.workspace import write_json
+from nnunet_lite.files import atomic, write_json
 
 __all__ = [
     "PICTURES",

@@ -96,6 +96,11 @@ class Report:
     def count(self, severity: Severity) -> int:
         return sum(problem.severity == severity for problem in self.problems)
 
+    @property
+    def exit_code(self) -> int:
+        """Of `nnlite check`: 2 if the dataset has errors."""
+        return 0 if self.ok else 2
+
     def to_json(self) -> dict[str, Any]:
         """Everything, one entry per problem."""
         return {

@@ -21,7 +21,7 @@ from nnunet_lite.data.complete import AGAIN, must_hold
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.names import companions, must_be_readable
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json
+from nnunet_lite.files import read_json
 
 Spacing = tuple[float, float, float]
 

@@ -78,6 +78,8 @@ class Metric:
         From a `MaskComparison` to a number, or None where the metric does not apply.
     heading : str
         The name in tables and in the report.
+    form : str
+        The format of a value in the report.
     better : {"higher", "lower", "zero"} or None
         The better direction; None for counts and volumes, which depend on the case. Metrics with a direction get a
         confidence interval, and all but those that should be zero are columns of the table.
@@ -88,6 +90,7 @@ class Metric:
     name: str
     formula: Callable[[MaskComparison], float | None]
     heading: str
+    form: str
     better: Literal["higher", "lower", "zero"] | None = None
     unit: Literal["", "voxels", "ml", "length"] = ""
 
@@ -108,6 +111,10 @@ def _absolute(value: float | None) -> float | None:
     return None if value is None else abs(value)
 
 
+def _lesion_f1(mask: MaskComparison) -> float | None:
+    return _ratio(2 * mask.lesion_tp, 2 * mask.lesion_tp + mask.lesion_fp + mask.lesion_fn)
+
+
 def _volume_error(mask: MaskComparison) -> float | None:
     return _ratio(mask.fp - mask.fn, mask.tp + mask.fn)
 
@@ -118,29 +125,24 @@ def _volume_error(mask: MaskComparison) -> float | None:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("Dice", lambda m: _ratio(2 * m.tp, 2 * m.tp + m.fp + m.fn), "Dice", "higher"),
-        Metric("IoU", lambda m: _ratio(m.tp, m.tp + m.fp + m.fn), "IoU", "higher"),
-        Metric("TP", lambda m: m.tp, "TP", unit="voxels"),
-        Metric("FP", lambda m: m.fp, "FP", unit="voxels"),
-        Metric("FN", lambda m: m.fn, "FN", unit="voxels"),
-        Metric("TN", lambda m: m.tn, "TN", unit="voxels"),
-        Metric("n_pred", lambda m: m.tp + m.fp, "predicted voxels", unit="voxels"),
-        Metric("n_ref", lambda m: m.tp + m.fn, "reference voxels", unit="voxels"),
-        Metric("NSD", lambda m: m.nsd, "NSD", "higher"),
-        Metric("HD95", lambda m: m.hd95, "HD95", "lower", "length"),
-        Metric("prediction_ml", lambda m: _volume(m.tp + m.fp, m), "prediction (ml)", unit="ml"),
-        Metric("reference_ml", lambda m: _volume(m.tp + m.fn, m), "reference (ml)", unit="ml"),
-        Metric("volume_error", _volume_error, "volume error", "zero"),
-        Metric("absolute_volume_error", lambda m: _absolute(_volume_error(m)), "abs. volume error", "lower"),
-        Metric("lesion_TP", lambda m: m.lesion_tp, "lesion TP"),
-        Metric("lesion_FP", lambda m: m.lesion_fp, "lesion FP"),
-        Metric("lesion_FN", lambda m: m.lesion_fn, "lesion FN"),
-        Metric(
-            "lesion_F1",
-            lambda m: _ratio(2 * m.lesion_tp, 2 * m.lesion_tp + m.lesion_fp + m.lesion_fn),
-            "lesion F1",
-            "higher",
-        ),
+        Metric("Dice", lambda m: _ratio(2 * m.tp, 2 * m.tp + m.fp + m.fn), "Dice", ".4f", "higher"),
+        Metric("IoU", lambda m: _ratio(m.tp, m.tp + m.fp + m.fn), "IoU", ".4f", "higher"),
+        Metric("TP", lambda m: m.tp, "TP", "d", unit="voxels"),
+        Metric("FP", lambda m: m.fp, "FP", "d", unit="voxels"),
+        Metric("FN", lambda m: m.fn, "FN", "d", unit="voxels"),
+        Metric("TN", lambda m: m.tn, "TN", "d", unit="voxels"),
+        Metric("n_pred", lambda m: m.tp + m.fp, "predicted voxels", "d", unit="voxels"),
+        Metric("n_ref", lambda m: m.tp + m.fn, "reference voxels", "d", unit="voxels"),
+        Metric("NSD", lambda m: m.nsd, "NSD", ".4f", "higher"),
+        Metric("HD95", lambda m: m.hd95, "HD95", ".3g", "lower", "length"),
+        Metric("prediction_ml", lambda m: _volume(m.tp + m.fp, m), "prediction (ml)", ".4g", unit="ml"),
+        Metric("reference_ml", lambda m: _volume(m.tp + m.fn, m), "reference (ml)", ".4g", unit="ml"),
+        Metric("volume_error", _volume_error, "volume error", "+.1%", "zero"),
+        Metric("absolute_volume_error", lambda m: _absolute(_volume_error(m)), "abs. volume error", ".1%", "lower"),
+        Metric("lesion_TP", lambda m: m.lesion_tp, "lesion TP", "d"),
+        Metric("lesion_FP", lambda m: m.lesion_fp, "lesion FP", "d"),
+        Metric("lesion_FN", lambda m: m.lesion_fn, "lesion FN", "d"),
+        Metric("lesion_F1", _lesion_f1, "lesion F1", ".3f", "higher"),
     )
 }
 
@@ -189,14 +191,14 @@ def score_case(
     scores: dict[str, MetricValues] = {}
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for group in disjoint_regions(labels):
-            masks = pair_masks(
-                prediction, reference, [labels.region_values[i] for i in group], labels.ignore, pool.map
-            )
+            masks = pair_masks(prediction, reference, [labels.region_values[i] for i in group], labels.ignore, pool.map)
             surfaces = _score_surfaces(masks, reference.shape, spacing, tolerance_mm, pool.map) if surface else {}
             lesions = count_lesions(masks, pool.map).tolist()
             for k, (tp, fp, fn) in enumerate(masks.overlap().tolist()):
+                lesion_tp, lesion_fp, lesion_fn = lesions[k]
+                nsd, hd95 = surfaces.get(k, (None, None))
                 tn = masks.annotated - tp - fp - fn
-                mask = MaskComparison(tp, fp, fn, tn, *lesions[k], *surfaces.get(k, (None, None)), voxel_ml)
+                mask = MaskComparison(tp, fp, fn, tn, lesion_tp, lesion_fp, lesion_fn, nsd, hd95, voxel_ml)
                 values = {name: metric.formula(mask) for name, metric in METRICS.items()}
                 scores[labels.region_names[group[k]]] = values
     return scores
@@ -223,4 +225,3 @@ def _score_surfaces(
 
     present = np.flatnonzero(overlap.sum(1)).tolist()
     return dict(zip(present, mapper(compare, present), strict=True))
-

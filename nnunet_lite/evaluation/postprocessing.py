@@ -49,6 +49,7 @@ _FALSE_ACCEPTANCE = 0.025  # of all labels together
 _LEAST_GAIN = 1e-4  # of the mean Dice: less is not worth a rule
 _SHARES = (0.1, 0.25, 0.5, 0.9)  # of the smallest component of all references: the sizes that are tried
 _ROUNDING = 1e-9
+SizeUnit = Literal["mm3", "mm2", "voxels", "px"]
 _NEEDED = f"{LEAST_CASES} are needed to choose a rule and to confirm it"
 
 # ------------------------------------------------------------------------------------------------------ applying rules
@@ -71,7 +72,7 @@ class Rule(BaseModel):
 
     largest_component: bool = False
     min_size_mm3: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    unit: Literal["mm3", "mm2", "voxels", "px"] = "mm3"
+    unit: SizeUnit = "mm3"
 
     def __str__(self) -> str:
         size = "" if self.min_size_mm3 is None else f"{self.min_size_mm3:g} {self.unit}"
@@ -216,7 +217,7 @@ def choose_rules(
     folds: Sequence[str],
     references: Sequence[Callable[[], tuple[np.ndarray, Spacing]]],
     labels: Labels,
-    unit: Literal["mm3", "mm2", "voxels", "px"] = "mm3",
+    unit: SizeUnit = "mm3",
     workers: int | None = None,
 ) -> Decision:
     """Choose a rule for each label on some held-out cases, and keep it if the other cases confirm it.
@@ -252,15 +253,13 @@ def choose_rules(
 
 
 def choosing_cases(folds: Sequence[str]) -> np.ndarray:
-    """Tell which cases choose, from the fold of each: those of two folds in five; of a single fold two cases in five."""
+    """Tell which cases choose: those of two folds in five, or of a single fold two cases in five."""
     names = sorted(set(folds))
     places = np.array([names.index(fold) for fold in folds]) if len(names) > 1 else np.arange(len(folds))
     return np.isin(places % 5, (1, 3))
 
 
-def candidate_rules(
-    sizes: Sequence[np.ndarray], unit: Literal["mm3", "mm2", "voxels", "px"] = "mm3"
-) -> list[Rule]:
+def candidate_rules(sizes: Sequence[np.ndarray], unit: SizeUnit = "mm3") -> list[Rule]:
     """List the rules to try, gentle ones first, for references whose components have these sizes, by case.
 
     A size removes no component of any reference. The largest component is a candidate if no reference loses more than
@@ -316,33 +315,36 @@ def _measure_rules(
     """Measure the rules that are tried for some disjoint regions, after applying the rules that are decided."""
     prediction, reference, spacing = read()
     prediction, values = apply_rules(prediction, spacing, labels, rules), labels.region_values
-    changes = {i: np.zeros((len(candidates), len(values), 2), np.int64) for i, candidates in tried.items()}
-    found = find_components(prediction, [values[i] for i in tried])
-    if found is not None:
-        voxel = voxel_size(prediction.shape, spacing)
-        removed = {
-            i: [found.removed_by(rule, mask, voxel) for rule in candidates]
-            for mask, (i, candidates) in enumerate(tried.items(), 1)
-        }
-        any_rule = np.logical_or.reduce([by_rule for of_region in removed.values() for by_rule in of_region])
-        at = np.flatnonzero(any_rule[found.numbers])  # few voxels
-        before, true, component = (a.ravel()[at] for a in (prediction[found.box], reference[found.box], found.numbers))
-        annotated = np.full(true.shape, True) if labels.ignore is None else true != labels.ignore
-        for i, of_region in removed.items():
-            after = _replaced(before, labels, [values[i]])
-            affected = {*values[i], *after.tolist()}
-            for j, members in enumerate(values):
-                if affected & set(members):
-                    gained = (np.isin(after, members).astype(np.int64) - np.isin(before, members)) * annotated
-                    right = gained * np.isin(true, members)
-                    for k, by_rule in enumerate(of_region):
-                        selected = by_rule[component]
-                        changes[i][k, j] = gained[selected].sum(), right[selected].sum()
     overlap = [
         pair_masks(prediction, reference, [values[i] for i in group], labels.ignore).overlap()
         for group in disjoint_regions(labels)
     ]
-    return _MeasuredRules(np.concatenate(overlap), changes)
+    changes = {i: np.zeros((len(candidates), len(values), 2), np.int64) for i, candidates in tried.items()}
+    measured = _MeasuredRules(np.concatenate(overlap), changes)
+    found = find_components(prediction, [values[i] for i in tried])
+    if found is None:
+        return measured
+    voxel = voxel_size(prediction.shape, spacing)
+    removed = {
+        (i, k): found.removed_by(rule, mask, voxel)
+        for mask, (i, candidates) in enumerate(tried.items(), 1)
+        for k, rule in enumerate(candidates)
+    }
+    removable = np.any([np.zeros(len(found.sizes), bool), *removed.values()], axis=0)
+    at = np.flatnonzero(removable[found.numbers])  # few voxels
+    component, before, true = (a.ravel()[at] for a in (found.numbers, prediction[found.box], reference[found.box]))
+    annotated = np.full(true.shape, True) if labels.ignore is None else true != labels.ignore
+    for i in tried:
+        after = _replaced(before, labels, [values[i]])
+        affected = {*values[i], *after.tolist()}
+        for j, members in enumerate(values):
+            if affected & set(members):
+                gained = (np.isin(after, members).astype(np.int64) - np.isin(before, members)) * annotated
+                right = gained * np.isin(true, members)
+                for k in range(len(tried[i])):
+                    selected = removed[i, k][component]
+                    changes[i][k, j] = gained[selected].sum(), right[selected].sum()
+    return measured
 
 
 def _confirmed(
@@ -366,8 +368,8 @@ def _confirmed(
     for i, (rule, after) in chosen.items():
         ours, theirs = now[~chooses, i], after[~chooses]
         if _mean_gain(ours, theirs) >= _LEAST_GAIN and p_of_gain(_differences(ours, theirs)) <= level / len(chosen):
-            dice = (mean_of_labels(values[:, None]) for values in (ours, theirs))
-            rules[names[i]], gains[names[i]] = rule, Gain(**dict(zip(("before", "after"), dice)), n=_known(ours))
+            before_rule, after_rule = (mean_of_labels(dice[:, None]) for dice in (ours, theirs))
+            rules[names[i]], gains[names[i]] = rule, Gain(before=before_rule, after=after_rule, n=_known(ours))
         else:
             note = f'"{rule}" is not confirmed by the {plural(_known(ours), "case")} that did not choose it'
             regions_of_note[note].append(names[i])

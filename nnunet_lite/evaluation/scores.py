@@ -1,6 +1,6 @@
 """The scores of many cases: match predictions with references, score each case, sum up, and print tables.
 
-`evaluate_folders` scores two folders of label maps. `Scores` holds the result, sums it up and writes it; a
+`score_files` scores two folders of label maps. `Scores` holds the result, sums it up and writes it; a
 summary.json has the keys of nnU-Net's, and `read_summaries` reads it back. Sums are those of nnU-Net: the mean of a
 label is over the cases to which the metric applies, and the foreground mean is the mean of these means.
 """
@@ -28,9 +28,9 @@ from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
+from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
-from nnunet_lite.workspace import read_json
 
 _UNCALIBRATED = "no spacing is known, 1 mm taken for a pixel"
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
@@ -165,13 +165,13 @@ class Scores:
         head = ("label", "n", "Dice", "95 % interval", "median", *headings[1:])
         return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
 
-    def table(self) -> str:
+    def to_text(self) -> str:
         """`lines` as plain text, then the notes."""
         return "\n".join([align(self.lines()), *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         """The table as text, for a notebook."""
-        return f"<pre>{escape(self.table())}</pre>"
+        return f"<pre>{escape(self.to_text())}</pre>"
 
 
 def label_keys(labels: Labels) -> dict[str, str]:
@@ -233,7 +233,7 @@ def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
 # ------------------------------------------------------------------------------------------------ folders of label maps
 
 
-def evaluate_folders(
+def score_files(
     prediction: Path,
     reference: Path,
     labels: Labels | None = None,

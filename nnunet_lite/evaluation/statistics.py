@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import permutation_test
 
 _RESAMPLES = 1000
 _FLIPS = 9999
@@ -99,6 +98,8 @@ def p_of_gain(differences: np.ndarray) -> float:
         The probability of a mean at least as high if gains and losses are equally likely: exact up to 13 cases that
         differ, above by 9999 flips with a fixed seed.
     """
+    from scipy.stats import permutation_test  # slow to import, and needed by few commands
+
     changed = differences[differences != 0]
     if len(changed) < 2:
         return 0.5 if changed.sum() > 0 else 1.0

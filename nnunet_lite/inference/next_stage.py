@@ -21,7 +21,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.errors import naming
-from nnunet_lite.files import sweep
+from nnunet_lite.files import locked, sweep
 from nnunet_lite.inference.predictor import Model, load, predict_preprocessed, read_model
 from nnunet_lite.inference.prepare import as_classes
 from nnunet_lite.models.folder import MODEL, is_finished
@@ -31,7 +31,7 @@ from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.training.previous import held_out_by, map_file, map_key, previous_folder, write_map
 from nnunet_lite.training.splits import ALL, Split, load_splits
-from nnunet_lite.workspace import Paths, locked
+from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import must_fit, scratch
+from nnunet_lite.files import must_fit, scratch, write_json, write_text
 from nnunet_lite.inference.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.inference.predictor import Model, load
 from nnunet_lite.networks.norm import InstanceNorm
-from nnunet_lite.workspace import write_json, write_text
 
 OPSET = 18
 TOLERANCE = 1e-3  # of a logit; where the largest is above 1, of that

@@ -22,12 +22,12 @@ import numpy as np
 
 from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
+from nnunet_lite.files import read_json
 from nnunet_lite.inference.prepare import as_classes, as_image, must_fit
 from nnunet_lite.inference.tiles import Sides, gaussian_weight, mirrorings, padding, windows
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import preprocess, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
-from nnunet_lite.workspace import read_json
 
 FORMAT = "nnlite-onnx-1"
 ABOUT, PREVIOUS = "onnx.json", "previous"  # a file, and the folder of a cascade's first stage

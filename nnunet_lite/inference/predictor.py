@@ -85,7 +85,7 @@ def load(
     folder: str | Path,
     folds: Sequence[str | int] | None = None,
     device: str | None = None,
-    changes: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     *,
     alone: bool = False,
     trust_code: bool = False,
@@ -96,7 +96,7 @@ def load(
     Parameters
     ----------
     folds : which; by default all that are trained. Of a cascade's first stage, which lies beside it, always all.
-    changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
+    settings : changes of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
     alone : leave out the first stage of a cascade, for whoever has its predictions.
     trust_code : run the code that makes the model's network, if `network.factory` names any.
     workspace : the models that are trained in it may run their code, too.
@@ -111,7 +111,7 @@ def load(
     trained = Settings.model_validate(run["settings"])
     if trained.network.factory is not None and not trust_code:
         _must_be_own(folder, trained.network.factory, workspace)
-    settings = with_changes(trained, changes or {}, sections=("inference",)).inference
+    inference = with_changes(trained, settings or {}, sections=("inference",)).inference
     configuration = plan.configuration(run["configuration"])
     there = trained_folds(folder)
     wanted = there if folds is None else [str(fold) for fold in folds]
@@ -148,12 +148,12 @@ def load(
         folds=tuple(wanted),
         networks=tuple(networks),
         mirror_axes=tuple(range(configuration.dimensions)) if axes is None else axes,
-        settings=settings,
+        settings=inference,
         device=target,
         arithmetic=Arithmetic(),
         previous=None
         if first is None
-        else load(first, None, device, changes, trust_code=trust_code, workspace=workspace),
+        else load(first, None, device, settings, trust_code=trust_code, workspace=workspace),
         sides=sides_of(plan, run["configuration"], trained.augmentation),
     )
     return replace(model, arithmetic=_choose_arithmetic(model, about))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import Paths, current, workspace_folder
+from nnunet_lite.workspace import Paths, planned_paths, workspace_folder
 
 if TYPE_CHECKING:
     from nnunet_lite.data.labels import Labels
-    from nnunet_lite.evaluation.rules import Rule
+    from nnunet_lite.evaluation.postprocessing import Rule
     from nnunet_lite.evaluation.selection import Selection
     from nnunet_lite.inference.folder import Finish
     from nnunet_lite.inference.predictor import Model
@@ -49,7 +49,7 @@ class Choice:
         ------
         UserError : a rule is for a label that the model does not have.
         """
-        from nnunet_lite.evaluation.rules import apply_rules
+        from nnunet_lite.evaluation.postprocessing import apply_rules
 
         if strange := sorted(self.rules.keys() - set(labels.region_names)):
             what = f"the selection postprocesses {strange[0]}, which is no label of the model"
@@ -80,9 +80,9 @@ def chosen(
         selection = _selected(paths)
         if selection is None:
             return Choice([choose_model(paths)], folds, folds is None)
-        from nnunet_lite.evaluation.selection import require_models
+        from nnunet_lite.evaluation.selection import selected_models
 
-        folders = require_models(paths, selection)
+        folders = selected_models(paths, selection)
     else:
         folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
         paths = paths or Paths(folders[0].absolute().parent.parent)
@@ -108,10 +108,10 @@ def _selected(paths: Paths) -> Selection | None:
 
 def _tell(paths: Paths, selection: Selection, folds: Sequence[str | int], rules: dict[str, Rule]) -> None:
     """One line on what is obeyed, and one if it is out of date."""
-    from nnunet_lite.evaluation.selection import in_words, trained_since
+    from nnunet_lite.evaluation.selection import changed_models, describe_selection
 
-    log.info(f"{paths.inference}: {in_words(selection.models, [str(fold) for fold in folds], rules)}")
-    if changed := trained_since(paths, selection):
+    log.info(f"{paths.inference}: {describe_selection(selection.models, [str(fold) for fold in folds], rules)}")
+    if changed := changed_models(paths, selection):
         what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
         log.warn(f"{what}; `nnlite select` compares anew")
 
@@ -125,13 +125,12 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     ------
     UserError : nothing is trained (of that configuration).
     """
-    from nnunet_lite.evaluation.cross_validation import mean_dice
-    from nnunet_lite.models.folder import first_training, model_folders, read_run, trained_folds
+    from nnunet_lite.models.folder import first_training, model_folders, read_run, trained_folds, validation_dice
 
     runs = {folder: read_run(folder) for folder in model_folders(paths) if trained_folds(folder)}
     first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
     found = [
-        (len(folds := trained_folds(folder)), max(mean_dice(folder, fold) or 0.0 for fold in folds), folder)
+        (len(folds := trained_folds(folder)), max(validation_dice(folder, fold) or 0.0 for fold in folds), folder)
         for folder, run in runs.items()
         if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
     ]
@@ -163,7 +162,7 @@ def model_at(given: str | Path, workspace: Path, dataset: str | None = None) -> 
         return path
     found = sorted(file.parent for file in workspace.glob("*/models/*/run.json") if file.parent.name == path.name)
     if len(found) > 1 and dataset is not None:
-        of_dataset = current(workspace, dataset, needs_plan=False).models
+        of_dataset = planned_paths(workspace, dataset, needs_plan=False).models
         found = [folder for folder in found if folder.parent == of_dataset]
     if len(found) > 1:
         raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path, or -d.")
@@ -220,7 +219,7 @@ def load(
     folder: str | Path | Sequence[str | Path],
     folds: Sequence[str | int] | str | int | None = None,
     device: str | None = None,
-    changes: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     *,
     checkpoint: Checkpoint = "final",
     trust_code: bool = False,
@@ -234,7 +233,7 @@ def load(
         probabilities.
     folds : one, or several; by default all that are trained.
     device : cpu, cuda, cuda:1; by default a GPU if there is one.
-    changes : of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
+    settings : changes of the run's `inference` settings, e.g. {"inference.step_size": 0.75}.
     checkpoint : "final" or "best", of each fold of an nnU-Net model. Folds that lack it are left out, which is logged.
     trust_code : run the code that makes the model's network, if its `network.factory` names any. Without it only models
         in the workspace may.
@@ -250,7 +249,7 @@ def load(
         raise UserError("no model folder is given")
     wanted = [folds] if isinstance(folds, str | int) else folds
     with in_our_form(folders, wanted, checkpoint) as ours:
-        return load_all(folders, ours, wanted, device, changes, trust_code=trust_code, workspace=place)
+        return load_all(folders, ours, wanted, device, settings, trust_code=trust_code, workspace=place)
 
 
 def load_all(
@@ -258,7 +257,7 @@ def load_all(
     ours: Sequence[Path],
     folds: Sequence[str | int] | None,
     device: str | None,
-    changes: dict[str, Any] | None,
+    settings: dict[str, Any] | None,
     *,
     trust_code: bool,
     workspace: Path,
@@ -268,7 +267,7 @@ def load_all(
     from nnunet_lite.models.nnunet import relocated
 
     load_one = partial(
-        load_ours, folds=folds, device=device, changes=changes, trust_code=trust_code, workspace=workspace
+        load_ours, folds=folds, device=device, settings=settings, trust_code=trust_code, workspace=workspace
     )
     first, *others = [relocated(load_one(path), folder) for folder, path in zip(folders, ours, strict=True)]
     return replace(first, partners=tuple(others))

@@ -23,13 +23,15 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences
-from nnunet_lite.workspace import Paths, locked, must_be_known, read_json, understood, write_json, write_text
+from nnunet_lite.workspace import Paths
 
 FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # its presence says that a fold is finished
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
+SUMMARY = "summary.json"  # the scores, in that folder
 _OLD = "old_"
 _N_FOLDS = 5  # by default; fewer cases are trained without folds
 # changing these between two calls of `train` does not make it another run
@@ -332,6 +334,15 @@ def trained_folds(folder: Path) -> list[str]:
     """The finished folds of a model folder; "all" only where there is no other."""
     found = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{MODEL}"))
     return [fold for fold in found if fold != "all"] or found
+
+
+def validation_dice(folder: Path, fold: str) -> float | None:
+    """Return the foreground Dice of the held-out cases of a fold; None if it was not validated."""
+    file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
+    if not file.is_file():
+        return None
+    with understood(file, "Delete it: `nnlite train` makes it again."):
+        return read_json(file)["foreground_mean"]["Dice"]
 
 
 def first_training(paths: Paths) -> str:

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import must_fit, scratch
+from nnunet_lite.files import must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.models.folder import FORMAT, MODEL, models_near, set_aside, versions
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
 from nnunet_lite.training.swaps import swap_of
-from nnunet_lite.workspace import read_json, understood, write_json, write_text
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model

@@ -22,14 +22,13 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import must_fit, scratch
+from nnunet_lite.files import must_be_known, must_fit, scratch, write_json
 from nnunet_lite.inference.predictor import read_model
 from nnunet_lite.models.bundle import CHUNK, FORMAT, MANIFEST, File, Manifest, must_be_name
 from nnunet_lite.models.folder import FORMAT as MODEL_FORMAT
 from nnunet_lite.models.folder import MODEL, set_aside
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import in_units
-from nnunet_lite.workspace import must_be_known, write_json
 
 LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from nnunet_lite.data.check import Report, check
+from nnunet_lite.data.check import Report, check_dataset
 from nnunet_lite.data.crop import nonzero_box, slices
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation, turn_between
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.planning.draws import Draws, Stream
 from nnunet_lite.planning.schema import Statistics
-from nnunet_lite.workspace import read_json
 
 SAMPLES = 100_000_000  # foreground voxels per channel over the whole data set
 _MANY = 1 << 22  # distinct values of one channel above which they are rounded: bounds the memory
@@ -147,7 +147,7 @@ def check_and_fingerprint(
     def visit(image: np.ndarray, geometry: Geometry, foreground: np.ndarray) -> CaseFingerprint:
         return case_fingerprint(image, geometry, foreground, share, Draws(stream))
 
-    report = check(dataset, visit, collected.add, workers, progress)
+    report = check_dataset(dataset, visit, collected.add, workers, progress)
     return report, collected.fingerprint(dataset.orientation) if report.can_be_planned else None
 
 

@@ -19,11 +19,11 @@ from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_read
 from nnunet_lite.data.formats import NIFTI, PICTURES
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.nnunet_architecture import architecture_from_nnunet, architecture_to_nnunet, refuse
 from nnunet_lite.planning.planner import PRESETS
 from nnunet_lite.planning.schema import Channel, Configuration, Plan, Resampling, Scheme, Statistics, inherited
-from nnunet_lite.workspace import read_json
 
 Json = dict[str, Any]
 

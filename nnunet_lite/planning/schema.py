@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.workspace import read_json
+from nnunet_lite.files import read_json
 
 FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
 
@@ -274,6 +274,12 @@ class Plan(_Model):
     def trains_as(self, other: Plan) -> bool:
         """Whether both lead to the same arrays and networks: explanations and predicted memory do not count."""
         return _essence(self) == _essence(other)
+
+    def to_text(self) -> str:
+        """The plan as a table for a terminal."""
+        from nnunet_lite.planning.show import plan_table
+
+        return plan_table(self)
 
     def _repr_html_(self) -> str:
         """The plan as text, for a notebook."""

@@ -16,9 +16,10 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.names import companions
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.system import cpus
-from nnunet_lite.workspace import Paths, read_json, understood, write_json
+from nnunet_lite.workspace import Paths
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 

@@ -22,13 +22,12 @@ from typing import Any
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case, Dataset
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import lacks_space, sweep
+from nnunet_lite.files import lacks_space, locked, read_json, sweep, write_json
 from nnunet_lite.planning.schema import Plan, Precision
 from nnunet_lite.preprocessing.make import Make, Part, Progress, folder_name, recipe_of, short_hash
 from nnunet_lite.preprocessing.raw_files import RawCase, memorize, recall, remembered
 from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored
 from nnunet_lite.system import in_units
-from nnunet_lite.workspace import locked, read_json, write_json
 
 # (function, items, what for) -> (item, result or why there is none), as they end
 Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any, Any]]]

@@ -22,11 +22,10 @@ import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import must_fit, scratch
+from nnunet_lite.files import must_fit, read_json, scratch
 from nnunet_lite.planning.schema import Precision
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
 from nnunet_lite.preprocessing.resampling import label_boxes
-from nnunet_lite.workspace import read_json
 
 _BLOCK_BYTES = 1 << 16  # is decompressed at once: fits a core's cache
 _CHUNK_BYTES = 1 << 22

@@ -1,329 +1,473 @@
-"""The sections of the page that tell of the data, the plan, the training and its costs: text and tables to fill in."""
+"""The sections of the report as data: each function returns what one section of templates/report.html.j2 shows."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from nnunet_lite import log
-from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.problems import plural
+from nnunet_lite.evaluation.metrics import METRICS
+from nnunet_lite.evaluation.selection import Candidate
+from nnunet_lite.evaluation.statistics import Margin, Statistic
+from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning.show import normalization, plan_head, plan_reasons, plan_rows, plan_title
-from nnunet_lite.reporting.collect import Fold, Material, Model
-from nnunet_lite.reporting.gallery import Gallery
-from nnunet_lite.reporting.plots import Series, curves, histogram
-from nnunet_lite.reporting.tables import Cell, Line, Row, Table, by, number
+from nnunet_lite.reporting.figures import (
+    COLOURS,
+    Chart,
+    Column,
+    Curve,
+    Table,
+    Value,
+    plot_curves,
+    plot_dots,
+    plot_histogram,
+    plot_intervals,
+    share_column,
+)
+from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults
+from nnunet_lite.reporting.pictures import Gallery
 
-_CURVED_LABELS = 8  # of which intensities are drawn
-_DRAWN_LABELS = 12  # of which volumes are drawn
-_BINS = 60
+_INTENSITY_LABELS = 8  # labels whose intensities are drawn
+_VOLUME_LABELS = 12  # labels whose volumes are drawn
+_ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
+_DICE_LABELS = 12  # labels with a Dice for each case
+_INTENSITY_BINS = 60
+_STATIC_CASES = 3  # of each model with pictures in the page itself, for paper and without JavaScript
+_SEVERITIES = ("error", "warning", "notice")
+
+# the metrics of a case that the page shows
+_CASE_METRICS = (
+    "Dice",
+    "IoU",
+    "reference_ml",
+    "prediction_ml",
+    "volume_error",
+    "NSD",
+    "HD95",
+    "lesion_F1",
+    "TP",
+    "FP",
+    "FN",
+)
+
+Fact = tuple[str, str]  # what, and its value as text
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing with a heading and a line below it."""
-
-    title: str
-    drawing: Markup
-    below: str = ""
+def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
+    """A 95 % interval, which is sorted by the mean."""
+    return None if ends.low is None or ends.high is None else (f"{ends.low:.3f} to {ends.high:.3f}", mean)
 
 
-# ----------------------------------------------------------------------------------------------------------- the data
+def _times(values: Sequence[float], form: str = "g") -> str:
+    """40 × 56 × 40"""
+    return " × ".join(f"{value:{form}}" for value in values)
 
 
-def volumes(material: Material, gallery: Gallery) -> dict[str, dict[str, int]]:
-    """case -> region -> voxels in the reference, from summary.json where a case was scored, else from its label map."""
-    found = {case: seen.voxels for case, seen in gallery.seen.items() if seen.voxels}
-    for model in material.scored:
-        for row in model.scores.rows:
-            found.setdefault(row.case, {name: m.n_reference for name, m in row.measures.items()})
-    return found
+# -------------------------------------------------------------------------------------------------------- the overview
 
 
-def data_facts(material: Material) -> list[tuple[str, str]]:
-    dataset, plan = material.dataset, material.plan
+def overview_section(material: Material, gallery: Gallery) -> dict[str, Any]:
+    """Cards (what, figure, detail), the next command, and what the report leaves out."""
+    labels, plan = material.dataset.labels, material.plan
+    named = plural(len(labels.region_names), "region" if labels.has_regions else "label")
+    cards = [
+        ("Cases", str(len(material.dataset.cases)), f"{named}, {plural(len(plan.channels), 'channel')}"),
+        ("Configurations", str(len(plan.configurations)), ", ".join(plan.configurations)),
+    ]
+    finished = {model.name: sum(bool(fold.state) for fold in model.folds) for model in material.trained}
+    if finished:
+        folds = ", ".join(f"{name}: {n}" for name, n in finished.items())
+        seconds = sum(fold.seconds for model in material.models for fold in model.folds)
+        cards.append(("Folds trained", str(sum(finished.values())), folds))
+        cards.append(("Training time", log.duration(seconds), "all folds and models"))
+    if material.scored and (dice := material.scored[0].scores.foreground()).mean is not None:
+        interval = _interval(dice.mean, dice)
+        ends = f", 95 % interval {interval[0]}" if isinstance(interval, tuple) else ""
+        cards.append(("Dice, held-out", f"{dice.mean:.3f}", f"{material.scored[0].label}, {dice.n} cases{ends}"))
+    following = "nnlite select" if material.selection is None and len(material.scored) > 1 else ""
+    if not any(finished.values()):
+        following = first_training(material.paths)
+    return {"cards": cards, "next": following, "notes": [*material.notes, *gallery.notes]}
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def data_section(material: Material, gallery: Gallery) -> dict[str, Any]:
+    """What the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
+    dataset, labels = material.dataset, material.dataset.labels
+    regions = zip(labels.region_names, labels.region_values, strict=True)
+    named = [f"{name} ({', '.join(map(str, values))})" for name, values in regions]
+    named += [] if labels.ignore is None else [f"ignore ({labels.ignore})"]
+    charts, constants = _spreads(material, gallery)
+    return {
+        "facts": [
+            ("Cases", f"{len(dataset.cases)} with a label map"),
+            ("Channels", ", ".join(f"{c.name} ({normalization(c)})" for c in material.plan.channels)),
+            ("Regions" if labels.has_regions else "Labels", ", ".join(named)),
+            ("Layout", f"{dataset.layout}, {dataset.file_ending}"),
+            ("Folder", str(dataset.root)),
+            *(("Understood", note) for note in dataset.notes),
+        ],
+        "problems": _problems(material),
+        "tiles": [(case, found.tile) for case, found in gallery.cases.items() if found.tile],
+        "charts": charts,
+        "constants": constants,
+        "intensity_charts": _intensity_charts(material, gallery),
+        "intensity_labels": labels.region_names[:_INTENSITY_LABELS],
+        "intensity_table": _intensity_table(material),
+        "cases": _case_table(material, gallery),
+    }
+
+
+def _problems(material: Material) -> list[dict[str, str]]:
+    """What the check found, errors first; equal problems of several files are one."""
+    keys = ("severity", "found", "expected", "fix")
+    counts = Counter(tuple(problem[key] for key in keys) for problem in material.problems)
+    files = {tuple(problem[key] for key in keys): problem["file"] for problem in reversed(material.problems)}
     return [
-        ("Cases", f"{len(dataset.cases)} with a label map"),
-        ("Channels", ", ".join(f"{c.name} ({normalization(c)})" for c in plan.channels)),
-        ("Regions" if dataset.labels.has_regions else "Labels", ", ".join(_label_texts(material))),
-        ("Layout", f"{dataset.layout}, {dataset.file_ending}"),
-        ("Folder", str(dataset.root)),
-        *(("Understood", note) for note in dataset.notes),
+        {**dict(zip(keys, key, strict=True)), "file": files[key] + (f" and {n - 1} more" if n > 1 else "")}
+        for key, n in sorted(counts.items(), key=lambda entry: _SEVERITIES.index(entry[0][0]))
     ]
 
 
-def _label_texts(material: Material) -> list[str]:
-    labels = material.dataset.labels
-    pairs = zip(labels.region_names, labels.region_values, strict=True)
-    named = [f"{name} ({', '.join(map(str, values))})" for name, values in pairs]
-    return named if labels.ignore is None else [*named, f"ignore ({labels.ignore})"]
+def _volumes(material: Material, gallery: Gallery) -> tuple[str, dict[str, dict[str, float]]]:
+    """The unit, and case -> region -> volume in the reference: ml, or voxels if no thickness is known."""
+    known = {case: found.geometry for case, found in gallery.cases.items() if found.geometry}
+    in_ml = any(geometry.calibrated and geometry.dimensions == 3 for geometry in known.values())
+    voxels = {case: found.voxels for case, found in gallery.cases.items() if found.voxels}
+    for model in material.scored:
+        for row in model.scores.rows:
+            voxels.setdefault(row.case, {name: int(values["n_ref"] or 0) for name, values in row.metrics.items()})
+    return "ml" if in_ml else "voxels", {
+        case: {name: n * (prod(known[case].spacing) / 1000 if in_ml else 1) for name, n in regions.items()}
+        for case, regions in voxels.items()
+        if case in known
+    }
 
 
-def problem_rows(material: Material) -> list[dict[str, str]]:
-    """What the check found, equal problems of many files together, errors first."""
-    order = {"error": 0, "warning": 1, "notice": 2}
-    same = Counter((p["severity"], p["found"], p["expected"], p["fix"]) for p in material.problems)
-    files = {(p["severity"], p["found"], p["expected"], p["fix"]): p["file"] for p in reversed(material.problems)}
-    return [
-        {"severity": key[0], "found": key[1], "expected": key[2], "fix": key[3],
-         "file": files[key] + (f" and {n - 1} more" if n > 1 else "")}
-        for key, n in sorted(same.items(), key=lambda entry: order[entry[0][0]])
-    ]  # fmt: skip
+def _spreads(material: Material, gallery: Gallery) -> tuple[list[Chart], list[Fact]]:
+    """Histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
+    known = [found.geometry for found in gallery.cases.values() if found.geometry]
+    if not known:
+        return [], []
+    flat = all(geometry.dimensions == 2 for geometry in known)
+    axes = list(enumerate("zyx"))[1 if flat else 0 :]
+    quantities: list[tuple[str, Sequence[float], str, str]] = []
+    for i, axis in axes:
+        quantities.append((f"Size along {axis}", [g.shape[i] for g in known], "pixels" if flat else "voxels", ""))
+    for i, axis in axes if any(geometry.calibrated for geometry in known) else ():
+        quantities.append((f"Spacing along {axis}", [g.spacing[i] for g in known], "mm", ""))
+    unit, volumes = _volumes(material, gallery)
+    for name in material.dataset.labels.region_names[:_VOLUME_LABELS]:
+        present = [regions[name] for regions in volumes.values() if regions[name]]
+        note = f"; in {len(present)} of {len(volumes)} cases" if len(present) < len(volumes) else ""
+        quantities.append((f"Volume of {name}", present, unit, note))
+    charts, facts = [], []
+    for title, values, unit, note in quantities:
+        if not values:
+            continue
+        low, median, high = (f"{v:.4g}" for v in np.percentile(values, (0, 50, 100)))
+        if max(values) - min(values) <= _ROUNDING * max(values):
+            facts.append((title, f"{median} {unit} in every case{note}"))
+        elif chart := plot_histogram(title, values, unit, f"median {median} {unit}, {low} to {high}{note}"):
+            charts.append(chart)
+    return charts, facts
 
 
-def data_charts(material: Material, gallery: Gallery) -> list[Chart]:
-    """Sizes, spacings, and the volume of each label. What is the same in all cases is told, not drawn."""
-    places = [seen.geometry for seen in gallery.seen.values() if seen.geometry]
-    if not places:
-        return []
-    flat = all(place.dimensions == 2 for place in places)
-    axes = "yx" if flat else "zyx"
-    charts = _along("Size", axes, [place.shape for place in places], "pixels" if flat else "voxels")
-    if any(place.calibrated for place in places):
-        charts += _along("Spacing", axes, [place.spacing for place in places], "mm")
-    found = volumes(material, gallery)
-    title, unit = "Area" if flat else "Volume", _volume_unit(material, places)
-    names = material.dataset.labels.region_names
-    for name in names[:_DRAWN_LABELS]:
-        values = [
-            _volume(v[name], gallery.seen[case].geometry, unit) for case, v in found.items() if case in gallery.seen
-        ]
-        present = [value for value in values if value]
-        note = f"; in {len(present)} of {len(values)} cases" if len(present) < len(values) else ""
-        if present:
-            charts.append(_spread(f"{title} of {name}", present, "% of the picture" if flat else unit, note))
-    if len(names) > _DRAWN_LABELS:
-        rest = plural(len(names) - _DRAWN_LABELS, "more label")
-        charts.append(Chart("Other labels", Markup(""), f"{rest}: in the table of all cases"))
-    return charts
-
-
-def _along(what: str, axes: str, values: Sequence[Sequence[float]], unit: str) -> list[Chart]:
-    """How something is spread along each axis; one line where all cases are equal."""
-    columns = list(zip(*values, strict=True))[-len(axes) :]
-    charts = [_spread(f"{what} along {axis}", column, unit) for axis, column in zip(axes, columns, strict=True)]
-    if any(chart.drawing for chart in charts):
-        return charts
-    same = by([float(np.median(column)) for column in columns], ".4g")
-    return [Chart(f"{what} ({', '.join(axes)})", Markup(""), f"{same} {unit} in every case")]
-
-
-def _volume_unit(material: Material, places: Sequence[Geometry]) -> str:
-    """What volumes are measured in: ml; voxels without a spacing; of images without thickness the share of pixels."""
-    if places and all(place.dimensions == 2 for place in places):
-        return "%"
-    unscaled = not any(place.calibrated for place in places)
-    return "voxels" if places and unscaled else "ml"
-
-
-def _volume(voxels: int, geometry: Geometry | None, unit: str) -> float | None:
-    """The volume of some voxels in a unit of `_volume_unit`."""
-    if geometry is None or unit == "voxels":
-        return None if geometry is None else voxels
-    return 100 * voxels / prod(geometry.shape) if unit == "%" else voxels * prod(geometry.spacing) / 1000
-
-
-def _spread(title: str, values: Sequence[float], unit: str, note: str = "") -> Chart:
-    """A histogram, with the median and the range in words; only these where all values are equal."""
-    low, middle, high = (float(v) for v in np.percentile(values, (0, 50, 100)))
-    if high - low <= 1e-4 * abs(high):
-        return Chart(title, Markup(""), f"{middle:.4g} {unit} in every case{note}")
-    return Chart(title, histogram(title, values, unit), f"median {middle:.4g} {unit}, {low:.4g} to {high:.4g}{note}")
-
-
-def intensity_table(material: Material) -> Table:
-    """Statistics of the foreground, which the normalisation of CT uses."""
-    head = ("Channel", "normalised", "mean", "SD", "minimum", "0.5 %", "median", "99.5 %", "maximum")
-    rows: list[Line] = []
+def _intensity_table(material: Material) -> Table:
+    """Statistics of the foreground, with which CT is normalized."""
+    numbers = ("mean", "SD", "minimum", "0.5 %", "median", "99.5 %", "maximum")
+    rows: list[list[Value]] = []
     for channel in material.plan.channels:
         s = channel.statistics
         values = (s.mean, s.std, s.min, s.percentile_00_5, s.median, s.percentile_99_5, s.max)
-        rows.append([channel.name, normalization(channel), *(number(value, ".4g") for value in values)])
-    return Table.plain("Intensities of all labelled voxels", head, rows, texts=(0, 1))
+        rows.append([channel.name, normalization(channel), *values])
+    columns = (Column("Channel"), Column("normalised"), *(Column(name, ".4g") for name in numbers))
+    return Table("Intensities of all labelled voxels", columns, rows)
 
 
-def intensity_charts(material: Material, gallery: Gallery) -> list[Chart]:
-    """Densities of the intensities of each label, and of the whole image where it is not zero, for each channel."""
-    samples = [seen.intensities for seen in gallery.seen.values() if seen.intensities]
-    if not samples:
-        return []
+def _intensity_charts(material: Material, gallery: Gallery) -> list[Chart]:
+    """For each channel, the densities of the intensities of each label and of the nonzero image."""
+    samples = [found.intensities for found in gallery.cases.values() if found.intensities]
     names = [name for name in material.dataset.labels.region_names if any(s[name].size for s in samples if name in s)]
     charts = []
-    for i, channel in enumerate(material.plan.channels):
-        every = {
+    for i, channel in enumerate(material.plan.channels if samples else ()):
+        values = {
             name: np.concatenate([s[name][i] for s in samples if name in s])
-            for name in ("image", *names[:_CURVED_LABELS])
+            for name in ("image", *names[:_INTENSITY_LABELS])
         }
-        inside = every["image"][np.isfinite(every["image"])]
+        inside = values["image"][np.isfinite(values["image"])]
         if not inside.size:
             continue
         low, high = (float(v) for v in np.percentile(inside, (0.5, 99.5)))
-        edges = np.linspace(low, high if high > low else low + (abs(low) or 1), _BINS + 1)
+        edges = np.linspace(low, high if high > low else low + (abs(low) or 1), _INTENSITY_BINS + 1)
         middles = [float(f"{v:.8g}") for v in (edges[:-1] + edges[1:]) / 2]
-        series = []
-        for number_, (name, values) in enumerate(every.items()):
-            counts = np.histogram(values, edges)[0].astype(float)
-            density = counts / max(counts.max(), 1)
-            kind = "dashed" if name == "image" else "solid"
-            shown = "whole image" if name == "image" else name
-            series.append(Series(shown, middles, [round(float(v), 3) for v in density], number_ - 1, kind))
-        title = f"Intensities, {channel.name}"
+        curves = []
+        for colour, (name, found) in enumerate(values.items(), -1):
+            counts = np.histogram(found, edges)[0]
+            density = [round(float(v), 3) for v in counts / max(counts.max(), 1)]
+            shown, style = ("whole image", "dashed") if name == "image" else (name, "solid")
+            curves.append(Curve(shown, list(zip(middles, density, strict=True)), colour, style))
         unit = "z-score of the image" if channel.normalization == "zscore" else "intensity"
-        charts.append(Chart(title, curves(title, series, unit, "relative frequency", (0, 1.05))))
+        if chart := plot_curves(f"Intensities, {channel.name}", curves, unit, "relative frequency", (0, 1.05)):
+            charts.append(chart)
     return charts
 
 
-def case_table(material: Material, gallery: Gallery) -> Table:
+def _case_table(material: Material, gallery: Gallery) -> Table:
     """Every case with its size and the volumes of its labels."""
     names = material.dataset.labels.region_names
-    found = volumes(material, gallery)
-    unit = _volume_unit(material, [seen.geometry for seen in gallery.seen.values() if seen.geometry])
-    rows = []
+    unit, volumes = _volumes(material, gallery)
+    rows: list[list[Value]] = []
     for case in material.dataset.cases:
-        seen = gallery.seen[case.id]
-        place = seen.geometry
-        cells = [Cell(case.id)]
-        cells.append(Cell("not read") if place is None else Cell(by(place.shape), float(prod(place.shape))))
+        place = gallery.cases[case.id].geometry
+        size: Value = "not read" if place is None else (_times(place.shape), float(prod(place.shape)))
+        spacing: Value = None
         if place is not None and place.calibrated:
-            cells.append(Cell(by(place.spacing, ".4g"), float(prod(place.spacing))))
-        else:
-            cells.append(Cell("n/a"))
-        for name in names:
-            volume = _volume(found[case.id][name], place, unit) if case.id in found else None
-            cells.append(number(volume, ".4g"))
-        rows.append(Row(tuple(cells)))
-    head = ("Case", "size (z, y, x)", "spacing (mm)", *(f"{name} ({unit})" for name in names))
-    return Table(f"All {len(rows)} cases", head, tuple(rows), sorted_by=0)
+            spacing = _times(place.spacing, ".4g"), float(prod(place.spacing))
+        rows.append([case.id, size, spacing, *(volumes.get(case.id, {}).get(name) for name in names)])
+    columns = [Column("Case"), Column("size (z, y, x)", "d"), Column("spacing (mm)", "g")]
+    columns += [Column(f"{name} ({unit})", ".4g") for name in names]
+    return Table(f"All {len(rows)} cases", columns, rows, sorted_by=0)
 
 
-# ----------------------------------------------------------------------------------------------------------- the plan
+# ------------------------------------------------------------------------------------------- the plan and the training
 
 
 def plan_section(material: Material) -> dict[str, Any]:
+    """The configurations, the reasons for them, and their networks."""
     plan = material.plan
+    name, *others = plan_head(plan)
+    networks = {name: c.network for name, c in plan.configurations.items()}
     return {
         "title": plan_title(plan),
-        "table": Table.plain("Configurations", plan_head(plan), plan_rows(plan)),
+        "table": Table("Configurations", [Column(name), *(Column(other, "s") for other in others)], plan_rows(plan)),
         "reasons": plan_reasons(plan),
         "networks": [
-            (name, f"{c.network.kind} U-Net, features {'-'.join(map(str, c.network.features))}, "
-                   f"kernels {', '.join(by(k) for k in c.network.kernels)}, "
-                   f"strides {', '.join(by(s) for s in c.network.strides)}, {c.network.norm} normalisation")
-            for name, c in plan.configurations.items()
+            (name, f"{n.kind} U-Net, features {'-'.join(map(str, n.features))}, "
+                   f"kernels {', '.join(map(_times, n.kernels))}, strides {', '.join(map(_times, n.strides))}, "
+                   f"{n.norm} normalisation")
+            for name, n in networks.items()
         ],
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- the training
+def training_section(material: Material) -> list[dict[str, Any]]:
+    """For each model its curves, a colour for each fold."""
+    sections = []
+    for model in material.trained:
+        folds = [fold for fold in model.folds if fold.rows]
+        if folds:
+            names = [f"fold {fold.name}{'' if fold.state else ' (not finished)'}" for fold in folds]
+            legend = [(i % COLOURS, name) for i, name in enumerate(names)]
+            sections.append({"model": model.name, "charts": _training_charts(folds), "legend": legend})
+    return sections
 
 
-def training_charts(model: Model) -> list[Chart]:
-    """Loss, Dice of held-out patches, and the learning rate, a colour for each fold."""
-    folds = [fold for fold in model.folds if fold.rows]
-    parts = (
-        (
-            "Loss",
-            [("train_loss", "solid", "training"), ("validation_loss", "dashed", "held-out patches")],
-            (None, None),
-        ),
-        ("Dice of held-out patches", [("mean_dice", "solid", "mean")], (0.0, 1.0)),
-        ("Learning rate", [("lr", "solid", "")], (0.0, None)),
+def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
+    losses = (("train_loss", ", training", "solid"), ("validation_loss", ", held-out patches", "dashed"))
+    kinds: tuple[tuple[str, Sequence[tuple[str, str, str]], tuple[float | None, float | None], str], ...] = (
+        ("Loss", losses, (None, None), "solid: training, dashed: held-out patches"),
+        ("Dice of held-out patches", [("mean_dice", "", "solid")], (0, 1), ""),
+        ("Learning rate", [("lr", "", "solid")], (0, None), ""),
     )
     charts = []
-    for title, keys, limits in parts:
-        series = [
-            Series(f"fold {fold.name}{f', {what}' if len(keys) > 1 else ''}", [row["epoch"] for row in fold.rows],
-                   [row.get(key) for row in fold.rows], i, kind)
-            for i, fold in enumerate(folds) for key, kind, what in keys
-        ]  # fmt: skip
-        drawing = curves(f"{title} of {model.name}", series, "epoch", "", limits)
-        if drawing:
-            below = "solid: training, dashed: held-out patches" if len(keys) > 1 else ""
-            charts.append(Chart(title, drawing, below))
+    for title, keys, limits, note in kinds:
+        curves = [
+            Curve(f"fold {fold.name}{what}", [(row["epoch"], row.get(key)) for row in fold.rows], i, style)
+            for i, fold in enumerate(folds)
+            for key, what, style in keys
+        ]
+        if chart := plot_curves(title, curves, "epoch", "", limits, note):
+            charts.append(chart)
     return charts
 
 
-def fold_legend(model: Model) -> list[tuple[int, str]]:
-    """(colour, name) of the folds that are drawn."""
-    drawn = [fold for fold in model.folds if fold.rows]
-    return [(i % 10, f"fold {fold.name}{'' if fold.state else ' (not finished)'}") for i, fold in enumerate(drawn)]
-
-
-def cost_table(material: Material) -> Table:
+def costs_section(material: Material) -> Table:
     """Time and memory of every fold."""
-    head = ("Model", "fold", "epochs", "time", "s/epoch", "samples/s", "waiting", "memory",
-            "planned", "device")  # fmt: skip
-    rows: list[Line] = []
+    rows: list[list[Value]] = []
     for model in material.models:
-        if model.plan is None:
-            continue
-        planned = model.plan.configuration(model.run["configuration"]).memory_gb
-        rows += [
-            [model.name, fold.name, *_costs(fold), number(planned, ".2f", " GB"), _device(fold)]
-            for fold in model.folds
-            if fold.rows
-        ]
-    return Table.plain("Time and memory of training", head, rows, texts=(0, 1, 9))
+        for fold in model.folds if model.plan else ():
+            if not fold.rows or model.plan is None:
+                continue
+            middle = {
+                key: float(np.median([row[key] for row in fold.rows]))
+                for key in ("seconds", "samples_per_second", "waiting")
+            }
+            epochs, precision = fold.rows[-1]["epoch"], fold.state.get("arithmetic", {}).get("precision", "")
+            rows.append(
+                [
+                    model.name,
+                    fold.name,
+                    (f"{epochs}{'' if fold.state else ' so far'}", float(epochs)),
+                    (log.duration(fold.seconds), fold.seconds),
+                    *middle.values(),
+                    max(row["memory_gb"] for row in fold.rows),
+                    model.plan.configuration(model.run["configuration"]).memory_gb,
+                    f"{fold.state.get('device', '')} {precision}".strip(),
+                ]
+            )
+    columns = (
+        Column("Model"), Column("fold"), Column("epochs", "d"), Column("time", "g"), Column("s/epoch", ".3g"),
+        Column("samples/s", ".3g"), Column("waiting", ".0%"), Column("memory", ".2f", " GB"),
+        Column("planned", ".2f", " GB"), Column("device"),
+    )  # fmt: skip
+    return Table("Time and memory of training", columns, rows)
 
 
-def _costs(fold: Fold) -> list[Cell]:
-    rows = fold.rows
-    seconds = fold.state.get("seconds") or sum(row["seconds"] for row in rows)
-    middle = {key: float(np.median([row[key] for row in rows])) for key in ("seconds", "samples_per_second", "waiting")}
-    return [
-        Cell(str(rows[-1]["epoch"]) + ("" if fold.state else " so far"), float(rows[-1]["epoch"])),
-        Cell(log.duration(seconds), float(seconds)),
-        number(middle["seconds"], ".3g"),
-        number(middle["samples_per_second"], ".3g"),
-        Cell(f"{middle['waiting']:.0%}", middle["waiting"]),
-        number(max(row["memory_gb"] for row in rows), ".2f", " GB"),
-    ]
+# ---------------------------------------------------------------------------------------------------------- the scores
 
 
-def _device(fold: Fold) -> str:
-    arithmetic = fold.state.get("arithmetic", {})
-    return " ".join(filter(None, (fold.state.get("device", ""), arithmetic.get("precision", ""))))
+def scores_section(material: Material, gallery: Gallery) -> list[dict[str, Any]]:
+    """For each model its scores by label, all its held-out cases, and pictures of the worst ones."""
+    sections = []
+    for model in material.scored:
+        name, rows, worst = model.name, model.worst_first, gallery.overlaid[model.name][:_STATIC_CASES]
+        labels = _hardest_labels(model)
+        dice = {row.case: [row.metrics[label]["Dice"] for label in labels] for row in rows}
+        dots = [(label, [(case, values[i]) for case, values in dice.items()]) for i, label in enumerate(labels)]
+        columns = (Column("Case"), Column("fold"), share_column("mean Dice"), *map(share_column, labels))
+        cells = [[row.case, model.fold_of[row.case], row.mean_dice, *dice[row.case]] for row in rows]
+        caption = f"Held-out cases of {model.label}, worst first"
+        sections.append(
+            {
+                "name": name,
+                "label": model.label,
+                "cases": len(rows),
+                "folds": sorted(set(model.fold_of.values())),
+                "by_label": _label_table(model),
+                "chart": plot_dots(f"Dice of each case by label, {model.label}", dots, name),
+                "omitted_labels": len(model.scores.labels.region_names) - len(labels),
+                "table": Table(caption, columns, cells, sorted_by=2, model=name),
+                "worst": [
+                    (row.case, row.mean_dice, gallery.cases[row.case].overlays[name])
+                    for row in rows
+                    if row.case in worst
+                ],
+            }
+        )
+    return sections
 
 
-def total_time(material: Material) -> float:
-    """Seconds of all trainings."""
-    return sum(
-        fold.state.get("seconds") or sum(row["seconds"] for row in fold.rows)
-        for model in material.models
-        for fold in model.folds
-    )
+def _hardest_labels(model: ModelResults) -> list[str]:
+    """The labels to show for each case: all, or those with the lowest mean Dice."""
+    names = list(model.scores.labels.region_names)
+    if len(names) > _DICE_LABELS:
+        means = {name: 1.0 if s.mean is None else s.mean for name, s in model.scores.by_label().items()}
+        names = sorted(names, key=means.__getitem__)[:_DICE_LABELS]
+    return names
 
 
-# ------------------------------------------------------------------------------------------------------- the settings
+def _label_table(model: ModelResults) -> Table:
+    """One row for each label, then the mean over them."""
+    shown = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")
+    summaries = [{**model.scores.by_label(m), "all labels": model.scores.foreground(m)} for m in shown]
+    rows: list[list[Value]] = []
+    for name, dice in summaries[0].items():
+        others = [summary[name].mean for summary in summaries[1:]]
+        rows.append([name, dice.n, dice.mean, _interval(dice.mean, dice), dice.median, *others])
+    columns = (Column("Label"), Column("cases", "d"), share_column("mean Dice"), Column("95 % interval", "g"),
+               share_column("median"), share_column("IoU"), Column("abs. volume error", ".1%"),
+               share_column("lesion F1"))  # fmt: skip
+    return Table("Scores of held-out cases, by label", columns, rows)
 
 
-def settings_of(model: Model) -> list[tuple[str, str]]:
-    """Every setting of a run, as `--set` takes it."""
-    flat = []
-    for section, values in model.run.get("settings", {}).items():
-        if isinstance(values, dict):
-            flat += [(f"{section}.{key}", _setting(value)) for key, value in values.items()]
-        else:
-            flat.append((section, _setting(values)))
-    return flat
+def page_data(material: Material, gallery: Gallery) -> dict[str, Any]:
+    """What report.js opens cases from: the metrics of every case, and the pictures."""
+    names = material.dataset.labels.region_names
+    models = {}
+    for model in material.scored:
+        scores = {
+            row.case: [[row.metrics[name][metric] for metric in _CASE_METRICS] for name in names]
+            for row in model.worst_first
+        }
+        pictures = {case: gallery.cases[case].overlays[model.name] for case in gallery.overlaid[model.name]}
+        models[model.name] = {"label": model.label, "fold": model.fold_of, "scores": scores, "pictures": pictures}
+    return {
+        "labels": list(names),
+        "channels": [channel.name for channel in material.plan.channels],
+        "measures": [METRICS[metric].heading for metric in _CASE_METRICS],
+        "forms": [METRICS[metric].form for metric in _CASE_METRICS],
+        "models": models,
+    }
 
 
-def _setting(value: Any) -> str:
-    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+# ------------------------------------------------------------------------------------------------------ the comparison
 
 
-def version_table(material: Material) -> Table:
-    names = list(dict.fromkeys(name for model in material.models for name in model.run.get("versions", {})))
-    head = ("Model", "began", "recipe", "seed", *names)
+def comparison_section(material: Material) -> dict[str, Any]:
+    """The candidates of `nnlite select` and the postprocessing that it chose; before it, the models."""
+    selection = material.selection
+    candidates = [_candidate(model) for model in material.scored] if selection is None else selection.candidates
+    labels = list(dict.fromkeys(name for candidate in candidates for name in candidate.by_label))
+    rows: list[list[Value]] = []
+    for c in candidates:
+        margin = () if selection is None else (_margin(c.margin) if rows else ("", 0.0),)
+        dice = [c.by_label.get(name) for name in labels]
+        rows.append([c.name, c.n_cases, c.dice, _interval(c.dice, c), *margin, *dice])
+    columns = [Column("Models"), Column("cases", "d"), share_column("Dice"), Column("95 % interval", "g")]
+    columns += [] if selection is None else [Column("best is better by", "g")]
+    caption = "Models on their held-out cases" if selection is None else "Candidates of nnlite select, the best first"
+    bars = [(c.name, c.dice, c.low, c.high) for c in candidates]
+    steps: list[list[Value]] = []
+    for label, rule in ({} if selection is None else selection.postprocessing).items():
+        gain = selection.postprocessing_gain.get(label) if selection else None
+        steps.append([label, str(rule), *((gain.before, gain.after, gain.n) if gain else (None, None, None))])
+    step_columns = (Column("Label"), Column("what is kept"), share_column("Dice before"), share_column("after"),
+                    Column("cases that did not choose it", "d"))  # fmt: skip
+    return {
+        "selected": " + ".join(selection.models) if selection else "",
+        "date": selection.made if selection else "",
+        "table": Table(
+            caption, [*columns, *map(share_column, labels)], rows, sorted_by=2, first_is_best=bool(selection)
+        ),
+        "chart": plot_intervals("Dice of the candidates", bars, "mean Dice with 95 % interval"),
+        "postprocessing": Table("Postprocessing of the predictions", step_columns, steps),
+    }
+
+
+def _candidate(model: ModelResults) -> Candidate:
+    """A model that was not compared with the others."""
+    dice = model.scores.foreground()
+    by_label = {name: statistic.mean for name, statistic in model.scores.by_label().items()}
+    return Candidate(models=(model.label,), n_cases=dice.n, dice=dice.mean, low=dice.low, high=dice.high,
+                     by_label=by_label, margin=Margin(None))  # fmt: skip
+
+
+def _margin(margin: Margin) -> Value:
+    """By how much the best candidate is better, with the 95 % interval."""
+    if margin.mean is None:
+        return None
+    ends = "" if margin.low is None or margin.high is None else f" ({margin.low:+.4f} to {margin.high:+.4f})"
+    return f"{margin.mean:+.4f}{ends}", margin.mean
+
+
+# -------------------------------------------------------------------------------------------------------- the settings
+
+
+def settings_section(material: Material) -> dict[str, Any]:
+    """How the models were made: seed, versions, and every setting as `--set` takes it."""
+    versions = list(dict.fromkeys(name for model in material.trained for name in model.run.get("versions", {})))
     rows = [
-        (model.name, str(model.run.get("began", "")), str(model.run["settings"].get("recipe", "")),
-         str(model.run.get("seed", "")), *(model.run.get("versions", {}).get(name, "") for name in names))
-        for model in material.models if model.run
+        [m.name, str(m.run.get("began", "")), str(m.run["settings"].get("recipe", "")), str(m.run.get("seed", "")),
+         *(m.run.get("versions", {}).get(name, "") for name in versions)]
+        for m in material.trained
     ]  # fmt: skip
-    return Table.plain("What the models were made with", head, rows, texts=tuple(range(len(head))))
+    columns = [Column(name) for name in ("Model", "began", "recipe", "seed", *versions)]
+    settings = [(model.name, list(_flat_settings(model.run.get("settings", {})))) for model in material.trained]
+    return {"versions": Table("Versions and seeds of the models", columns, rows), "settings": settings}
+
+
+def _flat_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[Fact]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and not prefix:
+            yield from _flat_settings(value, f"{key}.")
+        else:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            yield f"{prefix}{key}", "not set" if value is None else text

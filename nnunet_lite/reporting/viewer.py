@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
+from nnunet_lite import log
 from nnunet_lite.reporting.scene import Scene
 
 _HOSTS = ("127.0.0.1", "localhost")  # with any port: `ssh -L 8000:127.0.0.1:PORT` changes it
@@ -59,6 +60,17 @@ class View:
         root, path = self.url.rsplit("/", 2)[0], f"/{secrets.token_urlsafe(24)}"
         self.doors[path] = self.url
         return root + path
+
+    def to_text(self) -> str:
+        return self.url
+
+    def to_json(self) -> dict[str, str]:
+        return {"url": self.url, "title": self.title}
+
+    def wait(self) -> None:
+        """Block; the page is served from a thread."""
+        log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
+        threading.Event().wait()
 
     def close(self) -> None:
         self.server.shutdown()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import sweep
+from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
 from nnunet_lite.models.folder import MODEL, VALIDATION, exclusive, length
 from nnunet_lite.networks.precision import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
@@ -63,7 +63,6 @@ from nnunet_lite.training.watch import (
     stoppable,
     voxels_per_class,
 )
-from nnunet_lite.workspace import understood
 
 _VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
 

@@ -15,9 +15,8 @@ from typing import Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import append
+from nnunet_lite.files import append, write_text
 from nnunet_lite.training.progress import draw_progress
-from nnunet_lite.workspace import write_text
 
 METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
 _SECONDS_BETWEEN_PICTURES = 20.0

@@ -29,6 +29,7 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.training.grouping import (
     is_table,
     name_cases,
@@ -37,7 +38,6 @@ from nnunet_lite.training.grouping import (
     stratify_by_labels,
     warn_of_patients,
 )
-from nnunet_lite.workspace import read_json, write_json
 
 ALL = "all"  # the fold that trains on every case
 N_FOLDS = 5

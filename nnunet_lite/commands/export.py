@@ -1,0 +1,183 @@
+"""`nnlite export` and `nnlite import`: write a model for others, and read one that others wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from nnunet_lite import log
+from nnunet_lite.commands.options import DatasetName, FilePath, TrustCode, WhichCheckpoint, Workspace
+from nnunet_lite.errors import UserError
+from nnunet_lite.models import nnunet
+from nnunet_lite.models.bundle import licence_text, pack
+from nnunet_lite.models.choice import choose_model, in_our_form, model_at
+from nnunet_lite.models.folder import is_model, model_folder
+from nnunet_lite.models.unpack import is_bundle, read_manifest, unpack
+from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
+
+_GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --format nnunet -o FOLDER` (or onnx)."
+_NEXT = {"zip": "nnlite import", "nnunet": "nnUNetv2_predict_from_modelfolder -m", "onnx": "see docs/models.md:"}
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """The model folder that an import made."""
+
+    model: Path
+
+    def to_text(self) -> str:
+        return f"{self.model}: predict with `nnlite predict -m {self.model}`"
+
+
+def import_model(
+    source: Annotated[FilePath, typer.Argument(help="Zip of `nnlite export`, or model folder of nnU-Net v2.")],
+    *,
+    output: Annotated[FilePath | None, typer.Option("-o", "--output", help="New folder [in the workspace].")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Set a model of that name aside.")] = False,
+    checkpoint: WhichCheckpoint = "final",
+    workspace: Workspace = None,
+) -> ImportedModel:
+    """Make a model folder of a zip or of a model that nnU-Net wrote; none of its code is run.
+
+    In the workspace the model has the name that it was exported with; a model of nnU-Net is called
+    trainer__plans__configuration. Folds without the checkpoint are left out, which is logged.
+
+    Returns
+    -------
+    ImportedModel
+        The new model folder.
+
+    Raises
+    ------
+    UserError
+        The source is neither, or damaged, or the model exists already.
+    """
+    path, place = Path(source).absolute(), workspace_folder(workspace)
+    if not path.exists():
+        raise UserError("there is no such file or folder", path)
+    if is_bundle(path):
+        about = read_manifest(path)
+        target = Path(output) if output else model_folder(Paths(place / about.dataset), about.name_for(path))
+        return ImportedModel(unpack(path, target, replace=replace))
+    if (path / "run.json").is_file():
+        raise UserError("is a model folder of nnlite already", path, "Use it with -m, or pack it with `nnlite export`.")
+    dataset, name = ("", "") if output else nnunet.nnunet_names(path, checkpoint)
+    target = Path(output) if output else model_folder(Paths(place / dataset), name)
+    nnunet.import_model(path, target, None, checkpoint, replace=replace)
+    return ImportedModel(target)
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """The model folder that was exported, and what was written."""
+
+    model: Path
+    output: Path
+    format: str
+
+    def to_text(self) -> str:
+        return f"{self.output}: {_NEXT[self.format]} {self.output}"
+
+
+def export_model(
+    paths: Annotated[
+        FilePath | Sequence[FilePath] | None,
+        typer.Argument(metavar="[MODEL] [TARGET]", help="Model folder, zip or name; zip or folder to write."),
+    ] = None,
+    *,
+    output: Annotated[FilePath | None, typer.Option("-o", "--output", help="Zip or folder to write.")] = None,
+    model: Annotated[FilePath | None, typer.Option("-m", "--model", help="Model [the trained one].")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
+    format: Annotated[
+        Literal["zip", "onnx", "nnunet"], typer.Option(help="What to make; onnx and nnunet are folders.")
+    ] = "zip",
+    checkpoint: WhichCheckpoint = "final",
+    trust_code: TrustCode = False,
+    licence: Annotated[str | None, typer.Option(help="SPDX identifier, text or file; for zip.")] = None,
+    note: Annotated[str | None, typer.Option(help="On the training data; for zip.")] = None,
+    dataset: DatasetName = None,
+    workspace: Workspace = None,
+) -> ExportedModel:
+    """Pack a model into one file, or write it as a folder for nnU-Net v2 or for onnxruntime.
+
+    Parameters
+    ----------
+    paths : str, Path or sequence of them
+        The model and the target, or the target alone if `model` is given or the trained model is to be exported.
+    output : str or Path
+        The target, unless it is one of `paths`.
+
+    Returns
+    -------
+    ExportedModel
+        The model folder, and what was written.
+
+    Raises
+    ------
+    UserError
+        There is no such model, the target exists, or the format cannot represent the model.
+    """
+    source, target = _source_and_target(paths, model, output, workspace_folder(workspace))
+    if (format == "zip") != (target.suffix.lower() == ".zip"):
+        what = "a zip ends in .zip; a folder is written with --format nnunet or --format onnx"
+        raise UserError(f"cannot be written as {format}: {what}", target)
+    if source is not None:
+        folder = model_at(source, workspace_folder(workspace), dataset)
+    else:
+        folder = choose_model(select_dataset(workspace, dataset, needs_plan=False), configuration)
+    with in_our_form([folder], None, checkpoint) as (ours,):
+        if format == "nnunet":
+            nnunet.export_model(ours, target)
+        elif format == "zip":
+            pack(ours, target, licence=None if licence is None else licence_text(licence), note=note)
+        else:
+            from nnunet_lite.inference.onnx import export_onnx  # an optional extra
+
+            worst = max(
+                export_onnx(ours, target, trust_code=trust_code, workspace=workspace_folder(workspace)).values()
+            )
+            log.info(f"logits differ from torch's by {worst:.1e} at most")
+    return ExportedModel(folder, target, format)
+
+
+def _source_and_target(
+    paths: FilePath | Sequence[FilePath] | None, model: FilePath | None, output: FilePath | None, workspace: Path
+) -> tuple[Path | None, Path]:
+    """Return the model to export, None for the trained one, and the target.
+
+    Raises
+    ------
+    UserError
+        One of them is given twice, or there is no target.
+    """
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths or [])]
+    if len(given) > 2:
+        raise UserError(f"got {len(given)} arguments, a model and a target are two", fix=_GRAMMAR)
+    first, second = (*given, None, None)[:2]
+    if output is None and second is None and first is not None:
+        names_model = model is None and is_model(model_at(first, workspace))
+        first, second = (first, None) if names_model else (None, first)
+    if second is not None and output is not None:
+        raise UserError(f"two places to write to are given: {second} and, with -o, {output}", fix=_GRAMMAR)
+    source, target = either_model(first, model), second or output
+    if target is None:
+        raise UserError("where to write it is not given", source, _GRAMMAR)
+    return source, Path(target)
+
+
+def either_model(argument: FilePath | None, option: FilePath | None) -> Path | None:
+    """Return a model that may be given as an argument or with -m.
+
+    Raises
+    ------
+    UserError
+        It is given twice.
+    """
+    if argument is not None and option is not None:
+        raise UserError(f"two models are given: {argument} and, with -m, {option}", fix="Give one of them.")
+    given = option if argument is None else argument
+    return None if given is None else Path(given)

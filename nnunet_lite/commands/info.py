@@ -1,0 +1,154 @@
+"""`nnlite info`: describe a model, or a planned dataset and its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnunet_lite import log
+from nnunet_lite.commands.export import either_model
+from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichCheckpoint, Workspace
+from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.evaluation.selection import changed_models, read_selection
+from nnunet_lite.files import understood
+from nnunet_lite.inference.predictor import read_model
+from nnunet_lite.models.choice import in_our_form, model_at
+from nnunet_lite.models.folder import MODEL, first_training, model_folders, trained_folds, validation_dice
+from nnunet_lite.models.nnunet import Checkpoint
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.planning.show import length_unit, plan_table
+from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
+
+
+def info(
+    model: Annotated[
+        FilePath | None, typer.Argument(help="Model folder, nnU-Net's too, or zip [all models of a planned dataset].")
+    ] = None,
+    *,
+    model_option: Annotated[
+        FilePath | None, typer.Option("-m", "--model", help="The same, as for `nnlite predict`.")
+    ] = None,
+    checkpoint: WhichCheckpoint = "final",
+    dataset: DatasetName = None,
+    workspace: Workspace = None,
+) -> About:
+    """Describe a model, how it was made and how well it scores; or a planned dataset and its models.
+
+    Returns
+    -------
+    About
+        The description.
+
+    Raises
+    ------
+    UserError
+        There is no such model, or no dataset is planned.
+    """
+    if (given := either_model(model, model_option)) is not None:
+        return describe_model(model_at(given, workspace_folder(workspace), dataset), checkpoint)
+    return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
+
+
+def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
+    """What a model is: a model folder, ours or nnU-Net's, or an exported zip. Nothing that it may carry is run.
+
+    Parameters
+    ----------
+    checkpoint : of each fold of a model of nnU-Net.
+
+    Raises
+    ------
+    UserError : it is no model.
+    """
+
+    with in_our_form([model], None, checkpoint) as (folder,):
+        return _described(model, folder)
+
+
+def _described(model: Path, folder: Path) -> About:
+    """What a model folder holds; it is that of `model`, in our form."""
+
+    from nnunet_lite.models.checkpoint import read_state  # imports torch
+
+    plan, run = read_model(folder)
+    configuration = plan.configuration(run["configuration"])
+    folds = {}
+    for fold in trained_folds(folder):
+        with understood(folder / f"fold_{fold}" / MODEL):
+            state = read_state(folder / f"fold_{fold}" / MODEL)
+            folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
+        folds[fold]["mean_dice"] = validation_dice(folder, fold)
+    begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
+    network = configuration.network
+    values = {
+        "model": str(model),
+        "dataset": plan.dataset,
+        "configuration": run["configuration"],
+        "recipe": run["settings"]["recipe"],
+        "channels": [channel.name for channel in plan.channels],
+        "labels": plan.labels.to_json(),
+        "orientation": plan.orientation,
+        "spacing": configuration.spacing,
+        "patch_size": configuration.patch_size,
+        "batch_size": configuration.batch_size,
+        "network": network.model_dump(),
+        "folds": folds,
+        "unfinished_folds": begun,
+        "seed": run["seed"],
+        "versions": run["versions"],
+        "settings": run["settings"],
+    }
+    lines = [
+        f"{model}: {run['configuration']} of {plan.dataset}, recipe {run['settings']['recipe']}",
+        f"channels  {', '.join(c.name for c in plan.channels)}",
+        f"labels    {', '.join(plan.labels.region_names)}",
+        f"axes      {_orientation(plan)}",
+        f"spacing   {_by(configuration.spacing)} {length_unit(plan)}, patch {_by(configuration.patch_size)}",
+        f"network   {network.kind}, features {'-'.join(map(str, network.features))}, {network.norm} norm",
+    ]
+    for fold, state in folds.items():
+        dice = "not validated" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
+        lines.append(f"fold {fold}    {state['epochs']} epochs in {log.duration(state['seconds'])}, {dice}")
+    lines += [f"fold {fold}    not finished" for fold in begun]
+    return About(values, "\n".join(lines))
+
+
+def _orientation(plan: Plan) -> str:
+    if plan.orientation is None:
+        return "orientation not known: images are taken as they are stored"
+    return f"images are turned to {plan.orientation}"
+
+
+def describe_dataset(paths: Paths) -> About:
+    """What the workspace has of a dataset: cases, plan, models; of one that is not planned, its imported models."""
+
+    models = [describe_model(folder) for folder in model_folders(paths)]
+    if not paths.plans.is_file():
+        about = {"dataset": paths.name, "workspace": str(paths.root.parent), "models": [m.values for m in models]}
+        head = f"{paths.name}: models alone; the dataset itself is not planned in {paths.root.parent}"
+        return About(about, "\n\n".join([head, *(model.text for model in models)]))
+    plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
+    values = {
+        "dataset": paths.name,
+        "workspace": str(paths.root.parent),
+        "raw": str(dataset.root),
+        "layout": dataset.layout,
+        "cases": len(dataset.cases),
+        "configurations": list(plan.configurations),
+        "models": [model.values for model in models],
+    }
+    selected = []
+    if (selection := read_selection(paths)) is not None:
+        changed = changed_models(paths, selection)
+        values["selection"] = {**selection.to_json(), "changed_since": changed}
+        stale = f"; {' and '.join(changed)} changed since: run `nnlite select` again" if changed else ""
+        selected = [f"selected  {selection.summary}, on {selection.made}{stale}"]
+    head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
+    nothing = f"no model yet: {first_training(paths)}"
+    return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing]), *selected]))
+
+
+def _by(values: tuple[Any, ...]) -> str:
+    return "x".join(f"{v:g}" for v in values)

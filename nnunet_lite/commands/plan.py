@@ -1,0 +1,292 @@
+"""`nnlite plan`: check a raw dataset, take its fingerprint and plan its networks.
+
+`plan` is the command. `run` uses `dataset_paths` and `reason_to_plan`, which say where a raw dataset has its files in a
+workspace, and whether its plan is up to date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from nnunet_lite import log
+from nnunet_lite.commands.options import (
+    AcceptGeometry,
+    Device,
+    FilePath,
+    Folds,
+    GroupBy,
+    Splits,
+    Stratify,
+    StratifyBy,
+    Workers,
+    Workspace,
+    sizes_of,
+)
+from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, read_dataset, stored_dataset
+from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, understood, write_json
+from nnunet_lite.models.folder import model_folders, other_folds, set_aside
+from nnunet_lite.planning import replanning
+from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
+from nnunet_lite.planning.nnunet import Description, description_from_nnunet, description_to_nnunet, plan_to_nnunet
+from nnunet_lite.planning.override import override_sizes
+from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.schema import Options, Plan
+from nnunet_lite.preprocessing.raw_files import first_change, look_at, memorize, same_files
+from nnunet_lite.system import GB, in_units
+from nnunet_lite.training.grouping import name_cases, warn_of_patients
+from nnunet_lite.training.splits import (
+    ALL,
+    FoldRule,
+    make_splits,
+    needs_splits,
+    warn_of_unused_splits,
+    write_splits,
+)
+from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
+
+READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
+
+_Change = tuple[str, tuple[int, ...] | None, int | None]  # configuration, patch size, batch size
+
+
+def plan(
+    data: Annotated[FilePath | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
+    *,
+    preset: Annotated[
+        Literal["default", "resenc_m", "resenc_l", "resenc_xl"] | None,
+        typer.Option(help="Kind of U-Net [as planned before, otherwise default]."),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
+    plans: Annotated[FilePath | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
+    patch_size: Annotated[
+        str | Sequence[int] | None,
+        typer.Option(parser=str, metavar="TEXT", help="Such as 40x56x40, instead of the planned one."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the planned one.")] = None,
+    configuration: Annotated[
+        str | None,
+        typer.Option("-c", "--configuration", help="Which gets these sizes [3d_fullres, or 2d for a flat patch]."),
+    ] = None,
+    clip_percentiles: Annotated[
+        tuple[float, float] | None, typer.Option(min=0, max=100, help="Clip each image to these before normalisation.")
+    ] = None,
+    folds: Folds = None,
+    group_by: GroupBy = None,
+    stratify: Stratify = False,
+    stratify_by: StratifyBy = None,
+    splits: Splits = None,
+    store: Annotated[
+        Literal["float16", "float32"] | None,
+        typer.Option(help="Type of preprocessed images on disk [as planned before; float32 without standardisation]."),
+    ] = None,
+    accept_geometry: AcceptGeometry = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
+    ] = False,
+    device: Device = None,
+    from_fingerprint: Annotated[FilePath | None, typer.Option(help="Plan from a fingerprint instead of data.")] = None,
+    dataset_json: Annotated[FilePath | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
+    format: Annotated[Literal["nnlite", "nnunet"], typer.Option(help="Of --output.")] = "nnlite",
+    output: Annotated[FilePath | None, typer.Option(help="Write the plan to this file too.")] = None,
+    workers: Workers = None,
+    workspace: Workspace = None,
+) -> Plan:
+    """Check a dataset, take its fingerprint and plan its networks; the options are kept for planning it again.
+
+    A dataset that was planned before is planned with its earlier options where none are given. Edits of plans.json
+    stay, as far as the planner's own result is the same as before; a copy, plans_1.json, keeps the others. The dataset
+    becomes the one planned last.
+
+    Returns
+    -------
+    Plan
+        The content of plans.json.
+
+    Raises
+    ------
+    UserError
+        The dataset has errors, which are all logged, or an option is illegal. Nothing is written in these cases.
+    """
+    patch = None if patch_size is None else sizes_of(patch_size, "--patch-size")
+    change = (configuration or ("2d" if patch and len(patch) == 2 else "3d_fullres"), patch, batch_size)
+    if output is None and format != "nnlite":
+        raise UserError(f"--format {format} is given without a file", fix="Say where to write it: --output FILE.")
+    if from_fingerprint is not None:
+        if dataset_json is None:
+            raise UserError("--from-fingerprint needs --dataset-json")
+        made, about = _plan_fingerprint(Path(from_fingerprint), Path(dataset_json), preset or "default", memory, change)
+    elif data is not None:
+        place = workspace_folder(workspace)
+        # A mistake in the options is reported before minutes of reading.
+        given = replanning.plan_options(preset, memory, plans, change, clip_percentiles, store)
+        rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+        made = _plan_dataset(find_raw(str(data), place), place, given, rule, accept_geometry, workers)
+        about = _described_for_nnunet(Paths(place / made.dataset)) if format == "nnunet" else {}
+    else:
+        raise UserError("name the dataset to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
+    if output is not None:
+        write_json(Path(output), plan_to_nnunet(made, about) if format == "nnunet" else made.as_dict())
+    if measure:
+        _log_measured_memory(made, device)
+    return made
+
+
+def _plan_dataset(
+    root: Path, workspace: Path, given: Options, rule: FoldRule, accept_geometry: bool, workers: int | None
+) -> Plan:
+    """Plan a raw dataset, and write what it was planned from into the workspace."""
+    dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
+    paths = dataset_paths(workspace, dataset)
+    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
+    other_splits = needs_splits(paths.splits, dataset, rule, trained)
+    if rule == FoldRule():
+        warn_of_unused_splits(paths.splits, dataset)
+    earlier = replanning.read_earlier_plan(paths)
+    adopted = replanning.read_adopted_plan(given, earlier, dataset)
+    raw = look_at(dataset.cases, paths.raw, workers, log.progress)  # first: a change while files are checked is seen
+    problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
+    log.info(problems.to_text())
+    if fingerprint is None:
+        if errors := problems.count("error"):
+            raise UserError(f"{plural(errors, 'error')} must be corrected before planning", root, "See above.")
+        fix = "Correct the headers, or plan with --accept-geometry. See above."
+        raise UserError("origin or direction differ between files of a case", root, fix)
+    new = replanning.replan(given, earlier, fingerprint, dataset, adopted, trained=bool(model_folders(paths)))
+    made_splits = make_splits(dataset, rule) if other_splits else None
+    replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
+    write_json(paths.check, problems.to_json())
+    write_json(paths.dataset, dataset_to_json(dataset))
+    write_json(paths.fingerprint, fingerprint.to_nnunet())
+    memorize(paths.raw, raw)
+    if made_splits is not None:
+        if (old := set_aside(paths.splits)) is not None:
+            log.info(f"the previous folds are kept in {old}")
+        write_splits(paths.splits, *made_splits)
+    elif not paths.splits.is_file():
+        warn_of_patients([case.id for case in dataset.cases])
+    use(workspace, dataset.name)
+    return new.plan
+
+
+def _plan_fingerprint(
+    fingerprint: Path, dataset_json: Path, preset: str, memory: float | None, change: _Change
+) -> tuple[Plan, dict[str, Any]]:
+    """Plan from a fingerprint.json and a dataset.json alone; return the plan and the content of dataset.json."""
+    content = read_json(dataset_json)
+    about = description_from_nnunet(content, dataset_json)
+    name = str(content.get("name", dataset_json.absolute().parent.name))
+    made = make_plan(
+        Fingerprint.read(fingerprint), name, about.channels, about.labels, preset, memory, about.n_cases or None
+    )
+    return made if change[1:] == (None, None) else override_sizes(made, *change), content
+
+
+def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
+    """Return what nnU-Net's dataset.json says about a planned dataset."""
+    dataset = stored_dataset(paths.dataset)
+    about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
+    table = dataset.root / "dataset.json"
+    reader = read_json(table).get(READER) if table.is_file() else None
+    return {**description_to_nnunet(about), **({} if reader is None else {READER: reader})}
+
+
+def _log_measured_memory(made: Plan, device: str | None) -> None:
+    """Log predicted and measured GPU memory of a training step of each configuration.
+
+    Raises
+    ------
+    UserError
+        There is no GPU.
+    """
+    from nnunet_lite.networks.precision import pick_device  # they import torch, which planning does not need
+    from nnunet_lite.training.measure import measure_step
+
+    target = pick_device(device)
+    for name, planned in made.configurations.items():
+        measured = measure_step(made, name, target)
+        found = "more than the GPU has" if measured is None else in_units(measured * GB)
+        log.info(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
+
+
+# ------------------------------------------------------------------------------- where a raw dataset is in a workspace
+
+
+def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
+    """Return where a raw dataset has its files in a workspace; log if it was planned in another folder.
+
+    Raises
+    ------
+    UserError
+        The dataset has no name, its raw data are in that place, or another dataset of that name is in the workspace.
+    """
+    paths, root = Paths(workspace / dataset.name), dataset.root
+    if not dataset.name:
+        raise UserError("has no name, which a dataset takes from its folder", root)
+    if paths.root.resolve() == root.resolve():
+        raise UserError(f"is itself in the workspace {workspace}", root, "Give another folder with --workspace.")
+    if not paths.dataset.is_file():
+        return paths
+    with understood(paths.dataset, "Move it away."):
+        stored = dataset_from_json(read_json(paths.dataset))
+    if stored.root.resolve() == root.resolve():
+        return paths
+    moved = not stored.root.exists()
+    if not same_files(dataset, stored, paths, moved):
+        gone = ", which is gone" if moved else ""
+        raise UserError(
+            f"the workspace {workspace} has another dataset called {dataset.name}, with other files, "
+            f"from {stored.root}{gone}",
+            root,
+            "Give another folder with --workspace, or rename one of the two.",
+        )
+    what = f"moved here from {stored.root}" if moved else f"has the same files as {stored.root}"
+    log.info(f"{root}: {what}, and counts as the dataset {dataset.name} of the workspace {workspace}")
+    return paths
+
+
+def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
+    """Say why there is no plan of exactly these cases and files; None if there is one.
+
+    A dataset that was moved is not planned again: the new places of its files are recorded.
+    """
+    files = (paths.plans, paths.dataset, paths.fingerprint)
+    if not all(file.is_file() for file in files):
+        return "is not planned yet"
+    with understood(paths.dataset, "Run `nnlite plan` again."):
+        now, before = dataset_to_json(dataset), read_json(paths.dataset)
+        ids, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
+        differs = _with_relative_paths(now) != _with_relative_paths(before)
+    if ids != planned:
+        changes = {"lacks": sorted(planned - ids), "also has": sorted(ids - planned)}
+        what = [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]
+        return f"has changed since it was planned: it {' and '.join(what)}"
+    if differs:
+        return "has other files, channels or labels than were planned"
+    if not paths.raw.is_file():
+        return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
+    if (changed := first_change(dataset.cases, paths.raw)) is not None:
+        return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
+    if now != before:
+        write_json(paths.dataset, now)
+    return None
+
+
+def _with_relative_paths(described: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of dataset.json with the files relative to the dataset's folder."""
+    root = Path(described["root"])
+
+    def relative(file: str | None) -> str | None:
+        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
+
+    cases = [
+        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
+        for case in described["dataset"]
+    ]
+    return {**described, "root": "", "dataset": cases}

@@ -1,0 +1,248 @@
+"""`nnlite run`: all steps from raw data to a report and the commands to predict."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnunet_lite import log
+from nnunet_lite.commands.options import (
+    AcceptGeometry,
+    Device,
+    FilePath,
+    Folds,
+    GroupBy,
+    Recipe,
+    Scheduler,
+    Seed,
+    SettingOverrides,
+    Splits,
+    Stratify,
+    StratifyBy,
+    Workers,
+    Workspace,
+    cluster_of,
+    names_of,
+    overrides_of,
+)
+from nnunet_lite.commands.plan import dataset_paths, plan, reason_to_plan
+from nnunet_lite.commands.report import report
+from nnunet_lite.commands.select import select
+from nnunet_lite.commands.train import (
+    JOURNAL,
+    execute_steps,
+    fold_names,
+    planned_runs,
+    preprocessing_step,
+    refuse_changed_settings,
+    training_step,
+)
+from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
+from nnunet_lite.evaluation.selection import read_selection
+from nnunet_lite.files import read_json
+from nnunet_lite.fold import Run
+from nnunet_lite.models.folder import told_lengths
+from nnunet_lite.reporting.html import PAGE
+from nnunet_lite.settings import load_settings
+from nnunet_lite.training.splits import FoldRule, needs_splits
+from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, what_is_left
+from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
+
+if TYPE_CHECKING:
+    from nnunet_lite.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `run` did, and its results.
+
+    Parameters
+    ----------
+    dataset : str
+        Name of the dataset.
+    steps : tuple of Ended
+        The steps, with their seconds.
+    seconds : float
+        Time of this run.
+    models : tuple of Path
+        The model folders.
+    selected : str or None
+        The models that `nnlite predict` uses; None if no cases were held out.
+    table : str
+        The comparison of the models, as `nnlite select` prints it.
+    report : Path or None
+        The HTML page.
+    commands : tuple of str
+        Commands to type next.
+    """
+
+    dataset: str
+    steps: tuple[Ended, ...]
+    seconds: float
+    models: tuple[Path, ...]
+    selected: str | None
+    table: str
+    report: Path | None
+    commands: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "steps": [asdict(step) for step in self.steps],
+            "seconds": self.seconds,
+            "models": [str(folder) for folder in self.models],
+            "selected": self.selected,
+            "report": None if self.report is None else str(self.report),
+            "commands": list(self.commands),
+        }
+
+    def to_text(self) -> str:
+        done = sum(step.state == "done" for step in self.steps)
+        kept = f", {len(self.steps) - done} were done before" if done < len(self.steps) else ""
+        report = [] if self.report is None else [f"report: {self.report}"]
+        table = [self.table, ""] if self.table else []
+        head = f"{self.dataset}: {done} steps done in {log.duration(self.seconds)}{kept}"
+        return "\n".join([*table, head, *report, "what comes next:", *(f"  {command}" for command in self.commands)])
+
+
+def run(
+    data: Annotated[FilePath, typer.Argument(help="Folder of the raw data, or its name.")],
+    *,
+    recipe: Recipe = "default",
+    configurations: Annotated[
+        str | Sequence[str] | None,
+        typer.Option("-c", "--configurations", help="Which to train, as in 2d,3d_fullres [all of the plan]."),
+    ] = None,
+    fold: Annotated[
+        int | str | Sequence[int | str] | None,
+        typer.Option("-f", "--fold", help='Which folds, as in 0,1; "all": on every case [each].'),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Length of a fold [the recipe's, as what follows].")] = None,
+    time_limit: Annotated[
+        str | float | None,
+        typer.Option(help="Of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
+    ] = None,
+    seed: Seed = None,
+    folds: Folds = None,
+    group_by: GroupBy = None,
+    stratify: Stratify = False,
+    stratify_by: StratifyBy = None,
+    splits: Splits = None,
+    accept_geometry: AcceptGeometry = False,
+    device: Device = None,
+    scheduler: Scheduler = None,
+    settings: SettingOverrides = None,
+    workers: Workers = None,
+    workspace: Workspace = None,
+) -> RunResult:
+    """Check, plan, preprocess, train every fold, select and report. The same command again resumes where it stopped.
+
+    A plan is kept while the data stay the same. First stages of cascades are trained where a configuration needs them.
+
+    Returns
+    -------
+    RunResult
+        The steps, the comparison of the models, and the commands to predict.
+
+    Raises
+    ------
+    UserError
+        The data have errors, a setting is illegal, or an earlier run has other settings.
+    Stopped
+        A signal ended the run; the same call resumes it.
+    """
+    begin = time.monotonic()
+    changed = overrides_of(settings, training__epochs=epochs, training__time_limit=time_limit, training__seed=seed)
+    resolved = load_settings(recipe, changed)  # a mistake in it is reported first
+    place = workspace_folder(workspace)
+    root = find_raw(str(data), place)
+    dataset = read_dataset(root)
+    paths = dataset_paths(place, dataset)
+    accepted = accept_geometry or (paths.dataset.is_file() and stored_dataset(paths.dataset).accept_geometry)
+    dataset = replace(dataset, accept_geometry=accepted)
+    rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+    needs_splits(paths.splits, dataset, rule)  # so is one in these
+    journal = Journal(paths.root / JOURNAL)
+    planning = partial(
+        plan, root, workspace=place, workers=workers, accept_geometry=accepted, folds=folds, group_by=group_by,
+        stratify=stratify, stratify_by=stratify_by, splits=splits,
+    )  # fmt: skip
+    why = reason_to_plan(dataset, paths)
+    first = Step("check and plan", "plan", lambda: why is None, planning)
+    if why is not None:
+        log.info(f"{dataset.name} (workspace {place}) {why}; the steps that follow depend on the plan")
+    ended = execute([first], journal)
+    use(place, paths.name)
+
+    names = names_of(fold)
+    if names != ["all"]:
+        existing = fold_names(paths, rule)  # also writes splits.json
+        names = names or existing
+    runs = planned_runs(paths, resolved, names_of(configurations), names, device, told_lengths(changed))
+    refuse_changed_settings(runs)
+    with cluster_of(scheduler, place) as cluster:
+        steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
+        log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], what_is_left(steps, journal)))
+        ended += execute_steps(steps, journal, cluster)
+    models, selection, page = tuple({one.folder: None for one in runs}), read_selection(paths), paths.root / PAGE
+    return RunResult(
+        paths.name, tuple(ended), round(time.monotonic() - begin, 2), models,
+        None if selection is None else selection.summary, "" if selection is None else selection.to_text(),
+        page if page.is_file() else None, next_commands(paths, workspace, models),
+    )  # fmt: skip
+
+
+def _steps(
+    runs: Sequence[Run],
+    dataset: Dataset,
+    paths: Paths,
+    workers: int | None,
+    device: str | None,
+    cluster: Cluster | None,
+) -> list[Step]:
+    """Return the steps after the plan."""
+    trainings = [training_step(run) for run in runs]
+    steps = [preprocessing_step(runs, dataset, paths, workers, cluster), *trainings]
+    folders = list(dict.fromkeys(run.folder for run in runs if run.split.name != "all"))
+    if not folders:
+        return steps  # no cases are held out to select by
+    options: dict[str, Any] = {"dataset": paths.name, "workspace": paths.root.parent}
+    selecting = partial(select, [folder.name for folder in folders], **options, device=device, workers=workers)
+    needs = tuple(step.name for step in trainings)
+    steps.append(Step("select", "select", partial(_is_selected, paths, folders), selecting, needs))
+    steps.append(Step("report", "report", partial(_is_reported, paths), partial(report, **options), ("select",)))
+    return steps
+
+
+def _is_selected(paths: Paths, models: Sequence[Path]) -> bool:
+    """Whether the selection was made among all of these models, after the last of their folds was scored."""
+    file = paths.inference
+    if not file.is_file():
+        return False
+    candidates = {name for candidate in read_json(file)["candidates"] for name in candidate["models"]}
+    made = file.stat().st_mtime
+    scores = [score for model in models for score in model.glob("fold_*/validation/summary.json")]
+    return {model.name for model in models} <= candidates and all(score.stat().st_mtime <= made for score in scores)
+
+
+def _is_reported(paths: Paths) -> bool:
+    page, selected = paths.root / PAGE, paths.inference
+    return page.is_file() and selected.is_file() and page.stat().st_mtime >= selected.stat().st_mtime
+
+
+def next_commands(paths: Paths, workspace: FilePath | None, models: Sequence[Path]) -> tuple[str, ...]:
+    """Return the commands to type next, as they must be typed in this folder."""
+    where = [*paths.option.split(), *([] if workspace is None else ["-w", str(workspace)])]
+    chosen = [] if paths.inference.is_file() else ["-m", str(models[-1])]
+    commands = [
+        ["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *chosen, *where],
+        ["nnlite", "info", *where],
+    ]
+    return tuple(shlex.join(command) for command in commands)
