@@ -13,7 +13,8 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image as Pillow
 
-from nnunet_lite.data.dataset import dataset_from_json, dataset_to_json, find_cases, read_case, read_dataset
+from nnunet_lite.data.cases import find_cases
+from nnunet_lite.data.dataset import dataset_from_json, dataset_to_json, read_case, read_dataset
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
 

@@ -14,18 +14,10 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image as Pillow
 
-from nnunet_lite.data.dataset import find_cases
-from nnunet_lite.data.images import (
-    Geometry,
-    ending_of,
-    label_suffix,
-    read_geometry,
-    read_image,
-    read_images,
-    read_label,
-    stem,
-    write_label,
-)
+from nnunet_lite.data.cases import find_cases
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import label_suffix, read_geometry, read_image, read_images, read_label, write_label
+from nnunet_lite.data.names import ending_of, stem
 from nnunet_lite.errors import UserError
 
 CASE = "hippocampus_001.nii.gz"
@@ -398,7 +390,7 @@ def test_gipl(tmp_path: Path, suffix: str) -> None:
     assert read.geometry.spacing == pytest.approx((3.0, 0.7, 0.8)) and read.geometry.origin == (1, 2, 3)
     write_label(tmp_path / f"out{suffix}", array % 3, read.geometry)
     assert np.array_equal(read_label(tmp_path / f"out{suffix}")[0], array % 3)
-    with pytest.raises(UserError, match=r"GIPL has no place for directions.* Use \.nii\.gz"):
+    with pytest.raises(UserError, match=r"GIPL cannot store directions.* Use \.nii\.gz"):
         write_label(tmp_path / f"out{suffix}", some_labels(VOLUME.shape), VOLUME)
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.data.nifti import write_share
 from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, read_json, scratch, sweep, write_json
 from nnunet_lite.inference.folder import _nameless
 from nnunet_lite.models.checkpoint import load_weights, save_weights

@@ -10,7 +10,8 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case, Dataset, map_labels
-from nnunet_lite.data.images import PICTURES, read_geometry, read_label, suffix_of
+from nnunet_lite.data.images import read_geometry, read_label
+from nnunet_lite.data.names import PICTURES, suffix_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.masks import Spacing
 from nnunet_lite.evaluation.metrics import score_case

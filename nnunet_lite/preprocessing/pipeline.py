@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnunet_lite.data.crop import Box, bounding_box, nonzero_box, nonzero_mask, slices
-from nnunet_lite.data.geometry import Geometry, Turn, turn_between
+from nnunet_lite.data.geometry import Box, Geometry, Turn, bounding_box, nonzero_box, nonzero_mask, slices, turn_between
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels, smallest_dtype
 from nnunet_lite.errors import UserError

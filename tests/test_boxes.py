@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_fill_holes
 
-from nnunet_lite.data.crop import bounding_box, nonzero_box, nonzero_mask, slices
+from nnunet_lite.data.geometry import bounding_box, nonzero_box, nonzero_mask, slices
 
 
 @pytest.mark.parametrize("seed", range(4))
