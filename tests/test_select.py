@@ -343,9 +343,8 @@ def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command:
     assert f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares anew\n" in err
     shutil.rmtree(paths.models / "tiny")
     code, _, err = command(*common, "-o", tmp_path / "out", cwd=tmp_path)
-    assert (
-        code == 2 and "inference.json: names fold 0 of the model tiny, which does not exist any more. Run `nnlite select` again" in err
-    )
+    what = "names fold 0 of the model tiny, which does not exist any more. Run `nnlite select` again"
+    assert code == 2 and f"inference.json: {what}" in err
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
