@@ -35,7 +35,7 @@ from nnunet_lite.evaluation.postprocessing import Decision, SizeUnit, choose_rul
 from nnunet_lite.evaluation.selection import Candidate, Selection, weights_fingerprint, write_selection
 from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
-from nnunet_lite.inference.next_stage import FirstStage, predict_for_next_stage
+from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
 from nnunet_lite.inference.predictor import Model, load, read_model
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.planning.schema import Plan
@@ -371,7 +371,7 @@ def _predict_first_stage(held_out: HeldOut, member: Member, split: Split) -> dic
     if stage is None or member.previous is None:
         return None
     first = FirstStage(stage, member.previous, dict.fromkeys(split.validation, split.name))
-    return predict_for_next_stage(
+    return predict_first_stage(
         first, held_out.dataset, member.plan, member.configuration, held_out.paths.preprocessed,
         held_out.workers, held_out.device,
     )  # fmt: skip

@@ -18,11 +18,11 @@ from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import CasePair
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.files import write_json, write_text
+from nnunet_lite.inference.first_stage import read_stage_map
 from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import Model, load
 from nnunet_lite.models.folder import SUMMARY, VALIDATION
 from nnunet_lite.system import pairs_at_once
-from nnunet_lite.training.previous import read_map
 
 
 def validate_fold(
@@ -68,7 +68,7 @@ def validate_fold(
     changes = None if step_size is None else {"inference.step_size": step_size}
     workspace, alone = folder.absolute().parents[2], previous is not None
     model = load(folder, [fold], device, changes, alone=alone, trust_code=trust_code, workspace=workspace)
-    read_previous = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
+    read_previous = None if previous is None else lambda case_id: read_stage_map(previous[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate_cases(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, read_previous, notes)
 
