@@ -84,9 +84,8 @@ def rewrite_nifti(
     """Change the voxels (x, y, z) of a NIfTI file, or its affine."""
     image = nibabel.load(path)
     array = np.asarray(image.dataobj).copy()
-    nibabel.save(
-        nibabel.Nifti1Image(change(array) if change else array, image.affine if affine is None else affine), path
-    )
+    array = change(array) if change else array
+    nibabel.save(nibabel.Nifti1Image(array, image.affine if affine is None else affine), path)
 
 
 def move_nifti(path: Path, shift: float = 0.0, scale: float = 1.0, angle: float = 0.0) -> None:
