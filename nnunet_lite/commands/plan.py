@@ -206,11 +206,11 @@ def _log_measured_memory(made: Plan, device: str | None) -> None:
         There is no GPU.
     """
     from nnunet_lite.networks.precision import pick_device  # they import torch, which planning does not need
-    from nnunet_lite.training.measure import measure_step
+    from nnunet_lite.training.learner import measure_memory
 
     target = pick_device(device)
     for name, planned in made.configurations.items():
-        measured = measure_step(made, name, target)
+        measured = measure_memory(made, name, target)
         found = "more than the GPU has" if measured is None else in_units(measured * GB)
         log.info(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
 
