@@ -28,7 +28,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.preprocessing.stored_case import sampled_voxels
+from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
 from nnunet_lite.training.batches import make_batch
@@ -89,7 +89,7 @@ def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], 
     for case in map(in_memory, cases):
         label = case.label.copy()
         change(label)
-        voxels = dict(sampled_voxels(label, labels))
+        voxels = dict(sample_voxels(label, labels))
         annotated = voxels.pop(-1, None)
         out.append(LoadedCase(case.case_id, case.image, label, voxels, annotated))
     return out
