@@ -189,7 +189,7 @@ def predict(
             return _reported(Predictions(out, tuple(files), failed, tuple(folders), tuple(map(str, used)), rules))
         loaded = load_all(folders, ours, folds, device, settings, **code)
     if loaded.device.type == "cpu":
-        from nnunet_lite.networks.precision import keep_freed_memory
+        from nnunet_lite.networks.cpu import keep_freed_memory
 
         keep_freed_memory()
     log.info(

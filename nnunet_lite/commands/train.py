@@ -59,8 +59,8 @@ from nnunet_lite.models.folder import (
     set_aside,
 )
 from nnunet_lite.networks.build import build_network
-from nnunet_lite.networks.norm import mixes_samples
 from nnunet_lite.networks.precision import pick_device
+from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
