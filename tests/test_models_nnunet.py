@@ -29,7 +29,8 @@ from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, read_checkpoint
-from nnunet_lite.networks.build import build_network, supervise_deeply
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import set_deep_supervision
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"
 Command = Callable[..., tuple[int, str, str]]
@@ -75,7 +76,7 @@ def logits(model: Path, image: np.ndarray) -> list[np.ndarray]:
     plan, run = read_model(model)
     network = build_network(plan, run["configuration"])
     load_weights(model / "fold_0" / "model.safetensors", network)
-    supervise_deeply(network.eval(), True)
+    set_deep_supervision(network.eval(), True)
     with torch.inference_mode():
         return [output.numpy() for output in network(torch.from_numpy(image))]
 

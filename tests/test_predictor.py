@@ -31,7 +31,7 @@ from nnunet_lite.inference.predictor import (
     trained_folds,
 )
 from nnunet_lite.inference.sliding_window import build_sliding_window
-from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings
@@ -375,7 +375,7 @@ def test_compiled_networks_say_the_same(tiny_model: Path, tiny_cases: list[Any],
     n = 20 if many else 3
     network = UNet(configuration.network, 1, n).eval().requires_grad_(False)
     plain, made = (
-        build_sliding_window([network], configuration, n, Arithmetic(), torch.device("cpu"), compiled=compiled)
+        build_sliding_window([network], configuration, n, ComputeFormat(), torch.device("cpu"), compiled=compiled)
         for compiled in (False, True)
     )
     assert (plain.head is not None) == many

@@ -33,15 +33,21 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.evaluation.rules import Rule, apply_rules
-from nnunet_lite.evaluation.selection import fingerprint, in_words, read_selection, require_models, trained_since
+from nnunet_lite.evaluation.postprocessing import Rule, apply_rules
+from nnunet_lite.evaluation.selection import (
+    changed_models,
+    describe_selection,
+    read_selection,
+    selected_models,
+    weights_fingerprint,
+)
 from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load, read_common_plan
 from nnunet_lite.models.folder import trained_folds
 from nnunet_lite.models.lookup import Checkpoint, choose_model, find_model, first_common_fold
-from nnunet_lite.networks.precision import keep_freed_memory
+from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 # --speed: changes of the settings; "fast" also uses one fold
@@ -256,7 +262,7 @@ def _choose_models(
         selection = read_selection(paths)
         if selection is None:
             return [choose_model(paths)], folds, {}
-        folders = require_models(paths, selection)
+        folders = selected_models(paths, selection)
     else:
         folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
         paths = paths or Paths(folders[0].absolute().parent.parent)
@@ -270,8 +276,8 @@ def _choose_models(
         rules = {label: rule for label, rule in rules.items() if label not in doubtful}
         what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
         log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
-    log.info(f"{paths.inference}: {in_words(selection.models, folds, rules)}")
-    if changed := trained_since(paths, selection):
+    log.info(f"{paths.inference}: {describe_selection(selection.models, folds, rules)}")
+    if changed := changed_models(paths, selection):
         what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
         log.warn(f"{what}; `nnlite select` compares them again")
     return folders, folds, rules
@@ -318,7 +324,7 @@ def _load_once(source: _Source, weights: tuple[str, ...]) -> Predictor:
 def _predict_case(case: Case, source: _Source, out: Path, options: dict[str, Any]) -> tuple[list[Path], dict[str, str]]:
     """Predict a case on a worker; as `predict_cases`."""
     weights = tuple(
-        fingerprint(folder, fold) for folder in source.folders for fold in source.folds or trained_folds(folder)
+        weights_fingerprint(folder, fold) for folder in source.folders for fold in source.folds or trained_folds(folder)
     )
     return predict_cases(_load_once(source, weights), [case], out, **options)
 

@@ -44,6 +44,7 @@ from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, pred
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
+    SUMMARY,
     VALIDATION,
     check_resume,
     fold_seed,
@@ -57,10 +58,9 @@ from nnunet_lite.models.folder import (
     read_header,
     set_aside,
 )
-from nnunet_lite.models.lookup import SUMMARY
 from nnunet_lite.networks.build import build_network
-from nnunet_lite.networks.norm import mixes_samples
 from nnunet_lite.networks.precision import pick_device
+from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan

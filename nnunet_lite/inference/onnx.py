@@ -30,7 +30,6 @@ from nnunet_lite.files import must_fit, scratch, write_json, write_text
 from nnunet_lite.inference.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.lookup import Checkpoint
-from nnunet_lite.networks.norm import InstanceNorm
 
 OPSET = 18
 TOLERANCE = 1e-3  # of a logit; if the largest logit is above 1, a share of it
@@ -134,7 +133,7 @@ class StepwiseNorm(nn.Module):
     in CT, logits change by 0.03, and in a window of air by 0.2. This one is as exact as torch.
     """
 
-    def __init__(self, norm: InstanceNorm | nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
+    def __init__(self, norm: nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
@@ -156,7 +155,7 @@ def _with_stepwise_norms(network: nn.Module) -> nn.Module:
     copy = deepcopy(network)
     for module in list(copy.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, InstanceNorm | nn.InstanceNorm2d | nn.InstanceNorm3d) and child.weight is not None:
+            if isinstance(child, nn.InstanceNorm2d | nn.InstanceNorm3d) and child.weight is not None:
                 setattr(module, name, StepwiseNorm(child))
     return copy
 

@@ -32,15 +32,10 @@ from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.folder import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.models.lookup import Checkpoint, default_folds, find_model, is_nnunet, nnunet_folds, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet, read_nnunet_fold
-from nnunet_lite.networks.build import build_network, supervise_deeply
-from nnunet_lite.networks.precision import (
-    Arithmetic,
-    as_layout,
-    candidates,
-    fastest,
-    pick_device,
-    use_allowed_cpus,
-)
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.cpu import speed_up_on_cpu
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
+from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
@@ -74,7 +69,7 @@ class Predictor:
         How to predict.
     device : torch.device
         Where the networks are.
-    arithmetic : Arithmetic
+    arithmetic : ComputeFormat
         Precision and memory format.
     previous : Predictor, optional
         The first stage of a cascade, which predicts an image before this model does.
@@ -92,7 +87,7 @@ class Predictor:
     mirror_axes: tuple[int, ...]
     settings: InferenceSettings
     device: torch.device
-    arithmetic: Arithmetic
+    arithmetic: ComputeFormat
     previous: Predictor | None = None
     swap: LabelSwap | None = None
     partners: tuple[Predictor, ...] = ()
@@ -215,7 +210,9 @@ def _load_model(
     use_allowed_cpus()
     target = pick_device(device)
     for network in networks.values():
-        supervise_deeply(network, False)
+        set_deep_supervision(network, False)
+        if target.type == "cpu":
+            speed_up_on_cpu(network)
         network.to(target).eval().requires_grad_(False)
     augmentation = trained.augmentation
     mirror_axes = augmentation.mirror_axes if augmentation.enabled and augmentation.p_mirror > 0 else ()
@@ -229,7 +226,7 @@ def _load_model(
         mirror_axes=tuple(range(dimensions)) if mirror_axes is None else mirror_axes,
         settings=with_changes(trained, changes, sections=("inference",)).inference,
         device=target,
-        arithmetic=Arithmetic(),
+        arithmetic=ComputeFormat(),
         previous=previous,
         swap=label_swap(plan, run["configuration"], augmentation),
     )
@@ -346,7 +343,7 @@ def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSetting
     return LabelSwap(swap.axis, channel_swap(plan.labels, augmentation.mirror_swap), classes)
 
 
-def _choose_arithmetic(predictor: Predictor, header: dict[str, Any]) -> Arithmetic:
+def _choose_arithmetic(predictor: Predictor, header: dict[str, Any]) -> ComputeFormat:
     """Choose what the training chose, so that a model always predicts the same; on another kind of device, time it.
 
     On a CPU the memory format is not timed: our normalisation, upsampling and convolution are made for channels-last.
@@ -354,9 +351,9 @@ def _choose_arithmetic(predictor: Predictor, header: dict[str, Any]) -> Arithmet
     """
     like_nnunet = predictor.settings.sums == "float16" and predictor.settings.precision == "fp32"
     channels_last = not like_nnunet if predictor.device.type == "cpu" else "auto"
-    options = candidates(predictor.device, predictor.settings.precision, channels_last)
+    options = list_formats(predictor.device, predictor.settings.precision, channels_last)
     if header.get("device") == predictor.device.type:
-        trained, precision = Arithmetic(**header["arithmetic"]), predictor.settings.precision
+        trained, precision = ComputeFormat(**header["arithmetic"]), predictor.settings.precision
         best = replace(trained, precision=trained.precision if precision == "auto" else precision)
         if best.precision in [option.precision for option in options]:
             _set_memory_format(predictor, best)
@@ -364,22 +361,22 @@ def _choose_arithmetic(predictor: Predictor, header: dict[str, Any]) -> Arithmet
     patch, inputs = predictor.configuration.patch_size, predictor.plan.n_inputs(predictor.configuration_name)
     window = torch.zeros(1, inputs, *patch, device=predictor.device)
 
-    def prepare(arithmetic: Arithmetic) -> Callable[[], None]:
+    def prepare(arithmetic: ComputeFormat) -> Callable[[], None]:
         def predict() -> None:
             with torch.inference_mode(), arithmetic.autocast(predictor.device):
-                predictor.networks[0](as_layout(window, arithmetic))
+                predictor.networks[0](arithmetic.arrange(window))
 
         _set_memory_format(predictor, arithmetic)
         return predict
 
-    best = fastest(options, prepare, predictor.device)
+    best = pick_fastest(options, prepare, predictor.device)
     _set_memory_format(predictor, best)
     return best
 
 
-def _set_memory_format(predictor: Predictor, arithmetic: Arithmetic) -> None:
+def _set_memory_format(predictor: Predictor, arithmetic: ComputeFormat) -> None:
     for network in predictor.networks:
-        network.to(memory_format=arithmetic.layout(predictor.configuration.dimensions))  # type: ignore[call-overload]
+        network.to(memory_format=arithmetic.memory_format(predictor.configuration.dimensions))  # type: ignore[call-overload]
 
 
 # ---------------------------------------------------------------------------------------------------------- predicting

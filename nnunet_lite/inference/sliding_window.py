@@ -34,9 +34,9 @@ from nnunet_lite.inference.windows import (
     schedule,
     tile,
 )
-from nnunet_lite.networks.precision import DTYPES, Arithmetic, as_layout
-from nnunet_lite.networks.threads import pool
+from nnunet_lite.networks.precision import DTYPES, ComputeFormat
 from nnunet_lite.networks.unet import UNet
+from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.preprocessing.pipeline import require_finite
 from nnunet_lite.preprocessing.resampling import Block, blocks
@@ -114,7 +114,7 @@ def build_sliding_window(
     networks: Sequence[nn.Module],
     configuration: Configuration,
     n_logits: int,
-    arithmetic: Arithmetic,
+    arithmetic: ComputeFormat,
     device: torch.device,
     *,
     mirror_axes: Sequence[int] = (),
@@ -134,7 +134,7 @@ def build_sliding_window(
         Planned patch and network.
     n_logits : int
         Number of output channels.
-    arithmetic : Arithmetic
+    arithmetic : ComputeFormat
         Precision and memory format.
     device : torch.device
         Where the networks are.
@@ -162,7 +162,7 @@ def build_sliding_window(
     def forward(x: Tensor) -> Tensor:
         if n_previous is not None:
             x = torch.cat([x[:, :-1], one_hot(x[:, -1], n_previous).to(x.dtype)], 1)
-        x = as_layout(x, arithmetic)
+        x = arithmetic.arrange(x)
         with arithmetic.autocast(device):
             outputs = [network(x).float() for network in calls]
         if len(outputs) == 1:
@@ -211,7 +211,7 @@ def _in_shares(forward: Function, threads: int) -> Function:
         workers = min(threads, len(x) // _MIN_SAMPLES)
         if workers < 2:
             return forward(x)
-        return torch.cat(list(pool(workers, threads // workers).map(forward, x.tensor_split(workers))))
+        return torch.cat(list(thread_pool(workers, threads // workers).map(forward, x.tensor_split(workers))))
 
     return shares
 

@@ -33,8 +33,8 @@ from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, must_be_known, must_fit, read_json, scratch, write_json
 from nnunet_lite.models.folder import FORMAT as MODEL_FORMAT
-from nnunet_lite.models.folder import MODEL, is_finished, other_folds, set_aside
-from nnunet_lite.models.lookup import Checkpoint, is_nnunet, read_mean_dice, read_model
+from nnunet_lite.models.folder import MODEL, is_finished, other_folds, set_aside, validation_dice
+from nnunet_lite.models.lookup import Checkpoint, is_nnunet, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import in_units
@@ -187,7 +187,7 @@ def _about(folder: Path, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
         "channels": [channel.name for channel in plan.channels],
         "labels": plan.labels.to_json(),
         "spacing": plan.configuration(run["configuration"]).spacing,
-        "mean_dice": {fold: read_mean_dice(folder, fold) for fold in folds},
+        "mean_dice": {fold: validation_dice(folder, fold) for fold in folds},
     }
 
 

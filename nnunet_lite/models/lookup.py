@@ -8,13 +8,11 @@ from typing import Any, Literal, get_args
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, understood
-from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, read_run, trained_folds
+from nnunet_lite.models.folder import first_training, model_folders, read_run, trained_folds, validation_dice
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import Paths, planned_paths
 
 Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
-SUMMARY = "summary.json"  # the scores in a folder of predictions
 
 
 def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
@@ -27,15 +25,6 @@ def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
     """
     run = read_run(folder)
     return Plan.read(folder / "plans.json"), run
-
-
-def read_mean_dice(folder: Path, fold: str) -> float | None:
-    """Read the mean foreground Dice of the held-out cases of a fold; None if the fold was not validated."""
-    file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
-    if not file.is_file():
-        return None
-    with understood(file, "Delete it: `nnlite train` makes it again."):
-        return read_json(file)["foreground_mean"]["Dice"]
 
 
 def find_model(given: str | Path, workspace: Path, dataset: str | None = None) -> Path:
@@ -87,7 +76,7 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     runs = {folder: read_run(folder) for folder in model_folders(paths) if trained_folds(folder)}
     first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
     found = [
-        (len(folds := trained_folds(folder)), max(read_mean_dice(folder, fold) or 0.0 for fold in folds), folder)
+        (len(folds := trained_folds(folder)), max(validation_dice(folder, fold) or 0.0 for fold in folds), folder)
         for folder, run in runs.items()
         if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
     ]
