@@ -34,7 +34,7 @@ from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import MODEL, VALIDATION, open_run
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 from nnunet_lite.training.splits import read_splits
 from nnunet_lite.workspace import Paths, planned_paths
 
@@ -73,7 +73,7 @@ def make_models(paths: Paths, dataset: Dataset) -> None:
     plan, settings = Plan.read(paths.plans), load_settings("cpu")
     folds = read_splits(paths.splits, dataset)
     for name, configuration in NAMES.items():
-        open_run(paths.models / name, configured(plan, configuration, settings), dataset, configuration, settings)
+        open_run(paths.models / name, configure_plan(plan, configuration, settings), dataset, configuration, settings)
         for fold in range(len(folds)):
             file = paths.models / name / f"fold_{fold}" / MODEL
             file.parent.mkdir()

@@ -16,7 +16,7 @@ from nnunet_lite.evaluation.selection import read_selection, trained_since
 from nnunet_lite.files import understood
 from nnunet_lite.inference.predictor import read_model
 from nnunet_lite.models.choice import in_our_form, model_at
-from nnunet_lite.models.folder import MODEL, first_training, model_folders, trained_folds
+from nnunet_lite.models.folder import MODEL, first_training, model_folders, read_header, trained_folds
 from nnunet_lite.models.nnunet import Checkpoint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
@@ -71,14 +71,12 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
 
 def _describe_folder(model: Path, folder: Path) -> About:
     """Describe `model` from its folder in our form."""
-    from nnunet_lite.models.checkpoint import read_state  # imports torch
-
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
     folds = {}
     for fold in trained_folds(folder):
         with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_state(folder / f"fold_{fold}" / MODEL)
+            state = read_header(folder / f"fold_{fold}" / MODEL)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
         folds[fold]["mean_dice"] = mean_dice(folder, fold)
     unfinished = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())

@@ -20,11 +20,11 @@ from nnunet_lite.evaluation.postprocessing import Pair, Reference
 from nnunet_lite.evaluation.scores import CaseScore, Scores
 from nnunet_lite.evaluation.summary import read_summaries
 from nnunet_lite.files import read_json, understood, write_json, write_text
+from nnunet_lite.inference.first_stage import read_stage_map
 from nnunet_lite.inference.folder import output_file, predict_cases
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.folder import VALIDATION
 from nnunet_lite.system import pairs_at_once
-from nnunet_lite.training.previous import read_map
 
 if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import Model
@@ -65,7 +65,7 @@ def validate_fold(
     workspace = folder.absolute().parents[2]
     alone = previous is not None
     model = load(folder, [fold], device, changes, alone=alone, trust_code=trust_code, workspace=workspace)
-    before = None if previous is None else lambda case_id: read_map(previous[case_id])[:]
+    before = None if previous is None else lambda case_id: read_stage_map(previous[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, before, notes)
 

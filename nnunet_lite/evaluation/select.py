@@ -42,7 +42,7 @@ from nnunet_lite.evaluation.selection import (
 )
 from nnunet_lite.evaluation.statistics import paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
-from nnunet_lite.inference.next_stage import FirstStage, predict_for_next_stage
+from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
 from nnunet_lite.inference.predictor import Model, load, read_model
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.planning.schema import Plan
@@ -355,7 +355,7 @@ def _first_predictions(comparison: Comparison, member: Member, fold: Split) -> d
     if stage is None or member.previous is None:
         return None
     first = FirstStage(stage, member.previous, dict.fromkeys(fold.validation, fold.name))
-    return predict_for_next_stage(
+    return predict_first_stage(
         first, comparison.dataset, member.plan, member.configuration, comparison.paths.preprocessed,
         comparison.workers, comparison.device,
     )  # fmt: skip

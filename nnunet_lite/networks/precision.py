@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,9 +42,6 @@ class Arithmetic:
         if not self.channels_last:
             return torch.contiguous_format
         return torch.channels_last if dimensions == 2 else torch.channels_last_3d
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def candidates(device: torch.device, precision: str, channels_last: str | bool) -> list[Arithmetic]:

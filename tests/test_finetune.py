@@ -25,7 +25,15 @@ from nnunet_lite.planning.nnunet import description_from_nnunet
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.initial import Loaded, Source, adopt, adopted_plan, find_source, freeze, input_names
+from nnunet_lite.training.finetune import (
+    Source,
+    WeightReport,
+    adopt_plan,
+    adopt_weights,
+    find_source,
+    freeze,
+    input_names,
+)
 from nnunet_lite.workspace import planned_paths
 
 NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
@@ -53,8 +61,8 @@ def network(seed: int, inputs: int = 1, outputs: int = 3, kind: Any = "plain", n
 
 def moved(
     source: UNet, target: UNet, labels: tuple[Labels, Labels] = (LUNG, LUNG), channels: Any = (("CT",), ("CT",))
-) -> Loaded:
-    return adopt(target, source.state_dict(), *labels, *channels)
+) -> WeightReport:
+    return adopt_weights(target, source.state_dict(), *labels, *channels)
 
 
 def response(made: UNet, x: Tensor) -> Tensor:
@@ -69,8 +77,8 @@ def test_the_same_network_is_taken_over_whole(kind: str) -> None:
     loaded = moved(source, target)
     x = torch.randn(1, 1, 16, 16)
     assert torch.equal(source(x), target(x))
-    assert set(loaded.taken) == set(target.state_dict()) and loaded.share == 1
-    assert loaded.to_text() == f"  taken over  {len(loaded.taken)} tensors; 100.0 % of the weights are the model's"
+    assert set(loaded.copied) == set(target.state_dict()) and loaded.share == 1
+    assert loaded.to_text() == f"  taken over  {len(loaded.copied)} tensors; 100.0 % of the weights are the model's"
 
 
 def test_labels_of_equal_name_keep_their_outputs_and_new_ones_begin_at_random() -> None:
@@ -141,7 +149,7 @@ def test_what_does_not_fit_stays_at_random_and_is_told() -> None:
     source, target = network(0), network(1, norm="none")
     before = {name: value.clone() for name, value in target.state_dict().items()}
     state = source.state_dict() | {"encoder.1.0.0.weight": torch.zeros(1, 2, 3, 3), "extra": torch.zeros(1)}
-    loaded = adopt(target, state, LUNG, LUNG, ("CT",), ("CT",))
+    loaded = adopt_weights(target, state, LUNG, LUNG, ("CT",), ("CT",))
     assert loaded.random == ("encoder.1.0.0.weight",) and "extra" in loaded.unused
     assert torch.equal(target.state_dict()["encoder.1.0.0.weight"], before["encoder.1.0.0.weight"])
     assert loaded.share < 1
@@ -197,7 +205,7 @@ def test_the_plan_of_the_model_is_adopted_but_for_labels_and_channels(own: Plan,
     planned = planned.model_copy(update={"network": planned.network.model_copy(update={"kind": "residual"})})
     cascade = cascade.model_copy(update={"configurations": {**cascade.configurations, "3d_fullres": planned}})
     theirs = renamed(cascade, "mri").model_copy(update={"axis_order": (2, 0, 1)})
-    made = adopted_plan(own, "3d_fullres", Source(Path("m"), theirs, "3d_fullres"), Settings())
+    made = adopt_plan(own, "3d_fullres", Source(Path("m"), theirs, "3d_fullres"), Settings())
     planned, model = made.configuration("3d_fullres"), theirs.configuration("3d_fullres")
     for field in ("spacing", "patch_size", "batch_size", "network", "resampling"):
         assert getattr(planned, field) == getattr(model, field)
@@ -212,16 +220,16 @@ def test_the_plan_of_the_model_is_adopted_but_for_labels_and_channels(own: Plan,
 
 def test_images_are_turned_to_the_orientation_of_the_model(own: Plan, cascade: Plan) -> None:
     theirs = renamed(cascade, "MRI").model_copy(update={"orientation": "PIR"})
-    made = adopted_plan(own, "3d_fullres", Source(Path("m"), theirs, "3d_fullres"), Settings())
+    made = adopt_plan(own, "3d_fullres", Source(Path("m"), theirs, "3d_fullres"), Settings())
     assert (own.orientation, made.orientation) == ("RAS", "PIR")
     x, y, z = own.median_shape[::-1]
     assert made.median_shape[::-1] == (y, z, x)
     unknown = theirs.model_copy(update={"orientation": None})
-    assert adopted_plan(own, "3d_fullres", Source(Path("m"), unknown, "3d_fullres"), Settings()).orientation == "RAS"
+    assert adopt_plan(own, "3d_fullres", Source(Path("m"), unknown, "3d_fullres"), Settings()).orientation == "RAS"
 
 
 def test_a_channel_of_another_name_keeps_its_normalisation(own: Plan, cascade: Plan) -> None:
-    made = adopted_plan(own, "2d", Source(Path("m"), renamed(cascade, "CT"), "2d"), Settings())
+    made = adopt_plan(own, "2d", Source(Path("m"), renamed(cascade, "CT"), "2d"), Settings())
     assert made.channels == own.channels
     assert len(made.configuration("2d").median_shape) == 2
 
@@ -241,7 +249,7 @@ def test_a_model_that_cannot_fit_is_refused(
     planned = planned.model_copy(update={"network": planned.network.model_copy(update={"kind": kind})})
     theirs = own.model_copy(update={"configurations": {configuration: planned}})
     with pytest.raises(UserError, match=message):
-        adopted_plan(own, "3d_fullres", Source(Path("m"), theirs, configuration), with_changes(Settings(), changes))
+        adopt_plan(own, "3d_fullres", Source(Path("m"), theirs, configuration), with_changes(Settings(), changes))
 
 
 def test_inputs_of_a_second_stage_have_names(cascade: Plan) -> None:
@@ -384,7 +392,7 @@ def test_fine_tuning_starts_where_the_model_ended(
     again: dict[str, Any] = {"workspace": workspace, "name": "tuned", "device": "cpu"}
     longer = changes | {"training.epochs": 2}
     assert nnunet_lite.train("3d_fullres", "0", settings=longer, **again).scores
-    assert "going on from epoch 1 of 2" in capfd.readouterr().err
+    assert "resuming from epoch 1 of 2" in capfd.readouterr().err
     assert Plan.read(folder / "plans.json").configuration("3d_fullres") == tuned
     with pytest.raises(UserError, match="is no model folder"):
         nnunet_lite.train("3d_fullres", "1", settings=longer, **again)

@@ -25,18 +25,16 @@ from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.inference.next_stage import classes_on_grid
+from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, stage_map_file
 from nnunet_lite.inference.predictor import load, predict_image, predict_preprocessed
 from nnunet_lite.inference.prepare import as_classes
-from nnunet_lite.models.checkpoint import read_state
+from nnunet_lite.models.folder import read_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.configured import configured
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.loop import train_fold
-from nnunet_lite.training.previous import map_file, read_map
 from nnunet_lite.workspace import Paths
 
 SECOND, FIRST = "3d_cascade_fullres", "3d_lowres"
@@ -104,7 +102,7 @@ def test_predictions_for_the_second_stage_are_those_of_the_fold(trained: Path, p
     assert first.image.shape[1:] == tuple(round(n / 2) for n in second.label.shape)
     factors = [n / m for n, m in zip(second.label.shape, first.label.shape, strict=True)]
     fine = np.stack([zoom(x.double().numpy(), factors, order=1, mode="nearest", grid_mode=True) for x in logits])
-    stored = read_map(file)
+    stored = read_stage_map(file)
     assert stored.shape == second.label.shape and stored.dtype == np.uint8
     assert (stored[:] != fine.argmax(0)).mean() < 1e-3
     assert len(np.unique(stored[:])) > 1, "or this would say nothing"
@@ -133,7 +131,7 @@ def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
     counts("bad inputs refused in one line")
     weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
     old, splits = weights.read_bytes(), read_json(paths.splits)
-    tensors, about = load_file(weights), read_state(weights)
+    tensors, about = load_file(weights), read_header(weights)
     tensors["heads.1.weight"].fill_(3e38)
     save_file(tensors, weights, {"state": json.dumps(about)})
     before = times(trained)
@@ -203,7 +201,7 @@ def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: P
     case_id = read_json(paths.splits)[0]["val"][0]
     image = read_image(Path(read_json(paths.dataset)["root"]) / "imagesTr" / f"{case_id}.nii.gz")
     prepared = preprocess(image, None, model.plan, model.configuration)
-    logits = predict_preprocessed(model, prepared.image, read_map(maps(trained)[case_id])[:])
+    logits = predict_preprocessed(model, prepared.image, read_stage_map(maps(trained)[case_id])[:])
     expected = restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
     written = read_image(trained / "tiny" / "fold_0" / "validation" / f"{case_id}.nii.gz").array[0]
     np.testing.assert_array_equal(written, expected)
@@ -244,7 +242,7 @@ def test_killed_and_gone_on_with(
     assert f"what {FIRST} predicts: fold 0, 1, 2, 3, 4 of {first}; to be trained first: 0, 1, 2, 3, 4" in told
     before = times(first)
     assert before and not (trained / "killed").exists()
-    leftover = map_file(first / "fold_0", SECOND, ".tmp-left")
+    leftover = stage_map_file(first / "fold_0", SECOND, ".tmp-left")
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     code, out, err = command(*given, cwd=workspace)
@@ -293,7 +291,7 @@ def test_other_settings_are_told_before_the_first_stage_is_trained(
 ) -> None:
     before = times(trained)
     other = {**changes, "optimizer.lr": 0.5}
-    with pytest.raises(UserError, match=r"tiny: was begun with other settings: optimizer\.lr"):
+    with pytest.raises(UserError, match=r"tiny: was trained with other settings: optimizer\.lr"):
         nnunet_lite.train(SECOND, 2, settings=other, workspace=workspace, device="cpu", name="tiny")
     assert times(trained) == before
 
@@ -310,7 +308,7 @@ def test_the_second_stage_learns_to_use_the_first(
     more = {"training.iterations": 60, "training.validation_iterations": 4, "optimizer.name": "adam"}
     more |= {"network.features_base": 8, "network.features_max": 16, "optimizer.lr": 0.01}
     settings = load_settings("default", {**changes, **more})
-    plan = configured(Plan.read(paths.plans), SECOND, settings)
+    plan = configure_plan(Plan.read(paths.plans), SECOND, settings)
 
     def dice(perfect: bool) -> list[float]:
         folder = tmp_path / str(perfect)

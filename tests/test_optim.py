@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
-from nnunet_lite.training.optim import Plateau, average_step, learning_rate, make_optimizer, start_average
+from nnunet_lite.training.optim import Plateau, learning_rate, make_optimizer, start_average, update_average
 
 
 def test_poly() -> None:
@@ -34,29 +34,29 @@ def test_warm_up_rises_linearly_and_never_stands_still() -> None:
 
 def test_plateau_cuts_the_rate_after_so_many_epochs_without_improvement() -> None:
     settings = ScheduleSettings(name="plateau", patience=30, factor=0.2)
-    state = Plateau().after_epoch(1.0, settings)
+    state = Plateau().update(1.0, settings)
     assert (state.average, state.best) == (1.0, 1.0)
     for _ in range(30):
-        state = state.after_epoch(1.0, settings)
+        state = state.update(1.0, settings)
         assert state.factor == 1
-    state = state.after_epoch(1.0, settings)
+    state = state.update(1.0, settings)
     assert 3e-4 * state.factor == pytest.approx(6e-5)
     assert state.since == 0
     cuts = 0
     while 3e-4 * state.factor >= settings.min_lr:
-        before, state = state.factor, state.after_epoch(1.0, settings)
+        before, state = state.factor, state.update(1.0, settings)
         cuts += state.factor < before
     assert cuts == 3  # 6e-5, 1.2e-5, 2.4e-6, 4.8e-7: below 1e-6 the run ends
 
 
 def test_plateau_looks_at_the_moving_average_and_improvement_starts_the_count_anew() -> None:
     settings = ScheduleSettings(name="plateau", patience=3)
-    state = Plateau().after_epoch(1.0, settings).after_epoch(0.0, settings)
+    state = Plateau().update(1.0, settings).update(0.0, settings)
     assert state.average == pytest.approx(0.93)
     for _ in range(3):
-        state = state.after_epoch(2.0, settings)
+        state = state.update(2.0, settings)
     assert state.since == 3
-    state = state.after_epoch(-20.0, settings)
+    state = state.update(-20.0, settings)
     assert (state.since, state.factor) == (0, 1.0)
     assert state.best == state.average
 
@@ -114,7 +114,7 @@ def test_the_average_starts_fast_then_follows_its_decay() -> None:
         with torch.no_grad():
             network.weight.add_(torch.randn(3, generator=torch.Generator().manual_seed(number)))
             network.num_batches_tracked.add_(1)
-        average_step(average, network, 0.9, number)
+        update_average(average, network, 0.9, number)
         decay = min(0.9, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * network.weight.detach()
     torch.testing.assert_close(average["weight"], expected)
