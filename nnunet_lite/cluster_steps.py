@@ -138,6 +138,6 @@ def _stop(cluster: Cluster, running: Mapping[Future, _Begun]) -> None:
 
 
 def _ask_to_stop() -> None:
-    from nnunet_lite.training.watch import ask_to_stop  # imports torch, which workers that preprocess do without
+    from nnunet_lite.training.limits import stop_threads  # imports torch, which workers that preprocess do without
 
-    ask_to_stop()
+    stop_threads()

@@ -28,7 +28,7 @@ from scipy.ndimage import zoom
 
 from nnunet_lite.data.dataset import dataset_from_json
 from nnunet_lite.files import read_json
-from nnunet_lite.networks.precision import keep_freed_memory
+from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import Settings, with_changes
@@ -36,8 +36,7 @@ from nnunet_lite.training.augmentation import is_in_plane, rotation_limit
 from nnunet_lite.training.batches import make_batch
 from nnunet_lite.training.batchgenerators import oversized
 from nnunet_lite.training.cache import LoadedCase, in_memory
-from nnunet_lite.training.configured import configured
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.sampler import draw_places, enlarged, read_stack, rng_for
 from nnunet_lite.workspace import planned_paths
 
@@ -85,7 +84,7 @@ def jobs(workspace: Path) -> dict[str, Job]:
 
     def job(configuration: str, stored: list[Any], **changes: Any) -> Job:
         settings = with_changes(Settings(), changes)
-        made, loaded = configured(plan, configuration, settings), [in_memory(case) for case in stored]
+        made, loaded = configure_plan(plan, configuration, settings), [in_memory(case) for case in stored]
         return Job(made, configuration, settings, 5, workspace, CPU, loaded, stored)
 
     rng, noise = np.random.default_rng(0), []

@@ -31,7 +31,8 @@ import psutil
 import SimpleITK as sitk
 
 from nnunet_lite.data.dataset import Dataset, read_dataset
-from nnunet_lite.data.images import PICTURES, read_images
+from nnunet_lite.data.images import read_images
+from nnunet_lite.data.names import PICTURES
 
 CONFIGURATIONS = ("2d", "3d_fullres")
 LABELS = 5  # of the CT

@@ -30,7 +30,7 @@ from nnunet_lite.files import read_json, write_json, write_text
 from nnunet_lite.models.folder import model_folders, open_run
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import Paths, planned_paths
 
@@ -43,7 +43,7 @@ def stand_in(paths: Paths, configuration: str, seed: int) -> None:
     """A model folder with five scored folds."""
     plan, dataset = Plan.read(paths.plans), dataset_from_json(read_json(paths.dataset))
     settings, folder = load_settings("default"), paths.models / f"{configuration}-standin"
-    open_run(folder, configured(plan, configuration, settings), dataset, configuration, settings)
+    open_run(folder, configure_plan(plan, configuration, settings), dataset, configuration, settings)
     cases = {case.id: case for case in dataset.cases}
     for number in range(5):
         fold, draws = folder / f"fold_{number}", np.random.default_rng([seed, number])
@@ -67,8 +67,8 @@ def predicted(case: Case, seed: int, dataset: Dataset, out: Path) -> CaseScore:
     moved = np.where(edge & (draws.random(moved.shape) < 0.1), np.roll(moved, 1, 2), moved)
     path = out / f"{case.id}.nii.gz"
     write_label(path, moved, geometry)
-    measures = score_case(moved, reference, dataset.labels, geometry.spacing, surface=False)
-    return CaseScore(case.id, str(path), str(case.label), measures)
+    metrics = score_case(moved, reference, dataset.labels, geometry.spacing, surface=False)
+    return CaseScore(case.id, str(path), str(case.label), metrics)
 
 
 def epochs(dataset: Dataset, draws: np.random.Generator) -> list[dict[str, object]]:

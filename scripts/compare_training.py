@@ -41,7 +41,7 @@ from nnunet_lite.files import write_json, write_text
 from nnunet_lite.planning.nnunet import Description, description_to_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 from nnunet_lite.workspace import planned_paths
 
 NUMBER = 900  # of the dataset in nnU-Net's folders
@@ -123,7 +123,7 @@ def prepare(work: Work, given: Path | None, python: Path) -> None:
     if not (work.folder / "plan.json").is_file():
         how: dict[str, Any] = {"workspace": work.workspace, "splits": work.splits}
         planned = nnunet_lite.plan(work.dataset.root, plans=given, **how)
-        small = configured(planned, work.configuration, load_settings("default", work.changes))
+        small = configure_plan(planned, work.configuration, load_settings("default", work.changes))
         write_text(work.folder / "made.json", small.to_json())
         nnunet_lite.plan(work.dataset.root, plans=work.folder / "made.json", **how)
         fold_names(planned_paths(work.workspace))  # writes splits.json

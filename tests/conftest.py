@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,34 @@ def train_three(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, A
     shutil.copytree(tiny_workspace, tmp_path / "workspace")
     changes = tiny_settings | {"training.batch_size": 3, "training.patch_size": [16, 16, 16]}
     return ["train", "3d_fullres", "0", "-w", str(tmp_path / "workspace"), "--device", "cpu", *as_options(changes)]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, which draws WebGL without a GPU."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    flags = ("--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader",
+             "--enable-unsafe-swiftshader")  # fmt: skip
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, args=list(flags))
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test with a number of torch threads: @pytest.mark.parametrize("threads", [2], indirect=True)."""
+    import torch  # most tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.batches import build_batch, check_augmentation, draw_batch, make_batch, training_batches
 from nnunet_lite.training.cache import LoadedCase, in_memory, on_device
-from nnunet_lite.training.configured import configured
 from nnunet_lite.training.distributed import Ranks
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.prefetch import prefetch
 from nnunet_lite.workspace import planned_paths
 
@@ -49,7 +48,9 @@ def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settin
         settings = with_changes(Settings(), {**tiny_settings, **patch, "training.batch_size": 5, **changes})
         made = Plan.read(planned_paths(tiny_workspace).plans).model_copy(update=plan or {})
         chosen = tiny_cases if cases is None else cases
-        return Job(configured(made, configuration, settings), configuration, settings, 5, tmp_path, CPU, chosen, chosen)
+        return Job(
+            configure_plan(made, configuration, settings), configuration, settings, 5, tmp_path, CPU, chosen, chosen
+        )
 
     return make
 

@@ -12,6 +12,7 @@ from scipy.ndimage import distance_transform_edt, label
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import write_json
+from nnunet_lite.inference.first_stage import find_holders, first_stage_folder
 from nnunet_lite.models.folder import FORMAT
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cascade import (
@@ -22,7 +23,6 @@ from nnunet_lite.training.cascade import (
     draw_cascade,
     grown,
 )
-from nnunet_lite.training.previous import held_out_by, previous_folder
 from nnunet_lite.training.splits import Split
 from nnunet_lite.workspace import Paths
 
@@ -154,10 +154,10 @@ def test_a_gpu_changes_the_map_as_the_cpu_does(tiny_cases: list[Any]) -> None:
 
 def test_every_case_is_predicted_by_a_fold_that_held_it_out() -> None:
     splits = [Split("0", ("b", "c"), ("a",)), Split("1", ("a", "c"), ("b",)), Split("2", ("a", "b"), ("c",))]
-    assert held_out_by(splits[1], splits) == {"a": "0", "c": "2", "b": "1"}
-    assert held_out_by(Split("all", ("a", "b"), ("a", "b")), []) == {"a": "all", "b": "all"}
+    assert find_holders(splits[1], splits) == {"a": "0", "c": "2", "b": "1"}
+    assert find_holders(Split("all", ("a", "b"), ("a", "b")), []) == {"a": "all", "b": "all"}
     with pytest.raises(UserError, match=r"no fold holds out c\."):
-        held_out_by(splits[0], splits[:2])
+        find_holders(splits[0], splits[:2])
 
 
 def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:
     second = paths.models / "mine"
 
     def found(name: str | None) -> str:
-        return previous_folder(paths, second, "3d_lowres", "cpu", name, ["0", "1"]).name
+        return first_stage_folder(paths, second, "3d_lowres", "cpu", name, ["0", "1"]).name
 
     assert (found(None), found("mine")) == ("3d_lowres-cpu", "3d_lowres-mine")
     for fold in ("fold_0", "fold_1"):

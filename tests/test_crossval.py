@@ -16,7 +16,7 @@ from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.files import read_json
-from nnunet_lite.models.checkpoint import read_state
+from nnunet_lite.models.folder import read_header
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import planned_paths
 
@@ -47,8 +47,8 @@ def test_the_held_out_cases_are_predicted_and_scored(model: Path, dataset: Datas
         for value, name in enumerate(("Anterior", "Posterior"), 1):
             hits = int(((found == value) & (truth == value)).sum())
             size = int((found == value).sum() + (truth == value).sum())
-            assert row.measures[name].tp == hits
-            assert row.measures[name].dice == pytest.approx(2 * hits / size)
+            assert row.metrics[name]["TP"] == hits
+            assert row.metrics[name]["Dice"] == pytest.approx(2 * hits / size)
 
 
 def test_the_summary_holds_every_case(model: Path, held_out: tuple[str, ...]) -> None:
@@ -89,7 +89,7 @@ def test_logits_that_are_not_finite_are_no_validation(
     """They would be scored as background."""
     counts("bad inputs refused in one line")
     file = model / "fold_0" / "model.safetensors"
-    tensors, about = load_file(file), read_state(file)
+    tensors, about = load_file(file), read_header(file)
     for name in tensors:
         if name.startswith("heads."):
             tensors[name] = np.full_like(tensors[name], 3e38)

@@ -1,14 +1,17 @@
-"""Several processes train one network as one process does; the death of one of them ends the run with its cause."""
+"""Several processes train one network as one process does; the end of one of them ends the run with its cause."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,28 +20,37 @@ from safetensors.torch import load_file
 from samples import fold_of
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
-from nnunet_lite.models.folder import MODEL
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_header
 from nnunet_lite.training import distributed
 from nnunet_lite.training.distributed import (
     ALONE,
-    LOOK_EVERY,
+    SYNC_EVERY,
     Clock,
     Ranks,
-    any_rank,
-    current,
-    device_of,
+    current_ranks,
     from_first,
-    share,
+    max_over_ranks,
+    rank_device,
+    rank_share,
 )
-from nnunet_lite.training.record import METRICS
+from nnunet_lite.training.metrics import METRICS
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+NNLITE = [sys.executable, "-m", "nnunet_lite"]
+EPOCHS = 12
+# as NNLITE, but a collective operation gives up early
+IMPATIENT = """
+from datetime import timedelta
+from nnunet_lite import cli
+from nnunet_lite.training import distributed
+distributed._TIMEOUT = timedelta(seconds=5)
+cli.main()
+"""
 
 
 @pytest.mark.parametrize(("batch", "world"), [(7, 2), (2, 2), (9, 4), (5, 1)])
 def test_shares_cover_a_batch_and_differ_by_one_at_most(batch: int, world: int) -> None:
-    shares = [share(batch, Ranks(rank, world, rank)) for rank in range(world)]
+    shares = [rank_share(batch, Ranks(rank, world, rank)) for rank in range(world)]
     assert [i for part in shares for i in range(batch)[part]] == list(range(batch))
     sizes = [part.stop - part.start for part in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -47,117 +59,255 @@ def test_shares_cover_a_batch_and_differ_by_one_at_most(batch: int, world: int) 
 
 def test_a_batch_smaller_than_the_processes_is_refused() -> None:
     with pytest.raises(UserError, match=r"batch of 2 cannot be split over 3 processes.*--gpus"):
-        share(2, Ranks(0, 3, 0))
+        rank_share(2, Ranks(0, 3, 0))
 
 
-def test_alone_unless_somebody_started_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_alone_unless_torchrun_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert current() == ALONE
+    assert current_ranks() == ALONE
     assert from_first("x", ALONE) == "x"
-    assert any_rank(3, ALONE) == 3
+    assert max_over_ranks(3, ALONE) == 3
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert current() == Ranks(5, 8, 1)
-    assert device_of(Ranks(5, 8, 1), torch.device("cpu")) == torch.device("cpu")
+    assert current_ranks() == Ranks(5, 8, 1)
+    assert rank_device(Ranks(5, 8, 1), torch.device("cpu")) == torch.device("cpu")
 
 
-def ran(command: list[str]) -> str:
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_several_processes_share_the_clock_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 <= Clock(ALONE, 99.0).after(5) < 5
+    monkeypatch.setattr(distributed, "from_first", lambda value, ranks: 7.0)  # what the first process says
+    clock = Clock(Ranks(1, 2, 1), 0.5)
+    assert [clock.after(step) for step in (0, 1, SYNC_EVERY - 1)] == [0, 0.5, 0.5 * (SYNC_EVERY - 1)]
+    assert [clock.after(step) for step in (SYNC_EVERY, SYNC_EVERY + 2)] == [7, 8]
+    assert Clock(Ranks(1, 2, 1), 0.0).after(3) == 0  # in the first epoch, before the first comparison
+
+
+# ------------------------------------------------------------------------------------------------- nnlite --gpus N
+
+
+def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*NNLITE, *arguments], env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr
+    assert code == 0 or "Traceback" not in done.stderr
+    return done
+
+
+def wait_for(file: Path, processes: list[subprocess.Popen[str]], errors: Callable[[], str]) -> None:
+    """Wait until a file of a running training has content."""
+    until = time.monotonic() + 200
+    while not file.is_file() or not file.stat().st_size:
+        assert all(process.poll() is None for process in processes), errors()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def rows(tmp_path: Path, name: str) -> list[dict[str, Any]]:
+    file = fold_of(tmp_path, name) / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def assert_same_weights(tmp_path: Path, one: str, two: str) -> None:
+    a, b = (load_file(fold_of(tmp_path, name) / MODEL) for name in (one, two))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[str]) -> None:
-    """Started by `nnlite`; for two that torchrun starts see test_nodes.py."""
-    more = ["--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]
-    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, *more]
-    ran([*nnlite, "--name", "one"])
-    scores = ran([*nnlite, "--gpus", "2", "--name", "two"])
-    assert scores.count("fold 0, whole images") == 1  # one process speaks
-    one, two = (
-        [json.loads(line) for line in (fold_of(tmp_path, name) / METRICS).read_text().splitlines()]
-        for name in ("one", "two")
-    )
+    arguments = [*train_three, "--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]
+    run(*arguments, "--name", "one")
+    assert run(*arguments, "--gpus", "2", "--name", "two").stdout.count("fold 0, whole images") == 1
+    one, two = (rows(tmp_path, name) for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=2e-5)
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=2e-5)
         assert a["dice"] == pytest.approx(b["dice"], abs=2e-3)
         assert a["lr"] == b["lr"]
-    counted = [read_state(fold_of(tmp_path, name) / CHECKPOINT)["seen"] for name in ("one", "two")]
+    counted = [read_header(fold_of(tmp_path, name) / CHECKPOINT)["seen"] for name in ("one", "two")]
     assert counted[0] == counted[1]
-    weights, others = (load_file(fold_of(tmp_path, name) / MODEL) for name in ("one", "two"))
-    for name, weight in weights.items():
-        assert torch.allclose(weight, others[name], atol=1e-5), name
+    assert_same_weights(tmp_path, "one", "two")
 
 
-def test_the_death_of_a_process_is_told_and_the_run_goes_on_later(tmp_path: Path, train_three: list[str]) -> None:
-    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, "--epochs", "400", "--gpus", "2", "--name", "killed"]
-    process = subprocess.Popen(nnlite, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while (
-        not (fold_of(tmp_path, "killed") / METRICS).is_file() or not (fold_of(tmp_path, "killed") / METRICS).read_text()
-    ):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+@pytest.fixture
+def start_two(
+    tmp_path: Path, train_three: list[str]
+) -> Iterator[Callable[[str], tuple[subprocess.Popen[str], list[psutil.Process]]]]:
+    """Starts a long training in two processes and waits for its first epoch: the command, and its processes."""
+    started: list[subprocess.Popen[str]] = []
+    log = tmp_path / "stderr.log"
+
+    def start(name: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+        command = [*NNLITE, *train_three, "--epochs", "400", "--gpus", "2", "--name", name]
+        started.append(subprocess.Popen(command, env=ONE_THREAD, stderr=log.open("w"), text=True))
+        wait_for(fold_of(tmp_path, name) / METRICS, started, log.read_text)
+        children = psutil.Process(started[-1].pid).children()
+        return started[-1], sorted(children, key=lambda child: int(child.environ()["RANK"]))
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_the_death_of_a_process_is_reported_and_the_rest_ends(tmp_path: Path, start_two: Any) -> None:
+    process, ranks = start_two("killed")
     ranks[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    _, said = process.communicate(timeout=60)
+    assert process.wait(timeout=60) == 1
     assert time.monotonic() - killed < 30
-    assert process.returncode == 1
-    assert "process 1 of 2 was killed by SIGKILL" in said
-    assert not psutil.pid_exists(ranks[0].pid) or not ranks[0].is_running()
-    assert (fold_of(tmp_path, "killed") / "checkpoint.safetensors").is_file()
+    assert "process 1 of 2 was killed by SIGKILL" in (tmp_path / "stderr.log").read_text()
+    assert not ranks[0].is_running()
+    assert (fold_of(tmp_path, "killed") / CHECKPOINT).is_file()
 
 
-def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, train_three: list[str]) -> None:
-    more = ["--set", "training.batch_size=1", "--gpus", "2", "--name", "split"]
-    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, *more]
-    done = subprocess.run(nnlite, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert done.stderr.count("a batch of 1 cannot be split over 2 processes") == 1
-    assert "Traceback" not in done.stderr
-
-
-def test_a_signal_to_the_command_alone_stops_all_softly(tmp_path: Path, train_three: list[str]) -> None:
-    more = ["--epochs", "400", "--gpus", "2", "--name", "stopped"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nnunet_lite", *train_three, *more], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
-    )
-    until = time.monotonic() + 120
-    while not (fold_of(tmp_path, "stopped") / METRICS).is_file():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    children = psutil.Process(process.pid).children()
-    for child in children:
-        assert os.getpgid(child.pid) == child.pid  # Ctrl-C comes to the command alone
+def test_a_signal_to_the_command_alone_stops_all_softly(tmp_path: Path, start_two: Any) -> None:
+    process, ranks = start_two("stopped")
+    assert all(os.getpgid(child.pid) == child.pid for child in ranks)  # Ctrl-C reaches the command alone
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, said
-    assert said.count("stopped by SIGINT") == 1
-    assert not any(child.is_running() for child in children)
+    code, errors = process.wait(timeout=60), (tmp_path / "stderr.log").read_text()
+    assert code == 128 + signal.SIGINT, errors
+    assert errors.count("stopped by SIGINT") == 1
+    assert not any(child.is_running() for child in ranks)
     assert (fold_of(tmp_path, "stopped") / CHECKPOINT).is_file()
 
 
-def test_batch_norm_over_processes_needs_gpus(tmp_path: Path, train_three: list[str]) -> None:
-    more = ["--set", "network.norm=batch", "--gpus", "2", "--name", "batch_norm"]
-    nnlite = [sys.executable, "-m", "nnunet_lite", *train_three, *more]
-    done = subprocess.run(nnlite, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert "batch normalisation over several processes needs GPUs" in done.stderr
-    assert not fold_of(tmp_path, "batch_norm").exists()
-
-
-def test_the_clock_of_several_is_the_first_ones_and_goes_by_the_pace_in_between(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("setting", "message", "begins"),
+    [
+        ("training.batch_size=1", "a batch of 1 cannot be split over 2 processes", True),
+        ("network.norm=batch", "batch normalisation over several processes needs GPUs", False),
+    ],
+)
+def test_a_mistake_is_one_line_of_one_process(
+    tmp_path: Path, train_three: list[str], setting: str, message: str, begins: bool
 ) -> None:
-    assert 0 <= Clock(ALONE, 99.0).after(5) < 5
-    monkeypatch.setattr(distributed, "from_first", lambda value, ranks: 7.0)  # what the first process says
-    clock = Clock(Ranks(1, 2, 1), 0.5)
-    assert [clock.after(step) for step in (0, 1, LOOK_EVERY - 1)] == [0, 0.5, 0.5 * (LOOK_EVERY - 1)]
-    assert [clock.after(step) for step in (LOOK_EVERY, LOOK_EVERY + 2)] == [7, 8]
-    assert Clock(Ranks(1, 2, 1), 0.0).after(3) == 0  # in the first epoch, before anybody looked
+    done = run(*train_three, "--set", setting, "--gpus", "2", "--name", "wrong", code=2)
+    assert done.stderr.count(message) == 1
+    assert fold_of(tmp_path, "wrong").exists() == begins
+
+
+# --------------------------------------------------------------------------------------------------------- torchrun
+
+Nodes = Callable[..., list[subprocess.Popen[str]]]
+
+
+@pytest.fixture
+def start_nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """Starts two nodes: a torchrun for each, in a session of its own, with one process."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(arguments: list[str], backend: str = "static") -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        meet = ["--rdzv-backend", backend, "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+        if backend == "static":
+            meet = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        for node in range(2):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+            options = ["--nproc-per-node", "1", "--monitor-interval", "0.2", *meet]
+            log = (tmp_path / f"node_{node}.log").open("w")
+            command = [*torchrun, *options, *arguments]
+            started.append(
+                subprocess.Popen(
+                    command, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=log, text=True, start_new_session=True
+                )
+            )
+        return started
+
+    yield start
+    for process in started:
+        signal_node(process, signal.SIGKILL)
+        process.wait()
+
+
+def signal_node(node: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal to torchrun and its processes, each of which has a session of its own."""
+    if node.poll() is None:
+        family = (psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True))
+        for group in {os.getpgid(process.pid) for process in family}:
+            os.killpg(group, number)
+
+
+def node_logs(tmp_path: Path) -> str:
+    return "\n".join((tmp_path / f"node_{node}.log").read_text() for node in range(2))
+
+
+def test_two_nodes_learn_what_one_process_learns(tmp_path: Path, train_three: list[str], start_nodes: Nodes) -> None:
+    nodes = start_nodes(["-m", "nnunet_lite", *train_three, "--name", "two"], backend="c10d")
+    run(*train_three, "--name", "one")
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0], node_logs(tmp_path)
+    one, two = ([row["train_loss"] for row in rows(tmp_path, name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=2e-5)
+    assert_same_weights(tmp_path, "one", "two")
+
+
+@pytest.mark.parametrize(
+    ("lost", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_node_ends_the_others_and_another_number_of_processes_resumes(
+    tmp_path: Path, train_three: list[str], start_nodes: Nodes, lost: int, how: signal.Signals
+) -> None:
+    """A killed node closes its connections; a stopped one does not answer, like a machine without power."""
+    arguments = [*train_three, "--set", f"training.epochs={EPOCHS}", "--name", "lost"]
+    script = tmp_path / "nnlite.py"
+    script.write_text(IMPATIENT)
+    nodes = start_nodes([*([str(script)] if how == signal.SIGSTOP else ["-m", "nnunet_lite"]), *arguments])
+    wait_for(fold_of(tmp_path, "lost") / CHECKPOINT, nodes, lambda: node_logs(tmp_path))
+    signal_node(nodes[lost], how)
+    left = 1 - lost
+    assert nodes[left].wait(timeout=60) == 1
+    errors = (tmp_path / f"node_{left}.log").read_text()
+    assert "error: another process of this training ended, or its machine or the network is down" in errors
+    assert "The same nnlite command resumes from the last checkpoint" in errors
+    signal_node(nodes[lost], signal.SIGKILL)
+    assert len(rows(tmp_path, "lost")) < EPOCHS
+    assert "resuming from epoch" in run(*arguments).stderr
+    assert [row["epoch"] for row in rows(tmp_path, "lost")] == list(range(1, EPOCHS + 1))
+    if how == signal.SIGKILL and lost:
+        run(*arguments[:-1], "undisturbed")
+        # two processes round sums differently than one, and training makes the difference grow
+        losses, others = ([row["train_loss"] for row in rows(tmp_path, name)] for name in ("lost", "undisturbed"))
+        assert losses == pytest.approx(others, abs=1e-3)
+
+
+BROKEN = """
+import os
+from torch import nn
+
+
+class Network(nn.Conv3d):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 4 and os.environ.get("RANK", "none") in RANKS:
+            raise RuntimeError("it broke")
+        return super().forward(x)
+
+
+def make(planned, inputs, outputs):
+    return Network(inputs, outputs, 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "01"])
+def test_an_error_in_a_network_is_shown_where_it_happens(
+    tmp_path: Path, train_three: list[str], start_nodes: Nodes, ranks: str
+) -> None:
+    """A network of the user's fails in one process, or in both: its traceback is in their output."""
+    (tmp_path / "my_network.py").write_text(BROKEN.replace("RANKS", repr(ranks)))
+    factory = ["--set", f"network.factory={tmp_path / 'my_network.py'}:make"]
+    nodes = start_nodes(["-m", "nnunet_lite", *train_three, *factory, "--name", "broken"])
+    assert [node.wait(timeout=120) for node in nodes] == [1, 1]
+    logs = [(tmp_path / f"node_{node}.log").read_text() for node in range(2)]
+    assert all("RuntimeError: it broke" in logs[int(rank)] for rank in ranks)
+    assert ("another process of this training ended" in logs[0]) == (ranks == "1")

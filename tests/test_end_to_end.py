@@ -132,7 +132,7 @@ def test_other_settings_are_refused_with_the_differences(trained: Path, nnlite: 
     code, out, err = nnlite(*TRAIN_3D, "--epochs", 3, "--lr", 0.5, cwd=trained)
     assert (code, out) == (2, "")
     message = err.splitlines()[-1]
-    assert message.startswith(f"error: {models(trained) / '3d_fullres-cpu'}: was begun with other settings: ")
+    assert message.startswith(f"error: {models(trained) / '3d_fullres-cpu'}: was trained with other settings: ")
     assert "training.epochs: 2 -> 3; optimizer.lr: 0.002 -> 0.5." in message and "--restart" in message
     assert files(trained) == before
     code, _, err = command(*TRAIN_3D, "--patch-size", "32x32x40", cwd=trained)
@@ -171,7 +171,7 @@ def test_ctrl_c_and_the_same_command_again(trained: Path) -> None:
     assert err.splitlines()[-1].startswith("stopped by SIGINT ")
     assert out == "" and not (fold / "model.safetensors").exists()
     stopped = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True, timeout=120)
-    assert stopped.returncode == 0 and "going on from epoch " in stopped.stderr and "epoch    1 " not in stopped.stderr
+    assert stopped.returncode == 0 and "resuming from epoch " in stopped.stderr and "epoch    1 " not in stopped.stderr
     rows = [json.loads(line) for line in (fold / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, 13))
     shutil.rmtree(fold.parent)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunet_lite.data.crop import nonzero_mask
 from nnunet_lite.data.dataset import read_case, read_dataset
+from nnunet_lite.data.geometry import nonzero_mask
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning import fingerprint as module
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint

@@ -26,7 +26,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, keys, load_settings, recipes
-from nnunet_lite.training.configured import configured
+from nnunet_lite.training.job import configure_plan
 
 DATA = Path(__file__).parent / "data"
 ABOUT = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}, "numTraining": 200}
@@ -101,7 +101,7 @@ def test_a_plan_is_valid_or_refused(tmp_path: Path, plan: Any) -> None:
     assert Plan.model_validate_json(read.to_json()) == read
     for name in read.configurations:
         try:
-            made = configured(read, name, Settings())
+            made = configure_plan(read, name, Settings())
         except UserError as error:
             assert "\n" not in str(error)
         else:

@@ -17,9 +17,9 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 import nnunet_lite
 from nnunet_lite.data.dataset import read_case, stored_dataset
-from nnunet_lite.data.formats import ras_affine
 from nnunet_lite.data.geometry import Geometry, Turn, common_orientation, turn_between
 from nnunet_lite.data.images import read_image, read_images
+from nnunet_lite.data.nifti import ras_affine
 from nnunet_lite.errors import UserError
 
 Copy = Callable[..., Path]

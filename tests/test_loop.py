@@ -25,22 +25,20 @@ from samples import as_options
 import nnunet_lite
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.checkpoint import CHECKPOINT, read_state
-from nnunet_lite.models.folder import MODEL, is_complete, is_finished
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.preprocessing.stored_case import sampled_voxels
+from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training import loop, step
+from nnunet_lite.training import loop
 from nnunet_lite.training.batches import make_batch
 from nnunet_lite.training.cache import LoadedCase, in_memory
-from nnunet_lite.training.configured import configured
 from nnunet_lite.training.distributed import Ranks
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.learner import choose_arithmetic, crop_batch, make_network
+from nnunet_lite.training.limits import StopRequest
 from nnunet_lite.training.loop import train_fold
-from nnunet_lite.training.record import METRICS, PICTURE, TABLE
-from nnunet_lite.training.step import choose_arithmetic, make_network
-from nnunet_lite.training.watch import Stop
+from nnunet_lite.training.metrics import METRICS, PICTURE, TABLE
 from nnunet_lite.workspace import planned_paths
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
@@ -64,7 +62,7 @@ def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settin
     ) -> Job:
         settings = with_changes(Settings(), tiny_settings | SMALL | changes)
         plan = Plan.read(planned_paths(tiny_workspace).plans)
-        made = configured(plan.model_copy(update={"labels": labels or plan.labels}), configuration, settings)
+        made = configure_plan(plan.model_copy(update={"labels": labels or plan.labels}), configuration, settings)
         chosen = tiny_cases if cases is None else cases
         (tmp_path / name).mkdir()
         return Job(made, configuration, settings, 5, tmp_path / name, torch.device("cpu"), chosen[:7], chosen[7:])
@@ -91,7 +89,7 @@ def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], 
     for case in map(in_memory, cases):
         label = case.label.copy()
         change(label)
-        voxels = dict(sampled_voxels(label, labels))
+        voxels = dict(sample_voxels(label, labels))
         annotated = voxels.pop(-1, None)
         out.append(LoadedCase(case.case_id, case.image, label, voxels, annotated))
     return out
@@ -109,7 +107,7 @@ def test_the_loss_goes_down_and_a_run_leaves_its_files(job: MakeJob) -> None:
     assert table[-1]["validation_loss"] < table[0]["validation_loss"]
     assert table[0]["dice"].keys() == {"Anterior", "Posterior"}
     assert table[-1]["lr"] < table[1]["lr"] < 0.01
-    about = read_state(run.folder / MODEL)
+    about = read_header(run.folder / MODEL)
     assert (about["configuration"], about["epochs"]) == ("3d_fullres", 3)
 
 
@@ -129,14 +127,14 @@ def kill_in_mid_run(command: list[str], fold: Path) -> int:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
     assert process.stderr is not None
     until = time.monotonic() + 120
-    while not (fold / CHECKPOINT).is_file() or read_state(fold / CHECKPOINT)["epoch"] < 2:
+    while not (fold / CHECKPOINT).is_file() or read_header(fold / CHECKPOINT)["epoch"] < 2:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < until
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
-    return int(read_state(fold / CHECKPOINT)["epoch"])
+    return int(read_header(fold / CHECKPOINT)["epoch"])
 
 
 @pytest.mark.parametrize(
@@ -266,7 +264,7 @@ def test_timing_number_formats_keeps_to_a_share_of_the_time(job: MakeJob) -> Non
     auto = {"training.seed": None, "training.precision": "fp32", "training.channels_last": "auto"}
     run = job(**auto, **{"training.patch_size": [32, 40, 32], "training.batch_size": 4, "training.time_limit": 1e-4})
     batch = make_batch(run, run.training, 0, 0, augment=False)
-    part = step.part_of(run, batch)
+    part = crop_batch(run, batch)
     assert tuple(part[0].shape) == (1, 1, 16, 16, 16) and tuple(part[1].shape) == (1, 16, 16, 16)
     assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_arithmetic(run, make_network(run)).reason)
     patient = replace(run, settings=with_changes(run.settings, {"training.time_limit": 60}))
@@ -280,7 +278,7 @@ def test_the_time_of_the_number_formats_counts(job: MakeJob) -> None:
     start = time.monotonic()
     train_fold(run)
     whole, epoch = time.monotonic() - start, rows(run.folder)[0]["seconds"]
-    state = read_state(run.folder / CHECKPOINT)
+    state = read_header(run.folder / CHECKPOINT)
     timed = [float(seconds) for seconds in re.findall(r"([\d.e-]+) s\b", state["arithmetic"]["reason"])]
     assert len(timed) >= 2 and epoch + sum(timed) < state["seconds"] < whole
 
@@ -407,7 +405,7 @@ def test_a_signal_stops_in_mid_epoch_and_the_run_goes_on_to_the_same_bits(
     assert "stopped by SIGTERM in epoch" in said
     assert "Traceback" not in said
     assert not is_finished(models / "stopped" / "fold_all")
-    assert read_state(models / "stopped" / "fold_all" / CHECKPOINT)["iteration"] > 0
+    assert read_header(models / "stopped" / "fold_all" / CHECKPOINT)["iteration"] > 0
     for name in ("stopped", "whole"):
         subprocess.run([*run, "--name", name], check=True, capture_output=True, env=ONE_THREAD)
     one, other = (models / name / "fold_all" for name in ("stopped", "whole"))
@@ -492,7 +490,7 @@ def test_other_settings_reach_a_run_that_goes_on(job: MakeJob) -> None:
     table = rows(run.folder)
     assert [row["lr"] for row in table] == [0.01, 0.01, 1e-5, 1e-5]
     assert "dice" in table[1] and "dice" not in table[2]
-    assert read_state(run.folder / MODEL)["arithmetic"]["precision"] == "bf16"
+    assert read_header(run.folder / MODEL)["arithmetic"]["precision"] == "bf16"
 
 
 def test_a_bad_step_leaves_the_statistics_of_batch_norm_alone(job: MakeJob, tiny_cases: list[Any]) -> None:
@@ -511,17 +509,17 @@ def test_a_bad_step_leaves_the_statistics_of_batch_norm_alone(job: MakeJob, tiny
 def test_a_signal_that_comes_while_the_ranks_ask_each_other_is_not_lost(
     job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop = Stop()
+    stop = StopRequest()
 
     def asking(value: int, ranks: Ranks) -> int:
-        stop.asked = signal.SIGTERM
+        stop.signal = signal.SIGTERM
         return value
 
     run = job()
-    monkeypatch.setattr(loop, "any_rank", asking)
-    assert not loop._agreed(run, stop)  # the others did not hear of it
-    assert loop._agreed(run, stop)
-    assert stop.asked == signal.SIGTERM
+    monkeypatch.setattr(loop, "max_over_ranks", asking)
+    assert not loop._agree_to_stop(run, stop)  # the others did not hear of it
+    assert loop._agree_to_stop(run, stop)
+    assert stop.signal == signal.SIGTERM
 
 
 def test_a_run_whose_time_is_over_says_so(job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import LossSettings
-from nnunet_lite.training.distributed import Ranks, share, sum_over_ranks
+from nnunet_lite.training.distributed import Ranks, rank_share, sum_over_ranks
 from nnunet_lite.training.loss import (
     alone,
     check_weights,
@@ -307,8 +307,8 @@ def learned(ranks: Ranks) -> dict[str, Any]:
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
         losses = []
         for _ in range(3):
-            images = torch.randn(3, 1, 8, 8, generator=generator, dtype=torch.float64)[share(3, ranks)]
-            classes = torch.randint(0, 3 + ignored, (3, 8, 8), generator=generator)[share(3, ranks)]
+            images = torch.randn(3, 1, 8, 8, generator=generator, dtype=torch.float64)[rank_share(3, ranks)]
+            classes = torch.randint(0, 3 + ignored, (3, 8, 8), generator=generator)[rank_share(3, ranks)]
             optimizer.zero_grad()
             loss = segmentation_loss(
                 network(images), classes, SETTINGS, batch_dice=batch_dice, ignore_class=3 if ignored else None,

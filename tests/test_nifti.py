@@ -13,10 +13,10 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_lite.data import formats
-from nnunet_lite.data.formats import forms_apart, read_file, read_header
+from nnunet_lite.data.formats import read_file, read_header
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_image, read_label, write_label
-from nnunet_lite.data.nifti import read_nifti, read_nifti_header
+from nnunet_lite.data.nifti import form_conflict, read_nifti, read_nifti_header
 from nnunet_lite.errors import UserError
 
 EYE = np.eye(3)
@@ -194,7 +194,7 @@ def test_a_wrong_pixdim_gives_way_to_a_good_sform(tmp_path: Path, axis: int, siz
     assert np.array_equal(image.array[0], slope * voxels.T)
     assert image.geometry.spacing == pytest.approx((2.5, 0.8, 0.7)) and image.geometry.origin == (-1, -2, 3)
     assert image.geometry.direction == FLIPPED and read_geometry(path) == (image.geometry, 1)
-    reported = forms_apart(path, image.geometry)
+    reported = form_conflict(path, image.geometry)
     assert reported is not None and f"{size:.6g}" in reported and reported.endswith("those of its sform are used")
     write_label(tmp_path / "b.nii.gz", (voxels.T % 3).astype(np.uint8), image.geometry, like=path)
     label, geometry, _ = read_label(tmp_path / "b.nii.gz")
@@ -262,11 +262,11 @@ def test_forms_that_do_not_agree_are_reported_in_mm(tmp_path: Path) -> None:
         (both | {"quaternion": (1, 1, 1), "srow": srow}, "its qform is no rotation"),
     ):  # fmt: skip
         write(path, **fields)
-        found = forms_apart(path, read_geometry(path)[0])
+        found = form_conflict(path, read_geometry(path)[0])
         assert found == says or (found and says and found.startswith(says)), (found, says)
     write(path, **both | {"srow": srow})
     used = "sform" if read_geometry(path)[0].origin[0] == -30 else "qform"
-    assert str(forms_apart(path, read_geometry(path)[0])).endswith(f"the {used} is used")
+    assert str(form_conflict(path, read_geometry(path)[0])).endswith(f"the {used} is used")
 
 
 @pytest.mark.parametrize("fields", [{"qform": 1}, {"qform": 1, "sform": 1, "srow": SROW}, {"slope": 2}], ids=str)

@@ -18,9 +18,9 @@ import SimpleITK as sitk
 from bad_inputs import Bad, Command, contents, refuse
 
 from nnunet_lite.data.cases import Case, find_cases
-from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.nifti import write_share
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import check_output
 

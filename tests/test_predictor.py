@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.data.dataset import Case, find_cases
+from nnunet_lite.data.cases import find_cases
+from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -31,7 +32,7 @@ from nnunet_lite.inference.predictor import (
     sides_of,
     trained_folds,
 )
-from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings
@@ -373,7 +374,7 @@ def test_compiled_networks_say_the_same(tiny_model: Path, tiny_cases: list[Any],
     n = 20 if many else 3
     network = UNet(configuration.network, 1, n).eval().requires_grad_(False)
     plain, made = (
-        passes_of([network], configuration, n, Arithmetic(), torch.device("cpu"), compiled=compiled)
+        passes_of([network], configuration, n, ComputeFormat(), torch.device("cpu"), compiled=compiled)
         for compiled in (False, True)
     )
     assert (plain.head is not None) == many

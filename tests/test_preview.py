@@ -16,8 +16,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.augmentation import rotation
 from nnunet_lite.training.batches import draw_batch
-from nnunet_lite.training.configured import configured
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.preview import applied, draw_preview
 from nnunet_lite.training.sampler import Place
 from nnunet_lite.workspace import planned_paths
@@ -30,7 +29,7 @@ def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settin
     def make(configuration: str = "3d_fullres", **changes: Any) -> Job:
         patch = {"training.patch_size": [32, 24]} if configuration == "2d" else {}
         settings = with_changes(Settings(), {**tiny_settings, **patch, **changes})
-        made = configured(Plan.read(planned_paths(tiny_workspace).plans), configuration, settings)
+        made = configure_plan(Plan.read(planned_paths(tiny_workspace).plans), configuration, settings)
         return Job(made, configuration, settings, 5, tmp_path, torch.device("cpu"), tiny_cases, tiny_cases)
 
     return make

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -100,7 +83,7 @@ def test_cases_are_gone_through_by_keyboard(tab: Any) -> None:
     assert dialog.locator("path.error").count() == 0
     tab.keyboard.press("Escape")
     assert not dialog.is_visible()
-    assert tab.evaluate("document.activeElement.dataset.case") == names[1]
+    tab.locator(f"tr[data-case={names[1]}]:focus").wait_for(timeout=10_000)
 
 
 def test_a_case_shows_its_scores(tab: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -24,21 +23,14 @@ from PIL import Image as Picture
 
 import nnunet_lite
 from nnunet_lite.data.dataset import read_dataset
-from nnunet_lite.data.formats import ras_affine
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import write_json
-from nnunet_lite.reporting.scene import colours, scene_of_case, scene_of_files
-from nnunet_lite.reporting.viewer import View, serve
+from nnunet_lite.reporting.viewer import View, label_colours, read_case_scene, read_file_scene, serve
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
-]  # fmt: skip
-ANTERIOR, POSTERIOR = (np.array(colour) for colour in colours(2))
+ANTERIOR, POSTERIOR = (np.array(colour) for colour in label_colours(2))
 Answer = tuple[int, dict[str, str], bytes]
 
 
@@ -58,7 +50,7 @@ def ask(view: View, path: str | None = None, method: str = "GET", host: str | No
 
 @pytest.fixture(scope="module")
 def held_out(tiny_model: Path) -> str:
-    """A case that fold 0 of the tiny model did not see."""
+    """A case that fold 0 of the tiny model holds out."""
     return sorted(p.name.removesuffix(".nii.gz") for p in (tiny_model / "fold_0" / "validation").glob("*.nii.gz"))[0]
 
 
@@ -73,27 +65,25 @@ def layers_of(view: View) -> dict[str, dict[str, Any]]:
     return {layer["name"]: layer for layer in json.loads(ask(view, f"{root}scene.json")[2])["layers"]}
 
 
-def volume(view: View, layer: dict[str, Any]) -> nibabel.Nifti1Image:
-    return nibabel.Nifti1Image.from_bytes(ask(view, urlsplit(view.url).path + layer["url"])[2])
+def volume(view: View, layer: dict[str, Any]) -> np.ndarray:
+    """The voxels (x, y, z) of a layer as a browser receives them."""
+    contents = ask(view, urlsplit(view.url).path + layer["url"])[2]
+    return np.asarray(nibabel.Nifti1Image.from_bytes(contents).dataobj)
 
 
 def test_a_case_with_reference_and_prediction(view: View, held_out: str, hippocampus: Path, tiny_model: Path) -> None:
     layers = layers_of(view)
     assert list(layers) == ["MRI", "reference", "tiny, fold 0", "errors of tiny, fold 0"]
-    image = nibabel.load(hippocampus / "imagesTr" / f"{held_out}.nii.gz")
-    label = np.asarray(nibabel.load(hippocampus / "labelsTr" / f"{held_out}.nii.gz").dataobj)
-    predicted = np.asarray(nibabel.load(tiny_model / "fold_0" / "validation" / f"{held_out}.nii.gz").dataobj)
-    shown = volume(view, layers["MRI"])
-    assert np.array_equal(shown.dataobj, image.dataobj) and np.allclose(shown.affine, image.affine)
-    assert np.array_equal(volume(view, layers["reference"]).dataobj, label)
-    assert np.array_equal(volume(view, layers["tiny, fold 0"]).dataobj, predicted)
-    errors = np.asarray(volume(view, layers["errors of tiny, fold 0"]).dataobj)
-    assert np.array_equal(errors == 1, (label > 0) & (predicted == 0))
-    assert np.array_equal(errors == 2, (label == 0) & (predicted > 0))
-    assert np.array_equal(errors == 3, (label > 0) & (predicted > 0) & (label != predicted))
+    image, label, predicted = (
+        np.asarray(nibabel.load(folder / f"{held_out}.nii.gz").dataobj)
+        for folder in (hippocampus / "imagesTr", hippocampus / "labelsTr", tiny_model / "fold_0" / "validation")
+    )
+    assert np.array_equal(volume(view, layers["MRI"]), image)
+    assert np.array_equal(volume(view, layers["reference"]), label)
+    assert np.array_equal(volume(view, layers["tiny, fold 0"]), predicted)
     assert [entry["name"] for entry in layers["reference"]["legend"]] == ["Anterior", "Posterior"]
     low, high = layers["MRI"]["window"]
-    assert np.asarray(image.dataobj).min() <= low < high <= np.asarray(image.dataobj).max()
+    assert image.min() <= low < high <= image.max()
 
 
 def test_what_is_served(view: View) -> None:
@@ -109,32 +99,16 @@ def test_what_is_served(view: View) -> None:
     assert "Access-Control-Allow-Origin" not in headers
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/",
-        "",
-        "*",
-        "{token}",
-        "/{token}",
-        "/{token}/layer-4.nii",
-        "/{token}/layer-0.nii?x=1",
-        "/{token}//scene.json",
-        "/{token}/./scene.json",
-        "/{token}/../{token}/scene.json",
-        "/{token}/%73cene.json",
-        "/{token}/viewer.py",
-        "/{token}/../viewer.py",
-        "/{token}/../../../../../../../../etc/passwd",
-        "/{token}/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
-        "/{token}/..\\..\\..\\etc\\passwd",
-        "/{token}//etc/passwd",
-        "/etc/passwd",
-        "/wrong-token-wrong-token-wrong-to/scene.json",
-        "/{upper}/scene.json",
-        "http://127.0.0.1/{token}/scene.json",
-    ],
-)
+OTHER_PATHS = """
+/ * {token} /{token} /{token}/layer-4.nii /{token}/layer-0.nii?x=1 /{token}//scene.json /{token}/./scene.json
+/{token}/../{token}/scene.json /{token}/%73cene.json /{token}/viewer.py /{token}/../viewer.py /{token}//etc/passwd
+/{token}/../../../../../../../../etc/passwd /{token}/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd /etc/passwd
+/{token}/..\\..\\..\\etc\\passwd /wrong-token-wrong-token-wrong-to/scene.json /{upper}/scene.json
+http://127.0.0.1/{token}/scene.json /{token}/niivue.LICENSE.txt
+"""
+
+
+@pytest.mark.parametrize("path", ["", *OTHER_PATHS.split()])
 def test_other_paths_are_refused(view: View, path: str) -> None:
     token = urlsplit(view.url).path.strip("/")
     status, _, body = ask(view, path.format(token=token, upper=token.swapcase()))
@@ -142,7 +116,7 @@ def test_other_paths_are_refused(view: View, path: str) -> None:
 
 
 def test_the_address_that_starts_the_browser_works_once(view: View) -> None:
-    """Everybody on the machine can read how a program was started."""
+    """All users of the machine can read how a program was started."""
     once = view.one_time_url()
     path = urlsplit(once).path
     assert once.startswith(f"http://127.0.0.1:{urlsplit(view.url).port}/") and path not in view.url
@@ -161,6 +135,7 @@ def test_other_hosts_are_refused(view: View, host: str | None) -> None:
 
 def test_two_hosts_are_refused(view: View) -> None:
     parts = urlsplit(view.url)
+    assert view.server.socket.getsockname()[0] == parts.hostname == "127.0.0.1", "only this machine can open it"
     with socket.create_connection(("127.0.0.1", parts.port or 0), timeout=10) as connection:
         hosts = "Host: 127.0.0.1\r\nHost: evil.example\r\n"
         connection.sendall(f"GET {parts.path} HTTP/1.1\r\n{hosts}Connection: close\r\n\r\n".encode())
@@ -173,14 +148,9 @@ def test_other_methods_are_refused(view: View, method: str) -> None:
     assert status in (405, 501) and b"viewer.js" not in body
 
 
-def test_reachable_from_this_machine_alone(view: View) -> None:
-    assert view.server.socket.getsockname()[0] == "127.0.0.1"
-    assert urlsplit(view.url).hostname == "127.0.0.1"
-
-
 def test_nothing_is_served_after_close(hippocampus: Path) -> None:
     file = sorted((hippocampus / "imagesTs").iterdir())[0]
-    with serve(scene_of_files(file, [])) as first, serve(scene_of_files(file, [])) as second:
+    with serve(read_file_scene(file, [])) as first, serve(read_file_scene(file, [])) as second:
         assert ask(first)[0] == 200
         assert urlsplit(first.url).port != urlsplit(second.url).port
         assert ask(second, urlsplit(first.url).path)[0] == 404, "one viewer's token opens no other"
@@ -191,19 +161,19 @@ def test_nothing_is_served_after_close(hippocampus: Path) -> None:
 def test_which_models(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp_path: Path) -> None:
     with nnunet_lite.view(held_out, model="tiny", workspace=tiny_workspace, browser=False) as shown:
         assert "tiny, fold 0" in layers_of(shown)
-    seen = json.loads((tiny_model.parent.parent / "splits.json").read_text())[0]["train"][0]
-    with nnunet_lite.view(seen, workspace=tiny_workspace, browser=False) as shown:
-        assert list(layers_of(shown)) == ["MRI", "reference"], "a model's view of a case that it learnt is not shown"
-    with pytest.raises(UserError, match=f"tiny: has not predicted {seen}: the fold that holds it out is not trained"):
-        nnunet_lite.view(seen, model="tiny", workspace=tiny_workspace, browser=False)
+    learnt = json.loads((tiny_model.parent.parent / "splits.json").read_text())[0]["train"][0]
+    with nnunet_lite.view(learnt, workspace=tiny_workspace, browser=False) as shown:
+        assert list(layers_of(shown)) == ["MRI", "reference"], "no prediction of a case that was trained on"
+    with pytest.raises(UserError, match=f"tiny: has not predicted {learnt}: the fold that holds it out is not trained"):
+        nnunet_lite.view(learnt, model="tiny", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=r"there is no such model. There are: tiny"):
-        nnunet_lite.view(seen, model="tinier", workspace=tiny_workspace, browser=False)
-    with pytest.raises(UserError, match=rf"no case of that name in Task04_Hippocampus. Did you mean .*{seen}"):
-        nnunet_lite.view(seen[:-1], workspace=tiny_workspace, browser=False)
+        nnunet_lite.view(learnt, model="tinier", workspace=tiny_workspace, browser=False)
+    with pytest.raises(UserError, match=rf"no case of that name in Task04_Hippocampus. Did you mean .*{learnt}"):
+        nnunet_lite.view(learnt[:-1], workspace=tiny_workspace, browser=False)
 
 
 def test_what_was_selected_is_shown(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp_path: Path) -> None:
-    """inference.json of `nnlite select` names one model, or two whose ensemble lies beside the models."""
+    """inference.json of `nnlite select` names one model, or two, whose ensemble is next to the models."""
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("preprocessed"))
     root = workspace / "Task04_Hippocampus"
@@ -215,8 +185,8 @@ def test_what_was_selected_is_shown(tiny_workspace: Path, tiny_model: Path, held
             assert f"{'+'.join(models)}, fold 0" in layers_of(shown)
 
 
-def test_files_of_any_format(tmp_path: Path, hippocampus: Path) -> None:
-    """A colour picture, a mask of 0 and 255, several channels in a file: what the browser gets is NIfTI."""
+def test_files_of_any_format(tmp_path: Path) -> None:
+    """A colour picture, a mask of 0 and 255, several channels in a file: the browser receives NIfTI."""
     rgb = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
     mask = np.zeros((20, 30), np.uint8)
     mask[5:9, 3:20] = 255
@@ -224,20 +194,19 @@ def test_files_of_any_format(tmp_path: Path, hippocampus: Path) -> None:
     Picture.fromarray(mask).save(tmp_path / "mask.png")
     with nnunet_lite.view(tmp_path / "cell.png", tmp_path / "mask.png", browser=False) as shown:
         layers = layers_of(shown)
-        colour, cells = volume(shown, layers["colours"]), volume(shown, layers["mask.png"])
-        assert colour.get_data_dtype().names == ("R", "G", "B") and colour.header.get_zooms() == (1, 1, 1)
-        pixels = np.asarray(colour.dataobj)[:, :, 0].T
+        pixels = volume(shown, layers["colours"])[:, :, 0].T
         assert np.array_equal(np.stack([pixels[c] for c in "RGB"], -1), rgb)
-        assert np.array_equal(np.asarray(cells.dataobj)[:, :, 0].T, mask // 255)
+        assert np.array_equal(volume(shown, layers["mask.png"])[:, :, 0].T, mask // 255)
         assert [entry["name"] for entry in layers["mask.png"]["legend"]] == ["label 255"]
     channels = np.random.default_rng(2).normal(size=(6, 5, 4, 2))
     channels[0, 0, 0, 0] = np.nan
     nibabel.save(nibabel.Nifti1Image(channels, np.diag([1, 2, 3, 1])), tmp_path / "two.nii.gz")
-    scene = scene_of_files(tmp_path / "two.nii.gz", [])
+    scene = read_file_scene(tmp_path / "two.nii.gz", [])
     assert [(layer.name, layer.shown) for layer in scene.layers] == [("channel 0", True), ("channel 1", False)]
     first, second = (nibabel.Nifti1Image.from_bytes(layer.nifti) for layer in scene.layers)
     assert np.isfinite(first.dataobj).all() and np.allclose(second.dataobj, channels[..., 1], atol=1e-6)
-    assert np.allclose(np.reshape(scene.to_voxel, (3, 4))[:, :3], np.diag([1, 1 / 2, 1 / 3]), atol=1e-6)
+    assert np.allclose(first.affine, np.diag([1, 2, 3, 1]))
+    assert np.allclose(np.array(scene.to_voxel)[:, :3], np.diag([1, 1 / 2, 1 / 3]), atol=1e-6)
 
 
 def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path) -> None:
@@ -250,19 +219,21 @@ def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path
     write_label(strange, np.full(geometry.shape, 7, np.uint8), geometry)
     with pytest.raises(UserError, match=r"label values 7\.\.7 are not all among \[0, 1, 2\]"):
         nnunet_lite.view(image, [label, strange], dataset="Task04", workspace=tiny_workspace, browser=False)
-    assert [layer.name for layer in scene_of_files(image, [label, strange]).layers[1:]] == [
+    assert [layer.name for layer in read_file_scene(image, [label, strange]).layers[1:]] == [
         f"labelsTr/{image.name}", f"{tmp_path.name}/{image.name}"
     ]  # fmt: skip
+    many = np.arange(2000).reshape(10, 10, 20)
+    write_label(tmp_path / "many.nii.gz", many, Geometry(many.shape, (1.0, 1.0, 1.0)))
     with pytest.raises(UserError, match="are too many for label maps"):
-        scene_of_files(image, [_many(tmp_path)])
+        read_file_scene(image, [tmp_path / "many.nii.gz"])
     with pytest.raises(UserError, match="predictions are shown of a case, not of a file"):
         nnunet_lite.view(image, model="tiny", browser=False)
     regions = Labels(
         names={"background": 0, "whole": (1, 2), "core": (2,), "edge": 3}, ignore=4, region_order=(1, 2, 3)
     )
-    legend = scene_of_files(image, [label], regions).layers[1].legend
+    legend = read_file_scene(image, [label], regions).layers[1].legend
     assert [name for name, _ in legend] == ["whole", "whole + core", "edge", "ignore"]
-    assert len(set(colours(40))) == 40
+    assert len(set(label_colours(40))) == 40
 
 
 def test_errors_by_kind(tmp_path: Path, hippocampus: Path) -> None:
@@ -271,7 +242,7 @@ def test_errors_by_kind(tmp_path: Path, hippocampus: Path) -> None:
     label, geometry, _ = read_label(case.label or "")
     predicted = np.roll(np.where(label == 1, 2, label), 3, axis=1).astype(np.uint8)
     write_label(tmp_path / "predicted.nii.gz", predicted, geometry)
-    scene = scene_of_case(dataset, case, [("mine", tmp_path / "predicted.nii.gz")])
+    scene = read_case_scene(dataset, case, [("mine", tmp_path / "predicted.nii.gz")])
     assert [layer.name for layer in scene.layers] == ["MRI", "reference", "mine", "errors of mine"]
     errors = np.asarray(nibabel.Nifti1Image.from_bytes(scene.layers[-1].nifti).dataobj).transpose(2, 1, 0)
     kinds = {"missed": (label > 0) & (predicted == 0), "too much": (label == 0) & (predicted > 0)}
@@ -279,16 +250,6 @@ def test_errors_by_kind(tmp_path: Path, hippocampus: Path) -> None:
     assert [name for name, _ in scene.layers[-1].legend] == list(kinds)
     for value, where in enumerate(kinds.values(), 1):
         assert where.any() and np.array_equal(errors == value, where)
-
-
-def _many(folder: Path) -> Path:
-    write_label(folder / "many.nii.gz", np.arange(2000).reshape(10, 10, 20), Geometry((10, 10, 20), (1.0, 1.0, 1.0)))
-    return folder / "many.nii.gz"
-
-
-def test_affine_is_that_of_the_file(hippocampus: Path) -> None:
-    image = sorted((hippocampus / "imagesTr").iterdir())[0]
-    assert np.allclose(ras_affine(read_geometry(image)[0]), nibabel.load(image).affine)
 
 
 def test_the_command_prints_the_address_and_ends_with_ctrl_c(tiny_workspace: Path, held_out: str) -> None:
@@ -309,59 +270,49 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(tiny_workspace: Pat
     assert process.returncode == 0 and err.endswith("closed\n") and "Traceback" not in err, err
 
 
-def test_mistakes_are_told_in_one_line(command: Callable[..., tuple[int, str, str]], tiny_workspace: Path) -> None:
+def test_mistakes_are_reported_in_one_line(command: Callable[..., tuple[int, str, str]], tiny_workspace: Path) -> None:
     code, out, err = command("view", "nowhere.nii.gz", "-w", tiny_workspace, cwd=tiny_workspace)
     assert (code, out) == (2, "") and "error: there is no file nowhere.nii.gz, and no case of that name" in err
     code, out, err = command("view", "nowhere.nii.gz", "label.nii.gz", cwd=tiny_workspace)
     assert (code, out) == (2, "") and err.startswith("error: nowhere.nii.gz: ")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
-def test_in_a_browser(view: View) -> None:
-    """The canvas shows the volume and its labels; a key and a click take them away; the console stays silent."""
-    from playwright.sync_api import sync_playwright
-
+def test_in_a_browser(view: View, browser: Any) -> None:
+    """The canvas shows the volume and its labels; a key and a click hide them; the console stays silent."""
     problems: list[str] = []
     ours = (f"http://127.0.0.1:{urlsplit(view.url).port}/", "data:")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 760, "height": 320})
-        page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda sent: None if sent.url.startswith(ours) else problems.append(sent.url))
-        page.goto(view.one_time_url())
-        page.wait_for_selector("html[data-ready]", timeout=120_000)
-        pixels = _pixels(page)
-        grey = (np.ptp(pixels, axis=-1) < 12) & (pixels.max(-1) > 30)
-        assert grey.mean() > 0.03 and len(np.unique(pixels[grey].max(-1))) > 20, "the image, in many greys"
-        page.uncheck("#segmentations label >> nth=1")
-        page.locator("#segmentations input[type=range]").first.fill("1")
-        only_reference = _pixels(page)
-        assert all(_share(only_reference, colour) > 0.002 for colour in (ANTERIOR, POSTERIOR)), "the reference's labels"
-        page.click("#segmentations button >> text=Anterior >> nth=0")
-        without = _pixels(page)
-        assert _share(without, ANTERIOR) == 0 and _share(without, POSTERIOR) > 0.002, "a click hides one label"
-        page.keyboard.press("1")
-        assert _share(_pixels(page), POSTERIOR) == 0, "a key hides the segmentation"
-        page.locator("#views input").nth(1).check()
-        assert (_pixels(page).max(-1) > 30).mean() > 0.03, "the axial plane alone"
-        before = _place(page)
-        box = page.locator("#canvas").bounding_box()
-        assert box is not None
-        page.mouse.click(box["x"] + box["width"] / 2 + 20, box["y"] + box["height"] / 2 + 20)
-        page.wait_for_timeout(2000)
-        assert [there != here for there, here in zip(_place(page), before, strict=True)] == [True, True, False]
-        if folder := os.environ.get("NNLITE_SCREENSHOTS"):
-            page.screenshot(path=str(Path(folder) / "viewer.png"))
-        browser.close()
+    page = browser.new_page(viewport={"width": 760, "height": 320})
+    page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda sent: None if sent.url.startswith(ours) else problems.append(sent.url))
+    page.goto(view.one_time_url())
+    page.wait_for_selector("html[data-ready]", timeout=120_000)
+    pixels = _pixels(page)
+    grey = (np.ptp(pixels, axis=-1) < 12) & (pixels.max(-1) > 30)
+    assert grey.mean() > 0.03 and len(np.unique(pixels[grey].max(-1))) > 20, "the image, in many greys"
+    page.uncheck("#segmentations label >> nth=1")
+    page.locator("#segmentations input[type=range]").first.fill("1")
+    only_reference = _pixels(page)
+    assert all(_share(only_reference, colour) > 0.002 for colour in (ANTERIOR, POSTERIOR)), "the reference's labels"
+    page.click("#segmentations button >> text=Anterior >> nth=0")
+    without = _pixels(page)
+    assert _share(without, ANTERIOR) == 0 and _share(without, POSTERIOR) > 0.002, "a click hides one label"
+    page.keyboard.press("1")
+    assert _share(_pixels(page), POSTERIOR) == 0, "a key hides the segmentation"
+    page.locator("#views input").nth(1).check()
+    assert (_pixels(page).max(-1) > 30).mean() > 0.03, "the axial plane alone"
+    before, box = _voxel(page), page.locator("#canvas").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2 + 20, box["y"] + box["height"] / 2 + 20)
+    page.wait_for_timeout(2000)
+    assert [now != then for now, then in zip(_voxel(page), before, strict=True)] == [True, True, False]
+    page.close()
     assert problems == []
 
 
-def _place(page: Any) -> list[int]:
-    """The voxel of the cross, as the page tells it."""
-    told = page.inner_text("#place")
-    match = re.match(r"voxel (\d+), (\d+), (\d+)\s+·\s+MRI \d+", told)
-    assert match, told
+def _voxel(page: Any) -> list[int]:
+    """The voxel of the cross, as the page shows it."""
+    match = re.match(r"voxel (\d+), (\d+), (\d+)\s+·\s+MRI \d+", page.inner_text("#place"))
+    assert match
     return [int(n) for n in match.groups()]
 
 

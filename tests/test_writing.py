@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_lite.data.formats import write_share
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.data.nifti import write_share
 from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, read_json, scratch, sweep, write_json
+from nnunet_lite.inference.first_stage import write_stage_map
 from nnunet_lite.inference.folder import _nameless
 from nnunet_lite.models.checkpoint import load_weights, save_weights
-from nnunet_lite.training.previous import write_map
 
 ROOT = Path(__file__).parents[1]
 VOLUME = Geometry((20, 30, 40), (1.0, 1.0, 1.0), calibrated=False)  # a TIFF of it has no sidecar
@@ -85,7 +85,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.map.nii.gz": lambda path: write_shares(path),
     "a.json": lambda path: write_json(path, list(range(10_000))),
     "a.safetensors": lambda path: save_weights(path, nn.Linear(100, 100), {}),
-    "a.b2nd": lambda path: write_map(path, noise(VOLUME), Like(), "key"),
+    "a.b2nd": lambda path: write_stage_map(path, noise(VOLUME), Like(), "key"),
 }
 
 

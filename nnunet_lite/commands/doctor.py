@@ -17,7 +17,8 @@ from nnunet_lite.workspace import workspace_folder
 # what pyproject.toml asks for
 _PACKAGES = (
     "torch", "numpy", "scipy", "SimpleITK", "nibabel", "pillow", "tifffile", "imagecodecs", "batchgenerators", "tqdm",
-    "blosc2", "safetensors", "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn", "threadpoolctl",
+    "blosc2", "safetensors", "pydantic", "typer", "psutil", "matplotlib", "jinja2", "scikit-learn",
+    "connected-components-3d", "threadpoolctl",
 )  # fmt: skip
 _LITTLE_DISK = 5 * GB
 

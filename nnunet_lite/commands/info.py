@@ -11,12 +11,11 @@ from nnunet_lite import log
 from nnunet_lite.commands.export import either_model
 from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichCheckpoint, Workspace
 from nnunet_lite.data.dataset import stored_dataset
-from nnunet_lite.evaluation.cross_validation import mean_dice
-from nnunet_lite.evaluation.selection import read_selection, trained_since
+from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.files import understood
 from nnunet_lite.inference.predictor import read_model
 from nnunet_lite.models.choice import in_our_form, model_at
-from nnunet_lite.models.folder import MODEL, first_training, model_folders, trained_folds
+from nnunet_lite.models.folder import MODEL, first_training, model_folders, trained_folds, validation_dice
 from nnunet_lite.models.nnunet import Checkpoint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
@@ -71,16 +70,16 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
 def _described(model: Path, folder: Path) -> About:
     """What a model folder holds; it is that of `model`, in our form."""
 
-    from nnunet_lite.models.checkpoint import read_state  # imports torch
+    from nnunet_lite.models.folder import read_header  # imports torch
 
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
     folds = {}
     for fold in trained_folds(folder):
         with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_state(folder / f"fold_{fold}" / MODEL)
+            state = read_header(folder / f"fold_{fold}" / MODEL)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
-        folds[fold]["mean_dice"] = mean_dice(folder, fold)
+        folds[fold]["mean_dice"] = validation_dice(folder, fold)
     begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
     network = configuration.network
     values = {
@@ -142,10 +141,10 @@ def describe_dataset(paths: Paths) -> About:
     }
     selected = []
     if (selection := read_selection(paths)) is not None:
-        changed = trained_since(paths, selection)
+        changed = changed_models(paths, selection)
         values["selection"] = {**selection.to_json(), "changed_since": changed}
         stale = f"; {' and '.join(changed)} changed since: run `nnlite select` again" if changed else ""
-        selected = [f"selected  {selection.how}, on {selection.made}{stale}"]
+        selected = [f"selected  {selection.summary}, on {selection.made}{stale}"]
     head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
     nothing = f"no model yet: {first_training(paths)}"
     return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing]), *selected]))

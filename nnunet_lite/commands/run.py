@@ -35,20 +35,18 @@ from nnunet_lite.commands.options import (
 from nnunet_lite.commands.plan import dataset_paths, plan, reason_to_plan
 from nnunet_lite.commands.report import report
 from nnunet_lite.commands.select import select
-from nnunet_lite.commands.train import (
+from nnunet_lite.commands.steps import (
     JOURNAL,
     execute_steps,
-    fold_names,
-    planned_runs,
+    plan_runs,
     preprocessing_step,
     refuse_changed_settings,
     training_step,
 )
+from nnunet_lite.commands.train import TrainingRun, fold_names
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.fold import Run
-from nnunet_lite.models.folder import told_lengths
 from nnunet_lite.reporting.html import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, needs_splits
@@ -185,7 +183,7 @@ def run(
     if names != ["all"]:
         existing = fold_names(paths, rule)  # also writes splits.json
         names = names or existing
-    runs = planned_runs(paths, resolved, names_of(configurations), names, device, told_lengths(changed))
+    runs = plan_runs(paths, resolved, names_of(configurations), names, device)
     refuse_changed_settings(runs)
     with cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
@@ -194,13 +192,13 @@ def run(
     models, selection, page = tuple({one.folder: None for one in runs}), read_selection(paths), paths.root / PAGE
     return RunResult(
         paths.name, tuple(ended), round(time.monotonic() - begin, 2), models,
-        None if selection is None else selection.how, "" if selection is None else selection.to_text(),
+        None if selection is None else selection.summary, "" if selection is None else selection.to_text(),
         page if page.is_file() else None, next_commands(paths, workspace, models),
     )  # fmt: skip
 
 
 def _steps(
-    runs: Sequence[Run],
+    runs: Sequence[TrainingRun],
     dataset: Dataset,
     paths: Paths,
     workers: int | None,

@@ -1,17 +1,20 @@
-"""`nnlite train`: train folds of a configuration, and score their held-out cases.
+"""`nnlite train`: preprocess -> first stage of a cascade -> training/loop.py -> validate. Read it from top to bottom.
 
-`train` is the command. `planned_runs` lists what has to be trained, and `preprocessing_step` and `training_step` are
-the steps of it; `run` uses them too. The steps run in this process, or on the workers of a cluster.
+`train` is the command. For each fold it calls `prepare_run` (what is trained; refuses mistakes) and
+`train_and_validate`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
 
 from nnunet_lite import log, start
@@ -30,29 +33,72 @@ from nnunet_lite.commands.options import (
     Stratify,
     StratifyBy,
     Workspace,
-    cluster_of,
     overrides_of,
     sizes_of,
 )
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.cross_validation import SUMMARY
+from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores
-from nnunet_lite.evaluation.summary import read_summaries
-from nnunet_lite.fold import Request, Run, examined, planned_for, train_and_validate
-from nnunet_lite.models.folder import VALIDATION, length, told_lengths
+from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, predict_first_stage, with_first_stage
+from nnunet_lite.inference.tiles import window_starts
+from nnunet_lite.models.folder import (
+    MODEL,
+    SUMMARY,
+    VALIDATION,
+    check_resume,
+    fold_seed,
+    is_begun,
+    is_complete,
+    is_finished,
+    lock_fold,
+    model_folder,
+    open_run,
+    other_folds,
+    read_header,
+    set_aside,
+)
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.precision import pick_device
+from nnunet_lite.networks.unet import mixes_samples
+from nnunet_lite.planning.fingerprint import Fingerprint
+from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
-from nnunet_lite.settings import Settings, load_settings
-from nnunet_lite.training.remaining import seconds_of_training, share_done
-from nnunet_lite.training.splits import DEFAULT_RULE, FoldRule, read_splits
-from nnunet_lite.workflow import Ended, Journal, Step, execute
+from nnunet_lite.planning.show import configuration_changes
+from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
+from nnunet_lite.settings import Settings, load_settings, with_changes
+from nnunet_lite.training.batches import check_augmentation
+from nnunet_lite.training.cache import load_cases
+from nnunet_lite.training.distributed import (
+    Ranks,
+    current_ranks,
+    from_first,
+    join_group,
+    launch,
+    leave_group,
+    rank_device,
+    report_lost_peer,
+)
+from nnunet_lite.training.finetune import adopt_plan, find_source
+from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
+from nnunet_lite.training.loop import train_fold
+from nnunet_lite.training.loss import check_weights
+from nnunet_lite.training.preview import draw_preview
+from nnunet_lite.training.splits import (
+    ALL,
+    DEFAULT_RULE,
+    FoldRule,
+    Split,
+    load_splits,
+    read_record,
+    read_split,
+    read_splits,
+    record_cases,
+    refuse_other_cases,
+    warn_of_unused_splits,
+)
 from nnunet_lite.workspace import Paths, select_dataset
-
-if TYPE_CHECKING:
-    from nnunet_lite.cluster import Cluster
-
-JOURNAL = "steps.jsonl"
 
 
 @dataclass(frozen=True)
@@ -69,9 +115,7 @@ class TrainedFolds:
 
     def finish(self) -> None:
         """Leave the processes that trained together; the command ends here."""
-        from nnunet_lite.training.distributed import leave  # torch is loaded already
-
-        leave()
+        leave_group()
 
 
 def train(
@@ -159,23 +203,28 @@ def train(
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     paths = select_dataset(workspace, dataset)
-    if scheduler is not None:
-        names = fold_names(paths, rule)
-        return _train_on_cluster(scheduler, paths, configuration, names, resolved, device, told_lengths(changed))
     names = fold_names(paths, rule) if all_folds else [str(fold)]
+    if scheduler is not None:
+        from nnunet_lite.commands.steps import train_on_cluster  # an optional extra; it imports this module
+
+        return train_on_cluster(scheduler, paths, configuration, names, resolved, device)
     scores = {}
     for i, one in enumerate(names):
-        request = Request(
-            configuration, one, resolved, rule, name=name, device=device, force=force, preview=preview,
-            restart=restart and i == 0 and ("model" if len(names) > 1 else True),  # the first fold sets all aside
-            resume=resume and i == 0,  # later folds may not have an earlier run
-            lengthen=told_lengths(changed),
-        )  # fmt: skip
-        scored = train_and_validate(request, paths)
-        if scored is not None:
-            scores[one] = scored
-            if len(names) > 1:
-                log.info(f"fold {one}, whole images:\n{scored.to_text()}")
+        first = i == 0
+        run = prepare_run(
+            paths, configuration, one, resolved, rule=rule, name=name, device=device, restart=restart and first
+        )
+        result = train_and_validate(
+            run,
+            restart=restart and first and ("model" if all_folds else True),  # the first fold sets all of them aside
+            resume=resume and first,  # later folds may not have an earlier run
+            force=force,
+            preview=preview,
+        )
+        if result is not None:
+            scores[one] = result
+            if all_folds:
+                log.info(f"fold {one}, whole images:\n{result.to_text()}")
     return TrainedFolds(scores)
 
 
@@ -187,9 +236,7 @@ def launch_on_gpus(gpus: int) -> None:
     UserError
         This process is not `nnlite`: its command line cannot be repeated.
     """
-    from nnunet_lite.training.distributed import current, launch  # torch is loaded already
-
-    if current().world > 1:
+    if current_ranks().world > 1:
         return
     if not start.IS_COMMAND:
         fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
@@ -202,139 +249,325 @@ def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
     return [split.name for split in read_splits(paths.splits, stored_dataset(paths.dataset), rule)]
 
 
-# ----------------------------------------------------------------------------------------------- as steps of a workflow
+# -------------------------------------------------------------------------------------------------- what is trained
 
 
-def _train_on_cluster(
-    scheduler: str,
+@dataclass(frozen=True)
+class TrainingRun:
+    """One fold of a model: what is trained, on which cases, and where it goes.
+
+    Parameters
+    ----------
+    paths, dataset : Paths, Dataset
+        The planned dataset.
+    plan, configuration, settings : Plan, str, Settings
+        What is trained; the plan has the settings' batch, patch and network.
+    split, rule : Split, FoldRule
+        Its cases, and the options for folds.
+    folder : Path
+        The model folder.
+    name : str or None
+        Of the model folder, if the user gave one.
+    first : FirstStage or None
+        Of a cascade.
+    device : str or None
+        Where to train.
+    """
+
+    paths: Paths
+    dataset: Dataset
+    plan: Plan
+    configuration: str
+    settings: Settings
+    split: Split
+    rule: FoldRule
+    folder: Path
+    name: str | None
+    first: FirstStage | None
+    device: str | None
+
+    @property
+    def fold_folder(self) -> Path:
+        return self.folder / f"fold_{self.split.name}"
+
+    def is_done(self) -> bool:
+        """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
+        scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
+        return scored and is_complete(self.fold_folder, self.settings)
+
+    def check_resume(self, force: bool = False, restart: bool = False) -> None:
+        """Make sure that the model folder, if it exists, may be resumed with this plan, these settings and these cases.
+
+        Parameters
+        ----------
+        force : bool
+            Accept other settings.
+        restart : bool
+            This fold starts again, other folds stay.
+
+        Raises
+        ------
+        UserError
+            It may not.
+        """
+        refuse_other_cases(self.folder, self.split, self.paths.splits, restart=restart)
+        if (self.folder / "run.json").is_file():
+            check_resume(self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart)
+        if not restart:
+            is_complete(self.fold_folder, self.settings)
+
+
+def prepare_run(
     paths: Paths,
     configuration: str,
-    folds: Sequence[str],
+    fold: str,
     settings: Settings,
-    device: str | None,
-    lengthen: frozenset[str],
-) -> TrainedFolds:
-    """Train all folds of a configuration, and what it needs before, on the workers of a Dask scheduler."""
-    runs = planned_runs(paths, settings, [configuration], folds, device, lengthen)
-    refuse_changed_settings(runs)
+    *,
+    rule: FoldRule = DEFAULT_RULE,
+    name: str | None = None,
+    device: str | None = None,
+    restart: bool = False,
+) -> TrainingRun:
+    """Find out what is to be trained, and refuse mistakes before anything is changed.
+
+    Parameters
+    ----------
+    paths : Paths
+        Of the planned dataset.
+    configuration, fold : str
+        Such as "3d_fullres" and "0".
+    settings : Settings
+        Of the run.
+    rule : FoldRule
+        For splits.json if that does not exist yet.
+    name : str or None
+        Of the model folder; default: CONFIGURATION-RECIPE.
+    device : str or None
+        Where to train.
+    restart : bool
+        The fold starts again.
+
+    Raises
+    ------
+    UserError
+        There is no such configuration or fold, or the settings do not fit the plan.
+    """
     dataset = stored_dataset(paths.dataset)
-    with cluster_of(scheduler, paths.root.parent) as cluster:
-        steps = [preprocessing_step(runs, dataset, paths, None, cluster), *map(training_step, runs)]
-        execute_steps(steps, Journal(paths.root / JOURNAL), cluster)
-    scored = [run for run in runs if run.configuration == configuration]
-    files = {run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in scored}
-    return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
+    folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
+    source_plan = _starting_plan(paths, configuration, fold, settings, folder, dataset.name, restart)
+    plan = configure_plan(source_plan, configuration, settings)
+    split = read_split(paths.splits, dataset, fold, rule)
+    first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
+    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, name, first, device)
 
 
-def execute_steps(steps: Sequence[Step], journal: Journal, cluster: Cluster | None) -> list[Ended]:
-    """Run the steps that are not done, in this process or on a cluster."""
-    if cluster is None:
-        return execute(steps, journal)
-    from nnunet_lite.cluster_steps import execute as execute_on_cluster  # an optional extra
+def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
+    """Return the plan of a dataset, or the one that a recipe's preset makes from its fingerprint.
 
-    return execute_on_cluster(cluster, steps, journal)
-
-
-def planned_runs(
-    paths: Paths,
-    settings: Settings,
-    configurations: Sequence[str] | None,
-    folds: Sequence[str],
-    device: str | None,
-    lengthen: frozenset[str],
-) -> list[Run]:
-    """Return what has to be trained, first stages of cascades before the second, each checked for mistakes."""
-    runs: dict[tuple[str, str], Run] = {}
-
-    def add(configuration: str, fold: str) -> None:
-        if (configuration, fold) in runs:
-            return
-        found = examined(Request(configuration, fold, settings, device=device, lengthen=lengthen), paths)
-        if found.first is not None:
-            for needed in found.first.folds:
-                add(found.first.configuration, needed)
-        runs[configuration, fold] = found
-
-    for configuration in configurations or _worth_training(planned_for(paths, settings)):
-        for fold in folds:
-            add(configuration, fold)
-    return list(runs.values())
+    What was changed by hand about the channels (normalization, clipping) and the storage stays.
+    """
+    plan, preset = Plan.read(paths.plans), settings.plan.preset
+    if preset in (None, plan.preset) and settings.plan.memory in (None, plan.memory_gb):
+        return plan
+    channels = tuple(channel.name for channel in plan.channels)
+    fingerprint = Fingerprint.read(paths.fingerprint)
+    made = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset or plan.preset, settings.plan.memory)
+    return made.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
 
 
-def refuse_changed_settings(runs: Sequence[Run]) -> None:
-    """Make sure, before anything is done, that models with earlier runs have the same settings.
+def _starting_plan(
+    paths: Paths, configuration: str, fold: str, settings: Settings, folder: Path, dataset: str, restart: bool
+) -> Plan:
+    """The plan for the settings, adapted to a model to start from; a resumed fold does not need that model."""
+    plan, init = plan_for_settings(paths, settings), settings.training.init
+    if init is None:
+        return plan
+    try:
+        source = find_source(Path(init), dataset, fold)
+    except UserError:
+        if restart or not is_begun(folder / f"fold_{fold}"):
+            raise
+        return Plan.read(folder / "plans.json")
+    return adopt_plan(plan, configuration, source, settings) if settings.plan.adopt else plan
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def train_and_validate(
+    run: TrainingRun,
+    *,
+    restart: bool | Literal["model"] = False,
+    resume: bool = False,
+    force: bool = False,
+    preview: bool = False,
+) -> Scores | None:
+    """Train a fold, or resume it, then predict and score its held-out cases.
+
+    Parameters
+    ----------
+    run : TrainingRun
+        See `prepare_run`.
+    restart, resume, force, preview
+        See `train`.
+
+    Returns
+    -------
+    Scores or None
+        None for the fold "all", and in all processes but the first.
+    """
+    ranks = current_ranks()
+    device = rank_device(ranks, pick_device(run.device))
+    join_group(ranks, device)
+    if device.type == "cpu" and run.settings.recipe == "default" and run.device is None:
+        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
+    with report_lost_peer():
+        _check_trainable(run, ranks, device)
+        whole = restart == "model" or not other_folds(run.folder, run.split.name)
+        if resume and restart:
+            raise UserError("--resume and --restart exclude each other")
+        if resume and not is_begun(run.fold_folder):
+            raise UserError("there is nothing to resume", run.fold_folder, "Leave out --resume to begin.")
+        if not (restart and whole):
+            run.check_resume(force, restart=bool(restart))
+        if restart and ranks.rank == 0:
+            set_aside(run.folder if whole else run.fold_folder)
+        from_first(None, ranks)  # the others wait until the folder is moved
+        if run.first is not None and not is_finished(run.fold_folder):
+            _train_first_stage(run, run.first, force)
+        with lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
+            seed = from_first(_open_run(run, force) if ranks.rank == 0 else 0, ranks)
+            if is_complete(run.fold_folder, run.settings):
+                log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
+            else:
+                _train(run, seed, ranks, device, preview)
+    return None if run.split.name == ALL or ranks.rank else _validate(run, device)
+
+
+def _check_trainable(run: TrainingRun, ranks: Ranks, device: torch.device) -> None:
+    """Refuse settings that the loss, the augmentation or the network cannot use.
 
     Raises
     ------
     UserError
-        The settings of one differ.
+        Class weights or swaps of other labels, no such transform, a network that cannot be built, or one that
+        normalizes each process's part of a batch alone.
     """
-    for run in runs:
-        try:
-            run.refuse_changes()
-        except UserError as error:
-            fix = "Repeat the old settings, or use a recipe file of your own, whose name the new models get."
-            raise UserError(error.what, error.file, fix) from None
+    check_weights(run.settings.loss, run.plan.labels)
+    check_augmentation(Job(run.plan, run.configuration, run.settings, 0, run.fold_folder, device, [], [], ranks))
+    on_cpus = ranks.world > 1 and device.type != "cuda"
+    factory = run.settings.network.factory
+    if factory is not None or on_cpus:
+        network = build_network(run.plan, run.configuration, factory, run.settings.training.deep_supervision)
+        if on_cpus and mixes_samples(network):
+            what = "batch normalisation over several processes needs GPUs"
+            raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
 
 
-def _worth_training(plan: Plan) -> list[str]:
-    """Return the configurations of a plan whose images are large enough for a U-Net.
-
-    Raises
-    ------
-    UserError
-        There is none.
-    """
-    names = [name for name, configuration in plan.configurations.items() if len(configuration.network.features) > 1]
-    if left_out := [name for name in plan.configurations if name not in names]:
-        log.warn(f"left out, because the images are too small for a U-Net: {', '.join(left_out)}")
-    if not names:
-        raise UserError("the images are too small for a U-Net: there is nothing to train")
-    return names
+def _open_run(run: TrainingRun, force: bool) -> int:
+    """Create or update the model folder; the seed of the fold."""
+    previous = None if run.first is None else run.first.folder.name
+    fold = run.split.name
+    seed = open_run(
+        run.folder, run.plan, run.dataset, run.configuration, run.settings, fold=fold, force=force, previous=previous
+    )
+    return fold_seed(seed, fold)
 
 
-def training_step(run: Run) -> Step:
-    """Return the step that trains and validates a fold."""
-    of = f"{run.configuration} fold {run.split.name}"
-    needs = ["preprocess"]
-    if run.first is not None:
-        needs += [f"train {run.first.configuration} fold {fold}" for fold in run.first.folds]
-    where = (run.fold_folder, run.settings)
-    return Step(
-        f"train {of}", f"train {run.configuration} {length(run.settings)}", run.is_done,
-        partial(train_and_validate, run.request, run.paths), tuple(needs), anywhere=True,
-        progress=partial(share_done, *where), seconds=partial(seconds_of_training, *where),
+def _train_first_stage(run: TrainingRun, first: FirstStage, force: bool) -> None:
+    """Train the folds of the first stage that are missing, with the same recipe and settings."""
+    refuse_other_cases(first.folder, run.split, run.paths.splits)
+    log.info(first.describe())
+    # a model to start from fits only one of the two networks
+    settings = with_changes(run.settings, {"training.init": None, "training.freeze": None})
+    for fold in first.missing:
+        stage = prepare_run(
+            run.paths, first.configuration, fold, settings, rule=run.rule, name=first.folder.name, device=run.device
+        )
+        train_and_validate(stage, force=force)
+
+
+def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:
+    if run.first is None:
+        return None
+    return predict_first_stage(
+        run.first.subset(case_ids), run.dataset, run.plan, run.configuration, run.paths.preprocessed,
+        run.settings.training.workers, str(device),
     )  # fmt: skip
 
 
-def preprocessing_step(
-    runs: Sequence[Run], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
-) -> Step:
-    """Return the step that preprocesses every case for all that is trained; trained folds need no arrays."""
-    plans = _merged_plans(runs)
+def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
+    """Preprocess and load the cases, and train on them."""
+    _announce(run)
+    split, training = run.split, run.settings.training
+    store = run.paths.preprocessed
+    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers, log.progress)
+    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
 
-    def is_done() -> bool:
-        complete = all(is_preprocessed(dataset, plan, list(plan.configurations), paths.preprocessed) for plan in plans)
-        return complete or all(run.is_done() for run in runs)
+    def open_stored(case_id: str) -> Any:
+        case = open_case(store, run.plan, run.configuration, case_id)
+        return case if stage_maps is None else with_first_stage(case, stage_maps[case_id])
 
-    def preprocess() -> None:
-        for plan in plans:
-            names = list(plan.configurations)
-            spread = None if cluster is None else cluster.spread
-            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, log.progress, spread=spread)
+    def load(ids: Sequence[str]) -> list[Any]:
+        reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
+        return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 
-    return Step("preprocess", f"preprocess {len(dataset.cases)} cases", is_done, preprocess)
+    cases = load(split.training)
+    held_out = cases if split.name == ALL else load(split.validation)
+    splits = run.paths.splits
+    source = None if split.name == ALL else read_record(splits, load_splits(splits)).get("splits")
+    of = f" of {source}" if source else ""
+    log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
+    record_cases(run.fold_folder, split)
+    job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)
+    if split.name != ALL:
+        job = replace(job, passes=_count_passes(job))
+    if preview and ranks.rank == 0:
+        draw_preview(job, job.folder / "preview.png")
+    train_fold(job)
 
 
-def _merged_plans(runs: Sequence[Run]) -> list[Plan]:
-    """Return the plans of runs; one for all configurations that agree in the rest, so that cases are read once."""
-    plans: list[Plan] = []
-    for run in runs:
-        for i, plan in enumerate(plans):
-            both = {**run.plan.configurations, **plan.configurations}
-            if plan.model_copy(update={"configurations": both}) == run.plan.model_copy(update={"configurations": both}):
-                plans[i] = plan.model_copy(update={"configurations": both})
-                break
-        else:
-            plans.append(run.plan)
-    return plans
+def _announce(run: TrainingRun) -> None:
+    """Log how the network differs from the plan, and which folds are not used."""
+    name, settings = run.configuration, run.settings
+    if settings.plan.preset is not None or settings.plan.memory is not None:
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    planned = Plan.read(run.paths.plans).configurations.get(name)
+    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    if settings.network.factory is not None:
+        changes.append(f"network made by {settings.network.factory}")
+    if changes:
+        by = "the settings" if settings.training.init is None else "the settings and the model to start from"
+        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
+    if run.split.name != ALL and run.rule == DEFAULT_RULE:
+        warn_of_unused_splits(run.paths.splits, run.dataset)
+
+
+def _count_passes(job: Job) -> dict[float, int]:
+    """Count the network passes of the validation (windows and mirrored copies), by step size."""
+    augmentation, inference = job.settings.augmentation, job.settings.inference
+    mirrored = inference.mirroring and augmentation.enabled and augmentation.p_mirror > 0
+    copies = 2 ** len(job.mirror_axes) if mirrored else 1
+
+    def count_windows(step: float) -> int:
+        axes = (zip(case.label.shape, job.patch, strict=True) for case in job.validation)
+        return sum(prod(len(window_starts(size, patch, step)) for size, patch in case) for case in axes)
+
+    return {step: copies * count_windows(step) for step in validation_step_sizes(job.settings)}
+
+
+def _validate(run: TrainingRun, device: torch.device) -> Scores:
+    """Predict and score the held-out cases."""
+    held_out = run.split.validation
+    planned = read_header(run.fold_folder / MODEL).get("validation")  # an imported model has none
+    step_size = None
+    if planned is not None:
+        if not (run.fold_folder / VALIDATION).is_dir():
+            announce_validation(run.settings, ValidationPlan(**planned), len(held_out))
+        if planned["step_size"] != run.settings.inference.step_size:
+            step_size = planned["step_size"]
+    return validate_fold(
+        run.folder, run.split.name, run.dataset, held_out, run.device, _predict_first_stage(run, held_out, device),
+        step_size,
+        trust_code=True,  # `open_run` made sure that the model names the code of these settings and no other
+    )  # fmt: skip

@@ -17,8 +17,7 @@ from nnunet_lite.files import read_json
 from nnunet_lite.inference.folder import output_file
 from nnunet_lite.models.choice import choose_model
 from nnunet_lite.models.folder import model_folders, trained_folds
-from nnunet_lite.reporting.scene import scene_of_case, scene_of_files
-from nnunet_lite.reporting.viewer import View, open_browser, serve
+from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
 from nnunet_lite.workspace import Paths, select_dataset
 
 
@@ -59,12 +58,12 @@ def view(
             )
         paths = select_dataset(workspace, dataset, only_reads=True) if dataset else None
         labels = None if paths is None else stored_dataset(paths.dataset).labels
-        page = serve(scene_of_files(file, [Path(path) for path in maps], labels))
+        page = serve(read_file_scene(file, [Path(path) for path in maps], labels))
     else:
         paths = select_dataset(workspace, dataset, only_reads=True)
         found = _case_of(stored_dataset(paths.dataset), str(case))
         predictions = _predictions(paths, found, names_of(model))
-        page = serve(scene_of_case(stored_dataset(paths.dataset), found, predictions))
+        page = serve(read_case_scene(stored_dataset(paths.dataset), found, predictions))
     if browser and not open_browser(page):
         log.info("no browser with windows was found; open the address in one")
     return page

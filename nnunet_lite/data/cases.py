@@ -1,4 +1,4 @@
-"""Which files make up a case: channels are numbered `_0000`, `_0001`, ..., or lie in one file; or a DICOM series."""
+"""The files of a case: channels numbered `_0000`, `_0001`, ..., one file with all channels, or a DICOM series."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from pathlib import Path
 
 from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
-from nnunet_lite.data.images import SUFFIXES, ending_of, is_image, read_geometry, stem, suffix_of
-from nnunet_lite.data.names import header_of
+from nnunet_lite.data.images import is_image, read_geometry
+from nnunet_lite.data.names import SUPPORTED, ending_of, header_of, stem, suffix_of
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
-SUPPORTED = f"Supported are {' '.join(SUFFIXES)} and DICOM series."
-_MOST_CHANNELS = 8  # of one case, in separate files; more files of one name are a series
+_MOST_CHANNELS = 8  # of one case in separate files; more files of one name are a series of cases
+_ALSO_DICOM = f"{SUPPORTED} and DICOM series."
 
 
 @dataclass(frozen=True)
 class Case:
-    """One patient's visit: one file per channel, or one file that holds all of them, and the label map.
+    """The files of one image, such as one visit of a patient.
 
-    For an image that is a DICOM series stands its folder, or one file of several series in a folder.
+    Parameters
+    ----------
+    id : str
+        Name of the case, and of its label map.
+    images : tuple of Path
+        One file per channel, or one file with all channels. A DICOM series is given by its folder, or by one of its
+        files if the folder contains several series.
+    label : Path or None
+        The label map.
     """
 
     id: str
@@ -33,51 +41,126 @@ class Case:
 
 
 def image_files(folder: Path, ending: str | None = None) -> list[Path]:
-    """The readable, not hidden image files of a folder (with this ending), sorted."""
-    files = (p for p in folder.iterdir() if is_image(p) and not header_of(p))
-    return sorted(p for p in files if ending is None or p.name.lower().endswith(ending.lower()))
+    """Return the images in a folder, without hidden files.
+
+    Parameters
+    ----------
+    folder : Path
+        An existing folder.
+    ending : str or None
+        Only files that end with it, in upper or lower case.
+
+    Returns
+    -------
+    list of Path
+        Sorted.
+    """
+    files = (path for path in folder.iterdir() if is_image(path) and not header_of(path))
+    return sorted(path for path in files if ending is None or path.name.lower().endswith(ending.lower()))
 
 
-def unsupported(folder: Path, name: str = "") -> str:
-    """What a folder holds instead of images, with this name or any, for the end of a message; empty if nothing."""
-    files = [p for p in folder.iterdir() if p.is_file() and not is_image(p) and not p.name.startswith(".")]
-    endings = Counter(p.suffix.lower() for p in files if p.suffix and (not name or p.name.startswith(f"{name}.")))
-    endings.pop(".json", None)
-    return "".join(f", but {plural(n, f'{ending} file')}" for ending, n in endings.most_common(1))
+def folders_in(parent: Path) -> list[Path]:
+    """Return the folders in a folder, without hidden ones.
+
+    Parameters
+    ----------
+    parent : Path
+        An existing folder.
+
+    Returns
+    -------
+    list of Path
+        Sorted.
+    """
+    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def count_endings(files: Iterable[Path]) -> str:
+    """Count files by their endings, for a message.
+
+    Parameters
+    ----------
+    files : iterable of Path
+        Any files.
+
+    Returns
+    -------
+    str
+        Such as "5 .gif files, 1 .txt file".
+    """
+    endings = Counter(suffix_of(path) or path.suffix.lower() or path.name for path in files)
+    return few([plural(n, f"{ending} file") for ending, n in endings.most_common()])
+
+
+def unsupported_files(folder: Path, name: str = "") -> str:
+    """Describe the files of a folder that are no images.
+
+    Parameters
+    ----------
+    folder : Path
+        An existing folder.
+    name : str
+        Only files of this name, with any ending.
+
+    Returns
+    -------
+    str
+        Such as ", but 5 .gif files", for the end of a message; empty if there are none.
+    """
+    files = [path for path in folder.iterdir() if path.is_file() and not is_image(path) and path.suffix]
+    files = [path for path in files if not path.name.startswith(".") and path.suffix.lower() != ".json"]
+    files = [path for path in files if not name or path.name.startswith(f"{name}.")]
+    return f", but {count_endings(files)}" if files else ""
+
+
+# ----------------------------------------------------------------------------------------------------- cases to predict
 
 
 def find_cases(source: Path, channels: int) -> list[Case]:
-    """The cases to predict: in a file, a folder of files or a folder of case folders; no labels.
+    """Find the cases to predict in a file, a folder of files, or a folder of case folders.
 
-    A file is an image, any of the channel files of one, or any file of a DICOM series. A folder holds any mix of
-    supported files, or one DICOM series, else folders that hold one case each and name it.
+    A file is an image, one of several channel files, or a file of a DICOM series. A folder contains any mix of
+    supported files, or one DICOM series, or folders that contain one case each and give it their name.
+
+    Parameters
+    ----------
+    source : Path
+        The file or folder.
+    channels : int
+        Number of channels of the model.
+
+    Returns
+    -------
+    list of Case
+        Without label maps.
 
     Raises
     ------
-    UserError : nothing there to read, two files for one case and channel, or several cases in a case folder.
+    UserError
+        There is nothing to read, two files are one case and channel, or a case folder contains several cases.
     """
     if source.is_file():
-        return _of_file(source, channels)
+        return _cases_of_file(source, channels)
     if not source.is_dir():
         raise UserError("there is no such file or folder", source)
-    if cases := _inside(source, channels):
+    if cases := _cases_of_folder(source, channels):
         others = [] if cases[0].images == (source,) else folders_in(source)
-        if passed := [path.name for path in others if series_folders(path)]:
-            log.warn(f"{source}: the DICOM series in {few(passed)} are not read, since the folder holds images too")
+        if series := [path.name for path in others if series_folders(path)]:
+            log.warn(f"{source}: the DICOM series in {few(series)} are not read, since the folder holds images too")
     else:
         cases = _case_folders(source, channels)
     if not cases:
-        below = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
-        what = f"holds no image of a supported format{unsupported(source)}{below}"
-        raise UserError(what, source, SUPPORTED)
-    seen: dict[str, Case] = {}
+        inside = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
+        what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
+        raise UserError(what, source, _ALSO_DICOM)
+    by_id: dict[str, Case] = {}
     for case in cases:
-        if case.id in seen:
-            names = " and ".join(path.name for path in (seen[case.id].images[0], case.images[0]))
+        first = by_id.setdefault(case.id, case)
+        if first is not case:
+            names = " and ".join(path.name for path in (first.images[0], case.images[0]))
             raise UserError(f"{names} are the same case {case.id!r}", source, "Rename or remove one.")
-        seen[case.id] = case
-    if channels == 1 and (series := numbered_alone(cases)):
-        names = " and ".join(case.images[0].name for case in series[0][:2])
+    if channels == 1 and (numbered := numbered_cases(cases)):
+        names = " and ".join(case.images[0].name for case in numbered[0][:2])
         log.warn(
             f"{source}: {names} are predicted as two cases, because the model has one channel. If they are channels of "
             "one case, leave only the channel of the model in the folder"
@@ -86,11 +169,24 @@ def find_cases(source: Path, channels: int) -> list[Case]:
 
 
 def find_all_cases(sources: Sequence[Path], channels: int) -> list[Case]:
-    """The cases to predict in several files and folders.
+    """Find the cases to predict in several files and folders.
+
+    Parameters
+    ----------
+    sources : sequence of Path
+        As for `find_cases`.
+    channels : int
+        Number of channels of the model.
+
+    Returns
+    -------
+    list of Case
+        In the order of the sources.
 
     Raises
     ------
-    UserError : as `find_cases`, or two sources hold a case of the same name.
+    UserError
+        As `find_cases`, or two sources contain a case of the same name.
     """
     found: dict[str, tuple[Case, Path]] = {}
     for source in sources:
@@ -102,16 +198,15 @@ def find_all_cases(sources: Sequence[Path], channels: int) -> list[Case]:
     return [case for case, _ in found.values()]
 
 
-def _of_file(path: Path, channels: int) -> list[Case]:
+def _cases_of_file(path: Path, channels: int) -> list[Case]:
     if not is_image(path):
         if is_series(path):
             return [Case(path.stem if path.suffix.lower() in ENDINGS else path.name, (path,))]
-        raise UserError("is of no supported format", path, SUPPORTED)
+        raise UserError("is of no supported format", path, _ALSO_DICOM)
     path = header_of(path) or path
     name, number = split_name(stem(path))
-    alone = channels == 1 and number != 0  # then nothing beside it changes its name
-    beside = [path] if alone else image_files(path.parent)
-    files = [other for other in beside if split_name(stem(other))[0] == name]
+    alone = channels == 1 and number != 0  # then no other file changes its name
+    files = [other for other in ([path] if alone else image_files(path.parent)) if split_name(stem(other))[0] == name]
     cases = [case for case in group_files(files, channels) if path in case.images]
     if not cases:
         what = f"would be channel {number} of {name}, and the model has {channels}, from 0 on"
@@ -119,65 +214,74 @@ def _of_file(path: Path, channels: int) -> list[Case]:
     return cases
 
 
-def _inside(folder: Path, channels: int) -> list[Case]:
-    """The cases in the files of a folder; all its DICOM files are one case, which is called as the folder."""
+def _cases_of_folder(folder: Path, channels: int) -> list[Case]:
+    """Return the cases in the files of a folder; all its DICOM files are one case, with the name of the folder."""
     files = image_files(folder)
     if not files and series_folders(folder) == [folder]:
         return [Case(folder.resolve().name, (folder,))]
     return group_files(files, channels)
 
 
-def folders_in(parent: Path) -> list[Path]:
-    """The folders of a folder that are not hidden, sorted."""
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
 def _case_folders(parent: Path, channels: int) -> list[Case]:
-    """One case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
+    """Return one case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
 
-    A series may be in folders below (patient/study/series). The case has the first folder's name; if that holds
-    several series, each is a case, which is called by the whole path.
+    A series may be at a deeper level (patient/study/series). The case has the name of the first folder; if that folder
+    contains several series, each is a case with the whole path as its name.
     """
-    folders = folders_in(parent)
     series, cases, empty = [], [], []
-    for folder in folders:
-        found = _inside(folder, channels)
+    for folder in folders_in(parent):
+        found = _cases_of_folder(folder, channels)
         if len(found) > 1:
             names = ", ".join(case.images[0].name for case in found[:3]) + (" ..." if len(found) > 3 else "")
             fix = "Give the folder of the images itself, or one folder per case."
             raise UserError(f"holds {len(found)} images ({names}) where it should hold one case", folder, fix)
-        below = [] if found else series_folders(folder)
-        if len(below) == 1:
+        inside = [] if found else series_folders(folder)
+        if len(inside) == 1 or (found and found[0].images == (folder,)):
             series.append(folder)
-        elif below:
-            cases += [Case("_".join(path.relative_to(parent).parts), (path,)) for path in below]
-        elif not found:
-            empty.append(folder.name)
-        elif found[0].images == (folder,):
-            series.append(folder)
-        else:
+        elif inside:
+            cases += [Case("_".join(path.relative_to(parent).parts), (path,)) for path in inside]
+        elif found:
             cases.append(Case(folder.name, found[0].images))
+        else:
+            empty.append(folder.name)
     if empty and (series or cases):
-        log.warn(f"{parent}: folders without an image are passed over: {', '.join(empty)}")
+        log.warn(f"{parent}: folders without an image are ignored: {', '.join(empty)}")
     return sorted(cases + group_files(series, channels), key=lambda case: case.id)
 
 
-def _holds(path: Path, channels: int) -> bool:
-    """Whether a file can be read and holds so many channels."""
-    try:
-        return path.is_file() and read_geometry(path, channels)[1] == channels
-    except UserError:  # whoever reads the case will say why
-        return False
+# ------------------------------------------------------------------------------------------------------------- channels
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """liver_0001 -> (liver, 1); a name without a channel number -> (name, None)."""
+    """Split a channel number from a name.
+
+    Parameters
+    ----------
+    name : str
+        Of a file, without its ending.
+
+    Returns
+    -------
+    tuple
+        ("liver", 1) for liver_0001; (name, None) for a name without a number.
+    """
     match = _CHANNEL.match(name)
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def numbered_alone(cases: Iterable[Case]) -> list[list[Case]]:
-    """Cases called x_0000, x_0001, ... that could be the channels of a case x; a longer series could not."""
+def numbered_cases(cases: Iterable[Case]) -> list[list[Case]]:
+    """Return groups of cases x_0000, x_0001, ... that could be channels of one case x.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+        Cases of one channel.
+
+    Returns
+    -------
+    list of list of Case
+        Groups of at most eight; a longer series is not what a case has as channels.
+    """
     series: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         name, number = split_name(case.id)
@@ -191,28 +295,38 @@ def numbered_alone(cases: Iterable[Case]) -> list[list[Case]]:
 
 
 def group_files(files: list[Path], channels: int, ids: Collection[str] = ()) -> list[Case]:
-    """Group files, or folders of DICOM series, by their channel numbers `_0000`, `_0001`, ...
+    """Group files, or folders of DICOM series, into cases by their channel numbers `_0000`, `_0001`, ...
 
-    Numbers are optional for a single file per case. Where no case has a second file, one file holds all channels. Where
-    each file holds all of them, or there is only one, numbers other than `_0000` are part of a name (scan_0017), and so
-    is the `_0000` beside them. Channels beyond `channels` are left out, missing ones are listed.
+    The number is optional for a single file per case. If no case has a second file, one file contains all channels. If
+    each file contains all channels, numbers other than `_0000` are part of a name (scan_0017), and then so is a
+    `_0000`.
 
     Parameters
     ----------
-    ids : names of which it is known that they are cases: a number after one is that of a channel.
+    files : list of Path
+        Images of any number of cases.
+    channels : int
+        Number of channels. Files of further channels are ignored, files of missing ones are listed.
+    ids : collection of str
+        Known names of cases: a number after one of them is that of a channel.
+
+    Returns
+    -------
+    list of Case
+        Sorted by id; a second file of a case and channel is a case with the same id.
     """
     groups: dict[str, dict[int | None, Path]] = defaultdict(dict)
-    twice = []
-    wholes = {path: stem(path) if suffix_of(path) else path.name for path in files}  # a DICOM series has no ending
-    parts = {path: split_name(whole) for path, whole in wholes.items()}
+    duplicates = []
+    names = {path: stem(path) if suffix_of(path) else path.name for path in files}  # a DICOM series has no ending
+    parts = {path: split_name(name) for path, name in names.items()}
     later = [path for path, (_, number) in parts.items() if number]
-    each_is_whole = bool(later) and (channels == 1 or _holds(later[0], channels))
+    each_is_whole = bool(later) and (channels == 1 or _has_channels(later[0], channels))
     numbered = {parts[path][0] for path in later}.difference(ids) if each_is_whole else set()
     for path, (name, number) in parts.items():
         if name in numbered:
-            name, number = wholes[path], None
+            name, number = names[path], None
         if number in groups[name]:
-            twice.append(Case(name, (path,)))
+            duplicates.append(Case(name, (path,)))
         groups[name].setdefault(number, path)
     separate = channels > 1 and any(number for numbers in groups.values() for number in numbers)
     cases = []
@@ -220,10 +334,18 @@ def group_files(files: list[Path], channels: int, ids: Collection[str] = ()) -> 
         first = next(iter(numbers.values()))
         if None in numbers:
             cases.append(Case(name, (numbers[None],)))
-            twice += [Case(name, (path,)) for number, path in numbers.items() if number is not None]
+            duplicates += [Case(name, (path,)) for number, path in numbers.items() if number is not None]
         elif separate or (channels == 1 and name in ids):
             expected = (first.with_name(f"{name}_{i:04d}{ending_of(first)}") for i in range(channels))
             cases.append(Case(name, tuple(numbers.get(i, path) for i, path in enumerate(expected))))
         else:
             cases.append(Case(name, (first,)))
-    return sorted(cases + twice, key=lambda case: case.id)
+    return sorted(cases + duplicates, key=lambda case: case.id)
+
+
+def _has_channels(path: Path, channels: int) -> bool:
+    """Return whether a file can be read and contains this number of channels."""
+    try:
+        return path.is_file() and read_geometry(path, channels)[1] == channels
+    except UserError:  # reported when the case is read
+        return False

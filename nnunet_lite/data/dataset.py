@@ -1,60 +1,74 @@
-"""Data sets as people have them: MSD, nnU-Net v1 and v2 layouts and plain images/ + labels/ folders, as one `Dataset`.
+"""Datasets in every layout: MSD, nnU-Net v1 and v2, and plain folders of images and labels, as one `Dataset`.
 
-What the folders hold is not judged here, check.py does that: a case lists the files it should have.
+A case lists the files that it should have. check.py reports which are missing or wrong.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from nnunet_lite.data.cases import Case, find_cases, image_files, split_name
-from nnunet_lite.data.images import PICTURES, Image, ending_of, read_geometry, read_images, read_label, stem, suffix_of
-from nnunet_lite.data.label_values import labels_of_files, mask_map
-from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.cases import Case, image_files, split_name
+from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
+from nnunet_lite.data.labels import BACKGROUND, Labels
+from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
 from nnunet_lite.data.pairing import (
     common_ending,
     image_folder,
     label_folder,
     labelled_cases,
-    no_dataset,
-    no_files_in,
+    no_dataset_error,
+    no_files_error,
 )
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood
 
-__all__ = [
-    "Case",
-    "Dataset",
-    "dataset_from_json",
-    "dataset_to_json",
-    "find_cases",
-    "map_labels",
-    "read_case",
-    "read_dataset",
-]
+__all__ = ["Case", "Dataset", "dataset_from_json", "dataset_to_json", "map_labels", "read_case", "read_dataset"]
+
+MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
+_MIXED_NOTE = "some label maps hold 0 and 1, the others 0 and 255: 255 is read as 1"
+_LABELS_FORM = (
+    'Labels are written as {"background": 0, "organ": 1, "tumour": 2, "ignore": 255}; a region is a list of values, '
+    "and regions_class_order then has a value for each region."
+)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as found.
+    """A dataset as its folder describes it.
 
     Parameters
     ----------
-    layout : "msd", "nnunet_v1", "nnunet_v2", "explicit" (nnU-Net v2 with a list of files) or "plain".
-    cases : sorted by id. Their files are those they should have; check.py tells which are missing.
-    label_map : value in the files -> value of the data set, e.g. {255: 1} for masks of 0 and 255.
-    file_ending : of the images, of most where there are several.
-    notes : what had to be understood.
-    orientation : that dataset.json asks for, by the reader of nnU-Net that it names; None: the one of most cases.
-    accept_geometry : whether files of a case may differ in origin and direction.
+    name : str
+        Name of its folder.
+    root : Path
+        The folder.
+    layout : str
+        "msd", "nnunet_v1", "nnunet_v2", "explicit" (nnU-Net v2 with a list of files) or "plain".
+    channels : tuple of str
+        Names of the channels.
+    labels : Labels
+        Names and values.
+    cases : tuple of Case
+        Sorted by id. Their files are those they should have.
+    label_map : dict of int to int or None
+        Value in the files -> value of the dataset, such as {255: 1} for masks of 0 and 255.
+    file_ending : str
+        Of the images; of most if there are several.
+    notes : tuple of str
+        How the folder was understood.
+    orientation : str or None
+        The orientation that dataset.json requires by naming a reader of nnU-Net. None: that of most cases.
+    accept_geometry : bool
+        Whether the files of a case may differ in origin and direction.
     """
 
     name: str
@@ -69,34 +83,67 @@ class Dataset:
     orientation: str | None = None
     accept_geometry: bool = False
 
+    @property
+    def table(self) -> Path:
+        """The file that describes the dataset: dataset.json, or the folder itself in the plain layout."""
+        return self.root if self.layout == "plain" else self.root / "dataset.json"
+
+
+_DATASET = TypeAdapter(Dataset)
+
 
 def read_dataset(root: Path) -> Dataset:
-    """Find out what a folder holds.
+    """Read the description of a dataset from its folder.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+
+    Returns
+    -------
+    Dataset
+        Channels, labels and cases.
 
     Raises
     ------
-    UserError : no data set in one of the known layouts; dataset.json is broken (line and column) or lacks something.
+    UserError
+        The folder has no known layout, or dataset.json is damaged (line and column) or incomplete.
     """
     root = Path(root).absolute()
     if ".." in root.parts:
-        root = root.resolve()  # the folder's name is the data set's
+        root = root.resolve()  # the folder's name is that of the dataset
     if not root.is_dir():
         raise UserError("there is no such folder", root)
-    table = root / "dataset.json"
-    if table.is_file():
-        return _described(root, table)
+    if (root / "dataset.json").is_file():
+        return _described(root, root / "dataset.json")
     images, labels = image_folder(root), label_folder(root)
     if images is None or labels is None:
-        raise no_dataset(root)
+        raise no_dataset_error(root)
     return _plain(root, images, labels)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
-    """Image and label map (z, y, x) of a case, the latter with the data set's values.
+    """Read the image and the label map of a case.
+
+    Parameters
+    ----------
+    case : Case
+        A case of the dataset.
+    dataset : Dataset
+        Its dataset.
+
+    Returns
+    -------
+    image : Image
+        With all channels.
+    label : ndarray of int, shape (z, y, x), or None
+        Values of the dataset; None for a case without label map.
 
     Raises
     ------
-    UserError : a file cannot be read, channels are missing, or the shapes of image and label differ.
+    UserError
+        A file cannot be read, channels are missing, or the shapes of image and label map differ.
     """
     image = read_images(case.images, len(dataset.channels), dataset.accept_geometry)
     if image.array.shape[0] != len(dataset.channels):
@@ -110,90 +157,120 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
 
 
 def map_labels(label: np.ndarray, label_map: dict[int, int] | None) -> np.ndarray:
-    """Translate values of a file into values of the data set; left alone where the file holds both."""
+    """Convert values of a file to values of the dataset.
+
+    Parameters
+    ----------
+    label : ndarray of int
+        A label map.
+    label_map : dict of int to int or None
+        Value in the file -> value of the dataset. An entry is ignored if the file contains both.
+
+    Returns
+    -------
+    ndarray
+        Of the same type.
+    """
     for raw, value in (label_map or {}).items():
         if not (label == value).any():
             label = np.where(label == raw, np.asarray(value, label.dtype), label)
     return label
 
 
+# ------------------------------------------------------------------------------------------ dataset.json of a workspace
+
+
 def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
-    """Everything of a data set, paths absolute, for the workspace's dataset.json."""
-    return {
-        "name": dataset.name,
-        "root": str(dataset.root),
-        "layout": dataset.layout,
-        "channel_names": {str(i): name for i, name in enumerate(dataset.channels)},
-        "labels": dataset.labels.to_json(),
-        **({"regions_class_order": list(dataset.labels.region_order)} if dataset.labels.region_order else {}),
-        "file_ending": dataset.file_ending,
-        "numTraining": len(dataset.cases),
-        "label_map": None if dataset.label_map is None else {str(k): v for k, v in dataset.label_map.items()},
-        "notes": list(dataset.notes),
-        **({} if dataset.orientation is None else {"orientation": dataset.orientation}),
-        **({"accept_geometry": True} if dataset.accept_geometry else {}),
-        "dataset": [
-            {"id": c.id, "images": [str(p) for p in c.images], "label": None if c.label is None else str(c.label)}
-            for c in dataset.cases
-        ],
-    }
+    """Return the content of a workspace's dataset.json, with absolute paths.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The dataset.
+
+    Returns
+    -------
+    dict
+        With the keys of nnU-Net's dataset.json, and others.
+    """
+    value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json")
+    cases = value.pop("cases")
+    del value["channels"]
+    if dataset.orientation is None:
+        del value["orientation"]
+    if not dataset.accept_geometry:
+        del value["accept_geometry"]
+    if dataset.labels.region_order:
+        value["regions_class_order"] = list(dataset.labels.region_order)
+    names = {str(i): name for i, name in enumerate(dataset.channels)}
+    labels = dataset.labels.to_json()
+    return value | {"channel_names": names, "labels": labels, "numTraining": len(cases), "dataset": cases}
 
 
 def dataset_from_json(value: dict[str, Any]) -> Dataset:
-    """The inverse of `dataset_to_json`."""
-    label_map = value["label_map"]
-    return Dataset(
-        name=value["name"],
-        root=Path(value["root"]),
-        layout=value["layout"],
-        channels=tuple(value["channel_names"].values()),
-        labels=Labels.from_json(value["labels"], value.get("regions_class_order")),
-        cases=tuple(
-            Case(c["id"], tuple(Path(p) for p in c["images"]), None if c["label"] is None else Path(c["label"]))
-            for c in value["dataset"]
-        ),
-        label_map=None if label_map is None else {int(k): v for k, v in label_map.items()},
-        file_ending=value["file_ending"],
-        notes=tuple(value["notes"]),
-        orientation=value.get("orientation"),
-        accept_geometry=value.get("accept_geometry", False),
-    )
+    """Return the dataset in the content of a workspace's dataset.json.
+
+    Parameters
+    ----------
+    value : dict
+        As `dataset_to_json` returns it.
+
+    Returns
+    -------
+    Dataset
+        The dataset.
+    """
+    labels = Labels.from_json(value["labels"], value.get("regions_class_order"))
+    channels = list(value["channel_names"].values())
+    return _DATASET.validate_python({**value, "channels": channels, "labels": labels, "cases": value["dataset"]})
 
 
 def stored_dataset(file: Path) -> Dataset:
-    """The data set that a workspace's dataset.json tells of.
+    """Read the dataset.json of a workspace.
+
+    Parameters
+    ----------
+    file : Path
+        The file.
+
+    Returns
+    -------
+    Dataset
+        The dataset.
 
     Raises
     ------
-    UserError : no such file, no JSON, or not as `dataset_to_json` makes it.
+    UserError
+        The file is missing, or is not as `dataset_to_json` writes it.
     """
     with understood(file, "Run `nnlite plan` again."):
         return dataset_from_json(read_json(file))
 
 
-# ------------------------------------------------------------------------------------------------- with dataset.json
+# ----------------------------------------------------------------------------------------------- dataset.json of a user
 
 
 def _described(root: Path, table: Path) -> Dataset:
-    """A data set with a dataset.json."""
-    told = read_json(table)
-    if not isinstance(told, dict):
+    """Return a dataset with a dataset.json."""
+    content = read_json(table)
+    if not isinstance(content, dict):
         raise UserError("is not a JSON object", table, 'It is {"channel_names": {...}, "labels": {...}}, or more.')
-    channels = channels_of(told, table)
-    labels = labels_of(told, table)
-    ending = told.get("file_ending") or None
+    channels = channels_of(content, table)
+    labels = labels_of(content, table)
+    ending = content.get("file_ending") or None
     if ending is not None and not isinstance(ending, str):
         raise UserError(f"file_ending is {ending!r}", table, 'Give, for example, ".nii.gz".')
     ending = ending and f".{ending.removeprefix('.')}"
     pairing: tuple[str, ...] = ()
-    if isinstance(told.get("dataset"), dict):
-        layout, cases = "explicit", _listed_v2(root, told["dataset"], table)
-    elif isinstance(told.get("training"), list) and any(isinstance(entry, dict) for entry in told["training"]):
-        layout, cases = _listed(root, told["training"], len(channels), table)
+    training = content.get("training")
+    if isinstance(content.get("dataset"), dict):
+        layout, cases = "explicit", _explicit_cases(root, content["dataset"], table)
+    elif isinstance(training, list) and any(isinstance(entry, dict) for entry in training):
+        layout, cases = _training_cases(root, training, len(channels), table)
     else:
         layout = "nnunet_v2"
-        cases, pairing = _scanned(root, len(channels), ending, table)
-    label_map, remarks = mask_map(labels, cases)
+        cases, pairing = _found_cases(root, len(channels), ending, table)
+    label_map, mask_notes = _mask_map(labels, cases)
     return Dataset(
         name=root.name,
         root=root,
@@ -202,27 +279,51 @@ def _described(root: Path, table: Path) -> Dataset:
         labels=labels,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
         label_map=label_map,
-        orientation=orientation_of_reader(told.get("overwrite_image_reader_writer")),
+        orientation=orientation_of_reader(content.get("overwrite_image_reader_writer")),
         file_ending=ending or common_ending(cases),
-        notes=(*pairing, *remarks),
+        notes=(*pairing, *mask_notes),
     )
 
 
 def orientation_of_reader(reader: Any) -> str | None:
-    """The orientation that a reader of nnU-Net turns images to, by its name; None: it takes them as they are stored."""
+    """Return the orientation to which a reader of nnU-Net turns images.
+
+    Parameters
+    ----------
+    reader : object
+        Its name in a dataset.json or plans.json.
+
+    Returns
+    -------
+    str or None
+        None for a reader that takes images as they are stored.
+    """
     return "RAS" if reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient") else None
 
 
-def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
-    """Channel names of a dataset.json: `channel_names` (nnU-Net v2) or `modality` (MSD, nnU-Net v1), by number.
+def channels_of(content: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
+    """Return the names of the channels in a dataset.json, by number.
+
+    Parameters
+    ----------
+    content : dict
+        With `channel_names` (nnU-Net v2) or `modality` (MSD, nnU-Net v1).
+    table : Path or None
+        The file, for messages.
+
+    Returns
+    -------
+    tuple of str
+        The names.
 
     Raises
     ------
-    UserError : missing or malformed; `table` is the file that the message names.
+    UserError
+        They are missing or malformed.
     """
-    if not isinstance(told, Mapping):
+    if not isinstance(content, Mapping):
         raise UserError("is not a JSON object", table)
-    names = told.get("channel_names", told.get("modality"))
+    names = content.get("channel_names", content.get("modality"))
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
@@ -233,34 +334,44 @@ def channels_of(told: Mapping[str, Any], table: Path | None) -> tuple[str, ...]:
     return tuple(numbers[str(i)] for i in range(len(numbers)))
 
 
-_LABELS_FORM = (
-    'Labels are written as {"background": 0, "organ": 1, "tumour": 2, "ignore": 255}; a region is a list of values, '
-    "and regions_class_order then has a value for each region."
-)
+def labels_of(content: Mapping[str, Any], table: Path | None) -> Labels:
+    """Return the labels in a dataset.json.
 
+    Parameters
+    ----------
+    content : dict
+        With `labels`, and `regions_class_order` if there are regions.
+    table : Path or None
+        The file, for messages.
 
-def labels_of(told: Mapping[str, Any], table: Path | None) -> Labels:
-    """Labels of a dataset.json.
+    Returns
+    -------
+    Labels
+        The labels.
 
     Raises
     ------
-    UserError : missing or malformed; `table` is the file that the message names.
+    UserError
+        They are missing or malformed.
     """
-    if not isinstance(told.get("labels"), dict):
+    if not isinstance(content.get("labels"), dict):
         raise UserError("has no labels", table, 'Add, for example, "labels": {"background": 0, "tumour": 1}.')
     try:
-        return Labels.from_json(told["labels"], told.get("regions_class_order"))
+        return Labels.from_json(content["labels"], content.get("regions_class_order"))
     except ValidationError as error:
-        message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise UserError(f"labels: {message}", table, _LABELS_FORM) from None
+        raise UserError(f"labels: {_first_message(error)}", table, _LABELS_FORM) from None
     except (TypeError, ValueError):
-        raise UserError(f"labels {told['labels']} are not names with integers", table, _LABELS_FORM) from None
+        raise UserError(f"labels {content['labels']} are not names with integers", table, _LABELS_FORM) from None
 
 
-def _listed_v2(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
-    """nnU-Net v2's explicit list: id -> {"images": [one per channel], "label": file}, relative to the data set.
+def _first_message(error: ValidationError) -> str:
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 
-    Files may begin with environment variables, as $DATA/a.nii.gz.
+
+def _explicit_cases(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
+    """Return the cases of nnU-Net v2's list: id -> {"images": [one per channel], "label": file}.
+
+    Paths are relative to the dataset, and may begin with environment variables, as $DATA/a.nii.gz.
     """
     cases = []
     for name, entry in entries.items():
@@ -276,8 +387,11 @@ def _listed_v2(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
     return cases
 
 
-def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple[str, list[Case]]:
-    """MSD's list of image and label. nnU-Net v1 has the same list but names its files image_0000, image_0001, ..."""
+def _training_cases(root: Path, entries: list[Any], channels: int, table: Path) -> tuple[str, list[Case]]:
+    """Return the layout and the cases of MSD's list of image and label.
+
+    nnU-Net v1 has the same list, but names its files image_0000, image_0001, ...
+    """
     cases, layout = [], "msd"
     listed = {root / str(entry.get("image")) for entry in entries if isinstance(entry, dict)}
     for number, entry in enumerate(entries):
@@ -295,7 +409,7 @@ def _listed(root: Path, entries: list[Any], channels: int, table: Path) -> tuple
 
 
 def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tuple[str, tuple[Path, ...]]:
-    """The id and the files of a listed image: x, or x_0000, may mean x_0000, x_0001, ... that are not listed."""
+    """Return id and files of a listed image: x, or x_0000, may mean x_0000, x_0001, ... if those are not listed."""
     name, suffix = stem(image), ending_of(image)
     base, number = split_name(name)
     for case_id, possible in ((name, not image.is_file()), (base, number == 0 and channels > 1)):
@@ -306,56 +420,101 @@ def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tupl
     return name, (image,)
 
 
-def _scanned(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:
-    """All images of imagesTr (or images), with the label map of the same name in labelsTr (or labels)."""
+def _found_cases(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:
+    """Return the cases in imagesTr (or images), with the label maps of labelsTr (or labels), and notes."""
     images, labels = image_folder(root), label_folder(root)
     if images is None or labels is None:
-        lacks = " and no ".join(
-            name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None
-        )
-        raise UserError(
-            f"lists no files, and it has no {lacks} in its folder", table, "Add the folder, or list the files."
-        )
+        missing = [name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None]
+        what = f"lists no files, and it has no {' and no '.join(missing)} in its folder"
+        raise UserError(what, table, "Add the folder, or list the files.")
     files = image_files(images, ending)
     if not files:
-        raise no_files_in(images, "image", ending)
+        raise no_files_error(images, "image", ending)
     return labelled_cases(files, channels, labels, ending)
+
+
+def _mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | None, tuple[str, ...]]:
+    """Return the `label_map` of a dataset with the values 0 and 1 if its files hold 0 and 255, and a note.
+
+    This reads three files; if they contain only background, it reads others until one does not.
+    """
+    if labels.values != (0, 1) or labels.ignore is not None:
+        return None, ()
+    paths = [case.label for case in cases if case.label and case.label.is_file()]
+    values = _values_in([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths])
+    if set().union(*values) == {0}:
+        values = next((found for found in (_values_in([path]) for path in paths) if set().union(*found) - {0}), values)
+    masks = any(255 in found for found in values) and not any({1, 255} <= found for found in values)
+    return ({255: 1}, (MASK_NOTE,)) if masks else (None, ())
+
+
+def _values_in(paths: Sequence[Path]) -> list[set[int]]:
+    """Return the values in each label map. Files that cannot be read are left out: the check reports them."""
+
+    def values(path: Path) -> set[int] | None:
+        try:
+            return {int(value) for value in np.unique(read_label(path)[0])}
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        return [found for found in pool.map(values, paths) if found is not None]
 
 
 # -------------------------------------------------------------------------------------------------------- plain folders
 
 
 def _plain(root: Path, images: Path, labels: Path) -> Dataset:
-    """No dataset.json: channels follow from the files, labels from the values in the label maps."""
+    """Return a dataset without dataset.json: channels follow from the files, labels from values in the label maps."""
     files = image_files(images)
     if not files:
-        raise no_files_in(images, "image")
+        raise no_files_error(images, "image")
     cases, pairing = labelled_cases(files, None, labels, None)
     channels = max(len(case.images) for case in cases)
     readable, inside = _first_readable(cases)
-    if channels > 1 or inside == 1:
-        channel_names = tuple(f"channel_{i}" for i in range(channels))
+    if channels == 1 and inside == 3 and suffix_of(readable) in PICTURES:
+        names: tuple[str, ...] = ("R", "G", "B")
     else:
-        picture = inside == 3 and suffix_of(readable) in PICTURES
-        channel_names = ("R", "G", "B") if picture else tuple(f"channel_{i}" for i in range(inside))
+        names = tuple(f"channel_{i}" for i in range(channels if channels > 1 else inside))
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    found, label_map, remarks = labels_of_files(paths, labels)
+    found, label_map, label_notes = _labels_in(paths, labels)
     return Dataset(
         name=root.name,
         root=root,
         layout="plain",
-        channels=channel_names,
+        channels=names,
         labels=found,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
         label_map=label_map,
         file_ending=common_ending(cases),
-        notes=("no dataset.json: channels and labels were taken from the files", *pairing, *remarks),
+        notes=("no dataset.json: channels and labels were taken from the files", *pairing, *label_notes),
     )
 
 
 def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
-    """The first image that can be read, and its channels; check.py reports the others. The first of all, if none."""
-    for path in (paths := [path for case in cases for path in case.images]):
+    """Return the first image that can be read and its channels; if none can, the first image."""
+    paths = [path for case in cases for path in case.images]
+    for path in paths:
         with suppress(UserError):
             return path, read_geometry(path)[1]
     return paths[0], 1
+
+
+def _labels_in(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None, tuple[str, ...]]:
+    """Return a label for each value in label maps, the `label_map`, and notes; messages name the folder."""
+    values = _values_in(paths)
+    union = set().union(*values)
+    mask = Labels(names={BACKGROUND: 0, "label_1": 1})
+    mixed = union == {0, 1, 255} and not any({1, 255} <= found for found in values)
+    if union == {0, 255} or mixed:
+        return mask, {255: 1}, (_MIXED_NOTE if mixed else MASK_NOTE,)
+    fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
+    if not union - {0}:
+        if len(values) < len(paths):  # the check reports each of those that cannot be read
+            return mask, None, ()
+        raise UserError("holds no label map with anything but zeros", folder, fix)
+    names: dict[str, int | tuple[int, ...]] = {f"label_{value}": value for value in sorted(union - {0})}
+    try:
+        return Labels(names={BACKGROUND: 0, **names}), None, ()
+    except ValidationError as error:
+        raise UserError(_first_message(error), folder, fix) from None

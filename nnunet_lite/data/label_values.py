@@ -1,95 +1,38 @@
-"""What the values in all label maps of a dataset mean: classes, masks of 0 and 255, instances, voxels not annotated."""
+"""Checks of the values in all label maps together: classes, instances, smoothed masks, voxels without annotation."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
+from scipy.ndimage import binary_dilation, find_objects, label
 
-from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.images import read_label
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import Problem, few
-from nnunet_lite.errors import UserError
 
-if TYPE_CHECKING:
-    from nnunet_lite.data.dataset import Dataset
-
-MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
-_MIXED_NOTE = "some label maps hold 0 and 1, the others 0 and 255: 255 is read as 1"
 _VOID = (255, 65535, -1)  # values that mean "not annotated" in many datasets
-_MANY = 20  # more values than these that dataset.json does not list are no slip of a tool
-_MOST_CLASSES = 256  # that are taken from the files without a dataset.json
-_MAPS_LOOKED_AT = 10
-_PIECES_LOOKED_AT = 200  # values of one label map
+_MANY = 20  # more unlisted values than these are no mistake of a tool
+_MOST_CLASSES = 256  # in the plain layout
+_MAPS_SAMPLED = 10
+_PIECES_SAMPLED = 200  # values of one label map
 
 
-def _readable(paths: Sequence[Path]) -> list[set[int]]:
-    """The values in each of some label maps. Files that cannot be read are left out: the check reports each of them."""
-
-    def values(path: Path) -> set[int] | None:
-        try:
-            return {int(value) for value in np.unique(read_label(path)[0])}
-        except UserError:
-            return None
-
-    with ThreadPoolExecutor(4) as pool:
-        return [found for found in pool.map(values, paths) if found is not None]
-
-
-def labels_of_files(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None, tuple[str, ...]]:
-    """The labels of a dataset without dataset.json: a class for each value in its label maps; `label_map`; and notes.
+def unknown_value_advice(unknown: Sequence[int]) -> str:
+    """Say what to do about values in a label map that dataset.json does not list.
 
     Parameters
     ----------
-    folder : of the label maps, which messages name.
+    unknown : sequence of int
+        The values.
 
-    Raises
-    ------
-    UserError : all label maps can be read, and none holds anything but zeros; or the values are too far apart.
+    Returns
+    -------
+    str
+        A sentence.
     """
-    values = _readable(paths)
-    union = set().union(*values)
-    mask = Labels(names={"background": 0, "label_1": 1})
-    apart = union == {0, 1, 255} and not any({1, 255} <= found for found in values)
-    if union == {0, 255} or apart:
-        return mask, {255: 1}, (_MIXED_NOTE if apart else MASK_NOTE,)
-    fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
-    if not union - {0}:
-        if len(values) < len(paths):  # the check reports each of those that cannot be read
-            return mask, None, ()
-        raise UserError("holds no label map with anything but zeros", folder, fix)
-    names: dict[str, int | tuple[int, ...]] = {f"label_{value}": value for value in sorted(union - {0})}
-    try:
-        return Labels(names={"background": 0, **names}), None, ()
-    except ValidationError as error:
-        message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise UserError(message, folder, fix) from None
-
-
-def mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | None, tuple[str, ...]]:
-    """Whether the masks of a dataset with the values 0 and 1 hold 0 and 255, as `label_map`, and a note.
-
-    Looks at three files, and if they hold nothing but background at others until one does.
-    """
-    if labels.values != (0, 1) or labels.ignore is not None:
-        return None, ()
-    paths = [case.label for case in cases if case.label and case.label.is_file()]
-    some = [paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths]
-    values = _readable(some)
-    if set().union(*values) == {0}:
-        values = next((found for found in (_readable([path]) for path in paths) if set().union(*found) - {0}), values)
-    masks = any(255 in found for found in values) and not any({1, 255} <= found for found in values)
-    return ({255: 1}, (MASK_NOTE,)) if masks else (None, ())
-
-
-def correction(unknown: Sequence[int]) -> str:
-    """What to do about values in a label map that dataset.json does not list."""
     if len(unknown) > _MANY:
         return (
             "If they come from smoothing or resizing, export the label map again without interpolation; if they number "
@@ -104,21 +47,26 @@ def correction(unknown: Sequence[int]) -> str:
     return "Add it to the labels of dataset.json, or correct the file."
 
 
-# --------------------------------------------------------------------------------------------- problems of all cases
-
-
 def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator[Problem]:
-    """Labels without voxels, and values that are no classes.
+    """Check the values of all label maps together.
 
     Parameters
     ----------
-    found : the values of each case besides the background, None where its label map could not be read.
+    dataset : Dataset
+        The dataset.
+    found : sequence of set of int or None
+        The values of each case besides the background; None if its label map cannot be read.
+
+    Yields
+    ------
+    Problem
+        Labels without voxels, and values that are no classes.
     """
     known = [values for values in found if values is not None]
     union = set().union(*known)
-    table = str(dataset.root / "dataset.json" if dataset.layout != "plain" else dataset.root)
     members = dict(zip(dataset.labels.region_names, dataset.labels.region_values, strict=True))
-    absent = [name for name, wanted in members.items() if not union & set(wanted)]
+    absent = [name for name, values in members.items() if not union & set(values)]
+    table = str(dataset.table)
     if known and len(absent) == len(members) and not union:
         yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")
     elif len(known) == len(found):
@@ -126,17 +74,19 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
             text = f"label {name} ({', '.join(map(str, members[name]))}) has no voxel in any case"
             yield Problem("label_absent", table, text, "", f"Correct the labels, or remove {name} from dataset.json.")
     instances = _instances(dataset, found)
-    yield from instances
-    if dataset.layout == "plain" and not instances:
-        yield from _no_classes(dataset, union, table)
+    if instances:
+        yield instances
+    elif dataset.layout == "plain":
+        yield from _unlikely_classes(dataset, union)
 
 
-def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Problem]:
-    """Values without a name that are rarely classes: of smoothed masks, of images, and of voxels not annotated."""
+def _unlikely_classes(dataset: Dataset, union: set[int]) -> Iterator[Problem]:
+    """Report values without a name that are rarely classes: of smoothed masks, images, voxels without annotation."""
+    table, low, high = str(dataset.table), min(union, default=0), max(union, default=0)
     between = union - {0, 255}
-    levels = f"label maps hold {len(union)} different values from {min(union, default=0)} to {max(union, default=0)}"
+    levels = f"label maps hold {len(union)} different values from {low} to {high}"
     smoothed = len(between) > 64 or (len(between) > 5 and 254 not in between)  # FreeSurfer has labels 251 to 255
-    if max(union, default=0) == 255 and smoothed and max(between) > 200:
+    if high == 255 and smoothed and max(between) > 200:
         fix = (
             "Export them again without interpolation and not as JPEG, or set values above 127 to 1 and the others to 0."
         )
@@ -162,14 +112,14 @@ def _no_classes(dataset: Dataset, union: set[int], table: str) -> Iterator[Probl
         yield Problem("label_void", table, text, "", fix)
 
 
-# -------------------------------------------------------------------------------------------------------- instances
+# ------------------------------------------------------------------------------------------------------------ instances
 
 
-def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> list[Problem]:
-    """Whether label maps number cells or lesions instead of naming classes.
+def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | None:
+    """Report label maps that number cells or lesions instead of naming classes.
 
-    The number of values then varies from case to case, each map holds (nearly) 1, 2, ... n, few hold the largest, and
-    each value is one piece. Organs of which some are missing are no such thing: what is missing is not always the last.
+    The number of values then varies from case to case, each map contains (nearly) 1, 2, ... n, few contain the largest,
+    and each value is one piece. Missing organs are different: the missing one is not always the last.
     """
     ignored = {dataset.labels.background, dataset.labels.ignore}
     maps = [
@@ -177,21 +127,21 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> list[Probl
         for case, values in zip(dataset.cases, found, strict=True)
         if case.label and values and values - ignored
     ]
-    if not _numbered([values for _, values in maps]):
-        return []
-    by_size = sorted(maps, key=lambda one: len(one[1]), reverse=True)
-    step = max(1, len(by_size) // _MAPS_LOOKED_AT)
-    pieces = [piece for path, _ in by_size[::step][:_MAPS_LOOKED_AT] for piece in _pieces(path, ignored)]
-    if not pieces or np.mean([piece.whole for piece in pieces]) < 0.9:
-        return []
+    if not _are_numbers([values for _, values in maps]):
+        return None
+    by_size = sorted(maps, key=lambda entry: len(entry[1]), reverse=True)
+    step = max(1, len(by_size) // _MAPS_SAMPLED)
+    pieces = [piece for path, _ in by_size[::step][:_MAPS_SAMPLED] for piece in _pieces(path, ignored)]
+    if not pieces or np.mean([piece.connected for piece in pieces]) < 0.9:
+        return None
     counts = sorted(len(values) for _, values in maps)
-    apart = float(np.mean([piece.apart for piece in pieces])) >= 0.8
+    isolated = float(np.mean([piece.isolated for piece in pieces])) >= 0.8
     union = set().union(*(values for _, values in maps))
     named = dataset.layout != "plain" and union <= set(dataset.labels.values)
-    few = 12 if named else 5  # organs with lesions inside look the same
-    clear = counts[-1] > few or (len(set(counts)) > 2 and apart)
-    if not clear and (named or not apart):
-        return []
+    organs = 12 if named else 5  # organs with lesions inside look the same
+    certain = counts[-1] > organs or (len(set(counts)) > 2 and isolated)
+    if not certain and (named or not isolated):
+        return None
     text = (
         f"label maps hold {counts[0]} to {counts[-1]} values, and each value is one connected piece: they look like "
         "instance masks, which number cells or lesions"
@@ -202,44 +152,40 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> list[Probl
     )
     if dataset.layout == "plain":
         fix += " If the values are classes, name them in a dataset.json."
-    where = str(maps[0][0].parent)
-    return [Problem("instances" if clear and not named else "instances_likely", where, text, "a value per class", fix)]
+    kind = "instances" if certain and not named else "instances_likely"
+    return Problem(kind, str(maps[0][0].parent), text, "a value per class", fix)
 
 
-def _numbered(maps: Sequence[set[int]]) -> bool:
-    """Whether the values of label maps (without background) are numbers of instances, as far as values show it."""
+def _are_numbers(maps: Sequence[set[int]]) -> bool:
+    """Return whether the values of label maps, without background, may be numbers of instances."""
     counts = {len(values) for values in maps}
     union = set().union(*maps)
     if len(maps) < 2 or len(counts) < 2 or min(union) < 1:
         return False
     if len(maps) >= 5 and len(union) >= 20 and sum(map(len, maps)) <= 0.2 * len(union) * len(maps):
         return True  # hardly any value occurs twice
-    dense = float(np.mean([len(values) / max(values) for values in maps]))
-    last = max(union)
-    if 2 * sum(last in values for values in maps) > len(maps):
+    density = float(np.mean([len(values) / max(values) for values in maps]))
+    if 2 * sum(max(union) in values for values in maps) > len(maps):
         return False
     if max(counts) < 1.5 * min(counts):  # the last of many organs may be missing in some cases
-        return len(counts) > 2 and dense == 1
-    return dense >= 0.9
+        return len(counts) > 2 and density == 1
+    return density >= 0.9
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """The voxels of one value: whether they are connected, and whether they touch no other value."""
+class _Piece(NamedTuple):
+    """Whether the voxels of a value are connected, and whether they touch no other value."""
 
-    whole: bool
-    apart: bool
+    connected: bool
+    isolated: bool
 
 
 def _pieces(path: Path, ignored: Collection[int | None]) -> Iterator[_Piece]:
-    from scipy.ndimage import binary_dilation, find_objects, label
-
     array = read_label(path)[0]
     array = np.where(np.isin(array, [value for value in ignored if value is not None]), 0, array)
     values, index = np.unique(array, return_inverse=True)
     dense = index.reshape(array.shape).astype(np.int32) + (0 if values[0] == 0 else 1)
     around = np.ones((3, 3, 3), bool)
-    for number, box in enumerate(find_objects(dense)[:_PIECES_LOOKED_AT], 1):
+    for number, box in enumerate(find_objects(dense)[:_PIECES_SAMPLED], 1):
         if box is None:
             continue
         wider = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)

@@ -1,8 +1,8 @@
-"""What the values of a label map mean, and how they become network channels and back.
+"""The labels of a dataset: values in files, classes of the training, channels of the network, and their conversion.
 
-Three kinds of numbers are kept apart here. *Values* are what the user's files hold, any integers (0, 1, 4). *Classes*
-are dense indices 0..n-1 into the sorted values, background first: what is stored and trained on. *Channels* are what
-the network puts out: one per class, or one per region where labels are overlapping sets of values.
+*Values* are the integers in the user's files, any integers (0, 1, 4). *Classes* are dense indices 0..n-1 into the
+sorted values, background first: preprocessed cases store them, and networks are trained on them. *Channels* are the
+outputs of the network: one per class, or one per region if labels are overlapping sets of values.
 """
 
 from __future__ import annotations
@@ -17,12 +17,23 @@ from nnunet_lite.errors import UserError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
-_PIECE = 1 << 20
-_WIDEST = 1 << 20  # encoding looks classes up in a table of all values from the lowest to the highest
+_PIECE = 1 << 20  # voxels
+_WIDEST = 1 << 20  # encoding uses a table of all values from the lowest to the highest
 
 
 def smallest_dtype(low: int, high: int) -> type[np.integer]:
-    """The smallest integer type that holds low..high, unsigned where it can be."""
+    """Return the smallest integer type for a range of values, unsigned if possible.
+
+    Parameters
+    ----------
+    low, high : int
+        The lowest and the highest value.
+
+    Returns
+    -------
+    type
+        Such as numpy.uint8.
+    """
     kinds = (np.uint8, np.uint16, np.uint32) if low >= 0 else (np.int8, np.int16, np.int32)
     for kind in kinds:
         if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
@@ -31,18 +42,22 @@ def smallest_dtype(low: int, high: int) -> type[np.integer]:
 
 
 class Labels(BaseModel):
-    """The labels of a data set.
+    """The labels of a dataset.
 
     Parameters
     ----------
-    names : name -> value, or name -> values for a region. The background is the label called "background", else the
-        value 0, which is added where it is missing.
-    ignore : the value whose voxels are not annotated, never in the loss; None where there is none.
-    region_order : for regions, the value written for each region, in the order of writing (later ones overwrite).
+    names : dict of str to int or tuple of int
+        Name -> value, or name -> values of a region. The background is the label called "background", otherwise the
+        value 0, which is added if it is missing.
+    ignore : int or None
+        The value of voxels that are not annotated, which the loss ignores.
+    region_order : tuple of int or None
+        For regions, the value that is written for each region, in the order of writing (later ones overwrite).
 
     Raises
     ------
-    ValueError : there is no foreground, a value would mean two things, or the values are too far apart to look up.
+    ValueError
+        There is no foreground, a value has two meanings, or the values are too far apart.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,16 +75,14 @@ class Labels(BaseModel):
         if not self.region_names:
             raise ValueError("there is no foreground label")
         if self.has_regions and (self.region_order is None or len(self.region_order) != len(self.region_names)):
-            raise ValueError(
-                f"regions_class_order must give one value for each of the {len(self.region_names)} regions"
-            )
+            n = len(self.region_names)
+            raise ValueError(f"regions_class_order must give one value for each of the {n} regions")
         singles = [v for v in self.names.values() if isinstance(v, int)]
         if len(set(singles)) != len(singles):
             raise ValueError("two labels share one value")
-        if max(self._known) - min(self._known) > _WIDEST:
-            raise ValueError(
-                f"label values {min(self._known)} and {max(self._known)} are more than {_WIDEST} apart; renumber them"
-            )
+        low, high = min(self._known), max(self._known)
+        if high - low > _WIDEST:
+            raise ValueError(f"label values {low} and {high} are more than {_WIDEST} apart; renumber them")
         return self
 
     def _refuse_overlap(self, name: str, members: tuple[int, ...]) -> None:
@@ -91,7 +104,7 @@ class Labels(BaseModel):
 
     @cached_property
     def values(self) -> tuple[int, ...]:
-        """The value of each class: the background, then the others in ascending order, without the ignore value."""
+        """The value of each class: the background, then the others in ascending order; without the ignore value."""
         found = {member for value in self.names.values() for member in _members(value)}
         return (self.background, *sorted(found - {self.background}))
 
@@ -102,11 +115,12 @@ class Labels(BaseModel):
 
     @property
     def has_regions(self) -> bool:
+        """Whether a label is a set of values."""
         return any(not isinstance(self.names[name], int) for name in self.region_names)
 
     @cached_property
     def region_names(self) -> tuple[str, ...]:
-        """Names of everything that is scored: the foreground classes in the order of their values, or the regions."""
+        """Names of all labels that are scored: the foreground classes in the order of their values, or the regions."""
         foreground = {k: v for k, v in self.names.items() if _members(v) != (self.background,)}
         if any(not isinstance(v, int) for v in foreground.values()):
             return tuple(foreground)
@@ -114,12 +128,12 @@ class Labels(BaseModel):
 
     @cached_property
     def region_values(self) -> tuple[tuple[int, ...], ...]:
-        """The values that make up each of `region_names`."""
+        """The values of each of `region_names`."""
         return tuple(_members(self.names[name]) for name in self.region_names)
 
     @property
     def n_classes(self) -> int:
-        """Number of classes, background included, ignore not."""
+        """Number of classes, with the background and without the ignore value."""
         return len(self.values)
 
     @property
@@ -139,16 +153,27 @@ class Labels(BaseModel):
 
     @cached_property
     def region_classes(self) -> tuple[tuple[int, ...], ...]:
-        """The class indices that make up each of `region_names`."""
+        """The class indices of each of `region_names`."""
         index = {value: i for i, value in enumerate(self.values)}
         return tuple(tuple(index[v] for v in members) for members in self.region_values)
 
     def encode(self, array: np.ndarray) -> np.ndarray:
-        """Values -> classes (any shape; smallest unsigned type).
+        """Convert values to classes.
+
+        Parameters
+        ----------
+        array : ndarray of int
+            Values of the dataset, of any shape.
+
+        Returns
+        -------
+        ndarray
+            Class indices of the same shape, in the smallest unsigned type.
 
         Raises
         ------
-        UserError : the array holds a value that is no label of this data set.
+        UserError
+            A value is no label of this dataset.
         """
         known = self._known
         first, last = min(known), max(known)
@@ -165,13 +190,42 @@ class Labels(BaseModel):
         return classes
 
     def decode(self, classes: np.ndarray) -> np.ndarray:
-        """Classes -> values (any shape; the smallest integer type that holds every value of the data set)."""
+        """Convert classes to values.
+
+        Parameters
+        ----------
+        classes : ndarray of int
+            Class indices, of any shape.
+
+        Returns
+        -------
+        ndarray
+            Values of the same shape, in the smallest integer type for all values of the dataset.
+        """
         written = (*self._known, *(self.region_order or ()))
         return _look_up(np.asarray(self._known, smallest_dtype(min(written), max(written))), classes)
 
     @classmethod
     def from_json(cls, labels: dict[str, Any], region_order: list[int] | None = None) -> Labels:
-        """From the `labels` of a dataset.json: name -> value (nnU-Net v2), or value -> name (MSD, nnU-Net v1)."""
+        """Read the labels of a dataset.json.
+
+        Parameters
+        ----------
+        labels : dict
+            Name -> value (nnU-Net v2), or value -> name (MSD, nnU-Net v1).
+        region_order : list of int or None
+            Its `regions_class_order`.
+
+        Returns
+        -------
+        Labels
+            The labels.
+
+        Raises
+        ------
+        ValueError
+            They are no names with integers, or not consistent.
+        """
         names: dict[str, int | tuple[int, ...]] = {}
         ignore = None
         if labels and all(k.lstrip("-").isdigit() for k in labels) and all(isinstance(v, str) for v in labels.values()):
@@ -186,13 +240,13 @@ class Labels(BaseModel):
         return cls(names=names, ignore=ignore, region_order=None if region_order is None else tuple(region_order))
 
     def to_json(self) -> dict[str, Any]:
-        """The `labels` of an nnU-Net v2 dataset.json."""
+        """Return the `labels` of an nnU-Net v2 dataset.json, name -> value or values."""
         out: dict[str, Any] = {k: v if isinstance(v, int) else list(v) for k, v in self.names.items()}
         return out if self.ignore is None else {**out, IGNORE: self.ignore}
 
 
 def _integer(value: Any) -> int:
-    """A value of a dataset.json, some of which are written as "1" or 1.0; ValueError for 1.5."""
+    """Return a value of a dataset.json, which may be written as "1" or 1.0; ValueError for 1.5."""
     if isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{value} is no integer")
     return int(value)
@@ -203,7 +257,7 @@ def _members(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _look_up(table: np.ndarray, index: np.ndarray, first: int = 0) -> np.ndarray:
-    """table[index - first] in pieces: numpy turns an index into eight bytes per voxel, too much for a large image."""
+    """Return table[index - first], piece by piece: numpy converts an index to eight bytes per voxel."""
     out = np.empty(index.shape, table.dtype)
     flat, flat_out = index.reshape(-1), out.reshape(-1)
     for start in range(0, flat.size, _PIECE):

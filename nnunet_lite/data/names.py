@@ -1,41 +1,127 @@
-"""Names of image files: which endings are supported, and what is left of a name without one."""
+"""File formats by the ending of a name, the other files that an image needs, and whether a file is whole.
+
+ITK fills the missing part of a truncated picture with zeros and reports nothing, so truncation is checked here. NIfTI,
+NRRD, MetaImage and TIFF need no such check: their readers report it.
+"""
 
 from __future__ import annotations
 
+import gzip
+import math
 import re
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nnunet_lite.data.complete import AGAIN, defect, elsewhere, is_gzip
 from nnunet_lite.errors import UserError
 
 NIFTI = (".nii.gz", ".nii")
 TIFF = (".tif", ".tiff")
 PICTURES = (".png", *TIFF, ".bmp", ".jpg", ".jpeg")
 GIPL = (".gipl.gz", ".gipl")
-PAIRS = (".hdr.gz", ".hdr", ".img.gz", ".img")  # of header and voxels, NIfTI or Analyze
+PAIRS = (".hdr.gz", ".hdr", ".img.gz", ".img")  # header and voxels, NIfTI or Analyze
 NIBABEL_ONLY = (".mgz", ".mgh", *PAIRS, ".par", ".head")
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *GIPL, *PICTURES, *NIBABEL_ONLY)
+SUPPORTED = f"Supported are {' '.join(SUFFIXES)}"
 
-_HEADERS = {".rec": "the .PAR file", ".brik": "the .HEAD file", ".raw": "the .mhd or .nhdr file",
-            ".zraw": "the .mhd file"}  # fmt: skip
+AGAIN = "Copy or export it again."
+DEFLATE_LIMIT = 1032  # largest factor by which deflate compresses
+_PICTURE_LIMIT = 100_000  # larger than the factor of any picture format
+_HEADERS = {".rec": ".PAR", ".brik": ".HEAD", ".raw": ".mhd or .nhdr", ".zraw": ".mhd"}  # of files of voxels
+_VOXELS_NAMED = re.compile(rb"^(?:ElementDataFile *=|data ?file:)([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
+_GIPL_HEADER = 256
+_GIPL_BYTES = {7: 1, 8: 1, 15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}  # of a voxel, by the number of the type
 
 
 def suffix_of(path: Path) -> str:
-    """The ending of a supported file, both parts of a double one, in lower case; empty where it is not supported."""
+    """Return the ending of a supported format, both parts of a double one, in lower case.
+
+    Parameters
+    ----------
+    path : Path
+        Any path; the file need not exist.
+
+    Returns
+    -------
+    str
+        Such as ".nii.gz"; empty if the format is not supported.
+    """
     name = path.name.lower()
     return next((s for s in SUFFIXES if name.endswith(s)), "")
 
 
 def ending_of(path: Path) -> str:
-    """The ending of a supported file as it is written in the name: `.NII.GZ`."""
+    """Return the ending of a supported format as the name has it: ".NII.GZ".
+
+    Parameters
+    ----------
+    path : Path
+        Any path.
+
+    Returns
+    -------
+    str
+        Empty if the format is not supported.
+    """
     return path.name[len(path.name) - len(suffix_of(path)) :]
 
 
+def stem(path: Path) -> str:
+    """Return the name of a file without its (double) ending.
+
+    Parameters
+    ----------
+    path : Path
+        Any path.
+
+    Returns
+    -------
+    str
+        "case_0000" for case_0000.nii.gz.
+    """
+    return path.name[: len(path.name) - len(suffix_of(path) or path.suffix)]
+
+
+# ---------------------------------------------------------------------------------------------- images of several files
+
+
+def voxel_file(path: Path) -> str:
+    """Return the name of the file that contains the voxels of a header (NRRD, MetaImage).
+
+    Parameters
+    ----------
+    path : Path
+        An existing file of any format.
+
+    Returns
+    -------
+    str
+        As the header has it; empty if the file contains its voxels itself.
+    """
+    if path.suffix.lower() not in (".mhd", ".mha", ".nhdr", ".nrrd"):
+        return ""
+    with path.open("rb") as file:
+        found = _VOXELS_NAMED.search(file.read(4096))
+    name = found[1].decode("utf-8", "replace").strip() if found else ""
+    return "" if name.upper() == "LOCAL" else name
+
+
 def companions(path: Path) -> list[Path]:
-    """The other files that an image is read from: voxels that its header names, and the spacing of a TIFF file."""
+    """Return the other files that an image is read from: its voxels, or the spacing of a TIFF file.
+
+    Parameters
+    ----------
+    path : Path
+        An image.
+
+    Returns
+    -------
+    list of Path
+        Those that exist.
+    """
     suffix, name = suffix_of(path), stem(path)
     if suffix in TIFF:
         names = [f"{name}.json", re.sub(r"_\d{4}$", "", name) + ".json"]
@@ -43,12 +129,23 @@ def companions(path: Path) -> list[Path]:
         endings = {".par": (".rec",), ".head": (".brik", ".brik.gz")}.get(suffix, (".img", ".img.gz"))
         names = [name + written for ending in endings for written in (ending, ending.upper())]
     else:
-        names = [elsewhere(path)] if path.is_file() else []
+        names = [voxel_file(path)] if path.is_file() else []
     return [path.with_name(other) for other in dict.fromkeys(filter(None, names)) if (path.parent / other).is_file()]
 
 
 def header_of(path: Path) -> Path | None:
-    """The header (.hdr) of a file of voxels (.img), where that exists; it is the image of the two."""
+    """Return the header (.hdr) of a file of voxels (.img); of the two, the header counts as the image.
+
+    Parameters
+    ----------
+    path : Path
+        An image.
+
+    Returns
+    -------
+    Path or None
+        None if there is no such header, or the file is no .img.
+    """
     if suffix_of(path) not in (".img", ".img.gz"):
         return None
     names = (stem(path) + ending for ending in (".hdr", ".HDR", ".hdr.gz", ".HDR.GZ"))
@@ -57,7 +154,18 @@ def header_of(path: Path) -> Path | None:
 
 @contextmanager
 def usual_name(path: Path) -> Iterator[Path]:
-    """A path to a file whose ending is in lower case and fits its content, since libraries choose the reader by it."""
+    """Give a file an ending in lower case that fits its content, since libraries choose the reader by the ending.
+
+    Parameters
+    ----------
+    path : Path
+        An image; a compressed NIfTI file may be called .nii, and the reverse.
+
+    Yields
+    ------
+    Path
+        The path itself, or a link to it in a temporary folder.
+    """
     suffix = suffix_of(path)
     if suffix in NIFTI:
         suffix = ".nii.gz" if is_gzip(path) else ".nii"
@@ -68,29 +176,152 @@ def usual_name(path: Path) -> Iterator[Path]:
     with TemporaryDirectory() as folder:
         link = Path(folder) / f"image{suffix}"
         link.symlink_to(path.resolve())
-        for other in others:  # a header names its voxels, or has their name
-            named = elsewhere(path) or "image" + other.name[len(stem(path)) :].lower()
-            (link.parent / named).parent.mkdir(parents=True, exist_ok=True)
-            (link.parent / named).symlink_to(other.resolve())
+        for other in others:  # a header names its voxels, or shares their name
+            name = voxel_file(path) or "image" + other.name[len(stem(path)) :].lower()
+            (link.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            (link.parent / name).symlink_to(other.resolve())
         yield link
 
 
-def stem(path: Path) -> str:
-    """The file's name without its (double) ending."""
-    return path.name[: len(path.name) - len(suffix_of(path) or path.suffix)]
+# ---------------------------------------------------------------------------------------------------------- whole files
 
 
-def must_be_readable(path: Path) -> None:
-    """Refuse a file that is of no supported format, or is no whole file.
+def require_readable(path: Path) -> None:
+    """Refuse a file whose format is not supported, or that is missing, empty or truncated. Reads a few bytes.
+
+    Parameters
+    ----------
+    path : Path
+        A file to read as an image.
 
     Raises
     ------
-    UserError : says what is wrong with it as a file.
+    UserError
+        Says what is wrong with the file.
     """
     if not suffix_of(path):
         header = _HEADERS.get(path.suffix.lower()) or _HEADERS.get(Path(path.stem).suffix.lower())
-        fix = f"Give its header, {header}, instead." if header else f"Supported are {' '.join(SUFFIXES)}."
+        fix = f"Give its header, the {header} file, instead." if header else f"{SUPPORTED}."
         raise UserError("is of no supported format", path, fix)
-    problem = defect(path)
-    if problem:
+    if problem := _defect(path):
         raise UserError(problem, path, AGAIN if path.exists() else "")
+
+
+def require_bytes(path: Path, needed: int, picture: bool = False) -> None:
+    """Refuse a file that is too small for the voxels in its header, before memory is allocated for them.
+
+    Parameters
+    ----------
+    path : Path
+        An image.
+    needed : int
+        Bytes of its voxels.
+    picture : bool
+        Whether a codec for pictures may have compressed them.
+
+    Raises
+    ------
+    UserError
+        No compression reaches this ratio.
+    """
+    size = path.stat().st_size
+    if needed > size * (_PICTURE_LIMIT if picture else DEFLATE_LIMIT):
+        raise UserError(f"is truncated: {size} bytes cannot hold the {needed} that its header states", path, AGAIN)
+
+
+def is_gzip(path: Path) -> bool:
+    """Return whether a file begins as gzip does, whatever its name is.
+
+    Parameters
+    ----------
+    path : Path
+        An existing file.
+
+    Returns
+    -------
+    bool
+        Whether the first two bytes are those of gzip.
+    """
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def gzip_defect(path: Path) -> str | None:
+    """Say what is wrong with a compressed file. Decompresses all of it.
+
+    Parameters
+    ----------
+    path : Path
+        A file that could not be read.
+
+    Returns
+    -------
+    str or None
+        None if it can be decompressed.
+    """
+    try:
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+    except EOFError:
+        return f"is truncated: the compressed data end after {path.stat().st_size} bytes"
+    except gzip.BadGzipFile:
+        return "is not gzip-compressed or is damaged"
+    except zlib.error:
+        return "is damaged: the compressed data make no sense"
+    return None
+
+
+def _defect(path: Path) -> str | None:
+    """Say what is wrong with a file of a supported format: missing, empty, truncated, or without its other half."""
+    if not path.exists():
+        return "there is no such file"
+    if not path.is_file():
+        return "is no file"
+    size = path.stat().st_size
+    if size == 0:
+        return "is empty (0 bytes)"
+    voxels = voxel_file(path)
+    if voxels and not (path.parent / voxels).is_file() and "%" not in voxels and not voxels.upper().startswith("LIST"):
+        return f"names {voxels} for its voxels, which is not there"
+    if other := _missing_half(path):
+        return f"needs the file {other} with it, which is not there"
+    with path.open("rb") as file:
+        head = file.read(64)
+        file.seek(max(0, size - 4096))
+        tail = file.read()
+    suffix = suffix_of(path)
+    truncated = (
+        (suffix == ".png" and head.startswith(b"\x89PNG") and b"IEND" not in tail)
+        or (suffix in (".jpg", ".jpeg") and head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail)
+        or (suffix == ".bmp" and head.startswith(b"BM") and size < int.from_bytes(head[2:6].ljust(4, b"\0"), "little"))
+        or (suffix in GIPL and not _holds_gipl(path))
+    )
+    return f"is truncated: it ends after {size} bytes" if truncated else None
+
+
+def _missing_half(path: Path) -> str:
+    """Return the missing file of a header (.hdr) and its voxels (.img); empty if both exist."""
+    halves = {".hdr": ".img", ".img": ".hdr"}
+    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+    ending = halves.get(name[-4:].lower())
+    if ending is None:
+        return ""
+    other = name[:-4] + (ending if name[-4:].islower() else ending.upper())
+    return "" if any((path.parent / f"{other}{gz}").is_file() for gz in ("", ".gz", ".GZ")) else other
+
+
+def _holds_gipl(path: Path) -> bool:
+    """Return whether a GIPL file contains all voxels of its header; ITK reads zeros for the missing ones."""
+    with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
+        try:
+            head = file.read(_GIPL_HEADER)
+            if len(head) < _GIPL_HEADER:
+                return False
+            *shape, kind = struct.unpack_from(">5H", head)
+            missing = math.prod(n for n in shape if n) * _GIPL_BYTES.get(kind, 0)
+            while piece := file.read(1 << 20):
+                missing -= len(piece)
+        except (EOFError, zlib.error):
+            return False
+    return missing <= 0

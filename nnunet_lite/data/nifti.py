@@ -1,139 +1,135 @@
-"""NIfTI-1 files read directly: the common, unambiguous ones.
+"""NIfTI: the common files are read directly, checks of headers, and writing.
 
-ITK takes 1.6 ms for a header, and nibabel decompresses in small pieces: on small images that is most of the time. Here
-a file is decompressed in one go (zlib checks its CRC), and header and voxels come from the same bytes. The geometry is
-ITK's to the last bit. What is not certain to be read as ITK and nibabel do, they read: NIfTI-2, pairs of files, scaled
-values, colours, two dimensions, qform and sform that differ, files that end too early.
+ITK takes 1.6 ms for a header, and nibabel decompresses in small pieces, which is most of the time on small images.
+Here a file is decompressed at once (zlib checks its CRC), and header and voxels come from the same bytes. The geometry
+equals that of ITK to the last bit. Files that ITK and nibabel might read in another way are left to them (formats.py):
+NIfTI-2, pairs of files, scaled values, colours, two dimensions, qform and sform that differ, files that end too early.
 """
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+import nibabel
 import numpy as np
+from nibabel import imageglobals
+from nibabel.nifti1 import data_type_codes, header_dtype
 
-from nnunet_lite.data.complete import AGAIN, DEFLATE_LIMIT, gzip_defect
 from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.names import AGAIN, DEFLATE_LIMIT, NIFTI, PAIRS, gzip_defect, suffix_of, usual_name
 from nnunet_lite.errors import UserError
 
-_FIELDS: dict[str, tuple[str, int]] = {  # type and byte, from nifti1.h
-    "sizeof_hdr": ("i4", 0),
-    "dim": ("8i2", 40),
-    "datatype": ("i2", 70),
-    "pixdim": ("8f4", 76),
-    "vox_offset": ("f4", 108),
-    "scl_slope": ("f4", 112),
-    "scl_inter": ("f4", 116),
-    "xyzt_units": ("u1", 123),
-    "qform_code": ("i2", 252),
-    "sform_code": ("i2", 254),
-    "quatern": ("3f4", 256),
-    "qoffset": ("3f4", 268),
-    "srow": ("(3,4)f4", 280),
-    "magic": ("S4", 344),
-}
 _BYTES, _BYTES_2 = 348, 540  # of a header of NIfTI-1, and of NIfTI-2
-_LAYOUT = np.dtype(
-    {
-        "names": list(_FIELDS),
-        "formats": [kind for kind, _ in _FIELDS.values()],
-        "offsets": [byte for _, byte in _FIELDS.values()],
-        "itemsize": _BYTES,
-    }
-)
-_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
-# bytes of each type, with complex numbers, colours and numbers of 16 bytes, which nibabel reads
-_SIZES = {kind: np.dtype(name).itemsize for kind, name in _TYPES.items()}
-_SIZES |= {32: 8, 128: 3, 1024: 8, 1280: 8, 1536: 16, 1792: 16, 2048: 32, 2304: 4}
 _MILLIMETRES = (0, 2)  # of xyzt_units' low three bits: unknown, mm
-_LPS = np.array([-1.0, -1.0, 1.0])  # ITK's axes in those of NIfTI, RAS
+_LPS = np.array([-1.0, -1.0, 1.0])  # the axes of ITK in those of NIfTI, RAS
 _TOLERANCE = 1e-6  # of float32 matrices, relative
 _RIGHT_ANGLES = 1e-3  # of cosines
+_FORMS_TOLERANCE = 0.25  # of a voxel, between qform and sform; the rounding of a quaternion takes up to a tenth
 
 
-@dataclass(frozen=True)
-class Header:
-    """Where the voxels lie in the file and in space; `geometry` is None where that takes ITK to decide."""
+class NiftiHeader(NamedTuple):
+    """Where the voxels are in the file and in space.
 
-    shape: tuple[int, int, int, int]  # (channels, z, y, x)
+    Parameters
+    ----------
+    shape : tuple of int
+        (channels, z, y, x).
+    dtype : dtype
+        Type of a voxel, with its byte order.
+    start : int
+        Byte at which the voxels begin.
+    geometry : Geometry or None
+        None if ITK must decide.
+    """
+
+    shape: tuple[int, int, int, int]
     dtype: np.dtype
-    start: int  # byte
+    start: int
     geometry: Geometry | None
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
-    """Array (channels, z, y, x), native byte order, and geometry; None for what ITK or nibabel must read.
+    """Read a common NIfTI file.
+
+    Parameters
+    ----------
+    path : Path
+        A file called .nii or .nii.gz, compressed or not.
+
+    Returns
+    -------
+    tuple or None
+        Array (channels, z, y, x) in native byte order, and geometry. The geometry is None if ITK must decide; all is
+        None if ITK or nibabel must read the file.
 
     Raises
     ------
-    UserError : a compressed file is cut off or damaged, or the header tells what cannot be.
+    UserError
+        A compressed file is truncated or damaged, or the header is impossible.
     """
     try:
         data = path.read_bytes()
-        most = len(data)
+        limit = len(data)
         if _is_compressed(data, path):
-            most *= DEFLATE_LIMIT  # what is here decompressed is the first of maybe several members
-            size = int.from_bytes(data[-4:], "little")  # one byte more or less than needed, and zlib copies it all
-            data = zlib.decompress(data, 31, min(size, DEFLATE_LIMIT * len(data)) or 1)
+            limit *= DEFLATE_LIMIT  # this decompresses only the first of several members
+            size = int.from_bytes(data[-4:], "little")  # with one byte more or less than needed, zlib copies all
+            data = zlib.decompress(data, 31, min(size, limit) or 1)
     except OSError:
         return None
     except zlib.error as error:
         raise UserError(gzip_defect(path) or f"is damaged ({error})", path, AGAIN) from None
-    _must_be_sound(data, most, path)
-    header = parse(data)
-    if header is None or len(data) < header.start + header.dtype.itemsize * int(np.prod(header.shape)):
+    _require_sound_header(data, limit, path)
+    header = _parse(data)
+    if header is None or len(data) < header.start + header.dtype.itemsize * prod(header.shape):
         return None
-    array = np.frombuffer(data, header.dtype, int(np.prod(header.shape)), header.start).reshape(header.shape)
+    array = np.frombuffer(data, header.dtype, prod(header.shape), header.start).reshape(header.shape)
     return array.astype(header.dtype.newbyteorder("=")), header.geometry
 
 
 def read_nifti_header(path: Path) -> tuple[Geometry, int] | None:
-    """Geometry and number of channels, from the first bytes of a file; None where ITK or nibabel must read them.
+    """Read geometry and number of channels from the first bytes of a file.
+
+    Parameters
+    ----------
+    path : Path
+        A file called .nii or .nii.gz.
+
+    Returns
+    -------
+    tuple or None
+        None if ITK or nibabel must read them.
 
     Raises
     ------
-    UserError : the header tells what cannot be.
+    UserError
+        The header is impossible.
     """
-    head = _head(path)
-    header = parse(head)
-    return (header.geometry, header.shape[0]) if header and header.geometry else _by_sform(head)
+    head = _first_bytes(path)
+    header = _parse(head)
+    return (header.geometry, header.shape[0]) if header and header.geometry else _from_sform(head)
 
 
-def pixdim_defect(path: Path) -> str | None:
-    """What is wrong with the voxel sizes in a header that is read by its sform instead, or None."""
-    head = _head(path)
-    if not _by_sform(head):
-        return None
-    sizes = ", ".join(f"{size:.6g}" for size in _fields(head)[0]["pixdim"][1:4])
-    return f"its pixdim gives voxels of ({sizes}) mm (x, y, z); those of its sform are used"
-
-
-def _head(path: Path) -> bytes:
-    """The first bytes of a NIfTI file, decompressed; none where they cannot be read. Raises as `read_nifti_header`."""
+def _first_bytes(path: Path) -> bytes:
+    """Return the first bytes of a NIfTI file, decompressed; none if they cannot be read."""
     try:
         with path.open("rb") as file:
-            most = path.stat().st_size
+            limit = path.stat().st_size
             head = file.read(4096)
             if _is_compressed(head, path):
-                head, most = zlib.decompressobj(31).decompress(head, _BYTES), most * DEFLATE_LIMIT
+                head, limit = zlib.decompressobj(31).decompress(head, _BYTES), limit * DEFLATE_LIMIT
     except (OSError, zlib.error):
         return b""
-    _must_be_sound(head, most, path)
+    _require_sound_header(head, limit, path)
     return head
 
 
 def _is_compressed(data: bytes, path: Path) -> bool:
-    """Whether the first bytes of a file are gzip's, whatever its name is: NIfTI called .nii.gz, and gzip called .nii.
-
-    Raises
-    ------
-    UserError : it is called .gz and is neither.
-    """
+    """Return whether the content is gzip's, whatever the name; refuse a .gz file that is neither gzip nor NIfTI."""
     if data[:2] == b"\x1f\x8b":
         return True
     first = {int.from_bytes(data[:4], order) for order in ("little", "big")}
@@ -142,149 +138,185 @@ def _is_compressed(data: bytes, path: Path) -> bool:
     return False
 
 
-def _must_be_sound(head: bytes, size: int, path: Path) -> None:
-    """Refuse a NIfTI-1 header that ITK and nibabel would stumble over, or for which they would fill the memory.
+# -------------------------------------------------------------------------------------------------------------- headers
 
-    Parameters
-    ----------
-    size : the most bytes that the file can hold when it is decompressed.
-    """
+
+def _fields(head: bytes) -> np.void | None:
+    """Return the fields of a NIfTI-1 header; None for anything else."""
     if len(head) < _BYTES:
-        return
-    fields, _ = _fields(head)
-    if fields["sizeof_hdr"] != _BYTES:
+        return None
+    order = "<" if int.from_bytes(head[:4], "little") == _BYTES else ">"
+    fields = np.frombuffer(head, header_dtype.newbyteorder(order), 1)[0]
+    return fields if fields["sizeof_hdr"] == _BYTES else None
+
+
+def _vector(fields: np.void, *names: str) -> np.ndarray:
+    return np.stack([fields[name] for name in names])
+
+
+def _srow(fields: np.void) -> np.ndarray:
+    return _vector(fields, "srow_x", "srow_y", "srow_z")
+
+
+def _voxel_bytes(kind: int) -> int:
+    """Return the bytes of a voxel by the number of its type; 0 for numbers that NIfTI does not have."""
+    try:
+        return int(data_type_codes.dtype[kind].itemsize)
+    except KeyError:
+        return 0
+
+
+def _require_sound_header(head: bytes, size: int, path: Path) -> None:
+    """Refuse a NIfTI-1 header on which ITK or nibabel would fail, or for which they would fill the memory.
+
+    `size` is the largest number of bytes that the file can have after decompression.
+    """
+    fields = _fields(head)
+    if fields is None:
         return
     dimensions, kind = int(fields["dim"][0]), int(fields["datatype"])
     shape = [int(n) for n in fields["dim"][1 : dimensions + 1]]
     if not 1 <= dimensions <= 7 or min(shape) < 1:
         what = f"{dimensions} dimensions" if not 1 <= dimensions <= 7 else f"{' x '.join(map(str, shape))} voxels"
         raise UserError(f"is damaged: its header states {what}", path, AGAIN)
-    if kind not in _SIZES:
+    if not _voxel_bytes(kind):
         raise UserError(f"has voxels of type {kind}, which NIfTI does not have", path, AGAIN)
-    placed = [*fields["srow"].ravel()] if fields["sform_code"] > 0 else []
-    placed += [*fields["quatern"], *fields["qoffset"]] if fields["qform_code"] > 0 else []
-    if not np.isfinite(placed).all():
+    placement = [*_srow(fields).ravel()] if fields["sform_code"] > 0 else []
+    if fields["qform_code"] > 0:
+        placement += [*_quaternion(fields), *_offset(fields)]
+    if not np.isfinite(placement).all():
         raise UserError("is damaged: its header places it at NaN or infinity", path, AGAIN)
     sizes = fields["pixdim"][1 : min(dimensions, 3) + 1]
-    if not _sound_sizes(sizes, shape) and not (dimensions > 2 and _sform_columns(fields) is not None):
-        raise no_voxel_size(sizes, path)
-    needed = prod(shape) * _SIZES[kind]
+    if not _are_sizes(sizes, shape) and not (dimensions > 2 and _sform_columns(fields) is not None):
+        raise _no_voxel_size(sizes, path)
+    needed = prod(shape) * _voxel_bytes(kind)
     if fields["magic"] == b"n+1" and needed + _BYTES > size:
-        held = max(0, size - _BYTES - 4)
-        raise UserError(f"is truncated: it holds {held} of {needed} bytes of voxels", path, AGAIN)
+        found = max(0, size - _BYTES - 4)
+        raise UserError(f"is truncated: it holds {found} of {needed} bytes of voxels", path, AGAIN)
 
 
-def no_voxel_size(sizes: Iterable[float], path: Path) -> UserError:
-    """The error for a header whose voxels have sizes (x, y, z) of zero, NaN or less."""
+def _quaternion(fields: np.void) -> np.ndarray:
+    return _vector(fields, "quatern_b", "quatern_c", "quatern_d")
+
+
+def _offset(fields: np.void) -> np.ndarray:
+    return _vector(fields, "qoffset_x", "qoffset_y", "qoffset_z")
+
+
+def _no_voxel_size(sizes: Iterable[float], path: Path) -> UserError:
     numbers = ", ".join(f"{size:.6g}" for size in sizes)
     fix = "Write the true size of the voxels into pixdim, or an sform."
     return UserError(f"its header gives voxels of ({numbers}) mm in pixdim, and no sform instead", path, fix)
 
 
-def must_have_sizes(image: Any, path: Path) -> None:
-    """Refuse an image of nibabel, Analyze or NIfTI, whose voxels have no size: nibabel takes 1 mm in silence."""
-    from nibabel.analyze import AnalyzeHeader
+def require_voxel_sizes(image: Any, path: Path) -> None:
+    """Refuse an Analyze or NIfTI image whose voxels have no size: nibabel takes 1 mm and reports nothing.
 
-    if not isinstance(image.header, AnalyzeHeader):
+    Parameters
+    ----------
+    image : SpatialImage
+        As nibabel loads it; other formats pass.
+    path : Path
+        Its file, for the message.
+
+    Raises
+    ------
+    UserError
+        A size is zero, negative or not finite, and there is no sform.
+    """
+    if not isinstance(image.header, nibabel.AnalyzeHeader):
         return
     with image.file_map["header" if "header" in image.file_map else "image"].get_prepare_fileobj("rb") as file:
         stored = image.header_class.from_fileobj(file, check=False)
     placed = "sform_code" in stored.keys() and stored["sform_code"] > 0  # noqa: SIM118 (a header is no mapping)
-    sizes = [float(size) for size, n in zip(stored["pixdim"][1:4], image.shape, strict=False) if n > 1]
-    if not placed and not all(0 < size < np.inf for size in sizes):
-        raise no_voxel_size(stored["pixdim"][1:4], path)
+    if not placed and not _are_sizes(stored["pixdim"][1:4], image.shape):
+        raise _no_voxel_size(stored["pixdim"][1:4], path)
 
 
-def _sound_sizes(sizes: np.ndarray, shape: Sequence[int]) -> bool:
-    """Whether the sizes of voxels are positive numbers; of a single slice it does not matter."""
-    return all(0 < size < np.inf for size, n in zip(sizes, shape, strict=False) if n > 1)
+def _are_sizes(sizes: np.ndarray, shape: Sequence[int]) -> bool:
+    """Return whether sizes of voxels are positive numbers; the depth of a single slice does not matter."""
+    return all(0 < float(size) < np.inf for size, n in zip(sizes, shape, strict=False) if n > 1)
 
 
 def _sform_columns(fields: np.void) -> np.ndarray | None:
-    """The matrix of an sform (3, 3) that is sound without pixdim: finite, of right angles, with volume."""
-    matrix = fields["srow"][:, :3].astype(np.float64)
+    """Return the matrix (3, 3) of an sform that is valid without pixdim: finite, of right angles, with volume."""
+    matrix = _srow(fields)[:, :3].astype(np.float64)
     lengths = np.linalg.norm(matrix, axis=0)
     if fields["sform_code"] <= 0 or not (np.isfinite(matrix).all() and lengths.all()):
         return None
-    cosines = matrix / lengths
-    return matrix if np.abs(cosines.T @ cosines - np.eye(3)).max() < _RIGHT_ANGLES else None
+    return matrix if _skew(matrix / lengths) < _RIGHT_ANGLES else None
 
 
-def _by_sform(head: bytes) -> tuple[Geometry, int] | None:
-    """Geometry and number of channels of a header whose pixdim is no voxel size, and whose sform has it.
+def _skew(cosines: np.ndarray) -> float:
+    """Return how far three columns of length 1 are from right angles."""
+    return float(np.abs(cosines.T @ cosines - np.eye(3)).max())
 
-    ITK would take 1 mm for a size of zero, and turn the image round for a negative one.
+
+def _from_sform(head: bytes) -> tuple[Geometry, int] | None:
+    """Return geometry and channels of a header whose pixdim is no voxel size, but whose sform has one.
+
+    ITK would take 1 mm for a size of zero, and flip the image for a negative one.
     """
-    if len(head) < _BYTES:
+    fields = _fields(head)
+    if fields is None:
         return None
-    fields, _ = _fields(head)
     dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
-    if fields["sizeof_hdr"] != _BYTES or dimensions not in (3, 4):
-        return None
     matrix = _sform_columns(fields)
-    if matrix is None or _sound_sizes(fields["pixdim"][1:4], (x, y, z)):
+    if dimensions not in (3, 4) or matrix is None or _are_sizes(fields["pixdim"][1:4], (x, y, z)):
         return None
-    unit = {1: 1e3, 3: 1e-3}.get(int(fields["xyzt_units"]) & 7, 1.0)  # metres, micrometres
-    lengths = np.linalg.norm(matrix, axis=0)
+    unit, lengths = millimetres(fields), np.linalg.norm(matrix, axis=0)
     sx, sy, sz = (lengths * unit).tolist()
-    ox, oy, oz = (fields["srow"][:, 3] * _LPS * unit).tolist()
+    ox, oy, oz = (_srow(fields)[:, 3] * _LPS * unit).tolist()
     direction = tuple((matrix / lengths * _LPS[:, None]).ravel().tolist())
     return Geometry((z, y, x), (sz, sy, sx), (ox, oy, oz), direction), channels if dimensions == 4 else 1
 
 
-def _fields(head: bytes) -> tuple[np.void, Literal["<", ">"]]:
-    """The header, and the byte order."""
-    order: Literal["<", ">"] = "<" if int.from_bytes(head[:4], "little") == _BYTES else ">"
-    return np.frombuffer(head, _LAYOUT.newbyteorder(order), 1)[0], order
-
-
-def parse(head: bytes) -> Header | None:
-    """The header in the first bytes of a NIfTI file; None where ITK or nibabel must read the file."""
-    if len(head) < _BYTES:
+def _parse(head: bytes) -> NiftiHeader | None:
+    """Return the header in the first bytes of a common NIfTI file; None if ITK or nibabel must read the file."""
+    fields = _fields(head)
+    if fields is None:
         return None
-    fields, order = _fields(head)
     dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
     channels = channels if dimensions == 4 else 1
     start, kind, slope = float(fields["vox_offset"]), int(fields["datatype"]), float(fields["scl_slope"])
-    plain = (
-        fields["sizeof_hdr"] == _BYTES
-        and fields["magic"] == b"n+1"
+    dtype = data_type_codes.dtype[kind] if _voxel_bytes(kind) else np.dtype("V")
+    common = (
+        fields["magic"] == b"n+1"
         and dimensions in (3, 4)
         and min(x, y, z, channels) > 0
-        and kind in _TYPES
+        and dtype.kind in "iuf"
+        and dtype.itemsize <= 8
         and start >= _BYTES
         and start.is_integer()
         and (slope == 0 or (slope == 1 and fields["scl_inter"] == 0))
     )
-    if not plain:
+    if not common:
         return None
-    dtype = np.dtype(order + _TYPES[kind])
-    return Header((channels, z, y, x), dtype, int(start), _geometry(fields, (z, y, x)))
+    order = fields.dtype["sizeof_hdr"].byteorder
+    return NiftiHeader((channels, z, y, x), dtype.newbyteorder(order), int(start), _geometry(fields, (z, y, x)))
 
 
 def _geometry(fields: np.void, shape: tuple[int, int, int]) -> Geometry | None:
-    """From the qform or the sform; of both, only where they are equal."""
+    """Return the geometry of the qform or the sform; if there are both, only if they are equal."""
     spacing = fields["pixdim"][1:4].astype(np.float64)
     if not (np.isfinite(spacing).all() and (spacing > 0).all() and fields["xyzt_units"] & 7 in _MILLIMETRES):
         return None
     forms = []
     if fields["qform_code"] > 0:
-        forms.append((_rotation(fields["quatern"], fields["pixdim"][0]) * spacing, fields["qoffset"]))
+        forms.append((_rotation(_quaternion(fields), fields["pixdim"][0]) * spacing, _offset(fields)))
     if fields["sform_code"] > 0:
-        forms.append((fields["srow"][:, :3], fields["srow"][:, 3]))
+        forms.append((_srow(fields)[:, :3], _srow(fields)[:, 3]))
     if not forms:
         return None
-    matrix, origin = (part.astype(np.float32).astype(np.float64) for part in forms[0])  # as float32, like ITK's
+    matrix, origin = (part.astype(np.float32).astype(np.float64) for part in forms[0])  # float32, as in ITK
     for other, offset in forms[1:]:
         if not (np.array_equal(matrix, other) and np.array_equal(origin, offset)):
             return None
     lengths = np.linalg.norm(matrix, axis=0)
-    if not lengths.all():
+    if not lengths.all() or not np.abs(lengths / spacing - 1).max() < _TOLERANCE:
         return None
     cosines = matrix / lengths
-    skew = np.abs(cosines.T @ cosines - np.eye(3)).max()
-    scale = np.abs(lengths / spacing - 1).max()
-    if not (skew < _TOLERANCE and scale < _TOLERANCE):
+    if not _skew(cosines) < _TOLERANCE:
         return None
     sx, sy, sz = spacing.tolist()
     ox, oy, oz = (origin * _LPS).tolist()
@@ -292,10 +324,10 @@ def _geometry(fields: np.void, shape: tuple[int, int, int]) -> Geometry | None:
 
 
 def _rotation(quaternion: np.ndarray, handedness: float) -> np.ndarray:
-    """The direction cosines in columns; the last is turned round where pixdim[0] is negative."""
+    """Return the direction cosines in columns; a negative pixdim[0] reverses the last one."""
     b, c, d = (float(q) for q in quaternion)
     squares = b * b + c * c + d * d
-    if 1 - squares < 1e-7:  # half a turn, but for rounding
+    if 1 - squares < 1e-7:  # half a turn, up to rounding
         length = np.sqrt(squares)
         a, b, c, d = 0.0, b / length, c / length, d / length
     else:
@@ -308,3 +340,258 @@ def _rotation(quaternion: np.ndarray, handedness: float) -> np.ndarray:
         ]
     )
     return matrix * [1, 1, -1 if handedness < 0 else 1]
+
+
+def millimetres(header: Any) -> float:
+    """Return the unit of a NIfTI header in mm.
+
+    Parameters
+    ----------
+    header : Nifti1Header or numpy.void
+        Anything with the field `xyzt_units`.
+
+    Returns
+    -------
+    float
+        For metres, micrometres, and mm for any other number.
+    """
+    return {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
+
+
+def has_forms(header: Any) -> bool:
+    """Return whether a header of nibabel has a qform or an sform, which place the image in space.
+
+    Parameters
+    ----------
+    header : AnalyzeHeader
+        Of NIfTI or Analyze.
+
+    Returns
+    -------
+    bool
+        Whether one of the two codes is above 0.
+    """
+    codes = [key for key in ("qform_code", "sform_code") if key in header.keys()]  # noqa: SIM118 (no mapping)
+    return any(int(header[key]) > 0 for key in codes)
+
+
+def load_nibabel(path: Path) -> Any:
+    """Load an image with nibabel, without its log: what nibabel corrects in a header is reported here.
+
+    Parameters
+    ----------
+    path : Path
+        A file with its usual ending (`names.usual_name`).
+
+    Returns
+    -------
+    SpatialImage
+        Its voxels are read on access.
+    """
+    imageglobals.logger.setLevel(logging.CRITICAL)
+    return nibabel.load(path)
+
+
+def nifti_scale(path: Path) -> tuple[float, float] | None:
+    """Return the slope and intercept that a NIfTI or Analyze header applies to the stored integers.
+
+    Parameters
+    ----------
+    path : Path
+        An image of any format.
+
+    Returns
+    -------
+    tuple of float or None
+        None if the values are not scaled.
+    """
+    if suffix_of(path) not in (*NIFTI, *PAIRS):
+        return None
+    with usual_name(path) as usual:
+        stored = load_nibabel(usual).dataobj
+    return None if (stored.slope, stored.inter) == (1, 0) else (float(stored.slope), float(stored.inter))
+
+
+def form_conflict(path: Path, geometry: Geometry) -> str | None:
+    """Say how the statements of a NIfTI header about its place disagree: qform, sform and pixdim.
+
+    Parameters
+    ----------
+    path : Path
+        An image of any format.
+    geometry : Geometry
+        As it was read.
+
+    Returns
+    -------
+    str or None
+        None if they agree to a quarter of a voxel.
+    """
+    if suffix_of(path) not in NIFTI:
+        return None
+    head = _first_bytes(path)
+    fields = _fields(head)
+    if fields is not None and _from_sform(head):
+        sizes = ", ".join(f"{size:.6g}" for size in fields["pixdim"][1:4])
+        return f"its pixdim gives voxels of ({sizes}) mm (x, y, z); those of its sform are used"
+    if (header := _parse(head)) and header.geometry:  # the forms are equal, or there is only one
+        return None
+    with usual_name(path) as usual:
+        stored = load_nibabel(usual).header
+    scale = np.diag([millimetres(stored)] * 3 + [1.0])
+    try:
+        stated = {"qform": stored.get_qform(coded=True)[0], "sform": stored.get_sform(coded=True)[0]}
+    except ValueError:
+        return "its qform is no rotation"
+    forms = {name: scale @ form for name, form in stated.items() if form is not None}
+    corners = np.array([(x, y, z, 1) for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.subtract(geometry.shape[::-1], 1)
+
+    def distance(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.linalg.norm((corners @ (one - other).T)[:, : geometry.dimensions], axis=1).max())
+
+    distances = {name: distance(form, ras_affine(geometry)) for name, form in forms.items()}
+    allowed = _FORMS_TOLERANCE * min(geometry.spacing)
+    if len(forms) == 2 and (gap := distance(*forms.values())) > allowed:
+        used = min(distances, key=lambda name: distances[name])
+        return f"its qform and its sform place it up to {gap:.4g} mm apart; the {used} is used"
+    for name in (name for name, gap in distances.items() if gap > allowed):
+        of_form = ", ".join(f"{size:.6g}" for size in np.linalg.norm(forms[name][:3, :3], axis=0))
+        of_pixdim = ", ".join(f"{size:.6g}" for size in geometry.spacing[::-1])
+        return f"its {name} has voxels of ({of_form}) mm (x, y, z), its pixdim of ({of_pixdim}) mm, which is used"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def ras_affine(geometry: Geometry) -> np.ndarray:
+    """Return the affine from voxels (x, y, z) to RAS mm; a 2D image is as thick as its larger pixel size.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Of an image.
+
+    Returns
+    -------
+    ndarray, shape (4, 4)
+        As nibabel has it.
+    """
+    affine = np.eye(4)
+    z, y, x = geometry.spacing
+    affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * (x, y, max(x, y) if geometry.dimensions == 2 else z)
+    affine[:3, 3] = geometry.origin
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def is_orthonormal(direction: tuple[float, ...]) -> bool:
+    """Return whether direction cosines are at right angles; ITK writes no others.
+
+    Parameters
+    ----------
+    direction : tuple of float
+        Nine cosines, row by row.
+
+    Returns
+    -------
+    bool
+        False for a sheared image.
+    """
+    matrix = np.reshape(direction, (3, 3))
+    return bool(np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-4))
+
+
+def _as_stored(array: np.ndarray, dimensions: int) -> np.ndarray:
+    """Return an array (z, y, x) in the order of NIfTI: (x, y, z), or (x, y) in two dimensions."""
+    return array[0].T if dimensions == 2 else array.transpose(2, 1, 0)
+
+
+def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write a NIfTI file with any affine, also a sheared one.
+
+    Parameters
+    ----------
+    path : Path
+        Ends with .nii or .nii.gz.
+    array : ndarray, shape (z, y, x)
+        Integers.
+    geometry : Geometry
+        Of the array.
+    """
+    nibabel.save(nibabel.Nifti1Image(_as_stored(array, geometry.dimensions), ras_affine(geometry)), path)
+
+
+def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1) -> None:
+    """Write a NIfTI file with the header of an image on the same grid.
+
+    Parameters
+    ----------
+    path : Path
+        Ends with .nii or .nii.gz.
+    array : ndarray, shape (z, y, x)
+        Integers.
+    like : Path
+        The NIfTI image.
+    slope : float
+        Programs show the integers times this number.
+    """
+    with usual_name(like) as usual:
+        source = load_nibabel(usual)
+    header = source.header.copy()
+    header.set_data_dtype(array.dtype)
+    header["cal_min"] = header["cal_max"] = 0  # the window of the image
+    header.set_intent("none")
+    image = source.__class__(_as_stored(array, len(source.shape)), None, header)
+    image.header.set_slope_inter(slope, 0)
+    nibabel.save(image, path)
+
+
+def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, like: Path) -> None:
+    """Write probabilities, stored as integers up to `steps`, as NIfTI that programs show as 0 to 1.
+
+    Parameters
+    ----------
+    path : Path
+        Ends with .nii or .nii.gz.
+    array : ndarray, shape (z, y, x)
+        Integers from 0 to `steps`.
+    geometry : Geometry
+        Of the array.
+    steps : int
+        The integer of probability 1.
+    like : Path
+        The image that the geometry was read from. If it is NIfTI, its header is used.
+    """
+    if suffix_of(like) in NIFTI:
+        write_nifti_like(path, array, like, 1 / steps)
+        return
+    affine = ras_affine(geometry)
+    image = nibabel.Nifti1Image(_as_stored(array, geometry.dimensions), affine)
+    image.set_sform(affine, "scanner")
+    if is_orthonormal(geometry.direction):
+        image.set_qform(affine, "scanner")
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(1 / steps, 0)
+    nibabel.save(image, path)
+
+
+def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:
+    """Return the bytes of a NIfTI file.
+
+    Parameters
+    ----------
+    array : ndarray, shape (z, y, x) or (3, z, y, x)
+        Grey values, or the bytes of colours.
+    geometry : Geometry
+        Of the array.
+
+    Returns
+    -------
+    bytes
+        Not compressed.
+    """
+    if array.ndim == 4:
+        array = np.ascontiguousarray(np.moveaxis(array, 0, -1)).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+    contents: bytes = nibabel.Nifti1Image(array.transpose(2, 1, 0), ras_affine(geometry)).to_bytes()
+    return contents

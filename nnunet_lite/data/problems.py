@@ -1,4 +1,4 @@
-"""What is wrong with a data set, and how a person is told."""
+"""Problems of a dataset, the report of all of them as text and JSON, and words for messages."""
 
 from __future__ import annotations
 
@@ -9,54 +9,42 @@ from typing import Any, Literal
 
 Severity = Literal["error", "warning", "notice"]
 
+_ERRORS = (
+    *("invalid_json", "invalid_dataset", "missing_image", "extra_channel", "missing_label", "ambiguous_label"),
+    *("duplicate_id", "unreadable", "dimensions", "channels", "grid", "shape", "spacing", "nan"),
+    *("label_fraction", "label_channels", "label_value", "label_void", "label_levels", "instances", "label_lossy"),
+    "no_foreground",
+)
+_WARNINGS = (
+    *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
+    *("label_absent", "constant", "duplicate_case", "few_cases", "looks_like_ct", "not_ct", "orientation_tag"),
+)
 KINDS: dict[str, Severity] = {
-    "invalid_json": "error",
-    "invalid_dataset": "error",
-    "missing_image": "error",
-    "extra_channel": "error",
-    "extra_image": "warning",
-    "missing_label": "error",
-    "extra_label": "warning",
-    "ambiguous_label": "error",
-    "n_cases": "warning",
-    "duplicate_id": "error",
-    "unreadable": "error",
-    "dimensions": "error",
-    "channels": "error",
-    "grid": "error",
-    "shape": "error",
-    "spacing": "error",
-    "origin": "warning",
-    "direction": "warning",
-    "forms": "warning",
-    "no_spacing": "warning",
-    "nan": "error",
-    "label_fraction": "error",
-    "label_channels": "error",
-    "label_value": "error",
-    "label_void": "error",
-    "label_levels": "error",
-    "instances": "error",
-    "instances_likely": "warning",
-    "label_lossy": "error",
-    "no_foreground": "error",
-    "label_absent": "warning",
-    "constant": "warning",
-    "duplicate_case": "warning",
-    "few_cases": "warning",
-    "looks_like_ct": "warning",
-    "not_ct": "warning",
-    "orientation_tag": "warning",
-    "orientation": "notice",
-    "understood": "notice",
+    **dict.fromkeys(_ERRORS, "error"),
+    **dict.fromkeys(_WARNINGS, "warning"),
+    **dict.fromkeys(("orientation", "understood"), "notice"),
 }
-_LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}
-TO_ACCEPT = ("origin", "direction")  # warnings without whose acceptance nothing is planned
+TO_ACCEPT = ("origin", "direction")  # warnings that prevent planning until a user accepts them
+_LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: a stable kind (see `KINDS`), the file, what was found, what was expected, what to do."""
+    """One problem of a dataset.
+
+    Parameters
+    ----------
+    kind : str
+        A stable name, see `KINDS`.
+    file : str
+        The file or folder.
+    found : str
+        What is wrong.
+    expected : str
+        What it should be.
+    fix : str
+        What to do.
+    """
 
     kind: str
     file: str
@@ -66,16 +54,42 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
+        """Of its kind."""
         return KINDS[self.kind]
 
     def stops(self, accept_geometry: bool) -> bool:
-        """Whether nothing can be planned with it: errors, and a geometry that differs until that is accepted."""
+        """Return whether the problem prevents planning.
+
+        Parameters
+        ----------
+        accept_geometry : bool
+            Whether files may differ in origin and direction.
+
+        Returns
+        -------
+        bool
+            True for errors, and for a different geometry that is not accepted.
+        """
         return self.severity == "error" or (self.kind in TO_ACCEPT and not accept_geometry)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a check found."""
+    """The result of a check.
+
+    Parameters
+    ----------
+    dataset : str
+        Name of the dataset.
+    cases : int
+        Number of cases.
+    channels : tuple of str
+        Names of the channels.
+    problems : tuple of Problem
+        All problems.
+    accept_geometry : bool
+        Whether files may differ in origin and direction.
+    """
 
     dataset: str
     cases: int
@@ -86,14 +100,26 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether there is no error."""
-        return not any(problem.severity == "error" for problem in self.problems)
+        return not self.count("error")
 
     @property
     def can_be_planned(self) -> bool:
-        """Whether there is no error, and no geometry that has to be accepted."""
+        """Whether there is no error, and no geometry to accept."""
         return not any(problem.stops(self.accept_geometry) for problem in self.problems)
 
     def count(self, severity: Severity) -> int:
+        """Count the problems of a severity.
+
+        Parameters
+        ----------
+        severity : str
+            "error", "warning" or "notice".
+
+        Returns
+        -------
+        int
+            How many there are.
+        """
         return sum(problem.severity == severity for problem in self.problems)
 
     @property
@@ -102,7 +128,7 @@ class Report:
         return 0 if self.ok else 2
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, one entry per problem."""
+        """Return the content of check.json, with an entry for each problem."""
         return {
             "dataset": self.dataset,
             "ok": self.ok,
@@ -112,33 +138,60 @@ class Report:
         }
 
     def to_text(self) -> str:
-        """For a person: a headline, then a line per problem; equal problems of many files share one line."""
+        """Return a headline and a line per problem; equal problems of several files share a line."""
         counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
         lines = [f"{self.dataset}: {plural(self.cases, 'case')}, {', '.join(counts)}"]
-        same: dict[tuple[Severity, str, str, str, str], list[str]] = defaultdict(list)
+        files: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
         for p in self.problems:
-            same[p.severity, p.kind, p.found, p.expected, p.fix].append(p.file)
+            files[p.kind, p.found, p.expected, p.fix].append(p.file)
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
-        order = {"error": 0, "warning": 1, "notice": 2}
-        for (severity, kind, found, expected, fix), files in sorted(same.items(), key=lambda e: order[e[0][0]]):
+        order = list(_LINES_SHOWN)
+        by_severity = sorted(files.items(), key=lambda entry: order.index(KINDS[entry[0][0]]))
+        for (kind, found, expected, fix), names in by_severity:
+            severity = KINDS[kind]
             shown[kind] += 1
             if shown[kind] > _LINES_SHOWN[severity]:
-                hidden[kind] += len(files)
+                hidden[kind] += len(names)
                 continue
-            wanted = f", expected {expected}" if expected else ""
-            lines.append(f"{severity}: {few(files)}: {found}{wanted}. {fix}".rstrip() + f" [{kind}]")
-        lines += [
-            f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all" for kind, n in hidden.items()
-        ]
+            text = found + (f", expected {expected}" if expected else "")
+            lines.append(f"{severity}: {few(names)}: {text}. {fix}".rstrip() + f" [{kind}]")
+        for kind, n in hidden.items():
+            lines.append(f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all")
         return "\n".join(lines)
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first names of a list, and how many more there are.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Any names.
+    most : int
+        How many to show.
+
+    Returns
+    -------
+    str
+        "a, b, c and 2 more".
+    """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def plural(n: int, what: str) -> str:
-    """1 case, 2 cases."""
+    """Return a number with a noun.
+
+    Parameters
+    ----------
+    n : int
+        How many.
+    what : str
+        The noun, with a regular plural.
+
+    Returns
+    -------
+    str
+        "1 case" or "2 cases".
+    """
     return f"{n} {what}{'' if n == 1 else 's'}"

@@ -17,10 +17,12 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import split_name
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
-from nnunet_lite.data.formats import fits_picture, write_share
+from nnunet_lite.data.formats import require_picture_values
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import PICTURES, is_dicom, label_suffix, read_geometry, stem, suffix_of, write_label
+from nnunet_lite.data.images import is_dicom, label_suffix, read_geometry, write_label
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.names import PICTURES, stem, suffix_of
+from nnunet_lite.data.nifti import write_share
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import atomic, lacks_space, no_space
@@ -178,7 +180,7 @@ def _must_fit_one_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_s
     if not dicom_seg and label_suffix(suffix) != suffix:
         raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
     if suffix in PICTURES:
-        fits_picture(out, output_values(labels), read_geometry(cases[0].images[0])[0])
+        require_picture_values(out, output_values(labels), read_geometry(cases[0].images[0])[0])
 
 
 def _identity(path: Path) -> tuple[object, ...]:

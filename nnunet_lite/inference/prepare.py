@@ -15,9 +15,9 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Case
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
-from nnunet_lite.data.images import Image, ending_of, read_image, read_images
+from nnunet_lite.data.images import Image, read_image, read_images
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import TIFF, suffix_of
+from nnunet_lite.data.names import TIFF, ending_of, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Configuration, Plan

@@ -14,7 +14,7 @@ from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import must_fit, read_json, scratch, understood, write_json, write_text
-from nnunet_lite.models.folder import FORMAT, MODEL, models_near, set_aside, versions
+from nnunet_lite.models.folder import FORMAT, MODEL, package_versions, set_aside, suggest_models
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
@@ -79,7 +79,7 @@ def chosen_folds(folder: Path, folds: Sequence[str | int] | None, checkpoint: Ch
     """
     if not is_nnunet(folder):
         what = "is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)"
-        raise UserError(what, folder, models_near(folder))
+        raise UserError(what, folder, suggest_models(folder))
     found, name = nnunet_folds(folder, checkpoint), _file(checkpoint)
     begun = sorted({file.parent.name.removeprefix("fold_") for file in folder.glob("fold_*/checkpoint_*.pth")})
     lacking = [fold for fold in begun if fold not in found]
@@ -171,7 +171,7 @@ def import_model(
             write_json(partial / "run.json", fold.run)
             write_text(partial / "plans.json", fold.plan.to_json())
         write_json(partial / "dataset.json", {"name": fold.plan.dataset, **fold.dataset})
-        write_json(partial / "run.json", {**fold.run, "began": _now(), "versions": versions()})
+        write_json(partial / "run.json", {**fold.run, "began": _now(), "versions": package_versions()})
         if first is not None and is_nnunet(folder.with_name(first)) and not out.with_name(first).exists():
             import_model(folder.with_name(first), out.with_name(first), None, checkpoint)
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from nnunet_lite.data.check import Report, check_dataset
-from nnunet_lite.data.crop import nonzero_box, slices
+from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.geometry import Geometry, common_orientation, turn_between
+from nnunet_lite.data.geometry import Geometry, common_orientation, nonzero_box, slices, turn_between
+from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.planning.draws import Draws, Stream

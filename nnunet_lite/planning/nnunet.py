@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
-from nnunet_lite.data.formats import NIFTI, PICTURES
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.names import NIFTI, PICTURES
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.planning.memory import with_memory

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from nnunet_lite.data.crop import bounding_box, slices
+from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.system import cpus
 
 if TYPE_CHECKING:

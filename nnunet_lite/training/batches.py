@@ -23,7 +23,7 @@ from nnunet_lite.training.augmentation import (
     warped,
 )
 from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_cascade
-from nnunet_lite.training.distributed import share
+from nnunet_lite.training.distributed import rank_share
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.sampler import CaseArrays, Place, draw_places, enlarged, read_stack, rng_for
 from nnunet_lite.training.swaps import check_swaps, swap_of
@@ -69,7 +69,7 @@ def make_batch(job: Job, cases: Sequence[CaseArrays], stream: int, iteration: in
 def draw_batch(job: Job, cases: Sequence[CaseArrays], stream: int, iteration: int, augment: bool) -> Draw:
     """Draw a batch whole, so that a sample does not depend on the number of ranks, and keep this rank's part."""
     rng, size = rng_for(job.seed, stream, iteration), job.planned.batch_size
-    mine = share(size, job.ranks)
+    mine = rank_share(size, job.ranks)
     settings = job.settings.augmentation if augment and job.settings.augmentation.enabled else None
     native = settings if settings and settings.pipeline == "native" else None
     foreground, in_plane = job.settings.training.foreground, is_in_plane(job.patch)

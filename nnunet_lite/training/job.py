@@ -1,4 +1,4 @@
-"""What decides a fold's training."""
+"""What one fold is trained on and with: the plan after the settings changed it, the cases, the device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_lite.errors import UserError
+from nnunet_lite.planning.memory import with_memory
+from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.distributed import ALONE, Ranks
@@ -17,15 +20,34 @@ if TYPE_CHECKING:
 
     from nnunet_lite.training.sampler import CaseArrays
 
-    Shape = tuple[int, int, int]
+_LARGEST_GB = 2000  # no machine has more; a larger step is a typing error that would only fill the memory
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides a fold's training. `plan` already has the settings' batch, patch and network.
+    """Everything that decides how one fold is trained.
 
-    `passes` is how many windows and mirrored copies the validation in whole images that follows shows the network, by
-    the distance of two windows (`limit.step_sizes`); empty without a validation.
+    Parameters
+    ----------
+    plan : Plan
+        The plan that is trained, see `configure_plan`.
+    configuration : str
+        Name in the plan, such as "3d_fullres".
+    settings : Settings
+        Of the run.
+    seed : int
+        Of this fold.
+    folder : Path
+        The fold's folder, for checkpoint and metrics.
+    device : torch.device
+        Of this process.
+    training, validation : sequence of CaseArrays
+        The cases to train on, and the held-out ones.
+    ranks : Ranks
+        This process among those that train together.
+    passes : mapping of float to int
+        How many network passes the final validation takes (windows and mirrored copies), by the window step size
+        (see `limits.validation_step_sizes`). Empty without a validation.
     """
 
     plan: Plan
@@ -44,8 +66,8 @@ class Job:
         return self.plan.configuration(self.configuration)
 
     @cached_property
-    def patch(self) -> Shape:
-        """The patch as (z, y, x); two-dimensional ones are one voxel thick."""
+    def patch(self) -> tuple[int, int, int]:
+        """The patch (z, y, x) in voxels; a two-dimensional patch is one voxel thick."""
         size = self.planned.patch_size
         return (1, size[0], size[1]) if len(size) == 2 else (size[0], size[1], size[2])
 
@@ -55,7 +77,59 @@ class Job:
 
     @property
     def mirror_axes(self) -> tuple[int, ...]:
-        """Axes of (z, y, x) that augmentation mirrors."""
+        """The axes of (z, y, x) that augmentation mirrors."""
         offset = 3 - self.dimensions
         axes = self.settings.augmentation.mirror_axes
-        return tuple(a + offset for a in (range(self.dimensions) if axes is None else axes))
+        return tuple(axis + offset for axis in (range(self.dimensions) if axes is None else axes))
+
+
+def configure_plan(plan: Plan, configuration: str, settings: Settings) -> Plan:
+    """Return the plan that is trained: one configuration, with the patch, batch and network of the settings.
+
+    The second stage of a cascade keeps its first stage in the plan, as it was planned.
+
+    Parameters
+    ----------
+    plan : Plan
+        Of the dataset.
+    configuration : str
+        Which one is trained.
+    settings : Settings
+        Of the run.
+
+    Raises
+    ------
+    UserError
+        The plan has no such configuration, a cascade has more than two stages, the patch is illegal, the images are too
+        small for a U-Net, or a training step needs more memory than any machine has.
+    """
+    stage = plan.configuration(configuration).previous_stage
+    stages = {} if stage is None else {stage: plan.configuration(stage)}
+    if any(first.previous_stage is not None for first in stages.values()):
+        raise UserError(f"{stage}, the previous stage of {configuration}, has one itself; a cascade has two stages")
+
+    training = settings.training
+    changed = limit_sizes(plan, configuration, training.patch_voxels, training.batch_voxels)
+    changed = override_sizes(changed, configuration, training.patch_size, training.batch_size)
+    planned = changed.configuration(configuration)
+    network = planned.network
+    if len(network.features) == 1:
+        raise UserError(f"the images are too small for the U-Net of {configuration}: not even one pooling fits")
+
+    features = network.features
+    if settings.network.features_base or settings.network.features_max:
+        base = settings.network.features_base or features[0]
+        largest = settings.network.features_max or max(features)
+        features = tuple(min(base * 2**i, largest) for i in range(len(features)))
+    network = network.model_copy(
+        update={
+            "features": features,
+            "norm": settings.network.norm or network.norm,
+            "activation": settings.network.activation or network.activation,
+        }
+    )
+    planned = with_memory(planned.model_copy(update={"network": network}), len(plan.channels), plan.labels)
+    if planned.memory_gb is not None and planned.memory_gb > _LARGEST_GB:
+        raise UserError(f"a training step of {configuration} would take {planned.memory_gb:,.0f} GB of memory",
+                        fix="Lower patch_size, batch_size or features, in the plan or in the settings.")  # fmt: skip
+    return changed.model_copy(update={"configurations": {configuration: planned, **stages}, "options": None})

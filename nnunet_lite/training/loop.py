@@ -1,6 +1,8 @@
-"""Training one fold: read this file from top to bottom.
+"""Training one fold. Read this file from top to bottom.
 
-fold folder: checkpoint.safetensors (every epoch), metrics.jsonl and metrics.csv (a line an epoch), progress.png,
+`train_fold` -> `_start` (network, or checkpoint) -> `_run_epochs` -> `_train_epoch` -> `train_step` -> `_validate`.
+
+fold folder: checkpoint.safetensors (every epoch), metrics.jsonl and metrics.csv (a line per epoch), progress.png,
              and at the end model.safetensors, which marks the fold as finished
 """
 
@@ -9,89 +11,87 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
-from nnunet_lite.models.checkpoint import CHECKPOINT, load_checkpoint, read_state, save_checkpoint, save_weights
-from nnunet_lite.models.folder import MODEL, VALIDATION, exclusive, length
-from nnunet_lite.networks.precision import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.models.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_header, run_length
+from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
 from nnunet_lite.system import GB, in_units
-from nnunet_lite.training.batches import Batch, check_augmentation, make_batch, training_batches
-from nnunet_lite.training.distributed import ALONE, LOOK_EVERY, Clock, any_rank, from_first, sum_over_ranks
-from nnunet_lite.training.initial import freeze, start_from
-from nnunet_lite.training.job import Job
-from nnunet_lite.training.limit import (
-    PSEUDO_VALIDATED,
-    Validation,
-    announce,
-    forward_seconds,
-    planned_validation,
-    training_seconds,
+from nnunet_lite.training.batches import Batch, make_batch, training_batches
+from nnunet_lite.training.distributed import (
+    ALONE,
+    SYNC_EVERY,
+    Clock,
+    from_first,
+    max_over_ranks,
+    sum_over_ranks,
 )
-from nnunet_lite.training.loss import check_weights, pseudo_dice_counts
-from nnunet_lite.training.optim import Plateau, learning_rate
-from nnunet_lite.training.prefetch import prefetch
-from nnunet_lite.training.record import Row, recording
-from nnunet_lite.training.step import (
+from nnunet_lite.training.finetune import freeze, start_from
+from nnunet_lite.training.job import Job
+from nnunet_lite.training.learner import (
+    LOSS_SCALE,
     Learner,
-    averaged,
+    averaged_weights,
     choose_arithmetic,
-    loss_of,
+    compute_loss,
     make_learner,
     make_network,
-    parallel,
-    train_step,
+    norm_statistics,
+    parallelize,
 )
-from nnunet_lite.training.watch import (
-    Seen,
-    Stop,
-    Trend,
+from nnunet_lite.training.limits import (
+    PSEUDO_VALIDATION_SHARE,
+    EarlyStopping,
+    StopRequest,
+    ValidationPlan,
+    announce_validation,
+    estimate_pass_seconds,
+    explain_out_of_memory,
     memory_peak,
-    names_of,
-    out_of_memory,
-    stoppable,
-    voxels_per_class,
+    plan_validation,
+    stop_on_signal,
+    training_seconds,
 )
+from nnunet_lite.training.loss import pseudo_dice_counts
+from nnunet_lite.training.metrics import LabelStatistics, Metrics, count_voxels, record_metrics
+from nnunet_lite.training.optim import Plateau, learning_rate, update_average
+from nnunet_lite.training.prefetch import prefetch
 
-_VALIDATION_STREAM = 2**31  # keeps the validation patches apart from every training epoch
+_VALIDATION_STREAM = 2**31  # of random numbers: no training epoch uses it
 
 
-@dataclass
-class State:
-    """Where a run stands; stored with every checkpoint.
+class State(BaseModel):
+    """How far a run is; stored with every checkpoint.
 
-    `iteration` and `losses` are those of an epoch that a signal broke off.
+    `iteration` and `losses` belong to an epoch that a signal interrupted. Times are in seconds.
     """
 
-    plateau: Plateau
-    arithmetic: Arithmetic
+    arithmetic: ComputeFormat
+    plateau: Plateau = Plateau()
     epoch: int = 0
     iteration: int = 0
-    losses: list[float] = field(default_factory=list)
-    scale: float = 2.0**16  # of the loss, for fp16
-    seconds: float = 0.0  # that training took, with timing of number formats and pseudo-validation
-    pace: float = 0.0  # seconds per step of the last epoch
+    losses: list[float] = []
+    scale: float = LOSS_SCALE
+    seconds: float = 0.0  # of training, with timing of number formats and pseudo-validation
+    pace: float = 0.0  # per step of the last epoch
     pass_seconds: float = 0.0  # that the network took for a patch in the last pseudo-validation
     bad_steps: int = 0
-    trend: Trend = field(default_factory=Trend)
-    seen: Seen = field(default_factory=Seen)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> State:
-        kinds = {"plateau": Plateau, "arithmetic": Arithmetic, "trend": Trend, "seen": Seen}
-        known = {each.name for each in fields(cls)}
-        return cls(**{k: kinds[k](**v) if k in kinds else v for k, v in values.items() if k in known})
+    early_stopping: EarlyStopping = Field(EarlyStopping(), alias="trend")
+    labels: LabelStatistics = Field(default_factory=LabelStatistics, alias="seen")
 
 
 def train_fold(job: Job) -> None:
@@ -99,272 +99,366 @@ def train_fold(job: Job) -> None:
 
     Raises
     ------
-    UserError : another process trains it; the loss is not finite too often; the GPU's memory is too small for the plan.
-    Stopped : a signal asked for it; the checkpoint is written.
+    UserError
+        The loss is not finite too often, or the GPU's memory is too small for the plan.
+    Stopped
+        A signal requested it; the checkpoint is written.
     """
-    check_weights(job.settings.loss, job.plan.labels)
-    check_augmentation(job)
-    with exclusive(job.folder) if job.ranks.rank == 0 else nullcontext(), stoppable() as stop:
-        if job.ranks.rank == 0:
-            sweep(job.folder, alone=True)
-        taken = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
-        try:
-            _train_fold(job, stop)
-        except torch.OutOfMemoryError:
-            what, fix = out_of_memory(job.plan, job.configuration, job.device, taken)
-            raise UserError(what, fix=fix) from None
-
-
-def _train_fold(job: Job, stop: Stop) -> None:
     use_allowed_cpus()
     if job.device.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    start = time.monotonic()
-    learner, state = _begin(job)
-    state.seconds += from_first(time.monotonic() - start, job.ranks)
-    log.info(f"{job.device}, {state.arithmetic.precision}, channels-last {state.arithmetic.channels_last}: "
-             f"{state.arithmetic.reason}")  # fmt: skip
-    first = state.iteration * job.settings.training.accumulate
-    with closing(
-        prefetch(training_batches(job, state.epoch, first), job.device, job.settings.training.workers)
-    ) as made:
-        _run_epochs(job, learner, made, state, stop)
     if job.ranks.rank == 0:
-        about = {"configuration": job.configuration, "epochs": state.epoch, "seconds": round(state.seconds, 1),
-                 "length": length(job.settings), "device": job.device.type,
-                 "validation": None if (planned := _validation(job, state)) is None else asdict(planned),
-                 "arithmetic": state.arithmetic.to_json()}  # fmt: skip
-        shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was extended
-        with averaged(learner):
-            save_weights(job.folder / MODEL, learner.network, about)
+        sweep(job.folder, alone=True)
+    cached = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
+    try:
+        with stop_on_signal() as stop:
+            _train(job, stop)
+    except torch.OutOfMemoryError:
+        what, fix = explain_out_of_memory(job.plan, job.configuration, job.device, cached)
+        raise UserError(what, fix=fix) from None
 
 
-def _begin(job: Job) -> tuple[Learner, State]:
-    """The network as the last checkpoint left it, else as it starts.
+def _train(job: Job, stop: StopRequest) -> None:
+    begin = time.monotonic()
+    learner, state = _start(job)
+    state.seconds += from_first(time.monotonic() - begin, job.ranks)
+    arithmetic, training = state.arithmetic, job.settings.training
+    log.info(f"{job.device}, {arithmetic.precision}, channels-last {arithmetic.channels_last}: {arithmetic.reason}")
+    makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
+    with closing(prefetch(makers, job.device, training.workers)) as batches:
+        _run_epochs(job, learner, batches, state, stop)
+    if job.ranks.rank == 0:
+        validation = _plan_validation(job, state)
+        header = {
+            "configuration": job.configuration,
+            "epochs": state.epoch,
+            "seconds": round(state.seconds, 1),
+            "length": run_length(job.settings),
+            "device": job.device.type,
+            "validation": None if validation is None else asdict(validation),
+            "arithmetic": asdict(arithmetic),
+        }
+        shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was resumed
+        with averaged_weights(learner):
+            save_weights(job.folder / MODEL, learner.network, header)
 
-    How it is trained on is what the settings say by now, down to the number format.
-    """
-    network, checkpoint = make_network(job), job.folder / CHECKPOINT
-    if checkpoint.is_file():
-        with understood(checkpoint, "Use --restart."):
-            state = State.from_json(read_state(checkpoint))
-        if not from_first(_is_candidate(job, state.arithmetic), job.ranks):
-            state.arithmetic = choose_arithmetic(job, network)
-        patience = job.settings.training.early_stop
-        if patience is not None and state.trend.since >= patience and (job.folder / MODEL).is_file():
-            state.trend = replace(state.trend, since=0)  # it had stopped early, and is asked for more
-        freeze(network, job.settings.training.freeze)
-        learner = make_learner(job, network, state.arithmetic, state.scale)
-        load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
-        log.info(f"going on from epoch {state.epoch} of {job.settings.training.epochs}")
-        limit = job.settings.training.time_limit
-        if limit is not None and _progress(job, state, since=state.pace / 2) >= 1:
-            log.info(f"the {limit:g} minutes of training.time_limit are over; --time-limit gives it more")
-    else:
+
+def _start(job: Job) -> tuple[Learner, State]:
+    """The network as the last checkpoint left it, otherwise as it starts; settings may have changed since."""
+    network, checkpoint, training = make_network(job), job.folder / CHECKPOINT, job.settings.training
+    if not checkpoint.is_file():
         start_from(network, job)
-        freeze(network, job.settings.training.freeze)
-        state = State(Plateau(), choose_arithmetic(job, network))
-        learner = make_learner(job, network, state.arithmetic, state.scale)
-    return parallel(job, learner), state
+        freeze(network, training.freeze)
+        state = State(arithmetic=choose_arithmetic(job, network))
+        return parallelize(job, make_learner(job, network, state.arithmetic)), state
+
+    with understood(checkpoint, "Use --restart."):
+        state = State.model_validate(read_header(checkpoint))
+    if not from_first(_is_candidate(job, state.arithmetic), job.ranks):
+        state.arithmetic = choose_arithmetic(job, network)
+    if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
+        state.early_stopping = replace(state.early_stopping, since=0)
+    freeze(network, training.freeze)
+    learner = make_learner(job, network, state.arithmetic, state.scale)
+    load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
+    log.info(f"resuming from epoch {state.epoch} of {training.epochs}")
+    if training.time_limit is not None and _progress(job, state, elapsed=state.pace / 2) >= 1:
+        log.info(f"the {training.time_limit:g} minutes of training.time_limit are over; --time-limit gives it more")
+    return parallelize(job, learner), state
 
 
-def _is_candidate(job: Job, arithmetic: Arithmetic) -> bool:
-    """Whether the settings, on this machine, still allow what a run was begun with."""
+def _is_candidate(job: Job, arithmetic: ComputeFormat) -> bool:
+    """Whether settings and machine still allow the number format and layout of a checkpoint."""
     training = job.settings.training
-    allowed = candidates(job.device, training.precision, training.channels_last)
+    allowed = list_formats(job.device, training.precision, training.channels_last)
     return any((a.precision, a.channels_last) == (arithmetic.precision, arithmetic.channels_last) for a in allowed)
 
 
-def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: Stop) -> None:
-    """Train to the end of the run, with a line of metrics and a checkpoint after every epoch."""
-    writes = job.ranks.rank == 0
-    with recording(job.folder, state.epoch, job.settings.training.tensorboard) if writes else nullcontext() as record:
+# ----------------------------------------------------------------------------------------------------------- epochs
+
+
+def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: StopRequest) -> None:
+    """Train to the end of the run, with metrics and a checkpoint after every epoch."""
+    training, writes = job.settings.training, job.ranks.rank == 0
+    with record_metrics(job.folder, state.epoch, training.tensorboard) if writes else nullcontext() as recorder:
         while not _is_over(job, state):
-            start = time.monotonic()
-            row = _epoch(job, learner, batches, state, stop)
-            if row is None:
-                state.seconds += time.monotonic() - start
+            begin = time.monotonic()
+            metrics = _train_epoch(job, learner, batches, state, stop)
+            if metrics is None:
+                state.seconds += time.monotonic() - begin
                 _save(job, learner, state)
-                stop.raise_if_asked(f"in epoch {state.epoch + 1} after step {state.iteration}")
+                stop.check(f"in epoch {state.epoch + 1} after step {state.iteration}")
                 continue
-            limited = job.settings.training.time_limit is not None
-            with averaged(learner):
-                row |= _validate(job, learner, state, PSEUDO_VALIDATED * row["seconds"] if limited else math.inf)
-            state.seconds += from_first(time.monotonic() - start, job.ranks)
-            state.trend = state.trend.after_epoch(row.get("mean_dice"))
-            state.seen.after_epoch(row.get("dice", {}), _progress(job, state))
-            if record is not None:
-                record.add(row)
-                log.info(_line(job, row, state))
-                if row["epoch"] == 1 and (planned := _validation(job, state)) is not None:
-                    announce(job.settings, planned, len(job.validation))
+            allowed = math.inf if training.time_limit is None else PSEUDO_VALIDATION_SHARE * metrics["seconds"]
+            with averaged_weights(learner):
+                metrics |= _validate(job, learner, state, allowed)
+            state.seconds += from_first(time.monotonic() - begin, job.ranks)
+            state.early_stopping = state.early_stopping.update(metrics.get("mean_dice"))
+            state.labels.warn_of_zero_dice(metrics.get("dice", {}), _progress(job, state))
+            if recorder is not None:
+                recorder.add(metrics)
+                log.info(_describe_epoch(job, metrics, state))
+                if metrics["epoch"] == 1 and (validation := _plan_validation(job, state)) is not None:
+                    announce_validation(job.settings, validation, len(job.validation))
             _save(job, learner, state)
-            if _agreed(job, stop):
-                stop.raise_if_asked(f"after epoch {state.epoch}")
+            if _agree_to_stop(job, stop):
+                stop.check(f"after epoch {state.epoch}")
 
 
 def _save(job: Job, learner: Learner, state: State) -> None:
     if job.ranks.rank == 0:
         state.scale = learner.scaler.get_scale() if learner.scaler.is_enabled() else state.scale
-        save_checkpoint(job.folder / CHECKPOINT, learner.network, learner.optimizer, asdict(state), learner.average)
+        header = state.model_dump(by_alias=True)
+        save_checkpoint(job.folder / CHECKPOINT, learner.network, learner.optimizer, header, learner.average)
 
 
-def _progress(job: Job, state: State, iteration: int = 0, since: float = 0.0, pace: float = 0.0) -> float:
-    """How much of the run is done: by iterations, or by time where there is a limit and it comes first.
+def _progress(job: Job, state: State, iteration: int = 0, elapsed: float = 0.0, pace: float = 0.0) -> float:
+    """The share of the run that is done, from 0 to 1: by iterations, or by time if the time limit comes first.
 
-    `iteration` is that of an epoch that began `since` seconds ago, with `pace` seconds per step.
+    `iteration` is that of an epoch that began `elapsed` seconds ago, with `pace` seconds per step.
     """
     training = job.settings.training
-    done = (state.epoch + iteration / training.iterations) / training.epochs
-    whole = training_seconds(job, state.pass_seconds or forward_seconds(job, pace or state.pace))
-    return max(done, (state.seconds + since) / whole)
+    by_steps = (state.epoch + iteration / training.iterations) / training.epochs
+    limit = training_seconds(job, state.pass_seconds or estimate_pass_seconds(job, pace or state.pace))
+    return max(by_steps, (state.seconds + elapsed) / limit)
 
 
-def _validation(job: Job, state: State) -> Validation | None:
-    """How the held-out cases will be predicted whole."""
-    return planned_validation(job, state.pass_seconds or forward_seconds(job, state.pace))
+def _plan_validation(job: Job, state: State) -> ValidationPlan | None:
+    return plan_validation(job, state.pass_seconds or estimate_pass_seconds(job, state.pace))
+
+
+def _stops_early(job: Job, state: State) -> bool:
+    patience = job.settings.training.early_stop
+    return patience is not None and state.early_stopping.since >= patience
 
 
 def _is_over(job: Job, state: State) -> bool:
-    schedule, patience = job.settings.schedule, job.settings.training.early_stop
+    schedule = job.settings.schedule
     if schedule.name == "plateau" and job.settings.optimizer.lr * state.plateau.factor < schedule.min_lr:
         log.info(f"the learning rate has fallen below schedule.min_lr = {schedule.min_lr:g}, which ends the run")
         return True
-    if patience is not None and state.trend.since >= patience:
-        log.info(f"stopping early: the held-out Dice has not risen for {state.trend.since} epochs")
+    if _stops_early(job, state):
+        log.info(f"stopping early: the held-out Dice has not risen for {state.early_stopping.since} epochs")
         return True
-    return state.epoch > 0 and _progress(job, state, since=state.pace / 2) >= 1  # as within an epoch
+    return state.epoch > 0 and _progress(job, state, elapsed=state.pace / 2) >= 1  # as within an epoch
 
 
-def _epoch(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: Stop) -> Row | None:
-    """Train one epoch and return its row of metrics, or None where a signal broke it off; `state` moves on.
+@dataclass
+class _Steps:
+    """The steps of an epoch: loss, whether the weights were updated, and cases of each; tensors stay on the device."""
 
-    A GPU is not waited for before the end: losses and what was skipped stay on the device.
+    losses: list[Tensor] = field(default_factory=list)
+    good: list[Tensor] = field(default_factory=list)
+    case_ids: list[list[str]] = field(default_factory=list)
+    voxels: list[Tensor] = field(default_factory=list)  # of each class in each patch
+    waited: float = 0.0  # seconds for the data
+
+
+def _train_epoch(
+    job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: StopRequest
+) -> Metrics | None:
+    """Train one epoch and return its metrics, or None if a signal interrupted it. Updates `state`.
+
+    The host does not wait for a GPU before the end of the epoch.
     """
-    training, start, waited = job.settings.training, time.monotonic(), 0.0
+    training, first, begin = job.settings.training, state.iteration, time.monotonic()
     learner.network.train()
-    before, losses, taken, seen = state.losses, [], [], []
-    rate, case_ids, first, broken_off = 0.0, [], state.iteration, False
-    clock = Clock(job.ranks if training.time_limit else ALONE, state.pace)  # only a limit makes time count
+    steps, rate, interrupted = _Steps(), 0.0, False
+    clock = Clock(job.ranks if training.time_limit else ALONE, state.pace)  # without a limit, time does not matter
     for iteration in range(first, training.iterations):
-        since = clock.after(iteration - first)
-        pace = since / (iteration - first) if iteration > first else state.pace
-        if iteration > first and _progress(job, state, iteration, since + pace / 2, pace) >= 1:
-            break  # the limit is nearer now than after another step
-        progress = _progress(job, state, iteration, since, pace) if state.epoch or iteration else 0.0
+        elapsed = clock.after(iteration - first)
+        pace = elapsed / (iteration - first) if iteration > first else state.pace
+        if iteration > first and _progress(job, state, iteration, elapsed + pace / 2, pace) >= 1:
+            break  # the end of the time is nearer now than after another step
+        progress = _progress(job, state, iteration, elapsed, pace) if state.epoch or iteration else 0.0
         rate = learning_rate(job.settings.optimizer.lr * state.plateau.factor, job.settings.schedule, progress)
+
         asked = time.monotonic()
         step_batches = list(islice(batches, training.accumulate))
-        waited += time.monotonic() - asked
-        number = state.epoch * training.iterations + iteration
-        torch.manual_seed(job.seed + number)  # for a network of the user's that draws random numbers
-        loss, done = train_step(job, learner, step_batches, rate, number)
-        losses.append(loss)
-        taken.append(done | torch.isfinite(loss) if learner.scaler.is_enabled() else done)  # fp16's scale adapts
-        case_ids.append([case for _, _, ids in step_batches for case in ids])
-        if state.epoch == 0:
-            n = job.plan.labels.n_classes + (job.plan.labels.ignore_class is not None)
-            seen += [voxels_per_class(classes, n) for _, classes, _ in step_batches]
-        if job.device.type == "cpu":
-            _refuse_bad_steps(job, state, taken, case_ids)
+        steps.waited += time.monotonic() - asked
+        _run_step(job, learner, step_batches, rate, state, steps, iteration)
         state.iteration = iteration + 1
-        if (job.ranks.world == 1 or (iteration + 1) % LOOK_EVERY == 0) and _agreed(job, stop):
-            broken_off = state.iteration < training.iterations
+        if (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0) and _agree_to_stop(job, stop):
+            interrupted = state.iteration < training.iterations
             break
-    state.losses = before + (torch.stack(losses).tolist() if losses else [])
-    _refuse_bad_steps(job, state, taken, case_ids)
-    state.bad_steps += len(taken) - int(torch.stack(taken).sum()) if taken else 0
-    if seen:
-        state.seen.count(torch.cat(seen), job.plan.labels, job.ranks)
-    if broken_off:
+
+    state.losses = state.losses + (torch.stack(steps.losses).tolist() if steps.losses else [])
+    _refuse_bad_steps(job, state, steps)
+    state.bad_steps += len(steps.good) - int(torch.stack(steps.good).sum()) if steps.good else 0
+    if steps.voxels:
+        state.labels.count(torch.cat(steps.voxels), job.plan.labels, job.ranks)
+    if interrupted:
         return None
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - begin
     if state.epoch == 0:
-        state.seen.report_unseen(job.plan.labels)
-    row = {
+        state.labels.warn_of_missing(job.plan.labels)
+    samples = len(steps.losses) * training.accumulate * job.planned.batch_size
+    mean_loss = _mean(state.losses)
+    metrics = {
         "epoch": state.epoch + 1,
-        "train_loss": _finite(_mean(state.losses)),
+        "train_loss": _finite(mean_loss),
         "lr": rate,
         "seconds": round(seconds, 2),
-        "samples_per_second": round(len(losses) * training.accumulate * job.planned.batch_size / max(seconds, 1e-9), 2),
-        "waiting": round(waited / max(seconds, 1e-9), 3),
+        "samples_per_second": round(samples / max(seconds, 1e-9), 2),
+        "waiting": round(steps.waited / max(seconds, 1e-9), 3),
         "memory_gb": round(memory_peak(job.device), 2),
         "bad_steps": state.bad_steps,
     }
-    _end_epoch(job, state, seconds / max(len(losses), 1))
-    return row
-
-
-def _end_epoch(job: Job, state: State, pace: float) -> None:
-    """Move `state` to the beginning of the next epoch; `pace` is in seconds per step."""
-    loss = _mean(state.losses)
-    if job.settings.schedule.name == "plateau" and math.isfinite(loss):
-        state.plateau = state.plateau.after_epoch(loss, job.settings.schedule)
+    if job.settings.schedule.name == "plateau" and math.isfinite(mean_loss):
+        state.plateau = state.plateau.update(mean_loss, job.settings.schedule)
     state.epoch, state.iteration, state.losses = state.epoch + 1, 0, []
-    state.pace = from_first(pace, job.ranks)
+    state.pace = from_first(seconds / max(len(steps.losses), 1), job.ranks)
+    return metrics
 
 
-def _agreed(job: Job, stop: Stop) -> bool:
-    """Whether a signal had come to any rank: all of them stop at the same step.
+def _run_step(
+    job: Job, learner: Learner, batches: list[Batch], rate: float, state: State, steps: _Steps, iteration: int
+) -> None:
+    """Do one step and add it to those of the epoch."""
+    number = state.epoch * job.settings.training.iterations + iteration
+    torch.manual_seed(job.seed + number)  # for a user's network that draws random numbers
+    loss, updated = train_step(job, learner, batches, rate, number)
+    steps.losses.append(loss)
+    # with fp16 a gradient that overflows only lowers the loss scale
+    steps.good.append(updated | torch.isfinite(loss) if learner.scaler.is_enabled() else updated)
+    steps.case_ids.append([case for _, _, ids in batches for case in ids])
+    if state.epoch == 0:
+        n_classes = job.plan.labels.n_classes + (job.plan.labels.ignore_class is not None)
+        steps.voxels += [count_voxels(classes, n_classes) for _, classes, _ in batches]
+    if job.device.type == "cpu" and not steps.good[-1]:
+        _refuse_bad_steps(job, state, steps)
 
-    One that comes while they ask each other stays, for the next time.
+
+def _agree_to_stop(job: Job, stop: StopRequest) -> bool:
+    """Whether a signal has reached any process: all of them stop at the same step.
+
+    A signal that arrives while they compare is kept for the next time.
     """
-    asked = any_rank(stop.asked or 0, job.ranks)
-    stop.asked = stop.asked or asked or None
-    return asked > 0
+    number = max_over_ranks(stop.signal or 0, job.ranks)
+    stop.signal = stop.signal or number or None
+    return number > 0
 
 
-def _refuse_bad_steps(job: Job, state: State, taken: list[Tensor], case_ids: list[list[str]]) -> None:
+def _refuse_bad_steps(job: Job, state: State, steps: _Steps) -> None:
     """End a run in which too many steps had a loss or gradient that is not finite.
 
     Raises
     ------
-    UserError : that is so; names the cases of these steps.
+    UserError
+        There are too many; names the cases of these steps.
     """
-    if not taken or (job.device.type == "cpu" and bool(taken[-1])):
-        return
-    bad = [i for i, done in enumerate(torch.stack(taken).tolist()) if not done]
-    if state.bad_steps + len(bad) >= job.settings.training.max_bad_steps:
+    bad = [i for i, good in enumerate(torch.stack(steps.good).tolist()) if not good] if steps.good else []
+    if bad and state.bad_steps + len(bad) >= job.settings.training.max_bad_steps:
+        cases = ", ".join(dict.fromkeys(case for i in bad for case in steps.case_ids[i]))
         raise UserError(
-            f"the loss was not finite in {state.bad_steps + len(bad)} steps, with the cases {names_of(case_ids, bad)}",
-            fix="Look at these images with `nnlite check`; else lower --lr"
+            f"the loss was not finite in {state.bad_steps + len(bad)} steps, with the cases {cases}",
+            fix="Look at these images with `nnlite check`; otherwise lower --lr"
             + (" or use --precision fp32." if state.arithmetic.precision != "fp32" else "."),
         )
 
 
-@torch.inference_mode()
-def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Row:
-    """Loss and pseudo-Dice on fixed patches of the held-out cases; Dice is None for a label that they do not show.
+# ------------------------------------------------------------------------------------------------------- the step
 
-    When `allowed` seconds are over, on those patches that were seen until then.
+
+def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, number: int) -> tuple[Tensor, Tensor]:
+    """Do one step of the optimizer on the mean gradient of some batches.
+
+    Parameters
+    ----------
+    job, learner : Job, Learner
+        What is trained.
+    batches : list of Batch
+        As many as `training.accumulate`.
+    rate : float
+        Learning rate.
+    number : int
+        Of the step since the run began.
+
+    Returns
+    -------
+    loss : Tensor
+        Mean over the batches, on the device.
+    updated : Tensor
+        Whether the weights were updated, on the device: a step with a gradient that is not finite is skipped.
     """
-    n_batches = job.settings.training.validation_iterations
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
+    learner.optimizer.zero_grad(set_to_none=True)
+    statistics = norm_statistics(learner.network)
+    losses = []
+    for i, batch in enumerate(batches):
+        with _local_gradients(learner.forward, i < len(batches) - 1):
+            loss, _ = compute_loss(job, learner, batch)
+            learner.scaler.scale(loss / len(batches)).backward()
+        losses.append(loss.detach())
+    updated = _update_weights(job, learner)
+    for value, before in statistics:
+        value.copy_(torch.where(updated, value, before))
+    if learner.average is not None:
+        update_average(learner.average, learner.network, job.settings.optimizer.ema or 0.0, number)
+    return torch.stack(losses).mean(), updated
+
+
+def _local_gradients(forward: nn.Module, local: bool) -> AbstractContextManager[None]:
+    """Keep gradients in their process until the last batch of a step."""
+    if local and isinstance(forward, nn.parallel.DistributedDataParallel):
+        return forward.no_sync()
+    return nullcontext()
+
+
+def _update_weights(job: Job, learner: Learner) -> Tensor:
+    """Clip and apply the gradients unless one is not finite; return whether they were applied."""
+    learner.scaler.unscale_(learner.optimizer)
+    norm = nn.utils.clip_grad_norm_(learner.parameters, job.settings.training.gradient_clip or math.inf)
+    finite = torch.isfinite(norm)
+    if learner.scaler.is_enabled():
+        learner.scaler.step(learner.optimizer)
+    elif job.device.type == "cuda":
+        # fused optimizers read this on the device, and then leave everything as it is
+        learner.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        learner.optimizer.step()
+    elif finite:
+        learner.optimizer.step()
+    learner.scaler.update()
+    return finite
+
+
+# ----------------------------------------------------------------------------------------------- pseudo-validation
+
+
+@torch.inference_mode()
+def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Metrics:
+    """Loss and pseudo-Dice on fixed patches of the held-out cases; the Dice of a label that none shows is None.
+
+    After `allowed` seconds the remaining patches are left out.
+    """
+    n_batches, labels = job.settings.training.validation_iterations, job.plan.labels
     if not n_batches or not job.validation:
         return {}
     learner.network.eval()
-    labels = job.plan.labels
     regions = labels.region_classes if labels.has_regions else None
     total = torch.zeros((), device=job.device)
     counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.float64)
-    makers = (partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches))
-    start, done = time.monotonic(), 0
-    with closing(prefetch(makers, job.device, job.settings.training.workers)) as made:
-        for batch in made:
-            loss, outputs = loss_of(job, learner, batch)
+    makers: Iterator[Callable[[], Batch]] = (
+        partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches)
+    )
+    begin, done = time.monotonic(), 0
+    with closing(prefetch(makers, job.device, job.settings.training.workers)) as batches:
+        for batch in batches:
+            loss, outputs = compute_loss(job, learner, batch)
             finest = outputs[0] if isinstance(outputs, list) else outputs
             total += loss
-            found = pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
-            counts += found.where(loss.isfinite(), math.nan)  # logits that are not finite would count as background
+            batch_counts = pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+            counts += batch_counts.where(loss.isfinite(), math.nan)  # such logits would count as background
             done += 1
-            if math.isfinite(allowed) and from_first(time.monotonic() - start > allowed, job.ranks):
+            if math.isfinite(allowed) and from_first(time.monotonic() - begin > allowed, job.ranks):
                 break
     if job.ranks.world > 1:
         counts = sum_over_ranks(counts)
-    tp, fp, fn = counts.cpu().numpy()
-    dice = [_finite(float(2 * t / (2 * t + p + n)), 4) if t + n else None for t, p, n in zip(tp, fp, fn, strict=True)]
+    dice = [_finite(2 * tp / (2 * tp + fp + fn), 4) if tp + fn else None for tp, fp, fn in counts.cpu().numpy().T]
     known = [d for d in dice if d is not None]
-    state.pass_seconds = from_first((time.monotonic() - start) / (done * job.planned.batch_size), job.ranks)
+    state.pass_seconds = from_first((time.monotonic() - begin) / (done * job.planned.batch_size), job.ranks)
     return {
         "validation_loss": _finite(float(total) / done),
         "dice": dict(zip(labels.region_names, dice, strict=True)),
@@ -373,30 +467,29 @@ def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Row:
 
 
 def _mean(losses: list[float]) -> float:
-    """Of the steps whose loss was finite."""
+    """The mean of the finite losses."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     return float(np.mean(finite)) if finite else math.nan
 
 
 def _finite(value: float, digits: int = 5) -> float | None:
     """Rounded for metrics.jsonl; JSON has no NaN."""
-    return round(value, digits) if math.isfinite(value) else None
+    return round(float(value), digits) if math.isfinite(value) else None
 
 
-def _line(job: Job, row: Row, state: State) -> str:
-    """One epoch for a person to read."""
-    done, validation = max(_progress(job, state), 1e-9), _validation(job, state)
+def _describe_epoch(job: Job, metrics: dict[str, Any], state: State) -> str:
+    """One epoch as a line."""
+    done, validation = max(_progress(job, state), 1e-9), _plan_validation(job, state)
     left = state.seconds / done * max(0.0, 1 - done) + (0.0 if validation is None else validation.seconds)
-    dice = row.get("mean_dice")
-    each = " ".join("-" if d is None else f"{d:.3f}" for d in list(row.get("dice", {}).values())[:8])
-    loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:+.4f}"
-    score = f"  Dice {dice:.3f} ({each})" if dice is not None else ""
-    if row.get("validation_loss", 0.0) is None:
+    mean_dice = metrics.get("mean_dice")
+    dice = " ".join("-" if d is None else f"{d:.3f}" for d in list(metrics.get("dice", {}).values())[:8])
+    loss = "not finite" if metrics["train_loss"] is None else f"{metrics['train_loss']:+.4f}"
+    score = f"  Dice {mean_dice:.3f} ({dice})" if mean_dice is not None else ""
+    if metrics.get("validation_loss", 0.0) is None:
         score = "  held-out loss not finite"
-    speed = (
-        f"{row['samples_per_second']:.3g} samples/s, {row['waiting']:.0%} waiting, {in_units(row['memory_gb'] * GB)}"
-    )
+    memory = in_units(metrics["memory_gb"] * GB)
+    speed = f"{metrics['samples_per_second']:.3g} samples/s, {metrics['waiting']:.0%} waiting, {memory}"
     return (
-        f"epoch {row['epoch']:>4}  loss {loss}{score}  lr {row['lr']:.1e}  "
-        f"{log.duration(row['seconds'])} ({speed}), {log.duration(left)} left"
+        f"epoch {metrics['epoch']:>4}  loss {loss}{score}  lr {metrics['lr']:.1e}  "
+        f"{log.duration(metrics['seconds'])} ({speed}), {log.duration(left)} left"
     )

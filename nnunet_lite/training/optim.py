@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: two small registries."""
+"""Optimizers, learning-rate schedules and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,29 +12,41 @@ from torch import Tensor, nn
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
 
+_IMPROVEMENT = 5e-3  # of the average loss, below which an epoch does not count as better
+
 
 def make_optimizer(network: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, Adam or AdamW, of the weights that are not frozen.
+    """Return SGD with Nesterov momentum, Adam or AdamW for the weights that are not frozen.
 
-    Fused kernels where torch has them: on a CPU, too, they take a third of the time.
+    Fused kernels are used where torch has them: they take a third of the time, on a CPU too.
     """
-    make: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": lambda p, **k: torch.optim.SGD(p, momentum=settings.momentum, nesterov=settings.momentum > 0, **k),
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
     options: dict[str, Any] = {"fused": True} if device.type in ("cuda", "cpu") else {}
     weights = [p for p in network.parameters() if p.requires_grad]
-    made = make[settings.name](weights, lr=settings.lr, weight_decay=settings.weight_decay, **options)
+    optimizer = kinds[settings.name](weights, lr=settings.lr, weight_decay=settings.weight_decay, **options)
     if settings.name == "sgd" and settings.momentum > 0:
-        # the fused kernel makes them without a value, which they keep where the first step is skipped
+        # the fused kernel creates buffers without a value, and keeps them so if the first step is skipped
         for weight in weights:
-            made.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-    return made
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> float:
-    """The rate when a share `progress` (0..1) of the run is done. Plateau: `base` is what the rule left of it."""
+    """Return the learning rate at a point of the run.
+
+    Parameters
+    ----------
+    base : float
+        Initial rate; for the plateau schedule multiplied by `Plateau.factor`.
+    settings : ScheduleSettings
+        Schedule and warm-up.
+    progress : float
+        Share of the run that is done, from 0 to 1.
+    """
     if progress < settings.warmup:
         return base * max(progress / settings.warmup, 0.01)
     if settings.name == "poly":
@@ -46,9 +58,18 @@ def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> f
 
 @dataclass(frozen=True)
 class Plateau:
-    """The rule of the original nnU-Net (Isensee et al. 2018, arXiv:1809.10486) on the moving average of the loss.
+    """The schedule of the original nnU-Net (Isensee et al. 2018, arXiv:1809.10486) on the average training loss.
 
-    `factor` is what it has made of the learning rate so far; the rate itself is the settings', which may change.
+    Parameters
+    ----------
+    average : float or None
+        Moving average of the training loss.
+    best : float
+        The lowest average so far.
+    since : int
+        Epochs without improvement.
+    factor : float
+        Product of all reductions so far; the settings' rate is multiplied by it, since that may change.
     """
 
     average: float | None = None
@@ -56,10 +77,10 @@ class Plateau:
     since: int = 0
     factor: float = 1.0
 
-    def after_epoch(self, loss: float, settings: ScheduleSettings) -> Plateau:
-        """Average the loss in; after `patience` epochs without improvement multiply the rate by `factor`."""
+    def update(self, loss: float, settings: ScheduleSettings) -> Plateau:
+        """Return the state after an epoch: `patience` epochs without improvement reduce the rate by `factor`."""
         average = loss if self.average is None else 0.93 * self.average + 0.07 * loss
-        improved = average < self.best - 5e-3
+        improved = average < self.best - _IMPROVEMENT
         since = 0 if improved else self.since + 1
         best = average if improved else self.best
         if since > settings.patience:
@@ -68,16 +89,16 @@ class Plateau:
 
 
 def start_average(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's weights and buffers, from which their moving average starts."""
+    """Return a copy of a network's weights and buffers, with which their moving average starts."""
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
 
 
 @torch.no_grad()
-def average_step(average: dict[str, Tensor], network: nn.Module, decay: float, number: int) -> None:
-    """Move the average towards the weights after step `number`; at first faster, to forget the random start."""
-    share = 1 - min(decay, (1 + number) / (10 + number))
-    own = network.state_dict()
+def update_average(average: dict[str, Tensor], network: nn.Module, decay: float, step: int) -> None:
+    """Move an average towards the weights after a step, in place; faster at first, to forget the random start."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    weights = network.state_dict()
     floats = [name for name, value in average.items() if value.is_floating_point()]
-    torch._foreach_lerp_([average[n] for n in floats], [own[n] for n in floats], share)
+    torch._foreach_lerp_([average[name] for name in floats], [weights[name] for name in floats], share)
     for name in average.keys() - set(floats):
-        average[name].copy_(own[name])
+        average[name].copy_(weights[name])

@@ -1,0 +1,299 @@
+"""The first stage of a cascade, as its second stage needs it: which fold predicts which case, and the predictions.
+
+`find_first_stage` -> `predict_first_stage` -> `with_first_stage`. Each case is predicted by a fold that held it out,
+from its preprocessed image. The logits are resampled linearly to the grid of the second stage, and become classes
+there: that is sharper than resampling a label map. Predictions are kept; other weights, settings, images or grids make
+them again.
+
+fold_k/next_stage/3d_cascade_fullres/case_001.b2nd    in the model folder of the first stage: blosc2, (z, y, x) classes
+                                                      on the grid of the second, with a key of what they were made of
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import blosc2
+import numpy as np
+
+from nnunet_lite import log
+from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.geometry import Geometry, Turn
+from nnunet_lite.errors import UserError, naming
+from nnunet_lite.files import atomic, locked, sweep
+from nnunet_lite.inference.predictor import load, predict_preprocessed, read_model
+from nnunet_lite.inference.prepare import as_classes
+from nnunet_lite.models.folder import MODEL, is_finished, model_folder, read_run
+from nnunet_lite.planning.schema import Configuration, Plan
+from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
+from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
+from nnunet_lite.preprocessing.stored_case import StoredCase
+from nnunet_lite.training.splits import ALL, Split, load_splits
+from nnunet_lite.workspace import Paths
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_VERSION = 1  # of how predictions are made; a larger number makes them again
+_FOLDER = "next_stage"
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """The first stage of a cascade, as one fold of the second stage needs it.
+
+    Parameters
+    ----------
+    configuration : str
+        Such as "3d_lowres".
+    folder : Path
+        Of its model.
+    holders : mapping of str to str
+        Case id -> the fold that predicts it, because it held it out.
+    """
+
+    configuration: str
+    folder: Path
+    holders: Mapping[str, str]
+
+    def subset(self, case_ids: Iterable[str]) -> FirstStage:
+        """Return the same for some of the cases."""
+        return replace(self, holders={case_id: self.holders[case_id] for case_id in case_ids})
+
+    @property
+    def folds(self) -> list[str]:
+        return sorted(set(self.holders.values()))
+
+    @property
+    def missing(self) -> list[str]:
+        """The folds that are needed and not trained yet."""
+        return [fold for fold in self.folds if not is_finished(self.folder / f"fold_{fold}")]
+
+    def describe(self) -> str:
+        """Return what is needed, and what of it remains to be trained."""
+        todo = f"to be trained first: {', '.join(self.missing)}" if self.missing else "all trained"
+        needed = f"fold {', '.join(self.folds)} of {self.folder}"
+        return f"the second stage learns from what {self.configuration} predicts: {needed}; {todo}"
+
+
+def find_first_stage(
+    paths: Paths, plan: Plan, configuration: str, split: Split, folder: Path, recipe: str, name: str | None
+) -> FirstStage | None:
+    """Find the first stage of a cascade.
+
+    Parameters
+    ----------
+    paths, plan, configuration : Paths, Plan, str
+        Of the second stage.
+    split : Split
+        The fold of the second stage.
+    folder, recipe, name : Path, str, str or None
+        Of its model.
+
+    Returns
+    -------
+    FirstStage or None
+        None for a configuration without one.
+
+    Raises
+    ------
+    UserError
+        No fold holds out one of the cases.
+    """
+    stage = plan.configuration(configuration).previous_stage
+    if stage is None:
+        return None
+    holders = find_holders(split, [] if split.name == ALL else load_splits(paths.splits))
+    return FirstStage(stage, first_stage_folder(paths, folder, stage, recipe, name, set(holders.values())), holders)
+
+
+def first_stage_folder(
+    paths: Paths, folder: Path, stage: str, recipe: str, name: str | None, folds: Iterable[str]
+) -> Path:
+    """Return the model folder of the first stage.
+
+    The one that the second stage began with; otherwise that of the recipe, also for a second stage with a name of its
+    own if all the folds that it needs are trained there; otherwise one with the name of the second stage.
+    """
+    if (folder / "run.json").is_file() and (known := read_run(folder).get("previous")):
+        return model_folder(paths, str(known))
+    usual = model_folder(paths, f"{stage}-{recipe}")
+    if name is None or all(is_finished(usual / f"fold_{fold}") for fold in folds):
+        return usual
+    return model_folder(paths, f"{stage}-{name}")
+
+
+def find_holders(split: Split, splits: Sequence[Split]) -> dict[str, str]:
+    """Return which fold of the first stage predicts each case: one that did not train on it.
+
+    Cases that a fold of the second stage holds out are predicted by the same fold; "all" has no choice.
+
+    Raises
+    ------
+    UserError
+        No fold holds out one of the cases.
+    """
+    if split.name == ALL:
+        return dict.fromkeys(split.training, ALL)
+    holders = {case_id: fold.name for fold in splits for case_id in fold.validation}
+    holders |= dict.fromkeys(split.validation, split.name)
+    if missing := sorted({*split.training} - set(holders)):
+        raise UserError(
+            f"the second stage learns from predictions of held-out cases, and no fold holds out {missing[0]}"
+            + (f" ({len(missing)} cases in all)" if len(missing) > 1 else ""),
+            fix="Train the fold `all`, or give splits.json a fold that holds it out.",
+        )
+    return {case_id: holders[case_id] for case_id in (*split.training, *split.validation)}
+
+
+# ------------------------------------------------------------------------------------------------------- predictions
+
+
+def predict_first_stage(
+    first: FirstStage,
+    dataset: Dataset,
+    plan: Plan,
+    configuration: str,
+    preprocessed: Path,
+    workers: int | None,
+    device: str | None,
+) -> dict[str, Path]:
+    """Predict the cases of `first.holders`; predictions that exist are kept.
+
+    Parameters
+    ----------
+    first : FirstStage
+        Which folds predict which cases.
+    dataset, plan, configuration : Dataset, Plan, str
+        Of the second stage.
+    preprocessed : Path
+        Folder of the preprocessed cases; those that are missing for either stage are made.
+    workers, device : int or None, str or None
+        Threads that preprocess; where the networks run.
+
+    Returns
+    -------
+    dict of str to Path
+        Case id -> file, for `read_stage_map`.
+
+    Raises
+    ------
+    UserError
+        One of the folds is not trained.
+    """
+    first_plan, _ = read_model(first.folder)
+    preprocess_dataset(dataset, first_plan, [first.configuration], preprocessed, workers, log.progress)
+    preprocess_dataset(dataset, plan, [configuration], preprocessed, workers, log.progress)
+    open_first = partial(open_case, preprocessed, first_plan, first.configuration)
+    open_second = partial(open_case, preprocessed, plan, configuration)
+    files: dict[str, Path] = {}
+    for fold in first.folds:
+        recipe = _describe_fold(first.folder, fold)
+        held_out = [case_id for case_id, holder in first.holders.items() if holder == fold]
+        keys = {case_id: _hash([recipe, open_first(case_id).key, open_second(case_id).key]) for case_id in held_out}
+        targets = {
+            case_id: stage_map_file(first.folder / f"fold_{fold}", configuration, case_id) for case_id in held_out
+        }
+        folder = targets[held_out[0]].parent
+        with locked(folder, partial(log.info, f"{folder}: another process is predicting, waiting for it")):
+            sweep(folder, alone=True)
+            todo = [case_id for case_id in held_out if _stored_key(targets[case_id]) != keys[case_id]]
+            if todo:
+                model = load(first.folder, [fold], device, workspace=first.folder.absolute().parents[2])
+                for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
+                    source, target = open_first(case_id), open_second(case_id)
+                    with naming(case_id):
+                        logits = predict_preprocessed(model, source.image[:])
+                        stage = (model.plan, model.configuration)
+                        classes = classes_on_grid(logits, *stage, source.placement, target.placement)
+                    write_stage_map(targets[case_id], classes, target.label, keys[case_id])
+        files |= targets
+    return files
+
+
+def classes_on_grid(
+    logits: Tensor | np.ndarray, plan: Plan, stage: Configuration, first: Placement, second: Placement
+) -> np.ndarray:
+    """Return classes (z, y, x) on the grid of the second stage's array of a case.
+
+    Parameters
+    ----------
+    logits : Tensor or ndarray, shape (classes or regions, z, y, x)
+        For the first stage's array.
+    plan, stage : Plan, Configuration
+        Of the first stage.
+    first, second : Placement
+        Of both arrays in the image; both show the same box of it.
+    """
+    z, y, x = second.shape
+    grid, box = Geometry(second.shape, second.new_spacing), ((0, z), (0, y), (0, x))
+    # as in nnU-Net, the spacing of the first stage alone decides whether slices are resampled one by one
+    place = Placement(grid, Turn(), box, first.new_spacing, first.new_spacing, first.shape)
+    return as_classes(restore_segmentation(logits, place, plan.labels, stage.resampling), plan.labels)
+
+
+def _describe_fold(folder: Path, fold: str) -> dict[str, Any]:
+    """Everything about a fold that decides its predictions.
+
+    Raises
+    ------
+    UserError
+        It is not trained.
+    """
+    plan, run = read_model(folder)
+    weights = folder / f"fold_{fold}" / MODEL
+    if not is_finished(weights.parent):
+        load(folder, [fold])  # raises the error
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stage = plan.configuration(run["configuration"])
+    return {
+        "version": _VERSION,
+        "weights": digest,
+        "stage": stage.model_dump(mode="json", exclude={"memory_gb", "reasons", "batch_size"}),
+        "settings": run["settings"]["inference"],
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def stage_map_file(fold_folder: Path, configuration: str, case_id: str) -> Path:
+    """Return where a fold of the first stage keeps what it predicts of a case for a second stage."""
+    return fold_folder / _FOLDER / configuration / f"{case_id}.b2nd"
+
+
+def write_stage_map(file: Path, classes: np.ndarray, like: Any, key: str) -> None:
+    """Write classes (z, y, x), chunked like a stored label of the same shape; `key` says what they were made of."""
+    compression = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1)
+    layout = {"chunks": like.chunks, "blocks": like.blocks, "cparams": compression}
+    with atomic(file) as temporary:
+        stored = blosc2.asarray(classes.astype(like.dtype, order="C"), urlpath=str(temporary), mode="w", **layout)
+        stored.vlmeta["key"] = key
+
+
+def read_stage_map(file: Path) -> Any:
+    """Return the classes in a file, memory-mapped: `classes[z0:z1, y0:y1, x0:x1]` reads that box as a numpy array."""
+    return blosc2.open(str(file), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+
+
+def with_first_stage(case: StoredCase, file: Path) -> StoredCase:
+    """Return a preprocessed case with what the first stage predicts of it; no voxel is read yet."""
+    return replace(case, previous=read_stage_map(file))
+
+
+def _stored_key(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    stored = read_stage_map(file)  # its metadata is valid as long as it exists
+    return str(stored.vlmeta["key"])

@@ -1,0 +1,376 @@
+"""Fine-tuning: a network that starts from the weights of a trained model, and weights that stay as they are.
+
+`find_source` (which fold) -> `adopt_plan` (what the weights depend on) -> `start_from` (copy what fits) -> `freeze`.
+The learning rate stays the recipe's. Fine-tuning usually takes a tenth of the default one: `--lr 0.001`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nnunet_lite import log
+from nnunet_lite.data.geometry import turn_between
+from nnunet_lite.data.labels import BACKGROUND, Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.models.folder import MODEL, read_header, read_run
+from nnunet_lite.models.nnunet import is_nnunet, nnunet_folds, read_fold
+from nnunet_lite.planning.memory import with_memory
+from nnunet_lite.planning.schema import Channel, Plan, exact_storage
+from nnunet_lite.settings import Settings
+from nnunet_lite.training.job import Job
+
+Part = Literal["encoder", "all-but-head"]
+_FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}
+_HEADS = "heads."
+_FIRST = ("stem.0.weight", "encoder.0.0.0.weight")  # first layer of a residual encoder, of a plain one
+_STAGE = "previous stage: "  # starts the names of a cascade's one-hot inputs
+_SHOWN = 4  # names in a line of the report
+
+
+# ------------------------------------------------------------------------------------------------ which model and plan
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained fold to start from.
+
+    Parameters
+    ----------
+    file : Path
+        model.safetensors, or a checkpoint of nnU-Net.
+    plan : Plan
+        That it was trained with.
+    configuration : str
+        Of that plan.
+    fold : str
+        Such as "0"; "all" if the weights have seen all cases, or may have.
+    """
+
+    file: Path
+    plan: Plan
+    configuration: str
+    fold: str = "all"
+
+
+def find_source(model: Path, dataset: str, fold: str) -> Source:
+    """Find the fold to start from.
+
+    A model of the same dataset gives the same fold, which was not trained on the held-out cases. A model of another
+    dataset gives the fold that was trained on all cases, otherwise the same fold, otherwise its first one.
+
+    Parameters
+    ----------
+    model : Path
+        A model folder, ours or nnU-Net's, or the file of one of its folds: model.safetensors, or a checkpoint of
+        nnU-Net, which is read without running anything in it.
+    dataset, fold : str
+        What is trained now.
+
+    Raises
+    ------
+    UserError
+        There is no model folder, or none of its folds is trained.
+    """
+    model = model.expanduser()
+    folder = model.absolute().parents[1] if model.is_file() else model
+    from_nnunet = is_nnunet(folder) or (model.is_file() and model.suffix == ".pth")
+    if not from_nnunet and not (folder / "run.json").is_file():
+        what = "is no model folder, nor the file of a fold in one (model.safetensors, or a .pth of nnU-Net)"
+        raise UserError(what, model, "Make a model folder of a zip with `nnlite import`.")
+    if model.is_file():
+        return _read_source(model)
+    files = list(nnunet_folds(folder).values()) if from_nnunet else sorted(folder.glob(f"fold_*/{MODEL}"))
+    if not files:
+        fix = "Give the file of another checkpoint." if from_nnunet else "Train one with `nnlite train`."
+        raise UserError("has no trained fold to start from", folder, fix)
+    trained = {file.parent.name.removeprefix("fold_"): file for file in files}
+    first = _read_source(files[0])
+    preferred = (fold, "all") if first.plan.dataset == dataset else ("all", fold)
+    chosen = next(name for name in (*preferred, *trained) if name in trained)
+    return replace(first, file=trained[chosen], fold=chosen)
+
+
+def _read_source(file: Path) -> Source:
+    if file.suffix == ".pth":
+        checkpoint = read_fold(file)
+        return Source(file, checkpoint.plan, checkpoint.run["configuration"], checkpoint.number)
+    folder, fold = file.absolute().parents[1], file.parent.name.removeprefix("fold_")
+    return Source(file, Plan.read(folder / "plans.json"), read_run(folder)["configuration"], fold)
+
+
+def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Settings) -> Plan:
+    """Return the plan to fine-tune with: the dataset's, with what the weights depend on taken from the model.
+
+    The model gives orientation, axis order, spacing, patch, batch, network and resampling, and, for channels of equal
+    name, the normalization with its statistics: a filter learnt on CT expects the same value for the same Hounsfield
+    unit. Labels, batch Dice and cascade stay the dataset's. Settings of patch and network are applied afterwards.
+
+    Raises
+    ------
+    UserError
+        The model has another number of dimensions, kind of U-Net or normalization layer than planned or set.
+    """
+    planned, model = plan.configuration(configuration), source.plan.configuration(source.configuration)
+    norm, kind = model.network.norm, model.network.kind
+    for what, here, there, fix in (
+        ("dimensions", planned.dimensions, model.dimensions, "Train a configuration of as many."),
+        ("kind of U-Net", kind if settings.plan.preset is None else planned.network.kind, kind,
+         "Take a recipe without a preset."),
+        ("normalisation", settings.network.norm or norm, norm, "Leave network.norm out of the settings."),
+    ):  # fmt: skip
+        if here != there:
+            raise UserError(f"does not fit {configuration}: {what} {there}, here {here}", source.file, fix)
+    order = source.plan.axis_order
+    orientation = source.plan.orientation or plan.orientation
+    turn = turn_between(plan.orientation, orientation).then(order)
+    axes = [plan.axis_order.index(axis) for axis in turn.order]
+    spacing, shape = (tuple(values[i] for i in axes) for values in (plan.median_spacing, plan.median_shape))
+    target = (spacing[0], *model.spacing)[-3:]  # in 2D slices keep their distance
+    resampled = tuple(float(max(1, round(n * old / new))) for n, old, new in zip(shape, spacing, target, strict=True))
+    adopted = planned.model_copy(
+        update={
+            "spacing": model.spacing,
+            "median_shape": resampled[-model.dimensions :],
+            "patch_size": model.patch_size,
+            "batch_size": model.batch_size,
+            "network": model.network,
+            "resampling": model.resampling,
+            "reasons": (f"taken over from {source.configuration} of {source.plan.dataset}, to start from its weights",),
+        }
+    )
+    adopted = with_memory(adopted, len(plan.channels), plan.labels)
+    known = {channel.name.casefold(): channel for channel in source.plan.channels}
+    channels = tuple(_adopt_normalization(channel, known) for channel in plan.channels)
+    exact = plan.stored_as == exact_storage(plan.channels)
+    return plan.model_copy(
+        update={
+            "orientation": orientation,
+            "axis_order": order,
+            "median_spacing": spacing,
+            "median_shape": shape,
+            "channels": channels,
+            "stored_as": exact_storage(channels) if exact else plan.stored_as,
+            "configurations": {**plan.configurations, configuration: adopted},
+        }
+    )
+
+
+def _adopt_normalization(channel: Channel, known: Mapping[str, Channel]) -> Channel:
+    """A channel with the normalization of the model's channel of that name, if there is one."""
+    return known.get(channel.name.casefold(), channel).model_copy(update={"name": channel.name})
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def start_from(network: nn.Module, job: Job) -> None:
+    """Give a network the weights of `training.init`, if that is set, and log what became of them.
+
+    Raises
+    ------
+    UserError
+        Not one tensor fits, or random weights are to be frozen.
+    """
+    training = job.settings.training
+    if training.init is None:
+        if training.freeze is not None:
+            raise UserError(f"--freeze {training.freeze} would keep random weights", fix="Give a model with --init.")
+        return
+    fold = job.folder.name.removeprefix("fold_")
+    source = find_source(Path(training.init), job.plan.dataset, fold)
+    if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
+        log.warn(f"{source.file} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
+    report = adopt_weights(
+        network,
+        _read_weights(source.file),
+        source.plan.labels,
+        job.plan.labels,
+        input_names(source.plan, source.configuration),
+        input_names(job.plan, job.configuration),
+    )
+    if not report.copied:
+        raise UserError(f"nothing in it fits the network of {job.configuration}", source.file,
+                        "Leave the settings of the network as they were when it was trained.")  # fmt: skip
+    log.info(f"starting from {source.file}\n{report.to_text()}")
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".pth":
+        return read_fold(file).network.state_dict()
+    read_header(file)  # refuses a file that is no safetensors file
+    return load_file(file)
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What became of each tensor of a network that starts from a trained one.
+
+    Parameters
+    ----------
+    copied, adapted, random : tuple of str
+        Names of tensors that are the model's, were made from the model's, or stay random.
+    unused : tuple of str
+        Names of the model's tensors that do not fit into the network.
+    share : float
+        Of the network's weights that come from the model, from 0 to 1.
+    inputs, outputs : tuple of (str, str)
+        For each channel of the network, what of the model it was made from.
+    """
+
+    copied: tuple[str, ...]
+    adapted: tuple[str, ...]
+    random: tuple[str, ...]
+    unused: tuple[str, ...]
+    share: float
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+
+    def to_text(self) -> str:
+        """Return a short table."""
+        share = f"{100 * self.share:.1f} % of the weights are the model's"
+        rows = [("taken over", f"{len(self.copied)} tensors; {share}")]
+        for what, channels in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if any(name.casefold() != origin.casefold() for name, origin in channels):
+                rows.append((f"adapted, {what}", "; ".join(f"{name}: {origin}" for name, origin in channels)))
+        for what, names in (("at random", self.random), ("not used", self.unused)):
+            if names:
+                more = ", ..." if len(names) > _SHOWN else ""
+                rows.append((what, f"{len(names)} tensors: {', '.join(names[:_SHOWN])}{more}"))
+        width = max(len(what) for what, _ in rows)
+        return "\n".join(f"  {what:<{width}}  {text}" for what, text in rows)
+
+
+def adopt_weights(
+    network: nn.Module,
+    source_state: Mapping[str, Tensor],
+    source_labels: Labels,
+    target_labels: Labels,
+    source_inputs: Sequence[str],
+    target_inputs: Sequence[str],
+) -> WeightReport:
+    """Copy into a network every tensor of a trained one that fits by name and shape; the rest stays random.
+
+    Rows of the heads are matched by the names of labels or regions. The first layer is adapted to other channels:
+    channels of equal name are copied, others get the mean of the model's, and all are scaled so that inputs of unit
+    variance have a response of the same size. Channels that have no name in common but the same number are matched in
+    their order. A cascade's one-hot inputs that the model did not have start at zero: the network starts as it was
+    without them.
+
+    Parameters
+    ----------
+    network : Module
+        Changed in place.
+    source_state : mapping of str to Tensor
+        Weights of the trained network.
+    source_labels, target_labels : Labels
+        Of the trained network and of this one.
+    source_inputs, target_inputs : sequence of str
+        Names of their inputs, see `input_names`.
+    """
+    own = network.state_dict()
+    given = {name: value.to(own[name]) for name, value in source_state.items() if name in own}
+    first = next((name for name in _FIRST if name in own), None)
+    rows = _match_names(_output_names(source_labels), _output_names(target_labels))
+    columns = _match_names(source_inputs, target_inputs)
+    if len(source_inputs) == len(target_inputs) and not any(column is not None for column in columns):
+        columns = list(range(len(source_inputs)))
+    fitted = dict(given)
+    for name, value in given.items():
+        if name == first:
+            fitted[name] = _select_inputs(value, columns, source_inputs, target_inputs)
+        elif name.startswith(_HEADS):
+            fitted[name] = _select_outputs(own[name], value, rows)
+    new = {name: value for name, value in fitted.items() if value.shape == own[name].shape}
+    network.load_state_dict({**own, **new})
+    inputs = zip(target_inputs, columns, strict=True)
+    outputs = zip(_output_names(target_labels), rows, strict=True)
+    return WeightReport(
+        copied=tuple(name for name, value in new.items() if value is given[name]),
+        adapted=tuple(name for name, value in new.items() if value is not given[name]),
+        random=tuple(name for name in own if name not in new),
+        unused=tuple(name for name in source_state if name not in new),
+        share=sum(value.numel() for value in new.values()) / sum(value.numel() for value in own.values()),
+        inputs=tuple((name, _input_origin(name, column, source_inputs)) for name, column in inputs),
+        outputs=tuple((name, "at random" if i is None else _output_names(source_labels)[i]) for name, i in outputs),
+    )
+
+
+def _match_names(source: Sequence[str], target: Sequence[str]) -> list[int | None]:
+    """For each target name the index of the equal source name, whatever its case, or None."""
+    index = {name.casefold(): i for i, name in reversed(list(enumerate(source)))}
+    return [index.get(name.casefold()) for name in target]
+
+
+def _select_outputs(own: Tensor, given: Tensor, rows: Sequence[int | None]) -> Tensor:
+    """A head's tensor (outputs, ...) with the model's rows where it has them, otherwise the network's own."""
+    if given.shape[1:] != own.shape[1:] or rows == list(range(len(given))):
+        return given
+    return torch.stack([own[row] if i is None else given[i] for row, i in enumerate(rows)])
+
+
+def _select_inputs(
+    given: Tensor, columns: Sequence[int | None], source: Sequence[str], target: Sequence[str]
+) -> Tensor:
+    """The first layer's kernel (outputs, inputs, ...) for other inputs."""
+    if columns == list(range(given.shape[1])):
+        return given
+    mean = given[:, [not name.startswith(_STAGE) for name in source]].mean(1)
+    new = [
+        given[:, i] if i is not None else torch.zeros_like(mean) if name.startswith(_STAGE) else mean
+        for name, i in zip(target, columns, strict=True)
+    ]
+    kernel = torch.stack(new, 1)
+    scale = given.norm() / kernel.norm()
+    same = torch.isclose(scale, torch.ones_like(scale))  # the same channels in another order
+    return kernel if same else kernel * scale
+
+
+def _input_origin(name: str, column: int | None, source: Sequence[str]) -> str:
+    """What an input's column of the first layer was made from."""
+    if column is not None:
+        return source[column]
+    return "zero" if name.startswith(_STAGE) else f"mean of {', '.join(s for s in source if not s.startswith(_STAGE))}"
+
+
+def input_names(plan: Plan, configuration: str) -> tuple[str, ...]:
+    """Return the names of a network's inputs: the image's channels, then the classes of a cascade's first stage."""
+    images = tuple(channel.name for channel in plan.channels)
+    if plan.configuration(configuration).previous_stage is None:
+        return images
+    labels = plan.labels
+    classes = map(str, labels.values[1:]) if labels.has_regions else labels.region_names
+    return (*images, *(f"{_STAGE}{name}" for name in classes))
+
+
+def _output_names(labels: Labels) -> tuple[str, ...]:
+    """The regions, or the background and the labels."""
+    return labels.region_names if labels.has_regions else (BACKGROUND, *labels.region_names)
+
+
+def freeze(network: nn.Module, part: Part | None) -> None:
+    """Keep the weights of a part as they are: without gradients, and batch norm with its present statistics.
+
+    Raises
+    ------
+    UserError
+        The network, which a factory made, has no such part.
+    """
+    if part is None:
+        return
+    parameters = dict(network.named_parameters())
+    frozen = {name for name in parameters if name.startswith(_FROZEN[part]) and not name.startswith(_HEADS)}
+    if not frozen or len(frozen) == len(parameters):
+        raise UserError(f"--freeze {part}: the network has no tensors called encoder.* and heads.*")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen:
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc] # stays so

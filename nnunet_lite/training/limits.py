@@ -1,0 +1,293 @@
+"""What ends a run before its last epoch: a time limit, early stopping, a signal, or too little GPU memory.
+
+A time limit (`training.time_limit`) covers the timing of number formats, the training and, on request, the validation
+of the held-out cases in whole images, whose windows then lie further apart if it would take too long.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnunet_lite import log
+from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import Stopped
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_finished, read_header, run_length
+from nnunet_lite.planning.override import limit_sizes, override_sizes
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.settings import Settings
+from nnunet_lite.system import GB, in_units
+
+if TYPE_CHECKING:
+    from nnunet_lite.training.job import Job
+
+TIMING_SHARE = 0.05  # of the limit, which the timing of number formats may take
+PSEUDO_VALIDATION_SHARE = 0.25  # of an epoch's training time, which its pseudo-validation may take under a limit
+_VALIDATION_SHARE = 0.5  # of the limit, which a covered validation may take
+_STEP_SIZES = (0.5, 0.75, 1.0)  # that a covered validation chooses from
+_FORWARD_SHARE = 1 / 3  # of a training step, which its forward pass takes, about
+
+
+# ------------------------------------------------------------------------------------------------------ time limit
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """How the held-out cases are predicted whole, after the training.
+
+    Parameters
+    ----------
+    step_size : float
+        Distance of two windows, as a share of the patch.
+    passes : int
+        Windows and their mirrored copies, over all cases.
+    seconds : float
+        Estimated duration.
+    """
+
+    step_size: float
+    passes: int
+    seconds: float
+
+
+def limit_seconds(settings: Settings) -> float:
+    """Return the time limit of a run in seconds; infinite without one."""
+    limit = settings.training.time_limit
+    return math.inf if limit is None else 60 * limit
+
+
+def validation_step_sizes(settings: Settings) -> list[float]:
+    """Return the window step sizes that the validation chooses from: the run's own, and larger ones to keep a limit."""
+    own, training = settings.inference.step_size, settings.training
+    covered = training.limit_validation and training.time_limit is not None
+    return [own, *(step for step in _STEP_SIZES if covered and step > own)]
+
+
+def plan_validation(job: Job, pass_seconds: float) -> ValidationPlan | None:
+    """Return how the held-out cases are predicted, or None if there are none.
+
+    If the limit covers the validation, the first step size is taken that needs at most half of the limit.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    pass_seconds : float
+        Time that the network takes for one window.
+    """
+    plans = [ValidationPlan(step, number, number * pass_seconds) for step, number in job.passes.items()]
+    allowed = _VALIDATION_SHARE * limit_seconds(job.settings)
+    return next((plan for plan in plans if plan.seconds <= allowed), plans[-1] if plans else None)
+
+
+def training_seconds(job: Job, pass_seconds: float) -> float:
+    """Return how long the training may take: the limit without the validation that it covers; infinite without a limit.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    pass_seconds : float
+        Time that the network takes for one window.
+    """
+    limit = limit_seconds(job.settings)
+    validation = plan_validation(job, pass_seconds) if job.settings.training.limit_validation else None
+    if validation is None or math.isinf(limit):
+        return limit
+    return limit - min(_VALIDATION_SHARE * limit, validation.seconds)
+
+
+def estimate_pass_seconds(job: Job, step_seconds: float) -> float:
+    """Return about how long the network takes for one window, from the duration of a training step (in seconds)."""
+    return _FORWARD_SHARE * step_seconds / (job.planned.batch_size * job.settings.training.accumulate)
+
+
+def announce_validation(settings: Settings, validation: ValidationPlan, n_cases: int) -> None:
+    """Log how long the validation of some held-out cases takes, and whether the limit covers it."""
+    cases, passes = plural(n_cases, "held-out case"), f"{validation.passes:,} passes through the network"
+    takes = f"validation of {cases} in whole images: {passes}, about {log.duration(validation.seconds)}"
+    limit = limit_seconds(settings)
+    if math.isinf(limit) or not settings.training.limit_validation:
+        log.info(takes + ("" if math.isinf(limit) else ", which the time limit does not cover"))
+        return
+    wider = validation.step_size > settings.inference.step_size
+    apart = f"; windows are {validation.step_size:g} of the patch apart, to keep to it" if wider else ""
+    if validation.seconds <= _VALIDATION_SHARE * limit:
+        log.info(f"{takes} of the time limit{apart}")
+    else:
+        log.warn(f"{takes}, more than half of the time limit, which the run will exceed{apart}")
+
+
+# ---------------------------------------------------------------------------------------- progress of a fold on disk
+
+
+def fold_progress(fold_folder: Path, settings: Settings) -> float:
+    """Return how much of a fold's training its last checkpoint has done, from 0 to 1."""
+    file = fold_folder / CHECKPOINT
+    state = read_header(file) if file.is_file() else {}
+    by_epochs = float(state.get("epoch", 0)) / settings.training.epochs
+    return min(1.0, max(by_epochs, float(state.get("seconds", 0.0)) / limit_seconds(settings)))
+
+
+def estimate_fold_seconds(fold_folder: Path, settings: Settings) -> float | None:
+    """Return how long a fold takes from start to end, or None where nothing is known.
+
+    The mean of finished folds of the same model and length, with their validation; otherwise the pace of what is
+    trained of this fold or another one, or the time limit, whichever is shorter.
+    """
+    others = sorted(folder for folder in fold_folder.parent.glob("fold_*") if folder != fold_folder)
+    finished = [read_header(folder / MODEL) for folder in others if is_finished(folder)]
+    whole = [
+        float(state["seconds"]) + float((state.get("validation") or {"seconds": 0.0})["seconds"])
+        for state in finished
+        if state.get("length") == run_length(settings)
+    ]
+    if whole:
+        return sum(whole) / len(whole)
+    limit = limit_seconds(settings)
+    for folder in (fold_folder, *others):
+        if progress := fold_progress(folder, settings):
+            return min(float(read_header(folder / CHECKPOINT)["seconds"]) / progress, limit)
+    return None if math.isinf(limit) else limit
+
+
+# ------------------------------------------------------------------------------------------------- early stopping
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Moving average of the held-out Dice, and for how many epochs it has not improved (`training.early_stop`)."""
+
+    average: float | None = None
+    best: float = 0.0
+    since: int = 0
+
+    def update(self, dice: float | None) -> EarlyStopping:
+        """Return the state after an epoch; an epoch without a Dice changes nothing."""
+        if dice is None:
+            return self
+        average = dice if self.average is None else 0.9 * self.average + 0.1 * dice
+        return EarlyStopping(average, max(self.best, average), 0 if average > self.best else self.since + 1)
+
+
+# --------------------------------------------------------------------------------------------------------- signals
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal requested the run to stop, and which one (its number)."""
+
+    signal: int | None = None
+
+    def check(self, where: str) -> None:
+        """End the run, whose checkpoint is written, if a stop was requested.
+
+        Raises
+        ------
+        Stopped
+            A signal arrived.
+        """
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            raise Stopped(f"stopped by {name} {where}; the same command resumes from there", self.signal)
+
+
+_in_threads: list[StopRequest] = []
+
+
+def stop_threads() -> None:
+    """Request the runs in other threads of this process to stop, as SIGTERM would."""
+    for request in _in_threads:
+        request.signal = signal.SIGTERM
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once.
+
+    Only the main thread receives signals. A run in another thread is stopped with `stop_threads`.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        _in_threads.append(request)
+        try:
+            yield request
+        finally:
+            _in_threads.remove(request)
+        return
+    handlers: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, _: object) -> None:
+        request.signal = number
+        restore()
+        log.info(f"{signal.Signals(number).name}: writing a checkpoint after this step; once more stops at once")
+
+    handlers |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        restore()
+
+
+# ------------------------------------------------------------------------------------------------------ GPU memory
+
+
+def memory_peak(device: torch.device) -> float:
+    """Return the peak memory in GB (1e9 bytes): of the GPU since the run began, otherwise of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def explain_out_of_memory(plan: Plan, configuration: str, device: torch.device, cached: int) -> tuple[str, str]:
+    """Return what was too large for a GPU, and how to fix it.
+
+    Parameters
+    ----------
+    plan, configuration : Plan, str
+        What was trained.
+    device : torch.device
+        The GPU.
+    cached : int
+        Bytes of it that the cases take.
+    """
+    planned = plan.configuration(configuration)
+    free, total = torch.cuda.mem_get_info(device)
+    usable = free + torch.cuda.memory_reserved(device) - cached
+    patches = f"{planned.batch_size} patches of {'x'.join(map(str, planned.patch_size))}"
+    available, need = f"{in_units(usable)} of {in_units(total)} usable", in_units((planned.memory_gb or 0) * GB)
+    what = f"the GPU's memory ({available}) is too small for {patches} (about {need})"
+    options = suggest_smaller(plan, configuration, 0.9 * usable / GB)
+    return what, f"{options} would fit." if options else "Plan with a smaller --memory."
+
+
+def suggest_smaller(plan: Plan, configuration: str, memory: float) -> str:
+    """Return the options of a smaller batch and of a smaller patch that fit into `memory` GB; "" if none does."""
+    planned, options = plan.configuration(configuration), []
+    for batch in range(planned.batch_size - 1, 0, -1):
+        smaller = override_sizes(plan, configuration, None, batch).configuration(configuration)
+        if (smaller.memory_gb or math.inf) <= memory:
+            options.append(f"--batch-size {batch} (about {in_units((smaller.memory_gb or 0) * GB)})")
+            break
+    voxels = math.prod(planned.patch_size)
+    while voxels > 64:
+        voxels = voxels * 9 // 10
+        smaller = limit_sizes(plan, configuration, voxels).configuration(configuration)
+        if smaller.patch_size != planned.patch_size and (smaller.memory_gb or math.inf) <= memory:
+            size = "x".join(map(str, smaller.patch_size))
+            options.append(f"--patch-size {size} (about {in_units((smaller.memory_gb or 0) * GB)})")
+            break
+    return " or ".join(options)

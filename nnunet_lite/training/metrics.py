@@ -1,0 +1,246 @@
+"""The metrics of a run: metrics.jsonl and metrics.csv, a picture, TensorBoard's files, warnings about labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from nnunet_lite import log
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError, describe
+from nnunet_lite.files import append, atomic, write_text
+from nnunet_lite.training.distributed import Ranks, sum_over_ranks
+
+METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
+_SECONDS_BETWEEN_PICTURES = 20.0
+_ZERO_EPOCHS = 10  # with a Dice of 0, after which a label is reported
+_ZERO_SHARE = 0.05  # of the run, likewise
+_LEGEND = 12  # most labels that the picture names
+
+Metrics = dict[str, Any]  # of one epoch
+
+
+# -------------------------------------------------------------------------------------------------------- recording
+
+
+@dataclass
+class Recorder:
+    """Writes the metrics of each epoch; the picture is drawn in a thread, because matplotlib takes its time."""
+
+    folder: Path
+    epochs: list[Metrics]
+    painter: ThreadPoolExecutor
+    tensorboard: Any = None
+    drawing: Future[None] | None = None
+    drawn: float = field(default_factory=time.monotonic)
+
+    def add(self, metrics: Metrics) -> None:
+        """Write the metrics of an epoch."""
+        self.epochs.append(metrics)
+        append(self.folder / METRICS, json.dumps(metrics))
+        write_text(self.folder / TABLE, to_csv(self.epochs))
+        if self.tensorboard is not None:
+            for name, value in _flatten(metrics).items():
+                if value is not None and name != "epoch":
+                    self.tensorboard.add_scalar(name, value, metrics["epoch"])
+        idle = self.drawing is None or self.drawing.done()
+        if idle and time.monotonic() - self.drawn > _SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+    def draw(self) -> None:
+        """Start to draw the picture."""
+        self.drawn = time.monotonic()
+        self.drawing = self.painter.submit(draw_metrics, list(self.epochs), self.folder / PICTURE)
+
+
+@contextmanager
+def record_metrics(folder: Path, n_epochs: int, tensorboard: bool) -> Iterator[Recorder]:
+    """Open the metrics of a run for writing; the last picture is drawn at the end.
+
+    Parameters
+    ----------
+    folder : Path
+        The fold's folder.
+    n_epochs : int
+        Epochs that the checkpoint has. Metrics of later ones, after which no checkpoint was written, are dropped.
+    tensorboard : bool
+        Whether to write TensorBoard's files too.
+
+    Raises
+    ------
+    UserError
+        TensorBoard is requested and not installed.
+    """
+    writer = _tensorboard(folder, n_epochs) if tensorboard else None
+    with ThreadPoolExecutor(1, "progress picture") as painter:
+        recorder = Recorder(folder, _read_metrics(folder, n_epochs), painter, writer)
+        try:
+            yield recorder
+        finally:
+            recorder.draw()
+            if writer is not None:
+                writer.close()
+    problem = None if recorder.drawing is None else recorder.drawing.exception()
+    if problem is not None:
+        log.warn(f"{folder / PICTURE} could not be drawn: {describe(problem)}")  # the model does not depend on it
+
+
+def to_csv(epochs: list[Metrics]) -> str:
+    """Return metrics as CSV; a value that an epoch does not have is empty."""
+    table = [_flatten(metrics) for metrics in epochs]
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def _flatten(metrics: Metrics) -> Metrics:
+    """The Dice of each label in a column of its own."""
+    dice = metrics.get("dice") or {}
+    return {k: v for k, v in metrics.items() if k != "dice"} | {f"dice/{name}": value for name, value in dice.items()}
+
+
+def _read_metrics(folder: Path, n_epochs: int) -> list[Metrics]:
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    epochs = [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be cut off
+    epochs = [metrics for metrics in epochs if metrics["epoch"] <= n_epochs]
+    write_text(path, "".join(json.dumps(metrics) + "\n" for metrics in epochs))
+    write_text(folder / TABLE, to_csv(epochs))
+    return epochs
+
+
+def _tensorboard(folder: Path, n_epochs: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fix = "`pip install 'nnunet-lite[track]'`, or leave training.tensorboard out."
+        raise UserError("TensorBoard is not installed", fix=fix) from None
+    return SummaryWriter(folder / "tensorboard", purge_step=n_epochs + 1)
+
+
+def draw_metrics(epochs: list[Metrics], path: Path) -> None:
+    """Draw loss, Dice and learning rate over the epochs to a PNG."""
+    if not epochs:
+        return
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, scores, rates = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
+    x = [metrics["epoch"] for metrics in epochs]
+
+    def column(name: str) -> list[float]:
+        values = (_flatten(metrics).get(name) for metrics in epochs)
+        return [float("nan") if value is None else value for value in values]
+
+    losses.plot(x, column("train_loss"), label="training")
+    if "validation_loss" in epochs[-1]:
+        losses.plot(x, column("validation_loss"), label="held-out patches")
+        labels = epochs[-1]["dice"]
+        for name in labels:
+            scores.plot(x, column(f"dice/{name}"), lw=1, label=name)
+        scores.plot(x, column("mean_dice"), color="black", label="mean")
+        if len(labels) <= _LEGEND:
+            scores.legend(fontsize="small", ncols=2)
+    losses.set_ylabel("loss")
+    losses.legend(fontsize="small")
+    scores.set(ylabel="Dice of patches", ylim=(0, 1))
+    rates.plot(x, column("lr"), color="grey")
+    rates.set(ylabel="learning rate", xlabel="epoch")
+    for axes in (losses, scores, rates):
+        axes.grid(alpha=0.3)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+# ---------------------------------------------------------------------------------------- labels that are not learnt
+
+
+@dataclass
+class LabelStatistics:
+    """How often the patches of the first epoch showed each label (or region), and in how many epochs its Dice was 0.
+
+    Parameters
+    ----------
+    voxels, patches : list of float
+        Voxels of each label, and patches that showed it; the last entry counts all of them.
+    stuck : list of int
+        Epochs with a Dice of 0 from the first on; -1 for a label whose Dice was once above.
+    reported : list of str
+        Labels that a warning named.
+    """
+
+    voxels: list[float] = field(default_factory=list)
+    patches: list[float] = field(default_factory=list)
+    stuck: list[int] = field(default_factory=list)
+    reported: list[str] = field(default_factory=list)
+
+    def count(self, per_patch: Tensor, labels: Labels, ranks: Ranks) -> None:
+        """Add the voxels of each class in each patch of this process (see `count_voxels`)."""
+        members = [list(m) for m in labels.region_classes] + [list(range(per_patch.shape[1]))]
+        voxels = torch.stack([per_patch[:, m].sum(1) for m in members], 1)
+        counts = torch.stack([voxels.sum(0), (voxels > 0).float().sum(0)])
+        total = (sum_over_ranks(counts) if ranks.world > 1 else counts).cpu().double()
+        if self.voxels:
+            total += torch.tensor([self.voxels, self.patches], dtype=total.dtype)
+        self.voxels, self.patches = total.tolist()
+
+    def warn_of_missing(self, labels: Labels) -> None:
+        """Warn, after the first epoch, of the labels that none of its patches showed."""
+        for name, patches in zip(labels.region_names, self.patches, strict=False):
+            if patches == 0 and name not in self.reported:
+                self.reported.append(name)
+                log.warn(
+                    f"{name} was in none of the {self.patches[-1]:.0f} patches of the first epoch: it cannot be "
+                    "learnt. Are there training cases with it? Then raise training.foreground or the patch size"
+                )
+
+    def warn_of_zero_dice(self, dice: Mapping[str, float | None], progress: float) -> None:
+        """Warn of a label whose Dice has always been 0.
+
+        Parameters
+        ----------
+        dice : mapping of str to float or None
+            Of each label in the last epoch; empty if it had no pseudo-validation.
+        progress : float
+            Share of the run that is done, from 0 to 1.
+        """
+        if not dice:
+            return
+        before = self.stuck or [0] * len(dice)
+        self.stuck = [
+            n if n < 0 or d is None else (n + 1 if d == 0 else -1) for n, d in zip(before, dice.values(), strict=True)
+        ]
+        for i, (name, epochs) in enumerate(zip(dice, self.stuck, strict=True)):
+            if epochs >= _ZERO_EPOCHS and progress >= _ZERO_SHARE and name not in self.reported:
+                self.reported.append(name)
+                where = ""
+                if self.voxels:
+                    voxels, patches = (counts[i] / counts[-1] for counts in (self.voxels, self.patches))
+                    where = f"; {voxels:.2%} of the voxels, in {patches:.0%} of the patches"
+                log.warn(
+                    f"{name} has had a Dice of 0 in all of {epochs} epochs{where}. Raise "
+                    "training.foreground, the patch size or loss.class_weights, or check its labels"
+                )
+
+
+def count_voxels(classes: Tensor, n_classes: int) -> Tensor:
+    """Count the voxels of each class in each patch: (batch, *patch) -> (batch, n_classes). Does not wait for a GPU."""
+    batch = classes.shape[0]
+    offset = n_classes * torch.arange(batch, device=classes.device).reshape(-1, *(1 for _ in classes.shape[1:]))
+    bins = (classes + offset).float()
+    return torch.histc(bins, batch * n_classes, min=-0.5, max=batch * n_classes - 0.5).reshape(batch, n_classes)

@@ -1,0 +1,349 @@
+"""A cascade trained and predicted: the first stage is made where it is missing, and the second one uses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.ndimage import zoom
+
+import nnunet_lite
+from nnunet_lite.data.geometry import Geometry, Turn
+from nnunet_lite.data.images import read_image, read_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
+from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, stage_map_file
+from nnunet_lite.inference.predictor import load, predict_image, predict_preprocessed
+from nnunet_lite.inference.prepare import as_classes
+from nnunet_lite.models.folder import read_header
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
+from nnunet_lite.preprocessing.store import open_case
+from nnunet_lite.settings import load_settings
+from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.loop import train_fold
+from nnunet_lite.workspace import Paths
+
+SECOND, FIRST = "3d_cascade_fullres", "3d_lowres"
+
+
+@pytest.fixture(scope="module")
+def changes(tiny_settings: dict[str, Any]) -> dict[str, Any]:
+    fast = {"training.epochs": 1, "training.iterations": 2, "training.patch_size": [16, 24, 16]}
+    return {**tiny_settings, **fast, "inference.mirroring": False, "inference.step_size": 1.0}
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny workspace with a cascade in its plan, by hand: the images are too small for one by the rule."""
+    workspace = tmp_path_factory.mktemp("cascade") / "workspace"
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))
+    plans = Paths(workspace / "Task04_Hippocampus").plans
+    plan = read_json(plans)
+    half = [n / 2 for n in plan["configurations"]["3d_fullres"]["median_shape"]]
+    plan["configurations"] |= {
+        FIRST: {"inherits_from": "3d_fullres", "spacing": [2.0, 2.0, 2.0], "median_shape": half},
+        SECOND: {"inherits_from": "3d_fullres", "previous_stage": FIRST},
+    }
+    write_json(plans, plan)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def paths(workspace: Path) -> Paths:
+    return Paths(workspace / "Task04_Hippocampus")
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path, paths: Paths, changes: dict[str, Any]) -> Path:
+    """Folds 0 to 4 of 3d_lowres and fold 0 of the cascade, made by one call."""
+    nnunet_lite.train(SECOND, 0, settings=changes, workspace=workspace, device="cpu", name="tiny")
+    return paths.models
+
+
+def maps(models: Path) -> dict[str, Path]:
+    return {file.stem: file for file in sorted(models.glob(f"{FIRST}-tiny/fold_*/next_stage/{SECOND}/*.b2nd"))}
+
+
+def times(models: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in [*models.rglob("*.b2nd"), *models.rglob("*.safetensors")]}
+
+
+def test_the_first_stage_is_trained_before_the_second(trained: Path, paths: Paths) -> None:
+    assert {folder.name for folder in trained.iterdir()} == {f"{FIRST}-tiny", "tiny"}
+    assert read_json(trained / "tiny" / "run.json")["previous"] == f"{FIRST}-tiny"
+    assert set(Plan.read(trained / "tiny" / "plans.json").configurations) == {FIRST, SECOND}
+    splits, found = read_json(paths.splits), maps(trained)
+    assert len(found) == 10
+    for case_id, file in found.items():
+        fold = int(file.parents[2].name.removeprefix("fold_"))
+        assert case_id in splits[fold]["val"] and case_id not in splits[fold]["train"]
+
+
+def test_predictions_for_the_second_stage_are_those_of_the_fold(trained: Path, paths: Paths) -> None:
+    plan = Plan.read(trained / "tiny" / "plans.json")
+    case_id, file = next(iter(maps(trained).items()))
+    first, second = (open_case(paths.preprocessed, plan, name, case_id) for name in (FIRST, SECOND))
+    model = load(trained / f"{FIRST}-tiny", [file.parents[2].name.removeprefix("fold_")], "cpu")
+    logits = predict_preprocessed(model, first.image[:])
+    assert first.image.shape[1:] == tuple(round(n / 2) for n in second.label.shape)
+    factors = [n / m for n, m in zip(second.label.shape, first.label.shape, strict=True)]
+    fine = np.stack([zoom(x.double().numpy(), factors, order=1, mode="nearest", grid_mode=True) for x in logits])
+    stored = read_stage_map(file)
+    assert stored.shape == second.label.shape and stored.dtype == np.uint8
+    assert (stored[:] != fine.argmax(0)).mean() < 1e-3
+    assert len(np.unique(stored[:])) > 1, "or this would say nothing"
+
+
+def test_the_code_of_a_first_stage_is_not_run(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    """Neither where both stages are copies elsewhere, nor where the first one is a link that leads there."""
+    mark, out = tmp_path / "was_run", tmp_path / "elsewhere"
+    (tmp_path / "own_net.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n")
+    shutil.copytree(trained, out)
+    run = read_json(out / f"{FIRST}-tiny" / "run.json")
+    run["settings"]["network"]["factory"] = f"{tmp_path / 'own_net.py'}:make"
+    write_json(out / f"{FIRST}-tiny" / "run.json", run)
+    linked = tmp_path / "workspace" / "Task04_Hippocampus" / "models"
+    shutil.copytree(trained / "tiny", linked / "tiny")
+    (linked / f"{FIRST}-tiny").symlink_to(out / f"{FIRST}-tiny")
+    for folder, place in ((out, workspace), (linked, tmp_path / "workspace")):
+        with pytest.raises(UserError, match=rf"{folder}/{FIRST}-tiny: names code to run"):
+            nnunet_lite.load(folder / "tiny", device="cpu", workspace=place)
+    assert not mark.exists()
+
+
+def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
+    trained: Path, workspace: Path, paths: Paths, changes: dict[str, Any], counts: Callable[..., None]
+) -> None:
+    counts("bad inputs refused in one line")
+    weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
+    old, splits = weights.read_bytes(), read_json(paths.splits)
+    tensors, about = load_file(weights), read_header(weights)
+    tensors["heads.1.weight"].fill_(3e38)
+    save_file(tensors, weights, {"state": json.dumps(about)})
+    before = times(trained)
+    try:
+        with pytest.raises(UserError, match=r"NaN or infinite") as error:
+            nnunet_lite.train(SECOND, 1, settings=changes, workspace=workspace, device="cpu", name="tiny")
+        assert str(error.value).startswith(f"{splits[4]['val'][0]}: ") and "\n" not in str(error.value)
+        assert {**before, **times(trained)} == times(trained)
+    finally:
+        weights.write_bytes(old)
+        shutil.rmtree(trained / "tiny" / "fold_1", ignore_errors=True)
+
+
+def test_nothing_is_made_twice(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
+    before = times(trained)
+    scores = nnunet_lite.train(SECOND, 0, settings=changes, workspace=workspace, device="cpu", name="tiny").scores
+    assert len(scores["0"].rows) == 2
+    assert times(trained) == before
+
+
+def test_a_first_stage_that_changed_predicts_anew(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
+    """Another fold of the second stage finds what it needs, but for what was predicted by other weights."""
+    before = times(trained)
+    weights = [trained / f"{FIRST}-tiny" / f"fold_{fold}" / "model.safetensors" for fold in (3, 4)]
+    old = weights[1].read_bytes()
+    weights[1].write_bytes(weights[0].read_bytes())
+    try:
+        nnunet_lite.train(SECOND, 1, settings=changes, workspace=workspace, device="cpu", name="tiny")
+        changed = {file for file, time in times(trained).items() if before.get(file, time) != time}
+        assert changed == {str(weights[1]), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_4")}
+    finally:
+        weights[1].write_bytes(old)
+        shutil.rmtree(trained / "tiny" / "fold_1")
+
+
+def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Path) -> None:
+    scan = sorted((hippocampus / "imagesTs").iterdir())[0]
+    image = read_image(scan)
+    found = load(trained / "tiny", device="cpu")(scan)
+    first, second = load(trained / f"{FIRST}-tiny", device="cpu"), load(trained / "tiny", device="cpu", alone=True)
+    assert first.folds == ("0", "1", "2", "3", "4") and second.previous is None
+    before = predict_image(first, image)
+    prepared = preprocess(image, before.astype(np.uint8), second.plan, second.configuration)
+    assert prepared.classes is not None and prepared.classes.any()
+    logits = predict_preprocessed(second, prepared.image, prepared.classes)
+    expected = restore_segmentation(logits, prepared.placement, second.plan.labels, second.configuration.resampling)
+    np.testing.assert_array_equal(found, expected)
+    blind = predict_preprocessed(second, prepared.image, np.zeros_like(prepared.classes))
+    assert not torch.equal(blind, logits), "the second stage sees the first"
+
+
+def test_the_command_predicts_with_both_stages(
+    trained: Path, hippocampus: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    scan = sorted((hippocampus / "imagesTs").iterdir())[0]
+    code, out, err = command(
+        "predict", "-i", scan, "-o", "out", "-m", trained / "tiny", "--device", "cpu", cwd=tmp_path
+    )
+    assert (code, out) == (0, "1 label map in out\n")
+    assert f"with {trained / f'{FIRST}-tiny'} (fold 0, 1, 2, 3, 4), then {trained / 'tiny'} (fold 0) on cpu" in err
+    found = read_image(tmp_path / "out" / scan.name).array[0]
+    np.testing.assert_array_equal(found, load(trained / "tiny", device="cpu")(scan))
+
+
+def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: Paths) -> None:
+    model = load(trained / "tiny", [0], "cpu", alone=True)
+    case_id = read_json(paths.splits)[0]["val"][0]
+    image = read_image(Path(read_json(paths.dataset)["root"]) / "imagesTr" / f"{case_id}.nii.gz")
+    prepared = preprocess(image, None, model.plan, model.configuration)
+    logits = predict_preprocessed(model, prepared.image, read_stage_map(maps(trained)[case_id])[:])
+    expected = restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
+    written = read_image(trained / "tiny" / "fold_0" / "validation" / f"{case_id}.nii.gz").array[0]
+    np.testing.assert_array_equal(written, expected)
+
+
+def test_both_stages_and_the_pair_are_compared(trained: Path, workspace: Path, tmp_path: Path) -> None:
+    """What is missing of a cascade is predicted from what the first stage's same fold says, as training does it."""
+    paths = Paths(Path(shutil.copytree(workspace, tmp_path / "workspace")) / "Task04_Hippocampus")
+    out = paths.models / "tiny" / "fold_0" / "validation"
+    before = {path.name: read_label(path)[0] for path in out.glob("*.nii.gz")}
+    shutil.rmtree(out)
+    found = nnunet_lite.select(workspace=tmp_path / "workspace", device="cpu", workers=1)
+    assert {one.models for one in found.candidates} == {("tiny",), (f"{FIRST}-tiny",), (f"{FIRST}-tiny", "tiny")}
+    assert {one.n_cases for one in found.candidates} == {len(before)}
+    for name, array in before.items():
+        assert (read_label(out / name)[0] == array).mean() > 0.999
+    pair = paths.ensembles / f"{FIRST}-tiny+tiny" / "fold_0" / "validation"
+    assert {path.name for path in pair.glob("*.nii.gz")} == set(before)
+
+
+def test_killed_and_gone_on_with(
+    trained: Path, workspace: Path, changes: dict[str, Any], command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """kill -9 while the first stage is trained: the same command finishes the rest, and nothing that was there."""
+    options = [f"--set={key}={value}" for key, value in changes.items()]
+    given = ("train", SECOND, 0, "--name", "killed", "--device", "cpu", "-w", workspace, *options)
+    program = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, given)]
+    first, usual = trained / f"{FIRST}-killed", trained / f"{FIRST}-default"
+    assert not usual.exists(), "or it would be used"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while not (first / "fold_1" / "model.safetensors").is_file() and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
+        assert process.stderr is not None
+        told = process.stderr.read()
+    assert f"what {FIRST} predicts: fold 0, 1, 2, 3, 4 of {first}; to be trained first: 0, 1, 2, 3, 4" in told
+    before = times(first)
+    assert before and not (trained / "killed").exists()
+    leftover = stage_map_file(first / "fold_0", SECOND, ".tmp-left")
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    code, out, err = command(*given, cwd=workspace)
+    assert code == 0 and "foreground mean" in out
+    assert "to be trained first: " in err and "to be trained first: 0" not in err
+    after = times(first)
+    assert {file: after[file] for file in before if file.endswith("model.safetensors")}.items() <= before.items()
+    assert not leftover.exists() and len(list(first.glob(f"fold_*/next_stage/{SECOND}/*.b2nd"))) == 10
+    shutil.rmtree(trained / "killed")
+    shutil.rmtree(first)
+
+
+def test_the_fold_of_all_cases(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
+    nnunet_lite.train(SECOND, "all", settings=changes, workspace=workspace, device="cpu", name="tiny")
+    found = trained / f"{FIRST}-tiny" / "fold_all"
+    assert len(list(found.glob(f"next_stage/{SECOND}/*.b2nd"))) == 10
+    assert load(trained / "tiny", ["all"], "cpu").previous is not None
+    shutil.rmtree(found)
+    shutil.rmtree(trained / "tiny" / "fold_all")
+
+
+def test_a_first_stage_that_is_gone_is_named(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tiny", tmp_path / "models" / "tiny")
+    with pytest.raises(
+        UserError, match=rf"models/{FIRST}-tiny: no model is trained here\. It is the first stage of tiny"
+    ):
+        load(tmp_path / "models" / "tiny")
+    shutil.copytree(trained / "tiny", tmp_path / "models" / f"{FIRST}-tiny")
+    with pytest.raises(UserError, match=rf"{FIRST}-tiny: is no model of {FIRST} for the labels of tiny"):
+        load(tmp_path / "models" / "tiny")
+    run = tmp_path / "models" / "tiny" / "run.json"
+    write_json(run, {key: value for key, value in read_json(run).items() if key != "previous"})
+    with pytest.raises(UserError, match=rf"run\.json: does not say which model of {FIRST} predicts before it"):
+        load(tmp_path / "models" / "tiny")
+
+
+def test_both_model_folders_may_move(trained: Path, tmp_path: Path, hippocampus: Path) -> None:
+    scan = sorted((hippocampus / "imagesTs").iterdir())[1]
+    shutil.copytree(trained, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("next_stage", "validation"))
+    found = load(tmp_path / "elsewhere" / "tiny", device="cpu")(scan)
+    np.testing.assert_array_equal(found, load(trained / "tiny", device="cpu")(scan))
+
+
+def test_other_settings_are_told_before_the_first_stage_is_trained(
+    trained: Path, workspace: Path, changes: dict[str, Any]
+) -> None:
+    before = times(trained)
+    other = {**changes, "optimizer.lr": 0.5}
+    with pytest.raises(UserError, match=r"tiny: was trained with other settings: optimizer\.lr"):
+        nnunet_lite.train(SECOND, 2, settings=other, workspace=workspace, device="cpu", name="tiny")
+    assert times(trained) == before
+
+
+def test_info_tells_of_a_cascade(trained: Path, workspace: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = command("info", trained / "tiny", cwd=workspace)
+    assert code == 0 and f"{SECOND} of Task04_Hippocampus" in out
+
+
+def test_the_second_stage_learns_to_use_the_first(
+    paths: Paths, tiny_cases: list[Any], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Given a perfect first stage, a network is near its answer after steps in which it learns little without one."""
+    more = {"training.iterations": 60, "training.validation_iterations": 4, "optimizer.name": "adam"}
+    more |= {"network.features_base": 8, "network.features_max": 16, "optimizer.lr": 0.01}
+    settings = load_settings("default", {**changes, **more})
+    plan = configure_plan(Plan.read(paths.plans), SECOND, settings)
+
+    def dice(perfect: bool) -> list[float]:
+        folder = tmp_path / str(perfect)
+        folder.mkdir()
+        cases = [replace(case, previous=case.label[:] * perfect) for case in tiny_cases]
+        train_fold(Job(plan, SECOND, settings, 1, folder, torch.device("cpu"), cases[2:], cases[:2]))
+        return list(json.loads((folder / "metrics.jsonl").read_text())["dice"].values())
+
+    with_first, without = dice(True), dice(False)
+    assert min(with_first) > 0.75 and max(without) < 0.5
+
+
+# nnU-Net's order of steps, in float64 by scipy: logits to the grid of the second stage, then the decision
+@pytest.mark.parametrize("regions", [False, True])
+def test_logits_are_decided_on_the_grid_of_the_second_stage(tiny_workspace: Path, regions: bool) -> None:
+    plan = Plan.read(tiny_workspace / "Task04_Hippocampus" / "plans.json")
+    stage = plan.configuration("3d_fullres")
+    labels = (
+        Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2)) if regions else plan.labels
+    )
+    coarse, fine = (15, 20, 13), (29, 41, 26)
+    logits = np.random.default_rng(0).normal(size=(labels.n_channels, *coarse)).astype(np.float32)
+    geometry = Geometry((60, 60, 60), (1.0, 1.0, 1.0))
+    box = ((3, 32), (0, 41), (10, 36))
+    first = Placement(geometry, Turn((2, 0, 1)), box, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), coarse)
+    second = Placement(geometry, Turn((2, 0, 1)), box, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), fine)
+    found = classes_on_grid(logits, plan.model_copy(update={"labels": labels}), stage, first, second)
+    factors = [n / m for n, m in zip(fine, coarse, strict=True)]
+    fine_logits = np.stack([zoom(x.astype(float), factors, order=1, mode="nearest", grid_mode=True) for x in logits])
+    expected = fine_logits.argmax(0)
+    if regions:
+        expected = np.where(fine_logits[1] > 0, 2, np.where(fine_logits[0] > 0, 1, 0))
+    assert (found != expected).mean() < 1e-3 and found.shape == fine
+
+
+def test_values_that_only_the_region_order_writes_are_background() -> None:
+    labels = Labels(names={"background": 0, "whole": (1, 4), "core": 4}, region_order=(7, 4))
+    np.testing.assert_array_equal(as_classes(np.array([0, 7, 4]), labels), [0, 0, 2])

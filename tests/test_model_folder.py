@@ -1,0 +1,207 @@
+"""A model folder is resumed only with the plan and the settings that it began with, or with more epochs or time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
+from nnunet_lite.models.checkpoint import save_weights
+from nnunet_lite.models.folder import (
+    CHECKPOINT,
+    MODEL,
+    check_resume,
+    fold_seed,
+    lock_fold,
+    open_run,
+    other_folds,
+    run_length,
+    set_aside,
+)
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.job import configure_plan
+from nnunet_lite.workspace import planned_paths
+
+NAME = "3d_fullres"
+Begin = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_workspace: Path) -> Plan:
+    return configure_plan(Plan.read(planned_paths(tiny_workspace).plans), NAME, Settings())
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_workspace: Path) -> Dataset:
+    return stored_dataset(planned_paths(tiny_workspace).dataset)
+
+
+@pytest.fixture
+def begin(tmp_path: Path, plan: Plan, dataset: Dataset) -> Begin:
+    """Opens `tmp_path` as a model folder whose fold_0 has a checkpoint: begin({"optimizer.lr": 0.1}, force=True)."""
+
+    def call(changes: dict[str, Any] | None = None, plan: Plan = plan, **options: Any) -> int:
+        settings = with_changes(Settings(), changes or {})
+        seed = open_run(tmp_path, configure_plan(plan, NAME, settings), dataset, NAME, settings, fold="0", **options)
+        (tmp_path / "fold_0").mkdir(exist_ok=True)
+        (tmp_path / "fold_0" / CHECKPOINT).touch()
+        return seed
+
+    return call
+
+
+def settings_of(folder: Path) -> Settings:
+    return Settings.model_validate(read_json(folder / "run.json")["settings"])
+
+
+def test_the_same_call_resumes_with_the_same_seed(tmp_path: Path, plan: Plan, dataset: Dataset, begin: Begin) -> None:
+    seed = begin()
+    assert begin() == seed
+    assert open_run(tmp_path / "other", plan, dataset, NAME, Settings()) != seed
+    assert settings_of(tmp_path) == Settings()
+    assert {"torch", "nnunet_lite"} <= set(read_json(tmp_path / "run.json")["versions"])
+    assert Plan.read(tmp_path / "plans.json") == plan
+
+
+def test_folds_that_begin_together_draw_one_seed(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    seeds = {open_run(tmp_path, plan, dataset, NAME, Settings(), fold=fold) for fold in ("0", "1", "2")}
+    assert len(seeds) == 1
+
+
+def test_a_model_folder_has_no_paths_and_no_case_ids(tmp_path: Path, dataset: Dataset, begin: Begin) -> None:
+    begin()
+    text = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
+    assert str(dataset.root) not in text
+    assert not any(case.id in text for case in dataset.cases)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differences"),
+    [
+        ({}, {"training.epochs": 3, "optimizer.lr": 0.5}, r"training\.epochs: 1000 -> 3; optimizer\.lr: 0\.01 -> 0\.5"),
+        ({"training.epochs": 20}, {"training.epochs": 10}, r"training\.epochs: 20 -> 10"),
+        ({}, {"training.time_limit": 60}, r"training\.time_limit: None -> 60"),
+        ({"training.time_limit": 60}, {}, r"training\.time_limit: 60\.0 -> None"),  # the option was forgotten
+        ({"training.time_limit": 60}, {"training.epochs": 2000}, r"time_limit: 60\.0 -> None"),
+        ({"training.epochs": 20}, {"training.epochs": 30, "optimizer.lr": 0.1}, r"epochs: 20 -> 30; optimizer\.lr"),
+    ],
+)
+def test_other_settings_are_refused_with_the_list(
+    tmp_path: Path, begin: Begin, before: dict[str, Any], after: dict[str, Any], differences: str
+) -> None:
+    begin(before)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=rf"was trained with other settings: .*{differences}.*--restart"):
+        begin(after)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"training.epochs": 10}, {"training.epochs": 20}),
+        ({"training.time_limit": 60}, {"training.time_limit": 90}),
+        ({"training.time_limit": 60}, {"training.epochs": 2000, "training.time_limit": 90}),
+    ],
+)
+def test_a_run_may_be_made_longer(tmp_path: Path, begin: Begin, before: dict[str, Any], after: dict[str, Any]) -> None:
+    seed = begin(before)
+    assert begin(after) == seed
+    assert settings_of(tmp_path) == with_changes(Settings(), after)
+    (changed,) = read_json(tmp_path / "run.json")["changed"]
+    assert len(changed["changes"]) == len(after)
+
+
+def test_incidental_settings_may_change(tmp_path: Path, begin: Begin) -> None:
+    seed = begin()
+    assert begin({"training.workers": 2, "training.cache": "ram", "inference.step_size": 0.7}) == seed
+    assert settings_of(tmp_path) == Settings()
+
+
+def test_another_plan_is_refused(plan: Plan, begin: Begin) -> None:
+    begin()
+    planned = plan.configuration(NAME).model_copy(update={"batch_dice": True})
+    channel = plan.channels[0].model_copy(update={"normalization": "none"})
+    for change in ({"configurations": {NAME: planned}}, {"channels": (channel,)}):
+        with pytest.raises(UserError, match="other settings: the plan"):
+            begin(plan=plan.model_copy(update=change))
+
+
+def test_force_accepts_other_settings_but_not_another_network(tmp_path: Path, plan: Plan, begin: Begin) -> None:
+    seed = begin()
+    other = {"optimizer.name": "adam", "training.batch_size": 3}
+    assert begin(other, force=True) == seed
+    assert settings_of(tmp_path) == with_changes(Settings(), other)
+    assert Plan.read(tmp_path / "plans.json").configuration(NAME).batch_size == 3
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(UserError, match="another network"):
+        begin(other | {"network.features_base": 8}, force=True)
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert begin(other | {"training.seed": 77}, force=True) == begin(other | {"training.seed": 77}) == 77
+
+
+def test_a_finished_fold_keeps_the_settings_of_its_training(
+    tmp_path: Path, plan: Plan, dataset: Dataset, begin: Begin
+) -> None:
+    begin()
+    for fold in ("fold_0", "fold_1"):
+        save_weights(tmp_path / fold / MODEL, torch.nn.Linear(2, 2), {"length": run_length(Settings())})
+    other = {"training.batch_size": 3, "augmentation.mirror_axes": [0]}
+    for more in ({}, {"training.epochs": 999}, {"training.epochs": 1001}):  # fold_1 would not be trained further
+        with pytest.raises(UserError, match=r"has finished folds \(.*fold_1\).*batch_size: None -> 3.*Add --epochs"):
+            begin(other | more, force=True)
+    (tmp_path / "fold_1" / MODEL).unlink()
+    (tmp_path / "fold_0" / CHECKPOINT).unlink()
+    longer = other | {"training.epochs": 1001}
+    with pytest.raises(UserError, match=r"has finished folds \(fold_0\)"):  # without a checkpoint to resume from
+        begin(longer, force=True)
+    settings = with_changes(Settings(), other)
+    check_resume(tmp_path, configure_plan(plan, NAME, settings), NAME, settings, "0", force=True, restart=True)
+    (tmp_path / "fold_0" / CHECKPOINT).touch()
+    begin(longer, force=True)
+    assert settings_of(tmp_path) == with_changes(Settings(), longer)
+
+
+def test_a_folder_in_which_nothing_was_trained_accepts_anything(tmp_path: Path, plan: Plan, dataset: Dataset) -> None:
+    open_run(tmp_path, plan, dataset, NAME, Settings(), fold="0")
+    other = with_changes(Settings(), {"optimizer.lr": 0.5})
+    with lock_fold(tmp_path / "fold_0"):  # another process trains the first fold, and has no checkpoint yet
+        with pytest.raises(UserError, match="was trained with other settings"):
+            open_run(tmp_path, plan, dataset, NAME, other, fold="1")
+        open_run(tmp_path, plan, dataset, NAME, other, fold="0")  # the lock is its own
+    assert settings_of(tmp_path) == other
+    open_run(tmp_path, plan, dataset, NAME, Settings(), fold="1")
+    assert settings_of(tmp_path) == Settings()
+
+
+def test_setting_aside_deletes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "fold_0"
+    assert set_aside(folder) is None
+    for content in ("first", "second"):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+        moved = set_aside(folder)
+        assert moved is not None and (moved / "file").read_text() == content
+        assert not folder.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert other_folds(tmp_path, "1") == []  # what was set aside is no fold
+
+
+def test_each_fold_has_a_seed_of_its_own() -> None:
+    seeds = [fold_seed(7, fold) for fold in ("0", "1", "2", "3", "4", "all")]
+    assert len(set(seeds)) == 6
+    assert fold_seed(7, "0") == seeds[0] != fold_seed(8, "0")
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    with lock_fold(tmp_path), pytest.raises(UserError, match="another process is training here"), lock_fold(tmp_path):
+        raise AssertionError("the lock was given twice")
+    with lock_fold(tmp_path):
+        assert (tmp_path / ".lock").is_file()

@@ -1,0 +1,153 @@
+"""What a command finds of earlier ones is refused, gone on with or set aside whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import TINIEST
+
+import nnunet_lite
+from nnunet_lite.commands.train import fold_names
+from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.files import read_json, write_json
+from nnunet_lite.models.folder import lock_fold
+from nnunet_lite.workspace import planned_paths
+
+SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
+
+
+def train(workspace: Path, fold: int | str = 0, **options: Any) -> None:
+    changes = SETTINGS | options.pop("settings", {})
+    nnunet_lite.train("3d_fullres", fold, settings=changes, device="cpu", workspace=workspace, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def two_folds(tiny_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with two trained folds. Not to be written to."""
+    workspace = tmp_path_factory.mktemp("folds") / "workspace"
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))  # other tests train there
+    train(workspace, 0)
+    train(workspace, 1)
+    return workspace
+
+
+@pytest.fixture
+def workspace(two_folds: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_folds, tmp_path / "workspace"))
+
+
+@pytest.fixture
+def models(workspace: Path) -> Path:
+    return workspace / "Task04_Hippocampus" / "models"
+
+
+def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: Path) -> None:
+    before = files(models)
+    with lock_fold(models / "3d_fullres-default" / "fold_1"):
+        with pytest.raises(Busy, match=r"fold_1: another process is training here"):
+            train(workspace, "all-folds", restart=True)
+        with pytest.raises(Busy, match=r"fold_1: another process is training here"):
+            train(workspace, 1, restart=True)
+    assert files(models) == before
+
+
+def test_one_fold_of_several_is_not_begun_anew_with_other_settings(workspace: Path, models: Path) -> None:
+    before = files(models)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.01 -> 0\.5.*`all-folds --restart` to begin again"):
+        train(workspace, 0, restart=True, settings={"optimizer.lr": 0.5})
+    assert files(models) == before
+    train(workspace, 0, restart=True)
+    assert (models / "3d_fullres-default" / "old_fold_0_1" / "model.safetensors").is_file()
+
+
+def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
+    with pytest.raises(UserError, match="would keep random weights"):
+        train(workspace, name="new", settings={"training.freeze": "encoder"})
+    with pytest.raises(UserError, match=r"otherwise lower --lr\.$"):
+        train(workspace, name="new", settings={"optimizer.lr": 1e30, "training.iterations": 50})
+    train(workspace, name="new")
+    assert (models / "new" / "fold_0" / "model.safetensors").is_file()
+
+
+def test_an_extension_that_cannot_be_changes_nothing(workspace: Path, models: Path) -> None:
+    (models / "3d_fullres-default" / "fold_0" / "checkpoint.safetensors").unlink()
+    before = files(models)
+    longer = {"training.epochs": 3}
+    with pytest.raises(UserError, match="its checkpoint is gone"):
+        train(workspace, settings=longer)
+    with pytest.raises(UserError, match=r"was trained with other settings: training\.iterations: 1 -> 2"):
+        train(workspace, settings={"training.iterations": 2})
+    assert files(models) == before
+
+
+def test_the_fold_that_is_begun_anew_binds_nothing(workspace: Path, models: Path) -> None:
+    (models / "3d_fullres-default" / "fold_1" / "model.safetensors").unlink()
+    train(workspace, restart=True, force=True, settings={"optimizer.lr": 0.5})
+    run = read_json(models / "3d_fullres-default" / "run.json")
+    assert run["settings"]["optimizer"]["lr"] == 0.5
+
+
+def test_settings_of_inference_that_are_not_heard_are_told(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(workspace, settings={"inference.step_size": 0.5})
+    assert "without inference.step_size: 1.0 -> 0.5; give them to `nnlite predict`" in capfd.readouterr().err
+
+
+def test_all_folds_are_looked_at_before_the_first_is_trained(workspace: Path) -> None:
+    splits = workspace / "Task04_Hippocampus" / "splits.json"
+    folds = read_json(splits)
+    folds[3]["val"].append("nobody")
+    write_json(splits, folds)
+    with pytest.raises(UserError, match="fold 3 names unknown cases: nobody"):
+        fold_names(planned_paths(workspace))
+
+
+def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(workspace, 0, name="changed", settings={"training.batch_size": 3, "network.norm": "batch"})
+    changes = (
+        "3d_fullres, changed against the plan by the settings: patch 40 x 56 x 40 -> 16 x 16 x 16; batch 2 -> 3; "
+        "stages 4 -> 3; features 32-64-128-256 -> 2-4-4; strides 1x1x1/2x2x2/2x2x2/2x2x2 -> 1x1x1/2x2x2/2x2x2; "
+        "norm instance -> batch\n"
+    )
+    assert changes in capfd.readouterr().err
+
+
+def test_a_plan_that_is_trained_as_it_is_has_no_such_line(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    paths = planned_paths(workspace)
+    planned = read_json(paths.plans)
+    configuration = planned["configurations"]["3d_fullres"]
+    network = {"features": [2, 4], "strides": [[1, 1, 1], [2, 2, 2]], "kernels": [[3, 3, 3]] * 2, "blocks": [1, 1]}
+    configuration["network"] |= {**network, "decoder_convolutions": [1]}
+    configuration["patch_size"] = [16, 16, 16]
+    write_json(paths.plans, planned)
+    changes = {key: value for key, value in SETTINGS.items() if not key.startswith(("network.", "training.patch"))}
+    nnunet_lite.train(
+        "3d_fullres", 0, settings=changes | {"training.batch_size": None}, name="as_it_is", device="cpu",
+        workspace=workspace,
+    )  # fmt: skip
+    said = capfd.readouterr().err
+    assert "training 3d_fullres fold 0" in said and "against the plan" not in said
+
+
+def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:
+    plans = models / "3d_fullres-default" / "plans.json"
+    assert "options" not in read_json(plans), "they may name files of this machine"
+    paths, weights = planned_paths(workspace), models / "3d_fullres-default" / "fold_0" / "model.safetensors"
+    before = (plans.read_bytes(), weights.read_bytes())
+    planned = read_json(paths.plans)
+    planned["configurations"]["3d_fullres"] |= {"reasons": ["in other words"], "memory_gb": 99.0}
+    planned.pop("options")
+    write_json(paths.plans, planned)
+    train(workspace, 0)
+    assert (plans.read_bytes(), weights.read_bytes()) == before
+    planned["configurations"]["3d_fullres"]["batch_dice"] = True
+    write_json(paths.plans, planned)
+    with pytest.raises(UserError, match="trained with other settings: the plan"):
+        train(workspace, 0)
