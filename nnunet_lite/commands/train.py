@@ -238,7 +238,7 @@ def launch_on_gpus(gpus: int) -> None:
     """
     if current_ranks().world > 1:
         return
-    if not start.is_command():
+    if not start.IS_COMMAND:
         fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
         raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
     raise SystemExit(launch(gpus, sys.argv[1:]))
