@@ -33,7 +33,7 @@ def nnlite(configuration: str, device: Any) -> tuple[Callable[[Any], Any], Itera
     """A training step, batches for it, and what is trained: ours."""
     from nnunet_lite.data.dataset import dataset_from_json
     from nnunet_lite.files import read_json
-    from nnunet_lite.networks.precision import keep_freed_memory
+    from nnunet_lite.networks.cpu import keep_freed_memory
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.preprocessing.store import open_case
     from nnunet_lite.settings import Settings

@@ -28,7 +28,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_header, run_length
-from nnunet_lite.networks.precision import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training.batches import Batch, make_batch, training_batches
 from nnunet_lite.training.distributed import (
@@ -79,7 +80,7 @@ class State(BaseModel):
     `iteration` and `losses` belong to an epoch that a signal interrupted. Times are in seconds.
     """
 
-    arithmetic: Arithmetic
+    arithmetic: ComputeFormat
     plateau: Plateau = Plateau()
     epoch: int = 0
     iteration: int = 0
@@ -167,10 +168,10 @@ def _start(job: Job) -> tuple[Learner, State]:
     return parallelize(job, learner), state
 
 
-def _is_candidate(job: Job, arithmetic: Arithmetic) -> bool:
+def _is_candidate(job: Job, arithmetic: ComputeFormat) -> bool:
     """Whether settings and machine still allow the number format and layout of a checkpoint."""
     training = job.settings.training
-    allowed = candidates(job.device, training.precision, training.channels_last)
+    allowed = list_formats(job.device, training.precision, training.channels_last)
     return any((a.precision, a.channels_last) == (arithmetic.precision, arithmetic.channels_last) for a in allowed)
 
 
