@@ -190,7 +190,7 @@ def own(tiny_workspace: Path) -> Plan:
 def cascade() -> Plan:
     fixture = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())[0]
     about = description_from_nnunet(fixture["dataset"])
-    return make_plan(Fingerprint.from_nnunet(fixture["fingerprint"]), "Other", about.channels, about.labels)
+    return make_plan(Fingerprint.model_validate(fixture["fingerprint"]), "Other", about.channels, about.labels)
 
 
 def renamed(plan: Plan, name: str) -> Plan:
