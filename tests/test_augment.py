@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from nnunet_lite.planning.swaps import LabelSwap
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augmentation import (
     Intensity,
@@ -199,7 +199,7 @@ def test_labels_are_swapped_where_left_and_right_are() -> None:
     flips = np.array([[False, False, True], [True, True, False], [False, False, False], [True, False, True]])
     table = (0, 2, 1, 3, 4)
     found = classes.clone()
-    apply_mirror(torch.zeros(4, 1, 3, 4, 5), found, flips, LabelSwap(2, table))
+    apply_mirror(torch.zeros(4, 1, 3, 4, 5), found, flips, ClassSwap(2, table))
     other = torch.tensor(table, dtype=torch.uint8)[classes.long()]
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], other[0].flip(3))

@@ -9,7 +9,7 @@ import pytest
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.planning.swaps import LabelSwap, check_swaps, make_swap_table, swap_channels, swap_of
+from nnunet_lite.planning.swaps import ClassSwap, check_swaps, make_swap_table, swap_channels, swap_of
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.workspace import planned_paths
 
@@ -87,12 +87,12 @@ def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_workspace: 
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = plan.model_copy(update={"axis_order": order})
-        assert swap_of(turned, settings, 3) == LabelSwap(axis, (0, 2, 1))
-        assert swap_of(turned, settings, 2) == (None if flat is None else LabelSwap(flat, (0, 2, 1)))
+        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1))
+        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1)))
     for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
         stored = plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
-        assert swap_of(stored, settings, 3) == LabelSwap(axis, (0, 2, 1))
+        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
-    assert swap_of(plan, given, 3) == LabelSwap(0, (0, 2, 1))
-    assert swap_of(plan, given, 2) == LabelSwap(1, (0, 2, 1))
+    assert swap_of(plan, given, 3) == ClassSwap(0, (0, 2, 1))
+    assert swap_of(plan, given, 2) == ClassSwap(1, (0, 2, 1))
     assert swap_of(plan, AugmentationSettings(), 3) is None

@@ -20,7 +20,7 @@ _KEY = "augmentation.mirror_swap"
 
 
 @dataclass(frozen=True)
-class LabelSwap:
+class ClassSwap:
     """A change of classes in samples that are mirrored along one axis.
 
     Parameters
@@ -35,7 +35,7 @@ class LabelSwap:
     table: tuple[int, ...]
 
 
-def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> LabelSwap | None:
+def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> ClassSwap | None:
     """Return how a configuration's labels are swapped.
 
     Parameters
@@ -50,7 +50,7 @@ def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> Labe
 
     Returns
     -------
-    LabelSwap or None
+    ClassSwap or None
         None without pairs, or where the patch does not have the axis.
     """
     if not settings.mirror_swap:
@@ -61,7 +61,7 @@ def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> Labe
     else:
         sideways = next(i for i, letter in enumerate(plan.orientation or "LAS") if letter in "LR")
         axis = plan.axis_order.index(2 - sideways)
-    return LabelSwap(axis, make_swap_table(plan.labels, settings.mirror_swap)) if axis >= offset else None
+    return ClassSwap(axis, make_swap_table(plan.labels, settings.mirror_swap)) if axis >= offset else None
 
 
 def check_swaps(labels: Labels, settings: AugmentationSettings, dimensions: int) -> None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lite.planning.swaps import LabelSwap
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.settings import AugmentationSettings
 
 Shape = tuple[int, int, int]
@@ -201,7 +201,7 @@ def draw_mirror(
     return (rng.random((batch, 3)) < settings.p_mirror) & np.isin(np.arange(3), axes)
 
 
-def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: LabelSwap | None = None) -> None:
+def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: ClassSwap | None = None) -> None:
     """Mirror samples in place.
 
     Parameters
@@ -212,7 +212,7 @@ def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Label
         Label maps.
     flips : ndarray of bool, shape (batch, 3)
         Axes to mirror.
-    swap : LabelSwap, optional
+    swap : ClassSwap, optional
         Classes that change places when left and right do.
     """
     table = np.asarray(swap.table if swap else ())
