@@ -71,14 +71,14 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
 def _described(model: Path, folder: Path) -> About:
     """What a model folder holds; it is that of `model`, in our form."""
 
-    from nnunet_lite.models.folder import read_header  # imports torch
+    from nnunet_lite.models.folder import read_weights_header  # imports torch
 
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
     folds = {}
     for fold in trained_folds(folder):
         with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_header(folder / f"fold_{fold}" / MODEL)
+            state = read_weights_header(folder / f"fold_{fold}" / MODEL)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
         folds[fold]["mean_dice"] = mean_dice(folder, fold)
     begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())

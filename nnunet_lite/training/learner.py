@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -162,8 +160,8 @@ def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
 def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
     """Time training steps of the network on a real batch, and return the fastest number format and memory layout.
 
-    With a seed nothing is timed, because what is fastest may change from run to run. Under a time limit a part of a
-    batch is timed if whole ones would take too long.
+    With a seed nothing is timed, because what is fastest may change from run to run. Under a time limit the timing ends
+    early, with the fastest of the options that were timed until then.
     """
     training = job.settings.training
     options = candidates(job.device, training.precision, training.channels_last)
@@ -172,41 +170,13 @@ def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
     batch = make_batch(job, job.training, 0, 0, augment=False)
     single = replace(job, ranks=ALONE)
 
-    def prepare(arithmetic: Arithmetic, batch: Batch) -> Callable[[], None]:
+    def prepare(arithmetic: Arithmetic) -> Callable[[], None]:
         learner = make_learner(single, network, arithmetic)
         return _trial_step(single, learner if job.ranks.world == 1 else replace(learner, forward=network), batch)
 
-    budget = TIMING_SHARE * limit_seconds(job.settings)
     with _trial(network):
-        if math.isfinite(budget) and len(options) > 1:
-            small = crop_batch(job, batch)
-            small_seconds = seconds(prepare(options[0], small), job.device)
-            budget -= small_seconds
-            if 2 * len(options) * small_seconds * batch[0].numel() / small[0].numel() > budget:
-                batch = small
-        best = fastest(options, partial(prepare, batch=batch), job.device, budget)
+        best = fastest(options, prepare, job.device, TIMING_SHARE * limit_seconds(job.settings))
     return from_first(best, job.ranks)
-
-
-def crop_batch(job: Job, batch: Batch) -> Batch:
-    """Return one sample of a batch and half of its patch along each axis, where the network can take that.
-
-    Parameters
-    ----------
-    job : Job
-        What is trained.
-    batch : Batch
-        Images (batch, inputs, *patch), classes (batch, *patch) and case ids.
-    """
-    images, classes, ids = batch
-    size = images.shape[2:]
-    if job.settings.network.factory is None:
-        divisor = job.planned.network.divisor
-        half = [max(1, n // d // 2) * d for n, d in zip(size, divisor, strict=True)]
-        if any(n > d for n, d in zip(half, divisor, strict=True)):  # instance norm needs more than one voxel
-            size = torch.Size(half)
-    box = tuple(slice(0, n) for n in size)
-    return images[:1, :, *box], classes[:1, *box], ids[:1]
 
 
 def _compile(job: Job, learner: Learner) -> Learner:
