@@ -28,7 +28,7 @@ from scipy.ndimage import zoom
 
 from nnunet_lite.data.dataset import dataset_from_json
 from nnunet_lite.files import read_json
-from nnunet_lite.networks.precision import keep_freed_memory
+from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import Settings, with_changes

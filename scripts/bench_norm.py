@@ -12,8 +12,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from nnunet_lite.networks.norm import InstanceNorm
-from nnunet_lite.networks.precision import keep_freed_memory
+from nnunet_lite.networks.cpu import FastInstanceNorm, keep_freed_memory
 
 
 def best_ms(work: object, repeats: int = 10) -> float:
@@ -32,7 +31,7 @@ def main() -> None:
     for channels, size in ((16, (40, 56, 40)), (32, (20, 28, 20)), (64, (10, 14, 10))):
         for kind in (torch.float32, torch.bfloat16):
             x = torch.randn(4, channels, *size).to(kind).to(memory_format=torch.channels_last_3d).requires_grad_()
-            gradient, norm = torch.randn_like(x), InstanceNorm(channels)
+            gradient, norm = torch.randn_like(x), FastInstanceNorm(channels, affine=True)
             w, b = (p.detach().to(kind) for p in (norm.weight, norm.bias))
             works = (
                 lambda x=x, g=gradient, w=w, b=b: F.instance_norm(x, weight=w, bias=b).backward(g),

@@ -91,7 +91,7 @@ def alone(image: Path, cores: list[int], slices: int, classes: int, scratch: Pat
 def row(model: Path, images: Path, n: int) -> None:
     """Memory of this process after each of several cases."""
     from nnunet_lite.models.choice import load
-    from nnunet_lite.networks.precision import keep_freed_memory
+    from nnunet_lite.networks.cpu import keep_freed_memory
 
     keep_freed_memory()  # as `nnlite predict` does
     loaded, sizes = load(model, device="cpu"), []

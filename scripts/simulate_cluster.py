@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,8 +50,7 @@ def measure(data: Path) -> Measured:
     import nnunet_lite
     from nnunet_lite.data.dataset import stored_dataset
     from nnunet_lite.planning.schema import Plan
-    from nnunet_lite.preprocessing.make import Make
-    from nnunet_lite.preprocessing.store import open_case
+    from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
     from nnunet_lite.workspace import planned_paths
 
     with tempfile.TemporaryDirectory() as folder:
@@ -59,14 +58,12 @@ def measure(data: Path) -> Measured:
         paths = planned_paths(Path(folder))
         plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
         name = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
-        make = Make(dataset, plan, (name,), paths.preprocessed, plan.stored_as)
-        paths.preprocessed.mkdir()
         seconds, raw = [], []
         for case in dataset.cases:
             start = time.perf_counter()
-            part = make([case], {}, 0)
+            alone = preprocess_dataset(replace(dataset, cases=(case,)), plan, [name], paths.preprocessed, workers=0)
             seconds.append(time.perf_counter() - start)
-            raw.append(sum(found.size for found in part.raw.values()))
+            raw.append(alone.raw_bytes)
         summary = nnunet_lite.preprocess([name], workspace=folder, workers=0)
         patch, rng = plan.configuration(name).patch_size, np.random.default_rng(1)
         stored = [open_case(paths.preprocessed, plan, name, case.id) for case in dataset.cases]

@@ -174,6 +174,17 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test with a number of torch threads: @pytest.mark.parametrize("threads", [2], indirect=True)."""
+    import torch  # most tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def counts(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """Something that is counted over all tests: counts("kills survived", 20); its sum is printed at the end."""
     return lambda what, n=1: record_property("counted", [what, n])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,25 @@ def save_arrays(root: Path, arrays: dict[str, np.ndarray]) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         flat = array.ndim == 3 and name.endswith((".png", ".tif"))
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array[len(array) // 2] if flat else array), root / name)
+
+
+def rewrite_nifti(
+    path: Path, change: Callable[[np.ndarray], np.ndarray] | None = None, affine: np.ndarray | None = None
+) -> None:
+    """Change the voxels (x, y, z) of a NIfTI file, or its affine."""
+    image = nibabel.load(path)
+    array = np.asarray(image.dataobj).copy()
+    array = change(array) if change else array
+    nibabel.save(nibabel.Nifti1Image(array, image.affine if affine is None else affine), path)
+
+
+def move_nifti(path: Path, shift: float = 0.0, scale: float = 1.0, angle: float = 0.0) -> None:
+    """Shift (mm), stretch and turn (radians) the grid of a NIfTI file about its first voxel."""
+    affine = nibabel.load(path).affine.copy()
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine[:3, :3] = scale * turn @ affine[:3, :3]
+    affine[0, 3] += shift
+    rewrite_nifti(path, affine=affine)
 
 
 def fold_of(tmp_path: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The planned network, or one of the user's own, which is tried before a run depends on it."""
+"""The planned network, or one of the user's own, which is checked before a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.networks.build import build_network, supervise_deeply
-from nnunet_lite.networks.unet import UNet
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import UNet, set_deep_supervision
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import planned_paths
 
@@ -81,7 +81,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_planned_network_is_a_unet(plan: Plan) -> None:
     network = build_network(plan, "2d")
     assert isinstance(network, UNet)
-    supervise_deeply(network, True)
+    set_deep_supervision(network, True)
     outputs = network(torch.zeros(1, 1, *plan.configuration("2d").patch_size))
     assert isinstance(outputs, list)
 
@@ -89,18 +89,16 @@ def test_the_planned_network_is_a_unet(plan: Plan) -> None:
 def test_a_network_of_the_users_own(plan: Plan) -> None:
     network = build_network(plan, "3d_fullres", "own_networks:plain")
     assert network.training
-    supervise_deeply(network, True)  # it has no such stages: nothing happens
+    set_deep_supervision(network, True)  # it has one head only
     assert network(torch.zeros(2, 1, 8, 8, 8)).shape == (2, 3, 8, 8, 8)
 
 
 def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
-    assert (
-        build_network(plan, "3d_fullres", f"{tmp_path / 'own_networks.py'}:plain")(torch.zeros(1, 1, 8, 8, 8)).shape[1]
-        == 3
-    )
+    network = build_network(plan, "3d_fullres", f"{tmp_path / 'own_networks.py'}:plain")
+    assert network(torch.zeros(1, 1, 8, 8, 8)).shape[1] == 3
     for name in ("deep", "deep_in_training"):
-        assert isinstance(build_network(plan, "3d_fullres", f"own_networks:{name}", try_deeply=True), nn.Module)
-    build_network(plan, "3d_fullres", "own_networks:deep_tuple")  # of no matter where it is not asked for
+        assert isinstance(build_network(plan, "3d_fullres", f"own_networks:{name}", check_heads=True), nn.Module)
+    build_network(plan, "3d_fullres", "own_networks:deep_tuple")  # not checked without check_heads
     assert isinstance(build_network(plan, "3d_fullres", "/somewhere/else/own_networks.py:plain"), nn.Sequential)
     (tmp_path / "with_a_dataclass.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
@@ -119,12 +117,9 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
         ("own_networks:fails", "fails on a batch of shape"),
         ("own_networks:deep_tuple", r"returns tuple for .*deep_supervision = True, not a list that begins with"),
         ("own_networks:deep_coarse_first", r"returns a list of \(1, 3, .*not a list that begins with"),
-        ("own_networks:nothing", "returned NoneType, no torch.nn.Module"),
-        ("own_networks:number", "number is no function"),
-        (
-            "own_networks:one_argument",
-            r"TypeError: one_argument.*\(planned network, inputs, outputs\)",
-        ),
+        ("own_networks:nothing", "returned NoneType, not a torch.nn.Module"),
+        ("own_networks:number", "number is not a function"),
+        ("own_networks:one_argument", r"TypeError: one_argument.*\(planned network, inputs, outputs\)"),
         ("own_typo.py:plain", "SyntaxError"),
         ("own_networks:absent", "no attribute 'absent'"),
         ("no_such_module:plain", "No module named 'no_such_module'"),
@@ -132,8 +127,8 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
         (":plain", "module:function"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(plan: Plan, factory: str, message: str) -> None:
+def test_a_factory_that_cannot_be_used_is_one_line(plan: Plan, factory: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        build_network(plan, "3d_fullres", factory, try_deeply=True)
+        build_network(plan, "3d_fullres", factory, check_heads=True)
     assert factory in str(error.value)
     assert "\n" not in str(error.value)

@@ -16,7 +16,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.maps import Wanted
 from nnunet_lite.inference.predictor import Model, load, predict_preprocessed
-from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.precision import ComputeFormat
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 
@@ -59,7 +59,7 @@ def test_logits_that_are_not_finite_are_no_background(
         broken(scan)
     with pytest.raises(UserError, match="computed in float32: look at the values of the image"):
         predict_preprocessed(broken, tiny_cases[0].image[:])
-    half = replace(broken, arithmetic=Arithmetic(precision="bf16"))
+    half = replace(broken, arithmetic=ComputeFormat(precision="bf16"))
     with pytest.raises(UserError, match="Predict with --precision fp32"):
         half(scan)
     for wanted in (Wanted(("Anterior",)), Wanted(uncertainty=True)):

@@ -128,7 +128,7 @@ def test_an_imported_model_is_all_that_info_and_predict_need(
     assert code == 0 and about["dataset"] == place.name
     assert [model["model"] for model in about["models"]] == [str(place / "models" / name)]
     code, out, _ = command("info", cwd=tmp_path)
-    assert code == 0 and out.startswith(f"{place.name}: models alone") and "3d_fullres of Dataset004_Hippocampus" in out
+    assert code == 0 and out.startswith(f"{place.name}: only models") and "3d_fullres of Dataset004_Hippocampus" in out
     flags = ("--no-mirroring", "--device", "cpu", "--precision", "fp32")
     code, out, err = command("predict", "-i", scan, "-o", "out", *flags, cwd=tmp_path)
     assert code == 0 and out == "1 label map in out\n", err

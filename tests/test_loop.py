@@ -28,13 +28,13 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_weights_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.preprocessing.stored_case import sampled_voxels
+from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
 from nnunet_lite.training.cache import LoadedCase, in_memory
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job, configure_plan
-from nnunet_lite.training.learner import choose_arithmetic, make_network
+from nnunet_lite.training.learner import choose_format, make_network
 from nnunet_lite.training.limits import StopRequest
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.metrics import METRICS, PICTURE, TABLE
@@ -88,7 +88,7 @@ def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], 
     for case in map(in_memory, cases):
         label = case.label.copy()
         change(label)
-        voxels = dict(sampled_voxels(label, labels))
+        voxels = dict(sample_voxels(label, labels))
         annotated = voxels.pop(-1, None)
         out.append(LoadedCase(case.case_id, case.image, label, voxels, annotated))
     return out
@@ -262,9 +262,9 @@ def test_timing_number_formats_keeps_to_a_share_of_the_time(job: MakeJob) -> Non
     """Where a step takes longer than a twentieth of the limit, only the likely winner is timed."""
     auto = {"training.seed": None, "training.precision": "fp32", "training.channels_last": "auto"}
     run = job(**auto, **{"training.patch_size": [32, 40, 32], "training.batch_size": 4, "training.time_limit": 1e-4})
-    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_arithmetic(run, make_network(run)).reason)
+    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_format(run, make_network(run)).reason)
     patient = replace(run, settings=with_changes(run.settings, {"training.time_limit": 60}))
-    reason = choose_arithmetic(patient, make_network(patient)).reason
+    reason = choose_format(patient, make_network(patient)).reason
     assert re.fullmatch(r"fastest of fp32 channels-last \S+ s, fp32 \S+ s", reason)
 
 

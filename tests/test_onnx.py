@@ -29,7 +29,6 @@ from nnunet_lite.inference.onnx import OPSET, export_onnx
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL
 from nnunet_lite.networks.build import build_network
-from nnunet_lite.networks.norm import InstanceNorm
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import load_settings
@@ -271,7 +270,7 @@ def test_a_graph_that_computes_something_else_is_noticed(exported: Path, pair: P
 
 def test_a_window_of_nothing_but_air_does_no_harm(tmp_path: Path) -> None:
     """onnxruntime's own instance norm is off by 0.1 there, and each layer makes it worse."""
-    norm, air = InstanceNorm(1).requires_grad_(False), torch.full((1, 1, 64, 64, 64), -1.3)
+    norm, air = nn.InstanceNorm3d(1, affine=True).requires_grad_(False), torch.full((1, 1, 64, 64, 64), -1.3)
     body = torch.cat([air[:, :, :48], torch.randn(1, 1, 16, 64, 64)], 2)
     stepwise = exporter._with_stepwise_norms(nn.Sequential(norm))
     exporter._write_graph(stepwise, torch.cat([air, body]), {}, tmp_path / "n.onnx")

@@ -172,7 +172,7 @@ def test_a_model_of_nnunet_is_turned_as_nnunet_does(
     assert code == 0, err
     folder = next((tmp_path / "workspace").glob("*/models/*"))
     code, out, _ = command("info", folder, cwd=tmp_path)
-    words = "images are turned to RAS" if turned else "orientation not known: images are taken as they are stored"
+    words = "images are reoriented to RAS" if turned else "orientation not known: images are used as they are stored"
     assert code == 0 and words in out
 
 

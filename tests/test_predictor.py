@@ -32,7 +32,7 @@ from nnunet_lite.inference.predictor import (
     sides_of,
     trained_folds,
 )
-from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings
@@ -374,7 +374,7 @@ def test_compiled_networks_say_the_same(tiny_model: Path, tiny_cases: list[Any],
     n = 20 if many else 3
     network = UNet(configuration.network, 1, n).eval().requires_grad_(False)
     plain, made = (
-        passes_of([network], configuration, n, Arithmetic(), torch.device("cpu"), compiled=compiled)
+        passes_of([network], configuration, n, ComputeFormat(), torch.device("cpu"), compiled=compiled)
         for compiled in (False, True)
     )
     assert (plain.head is not None) == many

@@ -11,7 +11,7 @@ import torch
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.tiles import padding
-from nnunet_lite.preprocessing.stored_case import sampled_voxels
+from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cache import LoadedCase, on_device
 from nnunet_lite.training.sampler import (
@@ -36,7 +36,7 @@ def make_case(shape: Shape, labels: Labels = LABELS, case_id: str = "case", prev
     label = np.zeros(shape, np.uint8)
     label[shape[0] // 2 :, :2, :3] = 1
     label[0, -1, -1] = 2
-    voxels = dict(sampled_voxels(label, labels))
+    voxels = dict(sample_voxels(label, labels))
     before = rng.integers(0, 3, shape).astype(np.uint8) if previous else None
     return LoadedCase(case_id, rng.normal(size=(2, *shape)).astype(np.float16), label, voxels, None, before)
 
@@ -108,7 +108,7 @@ def test_patches_of_partly_annotated_cases_are_centred_on_annotated_voxels() -> 
     labels = Labels(names={"background": 0, "a": 1}, ignore=9)
     label = np.full((20, 20, 20), labels.ignore_class, np.uint8)
     label[3:6, 10, 10] = 0
-    voxels = dict(sampled_voxels(label, labels))
+    voxels = dict(sample_voxels(label, labels))
     case = LoadedCase("case", np.zeros((1, 20, 20, 20), np.float16), label, {}, voxels[-1])
     for i in range(30):
         corner = draw_corner(case, (4, 4, 4), i % 2 == 0, rng_for(0, 0, i))

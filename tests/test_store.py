@@ -24,7 +24,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Statistics
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset, prune
-from nnunet_lite.preprocessing.stored_case import chunks_and_blocks, sampled_voxels
+from nnunet_lite.preprocessing.stored_case import chunks_and_blocks, sample_voxels
 
 STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
 BOTH = ["2d", "3d_fullres"]
@@ -238,9 +238,10 @@ def test_many_threads_read_one_case(five: Dataset, tmp_path: Path) -> None:
 def test_precision(five: Dataset, tmp_path: Path) -> None:
     plan = make_plan(five.labels)
     preprocess_dataset(five, plan, ["3d_fullres"], tmp_path / "half")
-    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path / "full", precision="float32")
+    exact = plan.model_copy(update={"stored_as": "float32"})
+    preprocess_dataset(five, exact, ["3d_fullres"], tmp_path / "full")
     half = open_case(tmp_path / "half", plan, "3d_fullres", five.cases[0].id).image[:]
-    full = open_case(tmp_path / "full", plan, "3d_fullres", five.cases[0].id).image[:]
+    full = open_case(tmp_path / "full", exact, "3d_fullres", five.cases[0].id).image[:]
     assert full.dtype == np.float32 and np.array_equal(full.astype(np.float16), half) and not np.array_equal(full, half)
 
 
@@ -303,21 +304,21 @@ def test_a_second_process_waits(five: Dataset, tmp_path: Path) -> None:
 def test_foreground_of_regions_and_of_what_is_annotated() -> None:
     classes = np.random.default_rng(0).integers(0, 5, (12, 40, 50)).astype(np.uint8)
     regions = Labels(names={"background": 0, "all": (1, 2, 3), "core": (3,)}, ignore=4, region_order=(1, 3))
-    found = dict(sampled_voxels(classes, regions))
+    found = dict(sample_voxels(classes, regions))
     members = {1: (1, 2, 3), 2: (3,), -1: (0, 1, 2, 3)}
     assert list(found) == list(members)
     for number, voxels in found.items():
         assert np.isin(classes[tuple(voxels.T)], members[number]).all()
         assert len(voxels) == min(10_000, np.isin(classes, members[number]).sum())
         assert len(np.unique(voxels, axis=0)) == len(voxels)
-    assert all(np.array_equal(v, dict(sampled_voxels(classes, regions))[n]) for n, v in found.items())
+    assert all(np.array_equal(v, dict(sample_voxels(classes, regions))[n]) for n, v in found.items())
 
 
 def test_samples_of_a_large_class_are_spread_evenly() -> None:
     classes = np.zeros((70, 200, 200), np.uint8)
     classes[5:65, 10:190, 10:190] = 1  # more than one slab
     labels = Labels(names={"background": 0, "a": 1, "absent": 2})
-    found = dict(sampled_voxels(classes, labels))
+    found = dict(sample_voxels(classes, labels))
     assert list(found) == [1] and len(found[1]) == 19_440  # a hundredth, as nnU-Net 2.8.1 keeps
     assert np.abs(found[1].mean(axis=0) - (34.5, 99.5, 99.5)).max() < 1.5
     assert (classes[tuple(found[1].T)] == 1).all()

@@ -25,14 +25,14 @@ from nnunet_lite.inference.predictor import load
 from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
 from nnunet_lite.inference.tiles import Sides, mirrorings, window_starts
 from nnunet_lite.inference.windows import weight_of
-from nnunet_lite.networks.precision import Arithmetic
+from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Configuration, Network, Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
 
 Shape = tuple[int, int, int]
 
-CPU, FP32 = torch.device("cpu"), Arithmetic()
+CPU, FP32 = torch.device("cpu"), ComputeFormat()
 ISOTROPIC, COARSE = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0)
 REGIONS = Labels(names={"background": 0, "all": (1, 2, 3), "core": (2, 3), "inner": 3}, region_order=(1, 2, 3))
 

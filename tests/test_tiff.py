@@ -18,7 +18,7 @@ import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.preprocessing.raw_files import survey
+from nnunet_lite.preprocessing.raw_files import scan_raw_cases
 
 UM = 1e-3  # mm
 GREY: dict[str, Any] = {"photometric": "minisblack"}
@@ -229,11 +229,11 @@ def test_a_changed_sidecar_or_file_of_voxels_is_a_changed_case(tmp_path: Path) -
     (tmp_path / "a.json").write_text(json.dumps({"spacing": [3.0, 0.7, 0.8]}))
     sitk.WriteImage(sitk.GetImageFromArray(numbers((5, 6, 7))), tmp_path / "b.mhd")
     cases = [Case("a", (path,)), Case("b", (tmp_path / "b.mhd",))]
-    before = survey(cases, {}, 0)
-    assert survey(cases, before, 0) == before
+    before = scan_raw_cases(cases, {}, 0)
+    assert scan_raw_cases(cases, before, 0) == before
     (tmp_path / "a.json").write_text(json.dumps({"spacing": [4.0, 0.7, 0.8]}))
     (tmp_path / "b.raw").write_bytes(bytes(2 * 5 * 6 * 7))
-    after = survey(cases, before, 0)
+    after = scan_raw_cases(cases, before, 0)
     assert after["a"].spacing == (4.0, 0.7, 0.8)
     assert after["b"] != before["b"]
 

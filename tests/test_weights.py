@@ -28,7 +28,8 @@ from nnunet_lite.inference.predictor import load, read_model
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.nnunet import export_model, import_model
 from nnunet_lite.models.unpickle import read_checkpoint
-from nnunet_lite.networks.build import build_network, supervise_deeply
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import set_deep_supervision
 
 MODELS = Path(__file__).parent / "data" / "nnunet_models"
 CHECKPOINT = "fold_0/checkpoint_final.pth"
@@ -56,7 +57,7 @@ def logits(model: Path, image: np.ndarray) -> list[np.ndarray]:
     plan, run = read_model(model)
     network = build_network(plan, run["configuration"])
     load_weights(model / "fold_0" / "model.safetensors", network)
-    supervise_deeply(network.eval(), True)
+    set_deep_supervision(network.eval(), True)
     with torch.inference_mode():
         return [output.numpy() for output in network(torch.from_numpy(image))]
 

@@ -1,4 +1,4 @@
-"""The short way through a convolution gives the results of the long one, forward and backward."""
+"""Winograd convolution equals the direct one, forward and backward; samples are divided over threads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_lite.networks.conv import Conv3d
-from nnunet_lite.networks.norm import is_channels_last
+from nnunet_lite.networks.cpu import FastConv3d
+from nnunet_lite.networks.winograd import is_channels_last, map_samples
 
 LAYOUT = torch.channels_last_3d
 
@@ -24,7 +24,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("depth", [8, 10, 20, 40, 50])  # whole tiles and not, one block and several
 def test_equals_the_exact_convolution(depth: int) -> None:
     torch.manual_seed(depth)
-    convolution = Conv3d(16, 24, 3, padding=1)
+    convolution = FastConv3d(16, 24, 3, padding=1)
     x = torch.randn(2, 16, depth, 6, 5).contiguous(memory_format=LAYOUT).requires_grad_()
     grad = torch.randn(2, 24, depth, 6, 5)
     y = convolution(x)
@@ -41,7 +41,7 @@ def test_equals_the_exact_convolution(depth: int) -> None:
 
 def test_gradient_of_the_weights_alone_and_no_bias() -> None:
     torch.manual_seed(0)
-    convolution = Conv3d(16, 16, 3, padding=1, bias=False)
+    convolution = FastConv3d(16, 16, 3, padding=1, bias=False)
     x = torch.randn(1, 16, 16, 4, 4).contiguous(memory_format=LAYOUT)
     grad = torch.randn(1, 16, 16, 4, 4)
     (found,) = gradients(convolution(x), (convolution.weight,), grad)
@@ -59,47 +59,44 @@ def test_gradient_of_the_weights_alone_and_no_bias() -> None:
         ((1, 16, 16, 4, 4), (1, 3, 3), 1, LAYOUT),
     ],
 )
-def test_otherwise_it_is_torchs(shape: tuple[int, ...], kernel: int, stride: int, layout: torch.memory_format) -> None:
+def test_other_convolutions_go_to_torch(
+    shape: tuple[int, ...], kernel: int, stride: int, layout: torch.memory_format
+) -> None:
     sizes = (kernel,) * 3 if isinstance(kernel, int) else kernel
-    convolution = Conv3d(shape[1], 4, kernel, stride=stride, padding=[k // 2 for k in sizes])
+    convolution = FastConv3d(shape[1], 4, kernel, stride=stride, padding=[k // 2 for k in sizes])
     y = convolution(torch.randn(shape).contiguous(memory_format=layout))
     assert y.grad_fn is not None and "Winograd" not in y.grad_fn.name()
 
 
-def test_low_precision_is_left_to_torch() -> None:
+def test_low_precision_goes_to_torch() -> None:
     x = torch.randn(1, 16, 16, 4, 4).contiguous(memory_format=LAYOUT)
     with torch.autocast("cpu", torch.bfloat16):
-        assert Conv3d(16, 16, 3, padding=1)(x).dtype == torch.bfloat16
+        assert FastConv3d(16, 16, 3, padding=1)(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_shares_of_a_batch_give_the_same(threads: int) -> None:
-    """Five samples in two shares of two and one left over, and in three of one with two left over."""
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_the_result_does_not_depend_on_the_threads(threads: None) -> None:
+    """Five samples in two parts of two and a rest of one, and in three of one and a rest of two."""
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        convolution = Conv3d(16, 16, 3, padding=1)
-        x = torch.randn(5, 16, 12, 4, 4).contiguous(memory_format=LAYOUT).requires_grad_()
-        assert convolution.bias is not None
-        leaves, grad = (x, convolution.weight, convolution.bias), torch.randn(5, 16, 12, 4, 4)
-        found, again = (gradients(convolution(x), leaves, grad) for _ in range(2))
-        with torch.inference_mode():
-            y = convolution(x.detach())
-    finally:
-        torch.set_num_threads(before)
+    convolution = FastConv3d(16, 16, 3, padding=1)
+    x = torch.randn(5, 16, 12, 4, 4).contiguous(memory_format=LAYOUT).requires_grad_()
+    assert convolution.bias is not None
+    leaves, grad = (x, convolution.weight, convolution.bias), torch.randn(5, 16, 12, 4, 4)
+    found, again = (gradients(convolution(x), leaves, grad) for _ in range(2))
+    with torch.inference_mode():
+        y = convolution(x.detach())
     exact = F.conv3d(x, convolution.weight, convolution.bias, padding=1)
     assert distance(y, exact) < 1e-5
     for one, other, wanted in zip(found, again, gradients(exact, leaves, grad), strict=True):
         assert distance(one, wanted) < 1e-5
-        assert torch.equal(one, other), "the order of sums does not depend on which share ends first"
+        assert torch.equal(one, other), "the order of sums does not depend on which part ends first"
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_an_activation_may_overwrite_the_output(n: int) -> None:
     """As in a network without normalisation."""
     torch.manual_seed(0)
-    convolution = Conv3d(16, 16, 3, padding=1)
+    convolution = FastConv3d(16, 16, 3, padding=1)
     x = torch.randn(n, 16, 16, 4, 4).contiguous(memory_format=LAYOUT).requires_grad_()
     grad = torch.randn(n, 16, 16, 4, 4)
     leaves = (x, convolution.weight)
@@ -108,3 +105,23 @@ def test_an_activation_may_overwrite_the_output(n: int) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     for found, wanted in zip(gradients(y, leaves, grad), gradients(expected, leaves, grad), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, [[0]]), (2, [[0], [1]]), (3, [[0], [1], [2]]), (8, [[0, 1], [2, 3], [4, 5], [6, 7]])]
+)
+def test_parts_are_equal_and_the_rest_comes_last(n: int, expected: list[list[int]], threads: None) -> None:
+    assert map_samples(n, list) == expected
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_each_part_has_its_own_threads_and_the_mode_of_the_caller(threads: None) -> None:
+    assert map_samples(3, lambda samples: torch.get_num_threads()) == [1, 1, 1]
+    assert map_samples(3, lambda samples: map_samples(3, list)) == [[[0, 1, 2]]] * 3, "parts are not divided again"
+    assert torch.get_num_threads() == 3
+    assert map_samples(3, lambda samples: torch.is_grad_enabled()) == [False] * 3
+    with torch.inference_mode():
+        assert map_samples(4, lambda samples: torch.is_inference_mode_enabled()) == [True] * 4
+    with pytest.raises(ZeroDivisionError):
+        map_samples(6, lambda samples: 1 // (samples.start - 2))

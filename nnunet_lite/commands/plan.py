@@ -38,7 +38,7 @@ from nnunet_lite.planning.nnunet import Description, description_from_nnunet, de
 from nnunet_lite.planning.override import override_sizes
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Options, Plan
-from nnunet_lite.preprocessing.raw_files import first_change, look_at, memorize, same_files
+from nnunet_lite.preprocessing.raw_files import first_change, has_same_files, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training.grouping import name_cases, warn_of_patients
 from nnunet_lite.training.splits import (
@@ -150,7 +150,8 @@ def _plan_dataset(
         warn_of_unused_splits(paths.splits, dataset)
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
-    raw = look_at(dataset.cases, paths.raw, workers, log.progress)  # first: a change while files are checked is seen
+    # First, so that a change while files are checked is noticed.
+    raw = scan_raw_cases(dataset.cases, read_stamps(paths.raw), workers, log.progress)
     problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
     log.info(problems.to_text())
     if fingerprint is None:
@@ -164,7 +165,7 @@ def _plan_dataset(
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.to_nnunet())
-    memorize(paths.raw, raw)
+    write_stamps(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:
             log.info(f"the previous folds are kept in {old}")
@@ -238,7 +239,7 @@ def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
     if stored.root.resolve() == root.resolve():
         return paths
     moved = not stored.root.exists()
-    if not same_files(dataset, stored, paths, moved):
+    if not has_same_files(dataset, stored, paths, moved):
         gone = ", which is gone" if moved else ""
         raise UserError(
             f"the workspace {workspace} has another dataset called {dataset.name}, with other files, "

@@ -189,7 +189,7 @@ def predict(
             return _reported(Predictions(out, tuple(files), failed, tuple(folders), tuple(map(str, used)), rules))
         loaded = load_all(folders, ours, folds, device, settings, **code)
     if loaded.device.type == "cpu":
-        from nnunet_lite.networks.precision import keep_freed_memory
+        from nnunet_lite.networks.cpu import keep_freed_memory
 
         keep_freed_memory()
     log.info(
@@ -228,11 +228,13 @@ class _Parcel:
     how: dict[str, Any]
 
     def __call__(self, case: Case) -> tuple[list[Path], dict[str, str]]:
-        from nnunet_lite.evaluation.selection import fingerprint
+        from nnunet_lite.evaluation.selection import weights_fingerprint
         from nnunet_lite.inference.folder import predict_cases
 
         folders, folds = tuple(self.choice.folders), tuple(self.choice.folds or ())
-        trained = tuple(fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder))
+        trained = tuple(
+            weights_fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder)
+        )
         model = _kept(
             folders, folds, self.device, tuple(sorted(self.settings.items())), tuple(self.how.items()), trained
         )

@@ -11,7 +11,7 @@ from nnunet_lite import log
 from nnunet_lite.commands.options import DatasetName, Scheduler, Workers, Workspace, cluster_of, names_of
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.store import Summary, preprocess_dataset
+from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as delete_unneeded
 from nnunet_lite.system import in_units
 from nnunet_lite.workspace import select_dataset
@@ -25,14 +25,14 @@ def preprocess(
     scheduler: Scheduler = None,
     workers: Workers = None,
     workspace: Workspace = None,
-) -> Summary:
+) -> PreprocessingSummary:
     """Crop, normalise and resample a planned dataset (train does it too where it is missing).
 
     Cases that are preprocessed already are kept.
 
     Returns
     -------
-    Summary
+    PreprocessingSummary
         How many cases were made and kept.
 
     Raises

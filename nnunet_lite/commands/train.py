@@ -57,8 +57,8 @@ from nnunet_lite.models.folder import (
     set_aside,
 )
 from nnunet_lite.networks.build import build_network
-from nnunet_lite.networks.norm import mixes_samples
 from nnunet_lite.networks.precision import pick_device
+from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
@@ -231,7 +231,7 @@ def launch_on_gpus(gpus: int) -> None:
     """
     if current_ranks().world > 1:
         return
-    if not start.is_command():
+    if not start.IS_COMMAND:
         fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
         raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
     raise SystemExit(launch(gpus, sys.argv[1:]))

@@ -29,7 +29,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import must_fit, scratch, write_json, write_text
 from nnunet_lite.inference.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.inference.predictor import Model, load
-from nnunet_lite.networks.norm import InstanceNorm
 
 OPSET = 18
 TOLERANCE = 1e-3  # of a logit; where the largest is above 1, of that
@@ -123,7 +122,7 @@ class StepwiseNorm(nn.Module):
     air is in CT, logits change by 0.03, and in a window of nothing but air by 0.2. This one errs as little as torch.
     """
 
-    def __init__(self, norm: InstanceNorm | nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
+    def __init__(self, norm: nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
@@ -145,7 +144,7 @@ def _with_stepwise_norms(network: nn.Module) -> nn.Module:
     copy = deepcopy(network)
     for module in list(copy.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, InstanceNorm | nn.InstanceNorm2d | nn.InstanceNorm3d) and child.weight is not None:
+            if isinstance(child, nn.InstanceNorm2d | nn.InstanceNorm3d) and child.weight is not None:
                 setattr(module, name, StepwiseNorm(child))
     return copy
 

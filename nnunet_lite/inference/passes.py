@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from nnunet_lite.inference.tiles import Sides, mirrorings
 from nnunet_lite.inference.windows import Flip
-from nnunet_lite.networks.precision import DTYPES, Arithmetic, as_layout
-from nnunet_lite.networks.threads import pool
+from nnunet_lite.networks.precision import DTYPES, ComputeFormat
 from nnunet_lite.networks.unet import UNet
+from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.training.cascade import one_hot
 
@@ -75,7 +75,7 @@ def passes_of(
     networks: Sequence[nn.Module],
     configuration: Configuration,
     n_logits: int,
-    arithmetic: Arithmetic,
+    arithmetic: ComputeFormat,
     device: torch.device,
     *,
     mirror_axes: Sequence[int] = (),
@@ -107,7 +107,7 @@ def passes_of(
     def forward(x: Tensor) -> Tensor:
         if n_previous is not None:
             x = torch.cat([x[:, :-1], one_hot(x[:, -1], n_previous).to(x.dtype)], 1)
-        seen = as_layout(x, arithmetic)
+        seen = arithmetic.arrange(x)
         with arithmetic.autocast(device):
             outputs = [body(seen).float() for body in called]
         if len(outputs) == 1:
@@ -155,7 +155,7 @@ def side_by_side(forward: Function, threads: int) -> Function:
         workers = min(threads, len(x) // _AT_LEAST)
         if workers < 2:
             return forward(x)
-        return torch.cat(list(pool(workers, threads // workers).map(forward, x.tensor_split(workers))))
+        return torch.cat(list(thread_pool(workers, threads // workers).map(forward, x.tensor_split(workers))))
 
     return parts
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.maps import NewMap, Wanted
     from nnunet_lite.inference.passes import Passes
     from nnunet_lite.inference.tiles import Sides
-    from nnunet_lite.networks.precision import Arithmetic
+    from nnunet_lite.networks.precision import ComputeFormat
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Model:
     mirror_axes: tuple[int, ...]
     settings: InferenceSettings
     device: torch.device
-    arithmetic: Arithmetic
+    arithmetic: ComputeFormat
     previous: Model | None = None
     sides: Sides | None = None
     partners: tuple[Model, ...] = ()
@@ -128,16 +128,20 @@ def load(
 
     # torch takes seconds to import: mistakes are told before
     from nnunet_lite.models.checkpoint import load_weights
-    from nnunet_lite.networks.build import build_network, supervise_deeply
-    from nnunet_lite.networks.precision import Arithmetic, pick_device, use_allowed_cpus
+    from nnunet_lite.networks.build import build_network
+    from nnunet_lite.networks.cpu import speed_up_on_cpu
+    from nnunet_lite.networks.precision import ComputeFormat, pick_device, use_allowed_cpus
+    from nnunet_lite.networks.unet import set_deep_supervision
 
     use_allowed_cpus()
     target = pick_device(device)
     networks, about = [], {}
     for fold in wanted:
         network = build_network(plan, run["configuration"], trained.network.factory)
-        supervise_deeply(network, False)
+        set_deep_supervision(network, False)
         about = load_weights(folder / f"fold_{fold}" / MODEL, network)
+        if target.type == "cpu":
+            speed_up_on_cpu(network)
         networks.append(network.to(target).eval().requires_grad_(False))
     mirrored = trained.augmentation.enabled and trained.augmentation.p_mirror > 0
     axes = trained.augmentation.mirror_axes if mirrored else ()
@@ -150,7 +154,7 @@ def load(
         mirror_axes=tuple(range(configuration.dimensions)) if axes is None else axes,
         settings=inference,
         device=target,
-        arithmetic=Arithmetic(),
+        arithmetic=ComputeFormat(),
         previous=None
         if first is None
         else load(first, None, device, settings, trust_code=trust_code, workspace=workspace),
@@ -340,7 +344,7 @@ def sides_of(plan: Plan, configuration: str, trained: AugmentationSettings) -> S
     return Sides(swap.axis, channel_swap(plan.labels, trained.mirror_swap), classes)
 
 
-def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
+def _choose_arithmetic(model: Model, about: dict[str, Any]) -> ComputeFormat:
     """What the training chose, so that a model predicts the same each time; on another kind of device it is timed.
 
     On a CPU the layout is not: our normalisation, upsampling and convolution are made for channels-last. But where a
@@ -348,13 +352,13 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
     """
     import torch
 
-    from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates, fastest
+    from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_fastest
 
     like_nnunet = model.settings.sums == "float16" and model.settings.precision == "fp32"
     layout = not like_nnunet if model.device.type == "cpu" else "auto"
-    options = candidates(model.device, model.settings.precision, layout)
+    options = list_formats(model.device, model.settings.precision, layout)
     if about.get("device") == model.device.type:
-        trained, asked = Arithmetic(**about["arithmetic"]), model.settings.precision
+        trained, asked = ComputeFormat(**about["arithmetic"]), model.settings.precision
         best = replace(trained, precision=trained.precision if asked == "auto" else asked)
         if best.precision in [option.precision for option in options]:
             _set_layout(model, best)
@@ -364,19 +368,19 @@ def _choose_arithmetic(model: Model, about: dict[str, Any]) -> Arithmetic:
         1, model.plan.n_inputs(model.configuration_name), *configuration.patch_size, device=model.device
     )
 
-    def prepare(arithmetic: Arithmetic) -> Callable[[], None]:
+    def prepare(arithmetic: ComputeFormat) -> Callable[[], None]:
         def predict() -> None:
             with torch.inference_mode(), arithmetic.autocast(model.device):
-                model.networks[0](as_layout(window, arithmetic))
+                model.networks[0](arithmetic.arrange(window))
 
         _set_layout(model, arithmetic)
         return predict
 
-    best = fastest(options, prepare, model.device)
+    best = pick_fastest(options, prepare, model.device)
     _set_layout(model, best)
     return best
 
 
-def _set_layout(model: Model, arithmetic: Arithmetic) -> None:
+def _set_layout(model: Model, arithmetic: ComputeFormat) -> None:
     for network in model.networks:
-        network.to(memory_format=arithmetic.layout(model.configuration.dimensions))  # type: ignore[call-overload]
+        network.to(memory_format=arithmetic.memory_format(model.configuration.dimensions))  # type: ignore[call-overload]

@@ -25,7 +25,7 @@ import nnunet_lite
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, read_json
 from nnunet_lite.inference.predictor import read_model
-from nnunet_lite.models.folder import MODEL, is_finished, other_folds
+from nnunet_lite.models.folder import MODEL, is_finished, other_folds, validation_dice
 from nnunet_lite.planning.schema import Plan
 
 FORMAT = "nnlite-bundle-1"
@@ -153,7 +153,6 @@ def _contents(folder: Path) -> dict[str, bytes | Path]:
 
 def _about(folder: Path, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
     """A description for whoever opens the manifest."""
-    from nnunet_lite.evaluation.cross_validation import mean_dice
 
     folds = [name.removeprefix("fold_") for name in other_folds(folder, "") if is_finished(folder / name)]
     return {
@@ -162,7 +161,7 @@ def _about(folder: Path, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
         "channels": [channel.name for channel in plan.channels],
         "labels": plan.labels.to_json(),
         "spacing": plan.configuration(run["configuration"]).spacing,
-        "mean_dice": {fold: mean_dice(folder, fold) for fold in folds},
+        "mean_dice": {fold: validation_dice(folder, fold) for fold in folds},
     }
 
 

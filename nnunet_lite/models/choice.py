@@ -15,7 +15,7 @@ from nnunet_lite.workspace import Paths, planned_paths, workspace_folder
 
 if TYPE_CHECKING:
     from nnunet_lite.data.labels import Labels
-    from nnunet_lite.evaluation.rules import Rule
+    from nnunet_lite.evaluation.postprocessing import Rule
     from nnunet_lite.evaluation.selection import Selection
     from nnunet_lite.inference.folder import Finish
     from nnunet_lite.inference.predictor import Model
@@ -49,7 +49,7 @@ class Choice:
         ------
         UserError : a rule is for a label that the model does not have.
         """
-        from nnunet_lite.evaluation.rules import apply_rules
+        from nnunet_lite.evaluation.postprocessing import apply_rules
 
         if strange := sorted(self.rules.keys() - set(labels.region_names)):
             what = f"the selection postprocesses {strange[0]}, which is no label of the model"
@@ -80,9 +80,9 @@ def chosen(
         selection = _selected(paths)
         if selection is None:
             return Choice([choose_model(paths)], folds, folds is None)
-        from nnunet_lite.evaluation.selection import require_models
+        from nnunet_lite.evaluation.selection import selected_models
 
-        folders = require_models(paths, selection)
+        folders = selected_models(paths, selection)
     else:
         folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
         paths = paths or Paths(folders[0].absolute().parent.parent)
@@ -108,10 +108,10 @@ def _selected(paths: Paths) -> Selection | None:
 
 def _tell(paths: Paths, selection: Selection, folds: Sequence[str | int], rules: dict[str, Rule]) -> None:
     """One line on what is obeyed, and one if it is out of date."""
-    from nnunet_lite.evaluation.selection import in_words, trained_since
+    from nnunet_lite.evaluation.selection import changed_models, describe_selection
 
-    log.info(f"{paths.inference}: {in_words(selection.models, [str(fold) for fold in folds], rules)}")
-    if changed := trained_since(paths, selection):
+    log.info(f"{paths.inference}: {describe_selection(selection.models, [str(fold) for fold in folds], rules)}")
+    if changed := changed_models(paths, selection):
         what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
         log.warn(f"{what}; `nnlite select` compares anew")
 
@@ -125,13 +125,12 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     ------
     UserError : nothing is trained (of that configuration).
     """
-    from nnunet_lite.evaluation.cross_validation import mean_dice
-    from nnunet_lite.models.folder import first_training, model_folders, read_run, trained_folds
+    from nnunet_lite.models.folder import first_training, model_folders, read_run, trained_folds, validation_dice
 
     runs = {folder: read_run(folder) for folder in model_folders(paths) if trained_folds(folder)}
     first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
     found = [
-        (len(folds := trained_folds(folder)), max(mean_dice(folder, fold) or 0.0 for fold in folds), folder)
+        (len(folds := trained_folds(folder)), max(validation_dice(folder, fold) or 0.0 for fold in folds), folder)
         for folder, run in runs.items()
         if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
     ]

@@ -3,60 +3,52 @@
 Isensee et al., nnU-Net, Nature Methods 2021 (doi:10.1038/s41592-020-01008-z); residual encoder: Isensee et al.,
 nnU-Net Revisited, MICCAI 2024 (arXiv:2404.09556). Convolutions are padded and have a bias; the first one of a stage has
 the stride; upsampling is a transposed convolution; every decoder stage has a segmentation head for deep supervision.
+`UNet` is the network, the functions above it are its parts. cpu.py makes a built network faster on CPUs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from nnunet_lite.networks.conv import Conv2d, Conv3d
-from nnunet_lite.networks.norm import InstanceNorm
-from nnunet_lite.networks.upsample import joined
 from nnunet_lite.planning.schema import Network
 
 NEGATIVE_SLOPE = 0.01
 
-_CONV: dict[int, Callable[..., nn.Module]] = {2: Conv2d, 3: Conv3d}
+# by the number of dimensions
+_CONVOLUTION: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_NORM: dict[str, dict[int, Callable[[int], nn.Module]]] = {
-    "instance": {2: InstanceNorm, 3: InstanceNorm},
+_POOLING: dict[int, Callable[..., nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_NORM: dict[str, dict[int, Callable[..., nn.Module]]] = {
+    "instance": {2: partial(nn.InstanceNorm2d, affine=True), 3: partial(nn.InstanceNorm3d, affine=True)},
     "batch": {2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
-    "none": {2: lambda _: nn.Identity(), 3: lambda _: nn.Identity()},
+    "none": {2: nn.Identity, 3: nn.Identity},
 }
-_ACTIVATION: dict[str, Callable[[], nn.Module]] = {
-    "leaky_relu": lambda: nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
-    "relu": lambda: nn.ReLU(inplace=True),
+_ACTIVATION: dict[str, Callable[..., nn.Module]] = {
+    "leaky_relu": partial(nn.LeakyReLU, NEGATIVE_SLOPE, inplace=True),
+    "relu": partial(nn.ReLU, inplace=True),
 }
 
 Size = tuple[int, ...]
 
 
 def convolution(n_in: int, n_out: int, kernel: Size, stride: Size, bias: bool = True) -> nn.Module:
-    """A convolution padded so that only the stride changes the size."""
-    return _CONV[len(kernel)](n_in, n_out, kernel, stride=stride, padding=[k // 2 for k in kernel], bias=bias)
+    """Make a convolution padded so that only the stride changes the size."""
+    return _CONVOLUTION[len(kernel)](n_in, n_out, kernel, stride=stride, padding=[k // 2 for k in kernel], bias=bias)
 
 
 def conv_block(spec: Network, n_in: int, n_out: int, kernel: Size, stride: Size) -> nn.Sequential:
-    """Convolution, normalisation, activation."""
-    return nn.Sequential(
-        convolution(n_in, n_out, kernel, stride),
-        _NORM[spec.norm][len(kernel)](n_out),
-        _ACTIVATION[spec.activation](),
-    )
-
-
-def conv_stage(spec: Network, n_in: int, n_out: int, kernel: Size, stride: Size, n_blocks: int) -> nn.Sequential:
-    ones = (1,) * len(kernel)
-    first = conv_block(spec, n_in, n_out, kernel, stride)
-    return nn.Sequential(first, *(conv_block(spec, n_out, n_out, kernel, ones) for _ in range(n_blocks - 1)))
+    """Make a convolution, normalization and activation."""
+    norm, activation = _NORM[spec.norm][len(kernel)], _ACTIVATION[spec.activation]
+    return nn.Sequential(convolution(n_in, n_out, kernel, stride), norm(n_out), activation())
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a skip that pools (stride) and projects (channels) where needed: ResNet-D."""
+    """Two convolutions parallel to a skip that pools (stride) and projects (channels) where needed, as in ResNet-D."""
 
     def __init__(self, spec: Network, n_in: int, n_out: int, kernel: Size, stride: Size) -> None:
         super().__init__()
@@ -66,7 +58,7 @@ class ResidualBlock(nn.Module):
         self.second = nn.Sequential(convolution(n_out, n_out, kernel, ones), norm(n_out))
         skip: list[nn.Module] = []
         if math.prod(stride) > 1:
-            skip.append(_POOL[len(kernel)](stride, stride))
+            skip.append(_POOLING[len(kernel)](stride, stride))
         if n_in != n_out:
             skip += [convolution(n_in, n_out, ones, ones, bias=False), norm(n_out)]
         self.skip = nn.Sequential(*skip)
@@ -77,23 +69,30 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def residual_stage(spec: Network, n_in: int, n_out: int, kernel: Size, stride: Size, n_blocks: int) -> nn.Sequential:
-    ones = (1,) * len(kernel)
-    first = ResidualBlock(spec, n_in, n_out, kernel, stride)
-    return nn.Sequential(first, *(ResidualBlock(spec, n_out, n_out, kernel, ones) for _ in range(n_blocks - 1)))
+Block = Callable[[Network, int, int, Size, Size], nn.Module]
+
+
+def stage(block: Block, spec: Network, n_in: int, n_out: int, kernel: Size, stride: Size, n: int) -> nn.Sequential:
+    """Make n blocks in sequence; the first one changes channels and resolution."""
+    blocks = [block(spec, n_in, n_out, kernel, stride)]
+    blocks += [block(spec, n_out, n_out, kernel, (1,) * len(kernel)) for _ in range(n - 1)]
+    return nn.Sequential(*blocks)
 
 
 class UNet(nn.Module):
-    """A U-Net after a plan's `Network`.
-
-    Parameters
-    ----------
-    spec : the plan's description, finest stage first.
-    n_in : input channels.
-    n_out : output channels (classes with the background, or regions).
+    """A U-Net as a plan describes it.
 
     `forward` maps (batch, n_in, *patch) to logits (batch, n_out, *patch). With `deep_supervision` set it returns a list
     of logits, finest first, each decoder stage at its own resolution.
+
+    Parameters
+    ----------
+    spec : Network
+        Features, strides and kernels of the plan, finest stage first.
+    n_in : int
+        Number of input channels.
+    n_out : int
+        Number of output channels: classes with the background, or regions.
     """
 
     def __init__(self, spec: Network, n_in: int, n_out: int) -> None:
@@ -104,10 +103,11 @@ class UNet(nn.Module):
         ones = (1,) * len(kernels[0])
         residual = spec.kind == "residual"
         self.stem = conv_block(spec, n_in, features[0], kernels[0], ones) if residual else nn.Identity()
-        stage = residual_stage if residual else conv_stage
+        block: Block = ResidualBlock if residual else conv_block
         widths = (features[0] if residual else n_in, *features)
         self.encoder = nn.ModuleList(
-            stage(spec, widths[i], features[i], kernels[i], strides[i], spec.blocks[i]) for i in range(len(features))
+            stage(block, spec, widths[i], features[i], kernels[i], strides[i], spec.blocks[i])
+            for i in range(len(features))
         )
         # Decoder stages run from the coarsest to the finest; stage i restores the resolution of encoder stage `level`.
         levels = range(len(features) - 2, -1, -1)
@@ -115,31 +115,47 @@ class UNet(nn.Module):
             _TRANSPOSED[len(ones)](features[lv + 1], features[lv], strides[lv + 1], strides[lv + 1]) for lv in levels
         )
         self.decoder = nn.ModuleList(
-            conv_stage(spec, 2 * features[lv], features[lv], kernels[lv], ones, spec.decoder_convolutions[i])
+            stage(conv_block, spec, 2 * features[lv], features[lv], kernels[lv], ones, spec.decoder_convolutions[i])
             for i, lv in enumerate(levels)
         )
         self.heads = nn.ModuleList(convolution(features[lv], n_out, ones, ones) for lv in levels)
-        self.apply(_initialise)
+        self.apply(_initialize)
         for module in self.modules():
             if isinstance(module, ResidualBlock) and spec.norm != "none":
                 nn.init.zeros_(module.second[1].get_parameter("weight"))  # a residual block starts as its skip
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         skips = [self.stem(x)]
-        for stage in self.encoder:
-            skips.append(stage(skips[-1]))
+        for encode in self.encoder:
+            skips.append(encode(skips[-1]))
         x = skips.pop()
         outputs = []
-        for i, (up, stage, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
-            x = stage(joined(up, x, skips.pop()))
+        for i, (up, decode, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
+            x = decode(self.concatenate(up, x, skips.pop()))
             if self.deep_supervision or i == len(self.heads) - 1:
                 outputs.append(head(x))
         return outputs[::-1] if self.deep_supervision else outputs[0]
 
+    @staticmethod
+    def concatenate(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """Upsample the coarser features and append those of the skip connection."""
+        return torch.cat((up(x), skip), 1)
 
-def _initialise(module: nn.Module) -> None:
-    """He initialisation for the leaky ReLU, biases zero."""
+
+def _initialize(module: nn.Module) -> None:
+    """He initialization for the leaky ReLU; biases are zero."""
     if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def set_deep_supervision(network: nn.Module, on: bool) -> None:
+    """Let a network return the logits of every decoder stage, or the finest only; others than U-Nets may ignore it."""
+    if hasattr(network, "deep_supervision"):
+        setattr(network, "deep_supervision", on)  # noqa: B010 - the type checker knows modules and tensors only
+
+
+def mixes_samples(network: nn.Module) -> bool:
+    """Return whether a network normalizes over its batch, so that the output of a sample depends on the others."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())

@@ -1,7 +1,9 @@
-"""From an image to the array that a network sees, and from a network's output back to a label map.
+"""Turn an image into the array that a network sees, and the network's output back into a label map.
 
-Forwards, as nnU-Net does it: reorder the axes, crop to the nonzero region, normalise, resample. `prepare` does the part
-that all configurations share; `preprocess` is all of it for one. Backwards, `restore_segmentation` undoes each step.
+Forwards, as in nnU-Net: reorder the axes, crop to the nonzero region, normalise, resample. `prepare` does the part that
+all configurations share, `resample` the rest, `preprocess` both. Backwards, `restore_segmentation` undoes each step;
+`decode_logits` chooses the label of each voxel.
+
 Axes are (z, y, x) as in the file, or *transposed*: turned to the plan's orientation, then in its axis order. Spacings
 are mm in the same order.
 """
@@ -10,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from nnunet_lite.data.geometry import Box, Geometry, Turn, bounding_box, nonzero_box, nonzero_mask, slices, turn_between
 from nnunet_lite.data.images import Image
@@ -30,7 +33,7 @@ Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 _SAME_SPACING = 1e-5  # relative; spacings this close give the same shape, so nothing is resampled
-_VOXELS = 1 << 14  # decided at once on a CPU: their logits stay in its cache
+_DECODED = 1 << 14  # voxels decoded at once on a CPU: their logits stay in its cache
 _SPLIT = 2**13 + 1  # leaves 11 bits of a float32's 24, as many as a float16 has
 _SLAB_VALUES = 1 << 24  # logits per slab of the way back: 64 MiB of float32 for each thread
 
@@ -41,11 +44,16 @@ class Placement:
 
     Parameters
     ----------
-    geometry : of the image, axes as in the file.
-    turn : from the axes of the file to transposed ones.
-    box : half-open, of the nonzero region, transposed axes, voxels of the image.
-    spacing : mm, transposed axes, of the image. new_spacing : of the preprocessed array.
-    shape : of the preprocessed array, transposed axes.
+    geometry : Geometry
+        Grid of the image, axes as in the file.
+    turn : Turn
+        From the axes of the file to transposed ones.
+    box : tuple of tuple of int
+        Half-open box of the nonzero region in voxels of the image, transposed axes.
+    spacing, new_spacing : tuple of float
+        mm, transposed axes, of the image and of the preprocessed array.
+    shape : tuple of int
+        Voxels of the preprocessed array, transposed axes.
     """
 
     geometry: Geometry
@@ -55,30 +63,33 @@ class Placement:
     new_spacing: Spacing
     shape: Shape
 
-    def to_json(self) -> dict[str, Any]:
-        turn = {"axis_order": self.turn.order, "reversed": self.turn.reversed}
-        return {**{key: value for key, value in asdict(self).items() if key != "turn"}, **turn}
-
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
-        geometry: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value["geometry"].items()}
-        (z0, z1), (y0, y1), (x0, x1) = value["box"]
-        return cls(
-            Geometry(**geometry),
-            Turn(tuple(value["axis_order"]), tuple(value.get("reversed", (False, False, False)))),
-            ((z0, z1), (y0, y1), (x0, x1)),
-            tuple(value["spacing"]),
-            tuple(value["new_spacing"]),
-            tuple(value["shape"]),
-        )
+        """Read what `dataclasses.asdict` makes of a placement; an earlier nnlite spread the fields of `turn`."""
+        if "turn" not in value:
+            turn = {"order": value["axis_order"], "reversed": value.get("reversed", (False, False, False))}
+            value = {**value, "turn": turn}
+        return _PLACEMENT.validate_python(value)
+
+
+_PLACEMENT = TypeAdapter(Placement)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A case cropped and normalised but not resampled, transposed axes: what all configurations share.
 
-    `image` (channels, z, y, x) float32; `classes` (z, y, x) or None. Where a channel is normalised inside the nonzero
-    mask, the background outside of that mask has the class `Labels.outside_class`.
+    Parameters
+    ----------
+    image : ndarray, shape (channels, z, y, x)
+        float32.
+    classes : ndarray or None, shape (z, y, x)
+        Where a channel is normalised inside the nonzero mask, background outside of that mask has the class
+        `Labels.outside_class`.
+    geometry : Geometry
+        Grid of the image, axes as in the file.
+    turn, box, spacing
+        As in `Placement`.
     """
 
     image: np.ndarray
@@ -91,7 +102,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """A case as the network sees it, transposed: `image` (channels, z, y, x) float32, `classes` (z, y, x) or None."""
+    """A case as the network sees it, transposed axes.
+
+    Parameters
+    ----------
+    image : ndarray, shape (channels, z, y, x)
+        float32.
+    classes : ndarray or None, shape (z, y, x)
+        None for a case without label.
+    placement : Placement
+        Where the array is in its image.
+    """
 
     image: np.ndarray
     classes: np.ndarray | None
@@ -99,21 +120,39 @@ class Preprocessed:
 
 
 def preprocess(image: Image, classes: np.ndarray | None, plan: Plan, configuration: Configuration) -> Preprocessed:
-    """Image and classes (z, y, x) as the network of a configuration sees them.
+    """Turn image and classes into what the network of a configuration sees.
+
+    Parameters
+    ----------
+    image : Image
+        As read.
+    classes : ndarray or None, shape (z, y, x)
+        Classes, see `Labels.encode`.
+    plan : Plan
+        Axis order, normalisation and labels.
+    configuration : Configuration
+        Spacing and resampling.
+
+    Returns
+    -------
+    Preprocessed
+        The arrays.
 
     Raises
     ------
-    UserError : the image does not fit the plan's channels.
+    UserError
+        The image does not fit the plan's channels.
     """
     return resample(prepare(image, classes, plan), configuration)
 
 
 def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
-    """Transpose, crop to the nonzero region and normalise.
+    """Transpose, crop to the nonzero region and normalise. Parameters are those of `preprocess`.
 
     Raises
     ------
-    UserError : the image does not fit the plan's channels.
+    UserError
+        The image does not fit the plan's channels.
     """
     turn = turn_for(plan, image.geometry.orientation)
     array = turn.apply(image.array)
@@ -134,81 +173,103 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
 
 
 def turn_for(plan: Plan, orientation: str | None) -> Turn:
-    """How an image of an orientation, such as "LAS", is turned for a plan: to its orientation and its axis order."""
+    """Return how an image of an orientation, such as "LAS", is turned to a plan's orientation and axis order."""
     return turn_between(orientation, plan.orientation).then(plan.axis_order)
 
 
 def resample(case: Prepared, configuration: Configuration, threads: int | None = None) -> Preprocessed:
-    """Resample a prepared case to the spacing of a configuration, in threads (None: one per CPU)."""
+    """Resample a prepared case to the spacing of a configuration.
+
+    Parameters
+    ----------
+    case : Prepared
+        The case.
+    configuration : Configuration
+        Spacing and resampling.
+    threads : int, optional
+        None for one per CPU.
+
+    Returns
+    -------
+    Preprocessed
+        The arrays.
+    """
     new_spacing = resampled_spacing(configuration, case.spacing)
     old: Shape = case.image.shape[1:]
-    shape = resampled_shape(old, case.spacing, new_spacing)
-    how = configuration.resampling
+    shape, r = resampled_shape(old, case.spacing, new_spacing), configuration.resampling
     image = resample_image(
-        case.image,
-        shape,
-        case.spacing,
-        new_spacing,
-        how.image_order,
-        how.image_order_z,
-        how.separate_z,
-        threads=threads,
+        case.image, shape, case.spacing, new_spacing, r.image_order, r.image_order_z, r.separate_z, threads=threads
     )
     classes = case.classes
     if classes is not None:
         classes = resample_labels(
-            classes, shape, case.spacing, new_spacing, how.label_order, how.label_order_z, how.separate_z, threads
+            classes, shape, case.spacing, new_spacing, r.label_order, r.label_order_z, r.separate_z, threads
         )
-    place = Placement(case.geometry, case.turn, case.box, case.spacing, new_spacing, shape)
-    return Preprocessed(image, classes, place)
+    return Preprocessed(image, classes, Placement(case.geometry, case.turn, case.box, case.spacing, new_spacing, shape))
 
 
 def resampled_spacing(configuration: Configuration, spacing: Spacing) -> Spacing:
-    """The spacing (mm, transposed axes) that a case of this spacing is resampled to.
+    """Return the spacing (mm, transposed axes) that a case of a spacing is resampled to.
 
     A two-dimensional configuration keeps the spacing of the first axis. A spacing that differs from the case's own by
     rounding only is the case's own.
     """
-    wanted = (*spacing[: 3 - configuration.dimensions], *configuration.spacing)
+    target = (*spacing[: 3 - configuration.dimensions], *configuration.spacing)
     z, y, x = (
-        own if abs(new - own) <= _SAME_SPACING * own else float(new) for own, new in zip(spacing, wanted, strict=True)
+        own if abs(new - own) <= _SAME_SPACING * own else float(new) for own, new in zip(spacing, target, strict=True)
     )
     return z, y, x
 
 
 def resampled_shape(shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]) -> Shape:
-    """Voxels per axis at the new spacing, rounded as nnU-Net rounds (half to even), never less than one."""
+    """Return the voxels per axis at a new spacing, rounded as in nnU-Net (half to even), never less than one."""
     z, y, x = (max(1, round(s / t * n)) for n, s, t in zip(shape, spacing, new_spacing, strict=True))
     return z, y, x
 
 
 def transposed(values: Sequence[float], order: Sequence[int]) -> Spacing:
-    """Spacing or the like of (z, y, x) in another order of the axes."""
+    """Return a spacing of (z, y, x) in another order of the axes."""
     z, y, x = (float(values[axis]) for axis in order)
     return z, y, x
+
+
+# ------------------------------------------------------------------------------------------------------- the way back
 
 
 def restore_segmentation(
     logits: np.ndarray | torch.Tensor, placement: Placement, labels: Labels, resampling: Resampling
 ) -> np.ndarray:
-    """The label map (z, y, x), values of the data set, on the image's own grid.
-
-    Parameters
-    ----------
-    logits : network output (classes or regions, z, y, x) for the preprocessed array; on any device.
+    """Turn network output into a label map on the image's own grid.
 
     Resamples slab by slab and keeps one number per voxel at once: never all channels at the image's size.
 
+    Parameters
+    ----------
+    logits : ndarray or Tensor, shape (channels, z, y, x)
+        Output for the preprocessed array, of classes or regions; on any device.
+    placement : Placement
+        Where the preprocessed array is in its image.
+    labels : Labels
+        The dataset's labels.
+    resampling : Resampling
+        Spline orders for logits.
+
+    Returns
+    -------
+    ndarray, shape (z, y, x)
+        Label values of the dataset, axes as in the file.
+
     Raises
     ------
-    UserError : logits are NaN or infinite.
+    UserError
+        Logits are NaN or infinite.
     """
     require_finite(logits, "Compute them in float32 (--precision fp32), and look at the image's values.")
-    written = output_values(labels)
-    out, inner = empty_map(placement, labels.background, written.dtype)
+    values = output_values(labels)
+    out, inner = empty_map(placement, labels.background, values.dtype)
 
     def write(start: int, slab: Any) -> None:
-        inner[start : start + slab.shape[1]] = written[decode_logits(slab, labels)]
+        inner[start : start + slab.shape[1]] = values[decode_logits(slab, labels)]
 
     axis = coarse_axis(placement.new_spacing, placement.spacing, resampling.separate_z)
     orders = [resampling.logits_order_z if a == axis else resampling.logits_order for a in range(3)]
@@ -218,41 +279,45 @@ def restore_segmentation(
 
 
 def empty_map(placement: Placement, fill: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """An array of an image's grid, and the part of it that is predicted, its axes in the order of the network's."""
+    """Return an array of an image's grid, and the part of it that is predicted, its axes in the network's order."""
     out = np.full(placement.geometry.shape, fill, dtype)
     return out, predicted_part(out, placement)
 
 
 def predicted_part(array: np.ndarray, placement: Placement) -> np.ndarray:
-    """The view of an array (z, y, x) on the image's grid that a preprocessed image shows, axes in its order."""
+    """Return the view of an array (z, y, x) on the image's grid that a preprocessed image shows, axes in its order."""
     return placement.turn.apply(array)[slices(placement.box)]
 
 
 def cropped_shape(box: Box) -> Shape:
+    """Return the voxels per axis of a box."""
     z, y, x = (high - low for low, high in box)
     return z, y, x
 
 
 def output_values(labels: Labels) -> np.ndarray:
-    """The value written for each class, or for the background and each region."""
+    """Return the label value of each class, or of the background and each region, in the smallest type."""
     values = (labels.background, *(labels.region_order or ())) if labels.has_regions else labels.values
     known = (*values, *labels.values)
     return np.asarray(values, smallest_dtype(min(known), max(known)))
 
 
 def require_finite(logits: Any, fix: str) -> None:
-    """Refuse logits that are NaN or infinite, which no decision can be made from.
+    """Refuse logits that are NaN or infinite, which no label can be decided from.
 
-    Their sum shows it; only where that is not finite, each value is looked at.
+    Their sum shows it; each value is checked only where the sum is not finite.
 
     Parameters
     ----------
-    logits : float16 or float32, a numpy array or a torch tensor on any device, of any shape.
-    fix : what to do about it.
+    logits : ndarray or Tensor
+        float16 or float32, on any device, of any shape.
+    fix : str
+        What the user can do about it.
 
     Raises
     ------
-    UserError : one of them is.
+    UserError
+        One of them is NaN or infinite.
     """
     if isinstance(logits, np.ndarray):
         with np.errstate(all="ignore"):
@@ -260,9 +325,7 @@ def require_finite(logits: Any, fix: str) -> None:
                 return
         wrong = logits.size - int(np.count_nonzero(np.isfinite(logits)))
     else:
-        import torch
-
-        if math.isfinite(logits.sum(dtype=torch.float32)):
+        if math.isfinite(logits.sum(dtype=logits.new_empty(0).float().dtype)):
             return
         wrong = int((~logits.isfinite()).sum())
     if wrong:
@@ -271,37 +334,47 @@ def require_finite(logits: Any, fix: str) -> None:
 
 
 def decode_logits(data: Any, labels: Labels, head: Any = None, *, rounded: bool = False) -> np.ndarray:
-    """Index into `output_values` for each voxel, in the smallest type.
+    """Choose the class of each voxel: the highest logit, or the last region above zero.
 
     Parameters
     ----------
-    data : (channels, *shape) float32 logits, a numpy array or a torch tensor on any device.
-    head : (logits, channels), of the same kind: the logits are `head @ data`, of which few voxels' exist at once.
-    rounded : round logits to float16 first, as nnU-Net does: it decides what would else be a close race.
+    data : ndarray or Tensor, shape (channels, *shape)
+        float32 logits, on any device.
+    labels : Labels
+        The dataset's labels.
+    head : ndarray or Tensor, optional, shape (logits, channels)
+        The logits are `head @ data`, computed for few voxels at a time.
+    rounded : bool
+        Round logits to float16 first, as nnU-Net does: it decides where two logits are nearly equal.
+
+    Returns
+    -------
+    ndarray, shape `shape`
+        Index into `output_values`, in the smallest type.
     """
     flat = data.reshape(len(data), -1)
     out = np.empty(flat.shape[1], smallest_dtype(0, len(data if head is None else head)))
-    at_once = _VOXELS if isinstance(data, np.ndarray) else len(out)
+    at_once = _DECODED if isinstance(data, np.ndarray) else len(out)
     for start in range(0, len(out), at_once):
         piece = slice(start, start + at_once)
         logits = flat[:, piece] if head is None else head @ flat[:, piece]
-        _write(_rounded(logits) if rounded else logits, labels.has_regions, out[piece])
+        if rounded:  # Veltkamp's splitting: a third of the time of numpy's conversion to float16 and back
+            scaled = logits * _SPLIT
+            logits = scaled - (scaled - logits)
+        if not isinstance(logits, np.ndarray):
+            out[piece] = _decode_tensor(logits, labels.has_regions).cpu().numpy()
+        elif labels.has_regions:
+            _last_region(logits, out[piece])
+        else:
+            _highest(logits, out[piece])
     return out.reshape(data.shape[1:])
 
 
-def _write(logits: Any, regions: bool, out: np.ndarray) -> None:
-    if not isinstance(logits, np.ndarray):
-        out[:] = _on_device(logits, regions).cpu().numpy()
-    elif regions:
-        _last_region(logits, out)
-    else:
-        _highest(logits, out)
-
-
-def _rounded(logits: Any) -> Any:
-    """To the precision of float16 (Veltkamp's splitting), a third of the time of numpy's conversion there and back."""
-    scaled = logits * _SPLIT
-    return scaled - (scaled - logits)
+def _decode_tensor(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    if not regions:
+        return logits.argmax(dim=0)
+    numbers = logits.new_ones(len(logits)).cumsum(0)[:, None]
+    return ((logits > 0) * numbers).amax(dim=0)
 
 
 def _highest(logits: np.ndarray, out: np.ndarray) -> None:
@@ -319,12 +392,3 @@ def _last_region(logits: np.ndarray, out: np.ndarray) -> None:
     out[:] = 0
     for index, region in enumerate(logits, 1):
         out[region > 0] = index
-
-
-def _on_device(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    import torch
-
-    if not regions:
-        return logits.argmax(dim=0)
-    numbers = torch.arange(1, len(logits) + 1, device=logits.device)[:, None]
-    return ((logits > 0) * numbers).amax(dim=0)

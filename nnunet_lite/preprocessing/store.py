@@ -1,43 +1,83 @@
-"""Preprocessed cases of a data set, addressed by what they were made of.
+"""The store of a dataset's preprocessed cases: make what is missing, open a case, delete what no plan needs.
 
 preprocessed/
-  raw.json                   hashes of the raw files, with size and time of change: an unchanged file is not read again
-  3d_fullres-1c9a4e0b.json   for a configuration and what of it matters for the arrays: case id -> folder in cases/
-  cases/case_001-5f.../      see stored.py
+  raw.json                   stamps of the raw files, see raw_files.py
+  3d_fullres-1c9a4e0b.json   for a configuration and its recipe: case id -> folder in cases/
+  cases/case_001-5f.../      see stored_case.py
 
-A folder's name holds a hash of the raw files and of the recipe, hence a changed label redoes one case, a changed patch
-size none, and configurations whose arrays are equal share one copy. A killed run goes on with the next case.
+The name of a case's folder contains a hash of the raw files and of the recipe. So a changed label map makes one case
+again, a changed patch size none, and configurations whose arrays are equal share one copy. A run after a killed one
+continues with the next case.
+
+Read `preprocess_dataset` first, then `case_folder` and `make_case`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from nnunet_lite import log
-from nnunet_lite.data.dataset import Case, Dataset
+from nnunet_lite import log, system
+from nnunet_lite.data.dataset import Case, Dataset, read_case
+from nnunet_lite.data.geometry import Turn
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import lacks_space, locked, read_json, sweep, write_json
-from nnunet_lite.planning.schema import Plan, Precision
-from nnunet_lite.preprocessing.make import Make, Part, Progress, folder_name, recipe_of, short_hash
-from nnunet_lite.preprocessing.raw_files import RawCase, memorize, recall, remembered
-from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored
-from nnunet_lite.system import in_units
+from nnunet_lite.files import SPARE, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
+from nnunet_lite.planning.schema import Configuration, Plan, exact_storage
+from nnunet_lite.preprocessing.pipeline import (
+    Prepared,
+    prepare,
+    resample,
+    resampled_shape,
+    resampled_spacing,
+    transposed,
+    turn_for,
+)
+from nnunet_lite.preprocessing.raw_files import (
+    Progress,
+    RawCase,
+    read_stamps,
+    scan_raw_cases,
+    unchanged_cases,
+    write_stamps,
+)
+from nnunet_lite.preprocessing.resampling import one_blas_thread
+from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored_case, write_stored_case
 
-# (function, items, what for) -> (item, result or why there is none), as they end
+# (function, items, what for) -> (item, result or exception), as they end
 Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any, Any]]]
 
+_VERSION = 1  # of how the arrays are made: raising it makes every case again
+_COMPRESSED = 0.5  # of the size in memory, for the estimate; 0.2 was measured for skull-stripped MR, 0.6 for CT
+_ID_BYTES = 200  # of a case id in the name of its folder: file systems allow 255 for all of it
+_SMALL = 1 << 18  # values of a case below which threads cost more than they save
 _SHOWN = 5  # failures that an error names
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a preprocessing run did. Sizes in bytes; `cases` by configuration; `estimate` is the one given before."""
+class PreprocessingSummary:
+    """What a preprocessing run did.
+
+    Parameters
+    ----------
+    cases : dict of str to int
+        Cases by configuration.
+    made, kept : int
+        Arrays that were made, and that existed before.
+    raw_bytes, stored_bytes : int
+        Size of the raw files and of the store.
+    estimate : int
+        Estimated bytes of the arrays that were made.
+    """
 
     cases: dict[str, int]
     made: int
@@ -52,9 +92,39 @@ class Summary:
     def to_text(self) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in self.cases.items())
         ratio = self.stored_bytes / max(1, self.raw_bytes)
-        size = f"{in_units(self.stored_bytes)} on disk, {ratio:.2f} x the raw files"
-        estimate = f" ({in_units(self.estimate)} were estimated)" if self.made else ""
+        size = f"{system.in_units(self.stored_bytes)} on disk, {ratio:.2f} x the raw files"
+        estimate = f" ({system.in_units(self.estimate)} were estimated)" if self.made else ""
         return f"cases: {counts}; {self.made} arrays made, {self.kept} kept\n{size}{estimate}"
+
+
+@dataclass(frozen=True)
+class MissingCase:
+    """A case, and the folders that it lacks.
+
+    Parameters
+    ----------
+    case : Case
+        The case.
+    raw : RawCase
+        Its stamps.
+    folders : dict of Path to tuple
+        For each folder the configuration that it is made for, and the resampled shape.
+    """
+
+    case: Case
+    raw: RawCase
+    folders: dict[Path, tuple[Configuration, tuple[int, int, int]]] = field(default_factory=dict)
+
+    def memory(self, channels: int) -> int:
+        """About the bytes that making it takes: as read and as normalised, then normalised and resampled."""
+        before = prod(self.raw.shape)
+        after = max(prod(shape) for _, shape in self.folders.values())
+        return max((8 * channels + 6) * before, (4 * channels + 2) * before + (6 * channels + 3) * after)
+
+    def disk(self, plan: Plan) -> int:
+        """About the bytes that its folders take."""
+        voxels = sum(prod(shape) for _, shape in self.folders.values())
+        return int(_COMPRESSED * voxels * (len(plan.channels) * (2 if plan.stored_as == "float16" else 4) + 1))
 
 
 def preprocess_dataset(
@@ -64,121 +134,327 @@ def preprocess_dataset(
     folder: Path,
     workers: int | None = None,
     progress: Progress | None = None,
-    precision: Precision | None = None,
     spread: Spread | None = None,
-) -> Summary:
-    """Preprocess every case for some configurations; what is there already is kept.
+) -> PreprocessingSummary:
+    """Preprocess every case for some configurations; arrays that exist are kept.
 
     Parameters
     ----------
-    folder : the data set's `preprocessed` folder in the workspace.
-    workers : the most cases at once; None follows from memory and CPUs, 0 works in this thread.
-    progress : wraps the loop over the cases, such as `nnunet_lite.log.progress`.
-    precision : of the stored images; None for the plan's.
-    spread : does the work on other machines, see cluster.py, as many cases at once as they have CPUs.
+    dataset : Dataset
+        The raw cases.
+    plan : Plan
+        How they are preprocessed.
+    configurations : sequence of str
+        Names of configurations.
+    folder : Path
+        The dataset's `preprocessed` folder in the workspace.
+    workers : int, optional
+        The most cases at once; None follows from memory and CPUs, 0 works in this thread.
+    progress : callable, optional
+        Wraps the loop over the cases, such as `nnunet_lite.log.progress`.
+    spread : callable, optional
+        Does the work on other machines, see cluster.py.
+
+    Returns
+    -------
+    PreprocessingSummary
+        Counts and sizes.
 
     Raises
     ------
-    UserError : no such configuration, too little free disk, or cases that failed, named with their files; the other
-        cases are done nevertheless.
+    UserError
+        A configuration is unknown, the disk has too little space, or cases failed. The message names them with their
+        files; the other cases are done nevertheless.
     """
     names = tuple(dict.fromkeys(configurations))
     for name in names:
         plan.configuration(name)
-    make = Make(replace(dataset, cases=()), plan, names, folder, precision or plan.stored_as)
     with _one_at_a_time(folder):
         _sweep(folder)
-        memory = folder / "raw.json"
-        known = recall(folder.parent / "raw.json") | recall(memory)  # planning has read the files too
-        if spread is None:
-            part = make(dataset.cases, known, workers, progress)
-        else:
-            part = _merged(
-                names, spread(make.alone, [(case, known.get(case.id)) for case in dataset.cases], "preprocess")
-            )
-            _sweep(folder)  # what workers that died left
-        if full := next((error for error in part.failed.values() if lacks_space(error)), None):
-            raise full
-        if part.raw != recall(memory):
-            memorize(memory, part.raw)
-        for name, entries in part.index.items():
-            there = {case: key for case, key in entries.items() if (folder / "cases" / key).is_dir()}
-            _write_if_new(_index_path(folder, plan, name), there)
-    if part.failed:
-        raise _failure(part.failed, dataset)
-    folders = {folder / "cases" / key for entries in part.index.values() for key in entries.values()}
-    sizes = sum(_size(path) for path in folders)
-    counts = {name: len(entries) for name, entries in part.index.items()}
-    raw_size = sum(found.size for found in part.raw.values())
-    return Summary(counts, part.made, len(folders) - part.made, raw_size, sizes, part.estimate)
-
-
-def _merged(names: Sequence[str], results: Iterable[tuple[tuple[Case, RawCase | None], Part | Exception]]) -> Part:
-    """What became of all cases, from what became of each, in the order of their ids."""
-    parts = {case.id: result for (case, _), result in results}
-    whole = Part({}, {name: {} for name in names}, {})
-    for case_id in sorted(parts):
-        part = parts[case_id]
-        if isinstance(part, Exception):
-            whole.failed[case_id] = part
-            continue
-        whole.raw |= part.raw
-        whole.failed |= part.failed
-        whole.made, whole.estimate = whole.made + part.made, whole.estimate + part.estimate
-        for name, entries in part.index.items():
-            whole.index[name] |= entries
-    return whole
+        stamps, known = folder / "raw.json", read_stamps(folder / "raw.json")
+        # Planning has read the files too.
+        scanned = scan_raw_cases(dataset.cases, read_stamps(folder.parent / "raw.json") | known, workers)
+        raw = {case_id: result for case_id, result in scanned.items() if isinstance(result, RawCase)}
+        failed = {case_id: result for case_id, result in scanned.items() if isinstance(result, Exception)}
+        index = {
+            name: {case_id: case_folder(dataset, plan, name, case_id, stamp) for case_id, stamp in raw.items()}
+            for name in names
+        }
+        missing = _missing_cases(dataset, plan, index, raw, folder)
+        estimate = sum(case.disk(plan) for case in missing)
+        system.require_space(folder, estimate)
+        made = sum(len(case.folders) for case in missing)
+        if progress and missing:
+            log.info(f"{made} arrays to make, about {system.in_units(estimate)} of disk")
+            if plan.stored_as == "float16" and exact_storage(plan.channels) == "float32":
+                log.warn("the plan stores images as float16, which rounds 16-bit values that are not standardised by "
+                         "up to 16; `nnlite plan DATA --store float32` keeps all digits")  # fmt: skip
+        failed |= _make_cases(missing, dataset, plan, workers, progress, spread)
+        _sweep(folder)
+        if full := next((error for error in failed.values() if lacks_space(error)), None):
+            left = [case for case in missing if not all(is_whole(path) for path in case.folders)]
+            needed = sum(case.disk(plan) for case in left) + SPARE
+            what = f"the {plural(len(left), 'case')} left need{'s' * (len(left) == 1)} about"
+            raise no_space(folder, what, needed, full.errno)
+        if raw != known:
+            write_stamps(stamps, raw)
+        for name, folders in index.items():
+            done = {case_id: key for case_id, key in folders.items() if (folder / "cases" / key).is_dir()}
+            _write_if_new(_index_file(folder, plan, name), done)
+    if failed:
+        raise _failure(failed, dataset)
+    paths = {folder / "cases" / key for folders in index.values() for key in folders.values()}
+    counts = {name: len(folders) for name, folders in index.items()}
+    raw_bytes, stored_bytes = sum(stamp.size for stamp in raw.values()), sum(size_of(path) for path in paths)
+    return PreprocessingSummary(counts, made, len(paths) - made, raw_bytes, stored_bytes, estimate)
 
 
 def is_preprocessed(dataset: Dataset, plan: Plan, configurations: Sequence[str], folder: Path) -> bool:
-    """Whether every case is there for some configurations, made of the raw files as they are; reads none of them."""
-    raw = remembered(dataset.cases, folder / "raw.json")
-    indices = [_index_path(folder, plan, name) for name in configurations]
-    if len(raw) < len(dataset.cases) or not all(path.is_file() for path in indices):
+    """Check that every case is stored for some configurations, made of the raw files as they are; reads none of them.
+
+    Parameters are those of `preprocess_dataset`.
+    """
+    raw = unchanged_cases(dataset.cases, folder / "raw.json")
+    if len(raw) < len(dataset.cases) or not all(_index_file(folder, plan, name).is_file() for name in configurations):
         return False
     return all(
-        is_whole(folder / "cases" / folder_name(plan, plan.configuration(name), case, found, dataset, plan.stored_as))
+        is_whole(folder / "cases" / case_folder(dataset, plan, name, case_id, stamp))
         for name in configurations
-        for case, found in raw.items()
+        for case_id, stamp in raw.items()
     )
 
 
 def open_case(folder: Path, plan: Plan, configuration: str, case_id: str) -> StoredCase:
-    """A preprocessed case, from the data set's `preprocessed` folder.
+    """Open a preprocessed case from the dataset's `preprocessed` folder.
 
     Raises
     ------
-    UserError : it is not preprocessed for that configuration of that plan.
+    UserError
+        It is not preprocessed for that configuration of that plan.
     """
-    path = _index_path(folder, plan, configuration)
-    key = _index(path, path.stat().st_mtime_ns).get(case_id) if path.is_file() else None
+    index = _index_file(folder, plan, configuration)
+    key = _read_index(index, index.stat().st_mtime_ns).get(case_id) if index.is_file() else None
     if key is None or not is_whole(folder / "cases" / key):
         raise UserError(f"case {case_id} is not preprocessed for {configuration}", folder, "Run `nnlite preprocess`.")
-    return read_stored(folder / "cases" / key, case_id)
+    return read_stored_case(folder / "cases" / key, case_id)
 
 
 def prune(folder: Path, plan: Plan) -> tuple[int, int]:
-    """Delete the arrays that no configuration of this plan uses: how many, and their bytes."""
+    """Delete the arrays that no configuration of this plan uses.
+
+    Returns
+    -------
+    tuple of two int
+        How many arrays were deleted, and their bytes.
+    """
     with _one_at_a_time(folder):
         _sweep(folder)
-        indices = {_index_path(folder, plan, name) for name in plan.configurations}
+        indices = {_index_file(folder, plan, name) for name in plan.configurations}
         for path in folder.glob("*-*.json"):
             if path not in indices:
                 path.unlink()
         used = {key for path in indices if path.is_file() for key in read_json(path).values()}
         orphans = [path for path in folder.glob("cases/*") if path.name not in used]
-        freed = sum(_size(path) for path in orphans)
+        freed = sum(size_of(path) for path in orphans)
         for path in orphans:
             shutil.rmtree(path)
     return len(orphans), freed
 
 
-def _index_path(folder: Path, plan: Plan, name: str) -> Path:
-    configuration = plan.configuration(name)
-    return folder / f"{name}-{short_hash(recipe_of(plan, configuration, configuration.spacing))}.json"
+# --------------------------------------------------------------------------------------------- what a case is made of
 
 
-def _failure(failed: dict[str, Exception], dataset: Dataset) -> UserError:
+def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]) -> dict[str, Any]:
+    """Return what of a plan decides the arrays that a case is made into, at a target spacing (mm)."""
+    labels, resampling = plan.labels, configuration.resampling
+    outside = {"outside": labels.outside_class} if any(c.use_mask for c in plan.channels) else {}
+    return {
+        **outside,
+        "version": _VERSION,
+        "axis_order": plan.axis_order,
+        "channels": [
+            (
+                c.normalization,
+                c.use_mask,
+                c.clip_percentiles,
+                c.statistics.model_dump() if c.normalization == "ct" else None,
+            )
+            for c in plan.channels
+        ],
+        "labels": (labels.values, labels.ignore, labels.region_classes if labels.has_regions else None),
+        "spacing": tuple(spacing),
+        "resampling": (
+            resampling.image_order,
+            resampling.image_order_z,
+            resampling.label_order,
+            resampling.label_order_z,
+            resampling.separate_z,
+        ),
+    }
+
+
+def case_folder(dataset: Dataset, plan: Plan, configuration: str, case_id: str, raw: RawCase) -> str:
+    """Return the name of a case's folder: its id, cut to what a name may hold, and a hash of its files and the recipe.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Where the case is from.
+    plan : Plan
+        How it is preprocessed.
+    configuration : str
+        Name of the configuration.
+    case_id : str
+        Its id.
+    raw : RawCase
+        The stamps of its files.
+
+    Returns
+    -------
+    str
+        The name.
+    """
+    planned, turn = plan.configuration(configuration), turn_for(plan, raw.orientation)
+    recipe = recipe_of(plan, planned, resampled_spacing(planned, transposed(raw.spacing, turn.order)))
+    if turn != Turn(plan.axis_order):
+        recipe["orientation"] = plan.orientation
+    files, label_map = [file.digest for file in raw.files], sorted((dataset.label_map or {}).items())
+    short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
+    return f"{short}-{_hash([recipe, files, label_map, plan.stored_as])}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _missing_cases(
+    dataset: Dataset, plan: Plan, index: Mapping[str, dict[str, str]], raw: Mapping[str, RawCase], folder: Path
+) -> list[MissingCase]:
+    """The cases that lack a folder, the largest first; a 3D configuration comes first where several share one."""
+    order = sorted(index, key=lambda name: -plan.configurations[name].dimensions)
+    out = []
+    for case in (case for case in dataset.cases if case.id in raw):
+        missing = MissingCase(case, raw[case.id])
+        turn = turn_for(plan, missing.raw.orientation)
+        spacing = transposed(missing.raw.spacing, turn.order)
+        shape = [missing.raw.shape[axis] for axis in turn.order]
+        for name in order:
+            path, configuration = folder / "cases" / index[name][case.id], plan.configurations[name]
+            if path not in missing.folders and not is_whole(path):
+                target = resampled_shape(shape, spacing, resampled_spacing(configuration, spacing))
+                missing.folders[path] = configuration, target
+        if missing.folders:
+            out.append(missing)
+    return sorted(out, key=lambda missing: -prod(missing.raw.shape))
+
+
+# -------------------------------------------------------------------------------------------------- making the cases
+
+
+def _make_cases(
+    missing: Sequence[MissingCase],
+    dataset: Dataset,
+    plan: Plan,
+    workers: int | None,
+    progress: Progress | None,
+    spread: Spread | None,
+) -> dict[str, Exception]:
+    """Make all missing cases, here or on other machines; return the failures by case id."""
+    if not missing:
+        return {}
+    work = partial(make_case, dataset=replace(dataset, cases=()), plan=plan)
+    if spread is not None:
+        results = spread(work, missing, "preprocess")
+    else:
+        in_flight = _cases_in_flight(missing, len(plan.channels), workers)
+        threads = max(1, system.cpus() // in_flight) if in_flight else 1  # of ours, for each case
+        results = _in_pool(partial(work, threads=threads), missing, in_flight)
+        results = progress(results, len(missing), "preprocess") if progress else results
+    failed = {}
+    for item, result in results:
+        if isinstance(result, Exception):
+            failed[item.case.id] = result
+        if lacks_space(result):
+            break  # every other case would fail too
+    return failed
+
+
+def _cases_in_flight(missing: Sequence[MissingCase], channels: int, workers: int | None) -> int:
+    """How many cases are made at once on this machine; 0: in this thread."""
+    needed, free = max(case.memory(channels) for case in missing), system.free_memory()
+    if needed > free:
+        log.warn(f"the largest case needs about {system.in_units(needed)}, {system.in_units(free)} are free")
+    if workers is None and prod(missing[0].raw.shape) * channels < _SMALL:
+        workers = 0
+    return 0 if workers == 0 else system.cases_in_flight(needed, workers)
+
+
+def _in_pool(
+    work: Callable[[MissingCase], None], missing: Sequence[MissingCase], workers: int
+) -> Iterator[tuple[MissingCase, Exception | None]]:
+    """Work on all cases in threads (none: in this thread), and give each with its failure as it ends."""
+
+    def attempt(case: MissingCase) -> Exception | None:
+        try:
+            work(case)
+        except Exception as error:  # any: it is reported with the name of the case, and the other cases are made
+            return error
+        return None
+
+    if not workers:
+        yield from ((case, attempt(case)) for case in missing)
+        return
+    pool = ThreadPoolExecutor(workers, "preprocess")
+    try:
+        futures = {pool.submit(attempt, case): case for case in missing}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def make_case(missing: MissingCase, dataset: Dataset, plan: Plan, threads: int = 1) -> None:
+    """Read a case once and make all folders that it lacks.
+
+    Parameters
+    ----------
+    missing : MissingCase
+        The case and its folders.
+    dataset : Dataset
+        Where it is from; its cases are not needed.
+    plan : Plan
+        How it is preprocessed.
+    threads : int
+        Threads for the resampling.
+
+    Raises
+    ------
+    UserError
+        A file of the case cannot be used, or the memory does not suffice.
+    OSError
+        A file cannot be read or written at the moment; it may be tried again.
+    """
+    try:
+        with one_blas_thread():
+            case = _read_and_prepare(missing.case, dataset, plan)
+            for path, (configuration, _) in missing.folders.items():
+                if is_whole(path):
+                    continue  # a worker that was taken for dead has made it meanwhile
+                patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
+                write_stored_case(path, resample(case, configuration, threads), plan.labels, patch, plan.stored_as)
+    except MemoryError as error:
+        need, free = (system.in_units(n) for n in (missing.memory(len(plan.channels)), system.free_memory()))
+        fix = f"It needs about {need}, {free} are free: use --workers 1, or more memory."
+        raise UserError(f"no memory left ({error})", fix=fix) from None
+
+
+def _read_and_prepare(case: Case, dataset: Dataset, plan: Plan) -> Prepared:
+    """A function of its own, so that the image as read is freed when it returns."""
+    image, values = read_case(case, dataset)
+    return prepare(image, None if values is None else plan.labels.encode(values), plan)
+
+
+def _failure(failed: Mapping[str, Exception], dataset: Dataset) -> UserError:
     files = {case.id: case.images[0] for case in dataset.cases}
     shown = []
     for case_id in sorted(failed)[:_SHOWN]:
@@ -187,36 +463,37 @@ def _failure(failed: dict[str, Exception], dataset: Dataset) -> UserError:
     more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
     return UserError(
         f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}".rstrip("."),
-        fix="The others are done. `nnlite check` lists what is wrong with a data set.",
+        fix="The others are done. `nnlite check` lists what is wrong with a dataset.",
     )
 
 
-# ------------------------------------------------------------------------------------------------------ the folder
+# ------------------------------------------------------------------------------------------------- files of the store
 
 
 def _one_at_a_time(folder: Path) -> AbstractContextManager[None]:
-    """One process at a time works on the folder; a second waits, and finds the work done."""
+    """One process at a time works in the folder; a second one waits, and finds the work done."""
     return locked(folder, lambda: log.info(f"{folder}: another process is preprocessing, waiting for it"))
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what a killed run left half done."""
+    """Delete what a killed run left incomplete."""
     sweep(folder, alone=True)
     sweep(folder / "cases", alone=True)
 
 
+def _index_file(folder: Path, plan: Plan, name: str) -> Path:
+    configuration = plan.configuration(name)
+    return folder / f"{name}-{_hash(recipe_of(plan, configuration, configuration.spacing))}.json"
+
+
 @lru_cache(maxsize=8)
-def _index(path: Path, changed: int) -> dict[str, str]:
-    """Case id -> folder; `changed` (ns) makes a rewritten file another one."""
+def _read_index(path: Path, changed: int) -> dict[str, str]:
+    """Case id -> folder; `changed` (ns) makes sure that a rewritten file is read again."""
     return read_json(path)
 
 
 def _write_if_new(path: Path, value: dict[str, str]) -> None:
-    with suppress(UserError):  # a damaged one
+    with suppress(UserError):  # a damaged file
         if path.is_file() and read_json(path) == value:
             return
     write_json(path, value)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())

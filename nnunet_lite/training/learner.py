@@ -1,6 +1,6 @@
 """The network of a run and what trains it, executed in the way that is fastest on this machine.
 
-`make_network` -> `choose_arithmetic` (number format and memory layout, timed) -> `make_learner` (optimizer) ->
+`make_network` -> `choose_format` (number format and memory layout, timed) -> `make_learner` (optimizer) ->
 `parallelize` (several processes, torch.compile). `compute_loss` is the forward pass of training and validation.
 """
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.networks.apart import side_by_side
-from nnunet_lite.networks.build import build_network, supervise_deeply
-from nnunet_lite.networks.precision import Arithmetic, as_layout, candidates, fastest, seconds
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, measure_seconds, pick_fastest
+from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.batches import Batch, make_batch
@@ -50,7 +51,7 @@ class Learner:
         Of the weights that are not frozen.
     scaler : GradScaler
         Scales the loss for fp16; does nothing otherwise.
-    arithmetic : Arithmetic
+    compute : ComputeFormat
         Number format and memory layout.
     average : dict of str to Tensor, or None
         Moving average of the weights, which becomes the model; None without `optimizer.ema`.
@@ -60,7 +61,7 @@ class Learner:
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    arithmetic: Arithmetic
+    compute: ComputeFormat
     average: dict[str, Tensor] | None
 
     @property
@@ -72,20 +73,22 @@ def make_network(job: Job) -> nn.Module:
     """Return the network of a job on its device, with random weights that the seed decides."""
     torch.manual_seed(job.seed)
     network = build_network(job.plan, job.configuration, job.settings.network.factory).to(job.device)
-    supervise_deeply(network, job.settings.training.deep_supervision)
+    if job.device.type == "cpu":
+        speed_up_on_cpu(network)
+    set_deep_supervision(network, job.settings.training.deep_supervision)
     return network
 
 
-def make_learner(job: Job, network: nn.Module, arithmetic: Arithmetic, scale: float = LOSS_SCALE) -> Learner:
+def make_learner(job: Job, network: nn.Module, compute: ComputeFormat, scale: float = LOSS_SCALE) -> Learner:
     """Lay the network out in memory and give it an optimizer; `scale` is that of the loss, for fp16."""
-    network.to(memory_format=arithmetic.layout(job.dimensions))  # type: ignore[call-overload]
+    network.to(memory_format=compute.memory_format(job.dimensions))  # type: ignore[call-overload]
     optimizer = make_optimizer(network, job.settings.optimizer, job.device)
-    scaler = torch.amp.GradScaler(job.device.type, scale, enabled=arithmetic.precision == "fp16")
+    scaler = torch.amp.GradScaler(job.device.type, scale, enabled=compute.precision == "fp16")
     average = None if job.settings.optimizer.ema is None else start_average(network)
     # in the other layout torch computes single samples slowly
-    apart = job.device.type == "cpu" and arithmetic.precision == "fp32" and arithmetic.channels_last
-    forward = side_by_side(network) if apart and job.settings.training.compile is not True else network
-    return Learner(network, forward, optimizer, scaler, arithmetic, average)
+    apart = job.device.type == "cpu" and compute.precision == "fp32" and compute.channels_last
+    forward = parallelize_samples(network) if apart and job.settings.training.compile is not True else network
+    return Learner(network, forward, optimizer, scaler, compute, average)
 
 
 def parallelize(job: Job, learner: Learner) -> Learner:
@@ -105,8 +108,8 @@ def parallelize(job: Job, learner: Learner) -> Learner:
 def compute_loss(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]:
     """Return the loss of a batch over all processes, and the network's output."""
     images, classes, _ = batch
-    with learner.arithmetic.autocast(job.device):
-        outputs = learner.forward(as_layout(images, learner.arithmetic))
+    with learner.compute.autocast(job.device):
+        outputs = learner.forward(learner.compute.arrange(images))
     reduce = sum_over_ranks if job.ranks.world > 1 else alone
     loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce)
     return loss, outputs
@@ -157,25 +160,25 @@ def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def choose_arithmetic(job: Job, network: nn.Module) -> Arithmetic:
+def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
     """Time training steps of the network on a real batch, and return the fastest number format and memory layout.
 
     With a seed nothing is timed, because what is fastest may change from run to run. Under a time limit the timing ends
     early, with the fastest of the options that were timed until then.
     """
     training = job.settings.training
-    options = candidates(job.device, training.precision, training.channels_last)
+    options = list_formats(job.device, training.precision, training.channels_last)
     if training.seed is not None:
         return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, because a seed is set")
     batch = make_batch(job, job.training, 0, 0, augment=False)
     single = replace(job, ranks=ALONE)
 
-    def prepare(arithmetic: Arithmetic) -> Callable[[], None]:
-        learner = make_learner(single, network, arithmetic)
+    def prepare(compute: ComputeFormat) -> Callable[[], None]:
+        learner = make_learner(single, network, compute)
         return _trial_step(single, learner if job.ranks.world == 1 else replace(learner, forward=network), batch)
 
     with _trial(network):
-        best = fastest(options, prepare, job.device, TIMING_SHARE * limit_seconds(job.settings))
+        best = pick_fastest(options, prepare, job.device, TIMING_SHARE * limit_seconds(job.settings))
     return from_first(best, job.ranks)
 
 
@@ -193,7 +196,7 @@ def _compile(job: Job, learner: Learner) -> Learner:
             for option in (learner, compiled):
                 step = _trial_step(job, option, batch)
                 step()
-                times.append(min(seconds(step, job.device) for _ in range(3)))
+                times.append(min(measure_seconds(step, job.device) for _ in range(3)))
     except Exception as error:  # the compiler's own errors, of many kinds: the run continues without it
         reason = shorten(describe(error), 300)
         if job.ranks.world > 1:  # the others may wait for this process, and cannot continue without it
@@ -227,7 +230,7 @@ def measure_memory(plan: Plan, configuration: str, device: torch.device) -> floa
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        learner = make_learner(job, make_network(job), candidates(device, "auto", True)[0])
+        learner = make_learner(job, make_network(job), list_formats(device, "auto", True)[0])
         images = torch.randn(shape[0], plan.n_inputs(configuration), *shape[1:], device=device)
         classes = torch.randint(0, plan.labels.n_classes, shape, device=device, dtype=torch.uint8)
         for _ in range(2):

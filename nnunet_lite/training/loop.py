@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from nnunet_lite import log
@@ -28,7 +28,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_weights_header, run_length
-from nnunet_lite.networks.precision import Arithmetic, candidates, keep_freed_memory, use_allowed_cpus
+from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training import limits
 from nnunet_lite.training.batches import Batch, make_batch, training_batches
@@ -39,7 +40,7 @@ from nnunet_lite.training.learner import (
     LOSS_SCALE,
     Learner,
     averaged_weights,
-    choose_arithmetic,
+    choose_format,
     compute_loss,
     make_learner,
     make_network,
@@ -60,7 +61,9 @@ class State(BaseModel):
     `iteration` and `losses` belong to an epoch that a signal interrupted. Times are in seconds.
     """
 
-    arithmetic: Arithmetic
+    model_config = ConfigDict(populate_by_name=True)  # some names in files differ, for old checkpoints
+
+    compute: ComputeFormat = Field(alias="arithmetic")
     plateau: Plateau = Plateau()
     epoch: int = 0
     iteration: int = 0
@@ -103,8 +106,8 @@ def _train(job: Job, stop: limits.StopRequest) -> None:
     begin = time.monotonic()
     learner, state = _start(job)
     state.seconds += from_first(time.monotonic() - begin, job.ranks)
-    arithmetic, training = state.arithmetic, job.settings.training
-    log.info(f"{job.device}, {arithmetic.precision}, channels-last {arithmetic.channels_last}: {arithmetic.reason}")
+    compute, training = state.compute, job.settings.training
+    log.info(f"{job.device}, {compute.precision}, channels-last {compute.channels_last}: {compute.reason}")
     makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
     with closing(prefetch(makers, job.device, training.workers)) as batches:
         _run_epochs(job, learner, batches, state, stop)
@@ -117,7 +120,7 @@ def _train(job: Job, stop: limits.StopRequest) -> None:
             "length": run_length(job.settings),
             "device": job.device.type,
             "validation": None if validation is None else asdict(validation),
-            "arithmetic": asdict(arithmetic),
+            "arithmetic": asdict(compute),
         }
         shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was resumed
         with averaged_weights(learner):
@@ -130,17 +133,17 @@ def _start(job: Job) -> tuple[Learner, State]:
     if not checkpoint.is_file():
         start_from(network, job)
         freeze(network, training.freeze)
-        state = State(arithmetic=choose_arithmetic(job, network))
-        return parallelize(job, make_learner(job, network, state.arithmetic)), state
+        state = State(compute=choose_format(job, network))
+        return parallelize(job, make_learner(job, network, state.compute)), state
 
     with understood(checkpoint, "Use --restart."):
         state = State.model_validate(read_weights_header(checkpoint))
-    if not from_first(_is_candidate(job, state.arithmetic), job.ranks):
-        state.arithmetic = choose_arithmetic(job, network)
+    if not from_first(_is_candidate(job, state.compute), job.ranks):
+        state.compute = choose_format(job, network)
     if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
         state.early_stopping = replace(state.early_stopping, since=0)
     freeze(network, training.freeze)
-    learner = make_learner(job, network, state.arithmetic, state.scale)
+    learner = make_learner(job, network, state.compute, state.scale)
     load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
     log.info(f"resuming from epoch {state.epoch} of {training.epochs}")
     if training.time_limit is not None and _progress(job, state, elapsed=state.pace / 2) >= 1:
@@ -148,11 +151,11 @@ def _start(job: Job) -> tuple[Learner, State]:
     return parallelize(job, learner), state
 
 
-def _is_candidate(job: Job, arithmetic: Arithmetic) -> bool:
+def _is_candidate(job: Job, compute: ComputeFormat) -> bool:
     """Whether settings and machine still allow the number format and layout of a checkpoint."""
     training = job.settings.training
-    allowed = candidates(job.device, training.precision, training.channels_last)
-    return any((a.precision, a.channels_last) == (arithmetic.precision, arithmetic.channels_last) for a in allowed)
+    allowed = list_formats(job.device, training.precision, training.channels_last)
+    return any((a.precision, a.channels_last) == (compute.precision, compute.channels_last) for a in allowed)
 
 
 # ----------------------------------------------------------------------------------------------------------- epochs
@@ -334,7 +337,7 @@ def _refuse_bad_steps(job: Job, state: State, steps: _Steps) -> None:
         raise UserError(
             f"the loss was not finite in {state.bad_steps + len(bad)} steps, with the cases {cases}",
             fix="Look at these images with `nnlite check`; otherwise lower --lr"
-            + (" or use --precision fp32." if state.arithmetic.precision != "fp32" else "."),
+            + (" or use --precision fp32." if state.compute.precision != "fp32" else "."),
         )
 
 

@@ -1,0 +1,233 @@
+"""Make a built network faster on CPUs; without this file everything works, only slower.
+
+`speed_up_on_cpu` replaces the layers of a U-Net by subclasses that compute the same with the same weights. Most of them
+need the channels-last memory format, for which torch's own layers make copies:
+
+FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back to a slow kernel; winograd.py for 3x3x3
+FastInstanceNorm        batch normalization of one sample after the other, with a written-out gradient
+FastUNet                upsampling as one matrix product that writes into the concatenation
+ParallelSamples         for training: the samples of a batch at the same time, each with threads of its own
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nnunet_lite.networks.unet import UNet, mixes_samples
+from nnunet_lite.networks.winograd import convolve_winograd, is_channels_last, is_winograd_faster, thread_pool
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
+
+
+def speed_up_on_cpu(network: nn.Module) -> None:
+    """Replace the layers of a U-Net by fast ones for CPUs, in place; other networks and GPUs are not affected.
+
+    Only the class of a layer changes: weights, their names, hooks and copies stay.
+    """
+    if isinstance(network, UNet):
+        for layer in network.modules():
+            layer.__class__ = _FAST.get(type(layer), type(layer))
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next step of a computation on the CPU; set for the whole process.
+
+    glibc returns every freed block of over 32 MB, such as an activation, to the system and takes page faults to get
+    it again: in a virtual machine that costs more than the arithmetic on it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ------------------------------------------------------------------------------------------------ convolution
+
+
+class FastConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
+
+
+class FastConv3d(nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        if is_winograd_faster(self, x):
+            return convolve_winograd(x, self.weight, self.bias)
+        return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
+
+
+def _avoids_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
+    """Return whether torch may not use oneDNN, its fast library for CPUs: for one sample of a few thousand values.
+
+    The convolution that it uses instead takes four times as long at the sizes of a U-Net.
+    """
+    return (
+        not torch.compiler.is_compiling()  # first: it exports graphs for any batch
+        and len(x) == 1
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and max(layer.kernel_size) > 1
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )
+
+
+def _convolve_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    assert not isinstance(layer.padding, str)
+    return torch.mkldnn_convolution(
+        x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups
+    )
+
+
+# ------------------------------------------------------------------------------------------------ instance norm
+
+
+class FastInstanceNorm(nn.InstanceNorm3d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and is_channels_last(x):
+            return _ChannelsLastNorm.apply(x, self.weight, self.bias, self.eps)
+        y = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        if y.requires_grad and len(y) == 1 and not torch.compiler.is_compiling():
+            y.register_hook(Tensor.contiguous)  # torch 2.13's gradient of one sample is wrong in channels-last format
+        return y
+
+
+class _ChannelsLastNorm(torch.autograd.Function):
+    """y = (x - mean) * rstd * weight + bias, and its gradient from two sums per sample and channel.
+
+    The forward pass is batch normalization of one sample after the other, which is the same and has a kernel for
+    channels-last tensors. Group normalization with one channel a group would be faster, but adds up values and squares
+    in one pass: it loses all digits where a channel's mean is a hundred times its deviation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        batch, channels = x.shape[:2]
+        y, mean, rstd = torch.empty_like(x), weight.new_empty(batch, channels), weight.new_empty(batch, channels)
+        for i in range(batch):
+            out = (y[i : i + 1], mean[i], rstd[i])
+            torch.native_batch_norm(x[i : i + 1], weight, bias, None, None, True, 0.0, eps, out=out)
+        ctx.save_for_backward(x, weight, mean.float(), rstd.float())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        (grad,) = gradients
+        positions, size = tuple(range(2, x.ndim)), x[0, 0].numel()
+        sum_grad = grad.sum(positions, dtype=torch.float32)
+        sum_grad_xhat = ((grad * x).sum(positions, dtype=torch.float32) - mean * sum_grad) * rstd
+        # dx = rstd * weight * (grad - mean(grad) - xhat * mean(grad * xhat)), as grad * a + x * b + c
+        a = rstd * weight
+        b = -a * rstd * sum_grad_xhat / size
+        c = -a * sum_grad / size - b * mean
+        a, b, c = (values.view(*values.shape, *(1 for _ in positions)).to(x.dtype) for values in (a, b, c))
+        dx = torch.addcmul(c, x, b).addcmul_(grad, a)
+        return dx, sum_grad_xhat.sum(0).to(weight.dtype), sum_grad.sum(0).to(weight.dtype), None
+
+
+# ------------------------------------------------------------------------------------------------ upsampling
+
+
+class FastUNet(UNet):
+    @staticmethod
+    def concatenate(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """Upsample the coarser features and append those of the skip connection.
+
+        A transposed convolution whose kernel is as large as its stride spreads every voxel over a block of its own: it
+        is one matrix product and a rearrangement. Its gradient takes half of the time of oneDNN's, and the
+        rearrangement writes straight into the concatenation.
+        """
+        if not (x.is_cpu and is_channels_last(x)):
+            return UNet.concatenate(up, x, skip)
+        weight, bias = up.get_parameter("weight"), up.get_parameter("bias")
+        (batch, _, *positions), (_, _, *kernel) = x.shape, weight.shape
+        axes, rows = len(kernel), x.movedim(1, -1).flatten(0, -2)
+        blocks = torch.addmm(bias.repeat(prod(kernel)), rows, weight.movedim(1, -1).flatten(1))
+        # each axis of positions is followed by its axis of the kernel: (batch, z, kernel z, y, kernel y, ..., channels)
+        order = [axis for i in range(1, axes + 1) for axis in (i, i + axes)]
+        upsampled = blocks.view(batch, *positions, *kernel, -1).permute(0, *order, -1)
+        both = torch.cat((upsampled, skip.movedim(1, -1).reshape(*upsampled.shape[:-1], -1)), -1)
+        return both.view(batch, *skip.shape[2:], -1).movedim(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class ParallelSamples(nn.Module):
+    """A U-Net that computes the samples of a training batch at the same time, each with threads of its own.
+
+    Threads that share each layer of a small network wait for each other after every layer, forward and backward.
+    Outputs and gradients are those of the network. Without gradients, or where samples cannot be divided evenly over
+    the threads, it calls the network.
+    """
+
+    def __init__(self, network: UNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        workers = min(torch.get_num_threads(), len(x))
+        if workers < 2 or len(x) % workers or not torch.is_grad_enabled():
+            output: Tensor | list[Tensor] = self.network(x)
+            return output
+        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+        outputs = _ParallelSamples.apply(self.network, x, workers, *weights)
+        return list(outputs) if self.network.deep_supervision else outputs[0]
+
+
+def parallelize_samples(network: nn.Module) -> nn.Module:
+    """Return `ParallelSamples` of a U-Net whose samples do not depend on each other, and other networks as they are."""
+    return ParallelSamples(network) if isinstance(network, UNet) and not mixes_samples(network) else network
+
+
+class _ParallelSamples(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, network: UNet, x: Tensor, workers: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        def compute(part: Tensor) -> list[Tensor]:
+            with torch.enable_grad():
+                output = network(part)
+            return output if isinstance(output, list) else [output]
+
+        ctx.set_materialize_grads(False)  # an output that the loss leaves out gives its weights no gradient
+        ctx.threads, ctx.weights = thread_pool(workers, torch.get_num_threads() // workers), weights
+        ctx.parts = list(ctx.threads.map(compute, x.tensor_split(workers)))
+        return tuple(torch.cat([output.detach() for output in outputs]) for outputs in zip(*ctx.parts, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [(i, grad.tensor_split(len(ctx.parts))) for i, grad in enumerate(grads) if grad is not None]
+
+        def compute(number: int) -> Sequence[Tensor | None]:
+            outputs = [ctx.parts[number][i] for i, _ in used]
+            upstream = [parts[number] for _, parts in used]
+            return torch.autograd.grad(outputs, ctx.weights, upstream, allow_unused=True)
+
+        found = list(ctx.threads.map(compute, range(len(ctx.parts))))
+        return None, None, None, *(_sum(parts) for parts in zip(*found, strict=True))
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Add up in order, whichever thread ended first, so that sums are the same each time."""
+    tensors = [part for part in parts if part is not None]
+    return sum(tensors[1:], tensors[0]) if tensors else None
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    UNet: FastUNet,
+    nn.Conv2d: FastConv2d,
+    nn.Conv3d: FastConv3d,
+    nn.InstanceNorm2d: FastInstanceNorm,
+    nn.InstanceNorm3d: FastInstanceNorm,
+}

@@ -1,0 +1,235 @@
+"""The fast layers for CPUs give the results and gradients of torch's, and leave weights and their names as they are."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_lite.networks.cpu import (
+    FastConv2d,
+    FastConv3d,
+    FastInstanceNorm,
+    FastUNet,
+    ParallelSamples,
+    parallelize_samples,
+    speed_up_on_cpu,
+)
+from nnunet_lite.networks.unet import UNet, set_deep_supervision
+from nnunet_lite.networks.winograd import is_channels_last
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.workspace import current
+
+FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def memory_format(dimensions: int, channels_last: bool) -> torch.memory_format:
+    return FORMATS[dimensions] if channels_last else torch.contiguous_format
+
+
+def make_unet(tiny_workspace: Path, configuration: str = "3d_fullres", **changes: Any) -> UNet:
+    """A U-Net of the plan with few features."""
+    planned = Plan.read(current(tiny_workspace).plans).configuration(configuration).network
+    torch.manual_seed(0)
+    features = tuple(min(4 * 2**i, 16) for i in range(len(planned.features)))
+    return UNet(planned.model_copy(update={"features": features, **changes}), 1, 3)
+
+
+def run(network: nn.Module, forward: nn.Module, x: Tensor, heads: slice) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Outputs of a batch, and the gradients of a loss over the whole batch."""
+    network.zero_grad()
+    found = forward(x)
+    outputs = found if isinstance(found, list) else [found]
+    axes = (0, *range(2, x.ndim))
+    sum(y.softmax(1).square().mean(axes).log().sum() for y in outputs[heads]).backward()  # type: ignore[union-attr]
+    return [y.detach() for y in outputs], [w.grad for w in network.parameters()]
+
+
+def assert_same(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    for output, other in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(output, other, rtol=1e-3, atol=1e-4)
+    assert [g is None for g in found[1]] == [g is None for g in expected[1]]
+    gradient, other = (
+        torch.cat([g.flatten() for g in gradients if g is not None]) for _, gradients in (found, expected)
+    )
+    assert float((gradient - other).norm()) < 1e-2 * float(other.norm())  # tiny stages amplify rounding
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"kind": "residual"}, {"norm": "none"}, {"norm": "batch"}])
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+def test_a_network_is_the_same_without(
+    tiny_workspace: Path, configuration: str, changes: dict[str, Any], channels_last: bool
+) -> None:
+    plain = make_unet(tiny_workspace, configuration, **changes)
+    size = (16, 32, 16) if configuration == "3d_fullres" else (32, 48)
+    plain.to(memory_format=memory_format(len(size), channels_last))  # type: ignore[call-overload]
+    set_deep_supervision(plain, True)
+    fast = deepcopy(plain)
+    speed_up_on_cpu(fast)
+    assert isinstance(fast, FastUNet) and list(fast.state_dict()) == list(plain.state_dict())
+    assert {nn.Conv2d, nn.Conv3d, nn.InstanceNorm2d, nn.InstanceNorm3d}.isdisjoint(map(type, fast.modules()))
+    for n in (1, 2):
+        x = torch.randn(n, 1, *size).contiguous(memory_format=memory_format(len(size), channels_last))
+        assert_same(run(fast, fast, x, slice(None)), run(plain, plain, x, slice(None)))
+
+
+def test_other_networks_stay_as_they_are() -> None:
+    own = nn.Sequential(nn.Conv3d(1, 3, 1))
+    speed_up_on_cpu(own)
+    assert type(own[0]) is nn.Conv3d and parallelize_samples(own) is own
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_parallel_samples_give_the_gradients_of_the_batch(
+    tiny_workspace: Path, deep: bool, channels_last: bool, threads: None
+) -> None:
+    layout = memory_format(3, channels_last)
+    network = make_unet(tiny_workspace).to(memory_format=layout)  # type: ignore[call-overload]
+    speed_up_on_cpu(network)
+    set_deep_supervision(network, deep)
+    next(network.parameters()).requires_grad_(False)
+    x = torch.randn(4, 1, 16, 32, 16).contiguous(memory_format=layout)
+    parallel = parallelize_samples(network)
+    heads = slice(0, -1) if deep else slice(0, 1)  # the loss leaves out the coarsest one
+    found = run(network, parallel, x, heads)
+    assert len(found[0]) == (len(network.heads) if deep else 1)
+    assert_same(found, run(network, network, x, heads))
+    again = run(network, parallel, x, heads)[1]
+    assert all(a is b or torch.equal(a, b) for a, b in zip(found[1], again, strict=True) if a is not None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_samples_are_not_parallel_where_that_is_impossible(tiny_workspace: Path, threads: None) -> None:
+    mixing = make_unet(tiny_workspace, norm="batch")
+    assert parallelize_samples(mixing) is mixing
+    network = make_unet(tiny_workspace)
+    parallel = parallelize_samples(network)
+    assert isinstance(parallel, ParallelSamples)
+    for n in (1, 3):
+        x = torch.randn(n, 1, 16, 32, 16)
+        assert torch.equal(parallel(x), network(x))
+    with torch.inference_mode():
+        x = torch.randn(2, 1, 16, 32, 16)
+        assert torch.equal(parallel(x), network(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("fast", "plain"), [(FastConv2d, nn.Conv2d), (FastConv3d, nn.Conv3d)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_one_small_sample_goes_to_onednn(fast: Any, plain: Any, stride: int, bias: bool, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    size = (9, 12) if plain is nn.Conv2d else (5, 9, 12)
+    layout = memory_format(len(size), channels_last)
+    layer = fast(6, 8, 3, stride, padding=1, bias=bias).to(memory_format=layout)
+    other = plain(6, 8, 3, stride, padding=1, bias=bias)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 6, *size).contiguous(memory_format=layout)
+    found, expected = layer(x), other(x)
+    assert "Mkldnn" in found.grad_fn.name()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad(y, tuple(of.parameters()), upstream) for y, of in ((found, layer), (expected, other))
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_several_samples_and_other_types_go_to_torch() -> None:
+    layer = FastConv2d(6, 8, 3)
+    assert "Mkldnn" not in layer(torch.randn(2, 6, 9, 9)).grad_fn.name()
+    assert layer.double()(torch.randn(1, 6, 9, 9).double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(torch.randn(1, 6, 9, 9)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 4), (3, 4, 9, 8), (1, 3, 11, 10, 12), (1, 3, 40, 30)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_instance_norm_equals_torch(shape: tuple[int, ...], channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * 3 + 2
+    gradient = torch.randn(shape, generator=generator)
+    norm = FastInstanceNorm(shape[1], affine=True)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.normal_(norm.bias)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    given = leaf.contiguous(memory_format=memory_format(x.ndim - 2, channels_last))
+    assert is_channels_last(given) == channels_last
+    y = norm(given)
+    y.backward(gradient.contiguous(memory_format=FORMATS[x.ndim - 2]))  # torch's own is wrong for one such sample
+    weight, bias = (p.detach().clone().requires_grad_() for p in (norm.weight, norm.bias))
+    expected = F.instance_norm(other, weight=weight, bias=bias, eps=1e-5)
+    expected.backward(gradient)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for a, b in ((leaf.grad, other.grad), (norm.weight.grad, weight.grad), (norm.bias.grad, bias.grad)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert is_channels_last(y) == channels_last
+
+
+@pytest.mark.parametrize("side", [4, 12])
+def test_a_constant_image_is_normalized_to_the_shift(side: int) -> None:
+    """Rounding must not make its variance negative."""
+    x = torch.full((2, 3, side, side, side), 1234.5).contiguous(memory_format=FORMATS[3]).requires_grad_()
+    norm = FastInstanceNorm(3, affine=True)
+    nn.init.constant_(norm.bias, 0.25)
+    y = norm(x)
+    y.sum().backward()
+    assert (y - 0.25).abs().max() < 1
+    assert torch.isfinite(y).all() and x.grad is not None and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0])
+def test_a_channel_far_from_zero_keeps_its_digits(mean: float) -> None:
+    """A kernel that reads the values once is off by 0.15 at a mean of 100 deviations."""
+    x = torch.randn(1, 8, 40, 48, 40, generator=torch.Generator().manual_seed(0)) + mean
+    found = FastInstanceNorm(8, affine=True)(x.contiguous(memory_format=FORMATS[3]))
+    assert (found - F.instance_norm(x.double())).abs().max() < 1e-3
+
+
+def test_instance_norm_of_low_precision_has_statistics_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 4, 9, 8, generator=generator) * 3 + 2).contiguous(memory_format=FORMATS[2])
+    low, norm = x.bfloat16().requires_grad_(), FastInstanceNorm(4, affine=True)
+    y = norm(low)
+    y.square().sum().backward()
+    assert y.dtype == torch.bfloat16 and low.grad is not None and low.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), F.instance_norm(low.detach().float()), rtol=0.01, atol=0.01)
+    assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (1, 2), (2, 2, 2), (1, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_upsampling_equals_torch(kernel: tuple[int, ...], channels_last: bool) -> None:
+    torch.manual_seed(0)
+    axes = len(kernel)
+    layout = memory_format(axes, channels_last)
+    up = (nn.ConvTranspose2d if axes == 2 else nn.ConvTranspose3d)(6, 4, kernel, kernel).to(memory_format=layout)  # type: ignore[call-overload]
+    positions = (3, 5, 4)[:axes]
+    finer = [p * k for p, k in zip(positions, kernel, strict=True)]
+    x = torch.randn(2, 6, *positions).contiguous(memory_format=layout).requires_grad_()
+    skip = torch.randn(2, 3, *finer).contiguous(memory_format=layout).requires_grad_()
+    grad = torch.randn(2, 7, *finer)
+    found, expected = FastUNet.concatenate(up, x, skip), UNet.concatenate(up, x, skip)
+    torch.testing.assert_close(found, expected)
+    assert is_channels_last(found) == channels_last
+    leaves = (x, skip, up.weight, up.bias)
+    for a, b in zip(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_upsampling_in_low_precision() -> None:
+    up = nn.ConvTranspose2d(6, 4, 2, 2)
+    x, skip = (torch.randn(1, c, n, n).contiguous(memory_format=FORMATS[2]) for c, n in ((6, 4), (3, 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = FastUNet.concatenate(up, x.bfloat16(), skip.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), UNet.concatenate(up, x, skip), rtol=0.05, atol=0.05)
