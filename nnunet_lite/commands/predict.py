@@ -26,8 +26,7 @@ from nnunet_lite.commands.options import (
     names_of,
     overrides_of,
 )
-from nnunet_lite.data.cases import find_all_cases
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case, find_all_cases
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.models.choice import SPEEDS, Choice, chosen, first_fold, in_our_form, load, load_all, model_at

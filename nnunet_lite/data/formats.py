@@ -77,7 +77,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     plain = read_nifti(path) if suffix_of(path) in NIFTI else None
     if plain and plain[1]:
         return plain[0], plain[1]
-    header = read_header(path)
+    header = read_file_header(path)
     if plain and header:
         array, geometry = plain[0], header[0]
     elif header is None or suffix_of(path) in NIFTI:
@@ -95,7 +95,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     return array, geometry
 
 
-def read_header(path: Path) -> tuple[Geometry, int] | None:
+def read_file_header(path: Path) -> tuple[Geometry, int] | None:
     """Read geometry and number of channels of a file that is no TIFF and no DICOM.
 
     Parameters

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.data.cases import split_name
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case, split_name
 from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
 from nnunet_lite.data.formats import require_picture_values
 from nnunet_lite.data.geometry import Geometry

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.images import Image, read_image, read_images
 from nnunet_lite.data.labels import Labels
