@@ -65,10 +65,10 @@ def main() -> None:
             found = score_case(prediction, reference, LABELS, SPACING, threads=options.cores)
             seconds.append(time.perf_counter() - start)
             busy.append(time.process_time() - before)
-        dice = np.mean([measures.dice for measures in found.values() if measures.dice is not None])
+        dice = np.mean([values["Dice"] for values in found.values() if values["Dice"] is not None])
         rows.append(f"| {name} | {dice:.3f} | {min(seconds):.2f} s | {min(busy):.2f} s |")
     where = f"{options.cores} cores of {processor()}, {time.strftime('%Y-%m-%d')}"
-    head = f"512 x 512 x 300, ten labels, all measures, {where}"
+    head = f"512 x 512 x 300, ten labels, all metrics, {where}"
     table = "\n".join([head, "", "| prediction | Dice | time | CPU time |", "|---|---|---|---|", *rows])
     publish(table, options.output)
 

@@ -68,8 +68,8 @@ def predicted(case: Case, seed: int, dataset: Dataset, out: Path) -> CaseScore:
     moved = np.where(edge & (draws.random(moved.shape) < 0.1), np.roll(moved, 1, 2), moved)
     path = out / f"{case.id}.nii.gz"
     write_label(path, moved, geometry)
-    measures = score_case(moved, reference, dataset.labels, geometry.spacing, surface=False)
-    return CaseScore(case.id, str(path), str(case.label), measures)
+    metrics = score_case(moved, reference, dataset.labels, geometry.spacing, surface=False)
+    return CaseScore(case.id, str(path), str(case.label), metrics)
 
 
 def epochs(dataset: Dataset, draws: np.random.Generator) -> list[dict[str, object]]:

@@ -29,8 +29,8 @@ import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.evaluation.comparison import ENSEMBLE_WEIGHTS, ensemble_weights, find_members
 from nnunet_lite.evaluation.cross_validation import score_predictions
-from nnunet_lite.evaluation.select import MADE_OF, find_members, weights_of
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import MODEL, VALIDATION, open_run
 from nnunet_lite.planning.schema import Plan
@@ -91,7 +91,7 @@ def make_predictions(paths: Paths, dataset: Dataset) -> None:
         name = "+".join(member.name for member in pair)
         places[name] = paths.ensembles / name
         for fold in range(len(folds)):
-            write_json(places[name] / f"fold_{fold}" / MADE_OF, weights_of(pair, str(fold)))
+            write_json(places[name] / f"fold_{fold}" / ENSEMBLE_WEIGHTS, ensemble_weights(pair, str(fold)))
     jobs = [
         (cases[case_id][1], folder / f"fold_{fold}" / VALIDATION, name, cases[case_id][0])
         for name, folder in places.items()

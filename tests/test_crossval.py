@@ -47,8 +47,8 @@ def test_the_held_out_cases_are_predicted_and_scored(model: Path, dataset: Datas
         for value, name in enumerate(("Anterior", "Posterior"), 1):
             hits = int(((found == value) & (truth == value)).sum())
             size = int((found == value).sum() + (truth == value).sum())
-            assert row.measures[name].tp == hits
-            assert row.measures[name].dice == pytest.approx(2 * hits / size)
+            assert row.metrics[name]["TP"] == hits
+            assert row.metrics[name]["Dice"] == pytest.approx(2 * hits / size)
 
 
 def test_the_summary_holds_every_case(model: Path, held_out: tuple[str, ...]) -> None:

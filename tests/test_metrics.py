@@ -18,7 +18,7 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.metrics import Measures, score_case
+from nnunet_lite.evaluation.metrics import MetricValues, score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores, score_files
 
 DATA = Path(__file__).parent / "data" / "Task04_Hippocampus"
@@ -77,7 +77,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return predictions, references
 
 
-def one(prediction: np.ndarray, reference: np.ndarray, spacing=(1.0, 1.0, 1.0), **options) -> Measures:  # type: ignore[no-untyped-def]
+def one(prediction: np.ndarray, reference: np.ndarray, spacing=(1.0, 1.0, 1.0), **options) -> MetricValues:  # type: ignore[no-untyped-def]
     return score_case(prediction, reference, Labels(names={"lesion": 1}), spacing, **options)["lesion"]
 
 
@@ -105,10 +105,10 @@ def by_simpleitk(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[f
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(images[1])
     return {
-        "dice": overlap.GetDiceCoefficient(),
-        "iou": overlap.GetJaccardCoefficient(),
-        "hd95_mm": max(np.percentile(d, 95) for d in directed),
-        "nsd": np.mean(np.concatenate(directed) <= tolerance + 1e-4),
+        "Dice": overlap.GetDiceCoefficient(),
+        "IoU": overlap.GetJaccardCoefficient(),
+        "HD95": max(np.percentile(d, 95) for d in directed),
+        "NSD": np.mean(np.concatenate(directed) <= tolerance + 1e-4),
         "reference_ml": shape.GetPhysicalSize(1) / 1000,
     }
 
@@ -121,9 +121,9 @@ def test_equals_simpleitk(path: Path, spacing: tuple[float, float, float]) -> No
     measured = score_case(prediction, reference, TWO, spacing, tolerance_mm=1.2)
     for value, name in ((1, "Anterior"), (2, "Posterior")):
         expected = by_simpleitk(prediction == value, reference == value, spacing, 1.2)
-        found = {key: getattr(measured[name], key) for key in expected}
+        found = {key: measured[name][key] for key in expected}
         assert found == pytest.approx(expected, abs=1e-3)
-        assert 0.2 < found["dice"] < 0.95 and found["hd95_mm"] > 1  # the test has something to find
+        assert 0.2 < found["Dice"] < 0.95 and found["HD95"] > 1  # the test has something to find
 
 
 def test_equals_nnunet(folders: tuple[Path, Path]) -> None:
@@ -143,12 +143,14 @@ def test_absent_labels() -> None:
     there = blank()
     there[2:4, 3:6, 3:9] = 1
     both = one(blank(), blank())
-    assert (both.dice, both.iou, both.nsd, both.hd95_mm, both.volume_error, both.lesion_f1) == (None,) * 6
-    assert (both.tn, both.tp, both.prediction_ml) == (there.size, 0, 0.0)
+    assert (both["Dice"], both["IoU"], both["NSD"], both["HD95"], both["volume_error"], both["lesion_F1"]) == (
+        None,
+    ) * 6
+    assert (both["TN"], both["TP"], both["prediction_ml"]) == (there.size, 0, 0.0)
     missed, invented = one(blank(), there), one(there, blank())
-    assert (missed.dice, missed.nsd, missed.hd95_mm, missed.volume_error) == (0.0, 0.0, None, -1.0)
-    assert (invented.dice, invented.nsd, invented.hd95_mm, invented.volume_error) == (0.0, 0.0, None, None)
-    assert (missed.lesion_fn, invented.lesion_fp, missed.lesion_f1) == (1, 1, 0.0)
+    assert (missed["Dice"], missed["NSD"], missed["HD95"], missed["volume_error"]) == (0.0, 0.0, None, -1.0)
+    assert (invented["Dice"], invented["NSD"], invented["HD95"], invented["volume_error"]) == (0.0, 0.0, None, None)
+    assert (missed["lesion_FN"], invented["lesion_FP"], missed["lesion_F1"]) == (1, 1, 0.0)
 
 
 def test_shifted_box() -> None:
@@ -156,13 +158,13 @@ def test_shifted_box() -> None:
     reference[1:4, 2:6, 2:8] = 1
     prediction[1:4, 2:6, 4:10] = 1  # two voxels of 0.5 mm further
     found = one(prediction, reference, (3.0, 1.0, 0.5), tolerance_mm=0.5)
-    assert found.dice == pytest.approx(2 * 48 / 144)
-    assert (found.tp, found.fp, found.fn, found.hd95_mm) == (48, 24, 24, 1.0)
-    assert found.reference_ml == pytest.approx(72 * 1.5 / 1000)
+    assert found["Dice"] == pytest.approx(2 * 48 / 144)
+    assert (found["TP"], found["FP"], found["FN"], found["HD95"]) == (48, 24, 24, 1.0)
+    assert found["reference_ml"] == pytest.approx(72 * 1.5 / 1000)
     # Of its 64 surface voxels the reference's face (12) and the middle of its far face (2) are 1 mm away; so, mirrored,
     # are those of the prediction.
-    assert found.nsd == 50 / 64
-    assert one(prediction, reference, (3.0, 1.0, 0.5), tolerance_mm=1.0).nsd == 1.0  # at the tolerance is within
+    assert found["NSD"] == 50 / 64
+    assert one(prediction, reference, (3.0, 1.0, 0.5), tolerance_mm=1.0)["NSD"] == 1.0  # at the tolerance is within
 
 
 def test_regions_overlap() -> None:
@@ -171,9 +173,9 @@ def test_regions_overlap() -> None:
     reference[2:5, 2:8, 2:12], reference[3, 4:6, 4:8] = 1, 2
     prediction[reference > 0] = 1
     found = score_case(prediction, reference, labels, (1.0, 1.0, 1.0))
-    assert (found["whole"].dice, found["whole"].hd95_mm) == (1.0, 0.0)
-    assert (found["core"].dice, found["core"].fn) == (0.0, 8)
-    scores = Scores.of([CaseScore("a", None, None, found)], labels)
+    assert (found["whole"]["Dice"], found["whole"]["HD95"]) == (1.0, 0.0)
+    assert (found["core"]["Dice"], found["core"]["FN"]) == (0.0, 8)
+    scores = Scores((CaseScore("a", None, None, found),), labels)
     assert list(scores.to_json()["mean"]) == ["(1, 2)", "(2,)"]  # nnU-Net's names for them
 
 
@@ -185,13 +187,13 @@ def test_ignored_voxels_are_left_out() -> None:
     reference[:, :, 7:] = 9  # from the middle of the lesion on
     prediction[:, 9:, 10:] = 1  # wrong, but nobody knows
     found = score_case(prediction, reference, labels, (1.0, 1.0, 1.0))["lesion"]
-    assert (found.dice, found.nsd, found.hd95_mm, found.lesion_fp) == (1.0, 1.0, 0.0, 0)
-    assert found.tp + found.fp + found.fn + found.tn == np.count_nonzero(reference != 9)
+    assert (found["Dice"], found["NSD"], found["HD95"], found["lesion_FP"]) == (1.0, 1.0, 0.0, 0)
+    assert found["TP"] + found["FP"] + found["FN"] + found["TN"] == np.count_nonzero(reference != 9)
     prediction[:, :, 6:7] = 0  # now it ends a voxel before the unknown
     cut = score_case(prediction, reference, labels, (1.0, 1.0, 1.0), tolerance_mm=0.5)["lesion"]
     # the middle of the cut face (8 of 80 surface voxels) is a surface of the prediction alone; the reference goes on
     # into the unknown, with a rim (16 of 88) that the prediction lacks
-    assert (cut.fn, cut.nsd, cut.hd95_mm) == (24, 144 / 168, 1.0)
+    assert (cut["FN"], cut["NSD"], cut["HD95"]) == (24, 144 / 168, 1.0)
 
 
 def test_one_slice_is_all_surface_but_a_picture_is_not() -> None:
@@ -199,12 +201,12 @@ def test_one_slice_is_all_surface_but_a_picture_is_not() -> None:
     mask[2, 5:15, 5:15] = 1
     hole = mask.copy()
     hole[2, 9:11, 9:11] = 0
-    assert one(hole, mask, (5.0, 1.0, 1.0), tolerance_mm=0.5).nsd == pytest.approx(192 / 196)
+    assert one(hole, mask, (5.0, 1.0, 1.0), tolerance_mm=0.5)["NSD"] == pytest.approx(192 / 196)
     picture = one(hole[2:3], mask[2:3], (999.0, 1.0, 1.0), tolerance_mm=0.5)
     # a ring of 36 in both; around the hole a ring of 8 (its corners touch by edges only), 3 mm or more inside
-    assert picture.nsd == pytest.approx(72 / 80)
-    assert (picture.prediction_ml, picture.reference_ml) == (None, None)
-    assert picture.volume_error == pytest.approx(-0.04)
+    assert picture["NSD"] == pytest.approx(72 / 80)
+    assert (picture["prediction_ml"], picture["reference_ml"]) == (None, None)
+    assert picture["volume_error"] == pytest.approx(-0.04)
 
 
 def test_lesions() -> None:
@@ -214,8 +216,8 @@ def test_lesions() -> None:
     prediction[2:4, 3:5, 3:5] = prediction[2, 9, 9:11] = 1  # two found, one missed
     prediction[5, 11, 0] = prediction[5, 11, 19] = 1  # two that are not there
     found = one(prediction, reference)
-    assert (found.lesion_tp, found.lesion_fp, found.lesion_fn) == (2, 2, 1)
-    assert found.lesion_f1 == pytest.approx(4 / 7)
+    assert (found["lesion_TP"], found["lesion_FP"], found["lesion_FN"]) == (2, 2, 1)
+    assert found["lesion_F1"] == pytest.approx(4 / 7)
 
 
 def test_any_values_and_types() -> None:
@@ -226,7 +228,7 @@ def test_any_values_and_types() -> None:
     prediction = reference.astype(np.float32).astype(np.int64)
     prediction[0, 0, :3] = (7, -100, 1 << 40)  # no labels: background
     found = score_case(prediction, reference, labels, (1.0, 1.0, 1.0))
-    assert [found[name].dice for name in "ab"] == [1.0, 1.0]
+    assert [found[name]["Dice"] for name in "ab"] == [1.0, 1.0]
     with pytest.raises(ValueError, match="shape"):
         score_case(prediction[1:], reference, labels, (1.0, 1.0, 1.0))
 
@@ -236,8 +238,8 @@ def test_any_values_and_types() -> None:
 
 def made_up(values: list[float | None]) -> Scores:
     whole = one(np.ones((2, 2, 2), np.uint8), np.ones((2, 2, 2), np.uint8))
-    return Scores.of(
-        [CaseScore(f"case{i}", None, None, {"lesion": replace(whole, dice=v)}) for i, v in enumerate(values)],
+    return Scores(
+        tuple(CaseScore(f"case{i}", None, None, {"lesion": {**whole, "Dice": v}}) for i, v in enumerate(values)),
         Labels(names={"lesion": 1}),
     )
 
@@ -268,7 +270,7 @@ def test_csv_and_table(folders: tuple[Path, Path]) -> None:
         ("hippocampus_025", "Anterior", "1"),
         ("hippocampus_025", "Posterior", "2"),
     ]
-    assert len(lines) == 16 and float(lines[0]["Dice"]) == scores.values("dice")[0, 0]
+    assert len(lines) == 16 and float(lines[0]["Dice"]) == scores.values("Dice")[0, 0]
     head, anterior, _, foreground = scores.to_text().splitlines()
     assert "NSD 2 mm" in head and len(head) == len(foreground)
     assert anterior.split()[:3] == ["Anterior", "8", f"{np.mean(scores.values()[:, 0]):.4f}"]
@@ -293,7 +295,7 @@ def test_volume_errors_do_not_cancel() -> None:
         prediction = np.zeros_like(reference)
         prediction[0, 0, :n] = 1
         rows.append(CaseScore(str(i), None, None, {"lesion": one(prediction, reference)}))
-    scores = Scores.of(rows, Labels(names={"lesion": 1}))
+    scores = Scores(tuple(rows), Labels(names={"lesion": 1}))
     cells = dict(zip(scores.lines()[0], scores.lines()[1], strict=True))
     assert cells["abs. volume error"] == "0.5000" and "volume error" not in cells
     mean = scores.to_json()["mean"]["1"]
@@ -325,7 +327,7 @@ def test_missing_cases_are_noted(folders: tuple[Path, Path]) -> None:
     (references / "hippocampus_367.nii.gz").unlink()
     (predictions / ".hidden.nii.gz").write_bytes(b"")
     scores = score_files(*folders, TWO, surface=False)
-    assert len(scores.rows) == 6 and np.isnan(scores.values("nsd")).all()
+    assert len(scores.rows) == 6 and np.isnan(scores.values("NSD")).all()
     assert [note[-15:] for note in scores.notes] == ["hippocampus_025", "hippocampus_367"]
     for path in [*predictions.glob("h*_0*"), *predictions.glob("h*_[1-3]*")]:
         path.rename(path.with_name("other_" + path.name))
@@ -359,7 +361,7 @@ def test_pictures(tmp_path: Path) -> None:
     write_label(tmp_path / "r.nii.gz", array, replace(flat, spacing=(999 * 0.5, 0.5, 0.5)))
     pixels, mm = (score_files(tmp_path / "p.png", tmp_path / name, TWO) for name in ("r.png", "r.nii.gz"))
     assert pixels.foreground().mean == mm.foreground().mean and 0 < pixels.foreground().mean < 1
-    assert mm.values("hd95_mm") == pytest.approx(pixels.values("hd95_mm") / 2, nan_ok=True)
+    assert mm.values("HD95") == pytest.approx(pixels.values("HD95") / 2, nan_ok=True)
     assert (pixels.unit, mm.unit) == ("px", "mm")
     assert {"HD95", "NSD"} <= set(pixels.to_text().split()) and "mm" not in pixels.to_text()
     assert "1 px" in pixels.to_text()
@@ -378,9 +380,9 @@ def test_volumes_need_a_spacing(tmp_path: Path, spacing: tuple[float, float, flo
     stack = score_files(tmp_path / "p.tif", tmp_path / "r.tif", TWO)
     assert stack.unit == ("mm" if known else "px")
     ml = (array == 1).sum() * np.prod(spacing) / 1000
-    assert stack.rows[0].measures["Anterior"].reference_ml == (pytest.approx(ml) if known else None)
+    assert stack.rows[0].metrics["Anterior"]["reference_ml"] == (pytest.approx(ml) if known else None)
     against_nifti = score_files(tmp_path / "p.tif", tmp_path / "r.nii.gz", TWO)
-    assert against_nifti.unit == "mm" and against_nifti.rows[0].measures["Anterior"].reference_ml == pytest.approx(ml)
+    assert against_nifti.unit == "mm" and against_nifti.rows[0].metrics["Anterior"]["reference_ml"] == pytest.approx(ml)
 
 
 def test_files_without_a_spacing_among_others_are_noted(folders: tuple[Path, Path]) -> None:
@@ -432,4 +434,4 @@ def test_large_case_takes_three_seconds() -> None:
     start = time.process_time()  # of all threads: other work on the machine does not count
     found = score_case(prediction, reference, labels, (1.5, 0.8, 0.8), threads=2)
     assert time.process_time() - start < 4.5  # what two cores do in 3 s when a quarter is lost to waiting
-    assert all(0.5 < measures.dice < 0.99 for measures in found.values() if measures.dice is not None)
+    assert all(0.5 < measures["Dice"] < 0.99 for measures in found.values() if measures["Dice"] is not None)

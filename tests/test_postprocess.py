@@ -14,12 +14,21 @@ from scipy import ndimage
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.postprocessing import Decision, Pair, Reference, candidates, choosing, decide
-from nnunet_lite.evaluation.rules import Rule, apply_rules
+from nnunet_lite.evaluation.postprocessing import (
+    CasePair,
+    Decision,
+    Gain,
+    Rule,
+    apply_rules,
+    candidate_rules,
+    choose_rules,
+    choosing_cases,
+)
 from nnunet_lite.evaluation.statistics import p_of_gain
 
 TWO = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2})
 TUMOUR = Labels(names={"background": 0, "whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)}, region_order=(1, 2, 3))
+LARGEST = Rule(largest_component=True)
 SPACING = (2.0, 1.0, 0.5)  # a voxel is one mm3
 EVERYWHERE = np.ones((3, 3, 3))
 
@@ -41,11 +50,13 @@ def speckled(reference: np.ndarray, seed: int, specks: int, largest: int, values
 
 
 @pytest.fixture(scope="module")
-def real(hippocampus: Path) -> list[Pair]:
+def real(hippocampus: Path) -> list[CasePair]:
     """Four references, and four predictions of each with up to eleven specks."""
     files = sorted((hippocampus / "labelsTr").glob("*.nii.gz"))[:4]
     references = [read_label(path)[0] for path in files]
-    return [Pair(speckled(references[i % 4], i, 4 + i // 2, 3, (1, 2)), references[i % 4], SPACING) for i in range(16)]
+    return [
+        CasePair(speckled(references[i % 4], i, 4 + i // 2, 3, (1, 2)), references[i % 4], SPACING) for i in range(16)
+    ]
 
 
 def by_scipy(array: np.ndarray, members: tuple[int, ...], rule: Rule, voxel: float) -> np.ndarray:
@@ -63,8 +74,17 @@ def by_scipy(array: np.ndarray, members: tuple[int, ...], rule: Rule, voxel: flo
 # ------------------------------------------------------------------------------------------------------ applying rules
 
 
-@pytest.mark.parametrize("rule", [Rule(True), Rule(False, 25.0), Rule(True, 30.0), Rule(False, 1e6)], ids=str)
-def test_what_a_rule_removes(real: list[Pair], rule: Rule) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        LARGEST,
+        Rule(min_size_mm3=25.0),
+        Rule(largest_component=True, min_size_mm3=30.0),
+        Rule(min_size_mm3=1e6),
+    ],
+    ids=str,
+)
+def test_what_a_rule_removes(real: list[CasePair], rule: Rule) -> None:
     removed = 0
     for pair in real:
         before = pair.prediction.copy()
@@ -79,7 +99,11 @@ def test_what_a_rule_removes(real: list[Pair], rule: Rule) -> None:
 def test_nothing_to_remove() -> None:
     there = blank()
     there[2:4, 3:6, 3:9] = 1
-    for array, rules in ((there, {"Anterior": Rule(True, 3.0)}), (blank(), {"Anterior": Rule(True)}), (there, {})):
+    for array, rules in (
+        (there, {"Anterior": LARGEST.model_copy(update={"min_size_mm3": 3.0})}),
+        (blank(), {"Anterior": LARGEST}),
+        (there, {}),
+    ):
         assert apply_rules(array, SPACING, TWO, rules) is array
 
 
@@ -87,7 +111,7 @@ def test_of_equals_the_first_is_the_largest_and_corners_join() -> None:
     array = blank()
     array[1, 1, 1] = array[2, 2, 2] = 1  # one component, by a corner
     array[4, 8, 8:10] = 1
-    kept = apply_rules(array, SPACING, TWO, {"Anterior": Rule(True)})
+    kept = apply_rules(array, SPACING, TWO, {"Anterior": LARGEST})
     assert set(zip(*map(np.ndarray.tolist, np.nonzero(kept)), strict=True)) == {(1, 1, 1), (2, 2, 2)}
 
 
@@ -104,9 +128,9 @@ def test_what_is_removed_of_a_region_becomes_the_one_around_it() -> None:
     array[2:4, 3:6, 3:8], array[3, 4, 5] = 2, 3  # a core with something in it
     array[2, 8, 15], array[2, 8, 16] = 2, 3  # a small core: back to the whole
     array[5, 11, 19] = 3  # all of it is small
-    core = apply_rules(array, SPACING, TUMOUR, {"core": Rule(True)})
+    core = apply_rules(array, SPACING, TUMOUR, {"core": LARGEST})
     assert core[2, 8, 15] == core[2, 8, 16] == 1 and core[3, 4, 5] == 3 and core[5, 11, 19] == 1
-    whole = apply_rules(array, SPACING, TUMOUR, {"whole": Rule(True)})
+    whole = apply_rules(array, SPACING, TUMOUR, {"whole": LARGEST})
     assert whole[5, 11, 19] == 0 and np.array_equal(whole[:5], array[:5])
     inner = apply_rules(array, SPACING, TUMOUR, {"enhancing": Rule(min_size_mm3=2)})
     assert not (inner == 3).any() and np.array_equal(inner > 1, array > 1)
@@ -116,18 +140,18 @@ def test_values_of_any_kind() -> None:
     labels = Labels(names={"background": -5, "a": 7, "b": 300})
     array = np.full((4, 8, 8), -5, np.int16)
     array[1:3, 1:4, 1:4], array[0, 7, 7], array[3, 5, 5] = 300, 300, 7
-    found = apply_rules(array, (1.0, 1.0, 1.0), labels, {"b": Rule(True)})
+    found = apply_rules(array, (1.0, 1.0, 1.0), labels, {"b": LARGEST})
     assert found.dtype == np.int16 and found[0, 7, 7] == -5 and found[3, 5, 5] == 7 and (found == 300).sum() == 18
 
 
 # --------------------------------------------------------------------------------------------------------- the decision
 
 
-def dice_of(arrays: list[np.ndarray], pairs: list[Pair], labels: Labels) -> np.ndarray:
+def dice_of(arrays: list[np.ndarray], pairs: list[CasePair], labels: Labels) -> np.ndarray:
     """Dice (cases, labels) by scoring whole volumes."""
     rows = [score_case(array, pair.reference, labels, pair.spacing, surface=False)
             for array, pair in zip(arrays, pairs, strict=True)]  # fmt: skip
-    return np.array([[row[name].dice for name in labels.region_names] for row in rows], float)
+    return np.array([[row[name]["Dice"] for name in labels.region_names] for row in rows], float)
 
 
 def sizes_of(array: np.ndarray, members: tuple[int, ...], spacing: tuple[float, float, float]) -> np.ndarray:
@@ -141,7 +165,9 @@ def is_above_zero(differences: np.ndarray, level: float) -> bool:
     return float(np.mean(np.array(flipped) >= differences.sum() - 1e-12)) <= level
 
 
-def by_brute_force(pairs: list[Pair], labels: Labels) -> tuple[dict[str, Rule], dict[str, tuple[float, float, int]]]:
+def by_brute_force(
+    pairs: list[CasePair], labels: Labels
+) -> tuple[dict[str, Rule], dict[str, tuple[float, float, int]]]:
     """Every rule is applied to every volume, which is scored again; folds are those of `decided`."""
     choose = np.arange(len(pairs)) % 5 % 2 == 1
     arrays, rules, gains = [pair.prediction for pair in pairs], {}, {}
@@ -151,7 +177,7 @@ def by_brute_force(pairs: list[Pair], labels: Labels) -> tuple[dict[str, Rule], 
         before, chosen = dice_of(arrays, pairs, labels), {}
         for i in regions:
             tries = []
-            for rule in candidates([sizes_of(p.reference, values[i], p.spacing) for p in pairs]):
+            for rule in candidate_rules([sizes_of(p.reference, values[i], p.spacing) for p in pairs]):
                 cleaned = [
                     apply_rules(a, p.spacing, labels, {names[i]: rule}) for a, p in zip(arrays, pairs, strict=True)
                 ]
@@ -175,27 +201,31 @@ def by_brute_force(pairs: list[Pair], labels: Labels) -> tuple[dict[str, Rule], 
     return rules, gains
 
 
+def values_of(gain: Gain) -> tuple[float | None, ...]:
+    return gain.before, gain.after, gain.n
+
+
 def decided(
-    pairs: list[Pair], labels: Labels, folds: int = 5, more: list[Pair] | None = None, **options: Any
+    pairs: list[CasePair], labels: Labels, folds: int = 5, more: list[CasePair] | None = None, **options: Any
 ) -> Decision:
     """The decision where fold k holds out every k-th case; `more` cases belong to no trained fold."""
-    return decide(
+    return choose_rules(
         [partial(lambda pair: pair, pair) for pair in pairs],
         [str(i % folds) for i in range(len(pairs))],
-        [partial(lambda pair: Reference(pair.reference, pair.spacing), pair) for pair in (*pairs, *(more or ()))],
+        [partial(lambda pair: (pair.reference, pair.spacing), pair) for pair in (*pairs, *(more or ()))],
         labels, **options,
     )  # fmt: skip
 
 
-def test_equals_brute_force(real: list[Pair]) -> None:
+def test_equals_brute_force(real: list[CasePair]) -> None:
     found = decided(real, TWO, workers=2)
     rules, gains = by_brute_force(real, TWO)
     assert found.rules == rules and set(rules) == {"Anterior", "Posterior"} and not found.notes
-    assert all(found.gains[name] == pytest.approx(gain) for name, gain in gains.items())
+    assert all(values_of(found.gains[name]) == pytest.approx(gain) for name, gain in gains.items())
     assert decided(real, TWO, workers=0) == found
 
 
-def test_regions_equal_brute_force(real: list[Pair]) -> None:
+def test_regions_equal_brute_force(real: list[CasePair]) -> None:
     """Nested regions with specks; a whole that shrinks takes its core along."""
     pairs = []
     for i, pair in enumerate(real):
@@ -204,21 +234,21 @@ def test_regions_equal_brute_force(real: list[Pair]) -> None:
         inside = ndimage.distance_transform_edt(prediction == 1)
         at = tuple(slice(c, c + 2) for c in np.unravel_index(inside.argmax(), inside.shape))
         prediction[at] = 2 + i % 2  # a small core deep in the rest of the whole
-        pairs.append(Pair(prediction, reference, SPACING))
+        pairs.append(CasePair(prediction, reference, SPACING))
     found = decided(pairs, TUMOUR)
     rules, gains = by_brute_force(pairs, TUMOUR)
     assert found.rules == rules and len(rules) >= 2
-    assert all(found.gains[name] == pytest.approx(gain) for name, gain in gains.items())
+    assert all(values_of(found.gains[name]) == pytest.approx(gain) for name, gain in gains.items())
 
 
-def lesions(sizes: list[int], true: list[bool], values: tuple[int, ...] = (1,)) -> Pair:
+def lesions(sizes: list[int], true: list[bool], values: tuple[int, ...] = (1,)) -> CasePair:
     """Cubes in a row, true ones in the reference too."""
     prediction, reference = np.zeros((8, 8, 80), np.uint8), np.zeros((8, 8, 80), np.uint8)
     for i, (side, right) in enumerate(zip(sizes, true, strict=True)):
         box = (slice(0, side), slice(0, side), slice(10 * i, 10 * i + side))
         prediction[box] = values[i % len(values)]
         reference[box] = prediction[box] * right
-    return Pair(prediction, reference, (1.0, 1.0, 1.0))
+    return CasePair(prediction, reference, (1.0, 1.0, 1.0))
 
 
 LESION = Labels(names={"background": 0, "lesion": 1})
@@ -256,7 +286,7 @@ def test_a_label_that_is_not_there_may_vanish() -> None:
         (19 * [SPECK] + [lesions([6, 6, 2], [True, True, False])], None),
     ],
 )
-def test_where_no_rule_is_kept(pairs: list[Pair], why: str | None) -> None:
+def test_where_no_rule_is_kept(pairs: list[CasePair], why: str | None) -> None:
     found = decided(pairs, LESION)
     if why is None:  # two organs in one case: the largest is not tried, but what is far smaller goes
         assert found.rules == {"lesion": Rule(min_size_mm3=21.0)}
@@ -276,7 +306,7 @@ def test_a_rule_deletes_no_structure_of_any_reference() -> None:
         organ, false = np.zeros((2, 8, 8, 40), np.uint8)
         organ[:1, :3, : 4 + i % 4] = 1
         false[0, 5:7, 20 : 20 + rng.integers(8, 16)] = 1  # of 16 to 30 voxels
-        pairs.append(Pair(np.maximum(organ, false) if i % 2 else organ, organ, (1.0, 1.0, 1.0)))
+        pairs.append(CasePair(np.maximum(organ, false) if i % 2 else organ, organ, (1.0, 1.0, 1.0)))
     small = lesions([2], [True])  # 8 voxels
     for more in ([], [small]):
         rules = decided(pairs, LESION, more=more).rules
@@ -284,10 +314,10 @@ def test_a_rule_deletes_no_structure_of_any_reference() -> None:
             assert np.array_equal(apply_rules(pair.reference, pair.spacing, LESION, rules), pair.reference)
     specks = 20 * [lesions([5, 3], [True, False])]
     assert decided(specks, LESION).rules == {"lesion": Rule(min_size_mm3=31.0)}, "a quarter of 125 mm3"
-    assert decided(specks, LESION, more=[small]).rules == {"lesion": Rule(True)}, "27 mm3 is more than an organ has"
+    assert decided(specks, LESION, more=[small]).rules == {"lesion": LARGEST}, "27 mm3 is more than an organ has"
     assert decided(specks, LESION, more=[small, lesions([5, 3], [True, True])]).rules == {}, "a second one is real"
     nearly = lesions([6, 2], [True, True])  # 8 of 224 voxels
-    assert decided(specks, LESION, more=[small, nearly]).rules == {"lesion": Rule(True)}
+    assert decided(specks, LESION, more=[small, nearly]).rules == {"lesion": LARGEST}
 
 
 @pytest.mark.parametrize("folds", [1, 5])
@@ -304,7 +334,7 @@ def test_chance_is_hardly_ever_kept_and_an_effect_is(folds: int) -> None:
                 side = int(rng.integers(0, 4))
                 box = slice(None), slice(row, row + side), slice(30, 30 + side)
                 prediction[box], reference[box] = 1, rng.random() >= wrong
-            pairs.append(Pair(prediction, reference, (999.0, 1.0, 1.0)))
+            pairs.append(CasePair(prediction, reference, (999.0, 1.0, 1.0)))
         return bool(decided(pairs, LESION, folds, workers=0).rules)
 
     assert sum(keeps(seed, 0.5) for seed in range(40)) <= 2
@@ -314,20 +344,20 @@ def test_chance_is_hardly_ever_kept_and_an_effect_is(folds: int) -> None:
 def test_the_more_labels_the_more_certain_a_rule_must_be() -> None:
     """Seven of seven cases that confirm are few enough to be chance where six labels are tried."""
     many = Labels(names={"background": 0, **{str(value): value for value in range(1, 7)}})
-    helped = Pair(*(np.concatenate([getattr(SPECK, name) * value for value in range(1, 7)])
+    helped = CasePair(*(np.concatenate([getattr(SPECK, name) * value for value in range(1, 7)])
                     for name in ("prediction", "reference")), SPECK.spacing)  # fmt: skip
-    right = Pair(helped.reference, helped.reference, SPECK.spacing)
+    right = CasePair(helped.reference, helped.reference, SPECK.spacing)
     one_label = [SPECK if i < 11 else RIGHT for i in range(20)]
-    assert choosing([str(i % 5) for i in range(11)]).sum() == 4
+    assert choosing_cases([str(i % 5) for i in range(11)]).sum() == 4
     assert list(decided(one_label, LESION).rules) == ["lesion"]
     assert not decided([helped if i < 11 else right for i in range(20)], many).rules
     assert len(decided([helped if i < 16 else right for i in range(20)], many).rules) == 6
 
 
 def test_which_cases_choose() -> None:
-    assert choosing(list("0123401234")).tolist() == 2 * [False, True, False, True, False]
-    assert choosing(10 * ["2"]).tolist() == 2 * [False, True, False, True, False], "a single fold is divided"
-    assert choosing(["3", "0", "3", "0"]).tolist() == [True, False, True, False]
+    assert choosing_cases(list("0123401234")).tolist() == 2 * [False, True, False, True, False]
+    assert choosing_cases(10 * ["2"]).tolist() == 2 * [False, True, False, True, False], "a single fold is divided"
+    assert choosing_cases(["3", "0", "3", "0"]).tolist() == [True, False, True, False]
 
 
 def test_a_sign_flip_test_by_hand() -> None:
@@ -357,7 +387,7 @@ def test_rules_never_take_from_other_labels() -> None:
         if i % 5 == 0:  # the core is small, and apart
             prediction[0, 0, 20:22] = 2
             reference[0, 0, 20:22] = 2
-        pairs.append(Pair(prediction, reference, (1.0, 1.0, 1.0)))
+        pairs.append(CasePair(prediction, reference, (1.0, 1.0, 1.0)))
     assert list(decided(pairs, LESION).rules) == ["lesion"], "without the core"
     found = decided(pairs, labels)
     assert found.rules == by_brute_force(pairs, labels)[0] == {}
@@ -367,16 +397,21 @@ def test_rules_never_take_from_other_labels() -> None:
 
 
 def test_what_is_tried() -> None:
-    tried = [str(rule) for rule in candidates([np.array([900.0, 200.0]), np.array([]), np.array([64.0])], "px")]
+    tried = [str(rule) for rule in candidate_rules([np.array([900.0, 200.0]), np.array([]), np.array([64.0])], "px")]
     assert tried == [f"no component below {size} px" for size in ("6.4", "16", "32", "57")]
-    single = candidates([np.array([1234.0, 100.0])])
-    assert single[-1] == Rule(True) and [rule.min_size_mm3 for rule in single[:-1]] == [10, 25, 50, 90]
-    assert candidates([np.array([1234.0, 200.0])])[-1] == Rule(min_size_mm3=180), "14 % of a reference would go"
-    assert candidates([]) == candidates([np.zeros(0)]) == []
+    single = candidate_rules([np.array([1234.0, 100.0])])
+    assert single[-1] == LARGEST and [rule.min_size_mm3 for rule in single[:-1]] == [
+        10,
+        25,
+        50,
+        90,
+    ]
+    assert candidate_rules([np.array([1234.0, 200.0])])[-1] == Rule(min_size_mm3=180), "14 % of a reference would go"
+    assert candidate_rules([]) == candidate_rules([np.zeros(0)]) == []
 
 
 def test_how_rules_read() -> None:
-    both, size, largest = Rule(True, 12.5), Rule(False, 8), Rule(True)
-    words = [str(rule) for rule in (largest, size, both, Rule(min_size_mm3=140, unit="px"))]
+    both, size = Rule(largest_component=True, min_size_mm3=12.5), Rule(min_size_mm3=8)
+    words = [str(rule) for rule in (LARGEST, size, both, Rule(min_size_mm3=140, unit="px"))]
     assert words == ["the largest component", "no component below 8 mm3", "the largest component, from 12.5 mm3",
                      "no component below 140 px"]  # fmt: skip

@@ -17,13 +17,14 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.comparison import Member, choose_team
 from nnunet_lite.evaluation.postprocessing import Gain, Rule, apply_rules
-from nnunet_lite.evaluation.select import Member, choose
-from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
+from nnunet_lite.evaluation.selection import Candidate, Selection, parse_selection, read_selection
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.workspace import Paths
 
+LARGEST = Rule(largest_component=True)
 Run = Callable[..., tuple[int, str, str]]
 LABELS = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2})
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
@@ -106,7 +107,9 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     splits = read_json(paths.splits)
     others = {case_id for fold in (0, 2, 4) for case_id in splits[fold]["val"]}  # two of five folds chose the rule
     kept = [i for i, case in enumerate(cases) if case.id in others]
-    assert found.gains["Anterior"] == pytest.approx((each["a-good"][kept, 0].mean(), 1.0, 6))
+    assert found.postprocessing_gain["Anterior"].model_dump() == pytest.approx(
+        {"before": each["a-good"][kept, 0].mean(), "after": 1.0, "n": 6}
+    )
     line = f"postprocessing of Anterior: {found.postprocessing['Anterior']}, Dice "
     assert line in found.to_text() and found.to_text().endswith("-> 1.0000 on 6 cases that did not choose it")
     clean = apply_rules(speckled(truth[0], 0), (1.0, 1.0, 1.0), LABELS, found.postprocessing)
@@ -160,7 +163,7 @@ def test_sizes_without_a_spacing_are_pixels(
     assert summary["length_unit"] == "px" and summary["metric_per_case"][0]["metrics"]["1"]["reference_ml"] is None
     nnunet_lite.report(tmp_path / "page.html", workspace=tmp_path / "ws")
     page = (tmp_path / "page.html").read_text()
-    assert f"components below {words.split('below ')[1]} are removed" in page and "mm³" not in page
+    assert words in page and " mm3" not in page
     assert "(ml)</th>" not in page and " ml in every case" not in page
     code, out, err = command("info", "-w", tmp_path / "ws", cwd=tmp_path)
     assert code == 0 and words in out, err
@@ -281,14 +284,14 @@ def test_a_pair_wins_only_where_it_is_really_better() -> None:
     base = rng.uniform(0.5, 0.9, (40, 2))
     flat, deep, both = team("2d"), team("3d_fullres"), team("2d", "3d_fullres")
     noise = rng.normal(0, 0.02, (40, 2))
-    assert choose({flat: base, deep: base + 0.01, both: base + 0.012 + noise}) == deep
-    assert choose({flat: base, deep: base + 0.01, both: base + 0.03 + noise}) == both
-    assert choose({deep: base, flat: base, both: base}) == flat, "of equals the simplest"
-    assert choose({flat: base[:1], both: base[:1] + 0.05}) == flat, "one case tells nothing"
+    assert choose_team({flat: base, deep: base + 0.01, both: base + 0.012 + noise}) == deep
+    assert choose_team({flat: base, deep: base + 0.01, both: base + 0.03 + noise}) == both
+    assert choose_team({deep: base, flat: base, both: base}) == flat, "of equals the simplest"
+    assert choose_team({flat: base[:1], both: base[:1] + 0.05}) == flat, "one case tells nothing"
     lowres, cascade = team("3d_lowres"), team("3d_cascade_fullres")
-    assert choose({cascade: base, deep: base, lowres: base}) == lowres
+    assert choose_team({cascade: base, deep: base, lowres: base}) == lowres
     gap = np.where(rng.random((40, 2)) < 0.1, np.nan, base)
-    assert choose({flat: gap, deep: gap - 0.01}) == flat
+    assert choose_team({flat: gap, deep: gap - 0.01}) == flat
 
 
 # ----------------------------------------------------------------------------------------------------------- predict
@@ -297,11 +300,11 @@ def test_a_pair_wins_only_where_it_is_really_better() -> None:
 def selected(paths: Paths, **changes: Any) -> Selection:
     """A selection of the tiny model with rules that remove most, written by hand but for its weights."""
     found = nnunet_lite.select("tiny", postprocess=False, workspace=paths.root.parent, device="cpu")
-    rules = {"Anterior": Rule(True), "Posterior": Rule(False, 1e6)}
-    value = found.to_json() | {"postprocessing": {k: vars(rule) for k, rule in rules.items()}} | changes
+    rules = {"Anterior": LARGEST, "Posterior": Rule(min_size_mm3=1e6)}
+    value = found.to_json() | {"postprocessing": {k: rule.model_dump() for k, rule in rules.items()}} | changes
     value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6, "n": 20} for k in rules}
     write_json(paths.inference, value)
-    return Selection.from_json(value, paths.inference)
+    return parse_selection(value, paths.inference)
 
 
 def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command: Run) -> None:
@@ -340,9 +343,8 @@ def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command:
     assert f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares anew\n" in err
     shutil.rmtree(paths.models / "tiny")
     code, _, err = command(*common, "-o", tmp_path / "out", cwd=tmp_path)
-    assert (
-        code == 2 and "inference.json: names fold 0 of the model tiny, which is gone. Run `nnlite select` again" in err
-    )
+    what = "names fold 0 of the model tiny, which does not exist any more. Run `nnlite select` again"
+    assert code == 2 and f"inference.json: {what}" in err
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
@@ -362,7 +364,7 @@ def test_rules_of_an_older_selection_are_not_applied(
     assert "the postprocessing of Posterior was chosen and measured on the same cases, and is not applied; `nnl" in err
     assert (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
     assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
-    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in Selection.from_json(value, paths.inference).to_text()
+    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in parse_selection(value, paths.inference).to_text()
 
 
 def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_path: Path) -> None:
@@ -400,13 +402,13 @@ def test_a_broken_selection_is_refused(paths: Paths, content: str, hippocampus: 
 
 
 BROKEN_RULES = {
-    "size_is_text": ({"min_size_mm3": "30"}, "min_size_mm3 is '30'"),
-    "size_is_negative": ({"min_size_mm3": -1}, "min_size_mm3 is -1"),
-    "size_is_endless": ({"min_size_mm3": float("inf")}, "min_size_mm3 is inf"),
-    "size_is_nan": ({"min_size_mm3": float("nan")}, "min_size_mm3 is nan"),
-    "largest_is_text": ({"largest_component": "no"}, "largest_component is 'no'"),
-    "unknown_unit": ({"unit": "ml"}, "unit is 'ml', not one of mm3, mm2, voxels, px"),
-    "unknown_key": ({"hole": 3}, "unexpected keyword argument 'hole'"),
+    "size_is_text": ({"min_size_mm3": "30"}, "min_size_mm3: Input should be a valid number"),
+    "size_is_negative": ({"min_size_mm3": -1}, "min_size_mm3: Input should be greater than or equal to 0"),
+    "size_is_endless": ({"min_size_mm3": float("inf")}, "min_size_mm3: Input should be a finite number"),
+    "size_is_nan": ({"min_size_mm3": float("nan")}, "min_size_mm3: Input should be a finite number"),
+    "largest_is_text": ({"largest_component": "no"}, "largest_component: Input should be a valid boolean"),
+    "unknown_unit": ({"unit": "ml"}, "unit: Input should be 'mm3', 'mm2', 'voxels' or 'px'"),
+    "unknown_key": ({"hole": 3}, "hole: Extra inputs are not permitted"),
 }
 
 
@@ -460,14 +462,18 @@ def test_broken_gains_are_refused(
 
 
 def test_how_a_selection_reads() -> None:
-    best = Candidate(("a<b", "c"), 40, 0.91, 0.9, 0.92, {"left": 0.9, "right": None}, Margin(0, 0, 0))
-    worse = Candidate(("c",), 40, 0.9, 0.88, 0.92, {"left": 0.9, "right": None}, Margin(0.01, 0.005, 0.015))
-    gains = {"left": Gain(0.9, 0.93, 1)}
-    found = Selection(("a<b", "c"), ("0",), {"left": Rule(True)}, gains, (best, worse), {}, ("x",), "2026-01-01", "1")
+    by_label = {"left": 0.9, "right": None}
+    best = Candidate(models=("a<b", "c"), n_cases=40, dice=0.91, low=0.9, high=0.92, by_label=by_label,
+                     margin=Margin(0, 0, 0))  # fmt: skip
+    worse = best.model_copy(update={"models": ("c",), "dice": 0.9, "margin": Margin(0.01, 0.005, 0.015)})
+    found = Selection(
+        models=best.models, folds=("0",), postprocessing={"left": LARGEST}, candidates=(best, worse), notes=("x",),
+        postprocessing_gain={"left": Gain(before=0.9, after=0.93, n=1)}, made="2026-01-01", version="1",
+    )  # fmt: skip
     lines = found.to_text().splitlines()
     assert lines[1].startswith("a<b + c") and "selected" in lines[1]
     assert lines[2].endswith("+0.0100  +0.0050 to +0.0150") and "n/a" in lines[2]
     gain = "Dice 0.9000 -> 0.9300 on 1 case that did not choose it"
     assert lines[3:] == [f"postprocessing of left: the largest component, {gain}", "note: x"]
     html = found._repr_html_()
-    assert "a&lt;b + c" in html and "a<b" not in html and html.count("<tr>") == 3
+    assert "a&lt;b + c" in html and "a<b" not in html and html.startswith("<pre>")

@@ -11,8 +11,7 @@ import pytest
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.scores import CaseScore, Scores
-from nnunet_lite.evaluation.summary import read_summaries
+from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.files import write_json
 
 LABELS = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
@@ -36,9 +35,9 @@ def test_what_is_read_is_what_was_written(scores: Scores, tmp_path: Path) -> Non
     shutil.move(tmp_path / "fold_0", tmp_path / "moved")
     files = [tmp_path / "moved" / "summary.json", tmp_path / "fold_1" / "summary.json"]
     found = read_summaries(files, LABELS)
-    assert [(row.case, row.measures) for row in found.rows] == [(row.case, row.measures) for row in scores.rows]
+    assert [(row.case, row.metrics) for row in found.rows] == [(row.case, row.metrics) for row in scores.rows]
     assert found.rows[0].prediction_file == tmp_path / "moved" / "case_0.nii.gz"
-    assert found.foreground() == scores.foreground() and found.by_label("iou") == scores.by_label("iou")
+    assert found.foreground() == scores.foreground() and found.by_label("IoU") == scores.by_label("IoU")
 
 
 def test_a_summary_for_other_labels_is_refused(scores: Scores, tmp_path: Path) -> None:

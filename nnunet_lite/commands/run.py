@@ -192,7 +192,7 @@ def run(
     models, selection, page = tuple({one.folder: None for one in runs}), read_selection(paths), paths.root / PAGE
     return RunResult(
         paths.name, tuple(ended), round(time.monotonic() - begin, 2), models,
-        None if selection is None else selection.how, "" if selection is None else selection.to_text(),
+        None if selection is None else selection.summary, "" if selection is None else selection.to_text(),
         page if page.is_file() else None, next_commands(paths, workspace, models),
     )  # fmt: skip
 

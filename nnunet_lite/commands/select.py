@@ -9,7 +9,7 @@ import typer
 
 from nnunet_lite.commands.options import DatasetName, Device, Workers, Workspace, names_of
 from nnunet_lite.data.dataset import stored_dataset
-from nnunet_lite.evaluation.select import select_models
+from nnunet_lite.evaluation.comparison import select_models
 from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.workspace import select_dataset
 

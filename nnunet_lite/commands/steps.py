@@ -20,9 +20,8 @@ from nnunet_lite.commands.train import (
 )
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.cross_validation import SUMMARY
-from nnunet_lite.evaluation.summary import read_summaries
-from nnunet_lite.models.folder import VALIDATION, run_length
+from nnunet_lite.evaluation.scores import read_summaries
+from nnunet_lite.models.folder import SUMMARY, VALIDATION, run_length
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings

@@ -38,12 +38,13 @@ from nnunet_lite.commands.options import (
 )
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.cross_validation import SUMMARY, validate_fold
+from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, predict_first_stage, with_first_stage
-from nnunet_lite.inference.tiles import window_starts
+from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
+    SUMMARY,
     VALIDATION,
     check_resume,
     fold_seed,
@@ -237,7 +238,7 @@ def launch_on_gpus(gpus: int) -> None:
     """
     if current_ranks().world > 1:
         return
-    if not start.is_command():
+    if not start.IS_COMMAND:
         fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
         raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
     raise SystemExit(launch(gpus, sys.argv[1:]))

@@ -1,162 +1,227 @@
-"""How well a label map agrees with its reference: overlap, surfaces, volume and lesions of each label or region.
+"""The metrics of a segmentation, and their values for one case.
 
-The definitions are those of Metrics Reloaded (Maier-Hein and Reinke et al., Nature Methods 2024), with
+`METRICS` declares each metric once: its name in files and tables, its formula, its unit, and which direction is better.
+To add a metric, add an entry. `score_case` computes all of them for each label or region of a case.
 
-- surface: the voxels of a mask that have a face neighbour outside of it (beyond the image is outside; an axis of one
-  voxel, as a picture has, counts as no axis). Distances run between voxel centres in mm, exact and spacing-aware.
+The definitions are those of Metrics Reloaded (Maier-Hein and Reinke et al., Nature Methods 2024), with these choices:
+
+- Surface: the voxels of a mask that have a face neighbour outside of it. The end of the image is outside. An axis of
+  one voxel, as a picture has it, has no neighbours. Distances between voxel centres are exact, in mm.
 - HD95: the larger of the two directed 95th percentiles (linear interpolation), as in MONAI, not the percentile of the
   pooled distances, as in MedPy.
-- NSD (Nikolov et al. 2018, arXiv:1809.04430): the share of both surfaces' voxels within the tolerance of the other one.
-- lesions: components joined over faces, edges and corners. A reference lesion is found where the prediction touches
-  it at all; a predicted one is false where it touches none.
+- NSD (Nikolov et al. 2018, arXiv:1809.04430): the share of the voxels of both surfaces within the tolerance of the
+  other surface.
+- Lesions: components whose voxels connect over faces, edges and corners. The prediction finds a reference lesion if it
+  touches it. A predicted lesion that touches none is a false positive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.evaluation.components import lesion_counts
-from nnunet_lite.evaluation.joint import counts_of, is_picture, join
-from nnunet_lite.evaluation.surfaces import outline, surface_scores
+from nnunet_lite.evaluation.masks import (
+    Map,
+    MaskPair,
+    Spacing,
+    compare_surfaces,
+    count_lesions,
+    disjoint_regions,
+    is_picture,
+    pair_masks,
+    surface_points,
+)
 
 
 @dataclass(frozen=True)
-class Measures:
-    """The agreement of two masks. None is "not applicable": nothing to compare, or not measured.
-
-    A label that is absent in both masks has no overlap, surface or lesion score; absent in one, its Dice, IoU, NSD and
-    lesion F1 are 0 and HD95 is n/a.
+class MaskComparison:
+    """What is counted and measured of one mask in a prediction and in its reference.
 
     Parameters
     ----------
-    tp, fp, fn, tn : voxels, those with the ignore label left out.
-    nsd : normalised surface Dice at the tolerance.
-    hd95_mm : 95th percentile of the Hausdorff distance, mm, or pixels without a spacing.
-    prediction_ml, reference_ml : volumes; n/a without a spacing, and for pictures, which have no thickness.
-    volume_error : (prediction - reference) / reference; its mean is the bias, in which errors cancel.
-    lesion_tp, lesion_fn : reference lesions found and missed.
-    lesion_fp : predicted lesions where there is none.
+    tp, fp, fn, tn : int
+        True and false positive and negative voxels; voxels with the ignore label are left out.
+    lesion_tp, lesion_fp, lesion_fn : int
+        Reference lesions that the prediction touches, predicted lesions that touch none, and missed reference lesions.
+    nsd, hd95 : float or None
+        Surface metrics; None if they were not measured, or if a mask has no surface.
+    voxel_ml : float or None
+        Volume of a voxel in ml; None if the spacing is unknown, or for a picture, which has no thickness.
     """
 
     tp: int
     fp: int
     fn: int
     tn: int
-    dice: float | None
-    iou: float | None
-    nsd: float | None
-    hd95_mm: float | None
-    prediction_ml: float | None
-    reference_ml: float | None
-    volume_error: float | None
     lesion_tp: int
     lesion_fp: int
     lesion_fn: int
-    lesion_f1: float | None
-
-    @property
-    def absolute_volume_error(self) -> float | None:
-        return None if self.volume_error is None else abs(self.volume_error)
-
-    @property
-    def n_prediction(self) -> int:
-        return self.tp + self.fp
-
-    @property
-    def n_reference(self) -> int:
-        return self.tp + self.fn
+    nsd: float | None
+    hd95: float | None
+    voxel_ml: float | None
 
 
-def score_case(
-    prediction: np.ndarray,
-    reference: np.ndarray,
-    labels: Labels,
-    spacing: tuple[float, float, float],
-    tolerance_mm: float = 1.0,
-    surface: bool = True,
-    threads: int = 1,
-    scaled: bool = True,
-) -> dict[str, Measures]:
-    """Score one case: region name (`labels.region_names`) -> measures.
-
-    Voxels whose reference is the ignore label are left out of everything; values that are no label are background.
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
 
     Parameters
     ----------
-    prediction, reference : integers (z, y, x), values of the data set.
-    spacing : mm (z, y, x).
-    tolerance_mm : how far apart surfaces may be for NSD.
-    surface : whether to measure NSD and HD95.
-    threads : how many work at the same time: on slices for the counts, then on labels.
-    scaled : whether the spacing is known; else it is 1 for each axis and means pixels.
+    name : str
+        The name in summary.json and summary.csv. Lengths get the unit as a suffix there ("HD95_mm").
+    formula : callable
+        From a `MaskComparison` to a number, or None where the metric does not apply.
+    heading : str
+        The name in tables and in the report.
+    form : str
+        The format of a value in the report.
+    better : {"higher", "lower", "zero"} or None
+        The better direction; None for counts and volumes, which depend on the case. Metrics with a direction get a
+        confidence interval, and all but those that should be zero are columns of the table.
+    unit : {"", "voxels", "ml", "length"}
+        "length" is mm, or pixels if no image has a spacing.
     """
-    if prediction.shape != reference.shape:
-        raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
-    joint = join(prediction, reference, labels, threads)
-    where = outline(joint, threads) if surface else None
-    total = int(joint.histogram[~joint.ignored].sum())
-    voxel_ml = _voxel_ml(reference.shape, spacing) if scaled else None
 
-    def measure(members: tuple[int, ...]) -> Measures:
-        masks = joint.members(members)
-        counts = tp, fp, fn = counts_of(joint.histogram, *masks)
-        lesions = lesion_counts(joint.runs, reference.shape, *masks)
-        distances: tuple[float | None, float | None] = None, None
-        if where and tp + fp + fn:
-            both = tp + fp and tp + fn
-            distances = surface_scores(where, *masks, joint.ignored, spacing, tolerance_mm) if both else (0.0, None)
-        return _measures(counts, total, lesions, distances, voxel_ml)
+    name: str
+    formula: Callable[[MaskComparison], float | None]
+    heading: str
+    form: str
+    better: Literal["higher", "lower", "zero"] | None = None
+    unit: Literal["", "voxels", "ml", "length"] = ""
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        return dict(zip(labels.region_names, pool.map(measure, labels.region_values), strict=True))
-
-
-def _measures(
-    counts: tuple[int, int, int],
-    total: int,
-    lesions: tuple[int, int, int],
-    surface: tuple[float | None, float | None],
-    voxel_ml: float | None,
-) -> Measures:
-    tp, fp, fn = counts
-    lesion_tp, lesion_fp, lesion_fn = lesions
-    return Measures(
-        tp=tp,
-        fp=fp,
-        fn=fn,
-        tn=total - tp - fp - fn,
-        dice=_ratio(2 * tp, 2 * tp + fp + fn),
-        iou=_ratio(tp, tp + fp + fn),
-        nsd=surface[0],
-        hd95_mm=surface[1],
-        prediction_ml=None if voxel_ml is None else (tp + fp) * voxel_ml,
-        reference_ml=None if voxel_ml is None else (tp + fn) * voxel_ml,
-        volume_error=_ratio(fp - fn, tp + fn),
-        lesion_tp=lesion_tp,
-        lesion_fp=lesion_fp,
-        lesion_fn=lesion_fn,
-        lesion_f1=_ratio(2 * lesion_tp, 2 * lesion_tp + lesion_fp + lesion_fn),
-    )
+    def file_key(self, length_unit: str) -> str:
+        """The name in files, such as "HD95_mm"."""
+        return f"{self.name}_{length_unit}" if self.unit == "length" else self.name
 
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _voxel_ml(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> float | None:
-    """Volume of a voxel; None for a picture, whose third spacing is a mark (see `Geometry`) and not a thickness."""
-    return None if is_picture(shape, spacing) else float(np.prod(spacing)) / 1000
+def _volume(voxels: int, mask: MaskComparison) -> float | None:
+    return None if mask.voxel_ml is None else voxels * mask.voxel_ml
 
 
-def distinct_values(array: np.ndarray) -> set[int]:
-    """The different values of an integer array, without sorting where the type allows it."""
-    if array.dtype.itemsize > 2:
-        return set(np.unique(array).tolist())
-    seen = np.zeros(1 << 16, bool)
-    for part in array:
-        seen[part] = True  # a negative value counts from the end, and comes back as itself
-    return set(np.flatnonzero(seen).astype(array.dtype).tolist())
+def _absolute(value: float | None) -> float | None:
+    return None if value is None else abs(value)
+
+
+def _lesion_f1(mask: MaskComparison) -> float | None:
+    return _ratio(2 * mask.lesion_tp, 2 * mask.lesion_tp + mask.lesion_fp + mask.lesion_fn)
+
+
+def _volume_error(mask: MaskComparison) -> float | None:
+    return _ratio(mask.fp - mask.fn, mask.tp + mask.fn)
+
+
+# First the metrics of nnU-Net's summary.json, in its order, then ours. A label that is absent in both masks has no
+# overlap, surface or lesion metric. Absent in one of them, its Dice, IoU, NSD and lesion F1 are 0, and HD95 does not
+# apply. The volume error is (prediction - reference) / reference: its mean is a bias, in which errors cancel.
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("Dice", lambda m: _ratio(2 * m.tp, 2 * m.tp + m.fp + m.fn), "Dice", ".4f", "higher"),
+        Metric("IoU", lambda m: _ratio(m.tp, m.tp + m.fp + m.fn), "IoU", ".4f", "higher"),
+        Metric("TP", lambda m: m.tp, "TP", "d", unit="voxels"),
+        Metric("FP", lambda m: m.fp, "FP", "d", unit="voxels"),
+        Metric("FN", lambda m: m.fn, "FN", "d", unit="voxels"),
+        Metric("TN", lambda m: m.tn, "TN", "d", unit="voxels"),
+        Metric("n_pred", lambda m: m.tp + m.fp, "predicted voxels", "d", unit="voxels"),
+        Metric("n_ref", lambda m: m.tp + m.fn, "reference voxels", "d", unit="voxels"),
+        Metric("NSD", lambda m: m.nsd, "NSD", ".4f", "higher"),
+        Metric("HD95", lambda m: m.hd95, "HD95", ".3g", "lower", "length"),
+        Metric("prediction_ml", lambda m: _volume(m.tp + m.fp, m), "prediction (ml)", ".4g", unit="ml"),
+        Metric("reference_ml", lambda m: _volume(m.tp + m.fn, m), "reference (ml)", ".4g", unit="ml"),
+        Metric("volume_error", _volume_error, "volume error", "+.1%", "zero"),
+        Metric("absolute_volume_error", lambda m: _absolute(_volume_error(m)), "abs. volume error", ".1%", "lower"),
+        Metric("lesion_TP", lambda m: m.lesion_tp, "lesion TP", "d"),
+        Metric("lesion_FP", lambda m: m.lesion_fp, "lesion FP", "d"),
+        Metric("lesion_FN", lambda m: m.lesion_fn, "lesion FN", "d"),
+        Metric("lesion_F1", _lesion_f1, "lesion F1", ".3f", "higher"),
+    )
+}
+
+MetricValues = dict[str, float | None]  # metric -> value, None where it does not apply
+
+
+def score_case(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    labels: Labels,
+    spacing: Spacing,
+    tolerance_mm: float = 1.0,
+    surface: bool = True,
+    threads: int = 1,
+    calibrated: bool = True,
+) -> dict[str, MetricValues]:
+    """Compute the metrics of one case.
+
+    Voxels whose reference is the ignore label are left out of everything. Values that are no label are background.
+
+    Parameters
+    ----------
+    prediction, reference : ndarray, shape (z, y, x)
+        Label values of the dataset.
+    labels : Labels
+        What to score: its labels, or its regions.
+    spacing : tuple of float
+        Voxel size (z, y, x) in mm.
+    tolerance_mm : float
+        Distance up to which surfaces agree for NSD.
+    surface : bool
+        Whether to compute NSD and HD95.
+    threads : int
+        How many slices, then labels, are processed in parallel.
+    calibrated : bool
+        Whether the spacing is known. If not, it is 1 for each axis and lengths are in pixels.
+
+    Returns
+    -------
+    dict
+        Name of label or region (in the order of `labels.region_names`) -> metric -> value.
+    """
+    if prediction.shape != reference.shape:
+        raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
+    voxel_ml = None if not calibrated or is_picture(reference.shape, spacing) else float(np.prod(spacing)) / 1000
+    scores: dict[str, MetricValues] = {}
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for group in disjoint_regions(labels):
+            masks = pair_masks(prediction, reference, [labels.region_values[i] for i in group], labels.ignore, pool.map)
+            surfaces = _score_surfaces(masks, reference.shape, spacing, tolerance_mm, pool.map) if surface else {}
+            lesions = count_lesions(masks, pool.map).tolist()
+            for k, (tp, fp, fn) in enumerate(masks.overlap().tolist()):
+                lesion_tp, lesion_fp, lesion_fn = lesions[k]
+                nsd, hd95 = surfaces.get(k, (None, None))
+                tn = masks.annotated - tp - fp - fn
+                mask = MaskComparison(tp, fp, fn, tn, lesion_tp, lesion_fp, lesion_fn, nsd, hd95, voxel_ml)
+                values = {name: metric.formula(mask) for name, metric in METRICS.items()}
+                scores[labels.region_names[group[k]]] = values
+    return scores
+
+
+def _score_surfaces(
+    masks: MaskPair, shape: Sequence[int], spacing: Spacing, tolerance_mm: float, mapper: Map
+) -> dict[int, tuple[float | None, float | None]]:
+    """Compute NSD and HD95 of each mask by its index; none for masks that are absent in both label maps."""
+    axes = [axis for axis, length in enumerate(shape) if length > 1]
+    step = max(spacing[axis] for axis in axes or range(3))
+    ignored = masks.ignored if masks.counts[masks.ignored].any() else None
+    arrays, overlap = (masks.prediction, masks.reference), masks.overlap()
+    surfaces = [surface_points(array, ignored, axes, spacing, mapper) for array in arrays]
+
+    def compare(k: int) -> tuple[float | None, float | None]:
+        tp, fp, fn = overlap[k]
+        if not (tp + fp and tp + fn):
+            return 0.0, None
+        own, other = (points[numbers == k + 1] for points, numbers in surfaces)
+        if not (len(own) and len(other)):  # no voxel around a mask is annotated
+            return None, None
+        return compare_surfaces(own, other, tolerance_mm, step)
+
+    present = np.flatnonzero(overlap.sum(1)).tolist()
+    return dict(zip(present, mapper(compare, present), strict=True))

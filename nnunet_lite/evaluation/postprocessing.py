@@ -1,35 +1,44 @@
-"""Which rules for components the cross-validation confirms.
+"""Remove components of labels by rules, and choose the rules that the cross-validation confirms.
 
-`decide` tries a few rules for each label: its largest component, and sizes below the smallest component of all
-references. Some of the held-out cases choose the best rule and the others confirm it; the gain is that of the cases
-that confirm. No rule is tried
+A rule keeps the largest component of a label, or the components from a size on. `apply_rules` applies rules to a label
+map, and `choose_rules` finds those that help. Some of the held-out cases choose the best rule of each label from a few
+candidates: its largest component, and sizes below the smallest component of all references. The other cases confirm
+it, and the reported gain is theirs. No rule is tried
 
-- with fewer than 10 held-out cases of the label, which cannot choose and confirm;
-- where the mean Dice of the label is below 0.5: the components of such a model say little about the organ.
+- if fewer than 10 held-out cases have the label, too few to choose and to confirm;
+- if the mean Dice of the label is below 0.5: the components of such a model say little about the organ.
 
-No rule is kept that removes more than 10 % of the label in any reference of the training set, or more than 10 % of what
-is there in a held-out case, or that lowers the mean Dice of another label. To confirm, the mean gain in Dice must be
-above zero in a sign-flip test at 2.5 % for all labels together (Bonferroni).
+No rule is kept that removes more than 10 % of the label from any reference of the training set, or more than 10 % of
+what is right in a held-out case, or that lowers the mean Dice of another label. A rule is confirmed if its mean gain in
+Dice is above zero in a sign-flip test at 2.5 % for all labels together (Bonferroni).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import floor, log10
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.components import components
-from nnunet_lite.evaluation.joint import Box, Joint, counts_of, hull, join
-from nnunet_lite.evaluation.rules import Rule, apply_rules, instead_of, removed_by, voxel_size
-from nnunet_lite.evaluation.statistics import mean_of, p_of_gain
+from nnunet_lite.evaluation.masks import (
+    Box,
+    Spacing,
+    bounding_box,
+    disjoint_regions,
+    is_picture,
+    label_components,
+    number_masks,
+    pair_masks,
+)
+from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
 from nnunet_lite.log import progress
 from nnunet_lite.system import pairs_at_once
 
@@ -40,39 +49,154 @@ _FALSE_ACCEPTANCE = 0.025  # of all labels together
 _LEAST_GAIN = 1e-4  # of the mean Dice: less is not worth a rule
 _SHARES = (0.1, 0.25, 0.5, 0.9)  # of the smallest component of all references: the sizes that are tried
 _ROUNDING = 1e-9
+SizeUnit = Literal["mm3", "mm2", "voxels", "px"]
 _NEEDED = f"{LEAST_CASES} are needed to choose a rule and to confirm it"
 
+# ------------------------------------------------------------------------------------------------------ applying rules
 
-class Pair(NamedTuple):
-    """A prediction and its reference (z, y, x), values of the dataset, and the spacing in mm (z, y, x)."""
+
+class Rule(BaseModel):
+    """Which components of a label remain.
+
+    Parameters
+    ----------
+    largest_component : bool
+        Only the largest one, the first of equals.
+    min_size_mm3 : float or None
+        None that is smaller: mm3, mm2 for two-dimensional images, voxels or pixels if no spacing is known.
+    unit : {"mm3", "mm2", "voxels", "px"}
+        The unit of the size.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    largest_component: bool = False
+    min_size_mm3: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    unit: SizeUnit = "mm3"
+
+    def __str__(self) -> str:
+        size = "" if self.min_size_mm3 is None else f"{self.min_size_mm3:g} {self.unit}"
+        if not self.largest_component:
+            return f"no component below {size}" if size else "all components"
+        return "the largest component" + (f", from {size}" if size else "")
+
+
+class Components(NamedTuple):
+    """The components of some masks that do not overlap.
+
+    Parameters
+    ----------
+    box : tuple of slice
+        Where the masks are in the image.
+    numbers : ndarray, shape of the box
+        The component of each voxel from 1, 0 outside of all masks.
+    sizes, mask_of : ndarray, shape (components + 1,)
+        Voxels of each component, and its mask from 1; the first entry is the outside.
+    """
+
+    box: Box
+    numbers: np.ndarray
+    sizes: np.ndarray
+    mask_of: np.ndarray
+
+    def removed_by(self, rule: Rule, mask: int, voxel: float) -> np.ndarray:
+        """Tell which components (components + 1,) a rule for a mask removes; `voxel` is the size of a voxel."""
+        own = np.flatnonzero(self.mask_of == mask)
+        removed = np.zeros(len(self.sizes), bool)
+        if rule.largest_component and len(own):
+            removed[own] = True
+            removed[own[self.sizes[own].argmax()]] = False
+        if rule.min_size_mm3 is not None:
+            removed[own] |= self.sizes[own] * voxel < rule.min_size_mm3
+        return removed
+
+
+def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) -> Components | None:
+    """Find the components of masks, each given by its label values; None if all masks are empty."""
+    numbered = number_masks(segmentation, masks)
+    box = bounding_box(numbered)
+    if box is None:
+        return None
+    numbers, n = label_components(numbered[box])
+    sizes, mask_of = np.zeros(n + 1, np.intp), np.zeros(n + 1, np.intp)
+    for plane, mask in zip(numbers, numbered[box], strict=True):  # by slices: a copy of all as int64 would be large
+        sizes += np.bincount(plane.ravel(), minlength=n + 1)
+        mask_of[plane] = mask
+    return Components(box, numbers, sizes, mask_of)
+
+
+def apply_rules(segmentation: np.ndarray, spacing: Spacing, labels: Labels, rules: Mapping[str, Rule]) -> np.ndarray:
+    """Remove components from a label map. Rules apply one after the other, in the order of `labels.region_names`.
+
+    What is removed from a region (a set of labels that overlaps others) becomes the innermost region around it that
+    remains, or background.
+
+    Parameters
+    ----------
+    segmentation : ndarray, shape (z, y, x)
+        Label values. It is not changed, and returned itself if nothing is removed.
+    spacing : tuple of float
+        Voxel size (z, y, x) in mm.
+    labels : Labels
+        Labels of the dataset.
+    rules : dict
+        Name of a label or region -> rule.
+    """
+    out, voxel = segmentation, voxel_size(segmentation.shape, spacing)
+    for group in disjoint_regions(labels):
+        regions = [i for i in group if labels.region_names[i] in rules]
+        masks = [labels.region_values[i] for i in regions]
+        found = find_components(out, masks) if regions else None
+        if found is None:
+            continue
+        removed = np.zeros(len(found.sizes), bool)
+        for mask, i in enumerate(regions, 1):
+            removed |= found.removed_by(rules[labels.region_names[i]], mask, voxel)
+        if removed.any():
+            out = segmentation.copy() if out is segmentation else out
+            part, selected = out[found.box], removed[found.numbers]
+            part[selected] = _replaced(part[selected], labels, masks)
+    return out
+
+
+def _replaced(values: np.ndarray, labels: Labels, masks: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """What values of removed masks become: the innermost region around each mask, or background."""
+    out = np.full_like(values, labels.background)
+    for members in masks:
+        for others, written in zip(labels.region_values, labels.region_order or (), strict=False):
+            if written in others and written not in members:
+                inside = np.isin(values, members) & np.isin(values, others)
+                out[inside] = written
+    return out
+
+
+def voxel_size(shape: tuple[int, ...], spacing: Spacing) -> float:
+    """Compute the size of a voxel in mm3, for a two-dimensional image in mm2."""
+    return float(np.prod(spacing[1:] if is_picture(shape, spacing) else spacing))
+
+
+# ------------------------------------------------------------------------------------------------------ choosing rules
+
+
+class CasePair(NamedTuple):
+    """A prediction and its reference (z, y, x), label values of the dataset, and the spacing (z, y, x) in mm."""
 
     prediction: np.ndarray
     reference: np.ndarray
-    spacing: tuple[float, float, float]
+    spacing: Spacing
 
 
-class Reference(NamedTuple):
-    """A reference (z, y, x), values of the dataset, and the spacing in mm (z, y, x)."""
-
-    array: np.ndarray
-    spacing: tuple[float, float, float]
-
-
-class Gain(NamedTuple):
+class Gain(BaseModel):
     """The mean Dice of a label without and with postprocessing, on `n` cases that did not choose the rule.
 
     `n` is None in an inference.json of a version that measured the gain on the cases that chose.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
     before: float
     after: float
     n: int | None = None
-
-    def checked(self) -> Gain:
-        """Itself, as it may come from a file; raises ValueError where it holds anything but numbers."""
-        if any(type(value) not in (int, float) for value in (self.before, self.after, self.n or 0)):
-            raise ValueError(f"the gain is {tuple(self)}")
-        return self
 
     def __str__(self) -> str:
         where = "the cases that chose it" if self.n is None else f"{plural(self.n, 'case')} that did not choose it"
@@ -81,71 +205,74 @@ class Gain(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """The rules by label or region, what each gains, and why there is no rule for others."""
+    """The rules by label or region, the gain of each, and notes on the labels that have none."""
 
     rules: dict[str, Rule]
     gains: dict[str, Gain]
     notes: tuple[str, ...]
 
 
-def decide(
-    cases: Sequence[Callable[[], Pair]],
+def choose_rules(
+    cases: Sequence[Callable[[], CasePair]],
     folds: Sequence[str],
-    references: Sequence[Callable[[], Reference]],
+    references: Sequence[Callable[[], tuple[np.ndarray, Spacing]]],
     labels: Labels,
-    unit: str = "mm3",
+    unit: SizeUnit = "mm3",
     workers: int | None = None,
 ) -> Decision:
-    """The rules that the held-out cases choose and confirm.
+    """Choose a rule for each label on some held-out cases, and keep it if the other cases confirm it.
 
     Parameters
     ----------
-    cases : each reads a held-out case; called in threads, once, or for regions once for each.
-    folds : which fold holds out each of the cases. With one fold, its cases are divided.
-    references : each reads a reference; of all cases of the training set, those that are not held out too.
-    unit : what the sizes of the rules are called.
-    workers : threads; None for all CPUs, 0 or 1 for one.
+    cases : sequence of callables
+        Each reads a held-out case. It is called in threads, once, or once for each region.
+    folds : sequence of str
+        The fold that holds out each case. The cases of a single fold are divided.
+    references : sequence of callables
+        Each reads a reference and its spacing; of all cases of the training set.
+    labels : Labels
+        Labels of the dataset.
+    unit : str
+        The unit of sizes.
+    workers : int or None
+        Number of threads; None for all CPUs, 0 or 1 for one.
     """
     if len(cases) < LEAST_CASES:
         return Decision({}, {}, (f"no postprocessing: {plural(len(cases), 'case')} held out, {_NEEDED}",))
-    # regions overlap, so that each is decided on what those before it leave
-    regions = range(len(labels.region_names))
-    rounds = [[region] for region in regions] if labels.has_regions else [list(regions)]
-    confirms = ~choosing(folds)
+    groups, chooses = disjoint_regions(labels), choosing_cases(folds)
     decision = Decision({}, {}, ())
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
         found = pool.map(partial(_reference_sizes, labels=labels), references)
         sizes = list(progress(found, len(references), "references"))
-        tried = [candidates([case[region] for case in sizes], unit) for region in regions]
-        for together in rounds:
-            measure = partial(_measured, labels=labels, rules=decision.rules, regions=together)
+        for group in groups:  # regions overlap: each is decided on what the rules before it leave
+            tried = {i: candidate_rules([case[i] for case in sizes], unit) for i in group}
+            measure = partial(_measure_rules, labels=labels, rules=decision.rules, tried=tried)
             measured = list(progress(pool.map(measure, cases), len(cases), "components"))
-            level = _FALSE_ACCEPTANCE / len(rounds)
-            decision = _decide(
-                measured, {region: tried[region] for region in together}, confirms, level, labels, decision
-            )
+            decision = _confirmed(measured, tried, chooses, _FALSE_ACCEPTANCE / len(groups), labels, decision)
     return decision
 
 
-def choosing(folds: Sequence[str]) -> np.ndarray:
-    """Which cases choose, from the fold of each: of two folds in five; of a single fold two cases in five."""
+def choosing_cases(folds: Sequence[str]) -> np.ndarray:
+    """Tell which cases choose: those of two folds in five, or of a single fold two cases in five."""
     names = sorted(set(folds))
     places = np.array([names.index(fold) for fold in folds]) if len(names) > 1 else np.arange(len(folds))
     return np.isin(places % 5, (1, 3))
 
 
-def candidates(sizes: Sequence[np.ndarray], unit: str = "mm3") -> list[Rule]:
-    """The rules to try, gentle ones first, for references whose components have these sizes, by case.
+def candidate_rules(sizes: Sequence[np.ndarray], unit: SizeUnit = "mm3") -> list[Rule]:
+    """List the rules to try, gentle ones first, for references whose components have these sizes, by case.
 
-    No rule removes more than 10 % of a reference, and a size no component of any.
+    A size removes no component of any reference. The largest component is a candidate if no reference loses more than
+    10 % by it.
     """
-    there = [each for each in sizes if len(each)]
-    if not there:
+    present = [components for components in sizes if len(components)]
+    if not present:
         return []
-    smallest = float(min(each.min() for each in there))
-    single = all(each.max() >= (1 - MOST_REMOVED) * each.sum() for each in there)
+    smallest = float(min(components.min() for components in present))
+    single = all(components.max() >= (1 - MOST_REMOVED) * components.sum() for components in present)
     limits = dict.fromkeys(_rounded_down(share * smallest) for share in _SHARES)
-    return [*(Rule(min_size_mm3=limit, unit=unit) for limit in limits), *([Rule(True, unit=unit)] if single else [])]
+    rules = [Rule(min_size_mm3=limit, unit=unit) for limit in limits]
+    return [*rules, Rule(largest_component=True, unit=unit)] if single else rules
 
 
 def _rounded_down(value: float) -> float:
@@ -154,120 +281,99 @@ def _rounded_down(value: float) -> float:
     return float(f"{floor(value / step + _ROUNDING) * step:.2g}")
 
 
-# ----------------------------------------------------------------------------------------------- what is in a label map
+def _reference_sizes(read: Callable[[], tuple[np.ndarray, Spacing]], labels: Labels) -> list[np.ndarray]:
+    """Sizes of the components of each region in a reference."""
+    array, spacing = read()
+    sizes = [np.zeros(0)] * len(labels.region_names)
+    for group in disjoint_regions(labels):
+        found = find_components(array, [labels.region_values[i] for i in group])
+        if found is not None:
+            for mask, i in enumerate(group, 1):
+                sizes[i] = found.sizes[found.mask_of == mask] * voxel_size(array.shape, spacing)
+    return sizes
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The components of one region of a case: sizes in mm3 (components,), and what removing each one changes.
+class _MeasuredRules:
+    """What rules change in a case.
 
-    `changes` : region -> (components, 2), how many voxels its prediction gains, and how many of these are right.
+    Parameters
+    ----------
+    overlap : ndarray, shape (regions, 3)
+        True positive, false positive and false negative voxels without a rule.
+    changes : dict
+        Region -> (rules, regions, 2): how many predicted and how many true positive voxels each region gains by a rule.
     """
 
-    sizes: np.ndarray
+    overlap: np.ndarray
     changes: dict[int, np.ndarray]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A case: voxels (regions, 3) in prediction, in both, in reference; and the components of some regions."""
-
-    counts: np.ndarray
-    parts: dict[int, _Parts]
-
-
-def _measured(read: Callable[[], Pair], labels: Labels, rules: Mapping[str, Rule], regions: Iterable[int]) -> _Measured:
-    """Count one case, after the rules that are decided already."""
+def _measure_rules(
+    read: Callable[[], CasePair], labels: Labels, rules: Mapping[str, Rule], tried: Mapping[int, Sequence[Rule]]
+) -> _MeasuredRules:
+    """Measure the rules that are tried for some disjoint regions, after applying the rules that are decided."""
     prediction, reference, spacing = read()
-    joint = join(apply_rules(prediction, spacing, labels, rules), reference, labels, 1)
-    members = [joint.members(region) for region in labels.region_values]
-    counts = []
-    for inside in members:
-        both, wrong, missed = counts_of(joint.histogram, *inside)
-        counts.append((both + wrong, both, both + missed))
-    boxes, voxel = joint.boxes(), voxel_size(prediction.shape, spacing)
-    return _Measured(np.array(counts), {region: _parts(joint, labels, region, boxes, voxel) for region in regions})
+    prediction, values = apply_rules(prediction, spacing, labels, rules), labels.region_values
+    overlap = [
+        pair_masks(prediction, reference, [values[i] for i in group], labels.ignore).overlap()
+        for group in disjoint_regions(labels)
+    ]
+    changes = {i: np.zeros((len(candidates), len(values), 2), np.int64) for i, candidates in tried.items()}
+    measured = _MeasuredRules(np.concatenate(overlap), changes)
+    found = find_components(prediction, [values[i] for i in tried])
+    if found is None:
+        return measured
+    voxel = voxel_size(prediction.shape, spacing)
+    removed = {
+        (i, k): found.removed_by(rule, mask, voxel)
+        for mask, (i, candidates) in enumerate(tried.items(), 1)
+        for k, rule in enumerate(candidates)
+    }
+    removable = np.any([np.zeros(len(found.sizes), bool), *removed.values()], axis=0)
+    at = np.flatnonzero(removable[found.numbers])  # few voxels
+    component, before, true = (a.ravel()[at] for a in (found.numbers, prediction[found.box], reference[found.box]))
+    annotated = np.full(true.shape, True) if labels.ignore is None else true != labels.ignore
+    for i in tried:
+        after = _replaced(before, labels, [values[i]])
+        affected = {*values[i], *after.tolist()}
+        for j, members in enumerate(values):
+            if affected & set(members):
+                gained = (np.isin(after, members).astype(np.int64) - np.isin(before, members)) * annotated
+                right = gained * np.isin(true, members)
+                for k in range(len(tried[i])):
+                    selected = removed[i, k][component]
+                    changes[i][k, j] = gained[selected].sum(), right[selected].sum()
+    return measured
 
 
-def _parts(joint: Joint, labels: Labels, region: int, boxes: Sequence[Box | None], voxel: float) -> _Parts:
-    """The components of a region in the prediction."""
-    tables = _change_tables(joint, labels, region)
-    owner, pair = _voxels(joint, joint.predicted(labels.region_values[region]).ravel(), boxes)
-
-    def summed(table: np.ndarray) -> np.ndarray:
-        return np.bincount(owner, table[pair])[1:]
-
-    changes = {other: np.stack([summed(table) for table in both], axis=1) for other, both in tables.items()}
-    return _Parts(np.bincount(owner)[1:] * voxel, changes)
-
-
-def _reference_sizes(read: Callable[[], Reference], labels: Labels) -> list[np.ndarray]:
-    """The sizes of the components of each region of a reference, in mm3."""
-    array, spacing = read()
-    joint, voxel = join(array, array, labels, 1), voxel_size(array.shape, spacing)
-    boxes = joint.boxes()
-    owners = (_voxels(joint, joint.predicted(members).ravel(), boxes)[0] for members in labels.region_values)
-    return [np.bincount(owner)[1:] * voxel for owner in owners]
-
-
-def _voxels(joint: Joint, inside: np.ndarray, boxes: Sequence[Box | None]) -> tuple[np.ndarray, np.ndarray]:
-    """The voxels whose pair is inside a mask (pairs,): the component of each, from 1, and its pair."""
-    box = hull([b for b, known in zip(boxes, inside, strict=True) if b and known])
-    if box is None:
-        return np.zeros(0, int), np.zeros(0, int)
-    pairs = joint.pairs[box]
-    numbers, _ = components(inside[pairs])
-    where = np.flatnonzero(numbers)
-    return numbers.ravel()[where], pairs.ravel()[where]
-
-
-def _change_tables(joint: Joint, labels: Labels, region: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """For each region that changes with this one: by pair of values, whether its prediction gains (-1: loses) a voxel,
-    and whether that voxel is its own in the reference too.
-    """
-    instead = instead_of(labels, labels.region_values[region])
-    index = {value: i for i, value in enumerate(joint.values, 1)}
-    becomes = np.arange(len(index) + 1)
-    for value, replacement in instead.items():
-        becomes[index[value]] = index.get(replacement, 0)
-    known = ~joint.ignored.reshape(len(becomes), -1)
-    tables = {}
-    for other, members in enumerate(labels.region_values):
-        inside = joint.predicted(members)
-        gained = (inside[:, becomes].astype(np.int8) - inside) * known
-        if gained.any():
-            tables[other] = gained.ravel(), (gained * inside.T).ravel()
-    return tables
-
-
-# ----------------------------------------------------------------------------------------------------- which rule helps
-
-
-def _decide(
-    cases: Sequence[_Measured],
+def _confirmed(
+    cases: Sequence[_MeasuredRules],
     tried: Mapping[int, Sequence[Rule]],
-    confirms: np.ndarray,
+    chooses: np.ndarray,
     level: float,
     labels: Labels,
     before: Decision,
 ) -> Decision:
-    """A decision with the rules for some regions that are chosen, and confirmed at a level of significance."""
-    now = np.array([[_dice(*counts) for counts in case.counts] for case in cases])
-    rules, gains, why = dict(before.rules), dict(before.gains), defaultdict[str, list[str]](list)
-    chosen: dict[int, Rule] = {}
-    for region, candidates_ in tried.items():
-        if reason := _unfit(now[:, region]):
-            why[reason].append(labels.region_names[region])
-        elif rule := _best(cases, region, now, candidates_, ~confirms):
-            chosen[region] = rule
-    for region, rule in chosen.items():
-        name, after = labels.region_names[region], _with_rule(cases, region, rule, now)
-        ours, theirs = now[confirms, region], after[confirms, region]
+    """Add to a decision the rules of some regions that are chosen, and confirmed at a level of significance."""
+    overlap = np.array([case.overlap for case in cases])
+    now, names = _dice(overlap), labels.region_names
+    rules, gains, regions_of_note = dict(before.rules), dict(before.gains), defaultdict[str, list[str]](list)
+    chosen: dict[int, tuple[Rule, np.ndarray]] = {}
+    for i, candidates in tried.items():
+        if reason := _unfit(now[:, i]):
+            regions_of_note[reason].append(names[i])
+        elif best := _best_rule(overlap, np.array([case.changes[i] for case in cases]), i, candidates, chooses):
+            chosen[i] = best
+    for i, (rule, after) in chosen.items():
+        ours, theirs = now[~chooses, i], after[~chooses]
         if _mean_gain(ours, theirs) >= _LEAST_GAIN and p_of_gain(_differences(ours, theirs)) <= level / len(chosen):
-            rules[name], gains[name] = rule, Gain(mean_of(ours[:, None]), mean_of(theirs[:, None]), _known(ours))
+            before_rule, after_rule = (mean_of_labels(dice[:, None]) for dice in (ours, theirs))
+            rules[names[i]], gains[names[i]] = rule, Gain(before=before_rule, after=after_rule, n=_known(ours))
         else:
-            why[f'"{rule}" is not confirmed by the {plural(_known(ours), "case")} that did not choose it'].append(name)
-    notes = [f"no postprocessing of {', '.join(names)}: {reason}" for reason, names in why.items()]
+            note = f'"{rule}" is not confirmed by the {plural(_known(ours), "case")} that did not choose it'
+            regions_of_note[note].append(names[i])
+    notes = [f"no postprocessing of {', '.join(regions)}: {note}" for note, regions in regions_of_note.items()]
     return Decision(rules, gains, (*before.notes, *notes))
 
 
@@ -275,31 +381,51 @@ def _unfit(dice: np.ndarray) -> str | None:
     """Why no rule is tried for a region with this Dice (cases,)."""
     if (n := _known(dice)) < LEAST_CASES:
         return f"it is in {plural(n, 'held-out case')}, {_NEEDED}"
-    if mean_of(dice[:, None]) < LEAST_DICE:
+    if mean_of_labels(dice[:, None]) < LEAST_DICE:
         return f"a mean Dice below {LEAST_DICE:g} is too low to decide"
     return None
 
 
-def _best(
-    cases: Sequence[_Measured], region: int, now: np.ndarray, rules: Iterable[Rule], chooses: np.ndarray
-) -> Rule | None:
-    """The rule that raises a region's Dice most in the cases that choose, the first of equals; None where none does.
+def _best_rule(
+    overlap: np.ndarray, changes: np.ndarray, region: int, rules: Sequence[Rule], chooses: np.ndarray
+) -> tuple[Rule, np.ndarray] | None:
+    """Find the rule that raises the Dice of a region most in the cases that choose, the first of equals.
 
-    It takes little from any case that is right, and nothing from the mean of another region.
+    It takes little of what is right from any case, and nothing from the mean of another region.
+
+    Parameters
+    ----------
+    overlap : ndarray, shape (cases, regions, 3)
+    changes : ndarray, shape (cases, rules, regions, 2)
+
+    Returns
+    -------
+    tuple or None
+        The rule, and the Dice (cases,) of the region with it; None if no rule helps.
     """
-    best, most = None, _LEAST_GAIN
-    for rule in rules:
-        after = _with_rule(cases, region, rule, now)
+    best, most, now = None, _LEAST_GAIN, _dice(overlap)
+    in_reference = overlap[:, region, 0] + overlap[:, region, 2]
+    for k, rule in enumerate(rules):
+        after = _dice(overlap, changes[:, k])
         gain = _mean_gain(now[chooses, region], after[chooses, region])
-        others = cases[0].parts[region].changes.keys() - {region}
-        worse = any(mean_of(after[:, [i]]) < mean_of(now[:, [i]]) - _ROUNDING for i in others)
-        if gain >= most and not worse and all(_spares(case, region, rule) for case in cases):
-            best, most = rule, gain + _ROUNDING
+        worse = any(mean_of_labels(after[:, [j]]) < mean_of_labels(now[:, [j]]) - _ROUNDING
+                    for j in range(now.shape[1]) if j != region)  # fmt: skip
+        spares = (-changes[:, k, region, 1] <= MOST_REMOVED * in_reference).all()
+        if gain >= most and spares and not worse:
+            best, most = (rule, after[:, region]), gain + _ROUNDING
     return best
 
 
+def _dice(overlap: np.ndarray, changes: np.ndarray | None = None) -> np.ndarray:
+    """Dice (cases, regions) after changes in predicted and in true positive voxels; NaN if a region is absent."""
+    tp, fp, fn = np.moveaxis(overlap, -1, 0)
+    predicted, right = (0, 0) if changes is None else np.moveaxis(changes, -1, 0)
+    with np.errstate(invalid="ignore"):
+        return 2.0 * (tp + right) / (2 * tp + fp + fn + predicted)
+
+
 def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Gains in Dice (cases,); a label that is neither there nor predicted is right, which counts 1."""
+    """Gains in Dice (cases,); a label that is neither present nor predicted is right, which counts 1."""
     return np.nan_to_num(after, nan=1.0) - np.nan_to_num(before, nan=1.0)
 
 
@@ -309,29 +435,3 @@ def _mean_gain(before: np.ndarray, after: np.ndarray) -> float:
 
 def _known(dice: np.ndarray) -> int:
     return int(np.isfinite(dice).sum())
-
-
-def _spares(case: _Measured, region: int, rule: Rule) -> bool:
-    """Whether a rule leaves nearly all that is right in a prediction."""
-    parts = case.parts[region]
-    lost = -parts.changes[region][removed_by(parts.sizes, rule), 1].sum()
-    return bool(lost <= MOST_REMOVED * case.counts[region, 2])
-
-
-def _with_rule(cases: Sequence[_Measured], region: int, rule: Rule, now: np.ndarray) -> np.ndarray:
-    """Dice (cases, regions) with a rule for a region."""
-    after = now.copy()
-    for row, case in zip(after, cases, strict=True):
-        parts = case.parts[region]
-        removed = removed_by(parts.sizes, rule)
-        if removed.any():
-            for other, changes in parts.changes.items():
-                predicted, both, reference = case.counts[other]
-                gained, right = changes[removed].sum(axis=0)
-                row[other] = _dice(predicted + gained, both + right, reference)
-    return after
-
-
-def _dice(predicted: float, both: float, reference: float) -> float:
-    """Dice from voxels in the prediction, in both, and in the reference; NaN where a label is in neither."""
-    return float(2 * both / (predicted + reference)) if predicted + reference else np.nan

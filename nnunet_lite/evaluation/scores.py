@@ -1,7 +1,8 @@
-"""From label maps on disk to scores: match predictions with references, score each case, and sum up.
+"""The scores of many cases: match predictions with references, score each case, sum up, and print tables.
 
-The sums are as nnU-Net makes them: a label's mean is over the cases where it applies, and the foreground mean is the
-mean of the labels' means. Confidence intervals are bootstrap percentiles over cases.
+`score_files` scores two folders of label maps. `Scores` holds the result, sums it up and writes it; a
+summary.json has the keys of nnU-Net's, and `read_summaries` reads it back. Sums are those of nnU-Net: the mean of a
+label is over the cases to which the metric applies, and the foreground mean is the mean of these means.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
@@ -27,61 +28,58 @@ from nnunet_lite.data.names import stem
 from nnunet_lite.data.pairing import label_maps
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.metrics import Measures, distinct_values, score_case
+from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
 
-_UNSCALED = "no spacing is known, 1 mm taken for a pixel"
+_UNCALIBRATED = "no spacing is known, 1 mm taken for a pixel"
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
-
-# How each measure is called in files: first nnU-Net's own, then ours.
-KEYS = {
-    "Dice": "dice",
-    "IoU": "iou",
-    "TP": "tp",
-    "FP": "fp",
-    "FN": "fn",
-    "TN": "tn",
-    "n_pred": "n_prediction",
-    "n_ref": "n_reference",
-    "NSD": "nsd",
-    "HD95_mm": "hd95_mm",
-    "prediction_ml": "prediction_ml",
-    "reference_ml": "reference_ml",
-    "volume_error": "volume_error",
-    "absolute_volume_error": "absolute_volume_error",
-    "lesion_TP": "lesion_tp",
-    "lesion_FP": "lesion_fp",
-    "lesion_FN": "lesion_fn",
-    "lesion_F1": "lesion_f1",
-}
-_SURFACE = ("NSD", "HD95_mm")
-_COLUMNS = ("Dice", "IoU", *_SURFACE, "absolute_volume_error", "lesion_F1")  # of the table
-_SUMMED_UP = (*_COLUMNS, "volume_error")  # with n, interval and median
 
 
 @dataclass(frozen=True)
 class CaseScore:
-    """The measures of one case by region name; files are None where the arrays never were files."""
+    """The metrics of one case.
+
+    Parameters
+    ----------
+    case : str
+        Case id.
+    prediction_file, reference_file : str, Path or None
+        None if the arrays never were files.
+    metrics : dict
+        Name of label or region -> metric -> value, as from `score_case`.
+    """
 
     case: str
     prediction_file: str | Path | None
     reference_file: str | Path | None
-    measures: dict[str, Measures]
+    metrics: dict[str, MetricValues]
+
+    @property
+    def mean_dice(self) -> float | None:
+        """The mean over the labels that are in the case or in its prediction; None if there are none."""
+        known = [values["Dice"] for values in self.metrics.values() if values["Dice"] is not None]
+        return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of all cases and labels.
+    """The metrics of all cases.
 
     Parameters
     ----------
-    rows : one per case.
-    tolerance_mm : of NSD, in `unit`.
-    unit : of distances: "mm", or "px" where no spacing is known.
-    notes : what had to be understood or was left out.
+    rows : tuple of CaseScore
+        One per case.
+    labels : Labels
+        What is scored.
+    tolerance_mm : float
+        The tolerance of NSD, in `unit`.
+    notes : tuple of str
+        What was left out or read in a special way.
+    unit : {"mm", "px"}
+        The unit of lengths: pixels if no image has a spacing.
     """
 
     rows: tuple[CaseScore, ...]
@@ -90,48 +88,41 @@ class Scores:
     notes: tuple[str, ...] = ()
     unit: str = "mm"
 
-    @classmethod
-    def of(cls, rows: Iterable[CaseScore], labels: Labels) -> Scores:
-        return cls(tuple(rows), labels)
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """How each measure is called in files -> field or property of `Measures`."""
-        return {in_unit(key, self.unit): field for key, field in KEYS.items()}
-
-    def values(self, measure: str = "dice") -> np.ndarray:
-        """A measure (a field of `Measures`) of each case and label (cases, labels); NaN where it is n/a."""
+    def values(self, metric: str = "Dice") -> np.ndarray:
+        """Values of a metric (cases, labels); NaN where it does not apply."""
         names = self.labels.region_names
-        table = [[getattr(row.measures[name], measure) for name in names] for row in self.rows]
+        table = [[row.metrics[name][metric] for name in names] for row in self.rows]
         return np.array(table, dtype=float).reshape(len(self.rows), len(names))
 
-    def by_label(self, measure: str = "dice") -> dict[str, Statistic]:
-        """A measure summed up over cases, for each label."""
-        columns = self.values(measure).T
+    def by_label(self, metric: str = "Dice") -> dict[str, Statistic]:
+        """A metric over cases, for each label."""
+        columns = self.values(metric).T
         return {
             name: summarize(column[:, None]) for name, column in zip(self.labels.region_names, columns, strict=True)
         }
 
-    def foreground(self, measure: str = "dice") -> Statistic:
-        """A measure averaged over labels, then cases as nnU-Net does it: the mean of the labels' means."""
-        return summarize(self.values(measure))
+    def foreground(self, metric: str = "Dice") -> Statistic:
+        """A metric over cases and labels, as nnU-Net averages it: the mean of the means of the labels."""
+        return summarize(self.values(metric))
 
     def to_json(self) -> dict[str, Any]:
-        """What nnU-Net's summary.json holds, with more measures; n/a is null."""
-        keys = label_keys(self.labels)
-        overall = {key: self.foreground(field) for key, field in self.keys.items()}
-        by_key: dict[str, dict[str, Statistic]] = {of: {} for of in keys.values()}
-        for key, field in self.keys.items():
-            for name, statistic in self.by_label(field).items():
-                by_key[keys[name]][key] = statistic
+        """The content of summary.json: that of nnU-Net's, with more metrics. A metric that does not apply is null."""
+        names = label_keys(self.labels)
+        keys = {metric.file_key(self.unit): name for name, metric in METRICS.items()}
+        statistics = {"foreground": {key: self.foreground(metric) for key, metric in keys.items()}}
+        statistics |= {label_key: {} for label_key in names.values()}
+        for key, metric in keys.items():
+            for name, statistic in self.by_label(metric).items():
+                statistics[names[name]][key] = statistic
+        means = {of: {key: one.mean for key, one in values.items()} for of, values in statistics.items()}
         return {
-            "foreground_mean": _means(overall),
-            "mean": {of: _means(statistics) for of, statistics in by_key.items()},
+            "foreground_mean": means.pop("foreground"),
+            "mean": means,
             "metric_per_case": [
                 {
                     "metrics": {
-                        keys[name]: {key: getattr(measures, field) for key, field in self.keys.items()}
-                        for name, measures in row.measures.items()
+                        names[name]: {key: values[metric] for key, metric in keys.items()}
+                        for name, values in row.metrics.items()
                     },
                     "prediction_file": None if row.prediction_file is None else str(row.prediction_file),
                     "reference_file": None if row.reference_file is None else str(row.reference_file),
@@ -140,87 +131,108 @@ class Scores:
                 for row in self.rows
             ],
             "statistics": {
-                of: {key: vars(statistics[key]) for key in (in_unit(key, self.unit) for key in _SUMMED_UP)}
-                for of, statistics in {"foreground": overall, **by_key}.items()
+                of: {key: vars(one) for key, one in values.items() if METRICS[keys[key]].better}
+                for of, values in statistics.items()
             },
-            "labels": {of: name for name, of in keys.items()},
+            "labels": {label_key: name for name, label_key in names.items()},
             "length_unit": self.unit,
             f"nsd_tolerance_{self.unit}": self.tolerance_mm,
             "notes": list(self.notes),
         }
 
     def to_csv(self) -> str:
-        """One line per case and label; n/a is empty."""
+        """One line per case and label; a metric that does not apply is empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "label", "value", *self.keys])
+        writer.writerow(["case", "label", "value", *(metric.file_key(self.unit) for metric in METRICS.values())])
         keys = label_keys(self.labels)
         for row in self.rows:
-            for name, measures in row.measures.items():
-                writer.writerow(
-                    [row.case, name, keys[name], *(getattr(measures, field) for field in self.keys.values())]
-                )
+            for name, values in row.metrics.items():
+                writer.writerow([row.case, name, keys[name], *(values[metric] for metric in METRICS)])
         return text.getvalue()
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The cells of a table: the headings, a line per label, then the foreground mean.
+
+        A mean over other cases than those of Dice says over how many: HD95 needs both masks. A metric that no case has
+        is no column.
+        """
+        shown = [
+            metric for name, metric in METRICS.items()
+            if name == "Dice" or (metric.better in ("higher", "lower") and np.isfinite(self.values(name)).any())
+        ]  # fmt: skip
+        columns = [{**self.by_label(m.name), "foreground mean": self.foreground(m.name)} for m in shown]
+        suffixes = {"NSD": f" {self.tolerance_mm:g} {self.unit}", "HD95": f" {self.unit}"}
+        headings = [metric.heading + suffixes.get(metric.name, "") for metric in shown]
+        head = ("label", "n", "Dice", "95 % interval", "median", *headings[1:])
+        return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
 
     def to_text(self) -> str:
         """`lines` as plain text, then the notes."""
-        widths = [max(map(len, column)) for column in zip(*self.lines(), strict=True)]
-        text = [
-            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-            for first, *rest in self.lines()
-        ]
-        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
-
-    def lines(self) -> list[tuple[str, ...]]:
-        """The cells of a table: its head, one line per label, then the foreground mean.
-
-        A mean over other cases than Dice's says how many; an HD95 exists only where both masks are there. Surface
-        measures that were not computed have no columns.
-        """
-        measured = np.isfinite(self.values("nsd")).any()
-        shown = [key for key in _COLUMNS if measured or key not in _SURFACE]
-        columns = [{**self.by_label(KEYS[key]), "foreground mean": self.foreground(KEYS[key])} for key in shown]
-        titles = {"NSD": f"NSD {self.tolerance_mm:g} {self.unit}", "HD95_mm": f"HD95 {self.unit}",
-                  "absolute_volume_error": "abs. volume error", "lesion_F1": "lesion F1"}  # fmt: skip
-        head = "label", "n", "Dice", "95 % interval", "median", *(titles.get(key, key) for key in shown[1:])
-        return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
+        return "\n".join([align(self.lines()), *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         """The table as text, for a notebook."""
         return f"<pre>{escape(self.to_text())}</pre>"
 
 
-def in_unit(key: str, unit: str) -> str:
-    """The name of a measure in files: HD95_px where no spacing is known."""
-    return f"{key.removesuffix('_mm')}_{unit}" if key.endswith("_mm") else key
-
-
-def _means(statistics: dict[str, Statistic]) -> dict[str, float | None]:
-    return {key: statistic.mean for key, statistic in statistics.items()}
-
-
-def _cells(statistics: list[Statistic]) -> list[str]:
-    """A line of the table from the statistics of Dice and the others."""
-
-    def cell(statistic: Statistic) -> str:
-        other = f" (n={statistic.n})" if statistic.n not in (0, dice.n) else ""
-        return _number(statistic.mean) + other
-
-    dice, *others = statistics
-    interval = "n/a" if dice.low is None else f"{_number(dice.low)}-{_number(dice.high)}"
-    return [str(dice.n), _number(dice.mean), interval, _number(dice.median), *map(cell, others)]
-
-
 def label_keys(labels: Labels) -> dict[str, str]:
-    """How nnU-Net's summary.json calls each region: "1" for a value, "(1, 2)" for several."""
+    """The name of each region in nnU-Net's summary.json: "1" for a value, "(1, 2)" for several."""
     return {name: str(labels.names[name]) for name in labels.region_names}
 
 
-def _number(value: float | None) -> str:
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Write a table as plain text: the first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = (
+        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        for first, *rest in lines
+    )
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def four_digits(value: float | None) -> str:
+    """A number of a table."""
     return "n/a" if value is None else f"{value:.4f}"
 
 
-# -------------------------------------------------------------------------------------------------------------- on disk
+def _cells(statistics: Sequence[Statistic]) -> list[str]:
+    """A line of the table from the statistics of Dice and of the other metrics."""
+    dice, *others = statistics
+    interval = "n/a" if dice.low is None else f"{four_digits(dice.low)}-{four_digits(dice.high)}"
+    cells = [four_digits(one.mean) + ("" if one.n in (0, dice.n) else f" (n={one.n})") for one in others]
+    return [str(dice.n), four_digits(dice.mean), interval, four_digits(dice.median), *cells]
+
+
+def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
+    """Read the scores of all cases in some summary.json.
+
+    The predictions are expected in the same folder as the summary, since a workspace may have been moved.
+
+    Raises
+    ------
+    UserError : a file is no summary, or one for other labels.
+    """
+    names = {key: name for name, key in label_keys(labels).items()}
+    rows, unit = [], "mm"
+    for file in files:
+        summary = read_json(file)
+        try:
+            unit = summary.get("length_unit", "mm")
+            for entry in summary["metric_per_case"]:
+                metrics = {
+                    name: {metric: entry["metrics"][key][METRICS[metric].file_key(unit)] for metric in METRICS}
+                    for key, name in names.items()
+                }
+                prediction = entry["prediction_file"] and file.parent / Path(entry["prediction_file"]).name
+                rows.append(CaseScore(entry["case"], prediction, entry["reference_file"], metrics))
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"is not a summary for the labels {', '.join(names.values())} ({type(error).__name__}: {error})"
+            raise UserError(what, file, "Validate the fold again: delete its folder `validation` and train.") from None
+    return Scores(tuple(rows), labels, unit=unit)
+
+
+# ------------------------------------------------------------------------------------------------ folders of label maps
 
 
 def score_files(
@@ -232,16 +244,23 @@ def score_files(
     workers: int | None = None,
     accept_geometry: bool = False,
 ) -> Scores:
-    """Score label maps against their references: two folders, whose files are matched by name, or two files.
+    """Score label maps against their references.
 
     Parameters
     ----------
-    labels : else those of a dataset.json in the reference folder, its parent, or the prediction folder; else the values
-        that the files hold.
-    tolerance_mm : how far apart surfaces may be for NSD; pixels where no file has a spacing.
-    surface : whether to measure NSD and HD95.
-    workers : threads, all cores where None; 0 or 1 for one.
-    accept_geometry : compare voxel by voxel where origin or direction of a pair differ, with a note.
+    prediction, reference : Path
+        Two folders, whose files are matched by name, or two files.
+    labels : Labels or None
+        By default those of a dataset.json in the reference folder, its parent, or the prediction folder; else the
+        values in the files.
+    tolerance_mm : float
+        Distance up to which surfaces agree for NSD; in pixels if no file has a spacing.
+    surface : bool
+        Whether to compute NSD and HD95.
+    workers : int or None
+        Number of threads; None for all CPUs, 0 or 1 for one.
+    accept_geometry : bool
+        Compare voxel by voxel where the origin or direction of a pair differs, with a note.
 
     Raises
     ------
@@ -252,30 +271,38 @@ def score_files(
     at_once = pairs_at_once(len(pairs), workers)
     threads = max(1, cpus() if workers is None else workers) // at_once
     with ThreadPoolExecutor(at_once) as pool:
-        if labels is None:
-            labels = _described_labels(prediction, reference)
+        labels = labels or _described_labels(prediction, reference)
         if labels is None:
             files = [path for pair in pairs.values() for path in pair]
-            labels = _found_labels(pool.map(_values_of_file, files), reference)
+            labels = _found_labels(list(pool.map(_values_of_file, files)), reference)
             notes = [*notes, f"no dataset.json: the labels are the values found, {', '.join(labels.region_names)}"]
         known = labels
 
-        def score(case: str) -> tuple[CaseScore, list[tuple[str, str]], bool]:
-            arrays, spacing, scaled, remarks = _read_pair(*pairs[case], known, accept_geometry)
-            measures = score_case(*arrays, known, spacing, tolerance_mm, surface, threads, scaled)
-            return CaseScore(case, *pairs[case], measures), remarks, scaled
+        def score(case: str) -> tuple[CaseScore, bool, list[_Remark]]:
+            predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
+            metrics = score_case(
+                predicted, true, known, geometry.spacing, tolerance_mm, surface, threads, geometry.calibrated
+            )
+            return CaseScore(case, *pairs[case], metrics), geometry.calibrated, remarks
 
         results = list(progress(pool.map(score, pairs), len(pairs), "evaluate"))
-    rows, each, scaled = zip(*results, strict=True)
-    remarks = [remark for some in each for remark in some]
-    if any(scaled):
-        remarks += [(_UNSCALED, row.case) for row, known_size in zip(rows, scaled, strict=True) if not known_size]
-    unit = "mm" if any(scaled) else "px"
-    return Scores(rows, labels, tolerance_mm, (*notes, *_gather(remarks)), unit)
+    any_calibrated = any(calibrated for _, calibrated, _ in results)
+    files_of: dict[str, list[str]] = defaultdict(list)
+    for row, calibrated, remarks in results:
+        if any_calibrated and not calibrated:
+            remarks = [*remarks, (_UNCALIBRATED, row.case)]
+        for remark, file in remarks:
+            files_of[remark].append(file)
+    notes += [f"{remark} ({few(files)})" for remark, files in files_of.items()]
+    rows = tuple(row for row, _, _ in results)
+    return Scores(rows, labels, tolerance_mm, tuple(notes), "mm" if any_calibrated else "px")
+
+
+_Remark = tuple[str, str]  # what is special about a file, and its name
 
 
 def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
-    """Case -> (prediction, reference), and what is left over."""
+    """Match predictions with references: case -> (prediction, reference), and notes on files that match nothing."""
     for path in (prediction, reference):
         if not path.exists():
             raise UserError("there is no such file or folder", path)
@@ -283,32 +310,30 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
         raise UserError(f"one of this and {reference} is a folder", prediction, "Give two folders, or two files.")
     if reference.is_file():
         return {stem(reference): (prediction, reference)}, []
-    predicted, wanted = _by_stem(prediction), _by_stem(reference)
-    by_word = {
+    predicted, references = _by_stem(prediction), _by_stem(reference)
+    by_word = {  # such as case_0_mask
         name: maps[0]
-        for name, maps in label_maps(wanted.values(), predicted).items()
-        if name not in wanted and len(maps) == 1
+        for name, maps in label_maps(references.values(), predicted).items()
+        if name not in references and len(maps) == 1
     }
-    wanted = {name: path for name, path in wanted.items() if path not in by_word.values()} | by_word
-    pairs = {case: (predicted[case], wanted[case]) for case in sorted(predicted.keys() & wanted.keys())}
+    references = {name: path for name, path in references.items() if path not in by_word.values()} | by_word
+    pairs = {case: (predicted[case], references[case]) for case in sorted(predicted.keys() & references.keys())}
     if not pairs:
         raise UserError(
             f"no prediction has the name of a reference in {reference}: predictions {few(sorted(predicted), 10)}, "
-            f"references {few(sorted(wanted), 10)}",
+            f"references {few(sorted(references), 10)}",
             prediction,
-            "Name both alike; endings may differ.",
+            "Give both the same names; endings may differ.",
         )
-    notes = [
-        f"{len(alone)} {what} {few(alone, 10)}"
-        for alone, what in (
-            (sorted(wanted.keys() - predicted.keys()), "without a prediction, not scored:"),
-            (sorted(predicted.keys() - wanted.keys()), "without a reference, not scored:"),
-        )
-        if alone
-    ]
+    missing, extra = sorted(references.keys() - predicted.keys()), sorted(predicted.keys() - references.keys())
+    notes = []
+    if missing:
+        notes.append(f"{len(missing)} without a prediction, not scored: {few(missing, 10)}")
+    if extra:
+        notes.append(f"{len(extra)} without a reference, not scored: {few(extra, 10)}")
     if by_word:
-        references = [f"{path.name} of {name}" for name, path in by_word.items()]
-        notes.append(f"{len(by_word)} references found by a word at the end of their names: {few(references, 1)}")
+        names = [f"{path.name} of {name}" for name, path in by_word.items()]
+        notes.append(f"{len(by_word)} references found by a word at the end of their names: {few(names, 1)}")
     return pairs, notes
 
 
@@ -319,44 +344,56 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{files[stem(path)].name} and {path.name} are the same case", folder, "Remove one.")
         files[stem(path)] = path
     if not files:
-        raise UserError("holds no label map of a supported format", folder)
+        raise UserError("contains no label map of a supported format", folder)
     return files
 
 
 def _described_labels(prediction: Path, reference: Path) -> Labels | None:
-    """The labels of the nearest dataset.json."""
+    """Read the labels of the nearest dataset.json; None if there is none."""
     ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
     table = next((f / "dataset.json" for f in (theirs, theirs.parent, ours) if (f / "dataset.json").is_file()), None)
     if table is None:
         return None
-    told = read_json(table)
-    return labels_of(told if isinstance(told, dict) else {}, table)
+    content = read_json(table)
+    return labels_of(content if isinstance(content, dict) else {}, table)
 
 
-def _found_labels(values_by_file: Iterable[set[int]], where: Path) -> Labels:
-    """The values found, each named by itself. Where masks of 0 and 1 meet masks of 0 and 255, these are one label."""
-    each = list(values_by_file)
-    values = set().union(*each)
-    if values <= {0, 1, 255} and not any({1, 255} <= found for found in each) and 1 in values:
+def _found_labels(values_by_file: Sequence[set[int]], folder: Path) -> Labels:
+    """Name each value in the files by itself. If some masks are 0 and 1 and others 0 and 255, these are one label."""
+    values = set().union(*values_by_file)
+    if values <= {0, 1, 255} and not any({1, 255} <= found for found in values_by_file) and 1 in values:
         values -= {255}
     if not values - {0}:
-        raise UserError("neither references nor predictions hold anything but zeros", where)
-    return Labels(names={"background": 0, **{str(value): value for value in sorted(values - {0})}})
+        raise UserError("neither references nor predictions contain anything but zeros", folder)
+    names = {"background": 0, **{str(value): value for value in sorted(values - {0})}}
+    return labels_of({"labels": names}, folder)
 
 
 def _values_of_file(path: Path) -> set[int]:
-    values = distinct_values(read_label(path)[0])
+    values = _distinct_values(read_label(path)[0])
     if len(values) > _MOST_LABELS:
-        raise UserError(f"holds {len(values)} different values", path, "Is it an image? Label maps are compared here.")
+        raise UserError(
+            f"contains {len(values)} different values", path, "Is it an image? Only label maps can be compared."
+        )
     return values
+
+
+def _distinct_values(array: np.ndarray) -> set[int]:
+    """Find the different values of an integer array, without sorting where the type allows it."""
+    if array.dtype.itemsize > 2:
+        return set(np.unique(array).tolist())
+    found = np.zeros(1 << 16, bool)
+    for part in array:
+        found[part] = True  # a negative value counts from the end, and comes back as itself
+    return set(np.flatnonzero(found).astype(array.dtype).tolist())
 
 
 def _read_pair(
     prediction: Path, reference: Path, labels: Labels, accept_geometry: bool
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, float, float], bool, list[tuple[str, str]]]:
-    """Both arrays (z, y, x), the spacing, whether a file states it, and remarks as (remark, file)."""
+) -> tuple[np.ndarray, np.ndarray, Geometry, list[_Remark]]:
+    """Read a prediction and its reference (z, y, x), the better known of their geometries, and remarks."""
     predicted, grid, remarks = _read(prediction, labels)
-    truth, true_grid, more = _read(reference, labels, grid)
+    true, true_grid, more = _read(reference, labels, grid)
     if differing := [what for what, _, _ in grid.differences(true_grid)]:
         acceptable = set(differing) <= set(ACCEPTABLE)
         if not (acceptable and accept_geometry):
@@ -368,27 +405,17 @@ def _read_pair(
             )
         more = [*more, (f"another {' and '.join(differing)} than the reference, accepted", prediction.name)]
     known = grid if grid.calibrated and not true_grid.calibrated else true_grid
-    return (predicted, truth), known.spacing, known.calibrated, remarks + more
+    return predicted, true, known, remarks + more
 
 
-def _read(
-    path: Path, labels: Labels, like: Geometry | None = None
-) -> tuple[np.ndarray, Geometry, list[tuple[str, str]]]:
-    """A label map with the values of `labels`, aligned with another, its geometry, and remarks."""
+def _read(path: Path, labels: Labels, like: Geometry | None = None) -> tuple[np.ndarray, Geometry, list[_Remark]]:
+    """Read a label map with the values of `labels`, aligned with the geometry `like`, its geometry, and remarks."""
     array, geometry, notes = read_label(path, like)
     remarks = [(note, path.name) for note in notes]
-    found, known = distinct_values(array), {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
+    found, known = _distinct_values(array), {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
     if known == {0, 1} and 255 in found and 1 not in found:
         return map_labels(array, {255: 1}), geometry, [*remarks, ("255 read as 1", path.name)]
     if found - known:
         unknown = few([str(value) for value in sorted(found - known)], 10)
         remarks.append((f"no label has the value {unknown}, counted as background", path.name))
     return array, geometry, remarks
-
-
-def _gather(remarks: Iterable[tuple[str, str]]) -> list[str]:
-    """One note per remark, with the files it is about."""
-    files: dict[str, list[str]] = defaultdict(list)
-    for remark, file in remarks:
-        files[remark].append(file)
-    return [f"{remark} ({few(names)})" for remark, names in files.items()]

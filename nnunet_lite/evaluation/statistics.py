@@ -1,6 +1,6 @@
-"""Means over cases and labels, their confidence intervals, and differences of two of them.
+"""Means over cases and labels, their confidence intervals, and paired comparisons.
 
-Intervals are those of 1000 resamples of the cases (percentile bootstrap, Efron 1979) with a fixed seed.
+Intervals are percentiles of 1000 resamples of the cases (bootstrap, Efron 1979) with a fixed seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ _INTERVAL = (2.5, 97.5)  # percentiles
 
 @dataclass(frozen=True)
 class Statistic:
-    """One measure over cases. None where no case has it; the 95 % interval low..high also where only one has."""
+    """One metric over cases.
+
+    Parameters
+    ----------
+    n : int
+        Number of cases to which the metric applies.
+    mean, median : float or None
+        None if there is no such case.
+    low, high : float or None
+        Ends of the 95 % interval of the mean; None below two cases.
+    """
 
     n: int
     mean: float | None
@@ -29,9 +39,9 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Margin:
-    """The mean difference of two measurements of the same cases. None where there is none to tell.
+    """The mean difference of two measurements of the same cases, with its 95 % interval.
 
-    The interval, of 95 %, needs two cases.
+    The mean is None if a measurement has no value, the interval also below two cases.
     """
 
     mean: float | None
@@ -40,9 +50,12 @@ class Margin:
 
 
 def summarize(table: np.ndarray) -> Statistic:
-    """Sum up (cases, labels): the mean over labels of their means over cases; NaN are left out.
+    """Sum up a metric over cases and labels: the mean over labels of their means over cases.
 
-    The median is over cases (of their means over labels).
+    Parameters
+    ----------
+    table : ndarray, shape (cases, labels)
+        NaN where the metric does not apply. The median is over cases, of their means over labels.
     """
     table = table[np.isfinite(table).any(axis=1)]
     n = len(table)
@@ -50,34 +63,42 @@ def summarize(table: np.ndarray) -> Statistic:
         return Statistic(0, None, None, None, None)
     low = high = None
     if n > 1:
-        low, high = (float(v) for v in np.percentile(weighted_means(table, _resamples(n)), _INTERVAL))
-    return Statistic(n, mean_of(table), low, high, float(np.median(np.nanmean(table, axis=1))))
+        low, high = (float(v) for v in np.percentile(_weighted_means(table, _resamples(n)), _INTERVAL))
+    return Statistic(n, mean_of_labels(table), low, high, float(np.median(np.nanmean(table, axis=1))))
 
 
-def paired(ours: np.ndarray, others: np.ndarray) -> Margin:
-    """By how much the mean of one table (cases, labels) is above that of another one of the same cases.
+def compare_paired(ours: np.ndarray, others: np.ndarray) -> Margin:
+    """Compute by how much the mean of one table (cases, labels) is above the mean of another one of the same cases.
 
-    Each resample draws the same cases of both, so what makes a case hard does not widen the interval.
+    Each resample draws the same cases of both, so that hard cases do not widen the interval.
     """
     rows = np.isfinite(ours).any(axis=1) | np.isfinite(others).any(axis=1)
     ours, others = ours[rows], others[rows]
     n = len(ours)
     if not np.isfinite(ours).any() or not np.isfinite(others).any():
         return Margin(None)
-    mean = mean_of(ours) - mean_of(others)
+    mean = mean_of_labels(ours) - mean_of_labels(others)
     if n < 2:
         return Margin(mean)
-    draws = weighted_means(ours, _resamples(n)) - weighted_means(others, _resamples(n))
+    draws = _weighted_means(ours, _resamples(n)) - _weighted_means(others, _resamples(n))
     low, high = (float(v) for v in np.nanpercentile(draws, _INTERVAL))
     return Margin(mean, low, high)
 
 
 def p_of_gain(differences: np.ndarray) -> float:
-    """How likely a mean (of paired differences (cases,)) at least as high is where gains and losses are equally likely.
+    """Test whether the mean of paired differences is above zero, by a one-sided sign-flip test.
 
-    A sign-flip test, one-sided: exact up to 13 cases that differ, above with 9999 flips of a fixed seed.
+    Parameters
+    ----------
+    differences : ndarray, shape (cases,)
+
+    Returns
+    -------
+    float
+        The probability of a mean at least as high if gains and losses are equally likely: exact up to 13 cases that
+        differ, above by 9999 flips with a fixed seed.
     """
-    from scipy.stats import permutation_test
+    from scipy.stats import permutation_test  # slow to import, and needed by few commands
 
     changed = differences[differences != 0]
     if len(changed) < 2:
@@ -89,13 +110,13 @@ def p_of_gain(differences: np.ndarray) -> float:
     return float(found.pvalue)
 
 
-def mean_of(table: np.ndarray) -> float:
-    """The mean over labels of their means over cases (cases, labels); NaN where there is nothing."""
-    return float(weighted_means(table, np.ones((1, len(table))))[0])
+def mean_of_labels(table: np.ndarray) -> float:
+    """Compute the mean over labels of their means over cases (cases, labels); NaN if there is no value."""
+    return float(_weighted_means(table, np.ones((1, len(table))))[0])
 
 
-def weighted_means(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean over labels of their means over cases (cases, labels), for each row of case weights (rows, cases)."""
+def _weighted_means(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Compute the mean over labels of their means over cases, for each row of case weights (rows, cases)."""
     known = np.isfinite(table)
     counts = weights @ known
     with np.errstate(invalid="ignore"):

@@ -36,6 +36,7 @@ FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # a fold that has it is finished
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
+SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
 _OLD = "old_"
 _N_FOLDS = 5  # by default; fewer cases are trained without folds
@@ -371,6 +372,15 @@ def trained_folds(folder: Path) -> list[str]:
     """Return the finished folds of a model folder; "all" only where there is no other."""
     names = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{MODEL}"))
     return [name for name in names if name != "all"] or names
+
+
+def validation_dice(folder: Path, fold: str) -> float | None:
+    """Return the foreground Dice of the held-out cases of a fold; None if it was not validated."""
+    file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
+    if not file.is_file():
+        return None
+    with understood(file, "Delete it: `nnlite train` makes it again."):
+        return read_json(file)["foreground_mean"]["Dice"]
 
 
 def other_folds(folder: Path, fold: str) -> list[str]:

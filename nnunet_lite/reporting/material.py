@@ -11,9 +11,8 @@ from typing import Any
 
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, read_selection
-from nnunet_lite.evaluation.summary import read_summaries
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, model_folders, read_header
 from nnunet_lite.planning.fingerprint import Fingerprint
@@ -70,7 +69,7 @@ class ModelResults:
     @cached_property
     def worst_first(self) -> tuple[CaseScore, ...]:
         """The cases by their mean Dice; those without any label come last."""
-        key = {row.case: case_dice(row) for row in self.scores.rows}
+        key = {row.case: row.mean_dice for row in self.scores.rows}
         return tuple(sorted(self.scores.rows, key=lambda row: (key[row.case] is None, key[row.case] or 0.0, row.case)))
 
 
@@ -108,12 +107,6 @@ class Material:
     def trained(self) -> list[ModelResults]:
         """The models without the ensembles."""
         return [model for model in self.models if model.run]
-
-
-def case_dice(row: CaseScore) -> float | None:
-    """The mean over the labels that the case or its prediction contains."""
-    known = [measures.dice for measures in row.measures.values() if measures.dice is not None]
-    return sum(known) / len(known) if known else None
 
 
 def read_material(paths: Paths) -> Material:

@@ -11,6 +11,7 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
+from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.models.folder import first_training
@@ -28,7 +29,7 @@ from nnunet_lite.reporting.figures import (
     plot_intervals,
     share_column,
 )
-from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, case_dice
+from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults
 from nnunet_lite.reporting.pictures import Gallery
 
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
@@ -39,19 +40,19 @@ _INTENSITY_BINS = 60
 _STATIC_CASES = 3  # of each model with pictures in the page itself, for paper and without JavaScript
 _SEVERITIES = ("error", "warning", "notice")
 
-# The measures of a case: how the page calls them, the field of `Measures`, and the format.
-MEASURES = (
-    ("Dice", "dice", ".4f"),
-    ("IoU", "iou", ".4f"),
-    ("reference (ml)", "reference_ml", ".4g"),
-    ("prediction (ml)", "prediction_ml", ".4g"),
-    ("volume error", "volume_error", "+.1%"),
-    ("NSD", "nsd", ".4f"),
-    ("HD95 (mm)", "hd95_mm", ".3g"),
-    ("lesion F1", "lesion_f1", ".3f"),
-    ("TP", "tp", "d"),
-    ("FP", "fp", "d"),
-    ("FN", "fn", "d"),
+# the metrics of a case that the page shows
+_CASE_METRICS = (
+    "Dice",
+    "IoU",
+    "reference_ml",
+    "prediction_ml",
+    "volume_error",
+    "NSD",
+    "HD95",
+    "lesion_F1",
+    "TP",
+    "FP",
+    "FN",
 )
 
 Fact = tuple[str, str]  # what, and its value as text
@@ -142,7 +143,7 @@ def _volumes(material: Material, gallery: Gallery) -> tuple[str, dict[str, dict[
     voxels = {case: found.voxels for case, found in gallery.cases.items() if found.voxels}
     for model in material.scored:
         for row in model.scores.rows:
-            voxels.setdefault(row.case, {name: m.n_reference for name, m in row.measures.items()})
+            voxels.setdefault(row.case, {name: int(values["n_ref"] or 0) for name, values in row.metrics.items()})
     return "ml" if in_ml else "voxels", {
         case: {name: n * (prod(known[case].spacing) / 1000 if in_ml else 1) for name, n in regions.items()}
         for case, regions in voxels.items()
@@ -329,10 +330,10 @@ def scores_section(material: Material, gallery: Gallery) -> list[dict[str, Any]]
     for model in material.scored:
         name, rows, worst = model.name, model.worst_first, gallery.overlaid[model.name][:_STATIC_CASES]
         labels = _hardest_labels(model)
-        dice = {row.case: [row.measures[label].dice for label in labels] for row in rows}
+        dice = {row.case: [row.metrics[label]["Dice"] for label in labels] for row in rows}
         dots = [(label, [(case, values[i]) for case, values in dice.items()]) for i, label in enumerate(labels)]
         columns = (Column("Case"), Column("fold"), share_column("mean Dice"), *map(share_column, labels))
-        cells = [[row.case, model.fold_of[row.case], case_dice(row), *dice[row.case]] for row in rows]
+        cells = [[row.case, model.fold_of[row.case], row.mean_dice, *dice[row.case]] for row in rows]
         caption = f"Held-out cases of {model.label}, worst first"
         sections.append(
             {
@@ -345,7 +346,7 @@ def scores_section(material: Material, gallery: Gallery) -> list[dict[str, Any]]
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "table": Table(caption, columns, cells, sorted_by=2, model=name),
                 "worst": [
-                    (row.case, case_dice(row), gallery.cases[row.case].overlays[name])
+                    (row.case, row.mean_dice, gallery.cases[row.case].overlays[name])
                     for row in rows
                     if row.case in worst
                 ],
@@ -365,8 +366,8 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(model: ModelResults) -> Table:
     """One row for each label, then the mean over them."""
-    fields = ("dice", "iou", "absolute_volume_error", "lesion_f1")
-    summaries = [{**model.scores.by_label(f), "all labels": model.scores.foreground(f)} for f in fields]
+    shown = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")
+    summaries = [{**model.scores.by_label(m), "all labels": model.scores.foreground(m)} for m in shown]
     rows: list[list[Value]] = []
     for name, dice in summaries[0].items():
         others = [summary[name].mean for summary in summaries[1:]]
@@ -378,12 +379,12 @@ def _label_table(model: ModelResults) -> Table:
 
 
 def page_data(material: Material, gallery: Gallery) -> dict[str, Any]:
-    """What report.js opens cases from: every measure of every case, and the pictures."""
+    """What report.js opens cases from: the metrics of every case, and the pictures."""
     names = material.dataset.labels.region_names
     models = {}
     for model in material.scored:
         scores = {
-            row.case: [[getattr(row.measures[name], field) for _, field, _ in MEASURES] for name in names]
+            row.case: [[row.metrics[name][metric] for metric in _CASE_METRICS] for name in names]
             for row in model.worst_first
         }
         pictures = {case: gallery.cases[case].overlays[model.name] for case in gallery.overlaid[model.name]}
@@ -391,8 +392,8 @@ def page_data(material: Material, gallery: Gallery) -> dict[str, Any]:
     return {
         "labels": list(names),
         "channels": [channel.name for channel in material.plan.channels],
-        "measures": [name for name, *_ in MEASURES],
-        "forms": [form for *_, form in MEASURES],
+        "measures": [METRICS[metric].heading for metric in _CASE_METRICS],
+        "forms": [METRICS[metric].form for metric in _CASE_METRICS],
         "models": models,
     }
 
@@ -416,7 +417,7 @@ def comparison_section(material: Material) -> dict[str, Any]:
     bars = [(c.name, c.dice, c.low, c.high) for c in candidates]
     steps: list[list[Value]] = []
     for label, rule in ({} if selection is None else selection.postprocessing).items():
-        gain = selection.gains.get(label) if selection else None
+        gain = selection.postprocessing_gain.get(label) if selection else None
         steps.append([label, str(rule), *((gain.before, gain.after, gain.n) if gain else (None, None, None))])
     step_columns = (Column("Label"), Column("what is kept"), share_column("Dice before"), share_column("after"),
                     Column("cases that did not choose it", "d"))  # fmt: skip
@@ -433,9 +434,10 @@ def comparison_section(material: Material) -> dict[str, Any]:
 
 def _candidate(model: ModelResults) -> Candidate:
     """A model that was not compared with the others."""
-    dice, by_label = model.scores.foreground(), model.scores.by_label()
-    means = {name: statistic.mean for name, statistic in by_label.items()}
-    return Candidate((model.label,), dice.n, dice.mean, dice.low, dice.high, means, Margin(None))
+    dice = model.scores.foreground()
+    by_label = {name: statistic.mean for name, statistic in model.scores.by_label().items()}
+    return Candidate(models=(model.label,), n_cases=dice.n, dice=dice.mean, low=dice.low, high=dice.high,
+                     by_label=by_label, margin=Margin(None))  # fmt: skip
 
 
 def _margin(margin: Margin) -> Value:

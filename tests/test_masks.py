@@ -1,21 +1,15 @@
-"""Scores from runs and changed voxels against whole-array filters: components, erosion, distances to every point."""
+"""Metrics of random label maps equal those of whole-array filters: components, erosion, distances to every point."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.evaluation.components import components, components_of_runs
-from nnunet_lite.evaluation.joint import join
+from nnunet_lite.evaluation.masks import measure_distances
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.surfaces import near_and_far, outline
 
-REFERENCES = sorted((Path(__file__).parent / "data" / "Task04_Hippocampus" / "labelsTs").glob("*.nii.gz"))
 SPACING = (2.5, 0.7, 1.1)
 LABELS = {
     "labels": Labels(names={"background": 0, "a": 1, "b": 2, "c": 3}),
@@ -77,28 +71,11 @@ def test_equals_filters_on_arrays(labels: Labels, blobs: float) -> None:
             masks = [np.isin(array, members) & ~ignored for array in (prediction, reference)]
             lesions, scores = by_arrays(*masks, ignored, 1.3)
             one = found[name]
-            assert (one.lesion_tp, one.lesion_fp, one.lesion_fn) == lesions
-            assert (one.nsd, one.hd95_mm) == (pytest.approx(scores[0]), pytest.approx(scores[1], abs=1e-4))
-            assert (one.tp, one.n_prediction, one.n_reference) == tuple(
+            assert tuple(one[f"lesion_{kind}"] for kind in ("TP", "FP", "FN")) == lesions
+            assert (one["NSD"], one["HD95"]) == (pytest.approx(scores[0]), pytest.approx(scores[1], abs=1e-4))
+            assert (one["TP"], one["n_pred"], one["n_ref"]) == tuple(
                 np.count_nonzero(mask) for mask in (masks[0] & masks[1], *masks)
             )
-
-
-def test_surface_is_what_erosion_takes() -> None:
-    mask = read_label(REFERENCES[1])[0] > 0
-    joint = join(mask.astype(np.uint8), np.zeros(mask.shape, np.uint8), Labels(names={"it": 1}), 2)
-    inside, _ = joint.members((1,))
-    found = outline(joint, 2).surface(inside, joint.ignored)
-    assert np.array_equal(found, np.flatnonzero(mask & ~ndimage.binary_erosion(mask)))
-
-
-def test_components_of_runs_equal_those_of_the_mask() -> None:
-    mask = np.random.default_rng(3).random((9, 17, 23)) < 0.06
-    start = np.flatnonzero(mask)  # each voxel its own run: those beside each other in a row must join too
-    numbers, count = components_of_runs(start, start + 1, mask.shape)
-    expected, number = components(mask)
-    pairs = set(zip(numbers.tolist(), expected.ravel()[start].tolist(), strict=True))
-    assert count == number == len(pairs) and count > 20
 
 
 @pytest.mark.parametrize("far", [0.0, 4.0, 80.0])
@@ -109,6 +86,6 @@ def test_bounded_distances_equal_brute_force(far: float, tolerance: float) -> No
     source, target = rng.integers(0, 40, (3000, 3)) * np.array(SPACING), rng.integers(0, 40, (400, 3)) * SPACING
     source[:, 0] += far
     expected = np.sqrt(np.min([((source - point) ** 2).sum(1) for point in target], axis=0))
-    near, percentile = near_and_far(source, target, tolerance, max(SPACING))
+    near, percentile = measure_distances(source, target, tolerance, max(SPACING))
     assert near == np.count_nonzero(expected <= tolerance + 1e-5)
     assert percentile == pytest.approx(np.percentile(expected, 95))

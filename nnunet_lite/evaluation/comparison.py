@@ -1,0 +1,378 @@
+"""Compare all trained models on the cases that their folds hold out, and select one, or two that vote.
+
+Models are compared by the foreground mean of Dice on the cases that the same folds hold out. The best single model
+wins, of equals the simplest. A pair that votes takes twice the time, and wins only if the 95 % interval of the paired
+difference is above zero. Predictions that are missing are made; `cross_validation.py` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+import nnunet_lite
+from nnunet_lite import log
+from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.images import read_geometry
+from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.cross_validation import (
+    predicted_cases,
+    read_pair,
+    read_reference,
+    read_scores,
+    score_predictions,
+    validate_cases,
+    validate_fold,
+)
+from nnunet_lite.evaluation.postprocessing import Decision, SizeUnit, choose_rules
+from nnunet_lite.evaluation.selection import Candidate, Selection, weights_fingerprint, write_selection
+from nnunet_lite.evaluation.statistics import compare_paired, summarize
+from nnunet_lite.files import locked, read_json, sweep, write_json
+from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
+from nnunet_lite.inference.predictor import Predictor, load
+from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
+from nnunet_lite.models.lookup import read_model
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.training.splits import ALL, Split, load_splits, read_split, refuse_other_cases
+from nnunet_lite.workspace import Paths
+
+_ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
+ENSEMBLE_WEIGHTS = "made_of.json"  # in a fold of an ensemble: the fingerprints of the weights that predicted it
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A trained model.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    configuration : str
+        Such as "3d_fullres".
+    previous : Path or None
+        The model folder of the first stage of a cascade.
+    plan : Plan
+        The plan it was trained with.
+    folds : tuple of str
+        The trained folds that hold out cases.
+    """
+
+    folder: Path
+    configuration: str
+    previous: Path | None
+    plan: Plan
+    folds: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+Team = tuple[Member, ...]  # one model, or two that vote
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out cases on which models are compared.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    dataset : Dataset
+        The planned dataset.
+    splits : tuple of Split
+        The folds that all models have trained.
+    device : str or None
+        Where missing predictions are made.
+    workers : int or None
+        Threads that read and score; None for all CPUs.
+    """
+
+    paths: Paths
+    dataset: Dataset
+    splits: tuple[Split, ...]
+    device: str | None
+    workers: int | None
+
+    @property
+    def fold_of(self) -> dict[str, Split]:
+        """Case id -> the fold that holds it out, in the order of the ids."""
+        fold_of = {case_id: split for split in self.splits for case_id in split.validation}
+        return dict(sorted(fold_of.items(), key=lambda item: item[0]))
+
+
+def select_models(
+    paths: Paths,
+    dataset: Dataset,
+    only: Sequence[str] | None = None,
+    *,
+    ensembles: bool = True,
+    postprocess: bool = True,
+    device: str | None = None,
+    workers: int | None = None,
+) -> Selection:
+    """Compare the trained models of a dataset and all pairs of them, choose the postprocessing, write inference.json.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    dataset : Dataset
+        The planned dataset.
+    only : sequence of str or None
+        Configurations, or names of model folders; None for all.
+    ensembles : bool
+        Whether to try pairs.
+    postprocess : bool
+        Whether to try rules for the components of labels.
+    device : str or None
+        Where missing predictions are made.
+    workers : int or None
+        Threads that read and score; None for all CPUs.
+
+    Raises
+    ------
+    UserError : nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
+    """
+    members, notes = find_members(paths, dataset, only)
+    folds = _shared_folds(members)
+    if any(len(member.folds) > len(folds) for member in members):
+        more = [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]
+        which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
+        notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
+    for note in notes:
+        log.info(note)
+    splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
+    held_out = HeldOut(paths, dataset, splits, device, workers)
+    teams: list[Team] = [(member,) for member in members]
+    for pair in combinations(members, 2) if ensembles else ():
+        if _axes(pair[0].plan) == _axes(pair[1].plan):
+            teams.append(pair)
+        else:
+            names = " and ".join(member.name for member in pair)
+            notes.append(f"{names} do not vote together: their plans have other orders of axes")
+    dice = {team: _dice_of_team(held_out, team) for team in teams}
+    winner = choose_team(dice)
+    decision = _choose_postprocessing(held_out, winner) if postprocess else Decision({}, {}, ())
+    used = winner[0].folds if len(winner) == 1 else folds
+    selection = Selection(
+        models=tuple(member.name for member in winner),
+        folds=used,
+        postprocessing=decision.rules,
+        postprocessing_gain=decision.gains,
+        candidates=_ranked_candidates(dice, winner, dataset.labels.region_names),
+        weights={m.name: {fold: weights_fingerprint(m.folder, fold) for fold in used} for m in winner},
+        notes=(*notes, *decision.notes),
+        made=date.today().isoformat(),
+        version=nnunet_lite.__version__,
+    )
+    write_selection(paths, selection)
+    return selection
+
+
+def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
+    """Choose the models that win, from the Dice (cases, labels) of each candidate on the same cases."""
+
+    def rank(team: Team) -> tuple[float, list[int]]:
+        costs = [_ORDER.index(m.configuration) if m.configuration in _ORDER else len(_ORDER) for m in team]
+        return -round(summarize(dice[team]).mean or 0.0, 9), costs
+
+    best = min((team for team in dice if len(team) == 1), key=rank)
+    for pair in sorted((team for team in dice if len(team) > 1), key=rank):
+        low = compare_paired(dice[pair], dice[best]).low
+        if low is not None and low > 0:
+            return pair
+    return best
+
+
+def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Sequence[str]) -> tuple[Candidate, ...]:
+    """The winner, then the others from the best on."""
+    candidates = []
+    for team, table in dice.items():
+        overall = summarize(table)
+        by_label = {name: summarize(column[:, None]).mean for name, column in zip(labels, table.T, strict=True)}
+        models, margin = tuple(member.name for member in team), compare_paired(dice[winner], table)
+        candidates.append(
+            Candidate(models=models, n_cases=len(table), dice=overall.mean, low=overall.low, high=overall.high,
+                      by_label=by_label, margin=margin)
+        )  # fmt: skip
+    selected = tuple(member.name for member in winner)
+    return tuple(sorted(candidates, key=lambda c: (c.models != selected, -(c.dice or 0.0), len(c.models), c.models)))
+
+
+# ------------------------------------------------------------------------------------------------ what can be compared
+
+
+def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = None) -> tuple[list[Member], list[str]]:
+    """Find the models that cross-validation can judge, and note why it cannot judge others.
+
+    Raises
+    ------
+    UserError : there is none, or not what `only` names.
+    """
+    members, notes, known = [], [], set[str]()
+    n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
+    for folder in model_folders(paths):
+        plan, run = read_model(folder)
+        configuration, previous = run["configuration"], run.get("previous")
+        if only is not None and not {folder.name, configuration} & set(only):
+            continue
+        known |= {folder.name, configuration}
+        trained = trained_folds(folder)
+        folds = tuple(fold for fold in trained if fold != ALL and fold in map(str, range(n_splits)))
+        reason = _reason_to_omit(folder, plan, paths, dataset, folds) if trained else "no fold of it is trained"
+        if reason is not None:
+            notes.append(f"{folder.name} is left out: {reason}")
+            continue
+        first_stage = None if previous is None else folder.parent / Path(previous).name
+        members.append(Member(folder, configuration, first_stage, plan, folds))
+    fix = f"Run `{first_training(paths)}`."
+    if missing := [name for name in only or () if name not in known]:
+        raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)
+    if not members:
+        reasons = f" ({'; '.join(notes)})" if notes else ""
+        raise UserError(f"no fold of {paths.name} is trained{reasons}", paths.models, fix)
+    return members, notes
+
+
+def _reason_to_omit(folder: Path, plan: Plan, paths: Paths, dataset: Dataset, folds: Sequence[str]) -> str | None:
+    """Why a model cannot be judged on the dataset; None if it can."""
+    if plan.labels != dataset.labels or len(plan.channels) != len(dataset.channels):
+        return "it was made for other labels or channels"
+    if not folds:
+        return "it was trained on every case, so that none can judge it"
+    try:
+        refuse_other_cases(folder, read_split(paths.splits, dataset, folds[0]), paths.splits)
+    except UserError as error:
+        return error.what
+    return None
+
+
+def _shared_folds(members: Sequence[Member]) -> tuple[str, ...]:
+    """Return the folds that all models have trained.
+
+    Raises
+    ------
+    UserError : there is none.
+    """
+    shared = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
+    if not shared:
+        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
+        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
+    return shared
+
+
+def _axes(plan: Plan) -> tuple[str | None, tuple[int, int, int]]:
+    return plan.orientation, plan.axis_order
+
+
+# ---------------------------------------------------------------------------------------------- predictions and scores
+
+
+def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
+    """The folder of the label maps of the held-out cases of a fold."""
+    folder = team[0].folder if len(team) == 1 else held_out.paths.ensembles / "+".join(member.name for member in team)
+    return folder / f"fold_{fold}" / VALIDATION
+
+
+def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
+    """Choose the rules for the label maps of a candidate, on its held-out cases in the order of their ids."""
+    dataset = held_out.dataset
+    cases = {case.id: case for case in dataset.cases}
+    pairs = [
+        partial(read_pair, cases[case_id], _folder(held_out, team, split.name), dataset)
+        for case_id, split in held_out.fold_of.items()
+    ]
+    folds = [split.name for split in held_out.fold_of.values()]
+    references = [partial(read_reference, case, dataset) for case in dataset.cases]
+    return choose_rules(pairs, folds, references, dataset.labels, _size_unit(dataset), held_out.workers)
+
+
+def _size_unit(dataset: Dataset) -> SizeUnit:
+    """The unit of sizes of components: pixels only if no image has a spacing."""
+    files = [case.images[0] for case in dataset.cases]
+    flat = read_geometry(files[0])[0].dimensions == 2
+    if not any(read_geometry(file)[0].calibrated for file in files):
+        return "px" if flat else "voxels"
+    return "mm2" if flat else "mm3"
+
+
+def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
+    """Dice (cases, labels) of a candidate, the cases in the order of their ids; predicts and scores what is missing."""
+    by_case: dict[str, np.ndarray] = {}
+    for split in held_out.splits:
+        out = _folder(held_out, team, split.name)
+        with locked(out.parent, partial(log.info, f"{out}: another process works there, waiting for it")):
+            by_case |= _dice_of_fold(held_out, team, split, out)
+    return np.array([by_case[case_id] for case_id in held_out.fold_of], dtype=float)
+
+
+def _dice_of_fold(held_out: HeldOut, team: Team, split: Split, out: Path) -> dict[str, np.ndarray]:
+    """Dice (labels,) of each held-out case of a fold."""
+    dataset, cases = held_out.dataset, split.validation
+    if len(team) > 1:
+        _forget_other_weights(team, split.name, out)
+    predicted = predicted_cases(out, dataset, cases)
+    scores = read_scores(out, dataset, cases) if predicted == set(cases) else None
+    names = " and ".join(member.name for member in team)
+    if scores is None and predicted == set(cases):
+        log.info(f"scoring fold {split.name} of {names}: {plural(len(cases), 'case')}")
+        scores = score_predictions(out, dataset, cases, held_out.workers)
+    elif scores is None:
+        log.info(f"predicting fold {split.name} of {names}: {plural(len(cases) - len(predicted), 'case')}")
+        if len(team) > 1:
+            scores = validate_cases(_load_ensemble(held_out, team, split.name), out, dataset, cases)
+        else:
+            previous = _predict_first_stage(held_out, team[0], split)
+            scores = validate_fold(team[0].folder, split.name, dataset, cases, held_out.device, previous)
+    return {row.case: dice for row, dice in zip(scores.rows, scores.values(), strict=True)}
+
+
+def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
+    """Delete what an ensemble predicted with other weights, and what a killed run left; note the weights of now."""
+    note, weights = out.parent / ENSEMBLE_WEIGHTS, ensemble_weights(team, fold)
+    if note.is_file() and read_json(note) == weights:
+        sweep(out, alone=True)
+        return
+    for file in out.glob("*") if out.is_dir() else ():
+        if file.is_file():
+            file.unlink()
+    write_json(note, weights)
+
+
+def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
+    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint."""
+    return {member.name: weights_fingerprint(member.folder, fold) for member in team}
+
+
+def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
+    """Load the networks of one fold of several models as one, a cascade with the first stage of this fold alone."""
+    load_fold = partial(load, folds=[fold], device=held_out.device, workspace=held_out.paths.root.parent)
+    models = [
+        load_fold(member.folder)
+        if member.previous is None
+        else replace(load_fold(member.folder, first_stage=False), previous=load_fold(member.previous))
+        for member in team
+    ]
+    return replace(models[0], partners=tuple(models[1:]))
+
+
+def _predict_first_stage(held_out: HeldOut, member: Member, split: Split) -> dict[str, Path] | None:
+    """Predict the held-out cases by the first stage of a cascade; None for other models."""
+    stage = member.plan.configuration(member.configuration).previous_stage
+    if stage is None or member.previous is None:
+        return None
+    first = FirstStage(stage, member.previous, dict.fromkeys(split.validation, split.name))
+    return predict_first_stage(
+        first, held_out.dataset, member.plan, member.configuration, held_out.paths.preprocessed,
+        held_out.workers, held_out.device,
+    )  # fmt: skip
