@@ -28,7 +28,7 @@ def interruptible() -> None:
 
 def _prepare() -> None:
     """Prepare this process if it is `nnlite` or `python -m nnunet_lite`; else do nothing."""
-    if is_command():
+    if IS_COMMAND:
         _open_streams()
         usual = (signal.default_int_handler, signal.SIG_DFL)  # in the background, and by nohup, signals are ignored
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -36,7 +36,8 @@ def _prepare() -> None:
                 signal.signal(number, _stop_at_once)
 
 
-def is_command() -> bool:
+def _is_command() -> bool:
+    """Whether this process is `nnlite` or `python -m nnunet_lite`."""
     started = sys.argv[0] if sys.argv else ""
     if started == "-m":  # Python is looking for the module to run, which is not in sys.argv yet
         return "nnunet_lite" in sys.orig_argv[sys.orig_argv.index("-m") :][1:2]
@@ -76,4 +77,5 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
+IS_COMMAND = _is_command()  # otherwise a program that uses nnunet_lite as a library
 _prepare()

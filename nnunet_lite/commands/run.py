@@ -42,7 +42,8 @@ from nnunet_lite.commands.steps import (
     refuse_changed_settings,
     training_step,
 )
-from nnunet_lite.commands.train import TrainingRun, fold_names
+from nnunet_lite.commands.train import fold_names
+from nnunet_lite.commands.training_run import TrainingRun
 from nnunet_lite.commands.workflow import Journal, Step, StepResult, find_remaining, overview, run_steps
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import read_selection
