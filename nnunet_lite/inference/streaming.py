@@ -33,7 +33,7 @@ from nnunet_lite.preprocessing.pipeline import (
     output_values,
     require_finite,
 )
-from nnunet_lite.preprocessing.resampling import Block, blocks, operand, operators, run_in_threads, slab_of
+from nnunet_lite.preprocessing.resampling import Block, blocks, operand, operators, resampled_rows, run_in_threads
 
 Place = tuple[Span, ...]  # of a window
 
@@ -76,7 +76,7 @@ def opened(request: Request, image: Tensor, footprint: Footprint, *, skip_empty:
     parts, y, x = operators(data, placement.shape, cropped_shape(placement.box), orders, footprint.slab)
     return Stream(
         ready=stream(passes, image, footprint.tiling, parts, held, footprint.batch_size, skip_empty=skip_empty),
-        pieces=lambda part: slab_of(data, part, y, x),
+        pieces=lambda part: resampled_rows(data, part, y, x),
         head=None if passes.head is None else operand(data, passes.head),
         rounded=passes.half,
         threads=None if held.is_cpu else 1,
