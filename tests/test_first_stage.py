@@ -25,9 +25,9 @@ from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.inference.cases import as_classes
 from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, stage_map_file
-from nnunet_lite.inference.predictor import load, predict_image, predict_preprocessed
-from nnunet_lite.inference.prepare import as_classes
+from nnunet_lite.inference.predictor import load, predict_preprocessed
 from nnunet_lite.models.folder import read_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
@@ -171,9 +171,12 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
     image = read_image(scan)
     found = load(trained / "tiny", device="cpu")(scan)
-    first, second = load(trained / f"{FIRST}-tiny", device="cpu"), load(trained / "tiny", device="cpu", alone=True)
+    first, second = (
+        load(trained / f"{FIRST}-tiny", device="cpu"),
+        load(trained / "tiny", device="cpu", first_stage=False),
+    )
     assert first.folds == ("0", "1", "2", "3", "4") and second.previous is None
-    before = predict_image(first, image)
+    before = first(image)
     prepared = preprocess(image, before.astype(np.uint8), second.plan, second.configuration)
     assert prepared.classes is not None and prepared.classes.any()
     logits = predict_preprocessed(second, prepared.image, prepared.classes)
@@ -197,7 +200,7 @@ def test_the_command_predicts_with_both_stages(
 
 
 def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: Paths) -> None:
-    model = load(trained / "tiny", [0], "cpu", alone=True)
+    model = load(trained / "tiny", [0], "cpu", first_stage=False)
     case_id = read_json(paths.splits)[0]["val"][0]
     image = read_image(Path(read_json(paths.dataset)["root"]) / "imagesTr" / f"{case_id}.nii.gz")
     prepared = preprocess(image, None, model.plan, model.configuration)

@@ -13,10 +13,9 @@ from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichChec
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.files import understood
-from nnunet_lite.inference.predictor import read_model
-from nnunet_lite.models.choice import in_our_form, model_at
+from nnunet_lite.models.bundle import as_model_folder
 from nnunet_lite.models.folder import MODEL, first_training, model_folders, read_header, trained_folds, validation_dice
-from nnunet_lite.models.nnunet import Checkpoint
+from nnunet_lite.models.lookup import Checkpoint, find_model, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
@@ -47,7 +46,7 @@ def info(
         There is no such model, or no dataset is planned.
     """
     if (given := either_model(model, model_option)) is not None:
-        return describe_model(model_at(given, workspace_folder(workspace), dataset), checkpoint)
+        return describe_model(find_model(given, workspace_folder(workspace), dataset), checkpoint)
     return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
 
 
@@ -64,7 +63,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
     UserError
         It is not a model.
     """
-    with in_our_form([model], None, checkpoint) as (folder,):
+    with as_model_folder(model, checkpoint) as folder:
         return _describe_folder(model, folder)
 
 

@@ -41,7 +41,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, predict_first_stage, with_first_stage
-from nnunet_lite.inference.tiles import window_starts
+from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
     SUMMARY,
