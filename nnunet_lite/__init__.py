@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nnunet_lite.commands.select import select
     from nnunet_lite.commands.train import train
     from nnunet_lite.commands.view import view
-    from nnunet_lite.models.choice import load
+    from nnunet_lite.inference.predictor import load
 
 __all__ = [
     "check",
@@ -47,7 +47,7 @@ __all__ = [
     "train",
     "view",
 ]
-_ELSEWHERE = {"export_model": "commands.export", "import_model": "commands.export", "load": "models.choice"}
+_ELSEWHERE = {"export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor"}
 
 
 def __getattr__(name: str) -> Any:

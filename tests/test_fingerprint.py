@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,14 @@ from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import nonzero_mask
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning import fingerprint as module
-from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
+from nnunet_lite.planning.fingerprint import (
+    BLOCK,
+    SEED,
+    Draws,
+    Fingerprint,
+    RandomBlocks,
+    check_and_fingerprint,
+)
 
 
 def take(root: Path, workers: int | None = 2) -> Fingerprint:
@@ -41,7 +49,7 @@ def test_fingerprint_equals_its_definition(copy_dataset: Callable[..., Path], mo
     assert found.case_ids == tuple(case.id for case in dataset.cases)
     assert found.shapes_after_crop == tuple(shapes)
     assert found.spacings == ((1.0, 1.0, 1.0),) * 5
-    assert found.relative_size_after_crop == np.median(relative)
+    assert found.median_relative_size_after_cropping == np.median(relative)
     statistics = found.intensities[0].model_dump()
     expected = {
         "mean": everything.mean(),
@@ -70,8 +78,8 @@ def test_threads_change_nothing(hippocampus: Path) -> None:
 def test_merging_on_the_way_changes_nothing(hippocampus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = take(hippocampus)
     joined = []
-    monkeypatch.setattr(module, "_joined", lambda parts, join=module._joined: joined.append(1) or join(parts))
-    monkeypatch.setattr(module, "_bounded", lambda drawn: drawn)
+    monkeypatch.setattr(module, "_join", lambda parts, join=module._join: joined.append(1) or join(parts))
+    monkeypatch.setattr(module, "_bound", lambda drawn: drawn)
     monkeypatch.setattr(module, "_MANY", 1000)
     assert take(hippocampus) == at_once
     assert len(joined) > 1
@@ -81,7 +89,7 @@ def test_many_distinct_values_are_rounded_but_hardly(monkeypatch: pytest.MonkeyP
     values = np.sort(np.random.default_rng(0).normal(100, 30, 200_000).astype(np.float32))
     exact = module._statistics(module._distinct(values, np.ones(values.size, np.int64)))
     monkeypatch.setattr(module, "_MANY", 150_000)
-    rounded = module._bounded(module._distinct(values, np.ones(values.size, np.int64)))
+    rounded = module._bound(module._distinct(values, np.ones(values.size, np.int64)))
     assert rounded.values.size <= 150_000 and rounded.counts.sum() == values.size
     assert module._statistics(rounded).model_dump() == pytest.approx(exact.model_dump(), rel=1e-4)
 
@@ -89,10 +97,10 @@ def test_many_distinct_values_are_rounded_but_hardly(monkeypatch: pytest.MonkeyP
 def test_round_trip_and_bad_files(hippocampus: Path, tmp_path: Path) -> None:
     fingerprint = take(hippocampus)
     path = tmp_path / "fingerprint.json"
-    path.write_text(json.dumps(fingerprint.to_nnunet()))
+    path.write_text(fingerprint.model_dump_json())
     assert Fingerprint.read(path) == fingerprint
     path.write_text(json.dumps({"spacings": []}))
-    with pytest.raises(UserError, match=r"fingerprint\.json: is no fingerprint \(KeyError"):
+    with pytest.raises(UserError, match=r"fingerprint\.json: is no fingerprint: shapes_after_crop: Field required"):
         Fingerprint.read(path)
     path.write_text("{")
     with pytest.raises(UserError, match=r"fingerprint\.json: invalid JSON at line 1"):
@@ -104,3 +112,38 @@ def test_no_fingerprint_of_broken_data(copy_dataset: Callable[..., Path]) -> Non
     next((root / "labelsTr").iterdir()).unlink()
     report, fingerprint = check_and_fingerprint(read_dataset(root), 2)
     assert not report.ok and fingerprint is None
+
+
+DRAWN = (100_000, 3, 700_000, BLOCK)  # one after the other from the same numbers
+
+
+def expected(size: int) -> list[np.ndarray]:
+    random = np.random.RandomState(SEED)
+    return [np.bincount(random.randint(0, size, n), minlength=size) for n in DRAWN]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000, 1024, 1025, 40_000, 65_536, 65_537, 300_000])
+def test_counts_are_those_of_numpy(size: int) -> None:
+    draws = Draws(RandomBlocks())
+    for samples, counts in zip(DRAWN, expected(size), strict=True):
+        assert np.array_equal(draws.counts(size, samples), counts)
+
+
+def test_cases_share_numbers_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT", 2)  # later blocks are made again
+    blocks = RandomBlocks()
+
+    def draw(size: int) -> list[np.ndarray]:
+        draws = Draws(blocks)
+        return [draws.counts(size, n) for n in DRAWN]
+
+    sizes = (900, 100_000, 30_000, 900, 5_000)
+    with ThreadPoolExecutor(3) as pool:
+        for size, found in zip(sizes, pool.map(draw, sizes), strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected(size), strict=True))
+
+
+def test_a_count_of_low_bits_fits_into_a_byte() -> None:
+    blocks = RandomBlocks()
+    for block in range(40):
+        assert blocks.counts(block, 16).sum() == BLOCK

@@ -98,7 +98,7 @@ def test_older_plans_inherit_in_a_chain(plans: dict[str, Any]) -> None:
 def test_cascade_goes_both_ways() -> None:
     fixture = json.loads((DATA / "plan_fixtures.json").read_text())[0]
     told = description_from_nnunet(fixture["dataset"])
-    fingerprint = Fingerprint.from_nnunet(fixture["fingerprint"])
+    fingerprint = Fingerprint.model_validate(fixture["fingerprint"])
     plan = make_plan(fingerprint, "Dataset001_Test", told.channels, told.labels, n_cases=told.n_cases)
     written = plan_to_nnunet(plan, fixture["dataset"])
     cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
@@ -113,7 +113,7 @@ def test_cascade_goes_both_ways() -> None:
 def test_presets_share_preprocessed_data_only_where_nnunet_does() -> None:
     fixture = json.loads((DATA / "plan_fixtures.json").read_text())[2]
     told = description_from_nnunet(fixture["dataset"])
-    fingerprint = Fingerprint.from_nnunet(fixture["fingerprint"])
+    fingerprint = Fingerprint.model_validate(fixture["fingerprint"])
     plan = make_plan(fingerprint, "X", told.channels, told.labels, "resenc_m", n_cases=told.n_cases)
     written = plan_to_nnunet(plan, fixture["dataset"])
     assert written["plans_name"] == "nnUNetResEncUNetMPlans"
@@ -228,7 +228,7 @@ ARCHITECTURE = "configurations/3d_fullres/architecture"
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("configurations/3d_small/inherits_from", "3d_big", "3d_small.inherits_from '3d_big', which is not there"),
+        ("configurations/3d_small/inherits_from", "3d_big", "3d_small.inherits_from '3d_big', which does not exist"),
         ("configurations/3d_fullres", {"inherits_from": "3d_small"}, "circle: 3d_fullres -> 3d_small -> 3d_fullres"),
         ("configurations/2d/normalization_schemes", ["MyNormalization"], "normalise differently"),
         (f"{ARCHITECTURE}/network_class_name", "my.Net", "configurations.3d_fullres.network class 'my.Net'"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ DRAWN = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_pe
 def plan_of(fixture: dict[str, Any]) -> Plan:
     told = description_from_nnunet(fixture["dataset"])
     return make_plan(
-        Fingerprint.from_nnunet(fixture["fingerprint"]),
+        Fingerprint.model_validate(fixture["fingerprint"]),
         "Dataset001_Test",
         told.channels,
         told.labels,
@@ -39,12 +40,26 @@ def plan_of(fixture: dict[str, Any]) -> Plan:
     )
 
 
+def fingerprint_of(
+    spacings: Sequence[tuple[float, ...]], shapes: Sequence[tuple[int, ...]], crop: float = 1.0, channels: int = 1
+) -> Fingerprint:
+    per_channel = {str(number): STATISTICS.model_dump() for number in range(channels)}
+    return Fingerprint.model_validate(
+        {
+            "spacings": spacings,
+            "shapes_after_crop": shapes,
+            "median_relative_size_after_cropping": crop,
+            "foreground_intensity_properties_per_channel": per_channel,
+        }
+    )
+
+
 def simple(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], n: int = 20, crop: float = 1.0, **options: Any
 ) -> Plan:
     """A plan of n equal cases with one channel."""
     channels = options.pop("channels", ("T1",))
-    fingerprint = Fingerprint((spacing,) * n, (shape,) * n, crop, (STATISTICS,) * len(channels))
+    fingerprint = fingerprint_of((spacing,) * n, (shape,) * n, crop, len(channels))
     return make_plan(fingerprint, "Test", channels, LABELS, **options)
 
 
@@ -102,7 +117,7 @@ def test_channel_name_chooses_the_normalisation(name: str, scheme: str, masked: 
 
 def test_coarse_axis_comes_first_and_takes_the_10th_percentile() -> None:
     spacings = tuple((0.8, 0.8, z) for z in (3.0, 4.0, 5.0, 5.0, 5.0, 6.0, 6.0, 6.0, 6.0, 7.0))
-    fingerprint = Fingerprint(spacings, ((400, 400, 30),) * 10, 1.0, (STATISTICS,))
+    fingerprint = fingerprint_of(spacings, ((400, 400, 30),) * 10)
     plan = make_plan(fingerprint, "Test", ("CT",), LABELS)
     assert plan.axis_order == (2, 0, 1)
     assert plan.configurations["3d_fullres"].spacing == pytest.approx((3.9, 0.8, 0.8))
@@ -121,7 +136,7 @@ def test_coarse_axis_comes_first_and_takes_the_10th_percentile() -> None:
 )
 def test_the_median_is_named_where_it_is_another_length(lengths: tuple[float, ...], words: str) -> None:
     spacings = tuple((z, 1.0, 1.0) for z in lengths)
-    fingerprint = Fingerprint(spacings, ((20, 400, 400),) * len(lengths), 1.0, (STATISTICS,))
+    fingerprint = fingerprint_of(spacings, ((20, 400, 400),) * len(lengths))
     reasons = make_plan(fingerprint, "Test", ("CT",), LABELS).configurations["3d_fullres"].reasons
     assert f"spacing along z {words}" in reasons[0]
 
@@ -179,7 +194,7 @@ def test_impossible_wishes_are_refused(options: dict[str, Any], message: str) ->
 
 
 def test_fingerprint_of_other_channels_is_refused() -> None:
-    fingerprint = Fingerprint(((1, 1, 1),), ((60, 60, 60),), 1.0, (STATISTICS,))
+    fingerprint = fingerprint_of(((1, 1, 1),), ((60, 60, 60),))
     with pytest.raises(UserError, match="has 2 channels, its fingerprint 1"):
         make_plan(fingerprint, "Test", ("T1", "T2"), LABELS)
 

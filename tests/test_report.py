@@ -300,7 +300,12 @@ def test_no_planned_data_set(tmp_path: Path) -> None:
 def test_names_are_text_in_a_notebook() -> None:
     evil = "<script>alert(1)</script>"
     statistics = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
-    fingerprint = Fingerprint(((1.0, 1.0, 1.0),) * 5, ((40, 50, 36),) * 5, 1.0, (statistics,))
+    fingerprint = Fingerprint(
+        spacings=((1.0, 1.0, 1.0),) * 5,
+        shapes_after_crop=((40, 50, 36),) * 5,
+        median_relative_size_after_cropping=1.0,
+        foreground_intensity_properties_per_channel={"0": statistics},
+    )
     labels = Labels(names={"background": 0, "a": 1, evil: 2})
     draws = np.random.default_rng(0)
     measures = score_case(*draws.integers(0, 3, (2, 6, 6, 6)), labels, (1.0, 1.0, 1.0))

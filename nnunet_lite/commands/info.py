@@ -13,10 +13,16 @@ from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichChec
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.files import understood
-from nnunet_lite.inference.predictor import read_model
-from nnunet_lite.models.choice import in_our_form, model_at
-from nnunet_lite.models.folder import MODEL, first_training, model_folders, trained_folds, validation_dice
-from nnunet_lite.models.nnunet import Checkpoint
+from nnunet_lite.models.bundle import as_model_folder
+from nnunet_lite.models.folder import (
+    MODEL,
+    first_training,
+    model_folders,
+    read_weights_header,
+    trained_folds,
+    validation_dice,
+)
+from nnunet_lite.models.lookup import Checkpoint, find_model, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
@@ -47,40 +53,38 @@ def info(
         There is no such model, or no dataset is planned.
     """
     if (given := either_model(model, model_option)) is not None:
-        return describe_model(model_at(given, workspace_folder(workspace), dataset), checkpoint)
+        return describe_model(find_model(given, workspace_folder(workspace), dataset), checkpoint)
     return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
 
 
 def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
-    """What a model is: a model folder, ours or nnU-Net's, or an exported zip. Nothing that it may carry is run.
+    """Describe a model folder, ours or nnU-Net's, or an exported zip, without running code that it may contain.
 
     Parameters
     ----------
-    checkpoint : of each fold of a model of nnU-Net.
+    checkpoint : str
+        Which checkpoint of each fold to describe, for a model of nnU-Net.
 
     Raises
     ------
-    UserError : it is no model.
+    UserError
+        It is not a model.
     """
+    with as_model_folder(model, checkpoint) as folder:
+        return _describe_folder(model, folder)
 
-    with in_our_form([model], None, checkpoint) as (folder,):
-        return _described(model, folder)
 
-
-def _described(model: Path, folder: Path) -> About:
-    """What a model folder holds; it is that of `model`, in our form."""
-
-    from nnunet_lite.models.folder import read_header  # imports torch
-
+def _describe_folder(model: Path, folder: Path) -> About:
+    """Describe `model` from its folder in our form."""
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
     folds = {}
     for fold in trained_folds(folder):
         with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_header(folder / f"fold_{fold}" / MODEL)
+            state = read_weights_header(folder / f"fold_{fold}" / MODEL)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
         folds[fold]["mean_dice"] = validation_dice(folder, fold)
-    begun = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
+    unfinished = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
     network = configuration.network
     values = {
         "model": str(model),
@@ -95,7 +99,7 @@ def _described(model: Path, folder: Path) -> About:
         "batch_size": configuration.batch_size,
         "network": network.model_dump(),
         "folds": folds,
-        "unfinished_folds": begun,
+        "unfinished_folds": unfinished,
         "seed": run["seed"],
         "versions": run["versions"],
         "settings": run["settings"],
@@ -111,23 +115,22 @@ def _described(model: Path, folder: Path) -> About:
     for fold, state in folds.items():
         dice = "not validated" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
         lines.append(f"fold {fold}    {state['epochs']} epochs in {log.duration(state['seconds'])}, {dice}")
-    lines += [f"fold {fold}    not finished" for fold in begun]
+    lines += [f"fold {fold}    not finished" for fold in unfinished]
     return About(values, "\n".join(lines))
 
 
 def _orientation(plan: Plan) -> str:
     if plan.orientation is None:
-        return "orientation not known: images are taken as they are stored"
-    return f"images are turned to {plan.orientation}"
+        return "orientation not known: images are used as they are stored"
+    return f"images are reoriented to {plan.orientation}"
 
 
 def describe_dataset(paths: Paths) -> About:
-    """What the workspace has of a dataset: cases, plan, models; of one that is not planned, its imported models."""
-
+    """Describe a dataset of a workspace: its cases, plan and models; only the models if it is not planned."""
     models = [describe_model(folder) for folder in model_folders(paths)]
     if not paths.plans.is_file():
         about = {"dataset": paths.name, "workspace": str(paths.root.parent), "models": [m.values for m in models]}
-        head = f"{paths.name}: models alone; the dataset itself is not planned in {paths.root.parent}"
+        head = f"{paths.name}: only models; the dataset is not planned in {paths.root.parent}"
         return About(about, "\n\n".join([head, *(model.text for model in models)]))
     plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
     values = {
@@ -146,8 +149,8 @@ def describe_dataset(paths: Paths) -> About:
         stale = f"; {' and '.join(changed)} changed since: run `nnlite select` again" if changed else ""
         selected = [f"selected  {selection.summary}, on {selection.made}{stale}"]
     head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
-    nothing = f"no model yet: {first_training(paths)}"
-    return About(values, "\n\n".join([head, plan_table(plan), *([m.text for m in models] or [nothing]), *selected]))
+    texts = [model.text for model in models] or [f"no model yet: {first_training(paths)}"]
+    return About(values, "\n\n".join([head, plan_table(plan), *texts, *selected]))
 
 
 def _by(values: tuple[Any, ...]) -> str:

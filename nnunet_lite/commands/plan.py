@@ -164,7 +164,7 @@ def _plan_dataset(
     replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
-    write_json(paths.fingerprint, fingerprint.to_nnunet())
+    write_json(paths.fingerprint, fingerprint.model_dump(mode="json"))
     write_stamps(paths.raw, raw)
     if made_splits is not None:
         if (old := set_aside(paths.splits)) is not None:

@@ -1,19 +1,24 @@
-"""What planning knows of a data set: spacings, shapes after cropping, and the intensities of the foreground.
+"""Take the fingerprint of a dataset: spacings, shapes after cropping, and the intensities of the foreground.
 
 The intensities are those of nnU-Net 2.8.1, drawn from the same random numbers: 1e8 voxels in all, an equal share from
-each case, with replacement, from the voxels that are not background. Since most cases have fewer foreground voxels than
-their share, what is kept is each distinct value with the number of times it was drawn, not 1e8 numbers.
+each case, with replacement, from the voxels that are not background. Most cases have fewer foreground voxels than their
+share, so each distinct value is kept with the number of times it was drawn, not 1e8 numbers.
+
+Read `check_and_fingerprint` first, then `fingerprint_case` and `Collector`. `RandomBlocks` and `Draws` at the end of
+the file count nnU-Net's draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
@@ -21,75 +26,65 @@ from nnunet_lite.data.geometry import Geometry, common_orientation, nonzero_box,
 from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
-from nnunet_lite.planning.draws import Draws, Stream
-from nnunet_lite.planning.schema import Statistics
+from nnunet_lite.planning.schema import Statistics, first_problem
 
-SAMPLES = 100_000_000  # foreground voxels per channel over the whole data set
+SAMPLES = 100_000_000  # foreground voxels per channel over the whole dataset
 _MANY = 1 << 22  # distinct values of one channel above which they are rounded: bounds the memory
+
+SEED = 1234
+BLOCK = 1 << 18  # random numbers generated at a time
+_BITS = 16  # counted of each number; 4 numbers to a count on average, so a count fits into a byte
+_KEPT = 16  # blocks that are kept (16 MB): enough for datasets of a hundred cases; later ones are generated again
 
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """The content of nnU-Net's dataset_fingerprint.json.
+class Fingerprint(BaseModel):
+    """The content of fingerprint.json, which is nnU-Net's dataset_fingerprint.json and three fields more.
 
     Parameters
     ----------
-    spacings : of each case, mm (z, y, x), turned to `orientation`.
-    shapes_after_crop : of each case, voxels (z, y, x) of the box around what is not zero in every channel, turned too.
-    relative_size_after_crop : median share of the voxels that this box holds.
-    intensities : of each channel, over the foreground voxels of all cases.
-    case_ids : in the order of the above; empty for a fingerprint that nnU-Net wrote.
-    orientation : that images are turned to, as in `Geometry`; None where no case has a known one.
-    orientations : of each case, as in its file; empty for a fingerprint that nnU-Net wrote.
+    spacings : tuple of tuple of float
+        mm (z, y, x) of each case, turned to `orientation`.
+    shapes_after_crop : tuple of tuple of int
+        Voxels (z, y, x) of the box around what is not zero in every channel, of each case, turned too.
+    median_relative_size_after_cropping : float
+        Median share of the voxels that this box has.
+    foreground_intensity_properties_per_channel : dict of str to Statistics
+        By channel number, over the foreground voxels of all cases.
+    case_ids : tuple of str
+        In the order of the above; empty for a fingerprint of nnU-Net.
+    orientation : str or None
+        The orientation that images are turned to, as in `Geometry`; None where no case has a known one.
+    orientations : tuple of str or None
+        Of each case, as in its file; empty for a fingerprint of nnU-Net.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     spacings: tuple[Spacing, ...]
     shapes_after_crop: tuple[Shape, ...]
-    relative_size_after_crop: float
-    intensities: tuple[Statistics, ...]
+    median_relative_size_after_cropping: float
+    foreground_intensity_properties_per_channel: dict[str, Statistics]
     case_ids: tuple[str, ...] = ()
     orientation: str | None = None
     orientations: tuple[str | None, ...] = ()
 
-    def to_nnunet(self) -> dict[str, Any]:
-        """As nnU-Net's dataset_fingerprint.json, with case ids and orientations added."""
-        return {
-            "spacings": [list(s) for s in self.spacings],
-            "shapes_after_crop": [list(s) for s in self.shapes_after_crop],
-            "median_relative_size_after_cropping": self.relative_size_after_crop,
-            "foreground_intensity_properties_per_channel": {
-                str(i): s.model_dump() for i, s in enumerate(self.intensities)
-            },
-            "case_ids": list(self.case_ids),
-            "orientation": self.orientation,
-            "orientations": list(self.orientations),
-        }
+    @model_validator(mode="after")
+    def _agrees(self) -> Fingerprint:
+        channels = self.foreground_intensity_properties_per_channel
+        if sorted(channels) != sorted(map(str, range(len(channels)))):
+            raise ValueError("the channels must be numbered from 0")
+        if len(self.spacings) != len(self.shapes_after_crop):
+            raise ValueError(f"{len(self.spacings)} spacings for {len(self.shapes_after_crop)} shapes")
+        return self
 
-    @classmethod
-    def from_nnunet(cls, value: dict[str, Any]) -> Fingerprint:
-        """From the content of a dataset_fingerprint.json.
-
-        Raises
-        ------
-        UserError : something is missing or of the wrong kind.
-        """
-        try:
-            per_channel = value["foreground_intensity_properties_per_channel"]
-            return cls(
-                spacings=tuple((float(z), float(y), float(x)) for z, y, x in value["spacings"]),
-                shapes_after_crop=tuple((int(z), int(y), int(x)) for z, y, x in value["shapes_after_crop"]),
-                relative_size_after_crop=float(value["median_relative_size_after_cropping"]),
-                intensities=tuple(Statistics(**per_channel[str(i)]) for i in range(len(per_channel))),
-                case_ids=tuple(value.get("case_ids", ())),
-                orientation=value.get("orientation"),
-                orientations=tuple(value.get("orientations", ())),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"is no fingerprint ({type(error).__name__}: {reason:.120})") from None
+    @property
+    def intensities(self) -> tuple[Statistics, ...]:
+        """The statistics of each channel in order."""
+        channels = self.foreground_intensity_properties_per_channel
+        return tuple(channels[str(number)] for number in range(len(channels)))
 
     @classmethod
     def read(cls, path: Path) -> Fingerprint:
@@ -97,16 +92,17 @@ class Fingerprint:
 
         Raises
         ------
-        UserError : no such file, no JSON, or not a fingerprint.
+        UserError
+            There is no such file, or it is not a fingerprint.
         """
         try:
-            return cls.from_nnunet(read_json(path))
-        except UserError as error:
-            raise error if error.file else UserError(error.what, path) from None
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            raise UserError(f"is no fingerprint: {first_problem(error)}", path) from None
 
 
 @dataclass(frozen=True)
-class Values:
+class ValueCounts:
     """Distinct values in ascending order, float32, and how often each occurs."""
 
     values: np.ndarray
@@ -121,7 +117,7 @@ class CaseFingerprint:
     spacing: Spacing
     shape_after_crop: Shape
     relative_size: float
-    foreground: tuple[Values, ...]
+    foreground: tuple[ValueCounts, ...]
 
 
 def check_and_fingerprint(
@@ -129,32 +125,56 @@ def check_and_fingerprint(
     workers: int | None = None,
     progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
 ) -> tuple[Report, Fingerprint | None]:
-    """Check a data set and take its fingerprint in a single pass: each raw file is read once.
+    """Check a dataset and take its fingerprint in a single pass: each raw file is read once.
 
     Parameters
     ----------
-    workers : threads; None for one per CPU this process may use, 0 for none.
-    progress : such as `nnunet_lite.log.progress`.
+    dataset : Dataset
+        The raw cases.
+    workers : int, optional
+        Threads; None for one per CPU this process may use, 0 for none.
+    progress : callable, optional
+        Wraps the loop over the cases, such as `nnunet_lite.log.progress`.
 
     Returns
     -------
-    the report, and the fingerprint, None where the report has errors or a geometry that is not accepted.
+    tuple of Report and Fingerprint
+        The fingerprint is None where the report has errors or a geometry that is not accepted.
     """
     share = SAMPLES // max(1, len(dataset.cases))
-    collected = Collector(len(dataset.channels))
-    stream = Stream()
+    collector = Collector(len(dataset.channels))
+    blocks = RandomBlocks()
 
     def visit(image: np.ndarray, geometry: Geometry, foreground: np.ndarray) -> CaseFingerprint:
-        return case_fingerprint(image, geometry, foreground, share, Draws(stream))
+        return fingerprint_case(image, geometry, foreground, share, Draws(blocks))
 
-    report = check_dataset(dataset, visit, collected.add, workers, progress)
-    return report, collected.fingerprint(dataset.orientation) if report.can_be_planned else None
+    report = check_dataset(dataset, visit, collector.add, workers, progress)
+    return report, collector.fingerprint(dataset.orientation) if report.can_be_planned else None
 
 
-def case_fingerprint(
+def fingerprint_case(
     image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int, draws: Draws
 ) -> CaseFingerprint:
-    """One case's share: image (channels, z, y, x), foreground mask (z, y, x), number of voxels to draw."""
+    """Take what one case adds to the fingerprint.
+
+    Parameters
+    ----------
+    image : ndarray, shape (channels, z, y, x)
+        Intensities.
+    geometry : Geometry
+        Grid of the image.
+    foreground : ndarray of bool, shape (z, y, x)
+        Voxels that are not background.
+    samples : int
+        Number of voxels to draw.
+    draws : Draws
+        Random numbers of this case.
+
+    Returns
+    -------
+    CaseFingerprint
+        Shape, spacing and drawn intensities.
+    """
     box = nonzero_box(image)
     shape = tuple(high - low for low, high in box)
     inside = slices(box)
@@ -165,25 +185,27 @@ def case_fingerprint(
 
 
 class Collector:
-    """Takes one case after the other; what it holds does not grow with their number."""
+    """Takes one case after the other; its memory does not grow with their number."""
 
     def __init__(self, channels: int) -> None:
         self._cases: dict[str, CaseFingerprint] = {}
-        self._merged = [Values(np.zeros(0, np.float32), np.zeros(0, np.int64))] * channels
-        self._pending: list[tuple[Values, ...]] = []
+        self._merged = [ValueCounts(np.zeros(0, np.float32), np.zeros(0, np.int64))] * channels
+        self._pending: list[tuple[ValueCounts, ...]] = []
+        self._pending_values = 0
 
     def add(self, case_id: str, case: CaseFingerprint) -> None:
         self._cases[case_id] = replace(case, foreground=())
         self._pending.append(case.foreground)
-        if sum(values.values.size for values, *_ in self._pending) > _MANY:
+        self._pending_values += case.foreground[0].values.size
+        if self._pending_values > _MANY:
             self._merge()
 
     def _merge(self) -> None:
-        self._merged = [_joined(parts) for parts in zip(self._merged, *self._pending, strict=True)]
-        self._pending = []
+        self._merged = [_join(parts) for parts in zip(self._merged, *self._pending, strict=True)]
+        self._pending, self._pending_values = [], 0
 
     def fingerprint(self, orientation: str | None = None) -> Fingerprint:
-        """The fingerprint of all cases, turned to an orientation (default: the one that most cases have)."""
+        """Return the fingerprint of all cases, turned to an orientation (default: the one that most cases have)."""
         self._merge()
         cases = list(self._cases.values())
         orientation = orientation or common_orientation(case.orientation for case in cases)
@@ -194,22 +216,22 @@ class Collector:
             shapes_after_crop=tuple(
                 (c.shape_after_crop[a], c.shape_after_crop[b], c.shape_after_crop[d]) for c, (a, b, d) in pairs
             ),
-            relative_size_after_crop=float(np.median([case.relative_size for case in cases])),
-            intensities=tuple(_statistics(values) for values in self._merged),
+            median_relative_size_after_cropping=float(np.median([case.relative_size for case in cases])),
+            foreground_intensity_properties_per_channel={str(i): _statistics(v) for i, v in enumerate(self._merged)},
             case_ids=tuple(self._cases),
             orientation=orientation,
             orientations=tuple(case.orientation for case in cases),
         )
 
 
-def _draw(values: np.ndarray, samples: int, draws: Draws) -> Values:
+def _draw(values: np.ndarray, samples: int, draws: Draws) -> ValueCounts:
     """Draw with replacement, and count."""
     if values.size == 0:
-        return Values(values, np.zeros(0, np.int64))
-    return _bounded(_distinct(values, draws.counts(values.size, samples)))
+        return ValueCounts(values, np.zeros(0, np.int64))
+    return _bound(_distinct(values, draws.counts(values.size, samples)))
 
 
-def _distinct(values: np.ndarray, counts: np.ndarray) -> Values:
+def _distinct(values: np.ndarray, counts: np.ndarray) -> ValueCounts:
     """Sort, and add up the counts of equal values."""
     order = np.argsort(values)
     values, counts = values[order], counts[order]
@@ -217,22 +239,22 @@ def _distinct(values: np.ndarray, counts: np.ndarray) -> Values:
         first = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
         values, counts = values[first], np.add.reduceat(counts, first)
     drawn = counts > 0
-    return Values(values[drawn], counts[drawn])
+    return ValueCounts(values[drawn], counts[drawn])
 
 
-def _bounded(drawn: Values) -> Values:
-    """Many distinct values rounded to 17 significant bits (a part in 2e5), of which there are far fewer."""
+def _bound(drawn: ValueCounts) -> ValueCounts:
+    """Round many distinct values to 17 significant bits (a part in 2e5), of which there are far fewer."""
     if drawn.values.size <= _MANY:
         return drawn
     bits = drawn.values.view(np.uint32) + np.uint32(0x40) & np.uint32(0xFFFFFF80)
     return _distinct(bits.view(np.float32), drawn.counts)
 
 
-def _joined(parts: Sequence[Values]) -> Values:
-    return _bounded(_distinct(np.concatenate([p.values for p in parts]), np.concatenate([p.counts for p in parts])))
+def _join(parts: Sequence[ValueCounts]) -> ValueCounts:
+    return _bound(_distinct(np.concatenate([p.values for p in parts]), np.concatenate([p.counts for p in parts])))
 
 
-def _statistics(drawn: Values) -> Statistics:
+def _statistics(drawn: ValueCounts) -> Statistics:
     values, counts = drawn.values.astype(np.float64), drawn.counts
     mean = float(np.average(values, weights=counts))
     low, median, high = _percentiles(values, counts, (0.5, 50.0, 99.5))
@@ -257,3 +279,84 @@ def _percentiles(values: np.ndarray, counts: np.ndarray, percents: tuple[float, 
         a, b = values[np.searchsorted(ends, [below, min(below + 1, int(ends[-1]) - 1)], side="right")]
         out.append(float(a + (b - a) * (position - below)))
     return out
+
+
+# ------------------------------------------------------------------------------------------- nnU-Net's random numbers
+# nnU-Net draws np.random.RandomState(1234).randint(0, size, samples). numpy takes the low bits of each 32-bit random
+# number where they are < size, and otherwise the next number. Every case draws from the same numbers, so they are
+# generated, and their low 16 bits counted, once, block by block. The counts of fewer low bits are sums of these, so
+# what a case draws from a whole block is known without reading its numbers.
+
+
+class RandomBlocks:
+    """The 32-bit numbers of np.random.RandomState(SEED) in blocks, for all cases of a dataset; threads may share it.
+
+    Its memory grows by a quarter of a byte for each number that a case of up to 65 536 voxels draws: some 50 MB per
+    channel for a single case, less for more cases.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[Any] = [np.random.RandomState(SEED).get_state()]  # at the start of each block
+        self._numbers: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+        self._ahead: Future[np.ndarray] | None = None
+        self._pool = ThreadPoolExecutor(1, "random")
+        self._storing, self._counting = Lock(), Lock()
+
+    def numbers(self, block: int) -> np.ndarray:
+        """Return all numbers of a block, uint32; of one that was generated before, or the next."""
+        if block < len(self._numbers):
+            return self._numbers[block]
+        random = np.random.RandomState()
+        random.set_state(self._states[block])
+        numbers = random.randint(0, 1 << 32, BLOCK, dtype=np.uint32)
+        with self._storing:
+            if len(self._states) == block + 1:
+                self._states.append(random.get_state())
+                self._numbers += [numbers] if block < _KEPT else []
+        return numbers
+
+    def counts(self, block: int, bits: int) -> np.ndarray:
+        """Count each value of the low bits (at most 16) in a block; meanwhile the next block is generated."""
+        with self._counting:
+            while len(self._counts) <= block:
+                numbers = self._ahead.result() if self._ahead else self.numbers(0)
+                self._ahead = self._pool.submit(self.numbers, len(self._counts) + 1)
+                counts = np.bincount(numbers & np.uint32((1 << _BITS) - 1), minlength=1 << _BITS)
+                self._counts.append(counts.astype(np.uint8))
+        return self._counts[block].reshape(-1, 1 << bits).sum(axis=0, dtype=np.uint32)
+
+
+class Draws:
+    """The draws of one case, one call after the other from the same random numbers."""
+
+    def __init__(self, blocks: RandomBlocks) -> None:
+        self._blocks = blocks
+        self._position = 0
+
+    def counts(self, size: int, samples: int) -> np.ndarray:
+        """Return how often each of range(size) is drawn."""
+        bits = (size - 1).bit_length()
+        counts = np.zeros(1 << bits, np.int64)
+        left = samples
+        while left > 0:
+            block, start = divmod(self._position, BLOCK)
+            if bits <= _BITS and start == 0:
+                in_block = self._blocks.counts(block, bits)
+                drawn = int(in_block[:size].sum())
+                if drawn <= left:
+                    counts += in_block
+                    left -= drawn
+                    self._position += BLOCK
+                    continue
+            values = self._blocks.numbers(block)[start:] & np.uint32((1 << bits) - 1)
+            valid = np.flatnonzero(values < size)
+            if valid.size > left:  # the last one is among these
+                values, valid = values[: valid[left - 1] + 1], valid[:left]
+            if bits <= _BITS:
+                counts += np.bincount(values, minlength=1 << bits)
+            else:
+                np.add.at(counts, values, 1)
+            left -= valid.size
+            self._position += values.size
+        return counts[:size]

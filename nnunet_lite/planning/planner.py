@@ -200,7 +200,7 @@ def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Chann
             f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}",
             fix="Take the fingerprint again.",
         )
-    mask = fingerprint.relative_size_after_crop < SMALL_AFTER_CROP
+    mask = fingerprint.median_relative_size_after_cropping < SMALL_AFTER_CROP
     schemes = [_SCHEMES.get(name.casefold(), "zscore") for name in names]
     return tuple(
         Channel(name=name, normalization=scheme, use_mask=mask and scheme == "zscore", statistics=statistics)

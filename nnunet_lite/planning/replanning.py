@@ -25,7 +25,7 @@ from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import Description, description_to_nnunet, read_plan
 from nnunet_lite.planning.override import override_sizes
 from nnunet_lite.planning.planner import PRESETS, make_plan, memory_budget
-from nnunet_lite.planning.schema import Options, Plan, essence
+from nnunet_lite.planning.schema import Options, Plan, essence, first_problem
 from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.workspace import Paths
 
@@ -130,9 +130,7 @@ def plan_options(
     try:
         return Options.model_validate({**values, "clip_percentiles": clip, "stored_as": stored_as})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where} = {first['input']!r:.80}: {first['msg']}") from None
+        raise UserError(first_problem(error)) from None
 
 
 def read_earlier_plan(paths: Paths) -> EarlierPlan | None:

@@ -1,10 +1,15 @@
-"""plans.json: the contract that every later step reads."""
+"""The contract of plans.json, which every later step reads.
+
+`Plan` has one `Configuration` per network, and that has a `Network`. pydantic validates a file that was edited by hand;
+an error names the place in the file, the value and what is legal.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from html import escape
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
+from nnunet_lite.planning.show import plan_table
 
 FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
 
@@ -73,15 +79,20 @@ class Channel(_Model):
 
 
 def exact_storage(channels: Iterable[Channel]) -> Precision:
-    """The type that stores normalised images as exactly as they are needed.
+    """Return the type that stores normalised images as exactly as they are needed.
 
     float16 has 11 bits: an error of at most 2^-12 of a value. That is little of a value that counts in standard
     deviations from the mean, and of a byte; raw 16-bit values would be off by up to 16.
 
     Parameters
     ----------
-    channels : Iterable[Channel]
-        Of the images.
+    channels : iterable of Channel
+        The channels of the images.
+
+    Returns
+    -------
+    {"float16", "float32"}
+        float32 where a channel is not standardised.
     """
     return "float32" if any(channel.normalization in ("none", "rescale_0_1") for channel in channels) else "float16"
 
@@ -111,10 +122,7 @@ class Network(_Model):
     @property
     def divisor(self) -> tuple[int, ...]:
         """What each axis of a patch must be divisible by."""
-        out = [1] * len(self.strides[0])
-        for stride in self.strides:
-            out = [a * b for a, b in zip(out, stride, strict=True)]
-        return tuple(out)
+        return tuple(prod(axis) for axis in zip(*self.strides, strict=True))
 
 
 class Resampling(_Model):
@@ -178,7 +186,7 @@ class Configuration(_Model):
 
 
 class Sizes(_Model):
-    """What `nnlite plan` was asked to take for one configuration instead of the planned sizes."""
+    """The sizes that the options of `nnlite plan` give one configuration instead of the planned ones."""
 
     patch_size: tuple[Positive, ...] | None = None
     batch_size: Positive | None = None
@@ -192,7 +200,7 @@ class Options(_Model):
     adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
     sizes: dict[str, Sizes] = Field({}, description="by configuration")
     clip_percentiles: tuple[Percent, Percent] | None = None
-    stored_as: Literal["float16", "float32"] | None = None
+    stored_as: Precision | None = None
 
 
 class Plan(_Model):
@@ -235,7 +243,7 @@ class Plan(_Model):
         return {**values, "configurations": whole}
 
     @model_validator(mode="after")
-    def _stages_are_there(self) -> Plan:
+    def _previous_stages_exist(self) -> Plan:
         for name, configuration in self.configurations.items():
             others = [other for other in self.configurations if other != name]
             if configuration.previous_stage not in (None, *others):
@@ -246,11 +254,12 @@ class Plan(_Model):
         return self
 
     def configuration(self, name: str) -> Configuration:
-        """The configuration of that name.
+        """Return the configuration of a name.
 
         Raises
         ------
-        UserError : the plan has none of that name.
+        UserError
+            The plan has none of that name.
         """
         if name not in self.configurations:
             raise UserError(
@@ -260,31 +269,33 @@ class Plan(_Model):
         return self.configurations[name]
 
     def n_inputs(self, configuration: str) -> int:
-        """Input channels of a network: those of the image and, after a previous stage, one per foreground class."""
+        """Count a network's input channels: the image's and, after a previous stage, one per foreground class."""
         second = self.configuration(configuration).previous_stage is not None
         return len(self.channels) + (self.labels.n_classes - 1 if second else 0)
 
     def to_json(self) -> str:
+        """Return the text of plans.json."""
         return json.dumps(self.as_dict(), indent=1, ensure_ascii=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of plans.json. A model folder's plan has no options: they may name files of this machine."""
+        """Return the content of plans.json, without options where there are none, as in a model folder."""
         return self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
 
     def trains_as(self, other: Plan) -> bool:
-        """Whether both lead to the same arrays and networks: explanations and predicted memory do not count."""
-        return _essence(self) == _essence(other)
+        """Compare without explanations and predicted memory: both plans give the same arrays and networks."""
+
+        def essential(plan: Plan) -> dict[str, Any]:
+            values = plan.model_dump(exclude={"options"})
+            return {**values, "configurations": {name: essence(c) for name, c in plan.configurations.items()}}
+
+        return essential(self) == essential(other)
 
     def to_text(self) -> str:
-        """The plan as a table for a terminal."""
-        from nnunet_lite.planning.show import plan_table
-
+        """Return the plan as a table for a terminal."""
         return plan_table(self)
 
     def _repr_html_(self) -> str:
         """The plan as text, for a notebook."""
-        from nnunet_lite.planning.show import plan_table
-
         return f"<pre>{escape(plan_table(self))}</pre>"
 
     @classmethod
@@ -293,53 +304,66 @@ class Plan(_Model):
 
         Raises
         ------
-        UserError : no such file, no JSON, or an illegal value; names the JSON path and what is legal.
+        UserError
+            There is no such file, it is no JSON, or a value is illegal. The message names its place in the file and
+            what is legal.
         """
         if not path.is_file():
             raise UserError("there is no plan", path, "Run `nnlite plan DATA` first.")
         try:
             return cls.model_validate(read_json(path))
         except ValidationError as error:
-            raise UserError(_first_error(error), path, "Correct it, or run `nnlite plan` again.") from None
+            raise UserError(first_problem(error), path, "Correct it, or run `nnlite plan` again.") from None
 
     @classmethod
     def json_schema(cls) -> str:
-        """The JSON Schema of plans.json."""
+        """Return the JSON Schema of plans.json."""
         return json.dumps(cls.model_json_schema(), indent=1)
 
 
-def _essence(plan: Plan) -> dict[str, Any]:
-    values = plan.model_dump(exclude={"options"})
-    return {**values, "configurations": {name: essence(c) for name, c in plan.configurations.items()}}
-
-
 def essence(configuration: Configuration) -> dict[str, Any]:
-    """A configuration without its explanations and its predicted memory."""
+    """Return the content of a configuration without its explanations and its predicted memory."""
     return configuration.model_dump(mode="json", exclude={"reasons", "memory_gb"})
 
 
-def inherited(configurations: Mapping[str, dict[str, Any]], name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A configuration with everything that it inherits from others.
+def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a configuration with everything that it inherits from others.
+
+    Parameters
+    ----------
+    configurations : mapping of str to dict
+        All configurations, as a file has them.
+    name : str
+        The configuration.
+    heirs : tuple of str
+        The configurations that inherit from it, to find circles.
+
+    Returns
+    -------
+    dict
+        The whole configuration.
 
     Raises
     ------
-    ValueError : it inherits from itself, or from one that is not there.
+    ValueError
+        It inherits from itself, or from one that does not exist.
     """
-    if name in seen:
-        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*seen, name))}")
+    if name in heirs:
+        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*heirs, name))}")
     if not isinstance(name, str) or name not in configurations:
-        raise ValueError(f"inherits_from {name!r}, which is not there; there are: {', '.join(configurations)}")
+        raise ValueError(f"inherits_from {name!r}, which does not exist; there are: {', '.join(configurations)}")
     own = configurations[name]
     if "inherits_from" not in own:
         return dict(own)
-    base = inherited(configurations, own["inherits_from"], (*seen, name))
+    base = inherited(configurations, own["inherits_from"], (*heirs, name))
     return {**base, **{key: value for key, value in own.items() if key != "inherits_from"}}
 
 
-def _first_error(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem that pydantic found in a line: its place in the file, what is legal, and the value."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], dict):  # the message tells which of its entries is wrong
+    if isinstance(problem["input"], dict):  # the message says which of its entries is wrong
         return f"{where}: {message}" if where else message
     return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"

@@ -1,20 +1,22 @@
-"""A plan as a person wants to read it: the table, then why."""
+"""Show a plan to a person: `plan_table` is all of it, a table and then the reasons; the others are its parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
-from nnunet_lite.planning.schema import Channel, Configuration, Plan
+if TYPE_CHECKING:  # schema.py imports this file, so that a plan can show itself
+    from nnunet_lite.planning.schema import Channel, Configuration, Plan
 
 WIDTH = 120
-_PICTURES = [1, 1, 999]  # the spacing, sorted, with which pictures are read: they have none
+_PICTURES = [1, 1, 999]  # the spacing, sorted, that pictures are read with: they have none
 _SCHEMES = {"ct": "CT", "zscore": "z-score", "none": "as it is", "rescale_0_1": "to 0..1", "rgb_0_1": "RGB to 0..1"}
 
 
 def plan_table(plan: Plan) -> str:
-    """The plan as plain text, at most 120 columns: one line per configuration, then the reasons for each.
+    """Return the plan as plain text, at most 120 columns: one line per configuration, then the reasons for each.
 
     Lengths are in mm, of pictures in pixels; GB are 1e9 bytes of a training step; "patch sees" is the share of the
     median image in one patch.
@@ -31,7 +33,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def plan_title(plan: Plan) -> str:
-    """What all configurations share, in a line."""
+    """Return what all configurations share, in a line."""
     axes = " ".join("zyx"[axis] for axis in plan.axis_order)
     orientation = "" if plan.orientation is None else f" of {plan.orientation}"
     return (
@@ -41,55 +43,67 @@ def plan_title(plan: Plan) -> str:
 
 
 def length_unit(plan: Plan) -> str:
-    """What the plan's spacings are measured in: "mm", or "px" for pictures."""
+    """Return the unit of the plan's spacings: "mm", or "px" for pictures."""
     return "px" if sorted(plan.median_spacing) == _PICTURES else "mm"
 
 
 def plan_head(plan: Plan) -> tuple[str, ...]:
-    """The names of the columns of `plan_rows`."""
+    """Return the names of the columns of `plan_rows`."""
     spacing = f"spacing ({length_unit(plan)})"
     return "configuration", spacing, "median shape", "patch", "batch", "stages", "GB", "patch sees"
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """What `plan_head` names, of each configuration."""
-    return [_row(name, configuration) for name, configuration in plan.configurations.items()]
+    """Return the cells of `plan_head`'s columns for each configuration."""
+    return [
+        (
+            name,
+            _by(f"{length:.3g}" for length in c.spacing),
+            _by(f"{voxels:g}" for voxels in c.median_shape),
+            _by(map(str, c.patch_size)),
+            str(c.batch_size),
+            str(len(c.network.features)),
+            "?" if c.memory_gb is None else f"{c.memory_gb:.1f}",
+            f"{100 * patch_share(c):.3g} %",
+        )
+        for name, c in plan.configurations.items()
+    ]
 
 
 def plan_reasons(plan: Plan) -> dict[str, list[str]]:
-    """Why each configuration is as it is."""
+    """Return why each configuration is as it is."""
     return {name: [*c.reasons, *_over_budget(plan, c)] for name, c in plan.configurations.items()}
 
 
 def normalization(channel: Channel) -> str:
-    """How a channel is normalised, in words."""
+    """Say how a channel is normalised."""
     return f"{_SCHEMES[channel.normalization]}{' inside the nonzero mask' if channel.use_mask else ''}"
 
 
 def patch_share(configuration: Configuration) -> float:
-    """The share of the median image that one patch sees, 0 to 1."""
+    """Return the share of the median image that one patch sees, 0 to 1."""
     axes = zip(configuration.patch_size, configuration.median_shape, strict=True)
     return prod(min(1.0, size / whole) for size, whole in axes)
 
 
 def configuration_changes(old: Configuration, new: Configuration) -> list[str]:
-    """How a configuration differs from another one, as in "patch 40 x 56 x 40 -> 32 x 32 x 32", "stages 4 -> 5"."""
+    """Say how two configurations differ, as in "patch 40 x 56 x 40 -> 32 x 32 x 32", "stages 4 -> 5"."""
     before, after = _parts(old), _parts(new)
     return [f"{what} {before[what]} -> {after[what]}" for what in before if before[what] != after[what]]
 
 
 def _parts(c: Configuration) -> dict[str, str]:
-    """What makes a configuration, in words."""
+    """The values of a configuration by their name in messages."""
     network, stages = c.network, len(c.network.features)
     return {
-        "patch": _by(str(n) for n in c.patch_size),
+        "patch": _by(map(str, c.patch_size)),
         "batch": str(c.batch_size),
         "stages": str(stages),
         "features": "-".join(map(str, network.features)),
-        "strides": _short(["x".join(map(str, stride)) for stride in network.strides]),
-        "kernels": _short(["x".join(map(str, kernel)) for kernel in network.kernels]),
-        "blocks": _short(list(map(str, network.blocks))),
-        "convolutions of the decoder": _short(list(map(str, network.decoder_convolutions))),
+        "strides": _per_stage(["x".join(map(str, stride)) for stride in network.strides]),
+        "kernels": _per_stage(["x".join(map(str, kernel)) for kernel in network.kernels]),
+        "blocks": _per_stage(list(map(str, network.blocks))),
+        "convolutions of the decoder": _per_stage(list(map(str, network.decoder_convolutions))),
         "kind": network.kind,
         "norm": network.norm,
         "activation": network.activation,
@@ -101,22 +115,9 @@ def _parts(c: Configuration) -> dict[str, str]:
     }
 
 
-def _short(stages: list[str]) -> str:
+def _per_stage(stages: list[str]) -> str:
     """One value for each stage, or the one that all have."""
     return stages[0] if len(set(stages)) == 1 else "/".join(stages)
-
-
-def _row(name: str, c: Configuration) -> tuple[str, ...]:
-    return (
-        name,
-        _by(f"{length:.3g}" for length in c.spacing),
-        _by(f"{voxels:g}" for voxels in c.median_shape),
-        _by(str(voxels) for voxels in c.patch_size),
-        str(c.batch_size),
-        str(len(c.network.features)),
-        "?" if c.memory_gb is None else f"{c.memory_gb:.1f}",
-        f"{100 * patch_share(c):.3g} %",
-    )
 
 
 def _align(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -126,7 +127,6 @@ def _align(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _channels(plan: Plan) -> str:
-    """Each channel with its normalisation."""
     return "channels: " + ", ".join(f"{channel.name} ({normalization(channel)})" for channel in plan.channels)
 
 
