@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import nnunet_lite.start  # noqa: F401 - before all that takes time to import
+import nnunet_lite.system  # noqa: F401 - first: it handles signals during the other imports
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nnunet_lite.commands.select import select
     from nnunet_lite.commands.train import train
     from nnunet_lite.commands.view import view
-    from nnunet_lite.models.choice import load
+    from nnunet_lite.inference.predictor import load
 
 __all__ = [
     "check",
@@ -47,7 +47,7 @@ __all__ = [
     "train",
     "view",
 ]
-_ELSEWHERE = {"export_model": "commands.export", "import_model": "commands.export", "load": "models.choice"}
+_ELSEWHERE = {"export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor"}
 
 
 def __getattr__(name: str) -> Any:

@@ -33,11 +33,11 @@ import SimpleITK as sitk
 from bench_preprocess import Cost, measure
 
 from nnunet_lite.files import write_json, write_text
-from nnunet_lite.inference import predictor, streaming
+from nnunet_lite.inference import outputs, predictor
 from nnunet_lite.log import info
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import FORMAT
-from nnunet_lite.models.nnunet import export_model
+from nnunet_lite.models.nnunet import export_nnunet
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings
@@ -65,7 +65,7 @@ def maps(venv: Path, model: Path, images: Path, cores: list[int], n: int, scratc
 def ct(venv: Path, image: Path, cores: list[int], slices: int, scratch: Path) -> None:
     """Both for one large image of 60 classes."""
     ours = random_model(scratch / "ours", 60)
-    export_model(ours, scratch / "theirs")
+    export_nnunet(ours, scratch / "theirs")
     enlarged(image, slices, scratch / "images" / "ct_0000.nii.gz")
     out = scratch / "lite"
     command = [*NNLITE, "-m", str(ours), "-i", str(scratch / "images"), "-o", str(out), "--precision", "fp32"]
@@ -90,11 +90,10 @@ def alone(image: Path, cores: list[int], slices: int, classes: int, scratch: Pat
 
 def row(model: Path, images: Path, n: int) -> None:
     """Memory of this process after each of several cases."""
-    from nnunet_lite.models.choice import load
     from nnunet_lite.networks.cpu import keep_freed_memory
 
     keep_freed_memory()  # as `nnlite predict` does
-    loaded, sizes = load(model, device="cpu"), []
+    loaded, sizes = predictor.load(model, device="cpu"), []
     for case in sorted(images.glob("*.nii.gz"))[:n]:
         loaded(case)
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
@@ -106,14 +105,14 @@ def export(image: Path, slices: int, scratch: Path) -> None:
     """The share of a prediction that resampling and deciding takes, and that of the rest."""
     model = predictor.load(random_model(scratch / "model", 60), device="cpu")
     array = sitk.GetArrayFromImage(sitk.ReadImage(str(enlarged(image, slices, scratch / "ct.nii.gz"))))
-    spent, in_threads = [0.0], streaming.in_threads
+    spent, in_threads = [0.0], outputs.run_in_threads
 
     def timed(*arguments: Any) -> None:
         start = time.perf_counter()
         in_threads(*arguments)
         spent[0] += time.perf_counter() - start
 
-    streaming.in_threads = timed
+    outputs.run_in_threads = timed
     start = time.perf_counter()
     model(array, (1.0, 0.8, 0.8))
     total = time.perf_counter() - start

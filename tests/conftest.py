@@ -24,6 +24,12 @@ def hippocampus() -> Path:
     return HIPPOCAMPUS
 
 
+@pytest.fixture(scope="session")
+def scans(hippocampus: Path) -> list[Path]:
+    """Three images without labels."""
+    return sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[:3]
+
+
 @pytest.fixture
 def copy_dataset(tmp_path: Path) -> Callable[..., Path]:
     """Make a copy of the first cases that a test may break: copy_dataset(n=5, name="broken")."""

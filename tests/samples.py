@@ -14,6 +14,7 @@ import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
+NNUNET_MODELS = Path(__file__).parent / "data" / "nnunet_models"  # written by nnU-Net 2.8.1
 
 # A network this small trains in seconds; more threads than one would only wait for each other.
 TINY: dict[str, Any] = {

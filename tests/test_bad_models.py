@@ -18,13 +18,15 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 from bad_inputs import Bad, Command, contents, edit, refuse, setting
+from samples import NNUNET_MODELS
 
 PREDICT = "predict -i scan.nii.gz -o out -m model"
 IMPORT = "import model.zip -o new"
 INFO = "info model"
 WEIGHTS = "model/fold_0/model.safetensors"
-NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
+NNUNET = NNUNET_MODELS / "plain_3d"
 
 
 def in_model(file: str, content: bytes | str | None, command: str = PREDICT, *says: str) -> Bad:
@@ -102,8 +104,7 @@ def hostile_checkpoint(place: Path) -> None:
     """A model of nnU-Net whose checkpoint is a pickle with code."""
     shutil.copytree(NNUNET, place / "theirs")
     archive = next((place / "theirs").glob("fold_0/*.pth"))
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("archive/data.pkl", pickle.dumps({"network_weights": Evil()}))
+    torch.save({"network_weights": Evil()}, archive)
 
 
 def theirs_with(change: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -143,9 +144,9 @@ def overflowing(place: Path) -> None:
     """Weights that are finite, and logits that are not."""
     from safetensors.numpy import load_file, save_file
 
-    from nnunet_lite.models.folder import read_header
+    from nnunet_lite.models.folder import read_weights_header
 
-    tensors, about = load_file(place / WEIGHTS), read_header(place / WEIGHTS)
+    tensors, about = load_file(place / WEIGHTS), read_weights_header(place / WEIGHTS)
     for name in tensors:
         if name.startswith("heads."):
             tensors[name] = np.full_like(tensors[name], 3e38)
@@ -208,9 +209,9 @@ ZIPS = {
     "no zip": Bad(lambda place: (place / "model.zip").write_text("PK no"), IMPORT, ("model.zip",)),
     "an empty zip": zipped({}, "manifest"),
     "a zip of something": zipped({"readme.txt": b"hello"}),
-    "a path out of the folder": zipped({"../../evil.txt": b"x"}, "leads elsewhere"),
-    "an absolute path": zipped({"/tmp/evil.txt": b"x"}, "leads elsewhere"),
-    "a path of Windows": zipped({"C:\\evil.txt": b"x"}, "leads elsewhere"),
+    "a path out of the folder": zipped({"../../evil.txt": b"x"}, "out of its folder"),
+    "an absolute path": zipped({"/tmp/evil.txt": b"x"}, "out of its folder"),
+    "a path of Windows": zipped({"C:\\evil.txt": b"x"}, "out of its folder"),
     "a manifest that is no JSON": zipped({"manifest.json": b"{"}, "manifest.json"),
     "a manifest of a later format": zipped({"manifest.json": b'{"format": "nnlite-bundle-9"}'}, "newer"),
     "a manifest that is a list": zipped({"manifest.json": b"[]"}, "manifest.json"),
@@ -259,7 +260,7 @@ ZIPS = {
     "an export of an argument to no zip": asked("export model -o exp", "exp: ", "--format nnunet"),
     "an export of two models": asked("export model -m model -o exp.zip", "two models"),
     "an export to two places": asked("export model a.zip -o b.zip", "a.zip and, with -o, b.zip"),
-    "an export of too much": asked("export model a.zip b.zip", "b.zip"),
+    "an export of too much": asked("export model a.zip b.zip", "3 arguments", "nnlite export"),
     "an export of a format to a zip": asked("export model exp.zip --format nnunet", "exp.zip", "nnunet"),
     "an export of an unknown format": asked("export model exp --format keras", "keras"),
     "an export of a model that is not there": asked("export nowhere --format nnunet -o exp", "nowhere"),

@@ -19,10 +19,9 @@ import nnunet_lite
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.models import unpack as unpacking
-from nnunet_lite.models.bundle import MANIFEST, licence_text, pack
+from nnunet_lite.models import bundle as bundles
+from nnunet_lite.models.bundle import MANIFEST, pack, read_licence, read_manifest, unpack, unpacked
 from nnunet_lite.models.folder import MODEL
-from nnunet_lite.models.unpack import read_manifest, unpack, unpacked
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 WEIGHTS = f"tiny/fold_0/{MODEL}"
@@ -126,8 +125,8 @@ def test_licence_and_note_stay_with_a_model(bundle: Path, tmp_path: Path) -> Non
     again = pack(folder, tmp_path / "again.zip", note="and a word more")
     assert (again.licence, again.training_data) == ("CC-BY-4.0", "and a word more")
     (tmp_path / "LICENCE").write_text("Do what you like.\n")
-    assert licence_text(str(tmp_path / "LICENCE")) == "Do what you like.\n"
-    assert licence_text("Apache-2.0") == "Apache-2.0"
+    assert read_licence(str(tmp_path / "LICENCE")) == "Do what you like.\n"
+    assert read_licence("Apache-2.0") == "Apache-2.0"
 
 
 def test_nothing_of_the_machine_or_the_cases_travels(copy: Path, tmp_path: Path) -> None:
@@ -153,10 +152,10 @@ def test_a_cascade_takes_its_first_stage_along(cascade: Path, tmp_path: Path) ->
     folder = unpack(tmp_path / "out.zip", tmp_path / "new" / "mine")
     assert (folder.with_name("3d_lowres-tiny") / "fold_0" / MODEL).is_file()
     before = (folder.with_name("3d_lowres-tiny") / "run.json").stat().st_mtime_ns
-    unpack(tmp_path / "out.zip", folder.with_name("second"))  # the first stage is there already, and the same
+    unpack(tmp_path / "out.zip", folder.with_name("second"))  # the first stage exists already, and the same
     assert (folder.with_name("3d_lowres-tiny") / "run.json").stat().st_mtime_ns == before
     (folder.with_name("3d_lowres-tiny") / "fold_0" / MODEL).write_bytes(b"another")
-    with pytest.raises(UserError, match=r"3d_lowres-tiny: is there already"):
+    with pytest.raises(UserError, match=r"3d_lowres-tiny: exists already"):
         unpack(tmp_path / "out.zip", folder.with_name("third"))
     with pytest.raises(UserError, match="first stage"):
         unpack(tmp_path / "out.zip", tmp_path / "other" / "3d_lowres-tiny")
@@ -174,12 +173,12 @@ def test_a_cascade_takes_its_first_stage_along(cascade: Path, tmp_path: Path) ->
 def test_a_model_that_is_there_is_only_replaced_on_request(bundle: Path, tmp_path: Path) -> None:
     folder = unpack(bundle, tmp_path / "tiny")
     (folder / "mine.txt").write_text("notes")
-    with pytest.raises(UserError, match=r"tiny: is there already"):
+    with pytest.raises(UserError, match=r"tiny: exists already"):
         unpack(bundle, folder)
     unpack(bundle, folder, replace=True)
     assert not (folder / "mine.txt").exists()
     assert (tmp_path / "old_tiny_1" / "mine.txt").is_file(), "set aside, not deleted"
-    with pytest.raises(UserError, match=r"tiny\.zip: is there already"):
+    with pytest.raises(UserError, match=r"tiny\.zip: exists already"):
         pack(folder, bundle)
 
 
@@ -198,7 +197,7 @@ def test_what_cannot_travel_is_told(copy: Path, tmp_path: Path) -> None:
     out, run = tmp_path / "out.zip", read_json(copy / "run.json")
     run["settings"]["network"]["factory"] = "mine:network"
     write_json(copy / "run.json", run)
-    with pytest.raises(UserError, match="mine:network, which cannot travel"):
+    with pytest.raises(UserError, match="made by mine:network: code is not packed"):
         pack(copy, out)
     shutil.rmtree(copy / "fold_0")
     with pytest.raises(UserError, match="no trained fold"):
@@ -214,11 +213,11 @@ def test_what_cannot_travel_is_told(copy: Path, tmp_path: Path) -> None:
 def test_paths_that_lead_elsewhere_are_refused(bundle: Path, tmp_path: Path, path: str) -> None:
     files = contents(bundle)
     bad = write(tmp_path / "bad.zip", listed({**files, path: b"evil"}))
-    refused(bad, "leads elsewhere", tmp_path / "new" / "model")
+    refused(bad, "out of its folder", tmp_path / "new" / "model")
     manifest = json.loads(files[MANIFEST])
     for lie in ({"models": [path]}, {"dataset": path}, {"models": [".hidden"]}, {"models": ["tiny", "tiny"]}):
         lying = {**files, MANIFEST: json.dumps({**manifest, **lie}).encode()}
-        refused(write(tmp_path / "lie.zip", lying), "no name|no part|does not hold", tmp_path / "new" / "model")
+        refused(write(tmp_path / "lie.zip", lying), "no name|no part|lacks a model", tmp_path / "new" / "model")
 
 
 def special(path: str, mode: int = 0, compression: int = ZIP_DEFLATED) -> ZipInfo:
@@ -235,8 +234,8 @@ def special(path: str, mode: int = 0, compression: int = ZIP_DEFLATED) -> ZipInf
         (special("tiny/device", stat.S_IFCHR | 0o666), "a link"),
         (special("tiny/folder/", stat.S_IFDIR | 0o755), "a folder"),
         (special("tiny/packed.json", compression=ZIP_BZIP2), "another way"),
-        (special("tiny/setup.py"), r"holds 'tiny/setup.py', against"),
-        (special("elsewhere.txt"), r"holds 'elsewhere.txt', against"),
+        (special("tiny/setup.py"), r"contains 'tiny/setup.py', against"),
+        (special("elsewhere.txt"), r"contains 'elsewhere.txt', against"),
         (special("tiny/plans.json"), "twice"),
     ],
 )
@@ -281,7 +280,7 @@ def test_what_is_too_large_is_refused(bundle: Path, tmp_path: Path, monkeypatch:
     manifest = json.loads(files[MANIFEST])
     manifest["files"][WEIGHTS]["size"] = 10**15  # says more than there is
     refused(write(tmp_path / "lie.zip", {**files, MANIFEST: json.dumps(manifest).encode()}), "bytes", out)
-    monkeypatch.setattr(unpacking.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(bundles.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))  # type: ignore[attr-defined]
     refused(bundle, "are free", out)
 
 
@@ -349,7 +348,7 @@ def with_unknown_settings(run: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (with_factory, "names code to run, os:system"),
+        (with_factory, "names code, os:system"),
         (newer, "newer nnlite"),
         (without_settings, "is not as nnlite writes it"),
         (of_another_configuration, "no configuration '4d'"),

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import predict_cases
-from nnunet_lite.inference.maps import Wanted
-from nnunet_lite.inference.predictor import Model, load, predict_preprocessed
+from nnunet_lite.inference.outputs import ExtraMaps
+from nnunet_lite.inference.predictor import Predictor, load, predict_preprocessed
 from nnunet_lite.networks.precision import ComputeFormat
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
+def model(tiny_model: Path) -> Predictor:
     return load(tiny_model, device="cpu", settings=FAST)
 
 
@@ -46,7 +46,12 @@ class Overflowing(nn.Module):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_are_no_background(
-    model: Model, scans: list[Path], tmp_path: Path, tiny_cases: list[Any], value: float, counts: Callable[..., None]
+    model: Predictor,
+    scans: list[Path],
+    tmp_path: Path,
+    tiny_cases: list[Any],
+    value: float,
+    counts: Callable[..., None],
 ) -> None:
     counts("bad inputs refused in one line")
     broken = replace(model, networks=(Overflowing(value),))  # type: ignore[arg-type]
@@ -62,7 +67,7 @@ def test_logits_that_are_not_finite_are_no_background(
     half = replace(broken, arithmetic=ComputeFormat(precision="bf16"))
     with pytest.raises(UserError, match="Predict with --precision fp32"):
         half(scan)
-    for wanted in (Wanted(("Anterior",)), Wanted(uncertainty=True)):
+    for wanted in (ExtraMaps(("Anterior",)), ExtraMaps(uncertainty=True)):
         _, failed = predict_cases(broken, cases[:1], tmp_path / "out", wanted=wanted)
         assert "NaN or infinite" in failed[cases[0].id]
     voting = replace(model, partners=(broken,))
@@ -70,7 +75,7 @@ def test_logits_that_are_not_finite_are_no_background(
         voting(scan)
 
 
-def test_sums_that_are_too_large_for_float16_are_no_background(model: Model, scans: list[Path]) -> None:
+def test_sums_that_are_too_large_for_float16_are_no_background(model: Predictor, scans: list[Path]) -> None:
     """Each logit is a number, but not so its sum over windows in float16."""
     settings = model.settings.model_copy(update={"sums": "float16"})
     large = replace(model, networks=(Overflowing(60000.0, None),), settings=settings)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import nnunet_lite
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.models.nnunet import import_model
+from nnunet_lite.models.nnunet import import_nnunet
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import description_from_nnunet
@@ -340,7 +340,7 @@ def test_fine_tuning_starts_from_a_model_of_nnunet(
     said = capfd.readouterr().err
     assert "starting from" in said and "100.0 % of the weights are the model's" in said
     folder = workspace / "Task04_Hippocampus" / "models" / "tuned"
-    import_model(NNUNET, tmp_path / "imported")
+    import_nnunet(NNUNET, tmp_path / "imported")
     old, new = (load_file(f / "fold_0" / "model.safetensors") for f in (tmp_path / "imported", folder))
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in new if name.startswith("encoder."))

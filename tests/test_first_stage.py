@@ -25,10 +25,10 @@ from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.inference.cases import as_classes
 from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, stage_map_file
-from nnunet_lite.inference.predictor import load, predict_image, predict_preprocessed
-from nnunet_lite.inference.prepare import as_classes
-from nnunet_lite.models.folder import read_header
+from nnunet_lite.inference.predictor import load, predict_preprocessed
+from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
@@ -131,7 +131,7 @@ def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
     counts("bad inputs refused in one line")
     weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
     old, splits = weights.read_bytes(), read_json(paths.splits)
-    tensors, about = load_file(weights), read_header(weights)
+    tensors, about = load_file(weights), read_weights_header(weights)
     tensors["heads.1.weight"].fill_(3e38)
     save_file(tensors, weights, {"state": json.dumps(about)})
     before = times(trained)
@@ -171,9 +171,12 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
     image = read_image(scan)
     found = load(trained / "tiny", device="cpu")(scan)
-    first, second = load(trained / f"{FIRST}-tiny", device="cpu"), load(trained / "tiny", device="cpu", alone=True)
+    first, second = (
+        load(trained / f"{FIRST}-tiny", device="cpu"),
+        load(trained / "tiny", device="cpu", first_stage=False),
+    )
     assert first.folds == ("0", "1", "2", "3", "4") and second.previous is None
-    before = predict_image(first, image)
+    before = first(image)
     prepared = preprocess(image, before.astype(np.uint8), second.plan, second.configuration)
     assert prepared.classes is not None and prepared.classes.any()
     logits = predict_preprocessed(second, prepared.image, prepared.classes)
@@ -197,7 +200,7 @@ def test_the_command_predicts_with_both_stages(
 
 
 def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: Paths) -> None:
-    model = load(trained / "tiny", [0], "cpu", alone=True)
+    model = load(trained / "tiny", [0], "cpu", first_stage=False)
     case_id = read_json(paths.splits)[0]["val"][0]
     image = read_image(Path(read_json(paths.dataset)["root"]) / "imagesTr" / f"{case_id}.nii.gz")
     prepared = preprocess(image, None, model.plan, model.configuration)

@@ -14,11 +14,19 @@ from test_streaming import CPU, FP32, configured, labels_of, noise, placed, rand
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.maps import Wanted, _judged, channel_names, predict_maps, together, wanted_labels
-from nnunet_lite.inference.memory import Request, plan_memory
-from nnunet_lite.inference.passes import Passes, passes_of
-from nnunet_lite.inference.predictor import load, predict_image
-from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
+from nnunet_lite.inference.memory import PredictionTask, plan_memory
+from nnunet_lite.inference.outputs import (
+    ExtraMaps,
+    _vote,
+    in_step,
+    open_stream,
+    output_names,
+    parse_label_names,
+    predict_label_map,
+    predict_maps,
+)
+from nnunet_lite.inference.predictor import load
+from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, decode_logits, output_values
 from nnunet_lite.preprocessing.resampling import Block, resample_image
@@ -28,7 +36,7 @@ TARGET = (21, 30, 26)
 SHAPES = ((30, 22, 25), (13, 30, 26), (21, 16, 31))  # three spacings of one image
 
 
-def logits_on_grid(passes: Passes, image: torch.Tensor) -> np.ndarray:
+def logits_on_grid(passes: SlidingWindow, image: torch.Tensor) -> np.ndarray:
     """The logits of the whole image, by the operators that resample images."""
     return resample_image(predict_logits(passes, image).numpy(), TARGET, (1, 1, 1), (1, 1, 1), 1, 1, separate_z=False)
 
@@ -38,7 +46,7 @@ def probabilities(logits: np.ndarray, labels: Labels) -> np.ndarray:
     return (tensor.sigmoid() if labels.has_regions else tensor.softmax(0)).numpy()
 
 
-def asked(n_folds: int, labels: Labels, margin: bool = False) -> tuple[list[list[Passes]], list[Request]]:
+def asked(n_folds: int, labels: Labels, margin: bool = False) -> tuple[list[list[SlidingWindow]], list[PredictionTask]]:
     """Three models of folds each, and what is asked of them: the passes to see whole, the requests to stream."""
     configuration, whole, requests = configured((16, 16, 16)), [], []
     for number, shape in enumerate(SHAPES):
@@ -48,12 +56,12 @@ def asked(n_folds: int, labels: Labels, margin: bool = False) -> tuple[list[list
             for parameter in network.parameters():
                 parameter.mul_(1 + 0.3 * (number + i))
         made = [
-            [passes_of([n], configuration, labels.n_channels, FP32, CPU, whole=w) for n in networks]
+            [build_sliding_window([n], configuration, labels.n_channels, FP32, CPU, whole=w) for n in networks]
             for w in (True, False)
         ]
         whole.append(made[0])
         place = placed(shape, TARGET, order=(0, 2, 1) if margin else (0, 1, 2))
-        requests += [Request(passes, place, Resampling()) for passes in made[1]]
+        requests += [PredictionTask(passes, noise(shape), place, Resampling()) for passes in made[1]]
     return whole, requests
 
 
@@ -61,9 +69,8 @@ def asked(n_folds: int, labels: Labels, margin: bool = False) -> tuple[list[list
 def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
     whole, requests = asked(2, labels)
     footprints = plan_memory(requests, labels, 0.5)
-    names = channel_names(labels)
-    images = [noise(request.placement.shape) for request in requests]
-    streams = [opened(*one) for one in zip(requests, images, footprints, strict=True)]
+    names = output_names(labels)
+    streams = [open_stream(*one) for one in zip(requests, footprints, strict=True)]
     maps: dict[str, np.ndarray] = {}
 
     def new_map(name: str) -> np.ndarray:
@@ -71,7 +78,7 @@ def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
         maps[name] = np.zeros(TARGET, np.uint8)
         return maps[name]
 
-    wanted = Wanted(names[1:], uncertainty=True)
+    wanted = ExtraMaps(names[1:], uncertainty=True)
     models = [streams[:2], streams[2:4], streams[4:]]
     found = predict_maps(models, requests[0].placement, labels, wanted, new_map)
 
@@ -99,15 +106,15 @@ def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
 def test_one_model_decides_as_without_maps() -> None:
     labels = labels_of(20)
     _, requests = asked(1, labels, margin=True)
-    request, image = requests[0], noise(requests[0].placement.shape)
+    request = requests[0]
     (footprint,) = plan_memory([request], labels, 0.5)
     place: Placement = request.placement
-    alone = predict_labels(opened(request, image, footprint), place, labels)
+    alone = predict_label_map(open_stream(request, footprint), place, labels)
     maps: dict[str, np.ndarray] = {}
-    wanted = Wanted(("background", "label 3"))
+    wanted = ExtraMaps(("background", "label 3"))
     shape = place.geometry.shape
     found = predict_maps(
-        [[opened(request, image, footprint)]],
+        [[open_stream(request, footprint)]],
         place,
         labels,
         wanted,
@@ -133,7 +140,7 @@ def test_streams_wait_for_each_other() -> None:
             taken.append(len(some))
 
     streams = [iter(blocks([0, 3, 0, 4])), watched(blocks([1, 1, 5]))]
-    out = [pair for parts in together(streams) for pair in parts]  # type: ignore[arg-type]
+    out = [pair for parts in in_step(streams) for pair in parts]  # type: ignore[arg-type]
     assert [(a.start, b.start) for a, b in out] == [(i, i) for i in range(7)]
     assert taken[:2] == [1, 1]
 
@@ -142,20 +149,20 @@ def test_memory_is_shared_among_models() -> None:
     labels = labels_of(4)
     _, requests = asked(1, labels)
     alone = [plan_memory([request], labels, 0.5)[0].host for request in requests]
-    together_ = plan_memory(requests, labels, 0.5, most=2 * sum(alone))
+    together_ = plan_memory(requests, labels, 0.5, limit=2 * sum(alone))
     assert sum(footprint.host for footprint in together_) <= 2 * sum(alone)
     assert len({footprint.slab for footprint in together_}) == 1
     with pytest.raises(UserError, match=r"[kM]B of memory at least"):
-        plan_memory(requests, labels, 0.5, most=min(alone) // 20)
+        plan_memory(requests, labels, 0.5, limit=min(alone) // 20)
 
 
 def test_names_of_labels() -> None:
     labels = Labels(names={"background": 0, "liver": 1, "tumor": 4})
-    assert wanted_labels("all", labels) == ("background", "liver", "tumor")
-    assert wanted_labels("tumor, liver", labels) == ("tumor", "liver")
-    assert wanted_labels("all", REGIONS) == ("whole", "core")
-    with pytest.raises(UserError, match=r"'lever' is no label of the model. There are: background, liver, tumor"):
-        wanted_labels("lever", labels)
+    assert parse_label_names("all", labels) == ("background", "liver", "tumor")
+    assert parse_label_names("tumor, liver", labels) == ("tumor", "liver")
+    assert parse_label_names("all", REGIONS) == ("whole", "core")
+    with pytest.raises(UserError, match=r"'lever' is no label of the model. Its labels are: background, liver, tumor"):
+        parse_label_names("lever", labels)
 
 
 def test_a_trained_model_and_itself_agree(tiny_model: Path, hippocampus: Path) -> None:
@@ -165,7 +172,7 @@ def test_a_trained_model_and_itself_agree(tiny_model: Path, hippocampus: Path) -
     model = load(tiny_model, device="cpu", settings={"inference.mirroring": False, "inference.precision": "fp32"})
     image = read_image(sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0])
     twice = replace(model, partners=(model,))
-    assert (predict_image(twice, image) == predict_image(model, image)).mean() > 0.9999
+    assert (twice(image) == model(image)).mean() > 0.9999
 
 
 @pytest.mark.parametrize("labels", [labels_of(3), REGIONS])
@@ -173,8 +180,8 @@ def test_a_trained_model_and_itself_agree(tiny_model: Path, hippocampus: Path) -
 def test_skipped_windows_are_surely_background(labels: Labels, kind: Callable[[np.ndarray], Any]) -> None:
     logits = np.zeros((labels.n_channels, 4, 5), np.float32)
     logits[:, 1:] = 0.25
-    names = {name: number for number, name in enumerate(channel_names(labels))}
-    decided, values = _judged([[kind(logits)]], labels, False, names, Wanted(uncertainty=True))
+    names = {name: number for number, name in enumerate(output_names(labels))}
+    decided, values = _vote([[kind(logits)]], labels, False, names, ExtraMaps(uncertainty=True))
     expected = np.zeros(labels.n_channels) if labels.has_regions else np.eye(labels.n_channels)[0] * 255
     assert [int(values[name][0, 0]) for name in names] == expected.tolist()
     assert (values["uncertainty/entropy"][0] == 0).all() and (values["uncertainty/entropy"][1:] > 200).all()

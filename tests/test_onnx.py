@@ -24,7 +24,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json, write_text
 from nnunet_lite.inference import onnx as exporter
 from nnunet_lite.inference import onnx_runner as runner
-from nnunet_lite.inference import predictor, tiles, windows
+from nnunet_lite.inference import predictor, sliding_window, windows
 from nnunet_lite.inference.onnx import OPSET, export_onnx
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL
@@ -37,7 +37,7 @@ pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-Pair = tuple[predictor.Model, runner.OnnxModel]
+Pair = tuple[predictor.Predictor, runner.OnnxPredictor]
 MakeModel = Callable[..., Path]
 
 
@@ -52,7 +52,9 @@ def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path, exported: Path) -> Pair:
     """The same model by torch and by ONNX, with mirroring and half a patch of overlap."""
-    return predictor.load(tiny_model, device="cpu", settings={"inference.precision": "fp32"}), runner.load(exported)
+    return predictor.load(tiny_model, device="cpu", settings={"inference.precision": "fp32"}), runner.load_onnx(
+        exported
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,9 @@ def network(dimensions: int, kind: str = "plain", stages: int = 2) -> dict[str, 
     }
 
 
-def agree(model: predictor.Model, exported: runner.OnnxModel, array: np.ndarray, spacing: tuple[float, ...]) -> None:
+def agree(
+    model: predictor.Predictor, exported: runner.OnnxPredictor, array: np.ndarray, spacing: tuple[float, ...]
+) -> None:
     """Labels are equal on more than 99.99 % of the voxels, and more than one of them is there."""
     expected, found = model(array, spacing), exported(array, spacing)
     assert expected.shape == found.shape == array.shape[-3:] and expected.dtype == found.dtype
@@ -129,7 +133,7 @@ def test_logits_of_a_whole_image_are_torchs(pair: Pair, tiny_cases: list[Any]) -
     assert exported.mirror_axes == (0, 1, 2) and exported.step_size == 0.5
     image = tiny_cases[0].image[:]
     expected = predictor.predict_preprocessed(model, image).numpy()
-    np.testing.assert_allclose(runner.predict_logits(exported, image), expected, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(exported.logits(image), expected, atol=1e-3, rtol=0)
 
 
 def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, hippocampus: Path) -> None:
@@ -225,8 +229,8 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
     folder = make_model(tmp_path / "model", "2d", changes, folds=2, settings=settings)
     assert list(export_onnx(folder, tmp_path / "out")) == ["fold_0.onnx", "fold_1.onnx"]
     model = predictor.load(folder, device="cpu", settings={"inference.precision": "fp32"})
-    exported = runner.load(tmp_path / "out")
-    assert exported.sides is not None and exported.sides.channels == (0, 2, 1) and len(exported.sessions) == 2
+    exported = runner.load_onnx(tmp_path / "out")
+    assert exported.swap is not None and exported.swap.channels == (0, 2, 1) and len(exported.sessions) == 2
     array = np.random.default_rng(0).normal(size=(2, 30, 9, 25)).astype(np.float32)
     array[:, :3] = 0
     agree(model, exported, array, (1.0, 5.0, 1.2))
@@ -234,11 +238,11 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
         predictor.as_image(array, (1.0, 5.0, 1.2), model.plan), None, model.plan, model.configuration
     ).image
     expected = predictor.predict_preprocessed(model, prepared).numpy()
-    np.testing.assert_allclose(runner.predict_logits(exported, prepared), expected, atol=1e-3, rtol=0)
-    single = runner.predict_logits(runner.load(tmp_path / "out", folds=[1]), prepared)
+    np.testing.assert_allclose(exported.logits(prepared), expected, atol=1e-3, rtol=0)
+    single = runner.load_onnx(tmp_path / "out", folds=[1]).logits(prepared)
     assert np.abs(single - expected).max() > 1e-2
     with pytest.raises(UserError, match="has no fold 7"):
-        runner.load(tmp_path / "out", folds=[7])
+        runner.load_onnx(tmp_path / "out", folds=[7])
 
 
 def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: Path) -> None:
@@ -252,12 +256,12 @@ def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: 
     differences = export_onnx(second, tmp_path / "out")
     assert list(differences) == ["fold_0.onnx", "previous/fold_0.onnx"]
     model = predictor.load(second, device="cpu", settings={"inference.precision": "fp32"})
-    exported = runner.load(tmp_path / "out")
-    assert exported.previous is not None and exported.sides is not None and exported.sides.classes == (0, 2, 1)
+    exported = runner.load_onnx(tmp_path / "out")
+    assert exported.previous is not None and exported.swap is not None and exported.swap.classes == (0, 2, 1)
     array = np.random.default_rng(0).normal(size=(18, 21, 24)).astype(np.float32)
     agree(model, exported, array, (1.5, 1.5, 1.5))
     classes = np.zeros((18, 21, 24), np.uint8)
-    with_, without = (runner.predict_logits(exported, array[None], classes + value) for value in (1, 0))
+    with_, without = (exported.logits(array[None], classes + value) for value in (1, 0))
     assert np.abs(with_ - without).max() > 1e-2, "the first stage counts"
 
 
@@ -290,7 +294,7 @@ class Loop(nn.Module):
 def test_what_cannot_be_exported_is_told(
     tiny_model: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export_onnx(tiny_model, exported)
     with pytest.raises(UserError, match="no trained fold 3"):
         export_onnx(tiny_model, tmp_path / "out", folds=[3])
@@ -304,27 +308,25 @@ def test_what_cannot_be_exported_is_told(
 
 def test_a_folder_that_is_none_is_refused(exported: Path, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no exported model \(no onnx\.json\)"):
-        runner.load(tiny_model)
+        runner.load_onnx(tiny_model)
     shutil.copytree(exported, tmp_path / "copy")
     file = tmp_path / "copy" / "fold_0.onnx"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"fold_0\.onnx: cannot be run by onnxruntime"):
-        runner.load(tmp_path / "copy")
+        runner.load_onnx(tmp_path / "copy")
     about = read_json(tmp_path / "copy" / "onnx.json")
     write_json(tmp_path / "copy" / "onnx.json", {**about, "format": "nnlite-onnx-2"})
     with pytest.raises(UserError, match="of another format than nnlite-onnx-1"):
-        runner.load(tmp_path / "copy")
+        runner.load_onnx(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("patch", [(7, 9, 11), (8, 12, 5), (1, 20, 24)])
 def test_windows_lie_and_weigh_as_with_torch(patch: tuple[int, ...]) -> None:
-    weight = tiles.gaussian_weight(patch)
-    np.testing.assert_array_equal(weight, windows.weight_of(patch, torch.float32).numpy())
     for size in (3, 16, 17, 50):
         shape = (size, size + 1, size + 2)
         tiling = windows.tile(shape, patch, 0.5, [()])
         image = torch.arange(1.0, 1 + np.prod(shape)).reshape(1, *shape)
-        padded = np.pad(image.numpy(), ((0, 0), *tiles.padding(shape, patch)))
-        seen = [windows.cut(image, place) for place in itertools.product(*tiling.axes)]
-        expected = [padded[(slice(None), *window)] for window in tiles.windows(padded.shape[1:], patch, 0.5)]
+        padded = np.pad(image.numpy(), ((0, 0), *windows.padding(shape, patch)))
+        seen = [sliding_window.cut_window(image, place) for place in itertools.product(*tiling.axes)]
+        expected = [padded[(slice(None), *window)] for window in windows.window_slices(padded.shape[1:], patch, 0.5)]
         np.testing.assert_array_equal(torch.stack(seen).numpy(), np.stack(expected))

@@ -20,7 +20,7 @@ from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image, read_images
 from nnunet_lite.errors import UserError
-from nnunet_lite.models import choice as models
+from nnunet_lite.inference import predictor
 from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import preprocess
@@ -137,7 +137,7 @@ def test_a_model_of_dcm2niix_files_predicts_a_dicom_series_equally(
     turn_all(root, dict.fromkeys([case.id for case in read_dataset(root).cases], "LAS"))
     assert nnunet_lite.plan(root, workspace=tmp_path, workers=0).orientation == "LAS"
     nnunet_lite.train("3d_fullres", 0, settings=tiny_settings, workspace=tmp_path, name="tiny", device="cpu")
-    model = models.load(tmp_path / "Task04_Hippocampus" / "models" / "tiny")
+    model = predictor.load(tmp_path / "Task04_Hippocampus" / "models" / "tiny")
 
     scan = SimpleITK.ReadImage(hippocampus / "imagesTs" / "hippocampus_025.nii.gz")
     lps = SimpleITK.DICOMOrient(scan, "LPS")
@@ -160,7 +160,7 @@ def test_a_model_of_nnunet_is_turned_as_nnunet_does(
     shutil.copytree(NNUNET, tmp_path / "theirs")
     plans = json.loads((tmp_path / "theirs" / "plans.json").read_text())
     (tmp_path / "theirs" / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": reader}))
-    model = models.load(tmp_path / "theirs", device="cpu")
+    model = predictor.load(tmp_path / "theirs", device="cpu")
     source = hippocampus / "imagesTs" / "hippocampus_025.nii.gz"
     turn_nifti(source, tmp_path / "PIR.nii.gz", "PIR")
     assert model.plan.orientation == ("RAS" if turned else None)

@@ -22,7 +22,7 @@ from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.nifti import write_share
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.folder import check_output
+from nnunet_lite.inference.cases import check_output
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def asked(options: str, *says: str, make: Callable[[Path], object] = lambda plac
     return Bad(make, f"predict -m model {options}", says)
 
 
-AMONG = "would hold images and label maps"
+AMONG = "would contain images and label maps"
 TWO, ONE, NESTED = files("in/a.nii.gz", "in/b.nii.gz"), files("in/a_0000.nii.gz"), files("in/a/t1.nii.gz")
 
 OUTPUTS = {

@@ -16,22 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.data.cases import find_cases
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.folder import predict_cases
-from nnunet_lite.inference.passes import passes_of
 from nnunet_lite.inference.predictor import (
-    Model,
+    Predictor,
+    label_swap,
     load,
-    predict_image,
     predict_preprocessed,
-    sides_of,
     trained_folds,
 )
+from nnunet_lite.inference.sliding_window import build_sliding_window
 from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.preprocessing.pipeline import preprocess
@@ -41,7 +39,7 @@ FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.pre
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
+def model(tiny_model: Path) -> Predictor:
     return load(tiny_model, device="cpu", settings=FAST)
 
 
@@ -65,12 +63,12 @@ class Brightness(nn.Module):
         return torch.cat([torch.full_like(x, 0.5), -x, x], 1)
 
 
-def by_brightness(model: Model, labels: Labels | None = None) -> Model:
+def by_brightness(model: Predictor, labels: Labels | None = None) -> Predictor:
     plan = model.plan.model_copy(update={"labels": labels or model.plan.labels})
     return replace(model, plan=plan, networks=(Brightness(),))  # type: ignore[arg-type]
 
 
-def expected(model: Model, image: Image) -> np.ndarray:
+def expected(model: Predictor, image: Image) -> np.ndarray:
     """What `Brightness` says of an image that is neither resampled nor cropped."""
     x = preprocess(image, None, model.plan, model.configuration).image[0]
     return np.where(x > 0.5, 2, np.where(x < -0.5, 1, 0))
@@ -87,22 +85,22 @@ def test_a_model_is_loaded_as_it_was_trained(tiny_model: Path, tiny_settings: di
     assert not any(network.training for network in model.networks)
 
 
-def test_changes_reach_inference_alone(model: Model) -> None:
+def test_changes_reach_inference_alone(model: Predictor) -> None:
     assert (model.settings.mirroring, model.settings.step_size) == (False, 1.0)
     assert (model.arithmetic.precision, model.device.type) == ("fp32", "cpu")
 
 
-def test_a_file_an_image_and_an_array_give_the_same(model: Model, scans: list[Path]) -> None:
+def test_a_file_an_image_and_an_array_give_the_same(model: Predictor, scans: list[Path]) -> None:
     image = read_image(scans[0])
     of_file = model(scans[0])
     assert of_file.shape == image.geometry.shape
     np.testing.assert_array_equal(of_file, model(str(scans[0])))
-    np.testing.assert_array_equal(of_file, predict_image(model, image))
+    np.testing.assert_array_equal(of_file, model(image))
     np.testing.assert_array_equal(of_file, model(image.array[0], image.geometry.spacing))
     np.testing.assert_array_equal(of_file, model(image.array, image.geometry.spacing))
 
 
-def test_the_spacing_of_an_array_counts(model: Model, scans: list[Path]) -> None:
+def test_the_spacing_of_an_array_counts(model: Predictor, scans: list[Path]) -> None:
     image = read_image(scans[0])
     bright = by_brightness(model)
     np.testing.assert_array_equal(bright(image.array), expected(model, image))
@@ -111,14 +109,14 @@ def test_the_spacing_of_an_array_counts(model: Model, scans: list[Path]) -> None
     assert 0.9 < (coarse == expected(model, image)).mean() < 1
 
 
-def test_preprocessed_images_give_logits(model: Model, tiny_cases: list[Any]) -> None:
+def test_preprocessed_images_give_logits(model: Predictor, tiny_cases: list[Any]) -> None:
     logits = predict_preprocessed(model, tiny_cases[0].image[:])
     assert logits.shape == (3, *tiny_cases[0].label.shape)
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
 
 
-def test_networks_of_several_folds_are_averaged(model: Model, tiny_cases: list[Any]) -> None:
+def test_networks_of_several_folds_are_averaged(model: Predictor, tiny_cases: list[Any]) -> None:
     image = tiny_cases[0].image[:, :24, :32, :24]
     other = load(model.folder, device="cpu", settings=FAST).networks[0]
     with torch.no_grad():
@@ -148,37 +146,37 @@ class Copied(nn.Module):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_left_and_right_change_places_in_mirrored_copies(model: Model, swapped: bool) -> None:
+def test_left_and_right_change_places_in_mirrored_copies(model: Predictor, swapped: bool) -> None:
     """As they did in training; or the copies would contradict each other."""
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),) if swapped else ())
-    sides = sides_of(model.plan, model.configuration_name, settings)
+    sides = label_swap(model.plan, model.configuration_name, settings)
     assert (sides is not None) is swapped
     mirroring = model.settings.model_copy(update={"mirroring": True})
     image = np.zeros((1, 24, 32, 24), np.float32)
-    sided = replace(model, networks=(Sided(),), settings=mirroring, sides=sides)
+    sided = replace(model, networks=(Sided(),), settings=mirroring, swap=sides)
     logits = predict_preprocessed(sided, image)
     left, right = logits[1, ..., :12], logits[2, ..., :12]
     assert torch.allclose(left, torch.tensor(1.0 if swapped else 0.5), atol=1e-6)
     assert torch.allclose(right, torch.tensor(0.0 if swapped else 0.5), atol=1e-6)
 
 
-def test_classes_of_a_first_stage_change_places_with_their_channels(model: Model) -> None:
+def test_classes_of_a_first_stage_change_places_with_their_channels(model: Predictor) -> None:
     """A second stage sees, in a copy mirrored from left to right, the left organ on the other side and called right."""
     stages = {"3d_cascade_fullres": model.configuration.model_copy(update={"previous_stage": "3d_fullres"})}
     plan = model.plan.model_copy(update={"configurations": {**model.plan.configurations, **stages}})
-    sides = sides_of(plan, "3d_cascade_fullres", AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),)))
+    sides = label_swap(plan, "3d_cascade_fullres", AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),)))
     assert sides is not None and sides.classes == (0, 2, 1)
     mirroring = model.settings.model_copy(update={"mirroring": True})
-    second = replace(model, plan=plan, configuration_name="3d_cascade_fullres", settings=mirroring, sides=sides)
+    second = replace(model, plan=plan, configuration_name="3d_cascade_fullres", settings=mirroring, swap=sides)
     previous = np.random.default_rng(0).integers(0, 3, (30, 33, 26)).astype(np.uint8)
     for wrong in (False, True):
         seen = replace(sides, classes=(0, 1, 2)) if wrong else sides
-        copied = replace(second, networks=(Copied(),), sides=seen)
+        copied = replace(second, networks=(Copied(),), swap=seen)
         logits = predict_preprocessed(copied, np.zeros((1, *previous.shape), np.float32), previous)
         assert bool((logits.argmax(0).numpy() == previous).all()) is not wrong
 
 
-def test_label_values_are_written_back_as_they_were(model: Model, folder: Path, tmp_path: Path) -> None:
+def test_label_values_are_written_back_as_they_were(model: Predictor, folder: Path, tmp_path: Path) -> None:
     sparse = by_brightness(model, Labels(names={"background": 0, "core": 1, "enhancing": 4}))
     files, failed = predict_cases(sparse, find_cases(folder, 1), tmp_path / "out")
     assert not failed
@@ -190,7 +188,7 @@ def test_label_values_are_written_back_as_they_were(model: Model, folder: Path, 
         assert values.dtype == np.uint8
 
 
-def test_the_geometry_is_carried_over(model: Model, folder: Path, tmp_path: Path) -> None:
+def test_the_geometry_is_carried_over(model: Predictor, folder: Path, tmp_path: Path) -> None:
     import SimpleITK as sitk
 
     tilted = sitk.ReadImage(str(next(folder.iterdir())))
@@ -210,7 +208,7 @@ def test_the_geometry_is_carried_over(model: Model, folder: Path, tmp_path: Path
         assert getattr(written, get)() == pytest.approx(getattr(tilted, get)(), abs=1e-6)
 
 
-def test_what_is_there_is_skipped_on_request(model: Model, folder: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_skipped_on_request(model: Predictor, folder: Path, tmp_path: Path) -> None:
     cases, out = find_cases(folder, 1), tmp_path / "out"
     files, _ = predict_cases(model, cases[:1], out)
     before = files[0].stat().st_mtime_ns
@@ -222,7 +220,7 @@ def test_what_is_there_is_skipped_on_request(model: Model, folder: Path, tmp_pat
             seen.append(case.id)
             yield case
 
-    files, failed = predict_cases(model, cases, out, skip_existing=True, show=show)
+    files, failed = predict_cases(model, cases, out, skip_existing=True, progress=show)
     assert seen == [case.id for case in cases[1:]]
     assert (len(files), failed) == (3, {})
     assert files[0].stat().st_mtime_ns == before
@@ -231,7 +229,9 @@ def test_what_is_there_is_skipped_on_request(model: Model, folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["cut", "text", "empty"])
-def test_one_unreadable_file_does_not_stop_the_others(model: Model, folder: Path, tmp_path: Path, kind: str) -> None:
+def test_one_unreadable_file_does_not_stop_the_others(
+    model: Predictor, folder: Path, tmp_path: Path, kind: str
+) -> None:
     bad = sorted(folder.iterdir())[1]
     bad.write_bytes({"cut": bad.read_bytes()[:4000], "text": b"this is no image", "empty": b""}[kind])
     cases = find_cases(folder, 1)
@@ -243,7 +243,7 @@ def test_one_unreadable_file_does_not_stop_the_others(model: Model, folder: Path
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def test_a_wrong_number_of_channels_is_named(model: Model, folder: Path, scans: list[Path], tmp_path: Path) -> None:
+def test_a_wrong_number_of_channels_is_named(model: Predictor, folder: Path, scans: list[Path], tmp_path: Path) -> None:
     array = read_image(scans[0]).array
     with pytest.raises(UserError, match=r"has 2 channels, the model expects 1 \(MRI\)"):
         model(np.concatenate([array, array]))
@@ -301,7 +301,7 @@ def test_weights_that_do_not_fit_the_plan_are_refused(tmp_path: Path, tiny_model
         load(copy, device="cpu")
 
 
-def test_an_input_is_never_overwritten(model: Model, tmp_path: Path, hippocampus: Path) -> None:
+def test_an_input_is_never_overwritten(model: Predictor, tmp_path: Path, hippocampus: Path) -> None:
     image = tmp_path / "scan.nii.gz"
     shutil.copyfile(sorted((hippocampus / "imagesTs").iterdir())[0], image)
     before = image.read_bytes()
@@ -310,7 +310,7 @@ def test_an_input_is_never_overwritten(model: Model, tmp_path: Path, hippocampus
     assert image.read_bytes() == before
 
 
-def test_codes_and_both_forms_of_a_nifti_are_carried_over(model: Model, scans: list[Path], tmp_path: Path) -> None:
+def test_codes_and_both_forms_of_a_nifti_are_carried_over(model: Predictor, scans: list[Path], tmp_path: Path) -> None:
     """A label map lies on its image for readers of either form, along whatever axes the voxels run."""
     (tmp_path / "in").mkdir()
     loaded = nibabel.load(scans[0])
@@ -336,7 +336,7 @@ def test_codes_and_both_forms_of_a_nifti_are_carried_over(model: Model, scans: l
         assert np.array_equal(found.shape, given.shape) and found.header.get_xyzt_units()[0] == "mm"
 
 
-def test_a_fourth_dimension_is_channels(model: Model, scans: list[Path], tmp_path: Path) -> None:
+def test_a_fourth_dimension_is_channels(model: Predictor, scans: list[Path], tmp_path: Path) -> None:
     """As in training: of a 4D file, each volume is a channel; their number is checked."""
     image = nibabel.load(scans[0])
     voxels = np.asarray(image.dataobj)
@@ -374,7 +374,7 @@ def test_compiled_networks_say_the_same(tiny_model: Path, tiny_cases: list[Any],
     n = 20 if many else 3
     network = UNet(configuration.network, 1, n).eval().requires_grad_(False)
     plain, made = (
-        passes_of([network], configuration, n, ComputeFormat(), torch.device("cpu"), compiled=compiled)
+        build_sliding_window([network], configuration, n, ComputeFormat(), torch.device("cpu"), compiled=compiled)
         for compiled in (False, True)
     )
     assert (plain.head is not None) == many

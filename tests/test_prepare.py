@@ -14,14 +14,14 @@ import torch
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_image
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference import prepare
-from nnunet_lite.inference.predictor import Model, load
+from nnunet_lite.inference import cases
+from nnunet_lite.inference.predictor import Predictor, load
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Model:
+def model(tiny_model: Path) -> Predictor:
     return load(tiny_model, device="cpu", settings=FAST)
 
 
@@ -66,7 +66,7 @@ ARRAYS: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_what_is_no_image_is_refused(model: Model, counts: Callable[..., None], name: str) -> None:
+def test_what_is_no_image_is_refused(model: Predictor, counts: Callable[..., None], name: str) -> None:
     counts("bad inputs refused in one line")
     array, spacing, says = ARRAYS[name]
     with pytest.raises(UserError) as error:
@@ -74,7 +74,7 @@ def test_what_is_no_image_is_refused(model: Model, counts: Callable[..., None], 
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_arrays_of_every_kind_give_the_same(model: Model, scans: list[Path]) -> None:
+def test_arrays_of_every_kind_give_the_same(model: Predictor, scans: list[Path]) -> None:
     image = read_image(scans[0])
     whole, spacing = image.array[0].astype(np.int16), image.geometry.spacing
     wanted = model(whole, spacing)
@@ -93,10 +93,10 @@ def test_arrays_of_every_kind_give_the_same(model: Model, scans: list[Path]) -> 
 
 
 def test_a_missing_spacing_is_reported_once(
-    model: Model, scans: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Predictor, scans: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_assume_a_millimetre", cache(prepare._assume_a_millimetre.__wrapped__))
+    monkeypatch.setattr(cases, "_warn_about_spacing", cache(cases._warn_about_spacing.__wrapped__))
     array = read_image(scans[0]).array
     np.testing.assert_array_equal(model(array), model(array, (1.0, 1.0, 1.0)))
     model(array)
-    assert capfd.readouterr().err.count("1 x 1 x 1 mm is taken") == 1
+    assert capfd.readouterr().err.count("1 x 1 x 1 mm is used") == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.inference.tiles import padding
+from nnunet_lite.inference.windows import padding
 from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cache import LoadedCase, on_device

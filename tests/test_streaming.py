@@ -19,12 +19,11 @@ from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.images import read_image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.memory import Request, logits_orders, plan_memory
-from nnunet_lite.inference.passes import Passes, passes_of
+from nnunet_lite.inference.memory import PredictionTask, plan_memory
+from nnunet_lite.inference.outputs import open_stream, predict_label_map
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.inference.streaming import opened, predict_labels, predict_logits
-from nnunet_lite.inference.tiles import Sides, mirrorings, window_starts
-from nnunet_lite.inference.windows import weight_of
+from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
+from nnunet_lite.inference.windows import LabelSwap, gaussian_weight, mirrorings, window_starts
 from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Configuration, Network, Resampling
@@ -93,14 +92,15 @@ def agreement(
     networks, image = random_networks(configuration, labels.n_channels, folds), noise(place.shape)
     resampling = Resampling(**(how or {}))
     passes, whole = (
-        passes_of(networks, configuration, labels.n_channels, FP32, CPU, whole=whole, **more) for whole in (False, True)
+        build_sliding_window(networks, configuration, labels.n_channels, FP32, CPU, whole=whole, **more)
+        for whole in (False, True)
     )
     expected = restore_segmentation(predict_logits(whole, image), place, labels, resampling)
     assert len(np.unique(expected)) > 2
-    (footprint,) = plan_memory([request := Request(passes, place, resampling)], labels, 0.5)
+    (footprint,) = plan_memory([request := PredictionTask(passes, image, place, resampling)], labels, 0.5)
     if dtype is not None:
         footprint = replace(footprint, dtype=dtype)
-    found = predict_labels(opened(request, image, footprint), place, labels)
+    found = predict_label_map(open_stream(request, footprint), place, labels)
     assert found.shape == place.geometry.shape and found.dtype == expected.dtype
     return float((found == expected).mean())
 
@@ -125,7 +125,6 @@ def test_streaming_equals_the_whole(shape: Shape, target: Shape, labels: Labels)
 @pytest.mark.parametrize("how", [{}, {"logits_order_z": 1}, {"separate_z": False}, {"logits_order": 3}])
 def test_coarse_axes_and_other_orders(spacing: tuple[float, float, float], how: dict[str, Any]) -> None:
     place = placed((24, 21, 19), (40, 33, 30), spacing)
-    assert len(set(logits_orders(place, Resampling()))) == 2
     assert agreement(configured((8, 16, 16)), place, labels_of(4), how) > 0.9999
 
 
@@ -137,7 +136,7 @@ def test_splines_that_reach_far_along_the_first_axis(order: int) -> None:
 
 @pytest.mark.parametrize(("n_classes", "at_once"), [(3, 1), (3, 100), (20, 4)])
 def test_two_dimensions(n_classes: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunet_lite.inference.passes._at_once", lambda *_: at_once)
+    monkeypatch.setattr("nnunet_lite.inference.sliding_window._windows_at_once", lambda *_: at_once)
     place = placed((7, 25, 30), (7, 31, 23), COARSE)
     assert agreement(configured((16, 24)), place, labels_of(n_classes), mirror_axes=(0, 1)) > 0.9999
 
@@ -151,7 +150,7 @@ def test_axes_are_put_back_and_the_margin_is_background() -> None:
 @pytest.mark.parametrize("n_classes", [4, 40])
 def test_sides_that_change_places(n_classes: int) -> None:
     """With more classes than features, the features of swapped copies are held apart."""
-    more: dict[str, Any] = {"mirror_axes": (1, 2), "sides": Sides(2, (0, 2, 1, *range(3, n_classes)))}
+    more: dict[str, Any] = {"mirror_axes": (1, 2), "swap": LabelSwap(2, (0, 2, 1, *range(3, n_classes)))}
     place = placed((20, 18, 22), (25, 30, 20))
     assert agreement(configured((16, 16, 16)), place, labels_of(n_classes), folds=2, **more) > 0.9999
 
@@ -169,11 +168,11 @@ def test_of_many_classes_features_are_held() -> None:
         (7, 1, None, 8),
         (8, 1, None, 7),
         (20, 3, None, 19),
-        (20, 2, Sides(2, (1,)), 21),
+        (20, 2, LabelSwap(2, (1,)), 21),
     ]:
         networks = random_networks(configuration, n_classes, folds)
-        passes = passes_of(networks, configuration, n_classes, FP32, CPU, mirror_axes=(2,), sides=sides)
-        assert passes.held == held
+        passes = build_sliding_window(networks, configuration, n_classes, FP32, CPU, mirror_axes=(2,), swap=sides)
+        assert passes.channels == held
 
 
 @pytest.mark.parametrize("shape", [(20, 21, 22), (5, 20, 9), (8, 8, 8)])
@@ -186,9 +185,9 @@ def test_the_identity_returns_the_image(shape: Shape, more: dict[str, Any]) -> N
     torch.testing.assert_close(predict_logits(passes, image, step), image, atol=1e-5, rtol=1e-5)
 
 
-def seeing(forward: Callable[[Tensor], Tensor], patch: Shape, outputs: int, **more: Any) -> Passes:
+def seeing(forward: Callable[[Tensor], Tensor], patch: Shape, outputs: int, **more: Any) -> SlidingWindow:
     how: dict[str, Any] = {"flips": ((),), "at_once": 1} | more
-    return Passes(forward=forward, outputs=outputs, patch=patch, device=CPU, bytes=0, **how)
+    return SlidingWindow(forward=forward, outputs=outputs, patch=patch, device=CPU, window_bytes=0, **how)
 
 
 def of_position(x: Tensor) -> Tensor:
@@ -200,7 +199,7 @@ def of_position(x: Tensor) -> Tensor:
 def one_by_one(image: Tensor, patch: Shape, flips: Sequence[tuple[int, ...]], half: bool) -> Tensor:
     """The weighted mean over windows, all of it at once: in float64, or as nnU-Net does in float16."""
     kind = torch.float16 if half else torch.float64
-    weight = weight_of(patch, torch.float16 if half else torch.float32).to(kind)
+    weight = torch.from_numpy(gaussian_weight(patch, half)).to(kind)
     total, weights = torch.zeros(2, *image.shape[1:], dtype=kind), torch.zeros(image.shape[1:], dtype=kind)
     starts = [window_starts(size, p, 0.5) for size, p in zip(image.shape[1:], patch, strict=True)]
     for corner in itertools.product(*starts):
@@ -233,12 +232,12 @@ def test_trained_networks(tiny_model: Path, hippocampus: Path) -> None:
         image = read_image(scan)
         image = replace(image, geometry=replace(image.geometry, spacing=spacing))
         ready = preprocess(image, None, model.plan, model.configuration)
-        passes = passes_of(model.networks, model.configuration, labels.n_channels, model.arithmetic, CPU)
+        passes = build_sliding_window(model.networks, model.configuration, labels.n_channels, model.arithmetic, CPU)
         shown = torch.from_numpy(ready.image)
         expected = restore_segmentation(predict_logits(passes, shown), ready.placement, labels, how)
-        request = Request(passes, ready.placement, how)
+        request = PredictionTask(passes, shown, ready.placement, how)
         (footprint,) = plan_memory([request], labels, 0.5)
-        found = predict_labels(opened(request, shown, footprint), ready.placement, labels)
+        found = predict_label_map(open_stream(request, footprint), ready.placement, labels)
         assert len(np.unique(found)) > 1
         assert (found == expected).mean() > 0.9999
 
@@ -249,17 +248,17 @@ def test_windows_of_nothing_may_be_left_out() -> None:
     image[:, 12:] = 0
     for n_classes in (4, 20):
         seen: list[int] = []
-        passes = passes_of(random_networks(configuration, n_classes), configuration, n_classes, FP32, CPU)
+        passes = build_sliding_window(random_networks(configuration, n_classes), configuration, n_classes, FP32, CPU)
 
         def counted(x: Tensor, forward: Callable[[Tensor], Tensor] = passes.forward, seen: list[int] = seen) -> Tensor:
             seen.append(len(x))
             return forward(x)
 
         passes, labels = replace(passes, forward=counted), labels_of(n_classes)
-        request = Request(passes, place, Resampling())
+        request = PredictionTask(passes, image, place, Resampling())
         (footprint,) = plan_memory([request], labels, 0.5)
         full, less = (
-            predict_labels(opened(request, image, footprint, skip_empty=skip), place, labels) for skip in (False, True)
+            predict_label_map(open_stream(request, footprint, skip_empty=skip), place, labels) for skip in (False, True)
         )
         assert sum(seen) == 9 * 4 + 3 * 4, "two windows reach slices 8 to 12, and none those from 16 on"
         assert np.array_equal(less[:9], full[:9])
@@ -269,12 +268,12 @@ def test_windows_of_nothing_may_be_left_out() -> None:
 def test_what_fits_is_found_and_what_does_not_is_refused() -> None:
     place, labels, how = placed((100, 60, 60), (200, 120, 120)), labels_of(20), Resampling()
     configuration = configured((32, 32, 32))
-    passes = passes_of(random_networks(configuration, 20), configuration, 20, FP32, CPU)
-    request = Request(passes, place, how)
+    passes = build_sliding_window(random_networks(configuration, 20), configuration, 20, FP32, CPU)
+    request = PredictionTask(passes, noise(place.shape), place, how)
     (roomy,) = plan_memory([request], labels, 0.5)
     assert (roomy.batch_size, roomy.dtype) == (passes.at_once, torch.float32)
     found, limit = [roomy], roomy.host
-    with pytest.raises(UserError, match=r"takes [\d.]+ MB of memory at least, [\d.]+ MB may be used\. Raise --max-mem"):
+    with pytest.raises(UserError, match=r"needs [\d.]+ MB of memory at least, [\d.]+ MB may be used\. Raise --max-mem"):
         while limit := int(0.98 * limit):
             found += plan_memory([request], labels, 0.5, limit)
             assert found[-1].host <= limit
@@ -286,9 +285,9 @@ MEASURED = """
 import os
 import torch
 from test_streaming import CPU, FP32, configured, labels_of, placed, random_networks
-from nnunet_lite.inference.memory import Request, plan_memory
-from nnunet_lite.inference.passes import passes_of
-from nnunet_lite.inference.streaming import opened, predict_labels
+from nnunet_lite.inference.memory import PredictionTask, plan_memory
+from nnunet_lite.inference.sliding_window import build_sliding_window
+from nnunet_lite.inference.outputs import open_stream, predict_label_map
 from nnunet_lite.planning.schema import Resampling
 
 def peak():
@@ -297,14 +296,14 @@ def peak():
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.set_num_threads(1)
 configuration, labels = configured((32, 48, 48), (8, 8)), labels_of(40)
-passes = passes_of(random_networks(configuration, 40), configuration, 40, FP32, CPU)
+passes = build_sliding_window(random_networks(configuration, 40), configuration, 40, FP32, CPU)
 for slices in (64, 64, 128, 512):
     place = placed((slices, 96, 96), (slices * 3 // 2, 144, 144))
     image = torch.zeros(1, slices, 96, 96).normal_()
-    request = Request(passes, place, Resampling())
+    request = PredictionTask(passes, image, place, Resampling())
     (footprint,) = plan_memory([request], labels, 1.0)
     before = peak()
-    out = predict_labels(opened(request, image, footprint), place, labels)
+    out = predict_label_map(open_stream(request, footprint), place, labels)
     print(peak() - before, footprint.host, image.nbytes + out.nbytes)
 """
 

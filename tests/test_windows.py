@@ -9,8 +9,19 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from nnunet_lite.inference.tiles import Sides, gaussian_weight, mirrorings, padding, window_starts, windows
-from nnunet_lite.inference.windows import cut, mirrored, schedule, slice_spans, spans, tile, weight_of
+from nnunet_lite.inference.sliding_window import cut_window, mirror_window
+from nnunet_lite.inference.windows import (
+    LabelSwap,
+    gaussian_weight,
+    mirrorings,
+    padding,
+    schedule,
+    slice_spans,
+    spans,
+    tile,
+    window_slices,
+    window_starts,
+)
 from nnunet_lite.preprocessing.resampling import blocks
 
 
@@ -29,7 +40,7 @@ def test_windows_cover_every_voxel_with_at_most_the_step(step: float) -> None:
 
 
 def test_windows_come_in_order_along_the_first_axis() -> None:
-    places = windows((20, 10, 9), (8, 6, 9), 0.5)
+    places = window_slices((20, 10, 9), (8, 6, 9), 0.5)
     assert [place[0].start for place in places] == sorted(place[0].start for place in places)
     seen = np.zeros((20, 10, 9), int)
     for place in places:
@@ -43,17 +54,17 @@ def test_the_weight_is_a_gaussian_of_an_eighth_of_the_patch(patch: tuple[int, ..
     delta[tuple(n // 2 for n in patch)] = 1
     expected = gaussian_filter(delta, [n / 8 for n in patch], mode="constant", truncate=20)
     expected /= expected.max()
-    found = weight_of(patch, torch.float32)
+    found = gaussian_weight(patch)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
-    half = weight_of(patch, torch.float16)
-    assert (half == half.half()).all()
+    half = gaussian_weight(patch, half=True)
+    assert (half == half.astype(np.float16)).all()
     np.testing.assert_allclose(half, (10 * expected).clip(6e-8).astype(np.float16), rtol=1e-3, atol=6e-8)
 
 
 @pytest.mark.parametrize("patch", [(1, 64, 64), (320, 320), (192, 192, 192)])
 def test_the_weight_is_never_zero(patch: tuple[int, ...]) -> None:
     assert gaussian_weight(patch).min() > 0
-    assert weight_of(patch, torch.float16).half().min() > 0
+    assert gaussian_weight(patch, half=True).astype(np.float16).min() > 0
 
 
 def test_mirrorings_are_all_combinations() -> None:
@@ -66,7 +77,7 @@ def test_an_image_smaller_than_the_patch_lies_in_the_middle() -> None:
     image = torch.rand(2, 5, 20, 8)
     assert padding(image.shape[1:], (8, 8, 8)) == ((1, 2), (0, 0), (0, 0))
     (first,) = spans(5, 8, 0.5)
-    window = cut(image, (first, spans(20, 8, 0.5)[1], spans(8, 8, 0.5)[0]))
+    window = cut_window(image, (first, spans(20, 8, 0.5)[1], spans(8, 8, 0.5)[0]))
     assert window.shape == (2, 8, 8, 8)
     assert torch.equal(window[:, 1:6], image[:, :, 4:12])
     assert not window[:, 0].any() and not window[:, 6:].any()
@@ -78,7 +89,7 @@ def test_spans_are_the_windows() -> None:
         found = [(span.start, span.start + span.size) for span in spans(size, 8, 0.5)]
         ((before, after),) = padding((size,), (8,))
         assert found == [
-            (p[0].start - before, p[0].stop - before) for p in windows((size + before + after,), (8,), 0.5)
+            (p[0].start - before, p[0].stop - before) for p in window_slices((size + before + after,), (8,), 0.5)
         ]
         seen = np.zeros(size, int)
         for span in spans(size, 8, 0.5):
@@ -119,8 +130,8 @@ def test_what_is_held_does_not_grow_with_the_image() -> None:
 
 def test_classes_of_a_mirrored_window_change_sides() -> None:
     window = torch.stack([torch.rand(4, 4, 4), torch.randint(0, 3, (4, 4, 4)).float()])
-    sides = Sides(2, (0, 2, 1), (0, 2, 1))
-    there = mirrored(window, (0, 2), sides)
+    sides = LabelSwap(2, (0, 2, 1), (0, 2, 1))
+    there = mirror_window(window, (0, 2), sides)
     assert torch.equal(there[0], window[0].flip((0, 2)))
     assert torch.equal(there[1] == 1, window[1].flip((0, 2)) == 2)
-    assert torch.equal(mirrored(window, (0,), sides), window.flip(1))
+    assert torch.equal(mirror_window(window, (0,), sides), window.flip(1))

@@ -12,11 +12,11 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands.options import DatasetName, FilePath, TrustCode, WhichCheckpoint, Workspace
 from nnunet_lite.errors import UserError
-from nnunet_lite.models import nnunet
-from nnunet_lite.models.bundle import licence_text, pack
-from nnunet_lite.models.choice import choose_model, in_our_form, model_at
+from nnunet_lite.inference.onnx import export_onnx
+from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_licence, read_manifest, unpack
 from nnunet_lite.models.folder import is_model, model_folder
-from nnunet_lite.models.unpack import is_bundle, read_manifest, unpack
+from nnunet_lite.models.lookup import choose_model, find_model
+from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, nnunet_model_name
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 _GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --format nnunet -o FOLDER` (or onnx)."
@@ -65,9 +65,9 @@ def import_model(
         return ImportedModel(unpack(path, target, replace=replace))
     if (path / "run.json").is_file():
         raise UserError("is a model folder of nnlite already", path, "Use it with -m, or pack it with `nnlite export`.")
-    dataset, name = ("", "") if output else nnunet.nnunet_names(path, checkpoint)
+    dataset, name = ("", "") if output else nnunet_model_name(path, checkpoint)
     target = Path(output) if output else model_folder(Paths(place / dataset), name)
-    nnunet.import_model(path, target, None, checkpoint, replace=replace)
+    import_nnunet(path, target, checkpoint, replace=replace)
     return ImportedModel(target)
 
 
@@ -121,26 +121,24 @@ def export_model(
     UserError
         There is no such model, the target exists, or the format cannot represent the model.
     """
-    source, target = _source_and_target(paths, model, output, workspace_folder(workspace))
+    root = workspace_folder(workspace)
+    source, target = _source_and_target(paths, model, output, root)
     if (format == "zip") != (target.suffix.lower() == ".zip"):
         what = "a zip ends in .zip; a folder is written with --format nnunet or --format onnx"
         raise UserError(f"cannot be written as {format}: {what}", target)
     if source is not None:
-        folder = model_at(source, workspace_folder(workspace), dataset)
+        folder = find_model(source, root, dataset)
     else:
         folder = choose_model(select_dataset(workspace, dataset, needs_plan=False), configuration)
-    with in_our_form([folder], None, checkpoint) as (ours,):
+    if format == "onnx":
+        differences = export_onnx(folder, target, checkpoint=checkpoint, trust_code=trust_code, workspace=root)
+        log.info(f"logits differ from torch's by {max(differences.values()):.1e} at most")
+        return ExportedModel(folder, target, format)
+    with as_model_folder(folder, checkpoint) as converted:
         if format == "nnunet":
-            nnunet.export_model(ours, target)
-        elif format == "zip":
-            pack(ours, target, licence=None if licence is None else licence_text(licence), note=note)
+            export_nnunet(converted, target)
         else:
-            from nnunet_lite.inference.onnx import export_onnx  # an optional extra
-
-            worst = max(
-                export_onnx(ours, target, trust_code=trust_code, workspace=workspace_folder(workspace)).values()
-            )
-            log.info(f"logits differ from torch's by {worst:.1e} at most")
+            pack(converted, target, licence=None if licence is None else read_licence(licence), note=note)
     return ExportedModel(folder, target, format)
 
 
@@ -159,7 +157,7 @@ def _source_and_target(
         raise UserError(f"got {len(given)} arguments, a model and a target are two", fix=_GRAMMAR)
     first, second = (*given, None, None)[:2]
     if output is None and second is None and first is not None:
-        names_model = model is None and is_model(model_at(first, workspace))
+        names_model = model is None and is_model(find_model(first, workspace))
         first, second = (first, None) if names_model else (None, first)
     if second is not None and output is not None:
         raise UserError(f"two places to write to are given: {second} and, with -o, {output}", fix=_GRAMMAR)

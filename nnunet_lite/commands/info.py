@@ -13,10 +13,16 @@ from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichChec
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.files import understood
-from nnunet_lite.inference.predictor import read_model
-from nnunet_lite.models.choice import in_our_form, model_at
-from nnunet_lite.models.folder import MODEL, first_training, model_folders, read_header, trained_folds, validation_dice
-from nnunet_lite.models.nnunet import Checkpoint
+from nnunet_lite.models.bundle import as_model_folder
+from nnunet_lite.models.folder import (
+    MODEL,
+    first_training,
+    model_folders,
+    read_weights_header,
+    trained_folds,
+    validation_dice,
+)
+from nnunet_lite.models.lookup import Checkpoint, find_model, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
@@ -47,7 +53,7 @@ def info(
         There is no such model, or no dataset is planned.
     """
     if (given := either_model(model, model_option)) is not None:
-        return describe_model(model_at(given, workspace_folder(workspace), dataset), checkpoint)
+        return describe_model(find_model(given, workspace_folder(workspace), dataset), checkpoint)
     return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
 
 
@@ -64,7 +70,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
     UserError
         It is not a model.
     """
-    with in_our_form([model], None, checkpoint) as (folder,):
+    with as_model_folder(model, checkpoint) as folder:
         return _describe_folder(model, folder)
 
 
@@ -75,7 +81,7 @@ def _describe_folder(model: Path, folder: Path) -> About:
     folds = {}
     for fold in trained_folds(folder):
         with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_header(folder / f"fold_{fold}" / MODEL)
+            state = read_weights_header(folder / f"fold_{fold}" / MODEL)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
         folds[fold]["mean_dice"] = validation_dice(folder, fold)
     unfinished = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())

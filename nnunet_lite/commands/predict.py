@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from nnunet_lite import log
@@ -26,18 +27,34 @@ from nnunet_lite.commands.options import (
     names_of,
     overrides_of,
 )
-from nnunet_lite.data.cases import find_all_cases
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case, find_all_cases
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.models.choice import SPEEDS, Choice, chosen, first_fold, in_our_form, load, load_all, model_at
+from nnunet_lite.evaluation.postprocessing import Rule, apply_rules
+from nnunet_lite.evaluation.selection import (
+    changed_models,
+    describe_selection,
+    read_selection,
+    selected_models,
+    weights_fingerprint,
+)
+from nnunet_lite.inference.cases import check_output, names_file
+from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
+from nnunet_lite.inference.predictor import Predictor, load, read_common_plan
 from nnunet_lite.models.folder import trained_folds
-from nnunet_lite.workspace import select_dataset, workspace_folder
+from nnunet_lite.models.lookup import Checkpoint, choose_model, find_model, first_common_fold
+from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
-if TYPE_CHECKING:  # they import torch: after the checks of what was typed
-    from nnunet_lite.inference.maps import Wanted
-    from nnunet_lite.inference.predictor import Model
-
+# --speed: changes of the settings; "fast" also uses one fold
+_SPEEDS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "balanced": {"inference.mirroring": False},
+    "fast": {"inference.mirroring": False, "inference.step_size": 0.75},
+}
 PROBABILITIES = "--save-probabilities"  # its value may be left out, see cli.py
 
 
@@ -154,115 +171,174 @@ def predict(
     UserError
         There is no such image or model, or an option is illegal.
     """
-    from nnunet_lite.inference.folder import check_output, predict_cases
-    from nnunet_lite.inference.maps import Wanted, wanted_labels
-    from nnunet_lite.inference.predictor import read_model
-
     settings = overrides_of(
         settings, inference__mirroring=mirroring, inference__step_size=step_size, inference__precision=precision,
         inference__max_memory=max_memory,
     )  # fmt: skip
-    out, place = Path(output), workspace_folder(workspace)
+    settings = {**_SPEEDS[speed or "best"], **settings}
+    out, root = Path(output), workspace_folder(workspace)
     sources = [Path(path) for path in _as_list(input)]
     if not sources:
         raise UserError("no image is given to predict")
     paths = None if model else select_dataset(workspace, dataset, needs_plan=False)
-    given = [model_at(path, place, dataset) for path in _as_list(model or ())]
-    choice = chosen(paths, given, names_of(configuration) or [], None if fold is None else _as_list(fold), postprocess)
-    folders, folds = choice.folders, choice.folds
-    if speed == "fast" and choice.all_folds:
-        folds = first_fold(folders, checkpoint) if folds is None else folds[:1]
-    code: dict[str, Any] = {"trust_code": trust_code, "workspace": place}
-    with in_our_form(folders, folds, checkpoint) as ours:
-        plan = read_model(ours[0])[0]
-        cases = find_all_cases(sources, len(plan.channels))
-        check_output(sources, cases, out, plan.labels, dicom_seg)
-        asked = () if save_probabilities is None else wanted_labels(save_probabilities, plan.labels)
-        settings = {**SPEEDS[speed or "best"], **settings}
-        rules = {label: str(rule) for label, rule in choice.rules.items()}
-        if scheduler is not None:
-            parcel = _Parcel(replace(choice, folders=[folder.absolute() for folder in folders], folds=folds), settings,
-                             device, out.absolute(), Wanted(asked, save_uncertainty), dicom_seg,
-                             skip_existing, accept_geometry, {**code, "checkpoint": checkpoint})  # fmt: skip
-            files, failed = _predict_on(scheduler, parcel, cases)
-            used = folds or trained_folds(ours[0])
-            return _reported(Predictions(out, tuple(files), failed, tuple(folders), tuple(map(str, used)), rules))
-        loaded = load_all(folders, ours, folds, device, settings, **code)
-    if loaded.device.type == "cpu":
-        from nnunet_lite.networks.cpu import keep_freed_memory
-
-        keep_freed_memory()
-    log.info(
-        f"predicting {plural(len(cases), 'image')} with {loaded} on {loaded.device}, {loaded.arithmetic.precision}"
+    models = [find_model(path, root, dataset) for path in _as_list(model or ())]
+    folds = None if fold is None else [str(name) for name in _as_list(fold)]
+    folders, folds, rules = _choose_models(paths, models, names_of(configuration) or [], folds, postprocess)
+    if speed == "fast" and fold is None:
+        folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
+    source = _Source(
+        tuple(folder.absolute() for folder in folders) if scheduler else tuple(folders),
+        None if folds is None else tuple(folds),
+        device,
+        tuple(settings.items()),
+        checkpoint,
+        trust_code,
+        root.absolute(),
     )
-    files, failed = predict_cases(
-        loaded, cases, out, wanted=Wanted(asked, save_uncertainty), dicom_seg=dicom_seg,
-        skip_existing=skip_existing, show=log.progress, finish=choice.finish(loaded.plan.labels),
-        accept_geometry=accept_geometry,
-    )  # fmt: skip
-    return _reported(Predictions(out, tuple(files), failed, tuple(folders), loaded.folds, rules))
-
-
-def _reported(predictions: Predictions) -> Predictions:
-    """Log each case that failed."""
-    for case, reason in predictions.failed.items():
+    if scheduler is None:
+        predictor = source.load()
+        plan, used = predictor.plan, list(predictor.folds)
+    else:
+        plan, used = read_common_plan(folders, folds, checkpoint)
+    cases = find_all_cases(sources, len(plan.channels))
+    check_output(sources, cases, out, plan.labels, dicom_seg)
+    names = () if save_probabilities is None else parse_label_names(save_probabilities, plan.labels)
+    options: dict[str, Any] = {
+        "maps": ExtraMaps(names, save_uncertainty),
+        "dicom_seg": dicom_seg,
+        "skip_existing": skip_existing,
+        "postprocess": _postprocessing(rules, plan.labels),
+        "accept_geometry": accept_geometry,
+    }
+    if scheduler is None:
+        if predictor.device.type == "cpu":
+            keep_freed_memory()
+        how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
+        log.info(f"predicting {plural(len(cases), 'image')} with {how}")
+        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **options)
+    else:
+        files, failed = _predict_on(scheduler, source, cases, out.absolute(), options)
+    for case, reason in failed.items():
         log.info(f"failed: {case}: {reason}")
-    return predictions
+    words = {label: str(rule) for label, rule in rules.items()}
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
+
+
+def _choose_models(
+    paths: Paths | None,
+    models: Sequence[Path],
+    configurations: Sequence[str],
+    folds: list[str] | None,
+    postprocess: bool,
+) -> tuple[list[Path], list[str] | None, dict[str, Rule]]:
+    """Choose the given models, otherwise those that `nnlite select` chose, otherwise the trained one.
+
+    The selected postprocessing is done only if exactly the selected models predict.
+
+    Parameters
+    ----------
+    paths : Paths, optional
+        The files of the dataset; None if `models` are given, which may be among the selected ones too.
+    models : sequence of Path
+        Model folders or zips.
+    configurations : sequence of str
+        Configurations whose trained models predict.
+    folds : list of str, optional
+        The given folds.
+    postprocess : bool
+        Whether label maps are postprocessed.
+
+    Returns
+    -------
+    folders : list of Path
+        The models.
+    folds : list of str, optional
+        Folds of them; None for all that are trained.
+    rules : dict of str to Rule
+        The postprocessing of each label.
+    """
+    if paths is not None and not configurations:
+        selection = read_selection(paths)
+        if selection is None:
+            return [choose_model(paths)], folds, {}
+        folders = selected_models(paths, selection)
+    else:
+        folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
+        paths = paths or Paths(folders[0].absolute().parent.parent)
+        in_dataset = all(folder.absolute().parent == paths.models for folder in folders)
+        selection = read_selection(paths) if in_dataset else None
+        if selection is None or set(selection.models) != {folder.name for folder in folders}:
+            return folders, folds, {}
+    folds = list(selection.folds) if folds is None else folds
+    rules = selection.postprocessing if postprocess else {}
+    if doubtful := [label for label in selection.unconfirmed if label in rules]:
+        rules = {label: rule for label, rule in rules.items() if label not in doubtful}
+        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
+        log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
+    log.info(f"{paths.inference}: {describe_selection(selection.models, folds, rules)}")
+    if changed := changed_models(paths, selection):
+        what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
+        log.warn(f"{what}; `nnlite select` compares them again")
+    return folders, folds, rules
+
+
+def _postprocessing(rules: dict[str, Rule], labels: Labels) -> partial[np.ndarray] | None:
+    """Return the function that postprocesses a label map; None without rules."""
+    if unknown := sorted(rules.keys() - set(labels.region_names)):
+        what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
+        raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
+    return partial(_apply, labels=labels, rules=rules) if rules else None
+
+
+def _apply(label_map: np.ndarray, geometry: Geometry, labels: Labels, rules: dict[str, Rule]) -> np.ndarray:
+    return apply_rules(label_map, geometry.spacing, labels, rules)
+
+
+# ------------------------------------------------------------------------------------------------------------ a cluster
 
 
 @dataclass(frozen=True)
-class _Parcel:
-    """How a worker of a cluster predicts a case: `parcel(case)` gives what `predict_cases` does. Paths are absolute.
+class _Source:
+    """The arguments of `load`, as they are sent to the workers of a cluster."""
 
-    `how` : which checkpoints are loaded and whose code is trusted, as `models.load` takes it.
-    """
-
-    choice: Choice
-    settings: dict[str, Any]
+    folders: tuple[Path, ...]
+    folds: tuple[str, ...] | None
     device: str | None
-    out: Path
-    wanted: Wanted
-    dicom_seg: bool
-    skip_existing: bool
-    accept_geometry: bool
-    how: dict[str, Any]
+    settings: tuple[tuple[str, Any], ...]
+    checkpoint: Checkpoint
+    trust_code: bool
+    workspace: Path
 
-    def __call__(self, case: Case) -> tuple[list[Path], dict[str, str]]:
-        from nnunet_lite.evaluation.selection import weights_fingerprint
-        from nnunet_lite.inference.folder import predict_cases
-
-        folders, folds = tuple(self.choice.folders), tuple(self.choice.folds or ())
-        trained = tuple(
-            weights_fingerprint(folder, str(fold)) for folder in folders for fold in folds or trained_folds(folder)
-        )
-        model = _kept(
-            folders, folds, self.device, tuple(sorted(self.settings.items())), tuple(self.how.items()), trained
-        )
-        return predict_cases(
-            model, [case], self.out, wanted=self.wanted, dicom_seg=self.dicom_seg, skip_existing=self.skip_existing,
-            finish=self.choice.finish(model.plan.labels), accept_geometry=self.accept_geometry,
-        )  # fmt: skip
+    def load(self) -> Predictor:
+        return load(self.folders, self.folds, self.device, dict(self.settings), checkpoint=self.checkpoint,
+                    trust_code=self.trust_code, workspace=self.workspace)  # fmt: skip
 
 
 @lru_cache(maxsize=1)
-def _kept(
-    folders: tuple[Path, ...], folds: tuple[str | int, ...], device: str | None, settings: tuple[tuple[str, Any], ...],
-    how: tuple[tuple[str, Any], ...], trained: tuple[str, ...],
-) -> Model:  # fmt: skip
-    """The model that this process predicts with, read once for each training (`trained`: fingerprints of the folds)."""
-    return load(folders, folds or None, device, dict(settings), **dict(how))
+def _load_once(source: _Source, weights: tuple[str, ...]) -> Predictor:
+    """Load a model once in this process, and again if its weights, by their fingerprints, have changed."""
+    return source.load()
 
 
-def _predict_on(scheduler: str, parcel: _Parcel, cases: Sequence[Case]) -> tuple[list[Path], dict[str, str]]:
-    """Predict cases on the workers of a Dask scheduler; the label maps, and why others failed."""
-    from nnunet_lite.inference.folder import names_file
+def _predict_case(case: Case, source: _Source, out: Path, options: dict[str, Any]) -> tuple[list[Path], dict[str, str]]:
+    """Predict a case on a worker; as `predict_cases`."""
+    weights = tuple(
+        weights_fingerprint(folder, fold) for folder in source.folders for fold in source.folds or trained_folds(folder)
+    )
+    return predict_cases(_load_once(source, weights), [case], out, **options)
 
+
+def _predict_on(
+    scheduler: str, source: _Source, cases: Sequence[Case], out: Path, options: dict[str, Any]
+) -> tuple[list[Path], dict[str, str]]:
+    """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
     failed: dict[str, str] = {}
-    with cluster_of(scheduler, parcel.out.parent if names_file(parcel.out) else parcel.out) as cluster:
+    work = partial(_predict_case, source=source, out=out, options=options)
+    with cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
         assert cluster is not None  # there is a scheduler
         absolute = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
-        for case, found in cluster.spread(parcel, absolute, "predict", heavy=True):
+        for case, found in cluster.spread(work, absolute, "predict", heavy=True):
             if isinstance(found, Exception):
                 failed[case.id] = describe(found)
             else:

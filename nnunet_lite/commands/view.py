@@ -11,12 +11,13 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands.options import DatasetName, FilePath, Workspace, names_of
-from nnunet_lite.data.dataset import Case, Dataset, stored_dataset
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
-from nnunet_lite.inference.folder import output_file
-from nnunet_lite.models.choice import choose_model
+from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.folder import model_folders, trained_folds
+from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
 from nnunet_lite.workspace import Paths, select_dataset
 

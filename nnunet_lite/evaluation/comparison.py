@@ -36,8 +36,9 @@ from nnunet_lite.evaluation.selection import Candidate, Selection, weights_finge
 from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
-from nnunet_lite.inference.predictor import Model, load, read_model
+from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import ALL, Split, load_splits, read_split, refuse_other_cases
 from nnunet_lite.workspace import Paths
@@ -353,13 +354,13 @@ def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
     return {member.name: weights_fingerprint(member.folder, fold) for member in team}
 
 
-def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Model:
+def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
     """Load the networks of one fold of several models as one, a cascade with the first stage of this fold alone."""
     load_fold = partial(load, folds=[fold], device=held_out.device, workspace=held_out.paths.root.parent)
     models = [
         load_fold(member.folder)
         if member.previous is None
-        else replace(load_fold(member.folder, alone=True), previous=load_fold(member.previous))
+        else replace(load_fold(member.folder, first_stage=False), previous=load_fold(member.previous))
         for member in team
     ]
     return replace(models[0], partners=tuple(models[1:]))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Case, Dataset, map_labels
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.names import PICTURES, suffix_of
 from nnunet_lite.errors import UserError
@@ -18,9 +19,10 @@ from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import CasePair
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.files import write_json, write_text
+from nnunet_lite.inference.cases import output_file
 from nnunet_lite.inference.first_stage import read_stage_map
-from nnunet_lite.inference.folder import output_file, predict_cases
-from nnunet_lite.inference.predictor import Model, load
+from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import SUMMARY, VALIDATION
 from nnunet_lite.system import pairs_at_once
 
@@ -66,15 +68,17 @@ def validate_fold(
     UserError : a case cannot be predicted.
     """
     changes = None if step_size is None else {"inference.step_size": step_size}
-    workspace, alone = folder.absolute().parents[2], previous is not None
-    model = load(folder, [fold], device, changes, alone=alone, trust_code=trust_code, workspace=workspace)
+    workspace = folder.absolute().parents[2]
+    model = load(
+        folder, [fold], device, changes, first_stage=previous is None, trust_code=trust_code, workspace=workspace
+    )
     read_previous = None if previous is None else lambda case_id: read_stage_map(previous[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate_cases(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, read_previous, notes)
 
 
 def validate_cases(
-    model: Model,
+    model: Predictor,
     out: Path,
     dataset: Dataset,
     case_ids: Sequence[str],
@@ -83,7 +87,7 @@ def validate_cases(
 ) -> Scores:
     """Predict cases of a dataset into a folder, unless their label maps exist, and score them; see `validate_fold`."""
     cases = _cases(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, show=log.progress, previous=previous,
+    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, previous=previous,
                               accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))

@@ -27,9 +27,10 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import atomic, locked, sweep
-from nnunet_lite.inference.predictor import load, predict_preprocessed, read_model
-from nnunet_lite.inference.prepare import as_classes
+from nnunet_lite.inference.cases import as_classes
+from nnunet_lite.inference.predictor import load, predict_preprocessed
 from nnunet_lite.models.folder import MODEL, is_finished, model_folder, read_run
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset

@@ -1,10 +1,10 @@
-"""A model as ONNX, for machines without torch: a graph for each fold, and beside it what onnx_runner.py needs.
+"""Export a model as ONNX, for machines without torch: a graph for each fold, and what onnx_runner.py needs.
 
 OUT/
   fold_0.onnx ...   image (batch, inputs, *patch) -> logits (batch, outputs, *patch), float32, a batch of any size
   plans.json        the plan: normalisation, spacing, patch, labels
-  onnx.json         configuration, folds, step size, mirroring; this and the plan are in each graph's metadata too
-  previous/         of a cascade, its first stage, alike
+  onnx.json         configuration, folds, step size, mirroring; the metadata of each graph contains it and the plan too
+  previous/         of a cascade, the first stage in the same form
 """
 
 from __future__ import annotations
@@ -28,98 +28,109 @@ from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import must_fit, scratch, write_json, write_text
 from nnunet_lite.inference.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
-from nnunet_lite.inference.predictor import Model, load
+from nnunet_lite.inference.predictor import Predictor, load
+from nnunet_lite.models.lookup import Checkpoint
 
 OPSET = 18
-TOLERANCE = 1e-3  # of a logit; where the largest is above 1, of that
+TOLERANCE = 1e-3  # of a logit; if the largest logit is above 1, a share of it
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(
-    folder: Path,
+    model: Path,
     out: Path,
     folds: Sequence[str | int] | None = None,
     *,
+    checkpoint: Checkpoint = "final",
     trust_code: bool = False,
     workspace: Path | None = None,
 ) -> dict[str, float]:
-    """Write the network of each fold as ONNX, its finest head alone, and run each graph to compare it with torch.
+    """Write the network of each fold as ONNX, without deep supervision, and compare what each graph computes.
 
     Parameters
     ----------
-    out : a new folder; it appears when it is whole.
-    folds : which; default: all that are trained.
-    trust_code, workspace : whose code may be run, as for `predictor.load`.
+    model : Path
+        A model folder or a zip.
+    out : Path
+        A new folder. It appears when it is complete.
+    folds : sequence of str or int, optional
+        By default all that are trained.
+    checkpoint, trust_code, workspace
+        As for `load`.
 
     Returns
     -------
-    For each file, e.g. "fold_0.onnx", the largest difference of a logit from torch's, for a random window.
+    dict of str to float
+        For each file, such as "fold_0.onnx", the largest difference of a logit from torch's, for a random window.
 
     Raises
     ------
-    UserError : no model folder, not that fold, `out` is there already, the extra `onnx` is not installed, or a network
-        of the user's own does what ONNX cannot say.
-    RuntimeError : a graph computes something else than its network.
+    UserError
+        There is no model, no such fold, `out` exists already, the extra `onnx` is not installed, or ONNX cannot express
+        a network of the user.
+    RuntimeError
+        A graph computes something else than its network.
     """
     if missing := [package for package in _NEEDED if find_spec(package) is None]:
         raise UserError(f"ONNX needs {', '.join(missing)}", fix='pip install "nnunet-lite[onnx]"')
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError("is there already", out, "Choose another --output, or delete it.")
-    exact = {"inference.precision": "fp32"}
-    model, out = load(folder, folds, "cpu", exact, trust_code=trust_code, workspace=workspace), out.absolute()
+        raise UserError("exists already", out, "Choose another --output, or delete it.")
+    predictor = load(model, folds, "cpu", {"inference.precision": "fp32"}, checkpoint=checkpoint,
+                     trust_code=trust_code, workspace=workspace)  # fmt: skip
+    out = out.absolute()
     with scratch(out.parent) as temporary:
         partial = temporary / out.name
         with must_fit(out, partial):
-            differences = _write(model, partial)
+            differences = _write(predictor, partial)
         partial.replace(out)
     return differences
 
 
-def _write(model: Model, out: Path) -> dict[str, float]:
-    """All files of a model, and of its first stage."""
-    about, differences = _about(model), {}
-    metadata = {"nnlite": json.dumps(about), "plan": model.plan.model_dump_json()}
-    write_text(out / "plans.json", model.plan.to_json())
+def _write(predictor: Predictor, out: Path) -> dict[str, float]:
+    """Write all files of a model, and of its first stage."""
+    about, differences = _about(predictor), {}
+    metadata = {"nnlite": json.dumps(about), "plan": predictor.plan.model_dump_json()}
+    write_text(out / "plans.json", predictor.plan.to_json())
     write_json(out / ABOUT, about)
-    inputs = model.plan.n_inputs(model.configuration_name)
-    window = torch.randn(2, inputs, *model.configuration.patch_size, generator=torch.Generator().manual_seed(0))
-    window[..., : window.shape[-1] // 2] = -1  # as the air beside a body, which is hard on sums
-    for fold, network in zip(model.folds, model.networks, strict=True):
+    inputs = predictor.plan.n_inputs(predictor.configuration_name)
+    window = torch.randn(2, inputs, *predictor.configuration.patch_size, generator=torch.Generator().manual_seed(0))
+    window[..., : window.shape[-1] // 2] = -1  # like air around a body, where sums are the least exact
+    for fold, network in zip(predictor.folds, predictor.networks, strict=True):
         file = out / f"fold_{fold}.onnx"
-        log.info(f"writing {model.configuration_name} fold {fold}")
+        log.info(f"writing {predictor.configuration_name} fold {fold}")
         contiguous = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         _write_graph(_with_stepwise_norms(contiguous), window, metadata, file)
         differences[file.name] = _difference(contiguous, window[:1], file)
-    if model.previous is not None:
-        first = _write(model.previous, out / PREVIOUS)
+    if predictor.previous is not None:
+        first = _write(predictor.previous, out / PREVIOUS)
         differences |= {f"{PREVIOUS}/{name}": difference for name, difference in first.items()}
     return differences
 
 
-def _about(model: Model) -> dict[str, Any]:
-    """What the runner needs beside the plan, and what a person looks for first."""
+def _about(predictor: Predictor) -> dict[str, Any]:
+    """Return what the runner needs besides the plan, and what a person looks for first."""
     return {
         "format": FORMAT,
         "made_by": f"nnunet_lite {nnunet_lite.__version__}",
         "opset": OPSET,
-        "dataset": model.plan.dataset,
-        "configuration": model.configuration_name,
-        "channels": [channel.name for channel in model.plan.channels],
-        "labels": model.plan.labels.to_json(),
-        "spacing": model.configuration.spacing,
-        "patch_size": model.configuration.patch_size,
-        "folds": model.folds,
-        "step_size": model.settings.step_size,
-        "mirror_axes": model.mirror_axes if model.settings.mirroring else (),
-        "sides": None if model.sides is None else asdict(model.sides),
+        "dataset": predictor.plan.dataset,
+        "configuration": predictor.configuration_name,
+        "channels": [channel.name for channel in predictor.plan.channels],
+        "labels": predictor.plan.labels.to_json(),
+        "spacing": predictor.configuration.spacing,
+        "patch_size": predictor.configuration.patch_size,
+        "folds": predictor.folds,
+        "step_size": predictor.settings.step_size,
+        "mirror_axes": predictor.mirror_axes if predictor.settings.mirroring else (),
+        "sides": None if predictor.swap is None else asdict(predictor.swap),
     }
 
 
 class StepwiseNorm(nn.Module):
-    """Instance normalisation whose means are taken axis by axis.
+    """Instance normalisation that averages one axis after the other.
 
-    onnxruntime's own adds up all voxels of a channel in float32, one after the other: where most of them are equal, as
-    air is in CT, logits change by 0.03, and in a window of nothing but air by 0.2. This one errs as little as torch.
+    onnxruntime's own adds all voxels of a channel in float32, one after the other. If most of them are equal, like air
+    in CT, logits change by 0.03, and in a window of air by 0.2. This one is as exact as torch.
     """
 
     def __init__(self, norm: nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
@@ -140,7 +151,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _with_stepwise_norms(network: nn.Module) -> nn.Module:
-    """A copy of a network with other instance norms of the same weights."""
+    """Copy a network, and replace its instance norms by stepwise ones with the same weights."""
     copy = deepcopy(network)
     for module in list(copy.modules()):
         for name, child in list(module.named_children()):
@@ -150,7 +161,7 @@ def _with_stepwise_norms(network: nn.Module) -> nn.Module:
 
 
 def _write_graph(network: nn.Module, window: Tensor, metadata: dict[str, str], file: Path) -> None:
-    """Trace a network and write its graph; weights of more than 2 GB go to a file of their own beside it."""
+    """Trace a network and write its graph; weights of more than 2 GB are written to a second file."""
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -165,19 +176,20 @@ def _write_graph(network: nn.Module, window: Tensor, metadata: dict[str, str], f
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise UserError(f"the network cannot be written as ONNX ({str(error).splitlines()[0]})") from error
-    assert program is not None  # it is for the older exporter alone, which writes the file itself
+    assert program is not None  # as it is for the older exporter, which writes the file itself
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where in whose code it came from, with the paths of this machine
+        node.metadata_props.clear()  # source files, with the paths of this machine
     program.model.metadata_props.update(metadata)
     program.save(file)
 
 
 def _difference(network: nn.Module, window: Tensor, file: Path) -> float:
-    """The largest difference of a logit that a graph and its network compute.
+    """Return the largest difference between the logits of a graph and of its network.
 
     Raises
     ------
-    RuntimeError : it is above the tolerance.
+    RuntimeError
+        It is above the tolerance.
     """
     with torch.inference_mode():
         expected = network(window)
@@ -190,7 +202,7 @@ def _difference(network: nn.Module, window: Tensor, file: Path) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are not installed and of its own methods."""
+    """Suppress the exporter's messages on packages that are not installed and on its own methods."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,57 +1,95 @@
-"""Sliding windows over an image: where they lie, what they show, and when the slices that they cover are finished."""
+"""The geometry of sliding windows, without torch: their places, their weights, and when slices are finished.
+
+`tile` cuts an image into windows, `gaussian_weight` weighs their voxels, and `schedule` orders them: windows come in
+rows along the first axis, and slices that no later row reaches are finished and can be dropped.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 
-from nnunet_lite.inference.tiles import Sides, gaussian_weight, padding, window_starts
 from nnunet_lite.preprocessing.resampling import Block
 
 Flip = tuple[int, ...]  # the axes (of three) along which a copy is mirrored
 
-_LARGEST = 10  # weight, or most of them would be too small for float16
+_HALF_SCALE = 10  # the largest weight in float16; with 1, most weights are too small for it
+
+
+@dataclass(frozen=True)
+class LabelSwap:
+    """The labels that change places in copies mirrored from left to right, as in training.
+
+    Parameters
+    ----------
+    axis : int
+        The axis (of three) from left to right.
+    channels : tuple of int
+        For each output channel, the one that takes its place.
+    classes : tuple of int, optional
+        For each class in the last input channel the one that takes its place, if that channel contains classes.
+    """
+
+    axis: int
+    channels: tuple[int, ...]
+    classes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Span:
-    """One window along one axis: its first voxel, below zero where the image is smaller than it, and its size."""
+    """One window along one axis.
+
+    Parameters
+    ----------
+    start : int
+        Its first voxel; below zero if the image is smaller than the window.
+    size : int
+        Its number of voxels.
+    inside : slice
+        The voxels of the image that it covers.
+    """
 
     start: int
     size: int
-    inside: slice  # its voxels that are the image's
+    inside: slice
 
     @property
     def within(self) -> slice:
-        """The voxels of the window that lie in the image."""
+        """The voxels of the window that are inside the image."""
         return slice(self.inside.start - self.start, self.inside.stop - self.start)
 
     @property
     def outside(self) -> tuple[int, int]:
-        """How many voxels lie before and after the image."""
+        """How many voxels of the window are before and after the image."""
         return self.inside.start - self.start, self.start + self.size - self.inside.stop
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The windows of an image, all combinations of those along (z, y, x), and the mirrored copies of each."""
+    """The windows of an image, all combinations of the spans along (z, y, x), and the mirrored copies of each."""
 
     axes: tuple[tuple[Span, ...], tuple[Span, ...], tuple[Span, ...]]
     flips: tuple[Flip, ...]
 
 
 @dataclass(frozen=True)
-class Row:
-    """The windows with one span along the first axis.
+class WindowRow:
+    """The windows with the same span along the first axis.
 
     Parameters
     ----------
-    finished : after them, the slices before this one.
-    parts : blocks of output slices that can be made then. needed : the slices before this one are of no more use then.
+    span : Span
+        Their span along the first axis.
+    finished : int
+        The slices before this one are finished after this row.
+    parts : tuple of Block
+        The blocks of output slices that can be computed then.
+    needed : int
+        The slices before this one can be dropped then.
     """
 
     span: Span
@@ -60,73 +98,111 @@ class Row:
     needed: int
 
 
-def spans(size: int, patch: int, step: float) -> tuple[Span, ...]:
-    """The windows along one axis; an image that is smaller than the patch lies in the middle of it."""
-    ((before, after),) = padding((size,), (patch,))
-    starts = [start - before for start in window_starts(before + size + after, patch, step)]
-    return tuple(Span(start, patch, slice(max(0, start), min(size, start + patch))) for start in starts)
-
-
-def slice_spans(size: int, at_once: int) -> tuple[Span, ...]:
-    """The first axis for a two-dimensional network: each slice once, in windows of at most so many slices."""
-    inside = [slice(start, min(start + at_once, size)) for start in range(0, size, at_once)]
-    return tuple(Span(part.start, part.stop - part.start, part) for part in inside)
-
-
 def tile(shape: Sequence[int], patch: Sequence[int], step: float, flips: Sequence[Flip], slices: int = 1) -> Tiling:
-    """The windows of an image (z, y, x).
+    """Cut an image into overlapping windows.
 
     Parameters
     ----------
-    patch : of three axes, or of two: such windows are `slices` slices thick, of which the network sees each alone.
-    flips : as `mirrorings` gives them.
+    shape : sequence of int
+        Of the image (z, y, x).
+    patch : sequence of int
+        Of three axes, or of two; windows of a two-dimensional patch are `slices` slices thick.
+    step : float
+        Largest distance of two windows, as a share of the patch.
+    flips : sequence of tuple of int
+        The mirrored copies, as `mirrorings` returns them.
+    slices : int
+        How many slices a two-dimensional network computes at once.
     """
     first = spans(shape[0], patch[0], step) if len(patch) == 3 else slice_spans(shape[0], slices)
     y, x = (spans(size, p, step) for size, p in zip(shape[1:], patch[-2:], strict=True))
     return Tiling((first, y, x), tuple(flips))
 
 
-def schedule(along: Sequence[Span], parts: Sequence[Block]) -> tuple[tuple[Row, ...], int]:
-    """The rows of windows, and the most slices that are held at once.
+def spans(size: int, patch: int, step: float) -> tuple[Span, ...]:
+    """Return the windows along one axis; an image that is smaller than the patch is in its middle."""
+    ((before, after),) = padding((size,), (patch,))
+    starts = [start - before for start in window_starts(before + size + after, patch, step)]
+    return tuple(Span(start, patch, slice(max(0, start), min(size, start + patch))) for start in starts)
+
+
+def slice_spans(size: int, slices: int) -> tuple[Span, ...]:
+    """Return the windows along the first axis for a two-dimensional network: each slice once."""
+    inside = [slice(start, min(start + slices, size)) for start in range(0, size, slices)]
+    return tuple(Span(part.start, part.stop - part.start, part) for part in inside)
+
+
+def window_starts(size: int, patch: int, step: float) -> list[int]:
+    """Return the first voxels of the windows along one axis.
+
+    Windows are evenly spaced, at most `step * patch` apart, and the last one ends with the image.
+    """
+    if size <= patch:
+        return [0]
+    n = min(math.ceil((size - patch) / (patch * step)), size - patch) + 1
+    return [round(i * (size - patch) / (n - 1)) for i in range(n)]
+
+
+def window_slices(shape: Sequence[int], patch: Sequence[int], step: float) -> list[tuple[slice, ...]]:
+    """Return all windows of an image that is not smaller than the patch, in order along the first axis."""
+    starts = (window_starts(s, p, step) for s, p in zip(shape, patch, strict=True))
+    return [tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True)) for corner in itertools.product(*starts)]
+
+
+def padding(shape: Sequence[int], patch: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return how many zeros each axis needs before and after it, to be as long as the patch."""
+    missing = (max(0, p - s) for p, s in zip(patch, shape, strict=True))
+    return tuple((m // 2, m - m // 2) for m in missing)
+
+
+def mirrorings(axes: Sequence[int]) -> list[Flip]:
+    """Return all combinations of axes to flip, the unflipped one first."""
+    return [flips for n in range(len(axes) + 1) for flips in itertools.combinations(axes, n)]
+
+
+def gaussian_weight(patch: Sequence[int], half: bool = False) -> np.ndarray:
+    """Return the weight of each voxel of a window: a Gaussian with a standard deviation of an eighth of the patch.
+
+    Voxels near the border, where the network lacks context, count less. No weight is zero.
 
     Parameters
     ----------
-    along : the windows along the first axis.
-    parts : blocks of output slices, in order; each tells which input slices it needs.
+    patch : sequence of int
+        Size of the window.
+    half : bool
+        Return the weights of nnU-Net, which are rounded to float16 and at most 10; otherwise they are at most 1.
+
+    Returns
+    -------
+    ndarray
+        float32, with the shape of the patch.
+    """
+    exact = np.ones(())
+    for size in patch:
+        offset = (np.arange(size) - size // 2) / (size / 8)
+        exact = exact[..., None] * np.exp(-0.5 * offset**2)
+    weight = exact.clip(exact[exact > 0].min()).astype(np.float32)
+    if half:
+        weight = (np.float32(_HALF_SCALE) * weight).astype(np.float16)
+    return weight.clip(weight[weight > 0].min()).astype(np.float32)
+
+
+def schedule(along: Sequence[Span], parts: Sequence[Block]) -> tuple[tuple[WindowRow, ...], int]:
+    """Return the rows of windows in order, and the largest number of slices that are in memory at once.
+
+    Parameters
+    ----------
+    along : sequence of Span
+        The windows along the first axis.
+    parts : sequence of Block
+        Blocks of output slices, in order; each contains the range of input slices that it needs.
     """
     rows, left, first, depth = [], list(parts), 0, 0
     for number, span in enumerate(along):
         finished = along[number + 1].inside.start if number + 1 < len(along) else span.inside.stop
-        ready = sum(part.high <= finished for part in left)
+        n_parts = sum(part.high <= finished for part in left)
         depth = max(depth, span.inside.stop - first)
-        first = min(finished, left[ready].low) if ready < len(left) else finished
-        rows.append(Row(span, finished, tuple(left[:ready]), first))
-        del left[:ready]
+        first = min(finished, left[n_parts].low) if n_parts < len(left) else finished
+        rows.append(WindowRow(span, finished, tuple(left[:n_parts]), first))
+        del left[:n_parts]
     return tuple(rows), depth
-
-
-def weight_of(patch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """How much each voxel of a window counts: a Gaussian with a deviation of an eighth of the patch, float32.
-
-    For sums in float16 it is nnU-Net's, largest and smallest weights included.
-    """
-    weight = torch.from_numpy(gaussian_weight(patch))
-    if dtype != torch.float16:
-        return weight
-    rounded = (_LARGEST * weight).half()
-    return rounded.clamp_min(float(rounded[rounded > 0].min())).float()
-
-
-def cut(image: Tensor, place: Sequence[Span]) -> Tensor:
-    """A window (channels, z, y, x) of an image, zero outside it."""
-    inside = image[(slice(None), *(span.inside for span in place))]
-    outside = [n for span in reversed(place) for n in span.outside]
-    return F.pad(inside, outside) if any(outside) else inside
-
-
-def mirrored(window: Tensor, flip: Flip, sides: Sides | None) -> Tensor:
-    """A window (channels, z, y, x) flipped along some axes."""
-    out = window.flip([axis + 1 for axis in flip])
-    if sides is not None and sides.classes is not None and sides.axis in flip:
-        out[-1] = torch.tensor(sides.classes, dtype=out.dtype)[out[-1].long()]
-    return out

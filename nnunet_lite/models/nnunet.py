@@ -1,270 +1,253 @@
-"""Whole model folders of nnU-Net v2, both ways: plans.json, dataset.json, fold_k/checkpoint_final.pth."""
+"""Models of nnU-Net v2, read and written: plans.json, dataset.json, fold_k/checkpoint_final.pth.
+
+Reading comes first: `nnunet_checkpoints` finds the files, `read_nnunet` makes a plan, settings and networks of them,
+and `import_nnunet` writes a model folder. `export_nnunet` writes a model folder for nnU-Net. Names of weights are last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
-from tempfile import gettempdir
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import must_fit, read_json, scratch, understood, write_json, write_text
+from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL, package_versions, set_aside, suggest_models
+from nnunet_lite.models.lookup import Checkpoint, default_folds, is_nnunet, nnunet_file, nnunet_folds, read_model
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
-from nnunet_lite.planning.schema import Plan, inherited
+from nnunet_lite.planning.schema import Network, Plan, inherited
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
 from nnunet_lite.training.swaps import swap_of
 
-if TYPE_CHECKING:
-    from nnunet_lite.inference.predictor import Model
-    from nnunet_lite.networks.unet import UNet
-
 Json = dict[str, Any]
-
-Checkpoint = Literal["final", "best"]  # nnU-Net writes both: the last epoch's, and that of the best validation so far
 
 _WEIGHTS = "network_weights"
 _TRAINER = "nnUNetTrainer"
 
 
-def is_nnunet(folder: Path) -> bool:
-    """Whether a folder is a model that nnU-Net wrote; one that holds a run.json is ours."""
-    if (folder / "run.json").is_file() or not (folder / "plans.json").is_file():
-        return False
-    return any(folder.glob("fold_*/checkpoint_*.pth"))
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
-def nnunet_folds(folder: Path, checkpoint: Checkpoint = "final") -> dict[str, Path]:
-    """The checkpoint of each fold of an nnU-Net model that has it; empty where it is no such folder."""
-    files = sorted(folder.glob(f"fold_*/{_file(checkpoint)}")) if is_nnunet(folder) else []
-    return {file.parent.name.removeprefix("fold_"): file for file in files}
+@dataclass(frozen=True)
+class NnunetFold:
+    """One fold of a model of nnU-Net, as nnlite uses it.
 
-
-def _file(checkpoint: Checkpoint) -> str:
-    if checkpoint not in get_args(Checkpoint):
-        raise UserError(f"there is no checkpoint {checkpoint!r}", fix='Give "final" or "best".')
-    return f"checkpoint_{checkpoint}.pth"
-
-
-def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, str]:
-    """The dataset of an nnU-Net model, and what nnU-Net calls the model: trainer__plans__configuration.
-
-    Raises
-    ------
-    UserError : one of them is no name for a folder, or as `import_model`.
+    Parameters
+    ----------
+    name : str
+        The fold, such as "0" or "all".
+    plan : Plan
+        The plan of its configuration, and of the previous stages that it needs.
+    dataset : dict
+        The content of dataset.json.
+    run : dict
+        The content of run.json, without date and versions.
+    network : UNet
+        The network with its weights, on the CPU.
+    training : dict
+        Epochs and seconds of the training.
     """
-    from nnunet_lite.models.unpickle import read_checkpoint
 
-    file, plans = chosen_folds(folder, None, checkpoint)[0], read_json(folder / "plans.json")
-    with understood(folder / "plans.json"):
-        dataset, plans_name = str(plans["dataset_name"]), str(plans.get("plans_name", "nnUNetPlans"))
-    trainer, configuration, _ = _origin(read_checkpoint(file), file)
-    for what, name in (("dataset_name", dataset), ("plans_name", plans_name)):
-        if Path(name).name != name or name.startswith("."):
-            raise UserError(f"{what} {name!r} is no name for a folder", folder / "plans.json")
-    return dataset, f"{trainer}__{plans_name}__{configuration}"
+    name: str
+    plan: Plan
+    dataset: Json
+    run: Json
+    network: UNet
+    training: Json
 
 
-def chosen_folds(folder: Path, folds: Sequence[str | int] | None, checkpoint: Checkpoint) -> list[Path]:
-    """The checkpoints of some folds of an nnU-Net model; default: of all that have it. Those left out are logged.
+def nnunet_checkpoints(
+    folder: Path, folds: Sequence[str | int] | None = None, checkpoint: Checkpoint = "final"
+) -> list[Path]:
+    """Find the checkpoints of some folds of an nnU-Net model, and log which folds are left out.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder of nnU-Net.
+    folds : sequence of str or int, optional
+        By default all folds that have this checkpoint.
+    checkpoint : {"final", "best"}
+        nnU-Net writes both: one after the last epoch, one after the epoch with the best validation.
+
+    Returns
+    -------
+    list of Path
+        A checkpoint file for each fold.
 
     Raises
     ------
-    UserError : the folder is none of nnU-Net's, no fold has this checkpoint, or not one of those that are asked for.
+    UserError
+        The folder is no model of nnU-Net, or a fold has no such checkpoint.
     """
     if not is_nnunet(folder):
         what = "is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)"
         raise UserError(what, folder, suggest_models(folder))
-    found, name = nnunet_folds(folder, checkpoint), _file(checkpoint)
+    found, name = nnunet_folds(folder, checkpoint), nnunet_file(checkpoint)
     begun = sorted({file.parent.name.removeprefix("fold_") for file in folder.glob("fold_*/checkpoint_*.pth")})
     lacking = [fold for fold in begun if fold not in found]
     other: Checkpoint = "best" if checkpoint == "final" else "final"
     others = [fold for fold in nnunet_folds(folder, other) if fold in lacking]
-    fix = f"--checkpoint {other} takes {_file(other)}, which fold {', '.join(others)} has." if others else ""
+    fix = f"--checkpoint {other} takes {nnunet_file(other)}, which fold {', '.join(others)} has." if others else ""
     if not found:
-        raise UserError(f"no fold has a {name} (fold {', '.join(begun)} is there without)", folder, fix)
-    wanted = list(found) if folds is None else [str(fold) for fold in folds]
-    if not wanted:
-        raise UserError("no fold of it is asked for", folder, f"Trained folds: {', '.join(found)}.")
-    for fold in wanted:
+        raise UserError(f"no fold has a {name} (there is only fold {', '.join(begun)} without it)", folder, fix)
+    if folds is not None and not folds:
+        raise UserError("no fold is given", folder, f"Trained folds: {', '.join(found)}.")
+    for fold in map(str, folds or ()):
         if fold in lacking:
             raise UserError(f"fold {fold} has no {name}", folder, fix)
         if fold not in found:
             raise UserError(f"has no trained fold {fold}", folder, f"Trained folds: {', '.join(found)}.")
     if folds is None and lacking:
-        used = ", ".join([fold for fold in found if fold != "all"] or found)  # as `trained_folds` averages them
-        left = ", ".join(lacking)
-        log.warn(f"{folder}: fold {used} used ({name}), fold {left} left out (no {name}). {fix}".rstrip())
-    return [found[fold] for fold in wanted]
+        used, skipped = ", ".join(default_folds(found)), ", ".join(lacking)
+        log.warn(f"{folder}: fold {used} used ({name}), fold {skipped} left out (no {name}). {fix}".rstrip())
+    return [found[str(fold)] for fold in (found if folds is None else folds)]
 
 
-@contextmanager
-def native(folder: Path, folds: Sequence[str | int] | None = None, checkpoint: Checkpoint = "final") -> Iterator[Path]:
-    """A model folder in our form: the folder itself or, of one that nnU-Net wrote, a copy that the block's end deletes.
-
-    Parameters
-    ----------
-    folds : those of nnU-Net's that will be needed; default: all.
-    checkpoint : of each of these folds.
+def read_nnunet(files: Iterable[Path]) -> Iterator[NnunetFold]:
+    """Read checkpoints of one model of nnU-Net, one after the other.
 
     Raises
     ------
-    UserError : as `import_model`.
+    UserError
+        As `read_nnunet_fold`; or the checkpoints are of different runs.
     """
-    if not is_nnunet(folder):
-        yield folder
-        return
-    with scratch(Path(gettempdir())) as temporary:
-        copy = temporary / folder.absolute().name
-        import_model(folder, copy, folds, checkpoint)
-        yield copy
+    first: NnunetFold | None = None
+    for file in files:
+        fold = read_nnunet_fold(file)
+        if first is not None and fold.run != first.run:
+            raise UserError(f"is of another run than fold {first.name}", file)
+        first = first or fold
+        yield fold
 
 
-def relocated(model: Model, folder: Path) -> Model:
-    """A model that was loaded from a copy of `folder`, and the first stage of a cascade, as if from there."""
-    first = model.previous
-    previous = None if first is None else relocated(first, folder.absolute().with_name(first.folder.name))
-    return replace(model, folder=folder, previous=previous)
+def read_nnunet_fold(file: Path) -> NnunetFold:
+    """Read a checkpoint of nnU-Net without running code in it.
 
-
-def import_model(
-    folder: Path,
-    out: Path,
-    folds: Sequence[str | int] | None = None,
-    checkpoint: Checkpoint = "final",
-    *,
-    replace: bool = False,
-) -> None:
-    """Make a model folder of one that nnU-Net v2 wrote. Its checkpoints are read without running anything in them.
-
-    The first stage of a cascade comes along, from beside `folder` to beside `out`, unless it is there already.
+    plans.json and dataset.json are read from the model folder. A checkpoint outside of one contains copies of them.
 
     Parameters
     ----------
-    out : where; it appears when it is whole.
-    folds : which; default: all that have the checkpoint. Those left out are logged.
-    checkpoint : of each fold.
-    replace : set the model aside that is there already; nothing is deleted.
+    file : Path
+        Such as fold_0/checkpoint_final.pth.
 
     Raises
     ------
-    UserError : `folder` is none of nnU-Net's or lacks a fold, `out` is there already, a checkpoint is damaged or names
-        a function, or the network or the preprocessing is one that nnlite does not have.
+    UserError
+        The checkpoint is damaged or contains code, or nnlite lacks its network or its preprocessing.
     """
-    from nnunet_lite.models.checkpoint import save_weights
-
-    folder, out = folder.absolute(), out.absolute()
-    files, first = chosen_folds(folder, folds, checkpoint), None
-    with _whole(out, replace) as partial:
-        for file in files:
-            fold = read_fold(file)
-            first = fold.run.get("previous")
-            if file != files[0] and fold.run != read_json(partial / "run.json"):
-                raise UserError(f"is of another run than {files[0].parent.name}", file)
-            about = {"configuration": fold.run["configuration"], "checkpoint": file.name, **fold.trained}
-            save_weights(partial / file.parent.name / MODEL, fold.network, about)
-            write_json(partial / "run.json", fold.run)
-            write_text(partial / "plans.json", fold.plan.to_json())
-        write_json(partial / "dataset.json", {"name": fold.plan.dataset, **fold.dataset})
-        write_json(partial / "run.json", {**fold.run, "began": _now(), "versions": package_versions()})
-        if first is not None and is_nnunet(folder.with_name(first)) and not out.with_name(first).exists():
-            import_model(folder.with_name(first), out.with_name(first), None, checkpoint)
-
-
-@dataclass(frozen=True)
-class NnunetFold:
-    """A fold of an nnU-Net model in our form.
-
-    Parameters
-    ----------
-    dataset : the content of its dataset.json. run : that of our run.json, without date and versions.
-    network : with its weights, on the CPU. trained : epochs and seconds. number : of the fold, such as "0" or "all".
-    """
-
-    plan: Plan
-    dataset: Json
-    run: Json
-    network: UNet
-    trained: Json
-    number: str
-
-
-def read_fold(file: Path) -> NnunetFold:
-    """Read a checkpoint of nnU-Net, without running anything in it.
-
-    plans.json and dataset.json are those of its model folder; of a checkpoint that is alone, the copies in it.
-
-    Raises
-    ------
-    UserError : as `import_model`.
-    """
-    from nnunet_lite.models.nnunet_weights import from_nnunet
-    from nnunet_lite.models.unpickle import read_checkpoint
-
-    checkpoint = read_checkpoint(file, _WEIGHTS)
-    _origin(checkpoint, file)
-    folder, given = file.absolute().parents[1], checkpoint["init_args"]  # what nnU-Net's trainer was made with
+    checkpoint = read_checkpoint(file)
+    trainer, configuration, axes = _origin(checkpoint, file)
+    folder, arguments = file.absolute().parents[1], checkpoint["init_args"]  # the arguments of nnU-Net's trainer
     if (source := folder / "plans.json").is_file():
         plans, dataset = read_json(source), read_json(folder / "dataset.json")
     else:
         source = file
         with understood(file, "Put it back into its model folder."):
-            plans, dataset = given["plans"], given["dataset_json"]
+            plans, dataset = arguments["plans"], arguments["dataset_json"]
     for what, value in (("dataset.json", dataset), ("plans.json", plans)):
         if not isinstance(value, dict):
             raise UserError(f"{what} is not a JSON object", source)
-    plan, run = _plan_and_run(plans, dataset, checkpoint, file, source)
-    configuration = run["configuration"]
-    network = from_nnunet(
-        checkpoint[_WEIGHTS],
-        plan.configuration(configuration).network,
-        plan.n_inputs(configuration),
-        plan.labels.n_channels,
-        file,
+    plan = _plan(plans, dataset, configuration, source)
+    planned = plan.configuration(configuration)
+    spec = planned.network.model_copy(update={"norm": _norm_of(checkpoint[_WEIGHTS])})
+    planned = planned.model_copy(update={"network": spec})
+    plan = plan.model_copy(update={"configurations": {**plan.configurations, configuration: planned}})
+    settings = Settings(
+        recipe=trainer,
+        augmentation=AugmentationSettings(mirror_axes=axes),
+        inference=InferenceSettings(sums="float16"),  # otherwise label maps differ from nnU-Net's in close decisions
     )
-    return NnunetFold(plan, dataset, run, network, _training(checkpoint), str(given.get("fold", "0")))
+    run = {"format": FORMAT, "configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
+    if planned.previous_stage is not None:  # nnU-Net calls a model folder trainer__plans__configuration
+        run["previous"] = f"{folder.name.rpartition('__')[0]}__{planned.previous_stage}"
+    return NnunetFold(
+        name=str(arguments.get("fold", "0")),
+        plan=plan,
+        dataset=dataset,
+        run={**run, "imported_from": "nnU-Net"},
+        network=network_from_nnunet(
+            checkpoint[_WEIGHTS], spec, plan.n_inputs(configuration), plan.labels.n_channels, file
+        ),
+        training=_training(checkpoint),
+    )
 
 
-def _origin(checkpoint: Json, file: Path) -> tuple[str, str, tuple[int, ...]]:
-    """Trainer, configuration and mirror axes of a checkpoint.
+class _Ignored:
+    """Replaces the numpy values in the log of a training, which nnlite does not read."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# what a checkpoint of nnU-Net names besides tensors; numpy 1 and 2 call their module differently
+_ALLOWED: list[Any] = [
+    type(name, (_Ignored,), {"__module__": module})
+    for module, name in (
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    )
+]
+
+
+def read_checkpoint(file: Path) -> Json:
+    """Read a file of torch.save that contains tensors and plain values, on the CPU.
 
     Raises
     ------
-    UserError : it is none of nnU-Net v2.
+    UserError
+        There is no such file, it is damaged, it is no checkpoint, or it names a function, which is not run.
     """
+    try:
+        with ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums
+                raise UserError(f"is damaged: the checksum of {damaged} differs", file, "Get the file again.")
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except BadZipFile:
+        what = "is no checkpoint in the format of torch.save since torch 1.6, or it is cut off"
+        raise UserError(what, file) from None
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # damage shows in many ways
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"names {name[1]}, which no checkpoint needs and which could run any code; it was not run"
+            raise UserError(what, file, "Do not trust this file.") from None
+        raise UserError(f"is no readable checkpoint ({' '.join(str(error).split())[-120:]})", file) from None
+
+
+def _origin(checkpoint: Json, file: Path) -> tuple[str, str, tuple[int, ...]]:
+    """Return trainer, configuration and mirror axes of a checkpoint; refuse one that nnU-Net v2 did not write."""
     try:
         configuration = str(checkpoint["init_args"]["configuration"])
         trainer, axes = str(checkpoint["trainer_name"]), checkpoint.get("inference_allowed_mirroring_axes") or ()
-    except (KeyError, TypeError) as error:
+        checkpoint[_WEIGHTS].items()
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"is no checkpoint of nnU-Net v2 (lacks {error})", file) from None
     return trainer, configuration, tuple(axes)
 
 
-def _plan_and_run(plans: Json, dataset: Json, checkpoint: Json, file: Path, source: Path) -> tuple[Plan, Json]:
-    """The plan of a checkpoint's configuration, and a run.json without date and versions; `source` holds the plans."""
-    from nnunet_lite.models.nnunet_weights import norm_of
-
-    trainer, configuration, axes = _origin(checkpoint, file)
-    plan = _plan(plans, dataset, configuration, source)
-    planned = plan.configuration(configuration)
-    network = planned.network.model_copy(update={"norm": norm_of(checkpoint[_WEIGHTS])})
-    planned = planned.model_copy(update={"network": network})
-    plan = plan.model_copy(update={"configurations": {**plan.configurations, configuration: planned}})
-    same = InferenceSettings(sums="float16")  # or maps would differ from nnU-Net's in close races
-    settings = Settings(recipe=trainer, augmentation=AugmentationSettings(mirror_axes=axes), inference=same)
-    run = {"format": FORMAT, "configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
-    if planned.previous_stage is not None:  # nnU-Net calls a model's folder trainer__plans__configuration
-        run["previous"] = f"{file.absolute().parents[1].name.rpartition('__')[0]}__{planned.previous_stage}"
-    return plan, {**run, "imported_from": "nnU-Net"}
-
-
 def _plan(plans: Json, dataset: Json, configuration: str, file: Path) -> Plan:
-    """The plan of a configuration and of the previous stages that it needs; others may be what we cannot follow."""
+    """Read the plan of a configuration and of the previous stages that it needs; nnlite may lack what others need."""
     needed: dict[str, Json] = {}
     stage: str | None = configuration
     try:
@@ -277,65 +260,143 @@ def _plan(plans: Json, dataset: Json, configuration: str, file: Path) -> Plan:
 
 
 def _training(checkpoint: Json) -> Json:
-    """How long a checkpoint was trained."""
-    log = checkpoint.get("logging") or {}
-    times = zip(log.get("epoch_start_timestamps", ()), log.get("epoch_end_timestamps", ()), strict=False)
+    """Return for how many epochs and seconds a checkpoint was trained."""
+    logged = checkpoint.get("logging") or {}
+    times = zip(logged.get("epoch_start_timestamps", ()), logged.get("epoch_end_timestamps", ()), strict=False)
     seconds = sum(end - start for start, end in times if isinstance(start, float) and isinstance(end, float))
     return {"epochs": checkpoint.get("current_epoch", 0), "seconds": round(seconds, 1)}
 
 
-def export_model(folder: Path, out: Path) -> None:
-    """Make a folder of a model that nnU-Net v2 predicts with (nnUNetv2_predict_from_modelfolder).
-
-    nnU-Net writes class numbers 0, 1, 2 ... as values; where the data set has other values, that is logged.
+def nnunet_model_name(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, str]:
+    """Return the dataset of an nnU-Net model, and nnU-Net's name of the model: trainer__plans__configuration.
 
     Raises
     ------
-    UserError : no model folder or no trained fold, `out` is there already, or the model has what nnU-Net has not.
+    UserError
+        One of them cannot be the name of a folder, or as `nnunet_checkpoints`.
     """
-    import torch
+    file, plans = nnunet_checkpoints(folder, None, checkpoint)[0], read_json(folder / "plans.json")
+    with understood(folder / "plans.json"):
+        dataset, plans_name = str(plans["dataset_name"]), str(plans.get("plans_name", "nnUNetPlans"))
+    trainer, configuration, _ = _origin(read_checkpoint(file), file)
+    for what, name in (("dataset_name", dataset), ("plans_name", plans_name)):
+        if Path(name).name != name or name.startswith("."):
+            raise UserError(f"{what} {name!r} is no name for a folder", folder / "plans.json")
+    return dataset, f"{trainer}__{plans_name}__{configuration}"
 
-    from nnunet_lite.inference.predictor import read_model
-    from nnunet_lite.models.checkpoint import load_weights
-    from nnunet_lite.models.nnunet_weights import to_nnunet
-    from nnunet_lite.networks.build import build_network
 
+def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, replace: bool = False) -> None:
+    """Write a model folder with the content of one that nnU-Net wrote.
+
+    The first stage of a cascade is imported too, from the folder next to `folder` into one next to `out`, unless it
+    exists already.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder of nnU-Net.
+    out : Path
+        The new model folder. It appears when it is complete.
+    checkpoint : {"final", "best"}
+        Which checkpoint of each fold. Folds without it are left out, which is logged.
+    replace : bool
+        Set an existing model at `out` aside instead of refusing.
+
+    Raises
+    ------
+    UserError
+        As `nnunet_checkpoints` and `read_nnunet`; or `out` exists already.
+    """
+    folder, out = folder.absolute(), out.absolute()
+    files = nnunet_checkpoints(folder, None, checkpoint)
+    with _new_folder(out, replace) as partial:
+        for file, fold in zip(files, read_nnunet(files), strict=True):
+            about = {"configuration": fold.run["configuration"], "checkpoint": file.name, **fold.training}
+            save_weights(partial / file.parent.name / MODEL, fold.network, about)
+        write_text(partial / "plans.json", fold.plan.to_json())
+        write_json(partial / "dataset.json", {"name": fold.plan.dataset, **fold.dataset})
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(partial / "run.json", {**fold.run, "began": began, "versions": package_versions()})
+        first = fold.run.get("previous")
+        if first is not None and is_nnunet(folder.with_name(first)) and not out.with_name(first).exists():
+            import_nnunet(folder.with_name(first), out.with_name(first), checkpoint)
+
+
+@contextmanager
+def _new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that is moved to `out` at the end of the block, and deleted if the block fails."""
+    taken = out.exists() and (out.is_file() or any(out.iterdir()))
+    if taken and not replace:
+        raise UserError("exists already", out, "Choose another --output, or delete it.")
+    with scratch(out.absolute().parent) as temporary:
+        partial = temporary / out.name
+        partial.mkdir()
+        with must_fit(out, partial):
+            yield partial
+        if taken:
+            log.info(f"the previous model is kept in {set_aside(out)}")
+        partial.replace(out)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def export_nnunet(folder: Path, out: Path) -> None:
+    """Write a model folder that nnU-Net v2 predicts with (nnUNetv2_predict_from_modelfolder).
+
+    nnU-Net writes class numbers 0, 1, 2 ... as label values. Where the dataset has other values, this is logged.
+
+    Parameters
+    ----------
+    folder : Path
+        A model folder of nnlite.
+    out : Path
+        The new model folder of nnU-Net.
+
+    Raises
+    ------
+    UserError
+        `folder` is no model folder or has no trained fold, `out` exists already, or nnU-Net lacks what the model needs.
+    """
     plan, run = read_model(folder)
     configuration, settings = str(run["configuration"]), Settings.model_validate(run["settings"])
     if settings.network.factory is not None:
-        raise UserError(f"has a network made by {settings.network.factory}, which nnU-Net has not", folder)
+        raise UserError(f"has a network made by {settings.network.factory}, which nnU-Net lacks", folder)
     files = sorted(folder.glob(f"fold_*/{MODEL}"))
     if not files:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
     dataset = {**read_json(folder / "dataset.json"), "labels": _labels_for_nnunet(plan.labels)}
     plans, network = plan_to_nnunet(plan, dataset), build_network(plan, configuration)
-    with _whole(out) as partial:
+    with _new_folder(out) as partial:
         write_json(partial / "plans.json", plans)
         write_json(partial / "dataset.json", dataset)
         for file in files:
-            about = load_weights(file, network)
-            fold = file.parent.name.removeprefix("fold_")
-            given = {"plans": plans, "configuration": configuration, "dataset_json": dataset,
-                     "fold": int(fold) if fold.isdigit() else fold, "device": torch.device("cpu")}  # fmt: skip
+            about, fold = load_weights(file, network), file.parent.name.removeprefix("fold_")
             checkpoint = {
-                _WEIGHTS: to_nnunet(network.state_dict(), plan.configuration(configuration).network),
+                _WEIGHTS: weights_to_nnunet(network.state_dict(), plan.configuration(configuration).network),
                 "optimizer_state": None,
                 "grad_scaler_state": None,
                 "logging": {},
                 "_best_ema": None,
                 "current_epoch": about["epochs"],
-                "init_args": given,
+                "init_args": {
+                    "plans": plans,
+                    "configuration": configuration,
+                    "dataset_json": dataset,
+                    "fold": int(fold) if fold.isdigit() else fold,
+                    "device": torch.device("cpu"),
+                },
                 "trainer_name": _TRAINER,
                 "inference_allowed_mirroring_axes": _mirror_axes(settings.augmentation, plan, configuration),
             }
             (partial / file.parent.name).mkdir()
-            torch.save(checkpoint, partial / file.parent.name / _file("final"))
+            torch.save(checkpoint, partial / file.parent.name / nnunet_file("final"))
 
 
 def _labels_for_nnunet(labels: Labels) -> Json:
-    """The labels of dataset.json as nnU-Net demands them: "background" is 0, and ignore follows the last value.
+    """Return the labels of dataset.json as nnU-Net requires them: "background" is 0, and ignore is the last value.
 
-    Labels have the values that nnU-Net writes: class numbers. Regions keep theirs where nnU-Net accepts them.
+    Labels get the values that nnU-Net writes: class numbers. Regions keep their values where nnU-Net accepts them.
     """
     ordered = (BACKGROUND, *labels.region_names)
     values: Sequence[int | tuple[int, ...]]
@@ -353,38 +414,117 @@ def _labels_for_nnunet(labels: Labels) -> Json:
 
 
 def _mirror_axes(settings: AugmentationSettings, plan: Plan, configuration: str) -> tuple[int, ...] | None:
-    """The axes that were mirrored in training; None, nnU-Net's word for it, where there were none."""
+    """Return the axes that were mirrored in training; None, as nnU-Net writes it, if there were none."""
     if not settings.enabled or settings.p_mirror == 0:
         return None
     dimensions = plan.configuration(configuration).dimensions
     axes = tuple(range(dimensions)) if settings.mirror_axes is None else settings.mirror_axes
     swap = swap_of(plan, settings, dimensions)
     if swap is not None and (sideways := swap.axis - 3 + dimensions) in axes:
-        log.info(f"nnU-Net would mix left and right: it will mirror no more along axis {sideways} when it predicts")
+        log.info(f"nnU-Net would confuse left and right, and will not mirror along axis {sideways} when it predicts")
         axes = tuple(axis for axis in axes if axis != sideways)
     return axes or None
 
 
-@contextmanager
-def _whole(out: Path, aside: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well, and is gone when it does not.
+# ---------------------------------------------------------------------------------------------------- names of weights
+# dynamic_network_architectures nests modules deeper, and a layer has up to four names: a block also lists its layers by
+# number, and the decoder contains the encoder.
+
+# our name -> nnU-Net's name, of a convolution with its norm
+_BLOCKS = (
+    (r"stem", r"encoder.stem.convs.0"),
+    (r"encoder\.(\d+)\.(\d+)", r"encoder.stages.\1.0.convs.\2"),
+    (r"encoder\.(\d+)\.(\d+)\.first", r"encoder.stages.\1.blocks.\2.conv1"),
+    (r"encoder\.(\d+)\.(\d+)\.second", r"encoder.stages.\1.blocks.\2.conv2"),
+    (r"decoder\.(\d+)\.(\d+)", r"decoder.stages.\1.convs.\2"),
+)
+_LAYERS = (r"upsample\.(\d+)", r"decoder.transpconvs.\1"), (r"heads\.(\d+)", r"decoder.seg_layers.\1")
+_PARTS = ("conv", "norm")
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of data-parallel and of compiled networks
+
+
+def nnunet_tensor_names(name: str, spec: Network) -> tuple[str, ...]:
+    """Return all names that nnU-Net has for a tensor of our U-Net.
 
     Parameters
     ----------
-    aside : set what is there aside, rather than refuse.
+    name : str
+        Our name of the tensor, such as "encoder.0.1.0.weight".
+    spec : Network
+        The planned network.
     """
-    taken = out.exists() and (out.is_file() or any(out.iterdir()))
-    if taken and not aside:
-        raise UserError("is there already", out, "Choose another --output, or delete it.")
-    with scratch(out.absolute().parent) as temporary:
-        partial = temporary / out.name
-        partial.mkdir()
-        with must_fit(out, partial):
-            yield partial
-        if taken:
-            log.info(f"the model that was there is kept in {set_aside(out)}")
-        partial.replace(out)
+    first = _nnunet_tensor_name(name, spec)
+    listed = re.sub(r"\.(conv|norm)\.(?=\w+$)", lambda part: f".all_modules.{_PARTS.index(part[1])}.", first)
+    names = (first,) if listed == first else (first, listed)
+    return names + tuple(f"decoder.{n}" for n in names if n.startswith("encoder."))
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _nnunet_tensor_name(name: str, spec: Network) -> str:
+    module, _, parameter = name.rpartition(".")
+    for ours, theirs in _LAYERS:
+        if re.fullmatch(ours, module):
+            return f"{re.sub(ours, theirs, module)}.{parameter}"
+    block, _, number = module.rpartition(".")
+    if skip := re.fullmatch(r"encoder\.(\d+)\.(\d+)\.skip", block):
+        stage, position = skip.groups()
+        pools = int(prod(spec.strides[int(stage)]) > 1)  # then the pooling is the first entry, in both networks
+        return f"encoder.stages.{stage}.blocks.{position}.skip.{pools}.{_PARTS[int(number) - pools]}.{parameter}"
+    for ours, theirs in _BLOCKS:
+        if re.fullmatch(ours, block):
+            return f"{re.sub(ours, theirs, block)}.{_PARTS[int(number)]}.{parameter}"
+    raise ValueError(f"{name} is no tensor of the U-Net")
+
+
+def _norm_of(weights: Mapping[str, Tensor]) -> Literal["instance", "batch", "none"]:
+    """Return the kind of normalisation of a state dict of nnU-Net: some trainers use another kind than planned."""
+    if any(name.endswith(".running_mean") for name in weights):
+        return "batch"
+    return "instance" if any(".norm." in name for name in weights) else "none"
+
+
+def network_from_nnunet(weights: Mapping[str, Tensor], spec: Network, inputs: int, outputs: int, file: Path) -> UNet:
+    """Build our network with the weights of nnU-Net's state dict, on the CPU.
+
+    Heads of deep supervision that the state dict lacks become zero; predicting does not use them.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        The state dict.
+    spec : Network
+        The planned network.
+    inputs, outputs : int
+        Number of input and output channels.
+    file : Path
+        The checkpoint, which error messages name.
+
+    Raises
+    ------
+    UserError
+        The state dict is of another network; names the first tensor that does not fit.
+    """
+    network = UNet(spec, inputs, outputs)
+    found, state = {_WRAPPERS.sub("", name): value for name, value in weights.items()}, {}
+    unknown, finest = set(found), f"heads.{len(network.heads) - 1}."
+    fix = "Only the U-Nets of nnU-Net v2's own planners can be read."
+    for name, own in network.state_dict().items():
+        theirs = nnunet_tensor_names(name, spec)
+        unknown -= set(theirs)
+        value = next((found[n] for n in theirs if n in found), None)
+        if value is None and name.startswith("heads.") and not name.startswith(finest):
+            value = torch.zeros_like(own)
+        if value is None:
+            raise UserError(f"lacks {theirs[0]}, which the plan's network has", file, fix)
+        if value.shape != own.shape:
+            shapes = f"{tuple(value.shape)}, in the plan's network {tuple(own.shape)}"
+            raise UserError(f"{theirs[0]} has shape {shapes}", file, fix)
+        state[name] = value
+    if unknown:
+        raise UserError(f"contains {min(unknown)}, which the plan's network lacks", file, fix)
+    network.load_state_dict(state)
+    return network
+
+
+def weights_to_nnunet(weights: Mapping[str, Tensor], spec: Network) -> dict[str, Tensor]:
+    """Return our state dict under all names by which nnU-Net loads it."""
+    return {theirs: value for name, value in weights.items() for theirs in nnunet_tensor_names(name, spec)}

@@ -19,8 +19,9 @@ from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.folder import MODEL, read_header, read_run
-from nnunet_lite.models.nnunet import is_nnunet, nnunet_folds, read_fold
+from nnunet_lite.models.folder import MODEL, read_run, read_weights_header
+from nnunet_lite.models.lookup import is_nnunet, nnunet_folds
+from nnunet_lite.models.nnunet import read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Channel, Plan, exact_storage
 from nnunet_lite.settings import Settings
@@ -99,8 +100,8 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
 
 def _read_source(file: Path) -> Source:
     if file.suffix == ".pth":
-        checkpoint = read_fold(file)
-        return Source(file, checkpoint.plan, checkpoint.run["configuration"], checkpoint.number)
+        checkpoint = read_nnunet_fold(file)
+        return Source(file, checkpoint.plan, checkpoint.run["configuration"], checkpoint.name)
     folder, fold = file.absolute().parents[1], file.parent.name.removeprefix("fold_")
     return Source(file, Plan.read(folder / "plans.json"), read_run(folder)["configuration"], fold)
 
@@ -203,8 +204,8 @@ def start_from(network: nn.Module, job: Job) -> None:
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".pth":
-        return read_fold(file).network.state_dict()
-    read_header(file)  # refuses a file that is no safetensors file
+        return read_nnunet_fold(file).network.state_dict()
+    read_weights_header(file)  # refuses a file that is no safetensors file
     return load_file(file)
 
 

@@ -1,0 +1,281 @@
+"""Check what is predicted, and where it is written: images of files, cases and arrays, and outputs; without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_lite import log
+from nnunet_lite.data.cases import Case, split_name
+from nnunet_lite.data.formats import require_picture_values
+from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
+from nnunet_lite.data.images import Image, label_suffix, read_geometry, read_image, read_images
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.names import PICTURES, TIFF, ending_of, stem, suffix_of
+from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import output_values
+
+_MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
+
+
+def read_case_image(plan: Plan, case: Case, accept_geometry: bool = False) -> Image:
+    """Read the image of a case, with the number of channels that a model expects.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan of the model.
+    case : Case
+        A file, or a file for each channel.
+    accept_geometry : bool
+        Whether the files of the channels may differ in origin and direction.
+
+    Raises
+    ------
+    UserError
+        The image cannot be read, or has other channels than the model.
+    """
+    n_channels = len(plan.channels)
+    expected = f"the model expects {n_channels} channels ({', '.join(c.name for c in plan.channels)})"
+    if len(case.images) > 1:
+        if absent := [path for path in case.images if not path.exists()]:
+            raise UserError(f"there is no such file; {expected}", absent[0])
+        extra = case.images[0].with_name(f"{case.id}_{n_channels:04d}{ending_of(case.images[0])}")
+        if extra.is_file():
+            raise UserError(f"is a channel too many; {expected}", extra)
+    return use_trained_unit(plan, read_images(case.images, n_channels, accept_geometry), case.images[0])
+
+
+def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
+    """Use the pixels of a microscope as the unit if the model was trained so, as nnU-Net reads such TIFF files.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan of the model.
+    image : Image
+        As it was read from `path`.
+    path : Path
+        Its file.
+
+    Returns
+    -------
+    Image
+        The same, or with a spacing of 1 mm.
+
+    Raises
+    ------
+    UserError
+        The model was trained on micrometres, and the image states no spacing.
+    """
+    geometry = image.geometry
+    planned = [configuration.spacing for configuration in plan.configurations.values()]
+    stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
+    if geometry.calibrated:
+        if suffix_of(path) not in TIFF or max(stated) > _MICROSCOPIC or not any(set(s) == {1.0} for s in planned):
+            return image
+        log.info(f"{path}: its spacing is not used: the model was trained on images without one")
+        pixels = PICTURE_SPACING if geometry.dimensions == 2 else (1.0, 1.0, 1.0)
+        return replace(image, geometry=replace(geometry, spacing=pixels, calibrated=False))
+    finest = min(planned, key=max)
+    if max(finest) < _MICROSCOPIC:
+        what = f"states no spacing, and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
+        raise UserError(what, path, 'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.')
+    if geometry.dimensions == 3 and set(finest) != {1.0}:
+        log.warn(f"{path}: no spacing known, 1x1x1 mm is used")
+    return image
+
+
+def check_image(image: Image, plan: Plan) -> None:
+    """Refuse an image that the networks of a plan cannot predict.
+
+    Raises
+    ------
+    UserError
+        The image has another number of channels than the model, or voxels that are NaN, infinite or beyond float32.
+    """
+    expected, found = len(plan.channels), image.array.shape[0]
+    if found != expected:
+        names = ", ".join(channel.name for channel in plan.channels)
+        raise UserError(f"the image has {plural(found, 'channel')}, the model expects {expected} ({names})")
+    for channel, values in zip(plan.channels, image.array, strict=True):
+        # integers are finite, and the sum of finite floats is finite unless it overflows
+        wide = values.dtype.itemsize > 4
+        if values.dtype.kind == "f" and (wide or not np.isfinite(values.sum(dtype=np.float64))):
+            with np.errstate(over="ignore"):
+                wrong = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32))))
+            if wrong:
+                what = f"{plural(wrong, 'voxel')} of channel {channel.name} NaN or infinite{', as float32' * wide}"
+                raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
+
+
+def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
+    """Make an image of what is given from Python.
+
+    Parameters
+    ----------
+    given : str, Path, Image or array_like
+        A file, an image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
+    spacing : sequence of float, optional
+        Voxel size (z, y, x) of an array in mm; by default 1 mm, which is logged once.
+    plan : Plan
+        The plan of the model.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, the array is no image, the spacing is not three positive numbers, or a file is given a
+        spacing.
+    """
+    if isinstance(given, str | PathLike | Image) and spacing is not None:
+        what = "a spacing is given for an image that has its own"
+        raise UserError(what, None if isinstance(given, Image) else str(given), "Give it with arrays only.")
+    if isinstance(given, str | PathLike):
+        return use_trained_unit(plan, read_image(Path(given), len(plan.channels)), Path(given))
+    if isinstance(given, Image):
+        array = _as_array(given.array)
+        if array.shape[1:] != given.geometry.shape:
+            raise UserError(f"the image's array is {array.shape[1:]}, its geometry {given.geometry.shape} voxels")
+        _check_spacing(given.geometry.spacing)
+        return replace(given, array=array)
+    array = _as_array(given)
+    if spacing is None:
+        _warn_about_spacing()
+        spacing = (1.0, 1.0, 1.0)
+    z, y, x = array.shape[1:]
+    return Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
+
+
+def _as_array(given: Any) -> np.ndarray:
+    """Return an array (channels, z, y, x) of real numbers, or refuse what is none."""
+    fix = "Give (z, y, x) or (channels, z, y, x); a picture (y, x) is array[None], one slice."
+    if hasattr(given, "detach"):  # a tensor of torch, which may be on a GPU or part of a graph
+        given = given.detach().cpu()
+        given = given.float() if "bfloat16" in str(given.dtype) else given
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        raise UserError("the array is masked, and the values of its masked voxels are unknown",
+                        fix="Use array.filled(0).")  # fmt: skip
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{type(given).__name__} is no array ({' '.join(str(error).split()):.100})", fix=fix) from None
+    if array.dtype.kind not in "biuf":
+        what = f"an array of {array.dtype} is no image" if array.ndim else f"{type(given).__name__} is no image"
+        raise UserError(what, fix="Give real numbers, for example array.astype('float32').")
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise UserError(f"an array of shape {array.shape} cannot be segmented", fix=fix)
+    return array[None] if array.ndim == 3 else array
+
+
+def _check_spacing(given: Sequence[float]) -> tuple[float, float, float]:
+    """Return a spacing (z, y, x) in mm, or refuse what is none."""
+    try:
+        z, y, x = () if isinstance(given, str) else (float(value) for value in given)
+        if all(0 < value < math.inf for value in (z, y, x)):
+            return z, y, x
+    except (TypeError, ValueError):
+        pass
+    what = f"an image with a spacing of {given!r:.100} cannot be segmented"
+    raise UserError(what, fix="Give three positive numbers: (z, y, x) in mm.") from None
+
+
+@cache
+def _warn_about_spacing() -> None:
+    log.warn("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
+
+
+def as_classes(label_map: np.ndarray, labels: Labels) -> np.ndarray:
+    """Return the classes of a predicted label map, such as a second stage of a cascade takes them.
+
+    Values that only the region order writes become background.
+    """
+    extra = sorted({*(labels.region_order or ())} - {*labels.values})
+    if extra:
+        label_map = np.where(np.isin(label_map, extra), labels.background, label_map)
+    return labels.encode(label_map)
+
+
+# -------------------------------------------------------------------------------------------------- where label maps go
+
+
+def names_file(out: Path) -> bool:
+    """Whether an output is the name of a label map, and not of a folder."""
+    return (suffix_of(out) != "" or out.suffix.lower() == ".dcm") and not out.is_dir()
+
+
+def output_file(case: Case, out: Path, dicom_seg: bool = False) -> Path:
+    """Return the file of a case's label map: its id, in the format of its image; or `out`, if that names a file."""
+    if names_file(out):
+        return out
+    return out / f"{case.id}{'.dcm' if dicom_seg else label_suffix(suffix_of(case.images[0]))}"
+
+
+def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
+    """Refuse an output that the label maps cannot have, before anything is predicted.
+
+    Parameters
+    ----------
+    sources : sequence of Path
+        The files and folders in which the cases were found.
+    cases : sequence of Case
+        The images.
+    out : Path
+        A folder or, of a single case, a file.
+    labels : Labels
+        What the model predicts.
+    dicom_seg : bool
+        Whether label maps are DICOM segmentations.
+
+    Raises
+    ------
+    UserError
+        One file for several cases; or a format that cannot store the label map; or a folder in which the next command
+        would find the label maps as images.
+    """
+    if names_file(out):
+        _check_file(cases, out, labels, dicom_seg)
+    folder = out.parent if names_file(out) else out
+    given = {identify(source) for source in sources if source.is_dir()}
+    parents = {path if path.is_dir() else path.parent for case in cases for path in case.images}
+    of_one_case = {parent for parent in parents if identify(parent) not in given and identify(parent.parent) in given}
+    searched = given | {identify(parent) for parent in of_one_case}
+    would_be_searched = {identify(parent.parent) for parent in of_one_case}
+    next_to_channels = any(
+        len(case.images) > 1 and split_name(stem(case.images[0]))[0] == stem(output_file(case, out, dicom_seg))
+        for case in cases
+        if identify(case.images[0].parent) == identify(folder)
+    )
+    if identify(folder) in searched or identify(folder.parent) in would_be_searched or next_to_channels:
+        what = "would contain images and label maps, and the next prediction would read the label maps as images"
+        raise UserError(what, out, "Choose another --output.")
+
+
+def _check_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
+    """Refuse a name of a label map for several images, or with a format that cannot store it."""
+    if len(cases) > 1:
+        raise UserError(f"names one label map, for {len(cases)} images", out, "Give a folder.")
+    if dicom_seg != (out.suffix.lower() == ".dcm"):
+        raise UserError("a DICOM segmentation ends in .dcm, and needs --dicom-seg", out)
+    suffix = suffix_of(out)
+    if not dicom_seg and label_suffix(suffix) != suffix:
+        raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
+    if suffix in PICTURES:
+        require_picture_values(out, output_values(labels), read_geometry(cases[0].images[0])[0])
+
+
+def identify(path: Path) -> tuple[object, ...]:
+    """Return what two paths share if they lead to the same file or folder, through links or in other letter case."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return (path.resolve(),)
+    return (stat.st_dev, stat.st_ino)

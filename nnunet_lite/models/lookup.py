@@ -1,0 +1,125 @@
+"""Find a model: by its path or name, or the best that is trained; and read what it is, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nnunet_lite import log
+from nnunet_lite.errors import UserError
+from nnunet_lite.models.folder import first_training, model_folders, read_run, trained_folds, validation_dice
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.workspace import Paths, planned_paths
+
+Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
+
+
+def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
+    """Read plans.json and run.json of a model folder.
+
+    Raises
+    ------
+    UserError
+        It is no model folder, or one of its files is not as nnlite writes it.
+    """
+    run = read_run(folder)
+    return Plan.read(folder / "plans.json"), run
+
+
+def find_model(given: str | Path, workspace: Path, dataset: str | None = None) -> Path:
+    """Return the path of a model from its path, or from its name in the workspace.
+
+    Parameters
+    ----------
+    given : str or Path
+        A model folder or a zip, or the name of a model in the workspace.
+    workspace : Path
+        Where models are looked up by name.
+    dataset : str, optional
+        Look only among the models of this dataset, if several datasets have a model of that name.
+
+    Raises
+    ------
+    UserError
+        Several datasets have a model of that name.
+    """
+    path = Path(given).expanduser()
+    if path.exists() or len(path.parts) != 1:
+        return path
+    found = sorted(file.parent for file in workspace.glob("*/models/*/run.json") if file.parent.name == path.name)
+    if len(found) > 1 and dataset is not None:
+        of_dataset = planned_paths(workspace, dataset, needs_plan=False).models
+        found = [folder for folder in found if folder.parent == of_dataset]
+    if len(found) > 1:
+        raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path, or -d.")
+    return found[0] if found else path
+
+
+def choose_model(paths: Paths, configuration: str | None = None) -> Path:
+    """Choose the trained model with the most folds, and among equals the one with the best validation Dice.
+
+    The first stage of a cascade whose second stage is trained is chosen only if `configuration` names it.
+
+    Parameters
+    ----------
+    paths : Paths
+        The files of a dataset in the workspace.
+    configuration : str, optional
+        A configuration such as "3d_fullres", or the name of a model.
+
+    Raises
+    ------
+    UserError
+        No model (of that configuration) is trained.
+    """
+    runs = {folder: read_run(folder) for folder in model_folders(paths) if trained_folds(folder)}
+    first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
+    found = [
+        (len(folds := trained_folds(folder)), max(validation_dice(folder, fold) or 0.0 for fold in folds), folder)
+        for folder, run in runs.items()
+        if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
+    ]
+    if not found:
+        of = f" {configuration}" if configuration else ""
+        have = [f"{folder.name} ({run['configuration']})" for folder, run in runs.items()]
+        fix = f"Run `{first_training(paths)}`." if paths.plans.is_file() else f"Trained: {', '.join(have)}."
+        raise UserError(f"no{of} model of {paths.name} is trained", paths.models, fix)
+    n_folds, dice, best = max(found)
+    if len(found) > 1:
+        why = f"most folds ({n_folds}), then best Dice on held-out cases ({dice:.3f})"
+        log.info(f"{len(found)} models are trained; {best.name} is used: {why}. -m chooses another one")
+    return best
+
+
+def default_folds(folds: Iterable[str]) -> list[str]:
+    """Return the folds to predict with: fold "all" only if there is no other."""
+    folds = list(folds)
+    return [fold for fold in folds if fold != "all"] or folds
+
+
+def first_common_fold(folders: Sequence[Path], checkpoint: Checkpoint = "final") -> list[str] | None:
+    """Return the first fold that all of these models have trained; None for a zip, whose folds are not known yet."""
+    have = [list(nnunet_folds(folder, checkpoint)) or trained_folds(folder) for folder in folders]
+    common = [fold for fold in have[0] if all(fold in others for others in have)]
+    return common[:1] or None
+
+
+def is_nnunet(folder: Path) -> bool:
+    """Whether nnU-Net wrote this model folder; one with a run.json is of nnlite."""
+    if (folder / "run.json").is_file() or not (folder / "plans.json").is_file():
+        return False
+    return any(folder.glob("fold_*/checkpoint_*.pth"))
+
+
+def nnunet_folds(folder: Path, checkpoint: Checkpoint = "final") -> dict[str, Path]:
+    """Return the checkpoint of each fold of an nnU-Net model that has it; of any other folder, nothing."""
+    files = sorted(folder.glob(f"fold_*/{nnunet_file(checkpoint)}")) if is_nnunet(folder) else []
+    return {file.parent.name.removeprefix("fold_"): file for file in files}
+
+
+def nnunet_file(checkpoint: Checkpoint) -> str:
+    """Return nnU-Net's file name of a checkpoint."""
+    if checkpoint not in get_args(Checkpoint):
+        raise UserError(f"there is no checkpoint {checkpoint!r}", fix='Give "final" or "best".')
+    return f"checkpoint_{checkpoint}.pth"

@@ -1,0 +1,475 @@
+"""Models of nnU-Net v2: read without running code in them, equal in what they predict, and written back.
+
+tests/data/nnunet_models contains two that nnU-Net 2.8.1 wrote: a plain 3D U-Net with anisotropic kernels, and a
+residual 2D one for regions of two channels, trained with batch norm where the plan says instance norm.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from samples import NNUNET_MODELS
+
+import nnunet_lite
+from nnunet_lite.data.images import read_label
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
+from nnunet_lite.inference.predictor import load
+from nnunet_lite.models.checkpoint import load_weights
+from nnunet_lite.models.lookup import read_model
+from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, read_checkpoint
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import set_deep_supervision
+
+CHECKPOINT = "fold_0/checkpoint_final.pth"
+Command = Callable[..., tuple[int, str, str]]
+Copy = Callable[..., Path]
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Copy:
+    """A copy of a model of nnU-Net that a test may change."""
+
+    def copy(name: str = "plain_3d") -> Path:
+        return Path(shutil.copytree(NNUNET_MODELS / name, tmp_path / "theirs" / name))
+
+    return copy
+
+
+@pytest.fixture
+def ours(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of a model of nnlite that a test may change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "ours"))
+
+
+@pytest.fixture
+def three_folds(theirs: Copy) -> Path:
+    """Fold 0 is finished, fold 1 is in training, fold 2 has both checkpoints, and fold 3 has none."""
+    folder = theirs()
+    for fold in ("fold_1", "fold_2"):
+        shutil.copytree(folder / "fold_0", folder / fold)
+    (folder / "fold_1" / "checkpoint_final.pth").rename(folder / "fold_1" / "checkpoint_best.pth")
+    shutil.copy(folder / CHECKPOINT, folder / "fold_2" / "checkpoint_best.pth")
+    (folder / "fold_3").mkdir()
+    return folder
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object], **options: Any) -> None:
+    """Edit a checkpoint; these are our own files."""
+    checkpoint = torch.load(folder / CHECKPOINT, weights_only=False)
+    edit(checkpoint)
+    torch.save(checkpoint, folder / CHECKPOINT, **options)
+
+
+def logits(model: Path, image: np.ndarray) -> list[np.ndarray]:
+    plan, run = read_model(model)
+    network = build_network(plan, run["configuration"])
+    load_weights(model / "fold_0" / "model.safetensors", network)
+    set_deep_supervision(network.eval(), True)
+    with torch.inference_mode():
+        return [output.numpy() for output in network(torch.from_numpy(image))]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
+def test_an_imported_network_has_the_logits_of_nnunet(theirs: Copy, tmp_path: Path, name: str, prefix: str) -> None:
+    folder, expected = theirs(name), np.load(NNUNET_MODELS / name / "logits.npz")
+
+    def wrap(checkpoint: dict[str, Any]) -> None:
+        checkpoint["network_weights"] = {prefix + k: v for k, v in checkpoint["network_weights"].items()}
+
+    change(folder, wrap)
+    import_nnunet(folder, tmp_path / "ours")
+    found = logits(tmp_path / "ours", expected["image"])
+    assert len(found) == len(expected.files) - 1
+    for i, output in enumerate(found):
+        np.testing.assert_allclose(output, expected[f"head_{i}"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
+def test_a_model_in_memory_equals_the_imported_one(tmp_path: Path, name: str) -> None:
+    import_nnunet(NNUNET_MODELS / name, tmp_path / "ours")
+    read, imported = load(NNUNET_MODELS / name, device="cpu"), load(tmp_path / "ours", device="cpu")
+    assert (read.plan, read.settings, read.folds) == (imported.plan, imported.settings, imported.folds)
+    assert (read.mirror_axes, read.swap) == (imported.mirror_axes, imported.swap)
+    other = imported.networks[0].state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in read.networks[0].state_dict().items())
+
+
+def test_plan_run_and_training_are_imported(theirs: Copy, tmp_path: Path) -> None:
+    import_nnunet(NNUNET_MODELS / "residual_2d", tmp_path / "ours")
+    plan, run = read_model(tmp_path / "ours")
+    assert plan.configuration("2d").network.norm == "batch"
+    assert plan.labels.region_names == ("whole", "core", "enhancing") and plan.labels.region_order == (1, 2, 3)
+    assert [c.name for c in plan.channels] == ["T1", "FLAIR"]
+    assert (run["configuration"], run["settings"]["recipe"]) == ("2d", "nnUNetTrainerBN")
+    assert load(tmp_path / "ours", device="cpu").mirror_axes == (0, 1)
+    about = load_weights(tmp_path / "ours" / "fold_0" / "model.safetensors", build_network(plan, "2d"))
+    assert (about["epochs"], about["seconds"]) == (2, 15.0)
+
+    folder = theirs()
+    change(folder, lambda checkpoint: checkpoint.update(inference_allowed_mirroring_axes=None))
+    assert load(folder, device="cpu").mirror_axes == ()
+
+
+def test_heads_of_deep_supervision_may_be_missing(theirs: Copy, tmp_path: Path) -> None:
+    folder, expected = theirs(), np.load(NNUNET_MODELS / "plain_3d" / "logits.npz")
+    parts = [f"decoder.seg_layers.0.{part}" for part in ("weight", "bias")]
+    change(folder, lambda checkpoint: [checkpoint["network_weights"].pop(part) for part in parts])
+    import_nnunet(folder, tmp_path / "ours")
+    found = logits(tmp_path / "ours", expected["image"])
+    np.testing.assert_allclose(found[0], expected["head_0"], atol=1e-5, rtol=1e-4)
+    assert not found[-1].any()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop("decoder.seg_layers.1.weight"), "lacks decoder.seg_layers.1.weight"),
+        (lambda w: w.update({"attention.weight": torch.zeros(1)}), "contains attention.weight, which the plan's"),
+        (lambda w: w.update({"decoder.transpconvs.0.bias": torch.zeros(1)}), r"transpconvs.0.bias has shape \(1,\)"),
+    ],
+)
+def test_another_network_is_refused(
+    theirs: Copy, tmp_path: Path, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    folder = theirs()
+    change(folder, lambda checkpoint: edit(checkpoint["network_weights"]))
+    with pytest.raises(UserError, match=message):
+        import_nnunet(folder, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+class Runs:
+    """Pickled as a call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("place", ["init_args", "network_weights", "logging"])
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [(os.system, "touch {}"), (builtins.eval, "open('{}', 'w')"), (builtins.exec, "open('{}', 'w')")],
+)
+def test_a_checkpoint_with_code_is_refused_and_nothing_runs(
+    theirs: Copy,
+    command: Command,
+    tmp_path: Path,
+    function: Callable[..., Any],
+    text: str,
+    place: str,
+    protocol: int,
+) -> None:
+    """torch.save writes protocol 2; of others torch says that it reads none of their instructions."""
+    folder, mark = theirs(), tmp_path / "was_run"
+    code = {"x": Runs(function, text.format(mark))}
+    change(folder, lambda checkpoint: checkpoint.update({place: code}), pickle_protocol=protocol)
+    code, out, err = command("import", folder, "-o", tmp_path / "ours", cwd=tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    says = f"{function.__name__}, which no checkpoint needs" if protocol == 2 else "is no readable checkpoint"
+    assert f"error: {folder}/{CHECKPOINT}: " in err and says in err
+    assert not mark.exists() and not (tmp_path / "ours").exists()
+
+
+def test_damaged_checkpoints_are_refused(theirs: Copy, tmp_path: Path) -> None:
+    folder, mark = theirs(), tmp_path / "was_run"
+    file = folder / CHECKPOINT
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], pickle.dumps(Runs(os.system, f"touch {mark}"))):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"is no checkpoint in the format of torch\.save"):
+            read_checkpoint(file)
+    assert not mark.exists()
+    with zipfile.ZipFile(NNUNET_MODELS / "plain_3d" / CHECKPOINT) as old, zipfile.ZipFile(file, "w") as new:
+        largest = max((info for info in old.infolist() if "/data/" in info.filename), key=lambda info: info.file_size)
+        for name in old.namelist():
+            new.writestr(name, old.read(name) + (b"more" if "/data/" in name else b""))
+    with pytest.raises(UserError, match=r"is no readable checkpoint \(.*record size .* does not match"):
+        read_checkpoint(file)
+    flipped = bytearray(whole)
+    flipped[largest.header_offset + 200] ^= 1
+    file.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"is damaged: the checksum of .*/data/.* differs"):
+        read_checkpoint(file)
+    file.write_bytes(whole)
+    change(folder, lambda checkpoint: checkpoint.pop("network_weights"))
+    with pytest.raises(UserError, match=r"is no checkpoint of nnU-Net v2 \(lacks 'network_weights'\)"):
+        load(folder, device="cpu")
+
+
+def test_what_is_no_model_of_nnunet_is_refused(theirs: Copy, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no model of nnU-Net"):
+        import_nnunet(tmp_path, tmp_path / "ours")
+    folder = theirs()
+    write_json(folder / "plans.json", read_json(folder / "plans.json") | {"dataset_name": "../outside"})
+    with pytest.raises(UserError, match=r"dataset_name '\.\./outside' is no name for a folder"):
+        nnunet_lite.import_model(folder, workspace=tmp_path / "w")
+    change(folder, lambda checkpoint: checkpoint.pop("trainer_name"))
+    with pytest.raises(UserError, match=r"is no checkpoint of nnU-Net v2 \(lacks 'trainer_name'\)"):
+        import_nnunet(folder, tmp_path / "ours")
+
+
+def test_the_first_stage_of_a_cascade_is_imported(theirs: Copy, tmp_path: Path) -> None:
+    """As nnU-Net writes them: two folders next to each other that are called trainer__plans__configuration."""
+    folder = theirs()
+    plans = read_json(folder / "plans.json")
+    full = plans["configurations"]["3d_fullres"]
+    plans["configurations"] = {
+        "3d_lowres": full | {"next_stage": "3d_cascade_fullres"},
+        "3d_cascade_fullres": full | {"previous_stage": "3d_lowres"},
+    }
+    write_json(folder / "plans.json", plans)
+    stages = {name: folder.with_name(f"nnUNetTrainer__nnUNetPlans__{name}") for name in plans["configurations"]}
+    for name, target in stages.items():
+        shutil.copytree(folder, target)
+
+        def edit(checkpoint: dict[str, Any], name: str = name) -> None:
+            checkpoint["init_args"]["configuration"] = name
+            for key, value in checkpoint["network_weights"].items():
+                if "encoder.stages.0.0.convs.0." in key and value.ndim == 5 and name == "3d_cascade_fullres":
+                    checkpoint["network_weights"][key] = torch.cat([value] * 3, 1)  # two foreground labels
+
+        change(target, edit)
+    second = stages["3d_cascade_fullres"]
+    import_nnunet(second, tmp_path / "models" / "second")
+    names = sorted(path.name for path in (tmp_path / "models").iterdir())
+    assert names == sorted([stages["3d_lowres"].name, "second"])
+    for folder in (second, tmp_path / "models" / "second"):
+        model = load(folder, device="cpu", settings={"inference.precision": "fp32"})
+        assert model.previous is not None and model.previous.folder == folder.with_name(stages["3d_lowres"].name)
+        assert model.plan.n_inputs("3d_cascade_fullres") == 3
+
+
+# ------------------------------------------------------------------------------------------------ folds and checkpoints
+
+
+def test_folds_without_the_checkpoint_are_left_out(three_folds: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert load(three_folds, device="cpu").folds == ("0", "2")
+    assert [line for line in capfd.readouterr().err.splitlines() if "fold" in line] == [
+        f"warning: {three_folds}: fold 0, 2 used (checkpoint_final.pth), fold 1 left out (no checkpoint_final.pth). "
+        "--checkpoint best takes checkpoint_best.pth, which fold 1 has."
+    ]
+    assert load(three_folds, device="cpu", checkpoint="best").folds == ("1", "2")
+    assert "fold 1, 2 used (checkpoint_best.pth), fold 0 left out" in capfd.readouterr().err
+    assert load(three_folds, 2, "cpu").folds == ("2",)
+    assert "left out" not in capfd.readouterr().err, "the fold was given"
+    shutil.copytree(three_folds / "fold_0", three_folds / "fold_all")
+    assert load(three_folds, device="cpu").folds == ("0", "2")
+    assert load(three_folds, "all", "cpu").folds == ("all",)
+
+
+def test_the_given_checkpoint_is_read(three_folds: Path) -> None:
+    """The best one of fold 2 has other weights here."""
+    best = three_folds / "fold_2" / "checkpoint_best.pth"
+    checkpoint = torch.load(best, weights_only=False)  # one of our own files
+    checkpoint["network_weights"] = {k: v + 1 for k, v in checkpoint["network_weights"].items()}
+    torch.save(checkpoint, best)
+    one = load(three_folds, 2, "cpu").networks[0].state_dict()
+    other = load(three_folds, 2, "cpu", checkpoint="best").networks[0].state_dict()
+    assert all(torch.equal(other[name], one[name] + 1) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("folds", "checkpoint", "says"),
+    [
+        ([1], "final", r"fold 1 has no checkpoint_final\.pth\. --checkpoint best takes .* which fold 1 has"),
+        ([0], "best", r"fold 0 has no checkpoint_best\.pth\. --checkpoint final takes"),
+        ([3], "final", r"has no trained fold 3\. Trained folds: 0, 2"),
+        ([], "final", r"no fold is given\. Trained folds: 0, 2"),
+        (None, "latest", r"there is no checkpoint 'latest'\. Give \"final\" or \"best\""),
+        (["zero"], "best", r"has no trained fold zero\. Trained folds: 1, 2"),
+    ],
+)
+def test_missing_folds_are_refused(three_folds: Path, folds: Any, checkpoint: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load(three_folds, folds, "cpu", checkpoint=checkpoint)
+
+
+def test_a_model_without_any_final_checkpoint_needs_the_option(
+    three_folds: Path, command: Command, scans: list[Path], tmp_path: Path
+) -> None:
+    for fold in ("fold_0", "fold_2"):
+        shutil.rmtree(three_folds / fold)
+    predict = ("predict", "-i", scans[0], "-o", "out", "--device", "cpu", "--no-mirroring", "-m")
+    commands = [(*predict, three_folds), ("import", three_folds, "-o", "new"), ("info", three_folds),
+                ("export", three_folds, "model.zip")]  # fmt: skip
+    for arguments in commands:
+        code, out, err = command(*arguments, cwd=tmp_path)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and "no fold has a checkpoint_final.pth" in err, err
+        assert "--checkpoint best takes checkpoint_best.pth, which fold 1 has" in err
+    for arguments, option in zip(commands, ("-chk", "-chk", "--checkpoint", "-chk"), strict=True):
+        assert command(*arguments, option, "best", cwd=tmp_path)[0] == 0
+    assert {"out", "new", "model.zip"} <= {path.name for path in tmp_path.iterdir()}
+    for ours in ("new", "model.zip"):
+        code, _, err = command("info", ours, "-chk", "best", cwd=tmp_path)
+        says = f"error: {ours}: has no best checkpoint: it is no model of nnU-Net. Leave out --checkpoint.\n"
+        assert (code, err) == (2, says)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
+def test_an_exported_model_is_what_was_imported(tmp_path: Path, name: str) -> None:
+    """All tensors under all names of nnU-Net, and an equal plan."""
+    import_nnunet(NNUNET_MODELS / name, tmp_path / "ours")
+    export_nnunet(tmp_path / "ours", tmp_path / "back")
+    old, new = (torch.load(f / CHECKPOINT, weights_only=False) for f in (NNUNET_MODELS / name, tmp_path / "back"))
+    assert old["network_weights"].keys() == new["network_weights"].keys()
+    assert all(torch.equal(value, new["network_weights"][k]) for k, value in old["network_weights"].items())
+    assert new["trainer_name"] == "nnUNetTrainer" and old.keys() == new.keys()
+    for key in ("inference_allowed_mirroring_axes", "current_epoch"):
+        assert new[key] == old[key]
+    assert all(new["init_args"][key] == old["init_args"][key] for key in ("configuration", "fold"))
+    plans, written = (read_json(f / "plans.json") for f in (NNUNET_MODELS / name, tmp_path / "back"))
+    kwargs = plans["configurations"][old["init_args"]["configuration"]]["architecture"]["arch_kwargs"]
+    if name == "residual_2d":
+        kwargs["norm_op"] = kwargs["norm_op"].replace("instancenorm.Instance", "batchnorm.Batch")
+    assert written == plans
+    import_nnunet(tmp_path / "back", tmp_path / "again")
+    image = np.load(NNUNET_MODELS / name / "logits.npz")["image"]
+    for a, b in zip(logits(tmp_path / "ours", image), logits(tmp_path / "again", image), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_model_of_ours_goes_to_nnunet_and_back(tiny_model: Path, scans: list[Path], tmp_path: Path) -> None:
+    export_nnunet(tiny_model, tmp_path / "theirs")
+    settings = {"inference.mirroring": False, "inference.precision": "fp32", "inference.sums": "float32"}
+    maps = [load(f, device="cpu", settings=settings)(scans[0]) for f in (tiny_model, tmp_path / "theirs")]
+    assert (maps[0] == maps[1]).mean() > 0.9999 and len(np.unique(maps[0])) > 1
+
+
+def test_labels_are_numbered_as_in_nnunet(ours: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = read_json(ours / "plans.json")
+    plan["labels"] |= {"names": {"background": 0, "Posterior": 7, "Anterior": 4}, "ignore": 9}
+    write_json(ours / "plans.json", plan)
+    export_nnunet(ours, tmp_path / "theirs")
+    expected = {"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 3}
+    assert read_json(tmp_path / "theirs" / "dataset.json")["labels"] == expected
+    assert "will write: Anterior 4 -> 1, Posterior 7 -> 2" in capfd.readouterr().err
+
+
+def test_nnunet_does_not_mirror_left_and_right_of_a_model_that_swaps_them(ours: Path, tmp_path: Path) -> None:
+    run = read_json(ours / "run.json")
+    run["settings"]["augmentation"] |= {"mirror_axes": [0, 2], "mirror_swap": [["Anterior", "Posterior"]]}
+    write_json(ours / "run.json", run)
+    export_nnunet(ours, tmp_path / "theirs")
+    checkpoint = torch.load(tmp_path / "theirs" / CHECKPOINT, weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] == (0,)
+
+
+def test_what_nnunet_lacks_is_not_exported(ours: Path, tmp_path: Path) -> None:
+    plan, run = read_json(ours / "plans.json"), read_json(ours / "run.json")
+    plan["channels"][0]["clip_percentiles"] = [1, 99]
+    write_json(ours / "plans.json", plan)
+    with pytest.raises(UserError, match="clips images to percentiles"):
+        export_nnunet(ours, tmp_path / "theirs")
+    run["settings"]["network"]["factory"] = "mine:make"
+    write_json(ours / "run.json", run)
+    with pytest.raises(UserError, match="a network made by mine:make"):
+        export_nnunet(ours, tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_commands_import_predict_and_export(command: Command, theirs: Copy, scans: list[Path], tmp_path: Path) -> None:
+    """nnU-Net's own folder predicts what the imported one does."""
+    folder = theirs()
+    code, out, _ = command("import", folder, "-w", "w", cwd=tmp_path)
+    models = tmp_path / "w" / "Dataset004_Hippocampus" / "models"
+    made = models / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    assert code == 0 and str(made) in out and (made / "run.json").is_file()
+    code, out, err = command("import", folder, "-w", "w", cwd=tmp_path)
+    assert code == 2 and "exists already" in err
+    code, _, err = command("import", folder, "-w", "w", "--replace", cwd=tmp_path)
+    assert code == 0 and f"kept in {models / 'old_nnUNetTrainer__nnUNetPlans__3d_fullres_1'}" in err
+    flags = ("-i", scans[0], "--no-mirroring", "--precision", "fp32", "--device", "cpu")
+    for source, target in ((folder, "a"), (made, "b")):
+        code, _, err = command("predict", "-m", source, "-o", target, *flags, cwd=tmp_path)
+        assert code == 0 and str(source) in err and "/.tmp" not in err
+    maps = [read_label(tmp_path / target / scans[0].name)[0] for target in ("a", "b")]
+    assert (maps[0] == maps[1]).mean() > 0.999
+    code, out, _ = command("export", "-m", made, "--format", "nnunet", "-o", "back", "--json", cwd=tmp_path)
+    assert code == 0 and json.loads(out)["output"] == "back" and (tmp_path / "back" / CHECKPOINT).is_file()
+
+
+def test_an_imported_model_is_all_that_info_and_predict_need(
+    command: Command, theirs: Copy, scans: list[Path], tmp_path: Path
+) -> None:
+    """In a workspace without a planned dataset. With a second dataset, one must be chosen."""
+    folder = theirs()
+    folder = folder.rename(folder.with_name("model"))
+    assert command("import", folder, cwd=tmp_path)[0] == 0
+    place = tmp_path / "nnlite_workspace" / "Dataset004_Hippocampus"
+    name = "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    code, out, _ = command("info", "--json", cwd=tmp_path)
+    about = json.loads(out)
+    assert code == 0 and about["dataset"] == place.name
+    assert [model["model"] for model in about["models"]] == [str(place / "models" / name)]
+    code, out, _ = command("info", cwd=tmp_path)
+    assert code == 0 and out.startswith(f"{place.name}: only models") and "3d_fullres of Dataset004_Hippocampus" in out
+    flags = ("--no-mirroring", "--device", "cpu", "--precision", "fp32")
+    code, out, err = command("predict", "-i", scans[0], "-o", "out", *flags, cwd=tmp_path)
+    assert code == 0 and out == "1 label map in out\n", err
+    alone = read_label(tmp_path / "out" / scans[0].name)[0]
+    code, _, _ = command("predict", "-i", scans[0], "-o", "by_name", "-m", name, *flags, cwd=tmp_path)
+    assert code == 0 and np.array_equal(read_label(tmp_path / "by_name" / scans[0].name)[0], alone)
+    assert command("export", "model.zip", cwd=tmp_path)[0] == 0
+    code, _, err = command("predict", "-i", scans[0], "-o", "out", "-c", "2d", cwd=tmp_path)
+    assert code == 2 and f"no 2d model of {place.name} is trained. Trained: {name} (3d_fullres)." in err
+    for step in (("train", "3d_fullres", "0"), ("select",), ("report",)):  # which need the dataset itself
+        code, _, err = command(*step, cwd=tmp_path)
+        assert code == 2 and "no dataset is planned" in err and err.count("\n") == 1
+
+    other = theirs("residual_2d")
+    write_json(other / "plans.json", read_json(other / "plans.json") | {"dataset_name": "Dataset005_Other"})
+    assert command("import", other, cwd=tmp_path)[0] == 0
+    for step in (("info",), ("predict", "-i", scans[0], "-o", "out")):
+        code, _, err = command(*step, cwd=tmp_path)
+        assert code == 2 and "models of several datasets. Choose with -d: Dataset004_Hippocampus, Dataset005" in err
+    code, out, _ = command("info", "-d", "Dataset004", cwd=tmp_path)
+    assert code == 0 and place.name in out
+
+
+@pytest.mark.parametrize("how", ["argument", "option", "name"])
+def test_info_of_a_model(command: Command, tmp_path: Path, how: str) -> None:
+    """Of nnU-Net's folder, of a zip made of it, and of what was imported."""
+    folder = NNUNET_MODELS / "residual_2d"
+    assert command("export", folder, "net.zip", cwd=tmp_path)[0] == 0
+    assert command("import", "net.zip", cwd=tmp_path)[0] == 0
+    given: Any = {"argument": [folder], "option": ["-m", "net.zip"], "name": ["residual_2d"]}[how]
+    code, out, err = command("info", *given, "--json", cwd=tmp_path)
+    about = json.loads(out)
+    assert code == 0 and about["channels"] == ["T1", "FLAIR"] and list(about["folds"]) == ["0"], err
+    assert about["model"] == {"argument": str(folder), "option": "net.zip"}.get(how, about["model"])
+    assert command("info", folder, "-m", folder, cwd=tmp_path)[0] == 2
+
+
+def test_the_name_of_a_model_is_no_target(tiny_model: Path, tmp_path: Path, command: Any) -> None:
+    """`nnlite export NAME` asks for the target, and does not write another model into a folder of that name."""
+    place = ("-w", tiny_model.parents[2], "--format", "nnunet")
+    code, _, err = command("export", "tiny", *place, cwd=tmp_path)
+    assert code == 2 and "where to write it is not given" in err and not (tmp_path / "tiny").exists()
+    code, _, err = command("export", "tiny", "out", *place, cwd=tmp_path)
+    assert code == 0 and (tmp_path / "out" / "plans.json").is_file(), err
