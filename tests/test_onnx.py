@@ -204,9 +204,9 @@ def test_no_torch_is_needed(pair: Pair, exported: Path, hippocampus: Path, tmp_p
 import sys
 sys.modules["torch"] = None  # whoever imports it fails
 import numpy as np
-from nnunet_lite.inference.onnx_runner import load
+from nnunet_lite.inference.onnx_runner import load_onnx
 folder, work = sys.argv[1:]
-np.save(f"{work}/labels.npy", load(folder)(np.load(f"{work}/image.npy"), (1.0, 1.0, 1.0)))
+np.save(f"{work}/labels.npy", load_onnx(folder)(np.load(f"{work}/image.npy"), (1.0, 1.0, 1.0)))
 """
     subprocess.run([sys.executable, "-c", program, str(exported), str(tmp_path)], check=True, timeout=100)
     np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), pair[1](image.array))
@@ -316,7 +316,7 @@ def test_a_folder_that_is_none_is_refused(exported: Path, tiny_model: Path, tmp_
         runner.load_onnx(tmp_path / "copy")
     about = read_json(tmp_path / "copy" / "onnx.json")
     write_json(tmp_path / "copy" / "onnx.json", {**about, "format": "nnlite-onnx-2"})
-    with pytest.raises(UserError, match="of another format than nnlite-onnx-1"):
+    with pytest.raises(UserError, match="has another format than nnlite-onnx-1"):
         runner.load_onnx(tmp_path / "copy")
 
 
