@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 import nnunet_lite
-from nnunet_lite.data.dataset import Case, Dataset, dataset_from_json, map_labels
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.scores import CaseScore, Scores

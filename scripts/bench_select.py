@@ -26,7 +26,8 @@ from bench_demo import processor, publish
 from scipy import ndimage
 
 import nnunet_lite
-from nnunet_lite.data.dataset import Case, Dataset, dataset_from_json, map_labels
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.evaluation.comparison import ENSEMBLE_WEIGHTS, ensemble_weights, find_members
 from nnunet_lite.evaluation.cross_validation import score_predictions

@@ -40,7 +40,7 @@ def nnlite(configuration: str, device: Any) -> tuple[Callable[[Any], Any], Itera
     from nnunet_lite.training.batches import training_batches
     from nnunet_lite.training.cache import load_cases
     from nnunet_lite.training.job import Job, configure_plan
-    from nnunet_lite.training.learner import choose_arithmetic, make_learner, make_network, parallelize
+    from nnunet_lite.training.learner import choose_format, make_learner, make_network, parallelize
     from nnunet_lite.training.loop import train_step
     from nnunet_lite.training.prefetch import prefetch
     from nnunet_lite.workspace import planned_paths
@@ -53,12 +53,12 @@ def nnlite(configuration: str, device: Any) -> tuple[Callable[[Any], Any], Itera
     cases = load_cases(ids, lambda i: open_case(paths.preprocessed, plan, configuration, i), "auto", device)
     job = Job(plan, configuration, settings, 0, paths.root, device, cases, cases)
     network = make_network(job)
-    learner = parallelize(job, make_learner(job, network, choose_arithmetic(job, network)))
+    learner = parallelize(job, make_learner(job, network, choose_format(job, network)))
     about = {
         "patch": list(job.planned.patch_size),
         "batch": job.planned.batch_size,
         "weights": sum(p.numel() for p in network.parameters()),
-        "arithmetic": learner.arithmetic.reason,
+        "arithmetic": learner.compute.reason,
     }
     batches = prefetch(training_batches(job, 0), device, settings.training.workers)
     return lambda batch: train_step(job, learner, [batch], 1e-3, 0), batches, about

@@ -61,32 +61,22 @@ def with_values(*each: Iterable[int], table: dict[str, object] | None = None, en
     return make
 
 
-def without(make: Make, *files: str) -> Make:
-    """A dataset of which some files were deleted."""
-
-    def both(root: Path) -> None:
-        make(root)
-        for file in files:
-            (root / file).unlink()
-
-    return both
+def without(make: Make, file: str) -> Make:
+    return and_then(make, lambda root: (root / file).unlink())
 
 
 def and_then(make: Make, more: Make) -> Make:
     return lambda root: (make(root), more(root))
 
 
-def renamed(make: Make, *ends: tuple[str, str]) -> Make:
-    """Files with other endings, which nnlite does not read."""
+def renamed(folder: str, ending: str) -> Make:
+    """Pictures and masks, those of one folder with an ending that nnlite does not read."""
 
-    def both(root: Path) -> None:
-        make(root)
-        for path in [*root.rglob("*")]:
-            for old, new in ends:
-                if path.is_file() and str(path.relative_to(root)).startswith(old):
-                    path.rename(path.with_suffix(new))
+    def rename(root: Path) -> None:
+        for path in [*(root / folder).iterdir()]:
+            path.rename(path.with_suffix(ending))
 
-    return both
+    return and_then(named(["images/c{}.png"], ["labels/c{}.png"]), rename)
 
 
 def smoothed(root: Path) -> None:
@@ -123,6 +113,13 @@ def listed(root: Path) -> None:
     """The list of the Medical Segmentation Decathlon."""
     entries = [{"image": f"imagesTr/x{i}.nii.gz", "label": f"labelsTr/x{i}.nii.gz"} for i in range(1, 6)]
     named(["imagesTr/x{}.nii.gz"], ["labelsTr/x{}.nii.gz"], table=described("A", training=entries))(root)
+
+
+def listed_channels(n: int) -> Make:
+    """The same list, with the first of several channels of each case."""
+    entries = [{"image": f"imagesTr/c{i}_0000.nii.gz", "label": f"labelsTr/c{i}.nii.gz"} for i in range(1, 6)]
+    images = [f"imagesTr/c{{}}_000{channel}.nii.gz" for channel in range(n)]
+    return named(images, ["labelsTr/c{}.nii.gz"], table=described(*"ABC"[:n], training=entries))
 
 
 def explicit(root: Path) -> None:
@@ -238,18 +235,10 @@ NAMES = {
         without(explicit, "seg/x3.nii.gz"), "seg/x3.nii.gz", ("no label map for case x3",)
     ),
     "the first channel of an entry x_0000 is deleted": Layout(
-        without(named(["imagesTr/c{}_0000.nii.gz", "imagesTr/c{}_0001.nii.gz"], ["labelsTr/c{}.nii.gz"],
-                      table=described("A", "B", training=[
-                          {"image": f"imagesTr/c{i}_0000.nii.gz", "label": f"labelsTr/c{i}.nii.gz"}
-                          for i in range(1, 6)])), "imagesTr/c3_0000.nii.gz"),
-        "imagesTr/c3_0000.nii.gz", ("no file for A of case c3",),
+        without(listed_channels(2), "imagesTr/c3_0000.nii.gz"), "imagesTr/c3_0000.nii.gz", ("no file for A of case c3",)
     ),
     "the second channel of an entry x_0000 is deleted": Layout(
-        without(named(["imagesTr/c{}_0000.nii.gz", "imagesTr/c{}_0001.nii.gz", "imagesTr/c{}_0002.nii.gz"],
-                      ["labelsTr/c{}.nii.gz"], table=described("A", "B", "C", training=[
-                          {"image": f"imagesTr/c{i}_0000.nii.gz", "label": f"labelsTr/c{i}.nii.gz"}
-                          for i in range(1, 6)])), "imagesTr/c3_0001.nii.gz"),
-        "imagesTr/c3_0001.nii.gz", ("no file for B of case c3",),
+        without(listed_channels(3), "imagesTr/c3_0001.nii.gz"), "imagesTr/c3_0001.nii.gz", ("no file for B of case c3",)
     ),
 }  # fmt: skip
 
@@ -311,11 +300,11 @@ FOLDERS = {
         and_then(named(["images/c{}.png"], []), lambda root: (root / "labels").mkdir()), "labels", ("it is empty",)
     ),
     "label maps as WebP": Layout(
-        renamed(named(["images/c{}.png"], ["labels/c{}.png"]), ("labels", ".webp")), "labels",
+        renamed("labels", ".webp"), "labels",
         ("holds no label map of a supported format, but 5 .webp files", ".nii.gz"),
     ),
     "images as arrays of numpy": Layout(
-        renamed(named(["images/c{}.png"], ["labels/c{}.png"]), ("images", ".npy")), "images",
+        renamed("images", ".npy"), "images",
         ("holds no image of a supported format, but 5 .npy files",),
     ),
     "another file_ending": Layout(

@@ -144,9 +144,9 @@ def overflowing(place: Path) -> None:
     """Weights that are finite, and logits that are not."""
     from safetensors.numpy import load_file, save_file
 
-    from nnunet_lite.models.folder import read_header
+    from nnunet_lite.models.folder import read_weights_header
 
-    tensors, about = load_file(place / WEIGHTS), read_header(place / WEIGHTS)
+    tensors, about = load_file(place / WEIGHTS), read_weights_header(place / WEIGHTS)
     for name in tensors:
         if name.startswith("heads."):
             tensors[name] = np.full_like(tensors[name], 3e38)

@@ -15,7 +15,7 @@ from nnunet_lite.models.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from nnunet_lite.models.folder import read_header
+from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network
 from nnunet_lite.settings import OptimizerSettings
@@ -92,7 +92,7 @@ def test_weights_and_what_the_header_says(tmp_path: Path) -> None:
     save_weights(path, network, about)
     restored, _ = make("sgd", False, 1)
     assert load_weights(path, restored) == about
-    assert read_header(path) == about
+    assert read_weights_header(path) == about
     for a, b in zip(network.state_dict().values(), restored.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert any(name.endswith("running_mean") for name in restored.state_dict())
@@ -125,7 +125,7 @@ def test_a_cut_off_file_is_refused(tmp_path: Path, length: int) -> None:
         load_weights(path, network)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
-        read_header(tmp_path / "none.safetensors")
+        read_weights_header(tmp_path / "none.safetensors")
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     save_checkpoint(path, network, optimizer, {"epoch": 1})
     with pytest.raises(TypeError):
         save_checkpoint(path, network, optimizer, {"epoch": object()})
-    assert read_header(path) == {"epoch": 1}
+    assert read_weights_header(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 

@@ -16,7 +16,7 @@ from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.files import read_json
-from nnunet_lite.models.folder import read_header
+from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import planned_paths
 
@@ -89,7 +89,7 @@ def test_logits_that_are_not_finite_are_no_validation(
     """They would be scored as background."""
     counts("bad inputs refused in one line")
     file = model / "fold_0" / "model.safetensors"
-    tensors, about = load_file(file), read_header(file)
+    tensors, about = load_file(file), read_weights_header(file)
     for name in tensors:
         if name.startswith("heads."):
             tensors[name] = np.full_like(tensors[name], 3e38)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps

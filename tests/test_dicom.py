@@ -164,41 +164,26 @@ COLOURS = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConf
 COLOURS |= {"BitsStored": 8, "HighBit": 7, "PixelData": bytes(50 * 35 * 3 + 50 * 35 * 3 % 2)}
 
 
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        (
-            tilted,
-            r"patient: gantry tilt: the stack of slices leans by 12 degrees, 3\.72 mm from first",
-        ),
-        (shifted(0.9, [5], 0), r"IM\d+ is 0\.9 mm off the line of the other slices"),
-        (shifted(0.5, [3]), r"uneven gaps of 2 to 3 mm \(median 2\.5 mm\); the widest follows IM"),
-        (shifted(5.0, range(4, 8)), r"missing 2 slices: gaps of 2\.5 mm, but also of 7\.5 mm; the widest follows IM"),
-        (
-            repeated,
-            r"4 of 8 slices have the position .* such as IM\d+ and IM\d+ at \(-12\.5, .* echo time \(2\.4, 4\.8\)",
-        ),
-        (
-            only(2, **CROPPED),
-            r"differ in size: \(50, 35\) voxels in IM\d+, \(20, 10\) in IM\d+ \(1 of 8 differ",
-        ),
-        (only(2, PixelSpacing=[0.7, 0.9]), r"differ in pixel spacing: .*\(0\.7, 0\.9\)"),
-        (only(2, ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), r"differ in orientation: .*\(0, 1, 0, 0, 0, -1\)"),
-        (
-            only(2, ImageOrientationPatient=[0, 2, 0, 0, 0, -1]),
-            r"has the orientation \(0, 2, 0, 0, 0, -1\) and",
-        ),
-        (only(2, NumberOfFrames=2, PixelData=bytes(7000)), r"IM\d+: is a multi-frame file of 2 frames"),
-        (only(2, **COLOURS), r"IM\d+: holds RGB values, 3 per pixel, no MONOCHROME2"),
-        (
-            only(2, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]),
-            r"is a mosaic: many slices in one picture",
-        ),
-        (only(2, ImagePositionPatient=None), r"has no place in space: its position is not there"),
-        (only(2, PixelSpacing="0.7"), r"has no place in space: its spacing is '0\.7'"),
-        (only(2, PixelData=None), r"IM\d+: is damaged or truncated, or holds no image"),
-    ],
-)
+NO_VOLUME: list[tuple[Change, str]] = [
+    (tilted, r"patient: gantry tilt: the stack of slices leans by 12 degrees, 3\.72 mm from first"),
+    (shifted(0.9, [5], 0), r"IM\d+ is 0\.9 mm off the line of the other slices"),
+    (shifted(0.5, [3]), r"uneven gaps of 2 to 3 mm \(median 2\.5 mm\); the widest follows IM"),
+    (shifted(5.0, range(4, 8)), r"missing 2 slices: gaps of 2\.5 mm, but also of 7\.5 mm; the widest follows IM"),
+    (repeated, r"4 of 8 slices have the position .* such as IM\d+ and IM\d+ at \(-12\.5, .* echo time \(2\.4, 4\.8\)"),
+    (only(2, **CROPPED), r"differ in size: \(50, 35\) voxels in IM\d+, \(20, 10\) in IM\d+ \(1 of 8 differ"),
+    (only(2, PixelSpacing=[0.7, 0.9]), r"differ in pixel spacing: .*\(0\.7, 0\.9\)"),
+    (only(2, ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), r"differ in orientation: .*\(0, 1, 0, 0, 0, -1\)"),
+    (only(2, ImageOrientationPatient=[0, 2, 0, 0, 0, -1]), r"has the orientation \(0, 2, 0, 0, 0, -1\) and"),
+    (only(2, NumberOfFrames=2, PixelData=bytes(7000)), r"IM\d+: is a multi-frame file of 2 frames"),
+    (only(2, **COLOURS), r"IM\d+: holds RGB values, 3 per pixel, no MONOCHROME2"),
+    (only(2, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), r"is a mosaic: many slices in one picture"),
+    (only(2, ImagePositionPatient=None), r"has no place in space: its position is not there"),
+    (only(2, PixelSpacing="0.7"), r"has no place in space: its spacing is '0\.7'"),
+    (only(2, PixelData=None), r"IM\d+: is damaged or truncated, or holds no image"),
+]
+
+
+@pytest.mark.parametrize("how, message", NO_VOLUME)
 def test_what_is_no_volume_is_refused_with_the_numbers(series: Path, how: Change, message: str) -> None:
     change(series, how)
     with pytest.raises(UserError, match=message) as error:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from samples import fold_of
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_header
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_weights_header
 from nnunet_lite.training import distributed
 from nnunet_lite.training.distributed import (
     ALONE,
@@ -124,7 +124,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[s
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=2e-5)
         assert a["dice"] == pytest.approx(b["dice"], abs=2e-3)
         assert a["lr"] == b["lr"]
-    counted = [read_header(fold_of(tmp_path, name) / CHECKPOINT)["seen"] for name in ("one", "two")]
+    counted = [read_weights_header(fold_of(tmp_path, name) / CHECKPOINT)["seen"] for name in ("one", "two")]
     assert counted[0] == counted[1]
     assert_same_weights(tmp_path, "one", "two")
 

@@ -28,7 +28,7 @@ from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.cases import as_classes
 from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, stage_map_file
 from nnunet_lite.inference.predictor import load, predict_preprocessed
-from nnunet_lite.models.folder import read_header
+from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
@@ -131,7 +131,7 @@ def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
     counts("bad inputs refused in one line")
     weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
     old, splits = weights.read_bytes(), read_json(paths.splits)
-    tensors, about = load_file(weights), read_header(weights)
+    tensors, about = load_file(weights), read_weights_header(weights)
     tensors["heads.1.weight"].fill_(3e38)
     save_file(tensors, weights, {"state": json.dumps(about)})
     before = times(trained)

@@ -14,10 +14,21 @@ import pytest
 import SimpleITK
 from bad_inputs import Command
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from samples import move_nifti
+from scipy.ndimage import binary_fill_holes
 
 import nnunet_lite
 from nnunet_lite.data.dataset import read_case, stored_dataset
-from nnunet_lite.data.geometry import Geometry, Turn, common_orientation, turn_between
+from nnunet_lite.data.geometry import (
+    Geometry,
+    Turn,
+    bounding_box,
+    common_orientation,
+    nonzero_box,
+    nonzero_mask,
+    slices,
+    turn_between,
+)
 from nnunet_lite.data.images import read_image, read_images
 from nnunet_lite.data.nifti import ras_affine
 from nnunet_lite.errors import UserError
@@ -72,20 +83,11 @@ def test_what_states_no_spacing_is_compared_by_shape_alone() -> None:
     assert kinds(PLACE, bare) == [] and kinds(PLACE, replace(bare, shape=(40, 50, 61))) == ["shape"]
 
 
-def moved(path: Path, by: float = 0.0, times: float = 1.0) -> None:
-    """Rewrite a NIfTI file with another origin (mm) and spacing."""
-    image = nibabel.load(path)
-    affine = image.affine.copy()
-    affine[0, 3] += by
-    affine[:3, :3] *= times
-    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), affine), path)
-
-
 def test_check_plan_and_preprocess_take_what_is_accepted(copy_nnunet: Copy, command: Command, tmp_path: Path) -> None:
     """A channel and a label map whose origins are 2 and 3 mm off: warnings that stop a plan until they are accepted."""
     root = copy_nnunet(5, ("T1", "T2"), "data")
-    moved(root / "imagesTr" / "hippocampus_001_0001.nii.gz", by=2)
-    moved(root / "labelsTr" / "hippocampus_008.nii.gz", by=3)
+    move_nifti(root / "imagesTr" / "hippocampus_001_0001.nii.gz", shift=2)
+    move_nifti(root / "labelsTr" / "hippocampus_008.nii.gz", shift=3)
     code, out, _ = command("check", "data", cwd=tmp_path)
     assert code == 0 and "0 errors, 2 warnings" in out and out.count("--accept-geometry") == 2
     assert "warning: imagesTr/hippocampus_001_0001.nii.gz: origin (-3, -1, 1), expected (-1, -1, 1) as" in out
@@ -108,8 +110,8 @@ def test_check_plan_and_preprocess_take_what_is_accepted(copy_nnunet: Copy, comm
 
 def test_spacing_and_shape_are_never_accepted(copy_nnunet: Copy, command: Command, tmp_path: Path) -> None:
     root = copy_nnunet(5, ("T1", "T2"), "data")
-    moved(root / "imagesTr" / "hippocampus_001_0001.nii.gz", times=1.01)
-    moved(root / "labelsTr" / "hippocampus_008.nii.gz", times=1.01)
+    move_nifti(root / "imagesTr" / "hippocampus_001_0001.nii.gz", scale=1.01)
+    move_nifti(root / "labelsTr" / "hippocampus_008.nii.gz", scale=1.01)
     for words in (("check", "data"), ("check", "data", "--accept-geometry")):
         code, out, _ = command(*words, cwd=tmp_path)
         assert code == 2 and "2 errors" in out and "--accept-geometry" not in out
@@ -121,9 +123,9 @@ def test_evaluate(hippocampus: Path, command: Command, tmp_path: Path) -> None:
     reference = hippocampus / "labelsTr" / "hippocampus_001.nii.gz"
     prediction = tmp_path / reference.name
     prediction.write_bytes(reference.read_bytes())
-    moved(prediction, by=0.0015)
+    move_nifti(prediction, shift=0.0015)
     assert command("evaluate", prediction, reference, "--no-surface", cwd=tmp_path)[0] == 0
-    moved(prediction, by=5)
+    move_nifti(prediction, shift=5)
     code, out, err = command("evaluate", prediction, reference, "--no-surface", cwd=tmp_path)
     assert (code, out) == (2, "") and "If the voxels do match, --accept-geometry compares them as they are." in err
     code, out, _ = command(
@@ -131,7 +133,7 @@ def test_evaluate(hippocampus: Path, command: Command, tmp_path: Path) -> None:
     )
     assert code == 0 and json.loads(out)["foreground_mean"]["Dice"] == 1
     assert "another origin than the reference, accepted (hippocampus_001.nii.gz)" in json.loads(out)["notes"]
-    moved(prediction, times=2)
+    move_nifti(prediction, scale=2)
     code, _, err = command("evaluate", prediction, reference, "--accept-geometry", cwd=tmp_path)
     assert code == 2 and "--accept-geometry" not in err
 
@@ -140,12 +142,12 @@ def test_micrometres_are_told_apart(copy_dataset: Copy, command: Command, tmp_pa
     """0.4 against 0.8 um."""
     root = copy_dataset(5, "data")
     for path in [*(root / "imagesTr").iterdir(), *(root / "labelsTr").iterdir()]:
-        moved(path, times=4e-4)
+        move_nifti(path, scale=4e-4)
     assert nnunet_lite.check(root).ok
     label = root / "labelsTr" / "hippocampus_001.nii.gz"
     other = tmp_path / label.name
     other.write_bytes(label.read_bytes())
-    moved(label, times=2)
+    move_nifti(label, scale=2)
     assert [problem.kind for problem in nnunet_lite.check(root).problems] == ["spacing"]
     assert command("evaluate", other, label, "--no-surface", cwd=tmp_path)[0] == 2
 
@@ -227,3 +229,30 @@ def test_the_orientation_of_most_cases_counts() -> None:
     assert common_orientation(["RAS", "LAS", "LAS", None, None, None]) == "LAS"
     assert common_orientation(["RAS", "LAS"]) == "RAS"
     assert common_orientation([None]) is None
+
+
+# --------------------------------------------------------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mask_equals_that_of_scipy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    array = np.zeros((3, 20, 24, 28), np.float32)
+    array[:, 3:15, 2:20, 5:27] = rng.random((3, 12, 18, 22)) > 0.6
+    mask = nonzero_mask(array)
+    assert np.array_equal(mask, binary_fill_holes((array != 0).any(axis=0)))
+    assert mask.sum() > (array != 0).any(axis=0).sum(), "there were holes to fill"
+    assert nonzero_box(array) == bounding_box(mask)
+
+
+def test_box_is_half_open_and_in_the_order_of_the_axes() -> None:
+    mask = np.zeros((5, 6, 7), bool)
+    mask[1:3, 2, 4:7] = True
+    assert bounding_box(mask) == ((1, 3), (2, 3), (4, 7))
+    assert mask[slices(bounding_box(mask))].all()
+
+
+def test_full_and_empty_arrays_are_not_cropped() -> None:
+    assert nonzero_box(np.ones((1, 2, 3, 4))) == nonzero_box(np.zeros((1, 2, 3, 4))) == ((0, 2), (0, 3), (0, 4))
+    assert nonzero_mask(np.ones((1, 2, 3, 4))).all()
+    assert not nonzero_mask(np.zeros((1, 2, 3, 4))).any()

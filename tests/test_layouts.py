@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,23 +123,31 @@ def test_several_channels_in_nnunet_layout(command: Run, tmp_path: Path, hippoca
     assert "failed: case_6: " in err and "case_6_0001.nii.gz" in err.splitlines()[-1]
 
 
+def stacks(root: Path, channels: int, how: dict[str, Any], name: str) -> np.ndarray:
+    """Six stacks (16, channels, 32, 40) with label maps, dataset.json, and one stack to predict, which is returned."""
+    rng = np.random.default_rng(0)
+    for folder in ("imagesTr", "labelsTr", "in"):
+        (root / folder).mkdir(parents=True)
+    label = np.zeros((16, 32, 40), np.uint8)
+    label[4:12, 5:20, 8:30] = 1
+    for i in range(7):
+        stack = rng.integers(0, 1000, (16, channels, 32, 40)).astype(np.uint16)
+        stack[:, 0] += np.uint16(2000) * label
+        stack = stack if channels > 1 else stack[:, 0]
+        tifffile.imwrite(root / ("imagesTr" if i < 6 else "in") / name.format(i), stack, **how)
+        if i < 6:
+            tifffile.imwrite(root / "labelsTr" / f"cell_{i}.tif", label, photometric="minisblack")
+    names = {str(c): f"stain_{c}" for c in range(channels)}
+    table = {"channel_names": names, "labels": {"background": 0, "cell": 1}, "file_ending": ".tif"}
+    (root / "dataset.json").write_text(json.dumps(table))
+    return stack
+
+
 def test_stacks_of_a_microscope(command: Run, tmp_path: Path) -> None:
     """ImageJ stacks of two channels and micrometres, label maps without a spacing: from check to label maps."""
     root = tmp_path / "data"
-    for folder in ("imagesTr", "labelsTr", "in"):
-        (root / folder).mkdir(parents=True)
-    rng = np.random.default_rng(0)
     micrometres = {"imagej": True, "metadata": {"axes": "ZCYX", "spacing": 0.8, "unit": "um"}, "resolution": (2.5, 2.5)}
-    for i in range(7):
-        label = np.zeros((16, 32, 40), np.uint8)
-        label[4:12, 5:20, 8:30] = 1
-        stack = rng.integers(0, 1000, (16, 2, 32, 40)).astype(np.uint16)
-        stack[:, 0] += np.uint16(2000) * label
-        tifffile.imwrite(root / ("imagesTr" if i < 6 else "in") / f"cell_{i}.tif", stack, **micrometres)
-        if i < 6:
-            tifffile.imwrite(root / "labelsTr" / f"cell_{i}.tif", label, photometric="minisblack")
-    table = {"channel_names": {"0": "a", "1": "b"}, "labels": {"background": 0, "cell": 1}, "file_ending": ".tif"}
-    (root / "dataset.json").write_text(json.dumps(table))
+    stack = stacks(root, 2, micrometres, "cell_{}.tif")
     out, said = trained_and_predicted(command, tmp_path, "3d_fullres", "16x32x32")
     assert "2 channels in one file, of axes ZCYX" in said and "spacing" not in said.split("\n\n")[0]
     planned = json.loads((tmp_path / "nnlite_workspace" / "data" / "plans.json").read_text())
@@ -154,20 +163,9 @@ def test_stacks_of_a_microscope(command: Run, tmp_path: Path) -> None:
 
 
 def test_a_model_of_pixels_takes_stacks_with_micrometres_by_their_pixels(command: Run, tmp_path: Path) -> None:
-    """As nnU-Net, which does not look for the spacing of ImageJ."""
+    """As in nnU-Net, which ignores the spacing of ImageJ."""
     root = tmp_path / "data"
-    for folder in ("imagesTr", "labelsTr", "in"):
-        (root / folder).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(7):
-        label = np.zeros((16, 32, 40), np.uint8)
-        label[4:12, 5:20, 8:30] = 1
-        stack = (rng.integers(0, 1000, label.shape) + 2000 * label.astype(int)).astype(np.uint16)
-        tifffile.imwrite(root / ("imagesTr" if i < 6 else "in") / f"cell_{i}_0000.tif", stack, photometric="minisblack")
-        if i < 6:
-            tifffile.imwrite(root / "labelsTr" / f"cell_{i}.tif", label, photometric="minisblack")
-    table = {"channel_names": {"0": "a"}, "labels": {"background": 0, "cell": 1}, "file_ending": ".tif"}
-    (root / "dataset.json").write_text(json.dumps(table))
+    stack = stacks(root, 1, {"photometric": "minisblack"}, "cell_{}_0000.tif")
     out, said = trained_and_predicted(command, tmp_path, "3d_fullres", "16x32x32")
     assert "no spacing known, 1x1x1 mm taken" in said
     assert [path.name for path in out.iterdir()] == ["cell_6.tif"], "no spacing is invented"

@@ -19,7 +19,7 @@ from samples import TINIEST
 import nnunet_lite
 from nnunet_lite.errors import Stopped, UserError
 from nnunet_lite.files import read_json
-from nnunet_lite.models.folder import MODEL, read_header
+from nnunet_lite.models.folder import MODEL, read_weights_header
 from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
@@ -113,7 +113,7 @@ def test_a_run_validates_with_windows_further_apart_and_notes_it(
                                "training.time_limit": 0.004, "inference.step_size": 0.5}  # fmt: skip
     nnunet_lite.train("3d_fullres", 0, settings=changes, device="cpu", workspace=workspace)
     (fold,) = workspace.glob("*/models/*/fold_0")
-    planned = read_header(fold / MODEL)["validation"]
+    planned = read_weights_header(fold / MODEL)["validation"]
     assert planned["step_size"] > 0.5
     note = f"windows {planned['step_size']:g} of the patch apart, to keep to the time limit"
     assert read_json(fold / "validation" / "summary.json")["notes"] == [note]

@@ -14,7 +14,7 @@ import nnunet_lite
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
-from nnunet_lite.models.folder import read_header
+from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.models.lookup import first_common_fold, read_model
 from nnunet_lite.training.finetune import find_source
 
@@ -77,7 +77,7 @@ def coded(tiny_model: Path, tmp_path: Path) -> Path:
 
     model = tmp_path / "w" / "Task04_Hippocampus" / "models" / "coded"
     shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("validation", ".lock"))
-    about = read_header(model / "fold_0" / "model.safetensors")
+    about = read_weights_header(model / "fold_0" / "model.safetensors")
     save_weights(model / "fold_0" / "model.safetensors", nn.Conv3d(1, 3, 1), about)
     (model / "own_net.py").write_text(OWN.format(mark=str(tmp_path / "was_run")))
     names_code(model, f"{model / 'own_net.py'}:make")

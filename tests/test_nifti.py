@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_lite.data import formats
-from nnunet_lite.data.formats import read_file, read_header
+from nnunet_lite.data.formats import read_file, read_file_header
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_image, read_label, write_label
 from nnunet_lite.data.nifti import form_conflict, read_nifti, read_nifti_header
@@ -31,7 +31,7 @@ def itk(path: Path) -> tuple[Geometry, int] | None:
     """What is read without the direct reader."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "read_nifti_header", lambda _: None)
-        return read_header(path)
+        return read_file_header(path)
 
 
 def turned(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.data.cases import find_cases
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError

@@ -14,7 +14,8 @@ from sklearn.model_selection import KFold
 
 import nnunet_lite
 from nnunet_lite.commands.train import fold_names
-from nnunet_lite.data.dataset import Case, Dataset, read_dataset
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError

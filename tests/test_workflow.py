@@ -167,7 +167,7 @@ def test_again_nothing_is_left(raw: Path, finished: tuple[Path, RunResult], capf
 
 def test_other_settings_are_refused_before_anything_is_done(raw: Path, finished: tuple[Path, RunResult]) -> None:
     workspace, _ = finished
-    with pytest.raises(UserError, match=r"begun with other settings: optimizer\.lr: 0\.01 -> 0\.5.*recipe file"):
+    with pytest.raises(UserError, match=r"trained with other settings: optimizer\.lr: 0\.01 -> 0\.5.*recipe file"):
         run(raw, workspace, settings={**TINY, "optimizer.lr": 0.5})
     with pytest.raises(UserError, match="3d_lowres"):
         nnunet_lite.run(raw, configurations=["3d_lowres"], workspace=workspace, settings=TINY)

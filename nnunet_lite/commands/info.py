@@ -14,7 +14,14 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.files import understood
 from nnunet_lite.models.bundle import as_model_folder
-from nnunet_lite.models.folder import MODEL, first_training, model_folders, read_header, trained_folds, validation_dice
+from nnunet_lite.models.folder import (
+    MODEL,
+    first_training,
+    model_folders,
+    read_weights_header,
+    trained_folds,
+    validation_dice,
+)
 from nnunet_lite.models.lookup import Checkpoint, find_model, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
@@ -74,7 +81,7 @@ def _describe_folder(model: Path, folder: Path) -> About:
     folds = {}
     for fold in trained_folds(folder):
         with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_header(folder / f"fold_{fold}" / MODEL)
+            state = read_weights_header(folder / f"fold_{fold}" / MODEL)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
         folds[fold]["mean_dice"] = validation_dice(folder, fold)
     unfinished = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())

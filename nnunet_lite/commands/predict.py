@@ -27,8 +27,7 @@ from nnunet_lite.commands.options import (
     names_of,
     overrides_of,
 )
-from nnunet_lite.data.cases import find_all_cases
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case, find_all_cases
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural

@@ -43,7 +43,8 @@ from nnunet_lite.commands.steps import (
     refuse_changed_settings,
     training_step,
 )
-from nnunet_lite.commands.train import TrainingRun, fold_names
+from nnunet_lite.commands.train import fold_names
+from nnunet_lite.commands.training_run import TrainingRun
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import read_selection
 from nnunet_lite.files import read_json

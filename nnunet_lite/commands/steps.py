@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING
 
 from nnunet_lite import log
 from nnunet_lite.commands.options import cluster_of
-from nnunet_lite.commands.train import (
-    TrainedFolds,
-    TrainingRun,
-    plan_for_settings,
-    prepare_run,
-    train_and_validate,
-)
+from nnunet_lite.commands.train import TrainedFolds, train_and_validate
+from nnunet_lite.commands.training_run import TrainingRun, plan_for_settings, prepare_run
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import read_summaries

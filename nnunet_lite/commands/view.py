@@ -11,7 +11,8 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands.options import DatasetName, FilePath, Workspace, names_of
-from nnunet_lite.data.dataset import Case, Dataset, stored_dataset
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import output_file

@@ -31,8 +31,6 @@ from nnunet_lite.data.pairing import (
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood
 
-__all__ = ["Case", "Dataset", "dataset_from_json", "dataset_to_json", "map_labels", "read_case", "read_dataset"]
-
 MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
 _MIXED_NOTE = "some label maps hold 0 and 1, the others 0 and 255: 255 is read as 1"
 _LABELS_FORM = (

@@ -16,7 +16,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from PIL import Image as Pillow
 
@@ -39,8 +38,8 @@ from nnunet_lite.data.names import (
 from nnunet_lite.data.nifti import (
     has_forms,
     is_orthonormal,
-    load_nibabel,
     millimetres,
+    nib,
     ras_affine,
     read_nifti,
     read_nifti_header,
@@ -78,7 +77,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     plain = read_nifti(path) if suffix_of(path) in NIFTI else None
     if plain and plain[1]:
         return plain[0], plain[1]
-    header = read_header(path)
+    header = read_file_header(path)
     if plain and header:
         array, geometry = plain[0], header[0]
     elif header is None or suffix_of(path) in NIFTI:
@@ -96,7 +95,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     return array, geometry
 
 
-def read_header(path: Path) -> tuple[Geometry, int] | None:
+def read_file_header(path: Path) -> tuple[Geometry, int] | None:
     """Read geometry and number of channels of a file that is no TIFF and no DICOM.
 
     Parameters
@@ -216,7 +215,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     """Read array (channels, z, y, x) and geometry, converted from RAS to LPS."""
     try:
         with usual_name(path) as usual:
-            image = load_nibabel(usual)
+            image = nib().load(usual)
             stored = image.dataobj
             require_bytes(Path(image.file_map["image"].filename), math.prod(stored.shape) * stored.dtype.itemsize)
             require_voxel_sizes(image, path)
@@ -242,7 +241,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     widened = array.dtype == np.float64 and stored.dtype != np.float64  # by scl_slope
     array = np.ascontiguousarray(array, dtype=np.float32 if widened else array.dtype.newbyteorder("="))
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(image.affine, np.float64)
-    if isinstance(image.header, nibabel.Nifti1Header):
+    if isinstance(image.header, nib().Nifti1Header):
         affine[:3] *= millimetres(image.header)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and np.isfinite(lengths).all() and (lengths > 0).all()):
@@ -254,7 +253,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
         origin=tuple(affine[:3, 3].tolist()),
         direction=tuple((affine[:3, :3] / lengths).ravel().tolist()),
         dimensions=dimensions,
-        oriented=not isinstance(image.header, nibabel.AnalyzeHeader) or has_forms(image.header),
+        oriented=not isinstance(image.header, nib().AnalyzeHeader) or has_forms(image.header),
     )
 
 
@@ -364,7 +363,7 @@ def write_file(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     elif suffix in (".mgz", ".mgh"):
         high = array.max()
         kind = np.uint8 if array.min() >= 0 and high <= 255 else np.int16 if high < 1 << 15 else np.int32
-        nibabel.save(nibabel.MGHImage(array.transpose(2, 1, 0).astype(kind), ras_affine(geometry)), path)
+        nib().save(nib().MGHImage(array.transpose(2, 1, 0).astype(kind), ras_affine(geometry)), path)
     else:
         _write_itk(path, array, geometry)
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-from nibabel.orientations import aff2axcodes
-from scipy.ndimage import label as connected_components
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -252,6 +250,8 @@ def common_orientation(orientations: Iterable[str | None]) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _orientation(direction: tuple[float, ...]) -> str:
+    from nibabel.orientations import aff2axcodes  # slow to import
+
     affine = np.eye(4)
     affine[:3, :3] = np.diag([-1.0, -1.0, 1.0]) @ np.reshape(direction, (3, 3))  # nibabel has RAS, ITK has LPS
     return "".join(aff2axcodes(affine))
@@ -335,7 +335,9 @@ def nonzero_mask(array: np.ndarray) -> np.ndarray:
     inside = slices(bounding_box(mask))
     part = mask[inside]
     if not part.all():
-        components, _ = connected_components(np.pad(~part, 1, constant_values=True))
+        from scipy.ndimage import label  # slow to import
+
+        components, _ = label(np.pad(~part, 1, constant_values=True))
         mask[inside] = (components != components[0, 0, 0])[1:-1, 1:-1, 1:-1]
     return mask
 

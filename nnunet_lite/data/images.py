@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_lite.data.dicom import is_series, read_series, series_geometry
-from nnunet_lite.data.formats import is_palette, read_file, read_header, require_picture_values, write_file
+from nnunet_lite.data.formats import is_palette, read_file, read_file_header, require_picture_values, write_file
 from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Turn, turn_between
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.names import (
@@ -16,9 +16,7 @@ from nnunet_lite.data.names import (
     NIFTI,
     PAIRS,
     PICTURES,
-    SUFFIXES,
     TIFF,
-    ending_of,
     require_readable,
     stem,
     suffix_of,
@@ -27,25 +25,6 @@ from nnunet_lite.data.nifti import nifti_scale, write_nifti_like
 from nnunet_lite.data.tiff import read_tiff
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, write_json
-
-__all__ = [
-    "PICTURES",
-    "SUFFIXES",
-    "Geometry",
-    "Image",
-    "ending_of",
-    "is_dicom",
-    "is_image",
-    "label_suffix",
-    "read_geometry",
-    "read_image",
-    "read_images",
-    "read_label",
-    "read_label_image",
-    "stem",
-    "suffix_of",
-    "write_label",
-]
 
 _LARGEST = 2**53  # above, not every integer is a float
 _FRACTION_TOLERANCE = 1e-3  # largest distance of a label stored as float from an integer
@@ -332,7 +311,7 @@ def read_geometry(path: str | Path, channels: int | None = None) -> tuple[Geomet
     if suffix_of(path) in TIFF:
         tiff = read_tiff(path, pixels=False)
         return tiff.geometry, tiff.array.shape[0] - _drops_alpha(tiff.array.shape[0], tiff.has_alpha, channels)
-    header = read_header(path)
+    header = read_file_header(path)
     if header is None:
         image = read_image(path)
         return image.geometry, image.array.shape[0]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import binary_dilation, find_objects, label
 
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.images import read_label
@@ -180,6 +179,8 @@ class _Piece(NamedTuple):
 
 
 def _pieces(path: Path, ignored: Collection[int | None]) -> Iterator[_Piece]:
+    from scipy.ndimage import binary_dilation, find_objects, label  # slow to import
+
     array = read_label(path)[0]
     array = np.where(np.isin(array, [value for value in ignored if value is not None]), 0, array)
     values, index = np.unique(array, return_inverse=True)

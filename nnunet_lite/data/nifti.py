@@ -8,23 +8,40 @@ NIfTI-2, pairs of files, scaled values, colours, two dimensions, qform and sform
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel
 import numpy as np
-from nibabel import imageglobals
-from nibabel.nifti1 import data_type_codes, header_dtype
 
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.names import AGAIN, DEFLATE_LIMIT, NIFTI, PAIRS, gzip_defect, suffix_of, usual_name
 from nnunet_lite.errors import UserError
 
 _BYTES, _BYTES_2 = 348, 540  # of a header of NIfTI-1, and of NIfTI-2
+_FIELDS: dict[str, tuple[str, int]] = {  # type and byte, from nifti1.h
+    "sizeof_hdr": ("i4", 0),
+    "dim": ("8i2", 40),
+    "datatype": ("i2", 70),
+    "pixdim": ("8f4", 76),
+    "vox_offset": ("f4", 108),
+    "scl_slope": ("f4", 112),
+    "scl_inter": ("f4", 116),
+    "xyzt_units": ("u1", 123),
+    "qform_code": ("i2", 252),
+    "sform_code": ("i2", 254),
+    "quatern": ("3f4", 256),
+    "qoffset": ("3f4", 268),
+    "srow": ("(3,4)f4", 280),
+    "magic": ("S4", 344),
+}
+_KINDS, _OFFSETS = zip(*_FIELDS.values(), strict=True)
+_HEADER = np.dtype({"names": [*_FIELDS], "formats": [*_KINDS], "offsets": [*_OFFSETS], "itemsize": _BYTES})
+_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
+_SIZES = {kind: np.dtype(name).itemsize for kind, name in _TYPES.items()}
+_SIZES |= {32: 8, 128: 3, 1024: 8, 1280: 8, 1536: 16, 1792: 16, 2048: 32, 2304: 4}  # of types that nibabel reads
 _MILLIMETRES = (0, 2)  # of xyzt_units' low three bits: unknown, mm
 _LPS = np.array([-1.0, -1.0, 1.0])  # the axes of ITK in those of NIfTI, RAS
 _TOLERANCE = 1e-6  # of float32 matrices, relative
@@ -145,25 +162,9 @@ def _fields(head: bytes) -> np.void | None:
     """Return the fields of a NIfTI-1 header; None for anything else."""
     if len(head) < _BYTES:
         return None
-    order = "<" if int.from_bytes(head[:4], "little") == _BYTES else ">"
-    fields = np.frombuffer(head, header_dtype.newbyteorder(order), 1)[0]
+    is_little = int.from_bytes(head[:4], "little") == _BYTES
+    fields = np.frombuffer(head, _HEADER.newbyteorder("<" if is_little else ">"), 1)[0]
     return fields if fields["sizeof_hdr"] == _BYTES else None
-
-
-def _vector(fields: np.void, *names: str) -> np.ndarray:
-    return np.stack([fields[name] for name in names])
-
-
-def _srow(fields: np.void) -> np.ndarray:
-    return _vector(fields, "srow_x", "srow_y", "srow_z")
-
-
-def _voxel_bytes(kind: int) -> int:
-    """Return the bytes of a voxel by the number of its type; 0 for numbers that NIfTI does not have."""
-    try:
-        return int(data_type_codes.dtype[kind].itemsize)
-    except KeyError:
-        return 0
 
 
 def _require_sound_header(head: bytes, size: int, path: Path) -> None:
@@ -179,28 +180,19 @@ def _require_sound_header(head: bytes, size: int, path: Path) -> None:
     if not 1 <= dimensions <= 7 or min(shape) < 1:
         what = f"{dimensions} dimensions" if not 1 <= dimensions <= 7 else f"{' x '.join(map(str, shape))} voxels"
         raise UserError(f"is damaged: its header states {what}", path, AGAIN)
-    if not _voxel_bytes(kind):
+    if kind not in _SIZES:
         raise UserError(f"has voxels of type {kind}, which NIfTI does not have", path, AGAIN)
-    placement = [*_srow(fields).ravel()] if fields["sform_code"] > 0 else []
-    if fields["qform_code"] > 0:
-        placement += [*_quaternion(fields), *_offset(fields)]
+    placement = [*fields["srow"].ravel()] if fields["sform_code"] > 0 else []
+    placement += [*fields["quatern"], *fields["qoffset"]] if fields["qform_code"] > 0 else []
     if not np.isfinite(placement).all():
         raise UserError("is damaged: its header places it at NaN or infinity", path, AGAIN)
     sizes = fields["pixdim"][1 : min(dimensions, 3) + 1]
     if not _are_sizes(sizes, shape) and not (dimensions > 2 and _sform_columns(fields) is not None):
         raise _no_voxel_size(sizes, path)
-    needed = prod(shape) * _voxel_bytes(kind)
+    needed = prod(shape) * _SIZES[kind]
     if fields["magic"] == b"n+1" and needed + _BYTES > size:
         found = max(0, size - _BYTES - 4)
         raise UserError(f"is truncated: it holds {found} of {needed} bytes of voxels", path, AGAIN)
-
-
-def _quaternion(fields: np.void) -> np.ndarray:
-    return _vector(fields, "quatern_b", "quatern_c", "quatern_d")
-
-
-def _offset(fields: np.void) -> np.ndarray:
-    return _vector(fields, "qoffset_x", "qoffset_y", "qoffset_z")
 
 
 def _no_voxel_size(sizes: Iterable[float], path: Path) -> UserError:
@@ -224,7 +216,7 @@ def require_voxel_sizes(image: Any, path: Path) -> None:
     UserError
         A size is zero, negative or not finite, and there is no sform.
     """
-    if not isinstance(image.header, nibabel.AnalyzeHeader):
+    if not isinstance(image.header, nib().AnalyzeHeader):
         return
     with image.file_map["header" if "header" in image.file_map else "image"].get_prepare_fileobj("rb") as file:
         stored = image.header_class.from_fileobj(file, check=False)
@@ -240,7 +232,7 @@ def _are_sizes(sizes: np.ndarray, shape: Sequence[int]) -> bool:
 
 def _sform_columns(fields: np.void) -> np.ndarray | None:
     """Return the matrix (3, 3) of an sform that is valid without pixdim: finite, of right angles, with volume."""
-    matrix = _srow(fields)[:, :3].astype(np.float64)
+    matrix = fields["srow"][:, :3].astype(np.float64)
     lengths = np.linalg.norm(matrix, axis=0)
     if fields["sform_code"] <= 0 or not (np.isfinite(matrix).all() and lengths.all()):
         return None
@@ -266,7 +258,7 @@ def _from_sform(head: bytes) -> tuple[Geometry, int] | None:
         return None
     unit, lengths = millimetres(fields), np.linalg.norm(matrix, axis=0)
     sx, sy, sz = (lengths * unit).tolist()
-    ox, oy, oz = (_srow(fields)[:, 3] * _LPS * unit).tolist()
+    ox, oy, oz = (fields["srow"][:, 3] * _LPS * unit).tolist()
     direction = tuple((matrix / lengths * _LPS[:, None]).ravel().tolist())
     return Geometry((z, y, x), (sz, sy, sx), (ox, oy, oz), direction), channels if dimensions == 4 else 1
 
@@ -279,13 +271,11 @@ def _parse(head: bytes) -> NiftiHeader | None:
     dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
     channels = channels if dimensions == 4 else 1
     start, kind, slope = float(fields["vox_offset"]), int(fields["datatype"]), float(fields["scl_slope"])
-    dtype = data_type_codes.dtype[kind] if _voxel_bytes(kind) else np.dtype("V")
     common = (
         fields["magic"] == b"n+1"
         and dimensions in (3, 4)
         and min(x, y, z, channels) > 0
-        and dtype.kind in "iuf"
-        and dtype.itemsize <= 8
+        and kind in _TYPES
         and start >= _BYTES
         and start.is_integer()
         and (slope == 0 or (slope == 1 and fields["scl_inter"] == 0))
@@ -293,7 +283,8 @@ def _parse(head: bytes) -> NiftiHeader | None:
     if not common:
         return None
     order = fields.dtype["sizeof_hdr"].byteorder
-    return NiftiHeader((channels, z, y, x), dtype.newbyteorder(order), int(start), _geometry(fields, (z, y, x)))
+    dtype = np.dtype(_TYPES[kind]).newbyteorder(order)
+    return NiftiHeader((channels, z, y, x), dtype, int(start), _geometry(fields, (z, y, x)))
 
 
 def _geometry(fields: np.void, shape: tuple[int, int, int]) -> Geometry | None:
@@ -303,9 +294,9 @@ def _geometry(fields: np.void, shape: tuple[int, int, int]) -> Geometry | None:
         return None
     forms = []
     if fields["qform_code"] > 0:
-        forms.append((_rotation(_quaternion(fields), fields["pixdim"][0]) * spacing, _offset(fields)))
+        forms.append((_rotation(fields["quatern"], fields["pixdim"][0]) * spacing, fields["qoffset"]))
     if fields["sform_code"] > 0:
-        forms.append((_srow(fields)[:, :3], _srow(fields)[:, 3]))
+        forms.append((fields["srow"][:, :3], fields["srow"][:, 3]))
     if not forms:
         return None
     matrix, origin = (part.astype(np.float32).astype(np.float64) for part in forms[0])  # float32, as in ITK
@@ -375,21 +366,19 @@ def has_forms(header: Any) -> bool:
     return any(int(header[key]) > 0 for key in codes)
 
 
-def load_nibabel(path: Path) -> Any:
-    """Load an image with nibabel, without its log: what nibabel corrects in a header is reported here.
-
-    Parameters
-    ----------
-    path : Path
-        A file with its usual ending (`names.usual_name`).
+def nib() -> Any:
+    """Import nibabel on first use, without its log: what it corrects in a header is reported here.
 
     Returns
     -------
-    SpatialImage
-        Its voxels are read on access.
+    module
+        nibabel.
     """
-    imageglobals.logger.setLevel(logging.CRITICAL)
-    return nibabel.load(path)
+    import nibabel
+    from nibabel import imageglobals
+
+    imageglobals.logger.setLevel("CRITICAL")
+    return nibabel
 
 
 def nifti_scale(path: Path) -> tuple[float, float] | None:
@@ -408,7 +397,7 @@ def nifti_scale(path: Path) -> tuple[float, float] | None:
     if suffix_of(path) not in (*NIFTI, *PAIRS):
         return None
     with usual_name(path) as usual:
-        stored = load_nibabel(usual).dataobj
+        stored = nib().load(usual).dataobj
     return None if (stored.slope, stored.inter) == (1, 0) else (float(stored.slope), float(stored.inter))
 
 
@@ -437,7 +426,7 @@ def form_conflict(path: Path, geometry: Geometry) -> str | None:
     if (header := _parse(head)) and header.geometry:  # the forms are equal, or there is only one
         return None
     with usual_name(path) as usual:
-        stored = load_nibabel(usual).header
+        stored = nib().load(usual).header
     scale = np.diag([millimetres(stored)] * 3 + [1.0])
     try:
         stated = {"qform": stored.get_qform(coded=True)[0], "sform": stored.get_sform(coded=True)[0]}
@@ -519,7 +508,7 @@ def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     geometry : Geometry
         Of the array.
     """
-    nibabel.save(nibabel.Nifti1Image(_as_stored(array, geometry.dimensions), ras_affine(geometry)), path)
+    nib().save(nib().Nifti1Image(_as_stored(array, geometry.dimensions), ras_affine(geometry)), path)
 
 
 def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1) -> None:
@@ -537,14 +526,14 @@ def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1
         Programs show the integers times this number.
     """
     with usual_name(like) as usual:
-        source = load_nibabel(usual)
+        source = nib().load(usual)
     header = source.header.copy()
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the window of the image
     header.set_intent("none")
     image = source.__class__(_as_stored(array, len(source.shape)), None, header)
     image.header.set_slope_inter(slope, 0)
-    nibabel.save(image, path)
+    nib().save(image, path)
 
 
 def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, like: Path) -> None:
@@ -567,13 +556,13 @@ def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, l
         write_nifti_like(path, array, like, 1 / steps)
         return
     affine = ras_affine(geometry)
-    image = nibabel.Nifti1Image(_as_stored(array, geometry.dimensions), affine)
+    image = nib().Nifti1Image(_as_stored(array, geometry.dimensions), affine)
     image.set_sform(affine, "scanner")
     if is_orthonormal(geometry.direction):
         image.set_qform(affine, "scanner")
     image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(1 / steps, 0)
-    nibabel.save(image, path)
+    nib().save(image, path)
 
 
 def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:
@@ -593,5 +582,5 @@ def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:
     """
     if array.ndim == 4:
         array = np.ascontiguousarray(np.moveaxis(array, 0, -1)).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
-    contents: bytes = nibabel.Nifti1Image(array.transpose(2, 1, 0), ras_affine(geometry)).to_bytes()
+    contents: bytes = nib().Nifti1Image(array.transpose(2, 1, 0), ras_affine(geometry)).to_bytes()
     return contents

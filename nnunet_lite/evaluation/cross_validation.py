@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Case, Dataset, map_labels
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.names import PICTURES, suffix_of
 from nnunet_lite.errors import UserError

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_lite import log
-from nnunet_lite.data.cases import split_name
-from nnunet_lite.data.dataset import Case
+from nnunet_lite.data.cases import Case, split_name
 from nnunet_lite.data.formats import require_picture_values
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.images import Image, label_suffix, read_geometry, read_image, read_images

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic
-from nnunet_lite.models.folder import read_header
+from nnunet_lite.models.folder import read_weights_header
 
 
 def save_weights(file: Path, network: nn.Module, header: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def _save(file: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    state = read_header(file)
+    state = read_weights_header(file)
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         expected = (opened.metadata() or {}).get("checksum")

@@ -225,7 +225,7 @@ def _is_longer(before: dict[str, float | None], after: dict[str, float | None]) 
 
 def _can_extend(fold_folder: Path, settings: Settings) -> bool:
     """Whether a finished fold is to be longer, and has the checkpoint for it."""
-    before = read_header(fold_folder / MODEL).get("length") if is_finished(fold_folder) else None
+    before = read_weights_header(fold_folder / MODEL).get("length") if is_finished(fold_folder) else None
     longer = before is not None and _is_longer(before, run_length(settings))
     return longer and (fold_folder / CHECKPOINT).is_file()
 
@@ -323,7 +323,7 @@ def first_training(paths: Paths) -> str:
 # ------------------------------------------------------------------------------------------------------------ folds
 
 
-def read_header(file: Path) -> dict[str, Any]:
+def read_weights_header(file: Path) -> dict[str, Any]:
     """Return the JSON in the header of a checkpoint or model file, without its tensors.
 
     Raises
@@ -361,7 +361,8 @@ def is_complete(fold_folder: Path, settings: Settings) -> bool:
     """
     if not is_finished(fold_folder):
         return False
-    if read_header(fold_folder / MODEL).get("length") in (None, run_length(settings)):  # an imported model has none
+    length = read_weights_header(fold_folder / MODEL).get("length")
+    if length in (None, run_length(settings)):  # an imported model has none
         return True
     if not (fold_folder / CHECKPOINT).is_file():
         raise UserError("was trained for less and cannot resume: its checkpoint is gone", fold_folder, "Use --restart.")

@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nnunet_lite.data.dataset import Case, Dataset
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.names import companions
 from nnunet_lite.errors import UserError

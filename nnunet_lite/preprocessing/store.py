@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lite import log, system
-from nnunet_lite.data.dataset import Case, Dataset, read_case
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, read_case
 from nnunet_lite.data.geometry import Turn
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe

@@ -14,7 +14,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.models.folder import MODEL, model_folders, read_header
+from nnunet_lite.models.folder import MODEL, model_folders, read_weights_header
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.metrics import METRICS
@@ -148,7 +148,7 @@ def _read_models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[M
 
 
 def _read_fold(folder: Path) -> FoldHistory:
-    state = read_header(folder / MODEL) if (folder / MODEL).is_file() else {}
+    state = read_weights_header(folder / MODEL) if (folder / MODEL).is_file() else {}
     file = folder / METRICS
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     rows = tuple(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half written

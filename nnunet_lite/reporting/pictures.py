@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from nnunet_lite import log, system
-from nnunet_lite.data.dataset import Case, Dataset, map_labels, read_case
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, map_labels, read_case
 from nnunet_lite.data.geometry import Geometry, Turn, turn_between
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels

@@ -29,7 +29,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Case, Dataset, map_labels
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_image, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, IGNORE, Labels

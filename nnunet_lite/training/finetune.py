@@ -19,7 +19,7 @@ from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.folder import MODEL, read_header, read_run
+from nnunet_lite.models.folder import MODEL, read_run, read_weights_header
 from nnunet_lite.models.lookup import is_nnunet, nnunet_folds
 from nnunet_lite.models.nnunet import read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
@@ -205,7 +205,7 @@ def start_from(network: nn.Module, job: Job) -> None:
 def _read_weights(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".pth":
         return read_nnunet_fold(file).network.state_dict()
-    read_header(file)  # refuses a file that is no safetensors file
+    read_weights_header(file)  # refuses a file that is no safetensors file
     return load_file(file)
 
 

@@ -1,16 +1,14 @@
 """The network of a run and what trains it, executed in the way that is fastest on this machine.
 
-`make_network` -> `choose_arithmetic` (number format and memory layout, timed) -> `make_learner` (optimizer) ->
+`make_network` -> `choose_format` (number format and memory layout, timed) -> `make_learner` (optimizer) ->
 `parallelize` (several processes, torch.compile). `compute_loss` is the forward pass of training and validation.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -53,7 +51,7 @@ class Learner:
         Of the weights that are not frozen.
     scaler : GradScaler
         Scales the loss for fp16; does nothing otherwise.
-    arithmetic : ComputeFormat
+    compute : ComputeFormat
         Number format and memory layout.
     average : dict of str to Tensor, or None
         Moving average of the weights, which becomes the model; None without `optimizer.ema`.
@@ -63,7 +61,7 @@ class Learner:
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    arithmetic: ComputeFormat
+    compute: ComputeFormat
     average: dict[str, Tensor] | None
 
     @property
@@ -81,16 +79,16 @@ def make_network(job: Job) -> nn.Module:
     return network
 
 
-def make_learner(job: Job, network: nn.Module, arithmetic: ComputeFormat, scale: float = LOSS_SCALE) -> Learner:
+def make_learner(job: Job, network: nn.Module, compute: ComputeFormat, scale: float = LOSS_SCALE) -> Learner:
     """Lay the network out in memory and give it an optimizer; `scale` is that of the loss, for fp16."""
-    network.to(memory_format=arithmetic.memory_format(job.dimensions))  # type: ignore[call-overload]
+    network.to(memory_format=compute.memory_format(job.dimensions))  # type: ignore[call-overload]
     optimizer = make_optimizer(network, job.settings.optimizer, job.device)
-    scaler = torch.amp.GradScaler(job.device.type, scale, enabled=arithmetic.precision == "fp16")
+    scaler = torch.amp.GradScaler(job.device.type, scale, enabled=compute.precision == "fp16")
     average = None if job.settings.optimizer.ema is None else start_average(network)
     # in the other layout torch computes single samples slowly
-    apart = job.device.type == "cpu" and arithmetic.precision == "fp32" and arithmetic.channels_last
+    apart = job.device.type == "cpu" and compute.precision == "fp32" and compute.channels_last
     forward = parallelize_samples(network) if apart and job.settings.training.compile is not True else network
-    return Learner(network, forward, optimizer, scaler, arithmetic, average)
+    return Learner(network, forward, optimizer, scaler, compute, average)
 
 
 def parallelize(job: Job, learner: Learner) -> Learner:
@@ -110,8 +108,8 @@ def parallelize(job: Job, learner: Learner) -> Learner:
 def compute_loss(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]:
     """Return the loss of a batch over all processes, and the network's output."""
     images, classes, _ = batch
-    with learner.arithmetic.autocast(job.device):
-        outputs = learner.forward(learner.arithmetic.arrange(images))
+    with learner.compute.autocast(job.device):
+        outputs = learner.forward(learner.compute.arrange(images))
     reduce = sum_over_ranks if job.ranks.world > 1 else alone
     loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce)
     return loss, outputs
@@ -162,11 +160,11 @@ def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def choose_arithmetic(job: Job, network: nn.Module) -> ComputeFormat:
+def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
     """Time training steps of the network on a real batch, and return the fastest number format and memory layout.
 
-    With a seed nothing is timed, because what is fastest may change from run to run. Under a time limit a part of a
-    batch is timed if whole ones would take too long.
+    With a seed nothing is timed, because what is fastest may change from run to run. Under a time limit the timing ends
+    early, with the fastest of the options that were timed until then.
     """
     training = job.settings.training
     options = list_formats(job.device, training.precision, training.channels_last)
@@ -175,41 +173,13 @@ def choose_arithmetic(job: Job, network: nn.Module) -> ComputeFormat:
     batch = make_batch(job, job.training, 0, 0, augment=False)
     single = replace(job, ranks=ALONE)
 
-    def prepare(arithmetic: ComputeFormat, batch: Batch) -> Callable[[], None]:
-        learner = make_learner(single, network, arithmetic)
+    def prepare(compute: ComputeFormat) -> Callable[[], None]:
+        learner = make_learner(single, network, compute)
         return _trial_step(single, learner if job.ranks.world == 1 else replace(learner, forward=network), batch)
 
-    budget = TIMING_SHARE * limit_seconds(job.settings)
     with _trial(network):
-        if math.isfinite(budget) and len(options) > 1:
-            small = crop_batch(job, batch)
-            small_seconds = measure_seconds(prepare(options[0], small), job.device)
-            budget -= small_seconds
-            if 2 * len(options) * small_seconds * batch[0].numel() / small[0].numel() > budget:
-                batch = small
-        best = pick_fastest(options, partial(prepare, batch=batch), job.device, budget)
+        best = pick_fastest(options, prepare, job.device, TIMING_SHARE * limit_seconds(job.settings))
     return from_first(best, job.ranks)
-
-
-def crop_batch(job: Job, batch: Batch) -> Batch:
-    """Return one sample of a batch and half of its patch along each axis, where the network can take that.
-
-    Parameters
-    ----------
-    job : Job
-        What is trained.
-    batch : Batch
-        Images (batch, inputs, *patch), classes (batch, *patch) and case ids.
-    """
-    images, classes, ids = batch
-    size = images.shape[2:]
-    if job.settings.network.factory is None:
-        divisor = job.planned.network.divisor
-        half = [max(1, n // d // 2) * d for n, d in zip(size, divisor, strict=True)]
-        if any(n > d for n, d in zip(half, divisor, strict=True)):  # instance norm needs more than one voxel
-            size = torch.Size(half)
-    box = tuple(slice(0, n) for n in size)
-    return images[:1, :, *box], classes[:1, *box], ids[:1]
 
 
 def _compile(job: Job, learner: Learner) -> Learner:

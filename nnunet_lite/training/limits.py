@@ -21,7 +21,7 @@ import torch
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import Stopped
-from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_finished, read_header, run_length
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_finished, read_weights_header, run_length
 from nnunet_lite.planning.override import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
@@ -133,7 +133,7 @@ def announce_validation(settings: Settings, validation: ValidationPlan, n_cases:
 def fold_progress(fold_folder: Path, settings: Settings) -> float:
     """Return how much of a fold's training its last checkpoint has done, from 0 to 1."""
     file = fold_folder / CHECKPOINT
-    state = read_header(file) if file.is_file() else {}
+    state = read_weights_header(file) if file.is_file() else {}
     by_epochs = float(state.get("epoch", 0)) / settings.training.epochs
     return min(1.0, max(by_epochs, float(state.get("seconds", 0.0)) / limit_seconds(settings)))
 
@@ -145,7 +145,7 @@ def estimate_fold_seconds(fold_folder: Path, settings: Settings) -> float | None
     trained of this fold or another one, or the time limit, whichever is shorter.
     """
     others = sorted(folder for folder in fold_folder.parent.glob("fold_*") if folder != fold_folder)
-    finished = [read_header(folder / MODEL) for folder in others if is_finished(folder)]
+    finished = [read_weights_header(folder / MODEL) for folder in others if is_finished(folder)]
     whole = [
         float(state["seconds"]) + float((state.get("validation") or {"seconds": 0.0})["seconds"])
         for state in finished
@@ -156,7 +156,7 @@ def estimate_fold_seconds(fold_folder: Path, settings: Settings) -> float | None
     limit = limit_seconds(settings)
     for folder in (fold_folder, *others):
         if progress := fold_progress(folder, settings):
-            return min(float(read_header(folder / CHECKPOINT)["seconds"]) / progress, limit)
+            return min(float(read_weights_header(folder / CHECKPOINT)["seconds"]) / progress, limit)
     return None if math.isinf(limit) else limit
 
 

@@ -20,51 +20,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_header, run_length
+from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_weights_header, run_length
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
 from nnunet_lite.system import GB, in_units
+from nnunet_lite.training import limits
 from nnunet_lite.training.batches import Batch, make_batch, training_batches
-from nnunet_lite.training.distributed import (
-    ALONE,
-    SYNC_EVERY,
-    Clock,
-    from_first,
-    max_over_ranks,
-    sum_over_ranks,
-)
+from nnunet_lite.training.distributed import ALONE, SYNC_EVERY, Clock, from_first, max_over_ranks, sum_over_ranks
 from nnunet_lite.training.finetune import freeze, start_from
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.learner import (
     LOSS_SCALE,
     Learner,
     averaged_weights,
-    choose_arithmetic,
+    choose_format,
     compute_loss,
     make_learner,
     make_network,
     norm_statistics,
     parallelize,
-)
-from nnunet_lite.training.limits import (
-    PSEUDO_VALIDATION_SHARE,
-    EarlyStopping,
-    StopRequest,
-    ValidationPlan,
-    announce_validation,
-    estimate_pass_seconds,
-    explain_out_of_memory,
-    memory_peak,
-    plan_validation,
-    stop_on_signal,
-    training_seconds,
 )
 from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, count_voxels, record_metrics
@@ -80,7 +61,9 @@ class State(BaseModel):
     `iteration` and `losses` belong to an epoch that a signal interrupted. Times are in seconds.
     """
 
-    arithmetic: ComputeFormat
+    model_config = ConfigDict(populate_by_name=True)  # some names in files differ, for old checkpoints
+
+    compute: ComputeFormat = Field(alias="arithmetic")
     plateau: Plateau = Plateau()
     epoch: int = 0
     iteration: int = 0
@@ -90,7 +73,7 @@ class State(BaseModel):
     pace: float = 0.0  # per step of the last epoch
     pass_seconds: float = 0.0  # that the network took for a patch in the last pseudo-validation
     bad_steps: int = 0
-    early_stopping: EarlyStopping = Field(EarlyStopping(), alias="trend")
+    early_stopping: limits.EarlyStopping = Field(limits.EarlyStopping(), alias="trend")
     labels: LabelStatistics = Field(default_factory=LabelStatistics, alias="seen")
 
 
@@ -112,19 +95,19 @@ def train_fold(job: Job) -> None:
         sweep(job.folder, alone=True)
     cached = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
     try:
-        with stop_on_signal() as stop:
+        with limits.stop_on_signal() as stop:
             _train(job, stop)
     except torch.OutOfMemoryError:
-        what, fix = explain_out_of_memory(job.plan, job.configuration, job.device, cached)
+        what, fix = limits.explain_out_of_memory(job.plan, job.configuration, job.device, cached)
         raise UserError(what, fix=fix) from None
 
 
-def _train(job: Job, stop: StopRequest) -> None:
+def _train(job: Job, stop: limits.StopRequest) -> None:
     begin = time.monotonic()
     learner, state = _start(job)
     state.seconds += from_first(time.monotonic() - begin, job.ranks)
-    arithmetic, training = state.arithmetic, job.settings.training
-    log.info(f"{job.device}, {arithmetic.precision}, channels-last {arithmetic.channels_last}: {arithmetic.reason}")
+    compute, training = state.compute, job.settings.training
+    log.info(f"{job.device}, {compute.precision}, channels-last {compute.channels_last}: {compute.reason}")
     makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
     with closing(prefetch(makers, job.device, training.workers)) as batches:
         _run_epochs(job, learner, batches, state, stop)
@@ -137,7 +120,7 @@ def _train(job: Job, stop: StopRequest) -> None:
             "length": run_length(job.settings),
             "device": job.device.type,
             "validation": None if validation is None else asdict(validation),
-            "arithmetic": asdict(arithmetic),
+            "arithmetic": asdict(compute),
         }
         shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was resumed
         with averaged_weights(learner):
@@ -150,17 +133,17 @@ def _start(job: Job) -> tuple[Learner, State]:
     if not checkpoint.is_file():
         start_from(network, job)
         freeze(network, training.freeze)
-        state = State(arithmetic=choose_arithmetic(job, network))
-        return parallelize(job, make_learner(job, network, state.arithmetic)), state
+        state = State(compute=choose_format(job, network))
+        return parallelize(job, make_learner(job, network, state.compute)), state
 
     with understood(checkpoint, "Use --restart."):
-        state = State.model_validate(read_header(checkpoint))
-    if not from_first(_is_candidate(job, state.arithmetic), job.ranks):
-        state.arithmetic = choose_arithmetic(job, network)
+        state = State.model_validate(read_weights_header(checkpoint))
+    if not from_first(_is_candidate(job, state.compute), job.ranks):
+        state.compute = choose_format(job, network)
     if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
         state.early_stopping = replace(state.early_stopping, since=0)
     freeze(network, training.freeze)
-    learner = make_learner(job, network, state.arithmetic, state.scale)
+    learner = make_learner(job, network, state.compute, state.scale)
     load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
     log.info(f"resuming from epoch {state.epoch} of {training.epochs}")
     if training.time_limit is not None and _progress(job, state, elapsed=state.pace / 2) >= 1:
@@ -168,17 +151,17 @@ def _start(job: Job) -> tuple[Learner, State]:
     return parallelize(job, learner), state
 
 
-def _is_candidate(job: Job, arithmetic: ComputeFormat) -> bool:
+def _is_candidate(job: Job, compute: ComputeFormat) -> bool:
     """Whether settings and machine still allow the number format and layout of a checkpoint."""
     training = job.settings.training
     allowed = list_formats(job.device, training.precision, training.channels_last)
-    return any((a.precision, a.channels_last) == (arithmetic.precision, arithmetic.channels_last) for a in allowed)
+    return any((a.precision, a.channels_last) == (compute.precision, compute.channels_last) for a in allowed)
 
 
 # ----------------------------------------------------------------------------------------------------------- epochs
 
 
-def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: StopRequest) -> None:
+def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: limits.StopRequest) -> None:
     """Train to the end of the run, with metrics and a checkpoint after every epoch."""
     training, writes = job.settings.training, job.ranks.rank == 0
     with record_metrics(job.folder, state.epoch, training.tensorboard) if writes else nullcontext() as recorder:
@@ -190,7 +173,7 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
                 _save(job, learner, state)
                 stop.check(f"in epoch {state.epoch + 1} after step {state.iteration}")
                 continue
-            allowed = math.inf if training.time_limit is None else PSEUDO_VALIDATION_SHARE * metrics["seconds"]
+            allowed = math.inf if training.time_limit is None else limits.PSEUDO_VALIDATION_SHARE * metrics["seconds"]
             with averaged_weights(learner):
                 metrics |= _validate(job, learner, state, allowed)
             state.seconds += from_first(time.monotonic() - begin, job.ranks)
@@ -200,7 +183,7 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
                 recorder.add(metrics)
                 log.info(_describe_epoch(job, metrics, state))
                 if metrics["epoch"] == 1 and (validation := _plan_validation(job, state)) is not None:
-                    announce_validation(job.settings, validation, len(job.validation))
+                    limits.announce_validation(job.settings, validation, len(job.validation))
             _save(job, learner, state)
             if _agree_to_stop(job, stop):
                 stop.check(f"after epoch {state.epoch}")
@@ -220,12 +203,12 @@ def _progress(job: Job, state: State, iteration: int = 0, elapsed: float = 0.0, 
     """
     training = job.settings.training
     by_steps = (state.epoch + iteration / training.iterations) / training.epochs
-    limit = training_seconds(job, state.pass_seconds or estimate_pass_seconds(job, pace or state.pace))
+    limit = limits.training_seconds(job, state.pass_seconds or limits.estimate_pass_seconds(job, pace or state.pace))
     return max(by_steps, (state.seconds + elapsed) / limit)
 
 
-def _plan_validation(job: Job, state: State) -> ValidationPlan | None:
-    return plan_validation(job, state.pass_seconds or estimate_pass_seconds(job, state.pace))
+def _plan_validation(job: Job, state: State) -> limits.ValidationPlan | None:
+    return limits.plan_validation(job, state.pass_seconds or limits.estimate_pass_seconds(job, state.pace))
 
 
 def _stops_early(job: Job, state: State) -> bool:
@@ -256,7 +239,7 @@ class _Steps:
 
 
 def _train_epoch(
-    job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: StopRequest
+    job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: limits.StopRequest
 ) -> Metrics | None:
     """Train one epoch and return its metrics, or None if a signal interrupted it. Updates `state`.
 
@@ -302,7 +285,7 @@ def _train_epoch(
         "seconds": round(seconds, 2),
         "samples_per_second": round(samples / max(seconds, 1e-9), 2),
         "waiting": round(steps.waited / max(seconds, 1e-9), 3),
-        "memory_gb": round(memory_peak(job.device), 2),
+        "memory_gb": round(limits.memory_peak(job.device), 2),
         "bad_steps": state.bad_steps,
     }
     if job.settings.schedule.name == "plateau" and math.isfinite(mean_loss):
@@ -330,7 +313,7 @@ def _run_step(
         _refuse_bad_steps(job, state, steps)
 
 
-def _agree_to_stop(job: Job, stop: StopRequest) -> bool:
+def _agree_to_stop(job: Job, stop: limits.StopRequest) -> bool:
     """Whether a signal has reached any process: all of them stop at the same step.
 
     A signal that arrives while they compare is kept for the next time.
@@ -354,7 +337,7 @@ def _refuse_bad_steps(job: Job, state: State, steps: _Steps) -> None:
         raise UserError(
             f"the loss was not finite in {state.bad_steps + len(bad)} steps, with the cases {cases}",
             fix="Look at these images with `nnlite check`; otherwise lower --lr"
-            + (" or use --precision fp32." if state.arithmetic.precision != "fp32" else "."),
+            + (" or use --precision fp32." if state.compute.precision != "fp32" else "."),
         )
 
 

@@ -172,32 +172,28 @@ def draw_metrics(epochs: list[Metrics], path: Path) -> None:
 
 @dataclass
 class LabelStatistics:
-    """How often the patches of the first epoch showed each label (or region), and in how many epochs its Dice was 0.
+    """How many patches of the first epoch showed each label (or region), and in how many epochs its Dice was 0.
 
     Parameters
     ----------
-    voxels, patches : list of float
-        Voxels of each label, and patches that showed it; the last entry counts all of them.
+    patches : list of float
+        Patches that showed each label; the last entry counts all of them.
     stuck : list of int
         Epochs with a Dice of 0 from the first on; -1 for a label whose Dice was once above.
     reported : list of str
         Labels that a warning named.
     """
 
-    voxels: list[float] = field(default_factory=list)
     patches: list[float] = field(default_factory=list)
     stuck: list[int] = field(default_factory=list)
     reported: list[str] = field(default_factory=list)
 
-    def count(self, per_patch: Tensor, labels: Labels, ranks: Ranks) -> None:
-        """Add the voxels of each class in each patch of this process (see `count_voxels`)."""
-        members = [list(m) for m in labels.region_classes] + [list(range(per_patch.shape[1]))]
-        voxels = torch.stack([per_patch[:, m].sum(1) for m in members], 1)
-        counts = torch.stack([voxels.sum(0), (voxels > 0).float().sum(0)])
-        total = (sum_over_ranks(counts) if ranks.world > 1 else counts).cpu().double()
-        if self.voxels:
-            total += torch.tensor([self.voxels, self.patches], dtype=total.dtype)
-        self.voxels, self.patches = total.tolist()
+    def count(self, voxels: Tensor, labels: Labels, ranks: Ranks) -> None:
+        """Add the patches of this process, from their voxels of each class (see `count_voxels`)."""
+        members = [*map(list, labels.region_classes), list(range(voxels.shape[1]))]
+        patches = torch.stack([(voxels[:, m].sum(1) > 0).sum() for m in members]).float()
+        total = (sum_over_ranks(patches) if ranks.world > 1 else patches).tolist()
+        self.patches = [a + b for a, b in zip(self.patches or [0.0] * len(total), total, strict=True)]
 
     def warn_of_missing(self, labels: Labels) -> None:
         """Warn, after the first epoch, of the labels that none of its patches showed."""
@@ -228,12 +224,9 @@ class LabelStatistics:
         for i, (name, epochs) in enumerate(zip(dice, self.stuck, strict=True)):
             if epochs >= _ZERO_EPOCHS and progress >= _ZERO_SHARE and name not in self.reported:
                 self.reported.append(name)
-                where = ""
-                if self.voxels:
-                    voxels, patches = (counts[i] / counts[-1] for counts in (self.voxels, self.patches))
-                    where = f"; {voxels:.2%} of the voxels, in {patches:.0%} of the patches"
+                share = f"; it is in {self.patches[i] / self.patches[-1]:.0%} of the patches" if self.patches else ""
                 log.warn(
-                    f"{name} has had a Dice of 0 in all of {epochs} epochs{where}. Raise "
+                    f"{name} has had a Dice of 0 in all of {epochs} epochs{share}. Raise "
                     "training.foreground, the patch size or loss.class_weights, or check its labels"
                 )
 
