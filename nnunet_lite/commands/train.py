@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from nnunet_lite import log, start
+from nnunet_lite import log, system
 from nnunet_lite.commands.options import (
     DatasetName,
     Device,
@@ -63,8 +63,8 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import load_settings, with_changes
-from nnunet_lite.training.batches import check_augmentation
 from nnunet_lite.training.cache import load_cases
+from nnunet_lite.training.dataloader import check_augmentation
 from nnunet_lite.training.distributed import (
     Ranks,
     current_ranks,
@@ -231,7 +231,7 @@ def launch_on_gpus(gpus: int) -> None:
     """
     if current_ranks().world > 1:
         return
-    if not start.IS_COMMAND:
+    if not system.IS_COMMAND:
         fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
         raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
     raise SystemExit(launch(gpus, sys.argv[1:]))
