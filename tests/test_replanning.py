@@ -90,10 +90,7 @@ def test_options_are_kept_and_used_again(planned: Planned) -> None:
     assert first.options is not None and first.options.memory_gb == 10
     planned.said()
     assert planned.plan() == first == Plan.read(planned.file)
-    assert (
-        "planned again with the options of plans.json: --preset resenc_m, --memory 10, --patch-size 32x48x32 -c "
-        "3d_fullres, --batch-size 3 -c 3d_fullres, --clip-percentiles 1 99, --store float32\n" in planned.said()
-    )
+    assert "planned again with the options of plans.json: preset resenc_m, memory_gb 10.0, sizes {" in planned.said()
     assert planned.copies == []
 
 
@@ -106,7 +103,7 @@ def test_an_option_that_is_given_replaces_only_itself(planned: Planned) -> None:
     assert again.configuration("3d_fullres").patch_size == (32, 48, 32)
     assert again.configuration("3d_fullres").network.kind == "plain"
     assert again.configuration("2d").patch_size == (32, 32)
-    assert "--preset" not in said.partition("planned again")[2].partition("\n")[0]
+    assert "preset" not in said.partition("planned again")[2].partition("\n")[0]
     assert "the plan differs from the one before: 2d: patch 56 x 40 -> 32 x 32" in said
     assert planned.copies == [], "the planner's own are made again by the options"
 
@@ -244,7 +241,7 @@ def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"store": "float8"}, "stored_as = 'float8'"),
+        ({"store": "float8"}, "stored_as: .*found 'float8'"),
         ({"clip_percentiles": (-1, 50)}, "--clip-percentiles -1 50 leaves nothing"),
         ({"clip_percentiles": (99, 99)}, "--clip-percentiles 99 99 leaves nothing"),
         ({"patch_size": (0, 8, 8)}, "patch_size"),
