@@ -124,7 +124,7 @@ def _change_shape(classes: Tensor, label: int, steps: Sequence[bool], radius: in
 
 
 def _find_box(mask: Tensor, margin: int) -> tuple[slice, ...] | None:
-    """The bounding box of a mask (z, y, x) with a margin; None for an empty one. On a GPU the whole map, without a wait."""
+    """The bounding box of a mask (z, y, x) with a margin, None if empty; on a GPU the whole map, without a wait."""
     if mask.device.type != "cpu":
         return (slice(None),) * mask.ndim
     spans = [torch.nonzero(mask.any(dim=tuple(a for a in range(mask.ndim) if a != axis))) for axis in range(mask.ndim)]
