@@ -334,12 +334,12 @@ def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Spli
 # ------------------------------------------------------------------------------------------------ files
 
 
-class _Entry(BaseModel):
+class _FoldEntry(BaseModel):
     train: list[str]
     val: list[str]
 
 
-_ENTRIES = TypeAdapter(Annotated[list[_Entry], Field(min_length=1)])
+_ENTRIES = TypeAdapter(Annotated[list[_FoldEntry], Field(min_length=1)])
 
 
 def load_splits(file: Path, ids: Collection[str] | None = None) -> list[Split]:
