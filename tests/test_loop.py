@@ -31,7 +31,7 @@ from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
-from nnunet_lite.training.cache import LoadedCase, in_memory
+from nnunet_lite.training.cache import LoadedCase, load_case
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.learner import choose_format, make_network
@@ -85,7 +85,7 @@ def without_clock(folder: Path) -> list[dict[str, Any]]:
 def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], None]) -> list[LoadedCase]:
     """The cases with other classes, and the voxels that belong to them."""
     out = []
-    for case in map(in_memory, cases):
+    for case in map(load_case, cases):
         label = case.label.copy()
         change(label)
         voxels = dict(sample_voxels(label, labels))
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_network_is_one_line(job: MakeJob) -> None:
 
 
 def spoiled(case: Any, value: float) -> LoadedCase:
-    loaded = in_memory(case)
+    loaded = load_case(case)
     return LoadedCase("spoiled", np.full_like(loaded.image, value), loaded.label, loaded.foreground, loaded.annotated)
 
 
