@@ -132,8 +132,9 @@ def labelled_cases(
     cases = single + group_files(others, channels, labels)
     if not any(case.id in labels for case in cases):
         of_maps, of_images = (few([path.name for path in paths]) for paths in (maps, files))
-        what = f"none of its {plural(len(maps), 'label map')} ({of_maps}) has the name of one of the"
-        raise UserError(f"{what} {plural(len(files), 'image')} ({of_images})", folder, _NAMING)
+        n_maps, n_images = plural(len(maps), "label map"), plural(len(files), "image")
+        what = f"none of its {n_maps} ({of_maps}) has the name of one of the {n_images} ({of_images})"
+        raise UserError(what, folder, _NAMING)
     expected = ending or common_ending(cases)
     labelled, by_word = [], []
     for case in cases:
@@ -269,7 +270,8 @@ def no_files_error(folder: Path, what: str, ending: str | None = None) -> UserEr
     inside = [f"{path.name}/ ({few(names)})" for path in folders_in(folder) if (names := _names_in(path))]
     found = count_endings(wrong) if wrong else few(inside)
     which = f"that ends with {ending}" if ending else "of a supported format"
-    text = f"holds no {what} {which}" + (f", but {found}" if found else "" if files else ": it is empty")
+    instead = f", but {found}" if found else "" if files else ": it is empty"
+    text = f"holds no {what} {which}{instead}"
     if inside:
         fix = f"Move the files to {folder.name}/, one for each case and channel. {_NAMING}"
     else:
