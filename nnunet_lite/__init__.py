@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import nnunet_lite.start  # noqa: F401 - before all that takes time to import
+import nnunet_lite.system  # noqa: F401 - first: it handles signals during the other imports
 
 __version__ = "0.1.0"
 

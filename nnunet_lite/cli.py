@@ -21,7 +21,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from nnunet_lite import __version__, log, start
+from nnunet_lite import __version__, log, system
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: name, module and function in commands/, first line of the function's docstring
@@ -93,9 +93,9 @@ app = typer.Typer(
 def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user (one line, no traceback)."""
     try:
-        start.interruptible()
+        system.raise_on_interrupt()
         code = app(_with_optional_values(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
-        if code == start.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
+        if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
     except UserError as error:
@@ -105,7 +105,7 @@ def main() -> None:
     except Stopped as stopped:
         sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail(f"stopped; {start.RESUME}", start.INTERRUPTED))
+        sys.exit(_fail(f"stopped; {system.RESUME}", system.INTERRUPTED))
     except BrokenPipeError:
         if sys.stderr is not None:
             sys.stderr.close()  # the reader of our output is gone
@@ -116,8 +116,8 @@ def main() -> None:
         )
     except Exception as error:
         # typer's complaints about options come from its own copy of click, whose classes have no public name
-        if start.interrupted:  # a library made another exception of it
-            sys.exit(_fail(f"stopped; {start.RESUME}", start.INTERRUPTED))
+        if system.interrupted:  # a library made another exception of it
+            sys.exit(_fail(f"stopped; {system.RESUME}", system.INTERRUPTED))
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")

@@ -1,11 +1,15 @@
-"""The same work on many machines: cases, folds and inputs spread over the workers of a Dask scheduler.
+"""Run functions on the workers of a Dask scheduler, and start such schedulers.
 
-All machines see one workspace; nothing but names of files, plans and settings travels through the scheduler. What is
-done lies in the workspace as ever, hence work whose worker died is given to another one, which goes on from what it
-finds: cases that are there, the last checkpoint of a fold.
+`connect` finds the workers of a scheduler. `Cluster.spread` calls a function with many items, such as the cases to
+preprocess, and `Cluster.submit` calls one that takes a whole worker, such as the training of a fold. `start_cluster`
+starts a scheduler and its workers from a TOML file.
 
-A case takes a thread of a worker, a fold or a prediction all of them, one after the other; where some workers have the
-resource `GPU` (`dask worker --resources GPU=1`), folds and predictions go to these.
+All machines share one workspace. Only functions, file names, plans and settings travel through the scheduler; results
+are files in the workspace. So another worker can take over the work of one that died, and continue from its files: the
+cases that exist, the last checkpoint of a fold.
+
+A case takes a thread of a worker. A fold or a prediction takes all of its threads, one after the other. If some workers
+have the resource `GPU` (`dask worker --resources GPU=1`), these take the folds and predictions.
 """
 
 from __future__ import annotations
@@ -15,159 +19,224 @@ import platform
 import secrets
 import threading
 import time
+import tomllib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import distributed
-from distributed import CancelledError, Client, KilledWorker, as_completed
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.errors import UserError, describe
+from nnunet_lite.errors import Busy, UserError, describe
 from nnunet_lite.files import scratch
+from nnunet_lite.settings import recipe_folder
+
+_INSTALL = "`pip install 'nnunet-lite[cluster]'`, here and on the workers."
+
+try:
+    import distributed
+    from distributed import CancelledError, Client, Future, KilledWorker, as_completed
+except ImportError as error:
+    raise UserError(f"a cluster needs Dask ({error})", fix=_INSTALL) from None
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_GPU = "GPU"  # the name that Dask users give this resource
+_GPU = "GPU"  # the name of this resource among Dask users
 _CONNECT = 10  # seconds to find the scheduler
 _FIRST_WORKER = 600  # seconds to wait for one: a queue may be long
-_SEEN = 20.0  # seconds until a file in the workspace is seen by all machines
+_FILE_DELAY = 20.0  # seconds until all machines see a new file in the workspace
 _IN_FLIGHT = 1000  # tasks that the scheduler knows at a time, however many cases there are
 _MOST_IN_A_TASK, _TASKS_PER_SLOT = 16, 4
-_TRIES = 3  # for what may pass, such as a file server that does not answer
-_one_at_a_time = threading.Lock()
+_TRIES = 3  # of what may fail for a moment, such as a file server that does not answer
+_BUSY = 600.0  # seconds that a fold waits for a worker that was considered dead and still trains it
+_STOPPING = 120.0  # seconds that folds get to write their checkpoints
+_whole_worker = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------------- what workers must have
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a worker must have in common with this process: versions, and the workspace, in which `token` lies."""
+class SharedSetup:
+    """What a worker must have in common with this process.
+
+    Parameters
+    ----------
+    versions : tuple of (str, str)
+        Packages and their versions. Builds of one version, such as for CPU and for GPU, are equal.
+    token : Path
+        A file in the workspace.
+    """
 
     versions: tuple[tuple[str, str], ...]
     token: Path
 
+    @classmethod
+    def of_this_process(cls, token: Path) -> SharedSetup:
+        packages = {name: metadata.version(name).partition("+")[0] for name in ("torch", "numpy", "distributed")}
+        python = ".".join(platform.python_version_tuple()[:2])
+        return cls(tuple({"nnunet_lite": nnunet_lite.__version__, "python": python, **packages}.items()), token)
 
-def versions() -> tuple[tuple[str, str], ...]:
-    """Of what must be the same everywhere; builds of one version, such as for CPU and for GPU, go together."""
-    packages = {name: metadata.version(name).partition("+")[0] for name in ("torch", "numpy", "distributed")}
-    python = ".".join(platform.python_version_tuple()[:2])
-    return tuple({"nnunet_lite": nnunet_lite.__version__, "python": python, **packages}.items())
 
-
-def unfit(place: Place) -> str | None:
-    """Why this process can do no work of that place; None: it can."""
-    mine = dict(versions())
-    for name, wanted in place.versions:
-        if mine[name] != wanted:
-            return f"has {name} {mine[name]}, and here is {wanted}: install the same version on all machines"
-    until = time.monotonic() + _SEEN
-    while not place.token.exists():
-        if not place.token.parent.is_dir() or time.monotonic() > until:
-            return (
-                f"does not see the workspace {place.token.parent}: it must lie on a file system that all machines share"
-            )
+def find_difference(setup: SharedSetup) -> str | None:
+    """Return what this process, a worker, lacks of a setup; None if it has all."""
+    own = dict(SharedSetup.of_this_process(setup.token).versions)
+    for name, version in setup.versions:
+        if own[name] != version:
+            return f"has {name} {own[name]}, and here is {version}: install the same version on all machines"
+    workspace, until = setup.token.parent, time.monotonic() + _FILE_DELAY
+    while not setup.token.exists():
+        if not workspace.is_dir() or time.monotonic() > until:
+            return f"does not see the workspace {workspace}: it must be on a file system that all machines share"
         time.sleep(0.5)
-    return None if os.access(place.token.parent, os.W_OK) else f"may not write to the workspace {place.token.parent}"
+    return None if os.access(workspace, os.W_OK) else f"may not write to the workspace {workspace}"
 
 
 @lru_cache(maxsize=1)
-def refuse_if_unfit(place: Place) -> None:
-    """On a worker that may have come late, once for each place.
+def _check_worker(setup: SharedSetup) -> None:
+    """Refuse to work in a worker that lacks something; it may have joined late.
 
     Raises
     ------
-    UserError : it is unfit.
+    UserError
+        It lacks something.
     """
-    if reason := unfit(place):
-        raise UserError(f"the worker on {platform.node()} {reason}")
+    if difference := find_difference(setup):
+        raise UserError(f"the worker on {platform.node()} {difference}")
 
 
 # ------------------------------------------------------------------------------------------------------ the cluster
 
 
+class WorkersDied(UserError):
+    """Several workers died while they did the same work."""
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """A scheduler with workers that are fit."""
+    """A scheduler and workers with the same setup."""
 
     client: Client
-    place: Place
+    setup: SharedSetup
 
     @property
     def slots(self) -> int:
         """Threads of all workers."""
         return max(1, sum(self.client.nthreads().values()))
 
-    def for_folds(self) -> dict[str, int]:
-        """What a task that trains takes of a worker."""
+    def _resources(self) -> dict[str, int]:
+        """The resources of a worker that a fold or a prediction takes."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
         return {_GPU: 1} if any(worker["resources"].get(_GPU) for worker in workers) else {}
 
     def spread(
         self, function: Callable[[T], R], items: Sequence[T], what: str, *, heavy: bool = False
     ) -> Iterator[tuple[T, R | Exception]]:
-        """Call a function with each item on the workers, and give item and result, or why there is none, as they end.
+        """Call a function with each item on the workers; yield each item with its result, or its error, as they end.
 
-        Several items are one task, so that the scheduler has little to do for each. Where a task's workers die, its
-        items are tried at the end, each with nothing else on the workers, hence one item that kills workers, for want
-        of memory, is known by its name, and none is blamed that lay beside it on a worker.
+        Several items are one task, so that the scheduler has little to do for each. If the workers of a task die, its
+        items are tried again at the end, one at a time. So an item that kills workers, mostly by using too much
+        memory, is found out, and no other item of its task is blamed.
 
         Parameters
         ----------
-        heavy : each needs a GPU, where there are some, or a whole worker; else one thread.
+        function : callable
+            What to call; it is pickled.
+        items : sequence
+            Its arguments.
+        what : str
+            A name for the progress bar and the tasks.
+        heavy : bool
+            Whether an item takes a whole worker (with a GPU if there are some), instead of a thread.
         """
-        todo = deque(_batches(items, self.slots))
-        run = f"{what}-{secrets.token_hex(4)}"
-        yield from log.progress(self._spread(function, todo, run, heavy), len(items), what)
+        yield from log.progress(self._spread(function, items, what, heavy), len(items), what)
 
     def _spread(
-        self, function: Callable[[T], R], todo: deque[list[T]], run: str, heavy: bool
+        self, function: Callable[[T], R], items: Sequence[T], what: str, heavy: bool
     ) -> Iterator[tuple[T, R | Exception]]:
-        flying, number = as_completed(loop=self.client.loop), 0
-        batches: dict[Any, list[T]] = {}
-        suspects: deque[T] = deque()
-        resources = self.for_folds() if heavy else {}
-        while todo or batches or suspects:
-            if alone := not (todo or batches):
-                todo.append([suspects.popleft()])
-            while todo and len(batches) < _IN_FLIGHT:
-                batch, number = todo.popleft(), number + 1
+        tasks = deque(_batches(items, self.slots))
+        suspects: deque[T] = deque()  # their worker died; one of them may be the cause
+        running: dict[Future, list[T]] = {}
+        finished = as_completed(loop=self.client.loop)
+        resources = self._resources() if heavy else {}
+        while tasks or running or suspects:
+            if alone := not (tasks or running):
+                tasks.append([suspects.popleft()])
+            while tasks and len(running) < _IN_FLIGHT:
+                batch, key = tasks.popleft(), f"{what}-{secrets.token_hex(8)}"
                 future = self.client.submit(
-                    _each, self.place, function, batch, heavy, key=f"{run}-{number}", resources=resources, pure=False
+                    _call_with_each, self.setup, function, batch, heavy, key=key, resources=resources, pure=False
                 )
-                batches[future.key] = batch
-                flying.add(future)
-            future = next(flying)
-            batch = batches.pop(future.key)
+                running[future] = batch
+                finished.add(future)
+            future = next(finished)
+            batch = running.pop(future)
             try:
                 results = future.result()
             except CancelledError:
-                raise gone() from None
-            except KilledWorker as error:
+                raise _scheduler_lost() from None
+            except KilledWorker:
                 if not alone:
-                    log.info(f"{describe(told(error))} Each of {len(batch)} is tried again, alone, at the end")
+                    log.info(f"{_workers_died()} Each of {len(batch)} is tried again, alone, at the end")
                     suspects.extend(batch)
                     continue
-                results = [told(error)]
+                results = [_workers_died()]
             except Exception as error:  # of the worker, or of sending the results
                 if len(batch) > 1:
                     log.info(f"{describe(error)} Each of {len(batch)} is tried again")
-                    todo.extend([item] for item in batch)
+                    tasks.extend([item] for item in batch)
                     continue
                 results = [error]
             yield from zip(batch, results, strict=True)
 
+    def submit(self, function: Callable[[], Any], name: str) -> Future:
+        """Call a function that takes a whole worker, such as the training of a fold, when one is free."""
+        key = f"{name.replace(' ', '-')}-{secrets.token_hex(4)}"
+        return self.client.submit(_call_alone, self.setup, function, key=key, resources=self._resources(), pure=False)
+
+    def wait(self, futures: Sequence[Future], seconds: float) -> list[Future]:
+        """Wait until a future ends; return those that ended, none if the time is over."""
+        try:
+            return list(distributed.wait(futures, timeout=seconds, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            return []
+
+    def error_of(self, future: Future) -> Exception | None:
+        """Return what a future that ended has raised; `WorkersDied` if its workers died.
+
+        Raises
+        ------
+        UserError
+            The scheduler ended.
+        """
+        try:
+            future.result()
+        except CancelledError:
+            raise _scheduler_lost() from None
+        except KilledWorker:
+            return _workers_died()
+        except Exception as error:
+            return error
+        return None
+
+    def stop(self, futures: Sequence[Future], stop_worker: Callable[[], None]) -> None:
+        """Call a function on all workers that makes them stop, wait until they have, and cancel the futures."""
+        with suppress(TimeoutError, OSError):
+            pending = [future for future in futures if future.status == "pending"]
+            self.client.run(stop_worker)
+            distributed.wait(pending, timeout=_STOPPING)
+        self.client.cancel(list(futures), force=True)
+
 
 def _batches(items: Sequence[T], slots: int) -> Iterator[list[T]]:
-    """Items in the order given, many to a task at first and few at the end, so that all workers end together."""
+    """Cut items into tasks, of many items at first and of few at the end, so that all workers end together."""
     start = 0
     while start < len(items):
         size = min(_MOST_IN_A_TASK, max(1, (len(items) - start) // (_TASKS_PER_SLOT * slots)))
@@ -175,68 +244,93 @@ def _batches(items: Sequence[T], slots: int) -> Iterator[list[T]]:
         start += size
 
 
-def _each(place: Place, function: Callable[[T], R], batch: Sequence[T], whole: bool) -> list[R | Exception]:
-    """On a worker, with one or all of its threads: call a function with each item.
-
-    What may pass is tried again, a mistake of the user's is not.
-    """
-    refuse_if_unfit(place)
-    with whole_worker() if whole else nullcontext():
-        return [_insistent(function, item) for item in batch]
+def _workers_died() -> WorkersDied:
+    what, fix = (
+        "several workers died of it, one after the other",
+        "The usual cause is too little memory: see their logs.",
+    )
+    return WorkersDied(what, fix=fix)
 
 
-def _insistent(function: Callable[[T], R], item: T) -> R | Exception:
+def _scheduler_lost() -> UserError:
+    """Return the error for a scheduler that ended."""
+    return UserError("the scheduler ended, and with it what was running", fix="Type the same command to resume.")
+
+
+# ------------------------------------------------------------------------------------------------------ on a worker
+
+
+def _call_with_each(
+    setup: SharedSetup, function: Callable[[T], R], batch: Sequence[T], heavy: bool
+) -> list[R | Exception]:
+    """Call a function with each item, with one or all threads of this worker."""
+    _check_worker(setup)
+    results: list[R | Exception] = []
+    with _all_threads() if heavy else nullcontext():
+        for item in batch:
+            try:
+                results.append(_retry(partial(function, item)))
+            except Exception as error:  # the other items are done nevertheless
+                results.append(error)
+    return results
+
+
+def _call_alone(setup: SharedSetup, function: Callable[[], Any]) -> None:
+    """Call a function with all threads of this worker; wait if a worker that was considered dead still does it."""
+    _check_worker(setup)
+    until = time.monotonic() + _BUSY
+    with _all_threads():
+        while True:
+            try:
+                function()
+                return
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(5)
+
+
+def _retry(function: Callable[[], R]) -> R:
+    """Call a function again if it fails for what may be a moment; a mistake of the user is none."""
     for attempt in range(1, _TRIES):
         try:
-            return function(item)
-        except UserError as error:
-            return error
-        except Exception:  # any: it may pass
-            time.sleep(attempt)
-    try:
-        return function(item)
-    except Exception as error:  # any: the other items are done
-        return error
+            return function()
+        except UserError:
+            raise
+        except Exception:
+            time.sleep(2 * attempt)
+    return function()
 
 
 @contextmanager
-def connected(address: str, workspace: Path) -> Iterator[Cluster]:
-    """The cluster of a scheduler, when at least one worker has come and all that have come are fit.
+def _all_threads() -> Iterator[None]:
+    """Let one task of this process at a time use all threads of the worker."""
+    import torch  # workers that preprocess do without
+
+    with _whole_worker:
+        torch.set_num_threads(distributed.get_worker().state.nthreads)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ connect and start
+
+
+@contextmanager
+def connect(address: str, workspace: Path) -> Iterator[Cluster]:
+    """Connect to a scheduler, and wait for its first worker.
 
     Parameters
     ----------
-    address : such as tcp://login1:8786, or the path of the file that the scheduler wrote (--scheduler-file).
+    address : str
+        Such as tcp://login1:8786, or the path of the file that the scheduler wrote (--scheduler-file).
+    workspace : Path
+        A folder that all machines share.
 
     Raises
     ------
-    UserError : nobody answers there, no worker comes, or one has other versions or does not see the workspace.
+    UserError
+        No scheduler answers, no worker joins, or a worker has other versions or does not see the workspace.
     """
-    with _client(address) as client, scratch(workspace) as token:
-        place = Place(versions(), token)
-        if not client.nthreads():
-            log.info(f"{address}: no worker has come yet, waiting for one")
-        try:
-            client.wait_for_workers(1, timeout=_FIRST_WORKER)
-        except TimeoutError:
-            raise UserError(f"no worker has come in {log.duration(_FIRST_WORKER)}", address) from None
-        _refuse_unfit(_insistently(lambda: client.run(unfit, place, on_error="return")))
-        cluster = Cluster(client, place)
-        log.info(f"{address}: {len(client.nthreads())} workers with {cluster.slots} threads")
-        yield cluster
-
-
-def _insistently(ask: Callable[[], T]) -> T:
-    """Ask all workers something, again where one of them dies meanwhile."""
-    for attempt in range(1, _TRIES):
-        try:
-            return ask()
-        except OSError:  # of a connection
-            time.sleep(2 * attempt)
-    return ask()
-
-
-@contextmanager
-def _client(address: str) -> Iterator[Client]:
     file = Path(address).expanduser()
     where = {"scheduler_file": str(file)} if file.is_file() else {"address": address}
     try:
@@ -244,36 +338,80 @@ def _client(address: str) -> Iterator[Client]:
     except (OSError, ValueError) as error:
         fix = "Start one with `nnlite cluster CONFIG` or `dask scheduler`, and give the address that it prints."
         raise UserError(f"no Dask scheduler answers ({type(error).__name__})", address, fix) from None
-    with client:
-        yield client
+    with client, scratch(workspace) as token:
+        if not client.nthreads():
+            log.info(f"{address}: waiting for the first worker")
+        try:
+            client.wait_for_workers(1, timeout=_FIRST_WORKER)
+        except TimeoutError:
+            raise UserError(f"no worker has joined in {log.duration(_FIRST_WORKER)}", address) from None
+        setup = SharedSetup.of_this_process(token)
+        answers = _retry(partial(client.run, find_difference, setup, on_error="return"))  # one may die meanwhile
+        for worker, answer in answers.items():
+            _check_answer(worker, answer)
+        cluster = Cluster(client, setup)
+        log.info(f"{address}: {len(client.nthreads())} workers with {cluster.slots} threads")
+        yield cluster
 
 
-def _refuse_unfit(answers: Mapping[str, Any]) -> None:
-    for worker, answer in answers.items():
-        if isinstance(answer, ModuleNotFoundError | AttributeError | ImportError):
-            raise UserError(f"the worker {worker} cannot import nnunet_lite ({answer})",
-                            fix=f"Install nnunet-lite[cluster] {nnunet_lite.__version__} there.")  # fmt: skip
-        if answer is not None:
-            raise UserError(f"the worker {worker} {answer if isinstance(answer, str) else told(answer)}")
+def _check_answer(worker: str, answer: Any) -> None:
+    """Refuse a worker by its answer to `find_difference`, or by its error."""
+    if isinstance(answer, AttributeError | ImportError):
+        fix = f"Install nnunet-lite[cluster] {nnunet_lite.__version__} there."
+        raise UserError(f"the worker {worker} cannot import nnunet_lite ({answer})", fix=fix)
+    if answer is not None:
+        raise UserError(f"the worker {worker} {answer}")
 
 
-@contextmanager
-def whole_worker() -> Iterator[None]:
-    """The only such work of this process at a time, with as many threads as the worker has."""
-    import torch
+class ClusterConfig(BaseModel):
+    """A file of configs/cluster: the kind of cluster, its workers (jobs), and the options of Dask's class for it."""
 
-    with _one_at_a_time:
-        torch.set_num_threads(distributed.get_worker().state.nthreads)
-        yield
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-
-def told(error: Exception, what: str = "") -> Exception:
-    """An exception of Dask's in words; any other one as it is."""
-    if not isinstance(error, KilledWorker):
-        return error
-    deaths = "several workers died of it, one after the other"
-    return UserError(f"{what}: {deaths}" if what else deaths, fix="Mostly that is for want of memory: see their logs.")
+    kind: Literal["local", "slurm", "lsf", "pbs"]
+    workers: int = Field(ge=0)
+    options: dict[str, Any] = {}
 
 
-def gone() -> UserError:
-    return UserError("the scheduler is gone, and with it what was running", fix="The same command goes on from here.")
+def read_cluster_config(name: str) -> ClusterConfig:
+    """Read configs/cluster/NAME.toml, or a file.
+
+    Raises
+    ------
+    UserError
+        There is none, or it has another form.
+    """
+    known = {path.stem: path for path in sorted((recipe_folder() / "cluster").glob("*.toml"))}
+    file = known.get(name, Path(name).expanduser())
+    if not file.is_file():
+        raise UserError(f"there is no cluster {name!r}", fix=f"There are: {', '.join(known)}; or give a TOML file.")
+    try:
+        return ClusterConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:  # no TOML, or no text
+        reason = str(error)
+    raise UserError(f"must be TOML with kind, workers and options ({reason})", file)
+
+
+def start_cluster(config: ClusterConfig) -> Any:
+    """Start a Dask cluster; its workers start when the queue lets them. It is closed by `close`, or as a context.
+
+    Raises
+    ------
+    UserError
+        The packages are not installed, an option is unknown, or its scheduler cannot be started.
+    """
+    if config.kind == "local":
+        kind = distributed.LocalCluster
+    else:
+        try:
+            import dask_jobqueue
+        except ImportError as error:
+            raise UserError(f"a {config.kind} cluster needs dask-jobqueue ({error})", fix=_INSTALL) from None
+        kind = getattr(dask_jobqueue, f"{config.kind.upper()}Cluster")
+    try:
+        return kind(**{"n_workers": config.workers, **config.options})
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"a {config.kind} cluster cannot be started: {error}") from None

@@ -1,4 +1,4 @@
-"""The exceptions whose message is all that a user needs: a mistake to mend, a stop that was asked for, a loss."""
+"""The exceptions whose message is all that a user needs: no traceback is printed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's: the command line prints it as one line and exits with code 2.
+    """A mistake of the user: the command prints it as one line and exits with code 2.
 
     Parameters
     ----------
-    what : what is wrong, without a full stop.
-    file : the file it is about, if any; it opens the message.
-    fix : what to do about it, a full sentence.
+    what : str
+        The problem, without a full stop.
+    file : str or Path, optional
+        The file that it is about; the message begins with it.
+    fix : str
+        What to do about it, a full sentence.
     """
 
     def __init__(self, what: str, file: str | Path | None = None, fix: str = "") -> None:
@@ -24,27 +27,16 @@ class UserError(Exception):
         where = f"{file}: " if file is not None else ""
         super().__init__(f"{where}{what}." + (f" {fix}" if fix else ""))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # an exception travels between processes by what it was made with
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle makes an exception again from its arguments
         return type(self), (self.what, self.file, self.fix)
 
 
-@contextmanager
-def naming(file: str | PathLike[str]) -> Iterator[None]:
-    """Let a mistake that is noticed in a block name the file, or the case, that it is about, unless it names one."""
-    try:
-        yield
-    except UserError as error:
-        if error.file is not None:
-            raise
-        raise UserError(error.what, str(file), error.fix) from error
-
-
 class Busy(UserError):
-    """Another process is at work on the same folder; waiting for it helps."""
+    """Another process works on the same folder; waiting for it helps."""
 
 
 class Stopped(Exception):
-    """A run ended because a signal asked it to, with its checkpoint written; the exit code is 128 + the signal."""
+    """A signal ended a run, and its checkpoint is written; the exit code is 128 + the number of the signal."""
 
     def __init__(self, what: str, number: int) -> None:
         self.what, self.number = what, number
@@ -55,10 +47,21 @@ class Stopped(Exception):
 
 
 class Lost(Exception):
-    """What the work needs is gone, by no mistake of the user's; the line says all, the exit code is 1."""
+    """Something that the work needs disappeared, without a mistake of the user; the exit code is 1."""
+
+
+@contextmanager
+def naming(file: str | PathLike[str]) -> Iterator[None]:
+    """Add a file, or the name of a case, to a `UserError` of the block that names none."""
+    try:
+        yield
+    except UserError as error:
+        if error.file is not None:
+            raise
+        raise UserError(error.what, str(file), error.fix) from error
 
 
 def describe(problem: BaseException) -> str:
-    """One line that says what went wrong, for reports that go on with the next case."""
+    """Return an exception as one line, for reports that continue with the next case."""
     text = " ".join(str(problem).split())
     return text if isinstance(problem, UserError) else f"{type(problem).__name__}: {text}"

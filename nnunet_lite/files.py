@@ -1,9 +1,12 @@
-"""Files: written completely or not at all, a full disk reported in one line, leftovers of killed runs deleted; JSON."""
+"""Files: written completely or not at all, locks, text and JSON, and one line for a full disk.
+
+`atomic` and `scratch` write to a temporary path. Temporary paths of killed processes are deleted when another process
+first writes to their folder: a living process holds a lock on its own.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -17,100 +20,145 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypeGuard
 
-from nnunet_lite.errors import UserError
-from nnunet_lite.start import unfinished
-from nnunet_lite.system import in_units
+from filelock import lock_descriptor
 
-SPARE = 1 << 16  # bytes that must be left after a write: one that was cut short leaves less
+from nnunet_lite.errors import UserError
+from nnunet_lite.system import in_units, temporary_paths
+
+SPARE = 1 << 16  # bytes that must be free after a write: one that was cut short leaves less
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full; a quota is used up; a ulimit for files
-_TAIL = 40  # letters of a name that its temporary name keeps: 255 bytes hold them, of 4 bytes each as they may be
+_TAIL = 40  # letters of a name that its temporary name keeps: 255 bytes hold them, of up to 4 bytes each
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}(-.*)?")
-_ALIVE = ".lock"  # in a temporary folder: is locked while its process runs
+_LOCK = ".lock"
+
+
+# -------------------------------------------------------------------------------------------------- temporary paths
 
 
 @contextmanager
 def atomic(path: Path, needed: int | None = None) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is gone when it does not.
+    """Give a temporary path that replaces `path` when the block ends; if the block raises, it is deleted.
 
-    The temporary name keeps the suffixes, since writers choose the format by them, and is short enough where the name
+    The temporary name keeps the suffixes, because writers choose the format by them, and is short enough where the name
     itself is as long as file systems allow.
 
     Parameters
     ----------
-    needed : bytes that will be written, for the message where they do not fit; default: those that were.
+    path : Path
+        The file to write.
+    needed : int, optional
+        Bytes that will be written, for the message if they do not fit; default: those that were written.
 
     Raises
     ------
-    OSError : the disk is full; says how much is needed.
+    OSError
+        The disk is full; the message says how much is needed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_once(path.parent.absolute())
-    temporary = path.absolute().with_name(f"{_temporary_name()}-{path.name[-_TAIL:]}")
-    unfinished.add(temporary)
+    temporary = _temporary_path(path.parent, f"-{path.name[-_TAIL:]}")
     try:
         with _held(temporary), must_fit(path, temporary, needed):
             yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-        unfinished.discard(temporary)
+        temporary_paths.discard(temporary)
 
 
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """A temporary folder in `parent` that is gone when the block ends; what is to stay is moved out of it before."""
-    parent.mkdir(parents=True, exist_ok=True)
-    _sweep_once(parent.absolute())
-    temporary = parent.absolute() / _temporary_name()
+    """Make a temporary folder in `parent` that is deleted when the block ends; move results out of it before."""
+    temporary = _temporary_path(parent)
     temporary.mkdir()
-    unfinished.add(temporary)
     try:
         with _held(temporary / "lock"):
-            (temporary / "lock").rename(temporary / _ALIVE)  # so `sweep` never finds it unlocked
+            (temporary / "lock").rename(temporary / _LOCK)  # so that `sweep` never finds it unlocked
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        unfinished.discard(temporary)
+        temporary_paths.discard(temporary)
 
 
-def _temporary_name() -> str:
-    return f".tmp-{secrets.token_hex(4)}"
+def _temporary_path(folder: Path, tail: str = "") -> Path:
+    """Return a new path in a folder, which is made and swept first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep_once(folder.absolute())
+    path = folder.absolute() / f".tmp-{secrets.token_hex(4)}{tail}"
+    temporary_paths.add(path)
+    return path
 
 
 @contextmanager
 def _held(file: Path) -> Iterator[None]:
-    """Make a file and lock it: `sweep` deletes what no living process holds."""
+    """Make a file and lock it while the block runs."""
     with file.open("ab") as lock:
-        with suppress(OSError):  # a file system that has no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks
+            lock_descriptor(lock.fileno())
         yield
 
 
-@contextmanager
-def must_fit(path: Path, written: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn what a block meets on a full disk into one error about `path`; `written` is what the block writes.
+def sweep(folder: Path, alone: bool = False) -> None:
+    """Delete the temporary files and folders of killed processes in a folder, not in those below it.
 
     Parameters
     ----------
-    needed : bytes, for the message; default: those that were written until then.
-
-    Raises
-    ------
-    OSError : the disk is full; says how much is needed. What was written is deleted.
+    folder : Path
+        The folder.
+    alone : bool
+        No other process can work in this folder: delete everything that is temporary.
     """
+    for leftover in folder.glob(".tmp*") if folder.is_dir() else ():
+        if alone or (_TEMPORARY.fullmatch(leftover.name) and not _is_held(leftover)):
+            with suppress(OSError):  # another process sweeps too, or it is another user's
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@cache
+def _sweep_once(folder: Path) -> None:
+    """Sweep a folder when this process first writes there."""
+    sweep(folder)
+
+
+def _is_held(temporary: Path) -> bool:
+    """Whether the process that made a temporary file or folder still runs."""
     try:
+        with (temporary / _LOCK if temporary.is_dir() else temporary).open("r+b") as file:
+            return not lock_descriptor(file.fileno(), blocking=False)
+    except OSError:  # of another user, not locked yet, or on a file system without locks
+        return True
+
+
+@contextmanager
+def locked(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
+    """Let only one process at a time work in a folder; its death releases the lock.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder; it is made if it does not exist.
+    when_taken : callable
+        Called if another process works there; it may raise. Otherwise this process waits for the other one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("a") as file:
+        if not lock_descriptor(file.fileno(), blocking=False):
+            when_taken()
+            lock_descriptor(file.fileno())
         yield
-        reason = cut_short(written)
-    except UserError:
-        raise
-    except Exception as error:  # a library's own, which has no public base
-        reason = shortage(error) or cut_short(written)
-        if not reason:
-            raise
-    if reason:
-        size = max(needed or 0, size_of(written)) + SPARE
-        shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
-        raise no_space(path.parent, f"{path.name} needs {'more than' if needed is None else 'about'}", size, reason)
+
+
+# ---------------------------------------------------------------------------------------------------- text and JSON
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
+    content = text.encode("utf-8")
+    with atomic(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file completely or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def append(path: Path, line: str) -> None:
@@ -118,7 +166,8 @@ def append(path: Path, line: str) -> None:
 
     Raises
     ------
-    OSError : the disk is full; a part of the line may be there.
+    OSError
+        The disk is full; a part of the line may be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -130,75 +179,13 @@ def append(path: Path, line: str) -> None:
         raise
 
 
-def sweep(folder: Path, alone: bool = False) -> None:
-    """Delete the temporary files and folders that killed runs left in a folder, not in those below it.
-
-    What a living process writes there is kept: it holds a lock on it.
-
-    Parameters
-    ----------
-    alone : no other process can be at work in this folder of ours: whatever is temporary is a leftover.
-    """
-    for leftover in folder.glob(".tmp*") if folder.is_dir() else ():
-        if alone or (_TEMPORARY.fullmatch(leftover.name) and not _is_alive(leftover)):
-            with suppress(OSError):  # another one sweeps too, or it is another user's
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@cache
-def _sweep_once(folder: Path) -> None:
-    """Sweep a folder when this process first writes there."""
-    sweep(folder)
-
-
-def _is_alive(temporary: Path) -> bool:
-    """Whether the process that made a temporary file or folder still runs."""
-    lock = temporary / _ALIVE if temporary.is_dir() else temporary
-    try:
-        with lock.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # of another user, not locked yet, or on a file system without locks
-        return True
-    return False
-
-
-# ------------------------------------------------------------------------------------------------- locks, text and JSON
-
-
-@contextmanager
-def locked(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
-    """Only one process at a time works in a folder; its death releases the lock.
-
-    Where another one holds it, `when_taken` is called, which may raise; then this one waits for its turn.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            when_taken()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def write_text(path: Path, text: str) -> None:
-    content = text.encode("utf-8")
-    with atomic(path, len(content)) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
+    """Return the content of a JSON file.
 
     Raises
     ------
-    UserError : not there, or not JSON (with line and column).
+    UserError
+        The file does not exist, or is not JSON (with line and column).
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -216,11 +203,12 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def understood(path: Path, fix: str = "") -> Iterator[None]:
-    """Turn what a block stumbles over in the content of a file that nnlite wrote into one line that names the file.
+    """Report an error of the block, which interprets a file that nnlite wrote, as one line that names the file.
 
     Raises
     ------
-    UserError : something is missing in it, or of another kind than nnlite writes.
+    UserError
+        The file lacks something, or has something of another kind than nnlite writes.
     """
     try:
         yield
@@ -234,7 +222,8 @@ def must_be_known(found: str, ours: str, file: Path) -> None:
 
     Raises
     ------
-    UserError : of a newer nnlite, or of a format that there is not.
+    UserError
+        The file is of a newer nnlite, or of an unknown format.
     """
     kind, _, number = ours.rpartition("-")
     theirs, _, later = found.rpartition("-")
@@ -245,7 +234,40 @@ def must_be_known(found: str, ours: str, file: Path) -> None:
     raise UserError(f"is of an unknown format, {found!r:.80}", file)
 
 
-# --------------------------------------------------------------------------------------------------------- a full disk
+# ----------------------------------------------------------------------------------------------------- a full disk
+
+
+@contextmanager
+def must_fit(path: Path, written: Path, needed: int | None = None) -> Iterator[None]:
+    """Report a full disk, in whatever way the block meets it, as one error about `path`.
+
+    Parameters
+    ----------
+    path : Path
+        The file or folder to name.
+    written : Path
+        The temporary file or folder that the block writes; it is deleted if the disk is full.
+    needed : int, optional
+        Bytes, for the message; default: those that were written.
+
+    Raises
+    ------
+    OSError
+        The disk is full; the message says how much is needed.
+    """
+    try:
+        yield
+        reason = cut_short(written)
+    except UserError:
+        raise
+    except Exception as error:  # a library's own, which has no public base
+        reason = shortage(error) or cut_short(written)
+        if not reason:
+            raise
+    if reason:
+        size = max(needed or 0, size_of(written)) + SPARE
+        shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
+        raise no_space(path.parent, f"{path.name} needs {'more than' if needed is None else 'about'}", size, reason)
 
 
 def lacks_space(error: BaseException | None) -> TypeGuard[OSError]:
@@ -254,35 +276,38 @@ def lacks_space(error: BaseException | None) -> TypeGuard[OSError]:
 
 
 def shortage(error: Exception) -> int:
-    """The number of the system's error by which there was no space to write, also of a library that wraps it; or 0."""
+    """Return the system's error number of a lack of space, also of a library that wraps it in text; otherwise 0."""
     if lacks_space(error):
         return error.errno or errno.ENOSPC
     return next((number for number in _NO_SPACE if os.strerror(number) in str(error)), 0)
 
 
 def no_space(folder: Path, what: str, needed: int, reason: int | None = errno.ENOSPC) -> OSError:
-    """The error to raise where `needed` bytes do not fit on the disk of a folder; one line, with what to do.
+    """Return the error to raise if bytes do not fit on the disk of a folder; one line, with what to do.
 
     Parameters
     ----------
-    what : the subject of the sentence, such as "model.safetensors needs more than".
-    reason : the number of the system's error.
+    folder : Path
+        Where the bytes should be written.
+    what : str
+        The subject of the sentence, such as "model.safetensors needs more than".
+    needed : int
+        Bytes.
+    reason : int, optional
+        The system's error number.
     """
     reason = reason or errno.ENOSPC
     free = f", {in_units(shutil.disk_usage(folder).free)} are free" if reason == errno.ENOSPC else ""
     fix = "Raise the limit for files (ulimit -f)" if reason == errno.EFBIG else "Free some space"
-    return OSError(
-        reason,
-        f"{os.strerror(reason)}: {what} {in_units(needed)}{free}. {fix}, then run the same command again",
-        str(folder.absolute()),
-    )
+    message = f"{os.strerror(reason)}: {what} {in_units(needed)}{free}. {fix}, then run the same command again"
+    return OSError(reason, message, str(folder.absolute()))
 
 
 def cut_short(written: Path) -> int:
-    """Whether a file or folder that was just written may be incomplete because there is no space: the reason, or 0.
+    """Return the error number if a file or folder may be incomplete because there is no space, otherwise 0.
 
     Libraries hide the system's error behind one of their own (safetensors, blosc2), or report none and leave a file
-    that is cut off (ITK). Each leaves a disk without room, or a file as large as the limit allows.
+    that is cut off (ITK). Each leaves a full disk, or a file as large as the limit allows.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit != resource.RLIM_INFINITY and max((path.stat().st_size for path in _files(written)), default=0) >= limit:
@@ -297,7 +322,7 @@ def cut_short(written: Path) -> int:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder and below it; 0 where there is none."""
+    """Return the bytes of a file, or of all files in a folder and below it; 0 if it does not exist."""
     return sum(file.stat().st_size for file in _files(path))
 
 

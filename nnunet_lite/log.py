@@ -1,4 +1,4 @@
-"""What a person sees: messages and progress, on standard error; standard output is left to results and --json."""
+"""Messages and progress on standard error; standard output contains only results, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -12,33 +12,39 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 10.0
 
 _quiet = False
-_bars: Any = None  # the class of the bars, once one is shown
+_bars: Any = None  # tqdm, once a bar is shown
 
 
 def be_quiet() -> None:
-    """Say nothing from here on: of the processes that train together only the first one speaks."""
+    """Print no more messages: of the processes that train together only the first one prints."""
     global _quiet
     _quiet = True
 
 
-def last(message: str) -> None:
-    """What this process ends of: a silent one says it too."""
-    _print(message, sys.stderr)
-
-
 def info(message: str) -> None:
+    """Print a message, unless this process is quiet."""
     if not _quiet:
         _print(message, sys.stderr)
 
 
+def warn(message: str) -> None:
+    """Print a warning, unless this process is quiet."""
+    info(f"warning: {message}")
+
+
+def last(message: str) -> None:
+    """Print the reason why this process ends, even if it is quiet."""
+    _print(message, sys.stderr)
+
+
 def answer(text: str) -> None:
-    """The result of a command, on standard output."""
+    """Print the result of a command on standard output, unless this process is quiet."""
     if not _quiet:
         _print(text, sys.stdout)
 
 
 def _print(text: str, stream: TextIO | None) -> None:
-    """Print to a stream, above the bars that are shown; nothing where it is closed or None, as without a console."""
+    """Print to a stream, above the progress bars; nothing if it is closed, or None as without a console."""
     if stream is None or stream.closed:
         return
     if _bars is None:
@@ -48,12 +54,8 @@ def _print(text: str, stream: TextIO | None) -> None:
         stream.flush()
 
 
-def warn(message: str) -> None:
-    info(f"warning: {message}")
-
-
 def duration(seconds: float) -> str:
-    """A time as a person says it: 42 s, 3:07 min, 2:05 h."""
+    """Return a duration in words: 42 s, 3:07 min, 2:05 h."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -61,10 +63,20 @@ def duration(seconds: float) -> str:
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Show how far a loop has come: a bar with ETA on a terminal, a line every ten seconds elsewhere."""
+    """Show the progress of a loop: a bar with ETA on a terminal, otherwise a line every ten seconds.
+
+    Parameters
+    ----------
+    items : iterable
+        What the loop iterates over.
+    total : int
+        Number of items.
+    what : str
+        Name of the loop.
+    """
     global _bars
     if not _quiet and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
-        from tqdm import tqdm
+        from tqdm import tqdm  # not needed by commands without a loop
 
         _bars = tqdm
         yield from tqdm(items, total=total, desc=what, leave=False)

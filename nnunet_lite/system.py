@@ -1,14 +1,88 @@
-"""How much this process may use: CPUs, memory (cgroup and ulimit included) and disk."""
+"""This process and its machine: standard streams and signals, then CPUs, memory and disk.
+
+`nnunet_lite/__init__.py` imports this module first, so that a signal during the other imports is handled too. A program
+that uses nnunet_lite as a library keeps its own streams and signals.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from nnunet_lite.errors import UserError
+
+# -------------------------------------------------------------------------------------------------- streams and signals
+
+INTERRUPTED = 130  # the exit code that shells give a process that SIGINT ended
+RESUME = "the same command resumes from here (predict: with --continue)"
+
+temporary_paths: set[Path] = set()  # files and folders to delete when a signal ends this process, see files.py
+interrupted = False  # whether SIGINT came: a library may turn the KeyboardInterrupt into another exception
+
+
+def _is_command() -> bool:
+    """Whether this process is `nnlite` or `python -m nnunet_lite`."""
+    started = sys.argv[0] if sys.argv else ""
+    if started == "-m":  # Python has not found the module to run yet; it adds it to sys.argv later
+        return "nnunet_lite" in sys.orig_argv[sys.orig_argv.index("-m") :][1:2]
+    return started.rpartition("/")[2] == "nnlite"
+
+
+def _open_streams() -> None:
+    """Open /dev/null for each of the streams 0 to 2 that is closed: otherwise the next opened file would become it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    """End this process in any state, in imports or in a loop that catches exceptions; delete temporary files."""
+    for path in list(temporary_paths):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        os.write(2, f"stopped by {signal.Signals(number).name}; {RESUME}\n".encode())
+    finally:  # the terminal may be closed
+        os._exit(128 + number)
+
+
+def raise_on_interrupt() -> None:
+    """Let SIGINT raise KeyboardInterrupt from now on; the caller catches it."""
+    if signal.getsignal(signal.SIGINT) is _stop_at_once:
+        signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _unraisable
+
+
+def _interrupt(number: int, frame: object) -> None:
+    global interrupted
+    interrupted = True
+    raise KeyboardInterrupt
+
+
+def _unraisable(problem: sys.UnraisableHookArgs) -> None:
+    """Stop where Python would only report a KeyboardInterrupt, in a destructor or a callback, and continue."""
+    if problem.exc_type is KeyboardInterrupt:
+        _stop_at_once(signal.SIGINT, None)
+    sys.__unraisablehook__(problem)
+
+
+IS_COMMAND = _is_command()
+if IS_COMMAND:
+    _open_streams()
+    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # in the background and under nohup, signals are ignored, and stay so
+        if signal.getsignal(_number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(_number, _stop_at_once)
+
+
+# ------------------------------------------------------------------------------------------------ CPUs, memory and disk
 
 GB = 1e9
 _SHARE = 0.8  # of the free memory: the rest is for what is not counted
@@ -17,7 +91,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def in_units(number: float) -> str:
-    """Bytes with three digits, in the unit that suits them: 84 kB, 1.25 GB."""
+    """Return bytes with three digits and a unit: 84 kB, 1.25 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(number) < 999.5:
             return f"{number:.3g} {unit}"
@@ -26,16 +100,16 @@ def in_units(number: float) -> str:
 
 
 def cpus() -> int:
-    """CPUs that this process may use: those that it may run on (taskset, SLURM), or fewer by the quota of a cgroup."""
+    """Return the CPUs that this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
     return max(1, min([len(os.sched_getaffinity(0)), *_cgroup_cpus(_membership())]))
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: the least of what the machine, its cgroups and its ulimit leave."""
-    import psutil
+    """Return the bytes that this process may still use: the least of what machine, cgroups and ulimit leave."""
+    import psutil  # `nnlite doctor` reports if it is missing
 
     process = psutil.Process()
-    limits = [int(psutil.virtual_memory().available), *_cgroup_rooms(_membership())]
+    limits = [int(psutil.virtual_memory().available), *_cgroup_memory(_membership())]
     address_space, _ = process.rlimit(psutil.RLIMIT_AS)
     if address_space != psutil.RLIM_INFINITY:
         limits.append(address_space - process.memory_info().vms)
@@ -43,33 +117,39 @@ def free_memory() -> int:
 
 
 def cases_in_flight(largest: int, workers: int | None) -> int:
-    """How many cases to work on at once, so that memory and CPUs suffice; at least one.
+    """Return how many cases to work on at once, so that memory and CPUs suffice; at least one.
 
     Parameters
     ----------
-    largest : bytes that the largest case needs.
-    workers : the most cases at once; None for as many as there are CPUs.
+    largest : int
+        Bytes that the largest case needs.
+    workers : int or None
+        The most cases at once; None for the number of CPUs.
     """
     fitting = int(_SHARE * free_memory() // max(1, largest))
     return max(1, min(cpus() if workers is None else workers, fitting))
 
 
 def pairs_at_once(n: int, workers: int | None) -> int:
-    """How many of n pairs of label maps to read and compare at once, in a thread each; at least one.
+    """Return how many of n pairs of label maps to read and compare at once, in a thread each; at least one.
 
     Parameters
     ----------
-    workers : the most; None for as many as there are CPUs, 0 or 1 for one.
+    n : int
+        Number of pairs.
+    workers : int or None
+        The most pairs at once; None for the number of CPUs, 0 or 1 for one.
     """
     return max(1, min(cpus() if workers is None else workers, n, _MOST_PAIRS))
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Make sure that a disk has room.
+    """Make sure that the disk of a folder has room for some bytes.
 
     Raises
     ------
-    UserError : it has not.
+    UserError
+        It has not.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -80,14 +160,17 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
+# joblib's cpu_count reads only the root cgroup: quotas of SLURM and systemd are set on the groups below it
+
+
 def _membership() -> str:
-    """The cgroups of this process; none where the kernel has no cgroups."""
+    """Return the cgroups of this process; nothing if the kernel has no cgroups."""
     file = Path("/proc/self/cgroup")
     return file.read_text() if file.is_file() else ""
 
 
 def _cgroups(membership: str, controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
-    """The cgroups of a /proc/self/cgroup that may limit something, and those above them, with whether of version 2.
+    """Iterate over the cgroups that may limit a controller, and those above them, with whether of version 2.
 
     In a container the root of the mounted tree is the container's own cgroup, whatever path is named.
     """
@@ -103,7 +186,7 @@ def _cgroups(membership: str, controller: str, root: Path) -> Iterator[tuple[Pat
 
 
 def _cgroup_cpus(membership: str, root: Path = _CGROUP) -> list[int]:
-    """CPUs whose time each cgroup allows, such as 4 for `docker run --cpus=4`; parts of a CPU are rounded up."""
+    """Return the CPUs that each cgroup allows, such as 4 for `docker run --cpus=4`; parts of a CPU are rounded up."""
     found = []
     for group, second in _cgroups(membership, "cpu", root):
         files = [group / name for name in (("cpu.max",) if second else ("cpu.cfs_quota_us", "cpu.cfs_period_us"))]
@@ -115,24 +198,18 @@ def _cgroup_cpus(membership: str, root: Path = _CGROUP) -> list[int]:
     return found
 
 
-def _cgroup_rooms(membership: str, root: Path = _CGROUP) -> list[int]:
-    """Bytes left in each memory cgroup, version 2 or 1."""
-    rooms = []
+def _cgroup_memory(membership: str, root: Path = _CGROUP) -> list[int]:
+    """Return the bytes that each cgroup with a limit leaves: the limit less the memory that cannot be dropped."""
+    found = []
     for group, second in _cgroups(membership, "memory", root):
-        names = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        rooms += _room(group, *names)
-    return rooms
-
-
-def _room(group: Path, limit: str, usage: str) -> list[int]:
-    """The limit less what is used and cannot be dropped; nothing where there is no limit."""
-    if not (group / limit).is_file():
-        return []
-    most = (group / limit).read_text().strip()
-    if most == "max" or int(most) >= 1 << 60:
-        return []
-    used = int((group / usage).read_text())
-    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    # version 1 counts the groups below in the usage, and in the statistics only under names of their own
-    droppable = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
-    return [int(most) - used + int(droppable)]
+        limit, usage = (
+            ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        most = (group / limit).read_text().strip() if (group / limit).is_file() else "max"
+        if most == "max" or int(most) >= 1 << 60:
+            continue
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # version 1 counts the groups below in the usage, and in the statistics only under names of their own
+        droppable = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
+        found.append(int(most) - int((group / usage).read_text()) + int(droppable))
+    return found

@@ -96,7 +96,7 @@ class Scheduled:
 
 def schedule(times: list[float], workers: int, dying: int) -> Scheduled:
     """Send a case for each time through a scheduler in a process of its own; `dying` workers are killed midway."""
-    from nnunet_lite.cluster import connected
+    from nnunet_lite.cluster import connect
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "scheduler.json"
@@ -105,7 +105,7 @@ def schedule(times: list[float], workers: int, dying: int) -> Scheduled:
         half = [start_workers(file, n) for n in (workers - dying, dying) if n]
         try:
             wait_for(file)
-            with connected(str(file), Path(folder) / "workspace") as cluster:
+            with connect(str(file), Path(folder) / "workspace") as cluster:
                 cluster.client.wait_for_workers(workers)
                 about = psutil.Process(scheduler.pid)
                 before, start, found = sum(about.cpu_times()[:2]), time.perf_counter(), 0

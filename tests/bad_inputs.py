@@ -24,6 +24,18 @@ class Bad:
     says: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class BadData:
+    """A bad dataset: how to make it in a folder, the file or folder to blame, and words that the line must contain.
+
+    The file "." is the dataset itself.
+    """
+
+    make: Callable[[Path], object]
+    file: str
+    says: tuple[str, ...] = ()
+
+
 def contents(folder: Path) -> dict[str, bytes | str]:
     """Every file below a folder with its bytes, links with where they lead; locks, which are empty, do not count."""
     entries = (path for path in folder.rglob("*") if path.name != ".lock" and (path.is_symlink() or path.is_file()))
@@ -46,6 +58,18 @@ def refuse(bad: Bad, command: Command, place: Path, made_before: Callable[[Path]
         assert word in lines[0], (word, lines[0])
     left = contents(place)
     assert left == before, sorted(set(left) ^ set(before))
+
+
+def refuse_dataset(bad: BadData, command: Command, root: Path) -> None:
+    """Make a bad dataset and check it: one error line names the file or folder, exit code 2, and nothing is changed."""
+    bad.make(root)
+    before = contents(root.parent)
+    code, out, err = command("check", root.name, cwd=root.parent)
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert (code, err) == (2, "") and len(errors) == 1, (code, out, err)
+    assert errors[0].startswith(f"error: {root if bad.file == '.' else bad.file}: "), errors
+    assert all(word in errors[0] for word in bad.says), errors
+    assert contents(root.parent) == before
 
 
 def edit(file: Path, change: Callable[[Any], Any]) -> None:

@@ -10,7 +10,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,13 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
-from bad_inputs import Command, contents, edit
+from bad_inputs import BadData, Command, edit, refuse_dataset
+from samples import move_nifti, rewrite_nifti
 
 IMAGE, LABEL = "imagesTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_001.nii.gz"
 
 
-@dataclass(frozen=True)
-class BadFile:
-    """How to break a data set of five cases, the file to blame, and words that the line must hold."""
-
-    make: Callable[[Path], object]
-    file: str
-    says: tuple[str, ...] = ()
-
-
-def with_bytes(change: Callable[[bytearray], object], file: str = IMAGE) -> BadFile:
+def with_bytes(change: Callable[[bytearray], object], file: str = IMAGE) -> BadData:
     """A NIfTI file with other bytes, compressed as it was."""
 
     def make(root: Path) -> None:
@@ -40,30 +31,34 @@ def with_bytes(change: Callable[[bytearray], object], file: str = IMAGE) -> BadF
         change(raw)
         (root / file).write_bytes(gzip.compress(bytes(raw), 1))
 
-    return BadFile(make, file)
+    return BadData(make, file)
 
 
-def with_field(offset: int, kind: str, *values: float, file: str = IMAGE) -> BadFile:
+def with_field(offset: int, kind: str, *values: float, file: str = IMAGE) -> BadData:
     """A NIfTI file with another value in its header."""
     return with_bytes(lambda raw: struct.pack_into(kind, raw, offset, *values), file)
 
 
-def without_sform(offset: int, kind: str, *values: float) -> BadFile:
+def without_sform(offset: int, kind: str, *values: float) -> BadData:
     """A NIfTI file that is placed by its qform alone, with another value in its header."""
-
-    def change(raw: bytearray) -> None:
-        struct.pack_into("<h", raw, 254, 0)
-        struct.pack_into(kind, raw, offset, *values)
-
-    bad = with_bytes(change)
-    return BadFile(bad.make, bad.file, ("in pixdim",))
+    bad = with_bytes(lambda raw: (struct.pack_into("<h", raw, 254, 0), struct.pack_into(kind, raw, offset, *values)))
+    return BadData(bad.make, bad.file, ("in pixdim",))
 
 
-def with_content(content: bytes, file: str = IMAGE, *says: str) -> BadFile:
-    return BadFile(lambda root: (root / file).write_bytes(content), file, says)
+def changed(change: Callable[[Path], object], file: str = IMAGE, *says: str) -> BadData:
+    return BadData(lambda root: change(root / file), file, says)
 
 
-def named(name: str, content: bytes, *says: str) -> BadFile:
+def with_content(content: bytes, file: str = IMAGE, *says: str) -> BadData:
+    return changed(lambda path: path.write_bytes(content), file, *says)
+
+
+def voxels(array: np.ndarray, file: str, *says: str) -> BadData:
+    """Other voxels on the same grid."""
+    return changed(lambda path: rewrite_nifti(path, lambda _: array), file, *says)
+
+
+def named(name: str, content: bytes, *says: str) -> BadData:
     """A first case that has another ending, with this content."""
 
     def make(root: Path) -> None:
@@ -71,17 +66,17 @@ def named(name: str, content: bytes, *says: str) -> BadFile:
         (root / "imagesTr" / name).write_bytes(content)
         edit(root / "dataset.json", lambda table: table["training"][0].update(image=f"imagesTr/{name}"))
 
-    return BadFile(make, f"imagesTr/{name}", says)
+    return BadData(make, f"imagesTr/{name}", says)
 
 
-def instead(make: Callable[[Path], object], file: str = IMAGE, *says: str) -> BadFile:
+def instead(make: Callable[[Path], object], file: str = IMAGE, *says: str) -> BadData:
     """Something else in the place of a file."""
 
     def replace(root: Path) -> None:
         (root / file).unlink()
         make(root / file)
 
-    return BadFile(replace, file, says)
+    return BadData(replace, file, says)
 
 
 def zipped(path: Path) -> None:
@@ -104,18 +99,6 @@ def wrong_checksum(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-6] ^= 0xFF
     path.write_bytes(data)
-
-
-def grid_of(path: Path, values: np.ndarray) -> None:
-    nibabel.save(nibabel.Nifti1Image(values, nibabel.load(path).affine), path)
-
-
-def on_grid(path: Path, times: float, by: float) -> None:
-    """The voxels of a file with another spacing and origin."""
-    image = nibabel.load(path)
-    affine = image.affine @ np.diag([times, times, times, 1])
-    affine[0, 3] = image.affine[0, 3] + by
-    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), affine), path)
 
 
 def nifti2(path: Path) -> None:
@@ -197,22 +180,20 @@ FILES = {
     "a sheared sform and no voxel size": with_bytes(
         lambda raw: (struct.pack_into("<f", raw, 80, 0), struct.pack_into("<2f", raw, 280, 1, 0.5))
     ),
-    "NIfTI-2 without a voxel size": BadFile(lambda r: flat_nifti2(r / IMAGE), IMAGE, ("in pixdim",)),
+    "NIfTI-2 without a voxel size": changed(flat_nifti2, IMAGE, "in pixdim"),
     "voxels far beyond the end": with_field(108, "<f", 1e9),
     "voxels before the beginning": with_field(108, "<f", -1e9),
     "voxels at NaN": with_field(108, "<f", float("nan")),
     "voxels inside the header": with_field(108, "<f", 4),
     "a matrix of NaN": with_field(280, "<12f", *[float("nan")] * 12),
     "another magic": with_field(344, "4s", b"oops"),
-    "complex numbers": BadFile(lambda r: grid_of(r / IMAGE, np.zeros((35, 51, 35), np.complex64)), IMAGE, ("complex",)),
-    "slices far apart in time": BadFile(
-        lambda r: grid_of(r / IMAGE, np.zeros((5, 5, 5, 2, 3), np.uint8)), IMAGE, ("dimensions",)
-    ),
-    "NIfTI-2 of 10^12 voxels": BadFile(lambda r: nifti2(r / IMAGE), IMAGE, ("truncated",)),
+    "complex numbers": voxels(np.zeros((35, 51, 35), np.complex64), IMAGE, "complex"),
+    "slices far apart in time": voxels(np.zeros((5, 5, 5, 2, 3), np.uint8), IMAGE, "dimensions"),
+    "NIfTI-2 of 10^12 voxels": changed(nifti2, IMAGE, "truncated"),
     # compression
-    "compressed twice": BadFile(lambda root: twice_compressed(root / IMAGE), IMAGE),
-    "a flipped byte": BadFile(lambda root: flipped(root / IMAGE), IMAGE, ("damaged",)),
-    "a wrong checksum": BadFile(lambda root: wrong_checksum(root / IMAGE), IMAGE, ("damaged",)),
+    "compressed twice": changed(twice_compressed, IMAGE),
+    "a flipped byte": changed(flipped, IMAGE, "damaged"),
+    "a wrong checksum": changed(wrong_checksum, IMAGE, "damaged"),
     "a zip called .nii.gz": instead(zipped),
     "gzip of nothing": with_content(gzip.compress(b"")),
     "gzip's first bytes": with_content(b"\x1f\x8b\x08\0"),
@@ -275,44 +256,26 @@ FILES = {
     "TIFF of an unknown compression": named("a.tif", tiff((90, 90), metadata=None).replace(
         struct.pack("<HHIHH", 259, 3, 1, 1, 0), struct.pack("<HHIHH", 259, 3, 1, 4711, 0))),
     # label maps
-    "a label map scaled by nibabel": BadFile(lambda r: scaled_labels(r / LABEL, np.uint8), LABEL, ("scl_slope",)),
-    "fractions scaled by nibabel": BadFile(lambda r: scaled_labels(r / LABEL, np.int16), LABEL, ("scl_slope",)),
-    "a label map of twice the spacing": BadFile(lambda r: on_grid(r / LABEL, 2, 0), LABEL, ("spacing (2, 2, 2)",)),
-    "a label map of 0.2 % more spacing": BadFile(lambda r: on_grid(r / LABEL, 1.002, 0), LABEL, ("spacing",)),
-    "a label map of NaN": BadFile(lambda r: grid_of(r / LABEL, np.full((35, 51, 35), np.nan, np.float32)), LABEL),
-    "a label map of floats": BadFile(
-        lambda r: grid_of(r / LABEL, np.random.default_rng(0).random((35, 51, 35), np.float32)), LABEL, ("whole",)
-    ),
-    "a label map of large floats": BadFile(
-        lambda r: grid_of(r / LABEL, np.full((35, 51, 35), 1e30, np.float32)), LABEL
-    ),
-    "a label map of negative values": BadFile(
-        lambda r: grid_of(r / LABEL, np.full((35, 51, 35), -1, np.int16)), LABEL, ("-1",)
-    ),
-    "a label map of colours": BadFile(
-        lambda r: grid_of(r / LABEL, COLOURS), LABEL, ("different channels",)
-    ),
-    "a label map of complex numbers": BadFile(
-        lambda r: grid_of(r / LABEL, np.zeros((35, 51, 35), np.complex64)), LABEL, ("complex",)
-    ),
-    "a slice for a volume": BadFile(lambda r: grid_of(r / LABEL, np.zeros((35, 51), np.uint8)), LABEL),
+    "a label map scaled by nibabel": changed(lambda path: scaled_labels(path, np.uint8), LABEL, "scl_slope"),
+    "fractions scaled by nibabel": changed(lambda path: scaled_labels(path, np.int16), LABEL, "scl_slope"),
+    "a label map of twice the spacing": changed(lambda path: move_nifti(path, scale=2), LABEL, "spacing (2, 2, 2)"),
+    "a label map of 0.2 % more spacing": changed(lambda path: move_nifti(path, scale=1.002), LABEL, "spacing"),
+    "a label map of NaN": voxels(np.full((35, 51, 35), np.nan, np.float32), LABEL),
+    "a label map of floats": voxels(np.random.default_rng(0).random((35, 51, 35), np.float32), LABEL, "whole"),
+    "a label map of large floats": voxels(np.full((35, 51, 35), 1e30, np.float32), LABEL),
+    "a label map of negative values": voxels(np.full((35, 51, 35), -1, np.int16), LABEL, "-1"),
+    "a label map of colours": voxels(COLOURS, LABEL, "different channels"),
+    "a label map of complex numbers": voxels(np.zeros((35, 51, 35), np.complex64), LABEL, "complex"),
+    "a slice for a volume": voxels(np.zeros((35, 51), np.uint8), LABEL),
     "a header alone for a label map": with_bytes(lambda raw: raw.__delitem__(slice(352, None)), LABEL),
     "a label map that is text": with_content(b"no labels", LABEL),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file(command: Command, copy_dataset: Callable[..., Path], tmp_path: Path, counts, name: str) -> None:
-    """One error line names the file, and nothing is changed. (`plan` reports the same and stops: test_bad_input.py.)"""
+def test_file(command: Command, copy_dataset: Callable[..., Path], counts: Callable[..., None], name: str) -> None:
+    """One error line names the file, in less than five seconds: nothing impossible is tried."""
     counts("bad inputs refused in one line")
-    bad = FILES[name]
-    bad.make(copy_dataset(2))
-    before = contents(tmp_path)
-    start = time.process_time()
-    code, out, err = command("check", "broken", cwd=tmp_path)
-    assert time.process_time() - start < 5, "nothing is tried that cannot be"
-    errors = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert (code, err) == (2, "") and len(errors) == 1, (code, out, err)
-    assert errors[0].startswith(f"error: {bad.file}: "), errors
-    assert all(word in errors[0] for word in bad.says), errors
-    assert contents(tmp_path) == before
+    root, start = copy_dataset(2), time.process_time()
+    refuse_dataset(FILES[name], command, root)
+    assert time.process_time() - start < 5

@@ -22,10 +22,8 @@ from samples import TINIEST
 
 import nnunet_lite
 from nnunet_lite import cluster as c
-from nnunet_lite.cluster_start import read_start
-from nnunet_lite.cluster_steps import execute
+from nnunet_lite.commands.workflow import Journal, Step, run_steps
 from nnunet_lite.errors import UserError
-from nnunet_lite.workflow import Journal, Step
 
 TINY = {**TINIEST, "training.epochs": 6, "training.iterations": 4, "training.patch_size": [16, 16, 16]}
 
@@ -173,8 +171,8 @@ def test_workers_that_live_on_see_that_a_model_was_trained_anew(
 
 @pytest.mark.parametrize("name", ["local", "slurm", "lsf", "pbs"])
 def test_each_configuration_is_read(name: str) -> None:
-    start = read_start(name)
-    assert (start.kind, start.workers > 0) == (name, True)
+    config = c.read_cluster_config(name)
+    assert (config.kind, config.workers > 0) == (name, True)
 
 
 @pytest.mark.parametrize(("name", "line"), [("slurm", "#SBATCH --gres=gpu:1"), ("lsf", "#BSUB -gpu num=1"),
@@ -190,10 +188,10 @@ def test_the_script_of_a_job_asks_for_a_gpu_and_offers_it(
 
 def test_a_wrong_configuration_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no cluster 'sge'.*local, lsf, pbs, slurm"):
-        read_start("sge")
+        c.read_cluster_config("sge")
     (tmp_path / "mine.toml").write_text("kind = 'slurm'\nworker = 3\n")
     with pytest.raises(UserError, match=r"mine\.toml: must be TOML with kind, workers and options"):
-        read_start(str(tmp_path / "mine.toml"))
+        c.read_cluster_config(str(tmp_path / "mine.toml"))
 
 
 # ------------------------------------------------------------------------------------------------- the parts of it
@@ -208,7 +206,7 @@ def square(number: int) -> int:
 
 
 def test_an_item_that_kills_workers_is_found_out(scheduler: str, tmp_path: Path) -> None:
-    with c.connected(scheduler, tmp_path) as cluster:
+    with c.connect(scheduler, tmp_path) as cluster:
         found = dict(cluster.spread(square, range(40), "square"))
     assert {n: r for n, r in found.items() if n not in (5, 7)} == {n: n * n for n in range(40) if n not in (5, 7)}
     assert "seven is no good" in str(found[7])
@@ -239,13 +237,13 @@ def test_a_step_that_fails_stops_those_that_need_it_only(scheduler: str, tmp_pat
         step("good", partial((tmp_path / "good").touch), "first"),
         step("last", partial((tmp_path / "last").touch), "bad", "good", anywhere=False),
     ]
-    with c.connected(scheduler, tmp_path) as cluster:
+    with c.connect(scheduler, tmp_path) as cluster:
         with pytest.raises(UserError, match="bad: the disk is full"):
-            execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
+            run_steps(steps, Journal(tmp_path / "steps.jsonl"), cluster)
         assert (tmp_path / "good").is_file()
         assert not (tmp_path / "last").exists()
         (tmp_path / "bad").touch()
-        ended = execute(cluster, steps, Journal(tmp_path / "steps.jsonl"))
+        ended = run_steps(steps, Journal(tmp_path / "steps.jsonl"), cluster)
     assert [(e.step, e.state) for e in ended] == [
         ("first", "kept"),
         ("bad", "kept"),
@@ -256,22 +254,22 @@ def test_a_step_that_fails_stops_those_that_need_it_only(scheduler: str, tmp_pat
 
 def test_other_versions_and_another_workspace_are_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "token").touch()
-    place = c.Place(c.versions(), tmp_path / "token")
-    assert c.unfit(place) is None
-    other = c.Place(tuple({**dict(place.versions), "torch": "1.0"}.items()), place.token)
-    assert "and here is 1.0: install the same version" in str(c.unfit(other))
-    elsewhere = c.Place(place.versions, tmp_path / "nowhere" / "token")
-    assert str(c.unfit(elsewhere)).startswith("does not see the workspace")
+    setup = c.SharedSetup.of_this_process(tmp_path / "token")
+    assert c.find_difference(setup) is None
+    other = c.SharedSetup(tuple({**dict(setup.versions), "torch": "1.0"}.items()), setup.token)
+    assert "and here is 1.0: install the same version" in str(c.find_difference(other))
+    elsewhere = c.SharedSetup(setup.versions, tmp_path / "nowhere" / "token")
+    assert str(c.find_difference(elsewhere)).startswith("does not see the workspace")
     with pytest.raises(UserError, match=r"the worker tcp://a:1 does not see the workspace /x"):
-        c._refuse_unfit({"tcp://b:1": None, "tcp://a:1": "does not see the workspace /x: it must"})
+        c._check_answer("tcp://a:1", "does not see the workspace /x: it must")
     with pytest.raises(UserError, match=r"tcp://a:1 cannot import nnunet_lite"):
-        c._refuse_unfit({"tcp://a:1": ModuleNotFoundError("No module named 'nnunet_lite'")})
+        c._check_answer("tcp://a:1", ModuleNotFoundError("No module named 'nnunet_lite'"))
 
 
 def test_no_scheduler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(c, "_CONNECT", 0.5)
     with (
         pytest.raises(UserError, match=r"tcp://127\.0\.0\.1:9: no Dask scheduler answers"),
-        c.connected("tcp://127.0.0.1:9", tmp_path),
+        c.connect("tcp://127.0.0.1:9", tmp_path),
     ):
         raise AssertionError("there is one")

@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -172,7 +171,7 @@ def test_gipl(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.Spm2AnalyzeImage])
 def test_pairs_of_header_and_voxels(tmp_path: Path, kind: type) -> None:
-    """Either file of the two, compressed or not; one alone names the other; a folder of them contains one image."""
+    """Either file of the two, compressed or not; a folder of them contains one image."""
     nibabel.save(kind(COUNT, np.diag([0.7, 0.8, 2.5, 1])), tmp_path / "a.img")
     for half in (".hdr", ".img"):
         (tmp_path / f"b{half}.gz").write_bytes(gzip.compress((tmp_path / f"a{half}").read_bytes()))
@@ -185,11 +184,6 @@ def test_pairs_of_header_and_voxels(tmp_path: Path, kind: type) -> None:
     (case,) = find_cases(tmp_path / "a.img", 1)
     assert (case.id, case.images[0].name) == ("a", "a.hdr")
     assert {label_suffix(ending_of(tmp_path / name)) for name in names[:4]} == {".nii.gz"}
-    for half, other in ((".hdr", ".img"), (".img", ".hdr")):
-        (tmp_path / f"d{half}").write_bytes((tmp_path / f"a{half}").read_bytes())
-        with pytest.raises(UserError, match=rf"d\{half}: needs the file d\{other} with it, which is not there"):
-            read_image(tmp_path / f"d{half}")
-        (tmp_path / f"d{half}").unlink()
 
 
 @pytest.mark.parametrize("codes", [(1, 1), (0, 4), (2, 0)])
@@ -323,29 +317,6 @@ def test_labels_as_grey_rgb_and_as_floats(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- bad files
 
 
-def with_first(value: float) -> np.ndarray:
-    array = integers((3, 4, 5)).astype(np.float32)
-    array[0, 0, 0] = value
-    return array
-
-
-BAD_LABELS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "colours": (lambda p: save(p / "a.png", integers((8, 9, 3), 255)),
-                r"a\.png: is a colour picture .* Store one integer per voxel"),
-    "a half": (lambda p: save_nifti(p / "a.nii.gz", with_first(0.5)),
-               r"not whole numbers \(0\.5 and so on in 1 of 60 voxels\).*nearest neighbour"),
-    "NaN": (lambda p: save_nifti(p / "a.nii.gz", with_first(np.nan)), "not whole numbers"),
-    "4D": (lambda p: save_nifti(p / "a.nii.gz", integers((3, 4, 5, 2))), "has a fourth dimension"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_LABELS)
-def test_bad_labels_are_refused(tmp_path: Path, name: str) -> None:
-    make, message = BAD_LABELS[name]
-    with pytest.raises(UserError, match=message):
-        read_label(make(tmp_path))
-
-
 def test_truncated_files_name_the_cause(tmp_path: Path) -> None:
     volume = integers((20, 30, 40), 200)
     for suffix in (".nii", ".nii.gz", ".nrrd", ".mha", ".tif"):
@@ -367,28 +338,11 @@ def test_truncated_files_name_the_cause(tmp_path: Path) -> None:
         assert "is empty (0 bytes)" in messages[1]
 
 
-def test_damaged_gzip(tmp_path: Path, hippocampus: Path) -> None:
-    data = bytearray((hippocampus / "imagesTr" / CASE).read_bytes())
-    data[2000:2100] = b"\0" * 100
-    (tmp_path / "a.nii.gz").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.nii\.gz: is damaged|a\.nii\.gz: is not gzip-compressed or is damaged"):
-        read_image(tmp_path / "a.nii.gz")
-
-
-def test_what_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "folder.nii.gz").mkdir()
-    save_nifti(tmp_path / "five.nii.gz", np.zeros((2, 3, 4, 5, 6), np.int16))
-    save_nifti(tmp_path / "complex.nii.gz", np.ones((3, 4, 5), np.complex64))
+def test_missing_files_and_voxels_without_a_header(tmp_path: Path) -> None:
     for name, message in (
         ("absent.nii.gz", "there is no such file"),
-        ("folder.nii.gz", "is no file"),
         ("a.xyz", r"is of no supported format. Supported are \.nii\.gz"),
-        ("five.nii.gz", "has 5 dimensions"),
-        ("complex.nii.gz", "complex numbers"),
-        ("a.rec", r"is of no supported format\. Give its header, the \.PAR"),
         ("a+orig.BRIK", r"is of no supported format\. Give its header, the \.HEAD"),
-        ("a+orig.BRIK.gz", r"is of no supported format\. Give its header, the \.HEAD"),
-        ("a.raw", r"is of no supported format\. Give its header, the \.mhd"),
     ):
         with pytest.raises(UserError, match=message):
             read_image(tmp_path / name)

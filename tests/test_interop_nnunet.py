@@ -240,7 +240,7 @@ ARCHITECTURE = "configurations/3d_fullres/architecture"
         (
             "configurations/2d/patch_size",
             [50, 40],
-            "2d: patch_size.* must be a multiple of 8; the nearest are 48 and 56",
+            "2d.patch_size.* must be a multiple of 8; the nearest are 48 and 56",
         ),
         ("configurations/2d/batch_size", 0, "configurations.2d.batch_size: .*greater than 0"),
         ("configurations/2d/spacing", None, "configurations.2d.spacing: "),

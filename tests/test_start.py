@@ -49,7 +49,7 @@ def test_closed_streams(hippocampus: Path, tmp_path: Path, start: str, closed: s
 
 @pytest.mark.parametrize(
     ("at", "number"),
-    [("nnunet_lite.log", 2), ("nnunet_lite.errors", 15), ("typer", 2), ("pydantic", 2), ("torch", 2), ("torch.nn", 15)],
+    [("nnunet_lite.log", 2), ("nnunet_lite.cli", 15), ("typer", 2), ("pydantic", 2), ("torch", 2), ("torch.nn", 15)],
 )
 def test_a_signal_while_the_command_imports(
     tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any, at: str, number: int

@@ -365,11 +365,11 @@ def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
             (level / names[0]).write_text(limit + "\n")
             (level / names[1]).write_text("2000000000\n")
             (level / "memory.stat").write_text("anon 5\ninactive_file 500000000\n")
-    rooms = system._cgroup_rooms("0::/job\n", tmp_path / "two")
+    rooms = system._cgroup_memory("0::/job\n", tmp_path / "two")
     assert rooms == [6_500_000_000, 3_500_000_000]
-    assert system._cgroup_rooms("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
+    assert system._cgroup_memory("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
     (second / "memory.max").write_text("max\n")
-    assert system._cgroup_rooms("0::/job\n", tmp_path / "two") == [3_500_000_000]
+    assert system._cgroup_memory("0::/job\n", tmp_path / "two") == [3_500_000_000]
 
 
 def test_cpu_quotas_of_cgroups_of_both_versions_count(tmp_path: Path) -> None:

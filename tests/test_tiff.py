@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from bad_inputs import Command
+from bad_inputs import BadData, Command, refuse_dataset
 
 import nnunet_lite
 from nnunet_lite.data.cases import Case
@@ -297,22 +297,18 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_tiff(command: Command, tmp_path: Path, counts: Callable[[str], object], name: str) -> None:
-    """`check` has one line about it, whatever else there is, and nothing is changed."""
     counts("bad inputs refused in one line")
     make, says = BAD[name]
+    root = tmp_path / "data"
     for folder in ("imagesTr", "labelsTr"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
+        (root / folder).mkdir(parents=True)
     for i in range(5):
-        save(tmp_path / "data" / "imagesTr" / f"c{i}_0000.tif", numbers((5, 6, 7)) + np.uint16(i))
-        save(tmp_path / "data" / "labelsTr" / f"c{i}.tif", (numbers((5, 6, 7)) % 2).astype(np.uint8))
+        save(root / "imagesTr" / f"c{i}_0000.tif", numbers((5, 6, 7)) + np.uint16(i))
+        save(root / "labelsTr" / f"c{i}.tif", (numbers((5, 6, 7)) % 2).astype(np.uint8))
     table = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}, "file_ending": ".tif"}
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps(table))
-    bad = tmp_path / "data" / "imagesTr" / "c2_0000.tif"
-    make(bad)
-    code, out, err = command("check", "data", cwd=tmp_path)
-    errors = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert (code, err) == (2, "") and len(errors) == 1, (out, err)
-    assert errors[0].startswith("error: imagesTr/c2_0000.tif: ") and says in errors[0], errors
+    (root / "dataset.json").write_text(json.dumps(table))
+    file = "imagesTr/c2_0000.tif"
+    refuse_dataset(BadData(lambda folder: make(folder / file), file, (says,)), command, root)
 
 
 def test_plain_pages_are_what_nnunet_reads(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from samples import TINIEST, as_options, first_cases
 
 import nnunet_lite
 from nnunet_lite.commands.run import RunResult
+from nnunet_lite.commands.workflow import Journal, Step, StepResult, find_remaining, overview, run_steps, time_left
 from nnunet_lite.errors import UserError
-from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, time_left, what_is_left
 
 TINY = {**TINIEST, "training.epochs": 3, "training.iterations": 2, "training.patch_voxels": 16384}
 STEPS = ["check and plan", "preprocess", "train 2d fold 0", "train 2d fold 1", "train 3d_fullres fold 0",
@@ -38,9 +38,13 @@ def test_steps_that_are_done_are_kept(tmp_path: Path) -> None:
     steps = [a_step(tmp_path, name) for name in ("one", "two", "three")]
     (tmp_path / "two").write_text("mine")
     journal = Journal(tmp_path / "new" / "steps.jsonl")
-    assert [(e.step, e.state) for e in execute(steps, journal)] == [("one", "done"), ("two", "kept"), ("three", "done")]
+    assert [(e.step, e.state) for e in run_steps(steps, journal)] == [
+        ("one", "done"),
+        ("two", "kept"),
+        ("three", "done"),
+    ]
     assert (tmp_path / "two").read_text() == "mine"
-    assert execute(steps, journal) == [Ended(name, "kept") for name in ("one", "two", "three")]
+    assert run_steps(steps, journal) == [StepResult(name, "kept") for name in ("one", "two", "three")]
 
 
 def test_a_step_that_fails_ends_the_run_and_the_next_run_begins_there(tmp_path: Path) -> None:
@@ -50,10 +54,10 @@ def test_a_step_that_fails_ends_the_run_and_the_next_run_begins_there(tmp_path: 
     first, last = a_step(tmp_path, "first"), a_step(tmp_path, "last")
     journal = Journal(tmp_path / "steps.jsonl")
     with pytest.raises(UserError, match="the disk is full"):
-        execute([first, Step("bad", "bad", lambda: False, fail), last], journal)
+        run_steps([first, Step("bad", "bad", lambda: False, fail), last], journal)
     assert (tmp_path / "first").is_file()
     assert not (tmp_path / "last").is_file()
-    assert [e.state for e in execute([first, last], journal)] == ["kept", "done"]
+    assert [e.state for e in run_steps([first, last], journal)] == ["kept", "done"]
 
 
 def test_what_is_left_is_unknown_until_something_tells_it(tmp_path: Path) -> None:
@@ -64,17 +68,17 @@ def test_what_is_left_is_unknown_until_something_tells_it(tmp_path: Path) -> Non
         a_step(tmp_path, "select"),
     ]
     journal = Journal(tmp_path / "steps.jsonl")
-    left = what_is_left(steps, journal)
+    left = find_remaining(steps, journal)
     assert [each.seconds for each in left.values()] == [None, None, 1000.0, None]
-    assert time_left(left) == "about 16:40 min, and fold 0, fold 1, select, of which that is unknown yet"
+    assert time_left(left) == "about 16:40 min without fold 0, fold 1, select"
     assert time_left({"select": left["select"]}) == "time unknown yet (select)"
 
     steps[0].run()
     journal.add(steps[0], 60.0, share=0.5)  # the half of a fold took a minute
-    left = what_is_left(steps, journal)
+    left = find_remaining(steps, journal)
     assert {name: each.seconds for name, each in left.items()} == {"fold 1": 30.0, "fold 2": 120.0, "select": None}
     assert overview("data", steps, left).splitlines() == [
-        "data: 1 of 4 steps done; left: about 2:30 min, and select, of which that is unknown yet",
+        "data: 1 of 4 steps done; left: about 2:30 min without select",
         "  done  fold 0",
         "  left  fold 1  about 30 s, 75% done",
         "  left  fold 2  about 2:00 min",
@@ -90,7 +94,7 @@ def test_a_journal_with_a_line_cut_off_is_read(tmp_path: Path) -> None:
         file.write('{"step": "one", "kind": "o')
     journal.add(step, 30.0, 1.0)  # its line is lost with the one that was cut off
     journal.add(step, 20.0, 1.0)
-    assert journal.usual() == {"one": 15.0}
+    assert journal.typical_seconds() == {"one": 15.0}
 
 
 # ------------------------------------------------------------------------------------------------ from data to a report

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.cluster_start import read_start, start_cluster
+from nnunet_lite.cluster import read_cluster_config, start_cluster
 from nnunet_lite.commands.options import FilePath
 
 
@@ -73,10 +73,10 @@ def cluster(
     UserError
         There is no such cluster, Dask is not installed, or its scheduler cannot be started.
     """
-    start = read_start(str(config))
-    start = replace(start, workers=0 if script else workers or start.workers)
-    running = start_cluster(start)
+    settings = read_cluster_config(str(config))
+    settings = settings.model_copy(update={"workers": 0 if script else workers or settings.workers})
+    running = start_cluster(settings)
     if not script:
-        return RunningCluster(running, start.kind, start.workers)
+        return RunningCluster(running, settings.kind, settings.workers)
     with running:
-        return JobScript(running.job_script() if start.kind != "local" else "workers are processes of this one")
+        return JobScript(running.job_script() if settings.kind != "local" else "workers are processes of this one")

@@ -128,10 +128,7 @@ def cluster_of(scheduler: str | None, workspace: Path) -> Iterator[Cluster | Non
     if scheduler is None:
         yield None
         return
-    try:
-        from nnunet_lite.cluster import connected  # an optional extra
-    except ImportError as error:
-        fix = "`pip install 'nnunet-lite[cluster]'`, here and on the workers."
-        raise UserError(f"--scheduler needs Dask ({error})", fix=fix) from None
-    with connected(scheduler, workspace) as cluster:
+    from nnunet_lite.cluster import connect  # an optional extra
+
+    with connect(scheduler, workspace) as cluster:
         yield cluster

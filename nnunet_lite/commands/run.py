@@ -37,7 +37,6 @@ from nnunet_lite.commands.report import report
 from nnunet_lite.commands.select import select
 from nnunet_lite.commands.steps import (
     JOURNAL,
-    execute_steps,
     plan_runs,
     preprocessing_step,
     refuse_changed_settings,
@@ -45,13 +44,13 @@ from nnunet_lite.commands.steps import (
 )
 from nnunet_lite.commands.train import fold_names
 from nnunet_lite.commands.training_run import TrainingRun
+from nnunet_lite.commands.workflow import Journal, Step, StepResult, find_remaining, overview, run_steps
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.reporting.html import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, needs_splits
-from nnunet_lite.workflow import Ended, Journal, Step, execute, overview, what_is_left
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class RunResult:
     ----------
     dataset : str
         Name of the dataset.
-    steps : tuple of Ended
+    steps : tuple of StepResult
         The steps, with their seconds.
     seconds : float
         Time of this run.
@@ -83,7 +82,7 @@ class RunResult:
     """
 
     dataset: str
-    steps: tuple[Ended, ...]
+    steps: tuple[StepResult, ...]
     seconds: float
     models: tuple[Path, ...]
     selected: str | None
@@ -177,7 +176,7 @@ def run(
     first = Step("check and plan", "plan", lambda: why is None, planning)
     if why is not None:
         log.info(f"{dataset.name} (workspace {place}) {why}; the steps that follow depend on the plan")
-    ended = execute([first], journal)
+    ended = run_steps([first], journal)
     use(place, paths.name)
 
     names = names_of(fold)
@@ -188,8 +187,8 @@ def run(
     refuse_changed_settings(runs)
     with cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
-        log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], what_is_left(steps, journal)))
-        ended += execute_steps(steps, journal, cluster)
+        log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], find_remaining(steps, journal)))
+        ended += run_steps(steps, journal, cluster)
     models, selection, page = tuple({one.folder: None for one in runs}), read_selection(paths), paths.root / PAGE
     return RunResult(
         paths.name, tuple(ended), round(time.monotonic() - begin, 2), models,

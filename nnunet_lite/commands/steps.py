@@ -13,6 +13,7 @@ from nnunet_lite import log
 from nnunet_lite.commands.options import cluster_of
 from nnunet_lite.commands.train import TrainedFolds, train_and_validate
 from nnunet_lite.commands.training_run import TrainingRun, plan_for_settings, prepare_run
+from nnunet_lite.commands.workflow import Journal, Step, run_steps
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import read_summaries
@@ -21,7 +22,6 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
-from nnunet_lite.workflow import Ended, Journal, Step, execute
 from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
@@ -44,19 +44,10 @@ def train_on_cluster(
     dataset = stored_dataset(paths.dataset)
     with cluster_of(scheduler, paths.root.parent) as cluster:
         steps = [preprocessing_step(runs, dataset, paths, None, cluster), *map(training_step, runs)]
-        execute_steps(steps, Journal(paths.root / JOURNAL), cluster)
+        run_steps(steps, Journal(paths.root / JOURNAL), cluster)
     scored = [run for run in runs if run.configuration == configuration]
     files = {run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in scored}
     return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
-
-
-def execute_steps(steps: Sequence[Step], journal: Journal, cluster: Cluster | None) -> list[Ended]:
-    """Run the steps that are not done, in this process or on a cluster."""
-    if cluster is None:
-        return execute(steps, journal)
-    from nnunet_lite.cluster_steps import execute as execute_on_cluster  # an optional extra
-
-    return execute_on_cluster(cluster, steps, journal)
 
 
 def plan_runs(

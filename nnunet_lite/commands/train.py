@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from nnunet_lite import log, start
+from nnunet_lite import log, system
 from nnunet_lite.commands.options import (
     DatasetName,
     Device,
@@ -231,7 +231,7 @@ def launch_on_gpus(gpus: int) -> None:
     """
     if current_ranks().world > 1:
         return
-    if not start.IS_COMMAND:
+    if not system.IS_COMMAND:
         fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
         raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
     raise SystemExit(launch(gpus, sys.argv[1:]))

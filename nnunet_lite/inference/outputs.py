@@ -28,7 +28,7 @@ from nnunet_lite.preprocessing.pipeline import (
     output_values,
     predicted_part,
 )
-from nnunet_lite.preprocessing.resampling import Block, operand, operators, run_in_threads, slab_of
+from nnunet_lite.preprocessing.resampling import Block, operand, operators, resampled_rows, run_in_threads
 
 PROBABILITIES, ENTROPY, DISAGREEMENT = "probabilities", "uncertainty/entropy", "uncertainty/disagreement"
 STEPS = 255  # maps are stored as uint8, with 255 for 1
@@ -132,7 +132,7 @@ def open_stream(task: PredictionTask, plan: MemoryPlan, *, skip_empty: bool = Fa
     parts, y, x = operators(data, placement.shape, cropped_shape(placement.box), task.orders, plan.slab)
     return LogitStream(
         finished=average_windows(window, task.image, plan.tiling, parts, sums, plan.batch_size, skip_empty=skip_empty),
-        pieces=lambda part: slab_of(data, part, y, x),
+        pieces=lambda part: resampled_rows(data, part, y, x),
         head=None if window.head is None else operand(data, window.head),
         rounded=window.half,
         threads=None if sums.is_cpu else 1,

@@ -1,7 +1,8 @@
-"""nnU-Net v2's JSON files: plans.json, dataset.json and splits_final.json, both ways.
+"""Read and write nnU-Net v2's plans.json and dataset.json.
 
-Older v2 plans (UNet_class_name, conv_kernel_sizes ...) are read too, and configurations that inherit from one another.
-What nnlite cannot do the same way is refused rather than approximated.
+`plan_from_nnunet` and `plan_to_nnunet` convert a whole plan, `description_from_nnunet` and `description_to_nnunet` a
+dataset.json. Older v2 plans (UNet_class_name, conv_kernel_sizes ...) are read too, and configurations that inherit from
+one another. What nnlite cannot do the same way is refused rather than approximated.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from pydantic import ValidationError
 
@@ -21,11 +22,23 @@ from nnunet_lite.data.names import NIFTI, PICTURES
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.nnunet_architecture import architecture_from_nnunet, architecture_to_nnunet, refuse
 from nnunet_lite.planning.planner import PRESETS
-from nnunet_lite.planning.schema import Channel, Configuration, Plan, Resampling, Scheme, Statistics, inherited
+from nnunet_lite.planning.schema import (
+    Channel,
+    Configuration,
+    Network,
+    Plan,
+    Resampling,
+    Scheme,
+    Statistics,
+    first_problem,
+    inherited,
+)
 
 Json = dict[str, Any]
+Kind = Literal["plain", "residual"]
+Norm = Literal["instance", "batch", "none"]
+Activation = Literal["leaky_relu", "relu"]
 
 # preset -> planner, name of the plans
 _PLANNERS = {
@@ -44,12 +57,34 @@ _SCHEMES: dict[Scheme, str] = {
 _FOR_TIFF = {True: "Tiff3DIO", False: "NaturalImage2DIO"}  # stacks, pictures
 _READ_BY_NNUNET = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 _RESAMPLING = "resample_data_or_seg_to_shape"
+_RESAMPLED = {"data": "image", "seg": "label", "probabilities": "logits"}  # nnU-Net's name -> ours
 _STANDARD = ("2d", "3d_lowres", "3d_fullres")
+_ARCHITECTURES = "dynamic_network_architectures.architectures.unet"
+_CLASSES: dict[str, Kind] = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
+_NORMS: dict[str, Norm] = {"InstanceNorm": "instance", "BatchNorm": "batch"}
+_ACTIVATIONS: dict[str, Activation] = {"LeakyReLU": "leaky_relu", "ReLU": "relu"}
+_ENCODER_KEY = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
+_NORM_KWARGS = {"eps": 1e-05, "affine": True}
+_ARCH_KEYS = {"n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder", "conv_op",
+              "conv_bias", "norm_op", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs", "nonlin",
+              "nonlin_kwargs"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a dataset.json tells about a data set."""
+    """What a dataset.json of nnU-Net says about a dataset.
+
+    Parameters
+    ----------
+    channels : tuple of str
+        Names of the channels.
+    labels : Labels
+        The labels.
+    n_cases : int
+        Number of training cases.
+    file_ending : str
+        Such as ".nii.gz".
+    """
 
     channels: tuple[str, ...]
     labels: Labels
@@ -60,9 +95,22 @@ class Description:
 def description_from_nnunet(dataset_json: Mapping[str, Any], file: Path | None = None) -> Description:
     """Read a dataset.json of nnU-Net v2 (`channel_names`), or of v1 and MSD (`modality`).
 
+    Parameters
+    ----------
+    dataset_json : mapping
+        The content of the file.
+    file : Path, optional
+        What error messages name.
+
+    Returns
+    -------
+    Description
+        Channels, labels, number of cases and file ending.
+
     Raises
     ------
-    UserError : channels or labels are missing or malformed; `file` is what the message names.
+    UserError
+        Channels or labels are missing or malformed.
     """
     return Description(
         channels_of(dataset_json, file),
@@ -73,7 +121,20 @@ def description_from_nnunet(dataset_json: Mapping[str, Any], file: Path | None =
 
 
 def description_to_nnunet(description: Description, name: str | None = None) -> Json:
-    """The dataset.json of nnU-Net v2."""
+    """Return the content of nnU-Net v2's dataset.json.
+
+    Parameters
+    ----------
+    description : Description
+        What it says.
+    name : str, optional
+        Name of the dataset.
+
+    Returns
+    -------
+    dict
+        The content.
+    """
     order = description.labels.region_order
     return {
         **({} if name is None else {"name": name}),
@@ -86,11 +147,24 @@ def description_to_nnunet(description: Description, name: str | None = None) -> 
 
 
 def read_plan(path: Path, dataset_json: Mapping[str, Any] | None = None) -> Plan:
-    """A plan from a file, ours or nnU-Net's (which needs the dataset.json for channel names and labels).
+    """Read a plan, ours or nnU-Net's.
+
+    Parameters
+    ----------
+    path : Path
+        A plans.json.
+    dataset_json : mapping, optional
+        The content of the dataset.json, which a plan of nnU-Net needs for channel names and labels.
+
+    Returns
+    -------
+    Plan
+        The plan.
 
     Raises
     ------
-    UserError : no plan, or one that cannot be followed.
+    UserError
+        The file is no plan, or one that cannot be followed.
     """
     plans = read_json(path)
     if isinstance(plans, dict) and "format" not in plans and "configurations" in plans:
@@ -104,15 +178,24 @@ def read_plan(path: Path, dataset_json: Mapping[str, Any] | None = None) -> Plan
 
 
 def plan_to_nnunet(plan: Plan, dataset_json: Mapping[str, Any]) -> Json:
-    """The plans.json that nnU-Net v2 preprocesses, trains and predicts with.
+    """Return the plans.json that nnU-Net v2 preprocesses, trains and predicts with.
 
     Parameters
     ----------
-    dataset_json : of the same dataset; its file ending chooses nnU-Net's image reader.
+    plan : Plan
+        The plan.
+    dataset_json : mapping
+        The dataset.json of the same dataset; its file ending chooses nnU-Net's image reader.
+
+    Returns
+    -------
+    dict
+        The content of the file.
 
     Raises
     ------
-    UserError : the plan clips images to percentiles, which nnU-Net cannot do.
+    UserError
+        The plan clips images to percentiles, which nnU-Net cannot do.
     """
     if any(channel.clip_percentiles is not None for channel in plan.channels):
         raise UserError(f"the plan of {plan.dataset} clips images to percentiles, which nnU-Net cannot do")
@@ -149,9 +232,8 @@ def _data_identifier(name: str, plans_name: str) -> str:
 
 def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
     """nnU-Net's reader for the images, by their file ending, unless dataset.json names one; "None" names none."""
-    named = dataset_json.get("overwrite_image_reader_writer")
-    if named not in (None, "None"):
-        return str(named)
+    if (name := dataset_json.get("overwrite_image_reader_writer")) not in (None, "None"):
+        return str(name)
     ending = str(dataset_json.get("file_ending", ".nii.gz")).lower()
     if ending not in _READ_BY_NNUNET:
         log.warn(
@@ -169,12 +251,12 @@ def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
 
 
 def _configuration_to_nnunet(plan: Plan, c: Configuration, data_identifier: str) -> Json:
-    r = c.resampling
-    kwargs = {
-        "data": {"is_seg": False, "order": r.image_order, "order_z": r.image_order_z},
-        "seg": {"is_seg": True, "order": r.label_order, "order_z": r.label_order_z},
-        "probabilities": {"is_seg": False, "order": r.logits_order, "order_z": r.logits_order_z},
-    }
+    orders = c.resampling.model_dump()
+    resampling: Json = {}
+    for what, ours in _RESAMPLED.items():
+        kwargs = {"is_seg": what == "seg", "order": orders[f"{ours}_order"], "order_z": orders[f"{ours}_order_z"]}
+        resampling[f"resampling_fn_{what}"] = _RESAMPLING
+        resampling[f"resampling_fn_{what}_kwargs"] = {**kwargs, "force_separate_z": c.resampling.separate_z}
     return {
         "data_identifier": data_identifier,
         "preprocessor_name": "DefaultPreprocessor",
@@ -184,9 +266,8 @@ def _configuration_to_nnunet(plan: Plan, c: Configuration, data_identifier: str)
         "spacing": list(c.spacing),
         "normalization_schemes": [_SCHEMES[channel.normalization] for channel in plan.channels],
         "use_mask_for_norm": [channel.use_mask for channel in plan.channels],
-        **{f"resampling_fn_{what}": _RESAMPLING for what in kwargs},
-        **{f"resampling_fn_{what}_kwargs": {**k, "force_separate_z": r.separate_z} for what, k in kwargs.items()},
-        "architecture": architecture_to_nnunet(c.network),
+        **resampling,
+        "architecture": _architecture_to_nnunet(c.network),
         "batch_dice": c.batch_dice,
         **({} if c.previous_stage is None else {"previous_stage": c.previous_stage}),
     }
@@ -203,21 +284,58 @@ def _inheriting(whole: Json, written: Mapping[str, Json]) -> Json:
     return whole
 
 
+def _architecture_to_nnunet(network: Network) -> Json:
+    """The `architecture` entry of a configuration."""
+    dimensions = len(network.strides[0])
+    norm = next((theirs for theirs, ours in _NORMS.items() if ours == network.norm), None)
+    activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == network.activation)
+    name = next(theirs for theirs, ours in _CLASSES.items() if ours == network.kind)
+    return {
+        "network_class_name": f"{_ARCHITECTURES}.{name}",
+        "arch_kwargs": {
+            "n_stages": len(network.features),
+            "features_per_stage": list(network.features),
+            "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
+            "kernel_sizes": [list(kernel) for kernel in network.kernels],
+            "strides": [list(stride) for stride in network.strides],
+            _ENCODER_KEY[network.kind]: list(network.blocks),
+            "n_conv_per_stage_decoder": list(network.decoder_convolutions),
+            "conv_bias": True,
+            "norm_op": None if norm is None else f"torch.nn.modules.{norm.lower()}.{norm}{dimensions}d",
+            "norm_op_kwargs": None if norm is None else _NORM_KWARGS,
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": f"torch.nn.{activation}",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
 # --------------------------------------------------------------------------------------------------- from nnU-Net
 
 
 def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], file: Path | None = None) -> Plan:
-    """The plan that an nnU-Net v2 plans.json stands for.
+    """Convert a plans.json of nnU-Net v2.
 
     Parameters
     ----------
-    plans : plans.json, of any 2.x version.
-    dataset_json : of the same data set: channel names, labels, number of cases.
-    file : what error messages name.
+    plans : mapping
+        The content of the file, of any 2.x version.
+    dataset_json : mapping
+        The dataset.json of the same dataset: channel names, labels, number of cases.
+    file : Path, optional
+        What error messages name.
+
+    Returns
+    -------
+    Plan
+        The plan, with its predicted memory.
 
     Raises
     ------
-    UserError : an entry is missing, or asks for something that nnlite does not do; names the JSON path.
+    UserError
+        An entry is missing, or requires something that nnlite does not do. The message names its place in the file.
     """
     description = description_from_nnunet(dataset_json)
     resolved, configurations = {}, {}
@@ -248,16 +366,13 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
 
 @contextmanager
 def _reading(file: Path | None, where: str = "") -> Iterator[None]:
-    """What goes wrong with an entry of nnU-Net's plan is the user's to know, with its path in the JSON."""
+    """Turn an error about an entry of nnU-Net's plan into one line with the entry's place in the file."""
     try:
         yield
     except KeyError as error:
         raise UserError(f"nnU-Net's plan lacks {where}{error.args[0]}", file) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        path = where + ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"nnU-Net's plan: {path.rstrip('.')}: {message}", file) from None
+        raise UserError(f"nnU-Net's plan: {where}{first_problem(error)}", file) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"nnU-Net's plan: {where}{error}", file) from None
 
@@ -269,13 +384,13 @@ def _preset(plans: Mapping[str, Any]) -> str:
 
 def _configuration_from_nnunet(c: Json) -> Configuration:
     if c.get("preprocessor_name", "DefaultPreprocessor") != "DefaultPreprocessor":
-        refuse("preprocessor_name", c["preprocessor_name"])
+        _refuse("preprocessor_name", c["preprocessor_name"])
     return Configuration(
         spacing=c["spacing"],
         median_shape=c["median_image_size_in_voxels"],
         patch_size=c["patch_size"],
         batch_size=c["batch_size"],
-        network=architecture_from_nnunet(c),
+        network=_architecture_from_nnunet(c),
         batch_dice=c["batch_dice"],
         resampling=_resampling(c),
         previous_stage=c.get("previous_stage"),
@@ -284,28 +399,22 @@ def _configuration_from_nnunet(c: Json) -> Configuration:
 
 
 def _resampling(c: Json) -> Resampling:
-    kwargs = {}
-    for what in ("data", "seg", "probabilities"):
+    orders: Json = {}
+    separate = set()
+    for what, ours in _RESAMPLED.items():
         key = f"resampling_fn_{what}"
         if c.get(key, _RESAMPLING) != _RESAMPLING:
-            refuse(key, c[key])
-        kwargs[what] = c[f"{key}_kwargs"]
-    separate = {k.get("force_separate_z") for k in kwargs.values()}
+            _refuse(key, c[key])
+        kwargs = c[f"{key}_kwargs"]
+        orders |= {f"{ours}_order": kwargs["order"], f"{ours}_order_z": kwargs["order_z"]}
+        separate.add(kwargs.get("force_separate_z"))
     if len(separate) > 1:
-        refuse("resampling_fn_*_kwargs.force_separate_z", separate)
-    return Resampling(
-        image_order=kwargs["data"]["order"],
-        image_order_z=kwargs["data"]["order_z"],
-        label_order=kwargs["seg"]["order"],
-        label_order_z=kwargs["seg"]["order_z"],
-        logits_order=kwargs["probabilities"]["order"],
-        logits_order_z=kwargs["probabilities"]["order_z"],
-        separate_z=separate.pop(),
-    )
+        _refuse("resampling_fn_*_kwargs.force_separate_z", separate)
+    return Resampling(**orders, separate_z=separate.pop())
 
 
 def _channels(plans: Mapping[str, Any], resolved: Mapping[str, Json], description: Description) -> tuple[Channel, ...]:
-    """Normalisation is one for all configurations here, per configuration in nnU-Net."""
+    """nnU-Net has a normalisation per configuration, nnlite one for all."""
     chosen = {(tuple(c["normalization_schemes"]), tuple(c["use_mask_for_norm"])) for c in resolved.values()}
     if len(chosen) != 1:
         raise ValueError("the configurations normalise differently, which nnlite does not do")
@@ -316,7 +425,7 @@ def _channels(plans: Mapping[str, Any], resolved: Mapping[str, Json], descriptio
     by_name = {theirs: ours for ours, theirs in _SCHEMES.items()}
     for scheme in schemes:
         if scheme not in by_name:
-            refuse("normalization_schemes", scheme)
+            _refuse("normalization_schemes", scheme)
     return tuple(
         Channel(
             name=name,
@@ -326,3 +435,79 @@ def _channels(plans: Mapping[str, Any], resolved: Mapping[str, Json], descriptio
         )
         for i, (name, scheme, mask) in enumerate(zip(description.channels, schemes, masks, strict=True))
     )
+
+
+def _architecture_from_nnunet(configuration: Mapping[str, Any]) -> Network:
+    """The network of a configuration; ValueError for one that nnlite does not build, KeyError for a missing entry."""
+    if "architecture" not in configuration:
+        return _older(configuration)
+    architecture = configuration["architecture"]
+    kind = _kind(architecture["network_class_name"])
+    kwargs = architecture["arch_kwargs"]
+    norm, activation = _operations(kwargs, kind)
+    stages, dimensions = kwargs["n_stages"], len(configuration["patch_size"])
+    return Network(
+        kind=kind,
+        features=_repeat(kwargs["features_per_stage"], stages),
+        strides=[_repeat(stride, dimensions) for stride in _repeat(kwargs["strides"], stages)],
+        kernels=[_repeat(kernel, dimensions) for kernel in _repeat(kwargs["kernel_sizes"], stages)],
+        blocks=_repeat(kwargs[_ENCODER_KEY[kind]], stages),
+        decoder_convolutions=_repeat(kwargs["n_conv_per_stage_decoder"], stages - 1),
+        norm=norm,
+        activation=activation,
+    )
+
+
+def _older(configuration: Mapping[str, Any]) -> Network:
+    """Before 2.3 or so the network was spread over the configuration."""
+    kind = _kind(configuration["UNet_class_name"])
+    stages = len(configuration["pool_op_kernel_sizes"])
+    base, top = configuration["UNet_base_num_features"], configuration["unet_max_num_features"]
+    return Network(
+        kind=kind,
+        features=tuple(min(base << stage, top) for stage in range(stages)),
+        strides=configuration["pool_op_kernel_sizes"],
+        kernels=configuration["conv_kernel_sizes"],
+        blocks=_repeat(configuration["n_conv_per_stage_encoder"], stages),
+        decoder_convolutions=_repeat(configuration["n_conv_per_stage_decoder"], stages - 1),
+    )
+
+
+def _kind(class_name: str) -> Kind:
+    short = class_name.rpartition(".")[2]
+    if short not in _CLASSES:
+        _refuse("network class", class_name)
+    return _CLASSES[short]
+
+
+def _operations(kwargs: Mapping[str, Any], kind: Kind) -> tuple[Norm, Activation]:
+    """Norm and activation, after a check that no entry requires anything else."""
+    for key, value in kwargs.items():
+        if key not in {*_ARCH_KEYS, _ENCODER_KEY[kind]} and value is not None:
+            _refuse(key, value)
+    if kwargs.get("dropout_op") is not None:
+        _refuse("dropout_op", kwargs["dropout_op"])
+    if not kwargs.get("conv_bias", False):
+        _refuse("conv_bias", False)
+    norm_kwargs = {**_NORM_KWARGS, **(kwargs.get("norm_op_kwargs") or {})}
+    if norm_kwargs != _NORM_KWARGS:
+        _refuse("norm_op_kwargs", norm_kwargs)
+    activation = str(kwargs["nonlin"]).rpartition(".")[2]
+    slope = (kwargs.get("nonlin_kwargs") or {}).get("negative_slope", 0.01)
+    if activation not in _ACTIVATIONS or slope != 0.01:
+        _refuse("nonlin", f"{activation} {kwargs.get('nonlin_kwargs')}")
+    if kwargs.get("norm_op") is None:
+        return "none", _ACTIVATIONS[activation]
+    norm = str(kwargs["norm_op"]).rpartition(".")[2][:-2]
+    if norm not in _NORMS:
+        _refuse("norm_op", kwargs["norm_op"])
+    return _NORMS[norm], _ACTIVATIONS[activation]
+
+
+def _repeat(value: Any, times: int) -> tuple[Any, ...]:
+    """One number means the same number for all stages or axes."""
+    return (value,) * times if isinstance(value, int) else tuple(value)
+
+
+def _refuse(key: str, value: Any) -> NoReturn:
+    raise ValueError(f"{key} {value!r} is not supported by nnlite")

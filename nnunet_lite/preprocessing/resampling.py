@@ -1,13 +1,14 @@
-"""Resampling as matrix products.
+"""Resample images, label maps and logits as matrix products.
 
 Spline interpolation with edge mode and half-pixel centres is linear and separable: along one axis it is a matrix, which
 is what scipy's zoom makes of the identity. Three products in float32 equal the float64 spline interpolation of
 scikit-image's resize, which nnU-Net uses, to about 1e-6 of the range (M. Unser, "Splines: a perfect fit for signal and
 image processing", 1999, for the interpolation). The matrices are banded, so each block of output reads only the input
-that it needs: results are made slab by slab, and nothing but input and output is ever held at full size.
+that it needs: results are made slab by slab, and only input and output are ever held at full size.
 
-Arrays are (channels, z, y, x), or (z, y, x) for labels; spacings are mm in the same order. numpy computes on the CPU,
-in `threads` of ours whose number changes no bit; a torch tensor is computed on where it lies, and `device` moves it.
+`resample_image` and `resample_labels` are for preprocessing; `resample_slabs`, `operators` and `resampled_rows` for the
+way back from logits, which may be torch tensors on a GPU. Arrays are (channels, z, y, x), or (z, y, x) for labels;
+spacings are mm in the same order. On the CPU the work is split over `threads`, whose number changes no bit.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.system import cpus
 
-if TYPE_CHECKING:
-    import torch
-
 ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
 _NEGLIGIBLE = 1e-8  # weights below it are left out: a cubic spline's reach 14 voxels far
 _TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 rounds, far below what a share means
-_FEW = 4  # labels found by numpy as fast as by scipy, which takes longer to load than some data sets to preprocess
+_FEW = (
+    4  # labels whose boxes numpy finds as fast as scipy, which takes longer to load than small datasets to preprocess
+)
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
 
 Shape = tuple[int, int, int]
@@ -41,7 +42,10 @@ Array = Any  # numpy array or torch tensor: both know `@`
 
 @dataclass(frozen=True)
 class Block:
-    """Output `start:stop` of one axis is `matrix` (stop - start, high - low) times input `low:high`."""
+    """Output `start:stop` of one axis is `matrix` (stop - start, high - low) times input `low:high`.
+
+    The matrix is None where nothing changes.
+    """
 
     start: int
     stop: int
@@ -51,9 +55,9 @@ class Block:
 
 
 def separate_axis(spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
-    """The coarse axis along which slices are resampled one by one, or None.
+    """Return the coarse axis along which slices are resampled one by one, or None.
 
-    As in nnU-Net: where the spacing, before or else after, is more than three times coarser along one axis only.
+    As in nnU-Net: where the old spacing, otherwise the new one, is more than three times coarser along one axis only.
     """
     for candidate in (spacing, new_spacing):
         if max(candidate) / min(candidate) > ANISOTROPY:
@@ -63,7 +67,7 @@ def separate_axis(spacing: Sequence[float], new_spacing: Sequence[float]) -> int
 
 
 def coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float], separate_z: bool | None) -> int | None:
-    """`separate_axis`, unless `separate_z` decides: False never, True always, along the coarsest axis of `spacing`."""
+    """Return `separate_axis`, unless `separate_z` decides: False never, True always, along the coarsest old axis."""
     if separate_z is None:
         return separate_axis(spacing, new_spacing)
     coarse = [axis for axis, s in enumerate(spacing) if s == max(spacing)]
@@ -71,38 +75,57 @@ def coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float], separate
 
 
 def resample_image(
-    data: np.ndarray | torch.Tensor,
+    data: np.ndarray,
     new_shape: Sequence[int],
     spacing: Sequence[float],
     new_spacing: Sequence[float],
     order: int = 3,
     order_z: int = 0,
     separate_z: bool | None = None,
-    device: str | torch.device | None = None,
     threads: int | None = None,
-) -> Any:
-    """Resample a (channels, z, y, x) image to `new_shape`; float32, numpy unless data is a tensor or `device` is given.
+) -> np.ndarray:
+    """Resample an image.
 
     Cubic interpolation overshoots at edges; the result is clipped to the range of the input, of each channel or, where
-    slices are resampled one by one, of each slice. The same shape is returned as it is.
+    slices are resampled one by one, of each slice.
+
+    Parameters
+    ----------
+    data : ndarray, shape (channels, z, y, x)
+        Intensities.
+    new_shape : sequence of int
+        Voxels (z, y, x) of the result.
+    spacing, new_spacing : sequence of float
+        mm (z, y, x), before and after.
+    order, order_z : int
+        Spline orders, in plane and along the coarse axis.
+    separate_z : bool, optional
+        Resample slices one by one; None where the spacing is anisotropic.
+    threads : int, optional
+        None for one per CPU that this process may use.
+
+    Returns
+    -------
+    ndarray, shape (channels, *new_shape)
+        float32; the input itself where it has this shape.
     """
-    data = _as_float(data, device)
+    data = data.astype(np.float32, copy=False)
     shape, target = _shape(data.shape[1:]), _shape(new_shape)
     if shape == target:
         return data
     axis = coarse_axis(spacing, new_spacing, separate_z)
-    out = _empty(data, (data.shape[0], *target))
+    out = np.empty((data.shape[0], *target), np.float32)
     for channel, result in zip(data, out, strict=True):
 
-        def write(start: int, slab: Array, result: Array = result) -> None:
+        def write(start: int, slab: np.ndarray, result: np.ndarray = result) -> None:
             result[start : start + len(slab)] = slab
 
         if axis is None or order_z == 0:
             orders = tuple(order_z if a == axis else order for a in range(3))
             resample_slabs(channel, target, orders, write, axis, order > 1, threads=threads)
-        else:
+        else:  # slices first, then between them
             flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
-            between = resample_image(channel[None], flat, spacing, new_spacing, order, 0, separate_z, threads=threads)
+            between = resample_image(channel[None], flat, spacing, new_spacing, order, 0, separate_z, threads)
             resample_slabs(between[0], target, (order_z,) * 3, write, threads=threads)
     return out
 
@@ -117,11 +140,24 @@ def resample_labels(
     separate_z: bool | None = None,
     threads: int | None = None,
 ) -> np.ndarray:
-    """Resample a (z, y, x) label map of integers >= 0 to `new_shape`, same type.
+    """Resample a label map.
 
     Each label's mask is interpolated, inside its bounding box, and the label of the largest share is written: the one
-    of at least one half where two meet. The nearest voxel's label wins a tie. So does nnU-Net with batchgenerators
-    0.25.5; with older ones it left background where no share reached one half, and the higher label won a tie.
+    of at least one half where two meet. The nearest voxel's label wins a tie. nnU-Net does the same with
+    batchgenerators 0.25.5; with older ones it left background where no share reached one half, and the higher label
+    won a tie.
+
+    Parameters
+    ----------
+    labels : ndarray, shape (z, y, x)
+        Integers >= 0.
+    new_shape, spacing, new_spacing, order, order_z, separate_z, threads
+        As in `resample_image`.
+
+    Returns
+    -------
+    ndarray, shape `new_shape`
+        Of the same type; the input itself where it has this shape.
     """
     shape, target = _shape(labels.shape), _shape(new_shape)
     if shape == target:
@@ -169,16 +205,27 @@ def resample_slabs(
     size: int = _SLAB,
     threads: int | None = None,
 ) -> None:
-    """Resample (z, y, x), or (channels, z, y, x) with `clip` off, and hand over slabs of the output with `use`.
+    """Resample an array and hand over slabs of the output.
 
     Parameters
     ----------
-    orders : spline order of each axis.
-    use : called with the first output slice of a slab and the slab, float32, in no particular order, from several
+    data : ndarray or Tensor, shape (z, y, x) or (channels, z, y, x)
+        With `clip`, a numpy array (z, y, x).
+    target : tuple of int
+        Voxels (z, y, x) of the output.
+    orders : sequence of int
+        Spline order of each axis.
+    use : callable
+        Called with the first output slice of a slab and the slab, float32, in no particular order, from several
         threads where the data is a numpy array.
-    axis : with `clip`, the axis along which each slice has its own range; None for one range for all.
-    size : output slices per slab.
-    threads : None for one per CPU that this process may use.
+    axis : int, optional
+        With `clip`, the axis along which each slice has its own range; None for one range for all.
+    clip : bool
+        Clip the output to the range of the input.
+    size : int
+        Output slices per slab.
+    threads : int, optional
+        None for one per CPU that this process may use.
     """
     z, y, x = operators(data, _shape(data.shape[-3:]), target, orders, size)
     bounds = _bounds(data, axis, target) if clip else None
@@ -196,20 +243,54 @@ def resample_slabs(
 def operators(
     like: Array, shape: Shape, target: Shape, orders: Sequence[int], size: int = _SLAB
 ) -> tuple[tuple[Block, ...], tuple[Block, ...], tuple[Block, ...]]:
-    """The operators of (z, y, x), of the kind that the data is and where it lies; `size` output slices per block."""
+    """Return the operators of the three axes in blocks.
+
+    Parameters
+    ----------
+    like : ndarray or Tensor
+        The data: the matrices are of its kind, and on its device.
+    shape, target : tuple of int
+        Voxels (z, y, x), before and after.
+    orders : sequence of int
+        Spline order of each axis.
+    size : int
+        Output slices per block of the first axis.
+
+    Returns
+    -------
+    tuple of three tuples of Block
+        For z, y and x.
+    """
     rest = _BLOCK if isinstance(like, np.ndarray) else max(target)  # a GPU wants few large products
     sizes = (size, rest, rest)
     z, y, x = (
-        tuple(_on(like, part) for part in blocks(n, m, order, at_once))
+        tuple(
+            part if part.matrix is None else replace(part, matrix=operand(like, part.matrix))
+            for part in blocks(n, m, order, at_once)
+        )
         for n, m, order, at_once in zip(shape, target, orders, sizes, strict=True)
     )
     return z, y, x
 
 
-def slab_of(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple[int, slice, Array]]:
-    """One block of the product on the first axis of (z, channels, y, x), and all of the others of it, piece by piece.
+def resampled_rows(
+    data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]
+) -> Iterator[tuple[int, slice, Array]]:
+    """Resample one block of output slices, piece by piece.
 
-    Yields the output slice, its rows, and (channels, rows, x), float32: small enough for the cache.
+    Parameters
+    ----------
+    data : ndarray or Tensor, shape (z, channels, y, x)
+        The input.
+    part : Block
+        The operator of these output slices.
+    y, x : sequence of Block
+        The operators of the other axes.
+
+    Yields
+    ------
+    tuple of int, slice and array, shape (channels, rows, x)
+        The output slice, its rows, and their values in float32: small enough for the cache.
     """
     slab = _float(data[part.low : part.high])
     if part.matrix is not None:
@@ -221,8 +302,8 @@ def slab_of(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) ->
 
 @lru_cache(maxsize=128)
 def operator(old: int, new: int, order: int) -> np.ndarray:
-    """The matrix (new, old), float32, that resamples one axis by a spline of that order; order 0 takes the nearest."""
-    from scipy.ndimage import zoom
+    """Return the matrix (new, old), float32, that resamples one axis by a spline of an order; 0 takes the nearest."""
+    from scipy.ndimage import zoom  # a fifth of a second, which equal spacings do not need
 
     if order == 0 or old == new:
         return np.eye(old, dtype=np.float32)[nearest(old, new)]
@@ -233,14 +314,14 @@ def operator(old: int, new: int, order: int) -> np.ndarray:
 
 @lru_cache(maxsize=128)
 def nearest(old: int, new: int) -> np.ndarray:
-    """For each of `new` voxels along an axis, the nearest of `old`."""
+    """Return for each of `new` voxels along an axis the nearest of `old`."""
     positions = old / new * (np.arange(new) + 0.5) - 0.5
     return np.clip(np.floor(positions + 0.5), 0, old - 1).astype(np.intp)
 
 
 @lru_cache(maxsize=512)
 def blocks(old: int, new: int, order: int, size: int) -> tuple[Block, ...]:
-    """The operator of one axis in blocks of at most `size` outputs; their matrix is None where nothing changes."""
+    """Return the operator of one axis in blocks of at most `size` outputs."""
     if old == new:
         return tuple(Block(i, min(i + size, new), i, min(i + size, new), None) for i in range(0, new, size))
     return _split(operator(old, new, order), size)
@@ -258,7 +339,7 @@ def _split(matrix: np.ndarray, size: int) -> tuple[Block, ...]:
 
 
 def label_boxes(labels: np.ndarray) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Every value above zero in ascending order, with its bounding box."""
+    """Yield every value above zero in ascending order, with its bounding box."""
     top = int(labels.max(initial=0))
     if top <= _FEW:
         for value in range(1, top + 1):
@@ -302,16 +383,14 @@ def _rows(slab: Array, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple
         yield slice(down.start, down.stop), strip
 
 
-def _bounds(channel: Array, axis: int | None, target: Shape) -> tuple[Array, Array]:
+def _bounds(channel: np.ndarray, axis: int | None, target: Shape) -> tuple[Any, Any]:
     """Range of (z, y, x), or of each slice along `axis`, laid out to broadcast against the output."""
     if axis is None:
         return channel.min(), channel.max()
     others = tuple(a for a in range(3) if a != axis)
     index = nearest(channel.shape[axis], target[axis])
-    lowest, highest = ("min", "max") if isinstance(channel, np.ndarray) else ("amin", "amax")
     shape = [-1 if a == axis else 1 for a in range(3)]
-    low, high = (getattr(channel, f)(others)[index].reshape(shape) for f in (lowest, highest))
-    return low, high
+    return channel.min(others)[index].reshape(shape), channel.max(others)[index].reshape(shape)
 
 
 def _nearest_slab(labels: np.ndarray, target: Shape, start: int, stop: int) -> np.ndarray:
@@ -323,7 +402,7 @@ def _nearest_slab(labels: np.ndarray, target: Shape, start: int, stop: int) -> n
 def _reached(
     box: Sequence[slice], shape: Sequence[int], target: Sequence[int], orders: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[tuple[Block, ...], ...]] | None:
-    """Where in the output a box of the input shows, axis by axis, and the operators that lead there; None: nowhere."""
+    """The part of the output that a box of the input affects, and its operators, axis by axis; None for no part."""
     where, parts = [], []
     for span, n, m, order in zip(box, shape, target, orders, strict=True):
         matrix = operator(n, m, order)[:, span]
@@ -335,14 +414,6 @@ def _reached(
     return tuple(where), tuple(parts)
 
 
-def _as_float(data: Array, device: Any) -> Array:
-    if isinstance(data, np.ndarray) and device is None:
-        return data.astype(np.float32, copy=False)
-    import torch
-
-    return torch.as_tensor(data).to(device=device, dtype=torch.float32)
-
-
 def _float(slab: Array) -> Array:
     return slab.astype(np.float32, copy=False) if isinstance(slab, np.ndarray) else slab.float()
 
@@ -352,16 +423,8 @@ def _empty(like: Array, shape: Sequence[int]) -> Array:
 
 
 def operand(like: Array, matrix: np.ndarray) -> Array:
-    """A matrix of the kind that the data is, where that lies."""
-    if isinstance(like, np.ndarray):
-        return matrix
-    import torch
-
-    return torch.from_numpy(matrix).to(like.device)
-
-
-def _on(like: Array, part: Block) -> Block:
-    return part if part.matrix is None else replace(part, matrix=operand(like, part.matrix))
+    """Return a matrix of the kind of the data, on its device."""
+    return matrix if isinstance(like, np.ndarray) else like.new_tensor(matrix, dtype=like.new_empty(0).float().dtype)
 
 
 def _shape(values: Any) -> Shape:
@@ -374,7 +437,7 @@ _blas_lock = Lock()
 
 
 def run_in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int | None = None) -> None:
-    """Work on all parts, in one thread per CPU unless told otherwise."""
+    """Call a function with each part, in a number of threads (None: one per CPU), while BLAS has one for each."""
     threads = min(threads or cpus(), len(parts))
     with one_blas_thread():  # its own would wait for each other after each of many small products
         if threads < 2:
@@ -388,14 +451,14 @@ def run_in_threads(work: Callable[[T], None], parts: Sequence[T], threads: int |
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """numpy's BLAS in one thread, a limit of the process: callers share it, and the last one to leave lifts it.
+    """Limit numpy's BLAS to one thread; the limit is the process's: callers share it, and the last one lifts it.
 
-    With a limit for each, one would put back what another had set, and leave it so. threadpoolctl heeds one living
-    thread alone, which may not be the one that leaves last, so a thread of its own sets and lifts it.
+    With a limit for each, one caller would restore what another had set. threadpoolctl works on the thread that calls
+    it, which may not be the one that leaves last, so a thread of its own sets and lifts the limit.
     """
     with _blas_lock:
         if not _blas_limits:
-            _apart(lambda: _blas_limits.append(_blas().limit(limits=1)))
+            _in_own_thread(lambda: _blas_limits.append(_blas().limit(limits=1)))
         else:
             _blas_limits.append(_blas_limits[0])
     try:
@@ -404,10 +467,10 @@ def one_blas_thread() -> Iterator[None]:
         with _blas_lock:
             limit = _blas_limits.pop()
             if not _blas_limits:
-                _apart(limit.restore_original_limits)
+                _in_own_thread(limit.restore_original_limits)
 
 
-def _apart(work: Callable[[], None]) -> None:
+def _in_own_thread(work: Callable[[], None]) -> None:
     thread = Thread(target=work)
     thread.start()
     thread.join()
@@ -416,6 +479,4 @@ def _apart(work: Callable[[], None]) -> None:
 @lru_cache(maxsize=1)
 def _blas() -> Any:
     """The handle on numpy's BLAS and its threads."""
-    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
-
     return ThreadpoolController().select(user_api="blas")
