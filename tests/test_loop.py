@@ -30,7 +30,7 @@ from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
-from nnunet_lite.training.cache import LoadedCase, in_memory
+from nnunet_lite.training.cache import LoadedCase, load_case
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.learner import choose_format, make_network
@@ -105,7 +105,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], None]) -> list[LoadedCase]:
     """The cases with other classes, and the voxels that belong to them."""
     out = []
-    for case in map(in_memory, cases):
+    for case in map(load_case, cases):
         label = case.label.copy()
         change(label)
         voxels = dict(sample_voxels(label, labels))
@@ -148,6 +148,175 @@ def test_one_seed_gives_one_result_with_and_without_a_thread(job: MakeJob) -> No
     assert not same_weights(one.folder, other.folder)
 
 
+<<<<<<< HEAD
+=======
+def kill_in_mid_run(command: list[str], fold: Path) -> int:
+    """Start the command, kill it when two epochs are saved, and return how many were."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
+    assert process.stderr is not None
+    until = time.monotonic() + 120
+    while not (fold / CHECKPOINT).is_file() or read_weights_header(fold / CHECKPOINT)["epoch"] < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    return int(read_weights_header(fold / CHECKPOINT)["epoch"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {
+            "optimizer.name": "adamw",
+            "training.precision": "bf16",
+            "training.channels_last": True,
+            "schedule.name": "plateau",
+            "schedule.patience": 1,
+            "network.norm": "batch",
+        },
+    ],
+    ids=["sgd", "adamw-bf16-plateau-batch-norm"],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], more: dict[str, Any]
+) -> None:
+    workspace, epochs = tmp_path / "workspace", 6
+    shutil.copytree(tiny_workspace, workspace)
+    changes = tiny_settings | SMALL | {"training.epochs": epochs, "training.iterations": 5} | more
+    models = workspace / "Task04_Hippocampus" / "models"
+
+    def call(name: str) -> dict[str, Any]:
+        common = {"configuration": "3d_fullres", "fold": "all", "workspace": str(workspace), "device": "cpu"}
+        return common | {"settings": changes, "name": name}
+
+    killed, whole = models / "killed" / "fold_all", models / "whole" / "fold_all"
+    script = f"import nnunet_lite; nnunet_lite.train(**{call('killed')!r})"
+    saved = kill_in_mid_run([sys.executable, "-c", script], killed)
+    assert 2 <= saved < epochs
+    assert not is_finished(killed)
+    nnunet_lite.train(**call("killed"))  # the same call again
+    nnunet_lite.train(**call("whole"))
+    assert same_weights(killed, whole)
+    assert [row["epoch"] for row in rows(killed)] == list(range(1, epochs + 1))
+    assert without_clock(killed) == without_clock(whole)
+
+
+def test_rows_that_the_checkpoint_has_not_seen_are_dropped(job: MakeJob) -> None:
+    run = job()
+    train_fold(run)
+    before = without_clock(run.folder)
+    (run.folder / MODEL).unlink()
+    with (run.folder / METRICS).open("a") as file:
+        file.write(json.dumps(rows(run.folder)[-1] | {"epoch": 3}) + '\n{"epoch": 4, "dice": {"Anterior": 0.5}')
+    train_fold(run)  # all epochs are there: only the model is written
+    assert without_clock(run.folder) == before
+    assert is_finished(run.folder)
+
+
+def test_a_checkpoint_of_another_network_is_one_line(job: MakeJob) -> None:
+    run, wider = job(), job("wider", **{"network.features_base": 5})
+    train_fold(run)
+    shutil.copy(run.folder / CHECKPOINT, wider.folder)
+    with pytest.raises(UserError, match="weights of another network"):
+        train_fold(wider)
+
+
+def spoiled(case: Any, value: float) -> LoadedCase:
+    loaded = load_case(case)
+    return LoadedCase("spoiled", np.full_like(loaded.image, value), loaded.label, loaded.foreground, loaded.annotated)
+
+
+def test_images_that_are_not_finite_end_the_run_with_their_name(job: MakeJob, tiny_cases: list[Any]) -> None:
+    bad = [spoiled(tiny_cases[0], math.nan)]
+    run = job(cases=bad, **{"training.max_bad_steps": 4, "training.iterations": 10})
+    with pytest.raises(UserError, match=r"not finite in 4 steps.*spoiled.*nnlite check"):
+        train_fold(run)
+    assert not is_finished(run.folder)
+
+
+def test_a_few_bad_steps_are_left_out_and_counted(job: MakeJob, tiny_cases: list[Any]) -> None:
+    mixed = [spoiled(tiny_cases[0], math.nan), *tiny_cases[1:7]]
+    run = job(cases=mixed, **{"training.iterations": 8})
+    train_fold(run)
+    table = rows(run.folder)
+    assert 1 <= table[-1]["bad_steps"] < 16
+    assert all(math.isfinite(row["train_loss"]) for row in table)
+    assert all(torch.isfinite(weight).all() for weight in load_file(run.folder / MODEL).values())
+
+
+def test_held_out_logits_that_are_not_finite_have_no_dice(
+    job: MakeJob, tiny_cases: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They would count as background: a Dice of 0 for a network that may be a good one."""
+    run = job(cases=[*tiny_cases[:7], spoiled(tiny_cases[7], math.nan)], **{"training.iterations": 1})
+    train_fold(run)
+    for row in rows(run.folder):
+        assert row["validation_loss"] is None and row["mean_dice"] is None and set(row["dice"].values()) == {None}
+    assert "held-out loss not finite" in capfd.readouterr().err
+
+
+def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob) -> None:
+    run = job(**{"training.epochs": 1000, "training.time_limit": 0.05, "training.iterations": 10})
+    start = time.monotonic()
+    train_fold(run)
+    assert 2 < time.monotonic() - start < 15
+    table = rows(run.folder)
+    assert len(table) < 1000
+    assert table[-1]["lr"] < 0.7 * 0.01
+    assert is_finished(run.folder)
+
+
+def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(job: MakeJob) -> None:
+    """Of 100 000 steps and as many validation batches to an epoch, as of slow ones on a CPU."""
+    many = {"training.iterations": 100_000, "training.validation_iterations": 100_000}
+    run = job(**many, **{"training.time_limit": 0.03, "schedule.name": "constant"})
+    start = time.monotonic()
+    train_fold(run)
+    assert time.monotonic() - start < 15
+    (row,) = rows(run.folder)
+    assert 0 < row["validation_loss"] < 3 and row["seconds"] < 3
+
+
+def test_a_run_makes_one_step_however_short_its_time(job: MakeJob) -> None:
+    run = job(**{"training.time_limit": 1e-6, "training.iterations": 10, "training.seed": None})
+    train_fold(run)
+    (row,) = rows(run.folder)
+    assert row["train_loss"] is not None and row["lr"] > 0
+
+
+def test_timing_number_formats_keeps_to_a_share_of_the_time(job: MakeJob) -> None:
+    """Where a step takes longer than a twentieth of the limit, only the likely winner is timed."""
+    auto = {"training.seed": None, "training.precision": "fp32", "training.channels_last": "auto"}
+    run = job(**auto, **{"training.patch_size": [32, 40, 32], "training.batch_size": 4, "training.time_limit": 1e-4})
+    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_format(run, make_network(run)).reason)
+    patient = replace(run, settings=with_changes(run.settings, {"training.time_limit": 60}))
+    reason = choose_format(patient, make_network(patient)).reason
+    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s, fp32 \S+ s", reason)
+
+
+def test_the_time_of_the_number_formats_counts(job: MakeJob) -> None:
+    auto = {"training.seed": None, "training.channels_last": "auto", "training.patch_size": [32, 40, 32]}
+    run = job(**auto, **{"training.epochs": 1, "training.iterations": 1})
+    start = time.monotonic()
+    train_fold(run)
+    whole, epoch = time.monotonic() - start, rows(run.folder)[0]["seconds"]
+    state = read_weights_header(run.folder / CHECKPOINT)
+    timed = [float(seconds) for seconds in re.findall(r"([\d.e-]+) s\b", state["arithmetic"]["reason"])]
+    assert len(timed) >= 2 and epoch + sum(timed) < state["seconds"] < whole
+
+
+def test_the_plateau_rule_ends_the_run(job: MakeJob) -> None:
+    changes = {"schedule.name": "plateau", "schedule.patience": 1, "optimizer.lr": 2e-6, "training.epochs": 50}
+    run = job(**changes, **{"training.validation_iterations": 0, "training.iterations": 1})
+    train_fold(run)
+    assert 3 <= len(rows(run.folder)) < 50
+    assert "dice" not in rows(run.folder)[0]
+
+
+>>>>>>> trunk
 def test_two_dimensional_networks_train(job: MakeJob, tiny_workspace: Path, tiny_cases: list[Any]) -> None:
     paths = planned_paths(tiny_workspace)
     plan = Plan.read(paths.plans)

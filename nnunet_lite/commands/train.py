@@ -63,8 +63,8 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import load_settings, with_changes
-from nnunet_lite.training.batches import check_augmentation
 from nnunet_lite.training.cache import load_cases
+from nnunet_lite.training.dataloader import check_augmentation
 from nnunet_lite.training.distributed import (
     Ranks,
     current_ranks,
