@@ -491,10 +491,10 @@ def _tasks(
     return [PredictionTask(window, image, preprocessed.placement, resampling) for window in windows]
 
 
-def _stack(image: np.ndarray, previous: np.ndarray | None) -> Tensor:
+def _stack(image: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
     """Return the input of a network: a preprocessed image, and the classes of a first stage as its last channel."""
     channels = image if previous is None else np.concatenate([image, previous[None]], dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(channels, np.float32))
+    return np.ascontiguousarray(channels, np.float32)
 
 
 def _sliding_window(predictor: Predictor, second: bool, whole: bool = False) -> SlidingWindow:
