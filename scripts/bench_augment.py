@@ -33,11 +33,10 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.augmentation import is_in_plane, rotation_limit
-from nnunet_lite.training.batches import make_batch
-from nnunet_lite.training.batchgenerators import oversized
-from nnunet_lite.training.cache import LoadedCase, in_memory
+from nnunet_lite.training.batchgenerators import oversize
+from nnunet_lite.training.cache import LoadedCase, load_case
+from nnunet_lite.training.dataloader import draw_locations, enlarge, make_batch, read_patches, rng_for
 from nnunet_lite.training.job import Job, configure_plan
-from nnunet_lite.training.sampler import draw_places, enlarged, read_stack, rng_for
 from nnunet_lite.workspace import planned_paths
 
 CPU = torch.device("cpu")
@@ -84,7 +83,7 @@ def jobs(workspace: Path) -> dict[str, Job]:
 
     def job(configuration: str, stored: list[Any], **changes: Any) -> Job:
         settings = with_changes(Settings(), changes)
-        made, loaded = configure_plan(plan, configuration, settings), [in_memory(case) for case in stored]
+        made, loaded = configure_plan(plan, configuration, settings), [load_case(case) for case in stored]
         return Job(made, configuration, settings, 5, workspace, CPU, loaded, stored)
 
     rng, noise = np.random.default_rng(0), []
@@ -103,11 +102,11 @@ def jobs(workspace: Path) -> dict[str, Job]:
 def nnunet_ms(python: str, job: Job, batches: int) -> list[float]:
     """nnU-Net's transforms on oversized patches of the same cases."""
     settings = job.settings.augmentation
-    wide, count = oversized(settings, job.patch), min(64, 4 * job.planned.batch_size)
-    places = draw_places(job.training, job.patch, count, 0.33, None, is_in_plane(job.patch), rng_for(0, 0, 0))
-    stack = read_stack(job.training, [enlarged(place, job.patch, wide) for place in places], wide, CPU).to(CPU)
+    wide, count = oversize(settings, job.patch), min(64, 4 * job.planned.batch_size)
+    places = draw_locations(job.training, job.patch, count, 0.33, None, rng_for(0, 0, 0))
+    patches = read_patches(job.training, [enlarge(place, job.patch, wide) for place in places], wide, CPU)
     first = 3 - job.dimensions
-    images, classes = (x[:, :, 0].numpy() if first else x.numpy() for x in (stack.images, stack.classes))
+    images, classes = (x[:, :, 0].numpy() if first else x.numpy() for x in patches)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "patches.npz"
         np.savez(

@@ -10,22 +10,22 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augmentation import (
     Intensity,
     apply_intensity,
     apply_mirror,
+    copy_to_device,
     draw_intensity,
     draw_matrix,
     draw_mirror,
     is_in_plane,
-    on_device,
-    samples_of,
-    warped,
+    select_samples,
+    warp_samples,
 )
 from nnunet_lite.training.cache import LoadedCase
-from nnunet_lite.training.sampler import Place, draw_places, read_stack, rng_for
-from nnunet_lite.training.swaps import Swap
+from nnunet_lite.training.dataloader import Location, draw_locations, read_patches, rng_for
 
 CPU = torch.device("cpu")
 
@@ -37,8 +37,8 @@ def smooth(shape: tuple[int, ...], sigma: float = 2.0, seed: int = 0) -> np.ndar
 
 def turned(image: np.ndarray, label: np.ndarray, corner: Any, patch: Any, matrix: Any) -> tuple[Tensor, Tensor]:
     case = LoadedCase("case", image[None], label, {}, None)
-    stack = read_stack([case], [Place(0, corner, matrix)], patch, CPU).to(CPU)
-    images, classes = warped(stack.images, stack.classes, *on_device([matrix[None]], CPU), patch)
+    images, classes = read_patches([case], [Location(0, corner, matrix)], patch, CPU)
+    images, classes = warp_samples(images, classes, *copy_to_device([matrix[None]], CPU), patch)
     return images[0, 0], classes[0, 0]
 
 
@@ -59,7 +59,7 @@ def test_image_and_label_stay_aligned(in_plane: bool) -> None:
     settings, patch = AugmentationSettings(p_rotation=1, p_scaling=1), (5, 18, 20) if in_plane else (16, 18, 20)
     for i in range(8):
         rng = rng_for(0, 0, i)
-        matrix = draw_matrix(rng, settings, patch, in_plane)
+        matrix = draw_matrix(rng, settings, patch)
         image, moved = turned(label.astype(np.float32), label, (10, 11, 12), patch, matrix)
         images, labels = image[None, None], moved[None, None]
         apply_mirror(images, labels, rng.random((1, 3)) < 0.5)
@@ -70,7 +70,7 @@ def test_in_plane_transforms_leave_the_first_axis_alone() -> None:
     image = np.arange(12, dtype=np.float32)[:, None, None].repeat(40, 1).repeat(40, 2)
     settings, patch = AugmentationSettings(p_rotation=1, p_scaling=1, scaling=(0.7, 0.9)), (4, 16, 16)
     for i in range(5):
-        matrix = draw_matrix(rng_for(1, 0, i), settings, patch, True)
+        matrix = draw_matrix(rng_for(1, 0, i), settings, patch)
         assert matrix is not None
         np.testing.assert_array_equal(matrix[0], [1, 0, 0])
         np.testing.assert_array_equal(matrix[:, 0], [1, 0, 0])
@@ -91,7 +91,7 @@ def test_drawn_angles_and_factors_are_in_their_ranges() -> None:
     rotate, scale = AugmentationSettings(p_rotation=1, p_scaling=0), AugmentationSettings(p_rotation=0, p_scaling=1)
 
     def angles(patch: tuple[int, int, int], settings: AugmentationSettings = rotate) -> np.ndarray:
-        drawn = [draw_matrix(rng_for(0, 0, i), settings, patch, True) for i in range(300)]
+        drawn = [draw_matrix(rng_for(0, 0, i), settings, patch) for i in range(300)]
         return np.array([np.degrees(np.arctan2(m[2, 1], m[1, 1])) for m in drawn if m is not None])
 
     assert 150 < np.abs(angles((4, 64, 64))).max() <= 180
@@ -99,10 +99,10 @@ def test_drawn_angles_and_factors_are_in_their_ranges() -> None:
     little = AugmentationSettings(p_rotation=1, p_scaling=0, rotation_in_plane=5)
     assert all(4 < np.abs(angles(patch, little)).max() <= 5 for patch in ((4, 64, 64), (1, 64, 64), (1, 64, 32)))
     for i in range(50):
-        matrix = draw_matrix(rng_for(0, 0, i), rotate, (32, 32, 32), False)
+        matrix = draw_matrix(rng_for(0, 0, i), rotate, (32, 32, 32))
         assert matrix is not None
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
-    factors = np.array([draw_matrix(rng_for(0, 1, i), scale, (8, 8, 8), False)[0, 0] for i in range(600)])  # type: ignore[index]
+    factors = np.array([draw_matrix(rng_for(0, 1, i), scale, (8, 8, 8))[0, 0] for i in range(600)])  # type: ignore[index]
     assert factors.min() >= 0.7
     assert factors.max() <= 1.4
     assert (factors < 1).mean() == pytest.approx(3 / 7, abs=0.06)  # uniform, as nnU-Net 2.8.1 draws them
@@ -141,7 +141,7 @@ def test_shares_that_are_drawn_are_those_of_the_settings() -> None:
     shares = draw_mirror(np.random.default_rng(0), settings, n, (0, 2)).mean(0)
     assert shares[[0, 2]] == pytest.approx(0.5, abs=0.02)
     assert shares[1] == 0
-    matrices = [draw_matrix(rng_for(3, 0, i), settings, (8, 8, 8), False) for i in range(2000)]
+    matrices = [draw_matrix(rng_for(3, 0, i), settings, (8, 8, 8)) for i in range(2000)]
     assert np.mean([m is not None for m in matrices]) == pytest.approx(1 - 0.8 * 0.8, abs=0.04)
 
 
@@ -180,7 +180,7 @@ def test_noise_has_its_spread_and_depends_on_the_sample_alone() -> None:
     noisy = applied(images, draw)
     assert float(noisy[0].std()) == pytest.approx(0.1, rel=0.05)
     assert not noisy[1].any()
-    assert torch.equal(applied(images[2:], samples_of(draw, slice(2, 3)))[0], noisy[2])
+    assert torch.equal(applied(images[2:], select_samples(draw, slice(2, 3)))[0], noisy[2])
     fields = np.corrcoef(noisy[[0, 2]].flatten(0, 1).flatten(1))  # of two channels in two samples
     assert np.abs(fields - np.eye(4)).max() < 0.05, "every channel and sample has a field of its own"
 
@@ -191,7 +191,7 @@ def test_samples_do_not_depend_on_the_rest_of_the_batch() -> None:
     images = torch.from_numpy(smooth((5, 2, 9, 10, 11), 1))
     whole = applied(images, draw)
     for part in (slice(0, 3), slice(3, 5)):
-        torch.testing.assert_close(applied(images[part], samples_of(draw, part)), whole[part], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(applied(images[part], select_samples(draw, part)), whole[part], atol=1e-5, rtol=1e-5)
 
 
 def test_labels_are_swapped_where_left_and_right_are() -> None:
@@ -199,7 +199,7 @@ def test_labels_are_swapped_where_left_and_right_are() -> None:
     flips = np.array([[False, False, True], [True, True, False], [False, False, False], [True, False, True]])
     table = (0, 2, 1, 3, 4)
     found = classes.clone()
-    apply_mirror(torch.zeros(4, 1, 3, 4, 5), found, flips, Swap(2, table))
+    apply_mirror(torch.zeros(4, 1, 3, 4, 5), found, flips, ClassSwap(2, table))
     other = torch.tensor(table, dtype=torch.uint8)[classes.long()]
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], other[0].flip(3))
@@ -215,10 +215,10 @@ def test_augmented_patches_of_real_images_stay_sane(tiny_cases: list[Any]) -> No
         means, spreads = [], []
         for iteration in range(6):
             rng = rng_for(5, i, iteration)
-            places = [p for p in draw_places(tiny_cases, patch, 9, 0.33, settings, False, rng) if p.matrix is not None]
-            stack = read_stack(tiny_cases, places, patch, CPU).to(CPU)
+            places = [p for p in draw_locations(tiny_cases, patch, 9, 0.33, settings, rng) if p.matrix is not None]
+            images, classes = read_patches(tiny_cases, places, patch, CPU)
             matrices = np.stack([m for p in places if (m := p.matrix) is not None])
-            images, classes = warped(stack.images, stack.classes, *on_device([matrices], CPU), patch)
+            images, classes = warp_samples(images, classes, *copy_to_device([matrices], CPU), patch)
             moved = apply_intensity(images, draw_intensity(rng, settings, len(places), 1))
             assert (moved.shape[1:], moved.dtype, classes.dtype) == ((1, *patch), torch.float32, torch.uint8)
             assert torch.isfinite(moved).all()

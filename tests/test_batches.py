@@ -15,11 +15,17 @@ import torch
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.batches import build_batch, check_augmentation, draw_batch, make_batch, training_batches
-from nnunet_lite.training.cache import LoadedCase, in_memory, on_device
+from nnunet_lite.training.cache import LoadedCase, load_case, move_case
+from nnunet_lite.training.dataloader import (
+    build_batch,
+    check_augmentation,
+    draw_batch,
+    make_batch,
+    prefetch,
+    training_batches,
+)
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job, configure_plan
-from nnunet_lite.training.prefetch import prefetch
 from nnunet_lite.workspace import planned_paths
 
 CPU = torch.device("cpu")
@@ -85,10 +91,10 @@ def test_ranks_make_the_samples_that_one_process_would(job: MakeJob, pipeline: s
 
 
 def test_it_does_not_matter_where_the_cases_lie(job: MakeJob, tiny_cases: list[Any]) -> None:
-    in_ram = [in_memory(case) for case in tiny_cases]
+    in_ram = [load_case(case) for case in tiny_cases]
     batches = [
         make_batch(run, run.training, 1, 1, augment=True)
-        for run in (job(**ALL), job(cases=in_ram, **ALL), job(cases=[on_device(case, CPU) for case in in_ram], **ALL))
+        for run in (job(**ALL), job(cases=in_ram, **ALL), job(cases=[move_case(case, CPU) for case in in_ram], **ALL))
     ]
     assert same(batches[0], batches[1])
     assert same(batches[0], batches[2])
@@ -98,7 +104,7 @@ def test_without_augmentation_a_batch_is_what_is_stored(job: MakeJob) -> None:
     run = job(**{"training.foreground": 0})
     draw = draw_batch(run, run.training, 0, 0, augment=False)
     images, classes, _ = build_batch(run, run.training, draw)
-    for place, image, label in zip(draw.places, images, classes, strict=True):
+    for place, image, label in zip(draw.locations, images, classes, strict=True):
         box = tuple(slice(max(c, 0), c + p) for c, p in zip(place.corner, run.patch, strict=True))
         stored = run.training[place.case]
         np.testing.assert_array_equal(
@@ -124,7 +130,7 @@ def test_left_and_right_are_swapped_in_mirrored_samples(job: MakeJob) -> None:
 
 def test_a_second_stage_sees_the_first_ones_labels_moved_with_its_own(job: MakeJob, tiny_cases: list[Any]) -> None:
     """With the label itself as prediction and no damage, the further channels are the label in one-hot form."""
-    loaded = [in_memory(case) for case in tiny_cases[:4]]
+    loaded = [load_case(case) for case in tiny_cases[:4]]
     cases = [LoadedCase(c.case_id, c.image, c.label, c.foreground, c.annotated, c.label) for c in loaded]
     calm = {**ALL, "augmentation.p_cascade_morphology": 0, "augmentation.p_cascade_removal": 0}
     run = job(cases=cases, **calm)
@@ -139,7 +145,7 @@ def test_a_second_stage_sees_the_first_ones_labels_moved_with_its_own(job: MakeJ
 @pytest.mark.parametrize("pipeline", ["native", "batchgenerators"])
 def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cases: list[Any], pipeline: str) -> None:
     """Of one masked and one unmasked channel; the mask is that of the case, whatever values the channels have."""
-    case, marker = in_memory(tiny_cases[0]), job().plan.labels.outside_class
+    case, marker = load_case(tiny_cases[0]), job().plan.labels.outside_class
     image, label = np.concatenate([case.image, case.image + 1]), case.label.copy()
     image[0, :, :10], label[:, :10] = 1e-3, marker  # resampling leaves such values outside
     image[0, :, 12:14] = 0  # as it may be inside
@@ -150,10 +156,10 @@ def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cas
     run = job(cases=[replace(case, image=image, label=label)], plan={"channels": channels}, **settings)
     draw = draw_batch(run, run.training, 0, 0, augment=True)
     if pipeline == "native":  # the first sample reaches over the lower border
-        draw = replace(draw, places=[replace(draw.places[0], corner=(0, -4, 0)), *draw.places[1:]])
+        draw = replace(draw, locations=[replace(draw.locations[0], corner=(0, -4, 0)), *draw.locations[1:]])
     images, classes, _ = build_batch(run, run.training, draw)
     assert int(classes.max()) < marker
-    for place, found in zip(draw.places, images, strict=True):
+    for place, found in zip(draw.locations, images, strict=True):
         edge, slack = 10 - place.corner[1], 6 if pipeline == "batchgenerators" else 0  # which deforms the patch
         assert not found[0, :, : max(0, edge - slack)].any()
         assert found[1, :, : max(0, edge - slack)].all()
@@ -176,5 +182,5 @@ def test_mistakes_are_told_before_training(job: MakeJob) -> None:
     with pytest.raises(UserError, match="Did you mean 'RicianNoiseTransform'"):
         check_augmentation(job(**{"augmentation.extra": [{"name": "RicianNoise"}]}))
     check_augmentation(job(**{"augmentation.mirror_axes": [1, 2]}))
-    with pytest.raises(UserError, match=r"mirror_axes = \[1, 2\]: 2 is no axis of a patch with 2\."):
+    with pytest.raises(UserError, match=r"mirror_axes = \[1, 2\]: 2 is not an axis of a patch with 2\."):
         check_augmentation(job("2d", **{"augmentation.mirror_axes": [1, 2]}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_lite.training.cache import in_memory, load_cases, on_device
+from nnunet_lite.training.cache import load_case, load_cases, move_case
 
 CPU = torch.device("cpu")
 
@@ -41,16 +41,16 @@ def test_cases_too_large_for_the_memory_stay_on_disk(tiny_cases: list[Any], caps
 def test_a_loaded_case_keeps_no_file_open(tiny_cases: list[Any]) -> None:
     files = Path("/proc/self/fd")
     before = len(list(files.iterdir()))
-    loaded = [in_memory(tiny_cases[0]) for _ in range(5)]
+    loaded = [load_case(tiny_cases[0]) for _ in range(5)]
     assert len(loaded) == 5 and len(list(files.iterdir())) == before
 
 
 def test_many_classes_and_previous_stages_go_to_the_device(tiny_cases: list[Any]) -> None:
     from dataclasses import replace
 
-    case = in_memory(tiny_cases[0])
+    case = load_case(tiny_cases[0])
     wide = replace(case, label=case.label.astype(np.uint16) + 1000, previous=case.label)
-    found = on_device(wide, CPU)
+    found = move_case(wide, CPU)
     assert isinstance(found.label, torch.Tensor) and isinstance(found.previous, torch.Tensor)
     assert (found.image.dtype, found.label.dtype, found.previous.dtype) == (torch.float16, torch.int32, torch.uint8)
     np.testing.assert_array_equal(found.label.numpy(), wide.label)

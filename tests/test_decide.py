@@ -68,7 +68,7 @@ def test_logits_that_are_not_finite_are_no_background(
     with pytest.raises(UserError, match="Predict with --precision fp32"):
         half(scan)
     for wanted in (ExtraMaps(("Anterior",)), ExtraMaps(uncertainty=True)):
-        _, failed = predict_cases(broken, cases[:1], tmp_path / "out", wanted=wanted)
+        _, failed = predict_cases(broken, cases[:1], tmp_path / "out", maps=wanted)
         assert "NaN or infinite" in failed[cases[0].id]
     voting = replace(model, partners=(broken,))
     with pytest.raises(UserError, match="NaN or infinite"):

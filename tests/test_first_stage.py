@@ -270,7 +270,7 @@ def test_the_fold_of_all_cases(trained: Path, workspace: Path, changes: dict[str
 def test_a_first_stage_that_is_gone_is_named(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "tiny", tmp_path / "models" / "tiny")
     with pytest.raises(
-        UserError, match=rf"models/{FIRST}-tiny: no model is trained here\. It is the first stage of tiny"
+        UserError, match=rf"models/{FIRST}-tiny: contains no trained model\. It is the first stage of tiny"
     ):
         load(tmp_path / "models" / "tiny")
     shutil.copytree(trained / "tiny", tmp_path / "models" / f"{FIRST}-tiny")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json, write_text
 from nnunet_lite.inference import onnx as exporter
 from nnunet_lite.inference import onnx_runner as runner
-from nnunet_lite.inference import predictor, sliding_window, windows
+from nnunet_lite.inference import predictor
 from nnunet_lite.inference.onnx import OPSET, export_onnx
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL
@@ -204,9 +203,9 @@ def test_no_torch_is_needed(pair: Pair, exported: Path, hippocampus: Path, tmp_p
 import sys
 sys.modules["torch"] = None  # whoever imports it fails
 import numpy as np
-from nnunet_lite.inference.onnx_runner import load
+from nnunet_lite.inference.onnx_runner import load_onnx
 folder, work = sys.argv[1:]
-np.save(f"{work}/labels.npy", load(folder)(np.load(f"{work}/image.npy"), (1.0, 1.0, 1.0)))
+np.save(f"{work}/labels.npy", load_onnx(folder)(np.load(f"{work}/image.npy"), (1.0, 1.0, 1.0)))
 """
     subprocess.run([sys.executable, "-c", program, str(exported), str(tmp_path)], check=True, timeout=100)
     np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), pair[1](image.array))
@@ -316,17 +315,5 @@ def test_a_folder_that_is_none_is_refused(exported: Path, tiny_model: Path, tmp_
         runner.load_onnx(tmp_path / "copy")
     about = read_json(tmp_path / "copy" / "onnx.json")
     write_json(tmp_path / "copy" / "onnx.json", {**about, "format": "nnlite-onnx-2"})
-    with pytest.raises(UserError, match="of another format than nnlite-onnx-1"):
+    with pytest.raises(UserError, match="has another format than nnlite-onnx-1"):
         runner.load_onnx(tmp_path / "copy")
-
-
-@pytest.mark.parametrize("patch", [(7, 9, 11), (8, 12, 5), (1, 20, 24)])
-def test_windows_lie_and_weigh_as_with_torch(patch: tuple[int, ...]) -> None:
-    for size in (3, 16, 17, 50):
-        shape = (size, size + 1, size + 2)
-        tiling = windows.tile(shape, patch, 0.5, [()])
-        image = torch.arange(1.0, 1 + np.prod(shape)).reshape(1, *shape)
-        padded = np.pad(image.numpy(), ((0, 0), *windows.padding(shape, patch)))
-        seen = [sliding_window.cut_window(image, place) for place in itertools.product(*tiling.axes)]
-        expected = [padded[(slice(None), *window)] for window in windows.window_slices(padded.shape[1:], patch, 0.5)]
-        np.testing.assert_array_equal(torch.stack(seen).numpy(), np.stack(expected))

@@ -29,9 +29,6 @@ from nnunet_lite.inference.predictor import (
     predict_preprocessed,
     trained_folds,
 )
-from nnunet_lite.inference.sliding_window import build_sliding_window
-from nnunet_lite.networks.precision import ComputeFormat
-from nnunet_lite.networks.unet import UNet
 from nnunet_lite.preprocessing.pipeline import preprocess
 from nnunet_lite.settings import AugmentationSettings
 
@@ -365,18 +362,3 @@ def test_threads_share_a_warm_model_without_child_processes_or_a_guard(tiny_mode
     script = WARM.format(folder=str(tiny_model), scans=[str(scan) for scan in scans[:2]])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("many", [False, True], ids=["logits", "features"])
-def test_compiled_networks_say_the_same(tiny_model: Path, tiny_cases: list[Any], many: bool) -> None:
-    configuration = load(tiny_model, device="cpu").configuration
-    n = 20 if many else 3
-    network = UNet(configuration.network, 1, n).eval().requires_grad_(False)
-    plain, made = (
-        build_sliding_window([network], configuration, n, ComputeFormat(), torch.device("cpu"), compiled=compiled)
-        for compiled in (False, True)
-    )
-    assert (plain.head is not None) == many
-    window = torch.randn(2, 1, *configuration.patch_size)
-    torch.testing.assert_close(made.forward(window), plain.forward(window), atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from nnunet_lite.training.prefetch import prefetch
+from nnunet_lite.training.dataloader import prefetch
 
 CPU = torch.device("cpu")
 Makers = Iterator[Callable[[], tuple[int]]]

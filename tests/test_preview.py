@@ -1,4 +1,4 @@
-"""The picture is drawn for every kind of configuration and pipeline, and its words are those of what is applied."""
+"""The picture is drawn for every kind of configuration and pipeline, and its titles name the transforms."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from matplotlib.image import imread
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.augmentation import rotation
-from nnunet_lite.training.batches import draw_batch
+from nnunet_lite.training.dataloader import Location, draw_batch
 from nnunet_lite.training.job import Job, configure_plan
-from nnunet_lite.training.preview import applied, draw_preview
-from nnunet_lite.training.sampler import Place
+from nnunet_lite.training.preview import describe_sample, draw_preview
 from nnunet_lite.workspace import planned_paths
 
 MakeJob = Callable[..., Job]
@@ -55,17 +54,17 @@ def test_words_tell_what_is_applied(job: MakeJob) -> None:
     draw = draw_batch(run, run.training, 0, 0, augment=True)
 
     def words(matrix: Any, run: Job = run, **changes: Any) -> list[str]:
-        place = draw.places[0]
-        return applied(run, replace(draw, places=[Place(place.case, place.corner, matrix)], **changes), 0)
+        place = draw.locations[0]
+        return describe_sample(run, replace(draw, locations=[Location(place.case, place.corner, matrix)], **changes), 0)
 
-    assert words(None) == ["as it is"]
+    assert words(None) == ["unchanged"]
     assert words(rotation(1, 20)) == ["rotated 20°"]
     assert words(0.8 * rotation(0, 12) @ rotation(2, 0)) == ["rotated 12°", "scaled 0.80"]
     assert words(1.25 * np.eye(3), flips=np.array([[True, False, True]])) == ["scaled 1.25", "mirrored zx"]
     assert words(None, flips=None) == []
     noisy = job(**calm | {"augmentation.p_noise": 1, "augmentation.noise_std": [0.05, 0.05]})
-    assert applied(noisy, replace(draw_batch(noisy, noisy.training, 0, 0, True)), 1)[-1] == "noise 0.05"
+    assert describe_sample(noisy, replace(draw_batch(noisy, noisy.training, 0, 0, True)), 1)[-1] == "noise 0.05"
     flat = job("2d", **calm)
     flat_draw = replace(draw_batch(flat, flat.training, 0, 0, augment=True))
-    turned = replace(flat_draw, places=[Place(0, (0, 0, 0), np.diag([1, 0.9, 0.9]) @ rotation(0, 150))])
-    assert applied(flat, turned, 0) == ["rotated 150°", "scaled 0.90"]
+    turned = replace(flat_draw, locations=[Location(0, (0, 0, 0), np.diag([1, 0.9, 0.9]) @ rotation(0, 150))])
+    assert describe_sample(flat, turned, 0) == ["rotated 150°", "scaled 0.90"]

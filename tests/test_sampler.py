@@ -13,15 +13,15 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.windows import padding
 from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.cache import LoadedCase, on_device
-from nnunet_lite.training.sampler import (
-    Place,
+from nnunet_lite.training.cache import LoadedCase, move_case
+from nnunet_lite.training.dataloader import (
+    Location,
     Shape,
     draw_corner,
-    draw_places,
-    forced_foreground,
+    draw_locations,
+    oversample_foreground,
     read_box,
-    read_stack,
+    read_patches,
     rng_for,
     source_shape,
 )
@@ -50,14 +50,14 @@ def box(array: Any, corner: Sequence[int], shape: Sequence[int]) -> np.ndarray:
 
 @pytest.mark.parametrize(("n", "forced"), [(2, 1), (3, 1), (4, 1), (5, 2), (7, 2), (9, 3), (12, 4)])
 def test_a_third_of_a_batch_is_forced_as_nnunet_rounds(n: int, forced: int) -> None:
-    chosen = forced_foreground(n, 0.33, rng_for(0))
+    chosen = oversample_foreground(n, 0.33, rng_for(0))
     assert chosen == [False] * (n - forced) + [True] * forced
 
 
 @pytest.mark.parametrize(("n", "share"), [(1, 0.33), (2, 0.1), (1, 0.0)])
 def test_a_share_that_rounds_to_none_is_kept_over_many_batches(n: int, share: float) -> None:
     rng = rng_for(0)
-    drawn = np.array([forced_foreground(n, share, rng) for _ in range(2000)])
+    drawn = np.array([oversample_foreground(n, share, rng) for _ in range(2000)])
     assert drawn.mean() == pytest.approx(share, abs=0.03)
     assert not drawn[:, :-1].any()
 
@@ -155,39 +155,39 @@ def test_the_box_of_a_turned_patch_holds_it_and_shares_its_centre() -> None:
 @pytest.mark.parametrize("resident", [False, True])
 def test_boxes_of_several_sizes_lie_in_the_middle_of_one(resident: bool) -> None:
     case, corner, patch = make_case((30, 30, 30), previous=True), (5, 9, 3), (8, 9, 10)
-    places = [Place(0, corner, None), Place(0, corner, 1.3 * np.eye(3)), Place(0, (25, 9, 3), 0.6 * np.eye(3))]
-    cases = [on_device(case, CPU)] if resident else [case]
-    stack = read_stack(cases, places, patch, CPU)
+    places = [Location(0, corner, None), Location(0, corner, 1.3 * np.eye(3)), Location(0, (25, 9, 3), 0.6 * np.eye(3))]
+    cases = [move_case(case, CPU)] if resident else [case]
+    images, classes = read_patches(cases, places, patch, CPU)
     wide = source_shape(1.3 * np.eye(3), patch)
-    assert stack.images.shape == (3, 2, *wide)
-    assert (stack.images.dtype, stack.classes.dtype) == (torch.float16, torch.uint8)
+    assert images.shape == (3, 2, *wide)
+    assert (images.dtype, classes.dtype) == (torch.float32, torch.uint8)
     for i, place in enumerate(places):
         size = patch if place.matrix is None else source_shape(place.matrix, patch)
         margin = [(w - s) // 2 for w, s in zip(wide, size, strict=True)]
         inner = (slice(None), *(slice(m, m + s) for m, s in zip(margin, size, strict=True)))
         at = [c - (s - p) // 2 for c, s, p in zip(place.corner, size, patch, strict=True)]
-        np.testing.assert_array_equal(stack.images[i][inner], box(case.image, at, size))
-        np.testing.assert_array_equal(stack.classes[i][inner][0], box(case.label, at, size))
-        np.testing.assert_array_equal(stack.classes[i][inner][1], box(case.previous, at, size))
-        outside = torch.ones(stack.images.shape[1:], dtype=torch.bool)
+        np.testing.assert_array_equal(images[i][inner], box(case.image, at, size))
+        np.testing.assert_array_equal(classes[i][inner][0], box(case.label, at, size))
+        np.testing.assert_array_equal(classes[i][inner][1], box(case.previous, at, size))
+        outside = torch.ones(images.shape[1:], dtype=torch.bool)
         outside[inner] = False
-        assert not stack.images[i][outside].any(), "nothing is read that is not needed"
+        assert not images[i][outside].any(), "nothing is read that is not needed"
 
 
 def test_a_case_stored_more_precisely_keeps_its_precision() -> None:
     narrow = make_case((9, 9, 9))
     wide = LoadedCase("wide", np.full((2, 9, 9, 9), 1e6, np.float32), narrow.label, {}, None)
-    places = [Place(0, (0, 0, 0), None), Place(1, (0, 0, 0), None)]
-    stack = read_stack([narrow, wide], places, (9, 9, 9), CPU).to(CPU)
-    np.testing.assert_array_equal(stack.images[0], narrow.image)
-    assert (stack.images[1] == 1e6).all()
+    places = [Location(0, (0, 0, 0), None), Location(1, (0, 0, 0), None)]
+    images, _ = read_patches([narrow, wide], places, (9, 9, 9), CPU)
+    np.testing.assert_array_equal(images[0], narrow.image)
+    assert (images[1] == 1e6).all()
 
 
 def test_places_depend_on_their_numbers_alone() -> None:
     cases = [make_case((20, 24, 28), case_id=f"case_{i}") for i in range(4)]
 
     def drawn(*numbers: int) -> list[Any]:
-        places = draw_places(cases, (8, 8, 8), 5, 0.33, AugmentationSettings(), False, rng_for(*numbers))
+        places = draw_locations(cases, (8, 8, 8), 5, 0.33, AugmentationSettings(), rng_for(*numbers))
         return [(p.case, p.corner, None if p.matrix is None else p.matrix.tolist()) for p in places]
 
     first = drawn(1, 2, 3)
@@ -200,6 +200,6 @@ def test_places_depend_on_their_numbers_alone() -> None:
 
 def test_cases_are_drawn_with_replacement_and_all_of_them() -> None:
     cases = [make_case((8, 8, 8), case_id=str(i)) for i in range(5)]
-    drawn = [[p.case for p in draw_places(cases, (4, 4, 4), 4, 0, None, False, rng_for(0, 0, i))] for i in range(60)]
+    drawn = [[p.case for p in draw_locations(cases, (4, 4, 4), 4, 0, None, rng_for(0, 0, i))] for i in range(60)]
     assert {number for batch in drawn for number in batch} == set(range(5))
     assert any(len(set(batch)) < len(batch) for batch in drawn)

@@ -9,8 +9,8 @@ import pytest
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.planning.swaps import ClassSwap, check_swaps, make_swap_table, swap_channels, swap_of
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.swaps import Swap, channel_swap, check_swaps, swap_of, swap_table
 from nnunet_lite.workspace import planned_paths
 
 KIDNEYS = Labels(names={"background": 0, "kidney_left": 4, "liver": 2, "kidney_right": 7}, ignore=9)
@@ -31,16 +31,16 @@ TUMOR = Labels(
 def test_classes_change_places_and_ignore_stays() -> None:
     pairs = [("kidney_left", "kidney_right")]
     assert KIDNEYS.values == (0, 2, 4, 7)
-    assert swap_table(KIDNEYS, pairs) == (0, 1, 3, 2, 4)
-    assert channel_swap(KIDNEYS, pairs) == (0, 1, 3, 2)
-    assert swap_table(KIDNEYS, []) == (0, 1, 2, 3, 4)
+    assert make_swap_table(KIDNEYS, pairs) == (0, 1, 3, 2, 4)
+    assert swap_channels(KIDNEYS, pairs) == (0, 1, 3, 2)
+    assert make_swap_table(KIDNEYS, []) == (0, 1, 2, 3, 4)
 
 
 def test_classes_of_regions_follow_from_the_regions_they_are_in() -> None:
     pairs = [("left", "right"), ("left_core", "right_core")]
-    assert swap_table(TUMOR, pairs) == (0, 3, 4, 1, 2, 5)
+    assert make_swap_table(TUMOR, pairs) == (0, 3, 4, 1, 2, 5)
     names = TUMOR.region_names
-    swapped = [names[i] for i in channel_swap(TUMOR, pairs)]
+    swapped = [names[i] for i in swap_channels(TUMOR, pairs)]
     assert dict(zip(names, swapped, strict=True)) == {
         "left": "right",
         "right": "left",
@@ -78,7 +78,7 @@ def test_what_cannot_be_swapped_is_refused(labels: Labels, pairs: list[tuple[str
 
 def test_an_axis_that_the_patch_does_not_have_is_refused() -> None:
     check_swaps(KIDNEYS, AugmentationSettings(mirror_swap_axis=1), 2)
-    with pytest.raises(UserError, match="axis = 2 is no axis of a patch with 2"):
+    with pytest.raises(UserError, match="axis = 2 is not an axis of a patch with 2"):
         check_swaps(KIDNEYS, AugmentationSettings(mirror_swap_axis=2), 2)
 
 
@@ -87,12 +87,12 @@ def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_workspace: 
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = plan.model_copy(update={"axis_order": order})
-        assert swap_of(turned, settings, 3) == Swap(axis, (0, 2, 1))
-        assert swap_of(turned, settings, 2) == (None if flat is None else Swap(flat, (0, 2, 1)))
+        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1))
+        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1)))
     for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
         stored = plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
-        assert swap_of(stored, settings, 3) == Swap(axis, (0, 2, 1))
+        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
-    assert swap_of(plan, given, 3) == Swap(0, (0, 2, 1))
-    assert swap_of(plan, given, 2) == Swap(1, (0, 2, 1))
+    assert swap_of(plan, given, 3) == ClassSwap(0, (0, 2, 1))
+    assert swap_of(plan, given, 2) == ClassSwap(1, (0, 2, 1))
     assert swap_of(plan, AugmentationSettings(), 3) is None

@@ -12,9 +12,18 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augmentation import draw_matrix
-from nnunet_lite.training.sampler import rng_for, source_shape
-from nnunet_lite.training.transforms import blur, contrast, gamma, low_resolution, mirror, vote, warp
+from nnunet_lite.training.augmentation import (
+    blur,
+    contrast,
+    draw_matrix,
+    gamma,
+    low_resolution,
+    mirror,
+    source_shape,
+    vote,
+    warp,
+)
+from nnunet_lite.training.dataloader import rng_for
 
 
 def smooth(shape: tuple[int, ...], sigma: float = 2.0, seed: int = 0) -> np.ndarray:
@@ -28,7 +37,7 @@ def blobs(shape: tuple[int, ...], n_classes: int, seed: int = 0) -> np.ndarray:
 
 def drawn_matrix(seed: int, patch: Any) -> np.ndarray:
     settings = AugmentationSettings(p_rotation=1, p_scaling=1)
-    matrix = draw_matrix(rng_for(seed, 0, 0), settings, patch, patch[0] == 1)
+    matrix = draw_matrix(rng_for(seed, 0, 0), settings, patch)
     assert matrix is not None
     return matrix
 

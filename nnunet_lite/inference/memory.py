@@ -12,7 +12,6 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
@@ -37,8 +36,8 @@ class PredictionTask:
     ----------
     window : SlidingWindow
         The networks.
-    image : Tensor, shape (channels, z, y, x)
-        Preprocessed for these networks, on the CPU.
+    image : ndarray, shape (channels, z, y, x)
+        Preprocessed for these networks, float32.
     placement : Placement
         Where the preprocessed array is in the original image.
     resampling : Resampling
@@ -46,7 +45,7 @@ class PredictionTask:
     """
 
     window: SlidingWindow
-    image: Tensor
+    image: np.ndarray
     placement: Placement
     resampling: Resampling
 

@@ -24,7 +24,14 @@ from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
-from nnunet_lite.inference.windows import LabelSwap, gaussian_weight, mirrorings, padding, window_slices
+from nnunet_lite.inference.windows import (
+    LabelSwap,
+    cut_window,
+    gaussian_weight,
+    mirror_window,
+    mirrorings,
+    tile,
+)
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import preprocess, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
@@ -111,27 +118,25 @@ class OnnxPredictor:
             The graphs compute values that are NaN or infinite.
         """
         image = np.concatenate([image, *([] if previous is None else [previous[None]])], dtype=np.float32)
-        flat = self.configuration.dimensions == 2  # the windows of a two-dimensional network are one slice thick
-        patch = (1, *self.configuration.patch_size) if flat else self.configuration.patch_size
-        around = padding(image.shape[1:], patch)
-        image = np.pad(image, ((0, 0), *around))
-        inside = tuple(slice(low, size - high) for (low, high), size in zip(around, image.shape[1:], strict=True))
-        weight, flips = gaussian_weight(patch), mirrorings([axis + flat for axis in self.mirror_axes])
-        places = window_slices(image.shape[1:], patch, self.step_size)
-        total = np.zeros((self.plan.labels.n_channels, *image.shape[1:]), np.float32)
-        weights = np.zeros(image.shape[1:], np.float32)
-        for place in places:
-            weights[place] += weight
-        copies = list(itertools.product(places, flips))
+        flat = self.configuration.dimensions == 2
+        patch, shape = self.configuration.patch_size, image.shape[1:]
+        weight = gaussian_weight(patch)
+        tiling = tile(shape, patch, self.step_size, mirrorings([axis + flat for axis in self.mirror_axes]))
+        total = np.zeros((self.plan.labels.n_channels, *shape), np.float32)
+        weights = np.zeros(shape, np.float32)
+        copies = list(itertools.product(itertools.product(*tiling.axes), tiling.flips))
         size = int(np.clip(_VOXELS // np.prod(patch), 1, 64))
         for start in range(0, len(copies), size):
             batch = copies[start : start + size]
-            outputs = self._run(np.stack([_mirror(image[:, *place], flip, self.swap) for place, flip in batch]))
-            for (place, flip), output in zip(batch, outputs, strict=True):
-                total[:, *place] += _mirror_back(output, flip, self.swap) * (weight / len(flips))
+            windows = [mirror_window(cut_window(image, place), flip, self.swap) for place, flip in batch]
+            for (place, flip), output in zip(batch, self._run(np.stack(windows)), strict=True):
+                inside, within = (tuple(getattr(span, part) for span in place) for part in ("inside", "within"))
+                share = weight[within[-weight.ndim :]] / len(tiling.flips)
+                total[:, *inside] += _mirror_back(output, flip, self.swap)[:, *within] * share
+                weights[inside] += share
         total /= weights
         require_finite(total, _IF_NOT_FINITE)
-        return total[:, *inside]
+        return total
 
     def _run(self, windows: np.ndarray) -> np.ndarray:
         """Return the mean logits of all folds, for windows (batch, channels, *patch)."""
@@ -142,15 +147,6 @@ class OnnxPredictor:
         given = {INPUT: windows[:, :, 0] if flat else windows}
         outputs: np.ndarray = np.mean([session.run([OUTPUT], given)[0] for session in self.sessions], axis=0)
         return outputs[:, :, None] if flat else outputs
-
-
-def _mirror(window: np.ndarray, flip: Sequence[int], swap: LabelSwap | None) -> np.ndarray:
-    """Return a window (channels, *patch) flipped along some axes, with swapped classes in its last channel."""
-    out = np.flip(window, tuple(axis + 1 for axis in flip))
-    if swap is not None and swap.classes is not None and swap.axis in flip:
-        last = np.asarray(swap.classes, out.dtype)[out[-1:].astype(np.intp)]
-        return np.concatenate([out[:-1], last])
-    return out
 
 
 def _mirror_back(output: np.ndarray, flip: Sequence[int], swap: LabelSwap | None) -> np.ndarray:

@@ -37,10 +37,10 @@ from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
+from nnunet_lite.planning.swaps import swap_channels, swap_of
 from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB, free_memory, in_units
-from nnunet_lite.training.swaps import channel_swap, swap_of
 from nnunet_lite.workspace import is_model_of, workspace_folder
 
 
@@ -340,7 +340,7 @@ def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSetting
     if swap is None:
         return None
     classes = None if planned.previous_stage is None else swap.table
-    return LabelSwap(swap.axis, channel_swap(plan.labels, augmentation.mirror_swap), classes)
+    return LabelSwap(swap.axis, swap_channels(plan.labels, augmentation.mirror_swap), classes)
 
 
 def _choose_arithmetic(predictor: Predictor, header: dict[str, Any]) -> ComputeFormat:
@@ -491,10 +491,10 @@ def _tasks(
     return [PredictionTask(window, image, preprocessed.placement, resampling) for window in windows]
 
 
-def _stack(image: np.ndarray, previous: np.ndarray | None) -> Tensor:
+def _stack(image: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
     """Return the input of a network: a preprocessed image, and the classes of a first stage as its last channel."""
     channels = image if previous is None else np.concatenate([image, previous[None]], dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(channels, np.float32))
+    return np.ascontiguousarray(channels, np.float32)
 
 
 def _sliding_window(predictor: Predictor, second: bool, whole: bool = False) -> SlidingWindow:

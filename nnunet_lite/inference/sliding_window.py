@@ -21,15 +21,16 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_lite.inference.windows import (
     Flip,
     LabelSwap,
-    Span,
+    Place,
     Tiling,
+    cut_window,
     gaussian_weight,
+    mirror_window,
     mirrorings,
     schedule,
     tile,
@@ -43,7 +44,6 @@ from nnunet_lite.preprocessing.resampling import Block, blocks
 from nnunet_lite.training.cascade import one_hot
 
 Function = Callable[[Tensor], Tensor]
-Place = tuple[Span, ...]  # of a window, along (z, y, x)
 
 _FEATURE_TENSORS = 9  # a U-Net has at most this many tensors of the size of its first stage in memory at once
 _MIN_SAMPLES = 2  # torch upsamples a single small sample on a CPU without oneDNN, which is slower
@@ -268,15 +268,15 @@ def _compile(network: nn.Module, body: nn.Module) -> Function:
         return functions[whole]
 
 
-def predict_logits(window: SlidingWindow, image: Tensor, step: float = 0.5) -> Tensor:
+def predict_logits(window: SlidingWindow, image: np.ndarray, step: float = 0.5) -> Tensor:
     """Predict the logits of a whole preprocessed image.
 
     Parameters
     ----------
     window : SlidingWindow
         Without a head.
-    image : Tensor, shape (channels, z, y, x)
-        The preprocessed image, on the CPU.
+    image : ndarray, shape (channels, z, y, x)
+        The preprocessed image, float32.
     step : float
         Distance of two windows, as a share of the patch.
 
@@ -300,7 +300,7 @@ def predict_logits(window: SlidingWindow, image: Tensor, step: float = 0.5) -> T
 @torch.inference_mode()
 def average_windows(
     window: SlidingWindow,
-    image: Tensor,
+    image: np.ndarray,
     tiling: Tiling,
     parts: Sequence[Block],
     sums: Tensor,
@@ -314,8 +314,8 @@ def average_windows(
     ----------
     window : SlidingWindow
         The networks.
-    image : Tensor, shape (channels, z, y, x)
-        The preprocessed image, on the CPU.
+    image : ndarray, shape (channels, z, y, x)
+        The preprocessed image, float32.
     tiling : Tiling
         The windows.
     parts : sequence of Block
@@ -362,7 +362,7 @@ def average_windows(
 
 def _window_outputs(
     window: SlidingWindow,
-    image: Tensor,
+    image: np.ndarray,
     places: Sequence[Place],
     flips: Sequence[Flip],
     batch_size: int,
@@ -372,7 +372,7 @@ def _window_outputs(
     copies = _mirrored_copies(image, places, flips, window.swap, skip_empty)
     outputs: dict[int, Tensor] = {}
     while batch := list(itertools.islice(copies, batch_size)):
-        computed = window.forward(torch.stack([sample for _, _, sample in batch]).to(window.device))
+        computed = window.forward(torch.from_numpy(np.stack([sample for _, _, sample in batch])).to(window.device))
         for (place, flip, _), output in zip(batch, computed, strict=True):
             channel, swapped = 0, window.swap is not None and window.swap.axis in flip
             if swapped and window.head is not None:
@@ -387,29 +387,12 @@ def _window_outputs(
 
 
 def _mirrored_copies(
-    image: Tensor, places: Iterable[Place], flips: Sequence[Flip], swap: LabelSwap | None, skip_empty: bool
-) -> Iterator[tuple[Place, Flip, Tensor]]:
+    image: np.ndarray, places: Iterable[Place], flips: Sequence[Flip], swap: LabelSwap | None, skip_empty: bool
+) -> Iterator[tuple[Place, Flip, np.ndarray]]:
     for place in places:
         window = cut_window(image, place)
-        if skip_empty and not window.any():
-            continue
-        for flip in flips:
-            yield place, flip, mirror_window(window, flip, swap)
-
-
-def cut_window(image: Tensor, place: Sequence[Span]) -> Tensor:
-    """Return a window (channels, z, y, x) of an image, with zeros outside of the image."""
-    inside = image[(slice(None), *(span.inside for span in place))]
-    outside = [n for span in reversed(place) for n in span.outside]
-    return F.pad(inside, outside) if any(outside) else inside
-
-
-def mirror_window(window: Tensor, flip: Flip, swap: LabelSwap | None) -> Tensor:
-    """Return a window (channels, z, y, x) flipped along some axes, with swapped classes in its last channel."""
-    out = window.flip([axis + 1 for axis in flip])
-    if swap is not None and swap.classes is not None and swap.axis in flip:
-        out[-1] = torch.tensor(swap.classes, dtype=out.dtype)[out[-1].long()]
-    return out
+        if not skip_empty or window.any():
+            yield from ((place, flip, mirror_window(window, flip, swap)) for flip in flips)
 
 
 def _add_window(

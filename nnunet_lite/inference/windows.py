@@ -1,7 +1,8 @@
-"""The geometry of sliding windows, without torch: their places, their weights, and when slices are finished.
+"""Where sliding windows are, what they contain, how they are weighted, and when slices are finished; without torch.
 
-`tile` cuts an image into windows, `gaussian_weight` weighs their voxels, and `schedule` orders them: windows come in
-rows along the first axis, and slices that no later row reaches are finished and can be dropped.
+`tile` places windows on an image, `cut_window` and `mirror_window` cut them out, `gaussian_weight` weighs their voxels,
+and `schedule` orders them: windows come in rows along the first axis, and slices that no later row reaches are finished
+and can be dropped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from nnunet_lite.preprocessing.resampling import Block
 
 Flip = tuple[int, ...]  # the axes (of three) along which a copy is mirrored
+Place = Sequence["Span"]  # of a window, along (z, y, x)
 
 _HALF_SCALE = 10  # the largest weight in float16; with 1, most weights are too small for it
 
@@ -99,7 +101,7 @@ class WindowRow:
 
 
 def tile(shape: Sequence[int], patch: Sequence[int], step: float, flips: Sequence[Flip], slices: int = 1) -> Tiling:
-    """Cut an image into overlapping windows.
+    """Place overlapping windows on an image.
 
     Parameters
     ----------
@@ -143,12 +145,6 @@ def window_starts(size: int, patch: int, step: float) -> list[int]:
     return [round(i * (size - patch) / (n - 1)) for i in range(n)]
 
 
-def window_slices(shape: Sequence[int], patch: Sequence[int], step: float) -> list[tuple[slice, ...]]:
-    """Return all windows of an image that is not smaller than the patch, in order along the first axis."""
-    starts = (window_starts(s, p, step) for s, p in zip(shape, patch, strict=True))
-    return [tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True)) for corner in itertools.product(*starts)]
-
-
 def padding(shape: Sequence[int], patch: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Return how many zeros each axis needs before and after it, to be as long as the patch."""
     missing = (max(0, p - s) for p, s in zip(patch, shape, strict=True))
@@ -158,6 +154,21 @@ def padding(shape: Sequence[int], patch: Sequence[int]) -> tuple[tuple[int, int]
 def mirrorings(axes: Sequence[int]) -> list[Flip]:
     """Return all combinations of axes to flip, the unflipped one first."""
     return [flips for n in range(len(axes) + 1) for flips in itertools.combinations(axes, n)]
+
+
+def cut_window(image: np.ndarray, place: Place) -> np.ndarray:
+    """Return a window (channels, z, y, x) of an image, with zeros outside of the image."""
+    inside = image[:, *(span.inside for span in place)]
+    outside = [span.outside for span in place]
+    return np.pad(inside, [(0, 0), *outside]) if any(map(any, outside)) else inside
+
+
+def mirror_window(window: np.ndarray, flip: Flip, swap: LabelSwap | None) -> np.ndarray:
+    """Return a window (channels, z, y, x) flipped along some axes, with swapped classes in its last channel."""
+    out = np.flip(window, tuple(axis + 1 for axis in flip))
+    if swap is None or swap.classes is None or swap.axis not in flip:
+        return out
+    return np.concatenate([out[:-1], np.asarray(swap.classes, out.dtype)[out[-1:].astype(np.intp)]])
 
 
 def gaussian_weight(patch: Sequence[int], half: bool = False) -> np.ndarray:

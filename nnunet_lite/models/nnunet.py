@@ -31,8 +31,8 @@ from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Network, Plan, inherited
+from nnunet_lite.planning.swaps import swap_of
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings
-from nnunet_lite.training.swaps import swap_of
 
 Json = dict[str, Any]
 

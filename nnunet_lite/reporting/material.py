@@ -43,7 +43,9 @@ class ModelResults:
     name : str
         The model folder, "a+b" for an ensemble.
     run : dict
-        run.json; empty for an ensemble, which has no plan or folds either.
+        run.json; empty for an ensemble, which has no folds either.
+    planned_memory_gb : float or None
+        Of a training step, as the plan predicts.
     scores : Scores
         Of all validated folds; without rows if there is none.
     fold_of : dict
@@ -52,7 +54,7 @@ class ModelResults:
 
     name: str
     run: dict[str, Any]
-    plan: Plan | None
+    planned_memory_gb: float | None
     folds: tuple[FoldHistory, ...]
     scores: Scores
     fold_of: dict[str, str]
@@ -144,7 +146,8 @@ def _read_models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[M
             notes.append(f"model {folder.name} is left out: {error}")
             continue
         folds = tuple(_read_fold(path) for path in sorted(folder.glob("fold_*")) if path.is_dir())
-        yield ModelResults(folder.name, run, plan, folds, *_read_scores(folder, dataset, notes))
+        memory = plan.configuration(run["configuration"]).memory_gb
+        yield ModelResults(folder.name, run, memory, folds, *_read_scores(folder, dataset, notes))
 
 
 def _read_fold(folder: Path) -> FoldHistory:

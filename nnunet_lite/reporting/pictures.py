@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,20 +97,12 @@ class Gallery:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class CaseContents:
-    """What to take from the files of one case: its tile, its volumes, and overlays of predictions (model -> file)."""
-
-    case: Case
-    tile: bool
-    volumes: bool
-    predictions: Mapping[str, Path]
-
-
 def draw_cases(material: Material) -> Gallery:
     """Read the cases in threads and draw them."""
     cases, channels = material.dataset.cases, len(material.plan.channels)
-    shapes = _shapes(material)
+    found = material.fingerprint
+    known = dict(zip(found.case_ids, found.shapes_after_crop, strict=False)) if found else {}
+    shapes = {case.id: known.get(case.id, _UNKNOWN_SHAPE) for case in cases}
     mean = sum(map(prod, shapes.values())) * channels / max(1, len(shapes))
     tiles = _evenly(cases, min(TILES, max(4, int(_MAX_VOXELS / 3 / max(1, mean)))))
     scored = {row.case for model in material.scored for row in model.scores.rows}
@@ -120,27 +113,20 @@ def draw_cases(material: Material) -> Gallery:
     predictions: dict[str, dict[str, Path]] = defaultdict(dict)
     for case_id, model, file in overlays:
         predictions[case_id][model] = file
-    contents = [CaseContents(c, c.id in tiles, c.id in measured, predictions.get(c.id, {})) for c in cases]
-    draw = partial(draw_case, dataset=material.dataset, plan=material.plan, size=size)
+    draw = partial(draw_case, material.dataset, material.plan, size)
+    contents = [(c.id in tiles, c.id in measured, predictions[c.id]) for c in cases]
     largest = max(map(prod, shapes.values()), default=0) * channels
     with ThreadPoolExecutor(system.cases_in_flight(largest * _BYTES_PER_VOXEL, None), "report") as pool:
-        drawn = list(log.progress(pool.map(draw, contents), len(contents), "report"))
+        drawn = list(log.progress(pool.map(draw, cases, *zip(*contents, strict=True)), len(cases), "report"))
     notes = []
     if len(tiles) < len(cases):
         notes.append(f"the montage and the intensities are those of {len(tiles)} of {len(cases)} cases, evenly spaced")
-    if (known := len(scored | measured)) < len(cases):
-        notes.append(f"volumes are those of {known} of {len(cases)} cases, evenly spaced")
+    if (counted := len(scored | measured)) < len(cases):
+        notes.append(f"volumes are those of {counted} of {len(cases)} cases, evenly spaced")
     if problems := [found.problem for found in drawn if found.problem]:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
     return _fit_page(material, {found.case_id: found for found in drawn}, overlays, notes)
-
-
-def _shapes(material: Material) -> dict[str, tuple[int, int, int]]:
-    """Voxels (z, y, x) of each case, as far as the fingerprint knows them."""
-    found = material.fingerprint
-    known = dict(zip(found.case_ids, found.shapes_after_crop, strict=False)) if found else {}
-    return {case.id: known.get(case.id, _UNKNOWN_SHAPE) for case in material.dataset.cases}
 
 
 def _evenly(cases: Sequence[Case], n: int) -> set[str]:
@@ -194,7 +180,7 @@ def _fit_page(
     total = 0
     for case, model, _ in overlays:
         planes = drawn[case].overlays.get(model, ())
-        total += sum(len(text) for plane in planes for text in _texts(plane))
+        total += sum(len(json.dumps(plane)) for plane in planes)
         if total > PAGE_BYTES * 1.1:
             break
         if planes:
@@ -210,33 +196,40 @@ def _fit_page(
     return Gallery(kept, overlaid, tuple(notes))
 
 
-def _texts(plane: Picture) -> Iterable[str]:
-    """What takes space in the page."""
-    return [*plane["images"], *(path for side in ("reference", "prediction") for _, path in plane[side] or ())]
-
-
 # ------------------------------------------------------------------------------------------------------------- one case
 
 
-def draw_case(contents: CaseContents, dataset: Dataset, plan: Plan, size: int) -> CasePictures:
-    """Read the files of a case and draw its pictures; a case that cannot be read has a `problem`."""
-    case, out = contents.case, CasePictures(contents.case.id)
+def draw_case(
+    dataset: Dataset, plan: Plan, size: int, case: Case, tile: bool, volumes: bool, predictions: Mapping[str, Path]
+) -> CasePictures:
+    """Read the files of a case and draw its pictures; a case that cannot be read has a `problem`.
+
+    Parameters
+    ----------
+    size : int
+        Pixels along the longer side of an overlay.
+    tile, volumes : bool
+        Whether to draw it for the montage, and to count the voxels of its regions.
+    predictions : mapping
+        Model -> label map to draw over the image.
+    """
+    out = CasePictures(case.id)
     try:
-        if contents.tile or contents.predictions:
+        if tile or predictions:
             image, label = read_case(case, dataset)
             out.geometry = image.geometry
             shown = OrientedImage(image.array, image.geometry, plan)
             reference = None if label is None else shown.turn.apply(label)
-            if contents.tile:
+            if tile:
                 out.tile = shown.tile(reference)
                 out.intensities = _sample_intensities(image.array, label, plan)
-            for model, file in contents.predictions.items():
+            for model, file in predictions.items():
                 out.overlays[model] = shown.overlay(reference, file, size)
         else:
             out.geometry, label = read_geometry(case.images[0])[0], None
-            if contents.volumes and case.label is not None:
+            if volumes and case.label is not None:
                 label = map_labels(read_label(case.label)[0], dataset.label_map)
-        if contents.volumes and label is not None:
+        if volumes and label is not None:
             out.voxels = _count_voxels(label, plan.labels)
     except (UserError, OSError, MemoryError) as error:
         out.problem = f"{case.id}: {describe(error)}"

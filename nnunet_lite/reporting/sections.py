@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -40,22 +39,13 @@ _INTENSITY_BINS = 60
 _STATIC_CASES = 3  # of each model with pictures in the page itself, for paper and without JavaScript
 _SEVERITIES = ("error", "warning", "notice")
 
-# the metrics of a case that the page shows
+# the metrics that the page shows of a case
 _CASE_METRICS = (
-    "Dice",
-    "IoU",
-    "reference_ml",
-    "prediction_ml",
-    "volume_error",
-    "NSD",
-    "HD95",
-    "lesion_F1",
-    "TP",
-    "FP",
-    "FN",
-)
+    "Dice", "IoU", "reference_ml", "prediction_ml", "volume_error", "NSD", "HD95", "lesion_F1", "TP", "FP", "FN",
+)  # fmt: skip
 
 Fact = tuple[str, str]  # what, and its value as text
+Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the reference
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
@@ -104,7 +94,8 @@ def data_section(material: Material, gallery: Gallery) -> dict[str, Any]:
     regions = zip(labels.region_names, labels.region_values, strict=True)
     named = [f"{name} ({', '.join(map(str, values))})" for name, values in regions]
     named += [] if labels.ignore is None else [f"ignore ({labels.ignore})"]
-    charts, constants = _spreads(material, gallery)
+    unit, volumes = _volumes(material, gallery)
+    charts, constants = _spreads(material, gallery, unit, volumes)
     return {
         "facts": [
             ("Cases", f"{len(dataset.cases)} with a label map"),
@@ -121,22 +112,20 @@ def data_section(material: Material, gallery: Gallery) -> dict[str, Any]:
         "intensity_charts": _intensity_charts(material, gallery),
         "intensity_labels": labels.region_names[:_INTENSITY_LABELS],
         "intensity_table": _intensity_table(material),
-        "cases": _case_table(material, gallery),
+        "cases": _case_table(material, gallery, unit, volumes),
     }
 
 
-def _problems(material: Material) -> list[dict[str, str]]:
-    """What the check found, errors first; equal problems of several files are one."""
-    keys = ("severity", "found", "expected", "fix")
-    counts = Counter(tuple(problem[key] for key in keys) for problem in material.problems)
-    files = {tuple(problem[key] for key in keys): problem["file"] for problem in reversed(material.problems)}
-    return [
-        {**dict(zip(keys, key, strict=True)), "file": files[key] + (f" and {n - 1} more" if n > 1 else "")}
-        for key, n in sorted(counts.items(), key=lambda entry: _SEVERITIES.index(entry[0][0]))
-    ]
+def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
+    """((severity, found, expected, fix), files) of the check, errors first."""
+    files: dict[tuple[str, ...], list[str]] = {}
+    for problem in sorted(material.problems, key=lambda problem: _SEVERITIES.index(problem["severity"])):
+        key = tuple(problem[name] for name in ("severity", "found", "expected", "fix"))
+        files.setdefault(key, []).append(problem["file"])
+    return list(files.items())
 
 
-def _volumes(material: Material, gallery: Gallery) -> tuple[str, dict[str, dict[str, float]]]:
+def _volumes(material: Material, gallery: Gallery) -> tuple[str, Volumes]:
     """The unit, and case -> region -> volume in the reference: ml, or voxels if no thickness is known."""
     known = {case: found.geometry for case, found in gallery.cases.items() if found.geometry}
     in_ml = any(geometry.calibrated and geometry.dimensions == 3 for geometry in known.values())
@@ -151,7 +140,9 @@ def _volumes(material: Material, gallery: Gallery) -> tuple[str, dict[str, dict[
     }
 
 
-def _spreads(material: Material, gallery: Gallery) -> tuple[list[Chart], list[Fact]]:
+def _spreads(
+    material: Material, gallery: Gallery, volume_unit: str, volumes: Volumes
+) -> tuple[list[Chart], list[Fact]]:
     """Histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
     known = [found.geometry for found in gallery.cases.values() if found.geometry]
     if not known:
@@ -163,11 +154,10 @@ def _spreads(material: Material, gallery: Gallery) -> tuple[list[Chart], list[Fa
         quantities.append((f"Size along {axis}", [g.shape[i] for g in known], "pixels" if flat else "voxels", ""))
     for i, axis in axes if any(geometry.calibrated for geometry in known) else ():
         quantities.append((f"Spacing along {axis}", [g.spacing[i] for g in known], "mm", ""))
-    unit, volumes = _volumes(material, gallery)
     for name in material.dataset.labels.region_names[:_VOLUME_LABELS]:
         present = [regions[name] for regions in volumes.values() if regions[name]]
         note = f"; in {len(present)} of {len(volumes)} cases" if len(present) < len(volumes) else ""
-        quantities.append((f"Volume of {name}", present, unit, note))
+        quantities.append((f"Volume of {name}", present, volume_unit, note))
     charts, facts = [], []
     for title, values, unit, note in quantities:
         if not values:
@@ -220,10 +210,9 @@ def _intensity_charts(material: Material, gallery: Gallery) -> list[Chart]:
     return charts
 
 
-def _case_table(material: Material, gallery: Gallery) -> Table:
+def _case_table(material: Material, gallery: Gallery, unit: str, volumes: Volumes) -> Table:
     """Every case with its size and the volumes of its labels."""
     names = material.dataset.labels.region_names
-    unit, volumes = _volumes(material, gallery)
     rows: list[list[Value]] = []
     for case in material.dataset.cases:
         place = gallery.cases[case.id].geometry
@@ -292,27 +281,14 @@ def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
 def costs_section(material: Material) -> Table:
     """Time and memory of every fold."""
     rows: list[list[Value]] = []
-    for model in material.models:
-        for fold in model.folds if model.plan else ():
-            if not fold.rows or model.plan is None:
-                continue
-            middle = {
-                key: float(np.median([row[key] for row in fold.rows]))
-                for key in ("seconds", "samples_per_second", "waiting")
-            }
-            epochs, precision = fold.rows[-1]["epoch"], fold.state.get("arithmetic", {}).get("precision", "")
-            rows.append(
-                [
-                    model.name,
-                    fold.name,
-                    (f"{epochs}{'' if fold.state else ' so far'}", float(epochs)),
-                    (log.duration(fold.seconds), fold.seconds),
-                    *middle.values(),
-                    max(row["memory_gb"] for row in fold.rows),
-                    model.plan.configuration(model.run["configuration"]).memory_gb,
-                    f"{fold.state.get('device', '')} {precision}".strip(),
-                ]
-            )
+    for model, fold in ((m, fold) for m in material.trained for fold in m.folds if fold.rows):
+        keys = ("seconds", "samples_per_second", "waiting")
+        medians = [float(np.median([row[key] for row in fold.rows])) for key in keys]
+        epochs, arithmetic = fold.rows[-1]["epoch"], fold.state.get("arithmetic", {})
+        time = (f"{epochs}{'' if fold.state else ' so far'}", float(epochs)), (log.duration(fold.seconds), fold.seconds)
+        memory = max(row["memory_gb"] for row in fold.rows), model.planned_memory_gb
+        device = f"{fold.state.get('device', '')} {arithmetic.get('precision', '')}".strip()
+        rows.append([model.name, fold.name, *time, *medians, *memory, device])
     columns = (
         Column("Model"), Column("fold"), Column("epochs", "d"), Column("time", "g"), Column("s/epoch", ".3g"),
         Column("samples/s", ".3g"), Column("waiting", ".0%"), Column("memory", ".2f", " GB"),
@@ -366,15 +342,14 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(model: ModelResults) -> Table:
     """One row for each label, then the mean over them."""
-    shown = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")
-    summaries = [{**model.scores.by_label(m), "all labels": model.scores.foreground(m)} for m in shown]
+    shown = [METRICS[name] for name in ("Dice", "IoU", "absolute_volume_error", "lesion_F1")]
+    summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in shown]
     rows: list[list[Value]] = []
     for name, dice in summaries[0].items():
         others = [summary[name].mean for summary in summaries[1:]]
         rows.append([name, dice.n, dice.mean, _interval(dice.mean, dice), dice.median, *others])
-    columns = (Column("Label"), Column("cases", "d"), share_column("mean Dice"), Column("95 % interval", "g"),
-               share_column("median"), share_column("IoU"), Column("abs. volume error", ".1%"),
-               share_column("lesion F1"))  # fmt: skip
+    columns = [Column("Label"), Column("cases", "d"), share_column("mean Dice"), Column("95 % interval", "g")]
+    columns += [share_column("median"), *(Column(m.heading, m.form, bar=m.better == "higher") for m in shown[1:])]
     return Table("Scores of held-out cases, by label", columns, rows)
 
 
@@ -451,23 +426,15 @@ def _margin(margin: Margin) -> Value:
 # -------------------------------------------------------------------------------------------------------- the settings
 
 
-def settings_section(material: Material) -> dict[str, Any]:
-    """How the models were made: seed, versions, and every setting as `--set` takes it."""
-    versions = list(dict.fromkeys(name for model in material.trained for name in model.run.get("versions", {})))
-    rows = [
-        [m.name, str(m.run.get("began", "")), str(m.run["settings"].get("recipe", "")), str(m.run.get("seed", "")),
-         *(m.run.get("versions", {}).get(name, "") for name in versions)]
-        for m in material.trained
-    ]  # fmt: skip
-    columns = [Column(name) for name in ("Model", "began", "recipe", "seed", *versions)]
-    settings = [(model.name, list(_flat_settings(model.run.get("settings", {})))) for model in material.trained]
-    return {"versions": Table("Versions and seeds of the models", columns, rows), "settings": settings}
-
-
-def _flat_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[Fact]:
-    for key, value in settings.items():
-        if isinstance(value, dict) and not prefix:
-            yield from _flat_settings(value, f"{key}.")
-        else:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            yield f"{prefix}{key}", "not set" if value is None else text
+def settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
+    """Seed and versions of the models, and their settings."""
+    runs = {model.name: model.run for model in material.trained}
+    packages = list(dict.fromkeys(package for run in runs.values() for package in run.get("versions", {})))
+    rows = []
+    for name, run in runs.items():
+        about = {"recipe": run["settings"].get("recipe", ""), **run, **run.get("versions", {})}
+        rows.append([name, *(str(about.get(key, "")) for key in ("began", "recipe", "seed", *packages))])
+    columns = [Column(name) for name in ("Model", "began", "recipe", "seed", *packages)]
+    return Table("Versions and seeds of the models", columns, rows), {
+        name: run["settings"] for name, run in runs.items()
+    }

@@ -1,7 +1,7 @@
 """Transforms of batchgenerators: the original nnU-Net's pipeline, and any others that a recipe names.
 
 They run on the CPU, sample by sample, and draw from the global random states of Python and numpy. These are seeded for
-each sample and put back afterwards, so that a sample depends on nothing but its seed.
+each sample and restored afterwards, so that a sample depends on nothing but its seed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from torch import Tensor
 
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augmentation import is_in_plane, rotation, rotation_limit
-from nnunet_lite.training.sampler import Shape, source_shape
+from nnunet_lite.training.augmentation import Shape, is_in_plane, rotation, rotation_limit, source_shape
 
-P_ELASTIC = 0.2  # that of nnU-Net v1; without a setting, as the native pipeline has no elastic deformation
+P_ELASTIC = 0.2  # nnU-Net v1's; not a setting, since the native pipeline has no elastic deformation
 _KEY = "augmentation.extra"
-_STATE = threading.Lock()  # of the global random states
+_STATE = threading.Lock()  # for the global random states
 Transform = Any  # an object of batchgenerators, called with data (1, channels, ...) and seg (1, maps, ...)
 
 
 @cache
-def registry() -> dict[str, type]:
-    """The transforms of batchgenerators by name, without base classes and those that are made of others."""
+def list_transforms() -> dict[str, type]:
+    """Return the transforms of batchgenerators by name, without base classes and those that combine others."""
     import batchgenerators.transforms as package
 
     names = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if "abstract" not in m.name]
@@ -52,43 +51,52 @@ def registry() -> dict[str, type]:
 
 
 def extra_transforms(settings: AugmentationSettings) -> list[Transform]:
-    """The transforms of `augmentation.extra`, made.
+    """Make the transforms of `augmentation.extra`.
 
     Raises
     ------
-    UserError : unknown name (names the nearest), or arguments that it does not take (with those that it does).
+    UserError
+        A name is unknown (the message has the nearest), or arguments are wrong (the message has the right ones).
     """
-    made = []
+    transforms = []
     for entry in settings.extra:
-        name, arguments = entry.get("name"), {k: _tuples(v) for k, v in entry.items() if k != "name"}
-        kind = registry().get(str(name))
+        name, arguments = entry.get("name"), {k: _to_tuples(v) for k, v in entry.items() if k != "name"}
+        kind = list_transforms().get(str(name))
         if kind is None:
-            near = difflib.get_close_matches(str(name), registry(), 1, 0.4)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(sorted(registry()))}."
+            near = difflib.get_close_matches(str(name), list_transforms(), 1, 0.4)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(sorted(list_transforms()))}."
             raise UserError(f"{_KEY}: batchgenerators has no transform {name!r}", fix=hint)
         try:
-            made.append(kind(**arguments))
+            transforms.append(kind(**arguments))
         except Exception as error:
             takes = ", ".join(str(p) for p in inspect.signature(kind).parameters.values())
             raise UserError(f"{_KEY}: {name}: {error}", fix=f"It takes: {takes}.") from None
-    return made
+    return transforms
 
 
-def _tuples(value: Any) -> Any:
-    """Lists, which is what TOML has, as the tuples that batchgenerators looks for."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+def _to_tuples(value: Any) -> Any:
+    """Turn the lists of TOML into the tuples that batchgenerators expects."""
+    return tuple(map(_to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def reference_transforms(
-    settings: AugmentationSettings,
-    patch: Shape,
-    p_elastic: float = P_ELASTIC,
-    order: int = 3,
+    settings: AugmentationSettings, patch: Shape, p_elastic: float = P_ELASTIC, order: int = 3
 ) -> list[Transform]:
-    """The pipeline of the original nnU-Net, up to mirroring (Isensee et al. 2018, arXiv:1809.10486; version 1).
+    """Make the pipeline of the original nnU-Net up to mirroring (Isensee et al. 2018, arXiv:1809.10486; version 1).
 
-    Elastic deformation, rotation and scaling in one interpolation of `order` out of an oversized patch, then what else
-    the settings ask for. All slices of an anisotropic patch are deformed equally.
+    Elastic deformation, rotation and scaling are one interpolation of an oversized patch. All slices of an anisotropic
+    patch are deformed equally.
+
+    Parameters
+    ----------
+    settings : AugmentationSettings
+        Probabilities and ranges.
+    patch : tuple of int
+        Patch size (z, y, x).
+    p_elastic : float
+        Probability of an elastic deformation.
+    order : int
+        Order of the spline interpolation of images.
     """
     from batchgenerators.transforms.color_transforms import (
         BrightnessMultiplicativeTransform,
@@ -99,7 +107,7 @@ def reference_transforms(
     from batchgenerators.transforms.resample_transforms import SimulateLowResolutionTransform
 
     s, ignored = settings, (0,) if patch[0] > 1 and is_in_plane(patch) else None
-    chances = [
+    steps = [
         (s.p_noise, lambda p: GaussianNoiseTransform(s.noise_std, p_per_sample=p)),
         (s.p_blur, lambda p: GaussianBlurTransform(s.blur_sigma, True, True, 0, p_per_channel=0.5, p_per_sample=p)),
         (s.p_brightness, lambda p: BrightnessMultiplicativeTransform(s.brightness, p_per_sample=p)),
@@ -109,10 +117,10 @@ def reference_transforms(
         (s.p_gamma_inverted, lambda p: GammaTransform(s.gamma, True, True, retain_stats=True, p_per_sample=p)),
         (s.p_gamma, lambda p: GammaTransform(s.gamma, False, True, retain_stats=True, p_per_sample=p)),
     ]  # fmt: skip
-    return [_spatial(settings, patch, p_elastic, order), *(make(p) for p, make in chances if p > 0)]
+    return [_spatial_transform(settings, patch, p_elastic, order), *(make(p) for p, make in steps if p > 0)]
 
 
-def _spatial(settings: AugmentationSettings, patch: Shape, p_elastic: float, order: int) -> Transform:
+def _spatial_transform(settings: AugmentationSettings, patch: Shape, p_elastic: float, order: int) -> Transform:
     """Deformation, rotation and scaling about the centre of the patch."""
     from batchgenerators.transforms.spatial_transforms import SpatialTransform
 
@@ -125,75 +133,78 @@ def _spatial(settings: AugmentationSettings, patch: Shape, p_elastic: float, ord
         p_scale_per_sample=settings.p_scaling, p_rot_per_sample=settings.p_rotation,
     )  # fmt: skip
 
-    def per_slice(**sample: np.ndarray) -> dict[str, np.ndarray]:
+    def transform_slices(**sample: np.ndarray) -> dict[str, np.ndarray]:
         shapes = {key: array.shape[1:3] for key, array in sample.items()}
         moved = transform(**{key: array.reshape(1, -1, *array.shape[3:]) for key, array in sample.items()})
         return {key: moved[key].reshape(1, *shape, *moved[key].shape[2:]) for key, shape in shapes.items()}
 
-    return per_slice if in_plane and patch[0] > 1 else transform
+    return transform_slices if in_plane and patch[0] > 1 else transform
 
 
-def oversized(settings: AugmentationSettings, patch: Shape) -> Shape:
-    """The box that holds a patch however it is rotated and scaled; what a deformation adds is little and left out."""
-    top = min(rotation_limit(settings, patch), 90.0)
-    angles = [np.linspace(0, top, 4) if axis == 0 or not is_in_plane(patch) else [0.0] for axis in range(3)]
-    largest = max(settings.scaling[1], 1.0) * np.eye(3)
+def oversize(settings: AugmentationSettings, patch: Shape) -> Shape:
+    """Return the box that contains a patch under every rotation and scaling; deformations, which add little, aside."""
+    largest_angle = min(rotation_limit(settings, patch), 90.0)
+    angles = [np.linspace(0, largest_angle, 4) if axis == 0 or not is_in_plane(patch) else [0.0] for axis in range(3)]
+    scaling = max(settings.scaling[1], 1.0) * np.eye(3)
     if is_in_plane(patch):
-        largest[0, 0] = 1.0
+        scaling[0, 0] = 1.0
     turns = (rotation(0, a) @ rotation(1, b) @ rotation(2, c) for a, b, c in itertools.product(*angles))
-    z, y, x = np.max([patch, *(source_shape(turn @ largest, patch) for turn in turns)], axis=0).tolist()
+    z, y, x = np.max([patch, *(source_shape(turn @ scaling, patch) for turn in turns)], axis=0).tolist()
     return z, y, x
 
 
 def apply_transforms(
     transforms: Sequence[Transform], images: Tensor, classes: Tensor, seeds: Sequence[int] | np.ndarray, patch: Shape
 ) -> tuple[Tensor, Tensor]:
-    """Apply transforms to the samples of a batch one by one, each from a seed of its own.
+    """Apply transforms to the samples of a batch one by one, each with a seed of its own.
 
     Parameters
     ----------
-    images : (batch, channels, z, y, x) float32; `classes` (batch, maps, z, y, x) integers. Of two-dimensional patches
-        the transforms see arrays with two axes.
-    patch : the shape (z, y, x) that comes out.
+    transforms : sequence of Transform
+        They get arrays with two axes for two-dimensional patches.
+    images : Tensor, shape (batch, channels, z, y, x)
+        float32.
+    classes : Tensor, shape (batch, maps, z, y, x)
+        Integers.
+    seeds : sequence of int
+        One for each sample.
+    patch : tuple of int
+        Shape (z, y, x) of the result.
 
     Raises
     ------
-    UserError : a transform fails, or makes another shape.
+    UserError
+        A transform fails, or returns another shape.
     """
-    parts = [_apply_to_one(transforms, *sample, patch) for sample in zip(images, classes, seeds, strict=True)]
+    parts = [_apply_to_sample(transforms, *sample, patch) for sample in zip(images, classes, seeds, strict=True)]
     found = (torch.stack(part) for part in zip(*parts, strict=True))
     return next(found).to(images), next(found).to(classes)
 
 
-def _apply_to_one(
+def _apply_to_sample(
     transforms: Sequence[Transform], image: Tensor, label: Tensor, seed: int, patch: Shape
 ) -> tuple[Tensor, Tensor]:
-    """One sample, (channels, z, y, x) and (maps, z, y, x)."""
-    flat = patch[0] == 1  # the transforms want (1, channels, y, x)
+    """Transform one sample, (channels, z, y, x) and (maps, z, y, x)."""
+    flat = patch[0] == 1  # the transforms expect (1, channels, y, x)
     arrays = {"data": image.cpu().numpy().copy(), "seg": label.cpu().numpy().astype(np.float32)}
     sample = {key: array.swapaxes(0, 1) if flat else array[None] for key, array in arrays.items()}
-    with _seeded(int(seed)):
+    with _seed_global_states(int(seed)):
         for transform in transforms:
-            sample = _called(transform, sample)
+            try:
+                sample = transform(**sample)
+            except Exception as error:
+                raise UserError(f"augmentation: {type(transform).__name__} failed: {describe(error)}") from error
     out = [np.ascontiguousarray(sample[key].swapaxes(0, 1) if flat else sample[key][0]) for key in ("data", "seg")]
     for before, after in zip((image, label), out, strict=True):
         if after.shape != (len(before), *patch):
             what = f"the transforms make {after.shape} of {tuple(before.shape)}"
-            raise UserError(f"{_KEY}: {what}", fix=f"Leave out what makes anything but {(len(before), *patch)}.")
+            raise UserError(f"{_KEY}: {what}", fix=f"Use transforms that keep the shape {(len(before), *patch)}.")
     return torch.from_numpy(out[0]), torch.from_numpy(np.rint(out[1]))
 
 
-def _called(transform: Transform, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    try:
-        after: dict[str, np.ndarray] = transform(**sample)
-        return after
-    except Exception as error:
-        raise UserError(f"augmentation: {type(transform).__name__} failed: {describe(error)}") from error
-
-
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's and numpy's global random states begun from a seed, as they were afterwards; one thread at a time."""
+def _seed_global_states(seed: int) -> Iterator[None]:
+    """Seed the global random states of Python and numpy, and restore them afterwards; one thread at a time."""
     with _STATE:
         before = random.getstate(), np.random.get_state()
         random.seed(seed)

@@ -18,7 +18,7 @@ from nnunet_lite.training.distributed import ALONE, Ranks
 if TYPE_CHECKING:
     import torch
 
-    from nnunet_lite.training.sampler import CaseArrays
+    from nnunet_lite.training.dataloader import CaseArrays
 
 _LARGEST_GB = 2000  # no machine has more; a larger step is a typing error that would only fill the memory
 

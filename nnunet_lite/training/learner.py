@@ -24,7 +24,7 @@ from nnunet_lite.networks.precision import ComputeFormat, list_formats, measure_
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
-from nnunet_lite.training.batches import Batch, make_batch
+from nnunet_lite.training.dataloader import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
 from nnunet_lite.training.finetune import freeze
 from nnunet_lite.training.job import Job

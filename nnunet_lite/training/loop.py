@@ -32,7 +32,7 @@ from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training import limits
-from nnunet_lite.training.batches import Batch, make_batch, training_batches
+from nnunet_lite.training.dataloader import Batch, make_batch, prefetch, training_batches
 from nnunet_lite.training.distributed import ALONE, SYNC_EVERY, Clock, from_first, max_over_ranks, sum_over_ranks
 from nnunet_lite.training.finetune import freeze, start_from
 from nnunet_lite.training.job import Job
@@ -50,7 +50,6 @@ from nnunet_lite.training.learner import (
 from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, count_voxels, record_metrics
 from nnunet_lite.training.optim import Plateau, learning_rate, update_average
-from nnunet_lite.training.prefetch import prefetch
 
 _VALIDATION_STREAM = 2**31  # of random numbers: no training epoch uses it
 

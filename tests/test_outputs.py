@@ -1,0 +1,372 @@
+"""Label maps slab by slab equal those of whole images, in memory that is planned; several models vote."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_models import CPU, FP32, REGIONS, Shape, labels_of, noise, placed, planned, random_networks
+from torch import Tensor
+
+from nnunet_lite.data.images import read_image
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference.memory import PredictionTask, plan_memory
+from nnunet_lite.inference.outputs import (
+    ExtraMaps,
+    _vote,
+    in_step,
+    open_stream,
+    output_names,
+    parse_label_names,
+    predict_label_map,
+    predict_maps,
+)
+from nnunet_lite.inference.predictor import load
+from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
+from nnunet_lite.inference.windows import LabelSwap
+from nnunet_lite.planning.schema import Configuration, Resampling
+from nnunet_lite.preprocessing.pipeline import (
+    Placement,
+    decode_logits,
+    output_values,
+    preprocess,
+    restore_segmentation,
+)
+from nnunet_lite.preprocessing.resampling import Block, resample_image
+
+ISOTROPIC, COARSE = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0)
+CUBE = planned((16, 16, 16))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would only wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+def label_map(task: PredictionTask, labels: Labels, **options: Any) -> np.ndarray:
+    (plan,) = plan_memory([task], labels, 0.5)
+    return predict_label_map(open_stream(task, plan, **options), task.placement, labels)
+
+
+def agreement(
+    configuration: Configuration,
+    place: Placement,
+    labels: Labels,
+    how: dict[str, Any] | None = None,
+    folds: int = 1,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> float:
+    """The share of voxels on which streaming and the logits of the whole image agree."""
+    networks, image = random_networks(configuration, labels.n_channels, folds), noise(place.shape)
+    resampling = Resampling(**(how or {}))
+    window, whole = (
+        build_sliding_window(networks, configuration, labels.n_channels, FP32, CPU, whole=flag, **options)
+        for flag in (False, True)
+    )
+    expected = restore_segmentation(predict_logits(whole, image), place, labels, resampling)
+    assert len(np.unique(expected)) > 2
+    task = PredictionTask(window, image, place, resampling)
+    (plan,) = plan_memory([task], labels, 0.5)
+    found = predict_label_map(open_stream(task, plan if dtype is None else replace(plan, dtype=dtype)), place, labels)
+    assert found.shape == place.geometry.shape and found.dtype == expected.dtype
+    return float((found == expected).mean())
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [
+        ((37, 20, 22), (60, 31, 41)),  # to a finer grid
+        ((37, 20, 22), (19, 13, 15)),  # to a coarser one
+        ((50, 17, 20), (50, 17, 20)),
+        ((9, 30, 12), (23, 25, 12)),  # smaller than the patch, and not resampled along one axis
+        ((1, 24, 24), (1, 30, 30)),  # a single slice
+        ((50, 16, 16), (3, 16, 16)),  # slices that nothing needs
+    ],
+)
+@pytest.mark.parametrize("labels", [labels_of(4), REGIONS, labels_of(20)])
+def test_slabs_equal_the_whole(shape: Shape, target: Shape, labels: Labels) -> None:
+    assert agreement(CUBE, placed(shape, target), labels) > 0.9999
+
+
+@pytest.mark.parametrize("spacing", [COARSE, (1.0, 5.0, 1.0), (1.0, 1.0, 5.0)])
+@pytest.mark.parametrize("how", [{}, {"logits_order_z": 1}, {"separate_z": False}, {"logits_order": 3}])
+def test_coarse_axes_and_other_orders(spacing: tuple[float, float, float], how: dict[str, Any]) -> None:
+    place = placed((24, 21, 19), (40, 33, 30), spacing)
+    assert agreement(planned((8, 16, 16)), place, labels_of(4), how) > 0.9999
+
+
+@pytest.mark.parametrize("order", [2, 3, 5])
+def test_splines_that_reach_far_along_the_first_axis(order: int) -> None:
+    place = placed((90, 12, 13), (131, 17, 12))
+    assert agreement(planned((8, 16, 16)), place, labels_of(3), {"logits_order": order}) > 0.9999
+
+
+@pytest.mark.parametrize(("n_classes", "at_once"), [(3, 1), (3, 100), (20, 4)])
+def test_two_dimensions(n_classes: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunet_lite.inference.sliding_window._windows_at_once", lambda *_: at_once)
+    place = placed((9, 40, 37), (9, 31, 50), COARSE)
+    assert agreement(planned((16, 24)), place, labels_of(n_classes), mirror_axes=(0, 1)) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "options"),
+    [
+        (4, {"order": (2, 0, 1)}),  # axes are put back, and the margin is background
+        (20, {"order": (2, 0, 1), "mirror_axes": (0, 2), "folds": 2}),
+        (4, {"mirror_axes": (1, 2), "folds": 2, "swap": True}),
+        (40, {"mirror_axes": (1, 2), "folds": 2, "swap": True}),  # features of swapped copies are summed apart
+    ],
+)
+def test_other_axes_mirrored_copies_and_swapped_labels(n_classes: int, options: dict[str, Any]) -> None:
+    if options.pop("swap", False):
+        options["swap"] = LabelSwap(2, (0, 2, 1, *range(3, n_classes)))
+    place = placed((20, 18, 22), (25, 30, 20), order=options.pop("order", (0, 1, 2)))
+    assert agreement(CUBE, place, labels_of(n_classes), **options) > 0.9999
+
+
+@pytest.mark.parametrize("n_classes", [4, 20])
+def test_float16_if_memory_is_short(n_classes: int) -> None:
+    found = agreement(CUBE, placed((37, 20, 22), (60, 31, 41)), labels_of(n_classes), dtype=torch.float16)
+    assert 0.995 < found < 1, "of a random network, whose logits are close to each other"
+
+
+def test_trained_networks(tiny_model: Path, scans: list[Path]) -> None:
+    model = load(tiny_model, device="cpu", settings={"inference.mirroring": False, "inference.precision": "fp32"})
+    labels, how = model.plan.labels, model.configuration.resampling
+    window = build_sliding_window(model.networks, model.configuration, labels.n_channels, model.arithmetic, CPU)
+    for scan, spacing in zip(scans, [ISOTROPIC, (1.2, 0.7, 0.9)], strict=False):
+        image = read_image(scan)
+        image = replace(image, geometry=replace(image.geometry, spacing=spacing))
+        given = preprocess(image, None, model.plan, model.configuration)
+        expected = restore_segmentation(predict_logits(window, given.image), given.placement, labels, how)
+        found = label_map(PredictionTask(window, given.image, given.placement, how), labels)
+        assert len(np.unique(found)) > 1 and (found == expected).mean() > 0.9999
+
+
+def test_empty_windows_may_be_left_out() -> None:
+    configuration, place = planned((8, 8, 8)), placed((40, 12, 12), (50, 12, 12))
+    image = noise(place.shape)
+    image[:, 12:] = 0
+    for n_classes in (4, 20):
+        counts: list[int] = []
+        window = build_sliding_window(random_networks(configuration, n_classes), configuration, n_classes, FP32, CPU)
+
+        def count(
+            x: Tensor, forward: Callable[[Tensor], Tensor] = window.forward, counts: list[int] = counts
+        ) -> Tensor:
+            counts.append(len(x))
+            return forward(x)
+
+        task = PredictionTask(replace(window, forward=count), image, place, Resampling())
+        full, less = (label_map(task, labels_of(n_classes), skip_empty=skip) for skip in (False, True))
+        assert sum(counts) == 9 * 4 + 3 * 4, "two windows reach slices 8 to 12, and none those from 16 on"
+        assert np.array_equal(less[:9], full[:9])
+        assert not less[26:].any() and full[26:].any()
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_the_fastest_way_that_fits_is_chosen_and_what_does_not_fit_is_refused() -> None:
+    place, labels, configuration = placed((100, 60, 60), (200, 120, 120)), labels_of(20), planned((32, 32, 32))
+    window = build_sliding_window(random_networks(configuration, 20), configuration, 20, FP32, CPU)
+    task = PredictionTask(window, noise(place.shape), place, Resampling())
+    (largest,) = plan_memory([task], labels, 0.5)
+    assert (largest.batch_size, largest.dtype) == (window.at_once, torch.float32)
+    found, limit = [largest], largest.host
+    with pytest.raises(UserError, match=r"needs [\d.]+ MB of memory at least, [\d.]+ MB may be used\. Raise --max-mem"):
+        while limit := int(0.98 * limit):
+            found += plan_memory([task], labels, 0.5, limit)
+            assert found[-1].host <= limit
+    assert (found[-1].batch_size, found[-1].dtype) == (1, torch.float16)
+    assert {plan.batch_size for plan in found} == {8, 4, 2, 1}
+
+
+MEASURED = """
+import os
+import numpy as np
+import torch
+from random_models import CPU, FP32, labels_of, noise, placed, planned, random_networks
+from nnunet_lite.inference.memory import PredictionTask, plan_memory
+from nnunet_lite.inference.outputs import open_stream, predict_label_map
+from nnunet_lite.inference.sliding_window import build_sliding_window
+from nnunet_lite.planning.schema import Resampling
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.set_num_threads(1)
+configuration, labels = planned((32, 48, 48), (8, 8)), labels_of(40)
+window = build_sliding_window(random_networks(configuration, 40), configuration, 40, FP32, CPU)
+for slices in (64, 64, 128, 512):
+    place = placed((slices, 96, 96), (slices * 3 // 2, 144, 144))
+    image = torch.zeros(1, slices, 96, 96).normal_().numpy()
+    task = PredictionTask(window, image, place, Resampling())
+    (plan,) = plan_memory([task], labels, 1.0)
+    before = peak()
+    out = predict_label_map(open_stream(task, plan), place, labels)
+    print(peak() - before, plan.host, image.nbytes + out.nbytes)
+"""
+
+
+def test_memory_is_as_planned_and_does_not_grow_with_the_image() -> None:
+    command = [sys.executable, "-c", MEASURED]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    first, again, double, long = ([int(n) for n in line.split()] for line in done.stdout.splitlines())
+    assert first[0] < 1.25 * first[1], "memory of the first prediction, and the planned one"
+    for grown, _, given in (again, double, long):
+        assert grown < given + 0.15 * first[0], "besides the image and the label map nothing grows"
+
+
+# ------------------------------------------------------------------------------------------- several models, and maps
+
+VOTED = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
+TARGET = (21, 30, 26)
+SHAPES = ((30, 22, 25), (13, 30, 26), (21, 16, 31))  # three spacings of one image
+
+
+def logits_on_grid(window: SlidingWindow, image: np.ndarray) -> np.ndarray:
+    """The logits of the whole image, by the operators that resample images."""
+    return resample_image(predict_logits(window, image).numpy(), TARGET, (1, 1, 1), (1, 1, 1), 1, 1, separate_z=False)
+
+
+def probabilities(logits: np.ndarray, labels: Labels) -> np.ndarray:
+    tensor = torch.from_numpy(logits)
+    return (tensor.sigmoid() if labels.has_regions else tensor.softmax(0)).numpy()
+
+
+def three_models(
+    n_folds: int, labels: Labels, margin: bool = False
+) -> tuple[list[list[SlidingWindow]], list[PredictionTask]]:
+    """Three models of some folds: windows that return logits of the whole image, and tasks to stream."""
+    whole, tasks = [], []
+    for number, shape in enumerate(SHAPES):
+        torch.manual_seed(number)
+        networks = random_networks(CUBE, labels.n_channels, n_folds)
+        for i, network in enumerate(networks):
+            for parameter in network.parameters():
+                parameter.mul_(1 + 0.3 * (number + i))
+        logits, streamed = (
+            [build_sliding_window([n], CUBE, labels.n_channels, FP32, CPU, whole=flag) for n in networks]
+            for flag in (True, False)
+        )
+        whole.append(logits)
+        place = placed(shape, TARGET, order=(0, 2, 1) if margin else (0, 1, 2))
+        tasks += [PredictionTask(window, noise(shape), place, Resampling()) for window in streamed]
+    return whole, tasks
+
+
+@pytest.mark.parametrize("labels", [labels_of(3), labels_of(20), VOTED])
+def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
+    whole, tasks = three_models(2, labels)
+    names = output_names(labels)
+    streams = [open_stream(*pair) for pair in zip(tasks, plan_memory(tasks, labels, 0.5), strict=True)]
+    maps: dict[str, np.ndarray] = {}
+
+    def new_map(name: str) -> np.ndarray:
+        assert name not in maps
+        maps[name] = np.zeros(TARGET, np.uint8)
+        return maps[name]
+
+    models = [streams[:2], streams[2:4], streams[4:]]
+    found = predict_maps(models, tasks[0].placement, labels, ExtraMaps(names[1:], uncertainty=True), new_map)
+
+    folds = [[logits_on_grid(w, noise(shape)) for w in model] for model, shape in zip(whole, SHAPES, strict=True)]
+    shares = np.mean([probabilities(np.mean(logits, axis=0), labels) for logits in folds], axis=0)
+    expected = decode_logits(shares - 0.5, labels)
+    assert (found == output_values(labels)[expected]).mean() > 0.9999 and len(np.unique(found)) > 1
+    for name in names[1:]:
+        difference = np.abs(maps.pop(f"probabilities/{name}") / 255 - shares[names.index(name)])
+        assert difference.max() < 0.5 / 255 + 1e-4
+    votes = np.mean([decode_logits(logits, labels) != expected for model in folds for logits in model], axis=0)
+    assert (np.abs(maps.pop("uncertainty/disagreement") / 255 - votes) < 0.01).mean() > 0.999
+    assert 0 < votes.mean() < 1
+    p = np.clip(shares.astype(float), 1e-12, 1)
+    if labels.has_regions:
+        q = np.clip(1 - shares.astype(float), 1e-12, 1)
+        entropy = -(p * np.log2(p) + q * np.log2(q)).mean(axis=0)
+    else:
+        entropy = -(p * np.log(p)).sum(axis=0) / np.log(len(p))
+    assert np.abs(maps.pop("uncertainty/entropy") / 255 - entropy).max() < 0.5 / 255 + 1e-3
+    assert not maps
+
+
+def test_one_model_decides_as_without_maps() -> None:
+    labels = labels_of(20)
+    task = three_models(1, labels, margin=True)[1][0]
+    alone, shape = label_map(task, labels), task.placement.geometry.shape
+    maps = {f"probabilities/{name}": np.zeros(shape, np.uint8) for name in ("background", "label 3")}
+    (plan,) = plan_memory([task], labels, 0.5)
+    extra = ExtraMaps(("background", "label 3"))
+    found = predict_maps([[open_stream(task, plan)]], task.placement, labels, extra, maps.__getitem__)
+    assert np.array_equal(found, alone) and alone[0, 0, 0] == 0
+    assert [array[0, 0, 0] for array in maps.values()] == [255, 0]
+    assert maps["probabilities/background"].min() < 100
+
+
+def test_streams_wait_for_each_other() -> None:
+    def blocks(sizes: Sequence[int]) -> list[list[Block]]:
+        starts = iter(range(sum(sizes)))
+        return [[Block(i, i + 1, 0, 1, None) for i in (next(starts) for _ in range(size))] for size in sizes]
+
+    used: list[int] = []
+
+    def watched(parts: list[list[Block]]) -> Iterator[list[Block]]:
+        for some in parts:
+            yield some
+            used.append(len(some))
+
+    pairs = [pair for parts in in_step([iter(blocks([0, 3, 0, 4])), watched(blocks([1, 1, 5]))]) for pair in parts]
+    assert [(a.start, b.start) for a, b in pairs] == [(i, i) for i in range(7)]
+    assert used[:2] == [1, 1]
+
+
+def test_memory_is_shared_among_models() -> None:
+    labels = labels_of(4)
+    _, tasks = three_models(1, labels)
+    alone = [plan_memory([task], labels, 0.5)[0].host for task in tasks]
+    plans = plan_memory(tasks, labels, 0.5, limit=2 * sum(alone))
+    assert sum(plan.host for plan in plans) <= 2 * sum(alone) and len({plan.slab for plan in plans}) == 1
+    with pytest.raises(UserError, match=r"[kM]B of memory at least"):
+        plan_memory(tasks, labels, 0.5, limit=min(alone) // 20)
+
+
+def test_names_of_labels() -> None:
+    labels = Labels(names={"background": 0, "liver": 1, "tumor": 4})
+    assert parse_label_names("all", labels) == ("background", "liver", "tumor")
+    assert parse_label_names("tumor, liver", labels) == ("tumor", "liver")
+    assert parse_label_names("all", VOTED) == ("whole", "core")
+    with pytest.raises(UserError, match=r"'lever' is no label of the model. Its labels are: background, liver, tumor"):
+        parse_label_names("lever", labels)
+
+
+def test_a_model_agrees_with_itself(tiny_model: Path, scans: list[Path]) -> None:
+    """The mean of equal probabilities decides as the logits do, but for rounding."""
+    model = load(tiny_model, device="cpu", settings={"inference.mirroring": False, "inference.precision": "fp32"})
+    assert (replace(model, partners=(model,))(scans[0]) == model(scans[0])).mean() > 0.9999
+
+
+@pytest.mark.parametrize("labels", [labels_of(3), VOTED])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_skipped_windows_are_background_for_certain(labels: Labels, kind: Callable[[np.ndarray], Any]) -> None:
+    logits = np.zeros((labels.n_channels, 4, 5), np.float32)
+    logits[:, 1:] = 0.25
+    names = {name: number for number, name in enumerate(output_names(labels))}
+    decided, values = _vote([[kind(logits)]], labels, False, names, ExtraMaps(uncertainty=True))
+    expected = np.zeros(labels.n_channels) if labels.has_regions else np.eye(labels.n_channels)[0] * 255
+    assert [int(values[name][0, 0]) for name in names] == expected.tolist()
+    assert (values["uncertainty/entropy"][0] == 0).all() and (values["uncertainty/entropy"][1:] > 200).all()
+    assert (np.asarray(decided)[0] == 0).all()
