@@ -1,7 +1,8 @@
-"""Everything a run can vary: a recipe (TOML) + flags + --set -> one frozen, validated object.
+"""Everything a run can vary: a recipe (TOML), then options and `--set` -> one frozen, validated object.
 
-A key is `section.name`, as in the recipe. Unknown keys are refused with the nearest one. What was resolved is stored
-with the run (run.json), so that a resumed or finished run says what it was made with.
+A key is `section.name`, as in the recipe. Unknown keys are refused with the nearest one. The resolved settings are
+stored with the run (run.json), so that a resumed or finished run says how it was made. `describe_settings` writes
+docs/settings.md; a test compares them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,65 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.setting_types import Axes, Deviations, Factors, Factory, Minutes, Shares, Weights
+
+# ------------------------------------------------------------------------------------------------ types of values
+
+
+def _range(legal: str, is_legal: Callable[[float, float], bool]) -> AfterValidator:
+    """Refuse a pair of numbers unless `is_legal`, which `legal` says in words."""
+
+    def check(limits: tuple[float, float]) -> tuple[float, float]:
+        if not is_legal(*limits):
+            raise ValueError(f"must be [low, high] with {legal}")
+        return limits
+
+    return AfterValidator(check)
+
+
+def _check_axes(axes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
+        raise ValueError("must be different axes, each 0, 1 or 2")
+    return axes
+
+
+def _check_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if min(weights, default=0) < 0 or sum(weights) == 0:
+        raise ValueError("must be numbers of at least 0, not all of them 0")
+    return weights
+
+
+def _to_minutes(value: Any) -> Any:
+    """Return "8h", "90m" or "300s" in minutes, and anything else unchanged."""
+    number, unit = (value[:-1], value[-1:]) if isinstance(value, str) else (value, "")
+    try:
+        return float(number) * {"h": 60.0, "m": 1.0, "s": 1 / 60}[unit]
+    except (KeyError, TypeError, ValueError):
+        return value
+
+
+def _to_absolute(factory: str) -> str:
+    """Return a factory with the absolute path of its file, so that the model can be read from any folder."""
+    where, _, name = factory.rpartition(":")
+    return f"{Path(where).expanduser().absolute()}:{name}" if where.endswith(".py") else factory
+
+
+Factors = Annotated[tuple[float, float], _range("0 < low <= high", lambda low, high: 0 < low <= high)]
+Deviations = Annotated[tuple[float, float], _range("0 <= low <= high", lambda low, high: 0 <= low <= high)]
+Shares = Annotated[tuple[float, float], _range("0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1)]
+Axes = Annotated[tuple[int, ...], AfterValidator(_check_axes)]
+Weights = Annotated[tuple[float, ...], AfterValidator(_check_weights)]
+Minutes = Annotated[float, BeforeValidator(_to_minutes)]
+Factory = Annotated[str, AfterValidator(_to_absolute)]
+
+
+# ---------------------------------------------------------------------------------------------------- the settings
 
 
 class _Section(BaseModel):
@@ -24,7 +76,7 @@ class _Section(BaseModel):
 
 
 class PlanSettings(_Section):
-    """Where a recipe wants another U-Net than the plan's, it is planned anew from the fingerprint."""
+    """If a recipe sets another U-Net than the plan has, the plan is made again from the fingerprint."""
 
     preset: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] | None = Field(
         None, description="default: the plan's"
@@ -32,7 +84,7 @@ class PlanSettings(_Section):
     memory: float | None = Field(None, gt=0, description="GPU memory budget in GB; default: the preset's")
     adopt: bool = Field(
         True,
-        description="with --init: spacing, patch, network and normalisation are the model's; false: the data set's",
+        description="with --init: spacing, patch, network and normalisation are the model's; false: the dataset's",
     )
 
 
@@ -53,9 +105,9 @@ class TrainingSettings(_Section):
     )
     batch_size: int | None = Field(None, ge=1, description="instead of the plan's")
     patch_size: tuple[int, ...] | None = Field(None, description="instead of the plan's")
-    patch_voxels: int | None = Field(None, ge=64, description="the planned patch is shortened to at most so many")
+    patch_voxels: int | None = Field(None, ge=64, description="the planned patch is shortened to at most this many")
     batch_voxels: int | None = Field(
-        None, ge=64, description="the planned batch holds at most so many, and two patches"
+        None, ge=64, description="the planned batch contains at most this many, and at least two patches"
     )
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
     foreground: float = Field(0.33, ge=0, le=1, description="share of samples centred on a foreground voxel")
@@ -65,7 +117,7 @@ class TrainingSettings(_Section):
     deep_supervision: bool = True
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: on a GPU, where it is faster")
     cache: Literal["auto", "device", "ram", "disk"] = Field(
-        "auto", description="where the preprocessed cases lie while training"
+        "auto", description="where the preprocessed cases are kept during training"
     )
     workers: int | None = Field(
         None, ge=0, description="threads that prepare batches ahead, 0 = none; default: none on a CPU, 2 on a GPU"
@@ -74,14 +126,14 @@ class TrainingSettings(_Section):
         None, ge=0, description="makes two runs identical on the CPU, unless a time limit ends them"
     )
     init: str | None = Field(None, description="model to start from, ours or nnU-Net's: fine-tuning")
-    freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that stay as they are")
+    freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that are not trained")
     tensorboard: bool = Field(False, description="write TensorBoard's files too; needs the extra `track`")
     max_bad_steps: int = Field(20, ge=1, description="steps with a non-finite loss that are skipped before giving up")
 
     @model_validator(mode="after")
-    def _something_to_stop_by(self) -> TrainingSettings:
+    def _early_stop_has_a_score(self) -> TrainingSettings:
         if self.early_stop is not None and not self.validation_iterations:
-            raise ValueError("early_stop goes by the held-out Dice: it needs validation_iterations of at least 1")
+            raise ValueError("early_stop uses the held-out Dice: it needs validation_iterations of at least 1")
         return self
 
 
@@ -112,7 +164,7 @@ class LossSettings(_Section):
     )
 
     @model_validator(mode="after")
-    def _something_left(self) -> LossSettings:
+    def _has_a_term(self) -> LossSettings:
         if self.cross_entropy == self.dice == self.top_k == self.bce == 0:
             raise ValueError("one of the weights must be greater than 0")
         return self
@@ -173,7 +225,7 @@ class AugmentationSettings(_Section):
     p_mirror: float = Field(0.5, ge=0, le=1, description="per axis")
     mirror_axes: Axes | None = Field(None, description="axes of the patch; default: all")
     mirror_swap: tuple[tuple[str, str], ...] = Field(
-        (), description='labels that change places when left and right do: [["kidney_left", "kidney_right"]]'
+        (), description='labels to swap when left and right are swapped: [["kidney_left", "kidney_right"]]'
     )
     mirror_swap_axis: int | None = Field(
         None, ge=0, le=2, description="axis of the patch from left to right; default: by the plan's orientation"
@@ -188,12 +240,12 @@ class InferenceSettings(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     sums: Literal["float32", "float16"] = Field(
         "float32",
-        description="of logits, over windows; float16: rounded as nnU-Net does, which decides close races",
+        description="of logits, over windows; float16: rounded as nnU-Net does, which decides between close classes",
     )
     skip_empty: Literal["auto"] | bool = Field(
         "auto", description="windows that are zero are background; auto: where the plan normalises inside a mask"
     )
-    compile: bool = Field(False, description="torch.compile; takes a minute at the start, so it pays with many images")
+    compile: bool = Field(False, description="torch.compile; takes a minute at the start, so it is for many images")
     max_memory: float | None = Field(
         None, gt=0, description="GB, of the machine and of the GPU each; default: 80 % of what is free"
     )
@@ -213,65 +265,63 @@ class Settings(_Section):
     inference: InferenceSettings = InferenceSettings()
 
     @model_validator(mode="after")
-    def _a_rate_to_begin_with(self) -> Settings:
+    def _rate_is_above_the_least(self) -> Settings:
         rate, least = self.optimizer.lr, self.schedule.min_lr
         if self.schedule.name == "plateau" and rate < least:
             raise ValueError(f"optimizer.lr = {rate:g} is below schedule.min_lr = {least:g}, where plateau ends a run")
         return self
 
 
+# ------------------------------------------------------------------------------------------ resolving settings
+
+
 def recipe_folder() -> Path:
-    """configs/ beside the package in a checkout, inside it in an installed wheel."""
+    """Return configs/, next to the package in a checkout, and inside it in an installed wheel."""
     inside = Path(__file__).parent / "configs"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that come with the package: name -> file; ablations are named `ablations/batch_norm`."""
+    """Return name and file of the recipes of the package; ablations are named `ablations/batch_norm`."""
     folder = recipe_folder()
     found = (path for path in sorted(folder.rglob("*.toml")) if path.parent.name != "cluster")
     return {str(p.relative_to(folder).with_suffix("")): p for p in found}
 
 
-def load_settings(recipe: str = "default", changes: dict[str, Any] | None = None) -> Settings:
-    """Resolve a recipe (a name or a TOML file) and changes on top of it.
+def load_settings(recipe: str = "default", changes: Mapping[str, Any] | None = None) -> Settings:
+    """Resolve a recipe and changes on top of it.
 
     Parameters
     ----------
-    changes : dotted key -> value, e.g. {"optimizer.lr": 0.001}. Strings are read as TOML values where they are such.
+    recipe : str
+        Name of a recipe, or a TOML file.
+    changes : mapping, optional
+        Key to value, such as {"optimizer.lr": 0.001}. Text is read as a TOML value if it is one.
 
     Raises
     ------
-    UserError : unknown recipe or key (names the nearest), bad TOML (line and column), illegal value.
+    UserError
+        The recipe or a key is unknown (names the nearest), the TOML is bad (line and column), or a value is illegal.
     """
     return with_changes(_read_recipe(_recipe_path(recipe)), changes or {})
 
 
-def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
-    """The settings of a recipe file; `above` are the files that build on it."""
-    if path in above:
-        raise UserError("builds on itself", path, "Give another base.")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"invalid TOML: {error}", path) from None
-    base = tree.pop("base", None)
-    start = Settings() if base is None else _read_recipe(_base_path(path, str(base)), (*above, path))
-    return _validated(start.model_copy(update={"recipe": path.stem}), dict(_flatten(tree)), path)
-
-
-def with_changes(settings: Settings, changes: dict[str, Any], sections: tuple[str, ...] | None = None) -> Settings:
-    """The settings with some keys replaced, as `load_settings` does.
+def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple[str, ...] | None = None) -> Settings:
+    """Return the settings with some keys replaced.
 
     Parameters
     ----------
-    sections : the only sections that may be changed, where a step reads no others; None: all.
+    settings : Settings
+        The settings to change.
+    changes : mapping
+        As for `load_settings`.
+    sections : tuple of str, optional
+        The only sections that may be changed, for a step that reads no others.
 
     Raises
     ------
-    UserError : unknown key, a key of another section, or illegal value.
+    UserError
+        A key is unknown or of another section, or a value is illegal.
     """
     for key in changes:
         if sections is not None and key in keys() and key.split(".")[0] not in sections:
@@ -280,7 +330,21 @@ def with_changes(settings: Settings, changes: dict[str, Any], sections: tuple[st
     return _validated(settings, {key: _parse(key, value) for key, value in changes.items()}, None)
 
 
-def _recipe_path(recipe: str) -> Path:
+def differences(old: Settings, new: Settings) -> list[str]:
+    """Return the differences of two runs' settings, one `key: old -> new` for each key."""
+    before, after = (dict(_flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
+    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]
+
+
+def keys() -> list[str]:
+    """Return every key that a recipe or `--set` may name."""
+    return [key for key, _ in _flatten(Settings().model_dump(exclude={"recipe"}))]
+
+
+def _recipe_path(recipe: str, folder: Path | None = None) -> Path:
+    """Return the file of a recipe: one in the folder of the recipe that builds on it, a name, or a path."""
+    if folder is not None and (folder / recipe).is_file():
+        return folder / recipe
     known = recipes()
     by_stem = {Path(name).name: path for name, path in known.items()}
     path = known.get(recipe) or by_stem.get(recipe) or Path(recipe).expanduser()
@@ -293,13 +357,23 @@ def _recipe_path(recipe: str) -> Path:
     return path
 
 
-def _base_path(recipe: Path, base: str) -> Path:
-    """What a recipe builds on: a file beside it, else a recipe or file like any other."""
-    beside = recipe.parent / base
-    return beside if beside.is_file() else _recipe_path(base)
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
+    """Return the settings of a recipe file; `above` are the files that build on it."""
+    if path in above:
+        raise UserError("builds on itself", path, "Give another base.")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"invalid TOML: {error}", path) from None
+    base = tree.pop("base", None)
+    start = Settings() if base is None else _read_recipe(_recipe_path(str(base), path.parent), (*above, path))
+    return _validated(start.model_copy(update={"recipe": path.stem}), dict(_flatten(tree)), path)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over the values of a tree with their dotted keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
@@ -308,7 +382,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _parse(key: str, value: Any) -> Any:
-    """`--set` values are TOML where they parse as such (3e-4, true, [40, 56, 40]), else "none", else plain strings."""
+    """Return text as a TOML value if it is one (3e-4, true, [40, 56, 40]), "none" as None, other text unchanged."""
     if not isinstance(value, str):
         return value
     if value.lower() in ("none", "null"):
@@ -319,13 +393,8 @@ def _parse(key: str, value: Any) -> Any:
         return value
 
 
-def keys() -> list[str]:
-    """Every key that a recipe or --set may name."""
-    return [key for key, _ in _flatten(Settings().model_dump(exclude={"recipe"}))]
-
-
 def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Settings:
-    """`base` with the values of some keys replaced; `file` is where they come from, None for flags."""
+    """Return `base` with the values of some keys replaced; they come from `file`, or from options if it is None."""
     known = keys()
     tree = base.model_dump()
     for key, value in values.items():
@@ -347,14 +416,8 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
         raise UserError(f"{where} = {given!r}: {what}" if where else what, file) from None
 
 
-def differences(old: Settings, new: Settings) -> list[str]:
-    """What changed between two runs' settings, one `key: old -> new` per changed key."""
-    before, after = (dict(_flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
-    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]
-
-
 def describe_settings() -> str:
-    """Every key with its default and meaning, as Markdown: docs/settings.md."""
+    """Return every key with its default and meaning, as Markdown: docs/settings.md."""
     lines = ["# Settings", "", "Keys of recipes and of `--set`; defaults are those of the recipe `default`."]
     for section, field in Settings.model_fields.items():
         kind = field.annotation

@@ -23,7 +23,7 @@ from nnunet_lite.files import read_json, understood, write_json
 IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in upper or lower case
 
 
-class _Entry:
+class _PathOf:
     """An attribute of `Paths`: a file or folder in the dataset's folder."""
 
     def __init__(self, name: str) -> None:
@@ -39,16 +39,16 @@ class Paths:
 
     root: Path
 
-    dataset = _Entry("dataset.json")
-    fingerprint = _Entry("fingerprint.json")
-    plans = _Entry("plans.json")
-    check = _Entry("check.json")
-    raw = _Entry("raw.json")  # size, time and hash of each raw file when the dataset was planned
-    splits = _Entry("splits.json")
-    preprocessed = _Entry("preprocessed")
-    models = _Entry("models")
-    ensembles = _Entry("ensembles")
-    inference = _Entry("inference.json")
+    dataset = _PathOf("dataset.json")
+    fingerprint = _PathOf("fingerprint.json")
+    plans = _PathOf("plans.json")
+    check = _PathOf("check.json")
+    raw = _PathOf("raw.json")  # size, time and hash of each raw file when the dataset was planned
+    splits = _PathOf("splits.json")
+    preprocessed = _PathOf("preprocessed")
+    models = _PathOf("models")
+    ensembles = _PathOf("ensembles")
+    inference = _PathOf("inference.json")
 
     @property
     def name(self) -> str:
