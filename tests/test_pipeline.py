@@ -19,6 +19,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import (
     Placement,
+    prepare,
     preprocess,
     require_finite,
     resampled_shape,
@@ -88,9 +89,7 @@ def test_what_lies_outside_the_mask_of_all_channels_is_a_class_of_its_own(spacin
     assert outside[box].any() and (~outside & (values == 0))[box].any()
     wanted = resample_labels(marked, got.placement.shape, (1.0, 1.0, 1.0), spacing)
     assert got.classes is not None and np.array_equal(got.classes, wanted)
-    unmasked = preprocess(
-        image, values, sample_plan(LABELS, channels=2), sample_plan(LABELS, spacing).configuration("3d_fullres")
-    )
+    unmasked = prepare(image, values, sample_plan(LABELS, channels=2))
     assert unmasked.classes is not None and unmasked.classes.max() == 2
 
 
