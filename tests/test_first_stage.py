@@ -278,7 +278,7 @@ def test_a_first_stage_that_is_missing_is_named(trained: Path, tmp_path: Path) -
         load(tmp_path / "models" / "tiny")
     run = tmp_path / "models" / "tiny" / "run.json"
     write_json(run, {key: value for key, value in read_json(run).items() if key != "previous"})
-    with pytest.raises(UserError, match=rf"run\.json: does not say which model of {FIRST} predicts before it"):
+    with pytest.raises(UserError, match=rf"run\.json: does not name its first stage, a model of {FIRST}"):
         load(tmp_path / "models" / "tiny")
 
 
