@@ -28,7 +28,7 @@ from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 
-def info(
+def show_info(
     model: Annotated[
         FilePath | None, typer.Argument(help="Model folder, nnU-Net's too, or zip [all models of a planned dataset].")
     ] = None,
