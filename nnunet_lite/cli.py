@@ -36,7 +36,7 @@ COMMANDS = {
     "predict": ("predict.predict", "Segment images with a trained model."),
     "evaluate": ("evaluate.evaluate", "Score label maps against references: Dice, surface distances, volumes, "
                  "lesions."),
-    "select": ("evaluate.select", "Compare trained models and pairs of them on the held-out cases; predict uses the "
+    "select": ("select.select", "Compare trained models and pairs of them on the held-out cases; predict uses the "
                "best."),
     "report": ("report.report", "Write an HTML page about the dataset, its plan, models and scores, with pictures of "
                "the worst cases."),

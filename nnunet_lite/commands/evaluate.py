@@ -1,20 +1,15 @@
-"""`nnlite evaluate` and `nnlite select`: score label maps, and choose the model that `nnlite predict` uses."""
+"""`nnlite evaluate`: score label maps against their references."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nnunet_lite.commands.options import AcceptGeometry, DatasetName, Device, FilePath, Workers, Workspace, names_of
-from nnunet_lite.data.dataset import stored_dataset
-from nnunet_lite.evaluation.comparison import select_models
+from nnunet_lite.commands.options import AcceptGeometry, FilePath, Workers
 from nnunet_lite.evaluation.scores import Scores, score_files
-from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.files import write_json, write_text
-from nnunet_lite.workspace import select_dataset
 
 
 def evaluate(
@@ -32,6 +27,17 @@ def evaluate(
     """Score label maps against references: Dice, surface distances, volumes, lesions.
 
     Files of two folders are matched by name.
+
+    Parameters
+    ----------
+    prediction, reference : str or Path
+        Two label maps, or two folders of label maps.
+    tolerance : float
+        How far apart surfaces may be for the surface Dice, in mm, or in pixels if no file has a spacing.
+    surface : bool
+        Whether to measure surface distances.
+    output : str or Path, optional
+        A .json or .csv file to write the scores to.
 
     Returns
     -------
@@ -52,39 +58,3 @@ def evaluate(
     elif output is not None:
         write_json(Path(output), scores.to_json())
     return scores
-
-
-def select(
-    configuration: Annotated[
-        str | Sequence[str] | None,
-        typer.Option("-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated [all]."),
-    ] = None,
-    *,
-    ensembles: Annotated[bool, typer.Option("--ensembles/--no-ensembles", help="Try all pairs.")] = True,
-    postprocess: Annotated[
-        bool, typer.Option("--postprocess/--no-postprocess", help="Try rules for components.")
-    ] = True,
-    device: Device = None,
-    workers: Workers = None,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
-) -> Selection:
-    """Compare trained models and pairs of them on the held-out cases; predict uses the best.
-
-    Predictions of held-out cases that are missing are made first. Writes inference.json.
-
-    Returns
-    -------
-    Selection
-        The selected models and the scores of all candidates.
-
-    Raises
-    ------
-    UserError
-        No trained models can be compared, or a case cannot be predicted.
-    """
-    paths = select_dataset(workspace, dataset)
-    return select_models(
-        paths, stored_dataset(paths.dataset), names_of(configuration), ensembles=ensembles, postprocess=postprocess,
-        device=device, workers=workers,
-    )  # fmt: skip

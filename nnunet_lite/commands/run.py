@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.evaluate import select
 from nnunet_lite.commands.options import (
     AcceptGeometry,
     Device,
@@ -35,6 +34,7 @@ from nnunet_lite.commands.options import (
 )
 from nnunet_lite.commands.plan import dataset_paths, plan, reason_to_plan
 from nnunet_lite.commands.report import report
+from nnunet_lite.commands.select import select
 from nnunet_lite.commands.steps import (
     JOURNAL,
     plan_runs,

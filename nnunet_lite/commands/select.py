@@ -1,0 +1,59 @@
+"""`nnlite select`: choose the model or ensemble that `nnlite predict` uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from nnunet_lite.commands.options import DatasetName, Device, Workers, Workspace, names_of
+from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.evaluation.comparison import select_models
+from nnunet_lite.evaluation.selection import Selection
+from nnunet_lite.workspace import select_dataset
+
+
+def select(
+    configuration: Annotated[
+        str | Sequence[str] | None,
+        typer.Option("-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated [all]."),
+    ] = None,
+    *,
+    ensembles: Annotated[bool, typer.Option("--ensembles/--no-ensembles", help="Try all pairs.")] = True,
+    postprocess: Annotated[
+        bool, typer.Option("--postprocess/--no-postprocess", help="Try rules for components.")
+    ] = True,
+    device: Device = None,
+    workers: Workers = None,
+    dataset: DatasetName = None,
+    workspace: Workspace = None,
+) -> Selection:
+    """Compare trained models and pairs of them on the held-out cases; predict uses the best.
+
+    Predictions of held-out cases that are missing are made first. Writes inference.json.
+
+    Parameters
+    ----------
+    configuration : str or sequence of str, optional
+        Compare only models of these configurations, or with these names.
+    ensembles : bool
+        Whether to try all pairs of models.
+    postprocess : bool
+        Whether to try rules that remove components.
+
+    Returns
+    -------
+    Selection
+        The selected models and the scores of all candidates.
+
+    Raises
+    ------
+    UserError
+        No trained models can be compared, or a case cannot be predicted.
+    """
+    paths = select_dataset(workspace, dataset)
+    return select_models(
+        paths, stored_dataset(paths.dataset), names_of(configuration), ensembles=ensembles, postprocess=postprocess,
+        device=device, workers=workers,
+    )  # fmt: skip
