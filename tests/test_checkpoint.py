@@ -1,4 +1,4 @@
-"""A run is restored to the bit, and a file that does not fit or is cut off is refused with one line."""
+"""A run is restored bit by bit, and a file that does not fit or is cut off is refused with one line."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
+from nnunet_lite.models.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network
 from nnunet_lite.settings import OptimizerSettings
 from nnunet_lite.training.optim import make_optimizer
 
-CPU = torch.device("cpu")
 SPEC = Network(
     features=(4, 8),
     strides=((1, 1, 1), (2, 2, 2)),
@@ -30,154 +25,134 @@ SPEC = Network(
     decoder_convolutions=(1,),
     norm="batch",
 )
+Pair = tuple[UNet, torch.optim.Optimizer]
 
 
-def make(optimizer: str, channels_last: bool, seed: int) -> tuple[UNet, torch.optim.Optimizer]:
+def make(seed: int, name: Any = "sgd", channels_last: bool = False, frozen: bool = False) -> Pair:
     torch.manual_seed(seed)
     network = UNet(SPEC, 1, 2)
     if channels_last:
         network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return network, make_optimizer(network, OptimizerSettings(name=optimizer, lr=0.01), CPU)  # type: ignore[arg-type]
+    for key, parameter in network.named_parameters():
+        parameter.requires_grad_(not (frozen and key.startswith("encoder.")))
+    return network, make_optimizer(network, OptimizerSettings(name=name, lr=0.01), torch.device("cpu"))
 
 
-def steps(network: UNet, optimizer: torch.optim.Optimizer, seeds: range, channels_last: bool) -> None:
+def steps(pair: Pair, seeds: range, channels_last: bool = False) -> Pair:
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    network, optimizer = pair
     for seed in seeds:
         x = torch.randn(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(seed)).contiguous(memory_format=layout)
         optimizer.zero_grad()
         network(x).square().mean().backward()
         optimizer.step()
+    return pair
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint.safetensors"
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_going_on_from_a_checkpoint_equals_never_stopping(tmp_path: Path, optimizer: str, channels_last: bool) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    network, optimiser = make(optimizer, channels_last, 0)
-    steps(network, optimiser, range(3), channels_last)
-    save_checkpoint(path, network, optimiser, {"epoch": 3, "plateau": {"best": 0.1}})
-    steps(network, optimiser, range(3, 6), channels_last)
-
-    restored, other = make(optimizer, channels_last, 1)
-    assert load_checkpoint(path, restored, other) == {"epoch": 3, "plateau": {"best": 0.1}}
-    steps(restored, other, range(3, 6), channels_last)
-    for (name, a), b in zip(network.state_dict().items(), restored.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_moments_have_the_layout_of_their_parameter(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    network, optimizer = make("sgd", True, 0)
-    steps(network, optimizer, range(1), True)
-    save_checkpoint(path, network, optimizer, {})
-    restored, other = make("sgd", True, 1)
-    load_checkpoint(path, restored, other)
-    for parameter in restored.parameters():
-        assert other.state[parameter]["momentum_buffer"].stride() == parameter.stride()
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_resuming_from_a_checkpoint_equals_never_stopping(path: Path, name: str, channels_last: bool) -> None:
+    trained, state = (
+        steps(make(0, name, channels_last), range(3), channels_last),
+        {"epoch": 3, "plateau": {"best": 0.1}},
+    )
+    save_checkpoint(path, *trained, state)
+    steps(trained, range(3, 6), channels_last)
+    restored = make(1, name, channels_last)
+    assert load_checkpoint(path, *restored) == state
+    for parameter in restored[0].parameters():
+        moments = restored[1].state[parameter]
+        assert all(m.stride() == parameter.stride() for m in moments.values() if m.shape == parameter.shape)
+    steps(restored, range(3, 6), channels_last)
+    assert equal(trained[0], restored[0])
 
 
-def test_a_checkpoint_before_the_first_step_is_restored(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    network, optimizer = make("sgd", False, 0)
-    save_checkpoint(path, network, optimizer, {"epoch": 0})
-    restored, other = make("sgd", False, 1)
-    load_checkpoint(path, restored, other)
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), restored.parameters(), strict=True))
+def test_a_checkpoint_before_the_first_step_is_restored(path: Path) -> None:
+    first, restored = make(0), make(1)
+    save_checkpoint(path, *first, {"epoch": 0})
+    load_checkpoint(path, *restored)
+    assert equal(first[0], restored[0])
 
 
-def test_weights_and_what_the_header_says(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    network, _ = make("sgd", True, 0)
-    about: dict[str, Any] = {"configuration": "3d_fullres", "epochs": 3}
-    save_weights(path, network, about)
-    restored, _ = make("sgd", False, 1)
-    assert load_weights(path, restored) == about
-    assert read_weights_header(path) == about
-    for a, b in zip(network.state_dict().values(), restored.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
+def test_weights_are_restored_with_their_header(path: Path) -> None:
+    network, restored = make(0, channels_last=True)[0], make(1)[0]
+    header: dict[str, Any] = {"configuration": "3d_fullres", "epochs": 3}
+    save_weights(path, network, header)
+    assert load_weights(path, restored) == read_weights_header(path) == header
+    assert equal(network, restored)
     assert any(name.endswith("running_mean") for name in restored.state_dict())
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_weights(path, make("sgd", False, 0)[0], {})
-    with pytest.raises(UserError, match=r"model\.safetensors: holds the weights of another network.*heads") as caught:
-        load_weights(path, UNet(SPEC, 1, 3))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    network, optimizer = make("sgd", False, 0)
-    save_checkpoint(path, network, optimizer, {})
+def test_weights_of_another_network_are_refused(path: Path) -> None:
+    message = r"checkpoint\.safetensors: holds the weights of another network.*heads"
     other = UNet(SPEC, 1, 3)
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors: holds the weights of another network"):
-        load_checkpoint(path, other, make_optimizer(other, OptimizerSettings(), CPU))
+    save_weights(path, make(0)[0], {})
+    with pytest.raises(UserError, match=message) as caught:
+        load_weights(path, other)
+    assert "\n" not in str(caught.value)
+    save_checkpoint(path, *make(0), {})
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(path, other, make_optimizer(other, OptimizerSettings(), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -100])
-def test_a_cut_off_file_is_refused(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "model.safetensors"
-    network, _ = make("sgd", False, 0)
+def test_a_cut_off_file_is_refused(path: Path, length: int) -> None:
+    network, _ = make(0)
     save_weights(path, network, {})
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=r"model\.safetensors: is not a safetensors file") as caught:
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: is not a safetensors file") as caught:
         load_weights(path, network)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
-        read_weights_header(tmp_path / "none.safetensors")
+        read_weights_header(path.with_name("none.safetensors"))
 
 
-def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    network, optimizer = make("sgd", False, 0)
-    save_checkpoint(path, network, optimizer, {"epoch": 1})
+def test_a_failed_write_keeps_the_old_file(path: Path) -> None:
+    save_checkpoint(path, *make(0), {"epoch": 1})
     with pytest.raises(TypeError):
-        save_checkpoint(path, network, optimizer, {"epoch": object()})
+        save_checkpoint(path, *make(0), {"epoch": object()})
     assert read_weights_header(path) == {"epoch": 1}
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_model_may_be_read_by_others(tmp_path: Path) -> None:
-    (tmp_path / "any").touch()
-    save_weights(tmp_path / "model.safetensors", torch.nn.Linear(2, 2), {})
-    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+def test_a_model_may_be_read_by_others(path: Path) -> None:
+    (path.parent / "any").touch()
+    save_weights(path, nn.Linear(2, 2), {})
+    assert path.stat().st_mode == (path.parent / "any").stat().st_mode
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_moments_find_their_weights_when_others_are_frozen_or_not_any_more(tmp_path: Path, optimizer: str) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-
-    def made(frozen: bool) -> tuple[UNet, torch.optim.Optimizer]:
-        network, _ = make(optimizer, False, 0)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(not (frozen and name.startswith("encoder.")))
-        settings = OptimizerSettings(name=optimizer, lr=0.01)  # type: ignore[arg-type]
-        return network, make_optimizer(network, settings, CPU)
-
-    for before, after in ((True, False), (False, True)):
-        network, own = made(before)
-        steps(network, own, range(2), False)
-        save_checkpoint(path, network, own, {})
-        restored, other = made(after)
-        load_checkpoint(path, restored, other)
-        saved = {name: own.state[p] for name, p in network.named_parameters() if p in own.state}
-        for name, parameter in restored.named_parameters():
-            if parameter.requires_grad and name in saved:
-                for key, value in saved[name].items():
-                    assert torch.equal(other.state[parameter][key], value), (name, key)
-        assert any(name in saved and p.requires_grad for name, p in restored.named_parameters())
-        steps(restored, other, range(2, 4), False)
-        assert all(torch.isfinite(p).all() for p in restored.parameters())
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)], ids=["thawed", "frozen"])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_moments_belong_to_their_weights_whichever_are_frozen(path: Path, name: str, before: bool, after: bool) -> None:
+    network, optimizer = steps(make(0, name, frozen=before), range(2))
+    save_checkpoint(path, network, optimizer, {})
+    restored, other = make(0, name, frozen=after)
+    load_checkpoint(path, restored, other)
+    saved = {key: optimizer.state[p] for key, p in network.named_parameters() if p in optimizer.state}
+    both = [(key, p) for key, p in restored.named_parameters() if p.requires_grad and key in saved]
+    assert both
+    assert all(torch.equal(other.state[p][moment], value) for key, p in both for moment, value in saved[key].items())
+    steps((restored, other), range(2, 4))
+    assert all(torch.isfinite(p).all() for p in restored.parameters())
 
 
-def test_weights_that_two_layers_share_are_saved(tmp_path: Path) -> None:
-    def tied() -> torch.nn.Module:
-        network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+def test_weights_that_two_layers_share_are_saved(path: Path) -> None:
+    def tied() -> nn.Sequential:
+        network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         network[1].weight = network[0].weight
         return network
 
     network, restored = tied(), tied()
-    save_weights(tmp_path / "model.safetensors", network, {})
-    load_weights(tmp_path / "model.safetensors", restored)
-    assert torch.equal(network[0].weight, restored[1].weight)  # type: ignore[index]
+    save_weights(path, network, {})
+    load_weights(path, restored)
+    assert torch.equal(network[0].weight, restored[1].weight)

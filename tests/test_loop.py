@@ -1,4 +1,4 @@
-"""Training learns, can be killed and goes on to the bit, and says which images spoil it. On real images."""
+"""Training learns, can be killed and resumed bit by bit, and names the images that spoil it. On real images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file
 from samples import as_options
 
-import nnunet_lite
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_weights_header
@@ -37,49 +36,70 @@ from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.learner import choose_format, make_network
 from nnunet_lite.training.limits import StopRequest
 from nnunet_lite.training.loop import train_fold
-from nnunet_lite.training.metrics import METRICS, PICTURE, TABLE
+from nnunet_lite.training.metrics import METRICS, PICTURE, TABLE, Metrics
 from nnunet_lite.workspace import planned_paths
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
 SMALL = {"training.patch_size": [16, 16, 16]}
-
+LEARNS = {"training__iterations": 12, "optimizer__name": "adamw", "optimizer__lr": 0.01}
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as in every other run: sums depend on it
 
 MakeJob = Callable[..., Job]
 
 
+def dotted(changes: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace("__", "."): value for key, value in changes.items()}
+
+
 @pytest.fixture
 def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settings: dict[str, Any]) -> MakeJob:
-    """A fold to train: job("name", configuration=..., labels=..., cases=..., **{"optimizer.lr": 0.1})."""
+    """A fold to train: job("name", configuration=..., labels=..., cases=..., optimizer__lr=0.1)."""
 
     def make(
         name: str = "fold_0",
         configuration: str = "3d_fullres",
         labels: Labels | None = None,
-        cases: list[Any] | None = None,
+        cases: list[Any] = tiny_cases,
         **changes: Any,
     ) -> Job:
-        settings = with_changes(Settings(), tiny_settings | SMALL | changes)
+        settings = with_changes(Settings(), tiny_settings | SMALL | dotted(changes))
         plan = Plan.read(planned_paths(tiny_workspace).plans)
-        made = configure_plan(plan.model_copy(update={"labels": labels or plan.labels}), configuration, settings)
-        chosen = tiny_cases if cases is None else cases
+        plan = configure_plan(plan.model_copy(update={"labels": labels or plan.labels}), configuration, settings)
         (tmp_path / name).mkdir()
-        return Job(made, configuration, settings, 5, tmp_path / name, torch.device("cpu"), chosen[:7], chosen[7:])
+        return Job(plan, configuration, settings, 5, tmp_path / name, torch.device("cpu"), cases[:7], cases[7:])
 
     return make
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
+def changed(run: Job, **changes: Any) -> Job:
+    return replace(run, settings=with_changes(run.settings, dotted(changes)))
+
+
+def rows(folder: Path) -> list[Metrics]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
+def train(run: Job) -> list[Metrics]:
+    train_fold(run)
+    return rows(run.folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / MODEL)
+
+
 def same_weights(one: Path, other: Path) -> bool:
-    a, b = load_file(one / MODEL), load_file(other / MODEL)
+    a, b = weights(one), weights(other)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def without_clock(folder: Path) -> list[dict[str, Any]]:
+def without_clock(folder: Path) -> list[Metrics]:
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows(folder)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert same_weights(one, other)
+    assert without_clock(one) == without_clock(other)
 
 
 def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], None]) -> list[LoadedCase]:
@@ -94,224 +114,61 @@ def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], 
     return out
 
 
+def spoiled(case: Any) -> LoadedCase:
+    loaded = load_case(case)
+    image = np.full_like(loaded.image, math.nan)
+    return LoadedCase("spoiled", image, loaded.label, loaded.foreground, loaded.annotated)
+
+
+# --------------------------------------------------------------------------------------------------------- learning
+
+
 def test_the_loss_goes_down_and_a_run_leaves_its_files(job: MakeJob) -> None:
-    run = job(**{"training.epochs": 3, "training.iterations": 12, "optimizer.name": "adamw", "optimizer.lr": 0.01})
+    run = job(training__epochs=3, **LEARNS)
     assert not is_finished(run.folder)
-    train_fold(run)
+    table = train(run)
     assert is_finished(run.folder)
     assert {p.name for p in run.folder.glob("[!.]*")} == {CHECKPOINT, MODEL, METRICS, TABLE, PICTURE}
-    table = rows(run.folder)
     assert [row["epoch"] for row in table] == [1, 2, 3]
     assert table[-1]["train_loss"] < table[0]["train_loss"] - 0.2
     assert table[-1]["validation_loss"] < table[0]["validation_loss"]
     assert table[0]["dice"].keys() == {"Anterior", "Posterior"}
     assert table[-1]["lr"] < table[1]["lr"] < 0.01
-    about = read_weights_header(run.folder / MODEL)
-    assert (about["configuration"], about["epochs"]) == ("3d_fullres", 3)
+    header = read_weights_header(run.folder / MODEL)
+    assert (header["configuration"], header["epochs"]) == ("3d_fullres", 3)
 
 
 def test_one_seed_gives_one_result_with_and_without_a_thread(job: MakeJob) -> None:
-    one, same, threaded = job("one"), job("same"), job("threaded", **{"training.workers": 1})
+    one, same, threaded = job("one"), job("same"), job("threaded", training__workers=1)
     other = replace(job("other"), seed=6)
     for run in (one, same, threaded, other):
-        train_fold(run)
-    assert same_weights(one.folder, same.folder)
+        train(run)
+    assert_same_run(one.folder, same.folder)
     assert same_weights(one.folder, threaded.folder)
-    assert without_clock(one.folder) == without_clock(same.folder)
     assert not same_weights(one.folder, other.folder)
-
-
-def kill_in_mid_run(command: list[str], fold: Path) -> int:
-    """Start the command, kill it when two epochs are saved, and return how many were."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
-    assert process.stderr is not None
-    until = time.monotonic() + 120
-    while not (fold / CHECKPOINT).is_file() or read_weights_header(fold / CHECKPOINT)["epoch"] < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
-    return int(read_weights_header(fold / CHECKPOINT)["epoch"])
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {
-            "optimizer.name": "adamw",
-            "training.precision": "bf16",
-            "training.channels_last": True,
-            "schedule.name": "plateau",
-            "schedule.patience": 1,
-            "network.norm": "batch",
-        },
-    ],
-    ids=["sgd", "adamw-bf16-plateau-batch-norm"],
-)
-def test_a_killed_run_goes_on_to_the_same_bits(
-    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], more: dict[str, Any]
-) -> None:
-    workspace, epochs = tmp_path / "workspace", 6
-    shutil.copytree(tiny_workspace, workspace)
-    changes = tiny_settings | SMALL | {"training.epochs": epochs, "training.iterations": 5} | more
-    models = workspace / "Task04_Hippocampus" / "models"
-
-    def call(name: str) -> dict[str, Any]:
-        common = {"configuration": "3d_fullres", "fold": "all", "workspace": str(workspace), "device": "cpu"}
-        return common | {"settings": changes, "name": name}
-
-    killed, whole = models / "killed" / "fold_all", models / "whole" / "fold_all"
-    script = f"import nnunet_lite; nnunet_lite.train(**{call('killed')!r})"
-    saved = kill_in_mid_run([sys.executable, "-c", script], killed)
-    assert 2 <= saved < epochs
-    assert not is_finished(killed)
-    nnunet_lite.train(**call("killed"))  # the same call again
-    nnunet_lite.train(**call("whole"))
-    assert same_weights(killed, whole)
-    assert [row["epoch"] for row in rows(killed)] == list(range(1, epochs + 1))
-    assert without_clock(killed) == without_clock(whole)
-
-
-def test_rows_that_the_checkpoint_has_not_seen_are_dropped(job: MakeJob) -> None:
-    run = job()
-    train_fold(run)
-    before = without_clock(run.folder)
-    (run.folder / MODEL).unlink()
-    with (run.folder / METRICS).open("a") as file:
-        file.write(json.dumps(rows(run.folder)[-1] | {"epoch": 3}) + '\n{"epoch": 4, "dice": {"Anterior": 0.5}')
-    train_fold(run)  # all epochs are there: only the model is written
-    assert without_clock(run.folder) == before
-    assert is_finished(run.folder)
-
-
-def test_a_checkpoint_of_another_network_is_one_line(job: MakeJob) -> None:
-    run, wider = job(), job("wider", **{"network.features_base": 5})
-    train_fold(run)
-    shutil.copy(run.folder / CHECKPOINT, wider.folder)
-    with pytest.raises(UserError, match="weights of another network"):
-        train_fold(wider)
-
-
-def spoiled(case: Any, value: float) -> LoadedCase:
-    loaded = load_case(case)
-    return LoadedCase("spoiled", np.full_like(loaded.image, value), loaded.label, loaded.foreground, loaded.annotated)
-
-
-def test_images_that_are_not_finite_end_the_run_with_their_name(job: MakeJob, tiny_cases: list[Any]) -> None:
-    bad = [spoiled(tiny_cases[0], math.nan)]
-    run = job(cases=bad, **{"training.max_bad_steps": 4, "training.iterations": 10})
-    with pytest.raises(UserError, match=r"not finite in 4 steps.*spoiled.*nnlite check"):
-        train_fold(run)
-    assert not is_finished(run.folder)
-
-
-def test_a_few_bad_steps_are_left_out_and_counted(job: MakeJob, tiny_cases: list[Any]) -> None:
-    mixed = [spoiled(tiny_cases[0], math.nan), *tiny_cases[1:7]]
-    run = job(cases=mixed, **{"training.iterations": 8})
-    train_fold(run)
-    table = rows(run.folder)
-    assert 1 <= table[-1]["bad_steps"] < 16
-    assert all(math.isfinite(row["train_loss"]) for row in table)
-    assert all(torch.isfinite(weight).all() for weight in load_file(run.folder / MODEL).values())
-
-
-def test_held_out_logits_that_are_not_finite_have_no_dice(
-    job: MakeJob, tiny_cases: list[Any], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """They would count as background: a Dice of 0 for a network that may be a good one."""
-    run = job(cases=[*tiny_cases[:7], spoiled(tiny_cases[7], math.nan)], **{"training.iterations": 1})
-    train_fold(run)
-    for row in rows(run.folder):
-        assert row["validation_loss"] is None and row["mean_dice"] is None and set(row["dice"].values()) == {None}
-    assert "held-out loss not finite" in capfd.readouterr().err
-
-
-def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob) -> None:
-    run = job(**{"training.epochs": 1000, "training.time_limit": 0.05, "training.iterations": 10})
-    start = time.monotonic()
-    train_fold(run)
-    assert 2 < time.monotonic() - start < 15
-    table = rows(run.folder)
-    assert len(table) < 1000
-    assert table[-1]["lr"] < 0.7 * 0.01
-    assert is_finished(run.folder)
-
-
-def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(job: MakeJob) -> None:
-    """Of 100 000 steps and as many validation batches to an epoch, as of slow ones on a CPU."""
-    many = {"training.iterations": 100_000, "training.validation_iterations": 100_000}
-    run = job(**many, **{"training.time_limit": 0.03, "schedule.name": "constant"})
-    start = time.monotonic()
-    train_fold(run)
-    assert time.monotonic() - start < 15
-    (row,) = rows(run.folder)
-    assert 0 < row["validation_loss"] < 3 and row["seconds"] < 3
-
-
-def test_a_run_makes_one_step_however_short_its_time(job: MakeJob) -> None:
-    run = job(**{"training.time_limit": 1e-6, "training.iterations": 10, "training.seed": None})
-    train_fold(run)
-    (row,) = rows(run.folder)
-    assert row["train_loss"] is not None and row["lr"] > 0
-
-
-def test_timing_number_formats_keeps_to_a_share_of_the_time(job: MakeJob) -> None:
-    """Where a step takes longer than a twentieth of the limit, only the likely winner is timed."""
-    auto = {"training.seed": None, "training.precision": "fp32", "training.channels_last": "auto"}
-    run = job(**auto, **{"training.patch_size": [32, 40, 32], "training.batch_size": 4, "training.time_limit": 1e-4})
-    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_format(run, make_network(run)).reason)
-    patient = replace(run, settings=with_changes(run.settings, {"training.time_limit": 60}))
-    reason = choose_format(patient, make_network(patient)).reason
-    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s, fp32 \S+ s", reason)
-
-
-def test_the_time_of_the_number_formats_counts(job: MakeJob) -> None:
-    auto = {"training.seed": None, "training.channels_last": "auto", "training.patch_size": [32, 40, 32]}
-    run = job(**auto, **{"training.epochs": 1, "training.iterations": 1})
-    start = time.monotonic()
-    train_fold(run)
-    whole, epoch = time.monotonic() - start, rows(run.folder)[0]["seconds"]
-    state = read_weights_header(run.folder / CHECKPOINT)
-    timed = [float(seconds) for seconds in re.findall(r"([\d.e-]+) s\b", state["arithmetic"]["reason"])]
-    assert len(timed) >= 2 and epoch + sum(timed) < state["seconds"] < whole
-
-
-def test_the_plateau_rule_ends_the_run(job: MakeJob) -> None:
-    changes = {"schedule.name": "plateau", "schedule.patience": 1, "optimizer.lr": 2e-6, "training.epochs": 50}
-    run = job(**changes, **{"training.validation_iterations": 0, "training.iterations": 1})
-    train_fold(run)
-    assert 3 <= len(rows(run.folder)) < 50
-    assert "dice" not in rows(run.folder)[0]
 
 
 def test_two_dimensional_networks_train(job: MakeJob, tiny_workspace: Path, tiny_cases: list[Any]) -> None:
     paths = planned_paths(tiny_workspace)
     plan = Plan.read(paths.plans)
     cases = [open_case(paths.preprocessed, plan, "2d", case.case_id) for case in tiny_cases]
-    changes = {"training.patch_size": [32, 24], "training.batch_size": 6, "training.iterations": 12}
-    run = job(configuration="2d", cases=cases, **changes, **{"optimizer.name": "adamw"})
-    train_fold(run)
-    table = rows(run.folder)
+    sizes = {"training__patch_size": [32, 24], "training__batch_size": 6, "training__iterations": 12}
+    run = job(configuration="2d", cases=cases, **sizes, optimizer__name="adamw")
+    table = train(run)
     assert table[-1]["train_loss"] < table[0]["train_loss"]
-    assert load_file(run.folder / MODEL)["encoder.0.0.0.weight"].ndim == 4
+    assert weights(run.folder)["encoder.0.0.0.weight"].ndim == 4
 
 
 def test_regions_train(job: MakeJob, tiny_cases: list[Any]) -> None:
     labels = Labels(names={"background": 0, "whole": (1, 2), "posterior": 2}, region_order=(1, 2))
-    cases = relabelled(tiny_cases, labels, lambda label: None)
-    changes = {"training.iterations": 12, "optimizer.name": "adamw", "optimizer.lr": 0.01}
-    run = job(labels=labels, cases=cases, **changes)
-    train_fold(run)
-    table = rows(run.folder)
+    run = job(labels=labels, cases=relabelled(tiny_cases, labels, lambda label: None), **LEARNS)
+    table = train(run)
     assert table[-1]["dice"].keys() == {"whole", "posterior"}
     assert table[-1]["train_loss"] < table[0]["train_loss"] - 0.05
-    assert load_file(run.folder / MODEL)["heads.0.weight"].shape[0] == 2
+    assert weights(run.folder)["heads.0.weight"].shape[0] == 2
 
 
-def test_what_is_ignored_decides_nothing(job: MakeJob, tiny_cases: list[Any]) -> None:
+def test_ignored_voxels_decide_nothing(job: MakeJob, tiny_cases: list[Any]) -> None:
     labels = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2}, ignore=7)
     assert labels.ignore_class == 3
     sparse = np.random.default_rng(0)
@@ -319,146 +176,61 @@ def test_what_is_ignored_decides_nothing(job: MakeJob, tiny_cases: list[Any]) ->
     def ignore(label: np.ndarray) -> None:
         label[sparse.random(label.shape) < 0.7] = 3
 
-    cases = relabelled(tiny_cases, labels, ignore)
-    changes = {"training.iterations": 12, "optimizer.name": "adamw", "optimizer.lr": 0.01}
-    run = job(labels=labels, cases=cases, **changes)
-    train_fold(run)
-    table = rows(run.folder)
+    run = job(labels=labels, cases=relabelled(tiny_cases, labels, ignore), **LEARNS)
+    table = train(run)
     assert table[-1]["train_loss"] < table[0]["train_loss"] - 0.1
-    assert load_file(run.folder / MODEL)["heads.0.weight"].shape[0] == 3
+    assert weights(run.folder)["heads.0.weight"].shape[0] == 3
 
     nothing = relabelled(tiny_cases, labels, lambda label: label.fill(3))
-    inside = {"augmentation.p_rotation": 0, "augmentation.p_scaling": 0, "optimizer.weight_decay": 0}
-    short, long = (job(f"{n}", labels=labels, cases=nothing, **inside, **{"training.epochs": n}) for n in (1, 3))
-    train_fold(short)
-    train_fold(long)
+    inside = {"augmentation__p_rotation": 0, "augmentation__p_scaling": 0, "optimizer__weight_decay": 0}
+    short, long = (job(f"{n}", labels=labels, cases=nothing, **inside, training__epochs=n) for n in (1, 3))
+    train(short)
+    table = train(long)
     assert same_weights(short.folder, long.folder)
-    assert [row["train_loss"] for row in rows(long.folder)] == [-1, -1, -1]
-    assert rows(long.folder)[-1]["mean_dice"] is None
-
-
-def test_batch_norm_statistics_are_saved_and_count_real_steps_alone(job: MakeJob) -> None:
-    run = job(**{"network.norm": "batch", "training.precision": "auto", "training.channels_last": "auto"})
-    train_fold(run)
-    weights = load_file(run.folder / MODEL)
-    counted = [value for key, value in weights.items() if key.endswith("num_batches_tracked")]
-    means = [value for key, value in weights.items() if key.endswith("running_mean")]
-    assert means
-    assert {int(value) for value in counted} == {2 * 3}
-    assert all(value.abs().sum() > 0 for value in means)
+    assert [row["train_loss"] for row in table] == [-1, -1, -1] and table[-1]["mean_dice"] is None
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training.deep_supervision": False},
-        {"augmentation.enabled": False},
-        {"training.gradient_clip": 0.1},
-        {"loss.dice": 0},
-        {"loss.cross_entropy": 0, "network.activation": "relu"},
-        {"augmentation.mirror_axes": []},
+        {"training__deep_supervision": False},
+        {"augmentation__enabled": False},
+        {"training__gradient_clip": 0.1},
+        {"loss__dice": 0},
+        {"loss__cross_entropy": 0, "network__activation": "relu"},
+        {"augmentation__mirror_axes": []},
+        {"training__accumulate": 2},
     ],
 )
 def test_settings_reach_the_run(job: MakeJob, changes: dict[str, Any]) -> None:
-    deep = {"training.patch_size": [32, 32, 32], "training.iterations": 2, "training.epochs": 1}
-    plain, changed = job("plain", **deep), job("changed", **deep, **changes)
-    for run in (plain, changed):
-        train_fold(run)
-    assert all(math.isfinite(row["train_loss"]) for row in rows(changed.folder))
-    assert not same_weights(plain.folder, changed.folder)
+    deep = {"training__patch_size": [32, 32, 32], "training__iterations": 2, "training__epochs": 1}
+    plain, other = job("plain", **deep), job("changed", **deep, **changes)
+    train(plain)
+    (row,) = train(other)
+    assert math.isfinite(row["train_loss"]) and row["samples_per_second"] > 0
+    assert not same_weights(plain.folder, other.folder)
 
 
-def ended_by(command: list[str], fold: Path, number: signal.Signals) -> tuple[int, str]:
-    """Start a run of a command, send it a signal in mid-epoch, and return its exit code and what it said."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
-    until = time.monotonic() + 120
-    while not (fold / CHECKPOINT).is_file():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    time.sleep(0.3)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    return process.returncode, said
-
-
-def test_a_signal_stops_in_mid_epoch_and_the_run_goes_on_to_the_same_bits(
-    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any]
-) -> None:
-    """SIGTERM, as clusters send it; for Ctrl-C see test_end_to_end.py."""
-    workspace = tmp_path / "workspace"
-    shutil.copytree(tiny_workspace, workspace)
-    changes = {"training.epochs": 3, "training.iterations": 30, "training.validation_iterations": 0}
-    changes = (
-        tiny_settings | SMALL | changes | {"optimizer.name": "adamw", "optimizer.ema": 0.9, "network.norm": "batch"}
-    )
-    sets = as_options(changes)
-    command = ["train", "3d_fullres", "all", "-w", str(workspace), "--device", "cpu", *sets]
-    models = workspace / "Task04_Hippocampus" / "models"
-    run = [sys.executable, "-m", "nnunet_lite", *command]
-    code, said = ended_by([*run, "--name", "stopped"], models / "stopped" / "fold_all", signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM, said
-    assert "stopped by SIGTERM in epoch" in said
-    assert "Traceback" not in said
-    assert not is_finished(models / "stopped" / "fold_all")
-    assert read_weights_header(models / "stopped" / "fold_all" / CHECKPOINT)["iteration"] > 0
-    for name in ("stopped", "whole"):
-        subprocess.run([*run, "--name", name], check=True, capture_output=True, env=ONE_THREAD)
-    one, other = (models / name / "fold_all" for name in ("stopped", "whole"))
-    assert same_weights(one, other)
-    assert without_clock(one) == without_clock(other)
-
-
-def test_a_finished_run_can_be_made_longer(job: MakeJob) -> None:
-    run = job()
-    train_fold(run)
-    first = rows(run.folder)
-    stale = run.folder / "validation" / "summary.json"
-    stale.parent.mkdir()
-    stale.write_text("{}")
-    assert is_complete(run.folder, run.settings)
-    longer = with_changes(run.settings, {"training.epochs": 4})
-    assert not is_complete(run.folder, longer)
-    train_fold(replace(run, settings=longer))
-    assert is_complete(run.folder, longer)
-    assert [row["epoch"] for row in rows(run.folder)] == [1, 2, 3, 4]
-    assert rows(run.folder)[:2] == first
-    assert not stale.exists()
+def test_batch_norm_statistics_are_saved_and_count_real_steps_alone(job: MakeJob) -> None:
+    run = job(network__norm="batch", training__precision="auto", training__channels_last="auto")
+    train(run)
+    model = weights(run.folder)
+    assert {int(value) for key, value in model.items() if key.endswith("num_batches_tracked")} == {2 * 3}
+    means = [value for key, value in model.items() if key.endswith("running_mean")]
+    assert means and all(value.abs().sum() > 0 for value in means)
 
 
 def test_the_moving_average_becomes_the_model(job: MakeJob) -> None:
-    plain, averaged = job("plain"), job("averaged", **{"optimizer.ema": 0.5})
+    plain, averaged = job("plain"), job("averaged", optimizer__ema=0.5)
     for run in (plain, averaged):
-        train_fold(run)
-    trained = load_file(averaged.folder / CHECKPOINT)
-    model = load_file(averaged.folder / MODEL)
-    name = "encoder.0.0.0.weight"
-    assert torch.equal(trained[f"network.{name}"], load_file(plain.folder / MODEL)[name])  # it is trained all the same
+        train(run)
+    trained, model, name = load_file(averaged.folder / CHECKPOINT), weights(averaged.folder), "encoder.0.0.0.weight"
+    assert torch.equal(trained[f"network.{name}"], weights(plain.folder)[name])  # it does not change the training
     assert torch.equal(model[name], trained[f"average.{name}"])
     assert not torch.equal(model[name], trained[f"network.{name}"])
 
 
-def test_two_batches_make_one_step(job: MakeJob) -> None:
-    changes = {"training.batch_size": 2, "training.iterations": 1, "training.epochs": 1}
-    run = job("two", **changes, **{"training.accumulate": 2})
-    train_fold(run)
-    once = job("once", **changes)
-    train_fold(once)
-    assert not same_weights(run.folder, once.folder)
-    assert rows(run.folder)[0]["samples_per_second"] > 0
-
-
-def test_no_better_dice_ends_the_run_early(job: MakeJob) -> None:
-    run = job(**{"training.epochs": 50, "training.early_stop": 2, "optimizer.lr": 1e-9, "training.iterations": 1})
-    train_fold(run)
-    n_epochs = len(rows(run.folder))
-    assert 3 <= n_epochs < 50
-    assert is_finished(run.folder)
-    train_fold(replace(run, settings=with_changes(run.settings, {"training.epochs": 60})))
-    assert len(rows(run.folder)) > n_epochs  # asked for more, it is as patient again
-
-
-def test_a_network_of_the_users_own_trains_and_draws_the_same_random_numbers(
+def test_a_users_network_draws_the_same_random_numbers_after_resuming(
     job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "dropping.py").write_text(
@@ -468,61 +240,216 @@ def test_a_network_of_the_users_own_trains_and_draws_the_same_random_numbers(
         "    return nn.Sequential(*layers)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    changes = {"network.factory": "dropping:make", "schedule.name": "constant"}
-    parts, whole = job("parts", **changes), job("whole", **changes)
-    train_fold(replace(parts, settings=with_changes(parts.settings, {"training.epochs": 1})))
+    parts, whole = (job(name, network__factory="dropping:make", schedule__name="constant") for name in ("a", "b"))
+    train(changed(parts, training__epochs=1))
     for run in (parts, whole):
-        train_fold(run)
-    assert load_file(whole.folder / MODEL)["0.weight"].shape[0] == 8
-    assert same_weights(parts.folder, whole.folder)
-    assert without_clock(parts.folder) == without_clock(whole.folder)
+        train(run)
+    assert weights(whole.folder)["0.weight"].shape[0] == 8
+    assert_same_run(parts.folder, whole.folder)
 
 
-def test_other_settings_reach_a_run_that_goes_on(job: MakeJob) -> None:
-    run = job(**{"schedule.name": "constant"})
-    train_fold(run)
-    changes = {"training.epochs": 4, "optimizer.lr": 1e-5, "training.precision": "bf16", "optimizer.name": "adamw"}
-    train_fold(replace(run, settings=with_changes(run.settings, changes | {"training.validation_iterations": 0})))
-    table = rows(run.folder)
-    assert [row["lr"] for row in table] == [0.01, 0.01, 1e-5, 1e-5]
-    assert "dice" in table[1] and "dice" not in table[2]
-    assert read_weights_header(run.folder / MODEL)["arithmetic"]["precision"] == "bf16"
+# --------------------------------------------------------------------------------------------------------- bad data
 
 
-def test_a_bad_step_leaves_the_statistics_of_batch_norm_alone(job: MakeJob, tiny_cases: list[Any]) -> None:
-    mixed = [spoiled(tiny_cases[0], math.nan), *tiny_cases[1:7]]
-    run = job(cases=mixed, **{"training.iterations": 8, "network.norm": "batch", "optimizer.ema": 0.5})
-    train_fold(run)
-    weights = load_file(run.folder / MODEL)
-    bad = rows(run.folder)[-1]["bad_steps"]
-    assert bad >= 1
-    assert all(torch.isfinite(weight).all() for weight in weights.values())
+def test_images_that_are_not_finite_end_the_run_with_their_name(job: MakeJob, tiny_cases: list[Any]) -> None:
+    run = job(cases=[spoiled(tiny_cases[0])], training__max_bad_steps=4, training__iterations=10)
+    with pytest.raises(UserError, match=r"not finite in 4 steps.*spoiled.*nnlite check"):
+        train(run)
+    assert not is_finished(run.folder)
+
+
+def test_a_few_bad_steps_are_skipped_and_counted(job: MakeJob, tiny_cases: list[Any]) -> None:
+    """They change neither weights, nor their average, nor the statistics of batch norm."""
+    mixed = [spoiled(tiny_cases[0]), *tiny_cases[1:7]]
+    run = job(cases=mixed, training__iterations=8, network__norm="batch", optimizer__ema=0.5)
+    table = train(run)
+    bad = table[-1]["bad_steps"]
+    assert 1 <= bad < 16
+    assert all(math.isfinite(row["train_loss"]) for row in table)
+    assert all(torch.isfinite(weight).all() for weight in weights(run.folder).values())
     trained = load_file(run.folder / CHECKPOINT)
     counts = {int(value) for name, value in trained.items() if name.startswith("network.") and "num_batches" in name}
     assert counts == {16 - bad}
 
 
-def test_a_signal_that_comes_while_the_ranks_ask_each_other_is_not_lost(
-    job: MakeJob, monkeypatch: pytest.MonkeyPatch
+def test_held_out_logits_that_are_not_finite_have_no_dice(
+    job: MakeJob, tiny_cases: list[Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """They would count as background: a Dice of 0 for a network that may be a good one."""
+    for row in train(job(cases=[*tiny_cases[:7], spoiled(tiny_cases[7])], training__iterations=1)):
+        assert row["validation_loss"] is None and row["mean_dice"] is None and set(row["dice"].values()) == {None}
+    assert "held-out loss not finite" in capfd.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- the end of a run
+
+
+def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
+    run, start = job(training__epochs=1000, training__time_limit=0.05, training__iterations=10), time.monotonic()
+    table = train(run)
+    assert 2 < time.monotonic() - start < 15
+    assert len(table) < 1000 and table[-1]["lr"] < 0.7 * 0.01
+    assert is_finished(run.folder)
+    capfd.readouterr()
+    assert len(train(changed(run, training__epochs=2000))) == len(table)
+    assert "the 0.05 minutes of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err
+
+
+def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(job: MakeJob) -> None:
+    """Of 100 000 steps and as many validation batches to an epoch, as of slow ones on a CPU."""
+    many = {"training__iterations": 100_000, "training__validation_iterations": 100_000}
+    start = time.monotonic()
+    (row,) = train(job(**many, training__time_limit=0.03, schedule__name="constant"))
+    assert time.monotonic() - start < 15
+    assert 0 < row["validation_loss"] < 3 and row["seconds"] < 3
+
+
+def test_a_run_makes_one_step_however_short_its_time(job: MakeJob) -> None:
+    (row,) = train(job(training__time_limit=1e-6, training__iterations=10, training__seed=None))
+    assert row["train_loss"] is not None and row["lr"] > 0
+
+
+def test_timing_number_formats_keeps_to_a_share_of_the_time(job: MakeJob) -> None:
+    """Where a step takes longer than a twentieth of the limit, only the likely winner is timed."""
+    auto = {"training__seed": None, "training__channels_last": "auto", "training__patch_size": [32, 40, 32]}
+    run = job(**auto, training__batch_size=4, training__time_limit=1e-4)
+    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s", choose_format(run, make_network(run)).reason)
+    patient = changed(run, training__time_limit=60)
+    reason = choose_format(patient, make_network(patient)).reason
+    assert re.fullmatch(r"fastest of fp32 channels-last \S+ s, fp32 \S+ s", reason)
+
+
+def test_the_time_of_the_number_formats_counts(job: MakeJob) -> None:
+    auto = {"training__seed": None, "training__channels_last": "auto", "training__patch_size": [32, 40, 32]}
+    run, start = job(**auto, training__epochs=1, training__iterations=1), time.monotonic()
+    (row,) = train(run)
+    whole = time.monotonic() - start
+    state = read_weights_header(run.folder / CHECKPOINT)
+    timed = [float(seconds) for seconds in re.findall(r"([\d.e-]+) s\b", state["arithmetic"]["reason"])]
+    assert len(timed) >= 2 and row["seconds"] + sum(timed) < state["seconds"] < whole
+
+
+def test_the_plateau_rule_ends_the_run(job: MakeJob) -> None:
+    rule = {"schedule__name": "plateau", "schedule__patience": 1, "optimizer__lr": 2e-6, "training__epochs": 50}
+    table = train(job(**rule, training__validation_iterations=0, training__iterations=1))
+    assert 3 <= len(table) < 50
+    assert "dice" not in table[0]
+
+
+def test_no_better_dice_ends_the_run_early(job: MakeJob) -> None:
+    run = job(training__epochs=50, training__early_stop=2, optimizer__lr=1e-9, training__iterations=1)
+    n_epochs = len(train(run))
+    assert 3 <= n_epochs < 50
+    assert is_finished(run.folder)
+    assert len(train(changed(run, training__epochs=60))) > n_epochs  # a longer run is as patient again
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_metrics_without_a_checkpoint_are_dropped(job: MakeJob) -> None:
+    run = job()
+    train(run)
+    before = without_clock(run.folder)
+    (run.folder / MODEL).unlink()
+    with (run.folder / METRICS).open("a") as file:
+        file.write(json.dumps(rows(run.folder)[-1] | {"epoch": 3}) + '\n{"epoch": 4, "dice": {"Anterior": 0.5}')
+    train(run)  # all epochs are trained: only the model is written
+    assert without_clock(run.folder) == before
+    assert is_finished(run.folder)
+
+
+def test_a_checkpoint_of_another_network_is_one_line(job: MakeJob) -> None:
+    run, wider = job(), job("wider", network__features_base=5)
+    train(run)
+    shutil.copy(run.folder / CHECKPOINT, wider.folder)
+    with pytest.raises(UserError, match="weights of another network"):
+        train(wider)
+
+
+def test_a_finished_run_can_be_made_longer(job: MakeJob) -> None:
+    run = job()
+    first = train(run)
+    stale = run.folder / "validation" / "summary.json"
+    stale.parent.mkdir()
+    stale.write_text("{}")
+    longer = changed(run, training__epochs=4)
+    assert is_complete(run.folder, run.settings) and not is_complete(run.folder, longer.settings)
+    table = train(longer)
+    assert is_complete(run.folder, longer.settings)
+    assert [row["epoch"] for row in table] == [1, 2, 3, 4] and table[:2] == first
+    assert not stale.exists()
+
+
+def test_other_settings_reach_a_resumed_run(job: MakeJob) -> None:
+    run = job(schedule__name="constant")
+    train(run)
+    changes = {"training__epochs": 4, "optimizer__lr": 1e-5, "optimizer__name": "adamw"}
+    table = train(changed(run, **changes, training__precision="bf16", training__validation_iterations=0))
+    assert [row["lr"] for row in table] == [0.01, 0.01, 1e-5, 1e-5]
+    assert "dice" in table[1] and "dice" not in table[2]
+    assert read_weights_header(run.folder / MODEL)["arithmetic"]["precision"] == "bf16"
+
+
+ADAMW = {"optimizer.name": "adamw", "network.norm": "batch"}
+BF16 = {"training.precision": "bf16", "training.channels_last": True}
+PLATEAU = {"schedule.name": "plateau", "schedule.patience": 1}
+
+
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [
+        (signal.SIGKILL, {}),
+        (signal.SIGKILL, ADAMW | BF16 | PLATEAU),
+        (signal.SIGTERM, ADAMW | {"optimizer.ema": 0.9, "training.validation_iterations": 0}),  # as clusters send it
+    ],
+    ids=["SIGKILL-sgd", "SIGKILL-adamw-bf16-plateau-batch-norm", "SIGTERM-adamw-ema"],
+)
+def test_a_run_that_was_stopped_resumes_bit_by_bit(
+    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], number: signal.Signals, more: dict[str, Any]
+) -> None:
+    """After a kill from the last epoch, after a signal from the last step; for Ctrl-C see test_end_to_end.py."""
+    killed = number == signal.SIGKILL
+    length = {"training.epochs": 6, "training.iterations": 5} if killed else {"training.iterations": 30}
+    settings = as_options(tiny_settings | SMALL | {"training.epochs": 3} | length | more)
+    workspace = shutil.copytree(tiny_workspace, tmp_path / "workspace")
+    arguments = ["train", "3d_fullres", "all", "-w", str(workspace), "--device", "cpu", *settings]
+    command = [sys.executable, "-m", "nnunet_lite", *arguments, "--name"]
+    stopped, whole = (workspace / "Task04_Hippocampus" / "models" / name / "fold_all" for name in ("stopped", "whole"))
+
+    process = subprocess.Popen([*command, "stopped"], stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
+    assert process.stderr is not None
+    until, checkpoint = time.monotonic() + 120, stopped / CHECKPOINT
+    while not checkpoint.is_file() or (killed and read_weights_header(checkpoint)["epoch"] < 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    time.sleep(0 if killed else 0.3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert not is_finished(stopped)
+    if killed:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number, errors
+        assert "stopped by SIGTERM in epoch" in errors and "Traceback" not in errors
+        assert read_weights_header(checkpoint)["iteration"] > 0
+
+    for name in ("stopped", "whole"):
+        subprocess.run([*command, name], check=True, capture_output=True, env=ONE_THREAD)
+    assert_same_run(stopped, whole)
+    assert [row["epoch"] for row in rows(stopped)] == list(range(1, 7 if killed else 4))
+
+
+def test_a_signal_that_arrives_while_processes_compare_is_kept(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopRequest()
 
-    def asking(value: int, ranks: Ranks) -> int:
+    def compare(value: int, ranks: Ranks) -> int:
         stop.signal = signal.SIGTERM
         return value
 
     run = job()
-    monkeypatch.setattr(loop, "max_over_ranks", asking)
-    assert not loop._agree_to_stop(run, stop)  # the others did not hear of it
+    monkeypatch.setattr(loop, "max_over_ranks", compare)
+    assert not loop._agree_to_stop(run, stop)  # the others do not know of it
     assert loop._agree_to_stop(run, stop)
     assert stop.signal == signal.SIGTERM
-
-
-def test_a_run_whose_time_is_over_says_so(job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
-    run = job(**{"training.epochs": 1000, "training.time_limit": 0.02, "training.iterations": 10})
-    train_fold(run)
-    trained = len(rows(run.folder))
-    capfd.readouterr()
-    train_fold(replace(run, settings=with_changes(run.settings, {"training.epochs": 2000})))
-    assert len(rows(run.folder)) == trained
-    assert "the 0.02 minutes of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err

@@ -1,38 +1,36 @@
-"""Learning rates follow their formulas, and the plateau rule is that of the 2018 paper."""
+"""Learning rates follow their formulas, the plateau rule that of the 2018 paper; optimizers have their settings."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
 from nnunet_lite.training.optim import Plateau, learning_rate, make_optimizer, start_average, update_average
 
-
-def test_poly() -> None:
-    poly = ScheduleSettings(name="poly", power=0.9)
-    assert learning_rate(0.01, poly, 0) == 0.01
-    assert learning_rate(0.01, poly, 0.5) == pytest.approx(0.01 * 0.5**0.9)
-    assert learning_rate(0.01, poly, 1) == 0
-    assert learning_rate(0.01, poly, 1.1) == 0  # a time limit may be overstepped by a moment
+CPU = torch.device("cpu")
+NAMES = pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 
 
-def test_cosine_and_constant() -> None:
-    cosine = ScheduleSettings(name="cosine")
-    assert [learning_rate(2.0, cosine, p) for p in (0, 0.5, 1, 1.2)] == pytest.approx([2, 1, 0, 0])
-    for name in ("constant", "plateau"):
-        assert learning_rate(2.0, ScheduleSettings(name=name), 0.7) == 2
+@pytest.mark.parametrize(
+    ("schedule", "base", "progress", "rates"),
+    [
+        ({"name": "poly", "power": 0.9}, 0.01, (0, 0.5, 1, 1.1), (0.01, 0.01 * 0.5**0.9, 0, 0)),  # late by a moment
+        ({"name": "cosine"}, 2.0, (0, 0.5, 1, 1.2), (2, 1, 0, 0)),
+        ({"name": "constant"}, 2.0, (0.7,), (2,)),
+        ({"name": "plateau"}, 2.0, (0.7,), (2,)),
+        ({"name": "constant", "warmup": 0.1}, 1.0, (0, 0.05, 0.1, 0.9), (0.01, 0.5, 1, 1)),
+    ],
+)
+def test_learning_rates(schedule: dict[str, Any], base: float, progress: Any, rates: Any) -> None:
+    settings = ScheduleSettings(**schedule)
+    assert [learning_rate(base, settings, share) for share in progress] == pytest.approx(list(rates))
 
 
-def test_warm_up_rises_linearly_and_never_stands_still() -> None:
-    settings = ScheduleSettings(name="constant", warmup=0.1)
-    assert learning_rate(1.0, settings, 0) == pytest.approx(0.01)
-    assert learning_rate(1.0, settings, 0.05) == pytest.approx(0.5)
-    assert learning_rate(1.0, settings, 0.1) == 1
-    assert learning_rate(1.0, settings, 0.9) == 1
-
-
-def test_plateau_cuts_the_rate_after_so_many_epochs_without_improvement() -> None:
+def test_plateau_reduces_the_rate_after_its_patience() -> None:
     settings = ScheduleSettings(name="plateau", patience=30, factor=0.2)
     state = Plateau().update(1.0, settings)
     assert (state.average, state.best) == (1.0, 1.0)
@@ -42,14 +40,14 @@ def test_plateau_cuts_the_rate_after_so_many_epochs_without_improvement() -> Non
     state = state.update(1.0, settings)
     assert 3e-4 * state.factor == pytest.approx(6e-5)
     assert state.since == 0
-    cuts = 0
+    reductions = 0
     while 3e-4 * state.factor >= settings.min_lr:
         before, state = state.factor, state.update(1.0, settings)
-        cuts += state.factor < before
-    assert cuts == 3  # 6e-5, 1.2e-5, 2.4e-6, 4.8e-7: below 1e-6 the run ends
+        reductions += state.factor < before
+    assert reductions == 3  # 6e-5, 1.2e-5, 2.4e-6, 4.8e-7: below 1e-6 the run ends
 
 
-def test_plateau_looks_at_the_moving_average_and_improvement_starts_the_count_anew() -> None:
+def test_plateau_uses_the_moving_average_and_improvement_restarts_the_count() -> None:
     settings = ScheduleSettings(name="plateau", patience=3)
     state = Plateau().update(1.0, settings).update(0.0, settings)
     assert state.average == pytest.approx(0.93)
@@ -62,83 +60,74 @@ def test_plateau_looks_at_the_moving_average_and_improvement_starts_the_count_an
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
-def test_optimizers_have_the_settings(name: str, kind: str) -> None:
-    settings = OptimizerSettings(name=name, lr=0.5, weight_decay=0.25, momentum=0.75)  # type: ignore[arg-type]
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), settings, torch.device("cpu"))
-    assert type(optimizer).__name__ == kind
+def test_optimizers_have_the_settings(name: Any, kind: str) -> None:
+    settings = OptimizerSettings(name=name, lr=0.5, weight_decay=0.25, momentum=0.75)
+    optimizer = make_optimizer(nn.Linear(2, 2), settings, CPU)
     group = optimizer.param_groups[0]
+    assert type(optimizer).__name__ == kind
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
-    if name == "sgd":
-        assert (group["momentum"], group["nesterov"]) == (0.75, True)
+    assert name != "sgd" or (group["momentum"], group["nesterov"]) == (0.75, True)
 
 
-def test_sgd_without_momentum_is_possible() -> None:
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), OptimizerSettings(momentum=0), torch.device("cpu"))
-    assert optimizer.param_groups[0]["nesterov"] is False
-
-
-def test_frozen_weights_are_left_out() -> None:
-    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+def test_sgd_may_have_no_momentum_and_frozen_weights_are_left_out() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     network[0].requires_grad_(False)
-    optimizer = make_optimizer(network, OptimizerSettings(), torch.device("cpu"))
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in network[1].parameters()]
+    (group,) = make_optimizer(network, OptimizerSettings(momentum=0), CPU).param_groups
+    assert group["nesterov"] is False
+    assert [id(p) for p in group["params"]] == [id(p) for p in network[1].parameters()]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_fused_steps_in_channels_last_layout_are_those_of_plain_ones(name: str) -> None:
+@NAMES
+def test_fused_steps_in_channels_last_layout_equal_plain_ones(name: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 4, 3, 3, 3, generator=generator)
     gradients = torch.randn(4, *weight.shape, generator=generator)
-    settings = OptimizerSettings(name=name, lr=0.1)  # type: ignore[arg-type]
 
-    def trained(layout: torch.memory_format, fused: bool) -> torch.Tensor:
-        network = torch.nn.Conv3d(4, 8, 3, bias=False)
+    def train(layout: torch.memory_format, fused: bool) -> torch.Tensor:
+        network = nn.Conv3d(4, 8, 3, bias=False)
         network.weight.data = weight.clone(memory_format=layout)
-        optimizer = make_optimizer(network, settings, torch.device("cpu"))
+        optimizer = make_optimizer(network, OptimizerSettings(name=name, lr=0.1), CPU)
         optimizer.param_groups[0]["fused"] = fused
         for gradient in gradients:
             network.weight.grad = gradient.clone(memory_format=layout)
             optimizer.step()
         return network.weight.detach()
 
-    plain = trained(torch.contiguous_format, fused=False)
-    torch.testing.assert_close(trained(torch.channels_last_3d, fused=True), plain)
+    plain = train(torch.contiguous_format, fused=False)
+    torch.testing.assert_close(train(torch.channels_last_3d, fused=True), plain)
     assert (plain - weight).abs().min() > 0
 
 
-def test_the_average_starts_fast_then_follows_its_decay() -> None:
-    network = torch.nn.BatchNorm1d(3)
-    average = start_average(network)
-    expected = network.weight.detach().clone()
-    for number in range(300):
-        with torch.no_grad():
-            network.weight.add_(torch.randn(3, generator=torch.Generator().manual_seed(number)))
-            network.num_batches_tracked.add_(1)
-        update_average(average, network, 0.9, number)
-        decay = min(0.9, (1 + number) / (10 + number))
-        expected = decay * expected + (1 - decay) * network.weight.detach()
-    torch.testing.assert_close(average["weight"], expected)
-    assert int(average["num_batches_tracked"]) == 300  # counts are copied, not averaged
+@NAMES
+def test_a_first_step_that_is_skipped_leaves_nothing_behind(name: Any) -> None:
+    """As where fp16 overflows at first: the kernel reads it on the device, the host does not."""
 
-
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_a_first_step_that_is_skipped_leaves_nothing_behind(name: str) -> None:
-    def trained(skipping: bool) -> torch.Tensor:
-        network = torch.nn.Linear(64, 64)
-        torch.nn.init.zeros_(network.weight)
-        settings = OptimizerSettings(name=name, lr=0.1)  # type: ignore[arg-type]
-        optimizer = make_optimizer(network, settings, torch.device("cpu"))
-        for number in range(3):
-            skipped = number == 0  # as where fp16 overflows at first: the kernel is told, the host does not look
-            if skipped and not skipping:
-                continue
-            optimizer.found_inf = torch.tensor(float(skipped))  # type: ignore[attr-defined]
-            optimizer.grad_scale = None  # type: ignore[attr-defined]
+    def train(bad_steps: int) -> torch.Tensor:
+        network = nn.Linear(64, 64)
+        nn.init.zeros_(network.weight)
+        optimizer: Any = make_optimizer(network, OptimizerSettings(name=name, lr=0.1), CPU)
+        for bad in [True] * bad_steps + [False] * 2:
+            optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(bad)), None
             for parameter in network.parameters():
-                parameter.grad = torch.full_like(parameter, torch.inf if skipped else 1.0)
+                parameter.grad = torch.full_like(parameter, torch.inf if bad else 1.0)
             optimizer.step()
         return network.weight.detach()
 
     for _ in range(20):  # memory that was used before is not zero
         torch.full((64, 64), 1e9)
-    assert torch.equal(trained(skipping=True), trained(skipping=False))
+    assert torch.equal(train(bad_steps=1), train(bad_steps=0))
+
+
+def test_the_average_starts_fast_then_follows_its_decay() -> None:
+    network = nn.BatchNorm1d(3)
+    average = start_average(network)
+    expected = network.weight.detach().clone()
+    for step in range(300):
+        with torch.no_grad():
+            network.weight.add_(torch.randn(3, generator=torch.Generator().manual_seed(step)))
+            network.num_batches_tracked.add_(1)
+        update_average(average, network, 0.9, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network.weight.detach()
+    torch.testing.assert_close(average["weight"], expected)
+    assert int(average["num_batches_tracked"]) == 300  # counts are copied, not averaged

@@ -13,12 +13,12 @@ from skimage.transform import resize
 from threadpoolctl import threadpool_info
 
 from nnunet_lite.preprocessing.resampling import (
+    coarse_axis,
     nearest,
     operator,
     resample_image,
     resample_labels,
     resample_slabs,
-    separate_axis,
 )
 
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -76,11 +76,11 @@ def test_order_between_slices() -> None:
 
 
 def test_separate_axis_rule() -> None:
-    assert separate_axis((5.0, 1.0, 1.0), ISOTROPIC) == 0
-    assert separate_axis(ISOTROPIC, (1.0, 1.0, 3.5)) == 2  # the new one decides where the old is isotropic
-    assert separate_axis((3.0, 1.0, 1.0), ISOTROPIC) is None  # exactly three is not more than three
-    assert separate_axis((5.0, 5.0, 1.0), (4.0, 1.0, 1.0)) is None  # two coarse axes: no slices
-    assert separate_axis((999.0, 1.0, 1.0), (999.0, 1.2, 1.2)) == 0  # a picture
+    assert coarse_axis((5.0, 1.0, 1.0), ISOTROPIC) == 0
+    assert coarse_axis(ISOTROPIC, (1.0, 1.0, 3.5)) == 2  # the new one decides where the old is isotropic
+    assert coarse_axis((3.0, 1.0, 1.0), ISOTROPIC) is None  # exactly three is not more than three
+    assert coarse_axis((5.0, 5.0, 1.0), (4.0, 1.0, 1.0)) is None  # two coarse axes: no slices
+    assert coarse_axis((999.0, 1.0, 1.0), (999.0, 1.2, 1.2)) == 0  # a picture
 
 
 def test_same_shape_is_returned_as_it_is() -> None:

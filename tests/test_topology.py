@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 
-from nnunet_lite.planning.memory import layers
+from nnunet_lite.planning.memory import network_layers
 from nnunet_lite.planning.topology import default_network, feature_map_count, topology_of
 
 
@@ -69,7 +69,7 @@ def test_feature_map_count_is_nnunets(
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 def test_feature_map_count_agrees_with_the_list_of_layers(kind: str) -> None:
     shape = topology_of((3.0, 0.8, 0.8), (12, 64, 48))  # no two stages of equal width
-    found = layers(default_network(kind, shape), shape.patch, 2, 6)  # type: ignore[arg-type]
+    found = network_layers(default_network(kind, shape), shape.patch, 2, 6)  # type: ignore[arg-type]
     counted = sum(layer.values for layer in found if layer.kind != "head" or layer.stage == 0)
     assert feature_map_count(kind, shape, 6) == counted  # type: ignore[arg-type]
     assert max(layer.voxels for layer in found) == prod(shape.patch)

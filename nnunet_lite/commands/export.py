@@ -61,7 +61,7 @@ def import_model(
         raise UserError("there is no such file or folder", path)
     if is_bundle(path):
         about = read_manifest(path)
-        target = Path(output) if output else model_folder(Paths(place / about.dataset), about.name_for(path))
+        target = Path(output) if output else model_folder(Paths(place / about.dataset), about.models[0])
         return ImportedModel(unpack(path, target, replace=replace))
     if (path / "run.json").is_file():
         raise UserError("is a model folder of nnlite already", path, "Use it with -m, or pack it with `nnlite export`.")

@@ -47,7 +47,7 @@ from nnunet_lite.preprocessing.raw_files import first_change, has_same_files, re
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.system import GB, in_units
-from nnunet_lite.training.grouping import name_cases, warn_of_patients
+from nnunet_lite.training.grouping import name_cases
 from nnunet_lite.training.splits import (
     ALL,
     FoldRule,
@@ -208,8 +208,6 @@ def _plan_dataset(
         if (old := set_aside(paths.splits)) is not None:
             log.info(f"the previous folds are kept in {old}")
         write_splits(paths.splits, *made_splits)
-    elif not paths.splits.is_file():
-        warn_of_patients([case.id for case in dataset.cases])
     use(workspace, dataset.name)
     return new.plan
 

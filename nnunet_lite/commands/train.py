@@ -202,10 +202,10 @@ def train(
 
         return train_on_cluster(scheduler, paths, configuration, names, resolved, device)
     scores = {}
-    for i, one in enumerate(names):
-        first = i == 0
+    for fold_name in names:
+        first = fold_name == names[0]
         run = prepare_run(
-            paths, configuration, one, resolved, rule=rule, name=name, device=device, restart=restart and first
+            paths, configuration, fold_name, resolved, rule=rule, name=name, device=device, restart=restart and first
         )
         result = train_and_validate(
             run,
@@ -215,9 +215,9 @@ def train(
             preview=preview,
         )
         if result is not None:
-            scores[one] = result
+            scores[fold_name] = result
             if all_folds:
-                log.info(f"fold {one}, whole images:\n{result.to_text()}")
+                log.info(f"fold {fold_name}, whole images:\n{result.to_text()}")
     return TrainedFolds(scores)
 
 
@@ -274,16 +274,7 @@ def train_and_validate(
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
     with report_lost_peer():
         _check_trainable(run, ranks, device)
-        whole = restart == "model" or not other_folds(run.folder, run.split.name)
-        if resume and restart:
-            raise UserError("--resume and --restart exclude each other")
-        if resume and not is_begun(run.fold_folder):
-            raise UserError("there is nothing to resume", run.fold_folder, "Leave out --resume to begin.")
-        if not (restart and whole):
-            run.check_resume(force, restart=bool(restart))
-        if restart and ranks.rank == 0:
-            set_aside(run.folder if whole else run.fold_folder)
-        from_first(None, ranks)  # the others wait until the folder is moved
+        _check_earlier_run(run, ranks, restart, resume, force)
         if run.first is not None and not is_finished(run.fold_folder):
             _train_first_stage(run, run.first, force)
         with lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
@@ -313,6 +304,28 @@ def _check_trainable(run: TrainingRun, ranks: Ranks, device: torch.device) -> No
         if on_cpus and mixes_samples(network):
             what = "batch normalisation over several processes needs GPUs"
             raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
+
+
+def _check_earlier_run(
+    run: TrainingRun, ranks: Ranks, restart: bool | Literal["model"], resume: bool, force: bool
+) -> None:
+    """Refuse an earlier run that may not be resumed, or set it aside on request.
+
+    Raises
+    ------
+    UserError
+        The earlier run has other settings or cases, or there is none to resume.
+    """
+    if resume and restart:
+        raise UserError("--resume and --restart exclude each other")
+    if resume and not is_begun(run.fold_folder):
+        raise UserError("there is nothing to resume", run.fold_folder, "Leave out --resume to begin.")
+    whole = restart == "model" or not other_folds(run.folder, run.split.name)
+    if not (restart and whole):
+        run.check_resume(force, restart=bool(restart))
+    if restart and ranks.rank == 0:
+        set_aside(run.folder if whole else run.fold_folder)
+    from_first(None, ranks)  # the others wait until the folder is moved
 
 
 def _open_run(run: TrainingRun, force: bool) -> int:

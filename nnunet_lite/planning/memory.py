@@ -1,8 +1,10 @@
-"""Predicted GPU memory of one training step, by arithmetic over the layers of a configuration's network.
+"""Predict the GPU memory of one training step by arithmetic over the layers of a configuration's network.
 
-Counted: what autograd keeps for the backward pass at the precision of training, the loss, the parameters with their
-gradients and momentum, and what comes and goes during the backward pass. Not counted: the CUDA context of the process
-(0.3 to 0.6 GB, depending on driver and card).
+Counted: what autograd keeps for the backward pass under float16 or bfloat16 autocast, the loss, the parameters with
+their gradients and momentum, and the temporary arrays of the backward pass. Not counted: the CUDA context of the
+process (0.3 to 0.6 GB, depending on driver and card).
+
+`with_memory` is what planning calls; it sums `training_memory`, which counts over `network_layers`.
 """
 
 from __future__ import annotations
@@ -15,9 +17,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.planning.schema import Configuration, Network
 from nnunet_lite.planning.topology import voxels_per_stage
 
-Precision = Literal["fp16", "bf16", "fp32"]
-
-BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+HALF = 2  # bytes of an activation under autocast
 # What the loss keeps: log-softmax and softmax in float32; per voxel the target as int64 and its weight.
 LOSS_BYTES_PER_LOGIT = 4 + 4
 LOSS_BYTES_PER_VOXEL = 8 + 4
@@ -27,18 +27,38 @@ CUDNN_BYTES = 500_000_000  # what cuDNN may take for its fastest algorithms; an 
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One convolution: what it weighs and what it puts out for one patch."""
+class NetworkLayer:
+    """One convolution of a network.
+
+    Parameters
+    ----------
+    kind : {"conv", "project", "up", "head"}
+        In a block, on a residual skip, transposed, or a segmentation head.
+    stage : int
+        Its stage, the finest is 0.
+    inputs, outputs : int
+        Channels.
+    taps : int
+        Voxels of its kernel.
+    voxels : int
+        Voxels of its output for one patch.
+    pools : bool
+        It has a stride above 1.
+    bias : bool
+        It has a bias.
+    normalized : bool
+        A normalisation with two parameters per feature follows.
+    """
 
     kind: Literal["conv", "project", "up", "head"]
     stage: int
     inputs: int
     outputs: int
-    kernel: int  # number of taps
-    voxels: int  # of its output
+    taps: int
+    voxels: int
     pools: bool = False
     bias: bool = True
-    normalized: bool = True  # followed by a normalisation with two parameters per feature
+    normalized: bool = False
 
     @property
     def values(self) -> int:
@@ -46,61 +66,63 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        return self.outputs * (self.inputs * self.kernel + self.bias + 2 * self.normalized)
+        return self.outputs * (self.inputs * self.taps + self.bias + 2 * self.normalized)
 
 
-def layers(network: Network, patch: tuple[int, ...], inputs: int, outputs: int) -> list[Layer]:
-    """Every convolution of the network, from the input to the finest head."""
-    return _encoder(network, patch, inputs) + _decoder(network, patch, outputs)
+def network_layers(network: Network, patch: tuple[int, ...], inputs: int, outputs: int) -> list[NetworkLayer]:
+    """List every convolution of a network, from the input to the finest head.
 
+    Parameters
+    ----------
+    network : Network
+        The network.
+    patch : tuple of int
+        Voxels per axis, a multiple of the network's divisor.
+    inputs, outputs : int
+        Channels of the network; for a cascade `inputs` includes the one-hot previous segmentation.
 
-def _encoder(network: Network, patch: tuple[int, ...], inputs: int) -> list[Layer]:
+    Returns
+    -------
+    list of NetworkLayer
+        In the order of the forward pass.
+    """
     voxels = voxels_per_stage(network.strides, patch)
-    norm = network.norm != "none"
-    found = []
-    width = inputs
-    if network.kind == "residual":
+    taps = [prod(kernel) for kernel in network.kernels]
+    norm, residual = network.norm != "none", network.kind == "residual"
+    layers, width = [], inputs
+    if residual:
         width = network.features[0]
-        found.append(Layer("conv", 0, inputs, width, prod(network.kernels[0]), voxels[0], normalized=norm))
+        layers.append(NetworkLayer("conv", 0, inputs, width, taps[0], voxels[0], normalized=norm))
     for stage, features in enumerate(network.features):
-        taps, pools = prod(network.kernels[stage]), prod(network.strides[stage]) > 1
         for block in range(network.blocks[stage]):
-            pools_here = pools and block == 0
-            found.append(Layer("conv", stage, width, features, taps, voxels[stage], pools_here, normalized=norm))
-            if network.kind == "residual":
-                found.append(Layer("conv", stage, features, features, taps, voxels[stage], normalized=norm))
-                if width != features:
-                    found.append(
-                        Layer("project", stage, width, features, 1, voxels[stage], pools_here, False, normalized=norm)
-                    )
+            pools = block == 0 and prod(network.strides[stage]) > 1
+            size = taps[stage], voxels[stage]
+            layers.append(NetworkLayer("conv", stage, width, features, *size, pools, normalized=norm))
+            if residual:
+                layers.append(NetworkLayer("conv", stage, features, features, *size, normalized=norm))
+            if residual and width != features:
+                layers.append(NetworkLayer("project", stage, width, features, 1, voxels[stage], pools, False, norm))
             width = features
-    return found
-
-
-def _decoder(network: Network, patch: tuple[int, ...], outputs: int) -> list[Layer]:
-    voxels = voxels_per_stage(network.strides, patch)
-    norm = network.norm != "none"
-    found = []
-    for i, stage in enumerate(range(len(voxels) - 2, -1, -1)):
-        features, taps = network.features[stage], prod(network.kernels[stage])
-        up = prod(network.strides[stage + 1])
-        found.append(Layer("up", stage, network.features[stage + 1], features, up, voxels[stage], normalized=False))
-        for n in range(network.decoder_convolutions[i]):
+    for convolutions, stage in zip(network.decoder_convolutions, range(len(voxels) - 2, -1, -1), strict=True):
+        features, below = network.features[stage], network.features[stage + 1]
+        layers.append(NetworkLayer("up", stage, below, features, prod(network.strides[stage + 1]), voxels[stage]))
+        for n in range(convolutions):
             width = features if n else 2 * features
-            found.append(Layer("conv", stage, width, features, taps, voxels[stage], normalized=norm))
-        found.append(Layer("head", stage, features, outputs, 1, voxels[stage], normalized=False))
-    return found
+            layers.append(NetworkLayer("conv", stage, width, features, taps[stage], voxels[stage], normalized=norm))
+        layers.append(NetworkLayer("head", stage, features, outputs, 1, voxels[stage]))
+    return layers
 
 
 def activation_values(network: Network, patch: tuple[int, ...], inputs: int, outputs: int) -> int:
-    """How many values autograd keeps for the backward pass of one patch, heads included, without the loss.
+    """Count the values that autograd keeps for the backward pass of one patch, heads included, without the loss.
 
     A convolution keeps its input, a normalisation its input, an in-place activation its output. So each convolution
     leaves its own output and, where an activation follows, the activated one, which is also the next one's input.
+    Parameters are those of `network_layers`.
     """
     per_convolution = 2 if network.norm != "none" else 1
     kept = inputs * prod(patch)
-    for layer in layers(network, patch, inputs, outputs):
+    for layer in network_layers(network, patch, inputs, outputs):
         if layer.kind == "conv":
             kept += per_convolution * layer.values
         elif layer.kind == "project":
@@ -113,61 +135,57 @@ def activation_values(network: Network, patch: tuple[int, ...], inputs: int, out
     return kept
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one training step, by what they are for."""
-
-    activations: int
-    loss: int
-    weights: int
-    gradients: int
-    optimizer: int
-    workspace: int
-
-    @property
-    def gb(self) -> float:
-        """All of it, in GB (1e9 bytes)."""
-        parts = (self.activations, self.loss, self.weights, self.gradients, self.optimizer, self.workspace)
-        return sum(parts) / 1e9
-
-
 def training_memory(
-    network: Network,
-    patch: tuple[int, ...],
-    batch_size: int,
-    inputs: int,
-    outputs: int,
-    precision: Precision = "fp16",
-) -> Memory:
-    """Predicted memory of one training step with deep supervision and SGD with momentum.
+    network: Network, patch: tuple[int, ...], batch_size: int, inputs: int, outputs: int
+) -> dict[str, int]:
+    """Predict the memory of one training step with deep supervision and SGD with momentum under autocast.
 
     Parameters
     ----------
-    patch : voxels per axis, a multiple of the network's divisor.
-    inputs, outputs : channels of the network; for a cascade `inputs` includes the one-hot previous segmentation.
-    precision : of autocast. Below fp32, autocast keeps a copy of the weights at that precision.
+    network, patch, inputs, outputs
+        As in `network_layers`.
+    batch_size : int
+        Patches per step.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes of activations, loss, weights, gradients, optimizer and workspace.
     """
-    found = layers(network, patch, inputs, outputs)
-    size = BYTES[precision]
-    parameters = sum(layer.parameters for layer in found)
-    heads = [layer for layer in found if layer.kind == "head"]
+    layers = network_layers(network, patch, inputs, outputs)
+    parameters = sum(layer.parameters for layer in layers)
+    heads = [layer for layer in layers if layer.kind == "head"]
     logits = sum(head.values for head in heads)
-    # Going back, the widest point is the gradient of a convolution's output beside that of its input.
-    widest = max(layer.values + layer.inputs * layer.voxels for layer in found if not layer.pools)
-    return Memory(
-        activations=size * batch_size * activation_values(network, patch, inputs, outputs),
-        loss=batch_size * sum(LOSS_BYTES_PER_LOGIT * h.values + LOSS_BYTES_PER_VOXEL * h.voxels for h in heads),
-        weights=parameters * (4 if precision == "fp32" else 4 + size),
-        gradients=4 * parameters,
-        optimizer=4 * parameters,
-        workspace=max(size * batch_size * widest, LOSS_GRADIENT_BYTES * batch_size * logits) + CUDNN_BYTES,
-    )
+    # Going back, the widest point is the gradient of a convolution's output together with that of its input.
+    widest = max(layer.values + layer.inputs * layer.voxels for layer in layers if not layer.pools)
+    return {
+        "activations": HALF * batch_size * activation_values(network, patch, inputs, outputs),
+        "loss": batch_size * sum(LOSS_BYTES_PER_LOGIT * h.values + LOSS_BYTES_PER_VOXEL * h.voxels for h in heads),
+        "weights": parameters * (4 + HALF),  # autocast keeps a copy
+        "gradients": 4 * parameters,
+        "optimizer": 4 * parameters,
+        "workspace": max(HALF * batch_size * widest, LOSS_GRADIENT_BYTES * batch_size * logits) + CUDNN_BYTES,
+    }
 
 
 def with_memory(configuration: Configuration, channels: int, labels: Labels) -> Configuration:
-    """The configuration with its predicted training memory (GB) under fp16 or bf16 autocast."""
-    inputs = channels + (labels.n_classes - 1 if configuration.previous_stage else 0)
-    memory = training_memory(
-        configuration.network, configuration.patch_size, configuration.batch_size, inputs, labels.n_channels
-    )
-    return configuration.model_copy(update={"memory_gb": round(memory.gb, 3)})
+    """Return the configuration with its predicted training memory in GB (1e9 bytes).
+
+    Parameters
+    ----------
+    configuration : Configuration
+        The configuration.
+    channels : int
+        Channels of the images.
+    labels : Labels
+        The dataset's labels.
+
+    Returns
+    -------
+    Configuration
+        With `memory_gb`.
+    """
+    c = configuration
+    inputs = channels + (labels.n_classes - 1 if c.previous_stage else 0)
+    memory = training_memory(c.network, c.patch_size, c.batch_size, inputs, labels.n_channels)
+    return c.model_copy(update={"memory_gb": round(sum(memory.values()) / 1e9, 3)})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,40 +76,16 @@ _PLACEMENT = TypeAdapter(Placement)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A case cropped and normalised but not resampled, transposed axes: what all configurations share.
-
-    Parameters
-    ----------
-    image : ndarray, shape (channels, z, y, x)
-        float32.
-    classes : ndarray or None, shape (z, y, x)
-        Where a channel is normalised inside the nonzero mask, background outside of that mask has the class
-        `Labels.outside_class`.
-    geometry : Geometry
-        Grid of the image, axes as in the file.
-    turn, box, spacing
-        As in `Placement`.
-    """
-
-    image: np.ndarray
-    classes: np.ndarray | None
-    geometry: Geometry
-    turn: Turn
-    box: Box
-    spacing: Spacing
-
-
-@dataclass(frozen=True)
 class Preprocessed:
-    """A case as the network sees it, transposed axes.
+    """A case as the network sees it, transposed axes; what `prepare` returns is not resampled yet.
 
     Parameters
     ----------
     image : ndarray, shape (channels, z, y, x)
         float32.
     classes : ndarray or None, shape (z, y, x)
-        None for a case without label.
+        None for a case without label. Where a channel is normalised inside the nonzero mask, background outside of
+        that mask has the class `Labels.outside_class`.
     placement : Placement
         Where the array is in its image.
     """
@@ -148,7 +124,7 @@ def preprocess_image(
     return resample(prepare(image, classes, plan), configuration)
 
 
-def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
+def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Preprocessed:
     """Transpose, crop to the nonzero region and normalise. Parameters are those of `preprocess`.
 
     Raises
@@ -171,7 +147,8 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Prepared:
         outside = plan.labels.outside_class
         classes = np.where(counted, classes, np.min_scalar_type(outside).type(outside))
     normalize(array, plan.channels, counted)
-    return Prepared(array, classes, image.geometry, turn, box, transposed(image.geometry.spacing, turn.order))
+    spacing = transposed(image.geometry.spacing, turn.order)
+    return Preprocessed(array, classes, Placement(image.geometry, turn, box, spacing, spacing, array.shape[1:]))
 
 
 def turn_for(plan: Plan, orientation: str | None) -> Turn:
@@ -179,13 +156,13 @@ def turn_for(plan: Plan, orientation: str | None) -> Turn:
     return turn_between(orientation, plan.orientation).then(plan.axis_order)
 
 
-def resample(case: Prepared, configuration: Configuration, threads: int | None = None) -> Preprocessed:
+def resample(case: Preprocessed, configuration: Configuration, threads: int | None = None) -> Preprocessed:
     """Resample a prepared case to the spacing of a configuration.
 
     Parameters
     ----------
-    case : Prepared
-        The case.
+    case : Preprocessed
+        What `prepare` returned.
     configuration : Configuration
         Spacing and resampling.
     threads : int, optional
@@ -196,18 +173,14 @@ def resample(case: Prepared, configuration: Configuration, threads: int | None =
     Preprocessed
         The arrays.
     """
-    new_spacing = resampled_spacing(configuration, case.spacing)
-    old: Shape = case.image.shape[1:]
-    shape, r = resampled_shape(old, case.spacing, new_spacing), configuration.resampling
-    image = resample_image(
-        case.image, shape, case.spacing, new_spacing, r.image_order, r.image_order_z, r.separate_z, threads=threads
-    )
-    classes = case.classes
+    spacing, orders, classes = case.placement.spacing, configuration.resampling, case.classes
+    target = resampled_spacing(configuration, spacing)
+    shape = resampled_shape(case.placement.shape, spacing, target)
+    how = (shape, spacing, target)
+    image = resample_image(case.image, *how, orders.image_order, orders.image_order_z, orders.separate_z, threads)
     if classes is not None:
-        classes = resample_labels(
-            classes, shape, case.spacing, new_spacing, r.label_order, r.label_order_z, r.separate_z, threads
-        )
-    return Preprocessed(image, classes, Placement(case.geometry, case.turn, case.box, case.spacing, new_spacing, shape))
+        classes = resample_labels(classes, *how, orders.label_order, orders.label_order_z, orders.separate_z, threads)
+    return Preprocessed(image, classes, replace(case.placement, new_spacing=target, shape=shape))
 
 
 def resampled_spacing(configuration: Configuration, spacing: Spacing) -> Spacing:

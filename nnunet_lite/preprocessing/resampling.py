@@ -54,24 +54,20 @@ class Block:
     matrix: Array
 
 
-def separate_axis(spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
+def coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float], separate_z: bool | None = None) -> int | None:
     """Return the coarse axis along which slices are resampled one by one, or None.
 
-    As in nnU-Net: where the old spacing, otherwise the new one, is more than three times coarser along one axis only.
+    As in nnU-Net: where the old spacing, otherwise the new one, is more than three times coarser along one axis only;
+    unless `separate_z` decides: False never, True always, along the coarsest axis of the old spacing.
     """
-    for candidate in (spacing, new_spacing):
-        if max(candidate) / min(candidate) > ANISOTROPY:
-            coarse = [axis for axis, s in enumerate(candidate) if s == max(candidate)]
-            return coarse[0] if len(coarse) == 1 else None
-    return None
-
-
-def coarse_axis(spacing: Sequence[float], new_spacing: Sequence[float], separate_z: bool | None) -> int | None:
-    """Return `separate_axis`, unless `separate_z` decides: False never, True always, along the coarsest old axis."""
     if separate_z is None:
-        return separate_axis(spacing, new_spacing)
-    coarse = [axis for axis, s in enumerate(spacing) if s == max(spacing)]
-    return coarse[0] if separate_z and len(coarse) == 1 else None
+        coarse = [s for s in (spacing, new_spacing) if max(s) / min(s) > ANISOTROPY]
+    else:
+        coarse = [spacing] if separate_z else []
+    if not coarse:
+        return None
+    axes = [axis for axis, s in enumerate(coarse[0]) if s == max(coarse[0])]
+    return axes[0] if len(axes) == 1 else None
 
 
 def resample_image(

@@ -19,7 +19,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from math import prod
@@ -35,7 +35,7 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import SPARE, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
 from nnunet_lite.planning.schema import Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing.pipeline import (
-    Prepared,
+    Preprocessed,
     prepare,
     resample,
     resampled_shape,
@@ -172,9 +172,9 @@ def preprocess_dataset(
         plan.configuration(name)
     with _one_at_a_time(folder):
         _sweep(folder)
-        stamps, known = folder / "raw.json", read_stamps(folder / "raw.json")
-        # Planning has read the files too.
-        scanned = scan_raw_cases(dataset.cases, read_stamps(folder.parent / "raw.json") | known, workers)
+        stamps = folder / "raw.json"
+        known = read_stamps(folder.parent / stamps.name) | read_stamps(stamps)  # planning has read the files too
+        scanned = scan_raw_cases(dataset.cases, known, workers)
         raw = {case_id: result for case_id, result in scanned.items() if isinstance(result, RawCase)}
         failed = {case_id: result for case_id, result in scanned.items() if isinstance(result, Exception)}
         index = {
@@ -197,11 +197,10 @@ def preprocess_dataset(
             needed = sum(case.disk(plan) for case in left) + SPARE
             what = f"the {plural(len(left), 'case')} left need{'s' * (len(left) == 1)} about"
             raise no_space(folder, what, needed, full.errno)
-        if raw != known:
-            write_stamps(stamps, raw)
+        write_stamps(stamps, raw)
         for name, folders in index.items():
             done = {case_id: key for case_id, key in folders.items() if (folder / "cases" / key).is_dir()}
-            _write_if_new(_index_file(folder, plan, name), done)
+            write_json(_index_file(folder, plan, name), done)
     if failed:
         raise _failure(failed, dataset)
     paths = {folder / "cases" / key for folders in index.values() for key in folders.values()}
@@ -449,7 +448,7 @@ def make_case(missing: MissingCase, dataset: Dataset, plan: Plan, threads: int =
         raise UserError(f"no memory left ({error})", fix=fix) from None
 
 
-def _read_and_prepare(case: Case, dataset: Dataset, plan: Plan) -> Prepared:
+def _read_and_prepare(case: Case, dataset: Dataset, plan: Plan) -> Preprocessed:
     """A function of its own, so that the image as read is freed when it returns."""
     image, values = read_case(case, dataset)
     return prepare(image, None if values is None else plan.labels.encode(values), plan)
@@ -491,10 +490,3 @@ def _index_file(folder: Path, plan: Plan, name: str) -> Path:
 def _read_index(path: Path, changed: int) -> dict[str, str]:
     """Case id -> folder; `changed` (ns) makes sure that a rewritten file is read again."""
     return read_json(path)
-
-
-def _write_if_new(path: Path, value: dict[str, str]) -> None:
-    with suppress(UserError):  # a damaged file
-        if path.is_file() and read_json(path) == value:
-            return
-    write_json(path, value)
