@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make the report of a data set of 200 cases with two models: its size, the time it takes, and the time to open it.
+"""Measure the report of a dataset with two models: the time to write it, its size, and the time to open it.
 
 usage: taskset -c 0,1 python scripts/bench_report.py DATA [--workspace DIR]
 
-Neither size nor time depends on how well the models do, so they are stand-ins that take seconds instead of hours:
-what they predict of a case is its reference, moved and frayed at random, and their curves have 1000 epochs. A
-workspace that holds scored models already is reported as it is.
+Size and time do not depend on the quality of the models, so these are stand-ins that take seconds instead of hours:
+their prediction of a case is its reference, moved and frayed at random, and their curves have 1000 epochs. A workspace
+that already contains models is reported as it is.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def opening_seconds(page: Path, repeats: int = 3) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="the data set")
-    parser.add_argument("--workspace", type=Path, help="where it is planned, or is to be [a folder for the time being]")
+    parser.add_argument("data", help="the dataset")
+    parser.add_argument("--workspace", type=Path, help="where it is or will be planned [a temporary folder]")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         workspace = (given.workspace or Path(scratch)).absolute()

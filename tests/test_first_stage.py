@@ -30,7 +30,7 @@ from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, s
 from nnunet_lite.inference.predictor import load, predict_preprocessed
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
+from nnunet_lite.preprocessing.pipeline import Placement, preprocess_image, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.job import Job, configure_plan
@@ -177,7 +177,7 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
     )
     assert first.folds == ("0", "1", "2", "3", "4") and second.previous is None
     before = first(image)
-    prepared = preprocess(image, before.astype(np.uint8), second.plan, second.configuration)
+    prepared = preprocess_image(image, before.astype(np.uint8), second.plan, second.configuration)
     assert prepared.classes is not None and prepared.classes.any()
     logits = predict_preprocessed(second, prepared.image, prepared.classes)
     expected = restore_segmentation(logits, prepared.placement, second.plan.labels, second.configuration.resampling)
@@ -203,7 +203,7 @@ def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: P
     model = load(trained / "tiny", [0], "cpu", first_stage=False)
     case_id = read_json(paths.splits)[0]["val"][0]
     image = read_image(Path(read_json(paths.dataset)["root"]) / "imagesTr" / f"{case_id}.nii.gz")
-    prepared = preprocess(image, None, model.plan, model.configuration)
+    prepared = preprocess_image(image, None, model.plan, model.configuration)
     logits = predict_preprocessed(model, prepared.image, read_stage_map(maps(trained)[case_id])[:])
     expected = restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
     written = read_image(trained / "tiny" / "fold_0" / "validation" / f"{case_id}.nii.gz").array[0]

@@ -1,4 +1,4 @@
-"""The report: what it says of a data set at every stage is what the files say, and nothing in it is taken for HTML."""
+"""The report: it shows what the files contain, at every stage of a dataset, and escapes all that it shows."""
 
 from __future__ import annotations
 
@@ -17,67 +17,61 @@ from PIL import Image
 import nnunet_lite
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.planner import make_plan
-from nnunet_lite.planning.schema import Statistics
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting import pictures
 
 Ended = tuple[int, str, str]
 
 
 class Page(HTMLParser):
-    """The elements of a page, its data, and the cells of its tables by caption."""
+    """The elements and text of a page, its data, and the cells (text, exact value) of its tables by caption."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.tables: dict[str, list[list[tuple[str, str | None]]]] = {}
-        self.text, self._raw, self._inside, self._caption = "", "", "", ""
+        self.text, self._data, self._tag, self._caption = "", "", "", ""
         self.feed(file.read_text(encoding="utf-8"))
-        self.data: dict[str, Any] = json.loads(self._raw)
+        self.data: dict[str, Any] = json.loads(self._data)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         self.elements.append((tag, attributes))
-        self._inside = "data" if attributes.get("id") == "report-data" else tag
+        self._tag = str(attributes.get("id")) if tag == "script" else tag
         if tag == "caption":
             self._caption = ""
-        elif tag == "tr" and self._caption:
+        elif tag == "tr":
             self.tables.setdefault(self._caption, []).append([])
-        elif tag in ("td", "th") and self._caption:
+        elif tag in ("td", "th"):
             self.tables[self._caption][-1].append(("", attributes.get("data-value")))
 
     def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-        if tag == "table":
-            self._caption = ""
+        self._caption = "" if tag == "table" else self._caption
+        self._tag = ""
 
     def handle_data(self, data: str) -> None:
-        if self._inside == "data":
-            self._raw += data
-        elif self._inside not in ("script", "style"):
+        if self._tag == "report-data":
+            self._data += data
+        elif self._tag not in ("None", "style"):
             self.text += data
-        if self._inside == "caption":
+        if self._tag == "caption":
             self._caption += data
-        elif self._caption and self.tables.get(self._caption):
-            text, value = self.tables[self._caption][-1][-1] if self.tables[self._caption][-1] else ("", None)
-            if self.tables[self._caption][-1]:
-                self.tables[self._caption][-1][-1] = (text + data.strip(), value)
+        elif row := self.tables.get(self._caption, [[]])[-1]:
+            row[-1] = row[-1][0] + data.strip(), row[-1][1]
 
     def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
         return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in attributes.items())]
 
 
-def report(workspace: Path, output: Path, dataset: str | None = None) -> Page:
-    return Page(nnunet_lite.report(output, workspace=workspace, dataset=dataset).report)
+def report(workspace: Path, output: Path) -> Page:
+    return Page(nnunet_lite.report(output, workspace=workspace).report)
 
 
 @pytest.fixture
 def trained(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the data set's folder with a scored model, to be changed."""
+    """A copy of the dataset's folder with a scored model, which a test may change."""
     root = tmp_path / "workspace" / "Task04_Hippocampus"
     shutil.copytree(tiny_model.parents[1], root, ignore=shutil.ignore_patterns("preprocessed", "models"))
     shutil.copytree(tiny_model, root / "models" / "tiny", ignore=shutil.ignore_patterns("checkpoint*"))
@@ -108,7 +102,7 @@ def test_every_case_and_score_is_that_of_the_summary(tiny_model: Path, tiny_repo
     assert float(overall[2][1]) == pytest.approx(summary["foreground_mean"]["Dice"])
 
 
-def test_pictures_lie_in_three_planes_through_the_largest_error(tiny_model: Path, tiny_report: Path) -> None:
+def test_pictures_are_three_planes_through_the_largest_error(tiny_model: Path, tiny_report: Path) -> None:
     shown = Page(tiny_report).data["models"]["tiny"]["pictures"]
     summary = read_json(tiny_model / "fold_0" / "validation" / "summary.json")
     assert set(shown) == {entry["case"] for entry in summary["metric_per_case"]}
@@ -125,7 +119,7 @@ def test_pictures_lie_in_three_planes_through_the_largest_error(tiny_model: Path
             assert plane["of"] == truth.shape[axis]
 
 
-def test_the_page_asks_for_nothing(tiny_report: Path) -> None:
+def test_the_page_uses_no_network(tiny_report: Path) -> None:
     page = Page(tiny_report)
     addresses = [v for _, attributes in page.elements for k, v in attributes.items() if k in ("src", "href") and v]
     assert addresses and all(address.startswith(("data:", "#")) for address in addresses)
@@ -149,13 +143,15 @@ def test_settings_versions_and_costs_are_those_of_the_run(tiny_model: Path, tiny
         assert series["name"].startswith("fold 0") and series["y"] == [row[key] for row in rows]
 
 
-def test_a_planned_data_set(copy_dataset: Callable[..., Path], command: Callable[..., Ended], tmp_path: Path) -> None:
+def test_a_planned_dataset(copy_dataset: Callable[..., Path], command: Callable[..., Ended], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset is planned"):
+        nnunet_lite.report(workspace=tmp_path)
     nnunet_lite.plan(copy_dataset(4, "planned"), workspace=tmp_path / "nnlite_workspace", workers=0)
     code, out, _ = command("report", "--json", cwd=tmp_path)
-    told = json.loads(out)
-    assert code == 0 and Path(told["report"]) == tmp_path / "nnlite_workspace" / "planned" / "report.html"
-    page = Page(Path(told["report"]))
-    assert told["bytes"] == Path(told["report"]).stat().st_size
+    written = json.loads(out)
+    assert code == 0 and Path(written["report"]) == tmp_path / "nnlite_workspace" / "planned" / "report.html"
+    page = Page(Path(written["report"]))
+    assert written["bytes"] == Path(written["report"]).stat().st_size
     assert len(page.all("figure", **{"class": "plane"})) == 4
     assert "nnlite train 3d_fullres all" in page.text
     for missing in ("No fold is trained yet.", "No held-out case is scored yet.", "There is nothing to compare yet."):
@@ -164,41 +160,30 @@ def test_a_planned_data_set(copy_dataset: Callable[..., Path], command: Callable
     assert code == 0 and out.strip() == str(tmp_path / "report.html")
 
 
-def test_volumes_and_sizes_are_those_of_the_files(copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
-    root = copy_dataset(3, "sizes")
+def test_sizes_and_volumes_of_hostile_regions(copy_nnunet: Callable[..., Path], tmp_path: Path) -> None:
+    """Numbers are those of the files, and names that look like HTML are text."""
+    evil, picture = "<script>alert(1)</script>", '"><img src=x onerror=alert(2)>'
+    labels = {"background": 0, evil: [1, 2], picture: 2}
+    channels = (f"T1{evil}", "T2")
+    root = copy_nnunet(3, channels, "<b onclick=alert(3)>", labels=labels, regions_class_order=[1, 2])
     nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
     page = report(tmp_path / "ws", tmp_path / "page.html")
-    head, *rows = page.tables["All 3 cases"]
-    assert [name for name, _ in head] == ["Case", "size (z, y, x)", "spacing (mm)", "Anterior (ml)", "Posterior (ml)"]
-    for row in rows:
-        label = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(root / "labelsTr" / f"{row[0][0]}.nii.gz")))
-        assert row[1][0] == " × ".join(map(str, label.shape))
-        for value in (1, 2):
-            assert float(row[2 + value][1] or 0) == pytest.approx((label == value).sum() / 1000)
-
-
-def test_a_fold_that_trains_and_a_line_that_is_half_written(trained: Path, tmp_path: Path) -> None:
-    fold = trained / "models" / "tiny" / "fold_1"
-    fold.mkdir()
-    rows = (trained / "models" / "tiny" / "fold_0" / "metrics.jsonl").read_text()
-    (fold / "metrics.jsonl").write_text(rows + rows[:40])
-    page = report(trained.parent, tmp_path / "page.html")
-    assert "fold 1 (not finished)" in page.text and "2 so far" in page.text
-
-
-def test_hostile_names_are_text(copy_nnunet: Callable[..., Path], tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>"
-    picture = '"><img src=x onerror=alert(2)>'
-    root = copy_nnunet(3, channels=(f"T1{evil}",), name="<b onclick=alert(3)>", labels={
-        "background": 0, evil: 1, picture: 2})  # fmt: skip
-    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
-    file = nnunet_lite.report(tmp_path / "page.html", workspace=tmp_path / "ws").report
-    page = Page(file)
     assert len(page.all("script")) == 2 and not page.all("img")
     assert not [k for _, attributes in page.elements for k in attributes if k.startswith("on")]
-    assert page.data["labels"] == [evil, picture] and page.data["channels"] == [f"T1{evil}"]
+    assert page.data["labels"] == [evil, picture] and page.data["channels"] == list(channels)
     assert evil in page.text and picture in page.text and "<b onclick=alert(3)>" in page.text
-    assert evil not in file.read_text()
+    assert evil not in (tmp_path / "page.html").read_text()
+    head, *rows = page.tables["All 3 cases"]
+    columns = ["Case", "size (z, y, x)", "spacing (mm)", f"{evil} (ml)", f"{picture} (ml)"]
+    assert [name for name, _ in head] == columns and len(rows) == 3
+    for (case, _), (size, _), _, *volumes in rows:
+        label = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(root / "labelsTr" / f"{case}.nii.gz")))
+        assert size == " × ".join(map(str, label.shape))
+        counts = (label > 0).sum(), (label == 2).sum()
+        assert [float(value or 0) for _, value in volumes] == pytest.approx([n / 1000 for n in counts])
+    assert [row[0][0] for row in page.tables["Intensities of all labelled voxels"][1:]] == list(channels)
+    drawn = [a for a in page.all("svg", **{"class": "plot"}) if (a["aria-label"] or "").startswith("Intensities, ")]
+    assert len(drawn) == 2
 
 
 def test_colour_pictures(tmp_path: Path) -> None:
@@ -220,21 +205,8 @@ def test_colour_pictures(tmp_path: Path) -> None:
     assert "n/a" in [cell for cell, _ in page.tables["All 3 cases"][1]]  # a picture has no spacing
 
 
-def test_regions_and_channels(copy_nnunet: Callable[..., Path], tmp_path: Path) -> None:
-    labels = {"background": 0, "whole": [1, 2], "posterior": 2}
-    root = copy_nnunet(3, channels=("T1", "T2"), name="regions", labels=labels, regions_class_order=[1, 2])
-    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
-    page = report(tmp_path / "ws", tmp_path / "page.html")
-    for row in page.tables["All 3 cases"][1:]:
-        label = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(root / "labelsTr" / f"{row[0][0]}.nii.gz")))
-        assert float(row[3][1] or 0) == pytest.approx((label > 0).sum() / 1000)
-    assert [row[0][0] for row in page.tables["Intensities of all labelled voxels"][1:]] == ["T1", "T2"]
-    drawn = [a for a in page.all("svg", **{"class": "plot"}) if (a["aria-label"] or "").startswith("Intensities, ")]
-    assert len(drawn) == 2
-
-
-def test_what_was_selected(trained: Path, tmp_path: Path) -> None:
-    """The winner, here an ensemble, comes first and with its cases; the margin and the postprocessing are told."""
+def test_selected_models(trained: Path, tmp_path: Path) -> None:
+    """The winner, here an ensemble, comes first and with its cases; the margin and the postprocessing are shown."""
     shutil.copytree(trained / "models" / "tiny", trained / "models" / "other")
     ensemble = trained / "ensembles" / "other+tiny" / "fold_0"
     shutil.copytree(trained / "models" / "tiny" / "fold_0" / "validation", ensemble / "validation")
@@ -258,20 +230,25 @@ def test_what_was_selected(trained: Path, tmp_path: Path) -> None:
     assert page.tables["Held-out cases of other + tiny, worst first"]
 
 
-def test_images_that_are_gone_are_told(trained: Path, tmp_path: Path) -> None:
-    table = read_json(trained / "dataset.json")
-    scored = read_json(trained / "models" / "tiny" / "fold_0" / "validation" / "summary.json")
-    gone = scored["metric_per_case"][0]["case"]
-    for case in table["dataset"]:
-        if case["id"] == gone:
-            case["images"] = [str(tmp_path / "gone.nii.gz")]
-    write_json(trained / "dataset.json", table)
+def test_an_incomplete_workspace(trained: Path, tmp_path: Path) -> None:
+    """A fold that trains, with a line that is half written, and a case whose image is missing."""
+    finished, fold = (trained / "models" / "tiny" / name for name in ("fold_0", "fold_1"))
+    fold.mkdir()
+    lines = (finished / "metrics.jsonl").read_text()
+    (fold / "metrics.jsonl").write_text(lines + lines[:40])
+    missing = read_json(finished / "validation" / "summary.json")["metric_per_case"][0]["case"]
+    dataset = read_json(trained / "dataset.json")
+    case = next(entry for entry in dataset["dataset"] if entry["id"] == missing)
+    case["images"] = [str(tmp_path / "missing.nii.gz")]
+    write_json(trained / "dataset.json", dataset)
     page = report(trained.parent, tmp_path / "page.html")
-    assert "1 of 10 cases could not be shown" in page.text and "gone.nii.gz" in page.text
-    assert gone in page.data["models"]["tiny"]["scores"] and gone not in page.data["models"]["tiny"]["pictures"]
+    assert "fold 1 (not finished)" in page.text and "2 so far" in page.text
+    assert "1 of 10 cases could not be shown" in page.text and "missing.nii.gz" in page.text
+    model = page.data["models"]["tiny"]
+    assert missing in model["scores"] and missing not in model["pictures"]
 
 
-def test_what_does_not_fit_is_left_out_from_the_best_on(
+def test_pictures_of_the_best_cases_are_left_out_first(
     trained: Path, tiny_report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Page(tiny_report)
@@ -292,24 +269,9 @@ def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> 
     assert "scores are left out" in page.text and not page.data["models"]
 
 
-def test_no_planned_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no dataset is planned"):
-        nnunet_lite.report(workspace=tmp_path)
-
-
-def test_names_are_text_in_a_notebook() -> None:
+def test_names_are_text_in_a_notebook(tiny_model: Path) -> None:
     evil = "<script>alert(1)</script>"
-    statistics = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
-    fingerprint = Fingerprint(
-        spacings=((1.0, 1.0, 1.0),) * 5,
-        shapes_after_crop=((40, 50, 36),) * 5,
-        median_relative_size_after_cropping=1.0,
-        foreground_intensity_properties_per_channel={"0": statistics},
-    )
-    labels = Labels(names={"background": 0, "a": 1, evil: 2})
-    draws = np.random.default_rng(0)
-    measures = score_case(*draws.integers(0, 3, (2, 6, 6, 6)), labels, (1.0, 1.0, 1.0))
-    scores = Scores((CaseScore("case", None, None, measures),), labels)
-    for shown in (make_plan(fingerprint, f"Task {evil}", ("MRI",), labels), scores):
+    plan = Plan.read(tiny_model / "plans.json").model_copy(update={"dataset": evil})
+    for shown in (plan, Scores((), Labels(names={"background": 0, evil: 1}))):
         text = shown._repr_html_()
         assert text.startswith("<pre>") and "<script" not in text and "&lt;script&gt;" in text

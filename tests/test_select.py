@@ -19,7 +19,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.comparison import Member, choose_team
 from nnunet_lite.evaluation.postprocessing import Gain, Rule, apply_rules
-from nnunet_lite.evaluation.selection import Candidate, Selection, parse_selection, read_selection
+from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.workspace import Paths
@@ -260,7 +260,7 @@ def test_pairs_are_predicted_once(paths: Paths) -> None:
     assert sum(path.stat().st_mtime_ns == files[path] for path in out.glob("*.nii.gz")) == len(files) - 1
     turn_round(other)
     nnunet_lite.select(workspace=paths.root.parent, device="cpu")
-    assert all(path.stat().st_mtime_ns != made_at for path, made_at in files.items()), "other weights predict anew"
+    assert all(path.stat().st_mtime_ns != made_at for path, made_at in files.items()), "other weights predict again"
 
 
 def turn_round(folder: Path) -> None:
@@ -304,7 +304,9 @@ def selected(paths: Paths, **changes: Any) -> Selection:
     value = found.to_json() | {"postprocessing": {k: rule.model_dump() for k, rule in rules.items()}} | changes
     value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6, "n": 20} for k in rules}
     write_json(paths.inference, value)
-    return parse_selection(value, paths.inference)
+    selection = read_selection(paths)
+    assert selection is not None
+    return selection
 
 
 def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command: Run) -> None:
@@ -340,7 +342,9 @@ def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command:
 
     turn_round(paths.models / "tiny")
     _, err, _ = predicted()
-    assert f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares anew\n" in err
+    assert (
+        f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares them again\n" in err
+    )
     shutil.rmtree(paths.models / "tiny")
     code, _, err = command(*common, "-o", tmp_path / "out", cwd=tmp_path)
     what = "names fold 0 of the model tiny, which does not exist any more. Run `nnlite select` again"
@@ -364,7 +368,7 @@ def test_rules_of_an_older_selection_are_not_applied(
     assert "the postprocessing of Posterior was chosen and measured on the same cases, and is not applied; `nnl" in err
     assert (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
     assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
-    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in parse_selection(value, paths.inference).to_text()
+    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in read_selection(paths).to_text()
 
 
 def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_path: Path) -> None:
@@ -393,54 +397,61 @@ def test_info_tells_what_is_selected(paths: Paths, command: Run) -> None:
     assert about["selection"]["models"] == list(chosen.models) and about["selection"]["changed_since"] == ["tiny"]
 
 
-@pytest.mark.parametrize("content", ["[]", '{"format": "nnlite-inference-0"}', '{"format": "nnlite-inference-1"}'])
-def test_a_broken_selection_is_refused(paths: Paths, content: str, hippocampus: Path, command: Run) -> None:
-    paths.inference.write_text(content)
-    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
-    code, _, err = command("predict", "-i", scan, "-o", "out", "-w", paths.root.parent, cwd=paths.root)
-    assert code == 2 and "inference.json: is no selection of the form nnlite-inference-1" in err
+def handwritten(rules: dict[str, Any] | None = None, gains: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of an inference.json that predicts with the tiny model."""
+    return {"format": "nnlite-inference-1", "models": ["tiny"], "folds": ["0"], "postprocessing": rules or {},
+            "postprocessing_gain": gains or {}, "candidates": [], "made": "2026-01-01", "version": "1"}  # fmt: skip
 
 
-BROKEN_RULES = {
-    "size_is_text": ({"min_size_mm3": "30"}, "min_size_mm3: Input should be a valid number"),
-    "size_is_negative": ({"min_size_mm3": -1}, "min_size_mm3: Input should be greater than or equal to 0"),
-    "size_is_endless": ({"min_size_mm3": float("inf")}, "min_size_mm3: Input should be a finite number"),
-    "size_is_nan": ({"min_size_mm3": float("nan")}, "min_size_mm3: Input should be a finite number"),
-    "largest_is_text": ({"largest_component": "no"}, "largest_component: Input should be a valid boolean"),
-    "unknown_unit": ({"unit": "ml"}, "unit: Input should be 'mm3', 'mm2', 'voxels' or 'px'"),
-    "unknown_key": ({"hole": 3}, "hole: Extra inputs are not permitted"),
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no_object": ([], "valid dictionary"),
+    "another_format": ({"format": "nnlite-inference-0"}, "format: Input should be 'nnlite-inference-1'"),
+    "nothing_else": ({"format": "nnlite-inference-1"}, "models: Field required"),
+    **{
+        name: (handwritten({"Anterior": {"largest_component": True} | rule}), f"postprocessing.Anterior.{why}")
+        for name, rule, why in (
+            ("size_is_text", {"min_size_mm3": "30"}, "min_size_mm3: Input should be a valid number"),
+            ("size_is_negative", {"min_size_mm3": -1}, "min_size_mm3: Input should be greater than or equal to 0"),
+            ("size_is_endless", {"min_size_mm3": float("inf")}, "min_size_mm3: Input should be a finite number"),
+            ("size_is_nan", {"min_size_mm3": float("nan")}, "min_size_mm3: Input should be a finite number"),
+            ("largest_is_text", {"largest_component": "no"}, "largest_component: Input should be a valid boolean"),
+            ("unknown_unit", {"unit": "ml"}, "unit: Input should be 'mm3', 'mm2', 'voxels' or 'px'"),
+            ("unknown_key", {"hole": 3}, "hole: Extra inputs are not permitted"),
+        )
+    },
+    **{
+        name: (handwritten({"Anterior": {"largest_component": True}}, {"Anterior": gain}), "postprocessing_gain.Anter")
+        for name, gain in (
+            ("gain_is_text", {"before": "0.5", "after": 1.0}),
+            ("gain_is_half", {"before": 0.5}),
+            ("gain_is_null", {"before": 0.5, "after": None}),
+        )
+    },
 }
 
 
-@pytest.mark.parametrize("name", BROKEN_RULES)
-def test_broken_rules_are_refused(
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_selection_is_refused(
     paths: Paths, name: str, hippocampus: Path, command: Run, counts: Callable[..., None]
 ) -> None:
     """An inference.json that was changed by hand."""
-    broken, why = BROKEN_RULES[name]
-    value = handwritten() | {"postprocessing": {"Anterior": {"largest_component": True, "min_size_mm3": None} | broken}}
-    paths.inference.write_text(json.dumps(value))
+    content, why = BROKEN[name]
+    paths.inference.write_text(json.dumps(content))
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     for arguments in (["predict", "-i", scan, "-o", paths.root / "out"], ["info"]):
         code, _, err = command(*arguments, "-w", paths.root.parent, cwd=paths.root)
         (line,) = [line for line in err.splitlines() if line.startswith("error")]
-        assert code == 2 and why in line and "inference.json" in line and "Run `nnlite select` again" in line
+        assert code == 2 and why in line and "inference.json: is no selection" in line
+        assert "Run `nnlite select` again" in line
     assert not (paths.root / "out").exists()
     counts("bad inputs refused in one line")
 
 
-def handwritten() -> dict[str, Any]:
-    """The content of an inference.json that predicts with the tiny model."""
-    return {"format": "nnlite-inference-1", "models": ["tiny"], "folds": ["0"], "postprocessing": {},
-            "postprocessing_gain": {}, "candidates": [], "made": "2026-01-01", "version": "1"}  # fmt: skip
-
-
-def test_rules_for_a_label_that_is_not_there_are_refused(
+def test_rules_for_an_unknown_label_are_refused(
     paths: Paths, hippocampus: Path, command: Run, counts: Callable[..., None]
 ) -> None:
-    rules = {"Anteriorr": {"largest_component": True}}
     gains = {"Anteriorr": {"before": 0.8, "after": 0.9, "n": 12}}
-    write_json(paths.inference, handwritten() | {"postprocessing": rules, "postprocessing_gain": gains})
+    write_json(paths.inference, handwritten({"Anteriorr": {"largest_component": True}}, gains))
     scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     common = ["predict", "-i", scan, "-o", paths.root / "out", "-w", paths.root.parent, "--device", "cpu"]
     code, _, err = command(*common, cwd=paths.root)
@@ -450,26 +461,15 @@ def test_rules_for_a_label_that_is_not_there_are_refused(
     counts("bad inputs refused in one line")
 
 
-@pytest.mark.parametrize("gain", [{"before": "0.5", "after": 1.0}, {"before": 0.5}, {"before": 0.5, "after": None}])
-def test_broken_gains_are_refused(
-    paths: Paths, gain: dict[str, Any], command: Run, counts: Callable[..., None]
-) -> None:
-    rules = {"Anterior": {"largest_component": True}}
-    write_json(paths.inference, handwritten() | {"postprocessing": rules, "postprocessing_gain": {"Anterior": gain}})
-    code, _, err = command("info", "-w", paths.root.parent, cwd=paths.root)
-    assert code == 2 and err.count("error") == 1 and "inference.json: is no selection" in err
-    counts("bad inputs refused in one line")
-
-
 def test_how_a_selection_reads() -> None:
     by_label = {"left": 0.9, "right": None}
     best = Candidate(models=("a<b", "c"), n_cases=40, dice=0.91, low=0.9, high=0.92, by_label=by_label,
                      margin=Margin(0, 0, 0))  # fmt: skip
     worse = best.model_copy(update={"models": ("c",), "dice": 0.9, "margin": Margin(0.01, 0.005, 0.015)})
-    found = Selection(
-        models=best.models, folds=("0",), postprocessing={"left": LARGEST}, candidates=(best, worse), notes=("x",),
-        postprocessing_gain={"left": Gain(before=0.9, after=0.93, n=1)}, made="2026-01-01", version="1",
-    )  # fmt: skip
+    found = Selection.model_validate(
+        handwritten({"left": LARGEST}, {"left": Gain(before=0.9, after=0.93, n=1)})
+        | {"candidates": (best, worse), "notes": ("x",)}
+    )
     lines = found.to_text().splitlines()
     assert lines[1].startswith("a<b + c") and "selected" in lines[1]
     assert lines[2].endswith("+0.0100  +0.0050 to +0.0150") and "n/a" in lines[2]

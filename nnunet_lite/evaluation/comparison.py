@@ -23,7 +23,7 @@ from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import (
-    predicted_cases,
+    missing_cases,
     read_pair,
     read_reference,
     read_scores,
@@ -32,7 +32,8 @@ from nnunet_lite.evaluation.cross_validation import (
     validate_fold,
 )
 from nnunet_lite.evaluation.postprocessing import Decision, SizeUnit, choose_rules
-from nnunet_lite.evaluation.selection import Candidate, Selection, weights_fingerprint, write_selection
+from nnunet_lite.evaluation.scores import Scores
+from nnunet_lite.evaluation.selection import Candidate, Selection, weights_fingerprint
 from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
@@ -144,9 +145,11 @@ def select_models(
     UserError : nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
     """
     members, notes = find_members(paths, dataset, only)
-    folds = _shared_folds(members)
-    if any(len(member.folds) > len(folds) for member in members):
-        more = [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]
+    folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
+    if not folds:
+        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
+        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
+    if more := [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
         notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
     for note in notes:
@@ -154,17 +157,17 @@ def select_models(
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
     held_out = HeldOut(paths, dataset, splits, device, workers)
     teams: list[Team] = [(member,) for member in members]
-    for pair in combinations(members, 2) if ensembles else ():
-        if _axes(pair[0].plan) == _axes(pair[1].plan):
-            teams.append(pair)
+    for a, b in combinations(members, 2) if ensembles else ():
+        if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
+            teams.append((a, b))
         else:
-            names = " and ".join(member.name for member in pair)
-            notes.append(f"{names} do not vote together: their plans have other orders of axes")
+            notes.append(f"{a.name} and {b.name} do not vote together: their plans have other orders of axes")
     dice = {team: _dice_of_team(held_out, team) for team in teams}
     winner = choose_team(dice)
     decision = _choose_postprocessing(held_out, winner) if postprocess else Decision({}, {}, ())
     used = winner[0].folds if len(winner) == 1 else folds
     selection = Selection(
+        format="nnlite-inference-1",
         models=tuple(member.name for member in winner),
         folds=used,
         postprocessing=decision.rules,
@@ -175,7 +178,7 @@ def select_models(
         made=date.today().isoformat(),
         version=nnunet_lite.__version__,
     )
-    write_selection(paths, selection)
+    write_json(paths.inference, selection.to_json())
     return selection
 
 
@@ -257,24 +260,6 @@ def _reason_to_omit(folder: Path, plan: Plan, paths: Paths, dataset: Dataset, fo
     return None
 
 
-def _shared_folds(members: Sequence[Member]) -> tuple[str, ...]:
-    """Return the folds that all models have trained.
-
-    Raises
-    ------
-    UserError : there is none.
-    """
-    shared = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
-    if not shared:
-        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
-        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
-    return shared
-
-
-def _axes(plan: Plan) -> tuple[str | None, tuple[int, int, int]]:
-    return plan.orientation, plan.axis_order
-
-
 # ---------------------------------------------------------------------------------------------- predictions and scores
 
 
@@ -294,47 +279,29 @@ def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
     ]
     folds = [split.name for split in held_out.fold_of.values()]
     references = [partial(read_reference, case, dataset) for case in dataset.cases]
-    return choose_rules(pairs, folds, references, dataset.labels, _size_unit(dataset), held_out.workers)
-
-
-def _size_unit(dataset: Dataset) -> SizeUnit:
-    """The unit of sizes of components: pixels only if no image has a spacing."""
-    files = [case.images[0] for case in dataset.cases]
-    flat = read_geometry(files[0])[0].dimensions == 2
-    if not any(read_geometry(file)[0].calibrated for file in files):
-        return "px" if flat else "voxels"
-    return "mm2" if flat else "mm3"
+    geometries = [read_geometry(case.images[0])[0] for case in dataset.cases]
+    flat, calibrated = geometries[0].dimensions == 2, any(geometry.calibrated for geometry in geometries)
+    unit: SizeUnit = ("mm2" if flat else "mm3") if calibrated else ("px" if flat else "voxels")
+    return choose_rules(pairs, folds, references, dataset.labels, unit, held_out.workers)
 
 
 def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
     """Dice (cases, labels) of a candidate, the cases in the order of their ids; predicts and scores what is missing."""
+    dataset = held_out.dataset
     by_case: dict[str, np.ndarray] = {}
     for split in held_out.splits:
-        out = _folder(held_out, team, split.name)
+        out, cases = _folder(held_out, team, split.name), split.validation
         with locked(out.parent, partial(log.info, f"{out}: another process works there, waiting for it")):
-            by_case |= _dice_of_fold(held_out, team, split, out)
+            if len(team) > 1:
+                _forget_other_weights(team, split.name, out)
+            if missing := missing_cases(out, dataset, cases):
+                names = " and ".join(member.name for member in team)
+                log.info(f"predicting fold {split.name} of {names}: {plural(len(missing), 'case')}")
+                scores = _validate(held_out, team, split, out)
+            else:
+                scores = read_scores(out, dataset, cases) or score_predictions(out, dataset, cases, held_out.workers)
+        by_case |= {row.case: dice for row, dice in zip(scores.rows, scores.values(), strict=True)}
     return np.array([by_case[case_id] for case_id in held_out.fold_of], dtype=float)
-
-
-def _dice_of_fold(held_out: HeldOut, team: Team, split: Split, out: Path) -> dict[str, np.ndarray]:
-    """Dice (labels,) of each held-out case of a fold."""
-    dataset, cases = held_out.dataset, split.validation
-    if len(team) > 1:
-        _forget_other_weights(team, split.name, out)
-    predicted = predicted_cases(out, dataset, cases)
-    scores = read_scores(out, dataset, cases) if predicted == set(cases) else None
-    names = " and ".join(member.name for member in team)
-    if scores is None and predicted == set(cases):
-        log.info(f"scoring fold {split.name} of {names}: {plural(len(cases), 'case')}")
-        scores = score_predictions(out, dataset, cases, held_out.workers)
-    elif scores is None:
-        log.info(f"predicting fold {split.name} of {names}: {plural(len(cases) - len(predicted), 'case')}")
-        if len(team) > 1:
-            scores = validate_cases(_load_ensemble(held_out, team, split.name), out, dataset, cases)
-        else:
-            previous = _predict_first_stage(held_out, team[0], split)
-            scores = validate_fold(team[0].folder, split.name, dataset, cases, held_out.device, previous)
-    return {row.case: dice for row, dice in zip(scores.rows, scores.values(), strict=True)}
 
 
 def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
@@ -354,6 +321,21 @@ def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
     return {member.name: weights_fingerprint(member.folder, fold) for member in team}
 
 
+def _validate(held_out: HeldOut, team: Team, split: Split, out: Path) -> Scores:
+    """Predict the held-out cases of a fold that are missing, and score all."""
+    dataset, paths, device = held_out.dataset, held_out.paths, held_out.device
+    if len(team) > 1:
+        return validate_cases(_load_ensemble(held_out, team, split.name), out, dataset, split.validation)
+    (member,), maps = team, None
+    if member.previous is not None:
+        stage = member.plan.configuration(member.configuration).previous_stage
+        first = FirstStage(stage or "", member.previous, dict.fromkeys(split.validation, split.name))
+        maps = predict_first_stage(
+            first, dataset, member.plan, member.configuration, paths.preprocessed, held_out.workers, device
+        )
+    return validate_fold(member.folder, split.name, dataset, split.validation, device, maps)
+
+
 def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
     """Load the networks of one fold of several models as one, a cascade with the first stage of this fold alone."""
     load_fold = partial(load, folds=[fold], device=held_out.device, workspace=held_out.paths.root.parent)
@@ -364,15 +346,3 @@ def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
         for member in team
     ]
     return replace(models[0], partners=tuple(models[1:]))
-
-
-def _predict_first_stage(held_out: HeldOut, member: Member, split: Split) -> dict[str, Path] | None:
-    """Predict the held-out cases by the first stage of a cascade; None for other models."""
-    stage = member.plan.configuration(member.configuration).previous_stage
-    if stage is None or member.previous is None:
-        return None
-    first = FirstStage(stage, member.previous, dict.fromkeys(split.validation, split.name))
-    return predict_first_stage(
-        first, held_out.dataset, member.plan, member.configuration, held_out.paths.preprocessed,
-        held_out.workers, held_out.device,
-    )  # fmt: skip

@@ -132,9 +132,9 @@ def score_predictions(
     return scores
 
 
-def predicted_cases(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> set[str]:
-    """Return the cases whose label maps are in a folder."""
-    return {case.id for case in _cases(dataset, case_ids) if output_file(case, out).is_file()}
+def missing_cases(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> list[str]:
+    """Return the cases whose label maps are not in a folder."""
+    return [case.id for case in _cases(dataset, case_ids) if not output_file(case, out).is_file()]
 
 
 def read_scores(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> Scores | None:

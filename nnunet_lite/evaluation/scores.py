@@ -311,13 +311,8 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     if reference.is_file():
         return {stem(reference): (prediction, reference)}, []
     predicted, references = _by_stem(prediction), _by_stem(reference)
-    by_word = {  # such as case_0_mask
-        name: maps[0]
-        for name, maps in label_maps(references.values(), predicted).items()
-        if name not in references and len(maps) == 1
-    }
-    references = {name: path for name, path in references.items() if path not in by_word.values()} | by_word
-    pairs = {case: (predicted[case], references[case]) for case in sorted(predicted.keys() & references.keys())}
+    maps = label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
+    pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:
         raise UserError(
             f"no prediction has the name of a reference in {reference}: predictions {few(sorted(predicted), 10)}, "
@@ -325,16 +320,16 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
             prediction,
             "Give both the same names; endings may differ.",
         )
-    missing, extra = sorted(references.keys() - predicted.keys()), sorted(predicted.keys() - references.keys())
-    notes = []
-    if missing:
-        notes.append(f"{len(missing)} without a prediction, not scored: {few(missing, 10)}")
-    if extra:
-        notes.append(f"{len(extra)} without a reference, not scored: {few(extra, 10)}")
-    if by_word:
-        names = [f"{path.name} of {name}" for name, path in by_word.items()]
-        notes.append(f"{len(by_word)} references found by a word at the end of their names: {few(names, 1)}")
-    return pairs, notes
+    used = {path for _, path in pairs.values()}
+    missing = sorted(name for name, path in references.items() if path not in used)
+    extra = sorted(predicted.keys() - pairs.keys())
+    by_word = [f"{path.name} of {case}" for case, (_, path) in pairs.items() if stem(path) != case]
+    notes = [
+        f"{len(missing)} without a prediction, not scored: {few(missing, 10)}" if missing else "",
+        f"{len(extra)} without a reference, not scored: {few(extra, 10)}" if extra else "",
+        f"{len(by_word)} references found by a word at the end of their names: {few(by_word, 1)}" if by_word else "",
+    ]
+    return pairs, [note for note in notes if note]
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

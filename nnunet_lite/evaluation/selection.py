@@ -17,7 +17,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import align, four_digits
 from nnunet_lite.evaluation.statistics import Margin
-from nnunet_lite.files import read_json, write_json
+from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, is_finished
 from nnunet_lite.workspace import Paths
 
@@ -84,7 +84,7 @@ class Selection(BaseModel):
 
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
-    format: Literal["nnlite-inference-1"] = "nnlite-inference-1"
+    format: Literal["nnlite-inference-1"]
     models: tuple[str, ...] = Field(min_length=1)
     folds: tuple[str, ...] = Field(min_length=1)
     postprocessing: dict[str, Rule]
@@ -130,17 +130,12 @@ class Selection(BaseModel):
         lines: list[tuple[str, ...]] = [("candidate", "n", "Dice", "95 % interval", *shown, "winner's margin", "95 %")]
         for i, one in enumerate(self.candidates):
             by_label = [four_digits(one.by_label[label]) for label in shown]
-            interval = "n/a" if one.low is None else f"{four_digits(one.low)} to {four_digits(one.high)}"
-            margin = _margin_cells(one.margin) if i else ("selected", "")
-            lines.append((one.name, str(one.n_cases), four_digits(one.dice), interval, *by_label, *margin))
+            interval = "n/a" if one.low is None else f"{one.low:.4f} to {one.high:.4f}"
+            margin = "n/a" if one.margin.mean is None else f"{one.margin.mean:+.4f}"
+            ends = "n/a" if one.margin.low is None else f"{one.margin.low:+.4f} to {one.margin.high:+.4f}"
+            row = (one.name, str(one.n_cases), four_digits(one.dice), interval, *by_label)
+            lines.append((*row, margin, ends) if i else (*row, "selected", ""))
         return lines
-
-
-def _margin_cells(margin: Margin) -> tuple[str, str]:
-    if margin.mean is None:
-        return "n/a", "n/a"
-    interval = "n/a" if margin.low is None else f"{margin.low:+.4f} to {margin.high:+.4f}"
-    return f"{margin.mean:+.4f}", interval
 
 
 def describe_selection(models: Sequence[str], folds: Sequence[str], rules: Mapping[str, Rule]) -> str:
@@ -156,28 +151,14 @@ def read_selection(paths: Paths) -> Selection | None:
     ------
     UserError : inference.json is not readable.
     """
-    return parse_selection(read_json(paths.inference), paths.inference) if paths.inference.is_file() else None
-
-
-def parse_selection(content: Any, file: Path) -> Selection:
-    """Check the content of an inference.json.
-
-    Raises
-    ------
-    UserError : it is no selection; names the entry.
-    """
+    if not paths.inference.is_file():
+        return None
     try:
-        return Selection.model_validate({"format": None, **content} if isinstance(content, dict) else content)
+        return Selection.model_validate(read_json(paths.inference))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = f"is no selection of the form nnlite-inference-1 ({where + ': ' if where else ''}{first['msg']})"
-        raise UserError(what, file, _SELECT_AGAIN) from None
-
-
-def write_selection(paths: Paths, selection: Selection) -> None:
-    """Write inference.json."""
-    write_json(paths.inference, selection.to_json())
+        what = f"is no selection of the form nnlite-inference-1 ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        raise UserError(what, paths.inference, _SELECT_AGAIN) from None
 
 
 def selected_models(paths: Paths, selection: Selection) -> list[Path]:

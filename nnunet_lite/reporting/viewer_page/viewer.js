@@ -119,7 +119,7 @@ function keyboard(nv, segmentations) {
 }
 
 // Where the cross is: voxel, intensity, and the label of each segmentation that is shown.
-function tellPlace(scene, location) {
+function showPlace(scene, location) {
   const [x, y, z] = location.mm;
   const voxel = scene.to_voxel.map((row) => Math.round(row[0] * x + row[1] * y + row[2] * z + row[3]));
   const parts = [`voxel ${voxel.join(", ")}`];
@@ -148,8 +148,8 @@ async function start() {
     crosshairWidthUnit: "percent",
     crosshairWidth: 0.6,
   });
-  nv.onLocationChange = (location) => tellPlace(scene, (scene.place = location));
-  scene.changed = () => scene.place && tellPlace(scene, scene.place);
+  nv.onLocationChange = (location) => showPlace(scene, (scene.place = location));
+  scene.changed = () => scene.place && showPlace(scene, scene.place);
   await open(nv, scene);
   nv.setSliceType(scene.flat ? VIEWS.axial : VIEWS["three planes"]);
   for (const [name, type] of Object.entries(VIEWS))
@@ -168,7 +168,7 @@ async function start() {
   element("images").hidden = images.length < 2;
   element("segmentations").hidden = segmentations.length === 0;
   keyboard(nv, segmentations);
-  nv.createOnLocationChange(); // says where the cross is before it is moved
+  nv.createOnLocationChange(); // shows where the cross is before it moves
   document.documentElement.dataset.ready = "true";
 }
 

@@ -1,0 +1,295 @@
+"""Scores of folders of label maps: matching, labels, geometry, sums, tables, and reading a summary.json again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from samples import HIPPOCAMPUS, displaced
+from scipy.stats import bootstrap
+
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.metrics import score_case
+from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries, score_files
+from nnunet_lite.evaluation.statistics import Margin, compare_paired, mean_of_labels, p_of_gain, summarize
+from nnunet_lite.files import write_json
+
+REFERENCES = sorted((HIPPOCAMPUS / "labelsTs").glob("*.nii.gz"))
+TWO = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2})
+REGIONS = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
+N = np.nan
+
+# what nnUNetv2_evaluate_folder 2.8.1 gives for `folders`
+NNUNET = {
+    "foreground": {"Dice": 0.736201830726275, "FN": 432.1875, "FP": 432.1875, "IoU": 0.5849572655778204,
+                   "TN": 62575.125, "TP": 1228.5, "n_pred": 1660.6875, "n_ref": 1660.6875},
+    "posterior": {"Dice": 0.690395003597299, "FN": 490.375, "FP": 486.75, "IoU": 0.5275703698734755,
+                  "TN": 62588.875, "TP": 1102.0, "n_pred": 1588.75, "n_ref": 1592.375},
+    "first": {"Dice": 0.7658677903608112, "FN": 442, "FP": 447, "IoU": 0.6205719163465643,
+              "TN": 56457, "TP": 1454, "n_pred": 1901, "n_ref": 1896},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Predictions and references, eight of each, without a dataset.json nearby."""
+    predictions, references = tmp_path / "predictions", tmp_path / "references" / "labels"
+    for path in REFERENCES:
+        array, geometry, _ = read_label(path)
+        write_label(references / path.name, array, geometry)
+        write_label(predictions / path.name, displaced(array), geometry)
+    return predictions, references
+
+
+def scores_of(pairs: list[tuple[np.ndarray, np.ndarray]], labels: Labels, **options: bool) -> Scores:
+    rows = [
+        CaseScore(f"case_{i}", f"/before/case_{i}.nii.gz", f"/raw/case_{i}.nii.gz",
+                  score_case(*pair, labels, (1.0, 1.0, 2.0), **options))  # type: ignore[arg-type]
+        for i, pair in enumerate(pairs)
+    ]  # fmt: skip
+    return Scores(tuple(rows), labels)
+
+
+def with_dice(values: list[float | None]) -> Scores:
+    """Scores of one label with these values of Dice."""
+    box = np.ones((2, 2, 2), np.uint8)
+    scores = scores_of([(box, box)] * len(values), Labels(names={"lesion": 1}))
+    for row, value in zip(scores.rows, values, strict=True):
+        row.metrics["lesion"]["Dice"] = value
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_means_are_over_cases_first() -> None:
+    table = np.array([[1.0, 0.2], [0.5, N], [N, N]])
+    assert mean_of_labels(table) == summarize(table).mean == pytest.approx((0.75 + 0.2) / 2)
+    assert summarize(table).n == 2 and np.isnan(mean_of_labels(np.full((3, 2), N)))
+
+
+def test_intervals_equal_scipys() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0.2, 0.9, 60)
+    ours, others = hard + rng.normal(0.02, 0.02, 60), hard + rng.normal(0, 0.02, 60)
+    found, margin = summarize(np.append(ours, N)[:, None]), compare_paired(ours[:, None], others[:, None])
+    for values, interval, tolerance in ((ours, found, 6e-3), (ours - others, margin, 1e-3)):
+        expected = bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=0).confidence_interval
+        assert interval.mean == pytest.approx(values.mean())
+        assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=tolerance)
+    assert (found.n, found.median) == (60, pytest.approx(np.median(ours)))
+    assert margin.low is not None and margin.low > 0, "although the cases differ far more than the two"
+    back = compare_paired(others[:, None], ours[:, None])
+    assert (back.low, back.high) == (pytest.approx(-margin.high), pytest.approx(-margin.low))  # type: ignore[operator]
+
+
+def test_paired_comparison_with_gaps() -> None:
+    """One predicts nothing of an absent label, and the other something (0)."""
+    none, some = np.array([[0.8], [N], [0.7]]), np.array([[0.8], [0.0], [0.7]])
+    margin = compare_paired(none, some)
+    assert margin.mean == pytest.approx(0.25) and margin.low is not None and margin.low >= 0
+    assert compare_paired(np.array([[N], [N]]), np.array([[0.0], [N]])) == Margin(None)
+    assert compare_paired(np.array([[0.5]]), np.array([[0.25]])) == Margin(0.25)
+    assert compare_paired(some, some) == Margin(0, 0, 0)
+
+
+def test_a_sign_flip_test_by_hand() -> None:
+    assert p_of_gain(np.array([0.1, 0.0, 0.2, 0.3])) == 1 / 8 and p_of_gain(np.zeros(4)) == 1.0
+    assert [p_of_gain(np.array([0.0, value])) for value in (0.3, -0.3)] == [1 / 2, 1.0]
+    assert p_of_gain(np.array([0.1, -0.2])) == 3 / 4 and p_of_gain(np.full(40, 0.01)) == 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- sums and tables
+
+
+def test_equals_nnunet_and_threads_change_nothing(folders: tuple[Path, Path]) -> None:
+    scores = score_files(*folders, TWO, workers=3)
+    summary = scores.to_json()
+    first = summary["metric_per_case"][0]
+    found = {
+        "foreground": summary["foreground_mean"],
+        "posterior": summary["mean"]["2"],
+        "first": first["metrics"]["1"],
+    }
+    for name, expected in NNUNET.items():
+        assert {key: found[name][key] for key in expected} == pytest.approx(expected, abs=1e-9)
+    assert first["reference_file"].endswith("labels/hippocampus_025.nii.gz")
+    assert score_files(*folders, TWO, workers=0) == scores
+
+
+def test_nothing_to_sum_up() -> None:
+    nothing, single = with_dice([None, None]).foreground(), with_dice([0.5, None]).foreground()
+    assert (nothing.n, nothing.mean, nothing.low) == (0, None, None)
+    assert (single.n, single.mean, single.low) == (1, 0.5, None)
+    assert '"Dice": null' in json.dumps(with_dice([None]).to_json(), allow_nan=False)
+    assert "n/a" in with_dice([None]).to_text()
+
+
+def test_csv_and_table(folders: tuple[Path, Path]) -> None:
+    scores, without = (score_files(*folders, TWO, tolerance_mm=2, surface=surface) for surface in (True, False))
+    lines = list(csv.DictReader(io.StringIO(scores.to_csv())))
+    assert [(line["case"][-3:], line["label"], line["value"]) for line in lines[:2]] == [
+        ("025", "Anterior", "1"), ("025", "Posterior", "2"),
+    ]  # fmt: skip
+    assert len(lines) == 16 and float(lines[0]["Dice"]) == scores.values("Dice")[0, 0]
+    head, anterior, _, foreground = scores.to_text().splitlines()
+    assert len(head) == len(foreground) and scores.lines()[0][6:8] == ("NSD 2 mm", "HD95 mm")
+    assert anterior.split()[:3] == ["Anterior", "8", f"{np.mean(scores.values()[:, 0]):.4f}"]
+    assert f"{scores.foreground().mean:.4f}" in foreground
+    text = json.dumps(scores.to_json(), allow_nan=False)
+    assert json.loads(text)["statistics"]["foreground"]["Dice"]["n"] == 8
+    # what was not measured has no column
+    assert without.lines()[1] == tuple(cell for i, cell in enumerate(scores.lines()[1]) if i not in (6, 7))
+
+
+def test_volume_errors_do_not_cancel() -> None:
+    """One volume of a half too much and one of a half too little: an error of a half, not of nothing."""
+    reference, small, large = np.zeros((3, 1, 4, 8), np.uint8)
+    reference[0, 0, :4] = small[0, 0, :2] = large[0, 0, :6] = 1
+    scores = scores_of([(small, reference), (large, reference)], Labels(names={"lesion": 1}))
+    cells = dict(zip(scores.lines()[0], scores.lines()[1], strict=True))
+    assert cells["abs. volume error"] == "0.5000" and "volume error" not in cells
+    summary = scores.to_json()
+    mean = summary["mean"]["1"]
+    assert (mean["absolute_volume_error"], mean["volume_error"]) == (0.5, 0.0), "the second is the bias"
+    assert summary["statistics"]["1"]["absolute_volume_error"]["median"] == 0.5
+
+
+def test_a_summary_is_read_as_it_was_written(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    pairs = [*draws.integers(0, 3, (3, 2, 5, 6, 7)), np.zeros((2, 5, 6, 7), int)]  # the last: no label at all
+    scores = scores_of(pairs, REGIONS, surface=False)
+    assert list(scores.to_json()["mean"]) == ["(1, 2)", "2"], "nnU-Net's names of regions"
+    write_json(tmp_path / "fold_0" / "summary.json", Scores(scores.rows[:2], REGIONS).to_json())
+    write_json(tmp_path / "fold_1" / "summary.json", Scores(scores.rows[2:], REGIONS).to_json())
+    shutil.move(tmp_path / "fold_0", tmp_path / "moved")
+    files = [tmp_path / "moved" / "summary.json", tmp_path / "fold_1" / "summary.json"]
+    found = read_summaries(files, REGIONS)
+    assert [(row.case, row.metrics) for row in found.rows] == [(row.case, row.metrics) for row in scores.rows]
+    assert found.rows[0].prediction_file == tmp_path / "moved" / "case_0.nii.gz"
+    assert found.foreground() == scores.foreground()
+    rim = Labels(names={"background": 0, "whole": (1, 2), "rim": 1}, region_order=(2, 1))
+    with pytest.raises(UserError, match=r"summary\.json: is not a summary for the labels whole, rim"):
+        read_summaries(files, rim)
+    write_json(files[0], {"something": 1})
+    with pytest.raises(UserError, match="is not a summary"):
+        read_summaries(files, REGIONS)
+
+
+# --------------------------------------------------------------------------------------------------------- on disk
+
+
+def test_labels_come_from_dataset_json_or_the_files(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    found = score_files(*folders)
+    assert found.labels.region_names == ("1", "2") and "no dataset.json" in found.notes[0]
+    (predictions / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "front": 1}}))
+    one_label = score_files(*folders)
+    assert one_label.labels.region_names == ("front",) and "value 2, counted as background" in one_label.notes[0]
+    described = {"labels": {"background": 0, "both": [1, 2], "tail": [2]}, "regions_class_order": [1, 2]}
+    (references.parent / "dataset.json").write_text(json.dumps(described))
+    assert score_files(*folders).labels.region_names == ("both", "tail")
+    (references / "dataset.json").write_text('{"labels": {"a": "b"}}')
+    with pytest.raises(UserError, match=r"references/labels/dataset\.json: labels"):
+        score_files(*folders)
+
+
+def test_missing_cases_are_noted(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    (predictions / "hippocampus_025.nii.gz").unlink()
+    (references / "hippocampus_367.nii.gz").unlink()
+    (predictions / ".hidden.nii.gz").write_bytes(b"")
+    scores = score_files(*folders, TWO, surface=False)
+    assert len(scores.rows) == 6 and np.isnan(scores.values("NSD")).all()
+    assert [note[-15:] for note in scores.notes] == ["hippocampus_025", "hippocampus_367"]
+    for path in predictions.glob("h*"):
+        path.rename(path.with_name("other_" + path.name))
+    with pytest.raises(UserError, match=r"other_hippocampus_074.*hippocampus_025"):
+        score_files(*folders, TWO)
+
+
+def test_two_files_mixed_formats_and_masks(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """A 0/255 mask in NRRD against 0/1 in NIfTI: one label, whether it is described or found."""
+    array, geometry, _ = read_label(REFERENCES[0])
+    reference, prediction = tmp_path / "truth.nii.gz", tmp_path / "guess.nrrd"
+    mask = (array > 0).astype(np.uint8)
+    write_label(reference, mask, geometry)
+    write_label(prediction, mask * 255, geometry)
+    for labels in (Labels(names={"it": 1}), None):
+        scores = score_files(prediction, reference, labels)
+        assert scores.foreground().mean == 1.0 and scores.rows[0].case == "truth"
+        assert "255 read as 1 (guess.nrrd)" in scores.notes
+    with pytest.raises(UserError, match="two folders, or two files"):
+        score_files(prediction, folders[1])
+    with pytest.raises(UserError, match="no such file"):
+        score_files(tmp_path / "nowhere", folders[1])
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """Two PNG, and a PNG against a 2D slice in NIfTI, which has real spacing."""
+    array = read_label(REFERENCES[2])[0][15:16]
+    flat = Geometry(array.shape, (999.0, 1.0, 1.0), dimensions=2)
+    write_label(tmp_path / "p.png", displaced(array), flat)
+    write_label(tmp_path / "r.png", array, flat)
+    write_label(tmp_path / "r.nii.gz", array, replace(flat, spacing=(999 * 0.5, 0.5, 0.5)))
+    pixels, mm = (score_files(tmp_path / "p.png", tmp_path / name, TWO) for name in ("r.png", "r.nii.gz"))
+    assert pixels.foreground().mean == mm.foreground().mean and 0 < pixels.foreground().mean < 1
+    assert mm.values("HD95") == pytest.approx(pixels.values("HD95") / 2, nan_ok=True)
+    assert (pixels.unit, mm.unit) == ("px", "mm")
+    assert {"HD95", "NSD"} <= set(pixels.to_text().split()) and "mm" not in pixels.to_text()
+    assert "HD95 mm" in mm.to_text() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
+    content = json.dumps(pixels.to_json()) + pixels.to_csv()
+    assert "HD95_px" in content and "nsd_tolerance_px" in content and "_mm" not in content
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 0.5, 0.5)])
+def test_volumes_need_a_spacing(tmp_path: Path, spacing: tuple[float, float, float]) -> None:
+    """The pages of a TIFF are a volume of unknown size, unless a file has their spacing."""
+    array = read_label(REFERENCES[2])[0]
+    known = spacing != (1.0, 1.0, 1.0)
+    for name in ("p.tif", "r.tif", "r.nii.gz"):
+        write_label(tmp_path / name, array, Geometry(array.shape, spacing, calibrated=known))
+    ml = pytest.approx((array == 1).sum() * np.prod(spacing) / 1000)
+    for name, calibrated in (("r.tif", known), ("r.nii.gz", True)):
+        scores = score_files(tmp_path / "p.tif", tmp_path / name, TWO)
+        assert scores.unit == ("mm" if calibrated else "px")
+        assert scores.rows[0].metrics["Anterior"]["reference_ml"] == (ml if calibrated else None)
+
+
+def test_files_without_a_spacing_among_others_are_noted(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        array = np.zeros((1, 8, 9), np.uint8)
+        array[0, 2:5, 2:5] = 1
+        write_label(folder / "picture.png", array, Geometry(array.shape, (999.0, 1.0, 1.0), dimensions=2))
+    scores = score_files(*folders, TWO, surface=False)
+    assert scores.unit == "mm" and scores.notes == ("no spacing is known, 1 mm taken for a pixel (picture)",)
+
+
+def test_another_grid_is_refused(folders: tuple[Path, Path]) -> None:
+    path = folders[0] / "hippocampus_074.nii.gz"
+    array, geometry, _ = read_label(path)
+    write_label(path, array, replace(geometry, spacing=(1.0, 1.0, 1.25)))
+    with pytest.raises(UserError) as error:
+        score_files(*folders, TWO)
+    for part in (str(path), str(folders[1] / path.name), "spacing (1, 1, 1.25)", "spacing (1, 1, 1)"):
+        assert part in str(error.value)
+    write_label(path, array[:-1], replace(geometry, shape=array[:-1].shape))
+    with pytest.raises(UserError, match="shape"):
+        score_files(*folders, TWO)
+
+
+def test_an_image_is_no_label_map(tmp_path: Path) -> None:
+    array = np.arange(4 * 40 * 40, dtype=np.int16).reshape(4, 40, 40)
+    for name in ("a.nii.gz", "b.nii.gz"):
+        write_label(tmp_path / name, array, Geometry(array.shape, (1.0, 1.0, 1.0)))
+    with pytest.raises(UserError, match="6400 different values"):
+        score_files(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
