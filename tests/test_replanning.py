@@ -1,4 +1,4 @@
-"""A dataset that is planned again keeps its options and what was changed by hand; what does not stay is kept aside."""
+"""A dataset that is planned again keeps its options and the edits of its plan; a copy keeps edits that get lost."""
 
 from __future__ import annotations
 
@@ -117,8 +117,11 @@ def test_a_plan_that_records_no_options_is_read_and_planned_again_as_it_was(plan
     assert again.trains_as(first) and planned.copies == []
 
 
-def test_what_was_changed_by_hand_stays(planned: Planned) -> None:
+@pytest.mark.parametrize("older", [False, True], ids=["now", "of an older nnlite"])
+def test_edits_stay(planned: Planned, older: bool) -> None:
     planned.plan()
+    if older:
+        planned.as_of_an_older_nnlite()
 
     def change(content: dict[str, Any]) -> None:
         add_mine(content)
@@ -204,15 +207,17 @@ def test_a_plan_that_cannot_be_read_is_replaced_and_kept_with_its_options_used(p
     assert planned.file.with_name("plans_2.json").read_text() == "{"
 
 
-def test_without_the_fingerprint_it_was_made_from_the_plan_is_kept_aside_where_it_differs(planned: Planned) -> None:
+def test_where_the_edits_are_unknown_a_plan_that_differs_is_kept_aside(planned: Planned) -> None:
     planned.plan()
     planned.as_of_an_older_nnlite("fingerprint.json")
     planned.plan()
     assert planned.copies == []
     planned.edit(add_mine)
-    planned.as_of_an_older_nnlite("fingerprint.json")
+    planned.file.with_name("planned.json").write_text("{")
+    planned.said()
     planned.plan()
-    assert planned.copies == ["plans_1.json"]
+    assert planned.copies == ["plans_1.json"] and f"the edits of {planned.file} are unknown: " in planned.said()
+    assert json.loads(planned.file.with_name("planned.json").read_text()) == read_json(planned.file)
 
 
 def test_an_adopted_plan_stays_adopted_when_its_file_is_gone(planned: Planned, tmp_path: Path) -> None:
