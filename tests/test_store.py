@@ -1,4 +1,4 @@
-"""preprocess/store.py, stored.py, raw_files.py and system.py on the bundled hippocampus cases."""
+"""The store of preprocessed cases on the bundled hippocampus data."""
 
 from __future__ import annotations
 
@@ -245,6 +245,7 @@ def test_values_beyond_float16_are_kept_as_float32(copy_dataset: Copy, tmp_path:
 
 def test_prune_keeps_what_the_plan_uses(five: Dataset, tmp_path: Path) -> None:
     plan = sample_plan(five.labels)
+    assert prune(tmp_path / "nothing yet", plan) == (0, 0)
     preprocess_dataset(five, sample_plan(five.labels, (2.0, 2.0, 2.0)), BOTH, tmp_path)
     preprocess_dataset(five, plan, BOTH, tmp_path)
     total = sum(p.stat().st_size for p in tmp_path.glob("cases/*/*"))
@@ -314,13 +315,3 @@ def test_a_case_may_have_a_name_of_255_bytes(copy_dataset: Copy, tmp_path: Path)
     long = [case.id for case in dataset.cases if len(case.id) > 80]
     keys = {open_case(tmp_path / "pre", plan, "3d_fullres", case_id).key for case_id in long}
     assert len(long) == len(keys) == 2
-
-
-def test_the_plan_says_how_images_are_stored(five: Dataset, tmp_path: Path) -> None:
-    plan = sample_plan(five.labels).model_copy(update={"stored_as": "float32"})
-    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path, workers=0)
-    assert open_case(tmp_path, plan, "3d_fullres", five.cases[0].id).image.dtype == np.float32
-
-
-def test_pruning_before_anything_is_stored(tmp_path: Path) -> None:
-    assert prune(tmp_path / "preprocessed", sample_plan(Labels(names={"a": 1}))) == (0, 0)
