@@ -269,9 +269,9 @@ def no_files_error(folder: Path, what: str, ending: str | None = None) -> UserEr
     wrong = image_files(folder) or [path for path in files if path.suffix.lower() != ".json"]
     inside = [f"{path.name}/ ({few(names)})" for path in folders_in(folder) if (names := _names_in(path))]
     found = count_endings(wrong) if wrong else few(inside)
-    which = f"that ends with {ending}" if ending else "of a supported format"
+    ends = f" that ends with {ending}" if ending else ""
     instead = f", but {found}" if found else "" if files else ": it is empty"
-    text = f"holds no {what} {which}{instead}"
+    text = f"holds no {what} of a supported format{ends}{instead}"
     if inside:
         fix = f"Move the files to {folder.name}/, one for each case and channel. {_NAMING}"
     else:
