@@ -37,7 +37,6 @@ from nnunet_lite.data.names import (
 )
 from nnunet_lite.data.nifti import (
     has_forms,
-    is_orthonormal,
     millimetres,
     nib,
     ras_affine,
@@ -343,7 +342,7 @@ def write_file(path: Path, array: np.ndarray, geometry: Geometry) -> None:
         Of the array.
     """
     suffix = suffix_of(path)
-    if suffix in NIFTI and not is_orthonormal(geometry.direction):  # ITK would straighten it
+    if suffix in NIFTI:
         write_nifti(path, array, geometry)
     elif suffix in (".mgz", ".mgh"):
         high = array.max()
@@ -362,4 +361,4 @@ def _write_itk(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     image.SetSpacing(geometry.spacing[::-1][:2] if flat else geometry.spacing[::-1])
     image.SetOrigin(geometry.origin[:2] if flat else geometry.origin)
     image.SetDirection((matrix[:2, :2] if flat else matrix).ravel().tolist())
-    sitk().WriteImage(image, str(path), useCompression=suffix_of(path) not in (".nii", ".bmp"))
+    sitk().WriteImage(image, str(path), useCompression=suffix_of(path) != ".bmp")

@@ -445,30 +445,13 @@ def ras_affine(geometry: Geometry) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def is_orthonormal(direction: tuple[float, ...]) -> bool:
-    """Return whether direction cosines are at right angles; ITK writes no others.
-
-    Parameters
-    ----------
-    direction : tuple of float
-        Nine cosines, row by row.
-
-    Returns
-    -------
-    bool
-        False for a sheared image.
-    """
-    matrix = np.reshape(direction, (3, 3))
-    return bool(np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-4))
-
-
 def _as_stored(array: np.ndarray, dimensions: int) -> np.ndarray:
     """Return an array (z, y, x) in the order of NIfTI: (x, y, z), or (x, y) in two dimensions."""
     return array[0].T if dimensions == 2 else array.transpose(2, 1, 0)
 
 
-def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    """Write a NIfTI file with any affine, also a sheared one.
+def write_nifti(path: Path, array: np.ndarray, geometry: Geometry, slope: float = 1) -> None:
+    """Write a NIfTI file, also with a sheared affine, which no qform can state.
 
     Parameters
     ----------
@@ -478,8 +461,17 @@ def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
         Integers.
     geometry : Geometry
         Of the array.
+    slope : float
+        Programs show the integers times this number.
     """
-    nib().save(nib().Nifti1Image(_as_stored(array, geometry.dimensions), ras_affine(geometry)), path)
+    affine, direction = ras_affine(geometry), np.reshape(geometry.direction, (3, 3))
+    image = nib().Nifti1Image(_as_stored(array, geometry.dimensions), affine)
+    image.set_sform(affine, "scanner")
+    if np.allclose(direction @ direction.T, np.eye(3), atol=1e-4):
+        image.set_qform(affine, "scanner")
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, 0)
+    nib().save(image, path)
 
 
 def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1) -> None:
@@ -526,14 +518,7 @@ def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, l
     if suffix_of(like) in NIFTI:
         write_nifti_like(path, array, like, 1 / steps)
         return
-    affine = ras_affine(geometry)
-    image = nib().Nifti1Image(_as_stored(array, geometry.dimensions), affine)
-    image.set_sform(affine, "scanner")
-    if is_orthonormal(geometry.direction):
-        image.set_qform(affine, "scanner")
-    image.header.set_xyzt_units("mm")
-    image.header.set_slope_inter(1 / steps, 0)
-    nib().save(image, path)
+    write_nifti(path, array, geometry, 1 / steps)
 
 
 def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:

@@ -121,7 +121,7 @@ def labelled_cases(
     maps = image_files(folder)
     if not maps:
         raise no_files_error(folder, "label map")
-    labels = label_maps(maps, image_names(files))
+    labels = label_maps(maps, _image_names(files))
     if channels != 1:
         _rename_first_channels(labels, files)
     single = [Case(stem(path), (path,)) for path in files if stem(path) in labels]  # also names that end in _0001
@@ -169,19 +169,8 @@ def _rename_first_channels(labels: dict[str, list[Path]], files: Iterable[Path])
             labels[base] = labels.pop(f"{base}_0000")
 
 
-def image_names(files: Iterable[Path]) -> set[str]:
-    """Return the names that label maps of image files may have: with and without a channel number.
-
-    Parameters
-    ----------
-    files : iterable of Path
-        Images.
-
-    Returns
-    -------
-    set of str
-        Names without endings.
-    """
+def _image_names(files: Iterable[Path]) -> set[str]:
+    """Return the names that label maps of image files may have: with and without a channel number."""
     return {name for path in files for name in (stem(path), split_name(stem(path))[0])}
 
 
