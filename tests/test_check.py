@@ -129,7 +129,7 @@ PROBLEMS = {
                            ("is truncated: the compressed data end after", "Copy or export it again")),
     "truncated label": Bad("unreadable", lambda r: cut(r / LABEL), LABEL, ("truncated",)),
     "dimensions of a label map": Bad("dimensions", voxels(LABEL, pair), LABEL,
-                                     ("is no label map: it has a fourth dimension (2 different channels)",)),
+                                     ("is not a label map: it has a fourth dimension (2 different channels)",)),
     "one flat image": Bad("dimensions", flat, IMAGE, ("2 dimensions, expected 3 as most",)),
     "channels in a file": Bad("channels", voxels(IMAGE, pair), IMAGE, ("2 channels, expected 1 (MRI)",)),
     "shape": Bad("shape", voxels(LABEL, lambda a: a[:-1]), LABEL, ("shape (35, 51, 34)", "(35, 51, 35) as its image")),

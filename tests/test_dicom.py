@@ -178,7 +178,7 @@ NO_VOLUME: list[tuple[Change, str]] = [
     (only(2, ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), r"differ in orientation: .*\(0, 1, 0, 0, 0, -1\)"),
     (only(2, ImageOrientationPatient=[0, 2, 0, 0, 0, -1]), r"has the orientation \(0, 2, 0, 0, 0, -1\) and"),
     (only(2, NumberOfFrames=2, PixelData=bytes(7000)), r"IM\d+: is a multi-frame file of 2 frames"),
-    (only(2, **COLOURS), r"IM\d+: holds RGB values, 3 per pixel, no MONOCHROME2"),
+    (only(2, **COLOURS), r"IM\d+: holds RGB values, 3 per pixel, not MONOCHROME2"),
     (only(2, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), r"is a mosaic: many slices in one picture"),
     (only(2, ImagePositionPatient=None), r"has no place in space: its position is not there"),
     (only(2, PixelSpacing="0.7"), r"has no place in space: its spacing is '0\.7'"),
@@ -205,7 +205,7 @@ def test_a_truncated_file_and_one_that_is_no_dicom(series: Path) -> None:
     with pytest.raises(UserError, match="IM0003: is damaged or truncated"):
         read_image(series)
     path.rename(path.with_suffix(".dcm")).write_bytes(b"")
-    with pytest.raises(UserError, match=r"IM0003\.dcm: is no DICOM file, or a damaged one"):
+    with pytest.raises(UserError, match=r"IM0003\.dcm: is not a DICOM file, or a damaged one"):
         read_image(series)
 
 
@@ -223,7 +223,7 @@ def test_other_files_of_a_series_are_ignored(series: Path, capsys: pytest.Captur
         (series / name).write_text("x")
     capsys.readouterr()
     np.testing.assert_array_equal(read_image(series).array, expected.array)
-    assert capsys.readouterr().err == f"warning: {series}: ignored, since it is no DICOM: LOCKFILE\n"
+    assert capsys.readouterr().err == f"warning: {series}: ignored, since it is not DICOM: LOCKFILE\n"
 
 
 def test_one_of_several_series_is_chosen_by_a_file(series: Path, pixels: np.ndarray) -> None:

@@ -260,7 +260,7 @@ def test_forms_that_do_not_agree_are_reported_in_mm(tmp_path: Path) -> None:
          "its sform places it up to 1.4 mm from where its other fields do, which are used"),
         ({"qform": 1}, None),
         ({}, None),
-        (both | {"quaternion": (1, 1, 1), "srow": srow}, "its qform is no rotation"),
+        (both | {"quaternion": (1, 1, 1), "srow": srow}, "its qform is not a rotation"),
     ):  # fmt: skip
         write(path, **fields)
         found = form_conflict(path, read_geometry(path)[0])

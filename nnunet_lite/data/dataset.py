@@ -395,7 +395,7 @@ def _training_cases(root: Path, entries: list[Any], channels: int, table: Path) 
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
         if not isinstance(entry.get("label") or "", str):
-            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is no file name", table)
+            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is not a file name", table)
         image = root / entry["image"]
         label = root / entry["label"] if entry.get("label") else None
         name, images = _channel_files(image, channels, listed)

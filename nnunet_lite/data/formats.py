@@ -51,7 +51,7 @@ Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
 
 
 def read_file(path: Path, resolve_palette: bool = True) -> Image:
-    """Read a file that is no TIFF and no DICOM.
+    """Read a file that is neither TIFF nor DICOM.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> Image:
 
 
 def read_file_header(path: Path) -> tuple[Geometry, int] | None:
-    """Read geometry and number of channels of a file that is no TIFF and no DICOM.
+    """Read geometry and number of channels of a file that is neither TIFF nor DICOM.
 
     Parameters
     ----------
@@ -284,7 +284,7 @@ def _open_pillow(path: Path) -> Any:
     try:
         return Pillow.open(path)
     except OSError:
-        raise UserError(f"is no {suffix_of(path)} file", path, AGAIN) from None
+        raise UserError(f"is not a {suffix_of(path)} file", path, AGAIN) from None
 
 
 def _read_pillow(path: Path, resolve_palette: bool) -> np.ndarray:

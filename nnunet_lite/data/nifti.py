@@ -245,7 +245,7 @@ def _skew(cosines: np.ndarray) -> float:
 
 
 def _from_sform(head: bytes) -> tuple[Geometry, int] | None:
-    """Return geometry and channels of a header whose pixdim is no voxel size, but whose sform has one.
+    """Return geometry and channels of a header whose pixdim is not a voxel size, but whose sform has one.
 
     ITK would take 1 mm for a size of zero, and flip the image for a negative one.
     """
@@ -409,7 +409,7 @@ def form_conflict(path: Path, geometry: Geometry) -> str | None:
     try:
         forms = {"qform": stored.get_qform(coded=True)[0], "sform": stored.get_sform(coded=True)[0]}
     except ValueError:
-        return "its qform is no rotation"
+        return "its qform is not a rotation"
     corners = np.array([(x, y, z, 1) for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
     corners[:, :3] *= np.subtract(geometry.shape[::-1], 1)
     for name, form in forms.items():

@@ -273,7 +273,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def no_dataset_error(root: Path) -> UserError:
-    """Return the error for a folder that is no dataset, which says what the folder contains.
+    """Return the error for a folder that is not a dataset, which says what the folder contains.
 
     Parameters
     ----------
