@@ -26,12 +26,11 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.evaluation.masks import (
-    Box,
     Spacing,
-    bounding_box,
     disjoint_regions,
     is_picture,
     label_components,
@@ -94,7 +93,7 @@ class Components(NamedTuple):
         Voxels of each component, and its mask from 1; the first entry is the outside.
     """
 
-    box: Box
+    box: tuple[slice, slice, slice]
     numbers: np.ndarray
     sizes: np.ndarray
     mask_of: np.ndarray
@@ -114,9 +113,9 @@ class Components(NamedTuple):
 def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) -> Components | None:
     """Find the components of masks, each given by its label values; None if all masks are empty."""
     numbered = number_masks(segmentation, masks)
-    box = bounding_box(numbered)
-    if box is None:
+    if not numbered.any():
         return None
+    box = slices(bounding_box(numbered != 0))
     numbers, n = label_components(numbered[box])
     sizes, mask_of = np.zeros(n + 1, np.intp), np.zeros(n + 1, np.intp)
     for plane, mask in zip(numbers, numbered[box], strict=True):  # by slices: a copy of all as int64 would be large
