@@ -24,7 +24,7 @@ _PERCENTILE = 95
 _ROUNDING = 1e-5  # mm: a distance that equals the tolerance is within it
 _CELLS = (8.0, 3.0)  # voxels: sizes of the cells that share one measured distance, one after the other
 _FEW = 1000  # points: so few are measured one by one
-_SAMPLE = 100  # points that show how far the others are
+_SAMPLE = 16  # points that show how far the others are
 
 
 @dataclass(frozen=True)

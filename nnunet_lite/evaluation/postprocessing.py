@@ -1,6 +1,6 @@
 """Remove components of labels by rules, and choose the rules that the cross-validation confirms.
 
-A rule keeps the largest component of a label, or the components from a size on. `apply_rules` applies rules to a label
+A rule keeps the largest component of a label, or removes the components below a size. `apply_rules` applies rules to a label
 map, and `choose_rules` finds those that help. Some of the held-out cases choose the best rule of each label from a few
 candidates: its largest component, and sizes below the smallest component of all references. The other cases confirm
 it, and the reported gain is theirs. No rule is tried
@@ -99,7 +99,7 @@ class Components(NamedTuple):
     mask_of: np.ndarray
 
     def removed_by(self, rule: Rule, mask: int, voxel: float) -> np.ndarray:
-        """Tell which components (components + 1,) a rule for a mask removes; `voxel` is the size of a voxel."""
+        """Return which components (components + 1,) a rule for a mask removes; `voxel` is the size of a voxel."""
         own = np.flatnonzero(self.mask_of == mask)
         removed = np.zeros(len(self.sizes), bool)
         if rule.largest_component and len(own):
@@ -252,7 +252,7 @@ def choose_rules(
 
 
 def choosing_cases(folds: Sequence[str]) -> np.ndarray:
-    """Tell which cases choose: those of two folds in five, or of a single fold two cases in five."""
+    """Return which cases choose: those of two folds in five, or of a single fold two cases in five."""
     names = sorted(set(folds))
     places = np.array([names.index(fold) for fold in folds]) if len(names) > 1 else np.arange(len(folds))
     return np.isin(places % 5, (1, 3))
