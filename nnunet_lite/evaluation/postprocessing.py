@@ -1,9 +1,9 @@
 """Remove components of labels by rules, and choose the rules that the cross-validation confirms.
 
-A rule keeps the largest component of a label, or removes the components below a size. `apply_rules` applies rules to a label
-map, and `choose_rules` finds those that help. Some of the held-out cases choose the best rule of each label from a few
-candidates: its largest component, and sizes below the smallest component of all references. The other cases confirm
-it, and the reported gain is theirs. No rule is tried
+A rule keeps the largest component of a label, or removes the components below a size. `apply_rules` applies rules to a
+label map, and `choose_rules` finds those that help. Some of the held-out cases choose the best rule of each label from
+a few candidates: its largest component, and sizes below the smallest component of all references. The other cases
+confirm it, and the reported gain is theirs. No rule is tried
 
 - if fewer than 10 held-out cases have the label, too few to choose and to confirm;
 - if the mean Dice of the label is below 0.5: the components of such a model say little about the organ.
