@@ -126,6 +126,12 @@ def tiny_model(tiny_workspace: Path) -> Path:
     return tiny_workspace / "Task04_Hippocampus" / "models" / "tiny"
 
 
+@pytest.fixture
+def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_model` that a test may change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "models" / "tiny"))
+
+
 @pytest.fixture(scope="session")
 def tiny_cases(tiny_workspace: Path) -> list[Any]:
     """The ten cases of `tiny_workspace`, preprocessed for 3d_fullres."""

@@ -123,75 +123,31 @@ def explicit(root: Path) -> None:
 
 
 SEGMENTED = ["labels/case_{}.nii.gz"]
-FOUR_DIGITS = "has four digits after an underscore"
-LIST = "list the files in dataset.json"
-INSTANCES = ("instance masks", "set every value above 0 to 1")
-ONE_CELL = described("grey", labels={"background": 0, "cell": 1}, file_ending=".nii.gz")
+INSTANCES = ("instance masks", "Set every value above 0 to 1")
 
-NAMES = {
-    "a modality in the image's name": BadData(
-        named(["images/P00{}_T1.nii.gz"], ["labels/P00{}_seg.nii.gz"]), "labels",
-        ("P001_T1.nii.gz with P001_seg.nii.gz", "and 2 more", "rename P001_seg.nii.gz to P001_T1.nii.gz", LIST),
-    ),
-    "two modalities": BadData(
-        named(["images/P{}_T1.nii.gz", "images/P{}_T2.nii.gz"], ["labels/P{}_seg.nii.gz"]), "labels",
-        ("P1_T1.nii.gz and P1_T2.nii.gz with P1_seg.nii.gz", "rename them to P1_0000.nii.gz and P1_0001.nii.gz"),
-    ),
-    "img and mask": BadData(
-        named(["images/img_0{}.png"], ["masks/mask_0{}.png"]), "masks", ("img_01.png with mask_01.png",)
-    ),
-    "volume and segmentation": BadData(
-        named(["images/volume-{}.nii"], ["labels/segmentation-{}.nii"]), "labels",
-        ("volume-1.nii with segmentation-1.nii",),
-    ),
-    "numbers with other zeros": BadData(
-        named(["images/img{}.nii.gz"], ["labels/label000{}.nii.gz"]), "labels", ("img1.nii.gz with label0001.nii.gz",)
-    ),
-    "observers": BadData(
-        named(["images/Image_{}L.png", "images/Image_{}R.png"],
-              ["labels/Image_{}L_1stHO.png", "labels/Image_{}R_1stHO.png"]), "labels",
-        ("Image_1L.png with Image_1L_1stHO.png", "Image_1R.png with Image_1R_1stHO.png"),
-    ),
-    "another word than image": BadData(
-        named(["images/{}_training.tif"], ["labels/{}_manual1.tif"]), "labels",
-        ("1_training.tif with 1_manual1.tif", "rename 1_manual1.tif to 1_training.tif"),
-    ),
-    "upper and lower case": BadData(
-        named(["images/Case{}.png"], ["labels/case{}.png"]), "labels", ("Case1.png with case1.png",)
-    ),
-    "nothing in common": BadData(
-        lambda root: save_arrays(root, {
-            **{f"images/{name}.png": scan(i) for i, name in enumerate("abc")},
-            **{f"labels/{name}.png": blocks((1,)) for name in "xyz"},
-        }), "labels", ("(x.png, y.png, z.png) has the name of one of the 3 images (a.png, b.png, c.png)",),
-    ),
-    "a dot before the channel": BadData(
-        named(["imagesTr/case{}.0000.nii.gz"], ["labelsTr/case{}.nii.gz"], table=described("A")), "labelsTr",
-        (FOUR_DIGITS, "rename case1.0000.nii.gz to case1_0000.nii.gz"),
-    ),
-    "a dot before two channels": BadData(
-        named(["imagesTr/c{}.0000.nii.gz", "imagesTr/c{}.0001.nii.gz"], ["labelsTr/c{}.nii.gz"],
-              table=described("A", "B")), "labelsTr", (FOUR_DIGITS, "c1.0000.nii.gz and c1.0001.nii.gz with c1.nii.gz"),
-    ),
-    "a hyphen before the channel": BadData(
-        named(["images/case_{}-0000.nii.gz", "images/case_{}-0001.nii.gz"], SEGMENTED), "labels",
-        ("rename case_1-0000.nii.gz to case_1_0000.nii.gz",),
-    ),
-    "a blank before the channel": BadData(
-        named(["images/case_{} 0000.nii.gz", "images/case_{} 0001.nii.gz"], SEGMENTED), "labels",
-        ("rename case_1 0000.nii.gz to case_1_0000.nii.gz",),
-    ),
-    "channels of three digits": BadData(
-        named(["imagesTr/c{}_000.nii.gz", "imagesTr/c{}_001.nii.gz"], ["labelsTr/c{}.nii.gz"],
-              table=described("A", "B")), "labelsTr", (FOUR_DIGITS, "rename c1_000.nii.gz to c1_0000.nii.gz"),
-    ),
-    "channels of one digit": BadData(
-        named(["images/case_{}_0.nii.gz", "images/case_{}_1.nii.gz"], SEGMENTED), "labels", (FOUR_DIGITS,)
-    ),
-    "several masks of a case": BadData(
-        named(["images/case_{}.nii.gz"], ["labels/case_{}_liver.nii.gz", "labels/case_{}_spleen.nii.gz"]), "labels",
-        ("case_1_liver.nii.gz, case_1_spleen.nii.gz for case_1.nii.gz", "Merge the masks", "labels/case_1.nii.gz"),
-    ),
+NO_MATCH: dict[str, tuple[list[str], list[str], dict[str, object] | None]] = {  # images, label maps, dataset.json
+    "a modality in the image's name": (["images/P00{}_T1.nii.gz"], ["labels/P00{}_seg.nii.gz"], None),
+    "two modalities": (["images/P{}_T1.nii.gz", "images/P{}_T2.nii.gz"], ["labels/P{}_seg.nii.gz"], None),
+    "img and mask": (["images/img_0{}.png"], ["masks/mask_0{}.png"], None),
+    "volume and segmentation": (["images/volume-{}.nii"], ["labels/segmentation-{}.nii"], None),
+    "numbers with other zeros": (["images/img{}.nii.gz"], ["labels/label000{}.nii.gz"], None),
+    "observers": (["images/Image_{}L.png", "images/Image_{}R.png"],
+                  ["labels/Image_{}L_1stHO.png", "labels/Image_{}R_1stHO.png"], None),
+    "another word than image": (["images/{}_training.tif"], ["labels/{}_manual1.tif"], None),
+    "upper and lower case": (["images/Case{}.png"], ["labels/case{}.png"], None),
+    "nothing in common": (["images/a{}.png"], ["labels/x{}.png"], None),
+    "a dot before the channel": (["imagesTr/case{}.0000.nii.gz"], ["labelsTr/case{}.nii.gz"], described("A")),
+    "a dot before two channels": (["imagesTr/c{}.0000.nii.gz", "imagesTr/c{}.0001.nii.gz"], ["labelsTr/c{}.nii.gz"],
+                                  described("A", "B")),
+    "a hyphen before the channel": (["images/case_{}-0000.nii.gz", "images/case_{}-0001.nii.gz"], SEGMENTED, None),
+    "a blank before the channel": (["images/case_{} 0000.nii.gz", "images/case_{} 0001.nii.gz"], SEGMENTED, None),
+    "channels of three digits": (["imagesTr/c{}_000.nii.gz", "imagesTr/c{}_001.nii.gz"], ["labelsTr/c{}.nii.gz"],
+                                 described("A", "B")),
+    "channels of one digit": (["images/case_{}_0.nii.gz", "images/case_{}_1.nii.gz"], SEGMENTED, None),
+    "several masks of a case": (["images/case_{}.nii.gz"],
+                                ["labels/case_{}_liver.nii.gz", "labels/case_{}_spleen.nii.gz"], None),
+}  # fmt: skip
+SURPLUS = {  # files beside five sound cases
     "two label maps of a case": BadData(
         and_then(named(["images/c{}.png"], ["labels/c{}_mask.png"]),
                  lambda root: save_arrays(root, {"labels/c3_seg.png": blocks((1,))})), "labels/c3_seg.png",
@@ -212,95 +168,65 @@ NAMES = {
                  lambda root: save_arrays(root, {"imagesTr/c3_0001.nii.gz": scan(9)})), "imagesTr/c3_0001.nii.gz",
         ("a file for channel 1 of case c3", "expected 1 channel (A)"),
     ),
-    "an image of the list is deleted": BadData(
-        without(listed, "imagesTr/x3.nii.gz"), "imagesTr/x3.nii.gz", ("no file for image of case x3",)
-    ),
-    "a label map of the list is deleted": BadData(
-        without(listed, "labelsTr/x3.nii.gz"), "labelsTr/x3.nii.gz", ("no label map for case x3",)
-    ),
-    "a channel of nnU-Net's list is deleted": BadData(
-        without(explicit, "im/x3_T2.nii.gz"), "im/x3_T2.nii.gz", ("no file for T2 of case x3",)
-    ),
-    "a label map of nnU-Net's list is deleted": BadData(
-        without(explicit, "seg/x3.nii.gz"), "seg/x3.nii.gz", ("no label map for case x3",)
-    ),
-    "the first channel of an entry x_0000 is deleted": BadData(
-        without(listed_channels(2), "imagesTr/c3_0000.nii.gz"), "imagesTr/c3_0000.nii.gz", ("no file for A of case c3",)
-    ),
-    "the second channel of an entry x_0000 is deleted": BadData(
-        without(listed_channels(3), "imagesTr/c3_0001.nii.gz"), "imagesTr/c3_0001.nii.gz", ("no file for B of case c3",)
-    ),
 }  # fmt: skip
+DELETED: dict[str, tuple[Make, str, str]] = {  # a dataset that lists its files, the deleted one, and what is said
+    "an image of the list": (listed, "imagesTr/x3.nii.gz", "no file for image of case x3"),
+    "a label map of the list": (listed, "labelsTr/x3.nii.gz", "no label map for case x3"),
+    "a channel of nnU-Net's list": (explicit, "im/x3_T2.nii.gz", "no file for T2 of case x3"),
+    "a label map of nnU-Net's list": (explicit, "seg/x3.nii.gz", "no label map for case x3"),
+    "the first channel of an entry x_0000": (listed_channels(2), "imagesTr/c3_0000.nii.gz", "no file for A of"),
+    "the second channel of an entry x_0000": (
+        listed_channels(3),
+        "imagesTr/c3_0001.nii.gz",
+        "no file for B of",
+    ),
+}
 
+CASES = ["images/case_{}.nii.gz"]
+PICTURES, MASKS = ["images/c{}.png"], ["labels/c{}.png"]
 FOLDERS = {
     "a folder for each case, a mask for each structure": BadData(
-        named(["images/case_{}.nii.gz"], ["labels/case_{}/liver.nii.gz", "labels/case_{}/spleen.nii.gz"]), "labels",
-        ("one mask per structure (in case_1/ liver.nii.gz, spleen.nii.gz)", "Merge", "labels/case_1.nii.gz: 0 for the "
-         "background, 1 for liver, 2 for spleen"),
-    ),
+        named(CASES, ["labels/case_{}/liver.nii.gz", "labels/case_{}/spleen.nii.gz"]), "labels",
+        ("no label map of a supported format, but case_1/ (liver.nii.gz, spleen.nii.gz)", "one for all structures")),
     "a folder for each structure": BadData(
-        named(["images/case_{}.nii.gz"], ["labels/liver/case_{}.nii.gz", "labels/spleen/case_{}.nii.gz"]), "labels",
-        ("a folder for each structure (liver, spleen)", "1 for liver, 2 for spleen"),
-    ),
+        named(CASES, ["labels/liver/case_{}.nii.gz", "labels/spleen/case_{}.nii.gz"]), "labels",
+        ("but liver/ (case_1.nii.gz, case_2.nii.gz, case_3.nii.gz and 2 more), spleen/",)),
     "a folder for each label map": BadData(
-        named(["images/case_{}.nii.gz"], ["labels/case_{}/label.nii.gz"]), "labels",
-        ("a folder for each case (in case_1/ label.nii.gz)", "Move case_1/label.nii.gz to labels/case_1.nii.gz"),
-    ),
+        named(CASES, ["labels/case_{}/label.nii.gz"]), "labels", ("but case_1/ (label.nii.gz), case_2/", "Move")),
     "a folder for each image": BadData(
         named(["images/case_{}/T1.nii.gz", "images/case_{}/T2.nii.gz"], SEGMENTED), "images",
-        ("a folder for each case", "Move case_1/T1.nii.gz to images/case_1_0000.nii.gz"),
-    ),
+        ("no image of a supported format, but case_1/ (T1.nii.gz, T2.nii.gz)", "CASE_0000.nii.gz")),
     "images in a folder too deep": BadData(
-        named(["images/train/case_{}.nii.gz"], ["labels/case_{}.nii.gz"]), "images", ("train/ inside it does",)
-    ),
+        named(["images/train/case_{}.nii.gz"], SEGMENTED), "images", ("but train/ (case_1.nii.gz", "to images/")),
     "label maps in a folder too deep": BadData(
-        named(["images/case_{}.nii.gz"], ["labels/final/case_{}.nii.gz"]), "labels", ("final/ inside it does",)
-    ),
+        named(CASES, ["labels/final/case_{}.nii.gz"]), "labels", ("but final/ (case_1.nii.gz", "to labels/")),
     "a folder for each case with all its files": BadData(
-        named(["B_{0}/B_{0}_t1.nii.gz"], ["B_{0}/B_{0}_seg.nii.gz"]), ROOT,
-        ("it holds a folder for each case (in B_1/ B_1_seg.nii.gz, B_1_t1.nii.gz)", "images/B_1.nii.gz"),
-    ),
+        named(["B_{0}/B_{0}_t1.nii.gz"], ["B_{0}/B_{0}_seg.nii.gz"]), ROOT, ("it holds B_1/, B_2/, B_3/ and 2 more",)),
     "a folder for each case with a folder of masks": BadData(
         named(["s000{}/ct.nii.gz"], ["s000{}/segmentations/liver.nii.gz", "s000{}/segmentations/spleen.nii.gz"]), ROOT,
-        ("(in s0001/ ct.nii.gz, segmentations/)", "the masks of segmentations/ as one label map"),
-    ),
+        ("it holds s0001/, s0002/",)),
     "images and label maps side by side": BadData(
-        named(["c{}.png"], ["c{}_mask.png"]), ROOT, ("in one folder (c1.png, c1_mask.png)", "label maps to labels/")
-    ),
+        named(["c{}.png"], ["c{}_mask.png"]), ROOT, ("it holds c1.png, c1_mask.png", "the folders images/")),
     "label maps among the images": BadData(
-        named(["images/c{}.png"], ["images/c{}_mask.png"]), ROOT, ("images/ holds images and label maps in one folder",)
-    ),
-    "no folder of label maps": BadData(
-        named(["Images/c{}.png"], []), ROOT, ("it holds Images/ and no folder of label maps",)
-    ),
-    "no folder of images": BadData(named([], ["masks/c{}.png"]), ROOT, ("it holds masks/ and no folder of images",)),
+        named(PICTURES, ["images/c{}_mask.png"]), ROOT, ("it holds images/", "the folders images/ and labels/")),
+    "no folder of label maps": BadData(named(["Images/c{}.png"], []), ROOT, ("it holds Images/",)),
+    "no folder of images": BadData(named([], ["masks/c{}.png"]), ROOT, ("it holds masks/",)),
     "no folder of label maps beside dataset.json": BadData(
-        named(["imagesTr/c{}_0000.nii.gz"], [], table=described("A")), "dataset.json", ("it has no labelsTr/",)
-    ),
+        named(["imagesTr/c{}_0000.nii.gz"], [], table=described("A")), "dataset.json", ("it has no labelsTr/",)),
     "two folders of label maps": BadData(
-        named(["images/c{}.png"], ["labels/c{}.png", "masks/c{}.png"]), ROOT, ("holds labels/ and masks/", "Keep one")
-    ),
-    "two folders of images": BadData(
-        named(["images/c{}.png", "Image/c{}.png"], ["labels/c{}.png"]), ROOT, ("holds Image/ and images/",)
-    ),
+        named(PICTURES, [*MASKS, "masks/c{}.png"]), ROOT, ("holds labels/ and masks/", "Keep one")),
+    "two folders of images": BadData(named([*PICTURES, "Image/c{}.png"], MASKS), ROOT, ("holds Image/ and images/",)),
     "the dataset is inside": BadData(
-        named(["train/images/c{}.png"], ["train/masks/c{}.png"]), ROOT, ("Give a folder inside it", "train")
-    ),
+        named(["train/images/c{}.png"], ["train/masks/c{}.png"]), ROOT, ("is no dataset. Give", "train")),
     "an empty folder of label maps": BadData(
-        and_then(named(["images/c{}.png"], []), lambda root: (root / "labels").mkdir()), "labels", ("it is empty",)
-    ),
+        and_then(named(PICTURES, []), lambda root: (root / "labels").mkdir()), "labels", ("it is empty",)),
     "label maps as WebP": BadData(
-        renamed("labels", ".webp"), "labels",
-        ("holds no label map of a supported format, but 5 .webp files", ".nii.gz"),
-    ),
+        renamed("labels", ".webp"), "labels", ("no label map of a supported format, but 5 .webp files", ".nii.gz")),
     "images as arrays of numpy": BadData(
-        renamed("images", ".npy"), "images",
-        ("holds no image of a supported format, but 5 .npy files",),
-    ),
+        renamed("images", ".npy"), "images", ("no image of a supported format, but 5 .npy files",)),
     "another file_ending": BadData(
         named(["imagesTr/c{}_0000.nrrd"], ["labelsTr/c{}.nrrd"], table=described("A")), "imagesTr",
-        ("no image that ends with .nii.gz, but 5 .nrrd files", '"file_ending"'),
-    ),
+        ("no image that ends with .nii.gz, but 5 .nrrd files", "file_ending")),
 }  # fmt: skip
 
 CASES_1_TO_N = [range(1, n + 1) for n in (15, 7, 12, 9, 20)]
@@ -310,7 +236,7 @@ VALUES = {
     "nothing but zeros": BadData(with_values((), ()), "labels", ("anything but zeros", "1, 2, ... for the labels")),
     "values too far apart": BadData(with_values((1, 2**31)), "labels", ("more than 1048576 apart",)),
     "numbered cells": BadData(
-        with_values(*CASES_1_TO_N, ending=".png"), "labels", (*INSTANCES, "7 to 20 values", "name them in a dataset")
+        with_values(*CASES_1_TO_N, ending=".png"), "labels", (*INSTANCES, "7 to 20 values", "name them in dataset.json")
     ),
     "numbered cells called one label": BadData(
         with_values(*CASES_1_TO_N, table=described("grey", labels={"background": 0, "cell": 1})), "labels", INSTANCES
@@ -327,37 +253,49 @@ VALUES = {
     "numbers of a whole slide": BadData(ids_from_a_whole_slide, "labels", INSTANCES),
     "255 beside labels": BadData(
         with_values(*[(1, 2, 3, 255)] * 5), ROOT,
-        ("hold the value 255 besides 1, 2, 3", '"label_3": 3, "ignore": 255}', '"channel_names": {"0": "channel_0"}'),
+        ("hold the value 255 besides 1, 2, 3", '"ignore": 255'),
     ),
     "255 beside twenty labels": BadData(
-        with_values(*[(*range(1, 21), 255)] * 5, ending=".png"), ROOT, ("besides 1, 2, 3 and 17 more", '"ignore": 255}')
+        with_values(*[(*range(1, 21), 255)] * 5, ending=".png"), ROOT, ("besides 1, 2, 3 and 17 more", '"ignore": 255')
     ),
     "255 beside 1 in some": BadData(with_values(*VOID_IN_SOME, ending=".png"), ROOT, ("value 255 besides 1.",)),
     "255 beside 1 in some, with dataset.json": BadData(
         with_values(*VOID_IN_SOME, table=described("A")), "labels/c1.nii.gz, labels/c3.nii.gz",
-        ("label value 255", 'add "ignore": 255 to the labels of dataset.json'),
+        ("label value 255", '"ignore" for voxels'),
     ),
     "255 beside labels of dataset.json": BadData(
         with_values((1, 2), (1, 2, 255), table=described("A", labels={"background": 0, "a": 1, "b": 2})),
-        "labels/c1.nii.gz", ("label value 255", 'add "ignore": 255'),
+        "labels/c1.nii.gz", ("label value 255", '"ignore" for voxels'),
     ),
     "-1 beside labels": BadData(with_values((1, 2, -1), (1, 2)), ROOT, ("the value -1 besides 1, 2", '"ignore": -1')),
     "65535 beside labels": BadData(with_values((1, 2, 65535), (1, 2)), ROOT, ("value 65535 besides 1, 2",)),
-    "resized masks": BadData(smoothed, ROOT, ("as a smoothed or resized mask does", "without interpolation")),
-    "images for label maps": BadData(exchanged, ROOT, ("as an image does", "exchanged")),
+    "resized masks": BadData(smoothed, ROOT, ("a smoothed mask does", "without interpolation")),
+    "images for label maps": BadData(exchanged, ROOT, ("as an image or",)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*NAMES, *FOLDERS, *VALUES])
+NAMES = {
+    name: BadData(
+        named(images, labels, table=table), labels[0].split("/")[0], ("has the name of one of the", "CASE_0000")
+    )
+    for name, (images, labels, table) in NO_MATCH.items()
+}
+DELETIONS = {
+    f"{name} is deleted": BadData(without(make, file), file, (says,)) for name, (make, file, says) in DELETED.items()
+}
+ALL = NAMES | SURPLUS | DELETIONS | FOLDERS | VALUES
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_layout(command: Command, tmp_path: Path, counts: Callable[..., None], name: str) -> None:
     """The line also says what to do."""
     counts("bad inputs refused in one line")
-    refuse_dataset((NAMES | FOLDERS | VALUES)[name], command, tmp_path / "broken")
+    refuse_dataset(ALL[name], command, tmp_path / "broken")
 
 
 @pytest.mark.parametrize("name", ["a modality in the image's name", "numbered cells", "255 beside labels"])
 def test_plan_reports_what_check_reports(command: Command, tmp_path: Path, name: str) -> None:
-    bad = (NAMES | VALUES)[name]
+    bad = ALL[name]
     bad.make(tmp_path / "broken")
     before = contents(tmp_path)
     code, out, err = command("plan", "broken", cwd=tmp_path)

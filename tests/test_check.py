@@ -139,7 +139,7 @@ PROBLEMS = {
     "channels on two grids": Bad("grid", voxels(T2, lambda a: a[:, 1:]), T2,
                                  ("as hippocampus_001_0000.nii.gz", "one grid"), 2),
     "forms": Bad("forms", lambda r: shifted_qform(r / IMAGE), IMAGE,
-                 ("its qform and its sform place it up to 30 mm apart; the sform is used",)),
+                 ("its qform places it up to 30 mm from where its other fields do",)),
     "NaN": Bad("nan", voxels(IMAGE, voxel(np.nan, np.float32)), IMAGE, ("1 voxel of channel MRI NaN or infinite",)),
     "infinity": Bad("nan", voxels(IMAGE, voxel(np.inf, np.float32)), IMAGE, ("1 voxel of channel MRI",)),
     "unknown label value": Bad("label_value", voxels(LABEL, voxel(7, np.uint8)), LABEL,
@@ -390,7 +390,7 @@ def test_masks_of_0_and_255_are_a_notice(pictures: Path) -> None:
     report = report_of(pictures)
     assert report.ok and report.count("warning") == 0
     found = {p.found for p in report.problems}
-    assert "label maps hold 0 and 255: 255 is read as 1" in found and "RGB picture read as 3 channels" in found
+    assert "label maps hold 0 and 255: 255 is read as 1" in found and "3 channels in one file" in found
 
 
 def test_unreadable_files_are_named_and_stop_no_report(pictures: Path) -> None:

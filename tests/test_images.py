@@ -215,12 +215,12 @@ def test_rgb_rgba_and_palette_pictures(tmp_path: Path) -> None:
     colours = integers((8, 9, 3), 255)
     image = read_image(save(tmp_path / "rgb.png", colours))
     assert np.array_equal(image.array[:, 0], colours.transpose(2, 0, 1))
-    assert image.notes == ("RGB picture read as 3 channels",)
+    assert image.notes == ("3 channels in one file",)
     assert image.geometry == Geometry((1, 8, 9), (999.0, 1.0, 1.0), dimensions=2)
     for alpha, note in ((np.full((8, 9), 200), "dropped"), (np.arange(72).reshape(8, 9), "dropped although it varies")):
         path = save(tmp_path / "rgba.png", np.dstack([colours, alpha.astype(np.uint8)]))
         image = read_image(path)
-        assert image.array.shape == (3, 1, 8, 9) and image.notes[1] == f"alpha channel {note}"
+        assert image.array.shape == (3, 1, 8, 9) and image.notes[0] == f"alpha channel {note}"
         assert read_geometry(path) == (image.geometry, 3)
     for suffix in ("png", "bmp", "tif"):
         picture = Pillow.fromarray(integers((8, 9), 2), mode="P")
@@ -228,7 +228,7 @@ def test_rgb_rgba_and_palette_pictures(tmp_path: Path) -> None:
         picture.save(tmp_path / f"palette.{suffix}")
         image = read_image(tmp_path / f"palette.{suffix}")
         assert np.array_equal(image.array[:, 0], np.asarray(picture.convert("RGB")).transpose(2, 0, 1)), suffix
-        assert image.notes == ("palette picture read as 3 channels",)
+        assert image.notes == ("3 channels in one file",)
         label, _, notes = read_label(tmp_path / f"palette.{suffix}")
         assert np.array_equal(label[0], np.asarray(picture))
         assert notes == ("palette picture read as the numbers of its colours",)
@@ -273,7 +273,7 @@ def test_tiff_with_channels_that_itk_would_lose(tmp_path: Path) -> None:
         (tmp_path / "a.tif").write_bytes(interleaved_tiff(samples))
         image = read_image(tmp_path / "a.tif")
         assert image.array.reshape(samples, 4).T.ravel().tolist() == list(range(4 * samples))
-    assert image.notes == ("5 channels in one file, of axes YXS",) and read_geometry(tmp_path / "a.tif")[1] == 5
+    assert image.notes == ("5 channels in one file",) and read_geometry(tmp_path / "a.tif")[1] == 5
 
 
 def test_tiff_pages_are_a_volume_with_a_spacing_beside_it(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_missing_files_and_voxels_without_a_header(tmp_path: Path) -> None:
     for name, message in (
         ("absent.nii.gz", "there is no such file"),
         ("a.xyz", r"is of no supported format. Supported are \.nii\.gz"),
-        ("a+orig.BRIK", r"is of no supported format\. Give its header, the \.HEAD"),
+        ("a+orig.BRIK", "is of no supported format.* give the header"),
     ):
         with pytest.raises(UserError, match=message):
             read_image(tmp_path / name)

@@ -48,12 +48,6 @@ def theirs(tmp_path: Path) -> Copy:
 
 
 @pytest.fixture
-def ours(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of a model of nnlite that a test may change."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "ours"))
-
-
-@pytest.fixture
 def three_folds(theirs: Copy) -> Path:
     """Fold 0 is finished, fold 1 is in training, fold 2 has both checkpoints, and fold 3 has none."""
     folder = theirs()
@@ -358,35 +352,35 @@ def test_a_model_of_ours_goes_to_nnunet_and_back(tiny_model: Path, scans: list[P
     assert (maps[0] == maps[1]).mean() > 0.9999 and len(np.unique(maps[0])) > 1
 
 
-def test_labels_are_numbered_as_in_nnunet(ours: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plan = read_json(ours / "plans.json")
+def test_labels_are_numbered_as_in_nnunet(model_copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = read_json(model_copy / "plans.json")
     plan["labels"] |= {"names": {"background": 0, "Posterior": 7, "Anterior": 4}, "ignore": 9}
-    write_json(ours / "plans.json", plan)
-    export_nnunet(ours, tmp_path / "theirs")
+    write_json(model_copy / "plans.json", plan)
+    export_nnunet(model_copy, tmp_path / "theirs")
     expected = {"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 3}
     assert read_json(tmp_path / "theirs" / "dataset.json")["labels"] == expected
     assert "will write: Anterior 4 -> 1, Posterior 7 -> 2" in capfd.readouterr().err
 
 
-def test_nnunet_does_not_mirror_left_and_right_of_a_model_that_swaps_them(ours: Path, tmp_path: Path) -> None:
-    run = read_json(ours / "run.json")
+def test_nnunet_does_not_mirror_left_and_right_of_a_model_that_swaps_them(model_copy: Path, tmp_path: Path) -> None:
+    run = read_json(model_copy / "run.json")
     run["settings"]["augmentation"] |= {"mirror_axes": [0, 2], "mirror_swap": [["Anterior", "Posterior"]]}
-    write_json(ours / "run.json", run)
-    export_nnunet(ours, tmp_path / "theirs")
+    write_json(model_copy / "run.json", run)
+    export_nnunet(model_copy, tmp_path / "theirs")
     checkpoint = torch.load(tmp_path / "theirs" / CHECKPOINT, weights_only=False)
     assert checkpoint["inference_allowed_mirroring_axes"] == (0,)
 
 
-def test_what_nnunet_lacks_is_not_exported(ours: Path, tmp_path: Path) -> None:
-    plan, run = read_json(ours / "plans.json"), read_json(ours / "run.json")
+def test_what_nnunet_lacks_is_not_exported(model_copy: Path, tmp_path: Path) -> None:
+    plan, run = read_json(model_copy / "plans.json"), read_json(model_copy / "run.json")
     plan["channels"][0]["clip_percentiles"] = [1, 99]
-    write_json(ours / "plans.json", plan)
+    write_json(model_copy / "plans.json", plan)
     with pytest.raises(UserError, match="clips images to percentiles"):
-        export_nnunet(ours, tmp_path / "theirs")
+        export_nnunet(model_copy, tmp_path / "theirs")
     run["settings"]["network"]["factory"] = "mine:make"
-    write_json(ours / "run.json", run)
+    write_json(model_copy / "run.json", run)
     with pytest.raises(UserError, match="a network made by mine:make"):
-        export_nnunet(ours, tmp_path / "theirs")
+        export_nnunet(model_copy, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
 

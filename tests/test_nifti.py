@@ -116,7 +116,8 @@ def test_voxels_are_those_of_nibabel(tmp_path: Path, order: str, kind: str, shap
         assert plain is not None and plain[1] is not None and plain[0].dtype.isnative and plain[0].flags.writeable
         assert plain[0].dtype == np.dtype(kind) and plain[0].ndim == 4
         assert np.array_equal(plain[0], voxels.reshape(*shape[:3], -1).T)
-        array, geometry = read_file(path)
+        image = read_file(path)
+        array, geometry = image.array, image.geometry
         assert np.array_equal(array, plain[0]) and (geometry, array.shape[0]) == itk(path)
         assert np.array_equal(np.squeeze(nibabel.load(path).dataobj), np.squeeze(array.T))
 
@@ -146,8 +147,8 @@ def test_oblique_files_with_two_forms_have_the_geometry_of_itk(tmp_path: Path) -
     voxels = write(path, quaternion=quaternion, offset=(7, 8, 9), qform=1, sform=1, srow=srow)
     plain, header = read_nifti(path), itk(path)
     assert plain is not None and plain[1] is None and header is not None
-    array, geometry = read_file(path)
-    assert np.array_equal(array[0], voxels.T) and geometry == header[0]
+    image = read_file(path)
+    assert np.array_equal(image.array[0], voxels.T) and image.geometry == header[0]
 
 
 def test_damaged_files_are_refused(tmp_path: Path, hippocampus: Path) -> None:
@@ -174,7 +175,7 @@ def test_a_file_in_several_gzip_members(tmp_path: Path) -> None:
     data = path.read_bytes()
     split = path.with_suffix(".nii.gz")
     split.write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:]))
-    assert np.array_equal(read_file(split)[0][0], voxels.T)
+    assert np.array_equal(read_file(split).array[0], voxels.T)
 
 
 SROW = np.c_[np.diag([-0.7, 0.8, 2.5]), (1, 2, 3)]  # RAS
@@ -195,7 +196,7 @@ def test_a_wrong_pixdim_gives_way_to_a_good_sform(tmp_path: Path, axis: int, siz
     assert image.geometry.spacing == pytest.approx((2.5, 0.8, 0.7)) and image.geometry.origin == (-1, -2, 3)
     assert image.geometry.direction == FLIPPED and read_geometry(path) == (image.geometry, 1)
     reported = form_conflict(path, image.geometry)
-    assert reported is not None and f"{size:.6g}" in reported and reported.endswith("those of its sform are used")
+    assert reported == "its pixdim has no voxel sizes; those of its sform are used"
     write_label(tmp_path / "b.nii.gz", (voxels.T % 3).astype(np.uint8), image.geometry, like=path)
     label, geometry, _ = read_label(tmp_path / "b.nii.gz")
     assert np.array_equal(label, voxels.T % 3) and geometry.differences(image.geometry) == []
@@ -252,11 +253,11 @@ def test_forms_that_do_not_agree_are_reported_in_mm(tmp_path: Path) -> None:
     both: dict[str, Any] = {"quaternion": (0, 0, 0), "qform": 1, "sform": 1}
     srow = np.c_[np.diag([0.7, 0.8, 2.5]), (30, 0, 0)]
     for fields, says in (
-        (both | {"srow": srow}, "its qform and its sform place it up to 30 mm apart; the "),
+        (both | {"srow": srow}, "its qform places it up to 30 mm from "),
         (both | {"srow": np.c_[np.diag([0.7, 0.8, 2.5]), (0.01, 0, 0)]}, None),
         (both | {"srow": np.c_[np.diag([0.7, 0.8, 2.5]), (0, 0, 0)]}, None),
         ({"sform": 1, "srow": np.c_[np.diag([1.4, 0.8, 2.5]), (0, 0, 0)]},
-         "its sform has voxels of (1.4, 0.8, 2.5) mm (x, y, z), its pixdim of (0.7, 0.8, 2.5) mm, which is used"),
+         "its sform places it up to 1.4 mm from where its other fields do, which are used"),
         ({"qform": 1}, None),
         ({}, None),
         (both | {"quaternion": (1, 1, 1), "srow": srow}, "its qform is no rotation"),
@@ -265,8 +266,8 @@ def test_forms_that_do_not_agree_are_reported_in_mm(tmp_path: Path) -> None:
         found = form_conflict(path, read_geometry(path)[0])
         assert found == says or (found and says and found.startswith(says)), (found, says)
     write(path, **both | {"srow": srow})
-    used = "sform" if read_geometry(path)[0].origin[0] == -30 else "qform"
-    assert str(form_conflict(path, read_geometry(path)[0])).endswith(f"the {used} is used")
+    other = "qform" if read_geometry(path)[0].origin[0] == -30 else "sform"
+    assert str(form_conflict(path, read_geometry(path)[0])).startswith(f"its {other} places it up to 30 mm")
 
 
 @pytest.mark.parametrize("fields", [{"qform": 1}, {"qform": 1, "sform": 1, "srow": SROW}, {"slope": 2}], ids=str)
@@ -298,11 +299,3 @@ def test_endings_in_any_case(tmp_path: Path, name: str, fields: dict[str, Any]) 
         back, geometry, _ = read_label(tmp_path / f"out{name[1:]}")
         assert np.array_equal(back, labels) and geometry.differences(image.geometry) == []
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([name, f"out{name[1:]}"])
-
-
-def test_labels_that_nibabel_scaled_name_the_slope(tmp_path: Path) -> None:
-    image = nibabel.Nifti1Image(np.arange(60, dtype=np.float32).reshape(3, 4, 5) % 3, np.eye(4))
-    image.set_data_dtype(np.uint8)
-    nibabel.save(image, tmp_path / "a.nii.gz")
-    with pytest.raises(UserError, match=r"\(0\.996078 .*scl_slope 0\.00784314 .* without scl_slope and scl_inter"):
-        read_label(tmp_path / "a.nii.gz")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from samples import blocks, save_arrays, scan
 
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, read_dataset
-from nnunet_lite.data.pairing import label_base, likely_pairs
+from nnunet_lite.data.pairing import label_base
 from nnunet_lite.data.problems import Report
 
 
@@ -155,61 +154,6 @@ def test_numbered_cases_of_one_channel_are_pointed_out(tmp_path: Path) -> None:
     assert notices(tmp_path) == [
         "c0_0000.png and c0_0001.png are two cases and not two channels, since each has a label map"
     ]
-
-
-def test_the_pair_of_a_label_map_without_image_is_proposed(tmp_path: Path) -> None:
-    """It is a warning, as in nnU-Net; the image without label map is the error."""
-    for i in range(5):
-        label = f"labels/{'mask_' if i == 2 else 'c'}{i}.png"
-        save_arrays(tmp_path, {f"images/c{i}.png": scan(i), label: blocks((1,))})
-    found = {problem.kind: problem for problem in report_of(read_dataset(tmp_path)).problems}
-    assert found["missing_label"].file == "labels/c2.png"
-    extra = found["extra_label"]
-    assert (extra.severity, extra.file) == ("warning", "labels/mask_2.png")
-    assert extra.fix.startswith("If it is the label map of c2.png, rename it to c2.png. ")
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_one_image_with_another_separator(tmp_path: Path, channels: int) -> None:
-    for i in range(5):
-        marks = [f"{'.' if i == 2 else '_'}000{c}" for c in range(channels)]
-        save_arrays(tmp_path, {f"imagesTr/c{i}{mark}.nii.gz": scan(i) for mark in marks})
-        save_arrays(tmp_path, {f"labelsTr/c{i}.nii.gz": blocks((1,))})
-    names = {str(c): f"T{c}" for c in range(channels)}
-    table = {"channel_names": names, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
-    (tmp_path / "dataset.json").write_text(json.dumps(table))
-    (extra,) = (p for p in report_of(read_dataset(tmp_path)).problems if p.kind == "extra_label")
-    assert extra.file == "labelsTr/c2.nii.gz" and "rename c2.0000.nii.gz to c2_0000.nii.gz. " in extra.fix
-
-
-def test_many_names_are_paired_quickly() -> None:
-    images, labels = paths(*(f"img_{i}.png" for i in range(20_000))), paths(*(f"mask_{i}.png" for i in range(20_000)))
-    begin = time.process_time()
-    assert len(likely_pairs(images, labels)) == 20_000
-    assert time.process_time() - begin < 10
-
-
-def paths(*names: str) -> list[Path]:
-    return [Path(name) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "pairs"),
-    [
-        (["img_01.png", "img_02.png"], ["mask_01.png", "mask_02.png"], {"mask_01": ["img_01"], "mask_02": ["img_02"]}),
-        (["a_L.png", "a_R.png"], ["x_L_obs.png", "x_R_obs.png"], {"x_L_obs": ["a_L"], "x_R_obs": ["a_R"]}),
-        (["P1_T1.nii", "P1_T2.nii", "P2_T1.nii"], ["P1_seg.nii", "P2_seg.nii"],
-         {"P1_seg": ["P1_T1", "P1_T2"], "P2_seg": ["P2_T1"]}),
-        (["c7.png"], ["mask_07.png"], {"mask_07": ["c7"]}),
-        (["c7.png"], ["mask_8.png"], {}),
-        (["a.png"], ["b.png"], {}),
-        (["c1.png"], ["x1.png", "y1.png"], {}),
-        ([], ["b.png"], {}),
-    ],
-)  # fmt: skip
-def test_likely_pairs(images: list[str], labels: list[str], pairs: dict[str, list[str]]) -> None:
-    found = likely_pairs(paths(*images), paths(*labels))
-    assert {label.stem: [image.stem for image in images] for label, images in found.items()} == pairs
 
 
 def test_words() -> None:

@@ -70,7 +70,7 @@ def test_a_jpeg_inside_is_rgb(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb", compression="jpeg")
     image = read_image(tmp_path / "a.tif")
     assert np.abs(image.array.reshape(3, -1).T - np.array([200.0, 30, 90])).max() <= 4
-    assert image.notes == ("RGB picture read as 3 channels",)
+    assert image.notes == ("3 channels in one file",)
 
 
 @pytest.mark.parametrize("kind", ["imagej", "ome", "shaped"])
@@ -190,7 +190,7 @@ def test_alpha_is_a_channel_where_it_is_declared(tmp_path: Path) -> None:
     tifffile.imwrite(grey, numbers((60, 70, 2)), planarconfig="contig", extrasamples=["unassalpha"], **GREY)
     image = read_image(rgba)
     assert np.array_equal(image.array[:, 0], colours[..., :3].transpose(2, 0, 1)) and read_geometry(rgba)[1] == 3
-    assert image.notes == ("RGB picture read as 3 channels", "alpha channel dropped although it varies")
+    assert image.notes == ("alpha channel dropped although it varies", "3 channels in one file")
     assert np.array_equal(read_images([rgba], 4).array[:, 0], colours.transpose(2, 0, 1))
     assert read_geometry(rgba, 4)[1] == 4 and read_images([rgba], 3).array.shape[0] == 3
     assert read_image(grey).array.shape == (1, 1, 60, 70) and read_image(grey).array.dtype == np.uint16

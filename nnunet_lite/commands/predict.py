@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 
 from nnunet_lite import log
@@ -28,8 +27,6 @@ from nnunet_lite.commands.options import (
     overrides_of,
 )
 from nnunet_lite.data.cases import Case, find_all_cases
-from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.postprocessing import Rule, apply_rules
@@ -43,9 +40,10 @@ from nnunet_lite.evaluation.selection import (
 from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
-from nnunet_lite.inference.predictor import Predictor, load, read_common_plan
+from nnunet_lite.inference.predictor import Predictor, load
+from nnunet_lite.models.bundle import as_model_folder
 from nnunet_lite.models.folder import trained_folds
-from nnunet_lite.models.lookup import Checkpoint, choose_model, find_model, first_common_fold
+from nnunet_lite.models.lookup import choose_model, find_model, first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
@@ -186,28 +184,27 @@ def predict(
     folders, folds, rules = _choose_models(paths, models, names_of(configuration) or [], folds, postprocess)
     if speed == "fast" and fold is None:
         folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
-    source = _Source(
-        tuple(folder.absolute() for folder in folders) if scheduler else tuple(folders),
-        None if folds is None else tuple(folds),
-        device,
-        tuple(settings.items()),
-        checkpoint,
-        trust_code,
-        root.absolute(),
-    )
+    loader = partial(
+        load, [folder.absolute() for folder in folders] if scheduler else folders, folds, device, settings,
+        checkpoint=checkpoint, trust_code=trust_code, workspace=root.absolute(),
+    )  # fmt: skip
     if scheduler is None:
-        predictor = source.load()
+        predictor = loader()
         plan, used = predictor.plan, list(predictor.folds)
     else:
-        plan, used = read_common_plan(folders, folds, checkpoint)
+        with as_model_folder(folders[0], checkpoint) as folder:
+            plan, used = read_model(folder)[0], folds or trained_folds(folder)
     cases = find_all_cases(sources, len(plan.channels))
     check_output(sources, cases, out, plan.labels, dicom_seg)
+    if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
+        what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
+        raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
     names = () if save_probabilities is None else parse_label_names(save_probabilities, plan.labels)
     options: dict[str, Any] = {
         "maps": ExtraMaps(names, save_uncertainty),
         "dicom_seg": dicom_seg,
         "skip_existing": skip_existing,
-        "postprocess": _postprocessing(rules, plan.labels),
+        "postprocess": partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
         "accept_geometry": accept_geometry,
     }
     if scheduler is None:
@@ -217,7 +214,7 @@ def predict(
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
         files, failed = predict_cases(predictor, cases, out, progress=log.progress, **options)
     else:
-        files, failed = _predict_on(scheduler, source, cases, out.absolute(), options)
+        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), options)
     for case, reason in failed.items():
         log.info(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
@@ -282,59 +279,31 @@ def _choose_models(
     return folders, folds, rules
 
 
-def _postprocessing(rules: dict[str, Rule], labels: Labels) -> partial[np.ndarray] | None:
-    """Return the function that postprocesses a label map; None without rules."""
-    if unknown := sorted(rules.keys() - set(labels.region_names)):
-        what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
-        raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
-    return partial(_apply, labels=labels, rules=rules) if rules else None
-
-
-def _apply(label_map: np.ndarray, geometry: Geometry, labels: Labels, rules: dict[str, Rule]) -> np.ndarray:
-    return apply_rules(label_map, geometry.spacing, labels, rules)
-
-
 # ------------------------------------------------------------------------------------------------------------ a cluster
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The arguments of `load`, as they are sent to the workers of a cluster."""
-
-    folders: tuple[Path, ...]
-    folds: tuple[str, ...] | None
-    device: str | None
-    settings: tuple[tuple[str, Any], ...]
-    checkpoint: Checkpoint
-    trust_code: bool
-    workspace: Path
-
-    def load(self) -> Predictor:
-        return load(self.folders, self.folds, self.device, dict(self.settings), checkpoint=self.checkpoint,
-                    trust_code=self.trust_code, workspace=self.workspace)  # fmt: skip
+_loaded: dict[str, Predictor] = {}  # the model that this worker predicts with
 
 
-@lru_cache(maxsize=1)
-def _load_once(source: _Source, weights: tuple[str, ...]) -> Predictor:
-    """Load a model once in this process, and again if its weights, by their fingerprints, have changed."""
-    return source.load()
-
-
-def _predict_case(case: Case, source: _Source, out: Path, options: dict[str, Any]) -> tuple[list[Path], dict[str, str]]:
-    """Predict a case on a worker; as `predict_cases`."""
-    weights = tuple(
-        weights_fingerprint(folder, fold) for folder in source.folders for fold in source.folds or trained_folds(folder)
-    )
-    return predict_cases(_load_once(source, weights), [case], out, **options)
+def _predict_case(
+    case: Case, loader: partial[Predictor], out: Path, options: dict[str, Any]
+) -> tuple[list[Path], dict[str, str]]:
+    """Predict a case on a worker; as `predict_cases`. The model is loaded again only if its weights change."""
+    folders, folds = loader.args[:2]
+    key = str((loader, [weights_fingerprint(folder, f) for folder in folders for f in folds or trained_folds(folder)]))
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = loader()
+    return predict_cases(_loaded[key], [case], out, **options)
 
 
 def _predict_on(
-    scheduler: str, source: _Source, cases: Sequence[Case], out: Path, options: dict[str, Any]
+    scheduler: str, loader: partial[Predictor], cases: Sequence[Case], out: Path, options: dict[str, Any]
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
     failed: dict[str, str] = {}
-    work = partial(_predict_case, source=source, out=out, options=options)
+    work = partial(_predict_case, loader=loader, out=out, options=options)
     with cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
         assert cluster is not None  # there is a scheduler
         absolute = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]

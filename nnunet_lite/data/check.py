@@ -22,7 +22,7 @@ from nnunet_lite.data.consistency import CaseFindings, IntensityRange, check_con
 from nnunet_lite.data.dataset import MASK_NOTE, Dataset, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label_image
-from nnunet_lite.data.label_values import check_labels, unknown_value_advice
+from nnunet_lite.data.label_values import UNKNOWN_VALUE_FIX, check_labels
 from nnunet_lite.data.names import TIFF, stem, suffix_of
 from nnunet_lite.data.nifti import form_conflict
 from nnunet_lite.data.problems import Problem, Report, few, plural
@@ -250,7 +250,7 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         voxels = plural(int(np.isin(array, unknown).sum()), "voxel")
         text = f"label value {few([str(value) for value in unknown], 5)} ({voxels})"
         legal = f"one of {', '.join(map(str, sorted(known)))}"
-        found.problems.append(Problem("label_value", path, text, legal, unknown_value_advice(unknown)))
+        found.problems.append(Problem("label_value", path, text, legal, UNKNOWN_VALUE_FIX))
     return replace(label, array=array)
 
 

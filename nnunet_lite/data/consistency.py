@@ -12,7 +12,7 @@ from nnunet_lite.data.cases import Case, image_files
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.pairing import LABEL_FOLDERS, label_base, likely_pairs, pair_advice
+from nnunet_lite.data.pairing import LABEL_FOLDERS, label_base
 from nnunet_lite.data.problems import Problem, plural
 from nnunet_lite.files import read_json
 from nnunet_lite.workspace import IMAGE_FOLDERS
@@ -131,7 +131,6 @@ def _unused_labels(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
     """Report label maps that no case uses, except those of unlisted images."""
     labels = {case.id: case.label for case in dataset.cases if case.label}
     maps = _unused(dataset, list(labels.values()), LABEL_FOLDERS)
-    pairs = likely_pairs([c.images[0] for c in dataset.cases if not c.label or not c.label.exists()], maps)
     for path in maps:
         owner = next((name for name in (stem(path), label_base(stem(path))) if name in labels), None)
         if owner is not None:
@@ -143,9 +142,7 @@ def _unused_labels(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
                 found = f"is not used: {labels[owner].name} is the label map of case {owner}"
                 yield Problem("extra_label", str(path), found, "", "Remove it if it is not needed.")
         elif stem(path) not in unlisted:
-            fix = "Add the image, or remove it."
-            if path in pairs:
-                fix = f"{pair_advice(path, pairs[path])} Otherwise add its image, or remove it."
+            fix = "Name it as its image, add the image, or remove it."
             yield Problem("extra_label", str(path), "a label map without an image", "", fix)
 
 

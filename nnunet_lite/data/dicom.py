@@ -368,21 +368,33 @@ def _require_equal(
 
 
 def _require_regular(path: Path, slices: list[Slice]) -> None:
-    """Refuse sorted slices that are not on one line, at equal distances, one at each position."""
+    """Refuse sorted slices that are not on one line along the normal, at equal distances, one at each position."""
     if len(slices) == 1:
         return
-    places = np.array([s.position for s in slices])
+    places = np.array([s.position for s in slices]) - slices[0].position
     normal = _axes(slices)[2]
-    depth = (places - places[0]) @ normal
-    spacing = depth[-1] / (len(slices) - 1)
-    tolerance = max(_GAP_TOLERANCE * spacing, _LEAST_TOLERANCE)
+    depth = places @ normal
     _require_different_positions(path, slices, depth)
-    problems = [_tilt(slices, (places - places[0]) - depth[:, None] * normal, depth)]
-    if np.abs(depth - spacing * np.arange(len(slices))).max() > tolerance:
-        problems.append(_uneven(slices, np.diff(depth), tolerance))
-    if found := "; ".join(filter(None, problems)):
+    spacing, gaps = depth[-1] / (len(slices) - 1), np.diff(depth)
+    off = np.abs(depth - spacing * np.arange(len(slices)))
+    sideways = places - depth[:, None] * normal
+    bent = np.linalg.norm(sideways - sideways[-1] * (depth / depth[-1])[:, None], axis=1)
+    tilt = float(np.linalg.norm(sideways[-1]))
+    tolerance = max(_SHIFT_TOLERANCE * depth[-1], _LEAST_SHIFT)
+    problem = ""
+    if off.max() > max(_GAP_TOLERANCE * spacing, _LEAST_TOLERANCE):
+        wide = slices[int(gaps.round(3).argmax())].path.name  # the first of equal ones
+        problem = f"missing slices, or uneven gaps of {gaps.min():.4g} to {gaps.max():.4g} mm"
+        problem += f" (median {np.median(gaps):.4g} mm); the widest follows {wide}"
+    elif bent.max() > tolerance:
+        worst = int(bent.argmax())
+        problem = f"{slices[worst].path.name} is {bent[worst]:.4g} mm off the line of the others"
+    elif tilt > tolerance:
+        angle = np.degrees(np.arctan2(tilt, depth[-1]))
+        problem = f"gantry tilt: the stack of slices leans by {angle:.3g} degrees, {tilt:.4g} mm from first to last"
+    if problem:
         fix = "Export it with all its slices, or convert it to NIfTI with a tool that evens it out, such as dcm2niix."
-        raise UserError(found, path, fix)
+        raise UserError(problem, path, fix)
 
 
 def _require_different_positions(path: Path, slices: list[Slice], depth: np.ndarray) -> None:
@@ -398,31 +410,6 @@ def _require_different_positions(path: Path, slices: list[Slice], depth: np.ndar
         what += f"; the files differ in {', '.join(differences)}"
     fix = "Keep one image of each position: give echoes, time points or b-values a folder each, and remove copies."
     raise UserError(what, path, fix)
-
-
-def _tilt(slices: list[Slice], shifts: np.ndarray, depth: np.ndarray) -> str:
-    """Describe how slices are shifted (n, xyz) in their own planes with increasing depth; empty if they are not."""
-    tolerance = max(_SHIFT_TOLERANCE * depth[-1], _LEAST_SHIFT)
-    amounts = np.linalg.norm(shifts, axis=1)
-    if amounts.max() <= tolerance:
-        return ""
-    straight = np.linalg.norm(shifts - shifts[-1] * (depth / depth[-1])[:, None], axis=1)
-    if straight.max() <= tolerance:
-        angle = np.degrees(np.arctan2(amounts[-1], depth[-1]))
-        return f"gantry tilt: the stack of slices leans by {angle:.3g} degrees, {amounts[-1]:.4g} mm from first to last"
-    worst = int(straight.argmax())
-    return f"{slices[worst].path.name} is {straight[worst]:.4g} mm off the line of the other slices"
-
-
-def _uneven(slices: list[Slice], gaps: np.ndarray, tolerance: float) -> str:
-    usual = float(np.median(gaps))
-    steps = np.rint(gaps / usual)
-    wide = int(gaps.round(3).argmax())  # the first of equal ones
-    after = f"the widest follows {slices[wide].path.name}"
-    if steps.max() > 1 and np.abs(gaps - steps * usual).max() <= tolerance:
-        missing = plural(int((steps - 1).sum()), "slice")
-        return f"missing {missing}: gaps of {usual:.4g} mm, but also of {gaps[wide]:.4g} mm; {after}"
-    return f"uneven gaps of {gaps.min():.4g} to {gaps.max():.4g} mm (median {usual:.4g} mm); {after}"
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry

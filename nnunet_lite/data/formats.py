@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
+from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.names import (
     AGAIN,
@@ -51,7 +51,7 @@ from nnunet_lite.errors import UserError
 Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
 
 
-def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geometry]:
+def read_file(path: Path, resolve_palette: bool = True) -> Image:
     """Read a file that is no TIFF and no DICOM.
 
     Parameters
@@ -63,10 +63,8 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
 
     Returns
     -------
-    array : ndarray, shape (channels, z, y, x)
+    Image
         In native byte order.
-    geometry : Geometry
-        Its grid.
 
     Raises
     ------
@@ -76,7 +74,8 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
     require_readable(path)
     plain = read_nifti(path) if suffix_of(path) in NIFTI else None
     if plain and plain[1]:
-        return plain[0], plain[1]
+        return Image(plain[0], plain[1])
+    notes: tuple[str, ...] = ()
     header = read_file_header(path)
     if plain and header:
         array, geometry = plain[0], header[0]
@@ -88,11 +87,13 @@ def read_file(path: Path, resolve_palette: bool = True) -> tuple[np.ndarray, Geo
         if not voxel_file(path):
             require_bytes(path, channels * math.prod(geometry.shape), suffix_of(path) in PICTURES)
         array = _read_pillow(path, resolve_palette) if _needs_pillow(path) else _read_itk(path, *header)
+        if not resolve_palette and _picture_mode(path) in ("P", "PA"):
+            notes = ("palette picture read as the numbers of its colours",)
     if np.iscomplexobj(array):
         raise UserError("holds complex numbers", path, "Store the magnitude.")
     if array.shape[1:] != geometry.shape:
         raise UserError(f"has {array.shape[1:]} voxels where its header says {geometry.shape}", path)
-    return array, geometry
+    return Image(array, geometry, notes, has_alpha=suffix_of(path) in PICTURES)
 
 
 def read_file_header(path: Path) -> tuple[Geometry, int] | None:
@@ -274,22 +275,6 @@ def _picture_mode(path: Path) -> str:
         with _open_pillow(path) as picture:
             return str(picture.mode)
     return "RGB"
-
-
-def is_palette(path: Path) -> bool:
-    """Return whether a file is a picture (no TIFF) whose pixels are numbers of colours.
-
-    Parameters
-    ----------
-    path : Path
-        An image of any format.
-
-    Returns
-    -------
-    bool
-        Whether it has a palette.
-    """
-    return _picture_mode(path) in ("P", "PA")
 
 
 def _needs_pillow(path: Path) -> bool:

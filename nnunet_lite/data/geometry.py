@@ -257,6 +257,58 @@ def _orientation(direction: tuple[float, ...]) -> str:
     return "".join(aff2axcodes(affine))
 
 
+@dataclass(frozen=True)
+class Image:
+    """An array with its geometry.
+
+    Parameters
+    ----------
+    array : ndarray, shape (channels, z, y, x)
+        In the type of the file.
+    geometry : Geometry
+        Its grid.
+    notes : tuple of str
+        How the file was understood, such as "3 channels in one file".
+    has_alpha : bool
+        Whether the last channel may be transparency.
+    orientation_tag : int
+        Of a TIFF file; 1 if the first pixel is shown at the top left, as in every other format.
+    """
+
+    array: np.ndarray
+    geometry: Geometry
+    notes: tuple[str, ...] = ()
+    has_alpha: bool = False
+    orientation_tag: int = 1
+
+    def aligned(self, other: Geometry) -> Image:
+        """Turn the axes to those of another image.
+
+        An image that already has the other grid is not turned. If neither the stored nor the turned array has the
+        other grid and the shapes are equal, the array stays as stored: these are the voxels that a user accepts with
+        --accept-geometry.
+
+        Parameters
+        ----------
+        other : Geometry
+            The grid of the other image.
+
+        Returns
+        -------
+        Image
+            Itself, or a turned view with a note.
+        """
+        source, target = self.geometry.orientation, other.orientation
+        turn = turn_between(source, target)
+        turned = self.geometry.turned(turn)
+        if turn == Turn() or not self.geometry.differences(other):
+            return self
+        if turned.differences(other) and self.geometry.shape == other.shape:
+            return self
+        notes = (*self.notes, f"turned from {source} to {target}")
+        return replace(self, array=turn.apply(self.array), geometry=turned, notes=notes)
+
+
 # ---------------------------------------------------------------------------------------------------------------- boxes
 
 

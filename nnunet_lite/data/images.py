@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_lite.data.dicom import is_series, read_series, series_geometry
-from nnunet_lite.data.formats import is_palette, read_file, read_file_header, require_picture_values, write_file
-from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Turn, turn_between
+from nnunet_lite.data.formats import read_file, read_file_header, require_picture_values, write_file
+from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Image
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.names import (
     GIPL,
@@ -21,62 +21,13 @@ from nnunet_lite.data.names import (
     stem,
     suffix_of,
 )
-from nnunet_lite.data.nifti import nifti_scale, write_nifti_like
+from nnunet_lite.data.nifti import write_nifti_like
 from nnunet_lite.data.tiff import read_tiff
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, write_json
 
 _LARGEST = 2**53  # above, not every integer is a float
 _FRACTION_TOLERANCE = 1e-3  # largest distance of a label stored as float from an integer
-
-
-@dataclass(frozen=True)
-class Image:
-    """An array with its geometry.
-
-    Parameters
-    ----------
-    array : ndarray, shape (channels, z, y, x)
-        In the type of the file.
-    geometry : Geometry
-        Its grid.
-    notes : tuple of str
-        How the file was understood, such as "RGB picture read as 3 channels".
-    orientation_tag : int
-        Of a TIFF file; 1 if the first pixel is shown at the top left, as in every other format.
-    """
-
-    array: np.ndarray
-    geometry: Geometry
-    notes: tuple[str, ...] = ()
-    orientation_tag: int = 1
-
-    def aligned(self, other: Geometry) -> Image:
-        """Turn the axes to those of another image.
-
-        An image that already has the other grid is not turned. If neither the stored nor the turned array has the
-        other grid and the shapes are equal, the array stays as stored: these are the voxels that a user accepts with
-        --accept-geometry.
-
-        Parameters
-        ----------
-        other : Geometry
-            The grid of the other image.
-
-        Returns
-        -------
-        Image
-            Itself, or a turned view with a note.
-        """
-        source, target = self.geometry.orientation, other.orientation
-        turn = turn_between(source, target)
-        turned = self.geometry.turned(turn)
-        if turn == Turn() or not self.geometry.differences(other):
-            return self
-        if turned.differences(other) and self.geometry.shape == other.shape:
-            return self
-        notes = (*self.notes, f"turned from {source} to {target}")
-        return replace(self, array=turn.apply(self.array), geometry=turned, notes=notes)
 
 
 def is_image(path: Path) -> bool:
@@ -156,22 +107,11 @@ def read_image(path: str | Path, channels: int | None = None) -> Image:
     path = Path(path)
     if is_dicom(path):
         return Image(*read_series(path))
-    image, has_alpha = _read(path)
-    notes = list(image.notes)
-    if suffix_of(path) in TIFF:
-        if image.geometry.dimensions == 3 and not image.geometry.calibrated:
-            notes.append("no spacing known, 1x1x1 mm taken")
-    elif suffix_of(path) in PICTURES:
-        if image.array.shape[0] >= 3:
-            notes.append("palette picture" if is_palette(path) else "RGB picture")
-    elif image.array.shape[0] > 1:
-        notes.append(f"{image.array.shape[0]} channels in one file")
-    array, alpha_notes = _without_alpha(image.array, has_alpha, channels)
-    if alpha_notes and array.shape[0] == 1:  # grey with alpha is no file of channels
-        notes = []
-    read_as = f" read as {array.shape[0]} channels"
-    notes = [note + read_as if note.endswith(" picture") else note for note in notes]
-    return replace(image, array=array, notes=(*notes, *alpha_notes))
+    image, alpha_notes = _without_alpha(_read(path), channels)
+    n, notes = image.array.shape[0], [*image.notes, *alpha_notes]
+    if suffix_of(path) in TIFF and image.geometry.dimensions == 3 and not image.geometry.calibrated:
+        notes.append("no spacing known, 1x1x1 mm taken")
+    return replace(image, notes=(*notes, *([f"{n} channels in one file"] if n > 1 else [])))
 
 
 def read_images(
@@ -265,12 +205,8 @@ def read_label_image(path: str | Path, like: Geometry | None = None) -> Image:
         As `read_label`.
     """
     path = Path(path)
-    image, has_alpha = _read(path, resolve_palette=False)
-    notes = [note for note in image.notes if "channels" not in note and note != "RGB picture"]  # see below
-    if suffix_of(path) not in TIFF and is_palette(path):
-        notes.append("palette picture read as the numbers of its colours")
-    array, alpha_notes = _without_alpha(image.array, has_alpha, None)
-    notes += alpha_notes
+    image, alpha_notes = _without_alpha(_read(path, resolve_palette=False), None)
+    array, notes = image.array, [*image.notes, *alpha_notes]
     if array.shape[0] > 1:
         if any(not np.array_equal(array[0], channel) for channel in array[1:]):
             flat = suffix_of(path) in PICTURES and array.shape[1] == 1
@@ -309,29 +245,26 @@ def read_geometry(path: str | Path, channels: int | None = None) -> tuple[Geomet
         return series_geometry(path), 1
     require_readable(path)
     if suffix_of(path) in TIFF:
-        tiff = read_tiff(path, pixels=False)
-        return tiff.geometry, tiff.array.shape[0] - _drops_alpha(tiff.array.shape[0], tiff.has_alpha, channels)
-    header = read_file_header(path)
-    if header is None:
+        image = read_tiff(path, pixels=False)
+        geometry, found, has_alpha = image.geometry, image.array.shape[0], image.has_alpha
+    elif header := read_file_header(path):
+        geometry, found, has_alpha = *header, suffix_of(path) in PICTURES
+    else:
         image = read_image(path)
         return image.geometry, image.array.shape[0]
-    geometry, found = header
-    return geometry, found - _drops_alpha(found, suffix_of(path) in PICTURES, channels)
+    return geometry, found - _drops_alpha(found, has_alpha, channels)
 
 
-def _read(path: Path, resolve_palette: bool = True) -> tuple[Image, bool]:
-    """Read a file that is no DICOM, and whether its last channel may be transparency."""
-    if suffix_of(path) in TIFF:
-        tiff = read_tiff(path, resolve_palette)
-        return Image(tiff.array, tiff.geometry, tiff.notes, tiff.orientation), tiff.has_alpha
-    return Image(*read_file(path, resolve_palette)), suffix_of(path) in PICTURES
+def _read(path: Path, resolve_palette: bool = True) -> Image:
+    return read_tiff(path, resolve_palette) if suffix_of(path) in TIFF else read_file(path, resolve_palette)
 
 
-def _without_alpha(array: np.ndarray, has_alpha: bool, channels: int | None) -> tuple[np.ndarray, list[str]]:
-    if not _drops_alpha(array.shape[0], has_alpha, channels):
-        return array, []
+def _without_alpha(image: Image, channels: int | None) -> tuple[Image, list[str]]:
+    array = image.array
+    if not _drops_alpha(array.shape[0], image.has_alpha, channels):
+        return image, []
     varies = array[-1].min() != array[-1].max()
-    return array[:-1], ["alpha channel dropped" + (" although it varies" if varies else "")]
+    return replace(image, array=array[:-1]), ["alpha channel dropped" + (" although it varies" if varies else "")]
 
 
 def _drops_alpha(found: int, has_alpha: bool, channels: int | None) -> bool:
@@ -348,10 +281,7 @@ def _integers(array: np.ndarray, path: Path) -> np.ndarray:
     if wrong.any():
         examples = ", ".join(f"{v:.6g}" for v in np.unique(array[wrong])[:3])
         what = f"label values are not whole numbers ({examples} and so on in {int(wrong.sum())} of {wrong.size} voxels)"
-        fix = "Resample label maps with nearest neighbour and store integers."
-        if scale := nifti_scale(path):
-            what += f": its header multiplies the stored integers by scl_slope {scale[0]:.6g} and adds {scale[1]:.6g}"
-            fix = "Save the labels as an integer type, without scl_slope and scl_inter."
+        fix = "Resample label maps with nearest neighbour, and store integers without scl_slope."
         raise UserError(what, path, fix)
     low, high = float(rounded.min(initial=0)), float(rounded.max(initial=0))
     if max(-low, high) > _LARGEST:

@@ -12,38 +12,14 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import Problem, few
 
+UNKNOWN_VALUE_FIX = (
+    'Add it to the labels of dataset.json ("ignore" for voxels that are not annotated), or correct the file: resize '
+    "label maps without interpolation."
+)
 _VOID = (255, 65535, -1)  # values that mean "not annotated" in many datasets
-_MANY = 20  # more unlisted values than these are no mistake of a tool
 _MOST_CLASSES = 256  # in the plain layout
 _MAPS_SAMPLED = 10
 _PIECES_SAMPLED = 200  # values of one label map
-
-
-def unknown_value_advice(unknown: Sequence[int]) -> str:
-    """Say what to do about values in a label map that dataset.json does not list.
-
-    Parameters
-    ----------
-    unknown : sequence of int
-        The values.
-
-    Returns
-    -------
-    str
-        A sentence.
-    """
-    if len(unknown) > _MANY:
-        return (
-            "If they come from smoothing or resizing, export the label map again without interpolation; if they number "
-            "instances, set all of them to 1; if they are labels, add them to dataset.json."
-        )
-    void = next((value for value in _VOID if value in unknown), None)
-    if void is not None:
-        return (
-            f'If {void} marks voxels that are not annotated, add "ignore": {void} to the labels of dataset.json; if it '
-            "is a label, add its name, or write the value that the label has there."
-        )
-    return "Add it to the labels of dataset.json, or correct the file."
 
 
 def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator[Problem]:
@@ -81,34 +57,19 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
 
 def _unlikely_classes(dataset: Dataset, union: set[int]) -> Iterator[Problem]:
     """Report values without a name that are rarely classes: of smoothed masks, images, voxels without annotation."""
-    table, low, high = str(dataset.table), min(union, default=0), max(union, default=0)
-    between = union - {0, 255}
-    levels = f"label maps hold {len(union)} different values from {low} to {high}"
+    low, high, between = min(union, default=0), max(union, default=0), union - {0, 255}
     smoothed = len(between) > 64 or (len(between) > 5 and 254 not in between)  # FreeSurfer has labels 251 to 255
-    if high == 255 and smoothed and max(between) > 200:
-        fix = (
-            "Export them again without interpolation and not as JPEG, or set values above 127 to 1 and the others to 0."
-        )
-        yield Problem("label_levels", table, f"{levels}, as a smoothed or resized mask does", "a value per label", fix)
-        return
-    if len(union) > _MOST_CLASSES:
-        fix = "Are the folders of images and label maps exchanged? If they are labels, name them in a dataset.json."
-        yield Problem("label_levels", table, f"{levels}, as an image does", "a value per label", fix)
+    if len(union) > _MOST_CLASSES or (high == 255 and smoothed and max(between) > 200):
+        text = f"label maps hold {len(union)} values from {low} to {high}, as an image or a smoothed mask does"
+        fix = "Export them without interpolation and not as JPEG. If they are labels, name them in a dataset.json."
+        yield Problem("label_levels", str(dataset.table), text, "a value per label", fix)
         return
     for void in _VOID:
         others = sorted(union - {void})
-        if void not in union or not others or {void - 1, void + 1} & union:
-            continue
-        names = {"background": 0, **{f"label_{value}": value for value in others[:3]}}
-        pairs = ", ".join(f'"{name}": {value}' for name, value in names.items()) + (", ..." if others[3:] else "")
-        channels = ", ".join(f'"{i}": "{name}"' for i, name in enumerate(dataset.channels))
-        fix = (
-            f"If {void} marks voxels that are not annotated, write a dataset.json: "
-            f'{{"channel_names": {{{channels}}}, "labels": {{{pairs}, "ignore": {void}}}}}; if it is a label, give its '
-            'name in place of "ignore".'
-        )
-        text = f"label maps hold the value {void} besides {few([str(value) for value in others])}"
-        yield Problem("label_void", table, text, "", fix)
+        if void in union and others and not {void - 1, void + 1} & union:
+            text = f"label maps hold the value {void} besides {few([str(value) for value in others])}"
+            fix = f'Name the labels in a dataset.json, with "ignore": {void} if it marks voxels without annotation.'
+            yield Problem("label_void", str(dataset.table), text, "", fix)
 
 
 # ------------------------------------------------------------------------------------------------------------ instances
@@ -141,16 +102,8 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | 
     certain = counts[-1] > organs or (len(set(counts)) > 2 and isolated)
     if not certain and (named or not isolated):
         return None
-    text = (
-        f"label maps hold {counts[0]} to {counts[-1]} values, and each value is one connected piece: they look like "
-        "instance masks, which number cells or lesions"
-    )
-    fix = (
-        "Networks here learn classes: set every value above 0 to 1 (to separate instances that touch, give a label of "
-        "its own to the border between them)."
-    )
-    if dataset.layout == "plain":
-        fix += " If the values are classes, name them in a dataset.json."
+    text = f"label maps hold {counts[0]} to {counts[-1]} values, each of which is one piece, as instance masks do"
+    fix = "Set every value above 0 to 1 if they number cells. If they are classes, name them in dataset.json."
     kind = "instances" if certain and not named else "instances_likely"
     return Problem(kind, str(maps[0][0].parent), text, "a value per class", fix)
 

@@ -27,10 +27,11 @@ NIBABEL_ONLY = (".mgz", ".mgh", *PAIRS, ".par", ".head")
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *GIPL, *PICTURES, *NIBABEL_ONLY)
 SUPPORTED = f"Supported are {' '.join(SUFFIXES)}"
 
+_WITH_VOXELS = (".hdr", ".hdr.gz", ".par", ".head")  # headers whose voxels are in another file of the same name
+
 AGAIN = "Copy or export it again."
 DEFLATE_LIMIT = 1032  # largest factor by which deflate compresses
 _PICTURE_LIMIT = 100_000  # larger than the factor of any picture format
-_HEADERS = {".rec": ".PAR", ".brik": ".HEAD", ".raw": ".mhd or .nhdr", ".zraw": ".mhd"}  # of files of voxels
 _VOXELS_NAMED = re.compile(rb"^(?:ElementDataFile *=|data ?file:)([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
 _GIPL_HEADER = 256
 _GIPL_BYTES = {7: 1, 8: 1, 15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}  # of a voxel, by the number of the type
@@ -125,7 +126,7 @@ def companions(path: Path) -> list[Path]:
     suffix, name = suffix_of(path), stem(path)
     if suffix in TIFF:
         names = [f"{name}.json", re.sub(r"_\d{4}$", "", name) + ".json"]
-    elif suffix in (".hdr", ".hdr.gz", ".par", ".head"):
+    elif suffix in _WITH_VOXELS:
         endings = {".par": (".rec",), ".head": (".brik", ".brik.gz")}.get(suffix, (".img", ".img.gz"))
         names = [name + written for ending in endings for written in (ending, ending.upper())]
     else:
@@ -200,9 +201,7 @@ def require_readable(path: Path) -> None:
         Says what is wrong with the file.
     """
     if not suffix_of(path):
-        header = _HEADERS.get(path.suffix.lower()) or _HEADERS.get(Path(path.stem).suffix.lower())
-        fix = f"Give its header, the {header} file, instead." if header else f"{SUPPORTED}."
-        raise UserError("is of no supported format", path, fix)
+        raise UserError("is of no supported format", path, f"{SUPPORTED}. Of header and voxels, give the header.")
     if problem := _defect(path):
         raise UserError(problem, path, AGAIN if path.exists() else "")
 
@@ -284,13 +283,15 @@ def _defect(path: Path) -> str | None:
     voxels = voxel_file(path)
     if voxels and not (path.parent / voxels).is_file() and "%" not in voxels and not voxels.upper().startswith("LIST"):
         return f"names {voxels} for its voxels, which is not there"
-    if other := _missing_half(path):
-        return f"needs the file {other} with it, which is not there"
+    suffix = suffix_of(path)
+    if suffix in _WITH_VOXELS and not companions(path):
+        return "needs the file of its voxels with it, which is not there"
+    if suffix in (".img", ".img.gz") and not header_of(path):
+        return "needs its header (.hdr) with it, which is not there"
     with path.open("rb") as file:
         head = file.read(64)
         file.seek(max(0, size - 4096))
         tail = file.read()
-    suffix = suffix_of(path)
     truncated = (
         (suffix == ".png" and head.startswith(b"\x89PNG") and b"IEND" not in tail)
         or (suffix in (".jpg", ".jpeg") and head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail)
@@ -298,17 +299,6 @@ def _defect(path: Path) -> str | None:
         or (suffix in GIPL and not _holds_gipl(path))
     )
     return f"is truncated: it ends after {size} bytes" if truncated else None
-
-
-def _missing_half(path: Path) -> str:
-    """Return the missing file of a header (.hdr) and its voxels (.img); empty if both exist."""
-    halves = {".hdr": ".img", ".img": ".hdr"}
-    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
-    ending = halves.get(name[-4:].lower())
-    if ending is None:
-        return ""
-    other = name[:-4] + (ending if name[-4:].islower() else ending.upper())
-    return "" if any((path.parent / f"{other}{gz}").is_file() for gz in ("", ".gz", ".GZ")) else other
 
 
 def _holds_gipl(path: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.names import AGAIN, DEFLATE_LIMIT, NIFTI, PAIRS, gzip_defect, suffix_of, usual_name
+from nnunet_lite.data.names import AGAIN, DEFLATE_LIMIT, NIFTI, gzip_defect, suffix_of, usual_name
 from nnunet_lite.errors import UserError
 
 _BYTES, _BYTES_2 = 348, 540  # of a header of NIfTI-1, and of NIfTI-2
@@ -381,28 +381,8 @@ def nib() -> Any:
     return nibabel
 
 
-def nifti_scale(path: Path) -> tuple[float, float] | None:
-    """Return the slope and intercept that a NIfTI or Analyze header applies to the stored integers.
-
-    Parameters
-    ----------
-    path : Path
-        An image of any format.
-
-    Returns
-    -------
-    tuple of float or None
-        None if the values are not scaled.
-    """
-    if suffix_of(path) not in (*NIFTI, *PAIRS):
-        return None
-    with usual_name(path) as usual:
-        stored = nib().load(usual).dataobj
-    return None if (stored.slope, stored.inter) == (1, 0) else (float(stored.slope), float(stored.inter))
-
-
 def form_conflict(path: Path, geometry: Geometry) -> str | None:
-    """Say how the statements of a NIfTI header about its place disagree: qform, sform and pixdim.
+    """Say which statement of a NIfTI header about its place differs from the geometry that is used.
 
     Parameters
     ----------
@@ -414,40 +394,31 @@ def form_conflict(path: Path, geometry: Geometry) -> str | None:
     Returns
     -------
     str or None
-        None if they agree to a quarter of a voxel.
+        None if pixdim, qform and sform agree to a quarter of a voxel.
     """
     if suffix_of(path) not in NIFTI:
         return None
     head = _first_bytes(path)
-    fields = _fields(head)
-    if fields is not None and _from_sform(head):
-        sizes = ", ".join(f"{size:.6g}" for size in fields["pixdim"][1:4])
-        return f"its pixdim gives voxels of ({sizes}) mm (x, y, z); those of its sform are used"
+    if _from_sform(head):
+        return "its pixdim has no voxel sizes; those of its sform are used"
     if (header := _parse(head)) and header.geometry:  # the forms are equal, or there is only one
         return None
     with usual_name(path) as usual:
         stored = nib().load(usual).header
     scale = np.diag([millimetres(stored)] * 3 + [1.0])
     try:
-        stated = {"qform": stored.get_qform(coded=True)[0], "sform": stored.get_sform(coded=True)[0]}
+        forms = {"qform": stored.get_qform(coded=True)[0], "sform": stored.get_sform(coded=True)[0]}
     except ValueError:
         return "its qform is no rotation"
-    forms = {name: scale @ form for name, form in stated.items() if form is not None}
     corners = np.array([(x, y, z, 1) for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
     corners[:, :3] *= np.subtract(geometry.shape[::-1], 1)
-
-    def distance(one: np.ndarray, other: np.ndarray) -> float:
-        return float(np.linalg.norm((corners @ (one - other).T)[:, : geometry.dimensions], axis=1).max())
-
-    distances = {name: distance(form, ras_affine(geometry)) for name, form in forms.items()}
-    allowed = _FORMS_TOLERANCE * min(geometry.spacing)
-    if len(forms) == 2 and (gap := distance(*forms.values())) > allowed:
-        used = min(distances, key=lambda name: distances[name])
-        return f"its qform and its sform place it up to {gap:.4g} mm apart; the {used} is used"
-    for name in (name for name, gap in distances.items() if gap > allowed):
-        of_form = ", ".join(f"{size:.6g}" for size in np.linalg.norm(forms[name][:3, :3], axis=0))
-        of_pixdim = ", ".join(f"{size:.6g}" for size in geometry.spacing[::-1])
-        return f"its {name} has voxels of ({of_form}) mm (x, y, z), its pixdim of ({of_pixdim}) mm, which is used"
+    for name, form in forms.items():
+        if form is None:
+            continue
+        shifts = (corners @ (scale @ form - ras_affine(geometry)).T)[:, : geometry.dimensions]
+        distance = float(np.linalg.norm(shifts, axis=1).max())
+        if distance > _FORMS_TOLERANCE * min(geometry.spacing):
+            return f"its {name} places it up to {distance:.4g} mm from where its other fields do, which are used"
     return None
 
 

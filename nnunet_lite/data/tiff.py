@@ -11,7 +11,6 @@ import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
+from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image
 from nnunet_lite.data.names import AGAIN, companions, require_bytes, require_readable
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
@@ -42,39 +41,14 @@ _RESOLUTION_UNITS = {2: "inch", 3: "cm"}  # tag 296; 1 is no unit
 _SCREEN = 72  # dots per inch that programs write if they know nothing
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _ALPHA = (1, 2)  # of the tag ExtraSamples: associated and unassociated alpha
-_PALETTE, _WHITE_IS_ZERO, _COLOURS = 3, 0, (2, 3, 6)  # PhotometricInterpretation: RGB, palette, YCbCr
+_PALETTE, _WHITE_IS_ZERO = 3, 0  # PhotometricInterpretation
 _FOREIGN = {5: "CMYK", 6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab"}  # colours that tifffile does not convert
 _LOSSLESS = (1, 5, 8, 32773, 32946, 50000)  # Compression: YCbCr with any other is JPEG, which is decoded to RGB
 _SIDE_IMAGES = ("label", "macro", "thumbnail", "map")  # of a whole slide
 _FLIPS = {1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
 
 
-@dataclass(frozen=True)
-class TiffImage:
-    """The content of a TIFF file.
-
-    Parameters
-    ----------
-    array : ndarray, shape (channels, z, y, x)
-        In native byte order; without pixels, zeros that need no memory.
-    geometry : Geometry
-        Its grid, mm.
-    notes : tuple of str
-        How the file was understood. "RGB picture" and "palette picture" are only the beginning of a sentence.
-    has_alpha : bool
-        Whether the last channel is transparency.
-    orientation : int
-        The orientation tag: 1 if the first pixel is shown at the top left. It is already applied.
-    """
-
-    array: np.ndarray
-    geometry: Geometry
-    notes: tuple[str, ...]
-    has_alpha: bool
-    orientation: int
-
-
-def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> TiffImage:
+def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> Image:
     """Read a TIFF file.
 
     Parameters
@@ -88,8 +62,8 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
 
     Returns
     -------
-    TiffImage
-        Array, geometry and notes.
+    Image
+        Its geometry is in mm. Without pixels, the array is zeros that need no memory.
 
     Raises
     ------
@@ -106,11 +80,6 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
             notes.append("palette picture read as the numbers of its colours")
         elif page.photometric == _PALETTE:
             array = _colours(array, page.colormap) if pixels else np.broadcast_to(array, (3, *array.shape[1:]))
-            notes.append("palette picture")
-        elif page.photometric in _COLOURS and page.samplesperpixel > 2:
-            notes.append("RGB picture")
-        elif array.shape[0] > 1:
-            notes.append(f"{array.shape[0]} channels in one file, of axes {series.axes}")
         orientation = _orientation(page)
         if orientation > 1:
             array = array.swapaxes(2, 3) if orientation >= 5 else array  # from 5 on, rows and columns are swapped
@@ -122,7 +91,7 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
         if pixels:
             kind = np.float32 if array.dtype == np.float16 else array.dtype.newbyteorder("=")
             array = np.ascontiguousarray(array, kind)
-        return TiffImage(array, geometry, tuple(notes), has_alpha, orientation)
+        return Image(array, geometry, tuple(notes), has_alpha, orientation)
 
 
 def _pixels(series: Any) -> np.ndarray:

@@ -157,22 +157,20 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
 
 def _as_array(given: Any) -> np.ndarray:
     """Return an array (channels, z, y, x) of real numbers, or refuse what is none."""
-    fix = "Give (z, y, x) or (channels, z, y, x); a picture (y, x) is array[None], one slice."
     if hasattr(given, "detach"):  # a tensor of torch, which may be on a GPU or part of a graph
         given = given.detach().cpu()
         given = given.float() if "bfloat16" in str(given.dtype) else given
     if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        raise UserError("the array is masked, and the values of its masked voxels are unknown",
-                        fix="Use array.filled(0).")  # fmt: skip
+        fix = "Use array.filled(0)."
+        raise UserError("the array is masked, and the values of its masked voxels are unknown", fix=fix)
     try:
         array = np.asarray(given)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{type(given).__name__} is no array ({' '.join(str(error).split()):.100})", fix=fix) from None
-    if array.dtype.kind not in "biuf":
-        what = f"an array of {array.dtype} is no image" if array.ndim else f"{type(given).__name__} is no image"
-        raise UserError(what, fix="Give real numbers, for example array.astype('float32').")
-    if array.ndim not in (3, 4) or 0 in array.shape:
-        raise UserError(f"an array of shape {array.shape} cannot be segmented", fix=fix)
+    except (ValueError, TypeError, RuntimeError):
+        array = np.empty(0, object)
+    if array.dtype.kind not in "biuf" or array.ndim not in (3, 4) or 0 in array.shape:
+        what = f"{type(given).__name__} of type {array.dtype} and shape {array.shape} cannot be segmented"
+        fix = "Give real numbers (z, y, x) or (channels, z, y, x); a picture (y, x) is array[None], one slice."
+        raise UserError(what, fix=fix)
     return array[None] if array.ndim == 3 else array
 
 

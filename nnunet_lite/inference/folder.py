@@ -26,7 +26,8 @@ from nnunet_lite.inference.cases import identify, names_file, output_file, read_
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import NetworkInput, Predictor, prepare_image, segment
 
-Postprocess = Callable[[np.ndarray, Geometry], np.ndarray]  # changes a label map (z, y, x) before it is written
+# changes a label map (z, y, x) of some spacing before it is written
+Postprocess = Callable[[np.ndarray, tuple[float, float, float]], np.ndarray]
 
 _NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 
@@ -174,7 +175,7 @@ def _write(
         with atomic(file) as temporary:
             write_share(temporary, array, geometry, STEPS, like=case.images[0])
     if postprocess is not None:
-        label_map = postprocess(label_map, geometry)
+        label_map = postprocess(label_map, geometry.spacing)
     if target.suffix == ".dcm":
         write_dicom_seg(target, label_map, case.images[0], predictor.plan.labels)
     else:

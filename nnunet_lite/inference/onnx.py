@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -75,7 +74,8 @@ def export_onnx(
         raise UserError(f"ONNX needs {', '.join(missing)}", fix='pip install "nnunet-lite[onnx]"')
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError("exists already", out, "Choose another --output, or delete it.")
-    predictor = load(model, folds, "cpu", {"inference.precision": "fp32"}, checkpoint=checkpoint,
+    settings = {"inference.precision": "fp32", "inference.compile": False}
+    predictor = load(model, folds, "cpu", settings, checkpoint=checkpoint,
                      trust_code=trust_code, workspace=workspace)  # fmt: skip
     out = out.absolute()
     with scratch(out.parent) as temporary:
@@ -163,7 +163,8 @@ def _with_stepwise_norms(network: nn.Module) -> nn.Module:
 def _write_graph(network: nn.Module, window: Tensor, metadata: dict[str, str], file: Path) -> None:
     """Trace a network and write its graph; weights of more than 2 GB are written to a second file."""
     try:
-        with _quiet():
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports packages that it does not need
+        with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
                 network,
                 (window,),
@@ -198,17 +199,3 @@ def _difference(network: nn.Module, window: Tensor, file: Path) -> float:
     if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise RuntimeError(f"{file.name} differs from the network by {difference:.3g} in a logit")
     return difference
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the exporter's messages on packages that are not installed and on its own methods."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

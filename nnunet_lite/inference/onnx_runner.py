@@ -33,7 +33,7 @@ from nnunet_lite.inference.windows import (
     tile,
 )
 from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.preprocessing.pipeline import preprocess, require_finite, restore_segmentation
+from nnunet_lite.preprocessing.pipeline import preprocess_image, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
 
 FORMAT = "nnlite-onnx-1"
@@ -93,7 +93,7 @@ class OnnxPredictor:
 
     def _segment(self, image: Image) -> np.ndarray:
         classes = None if self.previous is None else as_classes(self.previous._segment(image), self.plan.labels)
-        preprocessed = preprocess(image, classes, self.plan, self.configuration)
+        preprocessed = preprocess_image(image, classes, self.plan, self.configuration)
         logits = self.logits(preprocessed.image, preprocessed.classes)
         return restore_segmentation(logits, preprocessed.placement, self.plan.labels, self.configuration.resampling)
 
@@ -184,6 +184,7 @@ def load_onnx(
     names = tuple(about["folds"] if folds is None else map(str, folds))
     if missing := [fold for fold in names if fold not in about["folds"]]:
         raise UserError(f"has no fold {', '.join(missing)}", folder, f"Its folds are: {', '.join(about['folds'])}.")
+    swap = about["sides"]
     is_second = plan.configuration(about["configuration"]).previous_stage is not None
     return OnnxPredictor(
         plan=plan,
@@ -192,16 +193,9 @@ def load_onnx(
         sessions=tuple(start_session(folder / f"fold_{fold}.onnx", providers) for fold in names),
         step_size=about["step_size"],
         mirror_axes=tuple(about["mirror_axes"]),
-        swap=_read_swap(about["sides"]),
+        swap=swap and LabelSwap(swap["axis"], *(v and tuple(v) for v in (swap["channels"], swap["classes"]))),
         previous=load_onnx(folder / PREVIOUS, None, providers) if is_second else None,
     )
-
-
-def _read_swap(value: dict[str, Any] | None) -> LabelSwap | None:
-    if value is None:
-        return None
-    classes = value["classes"]
-    return LabelSwap(value["axis"], tuple(value["channels"]), None if classes is None else tuple(classes))
 
 
 def start_session(file: Path, providers: Sequence[str] = _ON_CPU) -> Any:

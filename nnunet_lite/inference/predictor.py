@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,14 +31,14 @@ from nnunet_lite.models.bundle import require_final, unpacked
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.folder import MODEL, is_finished, other_folds, trained_folds
 from nnunet_lite.models.lookup import Checkpoint, default_folds, find_model, is_nnunet, nnunet_folds, read_model
-from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet, read_nnunet_fold
+from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of
-from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess
+from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB, free_memory, in_units
 from nnunet_lite.workspace import is_model_of, workspace_folder
@@ -230,7 +230,10 @@ def _load_model(
         previous=previous,
         swap=label_swap(plan, run["configuration"], augmentation),
     )
-    return replace(predictor, arithmetic=_choose_arithmetic(predictor, header))
+    predictor = replace(predictor, arithmetic=_choose_arithmetic(predictor, header))
+    if not predictor.settings.compile:
+        return predictor
+    return replace(predictor, networks=tuple(cast(nn.Module, torch.compile(network)) for network in networks.values()))
 
 
 class _Trained(NamedTuple):
@@ -296,31 +299,6 @@ def _first_stage(folder: Path, plan: Plan, run: dict[str, Any], checkpoint: Chec
     if (about["configuration"], found.labels) != (stage, plan.labels):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
     return first
-
-
-def read_common_plan(
-    models: Sequence[Path], folds: Sequence[str] | None = None, checkpoint: Checkpoint = "final"
-) -> tuple[Plan, list[str]]:
-    """Read the plan of models that vote together, and the folds that predict, without their networks.
-
-    Raises
-    ------
-    UserError
-        There is no model, or the models cannot vote together.
-    """
-    plans = []
-    for path in models:
-        with unpacked(path) as folder:
-            require_final(path, folder, checkpoint)
-            if is_nnunet(folder):
-                files = nnunet_checkpoints(folder, folds, checkpoint)
-                names = default_folds(file.parent.name.removeprefix("fold_") for file in files)
-                plans.append((read_nnunet_fold(files[0]).plan, list(folds or names)))
-            else:
-                plans.append((read_model(folder)[0], list(folds or trained_folds(folder))))
-    for path, (plan, _) in zip(models[1:], plans[1:], strict=True):
-        _check_vote(plans[0][0], plan, models[0], path)
-    return plans[0]
 
 
 def _check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
@@ -414,7 +392,7 @@ def prepare_image(predictor: Predictor, image: Image) -> NetworkInput:
     """
     check_image(image, predictor.plan)
     first = predictor.previous or predictor
-    preprocessed = preprocess(image, None, first.plan, first.configuration)
+    preprocessed = preprocess_image(image, None, first.plan, first.configuration)
     needed = predictor.previous or predictor.partners
     return NetworkInput(preprocessed, first.plan, first.configuration, image if needed else None)
 
@@ -480,10 +458,10 @@ def _tasks(
     preprocessed = given.preprocessed
     if predictor.previous is not None and given.image is not None:
         classes = as_classes(segment(predictor.previous, given), predictor.plan.labels)
-        preprocessed = preprocess(given.image, classes, predictor.plan, predictor.configuration)
+        preprocessed = preprocess_image(given.image, classes, predictor.plan, predictor.configuration)
         previous = preprocessed.classes
     elif given.image is not None and (given.plan, given.configuration) != (predictor.plan, predictor.configuration):
-        preprocessed = preprocess(given.image, None, predictor.plan, predictor.configuration)
+        preprocessed = preprocess_image(given.image, None, predictor.plan, predictor.configuration)
     image = _stack(preprocessed.image, previous)
     folds = [(network,) for network in predictor.networks] if by_fold else [predictor.networks]
     windows = [_sliding_window(replace(predictor, networks=networks), previous is not None) for networks in folds]

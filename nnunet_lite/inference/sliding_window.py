@@ -16,8 +16,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from threading import Lock
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -149,14 +147,13 @@ def build_sliding_window(
     half : bool
         Sum logits in float16, as in `SlidingWindow`.
     compiled : bool
-        Use torch.compile, once for each network and what it returns.
+        Whether torch.compile made the networks; then one thread calls them.
     """
     patch, flat = configuration.patch_size, configuration.dimensions == 2
     flips = tuple(mirrorings([axis + flat for axis in mirror_axes]))
     unets = [network for network in networks if isinstance(network, UNet)]
     head = None if whole or len(unets) < len(networks) else _head(unets, n_logits, flips, swap)
     bodies: Sequence[nn.Module] = networks if head is None else [_without_head(network) for network in unets]
-    calls = [_compile(network, body) for network, body in zip(networks, bodies, strict=True)] if compiled else bodies
 
     @torch.inference_mode()
     def forward(x: Tensor) -> Tensor:
@@ -164,7 +161,7 @@ def build_sliding_window(
             x = torch.cat([x[:, :-1], one_hot(x[:, -1], n_previous).to(x.dtype)], 1)
         x = arithmetic.arrange(x)
         with arithmetic.autocast(device):
-            outputs = [network(x).float() for network in calls]
+            outputs = [network(x).float() for network in bodies]
         if len(outputs) == 1:
             return outputs[0]
         return torch.cat(outputs, 1) if head is not None else torch.stack(outputs).mean(0)
@@ -253,19 +250,6 @@ def _without_head(network: UNet) -> UNet:
     body = copy.copy(network)
     body._modules = {**network._modules, "heads": nn.ModuleList([*network.heads[:-1], nn.Identity()])}
     return body
-
-
-_compiled: WeakKeyDictionary[nn.Module, dict[bool, Function]] = WeakKeyDictionary()
-_compile_lock = Lock()
-
-
-def _compile(network: nn.Module, body: nn.Module) -> Function:
-    """Compile `body`, which is `network` or what `_without_head` makes of it, once for all images."""
-    with _compile_lock:
-        functions = _compiled.setdefault(network, {})
-        if (whole := body is network) not in functions:
-            functions[whole] = torch.compile(copy.copy(body) if whole else body)  # a copy, or it is never freed
-        return functions[whole]
 
 
 def predict_logits(window: SlidingWindow, image: np.ndarray, step: float = 0.5) -> Tensor:

@@ -46,7 +46,6 @@ _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
 _RATIO = 100  # weights shrink by a tenth; a file that grows by more than this factor is meant to fill the disk
 _CHUNK = 2**20
 _LONGEST_NAME = 80
-_GENERIC_NAMES = ("model", "models")  # names of folders and zips that say nothing about the model
 _JSONS = ("plans.json", "dataset.json", "run.json")
 _FOLD = re.compile(r"fold_(all|\d+)")
 # the entries of dataset.json that are packed; nnU-Net's may list the cases and their files
@@ -94,11 +93,6 @@ class Manifest(BaseModel):
     licence: str | None = None
     training_data: str | None = None
     files: dict[str, PackedFile]
-
-    def name_for(self, file: Path) -> str:
-        """Choose the name of the model in a zip file: its old name, or the file's, unless they are generic."""
-        of_kind = f"{self.about.get('configuration')}-{self.about.get('recipe')}"
-        return next(name for name in (self.models[0], file.stem, of_kind) if name.lower() not in _GENERIC_NAMES)
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -276,7 +270,7 @@ def read_manifest(file: Path) -> Manifest:
         return manifest
 
 
-def unpack(file: Path, out: Path, *, replace: bool = False, limit: int = LIMIT) -> Path:
+def unpack(file: Path, out: Path, *, replace: bool = False) -> Path:
     """Write the model folder in a zip. The first stage of a cascade is written next to it under its own name.
 
     Parameters
@@ -287,8 +281,6 @@ def unpack(file: Path, out: Path, *, replace: bool = False, limit: int = LIMIT) 
         The new model folder.
     replace : bool
         Set existing models aside instead of refusing; nothing is deleted.
-    limit : int
-        Refuse a model of more bytes.
 
     Returns
     -------
@@ -299,12 +291,12 @@ def unpack(file: Path, out: Path, *, replace: bool = False, limit: int = LIMIT) 
     ------
     UserError
         The file is no zip of a model, damaged, or of a newer nnlite; it contains other files than its manifest lists,
-        links, or paths out of the folder; it is larger than `limit` or than the disk allows; the model names code; or
+        links, or paths out of the folder; it is too large for nnlite or for the disk; the model names code; or
         a model exists already.
     """
     out = out.absolute()
     with _open(file) as (archive, manifest):
-        _check_size(manifest, file, out, limit)
+        _check_size(manifest, file, out)
         targets = _targets(manifest, out, replace)
         with scratch(out.parent) as temporary:
             with must_fit(out, temporary, sum(expected.size for expected in manifest.files.values())):
@@ -351,8 +343,6 @@ def _check_entry(info: ZipInfo, file: Path) -> None:
         raise UserError(f"contains {info.orig_filename!r:.80}, a path out of its folder; nothing was unpacked", file)
     if info.is_dir() or stat.S_IFMT(kind) not in (0, stat.S_IFREG) or info.flag_bits & 1:
         raise UserError(f"contains {name!r:.80}, a folder, a link or encrypted; nothing was unpacked", file)
-    if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
-        raise UserError(f"contains {name!r:.80}, compressed in another way than nnlite does", file)
 
 
 def _read_manifest(archive: ZipFile, file: Path) -> Manifest:
@@ -403,7 +393,7 @@ def _check_files(archive: ZipFile, manifest: Manifest, file: Path) -> None:
             raise UserError(f"{path} has {size} bytes, {expected.size} in its {MANIFEST}", file)
 
 
-def _check_size(manifest: Manifest, file: Path, out: Path, limit: int) -> None:
+def _check_size(manifest: Manifest, file: Path, out: Path) -> None:
     """Refuse more bytes than are allowed, than the disk has free, or than a file of this size can contain."""
     sizes = {path: expected.size for path, expected in manifest.files.items()}
     total, packed = sum(sizes.values()), file.stat().st_size
@@ -412,8 +402,8 @@ def _check_size(manifest: Manifest, file: Path, out: Path, limit: int) -> None:
         raise UserError(f"{big[0]} has {sizes[big[0]]} bytes, which is too large", file)
     if total > _RATIO * packed:
         raise UserError(f"would unpack {packed} bytes to {total}, as no model does", file, "Do not trust this file.")
-    if total > limit:
-        raise UserError(f"would unpack to {in_units(total)}, {in_units(limit)} are allowed", file)
+    if total > LIMIT:
+        raise UserError(f"would unpack to {in_units(total)}, {in_units(LIMIT)} are allowed", file)
     if total > (free := shutil.disk_usage(parent).free):
         raise UserError(f"would unpack to {in_units(total)}, {in_units(free)} are free in {parent}", file)
 
@@ -436,28 +426,15 @@ def _check_model(folder: Path, stages: Sequence[str], file: Path) -> None:
 
 
 def _targets(manifest: Manifest, out: Path, replace: bool) -> dict[str, Path]:
-    """Return the new folder of each model; a first stage that exists already and is the same one is left out."""
+    """Return the new folder of each model."""
     model, *stages = manifest.models
     if out.name in stages:
         raise UserError("is the name of the model's first stage, which needs this folder", out, "Choose another.")
-    first = {name: out.with_name(name) for name in stages}
-    targets = {model: out, **{name: folder for name, folder in first.items() if not _is_same(folder, manifest)}}
+    targets = {model: out, **{name: out.with_name(name) for name in stages}}
     taken = [folder for folder in targets.values() if folder.exists() and not _is_empty(folder)]
     if taken and not replace:
         raise UserError("exists already", taken[0], "Choose another --output, or move it away.")
     return targets
-
-
-def _is_same(folder: Path, manifest: Manifest) -> bool:
-    """Whether a folder contains the model of a manifest that has its name."""
-    prefix = f"{folder.name}/"
-    files = {path.removeprefix(prefix): file for path, file in manifest.files.items() if path.startswith(prefix)}
-    return all((folder / path).is_file() and _hash(folder / path) == expected for path, expected in files.items())
-
-
-def _hash(file: Path) -> PackedFile:
-    with file.open("rb") as content:
-        return PackedFile(sha256=hashlib.file_digest(content, "sha256").hexdigest(), size=file.stat().st_size)
 
 
 def _is_empty(folder: Path) -> bool:
