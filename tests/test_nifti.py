@@ -127,9 +127,6 @@ def test_voxels_are_those_of_nibabel(tmp_path: Path, order: str, kind: str, shap
     [
         {"shape": (3, 4)},
         {"shape": (3, 4, 5, 1, 2)},
-        {"slope": 2},
-        {"slope": 1, "inter": -1024},
-        {"slope": np.nan},
         {"magic": b"ni1\0"},
         {"units": 3},
         {"qform": 0},
@@ -138,6 +135,12 @@ def test_voxels_are_those_of_nibabel(tmp_path: Path, order: str, kind: str, shap
 def test_what_is_not_plain_is_left_to_others(tmp_path: Path, fields: dict[str, Any]) -> None:
     write(tmp_path / "a.nii", **{"qform": 1} | fields)
     assert read_nifti_header(tmp_path / "a.nii") is None
+
+
+@pytest.mark.parametrize("fields", [{"slope": 2}, {"slope": 1, "inter": -1024}, {"slope": np.nan}])
+def test_scaled_voxels_are_left_to_nibabel(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write(tmp_path / "a.nii", qform=1, **fields)
+    assert read_nifti(tmp_path / "a.nii") is None and read_nifti_header(tmp_path / "a.nii") == itk(tmp_path / "a.nii")
 
 
 def test_oblique_files_with_two_forms_have_the_geometry_of_itk(tmp_path: Path) -> None:
