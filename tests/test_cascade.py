@@ -20,8 +20,8 @@ from nnunet_lite.training.cascade import (
     OPERATIONS,
     CascadeDraw,
     append_previous,
+    dilate,
     draw_cascade,
-    grown,
 )
 from nnunet_lite.training.splits import Split
 from nnunet_lite.workspace import Paths
@@ -60,7 +60,7 @@ def test_growing_is_dilation_by_a_ball(blobs: np.ndarray, radius: int, cut: tupl
     mask = blobs[10:30, 15:40, 5:25] == 1  # touches the rim
     mask = mask[5:6] if cut else mask  # two-dimensional patches are one voxel thick
     assert mask.any() and not mask.all()
-    np.testing.assert_array_equal(grown(torch.from_numpy(mask), radius).numpy(), ball_dilation(mask, radius))
+    np.testing.assert_array_equal(dilate(torch.from_numpy(mask), radius).numpy(), ball_dilation(mask, radius))
 
 
 def test_operations_are_those_of_mathematical_morphology(blobs: np.ndarray) -> None:

@@ -13,7 +13,7 @@ import pytest
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.grouping import find_patients, make_strata, read_column, read_groups, stratify_by_labels
+from nnunet_lite.training.grouping import make_strata, read_column, read_groups, stratify_by_labels
 
 PAIRS = ["pat01_a", "pat01_b", "pat02_a", "pat02_b", "pat03_a"]
 
@@ -82,50 +82,6 @@ def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_bytes("pat01_a,Müller".encode("latin-1"))
     with pytest.raises(UserError, match=r"groups\.csv: is not UTF-8 text \(byte 9\)"):
         read_column(tmp_path / "groups.csv", PAIRS, "group")
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [
-        [f"hippocampus_{i:03}" for i in range(1, 394, 3)],
-        [f"liver_{i}" for i in range(131)],
-        [str(i) for i in range(40)],
-        [f"{organ}_{i:03}" for organ in ("lung", "prostate", "la") for i in range(20)],
-        [f"BraTS20_Training_{i:03}" for i in range(369)],
-        [f"BraTS2021_{i:05}" for i in range(1251)],
-        [f"BraTS-GLI-{i:05}-000" for i in range(300)],
-        [f"Brats18_TCIA{site:02}_{13 * site + i}_1" for site in range(1, 9) for i in range(12)]
-        + [f"Brats18_CBICA_A{a}{b}_1" for a in "ABCD" for b in "EFGH"],
-        [f"site{site}_{i:03}" for site in range(5) for i in range(30)],
-        [f"FLARE{year}_Tr_{i:04}" for year in (22, 23) for i in range(50)],
-        [f"1.3.6.1.4.1.14519.5.2.1.6001.{i * 7919**3}" for i in range(1, 60)],
-    ],
-    ids=lambda ids: ids[0],
-)
-def test_names_of_data_sets_that_do_not_look_grouped(ids: list[str]) -> None:
-    assert find_patients(ids) is None
-
-
-@pytest.mark.parametrize(
-    ("ids", "n_groups"),
-    [
-        (PAIRS, 3),
-        ([f"patient_{i:03}_t{t}" for i in range(10) for t in (1, 2)], 10),
-        ([f"{i}_{side}" for i in range(12) for side in ("left", "right")], 12),
-        ([f"{i}{side}" for i in range(12) for side in "LR"], 12),
-        ([f"patient{i:03}_frame{t:02}" for i in range(50) for t in (1, 7 + i % 9)], 50),
-        ([f"sub-{i:02}_ses-{s:02}" for i in range(10) for s in (1, 2)], 10),
-        ([f"BraTS-GLI-{i:05}-{t:03}" for i in range(30) for t in range(1 + i % 2)], 30),
-        ([f"pat{i:02}_slice_{z:03}" for i in range(8) for z in range(60)], 8),
-        ([f"site{s}_pat{i:02}_{x}" for s in range(3) for i in range(12) for x in "ab"], 36),
-        ([*(f"pat{i:02}" for i in range(8)), "pat03_again"], 8),
-        (["anna", *PAIRS], 4),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_names_that_look_grouped(ids: list[str], n_groups: int) -> None:
-    pattern = find_patients(ids)
-    assert pattern is not None and len(set(read_groups(ids, pattern).values())) == n_groups
 
 
 def test_strata_are_label_sets_and_volumes() -> None:

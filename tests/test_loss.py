@@ -58,13 +58,6 @@ def test_soft_dice_equals_a_one_hot_reference(batch_dice: bool) -> None:
     torch.testing.assert_close(segmentation_loss(logits, classes, DICE, batch_dice=batch_dice), expected)
 
 
-def test_batch_dice_differs_from_dice_of_samples() -> None:
-    logits, classes = example()
-    classes[0] = 0
-    one, other = (segmentation_loss(logits, classes, DICE, batch_dice=b) for b in (False, True))
-    assert abs(one - other) > 1e-3
-
-
 def test_cross_entropy_is_torchs_and_weights_scale_the_terms() -> None:
     logits, classes = example()
     ce = segmentation_loss(logits, classes, CE, batch_dice=False)
@@ -72,12 +65,6 @@ def test_cross_entropy_is_torchs_and_weights_scale_the_terms() -> None:
     dice = -segmentation_loss(logits, classes, DICE, batch_dice=False)
     both = segmentation_loss(logits, classes, LossSettings(cross_entropy=2, dice=3), batch_dice=False)
     torch.testing.assert_close(both, 2 * ce - 3 * dice)
-
-
-def test_a_perfect_prediction_has_dice_one() -> None:
-    _, classes = example()
-    logits = 100 * F.one_hot(classes, 4).movedim(-1, 1).float()
-    assert segmentation_loss(logits, classes, BOTH, batch_dice=True) == pytest.approx(-1, abs=1e-5)
 
 
 def test_a_class_that_is_neither_there_nor_predicted_has_dice_one() -> None:
@@ -171,18 +158,6 @@ def test_gradients_of_bf16_logits_are_finite(scale: float) -> None:
     assert low.grad is not None
     assert torch.isfinite(low.grad).all()
     assert low.grad.abs().sum() > 0
-
-
-def test_gradient_equals_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(2, 3, 3, 3, generator=generator)
-    classes = torch.randint(0, 3, (2, 3, 3), generator=generator)
-    at = logits.clone().requires_grad_()
-    segmentation_loss(at, classes, BOTH, batch_dice=False).backward()
-    step = torch.randn(logits.shape, generator=generator)
-    up, down = (segmentation_loss(logits + e * step, classes, BOTH, batch_dice=False) for e in (1e-2, -1e-2))
-    assert at.grad is not None
-    assert float((up - down) / 2e-2) == pytest.approx(float((at.grad * step).sum()), rel=1e-2)
 
 
 @pytest.mark.parametrize("regions", [None, REGIONS])

@@ -106,15 +106,6 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
     assert sum("pat00_0" in fold.validation for fold in divide(list(groups), 5, None, rare)) == 1
 
 
-def test_groups_and_strata_together_are_as_even_as_possible() -> None:
-    """Of 6 patients with two scans each, one small and one large: two patients to each of three folds."""
-    groups = patients([2] * 6)
-    strata = {case: f"volume {1 + int(case[3:5]) // 3 + 2 * int(case[-1])}" for case in groups}
-    folds = divide(list(groups), 3, groups, strata)
-    assert [len(fold.validation) for fold in folds] == [4, 4, 4]
-    assert [len({strata[case] for case in fold.validation}) for fold in folds] == [4, 4, 4]
-
-
 @pytest.mark.parametrize(
     ("groups", "n_folds", "message"),
     [
@@ -300,20 +291,6 @@ def test_new_cases_are_noticed_where_options_are_given(splits: Path) -> None:
     assert len(read_splits(splits, dataset_of(IDS))) == 5
     with pytest.raises(UserError, match="holds 5 folds of 10 cases, not of the 12 that the dataset has"):
         read_splits(splits, dataset_of(IDS), FoldRule(5))
-
-
-def test_names_that_look_grouped_are_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    two_scans = dataset_of(list(patients([2] * 8)))
-    read_splits(tmp_path / "splits.json", two_scans)
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
-    assert lines == [
-        "warning: pat00_0 and pat00_1 look like images of one patient, whom folds may have on both sides; "
-        r"--group-by '^\D*\d+' makes 8 groups of the 16 cases"
-    ]
-    read_splits(tmp_path / "splits.json", two_scans)
-    read_splits(tmp_path / "grouped.json", two_scans, FoldRule(group_by=r"pat\d+"))
-    read_splits(tmp_path / "real.json", dataset_of([f"hippocampus_{i:03}" for i in range(30)]))
-    assert "warning" not in capfd.readouterr().err
 
 
 def test_plan_keeps_folds_that_models_are_trained_on(splits: Path) -> None:

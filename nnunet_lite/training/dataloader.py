@@ -72,7 +72,7 @@ class Location:
 
 @dataclass(frozen=True)
 class BatchDraw:
-    """The random parameters of some samples; None stands for a step that is left out.
+    """The random parameters of some samples; a step whose parameters are None is left out.
 
     Parameters
     ----------

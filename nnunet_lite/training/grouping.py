@@ -25,7 +25,6 @@ from nnunet_lite.system import cpus
 
 _READERS = 4  # label maps in memory at the same time
 _VOLUME_PARTS = 4  # strata by volume, at most
-_PATIENT = re.compile(r"(?i)(?:^|[^a-z])(?:p|pt|pat|patient|sub|subj|subject|case|person|vol|volume)[-_ ]?\d+$")
 
 
 def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
@@ -101,41 +100,6 @@ def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str
 
 def name_cases(case_ids: Sequence[str]) -> str:
     return f"{'case' if len(case_ids) == 1 else 'cases'} {few(case_ids)}"
-
-
-def warn_of_patients(case_ids: Sequence[str]) -> None:
-    """Warn where the names of cases look as if several were images of one patient."""
-    if (pattern := find_patients(case_ids)) is None:
-        return
-    groups = read_groups(sorted(case_ids), pattern)
-    shared = next(name for name, n in Counter(groups.values()).items() if n > 1)
-    first, second, *_ = (case_id for case_id, group in groups.items() if group == shared)
-    log.warn(
-        f"{first} and {second} look like images of one patient, whom folds may have on both sides; "
-        f"--group-by '{pattern}' makes {len(set(groups.values()))} groups of the {len(case_ids)} cases"
-    )
-
-
-def find_patients(case_ids: Sequence[str]) -> str | None:
-    """Return a regular expression for `--group-by` where names show that cases share patients; otherwise None.
-
-    A name is cut after its first, second or third number. The part before the cut is a patient if several names share
-    it, and the part after it repeats from patient to patient (pat01_a, pat01_b, pat02_a), which running numbers do not
-    (site1_001, site1_002, site2_003); or if a word says so (pat, sub, case).
-    """
-    for numbers in (1, 2, 3):
-        pattern = "^" + r"\D*\d+" * numbers
-        if not all(re.match(pattern, case_id) for case_id in case_ids):
-            pattern += "|.+"
-        groups = read_groups(case_ids, pattern)
-        shared = [name for name, n in Counter(groups.values()).items() if n > 1]
-        endings = [case_id.removeprefix(group) for case_id, group in groups.items() if case_id != group]
-        if not shared or len(set(groups.values())) < 2:
-            continue
-        n_cut = len({group for case_id, group in groups.items() if case_id != group})
-        if len(set(endings)) <= n_cut or any(_PATIENT.search(name) for name in shared):
-            return pattern
-    return None
 
 
 def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 Dice: Drozdzal et al. 2016 (arXiv:1608.04117) in the form of nnU-Net: mean over the foreground channels of
 (2 tp + s) / (sum p + sum y + s), s = 1e-5, over each sample, or over the whole batch (`batch_dice`). Top-k: Wu et al.
-2016 (arXiv:1605.06885). All terms work on class indices: no one-hot copy of the target is made.
+2016 (arXiv:1605.06885). All terms work on class indices, without a one-hot copy of the target.
 
-Every sum that enters a ratio goes through `reduce`. Where it sums over the ranks of a data-parallel run
-(`distributed.sum_over_ranks`), each rank has the loss of the whole batch, however unequally it is split.
+Every sum that enters a ratio goes through `reduce`. Where that sums over the ranks of a data-parallel run
+(`distributed.sum_over_ranks`), each rank has the loss of the whole batch, even if it is split unequally. Read
+`segmentation_loss` first; to add a term, add its weight to `LossSettings` and the term there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Regions = tuple[tuple[int, ...], ...]
 
 
 def alone(sums: Tensor) -> Tensor:
-    """The `reduce` of a single process: its sums are those of the whole batch."""
+    """Return the sums of a single process: they are those of the whole batch."""
     return sums
 
 
@@ -38,7 +39,8 @@ def check_weights(settings: LossSettings, labels: Labels) -> None:
 
     Raises
     ------
-    UserError : not one weight per class (background first) or region, or none left for the Dice term.
+    UserError
+        Not one weight per class (background first) or region, or none left for the Dice term.
     """
     weights = settings.class_weights
     if weights is None:
@@ -49,16 +51,8 @@ def check_weights(settings: LossSettings, labels: Labels) -> None:
         what = f"loss.class_weights has {len(weights)} numbers for {len(names)} {kind}"
         raise UserError(what, fix=f"Give one for each of: {', '.join(names)}.")
     if settings.dice and not labels.has_regions and not any(weights[1:]):
-        what = "loss.class_weights leaves the Dice term without a class, for it has none of the background"
+        what = "loss.class_weights leaves the Dice term without a class, since it ignores the background"
         raise UserError(what, fix="Give a foreground class a weight, or set loss.dice to 0.")
-
-
-def deep_supervision_weights(n_outputs: int) -> list[float]:
-    """1, 1/2, 1/4 ... normalised, the coarsest output left out."""
-    weights = [0.5**i for i in range(n_outputs)]
-    if n_outputs > 1:
-        weights[-1] = 0.0
-    return [w / sum(weights) for w in weights]
 
 
 def deep_supervision_loss(
@@ -69,13 +63,27 @@ def deep_supervision_loss(
     settings: LossSettings,
     reduce: Reduce = alone,
 ) -> Tensor:
-    """Weighted sum of the losses of all outputs of a network, finest first; classes: (batch, *patch)."""
+    """Return the weighted sum of the losses of all outputs of a network.
+
+    Parameters
+    ----------
+    outputs : Tensor or list of Tensor
+        Logits (batch, channels, *patch), finest first.
+    classes : Tensor, shape (batch, *patch)
+        Class indices.
+    plan, configuration : Plan, str
+        Labels and batch Dice.
+    settings : LossSettings
+        Weights of the terms.
+    reduce : callable
+        Sums over ranks, see the module.
+    """
     outputs = outputs if isinstance(outputs, list) else [outputs]
     labels = plan.labels
     total = outputs[0].new_zeros((), dtype=torch.float32)
-    for output, share in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
-        if share:
-            total = total + share * segmentation_loss(
+    for output, weight in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
+        if weight:
+            total = total + weight * segmentation_loss(
                 output,
                 downsample_classes(classes, output.shape[2:]),
                 settings,
@@ -85,6 +93,14 @@ def deep_supervision_loss(
                 reduce=reduce,
             )
     return total
+
+
+def deep_supervision_weights(n_outputs: int) -> list[float]:
+    """Return 1, 1/2, 1/4 ... normalized, without the coarsest output."""
+    weights = [0.5**i for i in range(n_outputs)]
+    if n_outputs > 1:
+        weights[-1] = 0.0
+    return [w / sum(weights) for w in weights]
 
 
 def segmentation_loss(
@@ -97,109 +113,87 @@ def segmentation_loss(
     regions: Regions | None = None,
     reduce: Reduce = alone,
 ) -> Tensor:
-    """The weighted terms of one output: CE + top-k + BCE - Dice.
+    """Return the weighted terms of one output: CE + top-k + BCE - Dice.
 
     Parameters
     ----------
-    logits : (batch, channels, *patch).
-    classes : (batch, *patch) class indices; `ignore_class` marks voxels that are not annotated.
-    regions : the classes that make up each output channel, for region-based training: sigmoid instead of softmax, and
-        binary cross-entropy instead of cross-entropy.
-    reduce : sums a tensor over all processes that hold a part of the batch, with gradient.
+    logits : Tensor, shape (batch, channels, *patch)
+        Output of the network.
+    classes : Tensor, shape (batch, *patch)
+        Class indices.
+    settings : LossSettings
+        Weights of the terms and of the classes.
+    batch_dice : bool
+        Whether Dice is that of the whole batch, not the mean over samples.
+    ignore_class : int, optional
+        Marks voxels that are not annotated.
+    regions : tuple of tuple of int, optional
+        Classes of each output channel, for region-based training: sigmoid instead of softmax, and binary cross-entropy
+        instead of cross-entropy.
+    reduce : callable
+        Sums a tensor over all processes that hold a part of the batch, with gradient.
     """
     logits, classes = logits.float(), classes.long()
-    valid = None
-    if ignore_class is not None:
-        valid = classes != ignore_class
-        classes = torch.where(valid, classes, 0)
-    given = settings.class_weights
-    weights = None if given is None else _constant(given, logits.device)
-    of = _region_loss if regions is not None else _class_loss
-    return of(logits, classes, valid, weights, settings, batch_dice, regions or (), reduce)
-
-
-def _class_loss(
-    logits: Tensor,
-    classes: Tensor,
-    valid: Tensor | None,
-    weights: Tensor | None,
-    settings: LossSettings,
-    batch_dice: bool,
-    _: Regions,
-    reduce: Reduce,
-) -> Tensor:
-    """Of exclusive classes; all of `classes` are legal (0 where not valid)."""
-    log_probabilities = logits.log_softmax(1)
+    valid = None if ignore_class is None else classes != ignore_class
+    classes = classes if valid is None else torch.where(valid, classes, 0)
+    weights = None if settings.class_weights is None else _constant(settings.class_weights, logits.device)
+    ce, bce = settings.cross_entropy, settings.bce
+    if regions is None:
+        log_probabilities = logits.log_softmax(1)
+    else:  # overlapping regions are binary problems
+        target = _membership(regions, logits.device)[:, classes].transpose(0, 1)
+        ce, bce = ce + bce, 0.0
     loss = logits.new_zeros(())
-    if settings.cross_entropy or settings.top_k:
-        entropy = -log_probabilities.gather(1, classes[:, None])[:, 0]
-        of_class = torch.ones_like(entropy) if weights is None else weights[classes]
-        entropy, counted = entropy * of_class, of_class
-        if valid is not None:
-            entropy, counted = entropy * valid, of_class * valid
-        loss = loss + settings.cross_entropy * _ratio(
-            entropy.sum(dtype=torch.float64), counted.sum(dtype=torch.float64), reduce
-        )
+    if ce or settings.top_k:
+        if regions is None:
+            entropy = -log_probabilities.gather(1, classes[:, None])[:, 0]
+            factor = torch.ones_like(entropy) if weights is None else weights[classes]
+            annotated, n_counts = valid, 1
+        else:
+            entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            factor = torch.ones_like(entropy) * (1.0 if weights is None else _over_positions(weights, logits))
+            # nnU-Net divides by the voxels, not by voxels and regions, where a dataset has an ignore label
+            annotated, n_counts = (None, 1) if valid is None else (valid[:, None], len(regions))
+        entropy, counted = entropy * factor, factor
+        if annotated is not None:
+            entropy, counted = entropy * annotated, factor * annotated / n_counts
+        loss = loss + ce * _ratio(entropy.sum(dtype=torch.float64), counted.sum(dtype=torch.float64), reduce)
         if settings.top_k:
-            loss = loss + settings.top_k * _top_k(entropy, of_class, settings.top_k_share, reduce)
-    if settings.bce:
-        loss = loss + settings.bce * _binary_of_classes(logits, classes, valid, weights, reduce)
+            loss = loss + settings.top_k * _top_k(entropy, factor, settings.top_k_share, reduce)
+    if bce:
+        loss = loss + bce * _binary_of_classes(logits, classes, valid, weights, reduce)
     if settings.dice:
-        overlap, total = class_sums(log_probabilities.exp(), classes, valid)
-        loss = loss - settings.dice * _dice(overlap[:, 1:], total[:, 1:], _foreground(weights), batch_dice, reduce)
-    return loss
-
-
-def _region_loss(
-    logits: Tensor,
-    classes: Tensor,
-    valid: Tensor | None,
-    weights: Tensor | None,
-    settings: LossSettings,
-    batch_dice: bool,
-    regions: Regions,
-    reduce: Reduce,
-) -> Tensor:
-    """Of overlapping regions, each a binary problem."""
-    target = _membership(regions, logits.device)[:, classes].transpose(0, 1)
-    binary = settings.cross_entropy + settings.bce
-    loss = logits.new_zeros(())
-    if binary or settings.top_k:
-        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        of_region = torch.ones_like(entropy)
-        if weights is not None:
-            of_region = of_region * weights.reshape(1, -1, *(1 for _ in logits.shape[2:]))
-        entropy, counted = entropy * of_region, of_region
-        if valid is not None:
-            # nnU-Net divides by the voxels, not by voxels and regions, where a data set has an ignore label
-            entropy, counted = entropy * valid[:, None], of_region * valid[:, None] / len(regions)
-        loss = loss + binary * _ratio(entropy.sum(dtype=torch.float64), counted.sum(dtype=torch.float64), reduce)
-        if settings.top_k:
-            loss = loss + settings.top_k * _top_k(entropy, of_region, settings.top_k_share, reduce)
-    if settings.dice:
-        overlap, total = region_sums(logits.sigmoid(), target, valid)
+        if regions is None:
+            overlap, total = (sums[:, 1:] for sums in class_sums(log_probabilities.exp(), classes, valid))
+            weights = None if weights is None else weights[1:]
+        else:
+            overlap, total = region_sums(logits.sigmoid(), target, valid)
         loss = loss - settings.dice * _dice(overlap, total, weights, batch_dice, reduce)
     return loss
 
 
-def _foreground(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights[1:]
+def _over_positions(weights: Tensor, logits: Tensor) -> Tensor:
+    """Weights (channels,) so that they broadcast over (batch, channels, *patch)."""
+    return weights.reshape(1, -1, *(1 for _ in logits.shape[2:]))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, reduce: Reduce) -> Tensor:
-    """Quotient of two sums over the whole batch; 0 where nothing was counted."""
+    """Quotient of two sums over the whole batch; 0 where nothing counts."""
     above, below = reduce(torch.stack((numerator, denominator)))
     return (above / below.clamp_min(1e-8)).float()
 
 
 def class_sums(probabilities: Tensor, classes: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What Dice is made of, per sample and class: sum(p y) and sum(p) + sum(y), each (batch, classes) in float64.
+    """Return the sums of Dice per sample and class: sum(p y) and sum(p) + sum(y), each (batch, classes) in float64.
 
     Parameters
     ----------
-    probabilities : (batch, classes, *patch).
-    classes : (batch, *patch) class indices, all of them legal.
-    valid : (batch, *patch) True where the voxel counts; None: everywhere.
+    probabilities : Tensor, shape (batch, classes, *patch)
+        Softmax of the logits.
+    classes : Tensor, shape (batch, *patch)
+        Class indices, all of them legal.
+    valid : Tensor, shape (batch, *patch), optional
+        True where the voxel counts; None for everywhere.
     """
     p, y = probabilities.flatten(2), classes.flatten(1)
     at_y = p.gather(1, y[:, None])[:, 0]
@@ -215,7 +209,7 @@ def class_sums(probabilities: Tensor, classes: Tensor, valid: Tensor | None = No
 
 
 def region_sums(probabilities: Tensor, target: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same for overlapping regions; `target` is (batch, regions, *patch) of 0/1."""
+    """Return the sums of Dice for overlapping regions; `target` is (batch, regions, *patch) of 0 and 1."""
     p, y = probabilities.flatten(2), target.flatten(2)
     if valid is not None:
         ones = valid.flatten(1)[:, None].to(p.dtype)
@@ -241,16 +235,16 @@ def _top_k(entropy: Tensor, weights: Tensor, share: float, reduce: Reduce) -> Te
     least = _kth_largest(values, k, reduce)
     above, equal = values > least, values == least
     n_above, n_equal = reduce(torch.stack((above.sum(), equal.sum())))
-    chosen = above + equal * ((k - n_above) / n_equal).float()  # what is equal shares the places that are left
+    chosen = above + equal * ((k - n_above) / n_equal).float()  # equal values share the remaining places
     return _ratio(
         (chosen * values).sum(dtype=torch.float64), (chosen * weights.flatten()).sum(dtype=torch.float64), reduce
     )
 
 
 def _kth_largest(values: Tensor, k: Tensor, reduce: Reduce) -> Tensor:
-    """The k-th largest of the values of all ranks, none of which is negative, without a gradient.
+    """The k-th largest of the non-negative values of all ranks, without a gradient.
 
-    The bit patterns of such floats are ordered as they are: the one looked for is found bit by bit, by counting.
+    The bit patterns of such floats have the order of the floats, so it is found bit by bit, by counting.
     """
     bits = values.detach().view(torch.int32)
     found = bits.new_zeros(())
@@ -265,7 +259,7 @@ def _binary_of_classes(
 ) -> Tensor:
     """Mean binary cross-entropy of each class against the rest: sum over classes of softplus(x) - x y."""
     of_class = logits.new_ones(logits.shape[1]) if weights is None else weights
-    every = of_class.reshape(1, -1, *(1 for _ in logits.shape[2:]))
+    every = _over_positions(of_class, logits)
     entropy = (F.softplus(logits) * every).sum(1) - logits.gather(1, classes[:, None])[:, 0] * of_class[classes]
     counted = torch.ones_like(entropy) if valid is None else valid.float()
     total = (entropy * counted).sum(dtype=torch.float64)
@@ -274,7 +268,7 @@ def _binary_of_classes(
 
 @lru_cache(maxsize=16)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A tensor made once: copying one to a GPU in every step would wait for it."""
+    """A tensor that is made once: copying one to a GPU in every step would wait for it."""
     return torch.tensor(values, device=device)
 
 
@@ -286,7 +280,7 @@ def _membership(regions: Regions, device: torch.device) -> Tensor:
 
 
 def downsample_classes(classes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Nearest-neighbour copy of (batch, *patch) class indices at the size of a deep-supervision output."""
+    """Return a nearest-neighbour copy of class indices (batch, *patch) at the size of a deep-supervision output."""
     if tuple(classes.shape[1:]) == tuple(shape):
         return classes
     return F.interpolate(classes[:, None].float(), size=tuple(shape), mode="nearest-exact")[:, 0].to(classes.dtype)
@@ -295,7 +289,7 @@ def downsample_classes(classes: Tensor, shape: Sequence[int]) -> Tensor:
 def pseudo_dice_counts(
     logits: Tensor, classes: Tensor, regions: Sequence[Sequence[int]] | None, ignore_class: int | None = None
 ) -> Tensor:
-    """Hard true positives, false positives and false negatives per scored channel: (3, foreground channels)."""
+    """Return true positives, false positives and false negatives of hard labels: (3, foreground channels)."""
     if regions is None:
         predicted = logits.argmax(1)
         channels = range(1, logits.shape[1])

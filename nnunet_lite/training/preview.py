@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from nnunet_lite.files import atomic
 from nnunet_lite.settings import with_changes
-from nnunet_lite.training.augmentation import is_in_plane
 from nnunet_lite.training.dataloader import BatchDraw, Location, build_batch, draw_batch
 from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.job import Job
@@ -26,8 +25,7 @@ def draw_preview(job: Job, path: Path, samples: int = 4, versions: int = 5) -> N
     """Draw patches around foreground voxels, as they are and augmented, to a PNG.
 
     Each row has one sample, first without augmentation, then with different draws: the middle slice of the first
-    channel with the outlines of the labels, under a title that names the transforms. Grey levels are those of the
-    original.
+    channel with the outlines of the labels. Grey levels are those of the original.
 
     Parameters
     ----------
@@ -54,10 +52,9 @@ def draw_preview(job: Job, path: Path, samples: int = 4, versions: int = 5) -> N
     grid = picture.subplots(samples, versions + 1, squeeze=False)
     for row, location in enumerate(original.locations):
         low, high = np.percentile(slices[0][0][row], (0.5, 99.5))
-        for column, (axes, draw, (images, classes)) in enumerate(zip(grid[row], draws, slices, strict=True)):
+        for axes, (images, classes) in zip(grid[row], slices, strict=True):
             _show(axes, job, images[row], classes[row], float(low), float(high))
-            title = describe_sample(job, draw, row) if column else [job.training[location.case].case_id]
-            axes.set_title("\n".join(title), fontsize=8)
+        grid[row][0].set_title(job.training[location.case].case_id, fontsize=8)
     labels = job.plan.labels
     names = [str(v) for v in labels.values[1:]] if labels.has_regions else list(labels.region_names)
     handles = [lines.Line2D([], [], color=c, label=name) for c, name in zip(_colours(job), names, strict=False)]
@@ -74,39 +71,6 @@ def _middle_slices(job: Job, draw: BatchDraw) -> tuple[np.ndarray, np.ndarray]:
     if job.dimensions == 3:
         image, classes = image[:, job.patch[0] // 2], classes[:, job.patch[0] // 2]
     return image.float().cpu().numpy(), classes.cpu().numpy()
-
-
-def describe_sample(job: Job, draw: BatchDraw, sample: int) -> list[str]:
-    """Return what augmentation does to a sample, in words; factors are those of the settings."""
-    if draw.flips is None:
-        return []
-    words = _describe_matrix(draw.locations[sample].matrix, is_in_plane(job.patch))
-    if draw.intensity:
-        for field in fields(draw.intensity):
-            value = np.ravel(getattr(draw.intensity, field.name)[sample])[0]
-            if field.name != "seed" and not np.isnan(value):
-                words.append(f"{field.name.replace('_', ' ')} {value:.2f}")
-    else:
-        words.append("batchgenerators")
-    mirrored = "".join(axis for axis, flip in zip("zyx", draw.flips[sample], strict=True) if flip)
-    words += [f"mirrored {mirrored}"] if mirrored else []
-    words += [entry["name"].removesuffix("Transform") for entry in job.settings.augmentation.extra]
-    return words or ["unchanged"]
-
-
-def _describe_matrix(matrix: np.ndarray | None, in_plane: bool) -> list[str]:
-    """The angle and the factor of a rotation and scaling."""
-    if matrix is None:
-        return []
-    words, turned = [], matrix[1:, 1:] if in_plane else matrix
-    factor = float(np.linalg.det(turned) ** (1 / len(turned)))
-    cosine = (np.trace(turned / factor) - (not in_plane)) / 2
-    angle = float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
-    if angle > 1e-3:
-        words.append(f"rotated {angle:.0f}°")
-    if abs(factor - 1) > 1e-6:
-        words.append(f"scaled {factor:.2f}")
-    return words
 
 
 def _show(axes: Axes, job: Job, image: np.ndarray, label: np.ndarray, low: float, high: float) -> None:

@@ -36,14 +36,12 @@ from nnunet_lite.training.grouping import (
     read_column,
     read_groups,
     stratify_by_labels,
-    warn_of_patients,
 )
 
 ALL = "all"  # the fold that trains on every case
 N_FOLDS = 5
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
 SEED = 12345  # nnU-Net's, so that folds can be compared
-_SHUFFLES = 20  # with groups and strata, the most even of so many divisions is taken
 _CASES = "cases.json"
 _SPLITS_FINAL = "splits_final.json"  # nnU-Net's
 
@@ -252,8 +250,6 @@ def make_splits(dataset: Dataset, rule: FoldRule = DEFAULT_RULE) -> tuple[list[S
         if left_out := sorted(set(ids) - _cases_of(sources.splits)):
             log.warn(f"{rule.splits}: no fold has {name_cases(left_out)}; only the fold `all` trains on them")
         return sources.splits, {"splits": str(rule.splits)}
-    if sources.groups is None:
-        warn_of_patients(ids)
     n_folds = rule.folds or N_FOLDS
     strata = stratify_by_labels(dataset, n_folds) if rule.stratify is True else sources.strata
     record = {
@@ -296,7 +292,7 @@ def divide(
     UserError
         There are fewer cases or groups than folds, or no stratum has a case for each fold.
     """
-    from sklearn.model_selection import KFold
+    from sklearn.model_selection import KFold, StratifiedGroupKFold  # slow to import
 
     ids = sorted(case_ids)
     _require_enough(ids, n_folds, groups)
@@ -305,19 +301,17 @@ def divide(
         return _hold_out(ids, [[ids[i] for i in held_out] for held_out in parts])
     group_of_case = [case_id if groups is None else groups[case_id] for case_id in ids]
     stratum_of_case = ["" if strata is None else strata[case_id] for case_id in ids]
-    totals = Counter(stratum_of_case)
-    if max(totals.values()) < n_folds:
+    if max(Counter(stratum_of_case).values()) < n_folds:
         raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
-
-    def imbalance(parts: list[list[int]]) -> tuple[int, float]:
-        """How much folds differ in their number of cases, then in their shares of each stratum."""
-        counts = [Counter(stratum_of_case[i] for i in held_out) for held_out in parts]
-        shares = sum(abs(count[name] - n / n_folds) for name, n in totals.items() for count in counts)
-        return max(map(len, parts)) - min(map(len, parts)), shares
-
-    n_shuffles = 1 if groups is None or strata is None else _SHUFFLES
-    candidates = [_shuffle(stratum_of_case, group_of_case, n_folds, SEED + i) for i in range(n_shuffles)]
-    return _hold_out(ids, [[ids[i] for i in held_out] for held_out in min(candidates, key=imbalance)])
+    # Where strata leave a choice, scikit-learn deals groups out in the order of their numbers. Numbers at random, the
+    # largest group first, balance best; scikit-learn's own shuffle differs between its versions.
+    sizes = Counter(group_of_case)
+    names = np.random.RandomState(SEED).permutation(sorted(sizes)).tolist()
+    number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
+        parts = StratifiedGroupKFold(n_folds).split(ids, stratum_of_case, [number[name] for name in group_of_case])
+        return _hold_out(ids, [[ids[i] for i in held_out] for _, held_out in parts])
 
 
 def _require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] | None) -> None:
@@ -327,23 +321,6 @@ def _require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] 
         fewer = f", or take --folds {n}" if n > 1 else ""
         fix = f"Train on every case: `nnlite train CONFIGURATION all`{fewer}."
         raise UserError(f"{plural(n, what)} cannot be split into {n_folds} folds", fix=fix)
-
-
-def _shuffle(strata: Sequence[str], groups: Sequence[str], n_folds: int, seed: int) -> list[list[int]]:
-    """Return the indices of the cases that each fold holds out.
-
-    Where strata leave a choice, scikit-learn deals groups out in the order of their numbers. They are numbered at
-    random, the largest first, which balances best; its own shuffle differs between its versions.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    sizes = Counter(groups)
-    names = np.random.RandomState(seed).permutation(sorted(sizes)).tolist()
-    number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
-        parts = StratifiedGroupKFold(n_folds).split(strata, strata, [number[name] for name in groups])
-        return [held_out.tolist() for _, held_out in parts]
 
 
 def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
@@ -357,12 +334,12 @@ def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Spli
 # ------------------------------------------------------------------------------------------------ files
 
 
-class _Entry(BaseModel):
+class _FoldEntry(BaseModel):
     train: list[str]
     val: list[str]
 
 
-_ENTRIES = TypeAdapter(Annotated[list[_Entry], Field(min_length=1)])
+_ENTRIES = TypeAdapter(Annotated[list[_FoldEntry], Field(min_length=1)])
 
 
 def load_splits(file: Path, ids: Collection[str] | None = None) -> list[Split]:
