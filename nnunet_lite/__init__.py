@@ -19,12 +19,10 @@ import nnunet_lite.system  # noqa: F401 - first: it handles signals during the o
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nnunet_lite.commands.check import check
     from nnunet_lite.commands.evaluate import evaluate
     from nnunet_lite.commands.export import export_model, import_model
-    from nnunet_lite.commands.plan import plan
+    from nnunet_lite.commands.plan import check, plan, preprocess
     from nnunet_lite.commands.predict import predict
-    from nnunet_lite.commands.preprocess import preprocess
     from nnunet_lite.commands.report import report
     from nnunet_lite.commands.run import run
     from nnunet_lite.commands.select import select
@@ -47,7 +45,10 @@ __all__ = [
     "train",
     "view",
 ]
-_ELSEWHERE = {"export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor"}
+_ELSEWHERE = {
+    "check": "commands.plan", "preprocess": "commands.plan",
+    "export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -26,10 +26,10 @@ from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: name, module and function in commands/, first line of the function's docstring
 COMMANDS = {
-    "check": ("check.check", "Report every problem of a dataset at once."),
+    "check": ("plan.check", "Report every problem of a dataset at once."),
     "plan": ("plan.plan", "Check a dataset, take its fingerprint and plan its networks; the options are kept for "
              "planning it again."),
-    "preprocess": ("preprocess.preprocess", "Crop, normalise and resample a planned dataset (train does it too where "
+    "preprocess": ("plan.preprocess", "Crop, normalise and resample a planned dataset (train does it too where "
                    "it is missing)."),
     "train": ("train.train", "Train a fold and score its held-out cases. The same command again resumes where it "
               "stopped."),
@@ -47,7 +47,7 @@ COMMANDS = {
                "code is run."),
     "export": ("export.export_model", "Pack a model into one file, or write it as a folder for nnU-Net v2 or for "
                "onnxruntime."),
-    "info": ("info.info", "Describe a model, how it was made and how well it scores; or a planned dataset and its "
+    "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset and its "
              "models."),
     "doctor": ("doctor.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems."),
     "cluster": ("cluster.cluster", "Start a Dask scheduler and workers; run, train, preprocess and predict take its "

@@ -6,7 +6,7 @@ usage: taskset -c 0,1 python scripts/ablation.py DATA --recipe cpu --minutes 3 -
 
 Trains the base recipe and each ablation of configs/ablations on top of it from the same seed, scores the held-out
 images whole, and prints Dice for each label and its change against the base in percent. What is trained stays in the
-workspace, so that the same command goes on after an interruption and another --only adds rows.
+workspace, so that the same command resumes after an interruption and another --only adds rows.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def main() -> None:
     dataset = o.data.resolve().name
     if not (o.workspace / dataset / "plans.json").is_file():
         nnunet_lite.plan(o.data, workspace=o.workspace)
-    told = dict(change.split("=", 1) for change in o.set)
-    common = {**budget(o.recipe, o.minutes, o.iterations), "training.seed": o.seed, **told}
+    overrides = dict(change.split("=", 1) for change in o.set)
+    common = {**budget(o.recipe, o.minutes, o.iterations), "training.seed": o.seed, **overrides}
     found: dict[str, Scores] = {}
     for name in (BASE, *o.only):
         trained = nnunet_lite.train(

@@ -1,4 +1,4 @@
-"""scripts/ablation.py: trains the base and an ablation, prints their table, and goes on where it stopped."""
+"""scripts/ablation.py: trains the base and an ablation, prints their table, and resumes where it stopped."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,9 @@ import pytest
 from PIL import Image
 
 import nnunet_lite
+from nnunet_lite import cli
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = (
-    "check", "plan", "preprocess", "train", "predict", "evaluate", "select", "report", "run", "view", "info", "doctor",
-)  # fmt: skip
 
 
 def one_line(err: str) -> str:
@@ -33,12 +32,12 @@ def test_help_lists_every_command(nnlite: Run, tmp_path: Path) -> None:
     code, out, err = nnlite("--help", cwd=tmp_path)
     assert (code, err) == (0, "")
     listed = out.partition("Commands:")[2].split("\n  ")
-    assert {line.split()[0] for line in listed if line[:1].strip()} >= set(COMMANDS)
+    assert {line.split()[0] for line in listed if line[:1].strip()} == set(cli.COMMANDS)
     assert nnlite(cwd=tmp_path) == (0, out, ""), "no argument at all asks for help"
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_every_command(nnlite: Run, tmp_path: Path, name: str) -> None:
     code, out, err = nnlite(name, "-h", cwd=tmp_path)
     assert (code, err) == (0, "") and out.startswith(f"Usage: nnlite {name} ")
@@ -57,6 +56,20 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = "import sys; from nnunet_lite import cli; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).split())
     assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "pydantic", "nnunet_lite.planning.schema"}
+
+
+def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> None:
+    code = "import sys, nnunet_lite.commands as c; from nnunet_lite.commands import doctor, evaluate, info, plan"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_summary_of_a_command_is_that_of_its_function(name: str) -> None:
+    """cli.py has a copy of it, because it imports the function only to run it."""
+    path, summary = cli.COMMANDS[name]
+    module, _, function = path.partition(".")
+    documented = getattr(import_module(f"nnunet_lite.commands.{module}"), function).__doc__
+    assert " ".join(documented.split("\n\n")[0].split()) == summary
 
 
 @pytest.mark.parametrize(

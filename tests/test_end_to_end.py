@@ -39,7 +39,7 @@ EXACT = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
-    """A person's folder: the data set (8 cases to train on) in ./data, and what is to be predicted in ./in."""
+    """A person's folder: the dataset (8 cases to train on) in ./data, and what is to be predicted in ./in."""
     home = tmp_path_factory.mktemp("home")
     first_cases(home / "data" / "Task04_Hippocampus", 8)
     (home / "in").mkdir()
@@ -156,7 +156,7 @@ def test_restart_moves_aside(trained: Path, command: Run) -> None:
 
 
 def test_ctrl_c_and_the_same_command_again(trained: Path) -> None:
-    """A training that is stopped after its first epochs goes on from its checkpoint, and its metrics have no gap."""
+    """A training that is stopped after its first epochs resumes from its checkpoint, and its metrics have no gap."""
     arguments = (*TRAIN_3D, "--name", "stopped", "--set", "training.epochs=12")
     command = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k != "NNLITE_WORKSPACE"} | {"OMP_NUM_THREADS": "1"}
@@ -178,7 +178,7 @@ def test_ctrl_c_and_the_same_command_again(trained: Path) -> None:
 
 
 def test_predict_any_mix_of_formats(trained: Path, predicted: Path) -> None:
-    """Label maps have the format, grid and header of their image, and values of the data set."""
+    """Label maps have the format, grid and header of their image, and values of the dataset."""
     names = sorted(path.name for path in (trained / "in").iterdir())
     assert sorted(path.name for path in predicted.iterdir()) == names
     assert [Path(name).suffix for name in names] == [".gz", ".nrrd", ".mha"]
@@ -190,7 +190,7 @@ def test_predict_any_mix_of_formats(trained: Path, predicted: Path) -> None:
         assert set(np.unique(SimpleITK.GetArrayFromImage(written))) <= {0, 1, 2}
 
 
-def test_predict_goes_on_where_it_stopped(trained: Path, predicted: Path, nnlite: Run) -> None:
+def test_predict_resumes_where_it_stopped(trained: Path, predicted: Path, nnlite: Run) -> None:
     shutil.copytree(trained / "in", trained / "in2")
     shutil.copytree(predicted, trained / "out2")
     first, *_ = sorted((trained / "out2").iterdir())
@@ -223,7 +223,7 @@ def test_one_broken_input_does_not_stop_the_others(trained: Path, nnlite: Run) -
 
 
 def test_evaluate(trained: Path, nnlite: Run, hippocampus: Path) -> None:
-    """A data set's own labels against themselves are perfect; the table, the JSON and the CSV say so."""
+    """A dataset's own labels against themselves are perfect; the table, the JSON and the CSV say so."""
     labels = trained / "data" / "Task04_Hippocampus" / "labelsTr"
     code, out, err = nnlite("evaluate", labels, labels, "--output", "scores.csv", cwd=trained)
     assert code == 0, err
@@ -234,8 +234,8 @@ def test_evaluate(trained: Path, nnlite: Run, hippocampus: Path) -> None:
     assert len(rows) == 16 and {row["Dice"] for row in rows} == {"1.0"}
     predicted = models(trained) / "3d_fullres-cpu" / "fold_0" / "validation"
     code, out, err = nnlite("evaluate", predicted, labels, "--json", "--no-surface", cwd=trained)
-    told, own = json.loads(out), json.loads((predicted / "summary.json").read_text())
-    assert code == 0 and told["foreground_mean"]["Dice"] == own["foreground_mean"]["Dice"]
+    printed, own = json.loads(out), json.loads((predicted / "summary.json").read_text())
+    assert code == 0 and printed["foreground_mean"]["Dice"] == own["foreground_mean"]["Dice"]
 
 
 def test_info(trained: Path, nnlite: Run) -> None:

@@ -1,6 +1,6 @@
 """What goes wrong on real machines: a kill, a full disk, a damaged file, two processes at once, folders of others.
 
-Nothing is lost, and nothing half written is taken for done: the same command goes on, and ends as if nothing had been.
+Nothing is lost and no partial file is used: the same command resumes, with the result of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -307,14 +307,14 @@ def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, count
     counts("faults survived")
     root = copy_workspace(tiny_workspace, tmp_path)
     first_cases(tmp_path / "raw", 6)
-    told = json.loads((root / "dataset.json").read_text())
-    label = tmp_path / "raw" / "labelsTr" / Path(told["dataset"][0]["label"]).name
+    table = json.loads((root / "dataset.json").read_text())
+    label = tmp_path / "raw" / "labelsTr" / Path(table["dataset"][0]["label"]).name
     values = nibabel.load(label)
     changed = np.asarray(values.dataobj).copy()
     changed[0, 0, 0] = 1
     nibabel.save(nibabel.Nifti1Image(changed, values.affine, values.header), label)
-    told["dataset"][0]["label"] = str(label)
-    (root / "dataset.json").write_text(json.dumps(told))
+    table["dataset"][0]["label"] = str(label)
+    (root / "dataset.json").write_text(json.dumps(table))
     code, out, err = command("preprocess", "3d_fullres", "--json", cwd=tmp_path)
     assert code == 0 and json.loads(out)["made"] == 1, err
 

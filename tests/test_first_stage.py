@@ -30,7 +30,7 @@ from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, s
 from nnunet_lite.inference.predictor import load, predict_preprocessed
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.pipeline import Placement, preprocess, restore_segmentation
+from nnunet_lite.preprocessing.pipeline import Placement, preprocess_image, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.job import Job, configure_plan
@@ -152,7 +152,7 @@ def test_nothing_is_made_twice(trained: Path, workspace: Path, changes: dict[str
     assert times(trained) == before
 
 
-def test_a_first_stage_that_changed_predicts_anew(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
+def test_a_first_stage_that_changed_predicts_again(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
     """Another fold of the second stage finds what it needs, but for what was predicted by other weights."""
     before = times(trained)
     weights = [trained / f"{FIRST}-tiny" / f"fold_{fold}" / "model.safetensors" for fold in (3, 4)]
@@ -177,7 +177,7 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
     )
     assert first.folds == ("0", "1", "2", "3", "4") and second.previous is None
     before = first(image)
-    prepared = preprocess(image, before.astype(np.uint8), second.plan, second.configuration)
+    prepared = preprocess_image(image, before.astype(np.uint8), second.plan, second.configuration)
     assert prepared.classes is not None and prepared.classes.any()
     logits = predict_preprocessed(second, prepared.image, prepared.classes)
     expected = restore_segmentation(logits, prepared.placement, second.plan.labels, second.configuration.resampling)
@@ -203,7 +203,7 @@ def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: P
     model = load(trained / "tiny", [0], "cpu", first_stage=False)
     case_id = read_json(paths.splits)[0]["val"][0]
     image = read_image(Path(read_json(paths.dataset)["root"]) / "imagesTr" / f"{case_id}.nii.gz")
-    prepared = preprocess(image, None, model.plan, model.configuration)
+    prepared = preprocess_image(image, None, model.plan, model.configuration)
     logits = predict_preprocessed(model, prepared.image, read_stage_map(maps(trained)[case_id])[:])
     expected = restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
     written = read_image(trained / "tiny" / "fold_0" / "validation" / f"{case_id}.nii.gz").array[0]
@@ -225,7 +225,7 @@ def test_both_stages_and_the_pair_are_compared(trained: Path, workspace: Path, t
     assert {path.name for path in pair.glob("*.nii.gz")} == set(before)
 
 
-def test_killed_and_gone_on_with(
+def test_a_killed_cascade_resumes(
     trained: Path, workspace: Path, changes: dict[str, Any], command: Callable[..., tuple[int, str, str]]
 ) -> None:
     """kill -9 while the first stage is trained: the same command finishes the rest, and nothing that was there."""
@@ -241,8 +241,8 @@ def test_killed_and_gone_on_with(
             time.sleep(0.01)
         process.kill()
         assert process.stderr is not None
-        told = process.stderr.read()
-    assert f"what {FIRST} predicts: fold 0, 1, 2, 3, 4 of {first}; to be trained first: 0, 1, 2, 3, 4" in told
+        errors = process.stderr.read()
+    assert f"what {FIRST} predicts: fold 0, 1, 2, 3, 4 of {first}; to be trained first: 0, 1, 2, 3, 4" in errors
     before = times(first)
     assert before and not (trained / "killed").exists()
     leftover = stage_map_file(first / "fold_0", SECOND, ".tmp-left")
@@ -267,7 +267,7 @@ def test_the_fold_of_all_cases(trained: Path, workspace: Path, changes: dict[str
     shutil.rmtree(trained / "tiny" / "fold_all")
 
 
-def test_a_first_stage_that_is_gone_is_named(trained: Path, tmp_path: Path) -> None:
+def test_a_first_stage_that_is_missing_is_named(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "tiny", tmp_path / "models" / "tiny")
     with pytest.raises(
         UserError, match=rf"models/{FIRST}-tiny: contains no trained model\. It is the first stage of tiny"
@@ -278,7 +278,7 @@ def test_a_first_stage_that_is_gone_is_named(trained: Path, tmp_path: Path) -> N
         load(tmp_path / "models" / "tiny")
     run = tmp_path / "models" / "tiny" / "run.json"
     write_json(run, {key: value for key, value in read_json(run).items() if key != "previous"})
-    with pytest.raises(UserError, match=rf"run\.json: does not say which model of {FIRST} predicts before it"):
+    with pytest.raises(UserError, match=rf"run\.json: does not name its first stage, a model of {FIRST}"):
         load(tmp_path / "models" / "tiny")
 
 
@@ -289,7 +289,7 @@ def test_both_model_folders_may_move(trained: Path, tmp_path: Path, hippocampus:
     np.testing.assert_array_equal(found, load(trained / "tiny", device="cpu")(scan))
 
 
-def test_other_settings_are_told_before_the_first_stage_is_trained(
+def test_other_settings_are_refused_before_the_first_stage_is_trained(
     trained: Path, workspace: Path, changes: dict[str, Any]
 ) -> None:
     before = times(trained)
@@ -299,7 +299,7 @@ def test_other_settings_are_told_before_the_first_stage_is_trained(
     assert times(trained) == before
 
 
-def test_info_tells_of_a_cascade(trained: Path, workspace: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_info_describes_a_cascade(trained: Path, workspace: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = command("info", trained / "tiny", cwd=workspace)
     assert code == 0 and f"{SECOND} of Task04_Hippocampus" in out
 

@@ -29,7 +29,7 @@ from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.pipeline import preprocess
+from nnunet_lite.preprocessing.pipeline import preprocess_image
 from nnunet_lite.settings import load_settings
 
 pytest.importorskip("onnxscript")
@@ -233,7 +233,7 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
     array = np.random.default_rng(0).normal(size=(2, 30, 9, 25)).astype(np.float32)
     array[:, :3] = 0
     agree(model, exported, array, (1.0, 5.0, 1.2))
-    prepared = preprocess(
+    prepared = preprocess_image(
         predictor.as_image(array, (1.0, 5.0, 1.2), model.plan), None, model.plan, model.configuration
     ).image
     expected = predictor.predict_preprocessed(model, prepared).numpy()

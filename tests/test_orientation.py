@@ -23,7 +23,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference import predictor
 from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.pipeline import preprocess
+from nnunet_lite.preprocessing.pipeline import preprocess_image
 from nnunet_lite.preprocessing.store import open_case
 
 NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
@@ -186,7 +186,7 @@ def test_an_old_plan_without_orientation_still_takes_images_as_stored(
     assert plan.orientation is None
     turn_nifti(hippocampus / "imagesTs" / "hippocampus_025.nii.gz", tmp_path / "PIR.nii.gz", "PIR")
     image = read_image(tmp_path / "PIR.nii.gz")
-    place = preprocess(image, None, plan, plan.configuration("3d_fullres")).placement
+    place = preprocess_image(image, None, plan, plan.configuration("3d_fullres")).placement
     assert place.turn.order == plan.axis_order and not any(place.turn.reversed)
 
 

@@ -37,7 +37,7 @@ from nnunet_lite.preprocessing.pipeline import (
     Placement,
     decode_logits,
     output_values,
-    preprocess,
+    preprocess_image,
     restore_segmentation,
 )
 from nnunet_lite.preprocessing.resampling import Block, resample_image
@@ -149,7 +149,7 @@ def test_trained_networks(tiny_model: Path, scans: list[Path]) -> None:
     for scan, spacing in zip(scans, [ISOTROPIC, (1.2, 0.7, 0.9)], strict=False):
         image = read_image(scan)
         image = replace(image, geometry=replace(image.geometry, spacing=spacing))
-        given = preprocess(image, None, model.plan, model.configuration)
+        given = preprocess_image(image, None, model.plan, model.configuration)
         expected = restore_segmentation(predict_logits(window, given.image), given.placement, labels, how)
         found = label_map(PredictionTask(window, given.image, given.placement, how), labels)
         assert len(np.unique(found)) > 1 and (found == expected).mean() > 0.9999

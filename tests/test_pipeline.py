@@ -17,7 +17,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
 from nnunet_lite.preprocessing.pipeline import (
     Placement,
-    preprocess,
+    preprocess_image,
     require_finite,
     resampled_shape,
     resampled_spacing,
@@ -84,7 +84,7 @@ def one_hot(classes: np.ndarray, n: int) -> np.ndarray:
 
 def test_crop_normalise_and_keep_where_spacing_is_equal() -> None:
     image, values = blob((30, 40, 20), (1.0, 1.0, 1.0))
-    got = preprocess(image, values, make_plan(), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, values, make_plan(), configuration((1.0, 1.0, 1.0)))
     box = tuple(slice(*span) for span in got.placement.box)
     inside = image.array[0][box].astype(float)
     assert got.image.dtype == np.float32 and got.image.shape == (1, *got.placement.shape) != (1, 30, 40, 20)
@@ -98,7 +98,7 @@ def test_mask_counts_annotated_voxels_even_where_zero() -> None:
     values[15, 20, 10], image.array[0, 15, 20, 10] = 2, 0  # a hole, which the mask fills anyway
     corner = tuple(int(n) for n in np.argwhere(image.array[0]).min(axis=0))
     values[corner] = 1
-    got = preprocess(image, values, make_plan(use_mask=True), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, values, make_plan(use_mask=True), configuration((1.0, 1.0, 1.0)))
     start = [low for low, _ in got.placement.box]
     body = image.array[0] != 0
     body[15, 20, 10] = body[corner] = True
@@ -118,14 +118,14 @@ def test_what_lies_outside_the_mask_of_all_channels_is_a_class_of_its_own(spacin
     values[:, :, :9] = 0
     plan = make_plan(use_mask=True, channels=2)
     plan = plan.model_copy(update={"channels": (plan.channels[0], make_plan().channels[0])})
-    got = preprocess(image, values, plan, configuration(spacing))
+    got = preprocess_image(image, values, plan, configuration(spacing))
     box = tuple(slice(*span) for span in got.placement.box)
     outside = ~image.array.any(0) & (values == 0)
     marked = np.where(outside, 3, values)[box].astype(np.uint8)
     assert outside[box].any() and (~outside & (values == 0))[box].any()
     wanted = resample_labels(marked, got.placement.shape, (1.0, 1.0, 1.0), spacing)
     assert got.classes is not None and np.array_equal(got.classes, wanted)
-    unmasked = preprocess(image, values, make_plan(channels=2), configuration(spacing))
+    unmasked = preprocess_image(image, values, make_plan(channels=2), configuration(spacing))
     assert unmasked.classes is not None and unmasked.classes.max() == 2
 
 
@@ -136,7 +136,7 @@ def test_the_way_back_ends_on_the_image_grid(
 ) -> None:
     image, values = blob((30, 44, 36), (1.5, 0.9, 1.2))
     plan = make_plan(spacing=spacing, axis_order=axis_order)
-    got = preprocess(image, values, plan, plan.configuration("3d_fullres"))
+    got = preprocess_image(image, values, plan, plan.configuration("3d_fullres"))
     assert got.classes is not None
     back = restore_segmentation(one_hot(got.classes, 3), got.placement, LABELS, Resampling())
     assert back.shape == values.shape and back.dtype == np.uint8
@@ -160,7 +160,7 @@ def test_without_resampling_the_way_back_is_exact(hippocampus: Path) -> None:
     for case in dataset.cases[:4]:
         image, values = read_case(case, dataset)
         assert values is not None
-        got = preprocess(image, dataset.labels.encode(values), plan, plan.configuration("3d_fullres"))
+        got = preprocess_image(image, dataset.labels.encode(values), plan, plan.configuration("3d_fullres"))
         assert got.classes is not None
         back = restore_segmentation(one_hot(got.classes, 3), got.placement, dataset.labels, Resampling())
         assert np.array_equal(back, values)
@@ -168,7 +168,7 @@ def test_without_resampling_the_way_back_is_exact(hippocampus: Path) -> None:
 
 def test_regions_are_written_in_their_order_with_their_values() -> None:
     image, _ = blob((20, 24, 22), (1.0, 1.0, 1.0))
-    got = preprocess(image, None, make_plan(REGIONS), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, None, make_plan(REGIONS), configuration((1.0, 1.0, 1.0)))
     assert got.classes is None
     logits = np.full((3, *got.placement.shape), -3, np.float32)
     logits[0, 2:12, 2:12, 2:12], logits[1, 4:10, 4:10, 4:10], logits[2, 5:6, 5:6, 5:6] = 2, 2, 2
@@ -181,7 +181,7 @@ def test_regions_are_written_in_their_order_with_their_values() -> None:
 def test_values_of_the_data_set_come_back() -> None:
     labels = Labels(names={"background": 5, "a": 300, "b": -2})
     image, classes = blob((20, 24, 22), (1.0, 1.0, 1.0))
-    got = preprocess(image, classes, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, classes, make_plan(labels), configuration((1.0, 1.0, 1.0)))
     assert got.classes is not None
     back = restore_segmentation(one_hot(got.classes, 3), got.placement, labels, Resampling())
     assert back.dtype == np.int16 and np.array_equal(back, labels.decode(classes))
@@ -192,7 +192,7 @@ def test_logits_of_torch_and_of_half_precision_give_the_same() -> None:
 
     image, values = blob((20, 24, 22), (1.5, 1.1, 0.7))
     for labels in (LABELS, REGIONS):
-        got = preprocess(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+        got = preprocess_image(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
         assert got.classes is not None
         logits = one_hot(got.classes, 3)
         want = restore_segmentation(logits, got.placement, labels, Resampling())
@@ -210,7 +210,7 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
 
     image, values = blob((20, 24, 22), (1.0, 1.0, 1.0))
     for labels in (LABELS, REGIONS):
-        got = preprocess(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+        got = preprocess_image(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
         assert got.classes is not None
         logits = one_hot(got.classes, 3)
         logits[1, 3, 4, 5] = value
@@ -239,13 +239,13 @@ def test_shape_rounds_half_to_even_and_keeps_a_voxel() -> None:
 
 def test_all_zero_image_is_not_cropped() -> None:
     image = Image(np.zeros((1, 6, 7, 8), np.float32), Geometry((6, 7, 8), (1.0, 1.0, 1.0)))
-    got = preprocess(image, None, make_plan(), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, None, make_plan(), configuration((1.0, 1.0, 1.0)))
     assert got.image.shape == (1, 6, 7, 8) and (got.image == 0).all()
 
 
 def test_placement_survives_json() -> None:
     image, _ = blob((20, 24, 22), (1.5, 1.1, 0.7))
-    place = preprocess(image, None, make_plan(axis_order=(2, 0, 1)), configuration((1.0, 1.0, 1.0))).placement
+    place = preprocess_image(image, None, make_plan(axis_order=(2, 0, 1)), configuration((1.0, 1.0, 1.0))).placement
     written = json.loads(json.dumps(asdict(place)))
     assert Placement.from_json(written) == place
     turn = written.pop("turn")  # as an earlier nnlite wrote it

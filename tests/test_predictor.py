@@ -29,7 +29,7 @@ from nnunet_lite.inference.predictor import (
     predict_preprocessed,
     trained_folds,
 )
-from nnunet_lite.preprocessing.pipeline import preprocess
+from nnunet_lite.preprocessing.pipeline import preprocess_image
 from nnunet_lite.settings import AugmentationSettings
 
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
@@ -67,7 +67,7 @@ def by_brightness(model: Predictor, labels: Labels | None = None) -> Predictor:
 
 def expected(model: Predictor, image: Image) -> np.ndarray:
     """What `Brightness` says of an image that is neither resampled nor cropped."""
-    x = preprocess(image, None, model.plan, model.configuration).image[0]
+    x = preprocess_image(image, None, model.plan, model.configuration).image[0]
     return np.where(x > 0.5, 2, np.where(x < -0.5, 1, 0))
 
 

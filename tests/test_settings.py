@@ -129,40 +129,19 @@ def test_a_file_builds_on_a_recipe_and_changes_build_on_the_file(tmp_path: Path)
     assert settings.network == load_settings("cpu").network
 
 
-def test_a_recipe_that_builds_on_itself_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "loop.toml"
-    file.write_text(f'base = "{file}"\n')
-    with pytest.raises(UserError, match="itself"):
-        load_settings(str(file))
-
-
 @pytest.mark.parametrize(
-    ("key", "nearest"),
-    [("training.epoch", "training.epochs"), ("lr", "optimizer.lr"), ("loss.dise", "loss.dice")],
+    ("content", "message"),
+    [
+        (b'base = "mine.toml"', r"mine\.toml: builds on itself"),
+        (b"[optimiser]\nlr = 1", r"mine\.toml: unknown setting 'optimiser\.lr'.*'optimizer\.lr'"),
+        (b"[training]\nepochs = 3\nseed = = 4", r"mine\.toml: invalid TOML.*line 3, column 8"),
+        (b"# \xff\xfe", r"mine\.toml: .*UTF-8"),
+    ],
 )
-def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
-    with pytest.raises(UserError, match=f"unknown setting '{key}'.*'{nearest}'"):
-        load_settings(changes={key: 1})
-
-
-def test_plateau_needs_a_rate_to_begin_with() -> None:
-    with pytest.raises(
-        UserError, match=r"^optimizer\.lr = 1e-07 is below schedule\.min_lr = 1e-06, where plateau ends"
-    ):
-        load_settings("paper2018", {"optimizer.lr": 1e-7})
-
-
-def test_the_file_of_a_network_is_kept_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert load_settings(changes={"network.factory": "own.py:make"}).network.factory == f"{tmp_path / 'own.py'}:make"
-    assert load_settings(changes={"network.factory": "own.module:make"}).network.factory == "own.module:make"
-
-
-def test_an_unknown_key_of_a_recipe_names_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text("[optimiser]\nlr = 1\n")
-    with pytest.raises(UserError, match=r"mine\.toml: unknown setting 'optimiser\.lr'.*'optimizer\.lr'"):
-        load_settings(str(file))
+def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_settings(str(tmp_path / "mine.toml"))
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
@@ -170,18 +149,12 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         load_settings("defualt")
 
 
-def test_bad_toml_names_line_and_column(tmp_path: Path) -> None:
-    file = tmp_path / "bad.toml"
-    file.write_text("[training]\nepochs = 3\nseed = = 4\n")
-    with pytest.raises(UserError, match=r"bad\.toml: invalid TOML.*line 3, column 8"):
-        load_settings(str(file))
-
-
-def test_a_recipe_that_is_no_text_is_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "bad.toml"
-    file.write_bytes(b"# \xff\xfe\n")
-    with pytest.raises(UserError, match=r"bad\.toml: .*UTF-8"):
-        load_settings(str(file))
+def test_the_file_of_a_network_is_stored_with_its_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(changes={"network.factory": "own.py:make"}).network.factory == f"{tmp_path / 'own.py'}:make"
+    assert load_settings(changes={"network.factory": "own.module:make"}).network.factory == "own.module:make"
 
 
 @pytest.mark.parametrize(
@@ -200,51 +173,44 @@ def test_a_recipe_that_is_no_text_is_one_line(tmp_path: Path) -> None:
         ("network.norm", "batch", "batch"),
     ],
 )
-def test_text_becomes_the_value_it_stands_for(key: str, text: str, value: object) -> None:
+def test_text_is_read_as_a_toml_value(key: str, text: str, value: object) -> None:
     section, name = key.split(".")
     found = getattr(getattr(load_settings(changes={key: text}), section), name)
-    assert found == value
-    assert type(found) is type(value)
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "says"),
     [
-        ("training.epochs", "0"),
-        ("training.epochs", "many"),
-        ("training.precision", "fp8"),
-        ("training.foreground", "1.5"),
-        ("augmentation.scaling", "[0.7]"),
-        ("optimizer.lr", "-1"),
+        ("training.epoch", 1, "unknown setting 'training.epoch'. Did you mean 'training.epochs'?"),
+        ("lr", 1, "unknown setting 'lr'. Did you mean 'optimizer.lr'?"),
+        ("loss.dise", 1, "unknown setting 'loss.dise'. Did you mean 'loss.dice'?"),
+        ("training.epochs", "0", "training.epochs = 0: "),
+        ("training.epochs", "many", "training.epochs = 'many': "),
+        ("training.precision", "fp8", "training.precision = 'fp8': "),
+        ("training.foreground", "1.5", "training.foreground = 1.5: "),
+        ("optimizer.lr", "-1", "optimizer.lr = -1: "),
+        ("optimizer.lr", "inf", "optimizer.lr = inf: Input should be a finite number"),
+        ("augmentation.scaling", "[0.7]", "augmentation.scaling = [0.7]: "),
+        ("augmentation.scaling", [1.4, 0.7], "[1.4, 0.7]: must be [low, high] with 0 < low <= high"),
+        ("augmentation.scaling", [0, 1], "[0, 1]: must be [low, high] with 0 < low <= high"),
+        ("augmentation.scaling", [1, float("inf")], "[1, inf]: Input should be a finite number"),
+        ("augmentation.blur_sigma", [0, 1], "0 < low <= high"),
+        ("augmentation.gamma", [-1, 1], "0 < low <= high"),
+        ("augmentation.brightness", [0, 1], "0 < low <= high"),
+        ("augmentation.contrast", [0.0, 1], "0 < low <= high"),
+        ("augmentation.noise_std", [-0.1, 0.1], "0 <= low <= high"),
+        ("augmentation.low_resolution", [0, 1], "0 < low <= high <= 1"),
+        ("augmentation.low_resolution", [0.5, 1.5], "0 < low <= high <= 1"),
+        ("augmentation.mirror_axes", [0, 3], "different axes, each 0, 1 or 2"),
+        ("augmentation.mirror_axes", [-1], "different axes, each 0, 1 or 2"),
+        ("augmentation.mirror_axes", [1, 1], "different axes, each 0, 1 or 2"),
     ],
 )
-def test_an_illegal_value_is_named(key: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"^{key} = "):
-        load_settings(changes={key: value})
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "legal"),
-    [
-        ("scaling", [1.4, 0.7], "0 < low <= high"),
-        ("scaling", [0, 1], "0 < low <= high"),
-        ("scaling", [1, float("inf")], "finite number"),
-        ("blur_sigma", [0, 1], "0 < low <= high"),
-        ("gamma", [-1, 1], "0 < low <= high"),
-        ("brightness", [0, 1], "0 < low <= high"),
-        ("contrast", [0.0, 1], "0 < low <= high"),
-        ("noise_std", [-0.1, 0.1], "0 <= low <= high"),
-        ("low_resolution", [0, 1], "0 < low <= high <= 1"),
-        ("low_resolution", [0.5, 1.5], "0 < low <= high <= 1"),
-        ("mirror_axes", [0, 3], "different axes, each 0, 1 or 2"),
-        ("mirror_axes", [-1], "different axes, each 0, 1 or 2"),
-        ("mirror_axes", [1, 1], "different axes, each 0, 1 or 2"),
-    ],
-)
-def test_an_illegal_range_tells_what_is_legal(key: str, value: list[float], legal: str) -> None:
+def test_a_mistake_names_key_value_and_what_is_legal(key: str, value: object, says: str) -> None:
     with pytest.raises(UserError) as raised:
-        load_settings(changes={f"augmentation.{key}": value})
-    assert str(raised.value).startswith(f"augmentation.{key} = {value}: ") and legal in str(raised.value)
+        load_settings(changes={key: value})
+    assert says in str(raised.value) and key in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -255,14 +221,22 @@ def test_the_ends_of_a_range_are_legal(key: str, value: object) -> None:
     assert load_settings(changes={f"augmentation.{key}": value}).recipe == "default"
 
 
-def test_a_loss_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^loss = .*one of the weights must be greater than 0"):
-        load_settings("ablations/dice_only", {"loss.dice": 0})
-
-
-def test_a_rate_is_finite() -> None:
-    with pytest.raises(UserError, match=r"^optimizer.lr = inf: .*finite"):
-        load_settings(changes={"optimizer.lr": "inf"})
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("ablations/dice_only", {"loss.dice": 0}, r"^loss = .*one of the weights must be greater than 0"),
+        (
+            "paper2018",
+            {"optimizer.lr": 1e-7},
+            r"^optimizer\.lr = 1e-07 is below schedule\.min_lr = 1e-06, where plateau",
+        ),
+        ("default", {"training.early_stop": 20, "training.validation_iterations": 0}, "early_stop.*of at least 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(recipe: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_settings(recipe, changes)
+    assert load_settings("default", {"training.early_stop": 20}).training.early_stop == 20
 
 
 def test_only_some_sections_may_be_changed() -> None:
@@ -297,9 +271,3 @@ def test_keys_are_all_legal() -> None:
 def test_the_list_of_settings_in_docs_is_current() -> None:
     docs = Path(__file__).parent.parent / "docs" / "settings.md"
     assert docs.read_text() == describe_settings()
-
-
-def test_early_stop_needs_a_validation_to_go_by() -> None:
-    assert load_settings("default", {"training.early_stop": 20}).training.early_stop == 20
-    with pytest.raises(UserError, match=r"early_stop.*needs validation_iterations of at least 1"):
-        load_settings("default", {"training.early_stop": 20, "training.validation_iterations": 0})

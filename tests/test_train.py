@@ -1,4 +1,4 @@
-"""What a command finds of earlier ones is refused, gone on with or set aside whole."""
+"""An earlier run is refused, resumed or set aside whole."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_nothing_is_set_aside_under_a_running_training(workspace: Path, models: 
     assert files(models) == before
 
 
-def test_one_fold_of_several_is_not_begun_anew_with_other_settings(workspace: Path, models: Path) -> None:
+def test_one_fold_of_several_does_not_restart_with_other_settings(workspace: Path, models: Path) -> None:
     before = files(models)
     with pytest.raises(UserError, match=r"optimizer\.lr: 0\.01 -> 0\.5.*`all-folds --restart` to begin again"):
         train(workspace, 0, restart=True, settings={"optimizer.lr": 0.5})
@@ -88,14 +88,14 @@ def test_an_extension_that_cannot_be_changes_nothing(workspace: Path, models: Pa
     assert files(models) == before
 
 
-def test_the_fold_that_is_begun_anew_binds_nothing(workspace: Path, models: Path) -> None:
+def test_a_fold_that_restarts_binds_nothing(workspace: Path, models: Path) -> None:
     (models / "3d_fullres-default" / "fold_1" / "model.safetensors").unlink()
     train(workspace, restart=True, force=True, settings={"optimizer.lr": 0.5})
     run = read_json(models / "3d_fullres-default" / "run.json")
     assert run["settings"]["optimizer"]["lr"] == 0.5
 
 
-def test_settings_of_inference_that_are_not_heard_are_told(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ignored_settings_of_inference_are_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(workspace, settings={"inference.step_size": 0.5})
     assert "without inference.step_size: 1.0 -> 0.5; give them to `nnlite predict`" in capfd.readouterr().err
 

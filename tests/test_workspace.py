@@ -1,4 +1,4 @@
-"""Names find data sets, files are whole or not there, and a broken JSON says where."""
+"""Names find datasets; files are written completely or not at all; a broken JSON file is reported with the place."""
 
 from __future__ import annotations
 
@@ -42,23 +42,15 @@ def test_the_workspace_is_what_is_given_else_of_the_environment_else_here(
     assert workspace_folder(Path("given")) == here / "given"
 
 
-@pytest.mark.parametrize("place", [".", "data", "workspace"])
-def test_the_beginning_of_a_name_finds_raw_data(here: Path, place: str) -> None:
-    raw = make_raw(here / place, "Task04_Hippocampus")
-    assert find_raw("Task04", here / "workspace") == raw.resolve()
-    assert find_raw("Task04_Hippocampus", here / "workspace") == raw.resolve()
-
-
-def test_raw_data_of_nnunet_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = make_raw(here / "elsewhere", "Dataset004_Hippocampus")
+@pytest.mark.parametrize("place", [".", "data", "workspace", "elsewhere"])
+def test_the_beginning_of_a_name_finds_raw_data(here: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """In the current folder, ./data, the workspace and nnUNet_raw; a planned dataset of that name is not raw data."""
     monkeypatch.setenv("nnUNet_raw", str(here / "elsewhere"))
-    assert find_raw("Dataset004", here / "workspace") == raw.resolve()
-
-
-def test_a_planned_data_set_of_that_name_is_not_mistaken_for_the_raw_one(here: Path) -> None:
-    raw = make_raw(here, "Task04_Hippocampus")
-    make_planned(here / "workspace", "Task04_Hippocampus")
-    assert find_raw("Task04", here / "workspace") == raw.resolve()
+    raw = make_raw(here / place, "Task04_Hippocampus")
+    if place != "workspace":
+        make_planned(here / "workspace", "Task04_Hippocampus")
+    for name in ("Task04", "Task04_Hippocampus"):
+        assert find_raw(name, here / "workspace") == raw.resolve()
 
 
 def test_an_ambiguous_name_lists_the_folders(here: Path) -> None:
@@ -68,13 +60,10 @@ def test_an_ambiguous_name_lists_the_folders(here: Path) -> None:
     assert find_raw("data/Task04_Other", here / "workspace") == other
 
 
-def test_a_name_begins_at_its_number(here: Path) -> None:
+def test_what_is_no_dataset_is_refused(here: Path) -> None:
     make_raw(here, "Task044_Other")
     with pytest.raises(UserError, match="no dataset 'Task04'"):
         find_raw("Task04", here / "workspace")
-
-
-def test_a_file_is_no_data_set(here: Path) -> None:
     (here / "scan.nii.gz").touch()
     with pytest.raises(UserError, match=r"scan\.nii\.gz: is a file"):
         find_raw("scan.nii.gz", here)
@@ -160,16 +149,13 @@ def test_json_round_trip_and_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     file.write_text('{"a": 1,\n "b": 2,\n}')
     with pytest.raises(UserError, match=r"a\.json: invalid JSON at line (2|3), column \d+"):
         read_json(file)
+    file.write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(file) == [1], "a byte order mark is skipped"
     file.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(UserError, match=r"a\.json: is not UTF-8 text \(byte 7\)"):
         read_json(file)
     with pytest.raises(UserError, match=r"b\.json: no such file"):
         read_json(tmp_path / "b.json")
-
-
-def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
-    assert read_json(tmp_path / "a.json") == [1]
 
 
 def test_the_only_planned_dataset_needs_no_current_json(tmp_path: Path) -> None:

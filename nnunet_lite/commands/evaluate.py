@@ -28,6 +28,17 @@ def evaluate(
 
     Files of two folders are matched by name.
 
+    Parameters
+    ----------
+    prediction, reference : str or Path
+        Two label maps, or two folders of label maps.
+    tolerance : float
+        How far apart surfaces may be for the surface Dice, in mm, or in pixels if no file has a spacing.
+    surface : bool
+        Whether to measure surface distances.
+    output : str or Path, optional
+        A .json or .csv file to write the scores to.
+
     Returns
     -------
     Scores

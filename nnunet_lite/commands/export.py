@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import DatasetName, FilePath, TrustCode, WhichCheckpoint, Workspace
+from nnunet_lite.commands.options import DatasetName, FilePath, TrustCode, WhichCheckpoint, Workspace, either_model
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.onnx import export_onnx
 from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_licence, read_manifest, unpack
@@ -165,17 +165,3 @@ def _source_and_target(
     if target is None:
         raise UserError("where to write it is not given", source, _GRAMMAR)
     return source, Path(target)
-
-
-def either_model(argument: FilePath | None, option: FilePath | None) -> Path | None:
-    """Return a model that may be given as an argument or with -m.
-
-    Raises
-    ------
-    UserError
-        It is given twice.
-    """
-    if argument is not None and option is not None:
-        raise UserError(f"two models are given: {argument} and, with -m, {option}", fix="Give one of them.")
-    given = option if argument is None else argument
-    return None if given is None else Path(given)

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.export import either_model
-from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichCheckpoint, Workspace
+from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichCheckpoint, Workspace, either_model
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.files import understood
@@ -28,7 +27,7 @@ from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 
-def info(
+def show_info(
     model: Annotated[
         FilePath | None, typer.Argument(help="Model folder, nnU-Net's too, or zip [all models of a planned dataset].")
     ] = None,

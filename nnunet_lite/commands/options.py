@@ -76,6 +76,20 @@ class About:
         return self.text
 
 
+def either_model(argument: FilePath | None, option: FilePath | None) -> Path | None:
+    """Return a model that may be given as an argument or with -m.
+
+    Raises
+    ------
+    UserError
+        It is given twice.
+    """
+    if argument is not None and option is not None:
+        raise UserError(f"two models are given: {argument} and, with -m, {option}", fix="Give one of them.")
+    given = option if argument is None else argument
+    return None if given is None else Path(given)
+
+
 def sizes_of(value: str | Sequence[int], option: str) -> tuple[int, ...]:
     """Return a size such as "40x56x40" or (40, 56, 40) as a tuple of numbers of voxels.
 

@@ -1,7 +1,7 @@
-"""`nnlite plan`: check a raw dataset, take its fingerprint and plan its networks.
+"""`nnlite check`, `plan` and `preprocess`: from raw data to preprocessed cases.
 
-`plan` is the command. `run` uses `dataset_paths` and `reason_to_plan`, which say where a raw dataset has its files in a
-workspace, and whether its plan is up to date.
+`run` also uses `dataset_paths` and `reason_to_plan`, which say where a raw dataset has its files in a workspace, and
+whether its plan is up to date.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands.options import (
     AcceptGeometry,
+    DatasetName,
     Device,
     FilePath,
     Folds,
     GroupBy,
+    Scheduler,
     Splits,
     Stratify,
     StratifyBy,
     Workers,
     Workspace,
+    cluster_of,
+    names_of,
     sizes_of,
 )
+from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, read_dataset, stored_dataset
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import Report, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.models.folder import model_folders, other_folds, set_aside
@@ -39,6 +44,8 @@ from nnunet_lite.planning.override import override_sizes
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Options, Plan
 from nnunet_lite.preprocessing.raw_files import first_change, has_same_files, read_stamps, scan_raw_cases, write_stamps
+from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
+from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training.grouping import name_cases
 from nnunet_lite.training.splits import (
@@ -49,11 +56,42 @@ from nnunet_lite.training.splits import (
     warn_of_unused_splits,
     write_splits,
 )
-from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
+from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
 
 _Change = tuple[str, tuple[int, ...] | None, int | None]  # configuration, patch size, batch size
+
+
+def check(
+    data: Annotated[FilePath, typer.Argument(help="Folder of the raw data, or its name.")],
+    *,
+    accept_geometry: AcceptGeometry = False,
+    workers: Workers = None,
+    workspace: Workspace = None,
+) -> Report:
+    """Report every problem of a dataset at once.
+
+    Every file is read; nothing is written.
+
+    Parameters
+    ----------
+    data : str or Path
+        A folder, or a name that is looked up in the current folder, ./data, the workspace and nnUNet_raw.
+
+    Returns
+    -------
+    Report
+        The problems. The command exits with code 2 if one of them is an error.
+    """
+    root = find_raw(str(data), workspace_folder(workspace))
+    try:
+        dataset = read_dataset(root)
+    except UserError as error:
+        return broken_dataset(root, error)
+    return check_dataset(
+        replace(dataset, accept_geometry=accept_geometry), None, workers=workers, progress=log.progress
+    )
 
 
 def plan(
@@ -212,6 +250,46 @@ def _log_measured_memory(made: Plan, device: str | None) -> None:
         measured = measure_memory(made, name, target)
         found = "more than the GPU has" if measured is None else in_units(measured * GB)
         log.info(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
+
+
+def preprocess(
+    configuration: Annotated[str | Sequence[str] | None, typer.Argument(help="Which [all of the plan].")] = None,
+    *,
+    dataset: DatasetName = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete what the plan no longer needs.")] = False,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    workspace: Workspace = None,
+) -> PreprocessingSummary:
+    """Crop, normalise and resample a planned dataset (train does it too where it is missing).
+
+    Cases that are preprocessed already are kept.
+
+    Returns
+    -------
+    PreprocessingSummary
+        How many cases were made and kept.
+
+    Raises
+    ------
+    UserError
+        No dataset is planned, or a case cannot be read.
+    """
+    paths = select_dataset(workspace, dataset)
+    plan = Plan.read(paths.plans)
+    if prune:
+        count, size = prune_store(paths.preprocessed, plan)
+        log.info(f"{count} arrays deleted that the plan does not need, {in_units(size)}")
+    with cluster_of(scheduler, paths.root.parent) as cluster:
+        return preprocess_dataset(
+            stored_dataset(paths.dataset),
+            plan,
+            names_of(configuration) or list(plan.configurations),
+            paths.preprocessed,
+            workers,
+            log.progress,
+            spread=None if cluster is None else cluster.spread,
+        )
 
 
 # ------------------------------------------------------------------------------- where a raw dataset is in a workspace

@@ -33,6 +33,15 @@ def select(
 
     Predictions of held-out cases that are missing are made first. Writes inference.json.
 
+    Parameters
+    ----------
+    configuration : str or sequence of str, optional
+        Compare only models of these configurations, or with these names.
+    ensembles : bool
+        Whether to try all pairs of models.
+    postprocess : bool
+        Whether to try rules that remove components.
+
     Returns
     -------
     Selection

@@ -63,11 +63,11 @@ def plan_runs(
     def add(configuration: str, fold: str) -> None:
         if (configuration, fold) in runs:
             return
-        found = prepare_run(paths, configuration, fold, settings, device=device)
-        if found.first is not None:
-            for needed in found.first.folds:
-                add(found.first.configuration, needed)
-        runs[configuration, fold] = found
+        run = prepare_run(paths, configuration, fold, settings, device=device)
+        if run.first is not None:
+            for first_fold in run.first.folds:
+                add(run.first.configuration, first_fold)
+        runs[configuration, fold] = run
 
     for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
         for fold in folds:

@@ -139,8 +139,8 @@ def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
         return plan
     channels = tuple(channel.name for channel in plan.channels)
     fingerprint = Fingerprint.read(paths.fingerprint)
-    made = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset or plan.preset, settings.plan.memory)
-    return made.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
+    new = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset or plan.preset, settings.plan.memory)
+    return new.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
 
 
 def _starting_plan(

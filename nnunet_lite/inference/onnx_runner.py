@@ -33,7 +33,7 @@ from nnunet_lite.inference.windows import (
     tile,
 )
 from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.preprocessing.pipeline import preprocess, require_finite, restore_segmentation
+from nnunet_lite.preprocessing.pipeline import preprocess_image, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
 
 FORMAT = "nnlite-onnx-1"
@@ -93,7 +93,7 @@ class OnnxPredictor:
 
     def _segment(self, image: Image) -> np.ndarray:
         classes = None if self.previous is None else as_classes(self.previous._segment(image), self.plan.labels)
-        preprocessed = preprocess(image, classes, self.plan, self.configuration)
+        preprocessed = preprocess_image(image, classes, self.plan, self.configuration)
         logits = self.logits(preprocessed.image, preprocessed.classes)
         return restore_segmentation(logits, preprocessed.placement, self.plan.labels, self.configuration.resampling)
 

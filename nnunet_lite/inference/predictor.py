@@ -38,7 +38,7 @@ from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_dev
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of
-from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess
+from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB, free_memory, in_units
 from nnunet_lite.workspace import is_model_of, workspace_folder
@@ -392,7 +392,7 @@ def prepare_image(predictor: Predictor, image: Image) -> NetworkInput:
     """
     check_image(image, predictor.plan)
     first = predictor.previous or predictor
-    preprocessed = preprocess(image, None, first.plan, first.configuration)
+    preprocessed = preprocess_image(image, None, first.plan, first.configuration)
     needed = predictor.previous or predictor.partners
     return NetworkInput(preprocessed, first.plan, first.configuration, image if needed else None)
 
@@ -458,10 +458,10 @@ def _tasks(
     preprocessed = given.preprocessed
     if predictor.previous is not None and given.image is not None:
         classes = as_classes(segment(predictor.previous, given), predictor.plan.labels)
-        preprocessed = preprocess(given.image, classes, predictor.plan, predictor.configuration)
+        preprocessed = preprocess_image(given.image, classes, predictor.plan, predictor.configuration)
         previous = preprocessed.classes
     elif given.image is not None and (given.plan, given.configuration) != (predictor.plan, predictor.configuration):
-        preprocessed = preprocess(given.image, None, predictor.plan, predictor.configuration)
+        preprocessed = preprocess_image(given.image, None, predictor.plan, predictor.configuration)
     image = _stack(preprocessed.image, previous)
     folds = [(network,) for network in predictor.networks] if by_fold else [predictor.networks]
     windows = [_sliding_window(replace(predictor, networks=networks), previous is not None) for networks in folds]

@@ -95,7 +95,9 @@ class Preprocessed:
     placement: Placement
 
 
-def preprocess(image: Image, classes: np.ndarray | None, plan: Plan, configuration: Configuration) -> Preprocessed:
+def preprocess_image(
+    image: Image, classes: np.ndarray | None, plan: Plan, configuration: Configuration
+) -> Preprocessed:
     """Turn image and classes into what the network of a configuration sees.
 
     Parameters

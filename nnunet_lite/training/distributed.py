@@ -250,9 +250,9 @@ def launch(number: int, arguments: Sequence[str]) -> int:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="nnlite-")))
-        for each in _FORWARDED:
-            if signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                stack.callback(signal.signal, each, signal.signal(each, forward))
+        for number_of_signal in _FORWARDED:
+            if signal.getsignal(number_of_signal) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                stack.callback(signal.signal, number_of_signal, signal.signal(number_of_signal, forward))
         stack.callback(_kill, processes)
         errors = [folder / f"stderr_{rank}" for rank in range(number)]
         for rank in range(number):

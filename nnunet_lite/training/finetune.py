@@ -120,14 +120,14 @@ def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Setting
     """
     planned, model = plan.configuration(configuration), source.plan.configuration(source.configuration)
     norm, kind = model.network.norm, model.network.kind
-    for what, here, there, fix in (
+    for what, own, theirs, fix in (
         ("dimensions", planned.dimensions, model.dimensions, "Train a configuration of as many."),
         ("kind of U-Net", kind if settings.plan.preset is None else planned.network.kind, kind,
          "Take a recipe without a preset."),
         ("normalisation", settings.network.norm or norm, norm, "Leave network.norm out of the settings."),
     ):  # fmt: skip
-        if here != there:
-            raise UserError(f"does not fit {configuration}: {what} {there}, here {here}", source.file, fix)
+        if own != theirs:
+            raise UserError(f"does not fit {configuration}: {what} {theirs}, here {own}", source.file, fix)
     order = source.plan.axis_order
     orientation = source.plan.orientation or plan.orientation
     turn = turn_between(plan.orientation, orientation).then(order)
@@ -276,25 +276,27 @@ def adopt_weights(
         Names of their inputs, see `input_names`.
     """
     own = network.state_dict()
-    given = {name: value.to(own[name]) for name, value in source_state.items() if name in own}
+    common = {name: value.to(own[name]) for name, value in source_state.items() if name in own}
     first = next((name for name in _FIRST if name in own), None)
     rows = _match_names(_output_names(source_labels), _output_names(target_labels))
     columns = _match_names(source_inputs, target_inputs)
     if len(source_inputs) == len(target_inputs) and not any(column is not None for column in columns):
         columns = list(range(len(source_inputs)))
-    fitted = dict(given)
-    for name, value in given.items():
+    new = {}
+    for name, value in common.items():
+        adapted = value
         if name == first:
-            fitted[name] = _select_inputs(value, columns, source_inputs, target_inputs)
+            adapted = _select_inputs(value, columns, source_inputs, target_inputs)
         elif name.startswith(_HEADS):
-            fitted[name] = _select_outputs(own[name], value, rows)
-    new = {name: value for name, value in fitted.items() if value.shape == own[name].shape}
+            adapted = _select_outputs(own[name], value, rows)
+        if adapted.shape == own[name].shape:
+            new[name] = adapted
     network.load_state_dict({**own, **new})
     inputs = zip(target_inputs, columns, strict=True)
     outputs = zip(_output_names(target_labels), rows, strict=True)
     return WeightReport(
-        copied=tuple(name for name, value in new.items() if value is given[name]),
-        adapted=tuple(name for name, value in new.items() if value is not given[name]),
+        copied=tuple(name for name, value in new.items() if value is common[name]),
+        adapted=tuple(name for name, value in new.items() if value is not common[name]),
         random=tuple(name for name in own if name not in new),
         unused=tuple(name for name in source_state if name not in new),
         share=sum(value.numel() for value in new.values()) / sum(value.numel() for value in own.values()),
@@ -309,26 +311,26 @@ def _match_names(source: Sequence[str], target: Sequence[str]) -> list[int | Non
     return [index.get(name.casefold()) for name in target]
 
 
-def _select_outputs(own: Tensor, given: Tensor, rows: Sequence[int | None]) -> Tensor:
+def _select_outputs(own: Tensor, weights: Tensor, rows: Sequence[int | None]) -> Tensor:
     """A head's tensor (outputs, ...) with the model's rows where it has them, otherwise the network's own."""
-    if given.shape[1:] != own.shape[1:] or rows == list(range(len(given))):
-        return given
-    return torch.stack([own[row] if i is None else given[i] for row, i in enumerate(rows)])
+    if weights.shape[1:] != own.shape[1:] or rows == list(range(len(weights))):
+        return weights
+    return torch.stack([own[row] if i is None else weights[i] for row, i in enumerate(rows)])
 
 
 def _select_inputs(
-    given: Tensor, columns: Sequence[int | None], source: Sequence[str], target: Sequence[str]
+    weights: Tensor, columns: Sequence[int | None], source: Sequence[str], target: Sequence[str]
 ) -> Tensor:
     """The first layer's kernel (outputs, inputs, ...) for other inputs."""
-    if columns == list(range(given.shape[1])):
-        return given
-    mean = given[:, [not name.startswith(_STAGE) for name in source]].mean(1)
+    if columns == list(range(weights.shape[1])):
+        return weights
+    mean = weights[:, [not name.startswith(_STAGE) for name in source]].mean(1)
     new = [
-        given[:, i] if i is not None else torch.zeros_like(mean) if name.startswith(_STAGE) else mean
+        weights[:, i] if i is not None else torch.zeros_like(mean) if name.startswith(_STAGE) else mean
         for name, i in zip(target, columns, strict=True)
     ]
     kernel = torch.stack(new, 1)
-    scale = given.norm() / kernel.norm()
+    scale = weights.norm() / kernel.norm()
     same = torch.isclose(scale, torch.ones_like(scale))  # the same channels in another order
     return kernel if same else kernel * scale
 

@@ -256,9 +256,9 @@ def _train_epoch(
         progress = _progress(job, state, iteration, elapsed, pace) if state.epoch or iteration else 0.0
         rate = learning_rate(job.settings.optimizer.lr * state.plateau.factor, job.settings.schedule, progress)
 
-        asked = time.monotonic()
+        wait = time.monotonic()
         step_batches = list(islice(batches, training.accumulate))
-        steps.waited += time.monotonic() - asked
+        steps.waited += time.monotonic() - wait
         _run_step(job, learner, step_batches, rate, state, steps, iteration)
         state.iteration = iteration + 1
         if (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0) and _agree_to_stop(job, stop):
@@ -439,12 +439,12 @@ def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Metri
     if job.ranks.world > 1:
         counts = sum_over_ranks(counts)
     dice = [_finite(2 * tp / (2 * tp + fp + fn), 4) if tp + fn else None for tp, fp, fn in counts.cpu().numpy().T]
-    known = [d for d in dice if d is not None]
+    shown = [d for d in dice if d is not None]
     state.pass_seconds = from_first((time.monotonic() - begin) / (done * job.planned.batch_size), job.ranks)
     return {
         "validation_loss": _finite(float(total) / done),
         "dice": dict(zip(labels.region_names, dice, strict=True)),
-        "mean_dice": round(float(np.mean(known)), 4) if known else None,
+        "mean_dice": round(float(np.mean(shown)), 4) if shown else None,
     }
 
 
