@@ -1,4 +1,4 @@
-"""A small copy of the bundled data, and settings with which a network trains in seconds, for all tests alike."""
+"""A small copy of the bundled data, and settings with which a network trains in seconds, shared by all tests."""
 
 from __future__ import annotations
 

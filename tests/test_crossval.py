@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,15 @@ def model(tmp_path: Path, tiny_model: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_the_held_out_cases_are_predicted_and_scored(model: Path, dataset: Dataset, held_out: tuple[str, ...]) -> None:
+def test_held_out_cases_are_predicted_once_and_scored(model: Path, dataset: Dataset, held_out: tuple[str, ...]) -> None:
     out = model / "fold_0" / "validation"
     assert {p.name for p in out.glob("*.nii.gz")} == {f"{case_id}.nii.gz" for case_id in held_out}
+    first, second = (out / f"{case_id}.nii.gz" for case_id in held_out)
+    before, content = first.stat().st_mtime_ns, read_label(second)[0]
+    second.unlink()
     scores = validate_fold(model, "0", dataset, held_out, "cpu")
+    assert first.stat().st_mtime_ns == before
+    np.testing.assert_array_equal(read_label(second)[0], content)
     assert [row.case for row in scores.rows] == sorted(held_out)
     for row in scores.rows:
         found, truth = read_label(Path(row.prediction_file))[0], read_label(Path(row.reference_file))[0]
@@ -49,24 +55,8 @@ def test_the_held_out_cases_are_predicted_and_scored(model: Path, dataset: Datas
             size = int((found == value).sum() + (truth == value).sum())
             assert row.metrics[name]["TP"] == hits
             assert row.metrics[name]["Dice"] == pytest.approx(2 * hits / size)
-
-
-def test_the_summary_holds_every_case(model: Path, held_out: tuple[str, ...]) -> None:
-    out = model / "fold_0" / "validation"
-    summary = read_json(out / "summary.json")
-    assert len(summary["metric_per_case"]) == len(held_out)
-    table = (out / "summary.csv").read_text()
-    assert all(case_id in table for case_id in held_out)
-
-
-def test_what_was_predicted_is_not_predicted_again(model: Path, dataset: Dataset, held_out: tuple[str, ...]) -> None:
-    out = model / "fold_0" / "validation"
-    first, second = (out / f"{case_id}.nii.gz" for case_id in held_out)
-    before, content = first.stat().st_mtime_ns, read_label(second)[0]
-    second.unlink()
-    validate_fold(model, "0", dataset, held_out, "cpu")
-    assert first.stat().st_mtime_ns == before
-    np.testing.assert_array_equal(read_label(second)[0], content)
+    assert [entry["case"] for entry in read_json(out / "summary.json")["metric_per_case"]] == sorted(held_out)
+    assert all(case_id in (out / "summary.csv").read_text() for case_id in held_out)
 
 
 def test_a_case_that_cannot_be_predicted_is_named(
@@ -75,10 +65,8 @@ def test_a_case_that_cannot_be_predicted_is_named(
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"no image")
     shutil.rmtree(model / "fold_0" / "validation")
-    cases = tuple(
-        case.__class__(case.id, (bad,), case.label) if case.id == held_out[0] else case for case in dataset.cases
-    )
-    broken = dataset.__class__(**{**dataset.__dict__, "cases": cases})
+    cases = tuple(replace(case, images=(bad,)) if case.id == held_out[0] else case for case in dataset.cases)
+    broken = replace(dataset, cases=cases)
     with pytest.raises(UserError, match=rf"1 of 2 cases could not be predicted; {held_out[0]}: .*bad\.nii\.gz"):
         validate_fold(model, "0", broken, held_out, "cpu")
 

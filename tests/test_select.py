@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nnunet_lite
-from nnunet_lite.data.dataset import dataset_from_json, map_labels
+from nnunet_lite.data.dataset import map_labels, stored_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
@@ -43,18 +43,28 @@ def paths(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> Paths:
     return ours
 
 
-def made(paths: Paths, name: str, change: Callable[[np.ndarray, int], np.ndarray], folds: int = 5) -> Path:
-    """A model of all folds that is said to have predicted the references, changed: change(reference, number)."""
-    folder, splits = paths.models / name, read_json(paths.splits)
-    cases = {case.id: case for case in dataset_from_json(read_json(paths.dataset)).cases}
-    skipped = shutil.ignore_patterns("fold_*")
-    shutil.copytree(paths.models / "tiny", folder, ignore=skipped)
-    for fold in range(folds):
+@pytest.fixture
+def scan(hippocampus: Path) -> Path:
+    return sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
+
+
+def select(paths: Paths, *models: str, **options: Any) -> Selection:
+    return nnunet_lite.select(models or None, workspace=paths.root.parent, device="cpu", **options)
+
+
+def add_model(
+    paths: Paths, name: str, change: Callable[[np.ndarray, int], np.ndarray], folds: int = 5, source: Path | None = None
+) -> Path:
+    """Add a model of some folds whose predictions are the references, changed: change(reference, number)."""
+    source, folder = source or paths.models / "tiny", paths.models / name
+    cases = {case.id: case for case in stored_dataset(paths.dataset).cases}
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("fold_*"))
+    for fold, split in enumerate(read_json(paths.splits)[:folds]):
         (folder / f"fold_{fold}").mkdir()
-        shutil.copy(paths.models / "tiny" / "fold_0" / "model.safetensors", folder / f"fold_{fold}")
-        for case_id in splits[fold]["val"]:
+        shutil.copy(source / "fold_0" / "model.safetensors", folder / f"fold_{fold}")
+        for case_id in split["val"]:
             array, geometry, _ = read_label(cases[case_id].label)
-            out = folder / f"fold_{fold}" / "validation" / f"{case_id}.nii.gz"
+            out = folder / f"fold_{fold}" / "validation" / cases[case_id].label.name
             write_label(out, change(array, sorted(cases).index(case_id)), geometry)
     return folder
 
@@ -82,15 +92,13 @@ def dice(a: np.ndarray, b: np.ndarray, value: int) -> float:
 def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> None:
     shutil.rmtree(paths.models / "tiny" / "fold_0" / "validation")
     for name, change in (("a-good", speckled), ("b-bad", shifted)):
-        made(paths, name, change)
-    found = nnunet_lite.select(
-        ["a-good", "b-bad"], ensembles=False, workspace=paths.root.parent, workers=2, device="cpu"
-    )
+        add_model(paths, name, change)
+    found = select(paths, "a-good", "b-bad", ensembles=False, workers=2)
     assert found.models == ("a-good",) and found.folds == tuple("01234")
     good, bad = found.candidates
     assert (good.name, bad.name, good.n_cases) == ("a-good", "b-bad", 10)
 
-    cases = sorted(dataset_from_json(read_json(paths.dataset)).cases, key=lambda case: case.id)
+    cases = sorted(stored_dataset(paths.dataset).cases, key=lambda case: case.id)
     truth = [map_labels(read_label(case.label)[0], None) for case in cases if case.label]
     each = {}
     for name, change in (("a-good", speckled), ("b-bad", shifted)):
@@ -120,7 +128,7 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
     assert set(stored["postprocessing"]["Anterior"]) == {"largest_component", "min_size_mm3", "unit"}
     assert stored["candidates"][1]["margin"]["mean"] == bad.margin.mean
     assert read_selection(paths) == found
-    again = nnunet_lite.select(["a-good", "b-bad"], ensembles=False, postprocess=False, workspace=paths.root.parent)
+    again = select(paths, "a-good", "b-bad", ensembles=False, postprocess=False)
     assert again.postprocessing == {} and again.candidates == found.candidates
 
 
@@ -139,23 +147,18 @@ def test_sizes_without_a_spacing_are_pixels(
         image = (60 * label + rng.integers(0, 60, label.shape)).astype(np.uint8)
         write_label(root / "images" / f"{i:02}{ending}", image, place)
         write_label(root / "labels" / f"{i:02}{ending}", label, place)
-    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
+    nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0, folds=5)
     ours = Paths(tmp_path / "ws" / "cells")
-    cases = [case.id for case in dataset_from_json(read_json(ours.dataset)).cases]
-    folds = [cases[k::5] for k in range(5)]
-    write_json(ours.splits, [{"train": [c for c in cases if c not in val], "val": val} for val in folds])
-    model = shutil.copytree(tiny_model, ours.models / "a", ignore=shutil.ignore_patterns("fold_*"))
+
+    def with_speck(array: np.ndarray, number: int) -> np.ndarray:
+        array = array.copy()
+        array[0, 30:32, 40:46] = 1
+        return array
+
+    model = add_model(ours, "a", with_speck, source=tiny_model)
     shutil.copy(ours.plans, model / "plans.json")
     write_json(model / "run.json", read_json(model / "run.json") | {"configuration": "2d"})
-    for k, val in enumerate(folds):
-        (model / f"fold_{k}").mkdir()
-        shutil.copy(tiny_model / "fold_0" / "model.safetensors", model / f"fold_{k}")
-        for case_id in val:
-            label, geometry, _ = read_label(root / "labels" / f"{case_id}{ending}")
-            label = label.copy()
-            label[0, 30:32, 40:46] = 1  # a speck
-            write_label(model / f"fold_{k}" / "validation" / f"{case_id}{ending}", label, geometry)
-    found = nnunet_lite.select(workspace=tmp_path / "ws", device="cpu")
+    found = select(ours)
     words = f"no component below {14 * pages if pages == 1 else 86} {unit}"
     assert [str(rule) for rule in found.postprocessing.values()] == [words]
     assert words in found.to_text() and "mm" not in found.to_text()
@@ -173,7 +176,7 @@ def test_sizes_without_a_spacing_are_pixels(
 
 def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command: Run) -> None:
     for name, folds in (("five", 5), ("two", 2)):
-        made(paths, name, shifted, folds)
+        add_model(paths, name, shifted, folds)
     (paths.models / "old_one").mkdir()
     whole = shutil.copytree(paths.models / "tiny", paths.models / "whole")
     (whole / "fold_0").rename(whole / "fold_all")
@@ -199,38 +202,37 @@ def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command:
     assert rest[-2:] == ["postprocessing: none", why]
 
 
-def test_what_cannot_be_compared_is_told(paths: Paths, tiny_workspace: Path) -> None:
-    workspace = paths.root.parent
+def test_what_cannot_be_compared_is_reported(paths: Paths) -> None:
     with pytest.raises(UserError, match=r"no model of Task04_Hippocampus is 3d_lowres\. Run `nnlite train"):
-        nnunet_lite.select("3d_lowres", workspace=workspace)
+        select(paths, "3d_lowres")
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     (other / "fold_0" / "cases.json").unlink()
     (other / "fold_0").rename(other / "fold_1")
     with pytest.raises(UserError, match=r"share no fold to be compared on \(other: 1; tiny: 0\)"):
-        nnunet_lite.select(workspace=workspace)
+        select(paths)
     shutil.rmtree(other)
     splits = read_json(paths.splits)
     splits[0], splits[1] = splits[1], splits[0]
     write_json(paths.splits, splits)
     with pytest.raises(UserError, match=r"tiny is left out: fold 0 was trained on other cases than splits\.json"):
-        nnunet_lite.select(workspace=workspace)
+        select(paths)
     shutil.rmtree(paths.models)
     with pytest.raises(UserError, match=r"no fold of Task04_Hippocampus is trained\. Run `nnlite train"):
-        nnunet_lite.select(workspace=workspace)
+        select(paths)
 
 
 def test_what_is_missing_is_predicted_or_scored(paths: Paths) -> None:
     out = paths.models / "tiny" / "fold_0" / "validation"
     first, second = sorted(out.glob("*.nii.gz"))
     before = first.stat().st_mtime_ns
-    expected = nnunet_lite.select(workspace=paths.root.parent, device="cpu").candidates[0]
+    expected = select(paths).candidates[0]
     (out / "summary.json").unlink()
-    scored = nnunet_lite.select(workspace=paths.root.parent, device="cpu")
+    scored = select(paths)
     assert scored.candidates[0] == expected and (out / "summary.json").is_file()
     second.unlink()
-    nnunet_lite.select(workspace=paths.root.parent, device="cpu")
+    select(paths)
     name = second.name.removesuffix(".nii.gz")
-    scan = next(c for c in dataset_from_json(read_json(paths.dataset)).cases if c.id == name).images[0]
+    scan = next(c for c in stored_dataset(paths.dataset).cases if c.id == name).images[0]
     by_model = nnunet_lite.load(paths.models / "tiny", [0], "cpu")(scan)
     assert np.array_equal(read_label(second)[0], by_model) and first.stat().st_mtime_ns == before
 
@@ -241,11 +243,11 @@ def test_what_is_missing_is_predicted_or_scored(paths: Paths) -> None:
 def test_pairs_are_predicted_once(paths: Paths) -> None:
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     turn_round(other)
-    found = nnunet_lite.select(workspace=paths.root.parent, device="cpu")
+    found = select(paths)
     assert {one.models for one in found.candidates} == {("tiny",), ("other",), ("other", "tiny")}
     out = paths.ensembles / "other+tiny" / "fold_0" / "validation"
     case_id = read_json(paths.splits)[0]["val"][0]
-    scan = next(c for c in dataset_from_json(read_json(paths.dataset)).cases if c.id == case_id).images[0]
+    scan = next(c for c in stored_dataset(paths.dataset).cases if c.id == case_id).images[0]
     both = nnunet_lite.load([other, paths.models / "tiny"], ["0"], "cpu")
     assert np.array_equal(read_label(out / f"{case_id}.nii.gz")[0], both(scan))
     pair = next(one for one in found.candidates if len(one.models) == 2)
@@ -253,13 +255,13 @@ def test_pairs_are_predicted_once(paths: Paths) -> None:
 
     files = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
     assert len(files) == len(read_json(paths.splits)[0]["val"])
-    assert nnunet_lite.select(workspace=paths.root.parent, device="cpu").candidates == found.candidates
+    assert select(paths).candidates == found.candidates
     assert {path: path.stat().st_mtime_ns for path in files} == files
     next(iter(files)).unlink()  # as a run that was killed leaves it
-    nnunet_lite.select(workspace=paths.root.parent, device="cpu")
+    select(paths)
     assert sum(path.stat().st_mtime_ns == files[path] for path in out.glob("*.nii.gz")) == len(files) - 1
     turn_round(other)
-    nnunet_lite.select(workspace=paths.root.parent, device="cpu")
+    select(paths)
     assert all(path.stat().st_mtime_ns != made_at for path, made_at in files.items()), "other weights predict again"
 
 
@@ -287,7 +289,7 @@ def test_a_pair_wins_only_where_it_is_really_better() -> None:
     assert choose_team({flat: base, deep: base + 0.01, both: base + 0.012 + noise}) == deep
     assert choose_team({flat: base, deep: base + 0.01, both: base + 0.03 + noise}) == both
     assert choose_team({deep: base, flat: base, both: base}) == flat, "of equals the simplest"
-    assert choose_team({flat: base[:1], both: base[:1] + 0.05}) == flat, "one case tells nothing"
+    assert choose_team({flat: base[:1], both: base[:1] + 0.05}) == flat, "one case proves nothing"
     lowres, cascade = team("3d_lowres"), team("3d_cascade_fullres")
     assert choose_team({cascade: base, deep: base, lowres: base}) == lowres
     gap = np.where(rng.random((40, 2)) < 0.1, np.nan, base)
@@ -299,7 +301,7 @@ def test_a_pair_wins_only_where_it_is_really_better() -> None:
 
 def selected(paths: Paths, **changes: Any) -> Selection:
     """A selection of the tiny model with rules that remove most, written by hand but for its weights."""
-    found = nnunet_lite.select("tiny", postprocess=False, workspace=paths.root.parent, device="cpu")
+    found = select(paths, "tiny", postprocess=False)
     rules = {"Anterior": LARGEST, "Posterior": Rule(min_size_mm3=1e6)}
     value = found.to_json() | {"postprocessing": {k: rule.model_dump() for k, rule in rules.items()}} | changes
     value["postprocessing_gain"] = {k: {"before": 0.5, "after": 0.6, "n": 20} for k in rules}
@@ -309,9 +311,8 @@ def selected(paths: Paths, **changes: Any) -> Selection:
     return selection
 
 
-def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command: Run) -> None:
+def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Run) -> None:
     chosen = selected(paths)
-    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     raw = nnunet_lite.load(paths.models / "tiny", [0], "cpu")(scan)
     clean = apply_rules(raw, (1.0, 1.0, 1.0), LABELS, chosen.postprocessing)
     assert (raw == 2).any() and not (clean == 2).any()
@@ -352,16 +353,13 @@ def test_predict_obeys(paths: Paths, hippocampus: Path, tmp_path: Path, command:
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
-def test_rules_of_an_older_selection_are_not_applied(
-    paths: Paths, hippocampus: Path, tmp_path: Path, command: Run
-) -> None:
+def test_rules_of_an_older_selection_are_not_applied(paths: Paths, scan: Path, tmp_path: Path, command: Run) -> None:
     """An inference.json of a version whose rules nothing confirmed: its sizes are mm3, its gains have no n."""
     chosen = selected(paths)
     value = chosen.to_json()
     value["postprocessing"] = {"Posterior": {"largest_component": False, "min_size_mm3": 1e6}}
     value["postprocessing_gain"] = {"Posterior": {"before": 0.5, "after": 0.6}}
     write_json(paths.inference, value)
-    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     common = ["predict", "-i", scan, "-o", tmp_path / "out", "--device", "cpu", "-w", paths.root.parent]
     code, _, err = command(*common, cwd=tmp_path)
     assert code == 0 and "postprocessing: none\n" in err
@@ -371,11 +369,10 @@ def test_rules_of_an_older_selection_are_not_applied(
     assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in read_selection(paths).to_text()
 
 
-def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_path: Path) -> None:
+def test_a_pair_that_was_selected_predicts(paths: Paths, scan: Path, tmp_path: Path) -> None:
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     turn_round(other)
     selected(paths, models=["tiny", "other"], weights={})
-    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     done = nnunet_lite.predict(scan, tmp_path / "out", workspace=paths.root.parent, device="cpu", postprocess=False)
     assert [folder.name for folder in done.models] == ["tiny", "other"] and done.folds == ("0",)
     both = nnunet_lite.load([paths.models / "tiny", other], [0], "cpu")
@@ -384,7 +381,7 @@ def test_a_pair_that_was_selected_predicts(paths: Paths, hippocampus: Path, tmp_
     assert fast.folds == ("0",) and set(fast.postprocessing) == {"Anterior", "Posterior"}
 
 
-def test_info_tells_what_is_selected(paths: Paths, command: Run) -> None:
+def test_info_shows_what_is_selected(paths: Paths, command: Run) -> None:
     chosen = selected(paths)
     code, out, err = command("info", "-w", paths.root.parent, cwd=paths.root)
     assert code == 0, err
@@ -432,12 +429,11 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_selection_is_refused(
-    paths: Paths, name: str, hippocampus: Path, command: Run, counts: Callable[..., None]
+    paths: Paths, name: str, scan: Path, command: Run, counts: Callable[..., None]
 ) -> None:
     """An inference.json that was changed by hand."""
     content, why = BROKEN[name]
     paths.inference.write_text(json.dumps(content))
-    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     for arguments in (["predict", "-i", scan, "-o", paths.root / "out"], ["info"]):
         code, _, err = command(*arguments, "-w", paths.root.parent, cwd=paths.root)
         (line,) = [line for line in err.splitlines() if line.startswith("error")]
@@ -448,11 +444,10 @@ def test_a_broken_selection_is_refused(
 
 
 def test_rules_for_an_unknown_label_are_refused(
-    paths: Paths, hippocampus: Path, command: Run, counts: Callable[..., None]
+    paths: Paths, scan: Path, command: Run, counts: Callable[..., None]
 ) -> None:
     gains = {"Anteriorr": {"before": 0.8, "after": 0.9, "n": 12}}
     write_json(paths.inference, handwritten({"Anteriorr": {"largest_component": True}}, gains))
-    scan = sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[0]
     common = ["predict", "-i", scan, "-o", paths.root / "out", "-w", paths.root.parent, "--device", "cpu"]
     code, _, err = command(*common, cwd=paths.root)
     assert code == 2 and "the selection postprocesses Anteriorr, which is no label of the model" in err

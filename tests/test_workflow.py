@@ -1,4 +1,4 @@
-"""`nnlite run`: what is done, what is left, killed and gone on; the steps themselves have tests of their own."""
+"""`nnlite run`: which steps are done, which remain, and a run that is killed; the steps have tests of their own."""
 
 from __future__ import annotations
 
@@ -38,11 +38,8 @@ def test_steps_that_are_done_are_kept(tmp_path: Path) -> None:
     steps = [a_step(tmp_path, name) for name in ("one", "two", "three")]
     (tmp_path / "two").write_text("mine")
     journal = Journal(tmp_path / "new" / "steps.jsonl")
-    assert [(e.step, e.state) for e in run_steps(steps, journal)] == [
-        ("one", "done"),
-        ("two", "kept"),
-        ("three", "done"),
-    ]
+    states = {result.step: result.state for result in run_steps(steps, journal)}
+    assert states == {"one": "done", "two": "kept", "three": "done"}
     assert (tmp_path / "two").read_text() == "mine"
     assert run_steps(steps, journal) == [StepResult(name, "kept") for name in ("one", "two", "three")]
 
@@ -60,7 +57,7 @@ def test_a_step_that_fails_ends_the_run_and_the_next_run_begins_there(tmp_path: 
     assert [e.state for e in run_steps([first, last], journal)] == ["kept", "done"]
 
 
-def test_what_is_left_is_unknown_until_something_tells_it(tmp_path: Path) -> None:
+def test_the_time_left_is_unknown_until_a_step_was_timed(tmp_path: Path) -> None:
     steps = [
         a_step(tmp_path, "fold 0", "train"),
         a_step(tmp_path, "fold 1", "train", progress=lambda: 0.75),
@@ -136,10 +133,10 @@ def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, RunResu
     assert {name for candidate in selected["candidates"] for name in candidate["models"]} == {
         "2d-default", "3d_fullres-default",
     }  # fmt: skip
-    told = done.to_json()
-    assert json.loads(json.dumps(told)) == told
-    rounding = 0.01 * len(told["steps"])
-    assert sum(step["seconds"] for step in told["steps"]) <= told["seconds"] + rounding
+    result = done.to_json()
+    assert json.loads(json.dumps(result)) == result
+    rounding = 0.01 * len(result["steps"])
+    assert sum(step["seconds"] for step in result["steps"]) <= result["seconds"] + rounding
 
 
 def test_the_commands_it_ends_with_are_commands(

@@ -39,10 +39,9 @@ from nnunet_lite.commands.steps import (
     JOURNAL,
     plan_runs,
     preprocessing_step,
-    refuse_changed_settings,
     training_step,
 )
-from nnunet_lite.commands.train import fold_names
+from nnunet_lite.commands.train import fold_names, train_and_validate
 from nnunet_lite.commands.training_run import TrainingRun
 from nnunet_lite.commands.workflow import Journal, Step, StepResult, find_remaining, overview, run_steps
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
@@ -184,7 +183,6 @@ def run(
         existing = fold_names(paths, rule)  # also writes splits.json
         names = names or existing
     runs = plan_runs(paths, resolved, names_of(configurations), names, device)
-    refuse_changed_settings(runs)
     with cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
         log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], find_remaining(steps, journal)))
@@ -206,7 +204,7 @@ def _steps(
     cluster: Cluster | None,
 ) -> list[Step]:
     """Return the steps after the plan."""
-    trainings = [training_step(run) for run in runs]
+    trainings = [training_step(run, train_and_validate) for run in runs]
     steps = [preprocessing_step(runs, dataset, paths, workers, cluster), *trainings]
     folders = list(dict.fromkeys(run.folder for run in runs if run.split.name != "all"))
     if not folders:

@@ -5,19 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import cluster_of
-from nnunet_lite.commands.train import TrainedFolds, train_and_validate
 from nnunet_lite.commands.training_run import TrainingRun, plan_for_settings, prepare_run
-from nnunet_lite.commands.workflow import Journal, Step, run_steps
-from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.commands.workflow import Step
+from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.scores import read_summaries
-from nnunet_lite.models.folder import SUMMARY, VALIDATION, run_length
+from nnunet_lite.models.folder import run_length
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings
@@ -30,26 +27,6 @@ if TYPE_CHECKING:
 JOURNAL = "steps.jsonl"
 
 
-def train_on_cluster(
-    scheduler: str,
-    paths: Paths,
-    configuration: str,
-    folds: Sequence[str],
-    settings: Settings,
-    device: str | None,
-) -> TrainedFolds:
-    """Train all folds of a configuration, and what it needs before, on the workers of a Dask scheduler."""
-    runs = plan_runs(paths, settings, [configuration], folds, device)
-    refuse_changed_settings(runs)
-    dataset = stored_dataset(paths.dataset)
-    with cluster_of(scheduler, paths.root.parent) as cluster:
-        steps = [preprocessing_step(runs, dataset, paths, None, cluster), *map(training_step, runs)]
-        run_steps(steps, Journal(paths.root / JOURNAL), cluster)
-    scored = [run for run in runs if run.configuration == configuration]
-    files = {run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in scored}
-    return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
-
-
 def plan_runs(
     paths: Paths,
     settings: Settings,
@@ -57,7 +34,13 @@ def plan_runs(
     folds: Sequence[str],
     device: str | None,
 ) -> list[TrainingRun]:
-    """Return what has to be trained, first stages of cascades before the second, each checked for mistakes."""
+    """Return what has to be trained, first stages of cascades before the second, each checked for mistakes.
+
+    Raises
+    ------
+    UserError
+        A setting is wrong, or a model has an earlier run with other settings.
+    """
     runs: dict[tuple[str, str], TrainingRun] = {}
 
     def add(configuration: str, fold: str) -> None:
@@ -72,23 +55,13 @@ def plan_runs(
     for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
         for fold in folds:
             add(configuration, fold)
-    return list(runs.values())
-
-
-def refuse_changed_settings(runs: Sequence[TrainingRun]) -> None:
-    """Make sure, before anything is done, that models with earlier runs have the same settings.
-
-    Raises
-    ------
-    UserError
-        The settings of one differ.
-    """
-    for run in runs:
+    for run in runs.values():  # before anything is done
         try:
             run.check_resume()
         except UserError as error:
             fix = "Repeat the old settings, or use a recipe file of your own, whose name the new models get."
             raise UserError(error.what, error.file, fix) from None
+    return list(runs.values())
 
 
 def _worth_training(plan: Plan) -> list[str]:
@@ -107,8 +80,8 @@ def _worth_training(plan: Plan) -> list[str]:
     return names
 
 
-def training_step(run: TrainingRun) -> Step:
-    """Return the step that trains and validates a fold."""
+def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step:
+    """Return the step that trains and validates a fold by calling `train` with it."""
     of = f"{run.configuration} fold {run.split.name}"
     needs = ["preprocess"]
     if run.first is not None:
@@ -116,7 +89,7 @@ def training_step(run: TrainingRun) -> Step:
     where = (run.fold_folder, run.settings)
     return Step(
         f"train {of}", f"train {run.configuration} {run_length(run.settings)}", run.is_done,
-        partial(train_and_validate, run), tuple(needs), anywhere=True,
+        partial(train, run), tuple(needs), anywhere=True,
         progress=partial(fold_progress, *where), seconds=partial(estimate_fold_seconds, *where),
     )  # fmt: skip
 

@@ -33,18 +33,22 @@ from nnunet_lite.commands.options import (
     Stratify,
     StratifyBy,
     Workspace,
+    cluster_of,
     overrides_of,
     sizes_of,
 )
+from nnunet_lite.commands.steps import JOURNAL, plan_runs, preprocessing_step, training_step
 from nnunet_lite.commands.training_run import TrainingRun, prepare_run
+from nnunet_lite.commands.workflow import Journal, run_steps
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
-from nnunet_lite.evaluation.scores import Scores
+from nnunet_lite.evaluation.scores import Scores, read_summaries
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage, with_first_stage
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
+    SUMMARY,
     VALIDATION,
     fold_seed,
     is_begun,
@@ -62,7 +66,7 @@ from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.settings import load_settings, with_changes
+from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.cache import load_cases
 from nnunet_lite.training.dataloader import check_augmentation
 from nnunet_lite.training.distributed import (
@@ -198,9 +202,7 @@ def train(
     paths = select_dataset(workspace, dataset)
     names = fold_names(paths, rule) if all_folds else [str(fold)]
     if scheduler is not None:
-        from nnunet_lite.commands.steps import train_on_cluster  # an optional extra; it imports this module
-
-        return train_on_cluster(scheduler, paths, configuration, names, resolved, device)
+        return _train_on_cluster(scheduler, paths, configuration, names, resolved, device)
     scores = {}
     for fold_name in names:
         first = fold_name == names[0]
@@ -219,6 +221,22 @@ def train(
             if all_folds:
                 log.info(f"fold {fold_name}, whole images:\n{result.to_text()}")
     return TrainedFolds(scores)
+
+
+def _train_on_cluster(
+    scheduler: str, paths: Paths, configuration: str, folds: Sequence[str], settings: Settings, device: str | None
+) -> TrainedFolds:
+    """Train all folds of a configuration, and what it needs before, on the workers of a Dask scheduler."""
+    runs = plan_runs(paths, settings, [configuration], folds, device)
+    dataset = stored_dataset(paths.dataset)
+    trainings = [training_step(run, train_and_validate) for run in runs]
+    with cluster_of(scheduler, paths.root.parent) as cluster:
+        steps = [preprocessing_step(runs, dataset, paths, None, cluster), *trainings]
+        run_steps(steps, Journal(paths.root / JOURNAL), cluster)
+    files = {
+        run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in runs if run.configuration == configuration
+    }
+    return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
 
 
 def launch_on_gpus(gpus: int) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.cross_validation import SUMMARY
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
-from nnunet_lite.models.folder import VALIDATION, check_resume, is_begun, is_complete, model_folder
+from nnunet_lite.models.folder import SUMMARY, VALIDATION, check_resume, is_begun, is_complete, model_folder
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan

@@ -142,7 +142,8 @@ def select_models(
 
     Raises
     ------
-    UserError : nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
+    UserError
+        Nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
     """
     members, notes = find_members(paths, dataset, only)
     folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
@@ -220,7 +221,8 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
 
     Raises
     ------
-    UserError : there is none, or not what `only` names.
+    UserError
+        There is none, or not what `only` names.
     """
     members, notes, known = [], [], set[str]()
     n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0

@@ -65,7 +65,8 @@ def validate_fold(
 
     Raises
     ------
-    UserError : a case cannot be predicted.
+    UserError
+        A case cannot be predicted.
     """
     changes = None if step_size is None else {"inference.step_size": step_size}
     workspace = folder.absolute().parents[2]

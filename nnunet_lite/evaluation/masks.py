@@ -14,17 +14,17 @@ import cc3d
 import numpy as np
 from scipy.spatial import cKDTree
 
+from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.data.labels import Labels, smallest_dtype
 
 Spacing = tuple[float, float, float]
-Box = tuple[slice, ...]
 Map = Callable[..., Iterable[Any]]  # `map`, or the `map` of a thread pool
 
 _PERCENTILE = 95
 _ROUNDING = 1e-5  # mm: a distance that equals the tolerance is within it
 _CELLS = (8.0, 3.0)  # voxels: sizes of the cells that share one measured distance, one after the other
 _FEW = 1000  # points: so few are measured one by one
-_SAMPLE = 100  # points that show how far the others are
+_SAMPLE = 16  # points that show how far the others are
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def pair_masks(
     true = number_masks(reference, masks if ignore is None else [*masks, (ignore,)], mapper)
     if ignore is not None:
         predicted[true == n + 1] = n + 1
-    box = bounding_box(predicted, true) or (slice(0, 1),) * 3
+    box = slices(bounding_box((predicted | true) != 0))
     predicted, true = (np.ascontiguousarray(array[box]) for array in (predicted, true))
 
     def find_runs(z: int) -> np.ndarray:
@@ -151,18 +151,6 @@ def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
     return shape[0] == 1 and spacing[0] >= 999 * max(spacing[1:])
 
 
-def bounding_box(*arrays: np.ndarray) -> Box | None:
-    """Find the smallest box (z, y, x) around all nonzero voxels of some arrays; None where there are none."""
-    rows = np.zeros(arrays[0].shape[:2], bool)
-    columns = np.zeros(arrays[0].shape[2], bool)
-    for z in range(len(rows)):
-        for array in arrays:
-            rows[z] |= array[z].any(axis=1)
-            columns |= array[z].any(axis=0)
-    filled = [np.flatnonzero(some) for some in (rows.any(axis=1), rows.any(axis=0), columns)]
-    return tuple(slice(some[0], some[-1] + 1) for some in filled) if len(filled[0]) else None
-
-
 # ------------------------------------------------------------------------------------------------------------- lesions
 
 
@@ -181,8 +169,6 @@ def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     int
         Number of components.
     """
-    if not mask.size:
-        return np.zeros(mask.shape, np.uint8), 0
     return cc3d.connected_components(mask, connectivity=26, return_N=True)
 
 

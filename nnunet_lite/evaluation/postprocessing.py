@@ -1,9 +1,9 @@
 """Remove components of labels by rules, and choose the rules that the cross-validation confirms.
 
-A rule keeps the largest component of a label, or the components from a size on. `apply_rules` applies rules to a label
-map, and `choose_rules` finds those that help. Some of the held-out cases choose the best rule of each label from a few
-candidates: its largest component, and sizes below the smallest component of all references. The other cases confirm
-it, and the reported gain is theirs. No rule is tried
+A rule keeps the largest component of a label, or removes the components below a size. `apply_rules` applies rules to a
+label map, and `choose_rules` finds those that help. Some of the held-out cases choose the best rule of each label from
+a few candidates: its largest component, and sizes below the smallest component of all references. The other cases
+confirm it, and the reported gain is theirs. No rule is tried
 
 - if fewer than 10 held-out cases have the label, too few to choose and to confirm;
 - if the mean Dice of the label is below 0.5: the components of such a model say little about the organ.
@@ -26,12 +26,11 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.evaluation.masks import (
-    Box,
     Spacing,
-    bounding_box,
     disjoint_regions,
     is_picture,
     label_components,
@@ -94,13 +93,13 @@ class Components(NamedTuple):
         Voxels of each component, and its mask from 1; the first entry is the outside.
     """
 
-    box: Box
+    box: tuple[slice, slice, slice]
     numbers: np.ndarray
     sizes: np.ndarray
     mask_of: np.ndarray
 
     def removed_by(self, rule: Rule, mask: int, voxel: float) -> np.ndarray:
-        """Tell which components (components + 1,) a rule for a mask removes; `voxel` is the size of a voxel."""
+        """Return which components (components + 1,) a rule for a mask removes; `voxel` is the size of a voxel."""
         own = np.flatnonzero(self.mask_of == mask)
         removed = np.zeros(len(self.sizes), bool)
         if rule.largest_component and len(own):
@@ -114,9 +113,9 @@ class Components(NamedTuple):
 def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) -> Components | None:
     """Find the components of masks, each given by its label values; None if all masks are empty."""
     numbered = number_masks(segmentation, masks)
-    box = bounding_box(numbered)
-    if box is None:
+    if not numbered.any():
         return None
+    box = slices(bounding_box(numbered != 0))
     numbers, n = label_components(numbered[box])
     sizes, mask_of = np.zeros(n + 1, np.intp), np.zeros(n + 1, np.intp)
     for plane, mask in zip(numbers, numbered[box], strict=True):  # by slices: a copy of all as int64 would be large
@@ -253,7 +252,7 @@ def choose_rules(
 
 
 def choosing_cases(folds: Sequence[str]) -> np.ndarray:
-    """Tell which cases choose: those of two folds in five, or of a single fold two cases in five."""
+    """Return which cases choose: those of two folds in five, or of a single fold two cases in five."""
     names = sorted(set(folds))
     places = np.array([names.index(fold) for fold in folds]) if len(names) > 1 else np.arange(len(folds))
     return np.isin(places % 5, (1, 3))

@@ -211,7 +211,8 @@ def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
 
     Raises
     ------
-    UserError : a file is no summary, or one for other labels.
+    UserError
+        A file is no summary, or one for other labels.
     """
     names = {key: name for name, key in label_keys(labels).items()}
     rows, unit = [], "mm"
@@ -264,7 +265,8 @@ def score_files(
 
     Raises
     ------
-    UserError : nothing matches; a pair is on two grids; a file cannot be read.
+    UserError
+        Nothing matches; a pair is on two grids; a file cannot be read.
     """
     prediction, reference = Path(prediction), Path(reference)
     pairs, notes = _match(prediction, reference)

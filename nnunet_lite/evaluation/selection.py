@@ -149,7 +149,8 @@ def read_selection(paths: Paths) -> Selection | None:
 
     Raises
     ------
-    UserError : inference.json is not readable.
+    UserError
+        Inference.json is not readable.
     """
     if not paths.inference.is_file():
         return None
@@ -166,7 +167,8 @@ def selected_models(paths: Paths, selection: Selection) -> list[Path]:
 
     Raises
     ------
-    UserError : one of them, or one of its folds, does not exist any more.
+    UserError
+        One of them, or one of its folds, does not exist any more.
     """
     folders = [paths.models / Path(name).name for name in selection.models]
     for folder in folders:
