@@ -159,9 +159,7 @@ def _remove_components(classes: np.ndarray, removed: np.ndarray) -> np.ndarray:
         if boxes[number] is None:
             continue
         part = classes[boxes[number]]
-        components, _ = ndimage.label(
-            part == number + 1, np.ones((3,) * part.ndim)
-        )  # also those that touch at a corner
+        components, _ = ndimage.label(part == number + 1, np.ones((3,) * part.ndim))  # touching at a corner counts
         small = np.flatnonzero(np.bincount(components.ravel())[1:] < LARGEST_REMOVED * classes.size) + 1
         if len(small):
             part[components == small[int(removed[number] * len(small))]] = 0
