@@ -85,6 +85,6 @@ def setting(**values: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def copy_workspace(workspace: Path, place: Path) -> Path:
-    """A workspace to break, as ./nnlite_workspace; returns the folder of its data set."""
+    """A workspace to break, as ./nnlite_workspace; returns the folder of its dataset."""
     shutil.copytree(workspace, place / "nnlite_workspace", ignore=shutil.ignore_patterns(".lock"))
     return place / "nnlite_workspace" / "Task04_Hippocampus"

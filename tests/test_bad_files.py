@@ -226,7 +226,7 @@ FILES = {
     "PNG that is text": named("a.png", b"not png"),
     "TIFF in circles": named("a.tif", TIFF_IN_CIRCLES),
     "TIFF of nothing": named("a.tif", b"II*\0\x08\0\0\0"),
-    "TIFF whose pages lie outside": named("a.tif", b"II*\0\xff\xff\xff\x7f"),
+    "TIFF whose pages are outside": named("a.tif", b"II*\0\xff\xff\xff\x7f"),
     "BMP that ends": named("a.bmp", b"BM" + struct.pack("<I", 10**6) + bytes(48)),
     "BMP of 10^9 pixels": named("a.bmp", b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 40000, 40000, 1, 24,
                                                             0, 0, 0, 0, 0, 0)),

@@ -226,7 +226,7 @@ FOLDERS = {
         renamed("images", ".npy"), "images", ("no image of a supported format, but 5 .npy files",)),
     "another file_ending": BadData(
         named(["imagesTr/c{}_0000.nrrd"], ["labelsTr/c{}.nrrd"], table=described("A")), "imagesTr",
-        ("no image that ends with .nii.gz, but 5 .nrrd files", "file_ending")),
+        ("no image of a supported format that ends with .nii.gz, but 5 .nrrd files", "file_ending")),
 }  # fmt: skip
 
 CASES_1_TO_N = [range(1, n + 1) for n in (15, 7, 12, 9, 20)]

@@ -208,27 +208,6 @@ def test_json_round_trip(hippocampus: Path, copy_nnunet: Copy) -> None:
         assert dataset_from_json(json.loads(json.dumps(dataset_to_json(dataset)))) == dataset
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"modality": {"1": "MRI"}}, r"channel_names has the keys \['1'\]"),
-        ({"labels": {"background": 0}}, "labels: there is no foreground label"),
-        ({"labels": {"background": 0, "a": "x"}}, "are not names with integers"),
-        ({"labels": {"background": 0, "a": 1.5}}, "are not names with integers"),
-        ({"training": [{"image": "x", "label": ["x"]}]}, r"training\[0\] has the label \['x'\]"),
-        ({"file_ending": [".nii.gz"]}, r"file_ending is \['\.nii\.gz'\]"),
-        ({"dataset": {"mine": {"label": "x"}}}, r"dataset\.mine is not"),
-        ({"dataset": {"a": {"images": [1]}}}, r"dataset\.a has something else than file names"),
-        ({"dataset": {"a/b": {"images": ["x"]}}}, "the id 'a/b' holds a /"),
-    ],
-)
-def test_bad_dataset_json(copy_dataset: Copy, changes: dict[str, object], message: str) -> None:
-    root = copy_dataset(2)
-    update(root, **changes)
-    with pytest.raises(UserError, match=rf"dataset\.json: .*{message}"):
-        read_dataset(root)
-
-
 def test_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         read_dataset(tmp_path / "absent")

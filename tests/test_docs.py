@@ -213,7 +213,7 @@ def sayable() -> list[re.Pattern[str]]:
                 parts = [node.value]
             else:
                 continue
-            if sum(len("".join(part.split())) for part in parts if isinstance(part, str)) >= 8:
+            if sum(len("".join(part.split())) for part in parts if isinstance(part, str)) >= 7:
                 found.add("".join(".*" if part is None else re.escape(str(part)) for part in parts))
     return [re.compile(pattern, re.DOTALL) for pattern in found]
 

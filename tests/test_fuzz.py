@@ -32,7 +32,7 @@ DATA = Path(__file__).parent / "data"
 ABOUT = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}, "numTraining": 200}
 PLAN = json.loads(plan_from_nnunet(json.loads((DATA / "nnunet_plans.json").read_text()), ABOUT).to_json())
 
-# a folder for all examples of a test is enough: each writes its file anew
+# a folder for all examples of a test is enough: each writes its file again
 fuzzed = settings(
     max_examples=150,
     derandomize=True,

@@ -39,7 +39,7 @@ def nested(depth: int) -> np.ndarray:
 
 def lacking(n: int, *missing: Iterable[int]) -> list[np.ndarray]:
     """Maps of n organs of which some are missing."""
-    return [blocks(value if value not in gone else 0 for value in range(1, n + 1)) for gone in missing]
+    return [blocks(value if value not in absent else 0 for value in range(1, n + 1)) for absent in missing]
 
 
 RNG = np.random.default_rng(0)

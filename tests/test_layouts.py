@@ -1,4 +1,4 @@
-"""Data sets as people have them, from `plan` to label maps, through the command line: pictures and volumes."""
+"""Datasets in common layouts, from `plan` to label maps, through the command line: pictures and volumes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def trained_and_predicted(command: Run, home: Path, configuration: str, patch: s
 def test_pictures(
     command: Run, tmp_path: Path, values: tuple[int, ...], colour: bool, in_json: bool, stored: set[int]
 ) -> None:
-    """Label maps are PNG of 8 bit and of the picture's size, and hold values of the data set."""
+    """Label maps are PNG of 8 bit and of the picture's size, and contain values of the dataset."""
     root = tmp_path / "data"
     if in_json:
         pictures(root, values, colour, ("imagesTr", "labelsTr"), "_0000")

@@ -244,7 +244,7 @@ def test_equal_channels_of_a_label_map_are_one(tmp_path: Path) -> None:
     back, _, notes = read_label(tmp_path / "a.tif")
     assert np.array_equal(back, labels) and notes == ("label map with 2 equal channels read as one",)
     save(tmp_path / "a.tif", np.stack([labels, labels + 1], axis=1), "ZCYX", imagej=True)
-    with pytest.raises(UserError, match="is no label map: it has a fourth dimension"):
+    with pytest.raises(UserError, match="is not a label map: it has a fourth dimension"):
         read_label(tmp_path / "a.tif")
 
 

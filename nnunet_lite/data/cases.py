@@ -93,7 +93,7 @@ def count_endings(files: Iterable[Path]) -> str:
 
 
 def unsupported_files(folder: Path, name: str = "") -> str:
-    """Describe the files of a folder that are no images.
+    """Describe the files of a folder that are not images.
 
     Parameters
     ----------

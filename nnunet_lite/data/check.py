@@ -76,7 +76,7 @@ def check_dataset(
     values = [found.values for found in findings]
     of_labels = list(check_labels(dataset, values))
     instances = any(problem.kind == "instances" for problem in of_labels)  # then no list of values would help
-    void = any(255 in (found or ()) for found in values)  # then 255 is no other form of 1
+    void = any(255 in (found or ()) for found in values)  # then 255 does not mean 1
     problems = list(check_files(dataset))
     for note in dataset.notes:
         if not (void and note == MASK_NOTE):

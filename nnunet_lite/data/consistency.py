@@ -233,5 +233,5 @@ def _hounsfield_units(dataset: Dataset, name: str, ranges: Sequence[IntensityRan
         fix = f"If it is CT, {how} the channel CT, so that it is normalised as CT."
         yield Problem("looks_like_ct", str(dataset.table), f"{text}, which look like Hounsfield units", "", fix)
     if name.lower() == "ct" and 2 * unlike_ct > len(ranges):
-        fix = "If it is no CT, or is rescaled, give the channel another name: CT is normalised as such."
+        fix = "If it is not CT, or is rescaled, give the channel another name: CT is normalised as such."
         yield Problem("not_ct", str(dataset.table), f"{text}, which do not look like Hounsfield units", "", fix)

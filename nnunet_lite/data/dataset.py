@@ -32,7 +32,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood
 
 MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
-_MIXED_NOTE = "some label maps hold 0 and 1, the others 0 and 255: 255 is read as 1"
 _LABELS_FORM = (
     'Labels are written as {"background": 0, "organ": 1, "tumour": 2, "ignore": 255}; a region is a list of values, '
     "and regions_class_order then has a value for each region."
@@ -396,7 +395,7 @@ def _training_cases(root: Path, entries: list[Any], channels: int, table: Path) 
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
         if not isinstance(entry.get("label") or "", str):
-            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is no file name", table)
+            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is not a file name", table)
         image = root / entry["image"]
         label = root / entry["label"] if entry.get("label") else None
         name, images = _channel_files(image, channels, listed)
@@ -442,8 +441,12 @@ def _mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | N
     values = _values_in([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths])
     if set().union(*values) == {0}:
         values = next((found for found in (_values_in([path]) for path in paths) if set().union(*found) - {0}), values)
-    masks = any(255 in found for found in values) and not any({1, 255} <= found for found in values)
-    return ({255: 1}, (MASK_NOTE,)) if masks else (None, ())
+    return ({255: 1}, (MASK_NOTE,)) if _are_masks(values) else (None, ())
+
+
+def _are_masks(values: Sequence[set[int]]) -> bool:
+    """Return whether 255 means 1: some label maps contain 255, and none contains both."""
+    return any(255 in found for found in values) and not any({1, 255} <= found for found in values)
 
 
 def _values_in(paths: Sequence[Path]) -> list[set[int]]:
@@ -503,9 +506,8 @@ def _labels_in(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, i
     values = _values_in(paths)
     union = set().union(*values)
     mask = Labels(names={BACKGROUND: 0, "label_1": 1})
-    mixed = union == {0, 1, 255} and not any({1, 255} <= found for found in values)
-    if union == {0, 255} or mixed:
-        return mask, {255: 1}, (_MIXED_NOTE if mixed else MASK_NOTE,)
+    if union in ({0, 255}, {0, 1, 255}) and _are_masks(values):
+        return mask, {255: 1}, (MASK_NOTE,)
     fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
     if not union - {0}:
         if len(values) < len(paths):  # the check reports each of those that cannot be read

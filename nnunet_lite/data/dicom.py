@@ -1,7 +1,7 @@
 """DICOM series: the slices of one CT or MR volume, checked, sorted and read as one array with its geometry.
 
 SimpleITK (GDCM) reads headers and pixels, one file at a time, and applies the rescale slope and intercept of each
-file. Its own series reader takes any set of files for a volume. Here a set that is no volume is refused with the
+file. Its own series reader takes any set of files for a volume. Here a set that is not a volume is refused with the
 numbers: several series, several images at one position, missing slices, uneven gaps, gantry tilt. The geometry of a
 valid series is that of ITK: slices sorted by their positions along the normal of the image plane, LPS.
 """
@@ -152,7 +152,7 @@ def read_series(path: Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
     Raises
     ------
     UserError
-        There are several series, or the files are no volume on a regular grid, or cannot be read.
+        There are several series, or the files are not a volume on a regular grid, or cannot be read.
     """
     slices = series_slices(path)
     volume = np.empty((1, len(slices), 0, 0))
@@ -223,7 +223,7 @@ def series_slices(path: Path) -> list[Slice]:
 def _dicom_class(path: Path) -> str | None:
     """Return the UID of the class of a DICOM file, with or without its preamble of 128 bytes.
 
-    None if the path is no DICOM file; empty if the class is not in the first bytes.
+    None if the path is not a DICOM file; empty if the class is not in the first bytes.
     """
     if path.name.startswith(".") or not path.is_file():
         return None
@@ -264,9 +264,9 @@ def _scans(folder: Path) -> list[Path]:
     classes = {path: _dicom_class(path) for path in files}
     others = [path for path, uid in classes.items() if uid is None]
     if broken := [path for path in others if path.suffix.lower() in ENDINGS]:
-        raise UserError("is no DICOM file, or a damaged one", broken[0], "Copy or export it again, or remove it.")
+        raise UserError("is not a DICOM file, or a damaged one", broken[0], "Copy or export it again, or remove it.")
     if unclear := [path.name for path in others if not path.suffix[1:].isalpha()]:
-        log.warn(f"{folder}: ignored, since it is no DICOM: {few(unclear)}")
+        log.warn(f"{folder}: ignored, since it is not DICOM: {few(unclear)}")
     return [path for path, uid in classes.items() if _is_scan(uid)]
 
 
@@ -337,7 +337,7 @@ def _require_grey_slice(header: Slice) -> None:
     if "MOSAIC" in header.tags["image type"]:
         raise UserError(f"is a mosaic: many slices in one picture of {rows} x {columns}", header.path, _CONVERT)
     if header.channels > 1 or header.tags["colours"] != "MONOCHROME2":
-        what = f"holds {header.tags['colours'] or 'unnamed'} values, {header.channels} per pixel, no MONOCHROME2"
+        what = f"holds {header.tags['colours'] or 'unnamed'} values, {header.channels} per pixel, not MONOCHROME2"
         raise UserError(what, header.path, "Only slices of grey values, as of CT and MR, make up a volume.")
     for name in ("position", "orientation", "spacing"):
         if not getattr(header, name):

@@ -56,7 +56,7 @@ def write_dicom_seg(path: Path, segmentation: np.ndarray, source: Path, labels: 
     Raises
     ------
     UserError
-        The extra [dicom] is missing, `source` is no series, or a value is no label.
+        The extra [dicom] is missing, `source` is not a series, or a value is not a label.
     ValueError
         The segmentation is on another grid.
     """

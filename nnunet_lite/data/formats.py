@@ -37,7 +37,6 @@ from nnunet_lite.data.names import (
 )
 from nnunet_lite.data.nifti import (
     has_forms,
-    is_orthonormal,
     millimetres,
     nib,
     ras_affine,
@@ -52,7 +51,7 @@ Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
 
 
 def read_file(path: Path, resolve_palette: bool = True) -> Image:
-    """Read a file that is no TIFF and no DICOM.
+    """Read a file that is neither TIFF nor DICOM.
 
     Parameters
     ----------
@@ -97,7 +96,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> Image:
 
 
 def read_file_header(path: Path) -> tuple[Geometry, int] | None:
-    """Read geometry and number of channels of a file that is no TIFF and no DICOM.
+    """Read geometry and number of channels of a file that is neither TIFF nor DICOM.
 
     Parameters
     ----------
@@ -285,7 +284,7 @@ def _open_pillow(path: Path) -> Any:
     try:
         return Pillow.open(path)
     except OSError:
-        raise UserError(f"is no {suffix_of(path)} file", path, AGAIN) from None
+        raise UserError(f"is not a {suffix_of(path)} file", path, AGAIN) from None
 
 
 def _read_pillow(path: Path, resolve_palette: bool) -> np.ndarray:
@@ -343,7 +342,7 @@ def write_file(path: Path, array: np.ndarray, geometry: Geometry) -> None:
         Of the array.
     """
     suffix = suffix_of(path)
-    if suffix in NIFTI and not is_orthonormal(geometry.direction):  # ITK would straighten it
+    if suffix in NIFTI:
         write_nifti(path, array, geometry)
     elif suffix in (".mgz", ".mgh"):
         high = array.max()
@@ -362,4 +361,4 @@ def _write_itk(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     image.SetSpacing(geometry.spacing[::-1][:2] if flat else geometry.spacing[::-1])
     image.SetOrigin(geometry.origin[:2] if flat else geometry.origin)
     image.SetDirection((matrix[:2, :2] if flat else matrix).ravel().tolist())
-    sitk().WriteImage(image, str(path), useCompression=suffix_of(path) not in (".nii", ".bmp"))
+    sitk().WriteImage(image, str(path), useCompression=suffix_of(path) != ".bmp")

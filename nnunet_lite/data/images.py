@@ -102,7 +102,7 @@ def read_image(path: str | Path, channels: int | None = None) -> Image:
     ------
     UserError
         The file is missing, truncated or unreadable, has more than three dimensions and channels, or complex numbers;
-        or the DICOM series is no volume.
+        or the DICOM series is not a volume.
     """
     path = Path(path)
     if is_dicom(path):
@@ -210,7 +210,7 @@ def read_label_image(path: str | Path, like: Geometry | None = None) -> Image:
     if array.shape[0] > 1:
         if any(not np.array_equal(array[0], channel) for channel in array[1:]):
             flat = suffix_of(path) in PICTURES and array.shape[1] == 1
-            what = "a colour picture" if flat else "no label map: it has a fourth dimension"
+            what = "a colour picture" if flat else "not a label map: it has a fourth dimension"
             fix = "Store one integer per voxel: 0 for background, 1, 2, ... for the labels."
             raise UserError(f"is {what} ({array.shape[0]} different channels)", path, fix)
         notes.append(f"label map with {array.shape[0]} equal channels read as one")

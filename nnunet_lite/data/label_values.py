@@ -35,7 +35,7 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
     Yields
     ------
     Problem
-        Labels without voxels, and values that are no classes.
+        Labels without voxels, and values that are not classes.
     """
     known = [values for values in found if values is not None]
     union = set().union(*known)

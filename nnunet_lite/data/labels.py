@@ -173,7 +173,7 @@ class Labels(BaseModel):
         Raises
         ------
         UserError
-            A value is no label of this dataset.
+            A value is not a label of this dataset.
         """
         known = self._known
         first, last = min(known), max(known)
@@ -224,7 +224,7 @@ class Labels(BaseModel):
         Raises
         ------
         ValueError
-            They are no names with integers, or not consistent.
+            They are not names with integers, or not consistent.
         """
         names: dict[str, int | tuple[int, ...]] = {}
         ignore = None

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -49,27 +49,6 @@ _RIGHT_ANGLES = 1e-3  # of cosines
 _FORMS_TOLERANCE = 0.25  # of a voxel, between qform and sform; the rounding of a quaternion takes up to a tenth
 
 
-class NiftiHeader(NamedTuple):
-    """Where the voxels are in the file and in space.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        (channels, z, y, x).
-    dtype : dtype
-        Type of a voxel, with its byte order.
-    start : int
-        Byte at which the voxels begin.
-    geometry : Geometry or None
-        None if ITK must decide.
-    """
-
-    shape: tuple[int, int, int, int]
-    dtype: np.dtype
-    start: int
-    geometry: Geometry | None
-
-
 def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
     """Read a common NIfTI file.
 
@@ -101,11 +80,11 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
     except zlib.error as error:
         raise UserError(gzip_defect(path) or f"is damaged ({error})", path, AGAIN) from None
     _require_sound_header(data, limit, path)
-    header = _parse(data)
-    if header is None or len(data) < header.start + header.dtype.itemsize * prod(header.shape):
+    fields, array = _fields(data), _voxels(data)
+    if fields is None or array is None:
         return None
-    array = np.frombuffer(data, header.dtype, prod(header.shape), header.start).reshape(header.shape)
-    return array.astype(header.dtype.newbyteorder("=")), header.geometry
+    found = _geometry(fields)
+    return array, found and found[0]
 
 
 def read_nifti_header(path: Path) -> tuple[Geometry, int] | None:
@@ -126,9 +105,8 @@ def read_nifti_header(path: Path) -> tuple[Geometry, int] | None:
     UserError
         The header is impossible.
     """
-    head = _first_bytes(path)
-    header = _parse(head)
-    return (header.geometry, header.shape[0]) if header and header.geometry else _from_sform(head)
+    fields = _fields(_first_bytes(path))
+    return None if fields is None else _geometry(fields)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -244,53 +222,59 @@ def _skew(cosines: np.ndarray) -> float:
     return float(np.abs(cosines.T @ cosines - np.eye(3)).max())
 
 
-def _from_sform(head: bytes) -> tuple[Geometry, int] | None:
-    """Return geometry and channels of a header whose pixdim is no voxel size, but whose sform has one.
+def _voxels(data: bytes) -> np.ndarray | None:
+    """Return the voxels (channels, z, y, x) of a common file; None if nibabel must read them."""
+    fields = _fields(data)
+    if fields is None:
+        return None
+    dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
+    start, kind, slope = float(fields["vox_offset"]), int(fields["datatype"]), float(fields["scl_slope"])
+    is_scaled = slope != 0 and (slope != 1 or fields["scl_inter"] != 0)
+    is_plain = fields["magic"] == b"n+1" and kind in _TYPES and not is_scaled
+    if not is_plain or dimensions not in (3, 4) or not (start >= _BYTES and start.is_integer()):
+        return None
+    shape = (channels if dimensions == 4 else 1, z, y, x)
+    dtype = np.dtype(_TYPES[kind]).newbyteorder(fields.dtype["sizeof_hdr"].byteorder)
+    if len(data) < start + dtype.itemsize * prod(shape):
+        return None
+    return np.frombuffer(data, dtype, prod(shape), int(start)).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _geometry(fields: np.void) -> tuple[Geometry, int] | None:
+    """Return geometry and channels by qform or sform; None if ITK must decide, as with two forms that differ."""
+    dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
+    channels = channels if dimensions == 4 else 1
+    if dimensions not in (3, 4) or min(x, y, z, channels) < 1:
+        return None
+    by_sform = _uses_sform(fields)
+    if by_sform:
+        unit, matrix, origin = millimetres(fields), *np.split(fields["srow"].astype(np.float64), [3], axis=1)
+        spacing = np.linalg.norm(matrix, axis=0)
+    else:
+        unit, spacing = 1.0, fields["pixdim"][1:4].astype(np.float64)
+        found = _equal_forms(fields, spacing)
+        if found is None:
+            return None
+        matrix, origin = found
+    cosines = matrix / np.linalg.norm(matrix, axis=0)
+    sx, sy, sz = (spacing * unit).tolist()
+    ox, oy, oz = (origin.ravel() * _LPS * unit).tolist()
+    direction = tuple((cosines * _LPS[:, None]).ravel().tolist())
+    return Geometry((z, y, x), (sz, sy, sx), (ox, oy, oz), direction), channels
+
+
+def _uses_sform(fields: np.void) -> bool:
+    """Return whether pixdim is not a voxel size, but the sform has one.
 
     ITK would take 1 mm for a size of zero, and flip the image for a negative one.
     """
-    fields = _fields(head)
-    if fields is None:
-        return None
-    dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
-    matrix = _sform_columns(fields)
-    if dimensions not in (3, 4) or matrix is None or _are_sizes(fields["pixdim"][1:4], (x, y, z)):
-        return None
-    unit, lengths = millimetres(fields), np.linalg.norm(matrix, axis=0)
-    sx, sy, sz = (lengths * unit).tolist()
-    ox, oy, oz = (fields["srow"][:, 3] * _LPS * unit).tolist()
-    direction = tuple((matrix / lengths * _LPS[:, None]).ravel().tolist())
-    return Geometry((z, y, x), (sz, sy, sx), (ox, oy, oz), direction), channels if dimensions == 4 else 1
+    return not _are_sizes(fields["pixdim"][1:4], fields["dim"][1:4]) and _sform_columns(fields) is not None
 
 
-def _parse(head: bytes) -> NiftiHeader | None:
-    """Return the header in the first bytes of a common NIfTI file; None if ITK or nibabel must read the file."""
-    fields = _fields(head)
-    if fields is None:
-        return None
-    dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
-    channels = channels if dimensions == 4 else 1
-    start, kind, slope = float(fields["vox_offset"]), int(fields["datatype"]), float(fields["scl_slope"])
-    common = (
-        fields["magic"] == b"n+1"
-        and dimensions in (3, 4)
-        and min(x, y, z, channels) > 0
-        and kind in _TYPES
-        and start >= _BYTES
-        and start.is_integer()
-        and (slope == 0 or (slope == 1 and fields["scl_inter"] == 0))
-    )
-    if not common:
-        return None
-    order = fields.dtype["sizeof_hdr"].byteorder
-    dtype = np.dtype(_TYPES[kind]).newbyteorder(order)
-    return NiftiHeader((channels, z, y, x), dtype, int(start), _geometry(fields, (z, y, x)))
-
-
-def _geometry(fields: np.void, shape: tuple[int, int, int]) -> Geometry | None:
-    """Return the geometry of the qform or the sform; if there are both, only if they are equal."""
-    spacing = fields["pixdim"][1:4].astype(np.float64)
-    if not (np.isfinite(spacing).all() and (spacing > 0).all() and fields["xyzt_units"] & 7 in _MILLIMETRES):
+def _equal_forms(fields: np.void, spacing: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return matrix and origin if pixdim, qform and sform agree, as far as they exist."""
+    is_single_file, is_mm = fields["magic"] == b"n+1", fields["xyzt_units"] & 7 in _MILLIMETRES
+    if not (is_single_file and is_mm and np.isfinite(spacing).all() and (spacing > 0).all()):
         return None
     forms = []
     if fields["qform_code"] > 0:
@@ -300,18 +284,12 @@ def _geometry(fields: np.void, shape: tuple[int, int, int]) -> Geometry | None:
     if not forms:
         return None
     matrix, origin = (part.astype(np.float32).astype(np.float64) for part in forms[0])  # float32, as in ITK
-    for other, offset in forms[1:]:
-        if not (np.array_equal(matrix, other) and np.array_equal(origin, offset)):
-            return None
+    if not all(np.array_equal(matrix, other) and np.array_equal(origin, offset) for other, offset in forms[1:]):
+        return None
     lengths = np.linalg.norm(matrix, axis=0)
     if not lengths.all() or not np.abs(lengths / spacing - 1).max() < _TOLERANCE:
         return None
-    cosines = matrix / lengths
-    if not _skew(cosines) < _TOLERANCE:
-        return None
-    sx, sy, sz = spacing.tolist()
-    ox, oy, oz = (origin * _LPS).tolist()
-    return Geometry(shape, (sz, sy, sx), (ox, oy, oz), tuple((cosines * _LPS[:, None]).ravel().tolist()))
+    return (matrix, origin) if _skew(matrix / lengths) < _TOLERANCE else None
 
 
 def _rotation(quaternion: np.ndarray, handedness: float) -> np.ndarray:
@@ -398,18 +376,16 @@ def form_conflict(path: Path, geometry: Geometry) -> str | None:
     """
     if suffix_of(path) not in NIFTI:
         return None
-    head = _first_bytes(path)
-    if _from_sform(head):
-        return "its pixdim has no voxel sizes; those of its sform are used"
-    if (header := _parse(head)) and header.geometry:  # the forms are equal, or there is only one
-        return None
+    fields = _fields(_first_bytes(path))
+    if fields is not None and _geometry(fields):
+        return "its pixdim has no voxel sizes; those of its sform are used" if _uses_sform(fields) else None
     with usual_name(path) as usual:
         stored = nib().load(usual).header
     scale = np.diag([millimetres(stored)] * 3 + [1.0])
     try:
         forms = {"qform": stored.get_qform(coded=True)[0], "sform": stored.get_sform(coded=True)[0]}
     except ValueError:
-        return "its qform is no rotation"
+        return "its qform is not a rotation"
     corners = np.array([(x, y, z, 1) for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
     corners[:, :3] *= np.subtract(geometry.shape[::-1], 1)
     for name, form in forms.items():
@@ -445,30 +421,13 @@ def ras_affine(geometry: Geometry) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def is_orthonormal(direction: tuple[float, ...]) -> bool:
-    """Return whether direction cosines are at right angles; ITK writes no others.
-
-    Parameters
-    ----------
-    direction : tuple of float
-        Nine cosines, row by row.
-
-    Returns
-    -------
-    bool
-        False for a sheared image.
-    """
-    matrix = np.reshape(direction, (3, 3))
-    return bool(np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-4))
-
-
 def _as_stored(array: np.ndarray, dimensions: int) -> np.ndarray:
     """Return an array (z, y, x) in the order of NIfTI: (x, y, z), or (x, y) in two dimensions."""
     return array[0].T if dimensions == 2 else array.transpose(2, 1, 0)
 
 
-def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    """Write a NIfTI file with any affine, also a sheared one.
+def write_nifti(path: Path, array: np.ndarray, geometry: Geometry, slope: float = 1) -> None:
+    """Write a NIfTI file, also with a sheared affine, which no qform can state.
 
     Parameters
     ----------
@@ -478,8 +437,17 @@ def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
         Integers.
     geometry : Geometry
         Of the array.
+    slope : float
+        Programs show the integers times this number.
     """
-    nib().save(nib().Nifti1Image(_as_stored(array, geometry.dimensions), ras_affine(geometry)), path)
+    affine, direction = ras_affine(geometry), np.reshape(geometry.direction, (3, 3))
+    image = nib().Nifti1Image(_as_stored(array, geometry.dimensions), affine)
+    image.set_sform(affine, "scanner")
+    if np.allclose(direction @ direction.T, np.eye(3), atol=1e-4):
+        image.set_qform(affine, "scanner")
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, 0)
+    nib().save(image, path)
 
 
 def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1) -> None:
@@ -526,14 +494,7 @@ def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, l
     if suffix_of(like) in NIFTI:
         write_nifti_like(path, array, like, 1 / steps)
         return
-    affine = ras_affine(geometry)
-    image = nib().Nifti1Image(_as_stored(array, geometry.dimensions), affine)
-    image.set_sform(affine, "scanner")
-    if is_orthonormal(geometry.direction):
-        image.set_qform(affine, "scanner")
-    image.header.set_xyzt_units("mm")
-    image.header.set_slope_inter(1 / steps, 0)
-    nib().save(image, path)
+    write_nifti(path, array, geometry, 1 / steps)
 
 
 def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:

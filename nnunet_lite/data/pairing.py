@@ -121,7 +121,7 @@ def labelled_cases(
     maps = image_files(folder)
     if not maps:
         raise no_files_error(folder, "label map")
-    labels = label_maps(maps, image_names(files))
+    labels = label_maps(maps, _image_names(files))
     if channels != 1:
         _rename_first_channels(labels, files)
     single = [Case(stem(path), (path,)) for path in files if stem(path) in labels]  # also names that end in _0001
@@ -169,19 +169,8 @@ def _rename_first_channels(labels: dict[str, list[Path]], files: Iterable[Path])
             labels[base] = labels.pop(f"{base}_0000")
 
 
-def image_names(files: Iterable[Path]) -> set[str]:
-    """Return the names that label maps of image files may have: with and without a channel number.
-
-    Parameters
-    ----------
-    files : iterable of Path
-        Images.
-
-    Returns
-    -------
-    set of str
-        Names without endings.
-    """
+def _image_names(files: Iterable[Path]) -> set[str]:
+    """Return the names that label maps of image files may have: with and without a channel number."""
     return {name for path in files for name in (stem(path), split_name(stem(path))[0])}
 
 
@@ -269,9 +258,9 @@ def no_files_error(folder: Path, what: str, ending: str | None = None) -> UserEr
     wrong = image_files(folder) or [path for path in files if path.suffix.lower() != ".json"]
     inside = [f"{path.name}/ ({few(names)})" for path in folders_in(folder) if (names := _names_in(path))]
     found = count_endings(wrong) if wrong else few(inside)
-    which = f"that ends with {ending}" if ending else "of a supported format"
+    ends = f" that ends with {ending}" if ending else ""
     instead = f", but {found}" if found else "" if files else ": it is empty"
-    text = f"holds no {what} {which}{instead}"
+    text = f"holds no {what} of a supported format{ends}{instead}"
     if inside:
         fix = f"Move the files to {folder.name}/, one for each case and channel. {_NAMING}"
     else:
@@ -284,7 +273,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def no_dataset_error(root: Path) -> UserError:
-    """Return the error for a folder that is no dataset, which says what the folder contains.
+    """Return the error for a folder that is not a dataset, which says what the folder contains.
 
     Parameters
     ----------

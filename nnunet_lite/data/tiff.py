@@ -1,7 +1,7 @@
 """TIFF files as arrays (channels, z, y, x): pictures, stacks, ImageJ and OME files, with the spacing that they state.
 
 tifffile decodes every layout and number format, with imagecodecs every compression, and names the axes of a file. Files
-that are no single volume are refused: a time axis, several images, axes without a meaning, truncated files.
+that are not a single volume are refused: a time axis, several images, axes without a meaning, truncated files.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
     Raises
     ------
     UserError
-        The file is missing, truncated or unreadable, no single volume, or holds complex numbers.
+        The file is missing, truncated or unreadable, not a single volume, or holds complex numbers.
     """
     with _opened(path) as (tif, series):
         page, notes = series.keyframe, []
@@ -188,7 +188,7 @@ def _arranged(array: np.ndarray, axes: str, path: Path) -> np.ndarray:
         raise UserError(f"holds {times[0]} time points (axes {axes}, {shape})", path, fix)
     if len(named) < 2 or others or len(depth) > 1:
         fix = "Name the axes when it is written: tifffile.imwrite(..., metadata={'axes': 'CZYX'})."
-        raise UserError(f"has axes {axes} ({shape}), which are no channels, slices, rows and columns", path, fix)
+        raise UserError(f"has axes {axes} ({shape}), which are not channels, slices, rows and columns", path, fix)
     rest = [i for i in range(array.ndim) if i not in (*channels, *depth, named["Y"], named["X"])]  # of length 1
     sizes = [math.prod(array.shape[i] for i in group) for group in (channels, depth)]
     moved = array.transpose(*rest, *channels, *depth, named["Y"], named["X"])
