@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import HIPPOCAMPUS, TINY, as_options, first_cases
+from samples import FAST, HIPPOCAMPUS, TINY, as_options, first_cases
 
 Ended = tuple[int, str, str]  # exit code, standard output, standard error
 
@@ -124,6 +124,14 @@ def tiny_model(tiny_workspace: Path) -> Path:
 
     nnunet_lite.train("3d_fullres", 0, settings=TINY, workspace=tiny_workspace, name="tiny", device="cpu")
     return tiny_workspace / "Task04_Hippocampus" / "models" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: Path) -> Any:
+    """The predictor of `tiny_model` with the settings `FAST`, on the CPU."""
+    from nnunet_lite.inference.predictor import load
+
+    return load(tiny_model, device="cpu", settings=FAST)
 
 
 @pytest.fixture
