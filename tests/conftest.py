@@ -169,6 +169,28 @@ def tiny_settings() -> dict[str, Any]:
 
 
 @pytest.fixture
+def job(
+    tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settings: dict[str, Any]
+) -> Callable[..., Any]:
+    """Make the `Job` of a fold: job(configuration, cases=..., plan=changes, **settings)."""
+    import torch
+
+    from nnunet_lite.planning.schema import Plan
+    from nnunet_lite.settings import Settings, with_changes
+    from nnunet_lite.training.job import Job, configure_plan
+    from nnunet_lite.workspace import planned_paths
+
+    def make(configuration: str = "3d_fullres", cases: Any = None, plan: Any = None, **changes: Any) -> Job:
+        patch = {"training.patch_size": [32, 24]} if configuration == "2d" else {}
+        settings = with_changes(Settings(), {**tiny_settings, **patch, "training.batch_size": 5, **changes})
+        planned = Plan.read(planned_paths(tiny_workspace).plans).model_copy(update=plan or {})
+        planned, chosen = configure_plan(planned, configuration, settings), tiny_cases if cases is None else cases
+        return Job(planned, configuration, settings, 5, tmp_path, torch.device("cpu"), chosen, chosen)
+
+    return make
+
+
+@pytest.fixture
 def train_three(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any]) -> list[str]:
     """The arguments of a training of a batch of three, in `tmp_path`; `samples.fold_of` is where it lands."""
     shutil.copytree(tiny_workspace, tmp_path / "workspace")
