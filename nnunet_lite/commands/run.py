@@ -45,7 +45,7 @@ from nnunet_lite.commands.train import fold_names, train_and_validate
 from nnunet_lite.commands.training_run import TrainingRun
 from nnunet_lite.commands.workflow import Journal, Step, StepResult, find_remaining, overview, run_steps
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
-from nnunet_lite.evaluation.selection import read_selection
+from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.reporting.html import PAGE
 from nnunet_lite.settings import load_settings
@@ -70,10 +70,8 @@ class RunResult:
         Time of this run.
     models : tuple of Path
         The model folders.
-    selected : str or None
-        The models that `nnlite predict` uses; None if no cases were held out.
-    table : str
-        The comparison of the models, as `nnlite select` prints it.
+    selection : Selection or None
+        The comparison of the models; None if no cases were held out.
     report : Path or None
         The HTML page.
     commands : tuple of str
@@ -84,8 +82,7 @@ class RunResult:
     steps: tuple[StepResult, ...]
     seconds: float
     models: tuple[Path, ...]
-    selected: str | None
-    table: str
+    selection: Selection | None
     report: Path | None
     commands: tuple[str, ...]
 
@@ -95,7 +92,7 @@ class RunResult:
             "steps": [asdict(step) for step in self.steps],
             "seconds": self.seconds,
             "models": [str(folder) for folder in self.models],
-            "selected": self.selected,
+            "selected": None if self.selection is None else self.selection.summary,
             "report": None if self.report is None else str(self.report),
             "commands": list(self.commands),
         }
@@ -104,7 +101,7 @@ class RunResult:
         done = sum(step.state == "done" for step in self.steps)
         kept = f", {len(self.steps) - done} were done before" if done < len(self.steps) else ""
         report = [] if self.report is None else [f"report: {self.report}"]
-        table = [self.table, ""] if self.table else []
+        table = [] if self.selection is None else [self.selection.to_text(), ""]
         head = f"{self.dataset}: {done} steps done in {log.duration(self.seconds)}{kept}"
         return "\n".join([*table, head, *report, "what comes next:", *(f"  {command}" for command in self.commands)])
 
@@ -187,10 +184,9 @@ def run(
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
         log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], find_remaining(steps, journal)))
         ended += run_steps(steps, journal, cluster)
-    models, selection, page = tuple({one.folder: None for one in runs}), read_selection(paths), paths.root / PAGE
+    models, page = tuple({one.folder: None for one in runs}), paths.root / PAGE
     return RunResult(
-        paths.name, tuple(ended), round(time.monotonic() - begin, 2), models,
-        None if selection is None else selection.summary, "" if selection is None else selection.to_text(),
+        paths.name, tuple(ended), round(time.monotonic() - begin, 2), models, read_selection(paths),
         page if page.is_file() else None, next_commands(paths, workspace, models),
     )  # fmt: skip
 
