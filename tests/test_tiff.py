@@ -13,11 +13,11 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from bad_inputs import BadData, Command, refuse_dataset
+from samples import described, save_cases
 
 import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
-from nnunet_lite.errors import UserError
 from nnunet_lite.preprocessing.raw_files import scan_raw_cases
 
 UM = 1e-3  # mm
@@ -238,16 +238,6 @@ def test_a_changed_sidecar_or_file_of_voxels_is_a_changed_case(tmp_path: Path) -
     assert after["b"] != before["b"]
 
 
-def test_equal_channels_of_a_label_map_are_one(tmp_path: Path) -> None:
-    labels = numbers((5, 6, 7)) % 3
-    save(tmp_path / "a.tif", np.stack([labels, labels], axis=1), "ZCYX", imagej=True)
-    back, _, notes = read_label(tmp_path / "a.tif")
-    assert np.array_equal(back, labels) and notes == ("label map with 2 equal channels read as one",)
-    save(tmp_path / "a.tif", np.stack([labels, labels + 1], axis=1), "ZCYX", imagej=True)
-    with pytest.raises(UserError, match="is not a label map: it has a fourth dimension"):
-        read_label(tmp_path / "a.tif")
-
-
 def cut(path: Path, array: np.ndarray, share: float, axes: str | None = None, **how: Any) -> None:
     data = save(path, array, axes, **how).read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
@@ -300,13 +290,7 @@ def test_bad_tiff(command: Command, tmp_path: Path, counts: Callable[[str], obje
     counts("bad inputs refused in one line")
     make, says = BAD[name]
     root = tmp_path / "data"
-    for folder in ("imagesTr", "labelsTr"):
-        (root / folder).mkdir(parents=True)
-    for i in range(5):
-        save(root / "imagesTr" / f"c{i}_0000.tif", numbers((5, 6, 7)) + np.uint16(i))
-        save(root / "labelsTr" / f"c{i}.tif", (numbers((5, 6, 7)) % 2).astype(np.uint8))
-    table = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}, "file_ending": ".tif"}
-    (root / "dataset.json").write_text(json.dumps(table))
+    save_cases(root, ["imagesTr/c{}_0000.tif"], ["labelsTr/c{}.tif"], table=described("T1", file_ending=".tif"))
     file = "imagesTr/c2_0000.tif"
     refuse_dataset(BadData(lambda folder: make(folder / file), file, (says,)), command, root)
 
