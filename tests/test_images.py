@@ -352,5 +352,4 @@ def test_labels_that_a_format_cannot_store(
 def test_names() -> None:
     assert stem(Path("a.b_0000.nii.gz")) == "a.b_0000"
     assert stem(Path("x.PNG")) == "x"
-    endings = (".jpg", ".mhd", ".par", ".nii.gz", ".png")
-    assert [label_suffix(s) for s in endings] == [".png", ".mha", ".nii.gz", ".nii.gz", ".png"]
+    assert [label_suffix(s) for s in (".jpg", ".mhd", ".nii.gz", ".png")] == [".png", ".mha", ".nii.gz", ".png"]

@@ -43,23 +43,17 @@ def test_numbers_of_every_format(tmp_path: Path, kind: str) -> None:
     assert read_geometry(tmp_path / "a.tif") == (image.geometry, 1)
 
 
-@pytest.mark.parametrize("compression", ["lzw", "deflate", "zstd", "packbits", "lzma", "jpeg2000", "lerc", "jpegxl"])
-def test_lossless_compression(tmp_path: Path, compression: str) -> None:
-    path = save(tmp_path / "a.tif", numbers((3, 40, 50), "u1"), compression=compression)
-    assert np.array_equal(read_image(path).array[0], numbers((3, 40, 50), "u1"))
+LAYOUTS: list[dict[str, Any]] = [
+    {"tile": (32, 32)},
+    {"bigtiff": True},
+    {"byteorder": ">"},
+    {"rowsperstrip": 1},
+    {"tile": (32, 32), "compression": "deflate", "predictor": True},
+    *({"compression": c} for c in ("lzw", "deflate", "zstd", "packbits", "lzma", "jpeg2000", "lerc", "jpegxl")),
+]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"tile": (32, 32)},
-        {"bigtiff": True},
-        {"byteorder": ">"},
-        {"rowsperstrip": 1},
-        {"tile": (32, 32), "compression": "deflate", "predictor": True},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("how", LAYOUTS, ids=str)
 def test_layouts_of_pixels(tmp_path: Path, how: dict[str, Any]) -> None:
     image = read_image(save(tmp_path / "a.tif", numbers((2, 60, 90)), **how))
     assert np.array_equal(image.array[0], numbers((2, 60, 90))) and image.array.dtype.isnative
@@ -88,8 +82,8 @@ def test_axes_and_spacing(tmp_path: Path, kind: str, axes: str, shape: tuple[int
     }[kind]
     image = read_image(save(tmp_path / "a.tif", array, axes, **how))
     slices, channels = dict(zip(axes, shape, strict=True)).get("Z", 1), dict(zip(axes, shape, strict=True)).get("C", 1)
-    wanted = array.reshape(slices, channels, 6, 7).swapaxes(0, 1)
-    assert np.array_equal(image.array, wanted)
+    expected = array.reshape(slices, channels, 6, 7).swapaxes(0, 1)
+    assert np.array_equal(image.array, expected)
     assert read_geometry(tmp_path / "a.tif") == (image.geometry, channels)
     assert any(f"{channels} channels in one file" in note for note in image.notes) == (channels > 1)
     known = kind != "shaped"
@@ -310,12 +304,8 @@ def test_masks_of_true_and_false_mean_what_tifffile_was_given(tmp_path: Path) ->
 
 def test_check_warns_of_an_orientation_tag_of_the_image_alone(tmp_path: Path) -> None:
     """Programs that ignore the tag, as most do, draw the label map in the order of the stored pixels."""
-    rng = np.random.default_rng(0)
-    for number in range(5):
-        for folder in ("images", "labels"):
-            (tmp_path / "d" / folder).mkdir(parents=True, exist_ok=True)
-            array = rng.integers(0, 255, (20, 24), np.uint8) if folder == "images" else np.eye(20, 24, dtype=np.uint8)
-            tag = [(274, "H", 1, 3, True)] if folder == "images" else []
-            tifffile.imwrite(tmp_path / "d" / folder / f"c{number}.tif", array, extratags=tag)
-    found = [problem for problem in nnunet_lite.check(tmp_path / "d").problems if problem.kind == "orientation_tag"]
+    save_cases(tmp_path, ["images/c{}.tif"], ["labels/c{}.tif"])
+    for path in (tmp_path / "images").iterdir():
+        tifffile.imwrite(path, tifffile.imread(path), extratags=[(274, "H", 1, 3, True)])
+    found = [problem for problem in nnunet_lite.check(tmp_path).problems if problem.kind == "orientation_tag"]
     assert len(found) == 5 and (found[0].found, found[0].severity) == ("orientation tag 1", "warning")
