@@ -10,17 +10,7 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.cluster import read_cluster_config, start_cluster
-from nnunet_lite.commands.options import FilePath
-
-
-@dataclass(frozen=True)
-class JobScript:
-    """The script of a worker's job."""
-
-    script: str
-
-    def to_text(self) -> str:
-        return self.script
+from nnunet_lite.commands.options import About, FilePath
 
 
 @dataclass(frozen=True)
@@ -60,12 +50,21 @@ def cluster(
     *,
     workers: Annotated[int | None, typer.Option(min=1, help="How many, instead of the file's number.")] = None,
     script: Annotated[bool, typer.Option("--script", help="Only print the script of a worker's job.")] = False,
-) -> RunningCluster | JobScript:
+) -> RunningCluster | About:
     """Start a Dask scheduler and workers; run, train, preprocess and predict take its address with --scheduler.
+
+    Parameters
+    ----------
+    config : str or Path
+        A kind of cluster, or a TOML file.
+    workers : int, optional
+        How many, instead of the file's number.
+    script : bool
+        Start nothing, and return the script of a worker's job.
 
     Returns
     -------
-    RunningCluster or JobScript
+    RunningCluster or About
         The cluster; with `script` the text of a job.
 
     Raises
@@ -79,4 +78,5 @@ def cluster(
     if not script:
         return RunningCluster(running, settings.kind, settings.workers)
     with running:
-        return JobScript(running.job_script() if settings.kind != "local" else "workers are processes of this one")
+        text = "workers are processes of this one" if settings.kind == "local" else running.job_script()
+        return About({"script": text}, text)
