@@ -50,8 +50,8 @@ COMMANDS = {
                "onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset and its "
              "models."),
-    "doctor": ("info.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems."),
-    "cluster": ("cluster.cluster", "Start a Dask scheduler and workers; run, train, preprocess and predict take its "
+    "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems."),
+    "cluster": ("machines.cluster", "Start a Dask scheduler and workers; run, train, preprocess and predict take its "
                 "address with --scheduler."),
 }  # fmt: skip
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

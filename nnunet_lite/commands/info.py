@@ -1,18 +1,13 @@
-"""`nnlite info` and `nnlite doctor`: describe a model, a dataset, or this machine."""
+"""`nnlite info`: describe a model, or a planned dataset and its models."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nnunet_lite import __version__, log
+from nnunet_lite import log
 from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichCheckpoint, Workspace, either_model
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import changed_models, read_selection
@@ -29,10 +24,7 @@ from nnunet_lite.models.folder import (
 from nnunet_lite.models.lookup import Checkpoint, find_model, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
-from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
-
-_MIN_DISK = 5 * GB
 
 
 def show_info(
@@ -162,90 +154,3 @@ def describe_dataset(paths: Paths) -> About:
 
 def _by(values: tuple[Any, ...]) -> str:
     return "x".join(f"{v:g}" for v in values)
-
-
-# ------------------------------------------------------------------------------------------------------- this machine
-
-
-def doctor(*, workspace: Workspace = None) -> About:
-    """Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems.
-
-    Returns
-    -------
-    About
-        The description. The command exits with code 1 if there is a problem.
-    """
-    folder = workspace_folder(workspace)
-    versions = _package_versions()
-    problems = [f"{name} is not installed: pip install {name}" for name, version in versions.items() if not version]
-    total, free = _memory_gb(problems)
-    instructions, gpus = _torch_devices(problems)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    disk = shutil.disk_usage(existing).free
-    if disk < _MIN_DISK:
-        problems.append(f"only {in_units(disk)} are free where the workspace is ({existing})")
-    if not os.access(existing, os.W_OK):
-        problems.append(f"the workspace cannot be written ({existing})")
-    values = {
-        "nnunet_lite": __version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": versions,
-        "cpus": cpus(),
-        "cpu_capability": instructions,
-        "memory_gb": total,
-        "memory_free_gb": free,
-        "gpus": gpus,
-        "workspace": str(folder),
-        "disk_free_gb": round(disk / GB, 1),
-        "problems": problems,
-    }
-    names = [f"{g['name']} ({g['memory_gb']} GB)" for g in gpus] or ["none: use --recipe cpu, or expect days"]
-    lines = [
-        f"nnunet_lite {__version__}, Python {values['python']}, {values['system']}",
-        ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()),
-        f"CPU     {values['cpus']} cores to use, {instructions or 'instruction set unknown'}",
-        f"memory  {free} of {total} GB free" if total else "memory  unknown",
-        f"GPU     {', '.join(names)}",
-        f"disk    {in_units(disk)} free for the workspace {folder}",
-        *(f"problem: {problem}" for problem in problems),
-    ]
-    return About(values, "\n".join(lines + ([] if problems else ["no problem found"])), 1 if problems else 0)
-
-
-def _package_versions() -> dict[str, str | None]:
-    """The packages that nnunet_lite needs and their versions; None for a missing one."""
-    versions: dict[str, str | None] = {}
-    for requirement in metadata.requires("nnunet_lite") or ():
-        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
-        if "extra ==" not in requirement:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                versions[name] = None
-    return versions
-
-
-def _memory_gb(problems: list[str]) -> tuple[float | None, float | None]:
-    """Total and free memory; None without psutil, which becomes a problem."""
-    try:
-        import psutil
-    except ImportError as error:
-        problems.append(f"psutil cannot be imported: {error}")
-        return None, None
-    memory = psutil.virtual_memory()
-    return round(memory.total / GB, 1), round(free_memory() / GB, 1)
-
-
-def _torch_devices(problems: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
-    """The CPU's instruction set and the GPUs that torch finds; a broken torch becomes a problem."""
-    try:
-        import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library is missing or is another version
-        problems.append(f"torch cannot be imported: {error}")
-        return None, []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
-    if not gpus and shutil.which("nvidia-smi"):
-        problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
-    return torch.backends.cpu.get_cpu_capability(), gpus

@@ -1,0 +1,182 @@
+"""`nnlite doctor` and `nnlite cluster`: describe this machine, and start workers on others.
+
+The doctor describes installations that are broken too: imports of packages that may be missing are in functions.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import threading
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from nnunet_lite import __version__, log
+from nnunet_lite.commands.options import About, FilePath, Workspace
+from nnunet_lite.system import GB, cpus, free_memory, in_units
+from nnunet_lite.workspace import workspace_folder
+
+_MIN_DISK = 5 * GB
+
+
+def doctor(*, workspace: Workspace = None) -> About:
+    """Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems.
+
+    Returns
+    -------
+    About
+        The description. The command exits with code 1 if there is a problem.
+    """
+    folder = workspace_folder(workspace)
+    versions = _package_versions()
+    problems = [f"{name} is not installed: pip install {name}" for name, version in versions.items() if not version]
+    total, free = _memory_gb(problems)
+    instructions, gpus = _torch_devices(problems)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    disk = shutil.disk_usage(existing).free
+    if disk < _MIN_DISK:
+        problems.append(f"only {in_units(disk)} are free where the workspace is ({existing})")
+    if not os.access(existing, os.W_OK):
+        problems.append(f"the workspace cannot be written ({existing})")
+    values = {
+        "nnunet_lite": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": versions,
+        "cpus": cpus(),
+        "cpu_capability": instructions,
+        "memory_gb": total,
+        "memory_free_gb": free,
+        "gpus": gpus,
+        "workspace": str(folder),
+        "disk_free_gb": round(disk / GB, 1),
+        "problems": problems,
+    }
+    names = [f"{g['name']} ({g['memory_gb']} GB)" for g in gpus] or ["none: use --recipe cpu, or expect days"]
+    lines = [
+        f"nnunet_lite {__version__}, Python {values['python']}, {values['system']}",
+        ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()),
+        f"CPU     {values['cpus']} cores to use, {instructions or 'instruction set unknown'}",
+        f"memory  {free} of {total} GB free" if total else "memory  unknown",
+        f"GPU     {', '.join(names)}",
+        f"disk    {in_units(disk)} free for the workspace {folder}",
+        *(f"problem: {problem}" for problem in problems),
+    ]
+    return About(values, "\n".join(lines + ([] if problems else ["no problem found"])), 1 if problems else 0)
+
+
+def _package_versions() -> dict[str, str | None]:
+    """The packages that nnunet_lite needs and their versions; None for a missing one."""
+    versions: dict[str, str | None] = {}
+    for requirement in metadata.requires("nnunet_lite") or ():
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        if "extra ==" not in requirement:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = None
+    return versions
+
+
+def _memory_gb(problems: list[str]) -> tuple[float | None, float | None]:
+    """Total and free memory; None without psutil, which becomes a problem."""
+    try:
+        import psutil
+    except ImportError as error:
+        problems.append(f"psutil cannot be imported: {error}")
+        return None, None
+    memory = psutil.virtual_memory()
+    return round(memory.total / GB, 1), round(free_memory() / GB, 1)
+
+
+def _torch_devices(problems: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
+    """The CPU's instruction set and the GPUs that torch finds; a broken torch becomes a problem."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing or is another version
+        problems.append(f"torch cannot be imported: {error}")
+        return None, []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
+    if not gpus and shutil.which("nvidia-smi"):
+        problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
+    return torch.backends.cpu.get_cpu_capability(), gpus
+
+
+# ------------------------------------------------------------------------------------------------------------ a cluster
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """A Dask scheduler and its workers, until `close` or the end of the process."""
+
+    cluster: Any
+    kind: str
+    workers: int
+
+    @property
+    def scheduler(self) -> str:
+        """The address of the scheduler."""
+        return str(self.cluster.scheduler_address)
+
+    def to_text(self) -> str:
+        return self.scheduler
+
+    def to_json(self) -> dict[str, Any]:
+        return {"scheduler": self.scheduler, "kind": self.kind, "workers": self.workers}
+
+    def wait(self) -> None:
+        """Block; the scheduler runs in threads of this process."""
+        log.info(f"{self.workers} workers of kind {self.kind} start; Ctrl-C ends them. In another terminal: "
+                 f"nnlite run DATA --scheduler {self.scheduler}")  # fmt: skip
+        threading.Event().wait()
+
+    def close(self) -> None:
+        """End the workers and the scheduler."""
+        self.cluster.close()
+
+
+def cluster(
+    config: Annotated[
+        FilePath, typer.Argument(help="local, slurm, lsf, pbs, or a TOML file like configs/cluster/*.toml.")
+    ],
+    *,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many, instead of the file's number.")] = None,
+    script: Annotated[bool, typer.Option("--script", help="Only print the script of a worker's job.")] = False,
+) -> RunningCluster | About:
+    """Start a Dask scheduler and workers; run, train, preprocess and predict take its address with --scheduler.
+
+    Parameters
+    ----------
+    config : str or Path
+        A kind of cluster, or a TOML file.
+    workers : int, optional
+        How many, instead of the file's number.
+    script : bool
+        Start nothing, and return the script of a worker's job.
+
+    Returns
+    -------
+    RunningCluster or About
+        The cluster; with `script` the text of a job.
+
+    Raises
+    ------
+    UserError
+        There is no such cluster, Dask is not installed, or its scheduler cannot be started.
+    """
+    from nnunet_lite.cluster import read_cluster_config, start_cluster  # an optional extra
+
+    settings = read_cluster_config(str(config))
+    settings = settings.model_copy(update={"workers": 0 if script else workers or settings.workers})
+    running = start_cluster(settings)
+    if not script:
+        return RunningCluster(running, settings.kind, settings.workers)
+    with running:
+        text = "workers are processes of this one" if settings.kind == "local" else running.job_script()
+        return About({"script": text}, text)
