@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,7 +38,7 @@ from nnunet_lite.commands.steps import JOURNAL, Journal, Step, StepResult, overv
 from nnunet_lite.commands.train import fold_names, train_and_validate
 from nnunet_lite.commands.training_run import TrainingRun, plan_runs, preprocessing_step, training_step
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
-from nnunet_lite.evaluation.selection import read_selection
+from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.reporting.html import PAGE
@@ -64,10 +64,8 @@ class RunResult:
         Time of this run.
     models : tuple of Path
         The model folders.
-    selected : str or None
-        The models that `nnlite predict` uses; None if no cases were held out.
-    table : str
-        The comparison of the models, as `nnlite select` prints it.
+    selection : Selection or None
+        The comparison of the models; None if no cases were held out.
     report : Path or None
         The HTML page.
     commands : tuple of str
@@ -78,16 +76,26 @@ class RunResult:
     steps: tuple[StepResult, ...]
     seconds: float
     models: tuple[Path, ...]
-    selected: str | None
-    table: str
+    selection: Selection | None
     report: Path | None
     commands: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "steps": [asdict(step) for step in self.steps],
+            "seconds": self.seconds,
+            "models": [str(folder) for folder in self.models],
+            "selected": None if self.selection is None else self.selection.summary,
+            "report": None if self.report is None else str(self.report),
+            "commands": list(self.commands),
+        }
 
     def to_text(self) -> str:
         done = sum(step.state == "done" for step in self.steps)
         kept = f", {len(self.steps) - done} were done before" if done < len(self.steps) else ""
         report = [] if self.report is None else [f"report: {self.report}"]
-        table = [self.table, ""] if self.table else []
+        table = [] if self.selection is None else [self.selection.to_text(), ""]
         head = f"{self.dataset}: {done} steps done in {log.duration(self.seconds)}{kept}"
         return "\n".join([*table, head, *report, "what comes next:", *(f"  {command}" for command in self.commands)])
 
@@ -203,14 +211,13 @@ def run(
         log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], left))
         results += run_steps(steps, journal, cluster)
     models = tuple({run.folder: None for run in runs})
-    selection, page = read_selection(paths), paths.root / PAGE
+    page = paths.root / PAGE
     return RunResult(
         dataset=paths.name,
         steps=tuple(results),
         seconds=round(time.monotonic() - begin, 2),
         models=models,
-        selected=None if selection is None else selection.summary,
-        table="" if selection is None else selection.to_text(),
+        selection=read_selection(paths),
         report=page if page.is_file() else None,
         commands=next_commands(paths, workspace, models),
     )

@@ -17,7 +17,7 @@ _ERRORS = (
 )
 _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
-    *("label_absent", "constant", "duplicate_case", "few_cases", "looks_like_ct", "not_ct", "orientation_tag"),
+    *("label_absent", "constant", "duplicate_case", "few_cases", "orientation_tag"),
 )
 KINDS: dict[str, Severity] = {
     **dict.fromkeys(_ERRORS, "error"),
