@@ -37,9 +37,8 @@ from nnunet_lite.commands.options import (
     overrides_of,
     sizes_of,
 )
-from nnunet_lite.commands.steps import JOURNAL, plan_runs, preprocessing_step, training_step
-from nnunet_lite.commands.training_run import TrainingRun, prepare_run
-from nnunet_lite.commands.workflow import Journal, run_steps
+from nnunet_lite.commands.steps import JOURNAL, Journal, run_steps
+from nnunet_lite.commands.training_run import TrainingRun, plan_runs, prepare_run, preprocessing_step, training_step
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
