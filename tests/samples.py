@@ -14,6 +14,7 @@ import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.schema import Plan
 
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
@@ -147,6 +148,13 @@ def sample_plan(
             **fields,
         }
     )
+
+
+def nnunet_plan() -> Plan:
+    """nnU-Net's own plan of the hippocampus data."""
+    about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}}
+    plans = json.loads((HIPPOCAMPUS.parent / "nnunet_plans.json").read_text())
+    return plan_from_nnunet(plans, about | {"numTraining": 200})
 
 
 def displaced(array: np.ndarray) -> np.ndarray:
