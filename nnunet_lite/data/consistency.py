@@ -10,12 +10,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nnunet_lite.data.cases import Case, image_files
+from nnunet_lite.data.cases import LABEL_FOLDERS, Case, image_files, label_base
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.pairing import LABEL_FOLDERS, label_base
 from nnunet_lite.data.problems import Problem, few, plural
 from nnunet_lite.files import read_json
 from nnunet_lite.workspace import IMAGE_FOLDERS
