@@ -49,7 +49,7 @@ from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.reporting.html import PAGE
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.splits import FoldRule, needs_splits
+from nnunet_lite.training.splits import FoldRule, check_folds
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def run(
     accepted = accept_geometry or (paths.dataset.is_file() and stored_dataset(paths.dataset).accept_geometry)
     dataset = replace(dataset, accept_geometry=accepted)
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
-    needs_splits(paths.splits, dataset, rule)  # so is one in these
+    check_folds(paths.splits, dataset, rule)  # so is one in these
     journal = Journal(paths.root / JOURNAL)
     planning = partial(
         plan, root, workspace=place, workers=workers, accept_geometry=accepted, folds=folds, group_by=group_by,
