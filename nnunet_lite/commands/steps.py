@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from nnunet_lite import log
 from nnunet_lite.commands.options import cluster_of
-from nnunet_lite.commands.train import TrainedFolds, train_and_validate
-from nnunet_lite.commands.training_run import TrainingRun, plan_for_settings, prepare_run
+from nnunet_lite.commands.training_run import TrainingRun, plan_for_settings, prepare_run, train_and_validate
 from nnunet_lite.commands.workflow import Journal, Step, run_steps
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.scores import read_summaries
+from nnunet_lite.evaluation.scores import Scores, read_summaries
 from nnunet_lite.models.folder import SUMMARY, VALIDATION, run_length
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
@@ -37,7 +36,7 @@ def train_on_cluster(
     folds: Sequence[str],
     settings: Settings,
     device: str | None,
-) -> TrainedFolds:
+) -> dict[str, Scores]:
     """Train all folds of a configuration, and what it needs before, on the workers of a Dask scheduler."""
     runs = plan_runs(paths, settings, [configuration], folds, device)
     refuse_changed_settings(runs)
@@ -47,7 +46,7 @@ def train_on_cluster(
         run_steps(steps, Journal(paths.root / JOURNAL), cluster)
     scored = [run for run in runs if run.configuration == configuration]
     files = {run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in scored}
-    return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
+    return {fold: read_summaries([file], dataset.labels) for fold, file in files.items()}
 
 
 def plan_runs(
