@@ -5,14 +5,13 @@ What happens to one fold is in training_run.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from nnunet_lite import log, system
+from nnunet_lite import log
 from nnunet_lite.commands.options import (
     DatasetName,
     Device,
@@ -132,7 +131,7 @@ def train(
         Another process of those that torchrun started is gone; the last checkpoint is complete.
     """
     if gpus > 1:
-        launch_on_gpus(gpus)
+        launch(gpus)
     changed = overrides_of(
         settings, training__epochs=epochs, training__iterations=iterations, training__time_limit=time_limit,
         training__batch_size=batch_size,
@@ -184,22 +183,6 @@ def _train_on_cluster(
         run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in runs if run.configuration == configuration
     }
     return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
-
-
-def launch_on_gpus(gpus: int) -> None:
-    """Run this command once for each GPU, and exit; in one of these processes, do nothing.
-
-    Raises
-    ------
-    UserError
-        This process is not `nnlite`: its command line cannot be repeated.
-    """
-    if current_ranks().world > 1:
-        return
-    if not system.IS_COMMAND:
-        fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
-        raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
-    raise SystemExit(launch(gpus, sys.argv[1:]))
 
 
 def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:

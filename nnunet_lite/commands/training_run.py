@@ -20,7 +20,7 @@ from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores
-from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, predict_first_stage, with_first_stage
+from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, predict_first_stage, read_stage_map
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models.folder import (
     MODEL,
@@ -92,8 +92,6 @@ class TrainingRun:
         Its cases, and the options for folds.
     folder : Path
         The model folder.
-    name : str or None
-        Of the model folder, if the user gave one.
     first : FirstStage or None
         Of a cascade.
     device : str or None
@@ -108,7 +106,6 @@ class TrainingRun:
     split: Split
     rule: FoldRule
     folder: Path
-    name: str | None
     first: FirstStage | None
     device: str | None
 
@@ -184,7 +181,7 @@ def prepare_run(
     plan = configure_plan(source_plan, configuration, settings)
     split = read_split(paths.splits, dataset, fold, rule)
     first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
-    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, name, first, device)
+    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
@@ -253,7 +250,14 @@ def train_and_validate(
         if run.first is not None and not is_finished(run.fold_folder):
             _train_first_stage(run, run.first, force)
         with lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
-            seed = from_first(_open_run(run, force) if ranks.rank == 0 else 0, ranks)
+            seed = 0
+            if ranks.rank == 0:
+                previous = None if run.first is None else run.first.folder.name
+                seed = open_run(
+                    run.folder, run.plan, run.dataset, run.configuration, run.settings,
+                    fold=run.split.name, force=force, previous=previous,
+                )  # fmt: skip
+            seed = fold_seed(from_first(seed, ranks), run.split.name)
             if is_complete(run.fold_folder, run.settings):
                 log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
             else:
@@ -303,20 +307,12 @@ def _check_earlier_run(
     from_first(None, ranks)  # the others wait until the folder is moved
 
 
-def _open_run(run: TrainingRun, force: bool) -> int:
-    """Create or update the model folder; the seed of the fold."""
-    previous = None if run.first is None else run.first.folder.name
-    fold = run.split.name
-    seed = open_run(
-        run.folder, run.plan, run.dataset, run.configuration, run.settings, fold=fold, force=force, previous=previous
-    )
-    return fold_seed(seed, fold)
-
-
 def _train_first_stage(run: TrainingRun, first: FirstStage, force: bool) -> None:
     """Train the folds of the first stage that are missing, with the same recipe and settings."""
     refuse_other_cases(first.folder, run.split, run.paths.splits)
-    log.info(first.describe())
+    todo = f"to be trained first: {', '.join(first.missing)}" if first.missing else "all trained"
+    needed = f"fold {', '.join(first.folds)} of {first.folder}"
+    log.info(f"the second stage learns from what {first.configuration} predicts: {needed}; {todo}")
     # a model to start from fits only one of the two networks
     settings = with_changes(run.settings, {"training.init": None, "training.freeze": None})
     for fold in first.missing:
@@ -345,7 +341,7 @@ def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, prev
 
     def open_stored(case_id: str) -> Any:
         case = open_case(store, run.plan, run.configuration, case_id)
-        return case if stage_maps is None else with_first_stage(case, stage_maps[case_id])
+        return case if stage_maps is None else replace(case, previous=read_stage_map(stage_maps[case_id]))
 
     def load(ids: Sequence[str]) -> list[Any]:
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
