@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import fold_of
+from samples import ENVIRONMENT, fold_of, start_nnlite, wait_until
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_weights_header
@@ -35,10 +35,9 @@ from nnunet_lite.training.distributed import (
 )
 from nnunet_lite.training.metrics import METRICS
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-NNLITE = [sys.executable, "-m", "nnunet_lite"]
+LONG = ["--epochs", "400"]
 EPOCHS = 12
-# as NNLITE, but a collective operation gives up early
+# as the command, but a collective operation gives up early
 IMPATIENT = """
 from datetime import timedelta
 from nnunet_lite import cli
@@ -82,20 +81,17 @@ def test_several_processes_share_the_clock_of_the_first(monkeypatch: pytest.Monk
 # ------------------------------------------------------------------------------------------------- nnlite --gpus N
 
 
-def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*NNLITE, *arguments], env=ONE_THREAD, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code, done.stderr
-    assert code == 0 or "Traceback" not in done.stderr
-    return done
+def run(*arguments: str, code: int = 0) -> tuple[str, str]:
+    """What a command that ends with this exit code prints, and its messages."""
+    process = start_nnlite(*arguments)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    assert code == 0 or "Traceback" not in err
+    return out, err
 
 
-def wait_for(file: Path, processes: list[subprocess.Popen[str]], errors: Callable[[], str]) -> None:
-    """Wait until a file of a running training has content."""
-    until = time.monotonic() + 200
-    while not file.is_file() or not file.stat().st_size:
-        assert all(process.poll() is None for process in processes), errors()
-        assert time.monotonic() < until
-        time.sleep(0.02)
+def has_content(file: Path) -> Callable[[], bool]:
+    return lambda: file.is_file() and file.stat().st_size > 0
 
 
 def rows(tmp_path: Path, name: str) -> list[dict[str, Any]]:
@@ -112,7 +108,7 @@ def assert_same_weights(tmp_path: Path, one: str, two: str) -> None:
 def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[str]) -> None:
     arguments = [*train_three, "--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]
     run(*arguments, "--name", "one")
-    assert run(*arguments, "--gpus", "2", "--name", "two").stdout.count("fold 0, whole images") == 1
+    assert run(*arguments, "--gpus", "2", "--name", "two")[0].count("fold 0, whole images") == 1
     one, two = (rows(tmp_path, name) for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
@@ -132,9 +128,8 @@ def start_two(
     log = tmp_path / "stderr.log"
 
     def start(name: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-        command = [*NNLITE, *train_three, "--epochs", "400", "--gpus", "2", "--name", name]
-        started.append(subprocess.Popen(command, env=ONE_THREAD, stderr=log.open("w"), text=True))
-        wait_for(fold_of(tmp_path, name) / METRICS, started, log.read_text)
+        started.append(start_nnlite(*train_three, *LONG, "--gpus", "2", "--name", name, stderr=log.open("w")))
+        wait_until(has_content(fold_of(tmp_path, name) / METRICS), *started)
         children = psutil.Process(started[-1].pid).children()
         return started[-1], sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
@@ -173,8 +168,8 @@ def test_what_ends_one_process_ends_all(
 def test_a_mistake_is_one_line_of_one_process(
     tmp_path: Path, train_three: list[str], setting: str, message: str, begins: bool
 ) -> None:
-    done = run(*train_three, "--set", setting, "--gpus", "2", "--name", "wrong", code=2)
-    assert done.stderr.count(message) == 1
+    _, errors = run(*train_three, "--set", setting, "--gpus", "2", "--name", "wrong", code=2)
+    assert errors.count(message) == 1
     assert fold_of(tmp_path, "wrong").exists() == begins
 
 
@@ -201,7 +196,7 @@ def start_nodes(tmp_path: Path) -> Iterator[Nodes]:
             log = (tmp_path / f"node_{node}.log").open("w")
             outputs: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": log, "text": True}
             command = [*torchrun, *options, *arguments]
-            started.append(subprocess.Popen(command, env=ONE_THREAD, start_new_session=True, **outputs))
+            started.append(subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **outputs))
         return started
 
     yield start
@@ -248,7 +243,7 @@ def test_a_lost_node_ends_the_others_and_another_number_of_processes_resumes(
     script = tmp_path / "nnlite.py"
     script.write_text(IMPATIENT)
     nodes = start_nodes([*([str(script)] if how == signal.SIGSTOP else ["-m", "nnunet_lite"]), *arguments])
-    wait_for(fold_of(tmp_path, "lost") / CHECKPOINT, nodes, lambda: node_logs(tmp_path))
+    wait_until(has_content(fold_of(tmp_path, "lost") / CHECKPOINT), *nodes)
     signal_node(nodes[lost], how)
     left = 1 - lost
     assert nodes[left].wait(timeout=60) == 1
@@ -257,7 +252,7 @@ def test_a_lost_node_ends_the_others_and_another_number_of_processes_resumes(
     assert "The same nnlite command resumes from the last checkpoint" in errors
     signal_node(nodes[lost], signal.SIGKILL)
     assert len(rows(tmp_path, "lost")) < EPOCHS
-    assert "resuming from epoch" in run(*arguments).stderr
+    assert "resuming from epoch" in run(*arguments)[1]
     assert [row["epoch"] for row in rows(tmp_path, "lost")] == list(range(1, EPOCHS + 1))
     if how == signal.SIGKILL and lost:
         run(*arguments[:-1], "undisturbed")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import start_nnlite, wait_until
 from scipy.ndimage import zoom
 
 import nnunet_lite
@@ -206,9 +203,8 @@ def test_the_commands_know_both_stages_wherever_they_are(
     trained: Path, hippocampus: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
-    moved = Path(
-        shutil.copytree(trained, tmp_path / "moved", ignore=shutil.ignore_patterns("next_stage", "validation"))
-    )
+    ignore = shutil.ignore_patterns("next_stage", "validation")
+    moved = Path(shutil.copytree(trained, tmp_path / "moved", ignore=ignore))
     code, out, err = command("predict", "-i", scan, "-o", "out", "-m", moved / "tiny", "--device", "cpu", cwd=tmp_path)
     assert (code, out) == (0, "1 label map in out\n")
     assert f"with {moved / f'{FIRST}-tiny'} (fold 0, 1, 2, 3, 4), then {moved / 'tiny'} (fold 0) on cpu" in err
@@ -250,17 +246,12 @@ def test_a_killed_cascade_resumes(
     """kill -9 while the first stage is trained: the same command finishes the rest, and nothing that was there."""
     options = [f"--set={key}={value}" for key, value in changes.items()]
     given = ("train", SECOND, 0, "--name", "killed", "--device", "cpu", "-w", workspace, *options)
-    program = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, given)]
     first, usual = trained / f"{FIRST}-killed", trained / f"{FIRST}-default"
     assert not usual.exists(), "or it would be used"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 120
-        while not (first / "fold_1" / "model.safetensors").is_file() and time.monotonic() < until:
-            time.sleep(0.01)
-        process.kill()
-        assert process.stderr is not None
-        errors = process.stderr.read()
+    process = start_nnlite(*given)
+    wait_until((first / "fold_1" / "model.safetensors").is_file, process)
+    process.kill()
+    _, errors = process.communicate()
     assert f"what {FIRST} predicts: fold 0, 1, 2, 3, 4 of {first}; to be trained first: 0, 1, 2, 3, 4" in errors
     before = times(first)
     assert before and not (trained / "killed").exists()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import as_options
+from samples import as_options, start_nnlite, wait_until
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -42,7 +39,6 @@ from nnunet_lite.workspace import planned_paths
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
 SMALL = {"training.patch_size": [16, 16, 16]}
 LEARNS = {"training__iterations": 12, "optimizer__name": "adamw", "optimizer__lr": 0.01}
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as in every other run: sums depend on it
 
 MakeJob = Callable[..., Job]
 
@@ -388,35 +384,30 @@ PLATEAU = {"schedule.name": "plateau", "schedule.patience": 1}
 def test_a_run_that_was_stopped_resumes_bit_by_bit(
     tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], number: signal.Signals, more: dict[str, Any]
 ) -> None:
-    """After a kill from the last epoch, after a signal from the last step; for Ctrl-C see test_end_to_end.py."""
+    """After a kill from the last epoch, after a signal from the last step; for Ctrl-C see test_distributed.py."""
     killed = number == signal.SIGKILL
     length = {"training.epochs": 6, "training.iterations": 5} if killed else {"training.iterations": 30}
     settings = as_options(tiny_settings | SMALL | {"training.epochs": 3} | length | more)
     workspace = shutil.copytree(tiny_workspace, tmp_path / "workspace")
     arguments = ["train", "3d_fullres", "all", "-w", str(workspace), "--device", "cpu", *settings]
-    command = [sys.executable, "-m", "nnunet_lite", *arguments, "--name"]
     stopped, whole = (workspace / "Task04_Hippocampus" / "models" / name / "fold_all" for name in ("stopped", "whole"))
 
-    process = subprocess.Popen([*command, "stopped"], stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
-    assert process.stderr is not None
-    until, checkpoint = time.monotonic() + 120, stopped / CHECKPOINT
-    while not checkpoint.is_file() or (killed and read_weights_header(checkpoint)["epoch"] < 2):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    process, checkpoint = start_nnlite(*arguments, "--name", "stopped"), stopped / CHECKPOINT
+    n_epochs = 2 if killed else 0
+    wait_until(lambda: checkpoint.is_file() and read_weights_header(checkpoint)["epoch"] >= n_epochs, process)
     time.sleep(0 if killed else 0.3)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert not is_finished(stopped)
-    if killed:
-        assert process.returncode == -number
-    else:
-        assert process.returncode == 128 + number, errors
+    assert process.returncode == (-number if killed else 128 + number), errors
+    if not killed:
         assert "stopped by SIGTERM in epoch" in errors and "Traceback" not in errors
         assert read_weights_header(checkpoint)["iteration"] > 0
 
     for name in ("stopped", "whole"):
-        subprocess.run([*command, name], check=True, capture_output=True, env=ONE_THREAD)
+        process = start_nnlite(*arguments, "--name", name)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
     assert_same_run(stopped, whole)
     assert [row["epoch"] for row in rows(stopped)] == list(range(1, 7 if killed else 4))
 
