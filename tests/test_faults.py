@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from bad_inputs import copy_workspace
 from safetensors.numpy import load_file
-from samples import ENVIRONMENT, HIPPOCAMPUS, first_cases, start_nnlite
+from samples import ENVIRONMENT, HIPPOCAMPUS, first_cases, rewrite_nifti, start_nnlite
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = [
@@ -296,10 +296,7 @@ def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, count
     first_cases(tmp_path / "raw", 6)
     table = json.loads((root / "dataset.json").read_text())
     label = tmp_path / "raw" / "labelsTr" / Path(table["dataset"][0]["label"]).name
-    values = nibabel.load(label)
-    changed = np.asarray(values.dataobj).copy()
-    changed[0, 0, 0] = 1
-    nibabel.save(nibabel.Nifti1Image(changed, values.affine, values.header), label)
+    rewrite_nifti(label, lambda array: np.where(np.arange(array.size).reshape(array.shape) == 0, 1, array))
     table["dataset"][0]["label"] = str(label)
     (root / "dataset.json").write_text(json.dumps(table))
     code, out, err = command("preprocess", "3d_fullres", "--json", cwd=tmp_path)
