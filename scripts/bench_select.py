@@ -95,14 +95,14 @@ def make_predictions(paths: Paths, dataset: Dataset) -> None:
     jobs = [
         (cases[case_id][1], folder / f"fold_{fold}" / VALIDATION, name, cases[case_id][0])
         for name, folder in places.items()
-        for fold, sides in enumerate(folds)
-        for case_id in sides["val"]
+        for fold, split in enumerate(folds)
+        for case_id in split.validation
     ]
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(write_prediction, dataset=dataset), jobs, chunksize=16))
     for member in members:
-        for fold, sides in enumerate(folds):
-            score_predictions(member.folder / f"fold_{fold}" / VALIDATION, dataset, sides["val"])
+        for fold, split in enumerate(folds):
+            score_predictions(member.folder / f"fold_{fold}" / VALIDATION, dataset, split.validation)
 
 
 def timed(paths: Paths, *options: str) -> tuple[float, str]:

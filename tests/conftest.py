@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import HIPPOCAMPUS, TINY, as_options, first_cases
+from samples import FAST, HIPPOCAMPUS, TINY, as_options, first_cases
 
 Ended = tuple[int, str, str]  # exit code, standard output, standard error
 
@@ -126,6 +126,14 @@ def tiny_model(tiny_workspace: Path) -> Path:
     return tiny_workspace / "Task04_Hippocampus" / "models" / "tiny"
 
 
+@pytest.fixture(scope="session")
+def model(tiny_model: Path) -> Any:
+    """The predictor of `tiny_model` with the settings `FAST`, on the CPU."""
+    from nnunet_lite.inference.predictor import load
+
+    return load(tiny_model, device="cpu", settings=FAST)
+
+
 @pytest.fixture
 def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy of `tiny_model` that a test may change."""
@@ -151,13 +159,35 @@ def tiny_report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The report of `tiny_workspace` with `tiny_model`. Not to be written to."""
     import nnunet_lite
 
-    return nnunet_lite.report(tmp_path_factory.mktemp("report") / "page.html", workspace=tiny_model.parents[2]).report
+    return nnunet_lite.report(tmp_path_factory.mktemp("report") / "page.html", workspace=tiny_model.parents[2])
 
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, Any]:
     """Changes to the default recipe that make a run take seconds; with them, a run is the same to the bit each time."""
     return dict(TINY)
+
+
+@pytest.fixture
+def job(
+    tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settings: dict[str, Any]
+) -> Callable[..., Any]:
+    """Make the `Job` of a fold: job(configuration, cases=..., plan=changes, **settings)."""
+    import torch
+
+    from nnunet_lite.planning.schema import Plan
+    from nnunet_lite.settings import Settings, with_changes
+    from nnunet_lite.training.job import Job, configure_plan
+    from nnunet_lite.workspace import planned_paths
+
+    def make(configuration: str = "3d_fullres", cases: Any = None, plan: Any = None, **changes: Any) -> Job:
+        patch = {"training.patch_size": [32, 24]} if configuration == "2d" else {}
+        settings = with_changes(Settings(), {**tiny_settings, **patch, "training.batch_size": 5, **changes})
+        planned = Plan.read(planned_paths(tiny_workspace).plans).model_copy(update=plan or {})
+        planned, chosen = configure_plan(planned, configuration, settings), tiny_cases if cases is None else cases
+        return Job(planned, configuration, settings, 5, tmp_path, torch.device("cpu"), chosen, chosen)
+
+    return make
 
 
 @pytest.fixture

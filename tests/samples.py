@@ -17,6 +17,9 @@ import numpy as np
 import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.planning.schema import Plan
+
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
@@ -134,6 +137,39 @@ def turn_nifti(source: Path, target: Path, orientation: str) -> None:
     image = nibabel.load(source)
     change = ornt_transform(io_orientation(image.affine), axcodes2ornt(orientation))
     nibabel.save(image.as_reoriented(change), target)
+
+
+def sample_plan(
+    labels: Labels,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    patch: tuple[int, int, int] = (32, 40, 32),
+    *,
+    scheme: str = "zscore",
+    use_mask: bool = False,
+    channels: int = 1,
+    **fields: Any,
+) -> Plan:
+    """Return a plan of a 2d and a 3d_fullres configuration; `fields` are others of the plan."""
+    statistics = {"mean": 0, "median": 0, "std": 1, "min": 0, "max": 1, "percentile_00_5": 0, "percentile_99_5": 1}
+    channel = {"name": "MRI", "normalization": scheme, "use_mask": use_mask, "statistics": statistics}
+
+    def configuration(axes: int) -> dict[str, Any]:
+        network = {"features": (8, 16), "strides": ((1,) * axes, (2,) * axes), "kernels": ((3,) * axes,) * 2,
+                   "blocks": (2, 2), "decoder_convolutions": (2,)}  # fmt: skip
+        return {"spacing": spacing[-axes:], "median_shape": (36.0, 50.0, 35.0)[-axes:], "patch_size": patch[-axes:],
+                "batch_size": 2, "network": network, "batch_dice": False}  # fmt: skip
+
+    return Plan.model_validate(
+        {
+            "dataset": "x",
+            "median_spacing": spacing,
+            "median_shape": (36, 50, 35),
+            "channels": (channel,) * channels,
+            "labels": labels,
+            "configurations": {"2d": configuration(2), "3d_fullres": configuration(3)},
+            **fields,
+        }
+    )
 
 
 def displaced(array: np.ndarray) -> np.ndarray:

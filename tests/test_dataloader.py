@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,8 @@ import torch
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.windows import padding
-from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.stored_case import sample_voxels
-from nnunet_lite.settings import AugmentationSettings, Settings, with_changes
+from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.cache import LoadedCase, load_case, move_case
 from nnunet_lite.training.dataloader import (
     Location,
@@ -40,8 +38,7 @@ from nnunet_lite.training.dataloader import (
     training_batches,
 )
 from nnunet_lite.training.distributed import Ranks
-from nnunet_lite.training.job import Job, configure_plan
-from nnunet_lite.workspace import planned_paths
+from nnunet_lite.training.job import Job
 
 LABELS = Labels(names={"background": 0, "a": 1, "b": 2})
 CPU = torch.device("cpu")
@@ -235,22 +232,6 @@ def test_cases_are_drawn_with_replacement_and_all_of_them() -> None:
     drawn = [[p.case for p in draw_locations(cases, (4, 4, 4), 4, 0, None, rng_for(0, 0, i))] for i in range(60)]
     assert {number for batch in drawn for number in batch} == set(range(5))
     assert any(len(set(batch)) < len(batch) for batch in drawn)
-
-
-@pytest.fixture
-def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settings: dict[str, Any]) -> MakeJob:
-    """A fold: job(configuration, cases=..., plan=changes, **settings)."""
-
-    def make(configuration: str = "3d_fullres", cases: Any = None, plan: Any = None, **changes: Any) -> Job:
-        patch = {"training.patch_size": [32, 24]} if configuration == "2d" else {}
-        settings = with_changes(Settings(), {**tiny_settings, **patch, "training.batch_size": 5, **changes})
-        made = Plan.read(planned_paths(tiny_workspace).plans).model_copy(update=plan or {})
-        chosen = tiny_cases if cases is None else cases
-        return Job(
-            configure_plan(made, configuration, settings), configuration, settings, 5, tmp_path, CPU, chosen, chosen
-        )
-
-    return make
 
 
 def same(one: Any, other: Any) -> bool:

@@ -15,20 +15,8 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps
-from nnunet_lite.inference.predictor import Predictor, load, predict_preprocessed
+from nnunet_lite.inference.predictor import Predictor, predict_preprocessed
 from nnunet_lite.networks.precision import ComputeFormat
-
-FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Predictor:
-    return load(tiny_model, device="cpu", settings=FAST)
-
-
-@pytest.fixture(scope="module")
-def scans(hippocampus: Path) -> list[Path]:
-    return sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[:3]
 
 
 class Overflowing(nn.Module):

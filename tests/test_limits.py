@@ -184,12 +184,12 @@ def small_plan() -> Plan:
 
 def test_memory_is_measured_on_a_gpu_alone(small_plan: Plan) -> None:
     with pytest.raises(UserError, match="--measure needs a GPU"):
-        measure_memory(small_plan, "3d_fullres", torch.device("cpu"))
+        measure_memory(small_plan, "3d_fullres", "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU memory")
 def test_measured_memory_is_near_the_prediction(small_plan: Plan) -> None:
     predicted = small_plan.configuration("2d").memory_gb
-    measured = measure_memory(small_plan, "2d", torch.device("cuda"))
+    measured = measure_memory(small_plan, "2d", "cuda")
     assert predicted is not None and measured is not None
     assert measured < predicted * 1.15

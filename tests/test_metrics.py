@@ -149,6 +149,9 @@ def test_values_and_types_of_any_kind() -> None:
     prediction[0, 0, :3] = (7, -100, 1 << 40)  # no labels: background
     found = score_case(prediction, reference, labels, (1.0, 1.0, 1.0))
     assert [found[name]["Dice"] for name in "ab"] == [1.0, 1.0]
+    mask = (reference == 40000).astype(np.uint8)
+    for kind in (np.int8, np.uint16, np.int32, np.uint64, np.float32):
+        assert compare(mask.astype(kind), mask)["Dice"] == 1.0
     with pytest.raises(ValueError, match="shape"):
         score_case(prediction[1:], reference, labels, (1.0, 1.0, 1.0))
 

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from samples import sample_plan
 
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
+from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import (
     Placement,
+    prepare,
     preprocess_image,
     require_finite,
     resampled_shape,
@@ -25,48 +28,9 @@ from nnunet_lite.preprocessing.pipeline import (
 )
 from nnunet_lite.preprocessing.resampling import resample_labels
 
-STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
 LABELS = Labels(names={"background": 0, "anterior": 1, "posterior": 2})
+CUBIC = sample_plan(LABELS).configuration("3d_fullres")
 REGIONS = Labels(names={"background": 0, "whole": (1, 4, 7), "core": (4, 7), "tip": (7,)}, region_order=(1, 4, 7))
-
-
-def configuration(spacing: tuple[float, ...], patch: int = 16) -> Configuration:
-    axes = len(spacing)
-    network = Network(
-        features=(8, 16),
-        strides=((1,) * axes, (2,) * axes),
-        kernels=((3,) * axes,) * 2,
-        blocks=(2, 2),
-        decoder_convolutions=(2,),
-    )
-    return Configuration(
-        spacing=spacing,
-        median_shape=(30.0,) * axes,
-        patch_size=(patch,) * axes,
-        batch_size=2,
-        network=network,
-        batch_dice=False,
-    )
-
-
-def make_plan(
-    labels: Labels = LABELS,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    axis_order: tuple[int, int, int] = (0, 1, 2),
-    scheme: str = "zscore",
-    use_mask: bool = False,
-    channels: int = 1,
-) -> Plan:
-    channel = {"name": "c", "normalization": scheme, "use_mask": use_mask, "statistics": STATISTICS.model_dump()}
-    return Plan(
-        dataset="x",
-        axis_order=axis_order,
-        median_spacing=spacing,
-        median_shape=(30, 30, 30),
-        channels=(Channel.model_validate(channel),) * channels,
-        labels=labels,
-        configurations={"2d": configuration(spacing[1:]), "3d_fullres": configuration(spacing)},
-    )
 
 
 def blob(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> tuple[Image, np.ndarray]:
@@ -84,7 +48,7 @@ def one_hot(classes: np.ndarray, n: int) -> np.ndarray:
 
 def test_crop_normalise_and_keep_where_spacing_is_equal() -> None:
     image, values = blob((30, 40, 20), (1.0, 1.0, 1.0))
-    got = preprocess_image(image, values, make_plan(), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, values, sample_plan(LABELS), CUBIC)
     box = tuple(slice(*span) for span in got.placement.box)
     inside = image.array[0][box].astype(float)
     assert got.image.dtype == np.float32 and got.image.shape == (1, *got.placement.shape) != (1, 30, 40, 20)
@@ -98,7 +62,7 @@ def test_mask_counts_annotated_voxels_even_where_zero() -> None:
     values[15, 20, 10], image.array[0, 15, 20, 10] = 2, 0  # a hole, which the mask fills anyway
     corner = tuple(int(n) for n in np.argwhere(image.array[0]).min(axis=0))
     values[corner] = 1
-    got = preprocess_image(image, values, make_plan(use_mask=True), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, values, sample_plan(LABELS, use_mask=True), CUBIC)
     start = [low for low, _ in got.placement.box]
     body = image.array[0] != 0
     body[15, 20, 10] = body[corner] = True
@@ -116,16 +80,16 @@ def test_what_lies_outside_the_mask_of_all_channels_is_a_class_of_its_own(spacin
     second = np.where(np.arange(40)[:, None] < 15, 7, 0) * np.ones((30, 1, 20), np.float32)
     image = Image(np.concatenate([image.array, second[None]]), image.geometry)
     values[:, :, :9] = 0
-    plan = make_plan(use_mask=True, channels=2)
-    plan = plan.model_copy(update={"channels": (plan.channels[0], make_plan().channels[0])})
-    got = preprocess_image(image, values, plan, configuration(spacing))
+    plan = sample_plan(LABELS, use_mask=True, channels=2)
+    plan = plan.model_copy(update={"channels": (plan.channels[0], sample_plan(LABELS).channels[0])})
+    got = preprocess_image(image, values, plan, sample_plan(LABELS, spacing).configuration("3d_fullres"))
     box = tuple(slice(*span) for span in got.placement.box)
     outside = ~image.array.any(0) & (values == 0)
     marked = np.where(outside, 3, values)[box].astype(np.uint8)
     assert outside[box].any() and (~outside & (values == 0))[box].any()
     wanted = resample_labels(marked, got.placement.shape, (1.0, 1.0, 1.0), spacing)
     assert got.classes is not None and np.array_equal(got.classes, wanted)
-    unmasked = preprocess_image(image, values, make_plan(channels=2), configuration(spacing))
+    unmasked = prepare(image, values, sample_plan(LABELS, channels=2))
     assert unmasked.classes is not None and unmasked.classes.max() == 2
 
 
@@ -135,7 +99,7 @@ def test_the_way_back_ends_on_the_image_grid(
     axis_order: tuple[int, int, int], spacing: tuple[float, float, float]
 ) -> None:
     image, values = blob((30, 44, 36), (1.5, 0.9, 1.2))
-    plan = make_plan(spacing=spacing, axis_order=axis_order)
+    plan = sample_plan(LABELS, spacing, axis_order=axis_order)
     got = preprocess_image(image, values, plan, plan.configuration("3d_fullres"))
     assert got.classes is not None
     back = restore_segmentation(one_hot(got.classes, 3), got.placement, LABELS, Resampling())
@@ -156,7 +120,7 @@ def test_the_way_back_ends_on_the_image_grid(
 
 def test_without_resampling_the_way_back_is_exact(hippocampus: Path) -> None:
     dataset = read_dataset(hippocampus)
-    plan = make_plan(dataset.labels, axis_order=(1, 2, 0))
+    plan = sample_plan(dataset.labels, axis_order=(1, 2, 0))
     for case in dataset.cases[:4]:
         image, values = read_case(case, dataset)
         assert values is not None
@@ -168,7 +132,7 @@ def test_without_resampling_the_way_back_is_exact(hippocampus: Path) -> None:
 
 def test_regions_are_written_in_their_order_with_their_values() -> None:
     image, _ = blob((20, 24, 22), (1.0, 1.0, 1.0))
-    got = preprocess_image(image, None, make_plan(REGIONS), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, None, sample_plan(REGIONS), CUBIC)
     assert got.classes is None
     logits = np.full((3, *got.placement.shape), -3, np.float32)
     logits[0, 2:12, 2:12, 2:12], logits[1, 4:10, 4:10, 4:10], logits[2, 5:6, 5:6, 5:6] = 2, 2, 2
@@ -181,18 +145,16 @@ def test_regions_are_written_in_their_order_with_their_values() -> None:
 def test_values_of_the_data_set_come_back() -> None:
     labels = Labels(names={"background": 5, "a": 300, "b": -2})
     image, classes = blob((20, 24, 22), (1.0, 1.0, 1.0))
-    got = preprocess_image(image, classes, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, classes, sample_plan(labels), CUBIC)
     assert got.classes is not None
     back = restore_segmentation(one_hot(got.classes, 3), got.placement, labels, Resampling())
     assert back.dtype == np.int16 and np.array_equal(back, labels.decode(classes))
 
 
 def test_logits_of_torch_and_of_half_precision_give_the_same() -> None:
-    import torch
-
     image, values = blob((20, 24, 22), (1.5, 1.1, 0.7))
     for labels in (LABELS, REGIONS):
-        got = preprocess_image(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+        got = preprocess_image(image, values, sample_plan(labels), CUBIC)
         assert got.classes is not None
         logits = one_hot(got.classes, 3)
         want = restore_segmentation(logits, got.placement, labels, Resampling())
@@ -206,11 +168,9 @@ def test_logits_of_torch_and_of_half_precision_give_the_same() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_refused(value: float) -> None:
-    import torch
-
     image, values = blob((20, 24, 22), (1.0, 1.0, 1.0))
     for labels in (LABELS, REGIONS):
-        got = preprocess_image(image, values, make_plan(labels), configuration((1.0, 1.0, 1.0)))
+        got = preprocess_image(image, values, sample_plan(labels), CUBIC)
         assert got.classes is not None
         logits = one_hot(got.classes, 3)
         logits[1, 3, 4, 5] = value
@@ -226,10 +186,12 @@ def test_numbers_whose_sum_is_infinite_are_finite() -> None:
 
 
 def test_two_dimensional_configurations_keep_the_first_spacing() -> None:
-    assert resampled_spacing(configuration((0.5, 0.5)), (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
-    assert resampled_spacing(configuration((1.0, 0.5, 0.5)), (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
-    rounding = float(np.float32(0.7))
-    assert resampled_spacing(configuration((0.7, 0.7)), (3.0, rounding, 0.7)) == (3.0, rounding, 0.7)
+    plan = sample_plan(LABELS, (1.0, 0.5, 0.5))
+    flat, deep = plan.configuration("2d"), plan.configuration("3d_fullres")
+    assert resampled_spacing(flat, (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
+    assert resampled_spacing(deep, (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
+    rounding = float(np.float32(0.5) + np.float32(1e-7))
+    assert resampled_spacing(flat, (3.0, rounding, 0.5)) == (3.0, rounding, 0.5)
 
 
 def test_shape_rounds_half_to_even_and_keeps_a_voxel() -> None:
@@ -239,13 +201,13 @@ def test_shape_rounds_half_to_even_and_keeps_a_voxel() -> None:
 
 def test_all_zero_image_is_not_cropped() -> None:
     image = Image(np.zeros((1, 6, 7, 8), np.float32), Geometry((6, 7, 8), (1.0, 1.0, 1.0)))
-    got = preprocess_image(image, None, make_plan(), configuration((1.0, 1.0, 1.0)))
+    got = preprocess_image(image, None, sample_plan(LABELS), CUBIC)
     assert got.image.shape == (1, 6, 7, 8) and (got.image == 0).all()
 
 
 def test_placement_survives_json() -> None:
     image, _ = blob((20, 24, 22), (1.5, 1.1, 0.7))
-    place = preprocess_image(image, None, make_plan(axis_order=(2, 0, 1)), configuration((1.0, 1.0, 1.0))).placement
+    place = preprocess_image(image, None, sample_plan(LABELS, axis_order=(2, 0, 1)), CUBIC).placement
     written = json.loads(json.dumps(asdict(place)))
     assert Placement.from_json(written) == place
     turn = written.pop("turn")  # as an earlier nnlite wrote it

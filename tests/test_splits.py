@@ -21,11 +21,12 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning import fingerprint
+from nnunet_lite.training.grouping import divide
 from nnunet_lite.training.splits import (
     FoldRule,
     Split,
     check_rule,
-    divide,
+    hold_out,
     load_splits,
     make_splits,
     needs_splits,
@@ -47,6 +48,10 @@ def dataset_of(ids: Sequence[str], root: Path = Path()) -> Dataset:
     return Dataset(
         "x", root, "plain", ("MR",), Labels(names={"background": 0, "a": 1}), tuple(Case(i, ()) for i in ids)
     )
+
+
+def divided(ids: Sequence[str], *options: Any) -> list[Split]:
+    return hold_out(sorted(ids), divide(ids, *options))
 
 
 def patients(sizes: Sequence[int]) -> dict[str, str]:
@@ -81,7 +86,7 @@ def test_folds_are_those_of_nnunet(splits: Path) -> None:
 @pytest.mark.parametrize("sizes", [[2] * 10, [1, 2, 3, 1, 1, 7, 2, 2, 1, 1, 4, 3, 2, 1], [9, 1, 1, 1, 1], [1] * 30])
 def test_a_group_is_never_on_both_sides(sizes: list[int]) -> None:
     groups = patients(sizes)
-    folds = divide(list(groups), 5, groups)
+    folds = divided(list(groups), 5, groups)
     assert sorted(case for fold in folds for case in fold.validation) == sorted(groups)
     for fold in folds:
         assert not {groups[case] for case in fold.training} & {groups[case] for case in fold.validation}
@@ -89,7 +94,7 @@ def test_a_group_is_never_on_both_sides(sizes: list[int]) -> None:
     held_out = [len(fold.validation) for fold in folds]
     if max(sizes) <= 7:
         assert max(held_out) - min(held_out) <= 1, "about equal numbers of cases"
-    assert folds == divide(list(reversed(groups)), 5, groups), "the same each time"
+    assert folds == divided(list(reversed(groups)), 5, groups), "the same each time"
     if len(sizes) > 5:
         assert list(folds[0].validation) != sorted(groups)[: held_out[0]], "at random"
 
@@ -98,12 +103,12 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
     groups = patients([2] * 20 + [1] * 20)
     strata = {case: f"s{int(case[3:5]) % 4}" for case in groups}
     for by in (None, groups):
-        for fold in divide(list(groups), 5, by, strata):
+        for fold in divided(list(groups), 5, by, strata):
             counts = Counter(strata[case] for case in fold.validation)
             assert set(counts) == {"s0", "s1", "s2", "s3"} and set(counts.values()) <= {2, 3, 4}
             assert 11 <= len(fold.validation) <= 13
     rare = strata | {"pat00_0": "alone"}
-    assert sum("pat00_0" in fold.validation for fold in divide(list(groups), 5, None, rare)) == 1
+    assert sum("pat00_0" in fold.validation for fold in divided(list(groups), 5, None, rare)) == 1
 
 
 @pytest.mark.parametrize(
@@ -117,12 +122,12 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
 )
 def test_fewer_cases_or_groups_than_folds(groups: dict[str, str] | None, n_folds: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        divide(list(groups or IDS), n_folds, groups)
+        divided(list(groups or IDS), n_folds, groups)
 
 
 def test_strata_smaller_than_the_number_of_folds() -> None:
     with pytest.raises(UserError, match=r"no stratum has 5 cases, one for each fold\. Use fewer strata"):
-        divide(IDS, 5, None, {case: str(i // 4) for i, case in enumerate(IDS)})
+        divided(IDS, 5, None, {case: str(i // 4) for i, case in enumerate(IDS)})
 
 
 # ------------------------------------------------------------------------------------------------ splits.json
@@ -186,7 +191,7 @@ def test_a_wrong_file_is_named(splits: Path, content: Any, message: str) -> None
 
 
 def test_the_record_is_valid_for_the_written_folds_only(splits: Path) -> None:
-    folds = divide(IDS)
+    folds = divided(IDS)
     assert read_record(splits, folds) == {}
     write_splits(splits, folds, {"splits": "mine.csv"})
     assert load_splits(splits) == folds

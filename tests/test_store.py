@@ -1,4 +1,4 @@
-"""preprocess/store.py, stored.py, raw_files.py and system.py on the bundled hippocampus cases."""
+"""The store of preprocessed cases on the bundled hippocampus data."""
 
 from __future__ import annotations
 
@@ -16,53 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import sample_plan
 
-from nnunet_lite import system
 from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Statistics
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset, prune
 from nnunet_lite.preprocessing.stored_case import chunks_and_blocks, sample_voxels
 
-STATISTICS = Statistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
 BOTH = ["2d", "3d_fullres"]
 Copy = Callable[..., Path]
-
-
-def make_plan(
-    labels: Labels,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    patch: tuple[int, int, int] = (32, 40, 32),
-    scheme: str = "zscore",
-) -> Plan:
-    def configuration(axes: int) -> Configuration:
-        network = Network(
-            features=(8, 16),
-            strides=((1,) * axes, (2,) * axes),
-            kernels=((3,) * axes,) * 2,
-            blocks=(2, 2),
-            decoder_convolutions=(2,),
-        )
-        return Configuration(
-            spacing=spacing[-axes:],
-            median_shape=(36.0, 50.0, 35.0)[-axes:],
-            patch_size=patch[-axes:],
-            batch_size=2,
-            network=network,
-            batch_dice=False,
-        )
-
-    channel = Channel.model_validate({"name": "MRI", "normalization": scheme, "statistics": STATISTICS.model_dump()})
-    return Plan(
-        dataset="x",
-        median_spacing=spacing,
-        median_shape=(36, 50, 35),
-        channels=(channel,),
-        labels=labels,
-        configurations={"2d": configuration(2), "3d_fullres": configuration(3)},
-    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -76,7 +40,7 @@ def five(copy_dataset: Copy) -> Dataset:
 
 
 def test_arrays_come_back_as_made(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels)
+    plan = sample_plan(five.labels)
     preprocess_dataset(five, plan, ["3d_fullres"], tmp_path / "pre")
     for case in five.cases:
         assert case.label is not None
@@ -99,22 +63,22 @@ def test_arrays_come_back_as_made(five: Dataset, tmp_path: Path) -> None:
 
 
 def test_equal_configurations_share_one_copy(five: Dataset, tmp_path: Path) -> None:
-    summary = preprocess_dataset(five, make_plan(five.labels), BOTH, tmp_path)
+    summary = preprocess_dataset(five, sample_plan(five.labels), BOTH, tmp_path)
     assert summary.cases == {"2d": 5, "3d_fullres": 5} and summary.made == 5
     assert len(list((tmp_path / "cases").iterdir())) == 5
     assert summary.stored_bytes == sum(p.stat().st_size for p in tmp_path.glob("cases/*/*"))
     assert summary.raw_bytes == sum(p.stat().st_size for c in five.cases for p in (*c.images, c.label) if p)
     assert "5 arrays made" in summary.to_text() and summary.to_json()["estimate"] == summary.estimate > 0
-    other = preprocess_dataset(five, make_plan(five.labels, (1.3, 1.0, 1.0)), BOTH, tmp_path)
+    other = preprocess_dataset(five, sample_plan(five.labels, (1.3, 1.0, 1.0)), BOTH, tmp_path)
     assert other.made == 5 and other.kept == 5  # 2d keeps the spacing of the first axis: those are there
 
 
 def test_only_what_changed_is_made_again(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels)
+    plan = sample_plan(five.labels)
     assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 5
     before = contents(tmp_path)
     assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 0
-    assert preprocess_dataset(five, make_plan(five.labels, patch=(16, 16, 16)), BOTH, tmp_path).made == 0
+    assert preprocess_dataset(five, sample_plan(five.labels, patch=(16, 16, 16)), BOTH, tmp_path).made == 0
     assert contents(tmp_path) == before
     label = five.cases[2].label
     assert label is not None
@@ -123,12 +87,12 @@ def test_only_what_changed_is_made_again(five: Dataset, tmp_path: Path) -> None:
     write_label(label, values, geometry)
     assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 1
     assert open_case(tmp_path, plan, "2d", five.cases[2].id).label[0, 0, 0] == 1
-    assert preprocess_dataset(five, make_plan(five.labels, (2.0, 1.5, 1.5)), ["3d_fullres"], tmp_path).made == 5
-    assert preprocess_dataset(five, make_plan(five.labels, scheme="none"), ["3d_fullres"], tmp_path).made == 5
+    assert preprocess_dataset(five, sample_plan(five.labels, (2.0, 1.5, 1.5)), ["3d_fullres"], tmp_path).made == 5
+    assert preprocess_dataset(five, sample_plan(five.labels, scheme="none"), ["3d_fullres"], tmp_path).made == 5
 
 
 def test_unchanged_files_are_not_read_again(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels)
+    plan = sample_plan(five.labels)
     preprocess_dataset(five, plan, BOTH, tmp_path)
     image = five.cases[0].images[0]
     stat = image.stat()
@@ -138,7 +102,7 @@ def test_unchanged_files_are_not_read_again(five: Dataset, tmp_path: Path) -> No
 
 
 def test_workers_do_not_change_the_files(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels, (1.5, 1.2, 0.8))
+    plan = sample_plan(five.labels, (1.5, 1.2, 0.8))
     for workers in (0, 1, 3, None):
         preprocess_dataset(five, plan, BOTH, tmp_path / str(workers), workers)
     first = contents(tmp_path / "0")
@@ -153,7 +117,7 @@ def test_no_worker_means_no_thread(five: Dataset, tmp_path: Path) -> None:
             seen.append((what, total, [thread.name for thread in threading.enumerate() if "preprocess" in thread.name]))
             yield item
 
-    preprocess_dataset(five, make_plan(five.labels), BOTH, tmp_path, 0, progress)
+    preprocess_dataset(five, sample_plan(five.labels), BOTH, tmp_path, 0, progress)
     assert seen == [("preprocess", 5, [])] * 5
 
 
@@ -161,16 +125,16 @@ KILLED = """
 import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
-from test_store import BOTH, make_plan, preprocess_dataset, read_dataset
+from test_store import BOTH, sample_plan, preprocess_dataset, read_dataset
 dataset = read_dataset(Path(sys.argv[1]))
 print("ready", flush=True)
-preprocess_dataset(dataset, make_plan(dataset.labels, (0.7, 0.8, 0.9)), BOTH, Path(sys.argv[2]), 2)
+preprocess_dataset(dataset, sample_plan(dataset.labels, (0.7, 0.8, 0.9)), BOTH, Path(sys.argv[2]), 2)
 """
 
 
 def test_killed_at_any_point_it_continues_to_the_same_files(copy_dataset: Copy, tmp_path: Path) -> None:
     dataset = read_dataset(copy_dataset(12))
-    plan = make_plan(dataset.labels, (0.7, 0.8, 0.9))
+    plan = sample_plan(dataset.labels, (0.7, 0.8, 0.9))
     start = time.monotonic()
     preprocess_dataset(dataset, plan, BOTH, tmp_path / "undisturbed", 2)
     whole = time.monotonic() - start
@@ -195,7 +159,7 @@ def test_killed_at_any_point_it_continues_to_the_same_files(copy_dataset: Copy, 
 
 
 def test_a_bad_case_is_named_and_the_others_are_done(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels)
+    plan = sample_plan(five.labels)
     bad, missing = five.cases[1], five.cases[3]
     assert bad.label is not None
     values, geometry, _ = read_label(bad.label)
@@ -215,13 +179,13 @@ def test_a_bad_case_is_named_and_the_others_are_done(five: Dataset, tmp_path: Pa
 
 def test_open_case_says_what_to_do(five: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not preprocessed for 3d_fullres\. Run `nnlite preprocess`\."):
-        open_case(tmp_path, make_plan(five.labels), "3d_fullres", five.cases[0].id)
+        open_case(tmp_path, sample_plan(five.labels), "3d_fullres", five.cases[0].id)
     with pytest.raises(UserError, match="has no configuration '3d_lowres'"):
-        preprocess_dataset(five, make_plan(five.labels), ["3d_lowres"], tmp_path)
+        preprocess_dataset(five, sample_plan(five.labels), ["3d_lowres"], tmp_path)
 
 
 def test_many_threads_read_one_case(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels, (0.5, 0.5, 0.5))
+    plan = sample_plan(five.labels, (0.5, 0.5, 0.5))
     preprocess_dataset(five, plan, ["3d_fullres"], tmp_path)
     case = open_case(tmp_path, plan, "3d_fullres", five.cases[0].id)
     whole = case.image[:]
@@ -236,7 +200,7 @@ def test_many_threads_read_one_case(five: Dataset, tmp_path: Path) -> None:
 
 
 def test_precision(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels)
+    plan = sample_plan(five.labels)
     preprocess_dataset(five, plan, ["3d_fullres"], tmp_path / "half")
     exact = plan.model_copy(update={"stored_as": "float32"})
     preprocess_dataset(five, exact, ["3d_fullres"], tmp_path / "full")
@@ -255,7 +219,7 @@ def test_values_that_are_not_standardised_keep_their_digits(
     if exact:
         values = values.astype(np.uint16) * 200 + 17_001
         write_label(dataset.cases[0].images[0], values, geometry)
-    plan = make_plan(dataset.labels, scheme=scheme)
+    plan = sample_plan(dataset.labels, scheme=scheme)
     preprocess_dataset(dataset, plan, ["3d_fullres"], tmp_path / "pre", progress=lambda each, *_: each)
     assert "float16" not in capsys.readouterr().err
     stored = open_case(tmp_path / "pre", plan, "3d_fullres", dataset.cases[0].id)
@@ -273,15 +237,16 @@ def test_values_beyond_float16_are_kept_as_float32(copy_dataset: Copy, tmp_path:
     dataset = read_dataset(copy_dataset(1))
     values, geometry, _ = read_label(dataset.cases[0].images[0])
     write_label(dataset.cases[0].images[0], values.astype(np.int32) * 1000, geometry)
-    plan = make_plan(dataset.labels, scheme="none")
+    plan = sample_plan(dataset.labels, scheme="none")
     preprocess_dataset(dataset, plan, ["3d_fullres"], tmp_path / "pre")
     image = open_case(tmp_path / "pre", plan, "3d_fullres", dataset.cases[0].id).image
     assert image.dtype == np.float32 and image[:].max() == int(values.max()) * 1000 > 65504
 
 
 def test_prune_keeps_what_the_plan_uses(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels)
-    preprocess_dataset(five, make_plan(five.labels, (2.0, 2.0, 2.0)), BOTH, tmp_path)
+    plan = sample_plan(five.labels)
+    assert prune(tmp_path / "nothing yet", plan) == (0, 0)
+    preprocess_dataset(five, sample_plan(five.labels, (2.0, 2.0, 2.0)), BOTH, tmp_path)
     preprocess_dataset(five, plan, BOTH, tmp_path)
     total = sum(p.stat().st_size for p in tmp_path.glob("cases/*/*"))
     number, freed = prune(tmp_path, plan)
@@ -294,7 +259,7 @@ def test_a_second_process_waits(five: Dataset, tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(preprocess_dataset, five, make_plan(five.labels), BOTH, tmp_path)
+            waiting = pool.submit(preprocess_dataset, five, sample_plan(five.labels), BOTH, tmp_path)
             time.sleep(0.3)
             assert not waiting.done() and not (tmp_path / "cases").exists()
             fcntl.flock(file, fcntl.LOCK_UN)
@@ -333,104 +298,6 @@ def test_chunks_are_fitted_to_the_patch() -> None:
     assert chunks == [1, 512, 512] and blocks[0] == 1
 
 
-def test_too_little_disk_is_refused(tmp_path: Path) -> None:
-    system.require_space(tmp_path, 1)
-    with pytest.raises(UserError, match=r"preprocessing needs about 1,000 PB here and [\d.]+ [MGT]B are free"):
-        system.require_space(tmp_path, 10**18)
-
-
-def test_cases_in_flight_follow_memory_and_cpus() -> None:
-    cpus = system.cpus()
-    assert system.cases_in_flight(1, None) == cpus and system.cases_in_flight(1, 3) == 3
-    assert system.cases_in_flight(10**15, None) == system.cases_in_flight(1, 0) == 1
-    assert system.cases_in_flight(int(system.free_memory() * 0.5), None) == 1
-
-
-def test_a_ulimit_counts_as_memory() -> None:
-    code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
-        "from nnunet_lite.system import free_memory; print(free_memory())"
-    )
-    assert 0 < int(subprocess.check_output([sys.executable, "-c", code])) < 3 << 30
-
-
-def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
-    second, first = tmp_path / "two" / "job", tmp_path / "one" / "memory" / "job"
-    for group, names in (
-        (second, ("memory.max", "memory.current")),
-        (first, ("memory.limit_in_bytes", "memory.usage_in_bytes")),
-    ):
-        for level, limit in ((group, "8000000000"), (group.parent, "5000000000")):
-            level.mkdir(parents=True, exist_ok=True)
-            (level / names[0]).write_text(limit + "\n")
-            (level / names[1]).write_text("2000000000\n")
-            (level / "memory.stat").write_text("anon 5\ninactive_file 500000000\n")
-    rooms = system._cgroup_memory("0::/job\n", tmp_path / "two")
-    assert rooms == [6_500_000_000, 3_500_000_000]
-    assert system._cgroup_memory("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
-    (second / "memory.max").write_text("max\n")
-    assert system._cgroup_memory("0::/job\n", tmp_path / "two") == [3_500_000_000]
-
-
-def test_cpu_quotas_of_cgroups_of_both_versions_count(tmp_path: Path) -> None:
-    """`docker --cpus=4` on 64 cores counts 4, also of a group above; parts of a CPU are rounded up."""
-    second, first = tmp_path / "two" / "job", tmp_path / "one" / "cpu" / "job"
-    for folder in (second, first):
-        folder.mkdir(parents=True)
-    (second / "cpu.max").write_text("max 100000\n")
-    (second.parent / "cpu.max").write_text("400000 100000\n")
-    assert system._cgroup_cpus("0::/job\n", tmp_path / "two") == [4]
-    assert system._cgroup_cpus("0::/docker/a1b2\n", tmp_path / "two") == [4]  # a path of the host, in a container
-    (second / "cpu.max").write_text("150000 100000\n")
-    assert system._cgroup_cpus("0::/job\n", tmp_path / "two") == [2, 4]
-    for group, quota in ((first, "-1"), (first.parent, "50000")):
-        (group / "cpu.cfs_quota_us").write_text(quota + "\n")
-        (group / "cpu.cfs_period_us").write_text("100000\n")
-    assert system._cgroup_cpus("4:memory:/job\n3:cpu,cpuacct:/job\n2:cpuset:/job\n0::/\n", tmp_path / "one") == [1]
-    assert system._cgroup_cpus("", tmp_path) == []
-
-
-def test_the_quota_of_a_real_cgroup_counts() -> None:
-    """A process in a group of this machine with half a CPU and 300 MB; where tests may not make one, it is skipped."""
-    second = Path("/sys/fs/cgroup/cgroup.controllers").is_file()
-    name = f"nnlite-test-{os.getpid()}"
-    groups = [Path("/sys/fs/cgroup", *part, name) for part in ([()] if second else [("cpu",), ("memory",)])]
-    limits = {"cpu.max": "50000 100000", "memory.max": "300000000"} if second else {}
-    limits |= {} if second else {"cpu.cfs_quota_us": "50000", "memory.limit_in_bytes": "300000000"}
-    try:
-        for group in groups:
-            group.mkdir()
-            for file, limit in limits.items():
-                if second or file.startswith(group.parent.name):
-                    (group / file).write_text(limit)
-        code = (
-            "import os, sys, pathlib\n"
-            "for group in sys.argv[1:]: (pathlib.Path(group) / 'cgroup.procs').write_text(str(os.getpid()))\n"
-            "from nnunet_lite import budget\n"
-            "print(system.cpus(), system.free_memory())"
-        )
-        out = subprocess.check_output([sys.executable, "-c", code, *map(str, groups)], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this machine does not let its tests make a cgroup")
-    finally:
-        for group in groups:
-            if group.is_dir():
-                group.rmdir()
-    cpus, memory = map(int, out.split())
-    assert cpus == 1 and 0 < memory < 300_000_000
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0 B"), (999, "999 B"), (84_000, "84 kB"), (999_499, "999 kB"), (999_600, "1 MB"), (1_250_000, "1.25 MB"),
-        (3_094_000_000, "3.09 GB"), (2e12, "2 TB"), (10**18, "1,000 PB"),
-    ],
-)  # fmt: skip
-def test_bytes_are_written_with_three_digits(number: float, text: str) -> None:
-    assert system.in_units(number) == text
-
-
 def test_a_case_may_have_a_name_of_255_bytes(copy_dataset: Copy, tmp_path: Path) -> None:
     """Its folder has a shorter name, and two cases that differ in their last letter have one each."""
     root = copy_dataset(5)
@@ -443,18 +310,8 @@ def test_a_case_may_have_a_name_of_255_bytes(copy_dataset: Copy, tmp_path: Path)
             entry[key] = f"./{Path(file).parent.name}/{name}"
     (root / "dataset.json").write_text(json.dumps(table))
     dataset = read_dataset(root)
-    plan = make_plan(dataset.labels)
+    plan = sample_plan(dataset.labels)
     assert preprocess_dataset(dataset, plan, BOTH, tmp_path / "pre").made == 5
     long = [case.id for case in dataset.cases if len(case.id) > 80]
     keys = {open_case(tmp_path / "pre", plan, "3d_fullres", case_id).key for case_id in long}
     assert len(long) == len(keys) == 2
-
-
-def test_the_plan_says_how_images_are_stored(five: Dataset, tmp_path: Path) -> None:
-    plan = make_plan(five.labels).model_copy(update={"stored_as": "float32"})
-    preprocess_dataset(five, plan, ["3d_fullres"], tmp_path, workers=0)
-    assert open_case(tmp_path, plan, "3d_fullres", five.cases[0].id).image.dtype == np.float32
-
-
-def test_pruning_before_anything_is_stored(tmp_path: Path) -> None:
-    assert prune(tmp_path / "preprocessed", make_plan(Labels(names={"a": 1}))) == (0, 0)

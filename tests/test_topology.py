@@ -5,7 +5,7 @@ from math import prod
 import pytest
 
 from nnunet_lite.planning.memory import network_layers
-from nnunet_lite.planning.topology import default_network, feature_map_count, topology_of
+from nnunet_lite.planning.topology import default_network, feature_map_count, neighbouring_patches, topology_of
 
 
 def test_isotropic_axes_are_pooled_together_down_to_four_voxels() -> None:
@@ -73,3 +73,12 @@ def test_feature_map_count_agrees_with_the_list_of_layers(kind: str) -> None:
     counted = sum(layer.values for layer in found if layer.kind != "head" or layer.stage == 0)
     assert feature_map_count(kind, shape, 6) == counted  # type: ignore[arg-type]
     assert max(layer.voxels for layer in found) == prod(shape.patch)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.7, 0.7), (1.0, 0.3)])
+def test_neighbours_are_legal_themselves(spacing: tuple[float, ...]) -> None:
+    for size in range(5, 200, 7):
+        patch = tuple(size + 3 * axis for axis in range(len(spacing)))
+        below, above = neighbouring_patches(spacing, patch)
+        assert topology_of(spacing, below).patch == below and topology_of(spacing, above).patch == above
+        assert all(low <= n <= high for low, n, high in zip(below, patch, above, strict=True))

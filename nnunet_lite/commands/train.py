@@ -1,6 +1,6 @@
 """`nnlite train`: train the folds of a configuration, one after the other, and score their held-out cases.
 
-What happens to one fold is in training_run.py.
+What happens to one fold is in fold.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_lite import log
+from nnunet_lite.commands.fold import train_and_validate
 from nnunet_lite.commands.options import (
     DatasetName,
     Device,
@@ -31,9 +32,8 @@ from nnunet_lite.commands.options import (
     overrides_of,
     sizes_of,
 )
-from nnunet_lite.commands.steps import JOURNAL, plan_runs, preprocessing_step, training_step
-from nnunet_lite.commands.training_run import prepare_run, train_and_validate
-from nnunet_lite.commands.workflow import Journal, run_steps
+from nnunet_lite.commands.steps import JOURNAL, Journal, run_steps
+from nnunet_lite.commands.training_run import plan_runs, prepare_run, preprocessing_step, training_step
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores, read_summaries

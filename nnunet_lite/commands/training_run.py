@@ -1,81 +1,35 @@
-"""One fold from its plan to its scores: preprocess -> first stage of a cascade -> training/loop.py -> validate.
+"""What is trained: `prepare_run` makes it of one call of `train`, `plan_runs` of one call of `run`.
 
-Read it from top to bottom: `prepare_run` finds out what is trained and refuses mistakes before anything is changed;
-`train_and_validate` does it.
+Both refuse mistakes before anything is changed. `preprocessing_step` and `training_step` make steps of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from math import prod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
+from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.cross_validation import validate_fold
-from nnunet_lite.evaluation.scores import Scores
-from nnunet_lite.inference.first_stage import FirstStage, find_first_stage, predict_first_stage, read_stage_map
-from nnunet_lite.inference.windows import window_starts
-from nnunet_lite.models.folder import (
-    MODEL,
-    SUMMARY,
-    VALIDATION,
-    check_resume,
-    fold_seed,
-    is_begun,
-    is_complete,
-    is_finished,
-    lock_fold,
-    model_folder,
-    open_run,
-    other_folds,
-    read_weights_header,
-    set_aside,
-)
-from nnunet_lite.networks.build import build_network
-from nnunet_lite.networks.precision import pick_device
-from nnunet_lite.networks.unet import mixes_samples
+from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
+from nnunet_lite.models.folder import SUMMARY, VALIDATION, check_resume, is_begun, is_complete, model_folder, run_length
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.planning.show import configuration_changes
-from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.cache import load_cases
-from nnunet_lite.training.dataloader import check_augmentation
-from nnunet_lite.training.distributed import (
-    Ranks,
-    current_ranks,
-    from_first,
-    join_group,
-    rank_device,
-    report_lost_peer,
-)
+from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
+from nnunet_lite.settings import Settings
 from nnunet_lite.training.finetune import adopt_plan, find_source
-from nnunet_lite.training.job import Job, configure_plan
-from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
-from nnunet_lite.training.loop import train_fold
-from nnunet_lite.training.loss import check_weights
-from nnunet_lite.training.preview import draw_preview
-from nnunet_lite.training.splits import (
-    ALL,
-    DEFAULT_RULE,
-    FoldRule,
-    Split,
-    load_splits,
-    read_record,
-    read_split,
-    record_cases,
-    refuse_other_cases,
-    warn_of_unused_splits,
-)
+from nnunet_lite.training.job import configure_plan
+from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
+from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, Split, read_split, refuse_other_cases
 from nnunet_lite.workspace import Paths
+
+if TYPE_CHECKING:
+    from nnunet_lite.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -214,195 +168,117 @@ def _starting_plan(
     return adopt_plan(plan, configuration, source, settings) if settings.plan.adopt else plan
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------ several of them
 
 
-def train_and_validate(
-    run: TrainingRun,
-    *,
-    restart: bool | Literal["model"] = False,
-    resume: bool = False,
-    force: bool = False,
-    preview: bool = False,
-) -> Scores | None:
-    """Train a fold, or resume it, then predict and score its held-out cases.
+def plan_runs(
+    paths: Paths,
+    settings: Settings,
+    configurations: Sequence[str] | None,
+    folds: Sequence[str],
+    device: str | None,
+) -> list[TrainingRun]:
+    """Return what has to be trained, first stages of cascades before the second, each checked for mistakes.
 
     Parameters
     ----------
-    run : TrainingRun
-        See `prepare_run`.
-    restart, resume, force, preview
-        As in the command `train`.
-
-    Returns
-    -------
-    Scores or None
-        None for the fold "all", and in all processes but the first.
-    """
-    ranks = current_ranks()
-    device = rank_device(ranks, pick_device(run.device))
-    join_group(ranks, device)
-    if device.type == "cpu" and run.settings.recipe == "default" and run.device is None:
-        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    with report_lost_peer():
-        _check_trainable(run, ranks, device)
-        _check_earlier_run(run, ranks, restart, resume, force)
-        if run.first is not None and not is_finished(run.fold_folder):
-            _train_first_stage(run, run.first, force)
-        with lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
-            seed = 0
-            if ranks.rank == 0:
-                previous = None if run.first is None else run.first.folder.name
-                seed = open_run(
-                    run.folder, run.plan, run.dataset, run.configuration, run.settings,
-                    fold=run.split.name, force=force, previous=previous,
-                )  # fmt: skip
-            seed = fold_seed(from_first(seed, ranks), run.split.name)
-            if is_complete(run.fold_folder, run.settings):
-                log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
-            else:
-                _train(run, seed, ranks, device, preview)
-    return None if run.split.name == ALL or ranks.rank else _validate(run, device)
-
-
-def _check_trainable(run: TrainingRun, ranks: Ranks, device: torch.device) -> None:
-    """Refuse settings that the loss, the augmentation or the network cannot use.
+    paths : Paths
+        Of the planned dataset.
+    settings : Settings
+        Of all runs.
+    configurations : sequence of str or None
+        Their names; None for all of the plan whose images are large enough.
+    folds : sequence of str
+        Names of folds.
+    device : str or None
+        Where to train.
 
     Raises
     ------
     UserError
-        Class weights or swaps of other labels, no such transform, a network that cannot be built, or one that
-        normalizes each process's part of a batch alone.
+        A setting is wrong, or a model has an earlier run with other settings.
     """
-    check_weights(run.settings.loss, run.plan.labels)
-    check_augmentation(Job(run.plan, run.configuration, run.settings, 0, run.fold_folder, device, [], [], ranks))
-    on_cpus = ranks.world > 1 and device.type != "cuda"
-    factory = run.settings.network.factory
-    if factory is not None or on_cpus:
-        network = build_network(run.plan, run.configuration, factory, run.settings.training.deep_supervision)
-        if on_cpus and mixes_samples(network):
-            what = "batch normalisation over several processes needs GPUs"
-            raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
+    runs: dict[tuple[str, str], TrainingRun] = {}
+
+    def add(configuration: str, fold: str) -> None:
+        if (configuration, fold) in runs:
+            return
+        run = prepare_run(paths, configuration, fold, settings, device=device)
+        if run.first is not None:
+            for first_fold in run.first.folds:
+                add(run.first.configuration, first_fold)
+        runs[configuration, fold] = run
+
+    for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
+        for fold in folds:
+            add(configuration, fold)
+    for run in runs.values():  # before anything is done
+        try:
+            run.check_resume()
+        except UserError as error:
+            fix = "Repeat the old settings, or use a recipe file of your own, whose name the new models get."
+            raise UserError(error.what, error.file, fix) from None
+    return list(runs.values())
 
 
-def _check_earlier_run(
-    run: TrainingRun, ranks: Ranks, restart: bool | Literal["model"], resume: bool, force: bool
-) -> None:
-    """Refuse an earlier run that may not be resumed, or set it aside on request.
+def _worth_training(plan: Plan) -> list[str]:
+    """Return the configurations of a plan whose images are large enough for a U-Net.
 
     Raises
     ------
     UserError
-        The earlier run has other settings or cases, or there is none to resume.
+        There is none.
     """
-    if resume and restart:
-        raise UserError("--resume and --restart exclude each other")
-    if resume and not is_begun(run.fold_folder):
-        raise UserError("there is nothing to resume", run.fold_folder, "Leave out --resume to begin.")
-    whole = restart == "model" or not other_folds(run.folder, run.split.name)
-    if not (restart and whole):
-        run.check_resume(force, restart=bool(restart))
-    if restart and ranks.rank == 0:
-        set_aside(run.folder if whole else run.fold_folder)
-    from_first(None, ranks)  # the others wait until the folder is moved
+    names = [name for name, configuration in plan.configurations.items() if len(configuration.network.features) > 1]
+    if left_out := [name for name in plan.configurations if name not in names]:
+        log.warn(f"left out, because the images are too small for a U-Net: {', '.join(left_out)}")
+    if not names:
+        raise UserError("the images are too small for a U-Net: there is nothing to train")
+    return names
 
 
-def _train_first_stage(run: TrainingRun, first: FirstStage, force: bool) -> None:
-    """Train the folds of the first stage that are missing, with the same recipe and settings."""
-    refuse_other_cases(first.folder, run.split, run.paths.splits)
-    todo = f"to be trained first: {', '.join(first.missing)}" if first.missing else "all trained"
-    needed = f"fold {', '.join(first.folds)} of {first.folder}"
-    log.info(f"the second stage learns from what {first.configuration} predicts: {needed}; {todo}")
-    # a model to start from fits only one of the two networks
-    settings = with_changes(run.settings, {"training.init": None, "training.freeze": None})
-    for fold in first.missing:
-        stage = prepare_run(
-            run.paths, first.configuration, fold, settings, rule=run.rule, name=first.folder.name, device=run.device
-        )
-        train_and_validate(stage, force=force)
-
-
-def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:
-    if run.first is None:
-        return None
-    return predict_first_stage(
-        run.first.subset(case_ids), run.dataset, run.plan, run.configuration, run.paths.preprocessed,
-        run.settings.training.workers, str(device),
+def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step:
+    """Return the step that trains and validates a fold by calling `train` with it."""
+    of = f"{run.configuration} fold {run.split.name}"
+    needs = ["preprocess"]
+    if run.first is not None:
+        needs += [f"train {run.first.configuration} fold {fold}" for fold in run.first.folds]
+    where = (run.fold_folder, run.settings)
+    return Step(
+        f"train {of}", f"train {run.configuration} {run_length(run.settings)}", run.is_done,
+        partial(train, run), tuple(needs), anywhere=True,
+        progress=partial(fold_progress, *where), seconds=partial(estimate_fold_seconds, *where),
     )  # fmt: skip
 
 
-def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
-    """Preprocess and load the cases, and train on them."""
-    _announce(run)
-    split, training = run.split, run.settings.training
-    store = run.paths.preprocessed
-    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers, log.progress)
-    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
+def preprocessing_step(
+    runs: Sequence[TrainingRun], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
+) -> Step:
+    """Return the step that preprocesses every case for all that is trained; trained folds need no arrays."""
+    plans = _merged_plans(runs)
 
-    def open_stored(case_id: str) -> Any:
-        case = open_case(store, run.plan, run.configuration, case_id)
-        return case if stage_maps is None else replace(case, previous=read_stage_map(stage_maps[case_id]))
+    def is_done() -> bool:
+        complete = all(is_preprocessed(dataset, plan, list(plan.configurations), paths.preprocessed) for plan in plans)
+        return complete or all(run.is_done() for run in runs)
 
-    def load(ids: Sequence[str]) -> list[Any]:
-        reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
-        return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
+    def preprocess() -> None:
+        for plan in plans:
+            names = list(plan.configurations)
+            spread = None if cluster is None else cluster.spread
+            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, log.progress, spread=spread)
 
-    cases = load(split.training)
-    held_out = cases if split.name == ALL else load(split.validation)
-    splits = run.paths.splits
-    source = None if split.name == ALL else read_record(splits, load_splits(splits)).get("splits")
-    of = f" of {source}" if source else ""
-    log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
-    record_cases(run.fold_folder, split)
-    job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)
-    if split.name != ALL:
-        job = replace(job, passes=_count_passes(job))
-    if preview and ranks.rank == 0:
-        draw_preview(job, job.folder / "preview.png")
-    train_fold(job)
+    return Step("preprocess", f"preprocess {len(dataset.cases)} cases", is_done, preprocess)
 
 
-def _announce(run: TrainingRun) -> None:
-    """Log how the network differs from the plan, and which folds are not used."""
-    name, settings = run.configuration, run.settings
-    if settings.plan.preset is not None or settings.plan.memory is not None:
-        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
-    planned = Plan.read(run.paths.plans).configurations.get(name)
-    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
-    if settings.network.factory is not None:
-        changes.append(f"network made by {settings.network.factory}")
-    if changes:
-        by = "the settings" if settings.training.init is None else "the settings and the model to start from"
-        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
-    if run.split.name != ALL and run.rule == DEFAULT_RULE:
-        warn_of_unused_splits(run.paths.splits, run.dataset)
-
-
-def _count_passes(job: Job) -> dict[float, int]:
-    """Count the network passes of the validation (windows and mirrored copies), by step size."""
-    augmentation, inference = job.settings.augmentation, job.settings.inference
-    mirrored = inference.mirroring and augmentation.enabled and augmentation.p_mirror > 0
-    copies = 2 ** len(job.mirror_axes) if mirrored else 1
-
-    def count_windows(step: float) -> int:
-        axes = (zip(case.label.shape, job.patch, strict=True) for case in job.validation)
-        return sum(prod(len(window_starts(size, patch, step)) for size, patch in case) for case in axes)
-
-    return {step: copies * count_windows(step) for step in validation_step_sizes(job.settings)}
-
-
-def _validate(run: TrainingRun, device: torch.device) -> Scores:
-    """Predict and score the held-out cases."""
-    held_out = run.split.validation
-    planned = read_weights_header(run.fold_folder / MODEL).get("validation")  # an imported model has none
-    step_size = None
-    if planned is not None:
-        if not (run.fold_folder / VALIDATION).is_dir():
-            announce_validation(run.settings, ValidationPlan(**planned), len(held_out))
-        if planned["step_size"] != run.settings.inference.step_size:
-            step_size = planned["step_size"]
-    return validate_fold(
-        run.folder, run.split.name, run.dataset, held_out, run.device, _predict_first_stage(run, held_out, device),
-        step_size,
-        trust_code=True,  # `open_run` made sure that the model names the code of these settings and no other
-    )  # fmt: skip
+def _merged_plans(runs: Sequence[TrainingRun]) -> list[Plan]:
+    """Return the plans of runs; one for all configurations that agree in the rest, so that cases are read once."""
+    plans: list[Plan] = []
+    for run in runs:
+        for i, plan in enumerate(plans):
+            both = {**run.plan.configurations, **plan.configurations}
+            if plan.model_copy(update={"configurations": both}) == run.plan.model_copy(update={"configurations": both}):
+                plans[i] = plan.model_copy(update={"configurations": both})
+                break
+        else:
+            plans.append(run.plan)
+    return plans

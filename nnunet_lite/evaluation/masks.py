@@ -126,7 +126,8 @@ def number_masks(array: np.ndarray, masks: Sequence[Sequence[int]], mapper: Map 
     """
     numbers = {value: k for k, members in enumerate(masks, 1) for value in members}
     # small unsigned integers are indices of the table as they are; others first lose the value of its first entry
-    low = 0 if array.dtype.kind == "u" and array.dtype.itemsize < 8 else min(numbers) - 1
+    direct = array.dtype.kind == "u" and array.dtype.itemsize < 8
+    low = 0 if direct else min(numbers) - 1
     out = np.empty(array.shape, smallest_dtype(0, len(masks) + 1))
     table = np.zeros(max(0, *numbers) - low + 2, out.dtype)  # with an entry for higher values
     for value, number in numbers.items():
@@ -134,7 +135,7 @@ def number_masks(array: np.ndarray, masks: Sequence[Sequence[int]], mapper: Map 
             table[value - low] = number
 
     def fill(z: int) -> None:
-        out[z] = table.take(array[z].astype(np.intp) - low if low else array[z], mode="clip")
+        out[z] = table.take(array[z] if direct else array[z].astype(np.intp) - low, mode="clip")
 
     list(mapper(fill, range(len(array))))
     return out

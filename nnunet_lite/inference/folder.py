@@ -14,7 +14,7 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dicom_seg import require_dicom, write_dicom_seg
+from nnunet_lite.data.dicom import require_dicom, write_dicom_seg
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import is_dicom, write_label
 from nnunet_lite.data.names import stem

@@ -89,7 +89,7 @@ class LogitStream:
     Parameters
     ----------
     finished : iterator of list of Block
-        Blocks of slices along the first axis, in order. Use each list before the next one is asked for.
+        Blocks of slices along the first axis, in order. Use each list before you get the next one.
     pieces : callable
         Yields of a block the slice, its rows, and the channels (channels, rows, x), float32.
     head : ndarray or Tensor, shape (logits, channels), optional

@@ -315,7 +315,7 @@ def average_windows(
     Yields
     ------
     list of Block
-        The parts that can be computed now, before the next ones are asked for, in terms of the slices of `sums`.
+        The parts that can be computed now, before the next ones are computed, in terms of the slices of `sums`.
 
     Raises
     ------

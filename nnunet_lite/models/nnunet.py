@@ -105,7 +105,7 @@ def nnunet_checkpoints(
     others = [fold for fold in nnunet_folds(folder, other) if fold in lacking]
     fix = f"--checkpoint {other} takes {nnunet_file(other)}, which fold {', '.join(others)} has." if others else ""
     if not found:
-        raise UserError(f"no fold has a {name} (there is only fold {', '.join(begun)} without it)", folder, fix)
+        raise UserError(f"no fold has a {name} (fold {', '.join(begun)} lacks it)", folder, fix)
     if folds is not None and not folds:
         raise UserError("no fold is given", folder, f"Trained folds: {', '.join(found)}.")
     for fold in map(str, folds or ()):

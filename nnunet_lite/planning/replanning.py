@@ -10,7 +10,7 @@ Read `read_earlier_plan` and `replan` first; `write_plan` reports and writes the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,15 +47,12 @@ class EarlierPlan:
         What the file says; None where it cannot be read.
     planned : Plan or None
         The plan as nnlite wrote it, without edits; None where that is unknown.
-    configurations : dict
-        The configurations as the file has them, where one may inherit from another.
     """
 
     file: Path
     options: Options
     plan: Plan | None = None
     planned: Plan | None = None
-    configurations: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,6 @@ class NewPlan:
         The plan without edits.
     content : dict
         The content of plans.json, where configurations may inherit from others.
-    given : Options
-        The options of this call.
     kept, lost : tuple of str
         The edits that stay, and those that do not, in words.
     """
@@ -79,7 +74,6 @@ class NewPlan:
     plan: Plan
     planned: Plan
     content: dict[str, Any]
-    given: Options
     kept: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
 
@@ -155,7 +149,7 @@ def read_earlier_plan(paths: Paths) -> EarlierPlan | None:
     if options is None:  # an earlier nnlite did not record them
         known = plan.preset if plan.preset in PRESETS else None
         options = Options(preset=known, memory_gb=plan.memory_gb, stored_as=plan.stored_as)
-    return EarlierPlan(file, options, plan, _planned_before(paths, plan, options), read_json(file)["configurations"])
+    return EarlierPlan(file, options, plan, _planned_before(paths, plan, options))
 
 
 def _planned_file(plans: Path) -> Path:
@@ -272,7 +266,7 @@ def replan(
         fix = f"{error.fix} {earlier.file} records the options it was made with: give others, or move it away.".strip()
         raise UserError(error.what, error.file, fix) from None
     if earlier is None:
-        return NewPlan(planned, planned, planned.as_dict(), given)
+        return NewPlan(planned, planned, planned.as_dict())
     if trained and earlier.plan is not None and earlier.plan.orientation is None and planned.orientation is not None:
         log.info(
             "images are not turned to one orientation, because models of this dataset were trained without; plan it in "
@@ -308,7 +302,7 @@ def _keep_edits(planned: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
     """Put the edits of the earlier plan into a new one, where the planner leaves the entry as it was."""
     if earlier.plan is None or earlier.planned is None:
         same = earlier.plan is not None and earlier.plan.trains_as(planned)
-        return NewPlan(planned, planned, planned.as_dict(), given, (), () if same else ("all that differs from it",))
+        return NewPlan(planned, planned, planned.as_dict(), (), () if same else ("all that differs from it",))
     before, edited, new = _entries(earlier.planned), _entries(earlier.plan), _entries(planned)
     kept: list[Entry] = []
     lost: list[Entry] = []
@@ -324,7 +318,7 @@ def _keep_edits(planned: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
         dropped.append(f"the plan that was adopted from {earlier.options.adopted}")
     words = [_edit_in_words(entry, earlier.planned, earlier.plan) for entry in kept]
     # As the file has them, so that they inherit from the new plan; or else as they were.
-    for configurations in (earlier.configurations or {}, earlier.plan.as_dict()["configurations"]):
+    for source in (read_json(earlier.file), earlier.plan.as_dict()):
         content = planned.as_dict()
         for entry in kept:
             target: Any = content
@@ -332,16 +326,16 @@ def _keep_edits(planned: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
                 target = target[key]
             if entry[0] != "configurations":
                 target[entry[-1]] = edited[entry]
-            elif entry[1] in configurations:
-                target[entry[1]] = configurations[str(entry[1])]
+            elif entry in edited:
+                target[entry[1]] = source["configurations"][entry[1]]
             else:
                 del target[entry[1]]
         try:
             plan = Plan.model_validate(content)
         except ValidationError:
             continue
-        return NewPlan(plan, planned, content, given, tuple(words), tuple(dropped))
-    return NewPlan(planned, planned, planned.as_dict(), given, (), (*dropped, *words))
+        return NewPlan(plan, planned, content, tuple(words), tuple(dropped))
+    return NewPlan(planned, planned, planned.as_dict(), (), (*dropped, *words))
 
 
 def _entries(plan: Plan) -> dict[Entry, Any]:
@@ -397,8 +391,8 @@ def write_plan(paths: Paths, new: NewPlan, earlier: EarlierPlan | None) -> None:
 
 
 def _report(new: NewPlan, earlier: EarlierPlan) -> None:
-    given, now = _options_in_words(new.given), _options_in_words(new.planned.options or Options())
-    reused = [option for option in _options_in_words(earlier.options) if option in now and option not in given]
+    now = _options_in_words(new.planned.options or Options())
+    reused = [option for option in _options_in_words(earlier.options) if option in now]
     if reused:
         log.info(f"planned again with the options of {earlier.file.name}: {', '.join(reused)}")
     if new.kept:
@@ -411,15 +405,7 @@ def _report(new: NewPlan, earlier: EarlierPlan) -> None:
 
 
 def _options_in_words(options: Options) -> list[str]:
-    """Options as they are typed."""
-    words = [f"--preset {options.preset}"] if options.preset else []
-    words += [f"--memory {options.memory_gb:g}"] if options.memory_gb is not None else []
-    words += [f"--plans {options.adopted}"] if options.adopted else []
-    for name, sizes in options.sizes.items():
-        words += [f"--patch-size {'x'.join(map(str, sizes.patch_size))} -c {name}"] if sizes.patch_size else []
-        words += [f"--batch-size {sizes.batch_size} -c {name}"] if sizes.batch_size is not None else []
-    words += ["--clip-percentiles {:g} {:g}".format(*options.clip_percentiles)] if options.clip_percentiles else []
-    return words + ([f"--store {options.stored_as}"] if options.stored_as else [])
+    return [f"{name} {value}" for name, value in options.model_dump(mode="json", exclude_defaults=True).items()]
 
 
 def _plan_changes(before: Plan, now: Plan) -> list[str]:

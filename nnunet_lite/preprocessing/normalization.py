@@ -1,8 +1,8 @@
-"""Intensity normalisation, one function per scheme of the plan.
+"""Normalise intensities, with one function per scheme of the plan; `SCHEMES` lists them.
 
-Each takes one channel (z, y, x), float32, changes it in place, and needs no second array of its size: sums run over
-slices in double precision. `inside` is the mask (z, y, x) that counts, or None for every voxel; only z-score heeds it.
-The schemes are nnU-Net's (Isensee et al., Nature Methods 2021, doi:10.1038/s41592-020-01008-z).
+Each scheme changes one channel (z, y, x), float32, in place and needs no second array of its size: sums run over slices
+in double precision. `inside` is the mask (z, y, x) of the voxels that count, or None for every voxel; only z-score uses
+it. The schemes are nnU-Net's (Isensee et al., Nature Methods 2021, doi:10.1038/s41592-020-01008-z).
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ Scheme = Callable[[np.ndarray, Statistics, np.ndarray | None], None]
 
 
 def normalize(image: np.ndarray, channels: tuple[Channel, ...], inside: np.ndarray | None) -> None:
-    """Normalise a (channels, z, y, x) float32 array in place, each channel by its own scheme.
+    """Normalise an image in place, each channel by its own scheme.
 
     Parameters
     ----------
-    inside : the voxels (z, y, x) that z-score counts in channels with `use_mask`; the others stay as they are.
+    image : ndarray, shape (channels, z, y, x)
+        float32.
+    channels : tuple of Channel
+        The plan's channels.
+    inside : ndarray of bool or None, shape (z, y, x)
+        The voxels that z-score counts in channels with `use_mask`; the others stay as they are.
 
     Raises
     ------
-    UserError : the image has another number of channels than the plan, or values that the scheme cannot take.
+    UserError
+        The image has another number of channels than the plan, or values that the scheme cannot take.
     """
     if len(image) != len(channels):
         raise UserError(f"the image has {len(image)} channels, the plan {len(channels)}")
@@ -76,7 +82,7 @@ def rgb_0_1(array: np.ndarray, statistics: Statistics, inside: np.ndarray | None
     low, high = float(array.min()), float(array.max())
     if low < 0 or high > 255:
         raise UserError(
-            f"the plan takes the image for RGB of 0 to 255, but it holds {low:g} to {high:g}",
+            f"the plan takes the image for RGB of 0 to 255, but its values are {low:g} to {high:g}",
             fix="Give the channel another name in dataset.json and plan again.",
         )
     array /= 255
@@ -92,7 +98,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def moments(array: np.ndarray, inside: np.ndarray | None = None) -> tuple[float, float]:
-    """Mean and standard deviation of a (z, y, x) array, or of its voxels inside a mask; (0, 0) if there are none."""
+    """Return mean and standard deviation of an array (z, y, x), or of its voxels inside a mask; (0, 0) for no voxel."""
     count = array.size if inside is None else int(np.count_nonzero(inside))
     if not count:
         return 0.0, 0.0

@@ -1,8 +1,8 @@
 """Turn an image into the array that a network sees, and the network's output back into a label map.
 
 Forwards, as in nnU-Net: reorder the axes, crop to the nonzero region, normalise, resample. `prepare` does the part that
-all configurations share, `resample` the rest, `preprocess` both. Backwards, `restore_segmentation` undoes each step;
-`decode_logits` chooses the label of each voxel.
+all configurations share, `resample` the rest, `preprocess_image` both. Backwards, `restore_segmentation` undoes each
+step; `decode_logits` chooses the label of each voxel.
 
 Axes are (z, y, x) as in the file, or *transposed*: turned to the plan's orientation, then in its axis order. Spacings
 are mm in the same order.
@@ -125,7 +125,7 @@ def preprocess_image(
 
 
 def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Preprocessed:
-    """Transpose, crop to the nonzero region and normalise. Parameters are those of `preprocess`.
+    """Transpose, crop to the nonzero region and normalise. Parameters are those of `preprocess_image`.
 
     Raises
     ------

@@ -98,35 +98,27 @@ def reference_transforms(
     order : int
         Order of the spline interpolation of images.
     """
-    from batchgenerators.transforms.color_transforms import (
-        BrightnessMultiplicativeTransform,
-        ContrastAugmentationTransform,
-        GammaTransform,
-    )
-    from batchgenerators.transforms.noise_transforms import GaussianBlurTransform, GaussianNoiseTransform
-    from batchgenerators.transforms.resample_transforms import SimulateLowResolutionTransform
-
     s, ignored = settings, (0,) if patch[0] > 1 and is_in_plane(patch) else None
-    steps = [
-        (s.p_noise, lambda p: GaussianNoiseTransform(s.noise_std, p_per_sample=p)),
-        (s.p_blur, lambda p: GaussianBlurTransform(s.blur_sigma, True, True, 0, p_per_channel=0.5, p_per_sample=p)),
-        (s.p_brightness, lambda p: BrightnessMultiplicativeTransform(s.brightness, p_per_sample=p)),
-        (s.p_contrast, lambda p: ContrastAugmentationTransform(s.contrast, p_per_sample=p)),
-        (s.p_low_resolution, lambda p: SimulateLowResolutionTransform(s.low_resolution, True, 0.5, order_downsample=0,
-                                             order_upsample=order, p_per_sample=p, ignore_axes=ignored)),
-        (s.p_gamma_inverted, lambda p: GammaTransform(s.gamma, True, True, retain_stats=True, p_per_sample=p)),
-        (s.p_gamma, lambda p: GammaTransform(s.gamma, False, True, retain_stats=True, p_per_sample=p)),
-    ]  # fmt: skip
-    return [_spatial_transform(settings, patch, p_elastic, order), *(make(p) for p, make in steps if p > 0)]
+    low_resolution = {"order_downsample": 0, "order_upsample": order, "ignore_axes": ignored}
+    steps: list[tuple[float, str, tuple[Any, ...], dict[str, Any]]] = [
+        (s.p_noise, "GaussianNoiseTransform", (s.noise_std,), {}),
+        (s.p_blur, "GaussianBlurTransform", (s.blur_sigma, True, True, 0), {"p_per_channel": 0.5}),
+        (s.p_brightness, "BrightnessMultiplicativeTransform", (s.brightness,), {}),
+        (s.p_contrast, "ContrastAugmentationTransform", (s.contrast,), {}),
+        (s.p_low_resolution, "SimulateLowResolutionTransform", (s.low_resolution, True, 0.5), low_resolution),
+        (s.p_gamma_inverted, "GammaTransform", (s.gamma, True, True), {"retain_stats": True}),
+        (s.p_gamma, "GammaTransform", (s.gamma, False, True), {"retain_stats": True}),
+    ]
+    kinds = list_transforms()
+    others = [kinds[name](*args, **more, p_per_sample=p) for p, name, args, more in steps if p > 0]
+    return [_spatial_transform(settings, patch, p_elastic, order), *others]
 
 
 def _spatial_transform(settings: AugmentationSettings, patch: Shape, p_elastic: float, order: int) -> Transform:
     """Deformation, rotation and scaling about the centre of the patch."""
-    from batchgenerators.transforms.spatial_transforms import SpatialTransform
-
     in_plane = is_in_plane(patch)
     angle = np.deg2rad(rotation_limit(settings, patch))
-    transform = SpatialTransform(
+    transform = list_transforms()["SpatialTransform"](
         patch[1:] if in_plane else patch, None, True, (0.0, 200.0 if in_plane else 900.0), (9.0, 13.0),
         True, (-angle, angle), (-angle, angle), (-angle, angle), True, settings.scaling,
         border_mode_data="constant", order_data=order, order_seg=1, random_crop=False, p_el_per_sample=p_elastic,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from nnunet_lite.settings import AugmentationSettings
@@ -153,14 +154,12 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 
 def _remove_components(classes: np.ndarray, removed: np.ndarray) -> np.ndarray:
     """Set one small component of each chosen label of a map (z, y, x) to background, in place."""
-    from scipy.ndimage import find_objects, label
-
-    boxes = find_objects(classes, len(removed))
+    boxes = ndimage.find_objects(classes, len(removed))
     for number in np.flatnonzero(~np.isnan(removed)):
         if boxes[number] is None:
             continue
         part = classes[boxes[number]]
-        components, _ = label(part == number + 1, np.ones((3,) * part.ndim))  # also those that touch at a corner
+        components, _ = ndimage.label(part == number + 1, np.ones((3,) * part.ndim))  # touching at a corner counts
         small = np.flatnonzero(np.bincount(components.ravel())[1:] < LARGEST_REMOVED * classes.size) + 1
         if len(small):
             part[components == small[int(removed[number] * len(small))]] = 0

@@ -1,6 +1,7 @@
-"""Groups and strata of cases, for folds: from the names of cases, from tables, and from label maps.
+"""How cases are divided into folds: by nnU-Net's shuffle, by groups, and by strata.
 
-`read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratify`, and `read_column` reads their tables.
+`divide` makes the folds, `read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratify`, and `read_column`
+reads their tables.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,80 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
-from nnunet_lite.data.problems import few
+from nnunet_lite.data.problems import name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.system import cpus
 
+N_FOLDS = 5
+SEED = 12345  # nnU-Net's, so that folds can be compared
 _READERS = 4  # label maps in memory at the same time
 _VOLUME_PARTS = 4  # strata by volume, at most
+
+
+def divide(
+    case_ids: Sequence[str],
+    n_folds: int = N_FOLDS,
+    groups: Mapping[str, str] | None = None,
+    strata: Mapping[str, str] | None = None,
+) -> list[list[str]]:
+    """Divide cases into folds: nnU-Net's KFold(5, shuffle, seed 12345) over the sorted ids, else StratifiedGroupKFold.
+
+    Parameters
+    ----------
+    case_ids : sequence of str
+        Ids of all cases, in any order.
+    n_folds : int
+        Number of folds.
+    groups : mapping of str to str, optional
+        Case id -> group. A group is never on both sides; folds hold out about equal numbers of cases, not of groups.
+    strata : mapping of str to str, optional
+        Case id -> stratum. Each fold holds out about an equal share of every stratum.
+
+    Returns
+    -------
+    list of list of str
+        The cases that each fold holds out.
+
+    Raises
+    ------
+    UserError
+        There are fewer cases or groups than folds, or no stratum has a case for each fold.
+    """
+    from sklearn.model_selection import KFold, StratifiedGroupKFold  # slow to import
+
+    ids = sorted(case_ids)
+    require_enough(ids, n_folds, groups)
+    if groups is None and strata is None:
+        parts = [held_out for _, held_out in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
+        return [[ids[i] for i in held_out] for held_out in parts]
+    group_of_case = [case_id if groups is None else groups[case_id] for case_id in ids]
+    stratum_of_case = ["" if strata is None else strata[case_id] for case_id in ids]
+    if max(Counter(stratum_of_case).values()) < n_folds:
+        raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
+    # Where strata leave a choice, scikit-learn deals groups out in the order of their numbers. Numbers at random, the
+    # largest group first, balance best; scikit-learn's own shuffle differs between its versions.
+    sizes = Counter(group_of_case)
+    names = np.random.RandomState(SEED).permutation(sorted(sizes)).tolist()
+    number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
+        parts = StratifiedGroupKFold(n_folds).split(ids, stratum_of_case, [number[name] for name in group_of_case])
+        return [[ids[i] for i in held_out] for _, held_out in parts]
+
+
+def require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] | None) -> None:
+    """Make sure that each fold can hold out a case, or a group.
+
+    Raises
+    ------
+    UserError
+        There are fewer cases or groups than folds.
+    """
+    n, what = (len(ids), "case") if groups is None else (len({groups[case_id] for case_id in ids}), "group")
+    if n < n_folds:
+        fewer = f", or take --folds {n}" if n > 1 else ""
+        fix = f"Train on every case: `nnlite train CONFIGURATION all`{fewer}."
+        raise UserError(f"{plural(n, what)} cannot be split into {n_folds} folds", fix=fix)
 
 
 def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
@@ -96,10 +166,6 @@ def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str
     if several := [case_id for case_id in ids if len(values[case_id]) > 1]:
         raise UserError(f"has more than one {what} for {name_cases(several)}", file)
     return {case_id: min(values[case_id]) for case_id in ids}
-
-
-def name_cases(case_ids: Sequence[str]) -> str:
-    return f"{'case' if len(case_ids) == 1 else 'cases'} {few(case_ids)}"
 
 
 def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What ends a run before its last epoch: a time limit, early stopping, a signal, or too little GPU memory.
 
 A time limit (`training.time_limit`) covers the timing of number formats, the training and, on request, the validation
-of the held-out cases in whole images, whose windows then lie further apart if it would take too long.
+of the held-out cases in whole images, whose windows are then further apart if it would take too long.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ splits_made.json   the options, groups and strata that it was made with; ignored
 fold_k/cases.json  in a model folder: how many cases the fold was trained on, and a hash of their ids
 
 `FoldRule` holds the options of the command line. Training calls `read_split`; planning calls `needs_splits` and
-`make_splits`. The files follow. grouping.py reads
-groups and strata.
+`make_splits`. The files follow. grouping.py divides
+the cases.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,26 +21,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.problems import few, plural
+from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.training.grouping import (
+    N_FOLDS,
+    SEED,
+    divide,
     is_table,
-    name_cases,
     read_column,
     read_groups,
+    require_enough,
     stratify_by_labels,
 )
 
 ALL = "all"  # the fold that trains on every case
-N_FOLDS = 5
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
-SEED = 12345  # nnU-Net's, so that folds can be compared
 _CASES = "cases.json"
 _SPLITS_FINAL = "splits_final.json"  # nnU-Net's
 
@@ -203,7 +202,7 @@ def needs_splits(file: Path, dataset: Dataset, rule: FoldRule, trained: Sequence
     if file.is_file() and not difference:
         return False
     if sources.splits is None:  # reported before the check of the dataset, which takes minutes
-        _require_enough(_ids(dataset), rule.folds or N_FOLDS, sources.groups)
+        require_enough(_ids(dataset), rule.folds or N_FOLDS, sources.groups)
     return True
 
 
@@ -260,71 +259,11 @@ def make_splits(dataset: Dataset, rule: FoldRule = DEFAULT_RULE) -> tuple[list[S
         "groups": sources.groups,
         "strata": strata,
     }
-    return divide(ids, n_folds, sources.groups, strata), record
+    return hold_out(ids, divide(ids, n_folds, sources.groups, strata)), record
 
 
-def divide(
-    case_ids: Sequence[str],
-    n_folds: int = N_FOLDS,
-    groups: Mapping[str, str] | None = None,
-    strata: Mapping[str, str] | None = None,
-) -> list[Split]:
-    """Divide cases into folds: nnU-Net's KFold(5, shuffle, seed 12345) over the sorted ids, else StratifiedGroupKFold.
-
-    Parameters
-    ----------
-    case_ids : sequence of str
-        Ids of all cases, in any order.
-    n_folds : int
-        Number of folds.
-    groups : mapping of str to str, optional
-        Case id -> group. A group is never on both sides; folds hold out about equal numbers of cases, not of groups.
-    strata : mapping of str to str, optional
-        Case id -> stratum. Each fold holds out about an equal share of every stratum.
-
-    Returns
-    -------
-    list of Split
-        The folds.
-
-    Raises
-    ------
-    UserError
-        There are fewer cases or groups than folds, or no stratum has a case for each fold.
-    """
-    from sklearn.model_selection import KFold, StratifiedGroupKFold  # slow to import
-
-    ids = sorted(case_ids)
-    _require_enough(ids, n_folds, groups)
-    if groups is None and strata is None:
-        parts = [held_out for _, held_out in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
-        return _hold_out(ids, [[ids[i] for i in held_out] for held_out in parts])
-    group_of_case = [case_id if groups is None else groups[case_id] for case_id in ids]
-    stratum_of_case = ["" if strata is None else strata[case_id] for case_id in ids]
-    if max(Counter(stratum_of_case).values()) < n_folds:
-        raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
-    # Where strata leave a choice, scikit-learn deals groups out in the order of their numbers. Numbers at random, the
-    # largest group first, balance best; scikit-learn's own shuffle differs between its versions.
-    sizes = Counter(group_of_case)
-    names = np.random.RandomState(SEED).permutation(sorted(sizes)).tolist()
-    number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
-        parts = StratifiedGroupKFold(n_folds).split(ids, stratum_of_case, [number[name] for name in group_of_case])
-        return _hold_out(ids, [[ids[i] for i in held_out] for _, held_out in parts])
-
-
-def _require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] | None) -> None:
-    """Make sure that each fold can hold out a case, or a group."""
-    n, what = (len(ids), "case") if groups is None else (len({groups[case_id] for case_id in ids}), "group")
-    if n < n_folds:
-        fewer = f", or take --folds {n}" if n > 1 else ""
-        fix = f"Train on every case: `nnlite train CONFIGURATION all`{fewer}."
-        raise UserError(f"{plural(n, what)} cannot be split into {n_folds} folds", fix=fix)
-
-
-def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
-    """Return one fold for each part of the cases, which it holds out."""
+def hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
+    """Return a fold for each part of the cases, which it holds out."""
     return [
         Split(str(k), tuple(i for i in ids if i not in part), tuple(i for i in ids if i in part))
         for k, part in enumerate(map(set, parts))
@@ -391,7 +330,7 @@ def read_given_splits(file: Path, ids: Sequence[str]) -> list[Split]:
         numbers = sorted(set(column.values()))
         if set(numbers) != {str(k) for k in range(len(numbers))}:
             raise UserError(f"folds are {', '.join(numbers)}", file, "Number them 0, 1, 2 ...")
-        splits = _hold_out(ids, [[i for i in ids if column[i] == str(k)] for k in range(len(numbers))])
+        splits = hold_out(ids, [[i for i in ids if column[i] == str(k)] for k in range(len(numbers))])
         _check_splits(splits, file, ids)
         return splits
     try:

@@ -95,27 +95,28 @@ def test_older_plans_inherit_in_a_chain(plans: dict[str, Any]) -> None:
     assert (last.batch_size, last.network.features) == (3, (24, 48, 96, 192))
 
 
-def test_cascade_goes_both_ways() -> None:
-    fixture = json.loads((DATA / "plan_fixtures.json").read_text())[0]
-    told = description_from_nnunet(fixture["dataset"])
+def planned(number: int, preset: str = "default") -> tuple[Plan, dict[str, Any], dict[str, Any]]:
+    """Return our plan of a reference dataset, the same as nnU-Net's JSON, and the dataset.json."""
+    fixture = json.loads((DATA / "plan_fixtures.json").read_text())[number]
+    about = description_from_nnunet(fixture["dataset"])
     fingerprint = Fingerprint.model_validate(fixture["fingerprint"])
-    plan = make_plan(fingerprint, "Dataset001_Test", told.channels, told.labels, n_cases=told.n_cases)
-    written = plan_to_nnunet(plan, fixture["dataset"])
+    plan = make_plan(fingerprint, "X", about.channels, about.labels, preset, n_cases=about.n_cases)
+    return plan, plan_to_nnunet(plan, fixture["dataset"]), fixture["dataset"]
+
+
+def test_cascade_goes_both_ways() -> None:
+    plan, written, dataset = planned(0)
     cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     assert written["configurations"]["3d_cascade_fullres"] == cascade
     assert written["configurations"]["3d_lowres"]["next_stage"] == "3d_cascade_fullres"
-    back = plan_from_nnunet(written, fixture["dataset"])
+    back = plan_from_nnunet(written, dataset)
     for name, configuration in plan.configurations.items():
         taken_over = back.configurations[name].model_copy(update={"reasons": configuration.reasons})
         assert taken_over == configuration
 
 
 def test_presets_share_preprocessed_data_only_where_nnunet_does() -> None:
-    fixture = json.loads((DATA / "plan_fixtures.json").read_text())[2]
-    told = description_from_nnunet(fixture["dataset"])
-    fingerprint = Fingerprint.model_validate(fixture["fingerprint"])
-    plan = make_plan(fingerprint, "X", told.channels, told.labels, "resenc_m", n_cases=told.n_cases)
-    written = plan_to_nnunet(plan, fixture["dataset"])
+    _, written, _ = planned(2, "resenc_m")
     assert written["plans_name"] == "nnUNetResEncUNetMPlans"
     assert written["experiment_planner_used"] == "nnUNetPlannerResEncM"
     folders = {name: c.get("data_identifier") for name, c in written["configurations"].items()}
@@ -276,10 +277,10 @@ def test_read_plan_takes_either_kind(plans: dict[str, Any], tmp_path: Path) -> N
     ],
 )
 def test_dataset_json_goes_both_ways(labels: dict[str, int]) -> None:
-    told = Description(("CT", "T1"), Labels.from_json(labels), 12, ".nrrd")
-    written = description_to_nnunet(told)
+    about = Description(("CT", "T1"), Labels.from_json(labels), 12, ".nrrd")
+    written = description_to_nnunet(about)
     assert written["channel_names"] == {"0": "CT", "1": "T1"} and written["labels"] == labels
-    assert description_from_nnunet(written) == told
+    assert description_from_nnunet(written) == about
 
 
 def test_regions_keep_their_order() -> None:
@@ -294,10 +295,10 @@ def test_regions_keep_their_order() -> None:
 
 
 def test_dataset_json_of_msd_is_read() -> None:
-    told = description_from_nnunet(
+    about = description_from_nnunet(
         {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "L"}, "numTraining": 4}
     )
-    assert told.channels == ("MRI",) and told.labels.names == {"background": 0, "L": 1}
+    assert about.channels == ("MRI",) and about.labels.names == {"background": 0, "L": 1}
 
 
 @pytest.mark.parametrize(

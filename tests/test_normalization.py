@@ -71,7 +71,7 @@ def test_none_rescale_and_rgb() -> None:
 
 
 def test_rgb_refuses_other_values() -> None:
-    with pytest.raises(UserError, match=r"takes the image for RGB of 0 to 255, but it holds -200 to 400\."):
+    with pytest.raises(UserError, match=r"takes the image for RGB of 0 to 255, but its values are -200 to 400\."):
         normalize(image(), (channel("rgb_0_1"),), None)
 
 

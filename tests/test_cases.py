@@ -1,4 +1,4 @@
-"""Where `nnlite predict` writes, what it refuses to write, and the headers of the maps that it writes."""
+"""What may be given to a model, where label maps are written, and the headers of the maps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,92 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from bad_inputs import Bad, Command, contents, refuse
 
 from nnunet_lite.data.cases import Case, find_cases
-from nnunet_lite.data.images import read_geometry, read_label
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import Image, read_geometry, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.nifti import write_share
 from nnunet_lite.errors import UserError
+from nnunet_lite.inference import cases
 from nnunet_lite.inference.cases import check_output
+from nnunet_lite.inference.predictor import Predictor
+
+NUMBERS = [[[0.0, 1.0], [2.0, 3.0]], [[1.0, 0.0], [3.0, 2.0]]]
+ARRAYS: dict[str, tuple[Any, Any, str]] = {
+    "a spacing of 0": (NUMBERS, (1.0, 0.0, 1.0), "spacing of (1.0, 0.0, 1.0)"),
+    "a spacing of NaN": (NUMBERS, (float("nan"), 1.0, 1.0), "spacing of (nan, 1.0, 1.0)"),
+    "an infinite spacing": (NUMBERS, (float("inf"), 1.0, 1.0), "three positive numbers"),
+    "a negative spacing": (NUMBERS, (-1.0, 1.0, 1.0), "three positive numbers"),
+    "one number for the spacing": (NUMBERS, 1.0, "spacing of 1.0"),
+    "four numbers for the spacing": (NUMBERS, (1.0, 1.0, 1.0, 1.0), "three positive numbers"),
+    "digits for the spacing": (NUMBERS, "111", "spacing of '111'"),
+    "words for the spacing": (NUMBERS, ("one", "1", "1"), "three positive numbers"),
+    "an empty array": (np.zeros((0, 4, 4)), (1.0, 1.0, 1.0), "shape (0, 4, 4)"),
+    "no channel": (np.zeros((0, 4, 4, 4)), (1.0, 1.0, 1.0), "shape (0, 4, 4, 4)"),
+    "an empty list": ([], (1.0, 1.0, 1.0), "shape (0,)"),
+    "complex numbers": (np.zeros((4, 4, 4), complex), (1.0, 1.0, 1.0), "complex128"),
+    "objects": (np.full((4, 4, 4), None), (1.0, 1.0, 1.0), "object"),
+    "numbers as objects": (np.zeros((4, 4, 4), object), (1.0, 1.0, 1.0), "Give real numbers"),
+    "words": ([[["a"]]], (1.0, 1.0, 1.0), "shape"),
+    "times": (np.zeros((4, 4, 4), "datetime64[s]"), (1.0, 1.0, 1.0), "datetime64"),
+    "rows of other lengths": ([[[0.0, 1.0], [2.0]]], (1.0, 1.0, 1.0), "list of type object"),
+    "nothing": (None, (1.0, 1.0, 1.0), "NoneType"),
+    "a number": (7.0, (1.0, 1.0, 1.0), "shape ()"),
+    "a dictionary": ({"image": 1}, (1.0, 1.0, 1.0), "dict"),
+    "one slice without its axis": (np.zeros((4, 4)), (1.0, 1.0, 1.0), "array[None]"),
+    "a batch": (np.zeros((1, 1, 4, 4, 4)), (1.0, 1.0, 1.0), "shape (1, 1, 4, 4, 4)"),
+    "masked voxels": (np.ma.masked_equal(NUMBERS, 0.0), (1.0, 1.0, 1.0), "filled(0)"),
+    "numbers beyond float32": (np.full((4, 4, 4), 1e300), (1.0, 1.0, 1.0), "as float32"),
+    "infinite voxels": (np.full((4, 4, 4), np.inf, np.float16), (1.0, 1.0, 1.0), "64 voxels of channel MRI"),
+    "channels too many": (np.zeros((2, 4, 4, 4)), (1.0, 1.0, 1.0), "2 channels"),
+    "an image without voxels": (Image(np.zeros((1, 0, 4, 4)), Geometry((0, 4, 4), (1.0, 1.0, 1.0))), None, "shape"),
+    "an image of spacing 0": (Image(np.zeros((1, 4, 4, 4)), Geometry((4, 4, 4), (0.0, 1.0, 1.0))), None, "positive"),
+    "another geometry": (Image(np.zeros((1, 4, 4, 4)), Geometry((4, 4, 5), (1.0, 1.0, 1.0))), None, "geometry"),
+    "a file with a spacing": ("scan.nii.gz", (1.0, 1.0, 1.0), "scan.nii.gz: a spacing is given"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_are_no_image_are_refused(model: Predictor, counts: Callable[..., None], name: str) -> None:
+    counts("bad inputs refused in one line")
+    array, spacing, says = ARRAYS[name]
+    with pytest.raises(UserError) as error:
+        model(array, spacing)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arrays_of_every_kind_give_the_same(model: Predictor, scans: list[Path]) -> None:
+    image = read_image(scans[0])
+    whole, spacing = image.array[0].astype(np.int16), image.geometry.spacing
+    wanted = model(whole, spacing)
+    tensor = torch.from_numpy(whole.astype(np.float32)).requires_grad_()
+    for same in (
+        whole.tolist(), whole.astype(np.float64), np.asfortranarray(whole), whole[None].astype(np.longdouble),
+        tensor, tensor.detach().int(), list(whole), np.ma.array(whole), whole.astype(">i4"),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(model(same, list(spacing)), wanted)
+    small = (whole // 512).astype(np.float16)  # which float16 and bfloat16 hold exactly
+    wanted = model(small.astype(np.float32), spacing)
+    np.testing.assert_array_equal(model(small, np.asarray(spacing)), wanted)
+    np.testing.assert_array_equal(model(torch.from_numpy(small).bfloat16(), torch.tensor(spacing).double()), wanted)
+    mask = whole > whole.mean()
+    np.testing.assert_array_equal(model(mask, spacing), model(mask.astype(np.uint8), spacing))
+
+
+def test_a_missing_spacing_is_reported_once(
+    model: Predictor, scans: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases, "_warn_about_spacing", cache(cases._warn_about_spacing.__wrapped__))
+    array = read_image(scans[0]).array
+    np.testing.assert_array_equal(model(array), model(array, (1.0, 1.0, 1.0)))
+    model(array)
+    assert capfd.readouterr().err.count("1 x 1 x 1 mm is used") == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +122,7 @@ def linked(place: Path) -> None:
     (place / "other").symlink_to("in")
 
 
-def asked(options: str, *says: str, make: Callable[[Path], object] = lambda place: None) -> Bad:
+def bad_output(options: str, *says: str, make: Callable[[Path], object] = lambda place: None) -> Bad:
     return Bad(make, f"predict -m model {options}", says)
 
 
@@ -51,30 +130,32 @@ AMONG = "would contain images and label maps"
 TWO, ONE, NESTED = files("in/a.nii.gz", "in/b.nii.gz"), files("in/a_0000.nii.gz"), files("in/a/t1.nii.gz")
 
 OUTPUTS = {
-    "one file for two images": asked("-i in -o seg.nii.gz", "seg.nii.gz", "2 images", "Give a folder", make=TWO),
-    "a format that label maps do not have": asked("-i scan.nii.gz -o seg.jpg", "seg.jpg", "Use .png"),
-    "a header alone": asked("-i scan.nii.gz -o seg.mhd", "Use .mha"),
-    "a picture for a volume": asked("-i scan.nii.gz -o seg.png", "seg.png", "cannot be written", "Use .nii.gz"),
-    "DICOM without being asked for": asked("-i scan.nii.gz -o seg.dcm", "--dicom-seg"),
-    "NIfTI for a DICOM segmentation": asked("-i scan.nii.gz -o seg.nii.gz --dicom-seg", ".dcm"),
-    "into the folder of the images": asked("-i in -o in", AMONG, "--output", make=ONE),
-    "into it by another path": asked("-i in -o in/../in/.", AMONG, make=ONE),
-    "into it by a link": asked("-i in -o other", AMONG, make=linked),
-    "from it by a link": asked("-i other -o in", AMONG, make=linked),
-    "a file among the images": asked("-i in -o in/seg.nii.gz", AMONG, make=ONE),
-    "into one of two folders": asked(
+    "one file for two images": bad_output("-i in -o seg.nii.gz", "seg.nii.gz", "2 images", "Give a folder", make=TWO),
+    "a format that label maps do not have": bad_output("-i scan.nii.gz -o seg.jpg", "seg.jpg", "Use .png"),
+    "a header alone": bad_output("-i scan.nii.gz -o seg.mhd", "Use .mha"),
+    "a picture for a volume": bad_output("-i scan.nii.gz -o seg.png", "seg.png", "cannot be written", "Use .nii.gz"),
+    "DICOM without being asked for": bad_output("-i scan.nii.gz -o seg.dcm", "--dicom-seg"),
+    "NIfTI for a DICOM segmentation": bad_output("-i scan.nii.gz -o seg.nii.gz --dicom-seg", ".dcm"),
+    "into the folder of the images": bad_output("-i in -o in", AMONG, "--output", make=ONE),
+    "into it by another path": bad_output("-i in -o in/../in/.", AMONG, make=ONE),
+    "into it by a link": bad_output("-i in -o other", AMONG, make=linked),
+    "from it by a link": bad_output("-i other -o in", AMONG, make=linked),
+    "a file among the images": bad_output("-i in -o in/seg.nii.gz", AMONG, make=ONE),
+    "into one of two folders": bad_output(
         "-i in -i more -o more", AMONG, make=files("in/a_0000.nii.gz", "more/b_0000.nii.gz")
     ),
-    "among the folders of cases": asked("-i in -o in/out", AMONG, make=NESTED),
-    "into the folder of a case": asked("-i in -o in/a", AMONG, make=NESTED),
-    "a file among the folders of cases": asked("-i in -o in/new/seg.nii.gz", AMONG, make=NESTED),
-    "over the image by a link": asked(
+    "among the folders of cases": bad_output("-i in -o in/out", AMONG, make=NESTED),
+    "into the folder of a case": bad_output("-i in -o in/a", AMONG, make=NESTED),
+    "a file among the folders of cases": bad_output("-i in -o in/new/seg.nii.gz", AMONG, make=NESTED),
+    "over the image by a link": bad_output(
         "-i scan.nii.gz -o link.nii.gz", "overwritten", make=lambda place: (place / "link.nii.gz").symlink_to(
             "scan.nii.gz")
     ),
-    "a name that is a file": asked("-i scan.nii.gz -o taken", "taken", make=lambda place: (place / "taken").touch()),
+    "a name that is a file": bad_output(
+        "-i scan.nii.gz -o taken", "taken", make=lambda place: (place / "taken").touch()
+    ),
     **{
-        f"a device called {name}": asked(f"-i scan.nii.gz -o out --device {name}", f"--device {name}", "cpu")
+        f"a device called {name}": bad_output(f"-i scan.nii.gz -o out --device {name}", f"--device {name}", "cpu")
         for name in ("mps", "cuda:99", "xpu", "meta", "nonsense", "vulkan", "hpu", "cuda:x", "CPU", "cpu:3", "-1")
     },
 }  # fmt: skip
@@ -250,7 +331,7 @@ def test_maps_lie_where_the_label_map_and_the_image_do(
             assert type(theirs) is type(ours)
             for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x", "srow_x", "pixdim"):
                 np.testing.assert_array_equal(ours[field], theirs[field], field)
-            assert ours["cal_max"] == 0, "the window is the image's"
+            assert ours["cal_max"] == 0, "that is the window of the image"
             assert nibabel.load(label).header["sform_code"] == ours["sform_code"]
         else:
             assert (int(found.header["qform_code"]), int(found.header["sform_code"])) == (1, 1)
@@ -292,8 +373,7 @@ def test_a_map_of_two_dimensions_has_two_and_no_spacing_of_999(tmp_path: Path, n
         np.testing.assert_allclose(getattr(as_itk, what)(), getattr(theirs, what)(), atol=1e-6, err_msg=what)
 
 
-def test_contents_of_the_place_are_as_before(place: Path, command: Command) -> None:
-    """A refused output makes no folder, not even an empty one."""
+def test_a_refused_output_makes_no_folder(place: Path, command: Command) -> None:
     before = contents(place)
     assert command("predict", "-m", "model", "-i", "scan.nii.gz", "-o", "new/seg.jpg", cwd=place)[0] == 2
     assert contents(place) == before and not (place / "new").exists()

@@ -1,0 +1,111 @@
+"""What this machine has: CPUs, memory and disk, also inside a container."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunet_lite import system
+from nnunet_lite.errors import UserError
+
+
+def test_too_little_disk_is_refused(tmp_path: Path) -> None:
+    system.require_space(tmp_path, 1)
+    with pytest.raises(UserError, match=r"preprocessing needs about 1,000 PB here and [\d.]+ [MGT]B are free"):
+        system.require_space(tmp_path, 10**18)
+
+
+def test_cases_in_flight_follow_memory_and_cpus() -> None:
+    cpus = system.cpus()
+    assert system.cases_in_flight(1, None) == cpus and system.cases_in_flight(1, 3) == 3
+    assert system.cases_in_flight(10**15, None) == system.cases_in_flight(1, 0) == 1
+    assert system.cases_in_flight(int(system.free_memory() * 0.5), None) == 1
+
+
+def test_a_ulimit_counts_as_memory() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
+        "from nnunet_lite.system import free_memory; print(free_memory())"
+    )
+    assert 0 < int(subprocess.check_output([sys.executable, "-c", code])) < 3 << 30
+
+
+def test_cgroups_of_both_versions_count_as_memory(tmp_path: Path) -> None:
+    second, first = tmp_path / "two" / "job", tmp_path / "one" / "memory" / "job"
+    for group, names in (
+        (second, ("memory.max", "memory.current")),
+        (first, ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ):
+        for level, limit in ((group, "8000000000"), (group.parent, "5000000000")):
+            level.mkdir(parents=True, exist_ok=True)
+            (level / names[0]).write_text(limit + "\n")
+            (level / names[1]).write_text("2000000000\n")
+            (level / "memory.stat").write_text("anon 5\ninactive_file 500000000\n")
+    rooms = system._cgroup_memory("0::/job\n", tmp_path / "two")
+    assert rooms == [6_500_000_000, 3_500_000_000]
+    assert system._cgroup_memory("5:cpu:/job\n4:memory:/job\n", tmp_path / "one") == rooms
+    (second / "memory.max").write_text("max\n")
+    assert system._cgroup_memory("0::/job\n", tmp_path / "two") == [3_500_000_000]
+
+
+def test_cpu_quotas_of_cgroups_of_both_versions_count(tmp_path: Path) -> None:
+    """`docker --cpus=4` on 64 cores counts 4, also of a group above; parts of a CPU are rounded up."""
+    second, first = tmp_path / "two" / "job", tmp_path / "one" / "cpu" / "job"
+    for folder in (second, first):
+        folder.mkdir(parents=True)
+    (second / "cpu.max").write_text("max 100000\n")
+    (second.parent / "cpu.max").write_text("400000 100000\n")
+    assert system._cgroup_cpus("0::/job\n", tmp_path / "two") == [4]
+    assert system._cgroup_cpus("0::/docker/a1b2\n", tmp_path / "two") == [4]  # a path of the host, in a container
+    (second / "cpu.max").write_text("150000 100000\n")
+    assert system._cgroup_cpus("0::/job\n", tmp_path / "two") == [2, 4]
+    for group, quota in ((first, "-1"), (first.parent, "50000")):
+        (group / "cpu.cfs_quota_us").write_text(quota + "\n")
+        (group / "cpu.cfs_period_us").write_text("100000\n")
+    assert system._cgroup_cpus("4:memory:/job\n3:cpu,cpuacct:/job\n2:cpuset:/job\n0::/\n", tmp_path / "one") == [1]
+    assert system._cgroup_cpus("", tmp_path) == []
+
+
+def test_the_quota_of_a_real_cgroup_counts() -> None:
+    """A process in a group of this machine with half a CPU and 300 MB; where tests may not make one, it is skipped."""
+    second = Path("/sys/fs/cgroup/cgroup.controllers").is_file()
+    name = f"nnlite-test-{os.getpid()}"
+    groups = [Path("/sys/fs/cgroup", *part, name) for part in ([()] if second else [("cpu",), ("memory",)])]
+    limits = {"cpu.max": "50000 100000", "memory.max": "300000000"} if second else {}
+    limits |= {} if second else {"cpu.cfs_quota_us": "50000", "memory.limit_in_bytes": "300000000"}
+    try:
+        for group in groups:
+            group.mkdir()
+            for file, limit in limits.items():
+                if second or file.startswith(group.parent.name):
+                    (group / file).write_text(limit)
+        code = (
+            "import os, sys, pathlib\n"
+            "for group in sys.argv[1:]: (pathlib.Path(group) / 'cgroup.procs').write_text(str(os.getpid()))\n"
+            "from nnunet_lite import budget\n"
+            "print(system.cpus(), system.free_memory())"
+        )
+        out = subprocess.check_output([sys.executable, "-c", code, *map(str, groups)], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not let its tests make a cgroup")
+    finally:
+        for group in groups:
+            if group.is_dir():
+                group.rmdir()
+    cpus, memory = map(int, out.split())
+    assert cpus == 1 and 0 < memory < 300_000_000
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (84_000, "84 kB"), (999_499, "999 kB"), (999_600, "1 MB"), (1_250_000, "1.25 MB"),
+        (3_094_000_000, "3.09 GB"), (2e12, "2 TB"), (10**18, "1,000 PB"),
+    ],
+)  # fmt: skip
+def test_bytes_are_written_with_three_digits(number: float, text: str) -> None:
+    assert system.in_units(number) == text
