@@ -21,7 +21,7 @@ from nnunet_lite.errors import Stopped, UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, read_weights_header
 from nnunet_lite.planning.nnunet import plan_from_nnunet
-from nnunet_lite.planning.override import limit_sizes, override_sizes
+from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.job import Job, configure_plan
