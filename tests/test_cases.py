@@ -241,84 +241,74 @@ def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, co
 # ------------------------------------------------------------------------------------------------- headers of maps
 
 
-def forms_that_disagree(place: Path) -> Path:
-    """The sform is 30 mm beside the qform; units, codes and a window of the image's own."""
-    image = nibabel.load(place / "scan.nii.gz")
-    other = np.asarray(image.affine).copy()
-    other[0, 3] += 30
-    image.set_qform(image.affine, 1)
-    image.set_sform(other, 4)
-    image.header.set_xyzt_units("mm", "sec")
-    image.header["cal_max"] = 77
-    nibabel.save(image, place / "in" / "a.nii.gz")
-    return place / "in" / "a.nii.gz"
+def write_images(scan: Path, folder: Path) -> None:
+    """Write the scan with headers of many kinds: codes, axes, units, scales, and formats."""
+    folder.mkdir()
+    loaded = nibabel.load(scan)
+    voxels, affine = np.asarray(loaded.dataobj), np.asarray(loaded.affine)
+    oblique = np.diag([0.9, 1.1, 1.5, 1.0])
+    oblique[:2, :2] = [[0.9 * np.cos(0.3), -1.1 * np.sin(0.3)], [0.9 * np.sin(0.3), 1.1 * np.cos(0.3)]]
+    oblique[:3, 3] = (-12.5, 30.25, 7)
+    beside = affine.copy()
+    beside[0, 3] += 30
+    for name, form, qform, sform in (
+        ("ras", affine, 1, 2),
+        ("las", affine @ np.diag([-1, 1, 1, 1]), 4, 0),
+        ("lps", affine @ np.diag([-1, -1, 1, 1]), 0, 3),
+        ("oblique", oblique, 1, 1),
+        ("two_forms", affine, 1, 4),
+    ):
+        image = nibabel.Nifti1Image(voxels, form)
+        image.set_qform(form, qform)
+        image.set_sform(beside if name == "two_forms" else form, sform)
+        image.header.set_xyzt_units("mm", "sec")
+        image.header["cal_max"] = 77  # the window of the image
+        nibabel.save(image, folder / f"{name}.nii.gz")
+    metres = nibabel.Nifti1Image(voxels, np.diag([1e-3, 1e-3, 1e-3, 1]) @ affine)
+    metres.header.set_xyzt_units("meter")
+    nibabel.save(metres, folder / "metres.nii")
+    nibabel.save(nibabel.Nifti2Image(voxels, affine), folder / "second.nii.gz")
+    loaded.header.set_slope_inter(2.5, -7)
+    nibabel.save(nibabel.Nifti1Image(voxels, None, loaded.header), folder / "scaled.nii.gz")
+    image = sitk.GetImageFromArray(voxels.T)
+    image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
+    image.SetSpacing((1.0, 1.1, 1.3))
+    image.SetOrigin((5.0, -6.0, 7.0))
+    for name in ("itk.nrrd", "itk2.mha", "itk3.nii"):
+        sitk.WriteImage(image, str(folder / name))
 
 
-def in_metres(place: Path) -> Path:
-    image = nibabel.load(place / "scan.nii.gz")
-    scaled = nibabel.Nifti1Image(np.asarray(image.dataobj), np.diag([1e-3, 1e-3, 1e-3, 1]) @ image.affine)
-    scaled.header.set_xyzt_units("meter")
-    nibabel.save(scaled, place / "in" / "a.nii")
-    return place / "in" / "a.nii"
-
-
-def second_version(place: Path) -> Path:
-    image = nibabel.load(place / "scan.nii.gz")
-    nibabel.save(nibabel.Nifti2Image(np.asarray(image.dataobj), image.affine), place / "in" / "a.nii.gz")
-    return place / "in" / "a.nii.gz"
-
-
-def scaled_values(place: Path) -> Path:
-    image = nibabel.load(place / "scan.nii.gz")
-    image.header.set_slope_inter(2.5, -7)
-    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), place / "in" / "a.nii.gz")
-    return place / "in" / "a.nii.gz"
-
-
-def oblique(suffix: str) -> Callable[[Path], Path]:
-    def make(place: Path) -> Path:
-        image = sitk.ReadImage(str(place / "scan.nii.gz"))
-        for key in image.GetMetaDataKeys():
-            image.EraseMetaData(key)
-        image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
-        image.SetSpacing((1.0, 1.1, 1.3))
-        image.SetOrigin((5.0, -6.0, 7.0))
-        sitk.WriteImage(image, str(place / "in" / f"a{suffix}"))
-        return place / "in" / f"a{suffix}"
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "make",
-    [forms_that_disagree, in_metres, second_version, scaled_values, oblique(".nrrd"), oblique(".mha"), oblique(".nii")],
-)
-def test_maps_lie_where_the_label_map_and_the_image_do(
-    command: Command, place: Path, make: Callable[[Path], Path]
-) -> None:
-    (place / "in").mkdir()
-    image = make(place)
+def test_label_maps_and_other_maps_have_the_geometry_of_the_image(command: Command, place: Path) -> None:
+    write_images(place / "scan.nii.gz", place / "in")
     options = ("--save-probabilities", "Anterior", "--save-uncertainty", "--no-mirroring")
-    code, _, err = command("predict", "-m", "model", "-i", image, "-o", "out", *options, cwd=place)
+    code, _, err = command("predict", "-m", "model", "-i", "in", "-o", "out", *options, cwd=place)
     assert code == 0, err
-    geometry, label = read_geometry(image)[0], place / "out" / image.name
-    assert not read_geometry(label)[0].differences(geometry)
-    for kind in ("probabilities/a_Anterior", "uncertainty/a_entropy", "uncertainty/a_disagreement"):
-        found = nibabel.load(place / "out" / f"{kind}.nii.gz")
-        assert not read_geometry(place / "out" / f"{kind}.nii.gz")[0].differences(geometry)
-        assert found.dataobj.slope == pytest.approx(1 / 255) and found.dataobj.inter == 0
-        assert found.get_data_dtype() == np.uint8 and 0 <= np.asarray(found.dataobj).max() <= 1.0001
-        if image.name.endswith((".nii", ".nii.gz")):
-            theirs, ours = nibabel.load(image).header, found.header
-            assert type(theirs) is type(ours)
-            for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x", "srow_x", "pixdim"):
-                np.testing.assert_array_equal(ours[field], theirs[field], field)
-            assert ours["cal_max"] == 0, "that is the window of the image"
-            assert nibabel.load(label).header["sform_code"] == ours["sform_code"]
-        else:
-            assert (int(found.header["qform_code"]), int(found.header["sform_code"])) == (1, 1)
-            np.testing.assert_allclose(found.get_qform(), found.get_sform(), atol=1e-5)
-            assert found.header.get_xyzt_units()[0] == "mm"
+    images = sorted((place / "in").iterdir())
+    assert [path.name for path in sorted((place / "out").glob("*.*"))] == [image.name for image in images]
+    for image in images:
+        geometry, label, name = read_geometry(image)[0], place / "out" / image.name, image.name.partition(".")[0]
+        assert not read_geometry(label)[0].differences(geometry)
+        for kind in ("probabilities/{}_Anterior", "uncertainty/{}_entropy", "uncertainty/{}_disagreement"):
+            file = place / "out" / f"{kind.format(name)}.nii.gz"
+            found = nibabel.load(file)
+            assert not read_geometry(file)[0].differences(geometry)
+            assert found.dataobj.slope == pytest.approx(1 / 255) and found.dataobj.inter == 0
+            assert found.get_data_dtype() == np.uint8 and 0 <= np.asarray(found.dataobj).max() <= 1.0001
+            if ".nii" in image.name:
+                theirs, ours = nibabel.load(image).header, found.header
+                assert type(theirs) is type(ours) and ours["cal_max"] == 0
+                for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x", "srow_x", "pixdim"):
+                    np.testing.assert_array_equal(ours[field], theirs[field], field)
+            else:
+                assert (int(found.header["qform_code"]), int(found.header["sform_code"])) == (1, 1)
+                np.testing.assert_allclose(found.get_qform(), found.get_sform(), atol=1e-5)
+                assert found.header.get_xyzt_units()[0] == "mm"
+        if ".nii" in image.name:
+            theirs, ours = nibabel.load(image), nibabel.load(label)
+            assert theirs.shape == ours.shape and theirs.header["xyzt_units"] == ours.header["xyzt_units"]
+            for form in ("get_qform", "get_sform"):
+                (first, code), (second, same) = (getattr(file, form)(coded=True) for file in (theirs, ours))
+                assert code == same and (code == 0 or np.allclose(first, second, atol=1e-5)), (name, form)
 
 
 def two_dimensional(path: Path) -> None:
