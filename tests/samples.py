@@ -14,6 +14,7 @@ import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.schema import Plan
 
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
@@ -149,9 +150,48 @@ def sample_plan(
     )
 
 
+def nnunet_plan() -> Plan:
+    """nnU-Net's own plan of the hippocampus data."""
+    about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}}
+    plans = json.loads((HIPPOCAMPUS.parent / "nnunet_plans.json").read_text())
+    return plan_from_nnunet(plans, about | {"numTraining": 200})
+
+
 def displaced(array: np.ndarray) -> np.ndarray:
     """A prediction (z, y, x) with plausible faults: two voxels off in x, one in y, label 2 wrong in its last slice."""
     moved = np.roll(array, (0, 1, 2), (0, 1, 2))
     last = np.flatnonzero((moved == 2).any((1, 2)))[-1:]
     moved[last] = np.where(moved[last] == 2, 1, moved[last])
     return moved
+
+
+def described(*channels: str, labels: dict[str, int] | None = None, **more: Any) -> dict[str, Any]:
+    """The content of a dataset.json of nnU-Net v2."""
+    names = {str(i): name for i, name in enumerate(channels)}
+    return {"channel_names": names, "labels": labels or {"background": 0, "a": 1}, "file_ending": ".nii.gz"} | more
+
+
+def save_cases(
+    root: Path,
+    images: Iterable[str],
+    labels: Iterable[str],
+    values: Iterable[int] = (1,),
+    table: dict[str, Any] | None = None,
+    numbers: Iterable[int] = range(5),
+) -> None:
+    """Write images of noise and label maps of blocks; `{}` in a name is the number of the case."""
+    for i in numbers:
+        save_arrays(root, {name.format(i): scan(i) for name in images})
+        save_arrays(root, {name.format(i): blocks(values) for name in labels})
+    if table is not None:
+        (root / "dataset.json").write_text(json.dumps(table))
+
+
+def save_maps(
+    root: Path, maps: Iterable[np.ndarray], table: dict[str, Any] | None = None, ending: str = ".nii.gz"
+) -> None:
+    """Write a case with an image of noise for each label map."""
+    for i, label in enumerate(maps):
+        save_arrays(root, {f"images/c{i}{ending}": scan(i), f"labels/c{i}{ending}": label})
+    if table is not None:
+        (root / "dataset.json").write_text(json.dumps(table))

@@ -21,7 +21,7 @@ from nnunet_lite.errors import Stopped, UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, read_weights_header
 from nnunet_lite.planning.nnunet import plan_from_nnunet
-from nnunet_lite.planning.override import limit_sizes, override_sizes
+from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.job import Job, configure_plan
@@ -189,12 +189,12 @@ def small_plan() -> Plan:
 
 def test_memory_is_measured_on_a_gpu_alone(small_plan: Plan) -> None:
     with pytest.raises(UserError, match="--measure needs a GPU"):
-        measure_memory(small_plan, "3d_fullres", torch.device("cpu"))
+        measure_memory(small_plan, "3d_fullres", "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU memory")
 def test_measured_memory_is_near_the_prediction(small_plan: Plan) -> None:
     predicted = small_plan.configuration("2d").memory_gb
-    measured = measure_memory(small_plan, "2d", torch.device("cuda"))
+    measured = measure_memory(small_plan, "2d", "cuda")
     assert predicted is not None and measured is not None
     assert measured < predicted * 1.15

@@ -37,9 +37,8 @@ from nnunet_lite.commands.options import (
     overrides_of,
     sizes_of,
 )
-from nnunet_lite.commands.steps import JOURNAL, plan_runs, preprocessing_step, training_step
-from nnunet_lite.commands.training_run import TrainingRun, prepare_run
-from nnunet_lite.commands.workflow import Journal, run_steps
+from nnunet_lite.commands.steps import JOURNAL, Journal, run_steps
+from nnunet_lite.commands.training_run import TrainingRun, plan_runs, prepare_run, preprocessing_step, training_step
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
@@ -63,8 +62,7 @@ from nnunet_lite.models.folder import (
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.precision import pick_device
 from nnunet_lite.networks.unet import mixes_samples
-from nnunet_lite.planning.schema import Plan
-from nnunet_lite.planning.show import configuration_changes
+from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.cache import load_cases

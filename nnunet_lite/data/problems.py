@@ -195,3 +195,8 @@ def plural(n: int, what: str) -> str:
         "1 case" or "2 cases".
     """
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def name_cases(case_ids: Sequence[str]) -> str:
+    """Return "case a" or "cases a, b, c, and 4 more"."""
+    return f"{'case' if len(case_ids) == 1 else 'cases'} {few(case_ids)}"

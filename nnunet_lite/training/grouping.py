@@ -21,7 +21,7 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
-from nnunet_lite.data.problems import few, plural
+from nnunet_lite.data.problems import name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.system import cpus
 
@@ -166,10 +166,6 @@ def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str
     if several := [case_id for case_id in ids if len(values[case_id]) > 1]:
         raise UserError(f"has more than one {what} for {name_cases(several)}", file)
     return {case_id: min(values[case_id]) for case_id in ids}
-
-
-def name_cases(case_ids: Sequence[str]) -> str:
-    return f"{'case' if len(case_ids) == 1 else 'cases'} {few(case_ids)}"
 
 
 def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:

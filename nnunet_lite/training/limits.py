@@ -1,7 +1,7 @@
 """What ends a run before its last epoch: a time limit, early stopping, a signal, or too little GPU memory.
 
 A time limit (`training.time_limit`) covers the timing of number formats, the training and, on request, the validation
-of the held-out cases in whole images, whose windows then lie further apart if it would take too long.
+of the held-out cases in whole images, whose windows are then further apart if it would take too long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import Stopped
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_finished, read_weights_header, run_length
-from nnunet_lite.planning.override import limit_sizes, override_sizes
+from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import GB, in_units

@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.problems import few, plural
+from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.training.grouping import (
@@ -33,7 +33,6 @@ from nnunet_lite.training.grouping import (
     SEED,
     divide,
     is_table,
-    name_cases,
     read_column,
     read_groups,
     require_enough,
