@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.schema import Plan
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
 NNUNET_MODELS = Path(__file__).parent / "data" / "nnunet_models"  # written by nnU-Net 2.8.1
 
@@ -103,6 +109,23 @@ def move_nifti(path: Path, shift: float = 0.0, scale: float = 1.0, angle: float 
     affine[:3, :3] = scale * turn @ affine[:3, :3]
     affine[0, 3] += shift
     rewrite_nifti(path, affine=affine)
+
+
+def start_nnlite(*arguments: object, cwd: Path | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Start the command in a process of its own, with one thread as in every other run: sums depend on the number."""
+    command = [sys.executable, "-m", "nnunet_lite", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, **options)
+
+
+def wait_until(happens: Callable[[], Any], *processes: subprocess.Popen[str]) -> None:
+    """Wait for something that running processes bring about."""
+    until = time.monotonic() + 200
+    while not happens():
+        for process in processes:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def fold_of(tmp_path: Path, name: str) -> Path:
