@@ -245,7 +245,6 @@ REFUSED = {
     "an export of no model": given("export model.zip -m nowhere", "nowhere"),
     # what is predicted, evaluated, described
     "no such image": given("predict -i gone.nii.gz -o out -m model", "gone.nii.gz"),
-    "no such image, of no such model": given("predict -i gone.nii.gz -o out -m nowhere", "gone.nii.gz"),
     "an empty folder": Bad(lambda place: (place / "in").mkdir(), FOLDER, ("in",)),
     "a folder of text": file("in/a.txt", "x", FOLDER, "supported"),
     "text for an image": file("a.txt", "x", "predict -i a.txt -o out -m model"),
