@@ -362,11 +362,12 @@ def _make_cases(
         results = _in_pool(partial(work, threads=threads), missing, in_flight)
         results = progress(results, len(missing), "preprocess") if progress else results
     failed = {}
-    for item, result in results:
-        if isinstance(result, Exception):
-            failed[item.case.id] = result
-        if lacks_space(result):
-            break  # every other case would fail too
+    with one_blas_thread():  # once for all cases: setting the limit takes threads of its own
+        for item, result in results:
+            if isinstance(result, Exception):
+                failed[item.case.id] = result
+            if lacks_space(result):
+                break  # every other case would fail too
     return failed
 
 
@@ -426,13 +427,12 @@ def make_case(missing: MissingCase, dataset: Dataset, plan: Plan, threads: int =
         A file cannot be read or written at the moment; it may be tried again.
     """
     try:
-        with one_blas_thread():
-            case = _read_and_prepare(missing.case, dataset, plan)
-            for path, (configuration, _) in missing.folders.items():
-                if is_whole(path):
-                    continue  # a worker that was taken for dead has made it meanwhile
-                patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
-                write_stored_case(path, resample(case, configuration, threads), plan.labels, patch, plan.stored_as)
+        case = _read_and_prepare(missing.case, dataset, plan)
+        for path, (configuration, _) in missing.folders.items():
+            if is_whole(path):
+                continue  # a worker that was taken for dead has made it meanwhile
+            patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
+            write_stored_case(path, resample(case, configuration, threads), plan.labels, patch, plan.stored_as)
     except MemoryError as error:
         need, free = (system.in_units(n) for n in (missing.memory(len(plan.channels)), system.free_memory()))
         fix = f"It needs about {need}, {free} are free: use --workers 1, or more memory."
