@@ -19,15 +19,13 @@ import nnunet_lite.system  # noqa: F401 - first: it handles signals during the o
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nnunet_lite.commands.evaluate import evaluate
+    from nnunet_lite.commands.evaluate import evaluate, view
     from nnunet_lite.commands.export import export_model, import_model
     from nnunet_lite.commands.plan import check, plan, preprocess
     from nnunet_lite.commands.predict import predict
-    from nnunet_lite.commands.report import report
     from nnunet_lite.commands.run import run
-    from nnunet_lite.commands.select import select
+    from nnunet_lite.commands.select import report, select
     from nnunet_lite.commands.train import train
-    from nnunet_lite.commands.view import view
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
@@ -46,7 +44,7 @@ __all__ = [
     "view",
 ]
 _ELSEWHERE = {
-    "check": "commands.plan", "preprocess": "commands.plan",
+    "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",
     "export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor",
 }  # fmt: skip
 

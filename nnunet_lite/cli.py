@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -38,19 +39,19 @@ COMMANDS = {
                  "lesions."),
     "select": ("select.select", "Compare trained models and pairs of them on the held-out cases; predict uses the "
                "best."),
-    "report": ("report.report", "Write an HTML page about the dataset, its plan, models and scores, with pictures of "
+    "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores, with pictures of "
                "the worst cases."),
     "run": ("run.run", "Check, plan, preprocess, train every fold, select and report. The same command again resumes "
             "where it stopped."),
-    "view": ("view.view", "Look at an image with reference and prediction in the browser."),
+    "view": ("evaluate.view", "Look at an image with reference and prediction in the browser."),
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote; none of its "
                "code is run."),
     "export": ("export.export_model", "Pack a model into one file, or write it as a folder for nnU-Net v2 or for "
                "onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset and its "
              "models."),
-    "doctor": ("doctor.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems."),
-    "cluster": ("cluster.cluster", "Start a Dask scheduler and workers; run, train, preprocess and predict take its "
+    "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems."),
+    "cluster": ("machines.cluster", "Start a Dask scheduler and workers; run, train, preprocess and predict take its "
                 "address with --scheduler."),
 }  # fmt: skip
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -127,8 +128,8 @@ def main() -> None:
 def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
     """Make a subcommand of a function whose parameters are annotated with typer's options.
 
-    Its result has `to_text()`. It may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A
-    result with `wait()` and `close()` is a service, which runs until Ctrl-C.
+    Its result is the path of a written file, or has `to_text()`. It may have `to_json()`, `exit_code`, and `finish()`,
+    which is called at the end. A result with `wait()` and `close()` is a service, which runs until Ctrl-C.
     """
     hints = get_type_hints(function, include_extras=True)
     kinds = {parameter: _command_line_type(hint) for parameter, hint in hints.items() if parameter != "return"}
@@ -139,7 +140,7 @@ def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
             if get_origin(_without_none(hints[key])) is Mapping and value is not None:
                 given[key] = dict(map(_assignment, value))
         result = function(**given)
-        text = _as_json(result) if as_json else result.to_text()
+        text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
         else:
@@ -207,14 +208,11 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def _as_json(result: Any) -> str:
-    """Return a result as JSON text: by its own `to_json`, or as a dataclass."""
-    from pydantic import TypeAdapter  # not needed by --help
-
-    if hasattr(result, "to_json"):
-        value = result.to_json()
-    else:
-        value = TypeAdapter(type(result)).dump_python(result, mode="json")
-    return value if isinstance(value, str) else json.dumps(value, indent=1)
+    """Return a result as JSON text: a path, by its own `to_json`, or the fields of a dataclass."""
+    if isinstance(result, Path):
+        return json.dumps({"path": str(result)})
+    value = result.to_json() if hasattr(result, "to_json") else asdict(result)
+    return value if isinstance(value, str) else json.dumps(value, indent=1, default=str)
 
 
 def _with_optional_values(arguments: list[str]) -> list[str]:

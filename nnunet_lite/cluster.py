@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.errors import Busy, UserError, describe
+from nnunet_lite.errors import Busy, UserError, WorkersDied, describe
 from nnunet_lite.files import scratch
 from nnunet_lite.settings import recipe_folder
 
@@ -113,10 +113,6 @@ def _check_worker(setup: SharedSetup) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the cluster
-
-
-class WorkersDied(UserError):
-    """Several workers died while they did the same work."""
 
 
 @dataclass(frozen=True)

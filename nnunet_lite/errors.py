@@ -35,6 +35,10 @@ class Busy(UserError):
     """Another process works on the same folder; waiting for it helps."""
 
 
+class WorkersDied(UserError):
+    """Several workers of a cluster died while they did the same work."""
+
+
 class Stopped(Exception):
     """A signal ended a run, and its checkpoint is written; the exit code is 128 + the number of the signal."""
 

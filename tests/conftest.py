@@ -159,7 +159,7 @@ def tiny_report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The report of `tiny_workspace` with `tiny_model`. Not to be written to."""
     import nnunet_lite
 
-    return nnunet_lite.report(tmp_path_factory.mktemp("report") / "page.html", workspace=tiny_model.parents[2]).report
+    return nnunet_lite.report(tmp_path_factory.mktemp("report") / "page.html", workspace=tiny_model.parents[2])
 
 
 @pytest.fixture(scope="session")

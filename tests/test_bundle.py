@@ -176,7 +176,7 @@ def test_the_first_stage_of_a_cascade_is_packed(cascade: Path, tmp_path: Path, r
 
 
 def test_an_existing_model_is_only_replaced_with_the_option(bundle: Path, tmp_path: Path) -> None:
-    folder = nnunet_lite.import_model(bundle, workspace=tmp_path).model
+    folder = nnunet_lite.import_model(bundle, workspace=tmp_path)
     assert folder == tmp_path / "Task04_Hippocampus" / "models" / "tiny"
     (folder / "mine.txt").write_text("notes")
     with pytest.raises(UserError, match="tiny: exists already"):

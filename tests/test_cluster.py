@@ -22,7 +22,7 @@ from samples import TINIEST
 
 import nnunet_lite
 from nnunet_lite import cluster as c
-from nnunet_lite.commands.workflow import Journal, Step, run_steps
+from nnunet_lite.commands.steps import Journal, Step, run_steps
 from nnunet_lite.errors import UserError
 
 TINY = {**TINIEST, "training.epochs": 6, "training.iterations": 4, "training.patch_size": [16, 16, 16]}

@@ -405,7 +405,7 @@ def test_commands_import_predict_and_export(command: Command, theirs: Copy, scan
     maps = [read_label(tmp_path / target / scans[0].name)[0] for target in ("a", "b")]
     assert (maps[0] == maps[1]).mean() > 0.999
     code, out, _ = command("export", "-m", made, "--format", "nnunet", "-o", "back", "--json", cwd=tmp_path)
-    assert code == 0 and json.loads(out)["output"] == "back" and (tmp_path / "back" / CHECKPOINT).is_file()
+    assert code == 0 and json.loads(out) == {"path": "back"} and (tmp_path / "back" / CHECKPOINT).is_file()
 
 
 def test_an_imported_model_is_all_that_info_and_predict_need(

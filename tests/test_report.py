@@ -66,7 +66,7 @@ class Page(HTMLParser):
 
 
 def report(workspace: Path, output: Path) -> Page:
-    return Page(nnunet_lite.report(output, workspace=workspace).report)
+    return Page(nnunet_lite.report(output, workspace=workspace))
 
 
 @pytest.fixture
@@ -148,10 +148,9 @@ def test_a_planned_dataset(copy_dataset: Callable[..., Path], command: Callable[
         nnunet_lite.report(workspace=tmp_path)
     nnunet_lite.plan(copy_dataset(4, "planned"), workspace=tmp_path / "nnlite_workspace", workers=0)
     code, out, _ = command("report", "--json", cwd=tmp_path)
-    written = json.loads(out)
-    assert code == 0 and Path(written["report"]) == tmp_path / "nnlite_workspace" / "planned" / "report.html"
-    page = Page(Path(written["report"]))
-    assert written["bytes"] == Path(written["report"]).stat().st_size
+    written = Path(json.loads(out)["path"])
+    assert code == 0 and written == tmp_path / "nnlite_workspace" / "planned" / "report.html"
+    page = Page(written)
     assert len(page.all("figure", **{"class": "plane"})) == 4
     assert "nnlite train 3d_fullres all" in page.text
     for missing in ("No fold is trained yet.", "No held-out case is scored yet.", "There is nothing to compare yet."):

@@ -1,15 +1,26 @@
-"""`nnlite evaluate`: score label maps against their references."""
+"""`nnlite evaluate` and `nnlite view`: score label maps, and look at them. Neither needs a network."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nnunet_lite.commands.options import AcceptGeometry, FilePath, Workers
+from nnunet_lite import log
+from nnunet_lite.commands.options import AcceptGeometry, DatasetName, FilePath, Workers, Workspace, names_of
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores, score_files
-from nnunet_lite.files import write_json, write_text
+from nnunet_lite.files import read_json, write_json, write_text
+from nnunet_lite.inference.cases import output_file
+from nnunet_lite.models.folder import model_folders, trained_folds
+from nnunet_lite.models.lookup import choose_model
+from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
+from nnunet_lite.workspace import Paths, select_dataset
 
 
 def evaluate(
@@ -58,3 +69,91 @@ def evaluate(
     elif output is not None:
         write_json(Path(output), scores.to_json())
     return scores
+
+
+def view(
+    case: Annotated[FilePath, typer.Argument(help="Case of the dataset, or an image file or DICOM series.")],
+    segmentations: Annotated[
+        FilePath | Sequence[FilePath] | None, typer.Argument(help="Label maps of that file.")
+    ] = None,
+    *,
+    model: Annotated[
+        str | Sequence[str] | None,
+        typer.Option("-m", "--model", help="Whose cross-validation to show, a+b for an ensemble [the selected]."),
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page; otherwise only its address is printed.")] = True,
+    dataset: DatasetName = None,
+    workspace: Workspace = None,
+) -> View:
+    """Look at an image with reference and prediction in the browser.
+
+    The page is served on 127.0.0.1 until `View.close()` or the end of the process.
+
+    Returns
+    -------
+    View
+        The page that is served; `url` is its address.
+
+    Raises
+    ------
+    UserError
+        There is no such case, file or prediction, or one cannot be read.
+    """
+    file = Path(case)
+    maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())
+    if file.exists() or maps:
+        if model:
+            raise UserError(
+                "a model's predictions are shown of a case, not of a file", file, "Give label maps after it."
+            )
+        paths = select_dataset(workspace, dataset, only_reads=True) if dataset else None
+        labels = None if paths is None else stored_dataset(paths.dataset).labels
+        page = serve(read_file_scene(file, [Path(path) for path in maps], labels))
+    else:
+        paths = select_dataset(workspace, dataset, only_reads=True)
+        found = _case_of(stored_dataset(paths.dataset), str(case))
+        predictions = _predictions(paths, found, names_of(model))
+        page = serve(read_case_scene(stored_dataset(paths.dataset), found, predictions))
+    if browser and not open_browser(page):
+        log.info("no browser with windows was found; open the address in one")
+    return page
+
+
+def _case_of(dataset: Dataset, name: str) -> Case:
+    cases = {case.id: case for case in dataset.cases}
+    if name not in cases:
+        nearest = get_close_matches(name, cases, 3)
+        fix = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Its cases are {', '.join(list(cases)[:3])} ..."
+        raise UserError(f"there is no file {name}, and no case of that name in {dataset.name}", fix=fix)
+    return cases[name]
+
+
+def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[tuple[str, Path]]:
+    """Return name and label map of each model's prediction of a case that it held out.
+
+    Raises
+    ------
+    UserError
+        One of the models in `names` has none.
+    """
+    found = []
+    for name in _chosen(paths) if names is None else names:
+        folder = paths.root / "ensembles" / name if "+" in name else paths.models / name
+        maps = (output_file(case, fold / "validation") for fold in sorted(folder.glob("fold_*")))
+        if file := next((path for path in maps if path.is_file()), None):
+            found.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))
+        elif names is None:
+            log.info(f"{name} has not predicted {case.id}: the fold that holds it out is not trained")
+        elif not folder.is_dir():
+            have = sorted(path.name for path in (*paths.models.glob("*"), *(paths.root / "ensembles").glob("*")))
+            raise UserError("there is no such model", folder, f"There are: {', '.join(have) or 'none'}.")
+        else:
+            raise UserError(f"has not predicted {case.id}: the fold that holds it out is not trained", folder)
+    return found
+
+
+def _chosen(paths: Paths) -> list[str]:
+    """Return the selected model or ensemble, otherwise the best trained model, if there is one."""
+    if (paths.root / "inference.json").is_file():
+        return ["+".join(read_json(paths.root / "inference.json")["models"])]
+    return [choose_model(paths).name] if any(map(trained_folds, model_folders(paths))) else []

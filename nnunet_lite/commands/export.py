@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,17 +19,6 @@ from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, nnunet_model
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 _GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --format nnunet -o FOLDER` (or onnx)."
-_NEXT = {"zip": "nnlite import", "nnunet": "nnUNetv2_predict_from_modelfolder -m", "onnx": "see docs/models.md:"}
-
-
-@dataclass(frozen=True)
-class ImportedModel:
-    """The model folder that an import made."""
-
-    model: Path
-
-    def to_text(self) -> str:
-        return f"{self.model}: predict with `nnlite predict -m {self.model}`"
 
 
 def import_model(
@@ -40,15 +28,28 @@ def import_model(
     replace: Annotated[bool, typer.Option("--replace", help="Set a model of that name aside.")] = False,
     checkpoint: WhichCheckpoint = "final",
     workspace: Workspace = None,
-) -> ImportedModel:
+) -> Path:
     """Make a model folder of a zip or of a model that nnU-Net wrote; none of its code is run.
 
     In the workspace the model has the name that it was exported with; a model of nnU-Net is called
     trainer__plans__configuration. Folds without the checkpoint are left out, which is logged.
 
+    Parameters
+    ----------
+    source : str or Path
+        A zip of `export_model`, or a model folder of nnU-Net v2.
+    output : str or Path, optional
+        The new folder; default: in the workspace.
+    replace : bool
+        Set a model of that name aside.
+    checkpoint : {"final", "best"}
+        Which of nnU-Net's checkpoints to read.
+    workspace : str or Path, optional
+        The workspace.
+
     Returns
     -------
-    ImportedModel
+    Path
         The new model folder.
 
     Raises
@@ -62,25 +63,15 @@ def import_model(
     if is_bundle(path):
         about = read_manifest(path)
         target = Path(output) if output else model_folder(Paths(place / about.dataset), about.models[0])
-        return ImportedModel(unpack(path, target, replace=replace))
-    if (path / "run.json").is_file():
+        target = unpack(path, target, replace=replace)
+    elif (path / "run.json").is_file():
         raise UserError("is a model folder of nnlite already", path, "Use it with -m, or pack it with `nnlite export`.")
-    dataset, name = ("", "") if output else nnunet_model_name(path, checkpoint)
-    target = Path(output) if output else model_folder(Paths(place / dataset), name)
-    import_nnunet(path, target, checkpoint, replace=replace)
-    return ImportedModel(target)
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """The model folder that was exported, and what was written."""
-
-    model: Path
-    output: Path
-    format: str
-
-    def to_text(self) -> str:
-        return f"{self.output}: {_NEXT[self.format]} {self.output}"
+    else:
+        dataset, name = ("", "") if output else nnunet_model_name(path, checkpoint)
+        target = Path(output) if output else model_folder(Paths(place / dataset), name)
+        import_nnunet(path, target, checkpoint, replace=replace)
+    log.info(f"predict with: nnlite predict -m {target}")
+    return target
 
 
 def export_model(
@@ -101,20 +92,38 @@ def export_model(
     note: Annotated[str | None, typer.Option(help="On the training data; for zip.")] = None,
     dataset: DatasetName = None,
     workspace: Workspace = None,
-) -> ExportedModel:
+) -> Path:
     """Pack a model into one file, or write it as a folder for nnU-Net v2 or for onnxruntime.
 
     Parameters
     ----------
     paths : str, Path or sequence of them
         The model and the target, or the target alone if `model` is given or the trained model is to be exported.
-    output : str or Path
+    output : str or Path, optional
         The target, unless it is one of `paths`.
+    model : str or Path, optional
+        The model, unless it is one of `paths`.
+    configuration : str, optional
+        Export the trained model of this configuration.
+    format : {"zip", "onnx", "nnunet"}
+        What to write.
+    checkpoint : {"final", "best"}
+        Which of nnU-Net's checkpoints to read.
+    trust_code : bool
+        Run code that the model names, although it is not in the workspace.
+    licence : str, optional
+        SPDX identifier, text or file, for a zip.
+    note : str, optional
+        On the training data, for a zip.
+    dataset : str, optional
+        Planned dataset.
+    workspace : str or Path, optional
+        The workspace.
 
     Returns
     -------
-    ExportedModel
-        The model folder, and what was written.
+    Path
+        The zip or folder that was written.
 
     Raises
     ------
@@ -132,14 +141,15 @@ def export_model(
         folder = choose_model(select_dataset(workspace, dataset, needs_plan=False), configuration)
     if format == "onnx":
         differences = export_onnx(folder, target, checkpoint=checkpoint, trust_code=trust_code, workspace=root)
-        log.info(f"logits differ from torch's by {max(differences.values()):.1e} at most")
-        return ExportedModel(folder, target, format)
+        log.info(f"logits differ from torch's by {max(differences.values()):.1e} at most; see docs/models.md")
+        return target
     with as_model_folder(folder, checkpoint) as converted:
         if format == "nnunet":
             export_nnunet(converted, target)
         else:
             pack(converted, target, licence=None if licence is None else read_licence(licence), note=note)
-    return ExportedModel(folder, target, format)
+    log.info(f"use it with: {'nnlite import' if format == 'zip' else 'nnUNetv2_predict_from_modelfolder -m'} {target}")
+    return target
 
 
 def _source_and_target(

@@ -63,7 +63,17 @@ Splits = Annotated[
 
 @dataclass(frozen=True)
 class About:
-    """A description, as values for JSON and as text."""
+    """A description.
+
+    Parameters
+    ----------
+    values : dict
+        Its values, which `--json` prints.
+    text : str
+        The same for people.
+    exit_code : int
+        Of the command.
+    """
 
     values: dict[str, Any]
     text: str

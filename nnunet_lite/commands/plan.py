@@ -1,8 +1,4 @@
-"""`nnlite check`, `plan` and `preprocess`: from raw data to preprocessed cases.
-
-`run` also uses `dataset_paths` and `reason_to_plan`, which say where a raw dataset has its files in a workspace, and
-whether its plan is up to date.
-"""
+"""`nnlite check`, `plan` and `preprocess`: from raw data to preprocessed cases."""
 
 from __future__ import annotations
 
@@ -32,30 +28,21 @@ from nnunet_lite.commands.options import (
     sizes_of,
 )
 from nnunet_lite.data.check import broken_dataset, check_dataset
-from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, read_dataset, stored_dataset
+from nnunet_lite.data.dataset import dataset_to_json, read_dataset, stored_dataset
 from nnunet_lite.data.problems import Report, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, understood, write_json
-from nnunet_lite.models.folder import model_folders, other_folds, set_aside
+from nnunet_lite.files import read_json, write_json
+from nnunet_lite.models.folder import model_folders
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import Description, description_from_nnunet, description_to_nnunet, plan_to_nnunet
-from nnunet_lite.planning.override import override_sizes
-from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.planner import make_plan, override_sizes
 from nnunet_lite.planning.schema import Options, Plan
-from nnunet_lite.preprocessing.raw_files import first_change, has_same_files, read_stamps, scan_raw_cases, write_stamps
+from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.system import GB, in_units
-from nnunet_lite.training.grouping import name_cases
-from nnunet_lite.training.splits import (
-    ALL,
-    FoldRule,
-    make_splits,
-    needs_splits,
-    warn_of_unused_splits,
-    write_splits,
-)
+from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
@@ -182,10 +169,7 @@ def _plan_dataset(
     """Plan a raw dataset, and write what it was planned from into the workspace."""
     dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
     paths = dataset_paths(workspace, dataset)
-    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
-    other_splits = needs_splits(paths.splits, dataset, rule, trained)
-    if rule == FoldRule():
-        warn_of_unused_splits(paths.splits, dataset)
+    new_folds = check_folds(paths.splits, dataset, rule)
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
     # First, so that a change while files are checked is noticed.
@@ -198,16 +182,14 @@ def _plan_dataset(
         fix = "Correct the headers, or plan with --accept-geometry. See above."
         raise UserError("origin or direction differ between files of a case", root, fix)
     new = replanning.replan(given, earlier, fingerprint, dataset, adopted, trained=bool(model_folders(paths)))
-    made_splits = make_splits(dataset, rule) if other_splits else None
+    splits = make_splits(dataset, rule) if new_folds else None
     replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.model_dump(mode="json"))
     write_stamps(paths.raw, raw)
-    if made_splits is not None:
-        if (old := set_aside(paths.splits)) is not None:
-            log.info(f"the previous folds are kept in {old}")
-        write_splits(paths.splits, *made_splits)
+    if splits is not None:
+        write_splits(paths.splits, *splits)
     use(workspace, dataset.name)
     return new.plan
 
@@ -235,19 +217,11 @@ def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
 
 
 def _log_measured_memory(made: Plan, device: str | None) -> None:
-    """Log predicted and measured GPU memory of a training step of each configuration.
+    """Log predicted and measured GPU memory of a training step of each configuration."""
+    from nnunet_lite.training.learner import measure_memory  # it imports torch, which planning does not need
 
-    Raises
-    ------
-    UserError
-        There is no GPU.
-    """
-    from nnunet_lite.networks.precision import pick_device  # they import torch, which planning does not need
-    from nnunet_lite.training.learner import measure_memory
-
-    target = pick_device(device)
     for name, planned in made.configurations.items():
-        measured = measure_memory(made, name, target)
+        measured = measure_memory(made, name, device)
         found = "more than the GPU has" if measured is None else in_units(measured * GB)
         log.info(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
 
@@ -290,80 +264,3 @@ def preprocess(
             log.progress,
             spread=None if cluster is None else cluster.spread,
         )
-
-
-# ------------------------------------------------------------------------------- where a raw dataset is in a workspace
-
-
-def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
-    """Return where a raw dataset has its files in a workspace; log if it was planned in another folder.
-
-    Raises
-    ------
-    UserError
-        The dataset has no name, its raw data are in that place, or another dataset of that name is in the workspace.
-    """
-    paths, root = Paths(workspace / dataset.name), dataset.root
-    if not dataset.name:
-        raise UserError("has no name, which a dataset takes from its folder", root)
-    if paths.root.resolve() == root.resolve():
-        raise UserError(f"is itself in the workspace {workspace}", root, "Give another folder with --workspace.")
-    if not paths.dataset.is_file():
-        return paths
-    with understood(paths.dataset, "Move it away."):
-        stored = dataset_from_json(read_json(paths.dataset))
-    if stored.root.resolve() == root.resolve():
-        return paths
-    moved = not stored.root.exists()
-    if not has_same_files(dataset, stored, paths, moved):
-        gone = ", which is gone" if moved else ""
-        raise UserError(
-            f"the workspace {workspace} has another dataset called {dataset.name}, with other files, "
-            f"from {stored.root}{gone}",
-            root,
-            "Give another folder with --workspace, or rename one of the two.",
-        )
-    what = f"moved here from {stored.root}" if moved else f"has the same files as {stored.root}"
-    log.info(f"{root}: {what}, and counts as the dataset {dataset.name} of the workspace {workspace}")
-    return paths
-
-
-def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
-    """Say why there is no plan of exactly these cases and files; None if there is one.
-
-    A dataset that was moved is not planned again: the new places of its files are recorded.
-    """
-    files = (paths.plans, paths.dataset, paths.fingerprint)
-    if not all(file.is_file() for file in files):
-        return "is not planned yet"
-    with understood(paths.dataset, "Run `nnlite plan` again."):
-        now, before = dataset_to_json(dataset), read_json(paths.dataset)
-        ids, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
-        differs = _with_relative_paths(now) != _with_relative_paths(before)
-    if ids != planned:
-        changes = {"lacks": sorted(planned - ids), "also has": sorted(ids - planned)}
-        what = [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]
-        return f"has changed since it was planned: it {' and '.join(what)}"
-    if differs:
-        return "has other files, channels or labels than were planned"
-    if not paths.raw.is_file():
-        return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
-    if (changed := first_change(dataset.cases, paths.raw)) is not None:
-        return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
-    if now != before:
-        write_json(paths.dataset, now)
-    return None
-
-
-def _with_relative_paths(described: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of dataset.json with the files relative to the dataset's folder."""
-    root = Path(described["root"])
-
-    def relative(file: str | None) -> str | None:
-        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
-
-    cases = [
-        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
-        for case in described["dataset"]
-    ]
-    return {**described, "root": "", "dataset": cases}

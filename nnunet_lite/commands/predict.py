@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,10 +85,6 @@ class Predictions:
     def exit_code(self) -> int:
         """1 if some cases failed, 2 if all failed."""
         return (1 if self.files else 2) if self.failed else 0
-
-    def to_json(self) -> dict[str, Any]:
-        files, models = [str(path) for path in self.files], [str(path) for path in self.models]
-        return {**asdict(self), "output": str(self.output), "files": files, "models": models, "folds": list(self.folds)}
 
     def to_text(self) -> str:
         return f"{plural(len(self.files), 'label map')} in {self.output}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnunet_lite import log
+from nnunet_lite.commands.fold import train_and_validate
 from nnunet_lite.commands.options import (
     AcceptGeometry,
     Device,
@@ -32,24 +33,18 @@ from nnunet_lite.commands.options import (
     names_of,
     overrides_of,
 )
-from nnunet_lite.commands.plan import dataset_paths, plan, reason_to_plan
-from nnunet_lite.commands.report import report
-from nnunet_lite.commands.select import select
-from nnunet_lite.commands.steps import (
-    JOURNAL,
-    plan_runs,
-    preprocessing_step,
-    training_step,
-)
-from nnunet_lite.commands.train import fold_names, train_and_validate
-from nnunet_lite.commands.training_run import TrainingRun
-from nnunet_lite.commands.workflow import Journal, Step, StepResult, find_remaining, overview, run_steps
+from nnunet_lite.commands.plan import plan
+from nnunet_lite.commands.select import report, select
+from nnunet_lite.commands.steps import JOURNAL, Journal, Step, StepResult, overview, run_steps
+from nnunet_lite.commands.train import fold_names
+from nnunet_lite.commands.training_run import TrainingRun, plan_runs, preprocessing_step, training_step
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
+from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.reporting.html import PAGE
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.splits import FoldRule, needs_splits
+from nnunet_lite.training.splits import FoldRule, check_folds
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
 
 if TYPE_CHECKING:
@@ -140,6 +135,37 @@ def run(
 
     A plan is kept while the data stay the same. First stages of cascades are trained where a configuration needs them.
 
+    Parameters
+    ----------
+    data : str or Path
+        Folder of the raw data, or its name.
+    recipe : str
+        Name of a recipe, or a TOML file.
+    configurations : str or sequence of str, optional
+        Which to train; default: all of the plan.
+    fold : int, str or sequence of them, optional
+        Which folds to train, or "all" to train on every case; default: each.
+    epochs : int, optional
+        Length of a fold; default: the recipe's.
+    time_limit : str or float, optional
+        Of a fold, in minutes or such as "8h"; default: the recipe's.
+    seed : int, optional
+        Makes two runs identical on the CPU.
+    folds, group_by, stratify, stratify_by, splits
+        As for `plan`.
+    accept_geometry : bool
+        Take files of a case by their voxels if origin or direction differ.
+    device : str, optional
+        Such as "cpu" or "cuda:1"; default: a GPU if there is one.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers preprocess and train.
+    settings : mapping, optional
+        Key to value, on top of the recipe and the other options.
+    workers : int, optional
+        Threads; default: as fits the machine.
+    workspace : str or Path, optional
+        The workspace.
+
     Returns
     -------
     RunResult
@@ -162,17 +188,17 @@ def run(
     accepted = accept_geometry or (paths.dataset.is_file() and stored_dataset(paths.dataset).accept_geometry)
     dataset = replace(dataset, accept_geometry=accepted)
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
-    needs_splits(paths.splits, dataset, rule)  # so is one in these
+    check_folds(paths.splits, dataset, rule)  # a mistake in these too
     journal = Journal(paths.root / JOURNAL)
     planning = partial(
         plan, root, workspace=place, workers=workers, accept_geometry=accepted, folds=folds, group_by=group_by,
         stratify=stratify, stratify_by=stratify_by, splits=splits,
     )  # fmt: skip
-    why = reason_to_plan(dataset, paths)
-    first = Step("check and plan", "plan", lambda: why is None, planning)
-    if why is not None:
-        log.info(f"{dataset.name} (workspace {place}) {why}; the steps that follow depend on the plan")
-    ended = run_steps([first], journal)
+    reason = reason_to_plan(dataset, paths)
+    first = Step("check and plan", "plan", lambda: reason is None, planning)
+    if reason is not None:
+        log.info(f"{dataset.name} (workspace {place}) {reason}; the steps that follow depend on the plan")
+    results = run_steps([first], journal)
     use(place, paths.name)
 
     names = names_of(fold)
@@ -182,13 +208,20 @@ def run(
     runs = plan_runs(paths, resolved, names_of(configurations), names, device)
     with cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
-        log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], find_remaining(steps, journal)))
-        ended += run_steps(steps, journal, cluster)
-    models, page = tuple({one.folder: None for one in runs}), paths.root / PAGE
+        left = journal.seconds_left(steps)
+        log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], left))
+        results += run_steps(steps, journal, cluster)
+    models = tuple({run.folder: None for run in runs})
+    page = paths.root / PAGE
     return RunResult(
-        paths.name, tuple(ended), round(time.monotonic() - begin, 2), models, read_selection(paths),
-        page if page.is_file() else None, next_commands(paths, workspace, models),
-    )  # fmt: skip
+        dataset=paths.name,
+        steps=tuple(results),
+        seconds=round(time.monotonic() - begin, 2),
+        models=models,
+        selection=read_selection(paths),
+        report=page if page.is_file() else None,
+        commands=next_commands(paths, workspace, models),
+    )
 
 
 def _steps(

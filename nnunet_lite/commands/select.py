@@ -1,16 +1,18 @@
-"""`nnlite select`: choose the model or ensemble that `nnlite predict` uses."""
+"""`nnlite select` and `nnlite report`: compare the trained models, and describe all results on one page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nnunet_lite.commands.options import DatasetName, Device, Workers, Workspace, names_of
+from nnunet_lite.commands.options import DatasetName, Device, FilePath, Workers, Workspace, names_of
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.comparison import select_models
 from nnunet_lite.evaluation.selection import Selection
+from nnunet_lite.reporting.html import PAGE, write_report
 from nnunet_lite.workspace import select_dataset
 
 
@@ -57,3 +59,33 @@ def select(
         paths, stored_dataset(paths.dataset), names_of(configuration), ensembles=ensembles, postprocess=postprocess,
         device=device, workers=workers,
     )  # fmt: skip
+
+
+def report(
+    output: Annotated[
+        FilePath | None, typer.Option("-o", "--output", help="File to write [report.html in the dataset's folder].")
+    ] = None,
+    *,
+    dataset: DatasetName = None,
+    workspace: Workspace = None,
+) -> Path:
+    """Write an HTML page about the dataset, its plan, models and scores, with pictures of the worst cases.
+
+    Parameters
+    ----------
+    output : str or Path
+        The file, or a folder for `report.html`.
+
+    Returns
+    -------
+    Path
+        The page, which needs no other file.
+
+    Raises
+    ------
+    UserError
+        No dataset is planned, or one of its files is broken.
+    """
+    paths = select_dataset(workspace, dataset)
+    target = paths.root / PAGE if output is None else Path(output).expanduser().absolute()
+    return write_report(paths, target / PAGE if target.is_dir() else target)

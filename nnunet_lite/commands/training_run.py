@@ -1,22 +1,35 @@
-"""What one call of `train` trains: `prepare_run` finds it out and refuses mistakes before anything is changed."""
+"""What is trained: `prepare_run` makes it of one call of `train`, `plan_runs` of one call of `run`.
+
+Both refuse mistakes before anything is changed. `preprocessing_step` and `training_step` make steps of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from nnunet_lite import log
+from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
-from nnunet_lite.models.folder import SUMMARY, VALIDATION, check_resume, is_begun, is_complete, model_folder
+from nnunet_lite.models.folder import SUMMARY, VALIDATION, check_resume, is_begun, is_complete, model_folder, run_length
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.finetune import adopt_plan, find_source
 from nnunet_lite.training.job import configure_plan
+from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
 from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, Split, read_split, refuse_other_cases
 from nnunet_lite.workspace import Paths
+
+if TYPE_CHECKING:
+    from nnunet_lite.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,6 @@ class TrainingRun:
         Its cases, and the options for folds.
     folder : Path
         The model folder.
-    name : str or None
-        Of the model folder, if the user gave one.
     first : FirstStage or None
         Of a cascade.
     device : str or None
@@ -49,7 +60,6 @@ class TrainingRun:
     split: Split
     rule: FoldRule
     folder: Path
-    name: str | None
     first: FirstStage | None
     device: str | None
 
@@ -125,7 +135,7 @@ def prepare_run(
     plan = configure_plan(source_plan, configuration, settings)
     split = read_split(paths.splits, dataset, fold, rule)
     first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
-    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, name, first, device)
+    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
@@ -156,3 +166,119 @@ def _starting_plan(
             raise
         return Plan.read(folder / "plans.json")
     return adopt_plan(plan, configuration, source, settings) if settings.plan.adopt else plan
+
+
+# ------------------------------------------------------------------------------------------------------ several of them
+
+
+def plan_runs(
+    paths: Paths,
+    settings: Settings,
+    configurations: Sequence[str] | None,
+    folds: Sequence[str],
+    device: str | None,
+) -> list[TrainingRun]:
+    """Return what has to be trained, first stages of cascades before the second, each checked for mistakes.
+
+    Parameters
+    ----------
+    paths : Paths
+        Of the planned dataset.
+    settings : Settings
+        Of all runs.
+    configurations : sequence of str or None
+        Their names; None for all of the plan whose images are large enough.
+    folds : sequence of str
+        Names of folds.
+    device : str or None
+        Where to train.
+
+    Raises
+    ------
+    UserError
+        A setting is wrong, or a model has an earlier run with other settings.
+    """
+    runs: dict[tuple[str, str], TrainingRun] = {}
+
+    def add(configuration: str, fold: str) -> None:
+        if (configuration, fold) in runs:
+            return
+        run = prepare_run(paths, configuration, fold, settings, device=device)
+        if run.first is not None:
+            for first_fold in run.first.folds:
+                add(run.first.configuration, first_fold)
+        runs[configuration, fold] = run
+
+    for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
+        for fold in folds:
+            add(configuration, fold)
+    for run in runs.values():  # before anything is done
+        try:
+            run.check_resume()
+        except UserError as error:
+            fix = "Repeat the old settings, or use a recipe file of your own, whose name the new models get."
+            raise UserError(error.what, error.file, fix) from None
+    return list(runs.values())
+
+
+def _worth_training(plan: Plan) -> list[str]:
+    """Return the configurations of a plan whose images are large enough for a U-Net.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    names = [name for name, configuration in plan.configurations.items() if len(configuration.network.features) > 1]
+    if left_out := [name for name in plan.configurations if name not in names]:
+        log.warn(f"left out, because the images are too small for a U-Net: {', '.join(left_out)}")
+    if not names:
+        raise UserError("the images are too small for a U-Net: there is nothing to train")
+    return names
+
+
+def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step:
+    """Return the step that trains and validates a fold by calling `train` with it."""
+    of = f"{run.configuration} fold {run.split.name}"
+    needs = ["preprocess"]
+    if run.first is not None:
+        needs += [f"train {run.first.configuration} fold {fold}" for fold in run.first.folds]
+    where = (run.fold_folder, run.settings)
+    return Step(
+        f"train {of}", f"train {run.configuration} {run_length(run.settings)}", run.is_done,
+        partial(train, run), tuple(needs), anywhere=True,
+        progress=partial(fold_progress, *where), seconds=partial(estimate_fold_seconds, *where),
+    )  # fmt: skip
+
+
+def preprocessing_step(
+    runs: Sequence[TrainingRun], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
+) -> Step:
+    """Return the step that preprocesses every case for all that is trained; trained folds need no arrays."""
+    plans = _merged_plans(runs)
+
+    def is_done() -> bool:
+        complete = all(is_preprocessed(dataset, plan, list(plan.configurations), paths.preprocessed) for plan in plans)
+        return complete or all(run.is_done() for run in runs)
+
+    def preprocess() -> None:
+        for plan in plans:
+            names = list(plan.configurations)
+            spread = None if cluster is None else cluster.spread
+            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, log.progress, spread=spread)
+
+    return Step("preprocess", f"preprocess {len(dataset.cases)} cases", is_done, preprocess)
+
+
+def _merged_plans(runs: Sequence[TrainingRun]) -> list[Plan]:
+    """Return the plans of runs; one for all configurations that agree in the rest, so that cases are read once."""
+    plans: list[Plan] = []
+    for run in runs:
+        for i, plan in enumerate(plans):
+            both = {**run.plan.configurations, **plan.configurations}
+            if plan.model_copy(update={"configurations": both}) == run.plan.model_copy(update={"configurations": both}):
+                plans[i] = plan.model_copy(update={"configurations": both})
+                break
+        else:
+            plans.append(run.plan)
+    return plans

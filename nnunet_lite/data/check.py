@@ -1,7 +1,7 @@
 """All problems of a dataset in one report, from one pass over its files.
 
 `check_dataset` reads each case once, in threads. A further use of the arrays (the fingerprint) is passed as `visit`, so
-that no file is read twice. Problems that only all cases together show come from consistency.py and label_values.py.
+that no file is read twice. Problems that only all cases together show come from consistency.py.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import numpy as np
 
 from nnunet_lite import system
 from nnunet_lite.data.cases import Case, split_name, unsupported_files
-from nnunet_lite.data.consistency import CaseFindings, IntensityRange, check_consistency, check_files
+from nnunet_lite.data.consistency import CaseFindings, check_consistency, check_files, check_labels
 from nnunet_lite.data.dataset import MASK_NOTE, Dataset, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label_image
-from nnunet_lite.data.label_values import UNKNOWN_VALUE_FIX, check_labels
 from nnunet_lite.data.names import TIFF, stem, suffix_of
 from nnunet_lite.data.nifti import form_conflict
 from nnunet_lite.data.problems import Problem, Report, few, plural
@@ -34,6 +33,10 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
+_UNKNOWN_VALUE_FIX = (
+    'Add it to the labels of dataset.json ("ignore" for voxels that are not annotated), or correct the file: resize '
+    "label maps without interpolation."
+)
 _ACCEPT = " --accept-geometry takes the voxels as they are."
 _READER_KINDS = {"not whole numbers": "label_fraction", "colour picture": "label_channels", "dimension": "dimensions"}
 
@@ -205,23 +208,20 @@ def _check_images(images: list[Image], case: Case, dataset: Dataset, found: Case
     found.digest = hashlib.sha256(array.data).digest()
     files = [path for path, image in zip(case.images, images, strict=True) for _ in image.array]
     for channel, path, name in zip(array, files, dataset.channels, strict=True):
-        found.problems += _check_values(channel, path, name, found)
+        found.problems += _check_values(channel, path, name)
     return Image(array, images[0].geometry)
 
 
-def _check_values(channel: np.ndarray, path: Path, name: str, found: CaseFindings[Any]) -> Iterator[Problem]:
+def _check_values(channel: np.ndarray, path: Path, name: str) -> Iterator[Problem]:
     """Report NaN and infinity, which show in the extremes, and constant images."""
     low, high = float(channel.min()), float(channel.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         wrong = plural(int(channel.size - np.isfinite(channel).sum()), "voxel")
         fix = "Replace them, for example by 0 or by the lowest value of the image."
         yield Problem("nan", str(path), f"{wrong} of channel {name} NaN or infinite", "finite numbers", fix)
-        return
-    if low == high:
+    elif low == high:
         fix = "Leave the case out if the image is lost."
         yield Problem("constant", str(path), f"every voxel of channel {name} is {low:g}", "an image", fix)
-    sample = channel.ravel()[:: max(1, channel.size // 10_000)]
-    found.ranges.append(IntensityRange(low, high, bool((sample == np.rint(sample)).all())))
 
 
 def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: CaseFindings[Any]) -> Image | None:
@@ -250,7 +250,7 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         voxels = plural(int(np.isin(array, unknown).sum()), "voxel")
         text = f"label value {few([str(value) for value in unknown], 5)} ({voxels})"
         legal = f"one of {', '.join(map(str, sorted(known)))}"
-        found.problems.append(Problem("label_value", path, text, legal, UNKNOWN_VALUE_FIX))
+        found.problems.append(Problem("label_value", path, text, legal, _UNKNOWN_VALUE_FIX))
     return replace(label, array=array)
 
 

@@ -1,4 +1,4 @@
-"""Problems that only the list of files or all cases together show: unused files, copies, mixed images, wrong units."""
+"""Problems that only the list of files or all cases together show: unused files, copies, mixed images, odd labels."""
 
 from __future__ import annotations
 
@@ -8,34 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from nnunet_lite.data.cases import Case, image_files
+import numpy as np
+
+from nnunet_lite.data.cases import LABEL_FOLDERS, Case, image_files, label_base
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
+from nnunet_lite.data.images import read_label
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.pairing import LABEL_FOLDERS, label_base
-from nnunet_lite.data.problems import Problem, plural
+from nnunet_lite.data.problems import Problem, few, plural
 from nnunet_lite.files import read_json
 from nnunet_lite.workspace import IMAGE_FOLDERS
 
 T = TypeVar("T")
 FOLDS = 5
-
-
-@dataclass(frozen=True)
-class IntensityRange:
-    """The values of one channel of one case.
-
-    Parameters
-    ----------
-    low, high : float
-        The extremes.
-    whole : bool
-        Whether a sample of the values are integers.
-    """
-
-    low: float
-    high: float
-    whole: bool
+_VOID = (255, 65535, -1)  # values that mean "not annotated" in many datasets
+_MOST_CLASSES = 256  # in the plain layout
+_MAPS_SAMPLED = 10
+_PIECES_SAMPLED = 200  # values of one label map
+_MOST_NESTED = 5  # values of an organ with its lesions, which look like numbered ones
 
 
 @dataclass
@@ -48,8 +38,6 @@ class CaseFindings(Generic[T]):
         Of this case alone.
     geometry : Geometry or None
         Of its image; None if it cannot be read.
-    ranges : list of IntensityRange
-        One per channel.
     values : set of int or None
         Values in its label map besides the background; None if it cannot be read.
     digest : bytes
@@ -60,7 +48,6 @@ class CaseFindings(Generic[T]):
 
     problems: list[Problem] = field(default_factory=list)
     geometry: Geometry | None = None
-    ranges: list[IntensityRange] = field(default_factory=list)
     values: set[int] | None = None
     digest: bytes = b""
     visited: T | None = None
@@ -162,53 +149,39 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
     Yields
     ------
     Problem
-        Mixed dimensions, orientations and spacings, equal images, too few cases, and channels that may be CT.
+        Mixed dimensions, orientations and spacings, equal images, and too few cases.
     """
     known = [(case, found.geometry) for case, found in zip(dataset.cases, findings, strict=True) if found.geometry]
-    yield from _dimensions(known)
-    yield from _orientations(known, dataset.orientation)
-    yield from _spacings(known)
+    yield from _unlike_most(known, dataset.orientation)
     yield from _copies(dataset, findings)
     if len(dataset.cases) < FOLDS:
         text, expected = plural(len(dataset.cases), "case"), f"at least {FOLDS} for {FOLDS}-fold cross-validation"
         fix = "Train on all of them (fold `all`), or add cases."
         yield Problem("few_cases", str(dataset.root), text, expected, fix)
-    for number, name in enumerate(dataset.channels):
-        ranges = [found.ranges[number] for found in findings if len(found.ranges) == len(dataset.channels)]
-        if ranges:
-            yield from _hounsfield_units(dataset, name, ranges)
 
 
-def _dimensions(known: Sequence[tuple[Case, Geometry]]) -> Iterator[Problem]:
-    counts = Counter(geometry.dimensions for _, geometry in known)
-    for case, geometry in known:
-        usual = counts.most_common(1)[0][0]
-        if geometry.dimensions != usual:
-            text, fix = f"{geometry.dimensions} dimensions", "All images of a dataset must have the same."
-            yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)
+def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -> Iterator[Problem]:
+    """Report images whose dimensions or axes differ from those of most, and those without a spacing if others have one.
 
-
-def _orientations(known: Sequence[tuple[Case, Geometry]], required: str | None) -> Iterator[Problem]:
-    """Report images whose axes point elsewhere than those of most, or than dataset.json requires."""
+    `required` is the orientation that dataset.json names.
+    """
+    dimensions = Counter(geometry.dimensions for _, geometry in known)
     usual = required or common_orientation(geometry.orientation for _, geometry in known)
-    why = "as dataset.json asks" if required else "as most"
-    for case, geometry in known:
-        if geometry.orientation == usual or geometry.dimensions == 2:
-            continue
-        text, fix = f"stored as {geometry.orientation}", "It is turned on reading."
-        if geometry.orientation is None:
-            text, fix = "states no orientation", "It is taken as it is stored."
-        yield Problem("orientation", str(case.images[0]), text, f"{usual} {why}", fix)
-
-
-def _spacings(known: Sequence[tuple[Case, Geometry]]) -> Iterator[Problem]:
-    """Report images that state no spacing if others do."""
     calibrated = sum(geometry.calibrated for _, geometry in known)
     for case, geometry in known:
+        path, most = str(case.images[0]), dimensions.most_common(1)[0][0]
+        if geometry.dimensions != most:
+            fix = "All images of a dataset must have the same."
+            yield Problem("dimensions", path, f"{geometry.dimensions} dimensions", f"{most} as most", fix)
+        stored = geometry.orientation
+        if geometry.dimensions == 3 and stored != usual:
+            text = f"stored as {stored}" if stored else "states no orientation"
+            fix = "It is turned on reading." if stored else "It is taken as it is stored."
+            yield Problem("orientation", path, text, f"{usual} as {'dataset.json asks' if required else 'most'}", fix)
         if calibrated and not geometry.calibrated:
             text = f"states no spacing, and {calibrated} of {plural(len(known), 'image')} do"
             fix = 'For a TIFF file give it in <case>.json: {"spacing": [z, y, x]} in mm.'
-            yield Problem("no_spacing", str(case.images[0]), text, "", fix)
+            yield Problem("no_spacing", path, text, "", fix)
 
 
 def _copies(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -> Iterator[Problem]:
@@ -223,15 +196,102 @@ def _copies(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -> Iterator
             yield Problem("duplicate_case", str(case.images[0]), text, "", fix)
 
 
-def _hounsfield_units(dataset: Dataset, name: str, ranges: Sequence[IntensityRange]) -> Iterator[Problem]:
-    """Report a channel that looks like CT (Hounsfield units) without having that name, and the reverse."""
-    like_ct = sum(-5000 <= r.low <= -900 and r.high >= 300 and r.whole for r in ranges)
-    unlike_ct = sum(r.low >= 0 for r in ranges)
-    text = f"channel {name} holds values {min(r.low for r in ranges):g} .. {max(r.high for r in ranges):g}"
-    if name.lower() != "ct" and 2 * like_ct > len(ranges):
-        how = "write a dataset.json that names" if dataset.layout == "plain" else "name"
-        fix = f"If it is CT, {how} the channel CT, so that it is normalised as CT."
-        yield Problem("looks_like_ct", str(dataset.table), f"{text}, which look like Hounsfield units", "", fix)
-    if name.lower() == "ct" and 2 * unlike_ct > len(ranges):
-        fix = "If it is not CT, or is rescaled, give the channel another name: CT is normalised as such."
-        yield Problem("not_ct", str(dataset.table), f"{text}, which do not look like Hounsfield units", "", fix)
+# ------------------------------------------------------------------------------------------------- values of label maps
+
+
+def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator[Problem]:
+    """Check the values of all label maps together.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The dataset.
+    found : sequence of set of int or None
+        The values of each case besides the background; None if its label map cannot be read.
+
+    Yields
+    ------
+    Problem
+        Labels without voxels, and values that are not classes.
+    """
+    known = [values for values in found if values is not None]
+    union = set().union(*known)
+    members = dict(zip(dataset.labels.region_names, dataset.labels.region_values, strict=True))
+    absent = [name for name, values in members.items() if not union & set(values)]
+    table = str(dataset.table)
+    if known and len(absent) == len(members) and not union:
+        yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")
+    elif len(known) == len(found):
+        for name in absent:
+            text = f"label {name} ({', '.join(map(str, members[name]))}) has no voxel in any case"
+            yield Problem("label_absent", table, text, "", f"Correct the labels, or remove {name} from dataset.json.")
+    instances = _instances(dataset, found)
+    if instances:
+        yield instances
+    elif dataset.layout == "plain":
+        yield from _unlikely_classes(dataset, union)
+
+
+def _unlikely_classes(dataset: Dataset, union: set[int]) -> Iterator[Problem]:
+    """Report values without a name that are rarely classes: of smoothed masks, images, voxels without annotation."""
+    low, high, between = min(union, default=0), max(union, default=0), union - {0, 255}
+    smoothed = len(between) > 64 or (len(between) > 5 and 254 not in between)  # FreeSurfer has labels 251 to 255
+    if len(union) > _MOST_CLASSES or (high == 255 and smoothed and max(between) > 200):
+        text = f"label maps hold {len(union)} values from {low} to {high}, as an image or a smoothed mask does"
+        fix = "Export them without interpolation and not as JPEG. If they are labels, name them in a dataset.json."
+        yield Problem("label_levels", str(dataset.table), text, "a value per label", fix)
+        return
+    for void in _VOID:
+        others = sorted(union - {void})
+        if void in union and others and not {void - 1, void + 1} & union:
+            text = f"label maps hold the value {void} besides {few([str(value) for value in others])}"
+            fix = f'Name the labels in a dataset.json, with "ignore": {void} if it marks voxels without annotation.'
+            yield Problem("label_void", str(dataset.table), text, "", fix)
+
+
+def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | None:
+    """Report label maps that number cells or lesions instead of naming classes.
+
+    Each map then contains (nearly) 1, 2, ... n, with n different, few maps contain the largest value, and each value is
+    one piece. Of organs, the missing one is not always the last; and an organ and a tumour inside it touch.
+    """
+    ignored = [value for value in (dataset.labels.background, dataset.labels.ignore) if value is not None]
+    cases = zip(dataset.cases, found, strict=True)
+    maps = [(case.label, values.difference(ignored)) for case, values in cases if case.label and values]
+    maps = sorted((entry for entry in maps if entry[1]), key=lambda entry: len(entry[1]), reverse=True)
+    counts = [len(values) for _, values in maps]
+    union = set().union(*(values for _, values in maps))
+    if len(set(counts)) < 2 or min(union) < 1:
+        return None
+    rare = len(maps) >= 5 and len(union) >= 20 and sum(counts) <= 0.2 * len(union) * len(maps)  # hardly any value twice
+    numbered = np.mean([len(values) / max(values) for _, values in maps]) >= 0.9
+    vary = len(set(counts)) > 2 or counts[0] >= 1.5 * counts[-1]
+    common_last = 2 * sum(max(union) in values for _, values in maps) > len(maps)
+    if not rare and (not numbered or not vary or common_last):
+        return None
+    sample = maps[:: max(1, len(maps) // _MAPS_SAMPLED)][:_MAPS_SAMPLED]
+    pieces = np.array([piece for path, _ in sample for piece in _pieces(path, ignored)], float).reshape(-1, 2)
+    connected, isolated = pieces.mean(axis=0) if len(pieces) else (0, 0)
+    if connected < 0.9 or (counts[0] <= _MOST_NESTED and (isolated < 0.8 or len(set(counts)) < 3)):
+        return None
+    text = f"label maps hold {counts[-1]} to {counts[0]} values, each of which is one piece, as instance masks do"
+    fix = "Set every value above 0 to 1 if they number cells. If they are classes, name them in dataset.json."
+    named = dataset.layout != "plain" and union <= set(dataset.labels.values)
+    kind = "instances_likely" if named else "instances"
+    return Problem(kind, str(maps[0][0].parent), text, "a value per class", fix)
+
+
+def _pieces(path: Path, ignored: Sequence[int]) -> Iterator[tuple[bool, bool]]:
+    """Return for each value of a label map whether its voxels are connected, and whether they touch no other value."""
+    from scipy.ndimage import binary_dilation, find_objects, label  # slow to import
+
+    array = read_label(path)[0]
+    values, index = np.unique(np.where(np.isin(array, ignored), 0, array), return_inverse=True)
+    dense = index.reshape(array.shape).astype(np.int32) + (values[0] != 0)
+    around = np.ones((3, 3, 3), bool)
+    for number, box in enumerate(find_objects(dense)[:_PIECES_SAMPLED], 1):
+        if box is not None:
+            wider = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)
+            inside = dense[wider] == number
+            near = dense[wider][binary_dilation(inside, around)]
+            yield label(inside, around)[1] == 1, bool(np.isin(near, (0, number)).all())

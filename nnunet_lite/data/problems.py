@@ -17,7 +17,7 @@ _ERRORS = (
 )
 _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
-    *("label_absent", "constant", "duplicate_case", "few_cases", "looks_like_ct", "not_ct", "orientation_tag"),
+    *("label_absent", "constant", "duplicate_case", "few_cases", "orientation_tag"),
 )
 KINDS: dict[str, Severity] = {
     **dict.fromkeys(_ERRORS, "error"),
@@ -195,3 +195,8 @@ def plural(n: int, what: str) -> str:
         "1 case" or "2 cases".
     """
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def name_cases(case_ids: Sequence[str]) -> str:
+    """Return "case a" or "cases a, b, c, and 4 more"."""
+    return f"{'case' if len(case_ids) == 1 else 'cases'} {few(case_ids)}"

@@ -350,13 +350,11 @@ class Draws:
                     self._position += BLOCK
                     continue
             values = self._blocks.numbers(block)[start:] & np.uint32((1 << bits) - 1)
-            valid = np.flatnonzero(values < size)
-            if valid.size > left:  # the last one is among these
-                values, valid = values[: valid[left - 1] + 1], valid[:left]
-            if bits <= _BITS:
-                counts += np.bincount(values, minlength=1 << bits)
-            else:
-                np.add.at(counts, values, 1)
-            left -= valid.size
+            drawn = int(np.count_nonzero(values < size))
+            if drawn > left:  # the last one is among these
+                values = values[: np.flatnonzero(values < size)[left - 1] + 1]
+                drawn = left
+            np.add.at(counts, values, 1)
+            left -= drawn
             self._position += values.size
         return counts[:size]

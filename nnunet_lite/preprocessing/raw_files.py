@@ -1,7 +1,8 @@
 """Stamp the raw files of a dataset, so that an unchanged file is never read twice and a changed one is noticed.
 
 A stamp is size, time of change and a hash of the content. raw.json holds the stamps of all cases: one in the dataset's
-folder as the dataset was planned, one in preprocessed/ as it was preprocessed.
+folder as the dataset was planned, one in preprocessed/ as it was preprocessed. `dataset_paths` and `reason_to_plan`
+compare a raw dataset with what is planned under its name.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.names import companions
+from nnunet_lite.data.problems import name_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.system import cpus
@@ -26,7 +29,7 @@ from nnunet_lite.workspace import Paths
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
-_COMPARED = 8  # cases whose contents are compared to tell datasets of one name apart
+_COMPARED = 8  # cases whose contents are compared where two datasets have one name
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,89 @@ def first_change(cases: Iterable[Case], file: Path) -> Path | None:
     return changed
 
 
-def has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool) -> bool:
+def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
+    """Return where a raw dataset has its files in a workspace; log if it was planned in another folder.
+
+    Parameters
+    ----------
+    workspace : Path
+        The workspace.
+    dataset : Dataset
+        The raw dataset.
+
+    Raises
+    ------
+    UserError
+        The dataset has no name, its raw data are in that place, or another dataset of that name is in the workspace.
+    """
+    paths, root = Paths(workspace / dataset.name), dataset.root
+    if not dataset.name:
+        raise UserError("has no name, which a dataset takes from its folder", root)
+    if paths.root.resolve() == root.resolve():
+        raise UserError(f"is itself in the workspace {workspace}", root, "Give another folder with --workspace.")
+    if not paths.dataset.is_file():
+        return paths
+    with understood(paths.dataset, "Move it away."):
+        stored = dataset_from_json(read_json(paths.dataset))
+    if stored.root.resolve() == root.resolve():
+        return paths
+    moved = not stored.root.exists()
+    if not _has_same_files(dataset, stored, paths, moved):
+        what = f"the workspace {workspace} has another dataset called {dataset.name}, with other files, "
+        where = f"from {stored.root}{', which is gone' if moved else ''}"
+        raise UserError(what + where, root, "Give another folder with --workspace, or rename one of the two.")
+    what = f"moved here from {stored.root}" if moved else f"has the same files as {stored.root}"
+    log.info(f"{root}: {what}, and counts as the dataset {dataset.name} of the workspace {workspace}")
+    return paths
+
+
+def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
+    """Say why there is no plan of exactly these cases and files; None if there is one.
+
+    A dataset that was moved is not planned again: the new places of its files are recorded.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The raw dataset.
+    paths : Paths
+        Its files in the workspace.
+    """
+    if not all(file.is_file() for file in (paths.plans, paths.dataset, paths.fingerprint)):
+        return "is not planned yet"
+    with understood(paths.dataset, "Run `nnlite plan` again."):
+        now, before = dataset_to_json(dataset), read_json(paths.dataset)
+        cases, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
+        differs = _with_relative_paths(now) != _with_relative_paths(before)
+    changes = {"lacks": sorted(planned - cases), "also has": sorted(cases - planned)}
+    if what := [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]:
+        return f"has changed since it was planned: it {' and '.join(what)}"
+    if differs:
+        return "has other files, channels or labels than were planned"
+    if not paths.raw.is_file():
+        return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
+    if (changed := first_change(dataset.cases, paths.raw)) is not None:
+        return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
+    if now != before:
+        write_json(paths.dataset, now)
+    return None
+
+
+def _with_relative_paths(described: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of dataset.json with the files relative to the dataset's folder."""
+    root = Path(described["root"])
+
+    def relative(file: str | None) -> str | None:
+        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
+
+    cases = [
+        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
+        for case in described["dataset"]
+    ]
+    return {**described, "root": "", "dataset": cases}
+
+
+def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool) -> bool:
     """Compare the content of some cases with that of the dataset that is planned under the same name.
 
     Parameters

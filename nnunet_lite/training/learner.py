@@ -20,7 +20,7 @@ from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
-from nnunet_lite.networks.precision import ComputeFormat, list_formats, measure_seconds, pick_fastest
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, measure_seconds, pick_device, pick_fastest
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
@@ -208,10 +208,19 @@ def _compile(job: Job, learner: Learner) -> Learner:
     return compiled if pays else learner
 
 
-def measure_memory(plan: Plan, configuration: str, device: torch.device) -> float | None:
+def measure_memory(plan: Plan, configuration: str, name: str | None) -> float | None:
     """Measure the GPU memory of two training steps of the default recipe on random data, for `nnlite plan --measure`.
 
     The first step creates the state of the optimizer, the second one needs it.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan.
+    configuration : str
+        Name of a configuration of the plan.
+    name : str or None
+        Name of the GPU, such as "cuda:1"; None for the first one.
 
     Returns
     -------
@@ -223,6 +232,7 @@ def measure_memory(plan: Plan, configuration: str, device: torch.device) -> floa
     UserError
         The device is no GPU.
     """
+    device = pick_device(name)
     if device.type != "cuda":
         raise UserError("--measure needs a GPU", fix="Leave it out, or run it where there is one.")
     job = Job(plan, configuration, Settings(), 0, Path(), device, [], [])

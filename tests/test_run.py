@@ -18,7 +18,7 @@ from samples import TINIEST, as_options, first_cases
 
 import nnunet_lite
 from nnunet_lite.commands.run import RunResult
-from nnunet_lite.commands.workflow import Journal, Step, StepResult, find_remaining, overview, run_steps, time_left
+from nnunet_lite.commands.steps import Journal, Step, StepResult, overview, run_steps, time_left
 from nnunet_lite.errors import UserError
 
 TINY = {**TINIEST, "training.epochs": 3, "training.iterations": 2, "training.patch_voxels": 16384}
@@ -65,15 +65,15 @@ def test_the_time_left_is_unknown_until_a_step_was_timed(tmp_path: Path) -> None
         a_step(tmp_path, "select"),
     ]
     journal = Journal(tmp_path / "steps.jsonl")
-    left = find_remaining(steps, journal)
-    assert [each.seconds for each in left.values()] == [None, None, 1000.0, None]
+    left = journal.seconds_left(steps)
+    assert list(left.values()) == [None, None, 1000.0, None]
     assert time_left(left) == "about 16:40 min without fold 0, fold 1, select"
     assert time_left({"select": left["select"]}) == "time unknown yet (select)"
 
-    steps[0].run()
+    steps[0].do()
     journal.add(steps[0], 60.0, share=0.5)  # the half of a fold took a minute
-    left = find_remaining(steps, journal)
-    assert {name: each.seconds for name, each in left.items()} == {"fold 1": 30.0, "fold 2": 120.0, "select": None}
+    left = journal.seconds_left(steps)
+    assert left == {"fold 1": 30.0, "fold 2": 120.0, "select": None}
     assert overview("data", steps, left).splitlines() == [
         "data: 1 of 4 steps done; left: about 2:30 min without select",
         "  done  fold 0",
@@ -133,10 +133,7 @@ def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, RunResu
     assert {name for candidate in selected["candidates"] for name in candidate["models"]} == {
         "2d-default", "3d_fullres-default",
     }  # fmt: skip
-    result = done.to_json()
-    assert json.loads(json.dumps(result)) == result
-    rounding = 0.01 * len(result["steps"])
-    assert sum(step["seconds"] for step in result["steps"]) <= result["seconds"] + rounding
+    assert sum(step.seconds for step in done.steps) <= done.seconds + 0.01 * len(done.steps)
 
 
 def test_the_commands_it_ends_with_are_commands(

@@ -1,4 +1,7 @@
-"""`nnlite doctor`: describe this machine, and the problems that it has."""
+"""`nnlite doctor` and `nnlite cluster`: describe this machine, and start workers on others.
+
+The doctor describes installations that are broken too: imports of packages that may be missing are in functions.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ import os
 import platform
 import re
 import shutil
+import threading
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
-import nnunet_lite
-from nnunet_lite.commands.options import About, Workspace
+import typer
+
+from nnunet_lite import __version__, log
+from nnunet_lite.commands.options import About, FilePath, Workspace
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import workspace_folder
 
@@ -37,7 +44,7 @@ def doctor(*, workspace: Workspace = None) -> About:
     if not os.access(existing, os.W_OK):
         problems.append(f"the workspace cannot be written ({existing})")
     values = {
-        "nnunet_lite": nnunet_lite.__version__,
+        "nnunet_lite": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": versions,
@@ -52,7 +59,7 @@ def doctor(*, workspace: Workspace = None) -> About:
     }
     names = [f"{g['name']} ({g['memory_gb']} GB)" for g in gpus] or ["none: use --recipe cpu, or expect days"]
     lines = [
-        f"nnunet_lite {nnunet_lite.__version__}, Python {values['python']}, {values['system']}",
+        f"nnunet_lite {__version__}, Python {values['python']}, {values['system']}",
         ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()),
         f"CPU     {values['cpus']} cores to use, {instructions or 'instruction set unknown'}",
         f"memory  {free} of {total} GB free" if total else "memory  unknown",
@@ -99,3 +106,77 @@ def _torch_devices(problems: list[str]) -> tuple[str | None, list[dict[str, Any]
     if not gpus and shutil.which("nvidia-smi"):
         problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     return torch.backends.cpu.get_cpu_capability(), gpus
+
+
+# ------------------------------------------------------------------------------------------------------------ a cluster
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """A Dask scheduler and its workers, until `close` or the end of the process."""
+
+    cluster: Any
+    kind: str
+    workers: int
+
+    @property
+    def scheduler(self) -> str:
+        """The address of the scheduler."""
+        return str(self.cluster.scheduler_address)
+
+    def to_text(self) -> str:
+        return self.scheduler
+
+    def to_json(self) -> dict[str, Any]:
+        return {"scheduler": self.scheduler, "kind": self.kind, "workers": self.workers}
+
+    def wait(self) -> None:
+        """Block; the scheduler runs in threads of this process."""
+        log.info(f"{self.workers} workers of kind {self.kind} start; Ctrl-C ends them. In another terminal: "
+                 f"nnlite run DATA --scheduler {self.scheduler}")  # fmt: skip
+        threading.Event().wait()
+
+    def close(self) -> None:
+        """End the workers and the scheduler."""
+        self.cluster.close()
+
+
+def cluster(
+    config: Annotated[
+        FilePath, typer.Argument(help="local, slurm, lsf, pbs, or a TOML file like configs/cluster/*.toml.")
+    ],
+    *,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many, instead of the file's number.")] = None,
+    script: Annotated[bool, typer.Option("--script", help="Only print the script of a worker's job.")] = False,
+) -> RunningCluster | About:
+    """Start a Dask scheduler and workers; run, train, preprocess and predict take its address with --scheduler.
+
+    Parameters
+    ----------
+    config : str or Path
+        A kind of cluster, or a TOML file.
+    workers : int, optional
+        How many, instead of the file's number.
+    script : bool
+        Start nothing, and return the script of a worker's job.
+
+    Returns
+    -------
+    RunningCluster or About
+        The cluster; with `script` the text of a job.
+
+    Raises
+    ------
+    UserError
+        There is no such cluster, Dask is not installed, or its scheduler cannot be started.
+    """
+    from nnunet_lite.cluster import read_cluster_config, start_cluster  # an optional extra
+
+    settings = read_cluster_config(str(config))
+    settings = settings.model_copy(update={"workers": 0 if script else workers or settings.workers})
+    running = start_cluster(settings)
+    if not script:
+        return RunningCluster(running, settings.kind, settings.workers)
+    with running:
+        text = "workers are processes of this one" if settings.kind == "local" else running.job_script()
+        return About({"script": text}, text)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_lite.commands.doctor import doctor
+from nnunet_lite.commands.machines import doctor
 
 ROOT = Path(__file__).parent.parent
 
