@@ -68,6 +68,15 @@ def test_one_fold_of_several_does_not_restart_with_other_settings(workspace: Pat
     assert (models / "3d_fullres-default" / "old_fold_0_1" / "model.safetensors").is_file()
 
 
+def test_a_fold_that_is_alone_restarts_with_its_model_folder(workspace: Path, models: Path) -> None:
+    other = {"training.seed": None, "optimizer.lr": 0.5}
+    shutil.rmtree(models / "3d_fullres-default" / "fold_1")
+    before = (models / "3d_fullres-default" / "fold_0" / "model.safetensors").read_bytes()
+    train(workspace, 0, restart=True, settings=other)
+    assert (models / "old_3d_fullres-default_1" / "fold_0" / "model.safetensors").read_bytes() == before
+    assert (models / "3d_fullres-default" / "fold_0" / "model.safetensors").read_bytes() != before
+
+
 def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
     with pytest.raises(UserError, match="would keep random weights"):
         train(workspace, name="new", settings={"training.freeze": "encoder"})
