@@ -261,7 +261,7 @@ def train(
         run = prepare_run(
             paths, configuration, fold_name, resolved, rule=rule, name=name, device=device, restart=restart
         )
-        aside = "model" if restart and all_folds else restart
+        aside: bool | Literal["model"] = "model" if restart and all_folds else restart
         result = train_and_validate(run, restart=aside, resume=resume, force=force, preview=preview)
         restart = resume = False  # the first fold sets all of them aside; later ones may not have an earlier run
         if result is not None:
