@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,11 @@ import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.schema import Plan
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
 NNUNET_MODELS = Path(__file__).parent / "data" / "nnunet_models"  # written by nnU-Net 2.8.1
 
@@ -104,6 +111,23 @@ def move_nifti(path: Path, shift: float = 0.0, scale: float = 1.0, angle: float 
     rewrite_nifti(path, affine=affine)
 
 
+def start_nnlite(*arguments: object, cwd: Path | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Start the command in a process of its own, with one thread as in every other run: sums depend on the number."""
+    command = [sys.executable, "-m", "nnunet_lite", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, **options)
+
+
+def wait_until(happens: Callable[[], Any], *processes: subprocess.Popen[str]) -> None:
+    """Wait for something that running processes bring about."""
+    until = time.monotonic() + 200
+    while not happens():
+        for process in processes:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def fold_of(tmp_path: Path, name: str) -> Path:
     """The fold folder of a model that the fixture `train_three` trains under this name."""
     return tmp_path / "workspace" / "Task04_Hippocampus" / "models" / name / "fold_0"
@@ -149,9 +173,48 @@ def sample_plan(
     )
 
 
+def nnunet_plan() -> Plan:
+    """nnU-Net's own plan of the hippocampus data."""
+    about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}}
+    plans = json.loads((HIPPOCAMPUS.parent / "nnunet_plans.json").read_text())
+    return plan_from_nnunet(plans, about | {"numTraining": 200})
+
+
 def displaced(array: np.ndarray) -> np.ndarray:
     """A prediction (z, y, x) with plausible faults: two voxels off in x, one in y, label 2 wrong in its last slice."""
     moved = np.roll(array, (0, 1, 2), (0, 1, 2))
     last = np.flatnonzero((moved == 2).any((1, 2)))[-1:]
     moved[last] = np.where(moved[last] == 2, 1, moved[last])
     return moved
+
+
+def described(*channels: str, labels: dict[str, int] | None = None, **more: Any) -> dict[str, Any]:
+    """The content of a dataset.json of nnU-Net v2."""
+    names = {str(i): name for i, name in enumerate(channels)}
+    return {"channel_names": names, "labels": labels or {"background": 0, "a": 1}, "file_ending": ".nii.gz"} | more
+
+
+def save_cases(
+    root: Path,
+    images: Iterable[str],
+    labels: Iterable[str],
+    values: Iterable[int] = (1,),
+    table: dict[str, Any] | None = None,
+    numbers: Iterable[int] = range(5),
+) -> None:
+    """Write images of noise and label maps of blocks; `{}` in a name is the number of the case."""
+    for i in numbers:
+        save_arrays(root, {name.format(i): scan(i) for name in images})
+        save_arrays(root, {name.format(i): blocks(values) for name in labels})
+    if table is not None:
+        (root / "dataset.json").write_text(json.dumps(table))
+
+
+def save_maps(
+    root: Path, maps: Iterable[np.ndarray], table: dict[str, Any] | None = None, ending: str = ".nii.gz"
+) -> None:
+    """Write a case with an image of noise for each label map."""
+    for i, label in enumerate(maps):
+        save_arrays(root, {f"images/c{i}{ending}": scan(i), f"labels/c{i}{ending}": label})
+    if table is not None:
+        (root / "dataset.json").write_text(json.dumps(table))

@@ -84,37 +84,26 @@ def zipped(path: Path) -> None:
         archive.writestr("scan.nii", b"0" * 1000)
 
 
-def twice_compressed(path: Path) -> None:
-    path.write_bytes(gzip.compress(path.read_bytes()))
+def flipped(at: int) -> BadData:
+    """One byte of a compressed file is another."""
+
+    def make(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[at] ^= 0xFF
+        path.write_bytes(data)
+
+    return changed(make, IMAGE, "damaged")
 
 
-def flipped(path: Path) -> None:
-    """One byte of the compressed voxels is another."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
+def nifti2(offset: int, kind: str, *values: float, says: str) -> BadData:
+    """A small file of NIfTI-2 with another value in its header."""
 
+    def make(path: Path) -> None:
+        raw = bytearray(nibabel.Nifti2Image(np.zeros((2, 2, 2), np.uint8), None).to_bytes())
+        struct.pack_into(kind, raw, offset, *values)
+        path.write_bytes(gzip.compress(bytes(raw)))
 
-def wrong_checksum(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-6] ^= 0xFF
-    path.write_bytes(data)
-
-
-def nifti2(path: Path) -> None:
-    """A header of NIfTI-2, whose dimensions are 64-bit, without its voxels."""
-    nibabel.save(nibabel.Nifti2Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), path)
-    raw = bytearray(gzip.decompress(path.read_bytes()))
-    struct.pack_into("<3q", raw, 24, 10_000, 10_000, 10_000)
-    path.write_bytes(gzip.compress(bytes(raw)))
-
-
-def flat_nifti2(path: Path) -> None:
-    """A file of NIfTI-2 whose voxels have no depth."""
-    nibabel.save(nibabel.Nifti2Image(np.zeros((35, 51, 35), np.uint8), None), path)
-    raw = bytearray(gzip.decompress(path.read_bytes()))
-    struct.pack_into("<d", raw, 104 + 24, 0.0)
-    path.write_bytes(gzip.compress(bytes(raw)))
+    return changed(make, IMAGE, says)
 
 
 def scaled_labels(path: Path, dtype: type) -> None:
@@ -180,7 +169,7 @@ FILES = {
     "a sheared sform and no voxel size": with_bytes(
         lambda raw: (struct.pack_into("<f", raw, 80, 0), struct.pack_into("<2f", raw, 280, 1, 0.5))
     ),
-    "NIfTI-2 without a voxel size": changed(flat_nifti2, IMAGE, "in pixdim"),
+    "NIfTI-2 without a voxel size": nifti2(104 + 24, "<d", 0.0, says="in pixdim"),
     "voxels far beyond the end": with_field(108, "<f", 1e9),
     "voxels before the beginning": with_field(108, "<f", -1e9),
     "voxels at NaN": with_field(108, "<f", float("nan")),
@@ -189,11 +178,11 @@ FILES = {
     "another magic": with_field(344, "4s", b"oops"),
     "complex numbers": voxels(np.zeros((35, 51, 35), np.complex64), IMAGE, "complex"),
     "slices far apart in time": voxels(np.zeros((5, 5, 5, 2, 3), np.uint8), IMAGE, "dimensions"),
-    "NIfTI-2 of 10^12 voxels": changed(nifti2, IMAGE, "truncated"),
+    "NIfTI-2 of 10^12 voxels": nifti2(24, "<3q", 10_000, 10_000, 10_000, says="truncated"),
     # compression
-    "compressed twice": changed(twice_compressed, IMAGE),
-    "a flipped byte": changed(flipped, IMAGE, "damaged"),
-    "a wrong checksum": changed(wrong_checksum, IMAGE, "damaged"),
+    "compressed twice": changed(lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
+    "a flipped byte": flipped(5000),
+    "a wrong checksum": flipped(-6),
     "a zip called .nii.gz": instead(zipped),
     "gzip of nothing": with_content(gzip.compress(b"")),
     "gzip's first bytes": with_content(b"\x1f\x8b\x08\0"),

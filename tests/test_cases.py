@@ -23,7 +23,7 @@ from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.nifti import write_share
+from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference import cases
 from nnunet_lite.inference.cases import check_output
@@ -361,7 +361,7 @@ def test_a_map_of_two_dimensions_has_two_and_no_spacing_of_999(tmp_path: Path, n
     two_dimensional(image)
     geometry, _ = read_geometry(image)
     shares = np.random.default_rng(1).integers(0, 256, geometry.shape).astype(np.uint8)
-    write_share(target, shares, geometry, 255, image)
+    write_nifti(target, shares, geometry, 1 / 255, image)
     found = nibabel.load(target)
     assert found.shape == (30, 20) and found.header["pixdim"].max() <= 1 and np.abs(found.affine).max() < 10
     np.testing.assert_allclose(np.asarray(found.dataobj), shares[0].T / 255, atol=1e-6)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from bad_inputs import edit
+from bad_inputs import edit, setting
 from PIL import Image as Pillow
+from samples import described
 
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.dataset import dataset_from_json, dataset_to_json, read_case, read_dataset
@@ -20,24 +21,10 @@ from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
 
 Copy = Callable[..., Path]
-RGB = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "nucleus": 1}}
 
 
 def update(root: Path, **changes: object) -> None:
-    """Set entries of dataset.json; None removes one."""
-    edit(root / "dataset.json", lambda table: {k: v for k, v in (table | changes).items() if v is not None})
-
-
-def save_pictures(root: Path, n: int = 3, values: tuple[int, int] = (0, 255)) -> Path:
-    """images/ with RGB pictures and labels/ with masks of two values."""
-    rng = np.random.default_rng(0)
-    for folder in ("images", "labels"):
-        (root / folder).mkdir(parents=True)
-    for i in range(n):
-        Pillow.fromarray(rng.integers(0, 256, (16, 20, 3)).astype(np.uint8)).save(root / "images" / f"p{i}.png")
-        mask = np.where(rng.random((16, 20)) < 0.5, *values).astype(np.uint8)
-        Pillow.fromarray(mask).save(root / "labels" / f"p{i}.png")
-    return root
+    edit(root / "dataset.json", setting(**changes))
 
 
 def copies(source: Path, folder: Path, *names: str) -> None:
@@ -55,8 +42,9 @@ def scan(hippocampus: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
-def test_msd_layout(hippocampus: Path) -> None:
-    dataset = read_dataset(hippocampus)
+def test_msd_layout(hippocampus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hippocampus / "imagesTr")
+    dataset = read_dataset(Path(".."))
     assert (dataset.layout, dataset.name, dataset.channels) == ("msd", "Task04_Hippocampus", ("MRI",))
     assert len(dataset.cases) == 32, "only the training cases"
     assert [case.id for case in dataset.cases] == sorted(case.id for case in dataset.cases)
@@ -65,6 +53,8 @@ def test_msd_layout(hippocampus: Path) -> None:
     image, label = read_case(dataset.cases[0], dataset)
     assert label is not None and image.array.shape[1:] == label.shape
     assert set(np.unique(label)) == {0, 1, 2}
+    with pytest.raises(UserError, match="there is no such folder"):
+        read_dataset(hippocampus / "absent")
 
 
 def test_nnunet_v1_layout(copy_dataset: Copy) -> None:
@@ -74,7 +64,6 @@ def test_nnunet_v1_layout(copy_dataset: Copy) -> None:
     dataset = read_dataset(root)
     assert dataset.layout == "nnunet_v1"
     assert [case.images[0].name for case in dataset.cases] == [f"{case.id}_0000.nii.gz" for case in dataset.cases]
-    assert all(path.is_file() for case in dataset.cases for path in case.images)
 
 
 @pytest.mark.parametrize("channels", [("T1",), ("T1", "T2", "FLAIR")])
@@ -95,18 +84,25 @@ def test_nnunet_v2_layout(copy_nnunet: Copy, channels: tuple[str, ...], listed: 
         assert read_case(case, dataset)[0].array.shape[0] == len(channels)
 
 
-def test_listed_cases_that_are_numbered_are_no_channels(copy_nnunet: Copy) -> None:
-    """case_0000 and case_0001 in the list, each of which contains all channels."""
+@pytest.mark.parametrize("listed", [False, True])
+def test_files_that_each_contain_all_channels(copy_nnunet: Copy, listed: bool) -> None:
+    """If they are listed, case_0000 and case_0001 are two cases."""
     root = copy_nnunet(3, ("T1", "T2"))
     entries = []
     for i, path in enumerate(sorted((root / "imagesTr").glob("*_0000.nii.gz"))):
         image, name = sitk.ReadImage(path), path.name.replace("_0000", "")
-        sitk.WriteImage(sitk.JoinSeries([image, image]), root / "imagesTr" / f"case_{i:04d}.nii.gz")
-        entries.append({"image": f"imagesTr/case_{i:04d}.nii.gz", "label": f"labelsTr/{name}"})
-    update(root, training=entries)
+        new = path.with_name(f"case_{i:04d}.nii.gz" if listed else name)
+        sitk.WriteImage(sitk.JoinSeries([image, image + 1]), new)
+        entries.append({"image": f"imagesTr/{new.name}", "label": f"labelsTr/{name}"})
+        path.unlink()
+        path.with_name(path.name.replace("_0000", "_0001")).unlink()
+    if listed:
+        update(root, training=entries)
     dataset = read_dataset(root)
-    assert [case.id for case in dataset.cases] == ["case_0000", "case_0001", "case_0002"]
-    assert all(len(case.images) == 1 for case in dataset.cases) and dataset.layout == "msd"
+    assert dataset.layout == ("msd" if listed else "nnunet_v2")
+    assert [case.images for case in dataset.cases] == [(path,) for path in sorted((root / "imagesTr").iterdir())]
+    array = read_case(dataset.cases[0], dataset)[0].array
+    assert np.array_equal(array[0] + 1, array[1])
 
 
 @pytest.mark.parametrize(
@@ -134,69 +130,36 @@ def test_names_that_end_in_four_digits_are_no_channels(copy_nnunet: Copy) -> Non
 
 def test_explicit_paths(copy_nnunet: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     root = copy_nnunet(2)
-    image = next((root / "imagesTr").iterdir())
-    elsewhere = root.parent / "elsewhere.nii.gz"
-    shutil.move(image, elsewhere)
-    label = root / "labelsTr" / image.name.replace("_0000", "")
-    update(root, dataset={"mine": {"images": ["../elsewhere.nii.gz"], "label": f"labelsTr/{label.name}"}})
-    assert read_dataset(root).layout == "explicit"
-    (case,) = read_dataset(root).cases
-    assert case.id == "mine" and case.label == label
-    assert case.images[0].resolve() == elsewhere.resolve()
+    update(root, dataset={"mine": {"images": ["../elsewhere.nii.gz"], "label": "labelsTr/hippocampus_001.nii.gz"}})
+    dataset = read_dataset(root)
+    (case,) = dataset.cases
+    assert (dataset.layout, case.id, case.label) == ("explicit", "mine", root / "labelsTr" / "hippocampus_001.nii.gz")
+    assert case.images[0].resolve() == root.parent / "elsewhere.nii.gz"
     monkeypatch.setenv("NNLITE_TEST_DATA", str(root / "imagesTr"))
     update(root, dataset={"mine": {"images": ["$NNLITE_TEST_DATA/a.nii.gz"]}})
     assert read_dataset(root).cases[0].images == (root / "imagesTr" / "a.nii.gz",)
 
 
-def test_a_dataset_has_the_name_of_its_folder(copy_dataset: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = copy_dataset(2, "Task01_A")
-    monkeypatch.chdir(root / "imagesTr")
-    dataset = read_dataset(Path(".."))
-    assert (dataset.name, dataset.root) == ("Task01_A", root)
-
-
-def test_4d_images_are_channels(copy_nnunet: Copy) -> None:
-    root = copy_nnunet(3, ("T1", "T2"))
-    for path in sorted((root / "imagesTr").glob("*_0000.nii.gz")):
-        image = sitk.ReadImage(path)
-        sitk.WriteImage(sitk.JoinSeries([image, image + 1]), path.with_name(path.name.replace("_0000", "")))
-        path.unlink()
-        path.with_name(path.name.replace("_0000", "_0001")).unlink()
-    dataset = read_dataset(root)
-    array = read_case(dataset.cases[0], dataset)[0].array
-    assert np.array_equal(array[0] + 1, array[1])
-
-
-@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("with_table", [False, True])
 @pytest.mark.parametrize("empty", [(), (0, 3, 6)])
-def test_pictures_with_masks_of_0_and_255(tmp_path: Path, described: bool, empty: tuple[int, ...]) -> None:
+def test_pictures_with_masks_of_0_and_255(tmp_path: Path, with_table: bool, empty: tuple[int, ...]) -> None:
     """In the plain layout and with dataset.json; also if the first masks are empty."""
-    root = save_pictures(tmp_path / "nuclei", 7)
-    for i in empty:
-        Pillow.fromarray(np.zeros((16, 20), np.uint8)).save(root / "labels" / f"p{i}.png")
-    if described:
-        (root / "dataset.json").write_text(json.dumps(RGB))
-    dataset = read_dataset(root)
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for i in range(7):
+        mask = np.zeros((16, 20)) if i in empty else 255 * rng.integers(0, 2, (16, 20))
+        Pillow.fromarray(rng.integers(0, 256, (16, 20, 3)).astype(np.uint8)).save(tmp_path / f"images/p{i}.png")
+        Pillow.fromarray(mask.astype(np.uint8)).save(tmp_path / f"labels/p{i}.png")
+    if with_table:
+        (tmp_path / "dataset.json").write_text(json.dumps(described("R", "G", "B", file_ending=None)))
+    dataset = read_dataset(tmp_path)
     assert (dataset.channels, dataset.file_ending, dataset.label_map) == (("R", "G", "B"), ".png", {255: 1})
-    assert dataset.labels.names == ({"background": 0, "nucleus" if described else "label_1": 1})
+    assert dataset.labels.names == ({"background": 0, "a" if with_table else "label_1": 1})
     assert dataset.notes[-1] == "label maps hold 0 and 255: 255 is read as 1"
     image, label = read_case(dataset.cases[1], dataset)
     assert image.array.shape == (3, 1, 16, 20)
     assert label is not None and set(np.unique(label)) == {0, 1}
-
-
-def test_plain_folder_of_volumes_with_any_label_values(copy_nnunet: Copy) -> None:
-    root = copy_nnunet(3, ("a", "b"))
-    (root / "dataset.json").unlink()
-    (root / "imagesTr").rename(root / "images")
-    (root / "labelsTr").rename(root / "labels")
-    for path in (root / "labels").iterdir():
-        label = sitk.ReadImage(path)
-        sitk.WriteImage(sitk.Cast(label, sitk.sitkInt16) * 7, path)
-    dataset = read_dataset(root)
-    assert dataset.channels == ("channel_0", "channel_1")
-    assert dataset.labels.values == (0, 7, 14)
-    assert dataset.label_map is None
 
 
 def test_json_round_trip(hippocampus: Path, copy_nnunet: Copy) -> None:
@@ -206,15 +169,6 @@ def test_json_round_trip(hippocampus: Path, copy_nnunet: Copy) -> None:
     mapped = replace(read_dataset(hippocampus), label_map={255: 1}, notes=("a note",))
     for dataset in (regions, mapped, replace(mapped, orientation="RAS", accept_geometry=True)):
         assert dataset_from_json(json.loads(json.dumps(dataset_to_json(dataset)))) == dataset
-
-
-def test_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such folder"):
-        read_dataset(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"is no dataset. It needs dataset\.json, or the folders images/ and labels/"):
-        read_dataset(tmp_path)
-    with pytest.raises(UserError, match="no label map with anything but zeros"):
-        read_dataset(save_pictures(tmp_path / "empty", values=(0, 0)))
 
 
 def test_a_channel_is_recognised_by_its_label_map(copy_nnunet: Copy) -> None:
@@ -233,10 +187,10 @@ def test_a_channel_is_recognised_by_its_label_map(copy_nnunet: Copy) -> None:
 
 def test_find_cases_in_any_mix_of_files(tmp_path: Path, scan: Path) -> None:
     copies(scan, tmp_path, "a_0000", "b")
-    sitk.WriteImage(sitk.ReadImage(scan), tmp_path / "c.nrrd")
-    sitk.WriteImage(sitk.ReadImage(scan), tmp_path / "scan_0017.mha")
-    (tmp_path / ".DS_Store").write_bytes(b"x")
-    (tmp_path / "notes.txt").write_text("x")
+    for name in ("c.nrrd", "scan_0017.mha"):
+        sitk.WriteImage(sitk.ReadImage(scan), tmp_path / name)
+    for name in (".DS_Store", "notes.txt"):
+        (tmp_path / name).write_text("x")
     cases = find_cases(tmp_path, 1)
     assert [case.id for case in cases] == ["a", "b", "c", "scan_0017"]
     assert all(case.label is None and len(case.images) == 1 for case in cases)
@@ -259,14 +213,15 @@ def test_find_cases_of_several_files(tmp_path: Path, scan: Path) -> None:
     sitk.WriteImage(sitk.JoinSeries([image, image]), tmp_path / "in" / "c.nii.gz")
     assert [(case.id, len(case.images)) for case in find_cases(tmp_path / "in", 2)] == [("a", 2), ("b", 2), ("c", 1)]
     copies(scan, tmp_path / "in", "a_0002")
-    with pytest.raises(UserError, match=r"a_0002\.nii\.gz: would be channel 2 of a, and the model has 2"):
-        find_cases(tmp_path / "in" / "a_0002.nii.gz", 2)
     (tmp_path / "empty" / "patient_1").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds no image of a supported format; nor do the folders inside it\. "):
-        find_cases(tmp_path / "empty", 2)
     (tmp_path / "scan.dcm").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"scan\.dcm: is of no supported format\. Supported are \.nii\.gz "):
-        find_cases(tmp_path / "scan.dcm", 2)
+    for name, says in (
+        ("in/a_0002.nii.gz", r"a_0002\.nii\.gz: would be channel 2 of a, and the model has 2"),
+        ("empty", r"holds no image of a supported format; nor do the folders inside it\. "),
+        ("scan.dcm", r"scan\.dcm: is of no supported format\. Supported are \.nii\.gz "),
+    ):
+        with pytest.raises(UserError, match=says):
+            find_cases(tmp_path / name, 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -359,6 +359,8 @@ def test_a_segmentation_refers_to_its_series(series: Path, tmp_path: Path) -> No
     assert uids == {image.SOPInstanceUID for image in source}
     assert [s.SegmentLabel for s in d.SegmentSequence] == list(segment_names(LABELS).values())
     assert not is_series(tmp_path / "seg.dcm"), "no image to predict"
+    regions = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(3, 5))
+    assert segment_names(regions) == {3: "whole", 5: "core"}
     with pytest.raises(UserError, match=r"label values \[2\] are not among"):
         write_dicom_seg(tmp_path / "seg.dcm", segmentation * 2, series, LABELS)
     with pytest.raises(ValueError, match=r"shape \(3, 50, 35\) for a series of shape \(8, 50, 35\)"):
@@ -380,11 +382,6 @@ def test_a_series_whose_uids_were_emptied(series: Path, tmp_path: Path, capsys: 
         assert len(d.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == len(instances)
     assert len(studies) == 1 and "" not in studies
     assert "has no StudyInstanceUID, SeriesInstanceUID; viewers may not" in capsys.readouterr().err
-
-
-def test_regions_are_named_by_the_value_they_write() -> None:
-    regions = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(3, 5))
-    assert segment_names(regions) == {3: "whole", 5: "core"}
 
 
 def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> None:

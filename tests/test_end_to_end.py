@@ -7,12 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sysconfig
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,41 +135,6 @@ def test_other_settings_are_refused_with_the_differences(trained: Path, nnlite: 
     code, _, err = command(*TRAIN_3D, "--name", "odd", "--patch-size", "33x32x32", cwd=trained)
     assert code == 2 and "nearest" in err
     assert files(trained) == before
-
-
-def test_restart_moves_aside(trained: Path, command: Run) -> None:
-    arguments = (*TRAIN_2D, "--name", "again", "--set", "training.epochs=1")
-    assert command(*arguments, cwd=trained)[0] == 0
-    old = (models(trained) / "again" / "fold_0" / "model.safetensors").read_bytes()
-    code, _, err = command(*arguments, "--restart", cwd=trained)
-    assert code == 0 and "epoch    1" in err
-    assert (models(trained) / "again" / "fold_0" / "model.safetensors").read_bytes() != old, "another seed was drawn"
-    aside = [path for path in models(trained).iterdir() if path.name.startswith("old_again")]
-    assert [(path / "fold_0" / "model.safetensors").read_bytes() for path in aside] == [old]
-    shutil.rmtree(models(trained) / "again")
-    shutil.rmtree(aside[0])
-
-
-def test_ctrl_c_and_the_same_command_again(trained: Path) -> None:
-    """A training that is stopped after its first epochs resumes from its checkpoint, and its metrics have no gap."""
-    arguments = (*TRAIN_3D, "--name", "stopped", "--set", "training.epochs=12")
-    command = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if k != "NNLITE_WORKSPACE"} | {"OMP_NUM_THREADS": "1"}
-    fold = models(trained) / "stopped" / "fold_0"
-    with subprocess.Popen(command, cwd=trained, env=environment, stdout=-1, stderr=-1, text=True) as process:
-        until = time.monotonic() + 60
-        while not (fold / "checkpoint.safetensors").is_file() and time.monotonic() < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert err.splitlines()[-1].startswith("stopped by SIGINT ")
-    assert out == "" and not (fold / "model.safetensors").exists()
-    stopped = subprocess.run(command, cwd=trained, env=environment, capture_output=True, text=True, timeout=120)
-    assert stopped.returncode == 0 and "resuming from epoch " in stopped.stderr and "epoch    1 " not in stopped.stderr
-    rows = [json.loads(line) for line in (fold / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == list(range(1, 13))
-    shutil.rmtree(fold.parent)
 
 
 def test_predict_any_mix_of_formats(trained: Path, predicted: Path) -> None:

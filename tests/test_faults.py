@@ -24,10 +24,9 @@ import numpy as np
 import pytest
 from bad_inputs import copy_workspace
 from safetensors.numpy import load_file
-from samples import HIPPOCAMPUS, first_cases
+from samples import ENVIRONMENT, HIPPOCAMPUS, first_cases, rewrite_nifti, start_nnlite
 
 Run = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parents[1]
 TINY = [
     f"--set={assignment}"
     for assignment in (
@@ -38,18 +37,6 @@ TINY = [
 ]  # fmt: skip
 WORK = ["run", "raw", "-c", "3d_fullres", "-f", "0,1", "--epochs", "3", "--seed", "1", "--device", "cpu", *TINY]
 TRAIN = ["train", "3d_fullres", "0", "--name", "new", "--epochs", "2", "--seed", "1", "--device", "cpu", *TINY]
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "nnunet_lite", *arguments]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -87,7 +74,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     place = tmp_path_factory.mktemp("undisturbed")
     first_cases(place / "raw", 6)
     begin = time.monotonic()
-    code, _, err = ended(start(*WORK, cwd=place))
+    code, _, err = ended(start_nnlite(*WORK, cwd=place))
     assert code == 0, err
     return place, time.monotonic() - begin
 
@@ -98,7 +85,7 @@ def survive(place: Path, undisturbed: tuple[Path, float], kills: int, seed: int)
     expected, seconds = undisturbed
     moments, killed = random.Random(seed), 0
     while True:
-        process = start(*WORK, cwd=place)
+        process = start_nnlite(*WORK, cwd=place)
         try:
             if killed < kills:
                 process.wait(moments.uniform(0.05, 1.0) * seconds * 0.8)
@@ -309,10 +296,7 @@ def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, count
     first_cases(tmp_path / "raw", 6)
     table = json.loads((root / "dataset.json").read_text())
     label = tmp_path / "raw" / "labelsTr" / Path(table["dataset"][0]["label"]).name
-    values = nibabel.load(label)
-    changed = np.asarray(values.dataobj).copy()
-    changed[0, 0, 0] = 1
-    nibabel.save(nibabel.Nifti1Image(changed, values.affine, values.header), label)
+    rewrite_nifti(label, lambda array: np.where(np.arange(array.size).reshape(array.shape) == 0, 1, array))
     table["dataset"][0]["label"] = str(label)
     (root / "dataset.json").write_text(json.dumps(table))
     code, out, err = command("preprocess", "3d_fullres", "--json", cwd=tmp_path)
@@ -343,7 +327,7 @@ def test_two_preprocess_one_data_set(tiny_workspace: Path, tmp_path: Path, count
     counts("faults survived")
     root = copy_workspace(tiny_workspace, tmp_path)
     shutil.rmtree(root / "preprocessed")
-    both = [start("preprocess", "3d_fullres", "--json", cwd=tmp_path) for _ in range(2)]
+    both = [start_nnlite("preprocess", "3d_fullres", "--json", cwd=tmp_path) for _ in range(2)]
     codes, made = zip(*[(code, json.loads(out)["made"]) for code, out, _ in map(ended, both)], strict=True)
     assert codes == (0, 0) and sorted(made) == [0, 10]
     assert len(list((root / "preprocessed" / "cases").iterdir())) == 10
@@ -353,7 +337,7 @@ def test_two_train_one_fold(tiny_workspace: Path, tiny_model: Path, tmp_path: Pa
     """The second is refused, or comes after; two folds train side by side."""
     counts("faults survived", 2)
     root = copy_workspace(tiny_workspace, tmp_path)
-    started = [start(*[*TRAIN[:2], fold, *TRAIN[3:]], cwd=tmp_path) for fold in ("0", "0", "1")]
+    started = [start_nnlite(*[*TRAIN[:2], fold, *TRAIN[3:]], cwd=tmp_path) for fold in ("0", "0", "1")]
     *both, beside = [ended(process) for process in started]
     assert sorted(code for code, _, _ in both) in ([0, 0], [0, 2])
     assert all("another process is training here" in err for code, _, err in both if code == 2)
@@ -373,9 +357,9 @@ def test_two_predict_into_one_folder(tiny_model: Path, hippocampus: Path, tmp_pa
         (tmp_path / "in").mkdir(exist_ok=True)
         shutil.copy(hippocampus / "imagesTr" / f"hippocampus_{name}.nii.gz", tmp_path / "in")
     command = ["predict", "-i", "in", "-m", "model", "--no-mirroring", "--device", "cpu", "-o"]
-    both = [start(*command, "out", cwd=tmp_path) for _ in range(2)]
+    both = [start_nnlite(*command, "out", cwd=tmp_path) for _ in range(2)]
     assert [ended(process)[0] for process in both] == [0, 0]
-    assert ended(start(*command, "alone", cwd=tmp_path))[0] == 0
+    assert ended(start_nnlite(*command, "alone", cwd=tmp_path))[0] == 0
     for file in (tmp_path / "alone").iterdir():
         assert gzip.decompress((tmp_path / "out" / file.name).read_bytes()) == gzip.decompress(file.read_bytes())
     assert len(list((tmp_path / "out").iterdir())) == 2
@@ -395,7 +379,7 @@ def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_p
             folder.chmod(folder.stat().st_mode | 0o055)
     subprocess.run(["chmod", "-R", "a+rX,a-w", tmp_path / "raw", tmp_path / "model"], check=True)
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "nnunet_lite"]
-    who = {**environment(), "HOME": str(mine)}
+    who = {**ENVIRONMENT, "HOME": str(mine)}
     image = tmp_path / "raw" / "imagesTr" / "hippocampus_001.nii.gz"
     for arguments in (
         ["plan", "../raw"],

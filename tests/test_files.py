@@ -21,7 +21,7 @@ from torch import nn
 
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
-from nnunet_lite.data.nifti import write_share
+from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, read_json, scratch, sweep, write_json
 from nnunet_lite.inference.first_stage import write_stage_map
@@ -136,7 +136,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 def write_shares(path: Path) -> None:
     with atomic(path) as temporary:
-        write_share(temporary, noise(VOLUME), VOLUME, 255, path.with_name("image.nrrd"))
+        write_nifti(temporary, noise(VOLUME), VOLUME, 1 / 255, path.with_name("image.nrrd"))
 
 
 @pytest.mark.parametrize("limit", [1, 4096, 10_000, "one less"])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sysconfig
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import start_nnlite, wait_until
 from scipy.ndimage import zoom
 
 import nnunet_lite
@@ -68,9 +66,20 @@ def paths(workspace: Path) -> Paths:
 
 
 @pytest.fixture(scope="module")
-def trained(workspace: Path, paths: Paths, changes: dict[str, Any]) -> Path:
+def train_second(workspace: Path, changes: dict[str, Any]) -> Callable[..., Any]:
+    """Trains a fold of the cascade: train_second("all", {"optimizer.lr": 0.5})."""
+
+    def train(fold: int | str, more: dict[str, Any] | None = None) -> Any:
+        settings = changes | (more or {})
+        return nnunet_lite.train(SECOND, fold, settings=settings, workspace=workspace, device="cpu", name="tiny").scores
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(paths: Paths, train_second: Callable[..., Any]) -> Path:
     """Folds 0 to 4 of 3d_lowres and fold 0 of the cascade, made by one call."""
-    nnunet_lite.train(SECOND, 0, settings=changes, workspace=workspace, device="cpu", name="tiny")
+    train_second(0)
     return paths.models
 
 
@@ -80,6 +89,19 @@ def maps(models: Path) -> dict[str, Path]:
 
 def times(models: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in [*models.rglob("*.b2nd"), *models.rglob("*.safetensors")]}
+
+
+@contextmanager
+def other_weights(trained: Path, write: Callable[[Path], Any]) -> Iterator[Path]:
+    """Change the weights of fold 4 of the first stage, and undo that and fold 1 of the second stage at the end."""
+    weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
+    old = weights.read_bytes()
+    write(weights)
+    try:
+        yield weights
+    finally:
+        weights.write_bytes(old)
+        shutil.rmtree(trained / "tiny" / "fold_1", ignore_errors=True)
 
 
 def test_the_first_stage_is_trained_before_the_second(trained: Path, paths: Paths) -> None:
@@ -126,55 +148,46 @@ def test_the_code_of_a_first_stage_is_not_run(trained: Path, workspace: Path, tm
 
 
 def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
-    trained: Path, workspace: Path, paths: Paths, changes: dict[str, Any], counts: Callable[..., None]
+    trained: Path, train_second: Callable[..., Any], paths: Paths, counts: Callable[..., None]
 ) -> None:
     counts("bad inputs refused in one line")
-    weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
-    old, splits = weights.read_bytes(), read_json(paths.splits)
-    tensors, about = load_file(weights), read_weights_header(weights)
-    tensors["heads.1.weight"].fill_(3e38)
-    save_file(tensors, weights, {"state": json.dumps(about)})
-    before = times(trained)
-    try:
+
+    def spoil(weights: Path) -> None:
+        tensors, about = load_file(weights), read_weights_header(weights)
+        tensors["heads.1.weight"].fill_(3e38)
+        save_file(tensors, weights, {"state": json.dumps(about)})
+
+    with other_weights(trained, spoil):
+        before = times(trained)
         with pytest.raises(UserError, match=r"NaN or infinite") as error:
-            nnunet_lite.train(SECOND, 1, settings=changes, workspace=workspace, device="cpu", name="tiny")
-        assert str(error.value).startswith(f"{splits[4]['val'][0]}: ") and "\n" not in str(error.value)
-        assert {**before, **times(trained)} == times(trained)
-    finally:
-        weights.write_bytes(old)
-        shutil.rmtree(trained / "tiny" / "fold_1", ignore_errors=True)
+            train_second(1)
+        assert str(error.value).startswith(f"{read_json(paths.splits)[4]['val'][0]}: ") and "\n" not in str(error.value)
+        assert before.items() <= times(trained).items()
 
 
-def test_nothing_is_made_twice(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
+def test_nothing_is_made_twice(trained: Path, train_second: Callable[..., Any]) -> None:
     before = times(trained)
-    scores = nnunet_lite.train(SECOND, 0, settings=changes, workspace=workspace, device="cpu", name="tiny").scores
-    assert len(scores["0"].rows) == 2
+    assert len(train_second(0)["0"].rows) == 2
+    with pytest.raises(UserError, match=r"tiny: was trained with other settings: optimizer\.lr"):
+        train_second(2, {"optimizer.lr": 0.5})  # before anything of the first stage is trained
     assert times(trained) == before
 
 
-def test_a_first_stage_that_changed_predicts_again(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
+def test_a_first_stage_that_changed_predicts_again(trained: Path, train_second: Callable[..., Any]) -> None:
     """Another fold of the second stage finds what it needs, but for what was predicted by other weights."""
-    before = times(trained)
-    weights = [trained / f"{FIRST}-tiny" / f"fold_{fold}" / "model.safetensors" for fold in (3, 4)]
-    old = weights[1].read_bytes()
-    weights[1].write_bytes(weights[0].read_bytes())
-    try:
-        nnunet_lite.train(SECOND, 1, settings=changes, workspace=workspace, device="cpu", name="tiny")
+    before, other = times(trained), trained / f"{FIRST}-tiny" / "fold_3" / "model.safetensors"
+    with other_weights(trained, lambda weights: weights.write_bytes(other.read_bytes())) as weights:
+        train_second(1)
         changed = {file for file, time in times(trained).items() if before.get(file, time) != time}
-        assert changed == {str(weights[1]), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_4")}
-    finally:
-        weights[1].write_bytes(old)
-        shutil.rmtree(trained / "tiny" / "fold_1")
+        assert changed == {str(weights), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_4")}
 
 
 def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Path) -> None:
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
     image = read_image(scan)
     found = load(trained / "tiny", device="cpu")(scan)
-    first, second = (
-        load(trained / f"{FIRST}-tiny", device="cpu"),
-        load(trained / "tiny", device="cpu", first_stage=False),
-    )
+    first = load(trained / f"{FIRST}-tiny", device="cpu")
+    second = load(trained / "tiny", device="cpu", first_stage=False)
     assert first.folds == ("0", "1", "2", "3", "4") and second.previous is None
     before = first(image)
     prepared = preprocess_image(image, before.astype(np.uint8), second.plan, second.configuration)
@@ -186,17 +199,19 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
     assert not torch.equal(blind, logits), "the second stage sees the first"
 
 
-def test_the_command_predicts_with_both_stages(
+def test_the_commands_know_both_stages_wherever_they_are(
     trained: Path, hippocampus: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
-    code, out, err = command(
-        "predict", "-i", scan, "-o", "out", "-m", trained / "tiny", "--device", "cpu", cwd=tmp_path
-    )
+    ignore = shutil.ignore_patterns("next_stage", "validation")
+    moved = Path(shutil.copytree(trained, tmp_path / "moved", ignore=ignore))
+    code, out, err = command("predict", "-i", scan, "-o", "out", "-m", moved / "tiny", "--device", "cpu", cwd=tmp_path)
     assert (code, out) == (0, "1 label map in out\n")
-    assert f"with {trained / f'{FIRST}-tiny'} (fold 0, 1, 2, 3, 4), then {trained / 'tiny'} (fold 0) on cpu" in err
+    assert f"with {moved / f'{FIRST}-tiny'} (fold 0, 1, 2, 3, 4), then {moved / 'tiny'} (fold 0) on cpu" in err
     found = read_image(tmp_path / "out" / scan.name).array[0]
     np.testing.assert_array_equal(found, load(trained / "tiny", device="cpu")(scan))
+    code, out, _ = command("info", trained / "tiny", cwd=tmp_path)
+    assert code == 0 and f"{SECOND} of Task04_Hippocampus" in out
 
 
 def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: Paths) -> None:
@@ -231,17 +246,12 @@ def test_a_killed_cascade_resumes(
     """kill -9 while the first stage is trained: the same command finishes the rest, and nothing that was there."""
     options = [f"--set={key}={value}" for key, value in changes.items()]
     given = ("train", SECOND, 0, "--name", "killed", "--device", "cpu", "-w", workspace, *options)
-    program = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, given)]
     first, usual = trained / f"{FIRST}-killed", trained / f"{FIRST}-default"
     assert not usual.exists(), "or it would be used"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 120
-        while not (first / "fold_1" / "model.safetensors").is_file() and time.monotonic() < until:
-            time.sleep(0.01)
-        process.kill()
-        assert process.stderr is not None
-        errors = process.stderr.read()
+    process = start_nnlite(*given)
+    wait_until((first / "fold_1" / "model.safetensors").is_file, process)
+    process.kill()
+    _, errors = process.communicate()
     assert f"what {FIRST} predicts: fold 0, 1, 2, 3, 4 of {first}; to be trained first: 0, 1, 2, 3, 4" in errors
     before = times(first)
     assert before and not (trained / "killed").exists()
@@ -258,8 +268,8 @@ def test_a_killed_cascade_resumes(
     shutil.rmtree(first)
 
 
-def test_the_fold_of_all_cases(trained: Path, workspace: Path, changes: dict[str, Any]) -> None:
-    nnunet_lite.train(SECOND, "all", settings=changes, workspace=workspace, device="cpu", name="tiny")
+def test_the_fold_of_all_cases(trained: Path, train_second: Callable[..., Any]) -> None:
+    train_second("all")
     found = trained / f"{FIRST}-tiny" / "fold_all"
     assert len(list(found.glob(f"next_stage/{SECOND}/*.b2nd"))) == 10
     assert load(trained / "tiny", ["all"], "cpu").previous is not None
@@ -269,39 +279,17 @@ def test_the_fold_of_all_cases(trained: Path, workspace: Path, changes: dict[str
 
 def test_a_first_stage_that_is_missing_is_named(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "tiny", tmp_path / "models" / "tiny")
-    with pytest.raises(
-        UserError, match=rf"models/{FIRST}-tiny: contains no trained model\. It is the first stage of tiny"
-    ):
-        load(tmp_path / "models" / "tiny")
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / "models" / "tiny")
+
+    refused(rf"models/{FIRST}-tiny: contains no trained model\. It is the first stage of tiny")
     shutil.copytree(trained / "tiny", tmp_path / "models" / f"{FIRST}-tiny")
-    with pytest.raises(UserError, match=rf"{FIRST}-tiny: is no model of {FIRST} for the labels of tiny"):
-        load(tmp_path / "models" / "tiny")
+    refused(rf"{FIRST}-tiny: is no model of {FIRST} for the labels of tiny")
     run = tmp_path / "models" / "tiny" / "run.json"
     write_json(run, {key: value for key, value in read_json(run).items() if key != "previous"})
-    with pytest.raises(UserError, match=rf"run\.json: does not name its first stage, a model of {FIRST}"):
-        load(tmp_path / "models" / "tiny")
-
-
-def test_both_model_folders_may_move(trained: Path, tmp_path: Path, hippocampus: Path) -> None:
-    scan = sorted((hippocampus / "imagesTs").iterdir())[1]
-    shutil.copytree(trained, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("next_stage", "validation"))
-    found = load(tmp_path / "elsewhere" / "tiny", device="cpu")(scan)
-    np.testing.assert_array_equal(found, load(trained / "tiny", device="cpu")(scan))
-
-
-def test_other_settings_are_refused_before_the_first_stage_is_trained(
-    trained: Path, workspace: Path, changes: dict[str, Any]
-) -> None:
-    before = times(trained)
-    other = {**changes, "optimizer.lr": 0.5}
-    with pytest.raises(UserError, match=r"tiny: was trained with other settings: optimizer\.lr"):
-        nnunet_lite.train(SECOND, 2, settings=other, workspace=workspace, device="cpu", name="tiny")
-    assert times(trained) == before
-
-
-def test_info_describes_a_cascade(trained: Path, workspace: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = command("info", trained / "tiny", cwd=workspace)
-    assert code == 0 and f"{SECOND} of Task04_Hippocampus" in out
+    refused(rf"run\.json: does not name its first stage, a model of {FIRST}")
 
 
 def test_the_second_stage_learns_to_use_the_first(
@@ -329,9 +317,8 @@ def test_the_second_stage_learns_to_use_the_first(
 def test_logits_are_decided_on_the_grid_of_the_second_stage(tiny_workspace: Path, regions: bool) -> None:
     plan = Plan.read(tiny_workspace / "Task04_Hippocampus" / "plans.json")
     stage = plan.configuration("3d_fullres")
-    labels = (
-        Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2)) if regions else plan.labels
-    )
+    named = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
+    labels = named if regions else plan.labels
     coarse, fine = (15, 20, 13), (29, 41, 26)
     logits = np.random.default_rng(0).normal(size=(labels.n_channels, *coarse)).astype(np.float32)
     geometry = Geometry((60, 60, 60), (1.0, 1.0, 1.0))

@@ -138,20 +138,6 @@ def test_evaluate(hippocampus: Path, command: Command, tmp_path: Path) -> None:
     assert code == 2 and "--accept-geometry" not in err
 
 
-def test_micrometres_are_told_apart(copy_dataset: Copy, command: Command, tmp_path: Path) -> None:
-    """0.4 against 0.8 um."""
-    root = copy_dataset(5, "data")
-    for path in [*(root / "imagesTr").iterdir(), *(root / "labelsTr").iterdir()]:
-        move_nifti(path, scale=4e-4)
-    assert nnunet_lite.check(root).ok
-    label = root / "labelsTr" / "hippocampus_001.nii.gz"
-    other = tmp_path / label.name
-    other.write_bytes(label.read_bytes())
-    move_nifti(label, scale=2)
-    assert [problem.kind for problem in nnunet_lite.check(root).problems] == ["spacing"]
-    assert command("evaluate", other, label, "--no-surface", cwd=tmp_path)[0] == 2
-
-
 @pytest.mark.parametrize("flat", ["images", "labels"])
 def test_flat_images_with_label_maps_of_one_slice(tmp_path: Path, flat: str) -> None:
     """And `(x, y, 1)` images with 2D label maps: they are planned, preprocessed and scored."""

@@ -108,16 +108,9 @@ def test_4d_nifti_is_channels_and_2d_nifti_is_flat(tmp_path: Path) -> None:
     assert read_label(tmp_path / "out.nii.gz")[1].differences(image.geometry) == []
 
 
-def test_big_endian_nifti2_analyze_mgh_and_scaled_values(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    header = nibabel.Nifti1Header(endianness=">")
-    header.set_data_dtype(">i2")
-    nibabel.save(nibabel.Nifti1Image(COUNT.astype(">i2"), np.eye(4), header), tmp_path / "big.nii")
+def test_nifti2_and_scaled_values(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     nibabel.save(nibabel.Nifti2Image(COUNT, np.eye(4)), tmp_path / "two.nii.gz")
-    nibabel.save(nibabel.Spm2AnalyzeImage(COUNT, np.eye(4)), tmp_path / "analyze.img")
-    nibabel.save(nibabel.MGHImage(COUNT, np.eye(4)), tmp_path / "freesurfer.mgz")
-    for name in ("big.nii", "two.nii.gz", "analyze.hdr", "freesurfer.mgz"):
-        image = read_image(tmp_path / name)
-        assert np.array_equal(image.array[0], COUNT.T) and image.array.dtype.isnative, name
+    assert np.array_equal(read_image(tmp_path / "two.nii.gz").array[0], COUNT.T)
     assert capfd.readouterr().err == ""
     scaled = nibabel.Nifti1Image(COUNT, np.eye(4))
     scaled.header.set_slope_inter(2.0, -1000.0)
@@ -136,15 +129,10 @@ def test_endings_of_other_formats_in_any_case(tmp_path: Path, suffix: str) -> No
     assert read_geometry(tmp_path / f"a{suffix}")[0] == geometry
 
 
-@pytest.mark.parametrize("ending", ["MHD", "Mhd", "NHDR", "Nhdr", "HDR", "Hdr", "IMG", "Img"])
+@pytest.mark.parametrize("ending", ["MHD", "Mhd", "NHDR", "Nhdr"])
 def test_headers_whose_endings_are_in_any_case(tmp_path: Path, ending: str) -> None:
-    """The voxels are found by the name in the header, or by the name of the header."""
-    other = {"HDR": "img", "IMG": "hdr"}.get(ending.upper())
-    if other:
-        nibabel.save(nibabel.Nifti1Pair(COUNT.T, np.eye(4)), tmp_path / "a.img")
-        (tmp_path / f"a.{other}").rename(tmp_path / f"a.{other.upper()}")
-    else:
-        sitk.WriteImage(sitk.GetImageFromArray(COUNT), tmp_path / f"a.{ending.lower()}")
+    """The voxels are found by the name in the header."""
+    sitk.WriteImage(sitk.GetImageFromArray(COUNT), tmp_path / f"a.{ending.lower()}")
     (tmp_path / f"a.{ending.lower()}").rename(tmp_path / f"a.{ending}")
     image = read_image(tmp_path / f"a.{ending}")
     assert np.array_equal(image.array[0], COUNT) and read_geometry(tmp_path / f"a.{ending}")[0] == image.geometry
@@ -326,26 +314,14 @@ def test_truncated_files_name_the_cause(tmp_path: Path) -> None:
         save(tmp_path / f"picture{suffix}", integers((64, 64, 3), 255))
     for path in sorted(tmp_path.iterdir()):
         read_image(path)
-        whole = path.read_bytes()
-        messages = []
-        for content in (whole[: len(whole) * 2 // 3], b"", b"no image, but text that is longer than a header" * 10):
-            path.write_bytes(content)
-            with pytest.raises(UserError) as caught:
-                read_image(path)
-            messages.append(str(caught.value))
-        assert all(text.startswith(f"{path}: ") and "\n" not in text for text in messages)
-        assert "ITK" not in messages[0] and (path.suffix in (".nrrd", ".mha") or "is truncated" in messages[0])
-        assert "is empty (0 bytes)" in messages[1]
-
-
-def test_missing_files_and_voxels_without_a_header(tmp_path: Path) -> None:
-    for name, message in (
-        ("absent.nii.gz", "there is no such file"),
-        ("a.xyz", r"is of no supported format. Supported are \.nii\.gz"),
-        ("a+orig.BRIK", "is of no supported format.* give the header"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_image(tmp_path / name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        with pytest.raises(UserError) as caught:
+            read_image(path)
+        text = str(caught.value)
+        assert text.startswith(f"{path}: ") and "\n" not in text and "ITK" not in text
+        assert path.suffix in (".nrrd", ".mha") or "is truncated" in text
+    with pytest.raises(UserError, match="there is no such file"):
+        read_image(tmp_path / "absent.nii.gz")
 
 
 def test_channels_on_different_grids(tmp_path: Path) -> None:
@@ -353,9 +329,6 @@ def test_channels_on_different_grids(tmp_path: Path) -> None:
     assert read_images(paths).array.shape == (2, 5, 4, 3)
     save_nifti(paths[1], np.zeros((3, 4, 6), np.int16))
     with pytest.raises(UserError, match=r"1\.nii\.gz: shape \(6, 4, 3\) differs from that of 0\.nii\.gz, \(5, 4, 3\)"):
-        read_images(paths)
-    save_nifti(paths[1], np.zeros((3, 4, 5), np.int16), np.diag([1, 1, 1.1, 1]))
-    with pytest.raises(UserError, match=r"spacing .* differs"):
         read_images(paths)
 
 
@@ -379,5 +352,4 @@ def test_labels_that_a_format_cannot_store(
 def test_names() -> None:
     assert stem(Path("a.b_0000.nii.gz")) == "a.b_0000"
     assert stem(Path("x.PNG")) == "x"
-    endings = (".jpg", ".mhd", ".par", ".nii.gz", ".png")
-    assert [label_suffix(s) for s in endings] == [".png", ".mha", ".nii.gz", ".nii.gz", ".png"]
+    assert [label_suffix(s) for s in (".jpg", ".mhd", ".nii.gz", ".png")] == [".png", ".mha", ".nii.gz", ".png"]

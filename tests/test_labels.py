@@ -22,18 +22,11 @@ def test_any_integers_come_back_as_they_were(values: tuple[int, ...]) -> None:
     assert back.dtype == smallest_dtype(min(0, *values), max(values))
 
 
-def test_background_is_the_first_class() -> None:
-    labels = Labels(names={"Background": 0, "a": -5, "b": 3})
-    assert labels.values == (0, -5, 3)
-    assert labels.encode(np.array([0, -5, 3])).tolist() == [0, 1, 2]
-    moved = Labels(names={"background": 9, "a": 1})
-    assert moved.values == (9, 1) and moved.encode(np.array([9, 1])).tolist() == [0, 1]
-
-
 @pytest.mark.parametrize(
     ("names", "scored", "values"),
     [
         ({"background": 255, "object": 0}, ("object",), (255, 0)),
+        ({"Background": 0, "a": -5, "b": 3}, ("a", "b"), (0, -5, 3)),
         ({"background": 3, "a": 0, "b": 7}, ("a", "b"), (3, 0, 7)),
         ({"b": 7, "a": -1}, ("a", "b"), (0, -1, 7)),
         ({"nothing": 0, "a": 2}, ("a",), (0, 2)),
@@ -44,6 +37,7 @@ def test_every_value_but_the_background_is_a_scored_channel(
 ) -> None:
     labels = Labels(names=names)
     assert (labels.region_names, labels.values) == (scored, values)
+    assert labels.encode(np.array(values)).tolist() == list(range(len(values))), "the background first"
     assert labels.n_channels == len(scored) + 1
     assert labels.region_classes == tuple((i,) for i in range(1, len(values)))
 

@@ -12,6 +12,7 @@ import pytest
 import SimpleITK
 import tifffile
 from PIL import Image
+from samples import described
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = (
@@ -76,9 +77,8 @@ def test_pictures(
     root = tmp_path / "data"
     if in_json:
         pictures(root, values, colour, ("imagesTr", "labelsTr"), "_0000")
-        channels = {"0": "R", "1": "G", "2": "B"} if colour else {"0": "grey"}
         labels = {"background": 0, **{f"disc_{value}": value for value in values}}
-        table = {"channel_names": channels, "labels": labels, "numTraining": 8, "file_ending": ".png"}
+        table = described(*("RGB" if colour else ["grey"]), labels=labels, numTraining=8, file_ending=".png")
         (root / "dataset.json").write_text(json.dumps(table))
     else:
         pictures(root, values, colour, ("images", "labels"))
@@ -111,8 +111,8 @@ def test_several_channels_in_nnunet_layout(command: Run, tmp_path: Path, hippoca
             SimpleITK.WriteImage(grey, str(target))
         label = SimpleITK.ReadImage(str(hippocampus / "labelsTr" / path.name))
         SimpleITK.WriteImage(label, str(root / ("labelsTr" if i < 5 else ".") / f"case_{i}.nii.gz"))
-    table = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "front": 1, "back": 2}}
-    (root / "dataset.json").write_text(json.dumps(table | {"numTraining": 5, "file_ending": ".nii.gz"}))
+    labels = {"background": 0, "front": 1, "back": 2}
+    (root / "dataset.json").write_text(json.dumps(described("T1", "T2", labels=labels, numTraining=5)))
     out, _ = trained_and_predicted(command, tmp_path, "3d_fullres", "32x32x32")
     assert [path.name for path in sorted(out.iterdir())] == ["case_5.nii.gz", "case_6.nii.gz"]
     code, shown, err = command("predict", "-i", "data/in/case_6_0001.nii.gz", "-o", "one", cwd=tmp_path)
@@ -137,8 +137,7 @@ def stacks(root: Path, channels: int, how: dict[str, Any], name: str) -> np.ndar
         tifffile.imwrite(root / ("imagesTr" if i < 6 else "in") / name.format(i), stack, **how)
         if i < 6:
             tifffile.imwrite(root / "labelsTr" / f"cell_{i}.tif", label, photometric="minisblack")
-    names = {str(c): f"stain_{c}" for c in range(channels)}
-    table = {"channel_names": names, "labels": {"background": 0, "cell": 1}, "file_ending": ".tif"}
+    table = described(*(f"stain_{c}" for c in range(channels)), file_ending=".tif")
     (root / "dataset.json").write_text(json.dumps(table))
     return stack
 

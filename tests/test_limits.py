@@ -21,7 +21,7 @@ from nnunet_lite.errors import Stopped, UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, read_weights_header
 from nnunet_lite.planning.nnunet import plan_from_nnunet
-from nnunet_lite.planning.override import limit_sizes, override_sizes
+from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.job import Job, configure_plan
@@ -70,18 +70,15 @@ def test_a_covered_validation_takes_half_of_the_limit_at_most(
 
 def test_a_validation_that_the_limit_does_not_cover_is_as_set(job: Job) -> None:
     uncovered = replace(job, settings=with_changes(job.settings, {"training.limit_validation": False}))
-    assert validation_step_sizes(uncovered.settings) == [0.5]
     assert training_seconds(uncovered, 5.0) == 600
     endless = replace(job, settings=with_changes(job.settings, {"training.time_limit": None}), passes={0.5: 1331})
-    assert validation_step_sizes(endless.settings) == [0.5] and training_seconds(endless, 5.0) == math.inf
+    assert training_seconds(endless, 5.0) == math.inf
     assert plan_validation(endless, 5.0) == ValidationPlan(0.5, 1331, 6655.0)
     assert plan_validation(replace(job, passes={}), 5.0) is None
-
-
-def test_larger_step_sizes_are_for_covered_validations_alone() -> None:
+    for own in (uncovered, endless):
+        assert validation_step_sizes(own.settings) == [0.5]
     assert validation_step_sizes(load_settings("cpu")) == [0.5, 0.75, 1.0]
     assert validation_step_sizes(load_settings("cpu", {"inference.step_size": 0.75})) == [0.75, 1.0]
-    assert validation_step_sizes(load_settings("default", {"training.time_limit": 60})) == [0.5]
 
 
 def test_a_pass_is_estimated_from_a_training_step(job: Job) -> None:
@@ -138,23 +135,21 @@ def test_the_first_signal_requests_a_stop_and_the_second_ends(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(number)
+    with stop_on_signal():
+        assert signal.getsignal(number) != before
+    assert signal.getsignal(number) == before
     with stop_on_signal() as stop:
-        assert stop.signal is None and signal.getsignal(number) != before
+        assert stop.signal is None
         os.kill(os.getpid(), number)
-        assert stop.signal == number
-        assert signal.getsignal(number) == before  # the next one does what it always did
+        assert stop.signal == number and signal.getsignal(number) == before  # the next one does what it always did
     assert number.name in capfd.readouterr().err
     with pytest.raises(Stopped, match=f"{number.name} after epoch 3") as end:
         stop.check("after epoch 3")
     assert end.value.number == number
 
 
-def test_handlers_are_restored_and_other_threads_change_none() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_signal():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
-    found = []
+def test_other_threads_change_no_handlers() -> None:
+    before, found = signal.getsignal(signal.SIGTERM), []
 
     def inside() -> None:
         with stop_on_signal() as stop:

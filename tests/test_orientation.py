@@ -6,14 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK
 from samples import first_cases, turn_nifti
-from test_dicom import save_series
 
 import nnunet_lite
 from nnunet_lite.data.dataset import read_case, read_dataset
@@ -127,29 +125,6 @@ def test_predictions_do_not_depend_on_the_orientation(
             np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
             np.testing.assert_array_equal(found.get_fdata(), expected.get_fdata())
     assert np.unique(nibabel.load(tmp_path / "out" / "RAS.nii.gz").get_fdata()).size > 1
-
-
-def test_a_model_of_dcm2niix_files_predicts_a_dicom_series_equally(
-    hippocampus: Path, tmp_path: Path, tiny_settings: dict[str, Any]
-) -> None:
-    """dcm2niix stores LAS, a DICOM series is read as LPS."""
-    root = first_cases(tmp_path / "raw" / "Task04_Hippocampus", 5)
-    turn_all(root, dict.fromkeys([case.id for case in read_dataset(root).cases], "LAS"))
-    assert nnunet_lite.plan(root, workspace=tmp_path, workers=0).orientation == "LAS"
-    nnunet_lite.train("3d_fullres", 0, settings=tiny_settings, workspace=tmp_path, name="tiny", device="cpu")
-    model = predictor.load(tmp_path / "Task04_Hippocampus" / "models" / "tiny")
-
-    scan = SimpleITK.ReadImage(hippocampus / "imagesTs" / "hippocampus_025.nii.gz")
-    lps = SimpleITK.DICOMOrient(scan, "LPS")
-    stored = np.rint(SimpleITK.GetArrayFromImage(lps)).astype(np.uint16)
-    grid = Geometry(stored.shape, lps.GetSpacing()[::-1], lps.GetOrigin(), lps.GetDirection())
-    series = save_series(tmp_path / "series", stored, grid)
-    values = SimpleITK.GetImageFromArray(stored.astype(np.float32) - 1024)  # as the series says
-    values.CopyInformation(lps)
-    SimpleITK.WriteImage(SimpleITK.DICOMOrient(values, "LAS"), tmp_path / "dcm2niix.nii.gz")
-    of_nifti = model(tmp_path / "dcm2niix.nii.gz")
-    np.testing.assert_array_equal(model(series), of_nifti[:, ::-1])
-    assert np.unique(of_nifti).size > 1
 
 
 @pytest.mark.parametrize(("reader", "turned"), [("NibabelIOWithReorient", True), ("SimpleITKIO", False)])

@@ -4,18 +4,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from samples import nnunet_plan
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import description_from_nnunet, plan_to_nnunet
-from nnunet_lite.planning.planner import make_plan
-from nnunet_lite.planning.schema import Plan, Statistics
+from nnunet_lite.planning.planner import limit_sizes, make_plan, override_sizes
+from nnunet_lite.planning.schema import Configuration, Plan, Statistics
 from nnunet_lite.planning.show import patch_share, plan_table
+from nnunet_lite.planning.topology import topology_of
 
 FIXTURES = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())
 STATISTICS = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
@@ -26,16 +30,10 @@ DRAWN = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_pe
 
 
 def plan_of(fixture: dict[str, Any]) -> Plan:
-    told = description_from_nnunet(fixture["dataset"])
-    return make_plan(
-        Fingerprint.model_validate(fixture["fingerprint"]),
-        "Dataset001_Test",
-        told.channels,
-        told.labels,
-        fixture["preset"],
-        fixture["gpu_memory_gb"],
-        told.n_cases,
-    )
+    about = description_from_nnunet(fixture["dataset"])
+    taken = Fingerprint.model_validate(fixture["fingerprint"])
+    preset, memory_gb = fixture["preset"], fixture["gpu_memory_gb"]
+    return make_plan(taken, "Dataset001_Test", about.channels, about.labels, preset, memory_gb, about.n_cases)
 
 
 def fingerprint_of(
@@ -113,17 +111,6 @@ def test_channel_name_chooses_the_normalisation(name: str, scheme: str, masked: 
     assert not simple((60, 60, 60), (1, 1, 1), crop=0.75, channels=(name,)).channels[0].use_mask
 
 
-def test_coarse_axis_comes_first_and_takes_the_10th_percentile() -> None:
-    spacings = tuple((0.8, 0.8, z) for z in (3.0, 4.0, 5.0, 5.0, 5.0, 6.0, 6.0, 6.0, 6.0, 7.0))
-    fingerprint = fingerprint_of(spacings, ((400, 400, 30),) * 10)
-    plan = make_plan(fingerprint, "Test", ("CT",), LABELS)
-    assert plan.axis_order == (2, 0, 1)
-    assert plan.configurations["3d_fullres"].spacing == pytest.approx((3.9, 0.8, 0.8))
-    reasons = plan.configurations["3d_fullres"].reasons
-    assert any("spacing along x is 3.9 mm, the 10th percentile" in reason for reason in reasons)
-    assert any("order x, z, y" in reason for reason in reasons)
-
-
 @pytest.mark.parametrize(
     ("lengths", "words"),
     [
@@ -132,11 +119,14 @@ def test_coarse_axis_comes_first_and_takes_the_10th_percentile() -> None:
         ((4.0, 4.0, 5.0, 5.0, 5.0), "is 4 mm, the 10th percentile, not the median 5 mm: voxels there"),
     ],
 )
-def test_the_median_is_named_where_it_is_another_length(lengths: tuple[float, ...], words: str) -> None:
-    spacings = tuple((z, 1.0, 1.0) for z in lengths)
-    fingerprint = fingerprint_of(spacings, ((20, 400, 400),) * len(lengths))
-    reasons = make_plan(fingerprint, "Test", ("CT",), LABELS).configurations["3d_fullres"].reasons
-    assert f"spacing along z {words}" in reasons[0]
+def test_a_coarse_axis_comes_first_and_takes_the_10th_percentile(lengths: tuple[float, ...], words: str) -> None:
+    """The reasons name the median only where it is another length."""
+    fingerprint = fingerprint_of([(0.8, 0.8, z) for z in lengths], [(400, 400, 30)] * len(lengths))
+    plan = make_plan(fingerprint, "Test", ("CT",), LABELS)
+    full = plan.configurations["3d_fullres"]
+    assert plan.axis_order == (2, 0, 1)
+    assert full.spacing == pytest.approx((np.percentile(lengths, 10), 0.8, 0.8))
+    assert f"spacing along x {words}" in full.reasons[0] and "order x, z, y" in full.reasons[1]
 
 
 def test_one_slice_gets_2d_only() -> None:
@@ -177,17 +167,12 @@ def test_more_memory_gives_a_larger_patch_and_more_predicted_memory() -> None:
         ({"preset": "resenc_k"}, "there is no preset 'resenc_k'. Did you mean resenc_"),
         ({"memory_gb": 0}, "a memory budget of 0 GB is not positive"),
         ({"memory_gb": 1e-6}, "1e-06 GB are too few for this dataset"),
+        ({"channels": ("T1", "T2")}, "has 2 channels, its fingerprint 1"),
     ],
 )
-def test_impossible_wishes_are_refused(options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_planned_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        simple((60, 60, 60), (1, 1, 1), **options)
-
-
-def test_fingerprint_of_other_channels_is_refused() -> None:
-    fingerprint = fingerprint_of(((1, 1, 1),), ((60, 60, 60),))
-    with pytest.raises(UserError, match="has 2 channels, its fingerprint 1"):
-        make_plan(fingerprint, "Test", ("T1", "T2"), LABELS)
+        make_plan(fingerprint_of([(1, 1, 1)], [(60, 60, 60)]), "X", labels=LABELS, **{"channels": ("T1",), **options})
 
 
 def test_table_holds_every_configuration_and_every_reason_within_its_width() -> None:
@@ -205,3 +190,48 @@ def test_table_holds_every_configuration_and_every_reason_within_its_width() -> 
 def test_table_warns_where_many_classes_exceed_the_budget() -> None:
     many = next(fixture for fixture in FIXTURES if len(fixture["dataset"]["labels"]) > 100)
     assert "GB are more than" in plan_table(plan_of(many))
+
+
+def test_limits_shrink_only_what_exceeds_them() -> None:
+    plan = nnunet_plan()
+    before = plan.configuration("3d_fullres")
+    after = limit_sizes(plan, "3d_fullres", patch_voxels=30_000, batch_voxels=50_000).configuration("3d_fullres")
+    assert prod(before.patch_size) > 30_000 >= prod(after.patch_size) and after.batch_size == 2
+    Configuration.model_validate(after.model_dump())  # the patch can be pooled
+    same = limit_sizes(plan, "3d_fullres", patch_voxels=10**9, batch_voxels=10**9).configuration("3d_fullres")
+    assert (same.patch_size, same.batch_size, same.network) == (before.patch_size, before.batch_size, before.network)
+    flat = limit_sizes(plan, "2d", 100_000, 200_000).configuration("2d")
+    assert flat.batch_size == 200_000 // prod(flat.patch_size) > 2
+
+
+def test_another_patch_gets_its_topology_and_keeps_the_widths_of_the_stages_that_stay() -> None:
+    plan = simple((200, 200, 200), (1, 1, 1))
+    full = plan.configurations["3d_fullres"]
+    changed = override_sizes(plan, "3d_fullres", (64, 64, 32), 5)
+    c = changed.configurations["3d_fullres"]
+    assert (c.patch_size, c.batch_size, len(c.network.features)) == ((64, 64, 32), 5, 5)
+    assert c.network.strides == topology_of((1, 1, 1), (64, 64, 32)).strides
+    assert c.memory_gb is not None and full.memory_gb is not None and c.memory_gb < full.memory_gb
+    assert changed.configurations["2d"] == plan.configurations["2d"]
+    assert Plan.model_validate_json(changed.to_json()) == changed
+    narrow = c.model_copy(update={"network": c.network.model_copy(update={"features": (16, 32, 64, 128, 200)})})
+    plan = plan.model_copy(update={"configurations": {"3d_fullres": narrow}})
+    deeper = override_sizes(plan, "3d_fullres", (128, 128, 128)).configurations["3d_fullres"].network
+    assert deeper.features == (16, 32, 64, 128, 200, 320)
+    shallower = override_sizes(plan, "3d_fullres", (16, 16, 16)).configurations["3d_fullres"].network
+    assert shallower.features == (16, 32, 64) and shallower.decoder_convolutions == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("patch", "batch", "message"),
+    [
+        ((100, 64, 64), None, "100x64x64 cannot be pooled.* The nearest are 96x64x64 and 112x64x64"),
+        ((64, 64), None, "64x64 is no patch. Give 3 positive numbers"),
+        ((0, 64, 64), None, "0x64x64 is no patch"),
+        ((4, 4, 4), None, "too small to pool"),
+        (None, 0, "batch size of 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(patch: tuple[int, ...] | None, batch: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override_sizes(simple((200, 200, 200), (1, 1, 1)), "3d_fullres", patch, batch)

@@ -13,11 +13,11 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from bad_inputs import BadData, Command, refuse_dataset
+from samples import described, save_cases
 
 import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
-from nnunet_lite.errors import UserError
 from nnunet_lite.preprocessing.raw_files import scan_raw_cases
 
 UM = 1e-3  # mm
@@ -43,23 +43,17 @@ def test_numbers_of_every_format(tmp_path: Path, kind: str) -> None:
     assert read_geometry(tmp_path / "a.tif") == (image.geometry, 1)
 
 
-@pytest.mark.parametrize("compression", ["lzw", "deflate", "zstd", "packbits", "lzma", "jpeg2000", "lerc", "jpegxl"])
-def test_lossless_compression(tmp_path: Path, compression: str) -> None:
-    path = save(tmp_path / "a.tif", numbers((3, 40, 50), "u1"), compression=compression)
-    assert np.array_equal(read_image(path).array[0], numbers((3, 40, 50), "u1"))
+LAYOUTS: list[dict[str, Any]] = [
+    {"tile": (32, 32)},
+    {"bigtiff": True},
+    {"byteorder": ">"},
+    {"rowsperstrip": 1},
+    {"tile": (32, 32), "compression": "deflate", "predictor": True},
+    *({"compression": c} for c in ("lzw", "deflate", "zstd", "packbits", "lzma", "jpeg2000", "lerc", "jpegxl")),
+]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"tile": (32, 32)},
-        {"bigtiff": True},
-        {"byteorder": ">"},
-        {"rowsperstrip": 1},
-        {"tile": (32, 32), "compression": "deflate", "predictor": True},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("how", LAYOUTS, ids=str)
 def test_layouts_of_pixels(tmp_path: Path, how: dict[str, Any]) -> None:
     image = read_image(save(tmp_path / "a.tif", numbers((2, 60, 90)), **how))
     assert np.array_equal(image.array[0], numbers((2, 60, 90))) and image.array.dtype.isnative
@@ -88,8 +82,8 @@ def test_axes_and_spacing(tmp_path: Path, kind: str, axes: str, shape: tuple[int
     }[kind]
     image = read_image(save(tmp_path / "a.tif", array, axes, **how))
     slices, channels = dict(zip(axes, shape, strict=True)).get("Z", 1), dict(zip(axes, shape, strict=True)).get("C", 1)
-    wanted = array.reshape(slices, channels, 6, 7).swapaxes(0, 1)
-    assert np.array_equal(image.array, wanted)
+    expected = array.reshape(slices, channels, 6, 7).swapaxes(0, 1)
+    assert np.array_equal(image.array, expected)
     assert read_geometry(tmp_path / "a.tif") == (image.geometry, channels)
     assert any(f"{channels} channels in one file" in note for note in image.notes) == (channels > 1)
     known = kind != "shaped"
@@ -238,16 +232,6 @@ def test_a_changed_sidecar_or_file_of_voxels_is_a_changed_case(tmp_path: Path) -
     assert after["b"] != before["b"]
 
 
-def test_equal_channels_of_a_label_map_are_one(tmp_path: Path) -> None:
-    labels = numbers((5, 6, 7)) % 3
-    save(tmp_path / "a.tif", np.stack([labels, labels], axis=1), "ZCYX", imagej=True)
-    back, _, notes = read_label(tmp_path / "a.tif")
-    assert np.array_equal(back, labels) and notes == ("label map with 2 equal channels read as one",)
-    save(tmp_path / "a.tif", np.stack([labels, labels + 1], axis=1), "ZCYX", imagej=True)
-    with pytest.raises(UserError, match="is not a label map: it has a fourth dimension"):
-        read_label(tmp_path / "a.tif")
-
-
 def cut(path: Path, array: np.ndarray, share: float, axes: str | None = None, **how: Any) -> None:
     data = save(path, array, axes, **how).read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
@@ -300,13 +284,7 @@ def test_bad_tiff(command: Command, tmp_path: Path, counts: Callable[[str], obje
     counts("bad inputs refused in one line")
     make, says = BAD[name]
     root = tmp_path / "data"
-    for folder in ("imagesTr", "labelsTr"):
-        (root / folder).mkdir(parents=True)
-    for i in range(5):
-        save(root / "imagesTr" / f"c{i}_0000.tif", numbers((5, 6, 7)) + np.uint16(i))
-        save(root / "labelsTr" / f"c{i}.tif", (numbers((5, 6, 7)) % 2).astype(np.uint8))
-    table = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}, "file_ending": ".tif"}
-    (root / "dataset.json").write_text(json.dumps(table))
+    save_cases(root, ["imagesTr/c{}_0000.tif"], ["labelsTr/c{}.tif"], table=described("T1", file_ending=".tif"))
     file = "imagesTr/c2_0000.tif"
     refuse_dataset(BadData(lambda folder: make(folder / file), file, (says,)), command, root)
 
@@ -326,12 +304,8 @@ def test_masks_of_true_and_false_mean_what_tifffile_was_given(tmp_path: Path) ->
 
 def test_check_warns_of_an_orientation_tag_of_the_image_alone(tmp_path: Path) -> None:
     """Programs that ignore the tag, as most do, draw the label map in the order of the stored pixels."""
-    rng = np.random.default_rng(0)
-    for number in range(5):
-        for folder in ("images", "labels"):
-            (tmp_path / "d" / folder).mkdir(parents=True, exist_ok=True)
-            array = rng.integers(0, 255, (20, 24), np.uint8) if folder == "images" else np.eye(20, 24, dtype=np.uint8)
-            tag = [(274, "H", 1, 3, True)] if folder == "images" else []
-            tifffile.imwrite(tmp_path / "d" / folder / f"c{number}.tif", array, extratags=tag)
-    found = [problem for problem in nnunet_lite.check(tmp_path / "d").problems if problem.kind == "orientation_tag"]
+    save_cases(tmp_path, ["images/c{}.tif"], ["labels/c{}.tif"])
+    for path in (tmp_path / "images").iterdir():
+        tifffile.imwrite(path, tifffile.imread(path), extratags=[(274, "H", 1, 3, True)])
+    found = [problem for problem in nnunet_lite.check(tmp_path).problems if problem.kind == "orientation_tag"]
     assert len(found) == 5 and (found[0].found, found[0].severity) == ("orientation tag 1", "warning")

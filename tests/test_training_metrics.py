@@ -9,25 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.metrics import (
     METRICS,
     PICTURE,
     TABLE,
     LabelStatistics,
     Metrics,
-    count_voxels,
     draw_metrics,
     record_metrics,
     to_csv,
 )
-
-LABELS = Labels(names={"background": 0, "liver": 1, "tumour": 2})
 
 
 def metrics(epoch: int, dice: float | None = 0.5) -> Metrics:
@@ -100,6 +94,7 @@ MANY = {"dice": {f"label {i}": 0.1 for i in range(30)}}
     ],
 )
 def test_any_metrics_become_a_picture(tmp_path: Path, epochs: list[dict[str, Any]]) -> None:
+    draw_metrics([], tmp_path / "nothing.png")
     draw_metrics(epochs, tmp_path / "progress.png")
     with Image.open(tmp_path / "progress.png") as image:
         assert image.size == (900, 700)
@@ -107,36 +102,11 @@ def test_any_metrics_become_a_picture(tmp_path: Path, epochs: list[dict[str, Any
     assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
 
 
-def test_no_metrics_make_no_picture(tmp_path: Path) -> None:
-    draw_metrics([], tmp_path / "progress.png")
-    assert not list(tmp_path.iterdir())
-
-
-def test_voxels_are_counted_per_patch_and_class() -> None:
-    classes = torch.tensor([[[0, 1], [1, 3]], [[2, 2], [0, 0]]], dtype=torch.uint8)
-    assert count_voxels(classes, 4).tolist() == [[1, 2, 0, 1], [2, 0, 2, 0]]
-    many = torch.randint(0, 119, (3, 20, 20, 20), generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([torch.bincount(patch.flatten(), minlength=119) for patch in many])
-    assert torch.equal(count_voxels(many, 119).long(), expected)
-
-
-def test_a_label_that_no_patch_shows_is_reported_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_label_whose_dice_stays_zero_is_reported_once(capfd: pytest.CaptureFixture[str]) -> None:
     labels = LabelStatistics()
-    labels.count(torch.tensor([[90.0, 10.0, 0.0]]), LABELS, ALONE)
-    labels.count(torch.tensor([[100.0, 0.0, 0.0]]), LABELS, ALONE)  # as after a signal in the middle of the epoch
-    assert labels.patches == [1, 0, 2]
-    assert capfd.readouterr().err == ""
-    labels.warn_of_missing(LABELS)
-    warning = capfd.readouterr().err
-    assert "tumour was in none of the 2 patches" in warning and "liver" not in warning
-    for _ in range(30):
-        labels.warn_of_zero_dice({"liver": 0.3, "tumour": 0.0}, 1.0)
-    assert capfd.readouterr().err == ""
-
-
-def test_a_label_whose_dice_stays_zero_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(20):
+        labels.warn_of_zero_dice({"liver": 0.0}, 0.02)  # early in a long run
     labels = LabelStatistics()
-    labels.count(torch.tensor([[899.0, 100.0, 1.0], [1000.0, 0.0, 0.0]]), LABELS, ALONE)
     for epoch in range(1, 10):
         labels.warn_of_zero_dice({"liver": 0.0 if epoch < 9 else 0.1, "tumour": 0.0 if epoch != 4 else None}, 0.5)
     labels.warn_of_zero_dice({}, 0.5)  # an epoch without a validation does not count
@@ -144,12 +114,4 @@ def test_a_label_whose_dice_stays_zero_is_reported(capfd: pytest.CaptureFixture[
     for _ in range(3):
         labels.warn_of_zero_dice({"liver": 0.0, "tumour": 0.0}, 0.5)
     warning = capfd.readouterr().err
-    assert warning.count("warning") == 1
-    assert "tumour has had a Dice of 0 in all of 10 epochs; it is in 50% of the patches" in warning
-
-
-def test_early_in_a_long_run_a_dice_of_zero_is_not_reported(capfd: pytest.CaptureFixture[str]) -> None:
-    labels = LabelStatistics()
-    for _ in range(20):
-        labels.warn_of_zero_dice({"liver": 0.0}, 0.02)
-    assert capfd.readouterr().err == ""
+    assert warning.count("warning") == 1 and "tumour has had a Dice of 0 in all of 10 epochs" in warning

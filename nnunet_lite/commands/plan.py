@@ -36,8 +36,7 @@ from nnunet_lite.models.folder import model_folders, other_folds, set_aside
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import Description, description_from_nnunet, description_to_nnunet, plan_to_nnunet
-from nnunet_lite.planning.override import override_sizes
-from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.planner import make_plan, override_sizes
 from nnunet_lite.planning.schema import Options, Plan
 from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnunet_lite import log
+from nnunet_lite.commands.fold import train_and_validate
 from nnunet_lite.commands.options import (
     AcceptGeometry,
     Device,
@@ -35,7 +36,7 @@ from nnunet_lite.commands.options import (
 from nnunet_lite.commands.plan import plan
 from nnunet_lite.commands.select import report, select
 from nnunet_lite.commands.steps import JOURNAL, Journal, Step, StepResult, overview, run_steps
-from nnunet_lite.commands.train import fold_names, train_and_validate
+from nnunet_lite.commands.train import fold_names
 from nnunet_lite.commands.training_run import TrainingRun, plan_runs, preprocessing_step, training_step
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import Selection, read_selection

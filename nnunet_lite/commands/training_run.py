@@ -46,8 +46,6 @@ class TrainingRun:
         Its cases, and the options for folds.
     folder : Path
         The model folder.
-    name : str or None
-        Of the model folder, if the user gave one.
     first : FirstStage or None
         Of a cascade.
     device : str or None
@@ -62,7 +60,6 @@ class TrainingRun:
     split: Split
     rule: FoldRule
     folder: Path
-    name: str | None
     first: FirstStage | None
     device: str | None
 
@@ -138,7 +135,7 @@ def prepare_run(
     plan = configure_plan(source_plan, configuration, settings)
     split = read_split(paths.splits, dataset, fold, rule)
     first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
-    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, name, first, device)
+    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:

@@ -4,7 +4,7 @@
 |---|---|---|
 | common NIfTI | nifti.py | nifti.py |
 | other NIfTI | SimpleITK, otherwise nibabel | nibabel, since ITK pads a truncated file with zeros and reports nothing |
-| MGH, Analyze, PAR/REC, AFNI | nibabel | nibabel |
+| MGH, Analyze | nibabel | nibabel |
 | BMP, PNG of one bit, of a palette, of grey with alpha | Pillow | Pillow, since ITK reads colours for numbers |
 | NRRD, MetaImage, GIPL, JPEG, other PNG | SimpleITK | SimpleITK |
 """

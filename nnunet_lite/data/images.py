@@ -21,7 +21,7 @@ from nnunet_lite.data.names import (
     stem,
     suffix_of,
 )
-from nnunet_lite.data.nifti import write_nifti_like
+from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.tiff import read_tiff
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, write_json
@@ -76,8 +76,7 @@ def label_suffix(suffix: str) -> str:
         Such as ".png" for ".jpg".
     """
     others = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha", ".nhdr": ".nrrd"}
-    nifti = ("", *PAIRS, ".par", ".head")
-    return others.get(suffix, ".nii.gz" if suffix in nifti else suffix)
+    return others.get(suffix, ".nii.gz" if suffix in ("", *PAIRS) else suffix)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -330,8 +329,8 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
         usual = temporary.with_name(stem(temporary) + suffix)  # libraries do not know `.Nii.gz`
         try:
             copies_header = like is not None and suffix_of(like) in NIFTI and suffix in NIFTI
-            if like is not None and copies_header:
-                write_nifti_like(usual, array, like)
+            if copies_header:
+                write_nifti(usual, array, geometry, like=like)
             if not copies_header or read_geometry(usual)[0].differences(geometry):  # such as a header without sizes
                 write_file(usual, array, geometry)
             usual.replace(temporary)

@@ -22,12 +22,11 @@ NIFTI = (".nii.gz", ".nii")
 TIFF = (".tif", ".tiff")
 PICTURES = (".png", *TIFF, ".bmp", ".jpg", ".jpeg")
 GIPL = (".gipl.gz", ".gipl")
-PAIRS = (".hdr.gz", ".hdr", ".img.gz", ".img")  # header and voxels, NIfTI or Analyze
-NIBABEL_ONLY = (".mgz", ".mgh", *PAIRS, ".par", ".head")
+_HEADERS, _VOXELS = (".hdr.gz", ".hdr"), (".img.gz", ".img")
+PAIRS = (*_HEADERS, *_VOXELS)  # NIfTI or Analyze
+NIBABEL_ONLY = (".mgz", ".mgh", *PAIRS)
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *GIPL, *PICTURES, *NIBABEL_ONLY)
 SUPPORTED = f"Supported are {' '.join(SUFFIXES)}"
-
-_WITH_VOXELS = (".hdr", ".hdr.gz", ".par", ".head")  # headers whose voxels are in another file of the same name
 
 AGAIN = "Copy or export it again."
 DEFLATE_LIMIT = 1032  # largest factor by which deflate compresses
@@ -126,9 +125,8 @@ def companions(path: Path) -> list[Path]:
     suffix, name = suffix_of(path), stem(path)
     if suffix in TIFF:
         names = [f"{name}.json", re.sub(r"_\d{4}$", "", name) + ".json"]
-    elif suffix in _WITH_VOXELS:
-        endings = {".par": (".rec",), ".head": (".brik", ".brik.gz")}.get(suffix, (".img", ".img.gz"))
-        names = [name + written for ending in endings for written in (ending, ending.upper())]
+    elif suffix in _HEADERS:
+        names = [name + ending for ending in (".img", ".IMG", ".img.gz", ".IMG.GZ")]
     else:
         names = [voxel_file(path)] if path.is_file() else []
     return [path.with_name(other) for other in dict.fromkeys(filter(None, names)) if (path.parent / other).is_file()]
@@ -147,7 +145,7 @@ def header_of(path: Path) -> Path | None:
     Path or None
         None if there is no such header, or the file is no .img.
     """
-    if suffix_of(path) not in (".img", ".img.gz"):
+    if suffix_of(path) not in _VOXELS:
         return None
     names = (stem(path) + ending for ending in (".hdr", ".HDR", ".hdr.gz", ".HDR.GZ"))
     return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
@@ -170,7 +168,7 @@ def usual_name(path: Path) -> Iterator[Path]:
     suffix = suffix_of(path)
     if suffix in NIFTI:
         suffix = ".nii.gz" if is_gzip(path) else ".nii"
-    if suffix in (".par", ".head") or (path.name.endswith(suffix) and suffix_of(path) == suffix):
+    if path.name.endswith(suffix) and suffix_of(path) == suffix:
         yield path
         return
     others = [other for other in (*companions(path), header_of(path)) if other and suffix not in TIFF]
@@ -284,9 +282,9 @@ def _defect(path: Path) -> str | None:
     if voxels and not (path.parent / voxels).is_file() and "%" not in voxels and not voxels.upper().startswith("LIST"):
         return f"names {voxels} for its voxels, which is not there"
     suffix = suffix_of(path)
-    if suffix in _WITH_VOXELS and not companions(path):
+    if suffix in _HEADERS and not companions(path):
         return "needs the file of its voxels with it, which is not there"
-    if suffix in (".img", ".img.gz") and not header_of(path):
+    if suffix in _VOXELS and not header_of(path):
         return "needs its header (.hdr) with it, which is not there"
     with path.open("rb") as file:
         head = file.read(64)

@@ -426,7 +426,7 @@ def _as_stored(array: np.ndarray, dimensions: int) -> np.ndarray:
     return array[0].T if dimensions == 2 else array.transpose(2, 1, 0)
 
 
-def write_nifti(path: Path, array: np.ndarray, geometry: Geometry, slope: float = 1) -> None:
+def write_nifti(path: Path, array: np.ndarray, geometry: Geometry, slope: float = 1, like: Path | None = None) -> None:
     """Write a NIfTI file, also with a sheared affine, which no qform can state.
 
     Parameters
@@ -439,62 +439,26 @@ def write_nifti(path: Path, array: np.ndarray, geometry: Geometry, slope: float 
         Of the array.
     slope : float
         Programs show the integers times this number.
+    like : Path or None
+        An image on the same grid. If it is NIfTI, its header is used.
     """
-    affine, direction = ras_affine(geometry), np.reshape(geometry.direction, (3, 3))
-    image = nib().Nifti1Image(_as_stored(array, geometry.dimensions), affine)
-    image.set_sform(affine, "scanner")
-    if np.allclose(direction @ direction.T, np.eye(3), atol=1e-4):
-        image.set_qform(affine, "scanner")
-    image.header.set_xyzt_units("mm")
+    if like is not None and suffix_of(like) in NIFTI:
+        with usual_name(like) as usual:
+            source = nib().load(usual)
+        header = source.header.copy()
+        header.set_data_dtype(array.dtype)
+        header["cal_min"] = header["cal_max"] = 0  # the window of the image
+        header.set_intent("none")
+        image = source.__class__(_as_stored(array, len(source.shape)), None, header)
+    else:
+        affine, direction = ras_affine(geometry), np.reshape(geometry.direction, (3, 3))
+        image = nib().Nifti1Image(_as_stored(array, geometry.dimensions), affine)
+        image.set_sform(affine, "scanner")
+        if np.allclose(direction @ direction.T, np.eye(3), atol=1e-4):
+            image.set_qform(affine, "scanner")
+        image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(slope, 0)
     nib().save(image, path)
-
-
-def write_nifti_like(path: Path, array: np.ndarray, like: Path, slope: float = 1) -> None:
-    """Write a NIfTI file with the header of an image on the same grid.
-
-    Parameters
-    ----------
-    path : Path
-        Ends with .nii or .nii.gz.
-    array : ndarray, shape (z, y, x)
-        Integers.
-    like : Path
-        The NIfTI image.
-    slope : float
-        Programs show the integers times this number.
-    """
-    with usual_name(like) as usual:
-        source = nib().load(usual)
-    header = source.header.copy()
-    header.set_data_dtype(array.dtype)
-    header["cal_min"] = header["cal_max"] = 0  # the window of the image
-    header.set_intent("none")
-    image = source.__class__(_as_stored(array, len(source.shape)), None, header)
-    image.header.set_slope_inter(slope, 0)
-    nib().save(image, path)
-
-
-def write_share(path: Path, array: np.ndarray, geometry: Geometry, steps: int, like: Path) -> None:
-    """Write probabilities, stored as integers up to `steps`, as NIfTI that programs show as 0 to 1.
-
-    Parameters
-    ----------
-    path : Path
-        Ends with .nii or .nii.gz.
-    array : ndarray, shape (z, y, x)
-        Integers from 0 to `steps`.
-    geometry : Geometry
-        Of the array.
-    steps : int
-        The integer of probability 1.
-    like : Path
-        The image that the geometry was read from. If it is NIfTI, its header is used.
-    """
-    if suffix_of(like) in NIFTI:
-        write_nifti_like(path, array, like, 1 / steps)
-        return
-    write_nifti(path, array, geometry, 1 / steps)
 
 
 def nifti_bytes(array: np.ndarray, geometry: Geometry) -> bytes:

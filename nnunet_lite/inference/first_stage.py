@@ -1,6 +1,6 @@
 """The first stage of a cascade, as its second stage needs it: which fold predicts which case, and the predictions.
 
-`find_first_stage` -> `predict_first_stage` -> `with_first_stage`. Each case is predicted by a fold that held it out,
+`find_first_stage` -> `predict_first_stage` -> `read_stage_map`. Each case is predicted by a fold that held it out,
 from its preprocessed image. The logits are resampled linearly to the grid of the second stage, and become classes
 there: that is sharper than resampling a label map. Predictions are kept; other weights, settings, images or grids make
 them again.
@@ -34,7 +34,6 @@ from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.training.splits import ALL, Split, load_splits
 from nnunet_lite.workspace import Paths
 
@@ -75,12 +74,6 @@ class FirstStage:
     def missing(self) -> list[str]:
         """The folds that are needed and not trained yet."""
         return [fold for fold in self.folds if not is_finished(self.folder / f"fold_{fold}")]
-
-    def describe(self) -> str:
-        """Return what is needed, and what of it remains to be trained."""
-        todo = f"to be trained first: {', '.join(self.missing)}" if self.missing else "all trained"
-        needed = f"fold {', '.join(self.folds)} of {self.folder}"
-        return f"the second stage learns from what {self.configuration} predicts: {needed}; {todo}"
 
 
 def find_first_stage(
@@ -286,11 +279,6 @@ def write_stage_map(file: Path, classes: np.ndarray, like: Any, key: str) -> Non
 def read_stage_map(file: Path) -> Any:
     """Return the classes in a file, memory-mapped: `classes[z0:z1, y0:y1, x0:x1]` reads that box as a numpy array."""
     return blosc2.open(str(file), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
-
-
-def with_first_stage(case: StoredCase, file: Path) -> StoredCase:
-    """Return a preprocessed case with what the first stage predicts of it; no voxel is read yet."""
-    return replace(case, previous=read_stage_map(file))
 
 
 def _stored_key(file: Path) -> str | None:

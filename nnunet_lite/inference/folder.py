@@ -18,7 +18,7 @@ from nnunet_lite.data.dicom import require_dicom, write_dicom_seg
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import is_dicom, write_label
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.nifti import write_share
+from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import atomic, lacks_space, no_space
@@ -173,7 +173,7 @@ def _write(
         folder, _, of = name.partition("/")
         file = target.parent / folder / f"{stem(target)}_{of.translate(_NOT_IN_NAMES)}.nii.gz"
         with atomic(file) as temporary:
-            write_share(temporary, array, geometry, STEPS, like=case.images[0])
+            write_nifti(temporary, array, geometry, 1 / STEPS, case.images[0])
     if postprocess is not None:
         label_map = postprocess(label_map, geometry.spacing)
     if target.suffix == ".dcm":

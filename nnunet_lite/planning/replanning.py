@@ -23,10 +23,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, read_json, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import Description, description_to_nnunet, read_plan
-from nnunet_lite.planning.override import override_sizes
-from nnunet_lite.planning.planner import PRESETS, make_plan, memory_budget
-from nnunet_lite.planning.schema import Options, Plan, essence, first_problem
-from nnunet_lite.planning.show import configuration_changes
+from nnunet_lite.planning.planner import PRESETS, make_plan, memory_budget, override_sizes
+from nnunet_lite.planning.schema import Options, Plan, configuration_changes, essence, first_problem
 from nnunet_lite.workspace import Paths
 
 Entry = tuple[str | int, ...]  # the place of a value in plans.json, such as ("channels", 0, "normalization")

@@ -315,15 +315,17 @@ class Plan(_Model):
         except ValidationError as error:
             raise UserError(first_problem(error), path, "Correct it, or run `nnlite plan` again.") from None
 
-    @classmethod
-    def json_schema(cls) -> str:
-        """Return the JSON Schema of plans.json."""
-        return json.dumps(cls.model_json_schema(), indent=1)
-
 
 def essence(configuration: Configuration) -> dict[str, Any]:
     """Return the content of a configuration without its explanations and its predicted memory."""
     return configuration.model_dump(mode="json", exclude={"reasons", "memory_gb"})
+
+
+def configuration_changes(old: Configuration, new: Configuration) -> list[str]:
+    """Return how two configurations differ, such as "batch_size 2 -> 3", by the keys of plans.json."""
+    before, after = ({**essence(c), **essence(c)["network"]} for c in (old, new))
+    changed = [key for key in before if key != "network" and before[key] != after[key]]
+    return [f"{key} {before[key]} -> {after[key]}" for key in changed]
 
 
 def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -86,40 +86,6 @@ def patch_share(configuration: Configuration) -> float:
     return prod(min(1.0, size / whole) for size, whole in axes)
 
 
-def configuration_changes(old: Configuration, new: Configuration) -> list[str]:
-    """Say how two configurations differ, as in "patch 40 x 56 x 40 -> 32 x 32 x 32", "stages 4 -> 5"."""
-    before, after = _parts(old), _parts(new)
-    return [f"{what} {before[what]} -> {after[what]}" for what in before if before[what] != after[what]]
-
-
-def _parts(c: Configuration) -> dict[str, str]:
-    """The values of a configuration by their name in messages."""
-    network, stages = c.network, len(c.network.features)
-    return {
-        "patch": _by(map(str, c.patch_size)),
-        "batch": str(c.batch_size),
-        "stages": str(stages),
-        "features": "-".join(map(str, network.features)),
-        "strides": _per_stage(["x".join(map(str, stride)) for stride in network.strides]),
-        "kernels": _per_stage(["x".join(map(str, kernel)) for kernel in network.kernels]),
-        "blocks": _per_stage(list(map(str, network.blocks))),
-        "convolutions of the decoder": _per_stage(list(map(str, network.decoder_convolutions))),
-        "kind": network.kind,
-        "norm": network.norm,
-        "activation": network.activation,
-        "spacing": f"{_by(f'{length:.6g}' for length in c.spacing)} mm",
-        "median image": _by(f"{n:g}" for n in c.median_shape),
-        "Dice": "over the batch" if c.batch_dice else "of each image",
-        "previous stage": c.previous_stage or "none",
-        "resampling": ", ".join(f"{field} {value}" for field, value in c.resampling.model_dump().items()),
-    }
-
-
-def _per_stage(stages: list[str]) -> str:
-    """One value for each stage, or the one that all have."""
-    return stages[0] if len(set(stages)) == 1 else "/".join(stages)
-
-
 def _align(row: Sequence[str], widths: Sequence[int]) -> str:
     """Names to the left, numbers to the right."""
     cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

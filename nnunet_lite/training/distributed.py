@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -224,68 +224,54 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- starting
 
 
-def launch(number: int, arguments: Sequence[str]) -> int:
-    """Run `nnlite` in several processes that train together.
+def launch(number: int) -> None:
+    """Run this command in several processes that train together, and exit; in one of them, do nothing.
 
     The first process prints its output here. If another one dies, the rest are stopped and its number, its error and
     how it ended are reported. Signals are forwarded.
 
-    Parameters
-    ----------
-    number : int
-        Number of processes.
-    arguments : sequence of str
-        Of the command line.
-
-    Returns
-    -------
-    int
-        The exit code.
+    Raises
+    ------
+    UserError
+        This process is not `nnlite`: its command line cannot be repeated.
     """
+    if current_ranks().world > 1:
+        return
+    if not system.IS_COMMAND:
+        fix = f"Start your script with `torchrun --nproc-per-node {number}`, or use `nnlite train --gpus {number}`."
+        raise UserError(f"gpus={number} needs one process for each GPU", fix=fix)
     processes: list[subprocess.Popen[str]] = []
 
-    def forward(signal_number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         for process in processes:
-            process.send_signal(signal_number)
+            process.send_signal(number)
 
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="nnlite-")))
-        for number_of_signal in _FORWARDED:
-            if signal.getsignal(number_of_signal) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                stack.callback(signal.signal, number_of_signal, signal.signal(number_of_signal, forward))
-        stack.callback(_kill, processes)
-        errors = [folder / f"stderr_{rank}" for rank in range(number)]
-        for rank in range(number):
-            # the first process prints; a process group of its own receives each signal once, from `forward`
-            error = None if rank == 0 else stack.enter_context(errors[rank].open("w"))
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "nnunet_lite", *arguments],
-                    env=os.environ | _environment(rank, number, folder),
-                    stdout=subprocess.DEVNULL if rank else None,
-                    stderr=error,
-                    text=True,
-                    process_group=0,
-                )
-            )
-        return _wait(processes, errors)
-
-
-def _environment(rank: int, number: int, folder: Path) -> dict[str, str]:
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, system.cpus() // number)))
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(number),
-        "OMP_NUM_THREADS": threads,
-        _RENDEZVOUS: f"file://{folder / 'rendezvous'}",
-    }
-
-
-def _kill(processes: Sequence[subprocess.Popen[str]]) -> None:
-    for process in processes:
-        process.kill()
-        process.wait()
+    with TemporaryDirectory(prefix="nnlite-") as folder:
+        errors = [Path(folder, f"stderr_{rank}") for rank in range(number)]
+        for signal_number in _FORWARDED:
+            if signal.getsignal(signal_number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(signal_number, forward)
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, system.cpus() // number)))
+        shared = {"WORLD_SIZE": str(number), "OMP_NUM_THREADS": threads, _RENDEZVOUS: f"file://{folder}/rendezvous"}
+        try:
+            for rank, error in enumerate(errors):
+                # the first process prints; a process group of its own receives each signal once, from `forward`
+                with error.open("w") as output:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "nnunet_lite", *sys.argv[1:]],
+                        env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=subprocess.DEVNULL if rank else None,
+                        stderr=output if rank else None,
+                        text=True,
+                        process_group=0,
+                    )
+                processes.append(process)
+            code = _wait(processes, errors)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    raise SystemExit(code)
 
 
 def _wait(processes: Sequence[subprocess.Popen[str]], errors: Sequence[Path]) -> int:

@@ -23,7 +23,7 @@ from nnunet_lite.models.folder import MODEL, read_run, read_weights_header
 from nnunet_lite.models.lookup import is_nnunet, nnunet_folds
 from nnunet_lite.models.nnunet import read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.schema import Channel, Plan, exact_storage
+from nnunet_lite.planning.schema import Plan, exact_storage
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.job import Job
 
@@ -148,7 +148,7 @@ def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Setting
     )
     adopted = with_memory(adopted, len(plan.channels), plan.labels)
     known = {channel.name.casefold(): channel for channel in source.plan.channels}
-    channels = tuple(_adopt_normalization(channel, known) for channel in plan.channels)
+    channels = tuple(known.get(c.name.casefold(), c).model_copy(update={"name": c.name}) for c in plan.channels)
     exact = plan.stored_as == exact_storage(plan.channels)
     return plan.model_copy(
         update={
@@ -161,11 +161,6 @@ def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Setting
             "configurations": {**plan.configurations, configuration: adopted},
         }
     )
-
-
-def _adopt_normalization(channel: Channel, known: Mapping[str, Channel]) -> Channel:
-    """A channel with the normalization of the model's channel of that name, if there is one."""
-    return known.get(channel.name.casefold(), channel).model_copy(update={"name": channel.name})
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -188,64 +183,21 @@ def start_from(network: nn.Module, job: Job) -> None:
     source = find_source(Path(training.init), job.plan.dataset, fold)
     if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
         log.warn(f"{source.file} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
+    from_nnunet = source.file.suffix == ".pth"
+    if not from_nnunet:
+        read_weights_header(source.file)  # refuses a file that is no safetensors file
     report = adopt_weights(
         network,
-        _read_weights(source.file),
+        read_nnunet_fold(source.file).network.state_dict() if from_nnunet else load_file(source.file),
         source.plan.labels,
         job.plan.labels,
         input_names(source.plan, source.configuration),
         input_names(job.plan, job.configuration),
     )
-    if not report.copied:
+    if not report:
         raise UserError(f"nothing in it fits the network of {job.configuration}", source.file,
                         "Leave the settings of the network as they were when it was trained.")  # fmt: skip
-    log.info(f"starting from {source.file}\n{report.to_text()}")
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".pth":
-        return read_nnunet_fold(file).network.state_dict()
-    read_weights_header(file)  # refuses a file that is no safetensors file
-    return load_file(file)
-
-
-@dataclass(frozen=True)
-class WeightReport:
-    """What became of each tensor of a network that starts from a trained one.
-
-    Parameters
-    ----------
-    copied, adapted, random : tuple of str
-        Names of tensors that are the model's, were made from the model's, or stay random.
-    unused : tuple of str
-        Names of the model's tensors that do not fit into the network.
-    share : float
-        Of the network's weights that come from the model, from 0 to 1.
-    inputs, outputs : tuple of (str, str)
-        For each channel of the network, what of the model it was made from.
-    """
-
-    copied: tuple[str, ...]
-    adapted: tuple[str, ...]
-    random: tuple[str, ...]
-    unused: tuple[str, ...]
-    share: float
-    inputs: tuple[tuple[str, str], ...]
-    outputs: tuple[tuple[str, str], ...]
-
-    def to_text(self) -> str:
-        """Return a short table."""
-        share = f"{100 * self.share:.1f} % of the weights are the model's"
-        rows = [("taken over", f"{len(self.copied)} tensors; {share}")]
-        for what, channels in (("inputs", self.inputs), ("outputs", self.outputs)):
-            if any(name.casefold() != origin.casefold() for name, origin in channels):
-                rows.append((f"adapted, {what}", "; ".join(f"{name}: {origin}" for name, origin in channels)))
-        for what, names in (("at random", self.random), ("not used", self.unused)):
-            if names:
-                more = ", ..." if len(names) > _SHOWN else ""
-                rows.append((what, f"{len(names)} tensors: {', '.join(names[:_SHOWN])}{more}"))
-        width = max(len(what) for what, _ in rows)
-        return "\n".join(f"  {what:<{width}}  {text}" for what, text in rows)
+    log.info("\n".join([f"starting from {source.file}", *(f"  {what:<16}  {text}" for what, text in report.items())]))
 
 
 def adopt_weights(
@@ -255,7 +207,7 @@ def adopt_weights(
     target_labels: Labels,
     source_inputs: Sequence[str],
     target_inputs: Sequence[str],
-) -> WeightReport:
+) -> dict[str, str]:
     """Copy into a network every tensor of a trained one that fits by name and shape; the rest stays random.
 
     Rows of the heads are matched by the names of labels or regions. The first layer is adapted to other channels:
@@ -274,6 +226,11 @@ def adopt_weights(
         Of the trained network and of this one.
     source_inputs, target_inputs : sequence of str
         Names of their inputs, see `input_names`.
+
+    Returns
+    -------
+    dict of str to str
+        The lines of a report on what was taken over, adapted, left at random and not used; empty if nothing fits.
     """
     own = network.state_dict()
     common = {name: value.to(own[name]) for name, value in source_state.items() if name in own}
@@ -292,17 +249,26 @@ def adopt_weights(
         if adapted.shape == own[name].shape:
             new[name] = adapted
     network.load_state_dict({**own, **new})
-    inputs = zip(target_inputs, columns, strict=True)
-    outputs = zip(_output_names(target_labels), rows, strict=True)
-    return WeightReport(
-        copied=tuple(name for name, value in new.items() if value is common[name]),
-        adapted=tuple(name for name, value in new.items() if value is not common[name]),
-        random=tuple(name for name in own if name not in new),
-        unused=tuple(name for name in source_state if name not in new),
-        share=sum(value.numel() for value in new.values()) / sum(value.numel() for value in own.values()),
-        inputs=tuple((name, _input_origin(name, column, source_inputs)) for name, column in inputs),
-        outputs=tuple((name, "at random" if i is None else _output_names(source_labels)[i]) for name, i in outputs),
-    )
+    if all(value is not common[name] for name, value in new.items()):
+        return {}
+    share = sum(value.numel() for value in new.values()) / sum(value.numel() for value in own.values())
+    mean = f"mean of {', '.join(name for name in source_inputs if not name.startswith(_STAGE))}"
+    report = {"taken over": f"{len(new)} tensors; {100 * share:.1f} % of the weights are the model's"}
+    for what, origins, names, indices, missing in (
+        ("inputs", source_inputs, target_inputs, columns, mean),
+        ("outputs", _output_names(source_labels), _output_names(target_labels), rows, "at random"),
+    ):
+        made_of = [
+            origins[i] if i is not None else "zero" if name.startswith(_STAGE) else missing
+            for name, i in zip(names, indices, strict=True)
+        ]
+        pairs = list(zip(names, made_of, strict=True))
+        if any(name.casefold() != origin.casefold() for name, origin in pairs):
+            report[f"adapted, {what}"] = "; ".join(f"{name}: {origin}" for name, origin in pairs)
+    for what, tensors in (("at random", own), ("not used", source_state)):
+        if left := [name for name in tensors if name not in new]:
+            report[what] = f"{len(left)} tensors: {', '.join(left[:_SHOWN])}{', ...' * (len(left) > _SHOWN)}"
+    return report
 
 
 def _match_names(source: Sequence[str], target: Sequence[str]) -> list[int | None]:
@@ -333,13 +299,6 @@ def _select_inputs(
     scale = weights.norm() / kernel.norm()
     same = torch.isclose(scale, torch.ones_like(scale))  # the same channels in another order
     return kernel if same else kernel * scale
-
-
-def _input_origin(name: str, column: int | None, source: Sequence[str]) -> str:
-    """What an input's column of the first layer was made from."""
-    if column is not None:
-        return source[column]
-    return "zero" if name.startswith(_STAGE) else f"mean of {', '.join(s for s in source if not s.startswith(_STAGE))}"
 
 
 def input_names(plan: Plan, configuration: str) -> tuple[str, ...]:

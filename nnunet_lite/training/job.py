@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.override import limit_sizes, override_sizes
+from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.distributed import ALONE, Ranks

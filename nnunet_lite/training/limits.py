@@ -21,8 +21,8 @@ import torch
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import Stopped
-from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_finished, read_weights_header, run_length
-from nnunet_lite.planning.override import limit_sizes, override_sizes
+from nnunet_lite.models.folder import CHECKPOINT, read_weights_header
+from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import GB, in_units
@@ -139,22 +139,12 @@ def fold_progress(fold_folder: Path, settings: Settings) -> float:
 
 
 def estimate_fold_seconds(fold_folder: Path, settings: Settings) -> float | None:
-    """Return how long a fold takes from start to end, or None where nothing is known.
+    """Return how long a fold takes to train, or None where nothing is known.
 
-    The mean of finished folds of the same model and length, with their validation; otherwise the pace of what is
-    trained of this fold or another one, or the time limit, whichever is shorter.
+    By the pace of what is trained of this fold or another one, or the time limit, whichever is shorter.
     """
-    others = sorted(folder for folder in fold_folder.parent.glob("fold_*") if folder != fold_folder)
-    finished = [read_weights_header(folder / MODEL) for folder in others if is_finished(folder)]
-    whole = [
-        float(state["seconds"]) + float((state.get("validation") or {"seconds": 0.0})["seconds"])
-        for state in finished
-        if state.get("length") == run_length(settings)
-    ]
-    if whole:
-        return sum(whole) / len(whole)
     limit = limit_seconds(settings)
-    for folder in (fold_folder, *others):
+    for folder in (fold_folder, *sorted(fold_folder.parent.glob("fold_*"))):
         if progress := fold_progress(folder, settings):
             return min(float(read_weights_header(folder / CHECKPOINT)["seconds"]) / progress, limit)
     return None if math.isinf(limit) else limit

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
@@ -48,7 +49,7 @@ from nnunet_lite.training.learner import (
     parallelize,
 )
 from nnunet_lite.training.loss import pseudo_dice_counts
-from nnunet_lite.training.metrics import LabelStatistics, Metrics, count_voxels, record_metrics
+from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics
 from nnunet_lite.training.optim import Plateau, learning_rate, update_average
 
 _VALIDATION_STREAM = 2**31  # of random numbers: no training epoch uses it
@@ -137,7 +138,9 @@ def _start(job: Job) -> tuple[Learner, State]:
 
     with understood(checkpoint, "Use --restart."):
         state = State.model_validate(read_weights_header(checkpoint))
-    if not from_first(_is_candidate(job, state.compute), job.ranks):
+    chosen, allowed = state.compute, list_formats(job.device, training.precision, training.channels_last)
+    fits = any((a.precision, a.channels_last) == (chosen.precision, chosen.channels_last) for a in allowed)
+    if not from_first(fits, job.ranks):  # settings and machine may be others now
         state.compute = choose_format(job, network)
     if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
         state.early_stopping = replace(state.early_stopping, since=0)
@@ -148,13 +151,6 @@ def _start(job: Job) -> tuple[Learner, State]:
     if training.time_limit is not None and _progress(job, state, elapsed=state.pace / 2) >= 1:
         log.info(f"the {training.time_limit:g} minutes of training.time_limit are over; --time-limit gives it more")
     return parallelize(job, learner), state
-
-
-def _is_candidate(job: Job, compute: ComputeFormat) -> bool:
-    """Whether settings and machine still allow the number format and layout of a checkpoint."""
-    training = job.settings.training
-    allowed = list_formats(job.device, training.precision, training.channels_last)
-    return any((a.precision, a.channels_last) == (compute.precision, compute.channels_last) for a in allowed)
 
 
 # ----------------------------------------------------------------------------------------------------------- epochs
@@ -233,7 +229,6 @@ class _Steps:
     losses: list[Tensor] = field(default_factory=list)
     good: list[Tensor] = field(default_factory=list)
     case_ids: list[list[str]] = field(default_factory=list)
-    voxels: list[Tensor] = field(default_factory=list)  # of each class in each patch
     waited: float = 0.0  # seconds for the data
 
 
@@ -259,7 +254,15 @@ def _train_epoch(
         wait = time.monotonic()
         step_batches = list(islice(batches, training.accumulate))
         steps.waited += time.monotonic() - wait
-        _run_step(job, learner, step_batches, rate, state, steps, iteration)
+        number = state.epoch * training.iterations + iteration
+        torch.manual_seed(job.seed + number)  # for a user's network that draws random numbers
+        loss, updated = train_step(job, learner, step_batches, rate, number)
+        steps.losses.append(loss)
+        # with fp16 a gradient that overflows only lowers the loss scale
+        steps.good.append(updated | torch.isfinite(loss) if learner.scaler.is_enabled() else updated)
+        steps.case_ids.append([case for _, _, ids in step_batches for case in ids])
+        if job.device.type == "cpu" and not steps.good[-1]:
+            _refuse_bad_steps(job, state, steps)
         state.iteration = iteration + 1
         if (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0) and _agree_to_stop(job, stop):
             interrupted = state.iteration < training.iterations
@@ -268,15 +271,12 @@ def _train_epoch(
     state.losses = state.losses + (torch.stack(steps.losses).tolist() if steps.losses else [])
     _refuse_bad_steps(job, state, steps)
     state.bad_steps += len(steps.good) - int(torch.stack(steps.good).sum()) if steps.good else 0
-    if steps.voxels:
-        state.labels.count(torch.cat(steps.voxels), job.plan.labels, job.ranks)
     if interrupted:
         return None
     seconds = time.monotonic() - begin
-    if state.epoch == 0:
-        state.labels.warn_of_missing(job.plan.labels)
     samples = len(steps.losses) * training.accumulate * job.planned.batch_size
-    mean_loss = _mean(state.losses)
+    finite = [loss for loss in state.losses if math.isfinite(loss)]
+    mean_loss = float(np.mean(finite)) if finite else math.nan
     metrics = {
         "epoch": state.epoch + 1,
         "train_loss": _finite(mean_loss),
@@ -292,24 +292,6 @@ def _train_epoch(
     state.epoch, state.iteration, state.losses = state.epoch + 1, 0, []
     state.pace = from_first(seconds / max(len(steps.losses), 1), job.ranks)
     return metrics
-
-
-def _run_step(
-    job: Job, learner: Learner, batches: list[Batch], rate: float, state: State, steps: _Steps, iteration: int
-) -> None:
-    """Do one step and add it to those of the epoch."""
-    number = state.epoch * job.settings.training.iterations + iteration
-    torch.manual_seed(job.seed + number)  # for a user's network that draws random numbers
-    loss, updated = train_step(job, learner, batches, rate, number)
-    steps.losses.append(loss)
-    # with fp16 a gradient that overflows only lowers the loss scale
-    steps.good.append(updated | torch.isfinite(loss) if learner.scaler.is_enabled() else updated)
-    steps.case_ids.append([case for _, _, ids in batches for case in ids])
-    if state.epoch == 0:
-        n_classes = job.plan.labels.n_classes + (job.plan.labels.ignore_class is not None)
-        steps.voxels += [count_voxels(classes, n_classes) for _, classes, _ in batches]
-    if job.device.type == "cpu" and not steps.good[-1]:
-        _refuse_bad_steps(job, state, steps)
 
 
 def _agree_to_stop(job: Job, stop: limits.StopRequest) -> bool:
@@ -368,9 +350,10 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
         group["lr"] = rate
     learner.optimizer.zero_grad(set_to_none=True)
     statistics = norm_statistics(learner.network)
-    losses = []
+    forward, last, losses = learner.forward, len(batches) - 1, []
     for i, batch in enumerate(batches):
-        with _local_gradients(learner.forward, i < len(batches) - 1):
+        # until the last batch, gradients stay in their process
+        with forward.no_sync() if isinstance(forward, DistributedDataParallel) and i < last else nullcontext():
             loss, _ = compute_loss(job, learner, batch)
             learner.scaler.scale(loss / len(batches)).backward()
         losses.append(loss.detach())
@@ -380,13 +363,6 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
     if learner.average is not None:
         update_average(learner.average, learner.network, job.settings.optimizer.ema or 0.0, number)
     return torch.stack(losses).mean(), updated
-
-
-def _local_gradients(forward: nn.Module, local: bool) -> AbstractContextManager[None]:
-    """Keep gradients in their process until the last batch of a step."""
-    if local and isinstance(forward, nn.parallel.DistributedDataParallel):
-        return forward.no_sync()
-    return nullcontext()
 
 
 def _update_weights(job: Job, learner: Learner) -> Tensor:
@@ -446,12 +422,6 @@ def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Metri
         "dice": dict(zip(labels.region_names, dice, strict=True)),
         "mean_dice": round(float(np.mean(shown)), 4) if shown else None,
     }
-
-
-def _mean(losses: list[float]) -> float:
-    """The mean of the finite losses."""
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return float(np.mean(finite)) if finite else math.nan
 
 
 def _finite(value: float, digits: int = 5) -> float | None:

@@ -13,16 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from nnunet_lite import log
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import append, atomic, write_text
-from nnunet_lite.training.distributed import Ranks, sum_over_ranks
 
 METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
 _SECONDS_BETWEEN_PICTURES = 20.0
@@ -172,38 +168,18 @@ def draw_metrics(epochs: list[Metrics], path: Path) -> None:
 
 @dataclass
 class LabelStatistics:
-    """How many patches of the first epoch showed each label (or region), and in how many epochs its Dice was 0.
+    """In how many epochs the Dice of each label (or region) was 0.
 
     Parameters
     ----------
-    patches : list of float
-        Patches that showed each label; the last entry counts all of them.
     stuck : list of int
         Epochs with a Dice of 0 from the first on; -1 for a label whose Dice was once above.
     reported : list of str
         Labels that a warning named.
     """
 
-    patches: list[float] = field(default_factory=list)
     stuck: list[int] = field(default_factory=list)
     reported: list[str] = field(default_factory=list)
-
-    def count(self, voxels: Tensor, labels: Labels, ranks: Ranks) -> None:
-        """Add the patches of this process, from their voxels of each class (see `count_voxels`)."""
-        members = [*map(list, labels.region_classes), list(range(voxels.shape[1]))]
-        patches = torch.stack([(voxels[:, m].sum(1) > 0).sum() for m in members]).float()
-        total = (sum_over_ranks(patches) if ranks.world > 1 else patches).tolist()
-        self.patches = [a + b for a, b in zip(self.patches or [0.0] * len(total), total, strict=True)]
-
-    def warn_of_missing(self, labels: Labels) -> None:
-        """Warn, after the first epoch, of the labels that none of its patches showed."""
-        for name, patches in zip(labels.region_names, self.patches, strict=False):
-            if patches == 0 and name not in self.reported:
-                self.reported.append(name)
-                log.warn(
-                    f"{name} was in none of the {self.patches[-1]:.0f} patches of the first epoch: it cannot be "
-                    "learnt. Are there training cases with it? Then raise training.foreground or the patch size"
-                )
 
     def warn_of_zero_dice(self, dice: Mapping[str, float | None], progress: float) -> None:
         """Warn of a label whose Dice has always been 0.
@@ -221,19 +197,10 @@ class LabelStatistics:
         self.stuck = [
             n if n < 0 or d is None else (n + 1 if d == 0 else -1) for n, d in zip(before, dice.values(), strict=True)
         ]
-        for i, (name, epochs) in enumerate(zip(dice, self.stuck, strict=True)):
+        for name, epochs in zip(dice, self.stuck, strict=True):
             if epochs >= _ZERO_EPOCHS and progress >= _ZERO_SHARE and name not in self.reported:
                 self.reported.append(name)
-                share = f"; it is in {self.patches[i] / self.patches[-1]:.0%} of the patches" if self.patches else ""
                 log.warn(
-                    f"{name} has had a Dice of 0 in all of {epochs} epochs{share}. Raise "
+                    f"{name} has had a Dice of 0 in all of {epochs} epochs. Are there training cases with it? Raise "
                     "training.foreground, the patch size or loss.class_weights, or check its labels"
                 )
-
-
-def count_voxels(classes: Tensor, n_classes: int) -> Tensor:
-    """Count the voxels of each class in each patch: (batch, *patch) -> (batch, n_classes). Does not wait for a GPU."""
-    batch = classes.shape[0]
-    offset = n_classes * torch.arange(batch, device=classes.device).reshape(-1, *(1 for _ in classes.shape[1:]))
-    bins = (classes + offset).float()
-    return torch.histc(bins, batch * n_classes, min=-0.5, max=batch * n_classes - 0.5).reshape(batch, n_classes)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import blocks, save_arrays, scan
+from samples import blocks, described, save_maps
 
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import read_case, read_dataset
@@ -20,17 +19,16 @@ def problems(root: Path) -> list[Problem]:
     return [problem for problem in found if problem.severity != "notice" and problem.kind != "few_cases"]
 
 
+def kinds(root: Path) -> set[str]:
+    return {problem.kind for problem in problems(root)}
+
+
 def save(root: Path, *maps: np.ndarray, labels: dict[str, int] | None = None, ending: str = ".nii.gz") -> None:
-    """A case for each label map, with dataset.json where it has labels."""
-    for i, label in enumerate(maps):
-        save_arrays(root, {f"images/c{i}{ending}": scan(i), f"labels/c{i}{ending}": label})
-    if labels is not None:
-        table = {"channel_names": {"0": "grey"}, "labels": {"background": 0, **labels}}
-        (root / "dataset.json").write_text(json.dumps(table))
+    save_maps(root, maps, labels and described("grey", labels={"background": 0, **labels}, file_ending=ending), ending)
 
 
 def nested(depth: int) -> np.ndarray:
-    """An organ with a tumour inside, with a necrosis inside, ...: as many as are there."""
+    """An organ with a tumour inside, with a necrosis inside, ..."""
     label = np.zeros((4, 24, 28), np.uint8)
     for i in range(depth):
         label[:, 2 + 2 * i : 22 - 2 * i, 2 + 2 * i : 26 - 2 * i] = i + 1
@@ -61,18 +59,17 @@ SOUND: dict[str, Sequence[np.ndarray]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("described", [False, True], ids=["plain", "dataset.json"])
+@pytest.mark.parametrize("with_table", [False, True], ids=["plain", "dataset.json"])
 @pytest.mark.parametrize("name", SOUND)
-def test_classes_are_no_instances(tmp_path: Path, name: str, described: bool) -> None:
+def test_classes_are_no_instances(tmp_path: Path, name: str, with_table: bool) -> None:
     values = sorted({int(value) for label in SOUND[name] for value in np.unique(label)} - {0})
-    save(tmp_path, *SOUND[name], labels={f"label_{value}": value for value in values} if described else None)
+    save(tmp_path, *SOUND[name], labels={f"label_{value}": value for value in values} if with_table else None)
     assert problems(tmp_path) == []
 
 
 def test_instances_that_dataset_json_names(tmp_path: Path) -> None:
-    save(
-        tmp_path, *(blocks(range(1, n + 1)) for n in (15, 7, 12, 9, 20)), labels={f"cell_{i}": i for i in range(1, 21)}
-    )
+    cells = [blocks(range(1, n + 1)) for n in (15, 7, 12, 9, 20)]
+    save(tmp_path, *cells, labels={f"cell_{i}": i for i in range(1, 21)})
     (problem,) = problems(tmp_path)
     assert (problem.kind, problem.severity, problem.file) == ("instances_likely", "warning", "labels")
     assert problem.found == "label maps hold 7 to 20 values, each of which is one piece, as instance masks do"
@@ -86,13 +83,13 @@ def test_components_of_a_thresholded_image(tmp_path: Path) -> None:
     maps = [label(gaussian_filter(rng.random((4, 24, 28)), 1.2) > level)[0] for level in (0.52, 0.53, 0.54, 0.55, 0.56)]
     assert len({found.max() for found in maps}) >= 3 and max(found.max() for found in maps) > 5
     save(tmp_path, *(found.astype(np.uint8) for found in maps))
-    assert [problem.kind for problem in problems(tmp_path)] == ["instances"]
+    assert kinds(tmp_path) == {"instances"}
 
 
-@pytest.mark.parametrize("described", [False, True])
-def test_masks_of_1_in_some_and_of_255_in_others(tmp_path: Path, described: bool) -> None:
+@pytest.mark.parametrize("labels", [None, {"a": 1}])
+def test_masks_of_1_in_some_and_of_255_in_others(tmp_path: Path, labels: dict[str, int] | None) -> None:
     """No map holds both: both mean the label."""
-    save(tmp_path, *(blocks((value,)) for value in (255, 1, 255, 1, 1)), labels={"a": 1} if described else None)
+    save(tmp_path, *(blocks((value,)) for value in (255, 1, 255, 1, 1)), labels=labels)
     dataset = read_dataset(tmp_path)
     assert problems(tmp_path) == [] and dataset.label_map == {255: 1}
     for case in dataset.cases:
@@ -104,7 +101,7 @@ def test_255_as_ignore(tmp_path: Path) -> None:
     """What the message proposes is accepted, and 255 is no label."""
     maps = [blocks(values) for values in ((255,), (1, 255), (1, 2), (2, 255), (1,))]
     save(tmp_path, *maps, ending=".png")
-    assert [problem.kind for problem in problems(tmp_path)] == ["label_void"]
+    assert kinds(tmp_path) == {"label_void"}
     save(tmp_path, *maps, labels={"a": 1, "b": 2, "ignore": 255}, ending=".png")
     dataset = read_dataset(tmp_path)
     assert problems(tmp_path) == []
@@ -114,21 +111,17 @@ def test_255_as_ignore(tmp_path: Path) -> None:
 def test_no_notice_about_255_where_it_is_refused(tmp_path: Path) -> None:
     """The maps looked at first hold 0 and 255, later ones 0, 1 and 255."""
     save(tmp_path, *(blocks((1, 255) if i % 2 else (255,)) for i in range(5)), labels={"a": 1})
-    found = check_dataset(read_dataset(tmp_path), workers=0).problems
-    assert {problem.kind for problem in found} == {"label_value"}
+    assert {problem.kind for problem in check_dataset(read_dataset(tmp_path), workers=0).problems} == {"label_value"}
 
 
 def test_label_maps_that_cannot_be_read_are_no_missing_labels(tmp_path: Path) -> None:
-    """Neither "no foreground" nor "no voxel in any case" is known then."""
-    save(tmp_path, *(blocks((1, 2)) for _ in range(5)), labels={"a": 1, "b": 2})
-    for path in (tmp_path / "labels").iterdir():
-        path.write_bytes(b"")
-    assert {problem.kind for problem in problems(tmp_path)} == {"unreadable"}
-    save(tmp_path, *(blocks((1,)) for _ in range(4)))
-    assert [problem.kind for problem in problems(tmp_path)] == ["unreadable"]
-    save(tmp_path, *(blocks((1,)) for _ in range(5)))
-    assert [problem.kind for problem in problems(tmp_path)] == ["label_absent"]
+    """Neither "no foreground" nor "no voxel in any case" is known then; also without dataset.json."""
+    for damaged, expected in ((5, "unreadable"), (1, "unreadable"), (0, "label_absent")):
+        save(tmp_path, *(blocks((1,)) for _ in range(5)), labels={"a": 1, "b": 2})
+        for i in range(damaged):
+            (tmp_path / f"labels/c{i}.nii.gz").write_bytes(b"")
+        assert kinds(tmp_path) == {expected}
     (tmp_path / "dataset.json").unlink()
     for path in (tmp_path / "labels").iterdir():
         path.write_bytes(b"")
-    assert {problem.kind for problem in problems(tmp_path)} == {"unreadable"}, "all of them, and without dataset.json"
+    assert kinds(tmp_path) == {"unreadable"}
