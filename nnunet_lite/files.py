@@ -238,6 +238,15 @@ def understood(path: Path, fix: str = "") -> Iterator[None]:
 def must_be_known(found: str, ours: str, file: Path) -> None:
     """Refuse a format that is not ours, such as nnlite-model-2 of a later version.
 
+    Parameters
+    ----------
+    found : str
+        The format that the file names.
+    ours : str
+        The format that this version reads, such as "nnlite-model-1".
+    file : Path
+        The file.
+
     Raises
     ------
     UserError

@@ -392,6 +392,11 @@ def other_folds(folder: Path, fold: str) -> list[str]:
 def lock_fold(fold_folder: Path) -> AbstractContextManager[None]:
     """Let only one process at a time train in a folder.
 
+    Parameters
+    ----------
+    fold_folder : Path
+        The folder of the fold.
+
     Raises
     ------
     Busy
