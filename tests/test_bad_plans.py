@@ -39,7 +39,7 @@ def also(name: str, **fields: Any) -> Change:
 
 
 def written(file: str, content: bytes | str, command: str = TRAIN, *says: str) -> Bad:
-    """A file of the workspace with another content."""
+    """A file of the workspace that holds something else."""
 
     def make(place: Path) -> None:
         path = place / HERE / file
@@ -62,13 +62,13 @@ def recipe(text: str | bytes, *says: str) -> Bad:
     return Bad(lambda place: (place / "mine.toml").write_bytes(content), f"{TRAIN} --recipe mine.toml", says)
 
 
-def options(command: str, *says: str) -> Bad:
-    """Options that are wrong, without a file."""
+def asked(command: str, *says: str) -> Bad:
+    """Options that cannot be."""
     return Bad(lambda place: None, command, says)
 
 
 def set_to(assignment: str, *says: str) -> Bad:
-    return options(f"{TRAIN} --set {assignment}", *says)
+    return asked(f"{TRAIN} --set {assignment}", *says)
 
 
 def two_recipes(place: Path) -> None:
@@ -108,8 +108,7 @@ def table(name: str, text: str, option: str, *says: str) -> Bad:
     return Bad(lambda place: (place / name).write_text(text), f"plan raw {option} {name}", (f"{name}: ", *says))
 
 
-BAD = {
-    # plans
+PLANS = {
     "a negative patch": plan_with(setting(patch_size=[-40, 56, 40]), "patch_size.0", "greater than 0", "-40"),
     "a patch of zero": plan_with(setting(patch_size=[0, 56, 40]), "patch_size.0"),
     "a patch of two numbers for three": plan_with(setting(patch_size=[56, 40]), "per axis of the patch"),
@@ -167,10 +166,10 @@ BAD = {
     "an unknown option": whole_plan(setting(options={"prest": "default"}), "options.prest"),
     "an option of another type": whole_plan(setting(options={"stored_as": "float8"}), "options.stored_as"),
     "negative memory among the options": whole_plan(setting(options={"memory_gb": -1}), "options.memory_gb"),
-    "a folder for the plan": Bad(
-        lambda place: ((place / HERE / "plans.json").unlink(), (place / HERE / "plans.json").mkdir()), TRAIN, ("plan",)
-    ),
-    # the workspace's own files
+    "a folder for the plan": folder_for("plans.json"),
+}
+
+WORKSPACE = {
     "dataset.json is a list": written("dataset.json", "[]"),
     "dataset.json is nothing": written("dataset.json", "{}"),
     "dataset.json has cases of text": Bad(
@@ -196,10 +195,12 @@ BAD = {
     "the fingerprint is a list": written("fingerprint.json", "[]", f"{TRAIN} --recipe resenc_l"),
     "the fingerprint is cut off": written("fingerprint.json", '{"spacings": [[1', f"{TRAIN} --recipe resenc_l"),
     "the workspace is a file": Bad(lambda place: (place / "file").write_text(""), f"{TRAIN} -w file", ("file",)),
-    "the workspace is not there": options(f"{TRAIN} -w nowhere", "nnlite plan"),
-    "no such dataset": options(f"{TRAIN} -d Task99", "Task99", "Task04_Hippocampus"),
-    # recipes, settings, options, folds and names
-    "no such recipe": options(f"{TRAIN} --recipe fats", "fats", "'fast'"),
+    "the workspace is not there": asked(f"{TRAIN} -w nowhere", "nnlite plan"),
+    "no such data set": asked(f"{TRAIN} -d Task99", "Task99", "Task04_Hippocampus"),
+}
+
+SETTINGS = {
+    "no such recipe": asked(f"{TRAIN} --recipe fats", "fats", "'fast'"),
     "a recipe that is a folder": Bad(lambda p: (p / "a.toml").mkdir(), f"{TRAIN} --recipe a.toml", ("a.toml",)),
     "a recipe that builds on itself": recipe('base = "mine.toml"\n', "mine.toml: builds on itself"),
     "two recipes that build on each other": Bad(two_recipes, f"{TRAIN} --recipe mine.toml", ("builds on itself",)),
@@ -214,15 +215,15 @@ BAD = {
     "a recipe whose value is a table": recipe("[training.epochs]\nx = 3\n", "training.epochs"),
     "a recipe with a date for a rate": recipe("[optimizer]\nlr = 2020-01-01\n", "optimizer.lr"),
     "a recipe with a rate of infinity": recipe("[optimizer]\nlr = inf\n", "optimizer.lr"),
-    "no epochs": options(f"{TRAIN} --epochs 0", "training.epochs"),
-    "negative iterations": options(f"{TRAIN} --iterations -5", "training.iterations"),
-    "epochs of text": options(f"{TRAIN} --epochs many", "--epochs"),
-    "a time limit of text": options(f"{TRAIN} --time-limit soon", "time_limit"),
-    "no time at all": options(f"{TRAIN} --time-limit 0", "time_limit"),
-    "less than no time": options(f"{TRAIN} --time-limit -5m", "time_limit"),
-    "a time limit without end": options(f"{TRAIN} --time-limit inf", "time_limit"),
-    "a time limit that is no number": options(f"{TRAIN} --time-limit nan", "time_limit"),
-    "a time limit of unknown unit": options(f"{TRAIN} --time-limit 3w", "time_limit"),
+    "no epochs": asked(f"{TRAIN} --epochs 0", "training.epochs"),
+    "negative iterations": asked(f"{TRAIN} --iterations -5", "training.iterations"),
+    "epochs of text": asked(f"{TRAIN} --epochs many", "--epochs"),
+    "a time limit of text": asked(f"{TRAIN} --time-limit soon", "time_limit"),
+    "no time at all": asked(f"{TRAIN} --time-limit 0", "time_limit"),
+    "less than no time": asked(f"{TRAIN} --time-limit -5m", "time_limit"),
+    "a time limit without end": asked(f"{TRAIN} --time-limit inf", "time_limit"),
+    "a time limit that is no number": asked(f"{TRAIN} --time-limit nan", "time_limit"),
+    "a time limit of unknown unit": asked(f"{TRAIN} --time-limit 3w", "time_limit"),
     "a limit of validation of text": set_to("training.limit_validation=most", "training.limit_validation"),
     "windows in one place": set_to("inference.step_size=0", "inference.step_size"),
     "windows with gaps": set_to("inference.step_size=1.5", "inference.step_size"),
@@ -233,11 +234,11 @@ BAD = {
     "a negative scaling": set_to("augmentation.scaling=[-0.7,1.4]", "augmentation.scaling"),
     "an average of all weights for ever": set_to("optimizer.ema=1", "optimizer.ema"),
     "a patch of too few voxels": set_to("training.patch_voxels=8", "training.patch_voxels"),
-    "a patch of letters": options(f"{TRAIN} --patch-size axb", "--patch-size"),
-    "a negative patch for train": options(f"{TRAIN} --patch-size -8x8x8", "-8"),
-    "a patch of two sides": options(f"{TRAIN} --patch-size 32x32", "32x32"),
-    "a rate of nothing": options(f"{TRAIN} --lr 0", "optimizer.lr"),
-    "another precision": options(f"{TRAIN} --precision fp8", "training.precision"),
+    "a patch of letters": asked(f"{TRAIN} --patch-size axb", "--patch-size"),
+    "a negative patch for train": asked(f"{TRAIN} --patch-size -8x8x8", "-8"),
+    "a patch of two sides": asked(f"{TRAIN} --patch-size 32x32", "32x32"),
+    "a rate of nothing": asked(f"{TRAIN} --lr 0", "optimizer.lr"),
+    "another precision": asked(f"{TRAIN} --precision fp8", "training.precision"),
     "no equals sign": set_to("training.epochs", "key=value"),
     "a section alone": set_to("training=3", "training"),
     "no key": set_to("=3", "unknown setting"),
@@ -250,32 +251,32 @@ BAD = {
     "a fourth axis": set_to("augmentation.mirror_axes=[3]", "mirror_axes"),
     "a network from no file": set_to("network.factory=nofile.py:make", "nofile.py"),
     "a network from no function": set_to("network.factory=nofunction", "network.factory"),
-    "a model to start from that is not there": options(f"{TRAIN} --init nowhere", "nowhere"),
-    "frozen weights without any": options(f"{TRAIN} --freeze everything", "freeze"),
+    "a model to start from that is not there": asked(f"{TRAIN} --init nowhere", "nowhere"),
+    "frozen weights without any": asked(f"{TRAIN} --freeze everything", "freeze"),
     "a transform that is not there": set_to(
         'augmentation.extra=[{name="Nonsense"}] --set augmentation.pipeline=batchgenerators', "Nonsense"
     ),
-    "no such configuration": options("train 3d_fulres 0", "3d_fulres", "3d_fullres"),
-    "a fold of text": options("train 3d_fullres zero", "zero"),
-    "a fold beyond the last": options("train 3d_fullres 7", "7"),
-    "a fold below zero": options("train 3d_fullres -- -1", "-1"),
-    "no such device": options("train 3d_fullres 0 --device warp", "warp"),
-    "a GPU that is not there": options("train 3d_fullres 0 --device cuda:99", "cuda"),
-    "a name that leads elsewhere": options(f"{TRAIN} --name ../../evil", "../../evil"),
-    "a hidden name": options(f"{TRAIN} --name .hidden", ".hidden"),
-    "nothing to resume": options(f"{TRAIN} --resume", "nothing to resume"),
-    "resume and restart": options(f"{TRAIN} --resume --restart", "exclude each other"),
-    "one fold": options("plan raw --folds 1", "--folds"),
-    "more folds than cases": options("plan raw --folds 99", "99"),
-    "no memory": options("plan raw --memory 0", "memory"),
-    "negative memory": options("plan raw --memory -8", "memory"),
-    "a storage for plan that is not there": options("plan raw --store float8", "float8"),
-    "no such preset": options("plan raw --preset resenc_s", "resenc_s"),
-    "percentiles the wrong way round": options("plan raw --clip-percentiles 99 1", "99"),
-    "percentiles beyond 100": options("plan raw --clip-percentiles 1 101", "--clip-percentiles"),
-    "a plan from no file": options("plan raw --plans nowhere.json", "nowhere.json"),
-    "groups by a broken expression": options("plan raw --group-by (", "regular expression"),
-    "groups by an expression that matches nothing": options("plan raw --group-by patient", "matches nothing"),
+    "no such configuration": asked("train 3d_fulres 0", "3d_fulres", "3d_fullres"),
+    "a fold of text": asked("train 3d_fullres zero", "zero"),
+    "a fold beyond the last": asked("train 3d_fullres 7", "7"),
+    "a fold below zero": asked("train 3d_fullres -- -1", "-1"),
+    "no such device": asked("train 3d_fullres 0 --device warp", "warp"),
+    "a GPU that is not there": asked("train 3d_fullres 0 --device cuda:99", "cuda"),
+    "a name that leads elsewhere": asked(f"{TRAIN} --name ../../evil", "../../evil"),
+    "a hidden name": asked(f"{TRAIN} --name .hidden", ".hidden"),
+    "nothing to resume": asked(f"{TRAIN} --resume", "nothing to resume"),
+    "resume and restart": asked(f"{TRAIN} --resume --restart", "exclude each other"),
+    "one fold": asked("plan raw --folds 1", "--folds"),
+    "more folds than cases": asked("plan raw --folds 99", "99"),
+    "no memory": asked("plan raw --memory 0", "memory"),
+    "negative memory": asked("plan raw --memory -8", "memory"),
+    "a storage for plan that is not there": asked("plan raw --store float8", "float8"),
+    "no such preset": asked("plan raw --preset resenc_s", "resenc_s"),
+    "percentiles the wrong way round": asked("plan raw --clip-percentiles 99 1", "99"),
+    "percentiles beyond 100": asked("plan raw --clip-percentiles 1 101", "--clip-percentiles"),
+    "a plan from no file": asked("plan raw --plans nowhere.json", "nowhere.json"),
+    "groups by a broken expression": asked("plan raw --group-by (", "regular expression"),
+    "groups by an expression that matches nothing": asked("plan raw --group-by patient", "matches nothing"),
     "groups without a case": table("groups.csv", "case,group\nhippocampus_001,a\n", "--group-by", "has no group"),
     "groups of three columns": table("groups.csv", "a,b,c\n", "--group-by", "3 columns"),
     "groups that contradict": table("groups.csv", "hippocampus_001,a\nhippocampus_001,b\n", "--group-by"),
@@ -285,8 +286,8 @@ BAD = {
     "folds of numbers": given_splits([1, 2], "train"),
     "folds in an object": given_splits({"train": []}, "train"),
     "folds with a case twice": given_splits([{"train": ["hippocampus_001"] * 2, "val": []}], "twice"),
-    "folds from no file": options("plan raw --splits nowhere.json", "nowhere.json"),
-    "folds from no table": options("plan raw --splits nowhere.csv", "nowhere.csv"),
+    "folds from no file": asked("plan raw --splits nowhere.json", "nowhere.json"),
+    "folds from no table": asked("plan raw --splits nowhere.csv", "nowhere.csv"),
     "splits_final.json of an unknown case": found_splits(
         [{"train": ["hippocampus_001"], "val": ["x"]}], "fold 0 names unknown cases: x"
     ),
@@ -317,20 +318,28 @@ BAD = {
         f"{TRAIN} -d other/Task04_Hippocampus",
         ("other/Task04_Hippocampus: is not planned: the dataset Task04_Hippocampus in the workspace",),
     ),
-    "a fingerprint without its description": options("plan --from-fingerprint x.json", "--dataset-json"),
-    "nothing to plan": options("plan", "nnlite plan"),
-    "an option that is not there": options("train 3d_fullres 0 --epoch 3", "--epoch"),
-    "no such command": options("trian 3d_fullres 0", "trian"),
-    "no fold": options("train 3d_fullres", "fold"),
+    "a fingerprint without its description": asked("plan --from-fingerprint x.json", "--dataset-json"),
+    "nothing to plan": asked("plan", "nnlite plan"),
+    "an option that is not there": asked("train 3d_fullres 0 --epoch 3", "--epoch"),
+    "no such command": asked("trian 3d_fullres 0", "trian"),
+    "no fold": asked("train 3d_fullres", "fold"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_it_is_refused_in_one_line(
-    command: Command, tiny_workspace: Path, tiny_model: Path, copy_dataset: Callable[..., Path], tmp_path: Path,
-    counts: Callable[..., None], bad: Bad,
-) -> None:  # fmt: skip
+BAD = PLANS | WORKSPACE | SETTINGS
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused_in_one_line(
+    command: Command,
+    tiny_workspace: Path,
+    tiny_model: Path,
+    copy_dataset: Callable[..., Path],
+    tmp_path: Path,
+    counts: Callable[..., None],
+    name: str,
+) -> None:
     counts("bad inputs refused in one line")
     copy_workspace(tiny_workspace, tmp_path)
     copy_dataset(5, "raw")
-    refuse(bad, command, tmp_path)
+    refuse(BAD[name], command, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,33 @@ import nnunet_lite
 from nnunet_lite.commands.train import fold_names
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_dataset
-from nnunet_lite.data.images import read_label
+from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning import fingerprint
-from nnunet_lite.training.grouping import divide
 from nnunet_lite.training.splits import (
     FoldRule,
     Split,
-    check_rule,
+    check_folds,
+    divide,
     hold_out,
     load_splits,
     make_splits,
-    needs_splits,
-    read_given_splits,
+    make_strata,
+    read_column,
+    read_groups,
     read_record,
     read_split,
     read_splits,
-    summarize_splits,
-    write_splits,
+    require_enough,
+    stratify_by_labels,
 )
 from nnunet_lite.workspace import planned_paths
 
 Command = Callable[..., tuple[int, str, str]]
 IDS = [f"case_{i:03d}" for i in (7, 3, 11, 1, 2, 9, 30, 4, 5, 6, 8, 10)]
+PAIRS = ["pat01_a", "pat01_b", "pat02_a", "pat02_b", "pat03_a"]
 
 
 def dataset_of(ids: Sequence[str], root: Path = Path()) -> Dataset:
@@ -57,6 +60,15 @@ def divided(ids: Sequence[str], *options: Any) -> list[Split]:
 def patients(sizes: Sequence[int]) -> dict[str, str]:
     """Case id -> patient, of patients with these numbers of scans."""
     return {f"pat{p:02}_{scan}": f"pat{p:02}" for p, n in enumerate(sizes) for scan in range(n)}
+
+
+def foreground_volumes(dataset: Dataset) -> dict[str, float]:
+    volumes = {}
+    for case in dataset.cases:
+        assert case.label is not None
+        label, geometry, _ = read_label(case.label)
+        volumes[case.id] = float((label > 0).sum() * np.prod(geometry.spacing))
+    return volumes
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +126,16 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
 @pytest.mark.parametrize(
     ("groups", "n_folds", "message"),
     [
-        (patients([3, 3, 3]), 5, r"3 groups cannot be split into 5 folds\. Train on .* all`, or take --folds 3\."),
+        (patients([3, 3, 3]), 5, r"3 groups cannot be split into 5 folds\. Train on .* all`, or take --folds 2 to 3\."),
         (patients([30]), 5, r"1 group cannot be split into 5 folds\. Train on every case: `nnlite train .* all`\.$"),
         (patients([1] * 12), 13, r"12 groups cannot be split into 13 folds"),
         (None, 13, "12 cases cannot be split into 13 folds"),
+        (None, 1, "12 cases cannot be split into 1 fold"),
     ],
 )
 def test_fewer_cases_or_groups_than_folds(groups: dict[str, str] | None, n_folds: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        divided(list(groups or IDS), n_folds, groups)
+        require_enough(list(groups or IDS), n_folds, groups)
 
 
 def test_strata_smaller_than_the_number_of_folds() -> None:
@@ -163,7 +176,7 @@ def test_cases_without_a_fold_are_named(splits: Path, capsys: pytest.CaptureFixt
     ids = [f"case_{i}" for i in range(6)]
     read_split(splits, dataset_of(ids[:5]), "0")
     read_split(splits, dataset_of(ids), "0")
-    assert "leaves out case case_5; delete the file to make it again" in capsys.readouterr().err
+    assert "leaves out case case_5; edit or delete the file to include them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -185,18 +198,9 @@ def test_cases_without_a_fold_are_named(splits: Path, capsys: pytest.CaptureFixt
 )
 def test_a_wrong_file_is_named(splits: Path, content: Any, message: str) -> None:
     write_json(splits, content)
-    for read in (lambda file: read_split(file, dataset_of(IDS), "0"), lambda file: read_given_splits(file, IDS)):
+    for read in (lambda file: read_split(file, dataset_of(IDS), "0"), lambda file: load_splits(file, IDS)):
         with pytest.raises(UserError, match=rf"splits\.json: .*{message}"):
             read(splits)
-
-
-def test_the_record_is_valid_for_the_written_folds_only(splits: Path) -> None:
-    folds = divided(IDS)
-    assert read_record(splits, folds) == {}
-    write_splits(splits, folds, {"splits": "mine.csv"})
-    assert load_splits(splits) == folds
-    assert read_record(splits, folds)["splits"] == "mine.csv" and read_record(splits, folds[::-1]) == {}
-    assert summarize_splits(folds, {}) == "5 folds of 12 cases (given or edited)"
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -205,7 +209,8 @@ def test_the_record_is_valid_for_the_written_folds_only(splits: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (FoldRule(1), r"--folds 1 is not a number of folds\. Take 2 or more, or train on every case: fold `all`"),
+        (FoldRule(1), r"32 cases cannot be split into 1 fold\. Train on every case"),
+        (FoldRule(11, r"\d$"), "9 groups cannot be split into 11 folds"),
         (FoldRule(3, splits="x.json"), "--splits names the folds: --folds, --group-by and --stratify"),
         (FoldRule(splits="x.json"), r"x\.json: no such file"),
         (FoldRule(splits="x.csv"), r"x\.csv: no such file"),
@@ -213,9 +218,11 @@ def test_the_record_is_valid_for_the_written_folds_only(splits: Path) -> None:
         (FoldRule(group_by=r"pat\d+"), r"matches nothing in cases hippocampus_\d+, "),
     ],
 )
-def test_mistakes_are_reported_before_label_maps_are_read(dataset: Dataset, rule: FoldRule, message: str) -> None:
+def test_mistakes_are_reported_before_label_maps_are_read(
+    dataset: Dataset, splits: Path, rule: FoldRule, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        check_rule(rule, dataset)
+        check_folds(splits, dataset, rule)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +240,9 @@ def test_a_table_of_folds_holds_each_case_out_once(tmp_path: Path, numbers: str,
     table.write_text("case,fold\n" + rows)
     if message is not None:
         with pytest.raises(UserError, match=rf"folds\.csv: {message}"):
-            read_given_splits(table, ids)
+            load_splits(table, ids)
         return
-    folds = read_given_splits(table, ids)
+    folds = load_splits(table, ids)
     assert [list(fold.validation) for fold in folds] == [ids[i::3] for i in range(3)]
     assert all(sorted(fold.training + fold.validation) == ids for fold in folds)
 
@@ -245,70 +252,160 @@ def test_real_volumes_are_spread_evenly(dataset: Dataset, splits: Path, capfd: p
     rule = FoldRule(4, stratify=True)
     folds = read_splits(splits, dataset, rule)
     assert "splits.json: 4 folds of 32 cases, stratified by labels; held out: 8, 8, 8, 8" in capfd.readouterr().err
-    volumes = {}
-    for case in dataset.cases:
-        assert case.label is not None
-        label, geometry, _ = read_label(case.label)
-        volumes[case.id] = (label > 0).sum() * np.prod(geometry.spacing)
+    volumes = foreground_volumes(dataset)
     quarter = {case_id: rank // 8 for rank, case_id in enumerate(sorted(volumes, key=lambda c: volumes[c]))}
     for fold in folds:
         assert Counter(quarter[case_id] for case_id in fold.validation) == dict.fromkeys(range(4), 2)
     write_json(splits, read_json(splits)[::-1])
     assert len(read_splits(splits, dataset, FoldRule(4))) == 4
-    with pytest.raises(UserError, match=r"holds 4 folds of 32 cases \(given or edited\), not stratified by labels"):
+    with pytest.raises(UserError, match=r"holds 4 folds of 32 cases \(given or edited\), not those that the options"):
         read_splits(splits, dataset, rule)
 
 
 def test_existing_folds_agree_with_the_options_or_are_refused(
     dataset: Dataset, splits: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """`plan` checks them with `check_folds`, `train` with `read_splits`."""
     table = splits.with_name("sites.csv")
     table.write_text("".join(f"{case.id},{i % 3}\n" for i, case in enumerate(dataset.cases)))
+    assert check_folds(splits, dataset, FoldRule(3)) and not check_folds(splits, dataset, FoldRule())
     folds = read_splits(splits, dataset, FoldRule(3, r"_\d\d", table))
-    record = read_json(splits.with_name("splits_made.json"))
+    record = read_record(splits)
     assert (record["folds"], record["group_by"], record["stratify"], record["seed"]) == (3, r"_\d\d", str(table), 12345)
     assert record["groups"]["hippocampus_001"] == "_00"
-    assert f"3 folds of 32 cases in {len(set(record['groups'].values()))} groups by " in capfd.readouterr().err
-    for rule in (
-        FoldRule(),
-        FoldRule(3),
-        FoldRule(None, r"_\d\d"),
-        FoldRule(stratify=str(table)),
-        FoldRule(splits=splits),
-    ):
-        assert read_splits(splits, dataset, rule) == folds
-    held = r"splits\.json: holds 3 folds of 32 cases in \d+ groups by _\\d\\d, stratified by .*sites\.csv, "
-    fix = r"\. Omit the options for folds to continue with these, or delete the file to make them again\.$"
-    for rule, what in (
-        (FoldRule(5), "not 5"),
-        (FoldRule(group_by=r"\d$"), r"not in groups by \\d\$"),
-        (FoldRule(stratify=True), "not stratified by labels"),
-    ):
-        with pytest.raises(UserError, match=held + what + fix):
-            read_splits(splits, dataset, rule)
+    n_groups = len(set(record["groups"].values()))
+    assert f"3 folds of 32 cases in {n_groups} groups by " in capfd.readouterr().err
+    group, strata = FoldRule(group_by=r"_\d\d"), FoldRule(stratify=str(table))
+    for rule in (FoldRule(), FoldRule(3), group, strata, FoldRule(splits=splits)):
+        assert read_splits(splits, dataset, rule) == folds and not check_folds(splits, dataset, rule)
+    message = (
+        r"splits\.json: holds 3 folds of 32 cases in \d+ groups by _\\d\\d, stratified by .*sites\.csv, "
+        r"not those that the options make of 32 cases\. Omit the options for folds to continue with these, or delete"
+    )
     table.write_text("".join(f"{case.id},{i % 2}\n" for i, case in enumerate(dataset.cases)))
-    with pytest.raises(UserError, match=r"not stratified by .*sites\.csv"):
-        read_splits(splits, dataset, FoldRule(stratify=table))
+    for rule in (FoldRule(5), FoldRule(group_by=r"\d$"), FoldRule(stratify=True), strata, FoldRule(splits=table)):
+        for check in (check_folds, read_splits):
+            with pytest.raises(UserError, match=message):
+                check(splits, dataset, rule)
+    fewer = replace(dataset, cases=dataset.cases[:31])
+    with pytest.raises(UserError, match="names unknown cases"):
+        read_splits(splits, fewer)
+    splits.unlink()
+    read_splits(splits, fewer)
+    assert len(read_splits(splits, dataset)) == 5, "without an option, new cases are no mistake"
+    with pytest.raises(UserError, match="holds 5 folds of 31 cases, not those that the options make of 32 cases"):
+        read_splits(splits, dataset, FoldRule(5))
 
 
-def test_new_cases_are_noticed_where_options_are_given(splits: Path) -> None:
-    read_splits(splits, dataset_of(IDS[:10]))
-    assert len(read_splits(splits, dataset_of(IDS))) == 5
-    with pytest.raises(UserError, match="holds 5 folds of 10 cases, not of the 12 that the dataset has"):
-        read_splits(splits, dataset_of(IDS), FoldRule(5))
+# ------------------------------------------------------------------------------------------------ groups, strata
 
 
-def test_plan_keeps_folds_that_models_are_trained_on(splits: Path) -> None:
-    cases, rule = dataset_of(IDS), FoldRule(3)
-    assert not needs_splits(splits, cases, FoldRule(), ["a"]), "no option"
-    assert needs_splits(splits, cases, rule, ["a"]), "no file"
-    read_splits(splits, cases)
-    assert needs_splits(splits, cases, rule, [])
-    with pytest.raises(UserError, match=r"holds 5 folds of 12 cases, not 3, and a, b are trained on them\. Scores on"):
-        needs_splits(splits, cases, rule, ["a", "b"])
-    assert not needs_splits(splits, cases, FoldRule(5), ["a"]), "the folds agree"
-    with pytest.raises(UserError, match="10 groups cannot be split into 11 folds"):
-        needs_splits(splits, cases, FoldRule(11, r"\d$"), [])
+def test_groups_by_expression() -> None:
+    assert read_groups(PAIRS, r"pat\d+") == {c: c[:5] for c in PAIRS}, "the whole match"
+    assert read_groups(PAIRS, r"t(\d+)_") == {c: c[3:5] for c in PAIRS}, "the first group"
+    assert read_groups([*PAIRS, "anna"], r"^(pat\d+)|.+")["anna"] == "anna", "the match where its group took no part"
+
+
+def test_an_expression_may_be_longer_than_a_file_name() -> None:
+    expression = "|".join([r"pat\d+", *(rf"site{i}_\d+" for i in range(60))])
+    assert len(expression) > 255
+    assert set(read_groups(PAIRS, expression).values()) == {"pat01", "pat02", "pat03"}
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        (r"pat\d+_b", r"matches nothing in cases pat01_a, pat02_a, pat03_a"),
+        (r"^(x*)", r"matches nothing in cases pat01_a, pat01_b, pat02_a and 2 more"),
+        (r"0[12]", r"matches nothing in case pat03_a\. "),
+        (r"pat(\d+", r"is no regular expression: missing \)"),
+        ("nowhere.csv", r"nowhere\.csv: no such file"),
+    ],
+)
+def test_an_expression_that_leaves_a_case_without_group(expression: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_groups(PAIRS, expression)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "case,group\npat01_a,x\npat01_b,x\npat02_a,y\npat02_b,y\npat03_a,z\n",
+        "pat01_a;x\npat01_b;x\n\npat02_a ; y\npat02_b;y\npat03_a;z\nelsewhere;w\n",
+        "\ufeffpat01_a\tx\r\npat01_b\tx\r\npat02_a\ty\r\npat02_b\ty\r\npat03_a\tz\r\npat03_a\tz",
+        '"pat01_a","x"\npat01_b,x\npat02_a,y\npat02_b,y\npat03_a,z',
+    ],
+)
+def test_groups_by_table(tmp_path: Path, text: str) -> None:
+    """With a header or none, as Excel writes it or by hand; rows of other cases do no harm."""
+    (tmp_path / "groups.csv").write_text(text)
+    assert list(read_groups(PAIRS, str(tmp_path / "groups.csv")).values()) == ["x", "x", "y", "y", "z"]
+    (tmp_path / "groups.csv").rename(tmp_path / "groups")
+    assert read_groups(PAIRS, str(tmp_path / "groups"))["pat03_a"] == "z", "any file that is there is a table"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("case,group\npat01_a,x\n", r"has no group for cases pat01_b, pat02_a, pat02_b and 1 more\. It needs two col"),
+        ("pat01_a,x\npat01_b,\npat02_a,x\npat02_b,x\npat03_a,x", r"has no group for case pat01_b"),
+        ("pat01_a,x\npat01_b,x,3\n", r"line 2 has 3 columns, not two: case, group"),
+        ("\n".join(f"{c},{g}" for g in "xy" for c in PAIRS), r"has more than one group for cases pat01_a, pat01_b"),
+        ("", r"has no group for cases pat01_a"),
+    ],
+)
+def test_a_table_that_lacks_something(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "groups.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"groups\.csv: {message}"):
+        read_column(tmp_path / "groups.csv", PAIRS, "group")
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "groups.csv").write_bytes("pat01_a,Müller".encode("latin-1"))
+    with pytest.raises(UserError, match=r"groups\.csv: is not UTF-8 text \(byte 9\)"):
+        read_column(tmp_path / "groups.csv", PAIRS, "group")
+
+
+def test_strata_are_label_sets_and_volumes() -> None:
+    contents = {f"c{i:02}": ((1, 2), float(i)) for i in range(12)}
+    contents |= {f"d{i}": ((1,), 5.0) for i in range(4)} | {"e0": ((), 0.0), "e1": ((2,), 1.0)}
+    strata = make_strata(contents, 4)
+    volumes = [strata[f"c{i:02}"] for i in range(12)]
+    assert volumes == [f"1+2, volume {part} of 3" for part in (1, 2, 3) for _ in range(4)]
+    assert strata["d0"] == "1, volume 1 of 1"
+    assert strata["e0"] == strata["e1"] == "rare, volume 1 of 1", "sets that not every fold could have go together"
+    assert min(Counter(make_strata(contents, 2).values()).values()) >= 2
+
+
+def test_strata_of_real_labels(
+    copy_dataset: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Volumes are those of the files, and a label that hardly occurs is pointed out."""
+    dataset = read_dataset(copy_dataset(8))
+    for number in (0, 3):
+        path = dataset.cases[number].label
+        assert path is not None
+        label, geometry, _ = read_label(path)
+        path.unlink()
+        write_label(path, np.where(label == 2, 0, label), geometry)
+    strata = stratify_by_labels(dataset, 2)
+    alone = {case.id for i, case in enumerate(dataset.cases) if i in (0, 3)}
+    assert {case_id for case_id, name in strata.items() if name == "1, volume 1 of 1"} == alone
+    assert "warning" not in capfd.readouterr().err
+    volumes = foreground_volumes(dataset)
+    small = [case_id for case_id, name in strata.items() if name == "1+2, volume 1 of 3"]
+    assert len(small) == 2 and max(volumes[c] for c in small) <= min(
+        volumes[c] for c in set(volumes) - alone - {*small}
+    )
+    assert set(stratify_by_labels(dataset, 8).values()) == {"rare, volume 1 of 1"}
+    assert "label 2 occurs in 6 of 8 cases: not every fold can hold it out" in capfd.readouterr().err
+
+
+def test_a_label_map_that_is_gone_is_named(copy_dataset: Callable[..., Path]) -> None:
+    dataset = read_dataset(copy_dataset(5))
+    shutil.rmtree(dataset.root / "labelsTr")
+    with pytest.raises(UserError, match=r"hippocampus_\d+\.nii\.gz"):
+        stratify_by_labels(dataset, 2)
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -333,12 +430,10 @@ def test_plan_writes_the_folds_of_the_options(
     assert "splits.json" not in plan("--folds", 3, "--stratify")[1], "they agree"
     assert plan()[0] == 0 and read_json(stored / "splits.json") == first
     code, err = plan("--folds", 2, "--group-by", "_0[0-9]")
-    assert code == 0 and "old_splits.json_1" in err
-    assert read_json(stored / "old_splits.json_1") == first and len(read_json(stored / "splits.json")) == 2
-    ids = sorted(case_id for side in first[0].values() for case_id in side)
-    (tmp_path / "folds.csv").write_text("".join(f"{case_id},{i % 2}\n" for i, case_id in enumerate(ids)))
-    assert plan("--splits", tmp_path / "folds.csv")[0] == 0
-    assert [fold["val"] for fold in read_json(stored / "splits.json")] == [ids[::2], ids[1::2]]
+    assert code == 2 and "splits.json: holds 3 folds of 6 cases, stratified by labels, not those" in err
+    assert read_json(stored / "splits.json") == first
+    (stored / "splits.json").unlink()
+    assert plan("--folds", 2, "--group-by", "_0[0-9]")[0] == 0 and len(read_json(stored / "splits.json")) == 2
     assert "--splits names the folds" in plan("--splits", tmp_path / "folds.csv", "--folds", 3)[1]
 
 
@@ -355,10 +450,9 @@ def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny
             "3d_fullres", fold, settings=tiny_settings, workspace=workspace, name="tiny", device="cpu", **options
         )
 
-    with pytest.raises(UserError, match=r"splits\.json: holds 5 folds of 10 cases, not 3, and tiny is trained on them"):
-        nnunet_lite.plan(raw, workspace=workspace, folds=3)
-    with pytest.raises(UserError, match=r"holds 5 folds of 10 cases, not 3\. Omit the options"):
-        train("0", folds=3)
+    for change in (lambda: nnunet_lite.plan(raw, workspace=workspace, folds=3), lambda: train("0", folds=3)):
+        with pytest.raises(UserError, match=r"splits\.json: holds 5 folds of 10 cases, not those .* Omit the options"):
+            change()
     assert paths.splits.read_text() == before
     paths.splits.unlink()
     for fold in ("0", "1"):
@@ -465,7 +559,7 @@ def test_an_option_overrules_splits_final(
 def test_existing_folds_stay_and_splits_final_is_reported(
     with_final: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw, folds = with_final
+    raw, _ = with_final
     file, workspace = raw / "splits_final.json", tmp_path / "ws"
     file.rename(tmp_path / "later.json")
     nnunet_lite.plan(raw, workspace=workspace, folds=3, workers=0)
@@ -476,15 +570,3 @@ def test_existing_folds_stay_and_splits_final_is_reported(
     err = capsys.readouterr().err
     assert f"warning: {file} is not used: " in err and "exists, and its folds stay" in err
     assert read_json(planned_paths(workspace).splits) == before and len(before) == 3
-    nnunet_lite.plan(raw, workspace=workspace, splits=file, workers=0)
-    assert read_json(planned_paths(workspace).splits) == folds
-
-
-def test_cases_that_splits_final_does_not_name_are_reported(
-    with_final: Files, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw, folds = with_final
-    lost = folds[0]["val"][-1]
-    write_json(raw / "splits_final.json", [{side: [i for i in f[side] if i != lost] for side in f} for f in folds])
-    make_splits(read_dataset(raw))
-    assert f"splits_final.json: no fold has case {lost}; only the fold `all` trains on them" in capsys.readouterr().err

@@ -58,11 +58,10 @@ from nnunet_lite.training.preview import draw_preview
 from nnunet_lite.training.splits import (
     ALL,
     DEFAULT_RULE,
-    load_splits,
+    check_folds,
     read_record,
     record_cases,
     refuse_other_cases,
-    warn_of_unused_splits,
 )
 
 
@@ -198,8 +197,7 @@ def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, prev
 
     cases = load(split.training)
     held_out = cases if split.name == ALL else load(split.validation)
-    splits = run.paths.splits
-    source = None if split.name == ALL else read_record(splits, load_splits(splits)).get("splits")
+    source = None if split.name == ALL else read_record(run.paths.splits).get("splits")
     of = f" of {source}" if source else ""
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
     record_cases(run.fold_folder, split)
@@ -224,7 +222,7 @@ def _announce(run: TrainingRun) -> None:
         by = "the settings" if settings.training.init is None else "the settings and the model to start from"
         log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
     if run.split.name != ALL and run.rule == DEFAULT_RULE:
-        warn_of_unused_splits(run.paths.splits, run.dataset)
+        check_folds(run.paths.splits, run.dataset, run.rule)
 
 
 def _count_passes(job: Job) -> dict[float, int]:

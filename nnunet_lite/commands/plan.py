@@ -32,7 +32,7 @@ from nnunet_lite.data.dataset import dataset_to_json, read_dataset, stored_datas
 from nnunet_lite.data.problems import Report, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.models.folder import model_folders, other_folds, set_aside
+from nnunet_lite.models.folder import model_folders
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import Description, description_from_nnunet, description_to_nnunet, plan_to_nnunet
@@ -42,14 +42,7 @@ from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.system import GB, in_units
-from nnunet_lite.training.splits import (
-    ALL,
-    FoldRule,
-    make_splits,
-    needs_splits,
-    warn_of_unused_splits,
-    write_splits,
-)
+from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
@@ -229,10 +222,7 @@ def _plan_dataset(
     """Plan a raw dataset, and write what it was planned from into the workspace."""
     dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
     paths = dataset_paths(workspace, dataset)
-    trained = [folder.name for folder in model_folders(paths) if other_folds(folder, ALL)]
-    other_splits = needs_splits(paths.splits, dataset, rule, trained)
-    if rule == FoldRule():
-        warn_of_unused_splits(paths.splits, dataset)
+    new_folds = check_folds(paths.splits, dataset, rule)
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
     # First, so that a change while files are checked is noticed.
@@ -245,16 +235,14 @@ def _plan_dataset(
         fix = "Correct the headers, or plan with --accept-geometry. See above."
         raise UserError("origin or direction differ between files of a case", root, fix)
     new = replanning.replan(given, earlier, fingerprint, dataset, adopted, trained=bool(model_folders(paths)))
-    made_splits = make_splits(dataset, rule) if other_splits else None
+    splits = make_splits(dataset, rule) if new_folds else None
     replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.model_dump(mode="json"))
     write_stamps(paths.raw, raw)
-    if made_splits is not None:
-        if (old := set_aside(paths.splits)) is not None:
-            log.info(f"the previous folds are kept in {old}")
-        write_splits(paths.splits, *made_splits)
+    if splits is not None:
+        write_splits(paths.splits, *splits)
     use(workspace, dataset.name)
     return new.plan
 

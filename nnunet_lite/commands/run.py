@@ -44,7 +44,7 @@ from nnunet_lite.files import read_json
 from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.reporting.html import PAGE
 from nnunet_lite.settings import load_settings
-from nnunet_lite.training.splits import FoldRule, needs_splits
+from nnunet_lite.training.splits import FoldRule, check_folds
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def run(
     accepted = accept_geometry or (paths.dataset.is_file() and stored_dataset(paths.dataset).accept_geometry)
     dataset = replace(dataset, accept_geometry=accepted)
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
-    needs_splits(paths.splits, dataset, rule)  # a mistake in these too
+    check_folds(paths.splits, dataset, rule)  # a mistake in these too
     journal = Journal(paths.root / JOURNAL)
     planning = partial(
         plan, root, workspace=place, workers=workers, accept_geometry=accepted, folds=folds, group_by=group_by,

@@ -4,45 +4,50 @@ splits.json        [{"train": [ids], "val": [ids]}, ...], as nnU-Net's splits_fi
 splits_made.json   the options, groups and strata that it was made with; ignored once splits.json is edited
 fold_k/cases.json  in a model folder: how many cases the fold was trained on, and a hash of their ids
 
-`FoldRule` holds the options of the command line. Training calls `read_split`; planning calls `needs_splits` and
-`make_splits`. The files follow. grouping.py divides
-the cases.
+`FoldRule` holds the options of the command line. Training calls `read_split`; planning calls `check_folds` and
+`make_splits`. An existing splits.json is never replaced: options that differ from it are refused. `divide` makes the
+folds, `read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratify`, and the files are at the end.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
-from collections import Counter
+import re
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.training.grouping import (
-    N_FOLDS,
-    SEED,
-    divide,
-    is_table,
-    read_column,
-    read_groups,
-    require_enough,
-    stratify_by_labels,
-)
+from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
+N_FOLDS = 5
+SEED = 12345  # nnU-Net's, so that folds can be compared
+_READERS = 4  # label maps in memory at the same time
+_VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
 _CASES = "cases.json"
 _SPLITS_FINAL = "splits_final.json"  # nnU-Net's
+_FIXES = {
+    "splits.json": "Delete it to make it again.",
+    _SPLITS_FINAL: "Correct or remove it, or give --folds, --group-by, --stratify or --splits.",  # read without option
+}
 
 
 @dataclass(frozen=True)
@@ -96,31 +101,29 @@ class _Sources(NamedTuple):
     strata: dict[str, str] | None = None
 
 
-def check_rule(rule: FoldRule, dataset: Dataset) -> _Sources:
-    """Report mistakes in the options before any image or label map is read.
-
-    Raises
-    ------
-    UserError
-        Fewer than two folds, a wrong table, expression or file, or `splits` together with another option.
-    """
-    ids = _ids(dataset)
+def _read_sources(rule: FoldRule, ids: Sequence[str]) -> _Sources:
     if rule.splits is not None:
         if rule != FoldRule(splits=rule.splits):
             raise UserError("--splits names the folds: --folds, --group-by and --stratify cannot change them")
-        return _Sources(read_given_splits(Path(rule.splits), ids))
-    if rule.folds is not None and rule.folds < 2:
-        fix = "Take 2 or more, or train on every case: fold `all`."
-        raise UserError(f"--folds {rule.folds} is not a number of folds", fix=fix)
-    table = None if isinstance(rule.stratify, bool) else Path(rule.stratify)
+        return _Sources(load_splits(Path(rule.splits), ids))
     return _Sources(
         groups=None if rule.group_by is None else read_groups(ids, str(rule.group_by)),
-        strata=None if table is None else read_column(table, ids, "stratum"),
+        strata=None if isinstance(rule.stratify, bool) else read_column(Path(rule.stratify), ids, "stratum"),
     )
 
 
-def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT_RULE) -> Split:
-    """Return the cases of one fold; write splits.json if it does not exist.
+def _default_rule(dataset: Dataset) -> FoldRule:
+    """The rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
+    preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
+    folders = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
+    file = next((folder / _SPLITS_FINAL for folder in folders if (folder / _SPLITS_FINAL).is_file()), None)
+    return FoldRule(splits=file)
+
+
+def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
+    """Report wrong options before any image or label map is read.
+
+    Logs a warning where an existing splits.json has other folds than the splits_final.json of the dataset.
 
     Parameters
     ----------
@@ -128,10 +131,66 @@ def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT
         splits.json of the workspace.
     dataset : Dataset
         Dataset whose cases are divided.
+    rule : FoldRule
+        Options of this call.
+
+    Returns
+    -------
+    bool
+        Whether an option or a splits_final.json names folds and splits.json does not exist yet.
+
+    Raises
+    ------
+    UserError
+        Fewer than two folds or more than cases, a wrong table, expression or file, `splits` together with another
+        option, or options that differ from an existing splits.json.
+    """
+    given, ids = rule != DEFAULT_RULE, _ids(dataset)
+    rule = rule if given else _default_rule(dataset)
+    if rule == DEFAULT_RULE:
+        return False
+    if file.is_file():
+        try:
+            _check_agreement(file, ids, rule)
+        except UserError:
+            if given:
+                raise
+            log.warn(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
+        return False
+    sources = _read_sources(rule, ids)
+    if sources.splits is None:
+        require_enough(ids, N_FOLDS if rule.folds is None else rule.folds, sources.groups)
+    return True
+
+
+def _check_agreement(file: Path, ids: Sequence[str], rule: FoldRule) -> None:
+    """Refuse options that would make other folds than those of splits.json; label maps are not read again."""
+    splits, record, sources = load_splits(file), read_record(file), _read_sources(rule, ids)
+    by_labels, strata = record.get("stratify") == _BY_LABELS, record.get("strata")
+    if sources.splits is not None:
+        agrees = [*map(_fingerprint, splits)] == [*map(_fingerprint, sources.splits)]
+    else:
+        agrees = (
+            _cases_of(splits) == set(ids)
+            and rule.folds in (None, len(splits))
+            and (sources.groups is None or sources.groups == record.get("groups"))
+            and (not rule.stratify or (by_labels if rule.stratify is True else sources.strata == strata))
+        )
+    if not agrees:
+        what = f"holds {_summarize(splits, record)}, not those that the options make of {plural(len(ids), 'case')}"
+        fix = "Omit the options for folds to continue with these, or delete the file to make them again."
+        raise UserError(what, file, fix)
+
+
+def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT_RULE) -> Split:
+    """Return the cases of one fold; write splits.json if it does not exist.
+
+    Parameters
+    ----------
+    file, dataset, rule : Path, Dataset, FoldRule
+        See `check_folds`.
     fold : str
         "0", "1", ... or "all".
-    rule : FoldRule
-        Options of this call. An existing splits.json must agree with them.
 
     Returns
     -------
@@ -141,7 +200,7 @@ def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT
     Raises
     ------
     UserError
-        There is no such fold, splits.json names an unknown case, or `read_splits` fails.
+        `read_splits` fails, or options for folds are given for "all".
     """
     ids = _ids(dataset)
     if fold == ALL:
@@ -149,10 +208,9 @@ def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT
             fix = "Omit the options for folds, or train each fold: `all-folds`."
             raise UserError("fold `all` trains on every case, whatever the folds are", fix=fix)
         return Split(ALL, tuple(ids), tuple(ids))
-    splits = read_splits(file, dataset, rule, fold)
-    split = splits[int(fold)]
+    split = read_splits(file, dataset, rule, fold)[int(fold)]
     if left_out := sorted(set(ids) - {*split.training, *split.validation}):
-        log.warn(f"{file}: fold {fold} leaves out {name_cases(left_out)}; delete the file to make it again")
+        log.warn(f"{file}: fold {fold} leaves out {name_cases(left_out)}; edit or delete the file to include them")
     return split
 
 
@@ -162,8 +220,8 @@ def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fol
     Raises
     ------
     UserError
-        splits.json is malformed or differs from what the options ask for, there is no such fold, or `make_splits`
-        fails.
+        splits.json is malformed, names an unknown case or differs from what the options ask for, there is no such
+        fold, or `make_splits` fails.
     """
     exists = file.is_file()
     splits, record = (load_splits(file, _ids(dataset)), {}) if exists else make_splits(dataset, rule)
@@ -172,60 +230,9 @@ def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fol
         raise UserError(f"there is no fold {fold!r}", fix=fix)
     if not exists:
         write_splits(file, splits, record)
-    elif difference := _difference(file, splits, dataset, rule):
-        fix = "Omit the options for folds to continue with these, or delete the file to make them again."
-        raise UserError(difference, file, fix)
+    elif rule != DEFAULT_RULE:
+        _check_agreement(file, _ids(dataset), rule)
     return splits
-
-
-def needs_splits(file: Path, dataset: Dataset, rule: FoldRule, trained: Sequence[str] = ()) -> bool:
-    """Return whether planning has to write splits.json, since an option or a splits_final.json asks for new folds.
-
-    Parameters
-    ----------
-    trained : sequence of str
-        Names of the models that are trained on the existing folds.
-
-    Raises
-    ------
-    UserError
-        An option is wrong, asks for more folds than there are cases, or for other folds than models are trained on.
-    """
-    if rule == DEFAULT_RULE:
-        return not file.is_file() and check_rule(_rule_of(dataset), dataset).splits is not None
-    sources = check_rule(rule, dataset)
-    difference = _difference(file, load_splits(file), dataset, rule) if file.is_file() else None
-    if difference and trained:
-        what = f"{difference}, and {', '.join(trained)} {'is' if len(trained) == 1 else 'are'} trained on them"
-        fix = "Scores on different folds cannot be compared: use another --workspace, or delete the file."
-        raise UserError(what, file, fix)
-    if file.is_file() and not difference:
-        return False
-    if sources.splits is None:  # reported before the check of the dataset, which takes minutes
-        require_enough(_ids(dataset), rule.folds or N_FOLDS, sources.groups)
-    return True
-
-
-def warn_of_unused_splits(file: Path, dataset: Dataset) -> None:
-    """Warn where an existing splits.json has other folds than the splits_final.json of the dataset."""
-    rule = _rule_of(dataset)
-    if rule == DEFAULT_RULE or not file.is_file():
-        return
-    with suppress(UserError):  # a broken one is not used either
-        if not _difference(file, load_splits(file), dataset, rule):
-            return
-    log.warn(
-        f"{rule.splits} is not used: {file} exists, and its folds stay. `nnlite plan --splits {rule.splits}` replaces "
-        "them where nothing is trained yet"
-    )
-
-
-def _rule_of(dataset: Dataset) -> FoldRule:
-    """The rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
-    preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
-    folders = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
-    file = next((folder / _SPLITS_FINAL for folder in folders if (folder / _SPLITS_FINAL).is_file()), None)
-    return FoldRule(splits=file)
 
 
 def make_splits(dataset: Dataset, rule: FoldRule = DEFAULT_RULE) -> tuple[list[Split], dict[str, Any]]:
@@ -241,15 +248,15 @@ def make_splits(dataset: Dataset, rule: FoldRule = DEFAULT_RULE) -> tuple[list[S
     Raises
     ------
     UserError
-        An option is wrong, see `check_rule`; `divide` fails; or a label map cannot be read.
+        An option is wrong, see `check_folds`; `divide` fails; or a label map cannot be read.
     """
-    rule = _rule_of(dataset) if rule == DEFAULT_RULE else rule
-    ids, sources = _ids(dataset), check_rule(rule, dataset)
+    rule = _default_rule(dataset) if rule == DEFAULT_RULE else rule
+    ids = _ids(dataset)
+    sources = _read_sources(rule, ids)
     if sources.splits is not None:
-        if left_out := sorted(set(ids) - _cases_of(sources.splits)):
-            log.warn(f"{rule.splits}: no fold has {name_cases(left_out)}; only the fold `all` trains on them")
         return sources.splits, {"splits": str(rule.splits)}
-    n_folds = rule.folds or N_FOLDS
+    n_folds = rule.folds if rule.folds is not None else N_FOLDS
+    require_enough(ids, n_folds, sources.groups)  # reported before label maps are read
     strata = stratify_by_labels(dataset, n_folds) if rule.stratify is True else sources.strata
     record = {
         "folds": n_folds,
@@ -270,6 +277,196 @@ def hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split
     ]
 
 
+def divide(
+    case_ids: Sequence[str],
+    n_folds: int = N_FOLDS,
+    groups: Mapping[str, str] | None = None,
+    strata: Mapping[str, str] | None = None,
+) -> list[list[str]]:
+    """Divide cases into folds: nnU-Net's KFold(5, shuffle, seed 12345) over the sorted ids, else StratifiedGroupKFold.
+
+    Parameters
+    ----------
+    case_ids : sequence of str
+        Ids of all cases, in any order.
+    n_folds : int
+        Number of folds.
+    groups : mapping of str to str, optional
+        Case id -> group. A group is never on both sides; folds hold out about equal numbers of cases, not of groups.
+    strata : mapping of str to str, optional
+        Case id -> stratum. Each fold holds out about an equal share of every stratum.
+
+    Returns
+    -------
+    list of list of str
+        The cases that each fold holds out.
+
+    Raises
+    ------
+    UserError
+        No stratum has a case for each fold.
+    """
+    from sklearn.model_selection import KFold, StratifiedGroupKFold  # slow to import
+
+    ids = sorted(case_ids)
+    if groups is None and strata is None:
+        parts = [held_out for _, held_out in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
+        return [[ids[i] for i in held_out] for held_out in parts]
+    group_of_case = [case_id if groups is None else groups[case_id] for case_id in ids]
+    stratum_of_case = ["" if strata is None else strata[case_id] for case_id in ids]
+    if max(Counter(stratum_of_case).values()) < n_folds:
+        raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
+    # Where strata leave a choice, scikit-learn deals groups out in the order of their numbers. Numbers at random, the
+    # largest group first, balance best; scikit-learn's own shuffle differs between its versions.
+    sizes = Counter(group_of_case)
+    names = np.random.RandomState(SEED).permutation(sorted(sizes)).tolist()
+    number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
+        parts = StratifiedGroupKFold(n_folds).split(ids, stratum_of_case, [number[name] for name in group_of_case])
+        return [[ids[i] for i in held_out] for _, held_out in parts]
+
+
+def require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] | None) -> None:
+    """Make sure that each fold can hold out a case, or a group.
+
+    Raises
+    ------
+    UserError
+        There are fewer than two folds, or fewer cases or groups than folds.
+    """
+    n, what = (len(ids), "case") if groups is None else (len({groups[case_id] for case_id in ids}), "group")
+    if not 2 <= n_folds <= n:
+        other = f", or take --folds 2 to {n}" if n > 1 else ""
+        fix = f"Train on every case: `nnlite train CONFIGURATION all`{other}."
+        raise UserError(f"{plural(n, what)} cannot be split into {plural(n_folds, 'fold')}", fix=fix)
+
+
+def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
+    """Return the group of each case.
+
+    Parameters
+    ----------
+    case_ids : sequence of str
+        Ids of the cases.
+    group_by : str
+        A table (a file, or a name that ends in .csv or .tsv) with the columns case and group; otherwise a regular
+        expression that is searched for in the case id. Its first group names the group, or the whole match.
+
+    Raises
+    ------
+    UserError
+        The table lacks a case, or the expression is invalid or does not match a case.
+    """
+    if _is_table(Path(group_by)) or os.path.isfile(group_by):  # noqa: PTH113 - Path raises where a name is too long
+        return read_column(Path(group_by), case_ids, "group")
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise UserError(f"--group-by {group_by!r} is no regular expression: {error}") from None
+    matches = {case_id: pattern.search(case_id) for case_id in case_ids}
+    groups = {i: (pattern.groups and match[1]) or match[0] for i, match in matches.items() if match is not None}
+    if missing := [case_id for case_id in case_ids if not groups.get(case_id)]:
+        fix = r"Every case needs a group; `|.+` at the end makes the other cases groups of one."
+        raise UserError(f"--group-by {group_by!r} matches nothing in {name_cases(missing)}", fix=fix)
+    return groups
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in (".csv", ".tsv")
+
+
+def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str]:
+    """Read a table with two columns, case and another, between commas, semicolons or tabs.
+
+    A header and rows of other cases are ignored.
+
+    Returns
+    -------
+    dict of str to str
+        Case id -> value of the second column.
+
+    Raises
+    ------
+    UserError
+        There is no such table, or it has no value or two values for a case.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError("no such file", file) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", file) from None
+    values = defaultdict[str, set[str]](set)
+    rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count))
+    for row in rows:
+        cells = [cell.strip() for cell in row]
+        if any(cells) and len(cells) != 2:
+            raise UserError(f"line {rows.line_num} has {len(cells)} columns, not two: case, {what}", file)
+        if any(cells):
+            values[cells[0]] |= {cells[1]} - {""}
+    ids = list(case_ids)
+    if missing := [case_id for case_id in ids if not values[case_id]]:
+        raise UserError(f"has no {what} for {name_cases(missing)}", file, f"It needs two columns, case and {what}.")
+    if several := [case_id for case_id in ids if len(values[case_id]) > 1]:
+        raise UserError(f"has more than one {what} for {name_cases(several)}", file)
+    return {case_id: min(values[case_id]) for case_id in ids}
+
+
+def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:
+    """Return the stratum of each case, from its labels and their volume; reads every raw label map once.
+
+    Logs a warning for each label that fewer cases have than there are folds.
+
+    Raises
+    ------
+    UserError
+        A label map cannot be read.
+    """
+    foreground = dataset.labels.values[1:]  # the background comes first
+
+    def measure(case: Case) -> tuple[str, tuple[tuple[int, ...], float]]:
+        assert case.label is not None  # every case of a planned dataset has one
+        label, geometry, _ = read_label(case.label)
+        label = map_labels(label, dataset.label_map)
+        values, counts = np.unique(label[np.isin(label, foreground)], return_counts=True)
+        return case.id, (tuple(values.tolist()), float(counts.sum() * np.prod(geometry.spacing)))
+
+    with ThreadPoolExecutor(min(_READERS, cpus())) as pool:
+        results = pool.map(measure, dataset.cases)
+        contents = dict(log.progress(results, len(dataset.cases), "labels"))
+    for value, n in sorted(Counter(value for values, _ in contents.values() for value in values).items()):
+        if n < n_folds:
+            log.warn(f"label {value} occurs in {n} of {len(contents)} cases: not every fold can hold it out")
+    return make_strata(contents, n_folds)
+
+
+def make_strata(contents: Mapping[str, tuple[tuple[int, ...], float]], n_folds: int) -> dict[str, str]:
+    """Return the stratum of each case.
+
+    Cases with the same labels are divided by volume into up to four strata of equal size, each with a case for every
+    fold. Cases whose set of labels is rarer than the number of folds are treated as one set.
+
+    Parameters
+    ----------
+    contents : mapping of str to (tuple of int, float)
+        Case id -> label values, and the volume of the foreground in mm^3.
+    n_folds : int
+        Number of folds.
+    """
+    frequency = Counter(values for values, _ in contents.values())
+    members = defaultdict[str, list[tuple[float, str]]](list)
+    for case_id, (values, volume) in contents.items():
+        name = "+".join(map(str, values)) or "nothing"
+        members[name if frequency[values] >= n_folds else "rare"].append((volume, case_id))
+    strata = {}
+    for name, cases in members.items():
+        parts = max(1, min(_VOLUME_PARTS, len(cases) // n_folds))
+        for rank, (_, case_id) in enumerate(sorted(cases)):
+            strata[case_id] = f"{name}, volume {rank * parts // len(cases) + 1} of {parts}"
+    return strata
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -281,13 +478,13 @@ class _FoldEntry(BaseModel):
 _ENTRIES = TypeAdapter(Annotated[list[_FoldEntry], Field(min_length=1)])
 
 
-def load_splits(file: Path, ids: Collection[str] | None = None) -> list[Split]:
-    """Read a splits.json or splits_final.json.
+def load_splits(file: Path, ids: Sequence[str] | None = None) -> list[Split]:
+    """Read a splits.json, nnU-Net's splits_final.json, or a table with the columns case and fold.
 
     Parameters
     ----------
-    ids : collection of str, optional
-        The cases of the dataset; None if they are not known.
+    ids : sequence of str, optional
+        The cases of the dataset; None if they are not known. A table needs them.
 
     Raises
     ------
@@ -295,68 +492,52 @@ def load_splits(file: Path, ids: Collection[str] | None = None) -> list[Split]:
         It has another form, or a fold names an unknown case, a case twice, or none to train on.
     """
     try:
-        entries = _ENTRIES.validate_python(read_json(file), strict=True)
+        if ids is not None and _is_table(file):
+            column = read_column(file, ids, "fold")
+            numbers = sorted(set(column.values()))
+            if set(numbers) != {str(k) for k in range(len(numbers))}:
+                raise UserError(f"folds are {', '.join(numbers)}", file, "Number them 0, 1, 2 ...")
+            splits = hold_out(ids, [[i for i in ids if column[i] == str(k)] for k in range(len(numbers))])
+        else:
+            entries = _ENTRIES.validate_python(read_json(file), strict=True)
+            splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
+        for split in splits:
+            _check_cases(split, file, ids)
     except ValidationError:
-        raise UserError('must be a list of {"train": [ids], "val": [ids]}', file) from None
-    splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
-    _check_splits(splits, file, ids)
+        raise UserError('must be a list of {"train": [ids], "val": [ids]}', file, _FIXES.get(file.name, "")) from None
+    except UserError as error:
+        raise UserError(error.what, error.file, f"{error.fix} {_FIXES.get(file.name, '')}".strip()) from None
     return splits
 
 
-def _check_splits(splits: Sequence[Split], file: Path, ids: Collection[str] | None) -> None:
-    for split in splits:
-        cases = Counter([*split.training, *split.validation])
-        if both := sorted({*split.training} & {*split.validation}):
-            raise UserError(f"fold {split.name} has {both[0]} on both sides", file)
-        if twice := sorted(case_id for case_id, n in cases.items() if n > 1):
-            raise UserError(f"fold {split.name} names {twice[0]} twice", file)
-        if not split.training:
-            raise UserError(f"fold {split.name} has no training case", file)
-        if unknown := [] if ids is None else sorted(set(cases) - set(ids)):
-            fix = "Delete it to make it again." if file.name == "splits.json" else ""
-            raise UserError(f"fold {split.name} names unknown cases: {few(unknown, 5)}", file, fix)
-
-
-def read_given_splits(file: Path, ids: Sequence[str]) -> list[Split]:
-    """Read the folds of a user's file: splits.json, nnU-Net's splits_final.json, or a table of case and fold.
-
-    Raises
-    ------
-    UserError
-        It is none of these, or one of its folds cannot be trained.
-    """
-    if is_table(file):
-        column = read_column(file, ids, "fold")
-        numbers = sorted(set(column.values()))
-        if set(numbers) != {str(k) for k in range(len(numbers))}:
-            raise UserError(f"folds are {', '.join(numbers)}", file, "Number them 0, 1, 2 ...")
-        splits = hold_out(ids, [[i for i in ids if column[i] == str(k)] for k in range(len(numbers))])
-        _check_splits(splits, file, ids)
-        return splits
-    try:
-        return load_splits(file, ids)
-    except UserError as error:
-        if file.name != _SPLITS_FINAL:  # nnU-Net's is read without an option
-            raise
-        fix = "Correct or remove it, or give --folds, --group-by, --stratify or --splits."
-        raise UserError(error.what, error.file, f"{error.fix} {fix}".strip()) from None
+def _check_cases(split: Split, file: Path, ids: Collection[str] | None) -> None:
+    cases = Counter([*split.training, *split.validation])
+    if both := sorted({*split.training} & {*split.validation}):
+        raise UserError(f"fold {split.name} has {both[0]} on both sides", file)
+    if twice := sorted(case_id for case_id, n in cases.items() if n > 1):
+        raise UserError(f"fold {split.name} names {twice[0]} twice", file)
+    if not split.training:
+        raise UserError(f"fold {split.name} has no training case", file)
+    if unknown := [] if ids is None else sorted(set(cases) - set(ids)):
+        raise UserError(f"fold {split.name} names unknown cases: {few(unknown, 5)}", file)
 
 
 def write_splits(file: Path, splits: Sequence[Split], record: Mapping[str, Any]) -> None:
     """Write splits.json and its record, and log what it holds."""
-    write_json(_record_file(file), {**record, "sha256": _hash(_to_json(splits))})  # before splits.json, which needs it
-    write_json(file, _to_json(splits))
+    content = _to_json(splits)
+    write_json(_record_file(file), {**record, "sha256": _hash(content)})  # before splits.json, which needs it
+    write_json(file, content)
     held_out = ", ".join(str(len(split.validation)) for split in splits)
-    log.info(f"{file.name}: {summarize_splits(splits, record)}; held out: {held_out}")
+    log.info(f"{file.name}: {_summarize(splits, record)}; held out: {held_out}")
 
 
-def read_record(file: Path, splits: Sequence[Split]) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
     """Return how nnlite made the folds of splits.json; empty where a user wrote or edited them."""
     record = read_json(_record_file(file)) if _record_file(file).is_file() else {}
-    return record if record.get("sha256") == _hash(_to_json(splits)) else {}
+    return record if record.get("sha256") == _hash(_to_json(load_splits(file))) else {}
 
 
-def summarize_splits(splits: Sequence[Split], record: Mapping[str, Any]) -> str:
+def _summarize(splits: Sequence[Split], record: Mapping[str, Any]) -> str:
     """5 folds of 32 cases in 8 groups by ..., stratified by ..."""
     text = f"{plural(len(splits), 'fold')} of {plural(len(_cases_of(splits)), 'case')}"
     text += "" if record else " (given or edited)"
@@ -364,26 +545,6 @@ def summarize_splits(splits: Sequence[Split], record: Mapping[str, Any]) -> str:
     if record.get("groups"):
         text += f" in {plural(len(set(record['groups'].values())), 'group')} by {record['group_by']}"
     return text + (f", stratified by {record['stratify']}" if record.get("stratify") else "")
-
-
-def _difference(file: Path, splits: Sequence[Split], dataset: Dataset, rule: FoldRule) -> str | None:
-    """Return what splits.json holds and how it differs from what the options ask for; None where it agrees."""
-    if rule == DEFAULT_RULE:
-        return None
-    n_cases, sources, record = len(dataset.cases), check_rule(rule, dataset), read_record(file, splits)
-    if sources.splits is not None:
-        same = [_fingerprint(split) for split in splits] == [_fingerprint(split) for split in sources.splits]
-        checks = [(same, f"not those of {rule.splits}")]
-    else:
-        by_labels = rule.stratify is True  # the label maps are not read again
-        stratified = record.get("stratify") == _BY_LABELS if by_labels else record.get("strata") == sources.strata
-        checks = [
-            (_cases_of(splits) == set(_ids(dataset)), f"not of the {n_cases} that the dataset has"),
-            (rule.folds in (None, len(splits)), f"not {rule.folds}"),
-            (rule.group_by is None or record.get("groups") == sources.groups, f"not in groups by {rule.group_by}"),
-            (not rule.stratify or stratified, f"not stratified by {_BY_LABELS if by_labels else rule.stratify}"),
-        ]
-    return next((f"holds {summarize_splits(splits, record)}, {what}" for agrees, what in checks if not agrees), None)
 
 
 def refuse_other_cases(folder: Path, split: Split, file: Path, restart: bool = False) -> None:
