@@ -90,6 +90,8 @@ def test_the_summary_of_a_command_is_that_of_its_function(name: str) -> None:
         (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
+        (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder"),
+        (["predict", "-i", "in", "-o", "out", "-m", "nowhere"], "in: there is no such file or folder"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
         (["info", "nowhere"], "nowhere: is no model folder"),
