@@ -72,6 +72,17 @@ def refuse_dataset(bad: BadData, command: Command, root: Path) -> None:
     assert contents(root.parent) == before
 
 
+def copies_of_scan(*names: str) -> Callable[[Path], None]:
+    """Copy scan.nii.gz to files of these names."""
+
+    def make(place: Path) -> None:
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(place / "scan.nii.gz", place / name)
+
+    return make
+
+
 def edit(file: Path, change: Callable[[Any], Any]) -> None:
     """Change a JSON file: `change` works on its value in place, or returns another one."""
     value = json.loads(file.read_text())

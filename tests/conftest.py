@@ -140,6 +140,14 @@ def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "models" / "tiny"))
 
 
+@pytest.fixture
+def place(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> Path:
+    """A folder with a trained model and an image to predict: model, scan.nii.gz."""
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(".lock", "validation"))
+    shutil.copy(hippocampus / "imagesTr" / "hippocampus_001.nii.gz", tmp_path / "scan.nii.gz")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny_cases(tiny_workspace: Path) -> list[Any]:
     """The ten cases of `tiny_workspace`, preprocessed for 3d_fullres."""

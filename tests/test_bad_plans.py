@@ -166,9 +166,7 @@ PLANS = {
     "an unknown option": whole_plan(setting(options={"prest": "default"}), "options.prest"),
     "an option of another type": whole_plan(setting(options={"stored_as": "float8"}), "options.stored_as"),
     "negative memory among the options": whole_plan(setting(options={"memory_gb": -1}), "options.memory_gb"),
-    "a folder for the plan": Bad(
-        lambda place: ((place / HERE / "plans.json").unlink(), (place / HERE / "plans.json").mkdir()), TRAIN, ("plan",)
-    ),
+    "a folder for the plan": folder_for("plans.json"),
 }
 
 WORKSPACE = {
@@ -328,26 +326,11 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_plan(
-    command: Command, tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Callable[..., None], name: str
-) -> None:
-    counts("bad inputs refused in one line")
-    copy_workspace(tiny_workspace, tmp_path)
-    refuse(PLANS[name], command, tmp_path)
+BAD = PLANS | WORKSPACE | SETTINGS
 
 
-@pytest.mark.parametrize("name", WORKSPACE)
-def test_workspace(
-    command: Command, tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Callable[..., None], name: str
-) -> None:
-    counts("bad inputs refused in one line")
-    copy_workspace(tiny_workspace, tmp_path)
-    refuse(WORKSPACE[name], command, tmp_path)
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_setting(
+@pytest.mark.parametrize("name", BAD)
+def test_refused_in_one_line(
     command: Command,
     tiny_workspace: Path,
     tiny_model: Path,
@@ -359,4 +342,4 @@ def test_setting(
     counts("bad inputs refused in one line")
     copy_workspace(tiny_workspace, tmp_path)
     copy_dataset(5, "raw")
-    refuse(SETTINGS[name], command, tmp_path)
+    refuse(BAD[name], command, tmp_path)

@@ -14,6 +14,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
 import pytest
+from bad_inputs import edit, setting
 from samples import FAST
 
 import nnunet_lite
@@ -141,12 +142,10 @@ def test_equal_models_make_equal_files(bundle: Path, model_copy: Path, tmp_path:
 
 
 def test_no_name_of_the_machine_or_of_cases_is_packed(model_copy: Path, tmp_path: Path) -> None:
-    run, dataset = read_json(model_copy / "run.json"), read_json(model_copy / "dataset.json")
-    run["settings"]["training"]["init"] = "/home/somebody/models/first"
-    run["changed"] = [{"when": "today", "changes": ["training.init: null -> /home/somebody/models/first"]}]
-    dataset |= {"training": [{"image": "/home/somebody/hippocampus_001.nii.gz"}], "description": "hippocampi"}
-    write_json(model_copy / "run.json", run)
-    write_json(model_copy / "dataset.json", dataset)
+    first, cases = "/home/somebody/models/first", [{"image": "/home/somebody/hippocampus_001.nii.gz"}]
+    edit(model_copy / "run.json", lambda run: run["settings"]["training"].update(init=first))
+    edit(model_copy / "run.json", setting(changed=[{"when": "today", "changes": [f"training.init: null -> {first}"]}]))
+    edit(model_copy / "dataset.json", setting(training=cases, description="hippocampi"))
     pack(model_copy, tmp_path / "out.zip")
     packed = contents(tmp_path / "out.zip")
     for word in ("somebody", str(model_copy.parent), str(Path(__file__).parents[1]), "hippocampus_0"):
@@ -189,9 +188,7 @@ def test_an_existing_model_is_only_replaced_with_the_option(bundle: Path, tmp_pa
 
 
 def test_code_and_untrained_models_are_not_packed(model_copy: Path, tmp_path: Path) -> None:
-    run = read_json(model_copy / "run.json")
-    run["settings"]["network"]["factory"] = "mine:network"
-    write_json(model_copy / "run.json", run)
+    edit(model_copy / "run.json", lambda run: run["settings"]["network"].update(factory="mine:network"))
     with pytest.raises(UserError, match="made by mine:network: code is not packed"):
         pack(model_copy, tmp_path / "out.zip")
     shutil.rmtree(model_copy / "fold_0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from bad_inputs import Bad, Command, contents, refuse
+from bad_inputs import Bad, Command, copies_of_scan, refuse
 
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.geometry import Geometry
@@ -106,19 +105,8 @@ def test_a_missing_spacing_is_reported_once(
 ROOT = Path(__file__).parents[1]
 
 
-def files(*names: str) -> Callable[[Path], None]:
-    """Copies of the scan under these names."""
-
-    def make(place: Path) -> None:
-        for name in names:
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(place / "scan.nii.gz", place / name)
-
-    return make
-
-
 def linked(place: Path) -> None:
-    files("in/a_0000.nii.gz")(place)
+    copies_of_scan("in/a_0000.nii.gz")(place)
     (place / "other").symlink_to("in")
 
 
@@ -127,11 +115,12 @@ def bad_output(options: str, *says: str, make: Callable[[Path], object] = lambda
 
 
 AMONG = "would contain images and label maps"
-TWO, ONE, NESTED = files("in/a.nii.gz", "in/b.nii.gz"), files("in/a_0000.nii.gz"), files("in/a/t1.nii.gz")
+TWO, ONE = copies_of_scan("in/a.nii.gz", "in/b.nii.gz"), copies_of_scan("in/a_0000.nii.gz")
+NESTED = copies_of_scan("in/a/t1.nii.gz")
 
 OUTPUTS = {
     "one file for two images": bad_output("-i in -o seg.nii.gz", "seg.nii.gz", "2 images", "Give a folder", make=TWO),
-    "a format that label maps do not have": bad_output("-i scan.nii.gz -o seg.jpg", "seg.jpg", "Use .png"),
+    "a format that label maps do not have": bad_output("-i scan.nii.gz -o new/seg.jpg", "seg.jpg", "Use .png"),
     "a header alone": bad_output("-i scan.nii.gz -o seg.mhd", "Use .mha"),
     "a picture for a volume": bad_output("-i scan.nii.gz -o seg.png", "seg.png", "cannot be written", "Use .nii.gz"),
     "DICOM without being asked for": bad_output("-i scan.nii.gz -o seg.dcm", "--dicom-seg"),
@@ -142,7 +131,7 @@ OUTPUTS = {
     "from it by a link": bad_output("-i other -o in", AMONG, make=linked),
     "a file among the images": bad_output("-i in -o in/seg.nii.gz", AMONG, make=ONE),
     "into one of two folders": bad_output(
-        "-i in -i more -o more", AMONG, make=files("in/a_0000.nii.gz", "more/b_0000.nii.gz")
+        "-i in -i more -o more", AMONG, make=copies_of_scan("in/a_0000.nii.gz", "more/b_0000.nii.gz")
     ),
     "among the folders of cases": bad_output("-i in -o in/out", AMONG, make=NESTED),
     "into the folder of a case": bad_output("-i in -o in/a", AMONG, make=NESTED),
@@ -161,18 +150,11 @@ OUTPUTS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def place(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> Path:
-    """A trained model and an image to predict."""
-    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(".lock", "validation"))
-    shutil.copy(hippocampus / "imagesTr" / "hippocampus_001.nii.gz", tmp_path / "scan.nii.gz")
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_or_device_that_cannot_be(command: Command, place: Path, counts: Any, name: str) -> None:
     counts("bad inputs refused in one line")
     refuse(OUTPUTS[name], command, place)
+    assert not (place / "new").exists(), "no folder is made for it"
 
 
 def test_the_only_device_of_a_machine_without_a_gpu_is_named(command: Command, place: Path) -> None:
@@ -204,10 +186,10 @@ def test_the_name_of_a_file_is_the_label_map(command: Command, place: Path, out:
 @pytest.mark.parametrize(
     ("source", "out", "made"),
     [
-        ("in", "in/out", files("in/a_0000.nii.gz")),  # images are looked for in the folder itself
-        ("in/deep", "in", files("in/deep/a_0000.nii.gz")),
-        ("scan_0000.nii.gz", "seg.nii.gz", files("scan_0000.nii.gz")),
-        ("in", "out", files("in/a/t1.nii.gz")),
+        ("in", "in/out", copies_of_scan("in/a_0000.nii.gz")),  # images are looked for in the folder itself
+        ("in/deep", "in", copies_of_scan("in/deep/a_0000.nii.gz")),
+        ("scan_0000.nii.gz", "seg.nii.gz", copies_of_scan("scan_0000.nii.gz")),
+        ("in", "out", copies_of_scan("in/a/t1.nii.gz")),
     ],
 )
 def test_the_same_command_again_finds_the_same_images(
@@ -238,7 +220,7 @@ def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, co
     """By SIGKILL in the middle of predictions with maps; the same command with --continue does the rest."""
     counts("faults survived", 3)
     names = [f"in/{letter}_0000.nii.gz" for letter in "abcdefgh"]
-    files(*names)(place)
+    copies_of_scan(*names)(place)
     arguments = [sys.executable, "-m", "nnunet_lite", "predict", "-m", "model", "-i", "in", "-o", "out", "--continue",
                  "--save-probabilities", "--save-uncertainty", "--device", "cpu"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -259,84 +241,74 @@ def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, co
 # ------------------------------------------------------------------------------------------------- headers of maps
 
 
-def forms_that_disagree(place: Path) -> Path:
-    """The sform is 30 mm beside the qform; units, codes and a window of the image's own."""
-    image = nibabel.load(place / "scan.nii.gz")
-    other = np.asarray(image.affine).copy()
-    other[0, 3] += 30
-    image.set_qform(image.affine, 1)
-    image.set_sform(other, 4)
-    image.header.set_xyzt_units("mm", "sec")
-    image.header["cal_max"] = 77
-    nibabel.save(image, place / "in" / "a.nii.gz")
-    return place / "in" / "a.nii.gz"
+def write_images(scan: Path, folder: Path) -> None:
+    """Write the scan with headers of many kinds: codes, axes, units, scales, and formats."""
+    folder.mkdir()
+    loaded = nibabel.load(scan)
+    voxels, affine = np.asarray(loaded.dataobj), np.asarray(loaded.affine)
+    oblique = np.diag([0.9, 1.1, 1.5, 1.0])
+    oblique[:2, :2] = [[0.9 * np.cos(0.3), -1.1 * np.sin(0.3)], [0.9 * np.sin(0.3), 1.1 * np.cos(0.3)]]
+    oblique[:3, 3] = (-12.5, 30.25, 7)
+    beside = affine.copy()
+    beside[0, 3] += 30
+    for name, form, qform, sform in (
+        ("ras", affine, 1, 2),
+        ("las", affine @ np.diag([-1, 1, 1, 1]), 4, 0),
+        ("lps", affine @ np.diag([-1, -1, 1, 1]), 0, 3),
+        ("oblique", oblique, 1, 1),
+        ("two_forms", affine, 1, 4),
+    ):
+        image = nibabel.Nifti1Image(voxels, form)
+        image.set_qform(form, qform)
+        image.set_sform(beside if name == "two_forms" else form, sform)
+        image.header.set_xyzt_units("mm", "sec")
+        image.header["cal_max"] = 77  # the window of the image
+        nibabel.save(image, folder / f"{name}.nii.gz")
+    metres = nibabel.Nifti1Image(voxels, np.diag([1e-3, 1e-3, 1e-3, 1]) @ affine)
+    metres.header.set_xyzt_units("meter")
+    nibabel.save(metres, folder / "metres.nii")
+    nibabel.save(nibabel.Nifti2Image(voxels, affine), folder / "second.nii.gz")
+    loaded.header.set_slope_inter(2.5, -7)
+    nibabel.save(nibabel.Nifti1Image(voxels, None, loaded.header), folder / "scaled.nii.gz")
+    image = sitk.GetImageFromArray(voxels.T)
+    image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
+    image.SetSpacing((1.0, 1.1, 1.3))
+    image.SetOrigin((5.0, -6.0, 7.0))
+    for name in ("itk.nrrd", "itk2.mha", "itk3.nii"):
+        sitk.WriteImage(image, str(folder / name))
 
 
-def in_metres(place: Path) -> Path:
-    image = nibabel.load(place / "scan.nii.gz")
-    scaled = nibabel.Nifti1Image(np.asarray(image.dataobj), np.diag([1e-3, 1e-3, 1e-3, 1]) @ image.affine)
-    scaled.header.set_xyzt_units("meter")
-    nibabel.save(scaled, place / "in" / "a.nii")
-    return place / "in" / "a.nii"
-
-
-def second_version(place: Path) -> Path:
-    image = nibabel.load(place / "scan.nii.gz")
-    nibabel.save(nibabel.Nifti2Image(np.asarray(image.dataobj), image.affine), place / "in" / "a.nii.gz")
-    return place / "in" / "a.nii.gz"
-
-
-def scaled_values(place: Path) -> Path:
-    image = nibabel.load(place / "scan.nii.gz")
-    image.header.set_slope_inter(2.5, -7)
-    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), place / "in" / "a.nii.gz")
-    return place / "in" / "a.nii.gz"
-
-
-def oblique(suffix: str) -> Callable[[Path], Path]:
-    def make(place: Path) -> Path:
-        image = sitk.ReadImage(str(place / "scan.nii.gz"))
-        for key in image.GetMetaDataKeys():
-            image.EraseMetaData(key)
-        image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
-        image.SetSpacing((1.0, 1.1, 1.3))
-        image.SetOrigin((5.0, -6.0, 7.0))
-        sitk.WriteImage(image, str(place / "in" / f"a{suffix}"))
-        return place / "in" / f"a{suffix}"
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "make",
-    [forms_that_disagree, in_metres, second_version, scaled_values, oblique(".nrrd"), oblique(".mha"), oblique(".nii")],
-)
-def test_maps_lie_where_the_label_map_and_the_image_do(
-    command: Command, place: Path, make: Callable[[Path], Path]
-) -> None:
-    (place / "in").mkdir()
-    image = make(place)
+def test_label_maps_and_other_maps_have_the_geometry_of_the_image(command: Command, place: Path) -> None:
+    write_images(place / "scan.nii.gz", place / "in")
     options = ("--save-probabilities", "Anterior", "--save-uncertainty", "--no-mirroring")
-    code, _, err = command("predict", "-m", "model", "-i", image, "-o", "out", *options, cwd=place)
+    code, _, err = command("predict", "-m", "model", "-i", "in", "-o", "out", *options, cwd=place)
     assert code == 0, err
-    geometry, label = read_geometry(image)[0], place / "out" / image.name
-    assert not read_geometry(label)[0].differences(geometry)
-    for kind in ("probabilities/a_Anterior", "uncertainty/a_entropy", "uncertainty/a_disagreement"):
-        found = nibabel.load(place / "out" / f"{kind}.nii.gz")
-        assert not read_geometry(place / "out" / f"{kind}.nii.gz")[0].differences(geometry)
-        assert found.dataobj.slope == pytest.approx(1 / 255) and found.dataobj.inter == 0
-        assert found.get_data_dtype() == np.uint8 and 0 <= np.asarray(found.dataobj).max() <= 1.0001
-        if image.name.endswith((".nii", ".nii.gz")):
-            theirs, ours = nibabel.load(image).header, found.header
-            assert type(theirs) is type(ours)
-            for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x", "srow_x", "pixdim"):
-                np.testing.assert_array_equal(ours[field], theirs[field], field)
-            assert ours["cal_max"] == 0, "that is the window of the image"
-            assert nibabel.load(label).header["sform_code"] == ours["sform_code"]
-        else:
-            assert (int(found.header["qform_code"]), int(found.header["sform_code"])) == (1, 1)
-            np.testing.assert_allclose(found.get_qform(), found.get_sform(), atol=1e-5)
-            assert found.header.get_xyzt_units()[0] == "mm"
+    images = sorted((place / "in").iterdir())
+    assert [path.name for path in sorted((place / "out").glob("*.*"))] == [image.name for image in images]
+    for image in images:
+        geometry, label, name = read_geometry(image)[0], place / "out" / image.name, image.name.partition(".")[0]
+        assert not read_geometry(label)[0].differences(geometry)
+        for kind in ("probabilities/{}_Anterior", "uncertainty/{}_entropy", "uncertainty/{}_disagreement"):
+            file = place / "out" / f"{kind.format(name)}.nii.gz"
+            found = nibabel.load(file)
+            assert not read_geometry(file)[0].differences(geometry)
+            assert found.dataobj.slope == pytest.approx(1 / 255) and found.dataobj.inter == 0
+            assert found.get_data_dtype() == np.uint8 and 0 <= np.asarray(found.dataobj).max() <= 1.0001
+            if ".nii" in image.name:
+                theirs, ours = nibabel.load(image).header, found.header
+                assert type(theirs) is type(ours) and ours["cal_max"] == 0
+                for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x", "srow_x", "pixdim"):
+                    np.testing.assert_array_equal(ours[field], theirs[field], field)
+            else:
+                assert (int(found.header["qform_code"]), int(found.header["sform_code"])) == (1, 1)
+                np.testing.assert_allclose(found.get_qform(), found.get_sform(), atol=1e-5)
+                assert found.header.get_xyzt_units()[0] == "mm"
+        if ".nii" in image.name:
+            theirs, ours = nibabel.load(image), nibabel.load(label)
+            assert theirs.shape == ours.shape and theirs.header["xyzt_units"] == ours.header["xyzt_units"]
+            for form in ("get_qform", "get_sform"):
+                (first, code), (second, same) = (getattr(file, form)(coded=True) for file in (theirs, ours))
+                assert code == same and (code == 0 or np.allclose(first, second, atol=1e-5)), (name, form)
 
 
 def two_dimensional(path: Path) -> None:
@@ -371,9 +343,3 @@ def test_a_map_of_two_dimensions_has_two_and_no_spacing_of_999(tmp_path: Path, n
         if name.startswith("picture") and what == "GetSpacing":  # ITK reads the dots per inch of some
             continue
         np.testing.assert_allclose(getattr(as_itk, what)(), getattr(theirs, what)(), atol=1e-6, err_msg=what)
-
-
-def test_a_refused_output_makes_no_folder(place: Path, command: Command) -> None:
-    before = contents(place)
-    assert command("predict", "-m", "model", "-i", "scan.nii.gz", "-o", "new/seg.jpg", cwd=place)[0] == 2
-    assert contents(place) == before and not (place / "new").exists()

@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.windows import padding
+from nnunet_lite.inference.windows import spans
 from nnunet_lite.preprocessing.stored_case import sample_voxels
 from nnunet_lite.training.cache import LoadedCase, load_case, load_cases, move_case
 from nnunet_lite.training.dataloader import (
@@ -119,7 +119,7 @@ def test_foreground_patches_lie_where_nnunet_puts_them(voxel: Shape, shape: Shap
 @pytest.mark.parametrize("shape", [(5, 30, 30), (6, 9, 31), (4, 4, 4), (7, 16, 3)])
 def test_an_image_smaller_than_the_patch_lies_as_in_the_sliding_window(shape: Shape) -> None:
     case, patch = make_case(shape), (12, 16, 16)
-    before = [around[0] for around in padding(shape, patch)]
+    before = [-spans(size, p, 1.0)[0].start for size, p in zip(shape, patch, strict=True)]
     corners = np.array([draw_corner(case, patch, False, rng_for(0, 0, i)) for i in range(30)])
     for found, size, p, start in zip(corners.T, shape, patch, before, strict=True):
         if size <= p:  # of two middles both are taken, as nnU-Net does

@@ -24,6 +24,7 @@ CASE = "hippocampus_001.nii.gz"
 ANGLE = 0.3
 OBLIQUE = (np.cos(ANGLE), -np.sin(ANGLE), 0.0, np.sin(ANGLE), np.cos(ANGLE), 0.0, 0.0, 0.0, 1.0)
 VOLUME = Geometry((5, 6, 7), (3.0, 0.7, 0.8), (-12.5, 30.25, 7.0), OBLIQUE)
+STRAIGHT = Geometry((5, 6, 7), (3.0, 0.7, 0.8), (1.0, 2.0, 3.0))
 PICTURE = Geometry((1, 6, 7), (999.0, 1.0, 1.0), dimensions=2)
 COUNT = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
 
@@ -46,19 +47,27 @@ def save(path: Path, array: np.ndarray, mode: str | None = None) -> Path:
 # -------------------------------------------------------------------------------------------------------------- volumes
 
 
-@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha", ".mgz"])
-@pytest.mark.parametrize("top, kind", [(3, np.uint8), (300, np.uint16)])
-def test_label_round_trip_keeps_geometry(tmp_path: Path, suffix: str, top: int, kind: type) -> None:
-    path = tmp_path / f"case{suffix}"
-    array = integers(VOLUME.shape, top, np.int64)
-    write_label(path, array, VOLUME)
+ROUND_TRIPS = [
+    *((suffix, VOLUME) for suffix in (".nii.gz", ".nii", ".nrrd", ".NRRD", ".mha", ".Mha", ".mgz", ".MGZ")),
+    *((suffix, STRAIGHT) for suffix in (".gipl", ".gipl.gz", ".GIPL", ".Tif", ".TIFF")),
+    *((suffix, PICTURE) for suffix in (".png", ".PNG", ".tif", ".bmp", ".BMP")),
+]
+
+
+@pytest.mark.parametrize("top", [3, 300])
+@pytest.mark.parametrize(("suffix", "grid"), ROUND_TRIPS)
+def test_label_round_trip_keeps_geometry(tmp_path: Path, suffix: str, grid: Geometry, top: int) -> None:
+    """With an ending in any case."""
+    path, top = tmp_path / f"case{suffix}", min(top, 255) if suffix.lower() == ".bmp" else top
+    array = integers(grid.shape, top, np.int64)
+    write_label(path, array, grid)
     back, geometry, notes = read_label(path)
     assert np.array_equal(back, array) and notes == ()
-    assert back.dtype == (np.int16 if suffix == ".mgz" and top > 255 else kind)  # MGH has no uint16
-    assert geometry.differences(VOLUME) == []
-    assert geometry.spacing == pytest.approx(VOLUME.spacing, abs=1e-6)
+    kind = np.uint8 if top < 256 else np.int16 if path.suffix.lower() == ".mgz" else np.uint16  # MGH has no uint16
+    assert back.dtype == kind and geometry.differences(grid) == []
+    assert geometry.spacing == pytest.approx(grid.spacing, abs=1e-6)
     assert read_geometry(path) == (geometry, 1)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name], "no temporary file is left"
+    assert {p.name for p in tmp_path.iterdir()} <= {path.name, "case.json"}, "no temporary file is left"
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
@@ -87,14 +96,6 @@ def test_sheared_nifti_is_read_and_written_back(tmp_path: Path) -> None:
     assert np.abs(nibabel.load(tmp_path / "out.nii.gz").affine - affine).max() < 1e-5
 
 
-def test_axes_and_geometry_are_those_of_itk(hippocampus: Path) -> None:
-    path = hippocampus / "imagesTr" / CASE
-    itk, image = sitk.ReadImage(str(path)), read_image(path)
-    assert np.array_equal(image.array[0], sitk.GetArrayFromImage(itk))
-    own = image.geometry
-    assert (own.spacing[::-1], own.origin, own.direction) == (itk.GetSpacing(), itk.GetOrigin(), itk.GetDirection())
-
-
 def test_4d_nifti_is_channels_and_2d_nifti_is_flat(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(4, 5, 6, 2)).astype(np.float32)
     image = read_image(save_nifti(tmp_path / "a.nii.gz", array))
@@ -119,16 +120,6 @@ def test_nifti2_and_scaled_values(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert array.dtype == np.float32 and array.min() == -1000
 
 
-@pytest.mark.parametrize("suffix", [".NRRD", ".MHA", ".Mha", ".GIPL", ".MGZ", ".Tif", ".TIFF", ".PNG", ".BMP"])
-def test_endings_of_other_formats_in_any_case(tmp_path: Path, suffix: str) -> None:
-    grid = PICTURE if suffix in (".PNG", ".BMP") else Geometry((5, 6, 7), (3.0, 0.7, 0.8))
-    array = integers(grid.shape)
-    write_label(tmp_path / f"a{suffix}", array, grid)
-    back, geometry, _ = read_label(tmp_path / f"a{suffix}")
-    assert np.array_equal(back, array) and geometry.differences(grid) == []
-    assert read_geometry(tmp_path / f"a{suffix}")[0] == geometry
-
-
 @pytest.mark.parametrize("ending", ["MHD", "Mhd", "NHDR", "Nhdr"])
 def test_headers_whose_endings_are_in_any_case(tmp_path: Path, ending: str) -> None:
     """The voxels are found by the name in the header."""
@@ -136,25 +127,6 @@ def test_headers_whose_endings_are_in_any_case(tmp_path: Path, ending: str) -> N
     (tmp_path / f"a.{ending.lower()}").rename(tmp_path / f"a.{ending}")
     image = read_image(tmp_path / f"a.{ending}")
     assert np.array_equal(image.array[0], COUNT) and read_geometry(tmp_path / f"a.{ending}")[0] == image.geometry
-
-
-@pytest.mark.parametrize("suffix", [".gipl", ".gipl.gz"])
-def test_gipl(tmp_path: Path, suffix: str) -> None:
-    image = sitk.GetImageFromArray(COUNT)
-    image.SetSpacing((0.8, 0.7, 3.0))
-    image.SetOrigin((1, 2, 3))
-    path = tmp_path / f"a{suffix}"
-    sitk.WriteImage(image, path)
-    read = read_image(path)
-    assert np.array_equal(read.array[0], COUNT)
-    assert read.geometry.spacing == pytest.approx((3.0, 0.7, 0.8)) and read.geometry.origin == (1, 2, 3)
-    write_label(tmp_path / f"out{suffix}", COUNT % 3, read.geometry)
-    assert np.array_equal(read_label(tmp_path / f"out{suffix}")[0], COUNT % 3)
-    with pytest.raises(UserError, match=r"GIPL cannot store directions.* Use \.nii\.gz"):
-        write_label(tmp_path / f"out{suffix}", integers(VOLUME.shape), VOLUME)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match="is truncated"):
-        read_image(path)
 
 
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.Spm2AnalyzeImage])
@@ -284,15 +256,6 @@ def test_tiff_pages_are_a_volume_with_a_spacing_beside_it(tmp_path: Path) -> Non
         assert read_image(tmp_path / "a_0000.tif").geometry.spacing == (1.0, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
-def test_picture_labels_round_trip(tmp_path: Path, suffix: str) -> None:
-    array = integers(PICTURE.shape)
-    write_label(tmp_path / f"a{suffix}", array, PICTURE)
-    label, geometry, notes = read_label(tmp_path / f"a{suffix}")
-    assert np.array_equal(label, array) and label.dtype == np.uint8
-    assert geometry == PICTURE and notes == ()
-
-
 def test_labels_as_grey_rgb_and_as_floats(tmp_path: Path) -> None:
     mask = integers((8, 9), 1) * np.uint8(255)
     label, _, notes = read_label(save(tmp_path / "mask.png", np.dstack([mask] * 3)))
@@ -335,6 +298,7 @@ def test_channels_on_different_grids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "geometry", "message"),
     [
+        ("a.gipl", integers(VOLUME.shape), VOLUME, r"GIPL cannot store directions.* Use \.nii\.gz"),
         ("a.jpg", integers(PICTURE.shape), PICTURE, r"cannot be written as \.jpg\. Use \.png"),
         ("a.png", integers(PICTURE.shape, kind=np.int8) - 1, PICTURE, r"label values -1\.\.2 do not fit"),
         ("a.bmp", integers(PICTURE.shape, 300, np.uint16), PICTURE, "do not fit"),

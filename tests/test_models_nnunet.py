@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import NNUNET_MODELS
+from bad_inputs import Command, edit, setting
+from samples import FAST, NNUNET_MODELS
 
 import nnunet_lite
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, write_json
+from nnunet_lite.files import read_json
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.lookup import read_model
-from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, read_checkpoint
+from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, read_checkpoint, read_nnunet_fold
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"
-Command = Callable[..., tuple[int, str, str]]
 Copy = Callable[..., Path]
 
 
@@ -65,10 +65,12 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object], **options: An
     torch.save(checkpoint, folder / CHECKPOINT, **options)
 
 
-def logits(model: Path, image: np.ndarray) -> list[np.ndarray]:
-    plan, run = read_model(model)
+def imported_logits(folder: Path, out: Path, image: np.ndarray) -> list[np.ndarray]:
+    """Import a model of nnU-Net, and return what all its heads compute."""
+    import_nnunet(folder, out)
+    plan, run = read_model(out)
     network = build_network(plan, run["configuration"])
-    load_weights(model / "fold_0" / "model.safetensors", network)
+    load_weights(out / "fold_0" / "model.safetensors", network)
     set_deep_supervision(network.eval(), True)
     with torch.inference_mode():
         return [output.numpy() for output in network(torch.from_numpy(image))]
@@ -86,8 +88,7 @@ def test_an_imported_network_has_the_logits_of_nnunet(theirs: Copy, tmp_path: Pa
         checkpoint["network_weights"] = {prefix + k: v for k, v in checkpoint["network_weights"].items()}
 
     change(folder, wrap)
-    import_nnunet(folder, tmp_path / "ours")
-    found = logits(tmp_path / "ours", expected["image"])
+    found = imported_logits(folder, tmp_path / "ours", expected["image"])
     assert len(found) == len(expected.files) - 1
     for i, output in enumerate(found):
         np.testing.assert_allclose(output, expected[f"head_{i}"], atol=1e-5, rtol=1e-4)
@@ -123,8 +124,7 @@ def test_heads_of_deep_supervision_may_be_missing(theirs: Copy, tmp_path: Path) 
     folder, expected = theirs(), np.load(NNUNET_MODELS / "plain_3d" / "logits.npz")
     parts = [f"decoder.seg_layers.0.{part}" for part in ("weight", "bias")]
     change(folder, lambda checkpoint: [checkpoint["network_weights"].pop(part) for part in parts])
-    import_nnunet(folder, tmp_path / "ours")
-    found = logits(tmp_path / "ours", expected["image"])
+    found = imported_logits(folder, tmp_path / "ours", expected["image"])
     np.testing.assert_allclose(found[0], expected["head_0"], atol=1e-5, rtol=1e-4)
     assert not found[-1].any()
 
@@ -184,68 +184,70 @@ def test_a_checkpoint_with_code_is_refused_and_nothing_runs(
 
 
 def test_damaged_checkpoints_are_refused(theirs: Copy, tmp_path: Path) -> None:
-    folder, mark = theirs(), tmp_path / "was_run"
-    file = folder / CHECKPOINT
-    whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], pickle.dumps(Runs(os.system, f"touch {mark}"))):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=r"is no checkpoint in the format of torch\.save"):
-            read_checkpoint(file)
-    assert not mark.exists()
-    with zipfile.ZipFile(NNUNET_MODELS / "plain_3d" / CHECKPOINT) as old, zipfile.ZipFile(file, "w") as new:
+    file, mark = theirs() / CHECKPOINT, tmp_path / "was_run"
+    whole, longer = file.read_bytes(), tmp_path / "longer.pth"
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(longer, "w") as new:
         largest = max((info for info in old.infolist() if "/data/" in info.filename), key=lambda info: info.file_size)
         for name in old.namelist():
             new.writestr(name, old.read(name) + (b"more" if "/data/" in name else b""))
-    with pytest.raises(UserError, match=r"is no readable checkpoint \(.*record size .* does not match"):
-        read_checkpoint(file)
     flipped = bytearray(whole)
     flipped[largest.header_offset + 200] ^= 1
-    file.write_bytes(flipped)
-    with pytest.raises(UserError, match=r"is damaged: the checksum of .*/data/.* differs"):
-        read_checkpoint(file)
+    for content, says in (
+        (whole[: len(whole) // 2], r"is no checkpoint in the format of torch\.save"),
+        (pickle.dumps(Runs(os.system, f"touch {mark}")), r"is no checkpoint in the format of torch\.save"),
+        (longer.read_bytes(), r"is no readable checkpoint \(.*record size .* does not match"),
+        (flipped, r"is damaged: the checksum of .*/data/.* differs"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            read_checkpoint(file)
+    assert not mark.exists()
     file.write_bytes(whole)
-    change(folder, lambda checkpoint: checkpoint.pop("network_weights"))
-    with pytest.raises(UserError, match=r"is no checkpoint of nnU-Net v2 \(lacks 'network_weights'\)"):
-        load(folder, device="cpu")
+    for key in ("network_weights", "trainer_name"):
+        change(file.parents[1], lambda checkpoint, key=key: checkpoint.pop(key))  # type: ignore[misc]
+        with pytest.raises(UserError, match=rf"is no checkpoint of nnU-Net v2 \(lacks '{key}'\)"):
+            read_nnunet_fold(file)
+        file.write_bytes(whole)
 
 
 def test_what_is_no_model_of_nnunet_is_refused(theirs: Copy, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no model of nnU-Net"):
         import_nnunet(tmp_path, tmp_path / "ours")
     folder = theirs()
-    write_json(folder / "plans.json", read_json(folder / "plans.json") | {"dataset_name": "../outside"})
+    edit(folder / "plans.json", setting(dataset_name="../outside"))
     with pytest.raises(UserError, match=r"dataset_name '\.\./outside' is no name for a folder"):
         nnunet_lite.import_model(folder, workspace=tmp_path / "w")
-    change(folder, lambda checkpoint: checkpoint.pop("trainer_name"))
-    with pytest.raises(UserError, match=r"is no checkpoint of nnU-Net v2 \(lacks 'trainer_name'\)"):
-        import_nnunet(folder, tmp_path / "ours")
 
 
 def test_the_first_stage_of_a_cascade_is_imported(theirs: Copy, tmp_path: Path) -> None:
     """As nnU-Net writes them: two folders next to each other that are called trainer__plans__configuration."""
     folder = theirs()
-    plans = read_json(folder / "plans.json")
-    full = plans["configurations"]["3d_fullres"]
-    plans["configurations"] = {
-        "3d_lowres": full | {"next_stage": "3d_cascade_fullres"},
-        "3d_cascade_fullres": full | {"previous_stage": "3d_lowres"},
+
+    def as_cascade(plans: dict[str, Any]) -> None:
+        full = plans["configurations"]["3d_fullres"]
+        plans["configurations"] = {
+            "3d_lowres": full | {"next_stage": "3d_cascade_fullres"},
+            "3d_cascade_fullres": full | {"previous_stage": "3d_lowres"},
+        }
+
+    edit(folder / "plans.json", as_cascade)
+    stages = {
+        name: folder.with_name(f"nnUNetTrainer__nnUNetPlans__{name}") for name in ("3d_lowres", "3d_cascade_fullres")
     }
-    write_json(folder / "plans.json", plans)
-    stages = {name: folder.with_name(f"nnUNetTrainer__nnUNetPlans__{name}") for name in plans["configurations"]}
     for name, target in stages.items():
         shutil.copytree(folder, target)
 
-        def edit(checkpoint: dict[str, Any], name: str = name) -> None:
+        def of_stage(checkpoint: dict[str, Any], name: str = name) -> None:
             checkpoint["init_args"]["configuration"] = name
             for key, value in checkpoint["network_weights"].items():
                 if "encoder.stages.0.0.convs.0." in key and value.ndim == 5 and name == "3d_cascade_fullres":
                     checkpoint["network_weights"][key] = torch.cat([value] * 3, 1)  # two foreground labels
 
-        change(target, edit)
+        change(target, of_stage)
     second = stages["3d_cascade_fullres"]
     import_nnunet(second, tmp_path / "models" / "second")
-    names = sorted(path.name for path in (tmp_path / "models").iterdir())
-    assert names == sorted([stages["3d_lowres"].name, "second"])
+    found = sorted(path.name for path in (tmp_path / "models").iterdir())
+    assert found == sorted([stages["3d_lowres"].name, "second"])
     for folder in (second, tmp_path / "models" / "second"):
         model = load(folder, device="cpu", settings={"inference.precision": "fp32"})
         assert model.previous is not None and model.previous.folder == folder.with_name(stages["3d_lowres"].name)
@@ -324,7 +326,8 @@ def test_a_model_without_any_final_checkpoint_needs_the_option(
 @pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
 def test_an_exported_model_is_what_was_imported(tmp_path: Path, name: str) -> None:
     """All tensors under all names of nnU-Net, and an equal plan."""
-    import_nnunet(NNUNET_MODELS / name, tmp_path / "ours")
+    image = np.load(NNUNET_MODELS / name / "logits.npz")["image"]
+    first = imported_logits(NNUNET_MODELS / name, tmp_path / "ours", image)
     export_nnunet(tmp_path / "ours", tmp_path / "back")
     old, new = (torch.load(f / CHECKPOINT, weights_only=False) for f in (NNUNET_MODELS / name, tmp_path / "back"))
     assert old["network_weights"].keys() == new["network_weights"].keys()
@@ -338,47 +341,47 @@ def test_an_exported_model_is_what_was_imported(tmp_path: Path, name: str) -> No
     if name == "residual_2d":
         kwargs["norm_op"] = kwargs["norm_op"].replace("instancenorm.Instance", "batchnorm.Batch")
     assert written == plans
-    import_nnunet(tmp_path / "back", tmp_path / "again")
-    image = np.load(NNUNET_MODELS / name / "logits.npz")["image"]
-    for a, b in zip(logits(tmp_path / "ours", image), logits(tmp_path / "again", image), strict=True):
+    for a, b in zip(first, imported_logits(tmp_path / "back", tmp_path / "again", image), strict=True):
         assert np.array_equal(a, b)
 
 
 def test_a_model_of_ours_goes_to_nnunet_and_back(tiny_model: Path, scans: list[Path], tmp_path: Path) -> None:
     export_nnunet(tiny_model, tmp_path / "theirs")
-    settings = {"inference.mirroring": False, "inference.precision": "fp32", "inference.sums": "float32"}
+    settings = FAST | {"inference.sums": "float32"}
     maps = [load(f, device="cpu", settings=settings)(scans[0]) for f in (tiny_model, tmp_path / "theirs")]
     assert (maps[0] == maps[1]).mean() > 0.9999 and len(np.unique(maps[0])) > 1
 
 
-def test_labels_are_numbered_as_in_nnunet(model_copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plan = read_json(model_copy / "plans.json")
-    plan["labels"] |= {"names": {"background": 0, "Posterior": 7, "Anterior": 4}, "ignore": 9}
-    write_json(model_copy / "plans.json", plan)
+def test_labels_and_mirror_axes_are_those_of_nnunet(
+    model_copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Labels are numbered from 0, and nnU-Net does not mirror left and right of a model that swaps labels."""
+    names = {"background": 0, "Posterior": 7, "Anterior": 4}
+    swap = {"mirror_axes": [0, 2], "mirror_swap": [["Anterior", "Posterior"]]}
+    edit(model_copy / "plans.json", lambda plan: plan["labels"].update(names=names, ignore=9))
+    edit(model_copy / "run.json", lambda run: run["settings"]["augmentation"].update(swap))
     export_nnunet(model_copy, tmp_path / "theirs")
     expected = {"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 3}
     assert read_json(tmp_path / "theirs" / "dataset.json")["labels"] == expected
     assert "will write: Anterior 4 -> 1, Posterior 7 -> 2" in capfd.readouterr().err
-
-
-def test_nnunet_does_not_mirror_left_and_right_of_a_model_that_swaps_them(model_copy: Path, tmp_path: Path) -> None:
-    run = read_json(model_copy / "run.json")
-    run["settings"]["augmentation"] |= {"mirror_axes": [0, 2], "mirror_swap": [["Anterior", "Posterior"]]}
-    write_json(model_copy / "run.json", run)
-    export_nnunet(model_copy, tmp_path / "theirs")
     checkpoint = torch.load(tmp_path / "theirs" / CHECKPOINT, weights_only=False)
     assert checkpoint["inference_allowed_mirroring_axes"] == (0,)
 
 
-def test_what_nnunet_lacks_is_not_exported(model_copy: Path, tmp_path: Path) -> None:
-    plan, run = read_json(model_copy / "plans.json"), read_json(model_copy / "run.json")
-    plan["channels"][0]["clip_percentiles"] = [1, 99]
-    write_json(model_copy / "plans.json", plan)
-    with pytest.raises(UserError, match="clips images to percentiles"):
-        export_nnunet(model_copy, tmp_path / "theirs")
-    run["settings"]["network"]["factory"] = "mine:make"
-    write_json(model_copy / "run.json", run)
-    with pytest.raises(UserError, match="a network made by mine:make"):
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        (
+            "plans.json",
+            lambda plan: plan["channels"][0].update(clip_percentiles=[1, 99]),
+            "clips images to percentiles",
+        ),
+        ("run.json", lambda run: run["settings"]["network"].update(factory="mine:make"), "a network made by mine:make"),
+    ],
+)
+def test_what_nnunet_lacks_is_not_exported(model_copy: Path, tmp_path: Path, file: str, change: Any, says: str) -> None:
+    edit(model_copy / file, change)
+    with pytest.raises(UserError, match=says):
         export_nnunet(model_copy, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
@@ -436,7 +439,7 @@ def test_an_imported_model_is_all_that_info_and_predict_need(
         assert code == 2 and "no dataset is planned" in err and err.count("\n") == 1
 
     other = theirs("residual_2d")
-    write_json(other / "plans.json", read_json(other / "plans.json") | {"dataset_name": "Dataset005_Other"})
+    edit(other / "plans.json", setting(dataset_name="Dataset005_Other"))
     assert command("import", other, cwd=tmp_path)[0] == 0
     for step in (("info",), ("predict", "-i", scans[0], "-o", "out")):
         code, _, err = command(*step, cwd=tmp_path)
@@ -445,18 +448,17 @@ def test_an_imported_model_is_all_that_info_and_predict_need(
     assert code == 0 and place.name in out
 
 
-@pytest.mark.parametrize("how", ["argument", "option", "name"])
-def test_info_of_a_model(command: Command, tmp_path: Path, how: str) -> None:
+def test_info_of_a_model(command: Command, tmp_path: Path) -> None:
     """Of nnU-Net's folder, of a zip made of it, and of what was imported."""
     folder = NNUNET_MODELS / "residual_2d"
     assert command("export", folder, "net.zip", cwd=tmp_path)[0] == 0
     assert command("import", "net.zip", cwd=tmp_path)[0] == 0
-    given: Any = {"argument": [folder], "option": ["-m", "net.zip"], "name": ["residual_2d"]}[how]
-    code, out, err = command("info", *given, "--json", cwd=tmp_path)
-    about = json.loads(out)
-    assert code == 0 and about["channels"] == ["T1", "FLAIR"] and list(about["folds"]) == ["0"], err
-    assert about["model"] == {"argument": str(folder), "option": "net.zip"}.get(how, about["model"])
-    assert command("info", folder, "-m", folder, cwd=tmp_path)[0] == 2
+    imported = next((tmp_path / "nnlite_workspace").glob("*/models/residual_2d"))
+    for given, model in (([folder], folder), (["-m", "net.zip"], "net.zip"), (["residual_2d"], imported)):
+        code, out, err = command("info", *given, "--json", cwd=tmp_path)
+        about = json.loads(out)
+        assert code == 0 and about["channels"] == ["T1", "FLAIR"] and list(about["folds"]) == ["0"], err
+        assert about["model"] == str(model)
 
 
 def test_the_name_of_a_model_is_no_target(tiny_model: Path, tmp_path: Path, command: Any) -> None:

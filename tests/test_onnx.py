@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bad_inputs import edit, setting
+from random_models import planned
 from torch import nn
 
 from nnunet_lite.data.images import read_image
@@ -48,12 +50,14 @@ def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+def load_fp32(folder: Path) -> predictor.Predictor:
+    return predictor.load(folder, device="cpu", settings={"inference.precision": "fp32"})
+
+
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path, exported: Path) -> Pair:
     """The same model by torch and by ONNX, with mirroring and half a patch of overlap."""
-    return predictor.load(tiny_model, device="cpu", settings={"inference.precision": "fp32"}), runner.load_onnx(
-        exported
-    )
+    return load_fp32(tiny_model), runner.load_onnx(exported)
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +82,6 @@ def make_model(tiny_workspace: Path) -> MakeModel:
         return folder
 
     return make
-
-
-def network(dimensions: int, kind: str = "plain", stages: int = 2) -> dict[str, Any]:
-    strides = [[1] * dimensions, *[[2] * dimensions] * (stages - 1)]
-    return {
-        "kind": kind,
-        "features": [4, 8, 8][:stages],
-        "strides": strides,
-        "kernels": [[3] * dimensions] * stages,
-        "blocks": [1] * stages,
-        "decoder_convolutions": [1] * (stages - 1),
-    }
 
 
 def agree(
@@ -135,11 +127,10 @@ def test_logits_of_a_whole_image_are_torchs(pair: Pair, tiny_cases: list[Any]) -
     np.testing.assert_allclose(exported.logits(image), expected, atol=1e-3, rtol=0)
 
 
-def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, hippocampus: Path) -> None:
+def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, scans: list[Path]) -> None:
     settings = pair[0].settings.model_copy(update={"mirroring": False, "step_size": 0.8})
     model, exported = replace(pair[0], settings=settings), replace(pair[1], mirror_axes=(), step_size=0.8)
-    scans = sorted((hippocampus / "imagesTs").iterdir())[:2]
-    for scan in scans:
+    for scan in scans[:2]:
         image = read_image(scan)
         agree(model, exported, image.array, image.geometry.spacing)
         np.testing.assert_array_equal(exported(scan), exported(image.array[0], image.geometry.spacing))
@@ -151,13 +142,14 @@ def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, hippocampus: Pat
 def test_inputs_are_examined_as_with_torch(pair: Pair, counts: Callable[..., None]) -> None:
     exported = replace(pair[1], mirror_axes=(), step_size=1.0)
     array = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
-    wanted = exported(array, (1.0, 1.0, 1.0))
+    cubic = (1.0, 1.0, 1.0)
+    expected = exported(array, cubic)
     for same in (array.tolist(), torch.from_numpy(array), array.astype(np.float64)):
-        np.testing.assert_array_equal(exported(same, (1.0, 1.0, 1.0)), wanted)
+        np.testing.assert_array_equal(exported(same, cubic), expected)
     for bad, spacing, says in (
-        (np.full((8, 8, 8), np.nan), (1.0, 1.0, 1.0), "512 voxels of channel MRI NaN"),
-        (np.zeros((0, 8, 8)), (1.0, 1.0, 1.0), "shape"),
-        (array * 1j, (1.0, 1.0, 1.0), "complex64"),
+        (np.full((8, 8, 8), np.nan), cubic, "512 voxels of channel MRI NaN"),
+        (np.zeros((0, 8, 8)), cubic, "shape"),
+        (array * 1j, cubic, "complex64"),
         (array, (0.0, 1.0, 1.0), "spacing"),
     ):
         counts("bad inputs refused in one line")
@@ -176,18 +168,16 @@ class Infinite:
 
 
 def test_logits_that_are_not_finite_are_no_background(
-    pair: Pair, hippocampus: Path, counts: Callable[..., None]
+    pair: Pair, scans: list[Path], counts: Callable[..., None]
 ) -> None:
     counts("bad inputs refused in one line")
-    scan = sorted((hippocampus / "imagesTs").iterdir())[0]
     broken = replace(pair[1], sessions=(Infinite(),), mirror_axes=())
-    with pytest.raises(UserError, match=rf"^{scan}: .* NaN or infinite .*--precision fp32") as error:
-        broken(scan)
+    with pytest.raises(UserError, match=rf"^{scans[0]}: .* NaN or infinite .*--precision fp32") as error:
+        broken(scans[0])
     assert "\n" not in str(error.value)
 
 
-def test_two_threads_share_a_model(pair: Pair, hippocampus: Path) -> None:
-    scans = sorted((hippocampus / "imagesTs").iterdir())[:2]
+def test_two_threads_share_a_model(pair: Pair, scans: list[Path]) -> None:
     exported = replace(pair[1], mirror_axes=(), step_size=1.0)
     alone = [exported(scan) for scan in scans]
     with ThreadPoolExecutor(2) as pool:
@@ -196,8 +186,8 @@ def test_two_threads_share_a_model(pair: Pair, hippocampus: Path) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_no_torch_is_needed(pair: Pair, exported: Path, hippocampus: Path, tmp_path: Path) -> None:
-    image = read_image(sorted((hippocampus / "imagesTs").iterdir())[0])
+def test_no_torch_is_needed(pair: Pair, exported: Path, scans: list[Path], tmp_path: Path) -> None:
+    image = read_image(scans[0])
     np.save(tmp_path / "image.npy", image.array)
     program = """
 import sys
@@ -215,19 +205,19 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
     """Two channels, of which one counts inside its mask; thick slices along y; regions; two folds; swapped sides."""
     statistics = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_00_5", "percentile_99_5"), 1)
     first = {"name": "T1", "normalization": "zscore", "use_mask": True, "statistics": statistics}
+    flat = planned((16, 12)).model_dump(mode="json")
     changes = {
         "axis_order": [1, 2, 0],
         "channels": [first, {**first, "name": "T2", "use_mask": False}],
         "labels": {"names": {"background": 0, "both": [1, 2], "left": 1, "right": 2}, "region_order": [3, 1, 2]},
         "configurations": {
-            "2d": {"spacing": [1.0, 1.5], "median_shape": [40, 30], "patch_size": [16, 12], "batch_size": 2,
-                   "batch_dice": True, "network": network(2, "residual")}
+            "2d": flat | {"spacing": [1.0, 1.5], "network": flat["network"] | {"kind": "residual"}}
         },
     }  # fmt: skip
     settings = {"augmentation.mirror_swap": [["left", "right"]], "augmentation.mirror_axes": [0, 1]}
     folder = make_model(tmp_path / "model", "2d", changes, folds=2, settings=settings)
     assert list(export_onnx(folder, tmp_path / "out")) == ["fold_0.onnx", "fold_1.onnx"]
-    model = predictor.load(folder, device="cpu", settings={"inference.precision": "fp32"})
+    model = load_fp32(folder)
     exported = runner.load_onnx(tmp_path / "out")
     assert exported.swap is not None and exported.swap.channels == (0, 2, 1) and len(exported.sessions) == 2
     array = np.random.default_rng(0).normal(size=(2, 30, 9, 25)).astype(np.float32)
@@ -245,8 +235,7 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
 
 
 def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: Path) -> None:
-    coarse = {"spacing": [3.0, 3.0, 3.0], "median_shape": [10, 12, 10], "patch_size": [8, 8, 8], "batch_size": 2,
-              "batch_dice": True, "network": network(3)}  # fmt: skip
+    coarse = planned((8, 8, 8)).model_dump(mode="json") | {"spacing": [3.0, 3.0, 3.0]}
     fine = {**coarse, "spacing": [1.5, 1.5, 1.5], "previous_stage": "3d_lowres"}
     changes = {"configurations": {"3d_lowres": coarse, "3d_cascade_fullres": fine}}
     make_model(tmp_path / "first", "3d_lowres", changes)
@@ -254,7 +243,7 @@ def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: 
         "augmentation.mirror_swap": [["Anterior", "Posterior"]]})  # fmt: skip
     differences = export_onnx(second, tmp_path / "out")
     assert list(differences) == ["fold_0.onnx", "previous/fold_0.onnx"]
-    model = predictor.load(second, device="cpu", settings={"inference.precision": "fp32"})
+    model = load_fp32(second)
     exported = runner.load_onnx(tmp_path / "out")
     assert exported.previous is not None and exported.swap is not None and exported.swap.classes == (0, 2, 1)
     array = np.random.default_rng(0).normal(size=(18, 21, 24)).astype(np.float32)
@@ -313,7 +302,6 @@ def test_a_folder_that_is_none_is_refused(exported: Path, tiny_model: Path, tmp_
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"fold_0\.onnx: cannot be run by onnxruntime"):
         runner.load_onnx(tmp_path / "copy")
-    about = read_json(tmp_path / "copy" / "onnx.json")
-    write_json(tmp_path / "copy" / "onnx.json", {**about, "format": "nnlite-onnx-2"})
+    edit(tmp_path / "copy" / "onnx.json", setting(format="nnlite-onnx-2"))
     with pytest.raises(UserError, match="has another format than nnlite-onnx-1"):
         runner.load_onnx(tmp_path / "copy")

@@ -353,12 +353,6 @@ def test_names_of_labels() -> None:
         parse_label_names("lever", labels)
 
 
-def test_a_model_agrees_with_itself(tiny_model: Path, scans: list[Path]) -> None:
-    """The mean of equal probabilities decides as the logits do, but for rounding."""
-    model = load(tiny_model, device="cpu", settings={"inference.mirroring": False, "inference.precision": "fp32"})
-    assert (replace(model, partners=(model,))(scans[0]) == model(scans[0])).mean() > 0.9999
-
-
 @pytest.mark.parametrize("labels", [labels_of(3), VOTED])
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
 def test_skipped_windows_are_background_for_certain(labels: Labels, kind: Callable[[np.ndarray], Any]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from samples import blocks, described, save_arrays, save_cases, scan
 
+from nnunet_lite.data.cases import label_base
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, read_dataset
-from nnunet_lite.data.pairing import label_base
 from nnunet_lite.data.problems import Problem
 
 

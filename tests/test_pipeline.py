@@ -1,10 +1,11 @@
-"""preprocess/pipeline.py: what a network sees of an image, and the exact way back."""
+"""What a network sees of an image, and the exact way back."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import (
     Placement,
+    Preprocessed,
     prepare,
     preprocess_image,
     require_finite,
@@ -42,8 +44,14 @@ def blob(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> tu
     return Image(np.where(body, noise, 0)[None], Geometry(shape, spacing)), values
 
 
-def one_hot(classes: np.ndarray, n: int) -> np.ndarray:
-    return np.stack([(classes == c) for c in range(n)]).astype(np.float32) * 8 - 4
+def one_hot(case: Preprocessed, n: int = 3) -> np.ndarray:
+    """Logits for the classes of a case."""
+    assert case.classes is not None
+    return np.stack([(case.classes == c) for c in range(n)]).astype(np.float32) * 8 - 4
+
+
+def back(logits: Any, case: Preprocessed, labels: Labels = LABELS) -> np.ndarray:
+    return restore_segmentation(logits, case.placement, labels, Resampling())
 
 
 def test_crop_normalise_and_keep_where_spacing_is_equal() -> None:
@@ -101,21 +109,13 @@ def test_the_way_back_ends_on_the_image_grid(
     image, values = blob((30, 44, 36), (1.5, 0.9, 1.2))
     plan = sample_plan(LABELS, spacing, axis_order=axis_order)
     got = preprocess_image(image, values, plan, plan.configuration("3d_fullres"))
-    assert got.classes is not None
-    back = restore_segmentation(one_hot(got.classes, 3), got.placement, LABELS, Resampling())
-    assert back.shape == values.shape and back.dtype == np.uint8
-    overlap = 2 * ((back == values) & (values > 0)).sum() / ((back > 0).sum() + (values > 0).sum())
+    restored = back(one_hot(got), got)
+    assert restored.shape == values.shape and restored.dtype == np.uint8
+    overlap = 2 * ((restored == values) & (values > 0)).sum() / ((restored > 0).sum() + (values > 0).sum())
     assert overlap > (0.93 if max(spacing) < 2 else 0.8)
-    order = np.argsort(axis_order)
-    assert [got.placement.shape[a] for a in order] == [
-        round(n * s / t)
-        for n, s, t in zip(
-            [high - low for low, high in (got.placement.box[a] for a in order)],
-            image.geometry.spacing,
-            [spacing[a] for a in order],
-            strict=True,
-        )
-    ]
+    before = [image.geometry.spacing[a] for a in axis_order]
+    cropped = [high - low for low, high in got.placement.box]
+    assert got.placement.shape == tuple(round(n * s / t) for n, s, t in zip(cropped, before, spacing, strict=True))
 
 
 def test_without_resampling_the_way_back_is_exact(hippocampus: Path) -> None:
@@ -125,9 +125,8 @@ def test_without_resampling_the_way_back_is_exact(hippocampus: Path) -> None:
         image, values = read_case(case, dataset)
         assert values is not None
         got = preprocess_image(image, dataset.labels.encode(values), plan, plan.configuration("3d_fullres"))
-        assert got.classes is not None
-        back = restore_segmentation(one_hot(got.classes, 3), got.placement, dataset.labels, Resampling())
-        assert np.array_equal(back, values)
+        restored = back(one_hot(got), got, dataset.labels)
+        assert np.array_equal(restored, values)
 
 
 def test_regions_are_written_in_their_order_with_their_values() -> None:
@@ -136,33 +135,31 @@ def test_regions_are_written_in_their_order_with_their_values() -> None:
     assert got.classes is None
     logits = np.full((3, *got.placement.shape), -3, np.float32)
     logits[0, 2:12, 2:12, 2:12], logits[1, 4:10, 4:10, 4:10], logits[2, 5:6, 5:6, 5:6] = 2, 2, 2
-    back = restore_segmentation(logits, got.placement, REGIONS, Resampling())
+    restored = back(logits, got, REGIONS)
     z, y, x = (low for low, _ in got.placement.box)
-    assert [int((back == v).sum()) for v in (1, 4, 7)] == [10**3 - 6**3, 6**3 - 1, 1]
-    assert back[z + 5, y + 5, x + 5] == 7 and back[0, 0, 0] == 0
+    assert [int((restored == v).sum()) for v in (1, 4, 7)] == [10**3 - 6**3, 6**3 - 1, 1]
+    assert restored[z + 5, y + 5, x + 5] == 7 and restored[0, 0, 0] == 0
 
 
-def test_values_of_the_data_set_come_back() -> None:
+def test_values_of_the_dataset_come_back() -> None:
     labels = Labels(names={"background": 5, "a": 300, "b": -2})
     image, classes = blob((20, 24, 22), (1.0, 1.0, 1.0))
     got = preprocess_image(image, classes, sample_plan(labels), CUBIC)
-    assert got.classes is not None
-    back = restore_segmentation(one_hot(got.classes, 3), got.placement, labels, Resampling())
-    assert back.dtype == np.int16 and np.array_equal(back, labels.decode(classes))
+    restored = back(one_hot(got), got, labels)
+    assert restored.dtype == np.int16 and np.array_equal(restored, labels.decode(classes))
 
 
 def test_logits_of_torch_and_of_half_precision_give_the_same() -> None:
     image, values = blob((20, 24, 22), (1.5, 1.1, 0.7))
     for labels in (LABELS, REGIONS):
         got = preprocess_image(image, values, sample_plan(labels), CUBIC)
-        assert got.classes is not None
-        logits = one_hot(got.classes, 3)
-        want = restore_segmentation(logits, got.placement, labels, Resampling())
+        logits = one_hot(got)
+        want = back(logits, got, labels)
         assert len(np.unique(want)) == labels.n_classes
         for kind in (torch.float32, torch.float16, torch.bfloat16):
             tensor = torch.from_numpy(logits).to(kind)
-            assert (restore_segmentation(tensor, got.placement, labels, Resampling()) == want).mean() > 0.9999
-        half = restore_segmentation(logits.astype(np.float16), got.placement, labels, Resampling())
+            assert (back(tensor, got, labels) == want).mean() > 0.9999
+        half = back(logits.astype(np.float16), got, labels)
         assert np.array_equal(half, want)
 
 
@@ -171,30 +168,23 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
     image, values = blob((20, 24, 22), (1.0, 1.0, 1.0))
     for labels in (LABELS, REGIONS):
         got = preprocess_image(image, values, sample_plan(labels), CUBIC)
-        assert got.classes is not None
-        logits = one_hot(got.classes, 3)
+        logits = one_hot(got)
         logits[1, 3, 4, 5] = value
         for broken in (logits, logits.astype(np.float16), torch.from_numpy(logits), torch.from_numpy(logits).half()):
             with pytest.raises(UserError, match=rf"^1 of {logits.size} values .* NaN or infinite"):
-                restore_segmentation(broken, got.placement, labels, Resampling())
-
-
-def test_numbers_whose_sum_is_infinite_are_finite() -> None:
-    large = np.full((3, 8, 8, 8), 3e38, np.float32)
-    require_finite(large, "")
+                back(broken, got, labels)
+    require_finite(np.full((3, 8, 8, 8), 3e38, np.float32), "")  # only their sum is infinite
     require_finite(np.full((3, 8, 8, 8), 6e4, np.float16), "")
 
 
-def test_two_dimensional_configurations_keep_the_first_spacing() -> None:
+def test_spacing_and_shape_after_resampling() -> None:
+    """A 2d configuration keeps the first spacing; the shape is rounded half to even and has at least one voxel."""
     plan = sample_plan(LABELS, (1.0, 0.5, 0.5))
     flat, deep = plan.configuration("2d"), plan.configuration("3d_fullres")
     assert resampled_spacing(flat, (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
     assert resampled_spacing(deep, (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
     rounding = float(np.float32(0.5) + np.float32(1e-7))
     assert resampled_spacing(flat, (3.0, rounding, 0.5)) == (3.0, rounding, 0.5)
-
-
-def test_shape_rounds_half_to_even_and_keeps_a_voxel() -> None:
     assert resampled_shape((5, 7, 10), (1.0, 1.0, 1.0), (2.0, 2.0, 4.0)) == (2, 4, 2)
     assert resampled_shape((1, 9, 9), (1.0, 1.0, 1.0), (3.0, 1.0, 1.0))[0] == 1
 

@@ -100,7 +100,7 @@ def test_options_are_used_again_and_one_that_is_given_replaces_only_itself(plann
     assert again.configuration("3d_fullres").network.kind == "plain"
     assert again.configuration("2d").patch_size == (32, 32)
     assert "preset" not in said.partition("planned again")[2].partition("\n")[0]
-    assert "the plan differs from the one before: 2d: patch_size [56, 40] -> [32, 32]" in said
+    assert "the plan differs from the one before: 2d (patch_size [56, 40] -> [32, 32]" in said
     assert planned.copies == [], "the planner's own are made again by the options"
 
 
@@ -169,7 +169,7 @@ def test_data_that_change_the_plan_replace_an_edit_and_keep_a_copy(planned: Plan
     assert "2d" not in again.configurations
     assert planned.file.with_name("plans_1.json").read_text() == edited
     assert "Lost: 3d_fullres (batch_size 2 -> 5)" in said
-    assert "the plan differs from the one before: 3d_fullres: " in said
+    assert "the plan differs from the one before: 3d_fullres (" in said
 
 
 def test_a_configuration_that_no_longer_fits_what_it_inherits_stays_as_it_was(planned: Planned) -> None:
@@ -279,5 +279,5 @@ def test_a_configuration_follows_what_it_inherits_and_the_change_is_reported(pla
     mine = planned.plan(preset="default").configuration("mine")
     said = planned.said()
     assert mine.network.kind == "plain" and mine.batch_size == 3
-    assert "edits that are kept: mine (added)" in said and "; mine: kind residual -> plain, " in said
+    assert "edits that are kept: mine (added)" in said and "; mine (kind residual -> plain, " in said
     assert planned.copies == []

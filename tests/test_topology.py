@@ -24,18 +24,12 @@ def test_coarse_axis_waits_and_its_kernel_stays_once_it_is_spanned() -> None:
     assert set(shape.kernels[2:]) == {(3, 3, 3)}
 
 
-def test_patch_is_padded_to_what_can_be_pooled() -> None:
-    assert topology_of((1, 1), (102.5, 405.5)).patch == (112, 448)
+def test_small_and_odd_patches() -> None:
+    assert topology_of((1, 1), (102.5, 405.5)).patch == (112, 448), "padded to what can be pooled"
     assert topology_of((1, 1, 1), (36, 50, 35)).patch == (40, 56, 40)
-
-
-def test_single_long_axis_is_pooled_only_from_twelve_voxels_on() -> None:
-    assert topology_of((1, 1), (4, 11)).strides == ((1, 1),)
+    assert topology_of((1, 1), (4, 11)).strides == ((1, 1),), "a single axis is pooled from twelve voxels on"
     assert topology_of((1, 1), (4, 12)).strides == ((1, 1), (1, 2))
-
-
-def test_bottleneck_spans_all_axes_even_without_pooling() -> None:
-    assert topology_of((9.0, 1.0, 1.0), (2, 6, 6)).kernels == ((3, 3, 3),)
+    assert topology_of((9.0, 1.0, 1.0), (2, 6, 6)).kernels == ((3, 3, 3),), "the bottleneck spans all axes"
 
 
 def test_features_and_blocks_follow_depth_and_dimension() -> None:

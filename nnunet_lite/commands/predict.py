@@ -178,6 +178,8 @@ def predict(
     models = [find_model(path, root, dataset) for path in _as_list(model or ())]
     folds = None if fold is None else [str(name) for name in _as_list(fold)]
     folders, folds, rules = _choose_models(paths, models, names_of(configuration) or [], folds, postprocess)
+    if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
+        raise UserError("there is no such file or folder", missing)
     if speed == "fast" and fold is None:
         folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
     loader = partial(

@@ -10,12 +10,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nnunet_lite.data.cases import Case, image_files
+from nnunet_lite.data.cases import LABEL_FOLDERS, Case, image_files, label_base
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.pairing import LABEL_FOLDERS, label_base
 from nnunet_lite.data.problems import Problem, few, plural
 from nnunet_lite.files import read_json
 from nnunet_lite.workspace import IMAGE_FOLDERS
@@ -153,9 +152,7 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
         Mixed dimensions, orientations and spacings, equal images, and too few cases.
     """
     known = [(case, found.geometry) for case, found in zip(dataset.cases, findings, strict=True) if found.geometry]
-    yield from _dimensions(known)
-    yield from _orientations(known, dataset.orientation)
-    yield from _spacings(known)
+    yield from _unlike_most(known, dataset.orientation)
     yield from _copies(dataset, findings)
     if len(dataset.cases) < FOLDS:
         text, expected = plural(len(dataset.cases), "case"), f"at least {FOLDS} for {FOLDS}-fold cross-validation"
@@ -163,36 +160,28 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
         yield Problem("few_cases", str(dataset.root), text, expected, fix)
 
 
-def _dimensions(known: Sequence[tuple[Case, Geometry]]) -> Iterator[Problem]:
-    counts = Counter(geometry.dimensions for _, geometry in known)
-    for case, geometry in known:
-        usual = counts.most_common(1)[0][0]
-        if geometry.dimensions != usual:
-            text, fix = f"{geometry.dimensions} dimensions", "All images of a dataset must have the same."
-            yield Problem("dimensions", str(case.images[0]), text, f"{usual} as most", fix)
+def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -> Iterator[Problem]:
+    """Report images whose dimensions or axes differ from those of most, and those without a spacing if others have one.
 
-
-def _orientations(known: Sequence[tuple[Case, Geometry]], required: str | None) -> Iterator[Problem]:
-    """Report images whose axes point elsewhere than those of most, or than dataset.json requires."""
+    `required` is the orientation that dataset.json names.
+    """
+    dimensions = Counter(geometry.dimensions for _, geometry in known)
     usual = required or common_orientation(geometry.orientation for _, geometry in known)
-    why = "as dataset.json asks" if required else "as most"
-    for case, geometry in known:
-        if geometry.orientation == usual or geometry.dimensions == 2:
-            continue
-        text, fix = f"stored as {geometry.orientation}", "It is turned on reading."
-        if geometry.orientation is None:
-            text, fix = "states no orientation", "It is taken as it is stored."
-        yield Problem("orientation", str(case.images[0]), text, f"{usual} {why}", fix)
-
-
-def _spacings(known: Sequence[tuple[Case, Geometry]]) -> Iterator[Problem]:
-    """Report images that state no spacing if others do."""
     calibrated = sum(geometry.calibrated for _, geometry in known)
     for case, geometry in known:
+        path, most = str(case.images[0]), dimensions.most_common(1)[0][0]
+        if geometry.dimensions != most:
+            fix = "All images of a dataset must have the same."
+            yield Problem("dimensions", path, f"{geometry.dimensions} dimensions", f"{most} as most", fix)
+        stored = geometry.orientation
+        if geometry.dimensions == 3 and stored != usual:
+            text = f"stored as {stored}" if stored else "states no orientation"
+            fix = "It is turned on reading." if stored else "It is taken as it is stored."
+            yield Problem("orientation", path, text, f"{usual} as {'dataset.json asks' if required else 'most'}", fix)
         if calibrated and not geometry.calibrated:
             text = f"states no spacing, and {calibrated} of {plural(len(known), 'image')} do"
             fix = 'For a TIFF file give it in <case>.json: {"spacing": [z, y, x]} in mm.'
-            yield Problem("no_spacing", str(case.images[0]), text, "", fix)
+            yield Problem("no_spacing", path, text, "", fix)
 
 
 def _copies(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -> Iterator[Problem]:

@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from nnunet_lite.data.cases import Case, image_files, split_name
-from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
-from nnunet_lite.data.labels import BACKGROUND, Labels
-from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
-from nnunet_lite.data.pairing import (
+from nnunet_lite.data.cases import (
+    Case,
     common_ending,
+    image_files,
     image_folder,
     label_folder,
     labelled_cases,
     no_dataset_error,
     no_files_error,
+    split_name,
 )
+from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
+from nnunet_lite.data.labels import BACKGROUND, Labels
+from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood
 

@@ -69,7 +69,15 @@ class Labels(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Labels:
         for name, value in self.names.items():
-            self._refuse_overlap(name, _members(value))
+            members = _members(value)
+            if name.lower() == IGNORE or (name.lower() == BACKGROUND and len(members) != 1):
+                raise ValueError(f"{name} must be a single value, not {list(members)}")
+            if not members:
+                raise ValueError(f"region {name} has no value")
+            if self.ignore in members:
+                raise ValueError(f"ignore and {name} share the value {self.ignore}")
+            if len(members) > 1 and self.background in members:
+                raise ValueError(f"region {name} contains the background's value {self.background}")
         if self.ignore == self.background:
             raise ValueError(f"ignore and the background share the value {self.ignore}")
         if not self.region_names:
@@ -84,17 +92,6 @@ class Labels(BaseModel):
         if high - low > _WIDEST:
             raise ValueError(f"label values {low} and {high} are more than {_WIDEST} apart; renumber them")
         return self
-
-    def _refuse_overlap(self, name: str, members: tuple[int, ...]) -> None:
-        """Refuse a label with a value that belongs to the background or to ignore."""
-        if name.lower() == IGNORE or (name.lower() == BACKGROUND and len(members) != 1):
-            raise ValueError(f"{name} must be a single value, not {list(members)}")
-        if not members:
-            raise ValueError(f"region {name} has no value")
-        if self.ignore in members:
-            raise ValueError(f"ignore and {name} share the value {self.ignore}")
-        if len(members) > 1 and self.background in members:
-            raise ValueError(f"region {name} contains the background's value {self.background}")
 
     @cached_property
     def background(self) -> int:

@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import image_files
+from nnunet_lite.data.cases import image_files, label_maps
 from nnunet_lite.data.dataset import labels_of, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.pairing import label_maps
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case

@@ -241,18 +241,16 @@ def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labe
     """
     if names_file(out):
         _check_file(cases, out, labels, dicom_seg)
-    folder = out.parent if names_file(out) else out
+    folder = (out.parent if names_file(out) else out).resolve()
     given = {identify(source) for source in sources if source.is_dir()}
     parents = {path if path.is_dir() else path.parent for case in cases for path in case.images}
-    of_one_case = {parent for parent in parents if identify(parent) not in given and identify(parent.parent) in given}
-    searched = given | {identify(parent) for parent in of_one_case}
-    would_be_searched = {identify(parent.parent) for parent in of_one_case}
+    with_case_folders = {identify(parent.parent) for parent in parents if identify(parent) not in given} & given
     next_to_channels = any(
         len(case.images) > 1 and split_name(stem(case.images[0]))[0] == stem(output_file(case, out, dicom_seg))
         for case in cases
         if identify(case.images[0].parent) == identify(folder)
     )
-    if identify(folder) in searched or identify(folder.parent) in would_be_searched or next_to_channels:
+    if identify(folder) in given or identify(folder.parent) in with_case_folders or next_to_channels:
         what = "would contain images and label maps, and the next prediction would read the label maps as images"
         raise UserError(what, out, "Choose another --output.")
 

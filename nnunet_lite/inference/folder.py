@@ -103,6 +103,20 @@ def predict_cases(
     def read(case: Case) -> NetworkInput:
         return prepare_image(predictor, read_case_image(predictor.plan, case, accept_geometry))
 
+    def write(case: Case, geometry: Geometry, label_map: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+        target = targets[case.id]
+        for name, array in arrays.items():
+            folder, _, of = name.partition("/")
+            file = target.parent / folder / f"{stem(target)}_{of.translate(_NOT_IN_NAMES)}.nii.gz"
+            with atomic(file) as temporary:
+                write_nifti(temporary, array, geometry, 1 / STEPS, case.images[0])
+        if postprocess is not None:
+            label_map = postprocess(label_map, geometry.spacing)
+        if target.suffix == ".dcm":  # the label map is the last file: if it exists, the case is complete
+            write_dicom_seg(target, label_map, case.images[0], predictor.plan.labels)
+        else:
+            write_label(target, label_map, geometry, like=case.images[0])
+
     def fail(case: Case, error: Exception) -> None:
         if lacks_space(error):  # then no other case can be written either
             raise error
@@ -130,8 +144,7 @@ def predict_cases(
             own = geometry.orientation
             if own is not None and own != (given.plan.orientation or own):
                 turned[own].append(case.id)
-            write = writer.submit(_write, predictor, case, targets[case.id], geometry, label_map, arrays, postprocess)
-            writing.append((case, write))
+            writing.append((case, writer.submit(write, case, geometry, label_map, arrays)))
         for case, future in writing:
             try:
                 future.result()
@@ -157,26 +170,3 @@ def _array_on_disk(folder: Path, shape: Sequence[int]) -> np.ndarray:
                 raise no_space(folder, "each map needs", prod(shape), error.errno) from None
             raise
         return np.memmap(file, np.uint8, "r+", shape=tuple(shape))
-
-
-def _write(
-    predictor: Predictor,
-    case: Case,
-    target: Path,
-    geometry: Geometry,
-    label_map: np.ndarray,
-    arrays: dict[str, np.ndarray],
-    postprocess: Postprocess | None,
-) -> None:
-    """Write the maps of a case, and its label map last: if it exists, the case is complete."""
-    for name, array in arrays.items():
-        folder, _, of = name.partition("/")
-        file = target.parent / folder / f"{stem(target)}_{of.translate(_NOT_IN_NAMES)}.nii.gz"
-        with atomic(file) as temporary:
-            write_nifti(temporary, array, geometry, 1 / STEPS, case.images[0])
-    if postprocess is not None:
-        label_map = postprocess(label_map, geometry.spacing)
-    if target.suffix == ".dcm":
-        write_dicom_seg(target, label_map, case.images[0], predictor.plan.labels)
-    else:
-        write_label(target, label_map, geometry, like=case.images[0])

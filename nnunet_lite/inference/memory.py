@@ -123,8 +123,10 @@ def plan_memory(
         Nothing fits; states the smallest size that would.
     """
     device = tasks[0].window.device
-    limits = tuple(int(FREE_SHARE * n) if limit is None else limit for n in (free_memory(), _free_on(device)))
-    slab = min(_slab(task) for task in tasks)
+    free = free_memory(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    limits = tuple(int(FREE_SHARE * n) if limit is None else limit for n in free)
+    plane = max(task.window.channels * prod(task.placement.shape[1:]) for task in tasks)
+    slab = int(np.clip(_SLAB_VALUES // plane, 1, _SLAB))
     options = [list(_options(task, labels, step, slab)) for task in tasks]
     host, gpu = (n // len(tasks) for n in limits)
     for sums_device in dict.fromkeys((device, torch.device("cpu"))):  # the same for all, so that they can be compared
@@ -144,51 +146,28 @@ def plan_memory(
 
 
 def _options(task: PredictionTask, labels: Labels, step: float, slab: int) -> Iterator[MemoryPlan]:
-    """Yield the ways to predict an image, the fastest first and the smallest last."""
-    window = task.window
+    """Yield the ways to predict an image with their bytes, the fastest first and the smallest last."""
+    window, placement = task.window, task.placement
+    low, high = placement.box[0]
+    parts = blocks(placement.shape[0], high - low, task.orders[0], slab)
+    band = max(part.high - part.low for part in parts)
+    plane, voxels = window.channels * prod(placement.shape[1:]), prod(window.patch)
+    label_map = prod(placement.geometry.shape) * output_values(labels).itemsize
     dtypes = (torch.float16,) if window.half else (torch.float32, torch.float16)
     for sums_device, dtype in itertools.product(dict.fromkeys((window.device, torch.device("cpu"))), dtypes):
         at_once = window.at_once
         while at_once:
-            yield _count(task, labels, step, at_once, dtype, sums_device, slab)
+            tiling, batch_size = window.tile(placement.shape, step, at_once)
+            depth = schedule(tiling.axes[0], parts)[1]
+            threads = cpus() if sums_device.type == "cpu" else 1
+            sums = depth * plane * dtype.itemsize + threads * (slab + band) * plane * 4
+            weighted = 2 * tiling.axes[0][0].size if len(window.patch) == 2 else 2  # outputs that are flipped, weighted
+            computed = at_once * window.window_bytes + (at_once + weighted) * voxels * window.outputs * 4
+            host, device = label_map, 0
+            if window.device.type == "cpu":
+                host += sums + computed
+            else:
+                device = computed + _CUDNN_BYTES
+                host, device = (host + sums, device) if sums_device.type == "cpu" else (host, device + sums)
+            yield MemoryPlan(tiling, batch_size, depth, dtype, sums_device, slab, host, device)
             at_once //= 2
-
-
-def _slab(task: PredictionTask) -> int:
-    """Return how many output slices are computed at once."""
-    return int(np.clip(_SLAB_VALUES // (task.window.channels * prod(task.placement.shape[1:])), 1, _SLAB))
-
-
-def _count(
-    task: PredictionTask,
-    labels: Labels,
-    step: float,
-    at_once: int,
-    dtype: torch.dtype,
-    sums_device: torch.device,
-    slab: int,
-) -> MemoryPlan:
-    """Count the bytes of `at_once` windows, and of sums of some type in some place."""
-    window, placement = task.window, task.placement
-    tiling, batch_size = window.tile(placement.shape, step, at_once)
-    plane = window.channels * prod(placement.shape[1:])
-    low, high = placement.box[0]
-    parts = blocks(placement.shape[0], high - low, task.orders[0], slab)
-    depth, band = schedule(tiling.axes[0], parts)[1], max(part.high - part.low for part in parts)
-    threads = cpus() if sums_device.type == "cpu" else 1
-    sums = depth * plane * dtype.itemsize + threads * (slab + band) * plane * 4
-
-    voxels = prod(window.patch)
-    weighted = 2 * tiling.axes[0][0].size if len(window.patch) == 2 else 2  # outputs that are flipped and weighted
-    computed = at_once * window.window_bytes + (at_once + weighted) * voxels * window.outputs * 4
-    host, device = prod(placement.geometry.shape) * output_values(labels).itemsize, 0
-    if window.device.type == "cpu":
-        host += sums + computed
-    else:
-        device = computed + _CUDNN_BYTES
-        host, device = (host + sums, device) if sums_device.type == "cpu" else (host, device + sums)
-    return MemoryPlan(tiling, batch_size, depth, dtype, sums_device, slab, host, device)
-
-
-def _free_on(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import must_fit, scratch, write_json, write_text
+from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.lookup import Checkpoint
+from nnunet_lite.models.nnunet import new_model_folder
 
 OPSET = 18
 TOLERANCE = 1e-3  # of a logit; if the largest logit is above 1, a share of it
@@ -72,18 +73,11 @@ def export_onnx(
     """
     if missing := [package for package in _NEEDED if find_spec(package) is None]:
         raise UserError(f"ONNX needs {', '.join(missing)}", fix='pip install "nnunet-lite[onnx]"')
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError("exists already", out, "Choose another --output, or delete it.")
     settings = {"inference.precision": "fp32", "inference.compile": False}
-    predictor = load(model, folds, "cpu", settings, checkpoint=checkpoint,
-                     trust_code=trust_code, workspace=workspace)  # fmt: skip
-    out = out.absolute()
-    with scratch(out.parent) as temporary:
-        partial = temporary / out.name
-        with must_fit(out, partial):
-            differences = _write(predictor, partial)
-        partial.replace(out)
-    return differences
+    with new_model_folder(out) as partial:
+        predictor = load(model, folds, "cpu", settings, checkpoint=checkpoint,
+                         trust_code=trust_code, workspace=workspace)  # fmt: skip
+        return _write(predictor, partial)
 
 
 def _write(predictor: Predictor, out: Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -235,13 +235,8 @@ def _load_model(
     return replace(predictor, networks=tuple(cast(nn.Module, torch.compile(network)) for network in networks.values()))
 
 
-class _Trained(NamedTuple):
-    """A trained model: plan, run.json, what its weights' header says, and the network of each fold."""
-
-    plan: Plan
-    run: dict[str, Any]
-    header: dict[str, Any]
-    networks: dict[str, nn.Module]
+# plan, run.json, what the header of the weights says, and the network of each fold
+_Trained = tuple[Plan, dict[str, Any], dict[str, Any], dict[str, nn.Module]]
 
 
 def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Path], bool]) -> _Trained:
@@ -265,7 +260,7 @@ def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Pa
     for fold in names:
         networks[fold] = build_network(plan, run["configuration"], factory)
         header = load_weights(folder / f"fold_{fold}" / MODEL, networks[fold])
-    return _Trained(plan, run, header, networks)
+    return plan, run, header, networks
 
 
 def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Checkpoint) -> _Trained:
@@ -274,7 +269,7 @@ def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Ch
     names = [file.parent.name.removeprefix("fold_") for file in files]
     used = names if folds is not None else default_folds(names)
     read = list(read_nnunet(file for file, name in zip(files, names, strict=True) if name in used))
-    return _Trained(read[0].plan, read[0].run, {}, dict(zip(used, (fold.network for fold in read), strict=True)))
+    return read[0].plan, read[0].run, {}, dict(zip(used, (fold.network for fold in read), strict=True))
 
 
 def _first_stage(folder: Path, plan: Plan, run: dict[str, Any], checkpoint: Checkpoint) -> Path:

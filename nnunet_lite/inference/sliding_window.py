@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -353,7 +353,9 @@ def _window_outputs(
     skip_empty: bool,
 ) -> Iterator[tuple[Place, dict[int, Tensor]]]:
     """Yield the outputs of each window, summed over its copies: first channel in the sums -> (outputs, z, y, x)."""
-    copies = _mirrored_copies(image, places, flips, window.swap, skip_empty)
+    cut = ((place, cut_window(image, place)) for place in places)
+    kept = ((place, voxels) for place, voxels in cut if not skip_empty or voxels.any())
+    copies = ((place, flip, mirror_window(voxels, flip, window.swap)) for place, voxels in kept for flip in flips)
     outputs: dict[int, Tensor] = {}
     while batch := list(itertools.islice(copies, batch_size)):
         computed = window.forward(torch.from_numpy(np.stack([sample for _, _, sample in batch])).to(window.device))
@@ -368,15 +370,6 @@ def _window_outputs(
             if flip == flips[-1]:
                 yield place, outputs
                 outputs = {}
-
-
-def _mirrored_copies(
-    image: np.ndarray, places: Iterable[Place], flips: Sequence[Flip], swap: LabelSwap | None, skip_empty: bool
-) -> Iterator[tuple[Place, Flip, np.ndarray]]:
-    for place in places:
-        window = cut_window(image, place)
-        if not skip_empty or window.any():
-            yield from ((place, flip, mirror_window(window, flip, swap)) for flip in flips)
 
 
 def _add_window(

@@ -123,8 +123,8 @@ def tile(shape: Sequence[int], patch: Sequence[int], step: float, flips: Sequenc
 
 def spans(size: int, patch: int, step: float) -> tuple[Span, ...]:
     """Return the windows along one axis; an image that is smaller than the patch is in its middle."""
-    ((before, after),) = padding((size,), (patch,))
-    starts = [start - before for start in window_starts(before + size + after, patch, step)]
+    missing = max(0, patch - size)
+    starts = [start - missing // 2 for start in window_starts(size + missing, patch, step)]
     return tuple(Span(start, patch, slice(max(0, start), min(size, start + patch))) for start in starts)
 
 
@@ -143,12 +143,6 @@ def window_starts(size: int, patch: int, step: float) -> list[int]:
         return [0]
     n = min(math.ceil((size - patch) / (patch * step)), size - patch) + 1
     return [round(i * (size - patch) / (n - 1)) for i in range(n)]
-
-
-def padding(shape: Sequence[int], patch: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return how many zeros each axis needs before and after it, to be as long as the patch."""
-    missing = (max(0, p - s) for p, s in zip(patch, shape, strict=True))
-    return tuple((m // 2, m - m // 2) for m in missing)
 
 
 def mirrorings(axes: Sequence[int]) -> list[Flip]:

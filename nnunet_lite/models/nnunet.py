@@ -308,7 +308,7 @@ def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, 
     """
     folder, out = folder.absolute(), out.absolute()
     files = nnunet_checkpoints(folder, None, checkpoint)
-    with _new_folder(out, replace) as partial:
+    with new_model_folder(out, replace) as partial:
         for file, fold in zip(files, read_nnunet(files), strict=True):
             about = {"configuration": fold.run["configuration"], "checkpoint": file.name, **fold.training}
             save_weights(partial / file.parent.name / MODEL, fold.network, about)
@@ -322,8 +322,14 @@ def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, 
 
 
 @contextmanager
-def _new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that is moved to `out` at the end of the block, and deleted if the block fails."""
+def new_model_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that is moved to `out` at the end of the block, and deleted if the block fails.
+
+    Raises
+    ------
+    UserError
+        `out` exists already, and `replace` is not set.
+    """
     taken = out.exists() and (out.is_file() or any(out.iterdir()))
     if taken and not replace:
         raise UserError("exists already", out, "Choose another --output, or delete it.")
@@ -366,13 +372,17 @@ def export_nnunet(folder: Path, out: Path) -> None:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
     dataset = {**read_json(folder / "dataset.json"), "labels": _labels_for_nnunet(plan.labels)}
     plans, network = plan_to_nnunet(plan, dataset), build_network(plan, configuration)
-    with _new_folder(out) as partial:
+    with new_model_folder(out) as partial:
         write_json(partial / "plans.json", plans)
         write_json(partial / "dataset.json", dataset)
         for file in files:
             about, fold = load_weights(file, network), file.parent.name.removeprefix("fold_")
             checkpoint = {
-                _WEIGHTS: weights_to_nnunet(network.state_dict(), plan.configuration(configuration).network),
+                _WEIGHTS: {
+                    theirs: value
+                    for name, value in network.state_dict().items()
+                    for theirs in nnunet_tensor_names(name, plan.configuration(configuration).network)
+                },
                 "optimizer_state": None,
                 "grad_scaler_state": None,
                 "logging": {},
@@ -522,8 +532,3 @@ def network_from_nnunet(weights: Mapping[str, Tensor], spec: Network, inputs: in
         raise UserError(f"contains {min(unknown)}, which the plan's network lacks", file, fix)
     network.load_state_dict(state)
     return network
-
-
-def weights_to_nnunet(weights: Mapping[str, Tensor], spec: Network) -> dict[str, Tensor]:
-    """Return our state dict under all names by which nnU-Net loads it."""
-    return {theirs: value for name, value in weights.items() for theirs in nnunet_tensor_names(name, spec)}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -29,16 +29,12 @@ from nnunet_lite.planning.schema import (
     Network,
     Plan,
     Resampling,
-    Scheme,
     Statistics,
     first_problem,
     inherited,
 )
 
 Json = dict[str, Any]
-Kind = Literal["plain", "residual"]
-Norm = Literal["instance", "batch", "none"]
-Activation = Literal["leaky_relu", "relu"]
 
 # preset -> planner, name of the plans
 _PLANNERS = {
@@ -47,7 +43,7 @@ _PLANNERS = {
     "resenc_l": ("nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"),
     "resenc_xl": ("nnUNetPlannerResEncXL", "nnUNetResEncUNetXLPlans"),
 }
-_SCHEMES: dict[Scheme, str] = {
+_SCHEMES = {
     "ct": "CTNormalization",
     "zscore": "ZScoreNormalization",
     "none": "NoNormalization",
@@ -60,9 +56,9 @@ _RESAMPLING = "resample_data_or_seg_to_shape"
 _RESAMPLED = {"data": "image", "seg": "label", "probabilities": "logits"}  # nnU-Net's name -> ours
 _STANDARD = ("2d", "3d_lowres", "3d_fullres")
 _ARCHITECTURES = "dynamic_network_architectures.architectures.unet"
-_CLASSES: dict[str, Kind] = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
-_NORMS: dict[str, Norm] = {"InstanceNorm": "instance", "BatchNorm": "batch"}
-_ACTIVATIONS: dict[str, Activation] = {"LeakyReLU": "leaky_relu", "ReLU": "relu"}
+_CLASSES = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
+_NORMS = {"InstanceNorm": "instance", "BatchNorm": "batch"}
+_ACTIVATIONS = {"LeakyReLU": "leaky_relu", "ReLU": "relu"}
 _ENCODER_KEY = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
 _NORM_KWARGS = {"eps": 1e-05, "affine": True}
 _ARCH_KEYS = {"n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder", "conv_op",
@@ -202,7 +198,8 @@ def plan_to_nnunet(plan: Plan, dataset_json: Mapping[str, Any]) -> Json:
     planner, plans_name = _PLANNERS.get(plan.preset, _PLANNERS["default"])
     configurations: Json = {}
     for name, configuration in plan.configurations.items():
-        whole = _configuration_to_nnunet(plan, configuration, _data_identifier(name, plans_name))
+        shared = name in ("2d", "3d_fullres")  # nnU-Net's presets share the preprocessed data of these
+        whole = _configuration_to_nnunet(plan, configuration, f"{'nnUNetPlans' if shared else plans_name}_{name}")
         following = [other for other, c in plan.configurations.items() if c.previous_stage == name]
         if following:
             whole["next_stage"] = following[0]
@@ -223,11 +220,6 @@ def plan_to_nnunet(plan: Plan, dataset_json: Mapping[str, Any]) -> Json:
             str(i): channel.statistics.model_dump() for i, channel in enumerate(plan.channels)
         },
     }
-
-
-def _data_identifier(name: str, plans_name: str) -> str:
-    """The folder of preprocessed data; nnU-Net's presets share those of 2d and 3d_fullres."""
-    return f"{'nnUNetPlans' if name in ('2d', '3d_fullres') else plans_name}_{name}"
 
 
 def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
@@ -287,9 +279,9 @@ def _inheriting(whole: Json, written: Mapping[str, Json]) -> Json:
 def _architecture_to_nnunet(network: Network) -> Json:
     """The `architecture` entry of a configuration."""
     dimensions = len(network.strides[0])
-    norm = next((theirs for theirs, ours in _NORMS.items() if ours == network.norm), None)
-    activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == network.activation)
-    name = next(theirs for theirs, ours in _CLASSES.items() if ours == network.kind)
+    norm = {ours: theirs for theirs, ours in _NORMS.items()}.get(network.norm)
+    activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[network.activation]
+    name = {ours: theirs for theirs, ours in _CLASSES.items()}[network.kind]
     return {
         "network_class_name": f"{_ARCHITECTURES}.{name}",
         "arch_kwargs": {
@@ -346,7 +338,8 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
             resolved[name] = inherited(plans["configurations"], name)
             configurations[name] = _configuration_from_nnunet(resolved[name])
     with _reading(file):
-        preset = _preset(plans)
+        used = plans.get("experiment_planner_used")
+        preset = next((preset for preset, (planner, _) in _PLANNERS.items() if planner == used), "default")
         plan = Plan(
             dataset=plans["dataset_name"],
             preset=preset,
@@ -375,11 +368,6 @@ def _reading(file: Path | None, where: str = "") -> Iterator[None]:
         raise UserError(f"nnU-Net's plan: {where}{first_problem(error)}", file) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"nnU-Net's plan: {where}{error}", file) from None
-
-
-def _preset(plans: Mapping[str, Any]) -> str:
-    used = plans.get("experiment_planner_used")
-    return next((preset for preset, (planner, _) in _PLANNERS.items() if planner == used), "default")
 
 
 def _configuration_from_nnunet(c: Json) -> Configuration:
@@ -473,14 +461,14 @@ def _older(configuration: Mapping[str, Any]) -> Network:
     )
 
 
-def _kind(class_name: str) -> Kind:
+def _kind(class_name: str) -> str:
     short = class_name.rpartition(".")[2]
     if short not in _CLASSES:
         _refuse("network class", class_name)
     return _CLASSES[short]
 
 
-def _operations(kwargs: Mapping[str, Any], kind: Kind) -> tuple[Norm, Activation]:
+def _operations(kwargs: Mapping[str, Any], kind: str) -> tuple[str, str]:
     """Norm and activation, after a check that no entry requires anything else."""
     for key, value in kwargs.items():
         if key not in {*_ARCH_KEYS, _ENCODER_KEY[kind]} and value is not None:

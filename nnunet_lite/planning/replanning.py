@@ -358,13 +358,17 @@ def _is_decided(entry: Entry, given: Options) -> bool:
 
 
 def _edit_in_words(entry: Entry, planned: Plan, edited: Plan) -> str:
-    place = ".".join(map(str, entry))
-    if entry[0] != "configurations":
-        return f"{place} ({_entries(planned).get(entry)} -> {_entries(edited).get(entry)})"
-    before, after = (plan.configurations.get(str(entry[1])) for plan in (planned, edited))
-    if before is None or after is None:
-        return f"{entry[1]} ({'added' if before is None else 'deleted'})"
-    return f"{entry[1]} ({', '.join(configuration_changes(before, after))})"
+    if entry[0] == "configurations":
+        return f"{entry[1]} ({_change_in_words(str(entry[1]), planned, edited)})"
+    return f"{'.'.join(map(str, entry))} ({_entries(planned).get(entry)} -> {_entries(edited).get(entry)})"
+
+
+def _change_in_words(name: str, before: Plan, after: Plan) -> str:
+    """How a configuration changed; empty if it did not."""
+    old, new = (plan.configurations.get(name) for plan in (before, after))
+    if old is None or new is None:
+        return "added" if old is None else "deleted"
+    return ", ".join(configuration_changes(old, new))
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -395,8 +399,11 @@ def _report(new: NewPlan, earlier: EarlierPlan) -> None:
         log.info(f"planned again with the options of {earlier.file.name}: {', '.join(reused)}")
     if new.kept:
         log.info(f"edits that are kept: {'; '.join(new.kept)}")
-    if earlier.plan is not None and (changes := _plan_changes(earlier.plan, new.plan)):
-        log.info(f"the plan differs from the one before: {'; '.join(changes)}")
+    if earlier.plan is not None:
+        names = dict.fromkeys((*earlier.plan.configurations, *new.plan.configurations))
+        changes = {name: _change_in_words(name, earlier.plan, new.plan) for name in names}
+        if shown := [f"{name} ({change})" for name, change in changes.items() if change]:
+            log.info(f"the plan differs from the one before: {'; '.join(shown)}")
     if new.lost:
         copy = _copy_aside(earlier.file)
         log.warn(f"{earlier.file} is replaced; {copy} is a copy of the old file. Lost: {'; '.join(new.lost)}")
@@ -404,18 +411,6 @@ def _report(new: NewPlan, earlier: EarlierPlan) -> None:
 
 def _options_in_words(options: Options) -> list[str]:
     return [f"{name} {value}" for name, value in options.model_dump(mode="json", exclude_defaults=True).items()]
-
-
-def _plan_changes(before: Plan, now: Plan) -> list[str]:
-    """How the configurations of a plan changed, in words."""
-    out = []
-    for name in dict.fromkeys((*before.configurations, *now.configurations)):
-        old, new = before.configurations.get(name), now.configurations.get(name)
-        if old is None or new is None:
-            out.append(f"{name} is {'new' if old is None else 'removed'}")
-        elif changes := configuration_changes(old, new):
-            out.append(f"{name}: {', '.join(changes)}")
-    return out
 
 
 def _copy_aside(file: Path) -> Path:

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -86,9 +86,6 @@ class PreprocessingSummary:
     raw_bytes: int
     stored_bytes: int
     estimate: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def to_text(self) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in self.cases.items())
@@ -266,7 +263,7 @@ def prune(folder: Path, plan: Plan) -> tuple[int, int]:
 
 def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]) -> dict[str, Any]:
     """Return what of a plan decides the arrays that a case is made into, at a target spacing (mm)."""
-    labels, resampling = plan.labels, configuration.resampling
+    labels, resampling = plan.labels, configuration.resampling.model_dump()
     outside = {"outside": labels.outside_class} if any(c.use_mask for c in plan.channels) else {}
     return {
         **outside,
@@ -283,13 +280,7 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
         ],
         "labels": (labels.values, labels.ignore, labels.region_classes if labels.has_regions else None),
         "spacing": tuple(spacing),
-        "resampling": (
-            resampling.image_order,
-            resampling.image_order_z,
-            resampling.label_order,
-            resampling.label_order_z,
-            resampling.separate_z,
-        ),
+        "resampling": [value for key, value in resampling.items() if not key.startswith("logits")],
     }
 
 
@@ -371,11 +362,12 @@ def _make_cases(
         results = _in_pool(partial(work, threads=threads), missing, in_flight)
         results = progress(results, len(missing), "preprocess") if progress else results
     failed = {}
-    for item, result in results:
-        if isinstance(result, Exception):
-            failed[item.case.id] = result
-        if lacks_space(result):
-            break  # every other case would fail too
+    with one_blas_thread():  # once for all cases: setting the limit takes threads of its own
+        for item, result in results:
+            if isinstance(result, Exception):
+                failed[item.case.id] = result
+            if lacks_space(result):
+                break  # every other case would fail too
     return failed
 
 
@@ -435,13 +427,12 @@ def make_case(missing: MissingCase, dataset: Dataset, plan: Plan, threads: int =
         A file cannot be read or written at the moment; it may be tried again.
     """
     try:
-        with one_blas_thread():
-            case = _read_and_prepare(missing.case, dataset, plan)
-            for path, (configuration, _) in missing.folders.items():
-                if is_whole(path):
-                    continue  # a worker that was taken for dead has made it meanwhile
-                patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
-                write_stored_case(path, resample(case, configuration, threads), plan.labels, patch, plan.stored_as)
+        case = _read_and_prepare(missing.case, dataset, plan)
+        for path, (configuration, _) in missing.folders.items():
+            if is_whole(path):
+                continue  # a worker that was taken for dead has made it meanwhile
+            patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
+            write_stored_case(path, resample(case, configuration, threads), plan.labels, patch, plan.stored_as)
     except MemoryError as error:
         need, free = (system.in_units(n) for n in (missing.memory(len(plan.channels)), system.free_memory()))
         fix = f"It needs about {need}, {free} are free: use --workers 1, or more memory."
