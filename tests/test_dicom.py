@@ -167,10 +167,7 @@ NO_VOLUME: list[tuple[Change, str]] = [
     (tilted, r"patient: gantry tilt: the stack of slices leans by 12 degrees, 3\.72 mm from first"),
     (shifted(0.9, [5], 0), r"IM\d+ is 0\.9 mm off the line of the others"),
     (shifted(0.5, [3]), r"missing slices, or uneven gaps of 2 to 3 mm \(median 2\.5 mm\); the widest follows IM"),
-    (
-        shifted(5.0, range(4, 8)),
-        r"missing slices, or uneven gaps of 2\.5 to 7\.5 mm \(median 2\.5 mm\)",
-    ),
+    (shifted(5.0, range(4, 8)), r"missing slices, or uneven gaps of 2\.5 to 7\.5 mm \(median 2\.5 mm\)"),
     (repeated, r"4 of 8 slices have the position .* such as IM\d+ and IM\d+ at \(-12\.5, .* echo time \(2\.4, 4\.8\)"),
     (only(2, **CROPPED), r"differ in size: \(50, 35\) voxels in IM\d+, \(20, 10\) in IM\d+ \(1 of 8 differ"),
     (only(2, PixelSpacing=[0.7, 0.9]), r"differ in pixel spacing: .*\(0\.7, 0\.9\)"),

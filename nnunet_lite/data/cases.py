@@ -367,8 +367,10 @@ def _has_channels(path: Path, channels: int) -> bool:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
-def image_folder(root: Path) -> Path | None:
-    """Return the folder of the training images: imagesTr, or images, Images, image.
+def data_folders(root: Path) -> tuple[Path | None, Path | None]:
+    """Return the folders of the training images and of their label maps.
+
+    They are imagesTr and labelsTr, otherwise folders such as images and labels, or image and masks, in any case.
 
     Parameters
     ----------
@@ -377,36 +379,16 @@ def image_folder(root: Path) -> Path | None:
 
     Returns
     -------
-    Path or None
-        None if there is none.
+    tuple of Path or None
+        None for a folder that does not exist.
 
     Raises
     ------
     UserError
-        There are several such folders.
+        There are several folders for the same purpose.
     """
-    return _usual_folder(root, "imagesTr", IMAGE_FOLDERS, "images")
-
-
-def label_folder(root: Path) -> Path | None:
-    """Return the folder of the training label maps: labelsTr, or labels, masks, segmentations, in any case.
-
-    Parameters
-    ----------
-    root : Path
-        The folder of a dataset.
-
-    Returns
-    -------
-    Path or None
-        None if there is none.
-
-    Raises
-    ------
-    UserError
-        There are several such folders.
-    """
-    return _usual_folder(root, "labelsTr", LABEL_FOLDERS, "label maps")
+    images = _usual_folder(root, "imagesTr", IMAGE_FOLDERS, "images")
+    return images, _usual_folder(root, "labelsTr", LABEL_FOLDERS, "label maps")
 
 
 def _usual_folder(root: Path, of_nnunet: str, usual: Sequence[str], what: str) -> Path | None:

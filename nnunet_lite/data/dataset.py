@@ -19,9 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from nnunet_lite.data.cases import (
     Case,
     common_ending,
+    data_folders,
     image_files,
-    image_folder,
-    label_folder,
     labelled_cases,
     no_dataset_error,
     no_files_error,
@@ -116,7 +115,7 @@ def read_dataset(root: Path) -> Dataset:
         raise UserError("there is no such folder", root)
     if (root / "dataset.json").is_file():
         return _described(root, root / "dataset.json")
-    images, labels = image_folder(root), label_folder(root)
+    images, labels = data_folders(root)
     if images is None or labels is None:
         raise no_dataset_error(root)
     return _plain(root, images, labels)
@@ -421,7 +420,7 @@ def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tupl
 
 def _found_cases(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:
     """Return the cases in imagesTr (or images), with the label maps of labelsTr (or labels), and notes."""
-    images, labels = image_folder(root), label_folder(root)
+    images, labels = data_folders(root)
     if images is None or labels is None:
         missing = [name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None]
         what = f"lists no files, and it has no {' and no '.join(missing)} in its folder"
