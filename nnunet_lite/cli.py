@@ -130,6 +130,15 @@ def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
 
     Its result is the path of a written file, or has `to_text()`. It may have `to_json()`, `exit_code`, and `finish()`,
     which is called at the end. A result with `wait()` and `close()` is a service, which runs until Ctrl-C.
+
+    Parameters
+    ----------
+    function : callable
+        A function of commands/.
+    name : str
+        Of the subcommand.
+    summary : str
+        Its help.
     """
     hints = get_type_hints(function, include_extras=True)
     kinds = {parameter: _command_line_type(hint) for parameter, hint in hints.items() if parameter != "return"}

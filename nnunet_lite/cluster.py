@@ -241,11 +241,8 @@ def _batches(items: Sequence[T], slots: int) -> Iterator[list[T]]:
 
 
 def _workers_died() -> WorkersDied:
-    what, fix = (
-        "several workers died of it, one after the other",
-        "The usual cause is too little memory: see their logs.",
-    )
-    return WorkersDied(what, fix=fix)
+    fix = "The usual cause is too little memory: see their logs."
+    return WorkersDied("several workers died of it, one after the other", fix=fix)
 
 
 def _scheduler_lost() -> UserError:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import re
 import resource
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any, TypeGuard
 
 from filelock import lock_descriptor
 
-from nnunet_lite.errors import UserError
+from nnunet_lite import log
+from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.system import in_units, temporary_paths
 
 SPARE = 1 << 16  # bytes that must be free after a write: one that was cut short leaves less
@@ -128,21 +130,37 @@ def _is_held(temporary: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, when_taken: Callable[[], None]) -> Iterator[None]:
+def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
     """Let only one process at a time work in a folder; its death releases the lock.
+
+    The lock file contains the number and the machine of the process, for the message to others.
 
     Parameters
     ----------
     folder : Path
         The folder; it is made if it does not exist.
-    when_taken : callable
-        Called if another process works there; it may raise. Otherwise this process waits for the other one.
+    doing : str
+        The work, such as "training".
+    wait : bool
+        Wait for another process that works there.
+
+    Raises
+    ------
+    Busy
+        Another process works there, and `wait` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a") as file:
+    with (folder / _LOCK).open("a+") as file:
         if not lock_descriptor(file.fileno(), blocking=False):
-            when_taken()
+            file.seek(0)
+            what = f"another process is {doing} here {file.read()}".rstrip()
+            if not wait:
+                raise Busy(what, folder, "Wait for it, or stop it.")
+            log.info(f"{folder}: {what}, waiting for it")
             lock_descriptor(file.fileno())
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            os.write(file.fileno(), f"({os.getpid()} on {platform.node()})".encode())
         yield
 
 
@@ -219,6 +237,15 @@ def understood(path: Path, fix: str = "") -> Iterator[None]:
 
 def must_be_known(found: str, ours: str, file: Path) -> None:
     """Refuse a format that is not ours, such as nnlite-model-2 of a later version.
+
+    Parameters
+    ----------
+    found : str
+        The format that the file names.
+    ours : str
+        The format that this version reads, such as "nnlite-model-1".
+    file : Path
+        The file.
 
     Raises
     ------

@@ -150,7 +150,19 @@ def select_dataset(
 ) -> Paths:
     """Return the files of the dataset that a command works on, and log which one it is.
 
-    Parameters and errors are those of `planned_paths`.
+    Parameters
+    ----------
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
+    dataset : str, optional
+        A name, the start of one, or a path to the raw data; default: the only planned dataset.
+    only_reads, needs_plan : bool
+        As for `planned_paths`.
+
+    Raises
+    ------
+    UserError
+        There is no such dataset, or there are several and none is given.
     """
     paths = planned_paths(workspace_folder(workspace), dataset, only_reads=only_reads, needs_plan=needs_plan)
     planned = len(planned_datasets(paths.root.parent))

@@ -119,28 +119,18 @@ def test_drawn_angles_and_factors_are_in_their_ranges() -> None:
 def test_shares_that_are_drawn_are_those_of_the_settings() -> None:
     settings, n = AugmentationSettings(), 6000
     draw = draw_intensity(np.random.default_rng(0), settings, n, 2)
-    per_channel = {
-        "noise": settings.p_noise,
-        "blur": settings.p_blur / 2,
-        "brightness": settings.p_brightness,
-        "contrast": settings.p_contrast,
-        "low_resolution": settings.p_low_resolution / 2,
-        "gamma_inverted": settings.p_gamma_inverted,
-        "gamma": settings.p_gamma,
+    table = {
+        "noise": (settings.p_noise, settings.noise_std),
+        "blur": (settings.p_blur / 2, settings.blur_sigma),
+        "brightness": (settings.p_brightness, settings.brightness),
+        "contrast": (settings.p_contrast, settings.contrast),
+        "low_resolution": (settings.p_low_resolution / 2, settings.low_resolution),
+        "gamma_inverted": (settings.p_gamma_inverted, settings.gamma),
+        "gamma": (settings.p_gamma, settings.gamma),
     }
-    limits = {
-        "noise": settings.noise_std,
-        "blur": settings.blur_sigma,
-        "brightness": settings.brightness,
-        "contrast": settings.contrast,
-        "low_resolution": settings.low_resolution,
-        "gamma_inverted": settings.gamma,
-        "gamma": settings.gamma,
-    }
-    for name, p in per_channel.items():
+    for name, (p_channel, (low, high)) in table.items():
         values = getattr(draw, name)
-        assert np.mean(~np.isnan(values)) == pytest.approx(p, abs=0.02), name
-        low, high = limits[name]
+        assert np.mean(~np.isnan(values)) == pytest.approx(p_channel, abs=0.02), name
         assert np.nanmin(values) >= low, name
         assert np.nanmax(values) <= high, name
         assert np.nanmax(values) - np.nanmin(values) > 0.9 * (high - low), name
@@ -164,14 +154,7 @@ def test_factors_are_drawn_from_ranges_on_either_side_of_one(limits: tuple[float
 def test_each_transform_touches_only_the_rows_it_was_drawn_for() -> None:
     images = torch.rand(2, 2, 6, 7, 8) + 1
     assert torch.equal(applied(images, no_change(2, 2)), images)
-    values = {
-        "brightness": 1.2,
-        "contrast": 0.8,
-        "gamma": 1.4,
-        "gamma_inverted": 1.4,
-        "low_resolution": 0.5,
-        "blur": 1.0,
-    }
+    values = dict(brightness=1.2, contrast=0.8, gamma=1.4, gamma_inverted=1.4, low_resolution=0.5, blur=1.0)  # noqa: C408
     for name, value in values.items():
         drawn = np.full((2, 2), np.nan)
         drawn[1, 0] = value
@@ -191,15 +174,6 @@ def test_noise_has_its_spread_and_depends_on_the_sample_alone() -> None:
     assert torch.equal(applied(images[2:], select_samples(draw, slice(2, 3)))[0], noisy[2])
     fields = np.corrcoef(noisy[[0, 2]].flatten(0, 1).flatten(1))  # of two channels in two samples
     assert np.abs(fields - np.eye(4)).max() < 0.05, "every channel and sample has a field of its own"
-
-
-def test_samples_do_not_depend_on_the_rest_of_the_batch() -> None:
-    everything = {name: 1.0 for name in AugmentationSettings.model_fields if name.startswith("p_")}
-    draw = draw_intensity(np.random.default_rng(3), AugmentationSettings(**everything), 5, 2)
-    images = torch.from_numpy(smooth((5, 2, 9, 10, 11), 1))
-    whole = applied(images, draw)
-    for part in (slice(0, 3), slice(3, 5)):
-        torch.testing.assert_close(applied(images[part], select_samples(draw, part)), whole[part], atol=1e-5, rtol=1e-5)
 
 
 def test_labels_are_swapped_where_left_and_right_are() -> None:
@@ -229,12 +203,13 @@ def drawn_matrix(seed: int, patch: Any) -> np.ndarray:
 
 def warp_one(image: np.ndarray, classes: np.ndarray, matrix: np.ndarray, patch: Any) -> tuple[Tensor, Tensor]:
     matrices = torch.from_numpy(matrix[None].astype(np.float32))
-    images, labels = warp(torch.from_numpy(image)[None, None], torch.from_numpy(classes)[None, None], matrices, patch)
+    inputs = (torch.from_numpy(array)[None, None] for array in (image, classes))
+    images, labels = warp_samples(*inputs, matrices, patch)
     return images[0, 0], labels[0, 0]
 
 
-@pytest.mark.parametrize("patch", [(12, 16, 14), (11, 13, 15)])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("patch", [(12, 16, 14), (11, 13, 15), (4, 16, 14)])  # the last one in plane
+@pytest.mark.parametrize("seed", range(3))
 def test_rotation_and_scaling_equal_scipys_affine_transform(patch: tuple[int, int, int], seed: int) -> None:
     matrix = drawn_matrix(seed, patch)
     source = source_shape(matrix, patch)
@@ -247,17 +222,6 @@ def test_rotation_and_scaling_equal_scipys_affine_transform(patch: tuple[int, in
     clear = np.diff(np.sort(each, 0)[-2:], axis=0)[0] > 1e-4  # of a tie either may win
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(labels.numpy()[clear], each.argmax(0)[clear])
-
-
-def test_two_axes_are_warped_like_a_slice() -> None:
-    patch = (1, 14, 18)
-    matrix = drawn_matrix(0, patch)
-    source = source_shape(matrix, patch)
-    image, classes = smooth(source), blobs(source, 4)
-    thick = warp_one(image, classes, matrix, patch)
-    flat = warp_one(image[0], classes[0], matrix[1:, 1:], patch[1:])
-    torch.testing.assert_close(flat[0], thick[0][0], atol=1e-5, rtol=0)
-    assert torch.equal(flat[1], thick[1][0])
 
 
 def test_several_maps_and_samples_are_warped_each_by_itself() -> None:
@@ -285,14 +249,6 @@ def test_looking_everywhere_finds_the_same_as_looking_between_classes(shape: tup
     for i in range(2):
         share = (everywhere[i] == classes[(i, slice(None), *(p[i] for p in nearest))]).float().mean()
         assert 0.7 < share < 1
-
-
-def test_the_identity_changes_nothing() -> None:
-    for shape in [(8, 12, 10), (7, 9, 11), (1, 6, 5)]:
-        image, classes = smooth(shape), blobs(shape, 3)
-        found, labels = warp_one(image, classes, np.eye(3), shape)
-        torch.testing.assert_close(found, torch.from_numpy(image), atol=1e-5, rtol=0)
-        assert torch.equal(labels, torch.from_numpy(classes))
 
 
 def test_blur_equals_scipys() -> None:
@@ -340,10 +296,7 @@ def test_contrast_scales_around_the_mean_within_the_range() -> None:
 
 @pytest.mark.parametrize("shape", [(16, 17, 18), (5, 40, 9), (1, 30, 31)])
 def test_low_resolution_equals_interpolating_down_and_up(shape: tuple[int, int, int]) -> None:
-    x, factors = (
-        torch.from_numpy(smooth((6, *shape), 0.6)),
-        torch.tensor([[0.5], [0.613], [0.77], [0.9], [1.0], [0.02]]),
-    )
+    x, factors = torch.from_numpy(smooth((6, *shape), 0.6)), torch.tensor([[0.5, 0.613, 0.77, 0.9, 1.0, 0.02]]).T
     found = low_resolution(x, factors, (0, 1, 2))
     for row, factor, y in zip(x, factors[:, 0].tolist(), found, strict=True):
         small = [max(1, round(n * factor)) for n in shape]

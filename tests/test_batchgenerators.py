@@ -43,15 +43,11 @@ def extra(*entries: dict[str, Any]) -> AugmentationSettings:
 
 def test_transforms_are_found_by_name_and_take_their_arguments() -> None:
     assert {"RicianNoiseTransform", "SpatialTransform", "BrightnessGradientAdditiveTransform"} <= set(list_transforms())
-    assert not {"AbstractTransform", "LocalTransform", "Compose", "OneOfTransform", "ColorFunctionExtractor"} & set(
-        list_transforms()
-    )
-    (made,) = extra_transforms(
-        extra(
-            {"name": "BlankRectangleTransform", "rectangle_size": [3, 4, 5], "rectangle_value": 7, "num_rectangles": 2}
-        )
-    )
-    assert (made.rectangle_size, made.num_rectangles) == ((3, 4, 5), 2)
+    others = {"AbstractTransform", "LocalTransform", "Compose", "OneOfTransform", "ColorFunctionExtractor"}
+    assert not others & set(list_transforms())
+    arguments = {"rectangle_size": [3, 4, 5], "rectangle_value": 7, "num_rectangles": 2}
+    (blank,) = extra_transforms(extra({"name": "BlankRectangleTransform", **arguments}))
+    assert (blank.rectangle_size, blank.num_rectangles) == ((3, 4, 5), 2)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +77,8 @@ def test_a_transform_that_fails_or_changes_the_shape_is_named() -> None:
 @pytest.mark.parametrize("patch", [(6, 7, 8), (1, 7, 8)])
 def test_samples_depend_on_their_seeds_and_global_states_stay(patch: Shape) -> None:
     images, classes = torch.rand(3, 2, *patch), torch.randint(0, 3, (3, 1, *patch), dtype=torch.uint8)
-    transforms = extra_transforms(
-        extra(
-            {"name": "RicianNoiseTransform"},
-            {"name": "GaussianNoiseTransform"},
-            {"name": "MirrorTransform", "axes": [0, 1]},
-        )
-    )
+    noise = [{"name": f"{kind}NoiseTransform"} for kind in ("Rician", "Gaussian")]
+    transforms = extra_transforms(extra(*noise, {"name": "MirrorTransform", "axes": [0, 1]}))
     random.seed(1), np.random.seed(1)
     expected = random.random(), np.random.random()
     random.seed(1), np.random.seed(1)
@@ -136,41 +127,20 @@ def statistics(images: Tensor, classes: Tensor) -> np.ndarray:
     bins = torch.bucketize(radius, torch.linspace(0.06, 0.5, 8))
     spectrum = torch.stack([power[:, bins == b].mean(1) for b in range(8)], 1)
     volumes = torch.stack([(classes[:, 0] == c).sum((1, 2, 3)) for c in (1, 2)], 1)
-    parts = [
-        x.mean((1, 2, 3))[:, None],
-        x.var((1, 2, 3))[:, None].log(),
-        skewness[:, None],
-        spectrum.log(),
-        (volumes + 50).log(),
-    ]
-    return torch.cat(parts, 1).numpy()
+    moments = torch.stack([x.mean((1, 2, 3)), x.var((1, 2, 3)).log(), skewness], 1)
+    return torch.cat([moments, spectrum.log(), (volumes + 50).log()], 1).numpy()
 
 
-CHANCES = (
-    "noise",
-    "blur",
-    "brightness",
-    "contrast",
-    "low_resolution",
-    "gamma",
-    "gamma_inverted",
-    "rotation",
-    "scaling",
-)
+INTENSITY = ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "gamma_inverted")
+CHANCES = (*INTENSITY, "rotation", "scaling")
 
 
 @pytest.mark.parametrize(
     ("patch", "which"),
     [
-        (PATCH, ("rotation",)),
-        (PATCH, ("scaling",)),
-        (PATCH, ("low_resolution",)),
-        (PATCH, ("noise", "blur")),
-        (PATCH, ("brightness", "contrast")),
-        (PATCH, ("gamma_inverted",)),
-        (PATCH, CHANCES),
-        ((8, 32, 28), CHANCES),
-        ((1, 40, 32), CHANCES),
+        *((PATCH, (name,)) for name in ("rotation", "scaling", "low_resolution", "gamma_inverted")),
+        *((PATCH, names) for names in (("noise", "blur"), ("brightness", "contrast"))),
+        *((patch, CHANCES) for patch in (PATCH, (8, 32, 28), (1, 40, 32))),
     ],
 )
 def test_both_pipelines_agree_in_distribution(tiny_cases: list[Any], patch: Shape, which: tuple[str, ...]) -> None:

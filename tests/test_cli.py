@@ -78,23 +78,15 @@ def test_the_summary_of_a_command_is_that_of_its_function(name: str) -> None:
         (["--bogus"], "--bogus"),
         (["trane"], "Did you mean 'train'"),
         (["train"], "configuration"),
-        (["train", "3d_fullres", "0", "--epoch", "3"], "--epochs"),
         (["train", "3d_fullres", "0", "--epochs", "many"], "'--epochs': Input should be a valid integer"),
         (["train", "3d_fullres", "0", "--workers", "-1"], "'--workers': Input should be greater"),
-        (["train", "3d_fullres", "0", "--set", "training.epochs"], "'training.epochs' is not key=value"),
-        (["train", "3d_fullres", "0", "--set", "training.epoch=3"], "Did you mean 'training.epochs'?"),
-        (["train", "3d_fullres", "0", "--set", "lr=3"], "Did you mean 'optimizer.lr'?"),
         (["train", "3d_fullres", "0", "--lr", "-1"], "optimizer.lr = -1.0"),
         (["train", "3d_fullres", "0", "--patch-size", "forty"], "Write 40x56x40"),
         (["train", "3d_fullres", "0", "--recipe", "cpus"], "Did you mean 'cpu'?"),
-        (["train", "3d_fullres", "0", "--precision", "fp8"], "training.precision = 'fp8'"),
         (["train", "3d_fullres", "0"], "no dataset is planned in the workspace"),
         (["preprocess"], "Run `nnlite plan DATA` first."),
         (["preprocess", "-d", "Task04"], "'Task04'"),
-        (["plan"], "nnlite plan Task04_Hippocampus"),
         (["plan", "Task99"], "there is no dataset 'Task99'"),
-        (["plan", "Task99", "--preset", "resenc_s"], "resenc_m"),
-        (["plan", "--from-fingerprint", "f.json"], "--dataset-json"),
         (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
@@ -105,7 +97,7 @@ def test_the_summary_of_a_command_is_that_of_its_function(name: str) -> None:
         (["info", "nowhere"], "nowhere: is no model folder"),
     ],
 )
-def test_mistakes_are_told_in_one_line(command: Run, tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_a_mistake_is_reported_in_one_line(command: Run, tmp_path: Path, arguments: list[str], says: str) -> None:
     code, out, err = command(*arguments, cwd=tmp_path)
     assert (code, out) == (2, "")
     assert says in one_line(err)

@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.windows import spans
 from nnunet_lite.preprocessing.stored_case import sample_voxels
-from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.cache import LoadedCase, load_case, move_case
+from nnunet_lite.training.cache import LoadedCase, load_case, load_cases, move_case
 from nnunet_lite.training.dataloader import (
     Location,
     Shape,
@@ -39,20 +40,12 @@ from nnunet_lite.training.dataloader import (
 )
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.preview import draw_preview
 
 LABELS = Labels(names={"background": 0, "a": 1, "b": 2})
 CPU = torch.device("cpu")
-CHANCES = (
-    "noise",
-    "blur",
-    "brightness",
-    "contrast",
-    "low_resolution",
-    "gamma",
-    "gamma_inverted",
-    "rotation",
-    "scaling",
-)
+INTENSITY = ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "gamma_inverted")
+CHANCES = (*INTENSITY, "rotation", "scaling")
 OFF = {f"augmentation.p_{name}": 0 for name in CHANCES}
 ALL = dict.fromkeys(OFF, 1)
 MakeJob = Callable[..., Job]
@@ -212,21 +205,6 @@ def test_a_case_stored_more_precisely_keeps_its_precision() -> None:
     assert (images[1] == 1e6).all()
 
 
-def test_places_depend_on_their_numbers_alone() -> None:
-    cases = [make_case((20, 24, 28), case_id=f"case_{i}") for i in range(4)]
-
-    def drawn(*numbers: int) -> list[Any]:
-        places = draw_locations(cases, (8, 8, 8), 5, 0.33, AugmentationSettings(), rng_for(*numbers))
-        return [(p.case, p.corner, None if p.matrix is None else p.matrix.tolist()) for p in places]
-
-    first = drawn(1, 2, 3)
-    drawn(1, 2, 2)
-    np.random.default_rng(0).random(5)
-    assert drawn(1, 2, 3) == first
-    for other in [(2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2)]:
-        assert drawn(*other) != first
-
-
 def test_cases_are_drawn_with_replacement_and_all_of_them() -> None:
     cases = [make_case((8, 8, 8), case_id=str(i)) for i in range(5)]
     drawn = [[p.case for p in draw_locations(cases, (4, 4, 4), 4, 0, None, rng_for(0, 0, i))] for i in range(60)]
@@ -357,6 +335,65 @@ def test_mistakes_are_told_before_training(job: MakeJob) -> None:
     check_augmentation(job(**{"augmentation.mirror_axes": [1, 2]}))
     with pytest.raises(UserError, match=r"mirror_axes = \[1, 2\]: 2 is not an axis of a patch with 2\."):
         check_augmentation(job("2d", **{"augmentation.mirror_axes": [1, 2]}))
+
+
+# ------------------------------------------------------------------------------------------------ cache and preview
+
+
+@pytest.mark.parametrize(("cache", "kind"), [("ram", np.ndarray), ("auto", np.ndarray), ("device", torch.Tensor)])
+def test_loaded_cases_hold_what_is_on_disk(
+    tiny_cases: list[Any], cache: Any, kind: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_id = {case.case_id: case for case in tiny_cases[:3]}
+    found = load_cases(list(by_id), by_id.__getitem__, cache, CPU)
+    for case, stored in zip(found, tiny_cases, strict=False):
+        assert case.case_id == stored.case_id
+        assert isinstance(case.image, kind) and isinstance(case.label, kind)
+        np.testing.assert_array_equal(np.asarray(case.image), stored.image[:])
+        np.testing.assert_array_equal(np.asarray(case.label), stored.label[:])
+        assert case.foreground.keys() == stored.foreground.keys()
+        assert case.previous is None
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_cases_too_large_for_the_memory_stay_on_disk(tiny_cases: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    by_id = {case.case_id: case for case in tiny_cases[:2]}
+    found = load_cases(list(by_id), by_id.__getitem__, "auto", CPU, processes=10**9)
+    assert found == tiny_cases[:2]
+    assert "read from disk: only" in capsys.readouterr().err
+    assert load_cases(list(by_id), by_id.__getitem__, "disk", CPU) == tiny_cases[:2]
+
+
+def test_a_loaded_case_keeps_no_file_open(tiny_cases: list[Any]) -> None:
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    loaded = [load_case(tiny_cases[0]) for _ in range(5)]
+    assert len(loaded) == 5 and len(list(files.iterdir())) == before
+
+
+def test_many_classes_and_previous_stages_go_to_the_device(tiny_cases: list[Any]) -> None:
+    case = load_case(tiny_cases[0])
+    wide = replace(case, label=case.label.astype(np.uint16) + 1000, previous=case.label)
+    found = move_case(wide, CPU)
+    assert isinstance(found.label, torch.Tensor) and isinstance(found.previous, torch.Tensor)
+    assert (found.image.dtype, found.label.dtype, found.previous.dtype) == (torch.float16, torch.int32, torch.uint8)
+    np.testing.assert_array_equal(found.label.numpy(), wide.label)
+
+
+@pytest.mark.parametrize(("configuration", "pipeline"), [("3d_fullres", "native"), ("2d", "batchgenerators")])
+def test_a_picture_is_drawn_and_the_same_again(job: MakeJob, configuration: str, pipeline: str) -> None:
+    run = job(configuration, **{"augmentation.pipeline": pipeline})
+    files = [run.folder / "one.png", run.folder / "other.png"]
+    for file in files:
+        draw_preview(run, file, samples=2, versions=2)
+    picture = imread(files[0])
+    assert picture.shape[0] > 400 and picture.shape[1] > 600
+    np.testing.assert_array_equal(picture, imread(files[1]))
+    assert picture[..., :3].std(axis=-1).max() > 0.2, "the outlines of the labels are in colour"
+    assert sorted(run.folder.iterdir()) == sorted(files)
+
+
+# ------------------------------------------------------------------------------------------------ prefetching
 
 
 def threads() -> list[str]:

@@ -104,7 +104,7 @@ def survive(place: Path, undisturbed: tuple[Path, float], kills: int, seed: int)
     return killed
 
 
-@pytest.mark.slow  # one kill of such a run is in test_workflow.py
+@pytest.mark.slow  # one kill of such a run is in test_run.py
 def test_twenty_kills(tmp_path: Path, undisturbed: tuple[Path, float], counts: Callable[..., None]) -> None:
     counts("kills survived", 20)
     assert survive(tmp_path, undisturbed, 20, seed=20) == 20

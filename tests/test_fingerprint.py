@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,14 +13,7 @@ from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import nonzero_mask
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning import fingerprint as module
-from nnunet_lite.planning.fingerprint import (
-    BLOCK,
-    SEED,
-    Draws,
-    Fingerprint,
-    RandomBlocks,
-    check_and_fingerprint,
-)
+from nnunet_lite.planning.fingerprint import BLOCK, SEED, Draws, Fingerprint, RandomBlocks, check_and_fingerprint
 
 
 def take(root: Path, workers: int | None = 2) -> Fingerprint:
@@ -71,18 +63,14 @@ def test_case_with_more_foreground_than_samples(
     assert found.min < found.median < found.max
 
 
-def test_threads_change_nothing(hippocampus: Path) -> None:
-    assert take(hippocampus, 0) == take(hippocampus, 3)
-
-
-def test_merging_on_the_way_changes_nothing(hippocampus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = take(hippocampus)
+def test_threads_and_merging_on_the_way_change_nothing(hippocampus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = take(hippocampus, 0)
+    assert take(hippocampus, 3) == at_once
     joined = []
     monkeypatch.setattr(module, "_join", lambda parts, join=module._join: joined.append(1) or join(parts))
     monkeypatch.setattr(module, "_bound", lambda drawn: drawn)
     monkeypatch.setattr(module, "_MANY", 1000)
-    assert take(hippocampus) == at_once
-    assert len(joined) > 1
+    assert take(hippocampus) == at_once and len(joined) > 1
 
 
 def test_many_distinct_values_are_rounded_but_hardly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +87,13 @@ def test_round_trip_and_bad_files(hippocampus: Path, tmp_path: Path) -> None:
     path = tmp_path / "fingerprint.json"
     path.write_text(fingerprint.model_dump_json())
     assert Fingerprint.read(path) == fingerprint
-    path.write_text(json.dumps({"spacings": []}))
-    with pytest.raises(UserError, match=r"fingerprint\.json: is no fingerprint: shapes_after_crop: Field required"):
-        Fingerprint.read(path)
-    path.write_text("{")
-    with pytest.raises(UserError, match=r"fingerprint\.json: invalid JSON at line 1"):
-        Fingerprint.read(path)
+    for text, problem in (
+        ('{"spacings": []}', "is no fingerprint: shapes_after_crop: Field required"),
+        ("{", "invalid JSON at line 1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"fingerprint\.json: {problem}"):
+            Fingerprint.read(path)
 
 
 def test_no_fingerprint_of_broken_data(copy_dataset: Callable[..., Path]) -> None:

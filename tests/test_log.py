@@ -1,4 +1,4 @@
-"""Messages and bars: a message never breaks a bar, and nothing is printed where there is nowhere to print."""
+"""Messages and bars: a message never breaks a bar, and nothing is printed without standard streams."""
 
 from __future__ import annotations
 
@@ -11,89 +11,79 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+ABOVE_A_BAR = """
+import time
+from nnunet_lite import log
+for i in log.progress(range(6), 6, 'predict'):
+    time.sleep(0.12)
+    if i == 2: log.info('sums in float32')
+    if i == 3: log.warn('case_003: ' + 'a long line ' * 12)
+    if i == 4: log.answer('{"result": 1}')
+log.info('done')
+"""
+IN_A_THREAD = """
+import time, threading
+from nnunet_lite import log
+def speak():
+    for i in range(20): log.info(f'message {i}'); time.sleep(0.01)
+thread = threading.Thread(target=speak)
+for i in log.progress(range(3), 3, 'outer'):
+    if i == 1: thread.start()
+    for _ in log.progress(range(5), 5, 'inner'): time.sleep(0.05)
+thread.join()
+"""
+WITHOUT_STREAMS = """
+import os, sys; sys.stderr = {stream}; stream = sys.stderr
+if stream is not None: stream.close()
+import nnunet_lite, tempfile
+from nnunet_lite import log
+found = nnunet_lite.predict({image!r}, tempfile.mkdtemp(), model={model!r}, device='cpu')
+assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.last('x')
+print(len(found.files), found.failed)
+sys.stdout = None; log.answer('x')
+"""
 
 
-def on_a_terminal(code: str) -> str:
-    """What a program writes to a terminal that is its standard output and error."""
+def run_on_a_terminal(code: str) -> tuple[str, list[str]]:
+    """What a program writes to a terminal, and the lines that it shows: text after a carriage return overwrites."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=theirs, stderr=theirs, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=ENVIRONMENT)
     os.close(theirs)
     written = b""
     try:
         while part := os.read(ours, 4096):
             written += part
-    except OSError:  # the last one on the other side has gone
+    except OSError:  # the process has closed its side
         pass
     os.close(ours)
     assert process.wait() == 0, written.decode()
-    return written.decode()
-
-
-def shown(written: str) -> list[str]:
-    """The lines as a terminal shows them: what follows a carriage return overwrites."""
     lines = []
-    for line in written.replace("\r\n", "\n").replace("\x1b[A", "").split("\n"):  # the cursor up, to another bar
+    for line in written.decode().replace("\r\n", "\n").replace("\x1b[A", "").split("\n"):  # the cursor up, to a bar
         screen: list[str] = []
-        for part in line.split("\r"):
-            screen[: len(part)] = part
+        for text in line.split("\r"):
+            screen[: len(text)] = text
         lines.append("".join(screen).rstrip())
-    return lines
+    return written.decode(), [line for line in lines if line]
 
 
-def test_a_message_stands_on_a_line_of_its_own_above_the_bar() -> None:
-    code = (
-        "import time\n"
-        "from nnunet_lite import log\n"
-        "for i in log.progress(range(6), 6, 'predict'):\n"
-        "    time.sleep(0.12)\n"
-        "    if i == 2: log.info('sums in float32')\n"
-        "    if i == 3: log.warn('case_003: ' + 'a long line ' * 12)\n"
-        "    if i == 4: log.answer('{\"result\": 1}')\n"
-        "log.info('done')\n"
-    )
-    written = on_a_terminal(code)
+def test_a_message_is_on_a_line_of_its_own_above_the_bar() -> None:
+    written, lines = run_on_a_terminal(ABOVE_A_BAR)
     assert "predict:  50%" in written and "6/6" in written
-    lines = [line for line in shown(written) if line]
-    assert lines == [
-        "sums in float32", "warning: case_003: " + ("a long line " * 12).rstrip(), '{"result": 1}', "done",
-    ]  # fmt: skip
+    long = "warning: case_003: " + ("a long line " * 12).rstrip()
+    assert lines == ["sums in float32", long, '{"result": 1}', "done"]
 
 
 def test_messages_in_threads_leave_two_bars_whole() -> None:
-    code = (
-        "import time, threading\n"
-        "from nnunet_lite import log\n"
-        "def speak():\n"
-        "    for i in range(20): log.info(f'message {i}'); time.sleep(0.01)\n"
-        "thread = threading.Thread(target=speak)\n"
-        "for i in log.progress(range(3), 3, 'outer'):\n"
-        "    if i == 1: thread.start()\n"
-        "    for _ in log.progress(range(5), 5, 'inner'): time.sleep(0.05)\n"
-        "thread.join()\n"
-    )
-    lines = shown(on_a_terminal(code))
+    _, lines = run_on_a_terminal(IN_A_THREAD)
     assert [line for line in lines if "message" in line] == [f"message {i}" for i in range(20)]
 
 
-@pytest.mark.parametrize("lost", ["None", "open(os.devnull, 'w')"])
-def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hippocampus: Path, lost: str) -> None:
+@pytest.mark.parametrize("stream", ["None", "open(os.devnull, 'w')"])
+def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hippocampus: Path, stream: str) -> None:
     """As under pythonw, or where they were closed: messages must not go to the other stream either."""
     image = min((hippocampus / "imagesTs").iterdir())
-    code = (
-        f"import os, sys; sys.stderr = {lost}; lost = sys.stderr\n"
-        "if lost is not None: lost.close()\n"
-        "import nnunet_lite, tempfile\n"
-        "from nnunet_lite import log\n"
-        "out = tempfile.mkdtemp()\n"
-        f"found = nnunet_lite.predict({str(image)!r}, out, model={str(tiny_model)!r}, device='cpu')\n"
-        "assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.last('x')\n"
-        "print(len(found.files), found.failed)\n"
-        "sys.stdout = None; log.answer('x')"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    code = WITHOUT_STREAMS.format(stream=stream, image=str(image), model=str(tiny_model))
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 {}\n", "")

@@ -90,15 +90,6 @@ def test_ignored_voxels_change_nothing(regions: Any, batch_dice: bool) -> None:
     torch.testing.assert_close(segmentation_loss(other, classes, BOTH, **options), loss.detach())
 
 
-def test_ignore_equals_leaving_the_voxels_out() -> None:
-    logits, classes = example()
-    logits, classes = logits[:1], classes[:1]
-    classes[:, :, :, 3:] = 4
-    told = segmentation_loss(logits, classes, BOTH, batch_dice=True, ignore_class=4)
-    cut = segmentation_loss(logits[..., :3], classes[..., :3], BOTH, batch_dice=True)
-    torch.testing.assert_close(told, cut)
-
-
 def test_a_patch_without_an_annotated_voxel_has_a_finite_loss_without_gradient() -> None:
     logits = torch.randn(1, 2, 4, 4, requires_grad=True)
     loss = segmentation_loss(logits, torch.full((1, 4, 4), 2), BOTH, batch_dice=False, ignore_class=2)

@@ -92,16 +92,6 @@ def test_a_shifted_box() -> None:
     assert compare(prediction, reference, (3.0, 1.0, 0.5), tolerance_mm=1.0)["NSD"] == 1.0  # the tolerance is within
 
 
-def test_regions_overlap() -> None:
-    labels = Labels(names={"background": 0, "whole": (1, 2), "core": (2,)}, region_order=(1, 2))
-    reference, prediction = blank(), blank()
-    reference[2:5, 2:8, 2:12], reference[3, 4:6, 4:8] = 1, 2
-    prediction[reference > 0] = 1
-    found = score_case(prediction, reference, labels, (1.0, 1.0, 1.0))
-    assert values(found["whole"], "Dice", "HD95") == (1.0, 0.0)
-    assert values(found["core"], "Dice", "FN") == (0.0, 8)
-
-
 def test_ignored_voxels_are_left_out() -> None:
     labels = Labels(names={"background": 0, "lesion": 1}, ignore=9)
     reference, prediction = blank(), blank()

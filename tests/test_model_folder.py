@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,11 @@ def test_each_fold_has_a_seed_of_its_own() -> None:
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
-    with lock_fold(tmp_path), pytest.raises(UserError, match="another process is training here"), lock_fold(tmp_path):
+    with (
+        lock_fold(tmp_path),
+        pytest.raises(UserError, match=rf"another process is training here \({os.getpid()} on "),
+        lock_fold(tmp_path),
+    ):
         raise AssertionError("the lock was given twice")
     with lock_fold(tmp_path):
         assert (tmp_path / ".lock").is_file()

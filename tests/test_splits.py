@@ -62,15 +62,6 @@ def patients(sizes: Sequence[int]) -> dict[str, str]:
     return {f"pat{p:02}_{scan}": f"pat{p:02}" for p, n in enumerate(sizes) for scan in range(n)}
 
 
-def foreground_volumes(dataset: Dataset) -> dict[str, float]:
-    volumes = {}
-    for case in dataset.cases:
-        assert case.label is not None
-        label, geometry, _ = read_label(case.label)
-        volumes[case.id] = float((label > 0).sum() * np.prod(geometry.spacing))
-    return volumes
-
-
 @pytest.fixture(scope="module")
 def dataset(hippocampus: Path) -> Dataset:
     return read_dataset(hippocampus)
@@ -252,7 +243,11 @@ def test_real_volumes_are_spread_evenly(dataset: Dataset, splits: Path, capfd: p
     rule = FoldRule(4, stratify=True)
     folds = read_splits(splits, dataset, rule)
     assert "splits.json: 4 folds of 32 cases, stratified by labels; held out: 8, 8, 8, 8" in capfd.readouterr().err
-    volumes = foreground_volumes(dataset)
+    volumes = {}
+    for case in dataset.cases:
+        assert case.label is not None
+        label, geometry, _ = read_label(case.label)
+        volumes[case.id] = (label > 0).sum() * np.prod(geometry.spacing)
     quarter = {case_id: rank // 8 for rank, case_id in enumerate(sorted(volumes, key=lambda c: volumes[c]))}
     for fold in folds:
         assert Counter(quarter[case_id] for case_id in fold.validation) == dict.fromkeys(range(4), 2)
@@ -300,16 +295,21 @@ def test_existing_folds_agree_with_the_options_or_are_refused(
 # ------------------------------------------------------------------------------------------------ groups, strata
 
 
-def test_groups_by_expression() -> None:
-    assert read_groups(PAIRS, r"pat\d+") == {c: c[:5] for c in PAIRS}, "the whole match"
-    assert read_groups(PAIRS, r"t(\d+)_") == {c: c[3:5] for c in PAIRS}, "the first group"
-    assert read_groups([*PAIRS, "anna"], r"^(pat\d+)|.+")["anna"] == "anna", "the match where its group took no part"
+LONG = "|".join([r"pat\d+", *(rf"site{i}_\d+" for i in range(60))])  # longer than a file name may be
 
 
-def test_an_expression_may_be_longer_than_a_file_name() -> None:
-    expression = "|".join([r"pat\d+", *(rf"site{i}_\d+" for i in range(60))])
-    assert len(expression) > 255
-    assert set(read_groups(PAIRS, expression).values()) == {"pat01", "pat02", "pat03"}
+@pytest.mark.parametrize(
+    ("expression", "groups"),
+    [
+        (r"pat\d+", ["pat01", "pat01", "pat02", "pat02", "pat03", None]),  # the whole match
+        (r"t(\d+)_", ["01", "01", "02", "02", "03", None]),  # the first group
+        (r"^(pat\d+)|.+", ["pat01", "pat01", "pat02", "pat02", "pat03", "anna"]),  # the match, without the group
+        (LONG, ["pat01", "pat01", "pat02", "pat02", "pat03", None]),
+    ],
+)
+def test_groups_by_expression(expression: str, groups: list[str | None]) -> None:
+    expected = {case: group for case, group in zip([*PAIRS, "anna"], groups, strict=True) if group}
+    assert read_groups(list(expected), expression) == expected
 
 
 @pytest.mark.parametrize(
@@ -352,17 +352,12 @@ def test_groups_by_table(tmp_path: Path, text: str) -> None:
         ("pat01_a,x\npat01_b,x,3\n", r"line 2 has 3 columns, not two: case, group"),
         ("\n".join(f"{c},{g}" for g in "xy" for c in PAIRS), r"has more than one group for cases pat01_a, pat01_b"),
         ("", r"has no group for cases pat01_a"),
+        ("pat01_a,Müller", r"is not UTF-8 text \(byte 9\)"),
     ],
 )
 def test_a_table_that_lacks_something(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "groups.csv").write_text(text)
+    (tmp_path / "groups.csv").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=rf"groups\.csv: {message}"):
-        read_column(tmp_path / "groups.csv", PAIRS, "group")
-
-
-def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
-    (tmp_path / "groups.csv").write_bytes("pat01_a,Müller".encode("latin-1"))
-    with pytest.raises(UserError, match=r"groups\.csv: is not UTF-8 text \(byte 9\)"):
         read_column(tmp_path / "groups.csv", PAIRS, "group")
 
 
@@ -377,26 +372,19 @@ def test_strata_are_label_sets_and_volumes() -> None:
     assert min(Counter(make_strata(contents, 2).values()).values()) >= 2
 
 
-def test_strata_of_real_labels(
-    copy_dataset: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_rare_labels_make_strata_of_their_own_and_are_reported(
+    copy_dataset: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Volumes are those of the files, and a label that hardly occurs is pointed out."""
     dataset = read_dataset(copy_dataset(8))
-    for number in (0, 3):
-        path = dataset.cases[number].label
+    without = {case.id: case.label for case in dataset.cases[:4:3]}
+    for path in without.values():
         assert path is not None
         label, geometry, _ = read_label(path)
         path.unlink()
         write_label(path, np.where(label == 2, 0, label), geometry)
     strata = stratify_by_labels(dataset, 2)
-    alone = {case.id for i, case in enumerate(dataset.cases) if i in (0, 3)}
-    assert {case_id for case_id, name in strata.items() if name == "1, volume 1 of 1"} == alone
+    assert {case_id for case_id, name in strata.items() if name == "1, volume 1 of 1"} == set(without)
     assert "warning" not in capfd.readouterr().err
-    volumes = foreground_volumes(dataset)
-    small = [case_id for case_id, name in strata.items() if name == "1+2, volume 1 of 3"]
-    assert len(small) == 2 and max(volumes[c] for c in small) <= min(
-        volumes[c] for c in set(volumes) - alone - {*small}
-    )
     assert set(stratify_by_labels(dataset, 8).values()) == {"rare, volume 1 of 1"}
     assert "label 2 occurs in 6 of 8 cases: not every fold can hold it out" in capfd.readouterr().err
 
@@ -529,9 +517,12 @@ def test_splits_final_is_used_and_reported(
 
 
 def test_splits_final_is_found_where_nnunet_keeps_it(
-    with_final: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_final: Files, splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, folds = with_final
+    read_splits(splits, read_dataset(raw), FoldRule(3))
+    assert not check_folds(splits, read_dataset(raw), FoldRule()), "existing folds stay"
+    assert f"{raw / 'splits_final.json'} is not used: {splits} exists, and its folds stay." in capsys.readouterr().err
     other = tmp_path / "preprocessed" / raw.name / "splits_final.json"
     write_json(other, folds[::-1])
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
@@ -542,9 +533,7 @@ def test_splits_final_is_found_where_nnunet_keeps_it(
     assert len(make_splits(read_dataset(raw))[0]) == 5
 
 
-@pytest.mark.parametrize(
-    "rule", [FoldRule(3), FoldRule(group_by=r"\d+"), FoldRule(2, stratify=True), FoldRule(splits="mine.csv")]
-)
+@pytest.mark.parametrize("rule", [FoldRule(3), FoldRule(group_by=r"\d+"), FoldRule(splits="mine.csv")])
 def test_an_option_overrules_splits_final(
     with_final: Files, rule: FoldRule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -554,19 +543,3 @@ def test_an_option_overrules_splits_final(
     dataset = read_dataset(raw)
     Path("mine.csv").write_text("".join(f"{case.id},{i % 3}\n" for i, case in enumerate(dataset.cases)))
     assert len(make_splits(dataset, rule)[0]) == (rule.folds or (3 if rule.splits else 5))
-
-
-def test_existing_folds_stay_and_splits_final_is_reported(
-    with_final: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw, _ = with_final
-    file, workspace = raw / "splits_final.json", tmp_path / "ws"
-    file.rename(tmp_path / "later.json")
-    nnunet_lite.plan(raw, workspace=workspace, folds=3, workers=0)
-    before = read_json(planned_paths(workspace).splits)
-    (tmp_path / "later.json").rename(file)
-    capsys.readouterr()
-    nnunet_lite.plan(raw, workspace=workspace, workers=0)
-    err = capsys.readouterr().err
-    assert f"warning: {file} is not used: " in err and "exists, and its folds stay" in err
-    assert read_json(planned_paths(workspace).splits) == before and len(before) == 3

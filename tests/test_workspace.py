@@ -1,17 +1,14 @@
-"""Names find datasets; files are written completely or not at all; a broken JSON file is reported with the place."""
+"""Names find raw data and planned datasets."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, read_json, sweep, write_json, write_text
+from nnunet_lite.files import write_json, write_text
 from nnunet_lite.workspace import find_raw, planned_paths, use, workspace_folder
 
 
@@ -20,9 +17,9 @@ def make_raw(place: Path, name: str) -> Path:
     return place / name
 
 
-def make_planned(workspace: Path, name: str) -> None:
+def make_planned(workspace: Path, name: str, root: Path = Path("nowhere")) -> None:
     write_text(workspace / name / "plans.json", "{}")
-    write_json(workspace / name / "dataset.json", {"root": str(workspace / "nowhere")})
+    write_json(workspace / name / "dataset.json", {"root": str(root)})
 
 
 @pytest.fixture
@@ -33,9 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_workspace_is_what_is_given_else_of_the_environment_else_here(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_workspace_is_given_or_of_the_environment_or_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert workspace_folder() == here / "nnlite_workspace"
     monkeypatch.setenv("NNLITE_WORKSPACE", str(here / "set"))
     assert workspace_folder() == here / "set"
@@ -53,31 +48,35 @@ def test_the_beginning_of_a_name_finds_raw_data(here: Path, monkeypatch: pytest.
         assert find_raw(name, here / "workspace") == raw.resolve()
 
 
-def test_an_ambiguous_name_lists_the_folders(here: Path) -> None:
-    one, other = make_raw(here, "Task04_One"), make_raw(here / "data", "Task04_Other")
-    with pytest.raises(UserError, match=f"'Task04' could be {one}, {other}.*Give the path"):
-        find_raw("Task04", here / "workspace")
-    assert find_raw("data/Task04_Other", here / "workspace") == other
-
-
-def test_what_is_no_dataset_is_refused(here: Path) -> None:
-    make_raw(here, "Task044_Other")
-    with pytest.raises(UserError, match="no dataset 'Task04'"):
-        find_raw("Task04", here / "workspace")
+def test_raw_data_that_cannot_be_found(here: Path) -> None:
+    first, second = make_raw(here, "Task04_One"), make_raw(here / "data", "Task04_Other")
+    make_raw(here, "Task055_Other")
     (here / "scan.nii.gz").touch()
+    with pytest.raises(UserError, match=f"'Task04' could be {first}, {second}.*Give the path"):
+        find_raw("Task04", here / "workspace")
+    assert find_raw("data/Task04_Other", here / "workspace") == second
+    with pytest.raises(UserError, match="no dataset 'Task05'"):
+        find_raw("Task05", here / "workspace")
     with pytest.raises(UserError, match=r"scan\.nii\.gz: is a file"):
         find_raw("scan.nii.gz", here)
 
 
-def test_the_only_planned_dataset_is_taken_and_of_several_one_must_be_named(here: Path) -> None:
+def test_the_only_planned_dataset_is_selected_and_of_several_one_must_be_named(here: Path) -> None:
     with pytest.raises(UserError, match="no dataset is planned"):
         planned_paths(here)
     make_planned(here, "Task04_Hippocampus")
-    use(here, "Task04_Hippocampus")
-    assert planned_paths(here).name == "Task04_Hippocampus" and planned_paths(here).option == ""
+    for content in (None, "{", json.dumps({"dataset": "deleted"})):  # of current.json, which is not needed
+        if content is not None:
+            (here / "current.json").write_text(content)
+        for only_reads in (False, True):
+            assert planned_paths(here, only_reads=only_reads).name == "Task04_Hippocampus"
+    assert planned_paths(here).option == ""
     make_planned(here, "Task09_Spleen")
-    use(here, "Task09_Spleen")
     several = r"has 2 planned datasets: Task04_Hippocampus, Task09_Spleen\. Say which one with -d NAME"
+    for only_reads in (False, True):
+        with pytest.raises(UserError, match=several):
+            planned_paths(here, only_reads=only_reads)
+    use(here, "Task09_Spleen")
     with pytest.raises(UserError, match=several):
         planned_paths(here)
     assert planned_paths(here, only_reads=True).name == "Task09_Spleen"
@@ -87,87 +86,11 @@ def test_the_only_planned_dataset_is_taken_and_of_several_one_must_be_named(here
         planned_paths(here, "Task05")
 
 
-def test_a_folder_that_was_not_planned_is_not_taken_for_one_of_its_name(here: Path) -> None:
+def test_a_folder_that_was_not_planned_is_not_confused_with_one_of_its_name(here: Path) -> None:
     planned, other = make_raw(here / "a", "data"), make_raw(here / "b", "data")
-    make_planned(here / "workspace", "data")
-    write_json(here / "workspace" / "data" / "dataset.json", {"root": str(planned)})
+    make_planned(here / "workspace", "data", planned)
     assert planned_paths(here / "workspace", str(planned)) == planned_paths(here / "workspace", "data")
     with pytest.raises(UserError, match=f"b/data: is not planned: the dataset data in .* is from {planned}"):
         planned_paths(here / "workspace", "b/data")
     planned.rename(here / "gone")
     assert planned_paths(here / "workspace", str(other)).name == "data", "it was moved"
-
-
-def test_atomic_leaves_nothing_behind_when_the_block_raises(tmp_path: Path) -> None:
-    path = tmp_path / "made" / "file.nii.gz"
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        assert temporary.name.endswith(".nii.gz")
-        temporary.write_text("half")
-        raise RuntimeError
-    assert list(path.parent.iterdir()) == []
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert [p.read_text() for p in path.parent.iterdir()] == ["old"]
-    with atomic(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert [p.read_text() for p in path.parent.iterdir()] == ["new"]
-
-
-def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
-    code = "import pathlib, nnunet_lite.files as f; f.write_text(pathlib.Path('a.json'), '\"L\\xe4sion\"')"
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=environment, check=True)
-    assert read_json(tmp_path / "a.json") == "Läsion"
-
-
-def test_sweeping_takes_the_leftovers_of_killed_runs_and_nothing_else(tmp_path: Path) -> None:
-    code = (
-        "import os, pathlib, nnunet_lite.files as f\n"
-        "with f.atomic(pathlib.Path('a.json')) as temporary:\n"
-        "    temporary.write_text('half')\n"
-        "    os._exit(1)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 1
-    leftover = next(tmp_path.iterdir())
-    assert leftover.name.startswith(".tmp-")
-    below = tmp_path / "below" / leftover.name
-    write_text(below, "")
-    write_text(tmp_path / "a.json", "whole")
-    (tmp_path / ".tmp-folder").mkdir()
-    sweep(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "below", ".tmp-folder"} and below.exists()
-    sweep(tmp_path / "missing")
-
-
-def test_json_round_trip_and_what_is_wrong_with_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    write_json(file, {"é": [1, None]})
-    assert read_json(file) == {"é": [1, None]}
-    file.write_text('{"a": 1,\n "b": 2,\n}')
-    with pytest.raises(UserError, match=r"a\.json: invalid JSON at line (2|3), column \d+"):
-        read_json(file)
-    file.write_bytes(b"\xef\xbb\xbf[1]")
-    assert read_json(file) == [1], "a byte order mark is skipped"
-    file.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(UserError, match=r"a\.json: is not UTF-8 text \(byte 7\)"):
-        read_json(file)
-    with pytest.raises(UserError, match=r"b\.json: no such file"):
-        read_json(tmp_path / "b.json")
-
-
-def test_the_only_planned_dataset_needs_no_current_json(tmp_path: Path) -> None:
-    """It may have been copied here, or the one planned last was deleted."""
-    (tmp_path / "A").mkdir()
-    (tmp_path / "A" / "plans.json").write_text("{}")
-    for content in (None, "{", json.dumps({"dataset": "gone"})):
-        if content is not None:
-            (tmp_path / "current.json").write_text(content)
-        assert planned_paths(tmp_path).root == planned_paths(tmp_path, only_reads=True).root == tmp_path / "A"
-    (tmp_path / "B").mkdir()
-    (tmp_path / "B" / "plans.json").write_text("{}")
-    for only_reads in (False, True):
-        with pytest.raises(UserError, match=r"has 2 planned datasets: A, B\. Say which one with -d"):
-            planned_paths(tmp_path, only_reads=only_reads)

@@ -47,8 +47,12 @@ def evaluate(
         How far apart surfaces may be for the surface Dice, in mm, or in pixels if no file has a spacing.
     surface : bool
         Whether to measure surface distances.
+    accept_geometry : bool
+        Take files of a case by their voxels if origin or direction differ.
     output : str or Path, optional
         A .json or .csv file to write the scores to.
+    workers : int, optional
+        Threads, 0 for none; default: as fits the machine.
 
     Returns
     -------
@@ -88,6 +92,21 @@ def view(
     """Look at an image with reference and prediction in the browser.
 
     The page is served on 127.0.0.1 until `View.close()` or the end of the process.
+
+    Parameters
+    ----------
+    case : str or Path
+        Case of the dataset, or an image file or DICOM series.
+    segmentations : str, Path or sequence of them, optional
+        Label maps of that file.
+    model : str or sequence of str, optional
+        Whose cross-validation to show, "a+b" for an ensemble; default: the selected one.
+    browser : bool
+        Open the page.
+    dataset : str, optional
+        Planned dataset; default: the only one.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------

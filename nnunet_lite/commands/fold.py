@@ -34,9 +34,8 @@ from nnunet_lite.models.folder import (
     read_weights_header,
     set_aside,
 )
-from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.precision import pick_device
-from nnunet_lite.networks.unet import mixes_samples
+from nnunet_lite.networks.unet import build_network, mixes_samples
 from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import with_changes

@@ -41,6 +41,19 @@ def show_info(
 ) -> About:
     """Describe a model, how it was made and how well it scores; or a planned dataset and its models.
 
+    Parameters
+    ----------
+    model : str or Path, optional
+        Model folder, ours or nnU-Net's, zip or name; default: describe the dataset.
+    model_option : str or Path, optional
+        The same, as for `nnlite predict`.
+    checkpoint : {"final", "best"}
+        Which of nnU-Net's checkpoints to read.
+    dataset : str, optional
+        Planned dataset; default: the only one.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
+
     Returns
     -------
     About
@@ -61,7 +74,9 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
 
     Parameters
     ----------
-    checkpoint : str
+    model : Path
+        The folder or zip.
+    checkpoint : {"final", "best"}
         Which checkpoint of each fold to describe, for a model of nnU-Net.
 
     Raises

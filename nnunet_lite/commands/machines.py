@@ -27,6 +27,11 @@ _MIN_DISK = 5 * GB
 def doctor(*, workspace: Workspace = None) -> About:
     """Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems.
 
+    Parameters
+    ----------
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
+
     Returns
     -------
     About

@@ -89,6 +89,11 @@ class About:
 def either_model(argument: FilePath | None, option: FilePath | None) -> Path | None:
     """Return a model that may be given as an argument or with -m.
 
+    Parameters
+    ----------
+    argument, option : str or Path, optional
+        The model.
+
     Raises
     ------
     UserError
@@ -102,6 +107,13 @@ def either_model(argument: FilePath | None, option: FilePath | None) -> Path | N
 
 def sizes_of(value: str | Sequence[int], option: str) -> tuple[int, ...]:
     """Return a size such as "40x56x40" or (40, 56, 40) as a tuple of numbers of voxels.
+
+    Parameters
+    ----------
+    value : str or sequence of int
+        The size.
+    option : str
+        Name of the option, for the message.
 
     Raises
     ------
@@ -143,6 +155,13 @@ def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str
 @contextmanager
 def cluster_of(scheduler: str | None, workspace: Path) -> Iterator[Cluster | None]:
     """Connect to the workers of a Dask scheduler; without a scheduler, give None.
+
+    Parameters
+    ----------
+    scheduler : str, optional
+        Address of the scheduler, or its file.
+    workspace : Path
+        A folder that the workers must see.
 
     Raises
     ------

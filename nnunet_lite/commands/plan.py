@@ -65,6 +65,12 @@ def check(
     ----------
     data : str or Path
         A folder, or a name that is looked up in the current folder, ./data, the workspace and nnUNet_raw.
+    accept_geometry : bool
+        Take files of a case by their voxels if origin or direction differ.
+    workers : int, optional
+        Threads, 0 for none; default: as fits the machine.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------
@@ -128,6 +134,53 @@ def plan(
     A dataset that was planned before is planned with its earlier options where none are given. Edits of plans.json
     stay, as far as the planner's own result is the same as before; a copy, plans_1.json, keeps the others. The dataset
     becomes the one planned last.
+
+    Parameters
+    ----------
+    data : str or Path, optional
+        Folder of the raw data, or its name; without it, give `from_fingerprint`.
+    preset : {"default", "resenc_m", "resenc_l", "resenc_xl"}, optional
+        Kind of U-Net; default: as planned before.
+    memory : float, optional
+        GPU memory budget in GB; default: the preset's.
+    plans : str or Path, optional
+        Adopt this plans.json, ours or nnU-Net's.
+    patch_size : str or sequence of int, optional
+        Voxels (z, y, x), such as "40x56x40", instead of the planned one.
+    batch_size : int, optional
+        Instead of the planned one.
+    configuration : str, optional
+        Which gets these sizes; default: "3d_fullres", or "2d" for a flat patch.
+    clip_percentiles : tuple of float, optional
+        Clip each image to these before normalisation.
+    folds : int, optional
+        Number of folds; default: 5.
+    group_by : str or Path, optional
+        Regular expression or CSV with the group of each case, which is never on both sides of a fold.
+    stratify : bool
+        Folds with equal shares of labels and their volumes.
+    stratify_by : str or Path, optional
+        CSV with the stratum of each case, for folds with equal shares of strata.
+    splits : str or Path, optional
+        Folds to use: splits.json, splits_final.json or a CSV.
+    store : {"float16", "float32"}, optional
+        Type of preprocessed images on disk; default: as planned before.
+    accept_geometry : bool
+        Take files of a case by their voxels if origin or direction differ.
+    measure : bool
+        Compare with the memory of real steps on the GPU.
+    device : str, optional
+        Such as "cpu" or "cuda:1"; default: a GPU if there is one.
+    from_fingerprint, dataset_json : str or Path, optional
+        Plan from these two files instead of data.
+    format : {"nnlite", "nnunet"}
+        Of `output`.
+    output : str or Path, optional
+        Write the plan to this file too.
+    workers : int, optional
+        Threads, 0 for none; default: as fits the machine.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------
@@ -238,6 +291,21 @@ def preprocess(
     """Crop, normalise and resample a planned dataset (train does it too where it is missing).
 
     Cases that are preprocessed already are kept.
+
+    Parameters
+    ----------
+    configuration : str or sequence of str, optional
+        Which to preprocess; default: all of the plan.
+    dataset : str, optional
+        Planned dataset; default: the only one.
+    prune : bool
+        Delete what the plan no longer needs.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers do it.
+    workers : int, optional
+        Threads, 0 for none; default: as fits the machine.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------

@@ -147,13 +147,53 @@ def predict(
 
     Parameters
     ----------
-    input, output : str or Path
-        Images of any mix of formats; the folder for their label maps, or for a single image its file.
+    input : str, Path or sequence of them
+        Images, DICOM series or folders of them, of any mix of formats.
+    output : str or Path
+        The folder for their label maps, or for a single image its file.
     model : str, Path or sequence of them
         A model folder, ours or nnU-Net's, its name in the workspace, or an exported zip. Several vote with the mean
         of their probabilities. By default what `select` chose for the dataset, otherwise the trained model.
-    settings : mapping
+    configuration : str or sequence of str, optional
+        Predict with the trained models of these configurations.
+    fold : int, str or sequence of them, optional
+        Networks to average; default: the selected ones, or all.
+    speed : {"fast", "balanced", "best"}, optional
+        balanced: no mirrored copies; fast: one fold and fewer windows too; default: best.
+    mirroring : bool, optional
+        Average over mirrored copies.
+    step_size : float, optional
+        Distance of windows as a share of the patch.
+    precision : {"auto", "fp32", "bf16", "fp16"}, optional
+        Number format of the network.
+    max_memory : float, optional
+        GB besides the image; of the GPU too. Default: 80 % of what is free.
+    save_probabilities : str, optional
+        Write their maps too: "all", or names of labels with commas.
+    save_uncertainty : bool
+        Write maps of entropy and of the folds' disagreement too.
+    dicom_seg : bool
+        Write DICOM segmentations of DICOM series.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers do it.
+    device : str, optional
+        Such as "cpu" or "cuda:1"; default: a GPU if there is one.
+    skip_existing : bool
+        Keep label maps that exist already.
+    postprocess : bool
+        Postprocess as `select` found to help.
+    accept_geometry : bool
+        Take files of a case by their voxels if origin or direction differ.
+    settings : mapping, optional
         Changes of the `inference` settings, such as {"inference.mirroring": False}.
+    checkpoint : {"final", "best"}
+        Which of nnU-Net's checkpoints to read.
+    trust_code : bool
+        Run code that the model names, although it is not in the workspace.
+    dataset : str, optional
+        Planned dataset; default: the only one.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------

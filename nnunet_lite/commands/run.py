@@ -263,7 +263,17 @@ def _is_reported(paths: Paths) -> bool:
 
 
 def next_commands(paths: Paths, workspace: FilePath | None, models: Sequence[Path]) -> tuple[str, ...]:
-    """Return the commands to type next, as they must be typed in this folder."""
+    """Return the commands to type next, as they must be typed in this folder.
+
+    Parameters
+    ----------
+    paths : Paths
+        Of the planned dataset.
+    workspace : str or Path, optional
+        The workspace, if the user gave one.
+    models : sequence of Path
+        Model folders; the last one predicts if none is selected.
+    """
     where = [*paths.option.split(), *([] if workspace is None else ["-w", str(workspace)])]
     chosen = [] if paths.inference.is_file() else ["-m", str(models[-1])]
     commands = [

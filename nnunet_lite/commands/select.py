@@ -43,6 +43,14 @@ def select(
         Whether to try all pairs of models.
     postprocess : bool
         Whether to try rules that remove components.
+    device : str, optional
+        Such as "cpu" or "cuda:1"; default: a GPU if there is one.
+    workers : int, optional
+        Threads, 0 for none; default: as fits the machine.
+    dataset : str, optional
+        Planned dataset; default: the only one.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------
@@ -73,8 +81,12 @@ def report(
 
     Parameters
     ----------
-    output : str or Path
-        The file, or a folder for `report.html`.
+    output : str or Path, optional
+        The file, or a folder for `report.html`; default: in the dataset's folder.
+    dataset : str, optional
+        Planned dataset; default: the only one.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------

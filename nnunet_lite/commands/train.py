@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -113,8 +113,62 @@ def train(
         Of the plan, such as "3d_fullres".
     fold : int or str
         A fold, "all-folds", or "all" to train on every case; nothing is held out then, and there are no scores.
-    settings : mapping
+    recipe : str
+        Name of a recipe, or a TOML file. It has the defaults of all options up to `freeze`.
+    epochs, iterations : int, optional
+        Length of the run, and of an epoch.
+    time_limit : str or float, optional
+        Minutes, or a text such as "8h"; the schedule fits itself to it.
+    batch_size : int, optional
+        Patches per step.
+    patch_size : str or sequence of int, optional
+        Voxels (z, y, x), such as "40x56x40".
+    lr : float, optional
+        Initial learning rate.
+    precision : {"auto", "fp32", "bf16", "fp16"}, optional
+        Number format of the network.
+    seed : int, optional
+        Makes two runs identical on the CPU.
+    workers : int, optional
+        Threads that prepare batches ahead, 0 for none.
+    cache : {"auto", "device", "ram", "disk"}, optional
+        Where cases are kept.
+    init : str or Path, optional
+        Model to start from, ours or nnU-Net's: fine-tuning.
+    freeze : {"encoder", "all-but-head"}, optional
+        Weights that are not trained.
+    folds : int, optional
+        Number of folds; default: 5.
+    group_by : str or Path, optional
+        Regular expression or CSV with the group of each case, which is never on both sides of a fold.
+    stratify : bool
+        Folds with equal shares of labels and their volumes.
+    stratify_by : str or Path, optional
+        CSV with the stratum of each case, for folds with equal shares of strata.
+    splits : str or Path, optional
+        Folds to use: splits.json, splits_final.json or a CSV.
+    gpus : int
+        Train on this many GPUs of this machine.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers do it.
+    device : str, optional
+        Such as "cpu" or "cuda:1"; default: a GPU if there is one.
+    name : str, optional
+        Of the model folder; default: CONFIGURATION-RECIPE.
+    resume : bool
+        Only resume; an error if there is no earlier run.
+    force : bool
+        Resume although settings were changed.
+    restart : bool
+        Start again; the earlier run is moved aside.
+    preview : bool
+        Draw augmented samples to preview.png first.
+    settings : mapping, optional
         Key to value, on top of the recipe and the other options, such as {"optimizer.momentum": 0.9}.
+    dataset : str, optional
+        Planned dataset; default: the only one.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
     Returns
     -------
@@ -151,17 +205,12 @@ def train(
         return _train_on_cluster(scheduler, paths, configuration, names, resolved, device)
     scores = {}
     for fold_name in names:
-        first = fold_name == names[0]
         run = prepare_run(
-            paths, configuration, fold_name, resolved, rule=rule, name=name, device=device, restart=restart and first
+            paths, configuration, fold_name, resolved, rule=rule, name=name, device=device, restart=restart
         )
-        result = train_and_validate(
-            run,
-            restart=restart and first and ("model" if all_folds else True),  # the first fold sets all of them aside
-            resume=resume and first,  # later folds may not have an earlier run
-            force=force,
-            preview=preview,
-        )
+        aside: bool | Literal["model"] = "model" if restart and all_folds else restart
+        result = train_and_validate(run, restart=aside, resume=resume, force=force, preview=preview)
+        restart = resume = False  # the first fold sets all of them aside; later ones may not have an earlier run
         if result is not None:
             scores[fold_name] = result
             if all_folds:
@@ -186,5 +235,13 @@ def _train_on_cluster(
 
 
 def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
-    """Return the folds of a planned dataset, "0" and up; splits.json is written if it does not exist."""
+    """Return the folds of a planned dataset, "0" and up; splits.json is written if it does not exist.
+
+    Parameters
+    ----------
+    paths : Paths
+        Of the planned dataset.
+    rule : FoldRule
+        How splits.json is made if it does not exist.
+    """
     return [split.name for split in read_splits(paths.splits, stored_dataset(paths.dataset), rule)]

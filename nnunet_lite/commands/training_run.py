@@ -238,7 +238,15 @@ def _worth_training(plan: Plan) -> list[str]:
 
 
 def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step:
-    """Return the step that trains and validates a fold by calling `train` with it."""
+    """Return the step that trains and validates a fold.
+
+    Parameters
+    ----------
+    run : TrainingRun
+        The fold.
+    train : callable
+        Called with it, on a worker of a cluster if there is one.
+    """
     of = f"{run.configuration} fold {run.split.name}"
     needs = ["preprocess"]
     if run.first is not None:
@@ -254,7 +262,21 @@ def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step
 def preprocessing_step(
     runs: Sequence[TrainingRun], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
 ) -> Step:
-    """Return the step that preprocesses every case for all that is trained; trained folds need no arrays."""
+    """Return the step that preprocesses every case for all that is trained; trained folds need no arrays.
+
+    Parameters
+    ----------
+    runs : sequence of TrainingRun
+        What is trained.
+    dataset : Dataset
+        The planned dataset.
+    paths : Paths
+        Its files.
+    workers : int or None
+        Threads; None for as many as fit the machine.
+    cluster : Cluster or None
+        Its workers preprocess.
+    """
     plans = _merged_plans(runs)
 
     def is_done() -> bool:

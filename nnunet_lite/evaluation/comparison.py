@@ -293,7 +293,7 @@ def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
     by_case: dict[str, np.ndarray] = {}
     for split in held_out.splits:
         out, cases = _folder(held_out, team, split.name), split.validation
-        with locked(out.parent, partial(log.info, f"{out}: another process works there, waiting for it")):
+        with locked(out.parent, "predicting"):
             if len(team) > 1:
                 _forget_other_weights(team, split.name, out)
             if missing := missing_cases(out, dataset, cases):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cc3d
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -157,24 +156,6 @@ def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- lesions
-
-
-def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number the connected components of masks; voxels connect over faces, edges and corners.
-
-    Parameters
-    ----------
-    mask : ndarray, shape (z, y, x)
-        A mask, or numbers of masks; voxels of different masks do not connect.
-
-    Returns
-    -------
-    ndarray, shape (z, y, x)
-        The component of each voxel, from 1; 0 outside.
-    int
-        Number of components.
-    """
-    return cc3d.connected_components(mask, connectivity=26, return_N=True)
 
 
 def count_lesions(masks: MaskPair, mapper: Map = map) -> np.ndarray:

@@ -23,6 +23,7 @@ from functools import partial
 from math import floor, log10
 from typing import Annotated, Literal, NamedTuple
 
+import cc3d
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,7 +34,6 @@ from nnunet_lite.evaluation.masks import (
     Spacing,
     disjoint_regions,
     is_picture,
-    label_components,
     number_masks,
     pair_masks,
 )
@@ -116,7 +116,8 @@ def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) 
     if not numbered.any():
         return None
     box = slices(bounding_box(numbered != 0))
-    numbers, n = label_components(numbered[box])
+    # numbers differ between masks, so their voxels do not connect; those of a mask do over faces, edges and corners
+    numbers, n = cc3d.connected_components(numbered[box], connectivity=26, return_N=True)
     sizes, mask_of = np.zeros(n + 1, np.intp), np.zeros(n + 1, np.intp)
     for plane, mask in zip(numbers, numbered[box], strict=True):  # by slices: a copy of all as int64 would be large
         sizes += np.bincount(plane.ravel(), minlength=n + 1)

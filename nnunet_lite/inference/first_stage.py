@@ -195,7 +195,7 @@ def predict_first_stage(
             case_id: stage_map_file(first.folder / f"fold_{fold}", configuration, case_id) for case_id in held_out
         }
         folder = targets[held_out[0]].parent
-        with locked(folder, partial(log.info, f"{folder}: another process is predicting, waiting for it")):
+        with locked(folder, "predicting"):
             sweep(folder, alone=True)
             todo = [case_id for case_id in held_out if _stored_key(targets[case_id]) != keys[case_id]]
             if todo:

@@ -93,7 +93,7 @@ def open_run(
     UserError
         As `check_resume`.
     """
-    with locked(folder, lambda: None):  # folds that begin at the same time draw one seed
+    with locked(folder, "opening a run"):  # folds that begin at the same time draw one seed
         file = folder / _RUN
         if file.is_file() and _is_bound(folder, plan, settings, fold):
             return _resume(folder, plan, configuration, settings, fold, force)
@@ -392,16 +392,17 @@ def other_folds(folder: Path, fold: str) -> list[str]:
 def lock_fold(fold_folder: Path) -> AbstractContextManager[None]:
     """Let only one process at a time train in a folder.
 
+    Parameters
+    ----------
+    fold_folder : Path
+        The folder of the fold.
+
     Raises
     ------
     Busy
         Another process trains there.
     """
-
-    def refuse() -> None:
-        raise Busy("another process is training here", fold_folder, "Wait for it, or stop it.") from None
-
-    return locked(fold_folder, refuse)
+    return locked(fold_folder, "training", wait=False)
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -27,8 +27,7 @@ from nnunet_lite.files import must_fit, read_json, scratch, understood, write_js
 from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL, package_versions, set_aside, suggest_models
 from nnunet_lite.models.lookup import Checkpoint, default_folds, is_nnunet, nnunet_file, nnunet_folds, read_model
-from nnunet_lite.networks.build import build_network
-from nnunet_lite.networks.unet import UNet
+from nnunet_lite.networks.unet import UNet, build_network
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Network, Plan, inherited
 from nnunet_lite.planning.swaps import swap_of

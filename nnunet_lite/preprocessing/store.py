@@ -19,7 +19,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import prod
@@ -167,7 +166,7 @@ def preprocess_dataset(
     names = tuple(dict.fromkeys(configurations))
     for name in names:
         plan.configuration(name)
-    with _one_at_a_time(folder):
+    with locked(folder, "preprocessing"):
         _sweep(folder)
         stamps = folder / "raw.json"
         known = read_stamps(folder.parent / stamps.name) | read_stamps(stamps)  # planning has read the files too
@@ -244,7 +243,7 @@ def prune(folder: Path, plan: Plan) -> tuple[int, int]:
     tuple of two int
         How many arrays were deleted, and their bytes.
     """
-    with _one_at_a_time(folder):
+    with locked(folder, "preprocessing"):
         _sweep(folder)
         indices = {_index_file(folder, plan, name) for name in plan.configurations}
         for path in folder.glob("*-*.json"):
@@ -459,11 +458,6 @@ def _failure(failed: Mapping[str, Exception], dataset: Dataset) -> UserError:
 
 
 # ------------------------------------------------------------------------------------------------- files of the store
-
-
-def _one_at_a_time(folder: Path) -> AbstractContextManager[None]:
-    """One process at a time works in the folder; a second one waits, and finds the work done."""
-    return locked(folder, lambda: log.info(f"{folder}: another process is preprocessing, waiting for it"))
 
 
 def _sweep(folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
+from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 
 Cache = Literal["auto", "device", "ram", "disk"]
@@ -22,31 +23,9 @@ _SHARE = 0.5  # of the free memory, at most, is used for cases
 _PLACES = {"device": "kept on {device}", "ram": "kept in RAM", "disk": "read from disk"}
 
 
-class CaseArrays(Protocol):
-    """The arrays of a stored or loaded case.
-
-    `image` (channels, z, y, x), `label` (z, y, x) and, in the second stage of a cascade, `previous` (z, y, x), the
-    classes that the first stage predicted. `foreground` has voxels (n, 3) of each class or region, `annotated` those
-    that are not ignored; None if all are.
-    """
-
-    @property
-    def case_id(self) -> str: ...
-    @property
-    def image(self) -> Any: ...
-    @property
-    def label(self) -> Any: ...
-    @property
-    def foreground(self) -> Mapping[int, np.ndarray]: ...
-    @property
-    def annotated(self) -> np.ndarray | None: ...
-    @property
-    def previous(self) -> Any: ...
-
-
 @dataclass(frozen=True)
 class LoadedCase:
-    """The `CaseArrays` of a case in memory: numpy arrays in RAM, or tensors on a device."""
+    """A case in memory: the arrays of a `StoredCase` as numpy arrays in RAM, or as tensors on a device."""
 
     case_id: str
     image: np.ndarray | Tensor
@@ -54,6 +33,9 @@ class LoadedCase:
     foreground: Mapping[int, np.ndarray]
     annotated: np.ndarray | None
     previous: np.ndarray | Tensor | None = None
+
+
+CaseArrays = StoredCase | LoadedCase
 
 
 def load_cases(

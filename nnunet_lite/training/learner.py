@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, measure_seconds, pick_device, pick_fastest
-from nnunet_lite.networks.unet import set_deep_supervision
+from nnunet_lite.networks.unet import build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.dataloader import Batch, make_batch

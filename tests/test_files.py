@@ -1,4 +1,4 @@
-"""Files are whole or not there: long names, full disks and limits, kills and signals, and what others are writing."""
+"""Files are complete or do not exist: long names, full disks, kills and signals; JSON that cannot be read."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch import nn
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.nifti import write_nifti
+from nnunet_lite.errors import UserError
 from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, read_json, scratch, sweep, write_json
 from nnunet_lite.inference.first_stage import write_stage_map
 from nnunet_lite.inference.folder import _array_on_disk
@@ -34,6 +35,50 @@ PICTURE = Geometry((1, 120, 200), (999.0, 1.0, 1.0), dimensions=2)
 
 def noise(geometry: Geometry) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 200, geometry.shape).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------ text and JSON
+
+
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.nii.gz"
+    for old in ([], ["old"]):
+        with pytest.raises(RuntimeError), atomic(path) as temporary:
+            assert temporary.name.endswith(".nii.gz")
+            temporary.write_text("half")
+            raise RuntimeError
+        assert [file.read_text() for file in path.parent.iterdir()] == old
+        path.write_text("old")
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert [file.read_text() for file in path.parent.iterdir()] == ["new"]
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    code = "import pathlib, nnunet_lite.files as f; f.write_text(pathlib.Path('a.json'), '\"L\\xe4sion\"')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert read_json(tmp_path / "a.json") == "Läsion"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b": 2,\n}', r"a\.json: invalid JSON at line (2|3), column \d+"),
+        (b'{"a": "\xff"}', r"a\.json: is not UTF-8 text \(byte 7\)"),
+        (None, r"a\.json: no such file"),
+    ],
+)
+def test_json_that_cannot_be_read(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"é": [1, None]})
+    assert read_json(file) == {"é": [1, None]}
+    file.write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(file) == [1], "a byte order mark is skipped"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_json(file)
 
 
 # -------------------------------------------------------------------------------------------------------- long names
@@ -142,7 +187,7 @@ def test_what_a_full_disk_says(tmp_path: Path) -> None:
 
 
 def child(code: str, cwd: Path) -> subprocess.Popen[str]:
-    """A process that is in the middle of writing a file and a folder, as the command `nnlite`."""
+    """A process that is writing a file and a folder, as the command `nnlite`."""
     code = (
         "import sys; sys.argv = ['nnlite']\n"
         "import os, pathlib, time, nnunet_lite.files as w\n"
@@ -158,20 +203,23 @@ def child(code: str, cwd: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_what_a_living_process_writes_is_not_swept_and_what_a_killed_one_left_is(tmp_path: Path, counts: Any) -> None:
+def test_only_temporary_files_of_killed_processes_are_swept(tmp_path: Path, counts: Any) -> None:
     counts("faults survived", 2)
-    foreign = tmp_path / ".tmp-of-mine"
+    foreign, below = tmp_path / ".tmp-of-mine", tmp_path / "below" / ".tmp-01234567-a.json"
     foreign.mkdir()
+    below.parent.mkdir()
+    below.touch()
     alive, killed = child("    input()", tmp_path), child("    input()", tmp_path)
     assert len(list(tmp_path.glob(".tmp-*"))) == 5
     killed.kill()
     killed.communicate()
     sweep(tmp_path)
-    left = sorted(path.name for path in tmp_path.glob(".tmp-*"))
+    left = [path.name for path in tmp_path.glob(".tmp-*")]
     assert len(left) == 3 and foreign.name in left
     _, err = alive.communicate("\n")
     assert alive.returncode == 0, err
-    assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "a.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {foreign.name, "below", "a.json"} and below.exists()
+    sweep(tmp_path / "missing")
 
 
 def test_the_first_write_into_a_folder_sweeps_it(tmp_path: Path, counts: Any) -> None:
