@@ -40,7 +40,7 @@ from nnunet_lite.evaluation.masks import (
 
 @dataclass(frozen=True)
 class MaskComparison:
-    """What is counted and measured of one mask in a prediction and in its reference.
+    """Counts and distances of one mask, prediction against reference.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class MaskComparison:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """One metric: how it is computed, named and shown.
 
     Parameters
     ----------

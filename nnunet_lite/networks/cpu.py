@@ -54,11 +54,15 @@ def keep_freed_memory() -> None:
 
 
 class FastConv2d(nn.Conv2d):
+    """A convolution that uses oneDNN for single samples too."""
+
     def forward(self, x: Tensor) -> Tensor:
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
 
 
 class FastConv3d(nn.Conv3d):
+    """A convolution that uses Winograd's filtering where it is faster, and oneDNN for single samples too."""
+
     def forward(self, x: Tensor) -> Tensor:
         if is_winograd_faster(self, x):
             return convolve_winograd(x, self.weight, self.bias)
@@ -66,9 +70,10 @@ class FastConv3d(nn.Conv3d):
 
 
 def _avoids_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
-    """Return whether torch may not use oneDNN, its fast library for CPUs: for one sample of a few thousand values.
+    """Return whether torch might compute the layer without oneDNN, its fast library for CPUs.
 
-    The convolution that it uses instead takes four times as long at the sizes of a U-Net.
+    It does so for one float32 sample of a few thousand values, and then takes four times as long at the sizes of a
+    U-Net.
     """
     return (
         not torch.compiler.is_compiling()  # first: it exports graphs for any batch
@@ -93,6 +98,8 @@ def _convolve_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 
 class FastInstanceNorm(nn.InstanceNorm3d):
+    """Instance normalisation, of two or three dimensions, that keeps the channels-last format."""
+
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and is_channels_last(x):
             return _ChannelsLastNorm.apply(x, self.weight, self.bias, self.eps)

@@ -83,7 +83,7 @@ PRESETS: dict[str, PlannerPreset] = {
 
 
 @dataclass(frozen=True)
-class _Task:
+class _PlanInputs:
     """What all configurations of one plan share."""
 
     preset: PlannerPreset
@@ -142,7 +142,7 @@ def make_plan(
     shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
     if not len(spacings):
         raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
-    task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
+    task = _PlanInputs(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
     target, why = target_spacing(spacings, shapes)
     order = axis_order(target)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
@@ -258,7 +258,7 @@ def axis_order(spacing: np.ndarray) -> tuple[int, int, int]:
 
 
 def _plan_configurations(
-    task: _Task, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
+    task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
 ) -> dict[str, Configuration]:
     """Plan all configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
     data_voxels = float(prod(median)) * task.n_cases
@@ -268,9 +268,9 @@ def _plan_configurations(
     full = _plan_configuration(task, spacing, median, data_voxels, False, why)
     low, note = _plan_lowres(task, full)
     if low is None:
-        return {**planned, "3d_fullres": _because(full, note)}
+        return {**planned, "3d_fullres": _with_reason(full, note)}
     full = full.model_copy(update={"batch_dice": True})
-    full = _because(full, "Dice is taken over the batch: a patch sees little of an image")
+    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image")
     reasons = ("as 3d_fullres, with the segmentation of 3d_lowres as further input channels",)
     cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": reasons})
     return {
@@ -281,11 +281,11 @@ def _plan_configurations(
     }
 
 
-def _because(configuration: Configuration, reason: str) -> Configuration:
+def _with_reason(configuration: Configuration, reason: str) -> Configuration:
     return configuration.model_copy(update={"reasons": (*configuration.reasons, reason)})
 
 
-def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
+def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration | None, str]:
     """Plan 3d_lowres: coarser by 3 % a step until a patch sees a quarter of the image; None and why where not."""
     share = prod(full.patch_size) / prod(full.median_shape)
     if share >= LOWRES_BELOW:
@@ -309,7 +309,12 @@ def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None
 
 
 def _plan_configuration(
-    task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, batch_dice: bool, why: tuple[str, ...]
+    task: _PlanInputs,
+    spacing: np.ndarray,
+    median: np.ndarray,
+    data_voxels: float,
+    batch_dice: bool,
+    why: tuple[str, ...],
 ) -> Configuration:
     """Find the largest patch that fits the budget, its network, and the largest batch for both."""
     dimensions = len(spacing)
@@ -331,8 +336,11 @@ def _plan_configuration(
     return with_memory(planned, task.inputs, task.labels)
 
 
-def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
-    """Start isotropic in mm and clipped to the median image; shorten the relatively longest axis until it fits."""
+def _fit_patch(task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
+    """Return the largest patch that fits the budget, with its topology, and the reason.
+
+    It starts isotropic in mm and clipped to the median image; the relatively longest axis is shortened until it fits.
+    """
     dimensions, mm = len(spacing), spacing.tolist()
     density = 1 / spacing
     ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
@@ -347,19 +355,23 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
     if shape is first:
         whole = all(n >= m for n, m in zip(shape.patch, median, strict=True))
         size = "covers the median image" if whole else "has its full size"
-        return shape, f"patch {_by(shape.patch)} {size}: {fits}"
-    return shape, f"patch shrunk from {_by(first.patch)} to {_by(shape.patch)} so that {fits}"
+        return shape, f"patch {_joined_by_x(shape.patch)} {size}: {fits}"
+    return shape, f"patch shrunk from {_joined_by_x(first.patch)} to {_joined_by_x(shape.patch)} so that {fits}"
 
 
 def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tuple[int, str]:
-    """Fill the budget; hold at most a share of the dataset's voxels, which are `patches` patches; at least two."""
+    """Return the batch size that fills the budget, and the reason.
+
+    A batch holds at most a share of the dataset's voxels, which are `patches` patches, and at least two samples.
+    """
     fitting = round(budget / maps)
     cap = round(patches * share)
     batch = max(min(fitting, cap), MIN_BATCH)
     if batch == fitting:
         return batch, f"batch {batch} fills the budget"
     if batch == cap:
-        return batch, f"batch capped at {batch} of {fitting} that fit: it may hold {_percent(share)} of all voxels"
+        held = "no more voxels than the dataset" if share >= 1 else f"{_percent(share)} of all voxels"
+        return batch, f"batch capped at {batch} of {fitting} that fit: it may hold {held}"
     short = f": {fitting} would fit, but {_percent(share)} of all voxels make only {cap}" if fitting > batch else ""
     return batch, f"batch {batch} is the minimum{short}"
 
@@ -372,10 +384,10 @@ def _network_reasons(shape: Topology) -> list[str]:
     if not flat:
         return []
     stages = "the first stage" if flat == 1 else f"the first {flat} stages"
-    return [f"kernels {_by(shape.kernels[0])} in {stages}: voxels there are over 2x longer along one axis"]
+    return [f"kernels {_joined_by_x(shape.kernels[0])} in {stages}: voxels there are over 2x longer along one axis"]
 
 
-def _by(numbers: Sequence[float]) -> str:
+def _joined_by_x(numbers: Sequence[float]) -> str:
     return "x".join(f"{n:g}" for n in numbers)
 
 

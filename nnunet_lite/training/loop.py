@@ -52,7 +52,7 @@ from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics
 from nnunet_lite.training.optim import Plateau, learning_rate, update_average
 
-_VALIDATION_STREAM = 2**31  # of random numbers: no training epoch uses it
+_VALIDATION_STREAM = 2**31  # the seed stream of validation; training uses the number of the epoch
 
 
 class State(BaseModel):
@@ -69,9 +69,9 @@ class State(BaseModel):
     iteration: int = 0
     losses: list[float] = []
     scale: float = LOSS_SCALE
-    seconds: float = 0.0  # of training, with timing of number formats and pseudo-validation
-    pace: float = 0.0  # per step of the last epoch
-    pass_seconds: float = 0.0  # that the network took for a patch in the last pseudo-validation
+    seconds: float = 0.0  # spent on training, with timing of number formats and pseudo-validation
+    pace: float = 0.0  # seconds per step in the last epoch
+    pass_seconds: float = 0.0  # seconds of the network per patch in the last pseudo-validation
     bad_steps: int = 0
     early_stopping: limits.EarlyStopping = Field(limits.EarlyStopping(), alias="trend")
     labels: LabelStatistics = Field(default_factory=LabelStatistics, alias="seen")
@@ -337,7 +337,7 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
     rate : float
         Learning rate.
     number : int
-        Of the step since the run began.
+        Index of the step since the run began.
 
     Returns
     -------
