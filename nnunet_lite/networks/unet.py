@@ -2,8 +2,8 @@
 
 Isensee et al., nnU-Net, Nature Methods 2021 (doi:10.1038/s41592-020-01008-z); residual encoder: Isensee et al.,
 nnU-Net Revisited, MICCAI 2024 (arXiv:2404.09556). Convolutions are padded and have a bias, except for the projection
-of a residual block; the first one of a stage has the stride; upsampling is a transposed convolution; every decoder stage
-has a segmentation head for deep supervision.
+of a residual block; the first one of a stage has the stride; upsampling is a transposed convolution; every decoder
+stage has a segmentation head for deep supervision.
 
 `build_network` makes the network of a configuration: `UNet`, whose parts stand above it, or one of the
 user's own (`network.factory`). cpu.py makes a built network faster on CPUs.
