@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from bench_preprocess import Cost, measure
-from nnunet_lite.networks.build import build_network
 
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference import outputs, predictor
@@ -39,6 +38,7 @@ from nnunet_lite.log import info
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import FORMAT
 from nnunet_lite.models.nnunet import export_nnunet
+from nnunet_lite.networks.unet import build_network
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings
 
