@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on bundled real data (40 hippocampus MRIs): check, plan, preprocess, train, predict, evaluate.
-# About six minutes on two CPU cores. Run again, it goes on where it stopped; delete demo_output/ to begin anew.
+# About five minutes on two CPU cores. Run it again and it resumes; delete demo_output/ to start from the beginning.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 data=$PWD/tests/data/Task04_Hippocampus
@@ -14,7 +14,7 @@ step() {
     "$@"
 }
 
-nnlite doctor || true # what it complains of may not matter here
+nnlite doctor || true # its warnings may not matter here
 SECONDS=0
 step nnlite check "$data"
 step nnlite plan "$data"

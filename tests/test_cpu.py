@@ -23,7 +23,7 @@ from nnunet_lite.networks.cpu import (
 from nnunet_lite.networks.unet import UNet, set_deep_supervision
 from nnunet_lite.networks.winograd import is_channels_last
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import current
+from nnunet_lite.workspace import planned_paths
 
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -34,7 +34,7 @@ def memory_format(dimensions: int, channels_last: bool) -> torch.memory_format:
 
 def make_unet(tiny_workspace: Path, configuration: str = "3d_fullres", **changes: Any) -> UNet:
     """A U-Net of the plan with few features."""
-    planned = Plan.read(current(tiny_workspace).plans).configuration(configuration).network
+    planned = Plan.read(planned_paths(tiny_workspace).plans).configuration(configuration).network
     torch.manual_seed(0)
     features = tuple(min(4 * 2**i, 16) for i in range(len(planned.features)))
     return UNet(planned.model_copy(update={"features": features, **changes}), 1, 3)
