@@ -127,12 +127,12 @@ def main() -> None:
         make_models(paths, dataset)
         make_predictions(paths, dataset)
         pairs = timed(paths)
-        rows.append(("two models, the pair scored anew, postprocessing", pairs[0]))
+        rows.append(("two models, the pair scored again, postprocessing", pairs[0]))
         rows.append(("the same again, all scores there", timed(paths)[0]))
         rows.append(("`--no-ensembles --no-postprocess`", timed(paths, "--no-ensembles", "--no-postprocess")[0]))
         for file in [*paths.models.rglob("summary.json"), *paths.ensembles.rglob("summary.json")]:
             file.unlink()
-        rows.append(("everything scored anew, postprocessing", timed(paths)[0]))
+        rows.append(("everything scored again, postprocessing", timed(paths)[0]))
         shutil.rmtree(paths.root)
     cores = len(os.sched_getaffinity(0))
     head = (

@@ -184,7 +184,7 @@ def main() -> None:
         o.output.write_text("\n".join(lines) + "\n")
 
 
-if __name__ == "__main__":  # nnU-Net's worker processes import this file anew
+if __name__ == "__main__":  # nnU-Net's worker processes import this file again
     if sys.argv[1:2] == ["--side"]:
         print(json.dumps(time_side(*sys.argv[2:5], *map(int, sys.argv[5:7]))))
         sys.stdout.flush()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes nnunet_lite/reporting/viewer_page/niivue.js and niivue.third_party.txt anew from the npm registry (needs node and npm).
+# Builds nnunet_lite/reporting/viewer_page/niivue.js and niivue.third_party.txt from the npm registry (needs node and npm).
 # The decoders of Zarr files, 1.4 of 2.9 MB, are left out: the viewer is given NIfTI alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."

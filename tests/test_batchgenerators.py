@@ -144,10 +144,10 @@ CHANCES = (*INTENSITY, "rotation", "scaling")
     ],
 )
 def test_both_pipelines_agree_in_distribution(tiny_cases: list[Any], patch: Shape, which: tuple[str, ...]) -> None:
-    """What augmentation changes in real patches, with both set alike: no deformation, linear interpolation.
+    """What augmentation changes in real patches, with equal settings of both: no deformation, linear interpolation.
 
     Over many samples, means differ by what chance explains (4 standard errors) and a percent for blur, which treats
-    the border otherwise; distributions are not told apart by a test of Kolmogorov and Smirnov.
+    the border otherwise; distributions are not distinguished by a test of Kolmogorov and Smirnov.
     """
     chances: dict[str, Any] = {f"p_{name}": float(name in which) if len(which) < 3 else 0.5 for name in CHANCES}
     settings = AugmentationSettings(**chances, scaling=(0.75, 1.25))  # about one: v1 shrinks half of the samples

@@ -88,7 +88,7 @@ def test_forced_patches_show_their_class_of_all_classes_alike() -> None:
     case, patch, rng = make_case((20, 24, 28)), (8, 10, 12), rng_for(1, 0, 0)
     seen = [set(np.unique(box(case.label, draw_corner(case, patch, True, rng), patch))) - {0} for _ in range(200)]
     assert all(seen)
-    share = np.mean([2 in classes for classes in seen])  # classes are drawn alike, however few voxels one has
+    share = np.mean([2 in classes for classes in seen])  # classes have equal chances, however few voxels one has
     assert 0.35 < share < 0.65
 
 

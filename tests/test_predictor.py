@@ -238,7 +238,7 @@ print(len(psutil.Process().children(recursive=True)))
 
 
 def test_threads_share_a_warm_model_without_child_processes_or_a_guard(tiny_model: Path, scans: list[Path]) -> None:
-    """As a script would: nothing is imported anew by a process that needs `if __name__ == "__main__"`."""
+    """As a script would: nothing is imported again by a process that needs `if __name__ == "__main__"`."""
     script = WARM.format(folder=str(tiny_model), scans=[str(scan) for scan in scans[:2]])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0"]
