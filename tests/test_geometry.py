@@ -158,7 +158,7 @@ def test_flat_images_with_label_maps_of_one_slice(tmp_path: Path, flat: str) -> 
     assert [problem.kind for problem in nnunet_lite.check(tmp_path / "data").problems] == ["understood"]
     planned = nnunet_lite.plan(tmp_path / "data", workspace=tmp_path / "w")
     assert list(planned.configurations) == ["2d"]
-    assert nnunet_lite.preprocess(workspace=tmp_path / "w").to_json()["cases"] == {"2d": 6}
+    assert nnunet_lite.preprocess(workspace=tmp_path / "w").cases == {"2d": 6}
     scores = nnunet_lite.evaluate(tmp_path / "other", tmp_path / "data" / "labels", surface=False)
     assert scores.foreground().mean == 1
 
