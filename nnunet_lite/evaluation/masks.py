@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.data.labels import Labels, smallest_dtype
@@ -212,6 +209,9 @@ def connect_runs(
     int
         Number of components.
     """
+    from scipy.sparse import coo_array  # loading it takes 0.2 s, which a prediction does not need
+    from scipy.sparse.csgraph import connected_components
+
     _, height, width = shape
     row, left = np.divmod(start, width)
     low, high = np.maximum(left - 1, 0), np.minimum(left + stop - start + 1, width)
@@ -311,6 +311,8 @@ def measure_distances(source: np.ndarray, target: np.ndarray, tolerance: float, 
     tolerance, step : float
         As in `compare_surfaces`.
     """
+    from scipy.spatial import cKDTree  # as slow to load
+
     # splitting in the middle suits points of a grid: no sorting, and no slow search among many equal distances
     tree = cKDTree(target, leafsize=32, balanced_tree=False, compact_nodes=False)
     limit = tolerance + _ROUNDING

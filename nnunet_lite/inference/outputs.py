@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import entr, expit, softmax
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -261,6 +260,8 @@ def _probabilities(logits: Any, regions: bool) -> Any:
     Where all logits are zero, every window was skipped as empty: that is background for certain.
     """
     if isinstance(logits, np.ndarray):
+        from scipy.special import expit, softmax  # slow to load, and needed by few predictions
+
         shares = expit(logits) if regions else softmax(logits, axis=0)
     else:
         shares = logits.sigmoid() if regions else logits.softmax(dim=0)
@@ -273,6 +274,8 @@ def _probabilities(logits: Any, regions: bool) -> Any:
 
 def _entropy(shares: np.ndarray, regions: bool) -> np.ndarray:
     """Return the entropy of (channels, rows, x) probabilities, between 0 and 1."""
+    from scipy.special import entr  # slow to load, and needed by few predictions
+
     if regions:
         return (entr(shares) + entr(1 - shares)).mean(axis=0) / np.log(2)
     return entr(shares).sum(axis=0) / np.log(len(shares))
