@@ -34,12 +34,11 @@ from nnunet_lite.inference.windows import (
     tile,
 )
 from nnunet_lite.networks.precision import DTYPES, ComputeFormat
-from nnunet_lite.networks.unet import UNet
+from nnunet_lite.networks.unet import UNet, one_hot
 from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.preprocessing.pipeline import require_finite
 from nnunet_lite.preprocessing.resampling import Block, blocks
-from nnunet_lite.training.cascade import one_hot
 
 Function = Callable[[Tensor], Tensor]
 

@@ -159,6 +159,25 @@ def _initialize(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def one_hot(classes: Tensor, n_classes: int) -> Tensor:
+    """Turn the classes that a first stage predicts into input channels of the second stage of a cascade.
+
+    Parameters
+    ----------
+    classes : Tensor, shape (batch, *shape)
+        Predicted classes.
+    n_classes : int
+        Number of classes, with the background.
+
+    Returns
+    -------
+    Tensor of bool, shape (batch, n_classes - 1, *shape)
+        A channel for each foreground class.
+    """
+    foreground = torch.arange(1, n_classes, device=classes.device, dtype=classes.dtype)  # bytes are compared as bytes
+    return classes[:, None] == foreground.view(-1, *[1] * (classes.ndim - 1))
+
+
 def set_deep_supervision(network: nn.Module, on: bool) -> None:
     """Let a network return the logits of every decoder stage, or the finest only; others than U-Nets may ignore it."""
     if hasattr(network, "deep_supervision"):

@@ -16,6 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from nnunet_lite.networks.unet import one_hot
 from nnunet_lite.settings import AugmentationSettings
 
 P_LABEL = 0.5  # probability of a label to change, in a sample that is changed
@@ -89,12 +90,6 @@ def append_previous(images: Tensor, previous: Tensor, draw: CascadeDraw) -> Tens
     """
     changed = torch.stack([_change_labels(sample, draw, i) for i, sample in enumerate(previous)])
     return torch.cat([images, one_hot(changed, draw.n_classes).to(images.dtype)], 1)
-
-
-def one_hot(classes: Tensor, n_classes: int) -> Tensor:
-    """Turn classes (batch, *shape) into bool (batch, n_classes - 1, *shape), a channel for each foreground class."""
-    foreground = torch.arange(1, n_classes, device=classes.device, dtype=classes.dtype)  # bytes are compared as bytes
-    return classes[:, None] == foreground.view(-1, *[1] * (classes.ndim - 1))
 
 
 def _change_labels(classes: Tensor, draw: CascadeDraw, sample: int) -> Tensor:
