@@ -286,17 +286,22 @@ def _defect(path: Path) -> str | None:
         return "needs the file of its voxels with it, which is not there"
     if suffix in _VOXELS and not header_of(path):
         return "needs its header (.hdr) with it, which is not there"
+    truncated = _is_cut_picture(path) if suffix in PICTURES else suffix in GIPL and not _holds_gipl(path)
+    return f"is truncated: it ends after {size} bytes" if truncated else None
+
+
+def _is_cut_picture(path: Path) -> bool:
+    """Return whether a picture lacks the mark of its format at its end, or bytes that its header states."""
+    size, suffix = path.stat().st_size, suffix_of(path)
     with path.open("rb") as file:
         head = file.read(64)
         file.seek(max(0, size - 4096))
         tail = file.read()
-    truncated = (
-        (suffix == ".png" and head.startswith(b"\x89PNG") and b"IEND" not in tail)
-        or (suffix in (".jpg", ".jpeg") and head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail)
-        or (suffix == ".bmp" and head.startswith(b"BM") and size < int.from_bytes(head[2:6].ljust(4, b"\0"), "little"))
-        or (suffix in GIPL and not _holds_gipl(path))
-    )
-    return f"is truncated: it ends after {size} bytes" if truncated else None
+    if suffix == ".png":
+        return head.startswith(b"\x89PNG") and b"IEND" not in tail
+    if suffix in (".jpg", ".jpeg"):
+        return head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail
+    return suffix == ".bmp" and head.startswith(b"BM") and size < int.from_bytes(head[2:6].ljust(4, b"\0"), "little")
 
 
 def _holds_gipl(path: Path) -> bool:
