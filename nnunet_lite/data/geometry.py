@@ -313,12 +313,12 @@ class Image:
 
 
 def bounding_box(mask: np.ndarray) -> Box:
-    """Return the smallest box that contains all true voxels.
+    """Return the smallest box that contains all voxels of a mask.
 
     Parameters
     ----------
-    mask : ndarray of bool, shape (z, y, x)
-        An empty mask gives the box of the whole array.
+    mask : ndarray, shape (z, y, x)
+        What is not 0 is inside. An empty mask gives the box of the whole array.
 
     Returns
     -------

@@ -96,7 +96,7 @@ def pair_masks(
     true = number_masks(reference, masks if ignore is None else [*masks, (ignore,)], mapper)
     if ignore is not None:
         predicted[true == n + 1] = n + 1
-    box = slices(bounding_box((predicted | true) != 0))
+    box = slices(bounding_box(predicted | true))
     predicted, true = (np.ascontiguousarray(array[box]) for array in (predicted, true))
 
     def find_runs(z: int) -> np.ndarray:
