@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from nnunet_lite.models.folder import (
 from nnunet_lite.models.lookup import Checkpoint, find_model, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
+from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 
@@ -118,12 +119,13 @@ def _describe_folder(model: Path, folder: Path) -> About:
         "versions": run["versions"],
         "settings": run["settings"],
     }
+    patch = join_by_x(configuration.patch_size)
     lines = [
         f"{model}: {run['configuration']} of {plan.dataset}, recipe {run['settings']['recipe']}",
         f"channels  {', '.join(c.name for c in plan.channels)}",
         f"labels    {', '.join(plan.labels.region_names)}",
         f"axes      {_orientation(plan)}",
-        f"spacing   {_by(configuration.spacing)} {length_unit(plan)}, patch {_by(configuration.patch_size)}",
+        f"spacing   {join_by_x(configuration.spacing)} {length_unit(plan)}, patch {patch}",
         f"network   {network.kind}, features {'-'.join(map(str, network.features))}, {network.norm} norm",
     ]
     for fold, state in folds.items():
@@ -165,7 +167,3 @@ def describe_dataset(paths: Paths) -> About:
     head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
     texts = [model.text for model in models] or [f"no model yet: {first_training(paths)}"]
     return About(values, "\n\n".join([head, plan_table(plan), *texts, *selected]))
-
-
-def _by(values: tuple[Any, ...]) -> str:
-    return "x".join(f"{v:g}" for v in values)

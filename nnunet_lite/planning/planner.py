@@ -26,6 +26,7 @@ from nnunet_lite.planning.topology import (
     default_features,
     default_network,
     feature_map_count,
+    join_by_x,
     neighbouring_patches,
     shorten_patch,
     topology_of,
@@ -355,8 +356,8 @@ def _fit_patch(task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, budge
     if shape is first:
         whole = all(n >= m for n, m in zip(shape.patch, median, strict=True))
         size = "covers the median image" if whole else "has its full size"
-        return shape, f"patch {_joined_by_x(shape.patch)} {size}: {fits}"
-    return shape, f"patch shrunk from {_joined_by_x(first.patch)} to {_joined_by_x(shape.patch)} so that {fits}"
+        return shape, f"patch {join_by_x(shape.patch)} {size}: {fits}"
+    return shape, f"patch shrunk from {join_by_x(first.patch)} to {join_by_x(shape.patch)} so that {fits}"
 
 
 def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tuple[int, str]:
@@ -384,11 +385,7 @@ def _network_reasons(shape: Topology) -> list[str]:
     if not flat:
         return []
     stages = "the first stage" if flat == 1 else f"the first {flat} stages"
-    return [f"kernels {_joined_by_x(shape.kernels[0])} in {stages}: voxels there are over 2x longer along one axis"]
-
-
-def _joined_by_x(numbers: Sequence[float]) -> str:
-    return "x".join(f"{n:g}" for n in numbers)
+    return [f"kernels {join_by_x(shape.kernels[0])} in {stages}: voxels there are over 2x longer along one axis"]
 
 
 def _percent(share: float) -> str:
@@ -473,13 +470,13 @@ def limit_sizes(
 
 
 def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configuration:
-    size = "x".join(map(str, patch))
+    size = join_by_x(patch)
     if len(patch) != configuration.dimensions or min(patch) < 1:
         fix = f"Give {configuration.dimensions} positive numbers of voxels."
         raise UserError(f"patch size {size} is no patch", fix=fix)
     shape = topology_of(configuration.spacing, patch)
     if shape.patch != patch:
-        below, above = ("x".join(map(str, legal)) for legal in neighbouring_patches(configuration.spacing, patch))
+        below, above = (join_by_x(legal) for legal in neighbouring_patches(configuration.spacing, patch))
         raise UserError(
             f"patch size {size} cannot be pooled: it must be a multiple of {'x'.join(map(str, shape.divisor))}",
             fix=f"The nearest are {below} and {above}.",

@@ -7,6 +7,8 @@ from math import prod
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from nnunet_lite.data.problems import plural
+
 if TYPE_CHECKING:  # schema.py imports this file, so that a plan can show itself
     from nnunet_lite.planning.schema import Channel, Configuration, Plan
 
@@ -37,8 +39,8 @@ def plan_title(plan: Plan) -> str:
     axes = " ".join("zyx"[axis] for axis in plan.axis_order)
     orientation = "" if plan.orientation is None else f" of {plan.orientation}"
     return (
-        f"{plan.dataset}: {_count(plan.n_cases, 'case')}, preset {plan.preset}, budget {plan.memory_gb:g} GB, "
-        f"axes {axes}{orientation}, {_count(plan.labels.n_channels, 'output channel')}"
+        f"{plan.dataset}: {plural(plan.n_cases, 'case')}, preset {plan.preset}, budget {plan.memory_gb:g} GB, "
+        f"axes {axes}{orientation}, {plural(plan.labels.n_channels, 'output channel')}"
     )
 
 
@@ -101,14 +103,10 @@ def _over_budget(plan: Plan, c: Configuration) -> list[str]:
         return []
     return [
         f"predicted {c.memory_gb:.1f} GB are more than {plan.memory_gb:g} GB: the rule for the patch counts feature "
-        f"maps, not parameters, nor the loss over {_count(plan.labels.n_channels, 'output channel')}; "
+        f"maps, not parameters, nor the loss over {plural(plan.labels.n_channels, 'output channel')}; "
         "a smaller batch or patch, or a smaller budget, fits"
     ]
 
 
 def _by(parts: Iterable[str]) -> str:
     return " x ".join(parts)
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -7,7 +7,7 @@ are about isotropic. All of it is arithmetic over a few integers; no network is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
@@ -139,6 +139,11 @@ def neighbouring_patches(spacing: Sequence[float], patch: Sequence[int]) -> tupl
     while (shape := topology_of(spacing, below)).patch != below:
         below = tuple(n // d * d for n, d in zip(below, shape.divisor, strict=True))
     return below, above.patch
+
+
+def join_by_x(sizes: Iterable[float]) -> str:
+    """Return sizes as text, such as "40x56x40"."""
+    return "x".join(f"{size:g}" for size in sizes)
 
 
 def default_features(stages: int, dimensions: int, base: int = BASE_FEATURES) -> tuple[int, ...]:

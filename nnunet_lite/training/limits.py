@@ -24,6 +24,7 @@ from nnunet_lite.errors import Stopped
 from nnunet_lite.models.folder import CHECKPOINT, read_weights_header
 from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import GB, in_units
 
@@ -257,7 +258,7 @@ def explain_out_of_memory(plan: Plan, configuration: str, device: torch.device, 
     planned = plan.configuration(configuration)
     free, total = torch.cuda.mem_get_info(device)
     usable = free + torch.cuda.memory_reserved(device) - cached
-    patches = f"{planned.batch_size} patches of {'x'.join(map(str, planned.patch_size))}"
+    patches = f"{planned.batch_size} patches of {join_by_x(planned.patch_size)}"
     available, need = f"{in_units(usable)} of {in_units(total)} usable", in_units((planned.memory_gb or 0) * GB)
     what = f"the GPU's memory ({available}) is too small for {patches} (about {need})"
     options = suggest_smaller(plan, configuration, 0.9 * usable / GB)
@@ -277,7 +278,8 @@ def suggest_smaller(plan: Plan, configuration: str, memory: float) -> str:
         voxels = voxels * 9 // 10
         smaller = limit_sizes(plan, configuration, voxels).configuration(configuration)
         if smaller.patch_size != planned.patch_size and (smaller.memory_gb or math.inf) <= memory:
-            size = "x".join(map(str, smaller.patch_size))
-            options.append(f"--patch-size {size} (about {in_units((smaller.memory_gb or 0) * GB)})")
+            options.append(
+                f"--patch-size {join_by_x(smaller.patch_size)} (about {in_units((smaller.memory_gb or 0) * GB)})"
+            )
             break
     return " or ".join(options)
