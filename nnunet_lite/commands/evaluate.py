@@ -130,9 +130,9 @@ def view(
         page = serve(read_file_scene(file, [Path(path) for path in maps], labels))
     else:
         paths = select_dataset(workspace, dataset, only_reads=True)
-        found = _case_of(stored_dataset(paths.dataset), str(case))
-        predictions = _predictions(paths, found, names_of(model))
-        page = serve(read_case_scene(stored_dataset(paths.dataset), found, predictions))
+        planned = stored_dataset(paths.dataset)
+        found = _case_of(planned, str(case))
+        page = serve(read_case_scene(planned, found, _predictions(paths, found, names_of(model))))
     if browser and not open_browser(page):
         log.info("no browser with windows was found; open the address in one")
     return page
@@ -173,6 +173,6 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[
 
 def _chosen(paths: Paths) -> list[str]:
     """Return the selected model or ensemble, otherwise the best trained model, if there is one."""
-    if (paths.root / "inference.json").is_file():
-        return ["+".join(read_json(paths.root / "inference.json")["models"])]
+    if paths.inference.is_file():
+        return ["+".join(read_json(paths.inference)["models"])]
     return [choose_model(paths).name] if any(map(trained_folds, model_folders(paths))) else []
