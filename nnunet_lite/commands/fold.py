@@ -108,8 +108,8 @@ def train_and_validate(
             if is_complete(run.fold_folder, run.settings):
                 log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
             else:
-                _train(run, seed, ranks, device, preview)
-    return None if run.split.name == ALL or ranks.rank else _validate(run, device)
+                _preprocess_and_train(run, seed, ranks, device, preview)
+    return None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
 
 
 def _check_trainable(run: TrainingRun, ranks: Ranks, device: torch.device) -> None:
@@ -178,7 +178,7 @@ def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torc
     )  # fmt: skip
 
 
-def _train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
+def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
     """Preprocess and load the cases, and train on them."""
     _announce(run)
     split, training = run.split, run.settings.training
@@ -237,7 +237,7 @@ def _count_passes(job: Job) -> dict[float, int]:
     return {step: copies * count_windows(step) for step in validation_step_sizes(job.settings)}
 
 
-def _validate(run: TrainingRun, device: torch.device) -> Scores:
+def _score_held_out(run: TrainingRun, device: torch.device) -> Scores:
     """Predict and score the held-out cases."""
     held_out = run.split.validation
     planned = read_weights_header(run.fold_folder / MODEL).get("validation")  # an imported model has none

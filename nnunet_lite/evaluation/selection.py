@@ -150,7 +150,7 @@ def read_selection(paths: Paths) -> Selection | None:
     Raises
     ------
     UserError
-        Inference.json is not readable.
+        The file cannot be read.
     """
     if not paths.inference.is_file():
         return None

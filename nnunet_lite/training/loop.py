@@ -1,6 +1,7 @@
 """Training one fold. Read this file from top to bottom.
 
-`train_fold` -> `_start` (network, or checkpoint) -> `_run_epochs` -> `_train_epoch` -> `train_step` -> `_validate`.
+`train_fold` calls `_start` (network, or checkpoint) and `_run_epochs`, which for each epoch calls `_train_epoch`
+(`train_step`) and `_pseudo_validate`.
 
 fold folder: checkpoint.safetensors (every epoch), metrics.jsonl and metrics.csv (a line per epoch), progress.png,
              and at the end model.safetensors, which marks the fold as finished
@@ -170,7 +171,7 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
                 continue
             allowed = math.inf if training.time_limit is None else limits.PSEUDO_VALIDATION_SHARE * metrics["seconds"]
             with averaged_weights(learner):
-                metrics |= _validate(job, learner, state, allowed)
+                metrics |= _pseudo_validate(job, learner, state, allowed)
             state.seconds += from_first(time.monotonic() - begin, job.ranks)
             state.early_stopping = state.early_stopping.update(metrics.get("mean_dice"))
             state.labels.warn_of_zero_dice(metrics.get("dice", {}), _progress(job, state))
@@ -386,7 +387,7 @@ def _update_weights(job: Job, learner: Learner) -> Tensor:
 
 
 @torch.inference_mode()
-def _validate(job: Job, learner: Learner, state: State, allowed: float) -> Metrics:
+def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -> Metrics:
     """Loss and pseudo-Dice on fixed patches of the held-out cases; the Dice of a label that none shows is None.
 
     After `allowed` seconds the remaining patches are left out.
