@@ -10,23 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import (
-    AcceptGeometry,
-    DatasetName,
-    Device,
-    FilePath,
-    Folds,
-    GroupBy,
-    Scheduler,
-    Splits,
-    Stratify,
-    StratifyBy,
-    Workers,
-    Workspace,
-    cluster_of,
-    names_of,
-    sizes_of,
-)
+from nnunet_lite.commands import options
 from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import dataset_to_json, read_dataset, stored_dataset
 from nnunet_lite.data.problems import Report, plural
@@ -51,11 +35,11 @@ _Change = tuple[str, tuple[int, ...] | None, int | None]  # configuration, patch
 
 
 def check(
-    data: Annotated[FilePath, typer.Argument(help="Folder of the raw data, or its name.")],
+    data: Annotated[str | Path, typer.Argument(help="Folder of the raw data, or its name.")],
     *,
-    accept_geometry: AcceptGeometry = False,
-    workers: Workers = None,
-    workspace: Workspace = None,
+    accept_geometry: options.AcceptGeometry = False,
+    workers: options.Workers = None,
+    workspace: options.Workspace = None,
 ) -> Report:
     """Report every problem of a dataset at once.
 
@@ -88,14 +72,14 @@ def check(
 
 
 def plan(
-    data: Annotated[FilePath | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
+    data: Annotated[str | Path | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
     *,
     preset: Annotated[
         Literal["default", "resenc_m", "resenc_l", "resenc_xl"] | None,
         typer.Option(help="Kind of U-Net [as planned before, otherwise default]."),
     ] = None,
     memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
-    plans: Annotated[FilePath | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
+    plans: Annotated[str | Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
         typer.Option(parser=str, metavar="TEXT", help="Such as 40x56x40, instead of the planned one."),
@@ -108,26 +92,28 @@ def plan(
     clip_percentiles: Annotated[
         tuple[float, float] | None, typer.Option(min=0, max=100, help="Clip each image to these before normalisation.")
     ] = None,
-    folds: Folds = None,
-    group_by: GroupBy = None,
-    stratify: Stratify = False,
-    stratify_by: StratifyBy = None,
-    splits: Splits = None,
+    folds: options.Folds = None,
+    group_by: options.GroupBy = None,
+    stratify: options.Stratify = False,
+    stratify_by: options.StratifyBy = None,
+    splits: options.Splits = None,
     store: Annotated[
         Literal["float16", "float32"] | None,
         typer.Option(help="Type of preprocessed images on disk [as planned before; float32 without standardisation]."),
     ] = None,
-    accept_geometry: AcceptGeometry = False,
+    accept_geometry: options.AcceptGeometry = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
     ] = False,
-    device: Device = None,
-    from_fingerprint: Annotated[FilePath | None, typer.Option(help="Plan from a fingerprint instead of data.")] = None,
-    dataset_json: Annotated[FilePath | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
+    device: options.Device = None,
+    from_fingerprint: Annotated[
+        str | Path | None, typer.Option(help="Plan from a fingerprint instead of data.")
+    ] = None,
+    dataset_json: Annotated[str | Path | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
     format: Annotated[Literal["nnlite", "nnunet"], typer.Option(help="Of --output.")] = "nnlite",
-    output: Annotated[FilePath | None, typer.Option(help="Write the plan to this file too.")] = None,
-    workers: Workers = None,
-    workspace: Workspace = None,
+    output: Annotated[str | Path | None, typer.Option(help="Write the plan to this file too.")] = None,
+    workers: options.Workers = None,
+    workspace: options.Workspace = None,
 ) -> Plan:
     """Check a dataset, take its fingerprint and plan its networks; the options are kept for planning it again.
 
@@ -192,7 +178,7 @@ def plan(
     UserError
         The dataset has errors, which are all logged, or an option is illegal. Nothing is written in these cases.
     """
-    patch = None if patch_size is None else sizes_of(patch_size, "--patch-size")
+    patch = None if patch_size is None else options.sizes_of(patch_size, "--patch-size")
     change = (configuration or ("2d" if patch and len(patch) == 2 else "3d_fullres"), patch, batch_size)
     if output is None and format != "nnlite":
         raise UserError(f"--format {format} is given without a file", fix="Say where to write it: --output FILE.")
@@ -282,11 +268,11 @@ def _log_measured_memory(made: Plan, device: str | None) -> None:
 def preprocess(
     configuration: Annotated[str | Sequence[str] | None, typer.Argument(help="Which [all of the plan].")] = None,
     *,
-    dataset: DatasetName = None,
+    dataset: options.DatasetName = None,
     prune: Annotated[bool, typer.Option("--prune", help="Delete what the plan no longer needs.")] = False,
-    scheduler: Scheduler = None,
-    workers: Workers = None,
-    workspace: Workspace = None,
+    scheduler: options.Scheduler = None,
+    workers: options.Workers = None,
+    workspace: options.Workspace = None,
 ) -> PreprocessingSummary:
     """Crop, normalise and resample a planned dataset (train does it too where it is missing).
 
@@ -322,11 +308,11 @@ def preprocess(
     if prune:
         count, size = prune_store(paths.preprocessed, plan)
         log.info(f"{count} arrays deleted that the plan does not need, {in_units(size)}")
-    with cluster_of(scheduler, paths.root.parent) as cluster:
+    with options.cluster_of(scheduler, paths.root.parent) as cluster:
         return preprocess_dataset(
             stored_dataset(paths.dataset),
             plan,
-            names_of(configuration) or list(plan.configurations),
+            options.names_of(configuration) or list(plan.configurations),
             paths.preprocessed,
             workers,
             log.progress,

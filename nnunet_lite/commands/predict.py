@@ -11,21 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import (
-    AcceptGeometry,
-    DatasetName,
-    Device,
-    FilePath,
-    Precision,
-    Scheduler,
-    SettingOverrides,
-    TrustCode,
-    WhichCheckpoint,
-    Workspace,
-    cluster_of,
-    names_of,
-    overrides_of,
-)
+from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_all_cases
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
@@ -92,13 +78,13 @@ class Predictions:
 
 def predict(
     input: Annotated[
-        FilePath | Sequence[FilePath],
+        str | Path | Sequence[str | Path],
         typer.Option("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
     ],
-    output: Annotated[FilePath, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
+    output: Annotated[str | Path, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
     *,
     model: Annotated[
-        FilePath | Sequence[FilePath] | None,
+        str | Path | Sequence[str | Path] | None,
         typer.Option(
             "-m", "--model", help="Model folder, nnU-Net's too, zip, or name [as selected, or trained]; several vote."
         ),
@@ -117,7 +103,7 @@ def predict(
     ] = None,
     mirroring: Annotated[bool | None, typer.Option(help="Average over mirrored copies: 4 to 8 times slower.")] = None,
     step_size: Annotated[float | None, typer.Option(help="Distance of windows as a share of the patch.")] = None,
-    precision: Precision = None,
+    precision: options.Precision = None,
     max_memory: Annotated[
         float | None,
         typer.Option(metavar="GB", help="Besides the image; of the GPU's as well [80 % of what is free]."),
@@ -130,18 +116,18 @@ def predict(
         bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
-    scheduler: Scheduler = None,
-    device: Device = None,
+    scheduler: options.Scheduler = None,
+    device: options.Device = None,
     skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that exist already.")] = False,
     postprocess: Annotated[
         bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
     ] = True,
-    accept_geometry: AcceptGeometry = False,
-    settings: SettingOverrides = None,
-    checkpoint: WhichCheckpoint = "final",
-    trust_code: TrustCode = False,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
+    accept_geometry: options.AcceptGeometry = False,
+    settings: options.SettingOverrides = None,
+    checkpoint: options.WhichCheckpoint = "final",
+    trust_code: options.TrustCode = False,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
 ) -> Predictions:
     """Segment images with a trained model.
 
@@ -205,7 +191,7 @@ def predict(
     UserError
         There is no such image or model, or an option is illegal.
     """
-    settings = overrides_of(
+    settings = options.overrides_of(
         settings, inference__mirroring=mirroring, inference__step_size=step_size, inference__precision=precision,
         inference__max_memory=max_memory,
     )  # fmt: skip
@@ -217,7 +203,7 @@ def predict(
     paths = None if model else select_dataset(workspace, dataset, needs_plan=False)
     models = [find_model(path, root, dataset) for path in _as_list(model or ())]
     folds = None if fold is None else [str(name) for name in _as_list(fold)]
-    folders, folds, rules = _choose_models(paths, models, names_of(configuration) or [], folds, postprocess)
+    folders, folds, rules = _choose_models(paths, models, options.names_of(configuration) or [], folds, postprocess)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
         raise UserError("there is no such file or folder", missing)
     if speed == "fast" and fold is None:
@@ -238,7 +224,7 @@ def predict(
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
     names = () if save_probabilities is None else parse_label_names(save_probabilities, plan.labels)
-    options: dict[str, Any] = {
+    writing: dict[str, Any] = {
         "maps": ExtraMaps(names, save_uncertainty),
         "dicom_seg": dicom_seg,
         "skip_existing": skip_existing,
@@ -250,9 +236,9 @@ def predict(
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **options)
+        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **writing)
     else:
-        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), options)
+        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
     for case, reason in failed.items():
         log.info(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
@@ -324,7 +310,7 @@ _loaded: dict[str, Predictor] = {}  # the model that this worker predicts with
 
 
 def _predict_case(
-    case: Case, loader: partial[Predictor], out: Path, options: dict[str, Any]
+    case: Case, loader: partial[Predictor], out: Path, writing: dict[str, Any]
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict a case on a worker; as `predict_cases`. The model is loaded again only if its weights change."""
     folders, folds = loader.args[:2]
@@ -332,17 +318,17 @@ def _predict_case(
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = loader()
-    return predict_cases(_loaded[key], [case], out, **options)
+    return predict_cases(_loaded[key], [case], out, **writing)
 
 
 def _predict_on(
-    scheduler: str, loader: partial[Predictor], cases: Sequence[Case], out: Path, options: dict[str, Any]
+    scheduler: str, loader: partial[Predictor], cases: Sequence[Case], out: Path, writing: dict[str, Any]
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
     failed: dict[str, str] = {}
-    work = partial(_predict_case, loader=loader, out=out, options=options)
-    with cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
+    work = partial(_predict_case, loader=loader, out=out, writing=writing)
+    with options.cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
         assert cluster is not None  # there is a scheduler
         absolute = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
         for case, found in cluster.spread(work, absolute, "predict", heavy=True):
