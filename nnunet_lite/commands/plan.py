@@ -11,7 +11,6 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
-from nnunet_lite.commands.options import FilePath
 from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.problems import Report, plural
@@ -34,7 +33,7 @@ READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reade
 
 
 def check(
-    data: Annotated[FilePath, typer.Argument(help="Folder of the raw data, or its name.")],
+    data: Annotated[str | Path, typer.Argument(help="Folder of the raw data, or its name.")],
     *,
     accept_geometry: options.AcceptGeometry = False,
     workers: options.Workers = None,
@@ -71,14 +70,14 @@ def check(
 
 
 def plan(
-    data: Annotated[FilePath | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
+    data: Annotated[str | Path | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
     *,
     preset: Annotated[
         Literal["default", "resenc_m", "resenc_l", "resenc_xl"] | None,
         typer.Option(help="Kind of U-Net [as planned before, otherwise default]."),
     ] = None,
     memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
-    plans: Annotated[FilePath | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
+    plans: Annotated[str | Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
         typer.Option(parser=str, metavar="TEXT", help="Such as 40x56x40, instead of the planned one."),
@@ -105,10 +104,12 @@ def plan(
         bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
     ] = False,
     device: options.Device = None,
-    from_fingerprint: Annotated[FilePath | None, typer.Option(help="Plan from a fingerprint instead of data.")] = None,
-    dataset_json: Annotated[FilePath | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
+    from_fingerprint: Annotated[
+        str | Path | None, typer.Option(help="Plan from a fingerprint instead of data.")
+    ] = None,
+    dataset_json: Annotated[str | Path | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
     format: Annotated[Literal["nnlite", "nnunet"], typer.Option(help="Of --output.")] = "nnlite",
-    output: Annotated[FilePath | None, typer.Option(help="Write the plan to this file too.")] = None,
+    output: Annotated[str | Path | None, typer.Option(help="Write the plan to this file too.")] = None,
     workers: options.Workers = None,
     workspace: options.Workspace = None,
 ) -> Plan:
