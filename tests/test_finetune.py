@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from samples import reference_plan
 from torch import Tensor, nn
 
 import nnunet_lite
@@ -19,9 +20,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.nnunet import import_nnunet
 from nnunet_lite.networks.unet import UNet
-from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.nnunet import description_from_nnunet
-from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.finetune import (
@@ -177,8 +175,7 @@ def own(tiny_workspace: Path) -> Plan:
 @pytest.fixture(scope="module")
 def cascade() -> Plan:
     fixture = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())[0]
-    about = description_from_nnunet(fixture["dataset"])
-    return make_plan(Fingerprint.model_validate(fixture["fingerprint"]), "Other", about.channels, about.labels)
+    return reference_plan(fixture)
 
 
 def renamed(plan: Plan, name: str, **more: Any) -> Plan:

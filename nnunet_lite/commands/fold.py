@@ -183,7 +183,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
     _announce(run)
     split, training = run.split, run.settings.training
     store = run.paths.preprocessed
-    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers, log.progress)
+    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers)
     stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
 
     def open_stored(case_id: str) -> Any:

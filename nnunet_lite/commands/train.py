@@ -7,31 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from nnunet_lite import log
+from nnunet_lite.commands import options
 from nnunet_lite.commands.fold import train_and_validate
-from nnunet_lite.commands.options import (
-    DatasetName,
-    Device,
-    FilePath,
-    Folds,
-    GroupBy,
-    Precision,
-    Recipe,
-    Scheduler,
-    Seed,
-    SettingOverrides,
-    Splits,
-    Stratify,
-    StratifyBy,
-    Workspace,
-    cluster_of,
-    overrides_of,
-    sizes_of,
-)
 from nnunet_lite.commands.steps import JOURNAL, Journal, run_steps
 from nnunet_lite.commands.training_run import plan_runs, prepare_run, preprocessing_step, training_step
 from nnunet_lite.data.dataset import stored_dataset
@@ -67,7 +50,7 @@ def train(
         int | str, typer.Argument(help='0 to 4, "all-folds" for each of them, "all" to train on every case.')
     ],
     *,
-    recipe: Recipe = "default",
+    recipe: options.Recipe = "default",
     epochs: Annotated[int | None, typer.Option(help="Length of the run [the recipe's, as all that follows].")] = None,
     iterations: Annotated[int | None, typer.Option(help="Per epoch.")] = None,
     time_limit: Annotated[
@@ -79,28 +62,30 @@ def train(
         str | Sequence[int] | None, typer.Option(parser=str, metavar="TEXT", help="Such as 40x56x40.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
-    precision: Precision = None,
-    seed: Seed = None,
+    precision: options.Precision = None,
+    seed: options.Seed = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Threads that prepare batches ahead; 0: none.")] = None,
     cache: Annotated[str | None, typer.Option(help="Where cases are kept: auto, device, ram or disk.")] = None,
-    init: Annotated[FilePath | None, typer.Option(help="Model to start from, ours or nnU-Net's: fine-tuning.")] = None,
+    init: Annotated[
+        str | Path | None, typer.Option(help="Model to start from, ours or nnU-Net's: fine-tuning.")
+    ] = None,
     freeze: Annotated[str | None, typer.Option(help="Weights that stay: encoder or all-but-head.")] = None,
-    folds: Folds = None,
-    group_by: GroupBy = None,
-    stratify: Stratify = False,
-    stratify_by: StratifyBy = None,
-    splits: Splits = None,
+    folds: options.Folds = None,
+    group_by: options.GroupBy = None,
+    stratify: options.Stratify = False,
+    stratify_by: options.StratifyBy = None,
+    splits: options.Splits = None,
     gpus: Annotated[int, typer.Option(min=1, help="Train on this many GPUs of this machine.")] = 1,
-    scheduler: Scheduler = None,
-    device: Device = None,
+    scheduler: options.Scheduler = None,
+    device: options.Device = None,
     name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Only resume; an error if there is no earlier run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Resume although settings were changed.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start again; the earlier run is moved aside.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Draw augmented samples to preview.png first.")] = False,
-    settings: SettingOverrides = None,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
+    settings: options.SettingOverrides = None,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
 ) -> TrainedFolds:
     """Train a fold and score its held-out cases. The same command again resumes where it stopped.
 
@@ -186,12 +171,12 @@ def train(
     """
     if gpus > 1:
         launch(gpus)
-    changed = overrides_of(
+    changed = options.overrides_of(
         settings, training__epochs=epochs, training__iterations=iterations, training__time_limit=time_limit,
         training__batch_size=batch_size,
-        training__patch_size=None if patch_size is None else sizes_of(patch_size, "--patch-size"), optimizer__lr=lr,
-        training__precision=precision, training__seed=seed, training__workers=workers, training__cache=cache,
-        training__init=None if init is None else str(init), training__freeze=freeze,
+        training__patch_size=None if patch_size is None else options.sizes_of(patch_size, "--patch-size"),
+        optimizer__lr=lr, training__precision=precision, training__seed=seed, training__workers=workers,
+        training__cache=cache, training__init=None if init is None else str(init), training__freeze=freeze,
     )  # fmt: skip
     all_folds = fold == "all-folds"
     if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
@@ -225,7 +210,7 @@ def _train_on_cluster(
     runs = plan_runs(paths, settings, [configuration], folds, device)
     dataset = stored_dataset(paths.dataset)
     trainings = [training_step(run, train_and_validate) for run in runs]
-    with cluster_of(scheduler, paths.root.parent) as cluster:
+    with options.cluster_of(scheduler, paths.root.parent) as cluster:
         steps = [preprocessing_step(runs, dataset, paths, None, cluster), *trainings]
         run_steps(steps, Journal(paths.root / JOURNAL), cluster)
     files = {
