@@ -225,7 +225,7 @@ class SumByClass(torch.autograd.Function):
         return torch.stack([(values * (classes == c)).sum(1, dtype=dtype) for c in range(n_classes)], 1)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (classes,) = context.saved_tensors
         return gradient.float().gather(1, classes), None, None
 
