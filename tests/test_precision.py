@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
+from nnunet_lite.networks.precision import (
+    ComputeFormat,
+    free_device_memory,
+    list_formats,
+    pick_device,
+    pick_fastest,
+    use_allowed_cpus,
+)
+from nnunet_lite.system import free_memory
 
 CPU = torch.device("cpu")
 BF16, FP32, FP16 = (ComputeFormat(name) for name in ("bf16", "fp32", "fp16"))
@@ -122,3 +130,18 @@ def test_devices_by_name() -> None:
 def test_the_number_of_threads_is_never_raised(threads: None) -> None:
     use_allowed_cpus()
     assert torch.get_num_threads() == 1
+
+
+def test_what_the_allocator_keeps_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an image, or a day of training, the driver says that nearly all is used."""
+    for name, value in {"mem_get_info": (20, 80), "memory_reserved": 60, "memory_allocated": 10}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert free_device_memory(torch.device("cuda")) == 70
+
+
+def test_memory_of_apple_gpus_and_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"recommended_max_memory": 5000, "driver_allocated_memory": 3000, "current_allocated_memory": 1000}
+    for name, value in sizes.items():
+        monkeypatch.setattr(torch.mps, name, lambda value=value: value)
+    assert free_device_memory(torch.device("mps")) == 4000
+    assert free_device_memory(CPU) == pytest.approx(free_memory(), rel=0.2)

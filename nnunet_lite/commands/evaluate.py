@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import AcceptGeometry, DatasetName, FilePath, Workers, Workspace, names_of
+from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
@@ -24,16 +24,16 @@ from nnunet_lite.workspace import Paths, select_dataset
 
 
 def evaluate(
-    prediction: Annotated[FilePath, typer.Argument(help="Label map, or folder of label maps.")],
-    reference: Annotated[FilePath, typer.Argument(help="Its reference, or their folder.")],
+    prediction: Annotated[str | Path, typer.Argument(help="Label map, or folder of label maps.")],
+    reference: Annotated[str | Path, typer.Argument(help="Its reference, or their folder.")],
     *,
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
     surface: Annotated[bool, typer.Option(help="Surface distances too.")] = True,
-    accept_geometry: AcceptGeometry = False,
+    accept_geometry: options.AcceptGeometry = False,
     output: Annotated[
-        FilePath | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")
+        str | Path | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")
     ] = None,
-    workers: Workers = None,
+    workers: options.Workers = None,
 ) -> Scores:
     """Score label maps against references: Dice, surface distances, volumes, lesions.
 
@@ -76,9 +76,9 @@ def evaluate(
 
 
 def view(
-    case: Annotated[FilePath, typer.Argument(help="Case of the dataset, or an image file or DICOM series.")],
+    case: Annotated[str | Path, typer.Argument(help="Case of the dataset, or an image file or DICOM series.")],
     segmentations: Annotated[
-        FilePath | Sequence[FilePath] | None, typer.Argument(help="Label maps of that file.")
+        str | Path | Sequence[str | Path] | None, typer.Argument(help="Label maps of that file.")
     ] = None,
     *,
     model: Annotated[
@@ -86,8 +86,8 @@ def view(
         typer.Option("-m", "--model", help="Whose cross-validation to show, a+b for an ensemble [the selected]."),
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page; otherwise only its address is printed.")] = True,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
 ) -> View:
     """Look at an image with reference and prediction in the browser.
 
@@ -132,7 +132,7 @@ def view(
         paths = select_dataset(workspace, dataset, only_reads=True)
         planned = stored_dataset(paths.dataset)
         found = _case_of(planned, str(case))
-        page = serve(read_case_scene(planned, found, _predictions(paths, found, names_of(model))))
+        page = serve(read_case_scene(planned, found, _predictions(paths, found, options.names_of(model))))
     if browser and not open_browser(page):
         log.info("no browser with windows was found; open the address in one")
     return page

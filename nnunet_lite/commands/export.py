@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import DatasetName, FilePath, TrustCode, WhichCheckpoint, Workspace, either_model
+from nnunet_lite.commands import options
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.onnx import export_onnx
 from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_licence, read_manifest, unpack
@@ -22,12 +22,12 @@ _GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --f
 
 
 def import_model(
-    source: Annotated[FilePath, typer.Argument(help="Zip of `nnlite export`, or model folder of nnU-Net v2.")],
+    source: Annotated[str | Path, typer.Argument(help="Zip of `nnlite export`, or model folder of nnU-Net v2.")],
     *,
-    output: Annotated[FilePath | None, typer.Option("-o", "--output", help="New folder [in the workspace].")] = None,
+    output: Annotated[str | Path | None, typer.Option("-o", "--output", help="New folder [in the workspace].")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Set a model of that name aside.")] = False,
-    checkpoint: WhichCheckpoint = "final",
-    workspace: Workspace = None,
+    checkpoint: options.WhichCheckpoint = "final",
+    workspace: options.Workspace = None,
 ) -> Path:
     """Make a model folder of a zip or of a model that nnU-Net wrote; none of its code is run.
 
@@ -76,22 +76,22 @@ def import_model(
 
 def export_model(
     paths: Annotated[
-        FilePath | Sequence[FilePath] | None,
+        str | Path | Sequence[str | Path] | None,
         typer.Argument(metavar="[MODEL] [TARGET]", help="Model folder, zip or name; zip or folder to write."),
     ] = None,
     *,
-    output: Annotated[FilePath | None, typer.Option("-o", "--output", help="Zip or folder to write.")] = None,
-    model: Annotated[FilePath | None, typer.Option("-m", "--model", help="Model [the trained one].")] = None,
+    output: Annotated[str | Path | None, typer.Option("-o", "--output", help="Zip or folder to write.")] = None,
+    model: Annotated[str | Path | None, typer.Option("-m", "--model", help="Model [the trained one].")] = None,
     configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
     format: Annotated[
         Literal["zip", "onnx", "nnunet"], typer.Option(help="What to make; onnx and nnunet are folders.")
     ] = "zip",
-    checkpoint: WhichCheckpoint = "final",
-    trust_code: TrustCode = False,
+    checkpoint: options.WhichCheckpoint = "final",
+    trust_code: options.TrustCode = False,
     licence: Annotated[str | None, typer.Option(help="SPDX identifier, text or file; for zip.")] = None,
     note: Annotated[str | None, typer.Option(help="On the training data; for zip.")] = None,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
 ) -> Path:
     """Pack a model into one file, or write it as a folder for nnU-Net v2 or for onnxruntime.
 
@@ -153,7 +153,10 @@ def export_model(
 
 
 def _source_and_target(
-    paths: FilePath | Sequence[FilePath] | None, model: FilePath | None, output: FilePath | None, workspace: Path
+    paths: str | Path | Sequence[str | Path] | None,
+    model: str | Path | None,
+    output: str | Path | None,
+    workspace: Path,
 ) -> tuple[Path | None, Path]:
     """Return the model to export, None for the trained one, and the target.
 
@@ -171,7 +174,7 @@ def _source_and_target(
         first, second = (first, None) if names_model else (None, first)
     if second is not None and output is not None:
         raise UserError(f"two places to write to are given: {second} and, with -o, {output}", fix=_GRAMMAR)
-    source, target = either_model(first, model), second or output
+    source, target = options.either_model(first, model), second or output
     if target is None:
         raise UserError("where to write it is not given", source, _GRAMMAR)
     return source, Path(target)

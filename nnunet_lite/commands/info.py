@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import About, DatasetName, FilePath, WhichCheckpoint, Workspace, either_model
+from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.files import understood
@@ -30,16 +30,16 @@ from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 def show_info(
     model: Annotated[
-        FilePath | None, typer.Argument(help="Model folder, nnU-Net's too, or zip [all models of a planned dataset].")
+        str | Path | None, typer.Argument(help="Model folder, nnU-Net's too, or zip [all models of a planned dataset].")
     ] = None,
     *,
     model_option: Annotated[
-        FilePath | None, typer.Option("-m", "--model", help="The same, as for `nnlite predict`.")
+        str | Path | None, typer.Option("-m", "--model", help="The same, as for `nnlite predict`.")
     ] = None,
-    checkpoint: WhichCheckpoint = "final",
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
-) -> About:
+    checkpoint: options.WhichCheckpoint = "final",
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
+) -> options.About:
     """Describe a model, how it was made and how well it scores; or a planned dataset and its models.
 
     Parameters
@@ -65,12 +65,12 @@ def show_info(
     UserError
         There is no such model, or no dataset is planned.
     """
-    if (given := either_model(model, model_option)) is not None:
+    if (given := options.either_model(model, model_option)) is not None:
         return describe_model(find_model(given, workspace_folder(workspace), dataset), checkpoint)
     return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
 
 
-def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
+def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.About:
     """Describe a model folder, ours or nnU-Net's, or an exported zip, without running code that it may contain.
 
     Parameters
@@ -89,7 +89,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> About:
         return _describe_folder(model, folder)
 
 
-def _describe_folder(model: Path, folder: Path) -> About:
+def _describe_folder(model: Path, folder: Path) -> options.About:
     """Describe `model` from its folder in our form."""
     plan, run = read_model(folder)
     configuration = plan.configuration(run["configuration"])
@@ -132,7 +132,7 @@ def _describe_folder(model: Path, folder: Path) -> About:
         dice = "not validated" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
         lines.append(f"fold {fold}    {state['epochs']} epochs in {log.duration(state['seconds'])}, {dice}")
     lines += [f"fold {fold}    not finished" for fold in unfinished]
-    return About(values, "\n".join(lines))
+    return options.About(values, "\n".join(lines))
 
 
 def _orientation(plan: Plan) -> str:
@@ -141,13 +141,13 @@ def _orientation(plan: Plan) -> str:
     return f"images are reoriented to {plan.orientation}"
 
 
-def describe_dataset(paths: Paths) -> About:
+def describe_dataset(paths: Paths) -> options.About:
     """Describe a dataset of a workspace: its cases, plan and models; only the models if it is not planned."""
     models = [describe_model(folder) for folder in model_folders(paths)]
     if not paths.plans.is_file():
         about = {"dataset": paths.name, "workspace": str(paths.root.parent), "models": [m.values for m in models]}
         head = f"{paths.name}: only models; the dataset is not planned in {paths.root.parent}"
-        return About(about, "\n\n".join([head, *(model.text for model in models)]))
+        return options.About(about, "\n\n".join([head, *(model.text for model in models)]))
     plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
     values = {
         "dataset": paths.name,
@@ -166,4 +166,4 @@ def describe_dataset(paths: Paths) -> About:
         selected = [f"selected  {selection.summary}, on {selection.made}{stale}"]
     head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
     texts = [model.text for model in models] or [f"no model yet: {first_training(paths)}"]
-    return About(values, "\n\n".join([head, plan_table(plan), *texts, *selected]))
+    return options.About(values, "\n\n".join([head, plan_table(plan), *texts, *selected]))

@@ -12,19 +12,20 @@ import shutil
 import threading
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nnunet_lite import __version__, log
-from nnunet_lite.commands.options import About, FilePath, Workspace
+from nnunet_lite.commands import options
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import workspace_folder
 
 _MIN_DISK = 5 * GB
 
 
-def doctor(*, workspace: Workspace = None) -> About:
+def doctor(*, workspace: options.Workspace = None) -> options.About:
     """Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems.
 
     Parameters
@@ -72,7 +73,7 @@ def doctor(*, workspace: Workspace = None) -> About:
         f"disk    {in_units(disk)} free for the workspace {folder}",
         *(f"problem: {problem}" for problem in problems),
     ]
-    return About(values, "\n".join(lines + ([] if problems else ["no problem found"])), 1 if problems else 0)
+    return options.About(values, "\n".join(lines + ([] if problems else ["no problem found"])), 1 if problems else 0)
 
 
 def _package_versions() -> dict[str, str | None]:
@@ -148,12 +149,12 @@ class RunningCluster:
 
 def cluster(
     config: Annotated[
-        FilePath, typer.Argument(help="local, slurm, lsf, pbs, or a TOML file like configs/cluster/*.toml.")
+        str | Path, typer.Argument(help="local, slurm, lsf, pbs, or a TOML file like configs/cluster/*.toml.")
     ],
     *,
     workers: Annotated[int | None, typer.Option(min=1, help="How many, instead of the file's number.")] = None,
     script: Annotated[bool, typer.Option("--script", help="Only print the script of a worker's job.")] = False,
-) -> RunningCluster | About:
+) -> RunningCluster | options.About:
     """Start a Dask scheduler and workers; run, train, preprocess and predict take its address with --scheduler.
 
     Parameters
@@ -184,4 +185,4 @@ def cluster(
         return RunningCluster(running, settings.kind, settings.workers)
     with running:
         text = "workers are processes of this one" if settings.kind == "local" else running.job_script()
-        return About({"script": text}, text)
+        return options.About({"script": text}, text)

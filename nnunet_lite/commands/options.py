@@ -15,10 +15,8 @@ from nnunet_lite.errors import UserError
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
 
-FilePath = str | Path
-
 Workspace = Annotated[
-    FilePath | None,
+    str | Path | None,
     typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
 ]
 DatasetName = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned dataset [the only one].")]
@@ -49,15 +47,16 @@ AcceptGeometry = Annotated[
 ]
 Folds = Annotated[int | None, typer.Option("--folds", min=2, metavar="N", help="Number of folds [5].")]
 GroupBy = Annotated[
-    FilePath | None,
+    str | Path | None,
     typer.Option(metavar="REGEX|CSV", help="Cases of a group, such as a patient, are never on both sides of a fold."),
 ]
 Stratify = Annotated[bool, typer.Option("--stratify", help="Folds with equal shares of labels and their volumes.")]
 StratifyBy = Annotated[
-    FilePath | None, typer.Option(metavar="CSV", help="Folds with equal shares of strata: columns case, stratum.")
+    str | Path | None, typer.Option(metavar="CSV", help="Folds with equal shares of strata: columns case, stratum.")
 ]
 Splits = Annotated[
-    FilePath | None, typer.Option(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold.")
+    str | Path | None,
+    typer.Option(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold."),
 ]
 
 
@@ -86,7 +85,7 @@ class About:
         return self.text
 
 
-def either_model(argument: FilePath | None, option: FilePath | None) -> Path | None:
+def either_model(argument: str | Path | None, option: str | Path | None) -> Path | None:
     """Return a model that may be given as an argument or with -m.
 
     Parameters

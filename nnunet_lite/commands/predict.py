@@ -11,41 +11,21 @@ from typing import Annotated, Any, Literal
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.options import (
-    AcceptGeometry,
-    DatasetName,
-    Device,
-    FilePath,
-    Precision,
-    Scheduler,
-    SettingOverrides,
-    TrustCode,
-    WhichCheckpoint,
-    Workspace,
-    cluster_of,
-    names_of,
-    overrides_of,
-)
+from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_all_cases
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.evaluation.postprocessing import Rule, apply_rules
-from nnunet_lite.evaluation.selection import (
-    changed_models,
-    describe_selection,
-    read_selection,
-    selected_models,
-    weights_fingerprint,
-)
+from nnunet_lite.evaluation.postprocessing import apply_rules
+from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
 from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.bundle import as_model_folder
 from nnunet_lite.models.folder import trained_folds
-from nnunet_lite.models.lookup import choose_model, find_model, first_common_fold, read_model
+from nnunet_lite.models.lookup import find_model, first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
-from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
+from nnunet_lite.workspace import select_dataset, workspace_folder
 
 # --speed: changes of the settings; "fast" also uses one fold
 _SPEEDS: dict[str, dict[str, Any]] = {
@@ -92,13 +72,13 @@ class Predictions:
 
 def predict(
     input: Annotated[
-        FilePath | Sequence[FilePath],
+        str | Path | Sequence[str | Path],
         typer.Option("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
     ],
-    output: Annotated[FilePath, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
+    output: Annotated[str | Path, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
     *,
     model: Annotated[
-        FilePath | Sequence[FilePath] | None,
+        str | Path | Sequence[str | Path] | None,
         typer.Option(
             "-m", "--model", help="Model folder, nnU-Net's too, zip, or name [as selected, or trained]; several vote."
         ),
@@ -117,7 +97,7 @@ def predict(
     ] = None,
     mirroring: Annotated[bool | None, typer.Option(help="Average over mirrored copies: 4 to 8 times slower.")] = None,
     step_size: Annotated[float | None, typer.Option(help="Distance of windows as a share of the patch.")] = None,
-    precision: Precision = None,
+    precision: options.Precision = None,
     max_memory: Annotated[
         float | None,
         typer.Option(metavar="GB", help="Besides the image; of the GPU's as well [80 % of what is free]."),
@@ -130,18 +110,18 @@ def predict(
         bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
-    scheduler: Scheduler = None,
-    device: Device = None,
+    scheduler: options.Scheduler = None,
+    device: options.Device = None,
     skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that exist already.")] = False,
     postprocess: Annotated[
         bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
     ] = True,
-    accept_geometry: AcceptGeometry = False,
-    settings: SettingOverrides = None,
-    checkpoint: WhichCheckpoint = "final",
-    trust_code: TrustCode = False,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
+    accept_geometry: options.AcceptGeometry = False,
+    settings: options.SettingOverrides = None,
+    checkpoint: options.WhichCheckpoint = "final",
+    trust_code: options.TrustCode = False,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
 ) -> Predictions:
     """Segment images with a trained model.
 
@@ -205,7 +185,7 @@ def predict(
     UserError
         There is no such image or model, or an option is illegal.
     """
-    settings = overrides_of(
+    settings = options.overrides_of(
         settings, inference__mirroring=mirroring, inference__step_size=step_size, inference__precision=precision,
         inference__max_memory=max_memory,
     )  # fmt: skip
@@ -214,10 +194,10 @@ def predict(
     sources = [Path(path) for path in _as_list(input)]
     if not sources:
         raise UserError("no image is given to predict")
-    paths = None if model else select_dataset(workspace, dataset, needs_plan=False)
     models = [find_model(path, root, dataset) for path in _as_list(model or ())]
-    folds = None if fold is None else [str(name) for name in _as_list(fold)]
-    folders, folds, rules = _choose_models(paths, models, names_of(configuration) or [], folds, postprocess)
+    paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
+    configurations = options.names_of(configuration) or []
+    folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
         raise UserError("there is no such file or folder", missing)
     if speed == "fast" and fold is None:
@@ -238,7 +218,7 @@ def predict(
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
     names = () if save_probabilities is None else parse_label_names(save_probabilities, plan.labels)
-    options: dict[str, Any] = {
+    writing: dict[str, Any] = {
         "maps": ExtraMaps(names, save_uncertainty),
         "dicom_seg": dicom_seg,
         "skip_existing": skip_existing,
@@ -250,71 +230,13 @@ def predict(
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **options)
+        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **writing)
     else:
-        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), options)
+        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
     for case, reason in failed.items():
         log.info(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
-
-
-def _choose_models(
-    paths: Paths | None,
-    models: Sequence[Path],
-    configurations: Sequence[str],
-    folds: list[str] | None,
-    postprocess: bool,
-) -> tuple[list[Path], list[str] | None, dict[str, Rule]]:
-    """Choose the given models, otherwise those that `nnlite select` chose, otherwise the trained one.
-
-    The selected postprocessing is done only if exactly the selected models predict.
-
-    Parameters
-    ----------
-    paths : Paths, optional
-        The files of the dataset; None if `models` are given, which may be among the selected ones too.
-    models : sequence of Path
-        Model folders or zips.
-    configurations : sequence of str
-        Configurations whose trained models predict.
-    folds : list of str, optional
-        The given folds.
-    postprocess : bool
-        Whether label maps are postprocessed.
-
-    Returns
-    -------
-    folders : list of Path
-        The models.
-    folds : list of str, optional
-        Folds of them; None for all that are trained.
-    rules : dict of str to Rule
-        The postprocessing of each label.
-    """
-    if paths is not None and not configurations:
-        selection = read_selection(paths)
-        if selection is None:
-            return [choose_model(paths)], folds, {}
-        folders = selected_models(paths, selection)
-    else:
-        folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
-        paths = paths or Paths(folders[0].absolute().parent.parent)
-        in_dataset = all(folder.absolute().parent == paths.models for folder in folders)
-        selection = read_selection(paths) if in_dataset else None
-        if selection is None or set(selection.models) != {folder.name for folder in folders}:
-            return folders, folds, {}
-    folds = list(selection.folds) if folds is None else folds
-    rules = selection.postprocessing if postprocess else {}
-    if doubtful := [label for label in selection.unconfirmed if label in rules]:
-        rules = {label: rule for label, rule in rules.items() if label not in doubtful}
-        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
-        log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
-    log.info(f"{paths.inference}: {describe_selection(selection.models, folds, rules)}")
-    if changed := changed_models(paths, selection):
-        what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
-        log.warn(f"{what}; `nnlite select` compares them again")
-    return folders, folds, rules
 
 
 # ------------------------------------------------------------------------------------------------------------ a cluster
@@ -324,7 +246,7 @@ _loaded: dict[str, Predictor] = {}  # the model that this worker predicts with
 
 
 def _predict_case(
-    case: Case, loader: partial[Predictor], out: Path, options: dict[str, Any]
+    case: Case, loader: partial[Predictor], out: Path, writing: dict[str, Any]
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict a case on a worker; as `predict_cases`. The model is loaded again only if its weights change."""
     folders, folds = loader.args[:2]
@@ -332,17 +254,17 @@ def _predict_case(
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = loader()
-    return predict_cases(_loaded[key], [case], out, **options)
+    return predict_cases(_loaded[key], [case], out, **writing)
 
 
 def _predict_on(
-    scheduler: str, loader: partial[Predictor], cases: Sequence[Case], out: Path, options: dict[str, Any]
+    scheduler: str, loader: partial[Predictor], cases: Sequence[Case], out: Path, writing: dict[str, Any]
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
     failed: dict[str, str] = {}
-    work = partial(_predict_case, loader=loader, out=out, options=options)
-    with cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
+    work = partial(_predict_case, loader=loader, out=out, writing=writing)
+    with options.cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
         assert cluster is not None  # there is a scheduler
         absolute = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
         for case, found in cluster.spread(work, absolute, "predict", heavy=True):

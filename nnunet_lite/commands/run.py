@@ -13,31 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnunet_lite import log
-from nnunet_lite.commands.fold import train_and_validate
-from nnunet_lite.commands.options import (
-    AcceptGeometry,
-    Device,
-    FilePath,
-    Folds,
-    GroupBy,
-    Recipe,
-    Scheduler,
-    Seed,
-    SettingOverrides,
-    Splits,
-    Stratify,
-    StratifyBy,
-    Workers,
-    Workspace,
-    cluster_of,
-    names_of,
-    overrides_of,
-)
+from nnunet_lite.commands import options
 from nnunet_lite.commands.plan import plan
 from nnunet_lite.commands.select import report, select
 from nnunet_lite.commands.steps import JOURNAL, Journal, Step, StepResult, overview, run_steps
-from nnunet_lite.commands.train import fold_names
-from nnunet_lite.commands.training_run import TrainingRun, plan_runs, preprocessing_step, training_step
+from nnunet_lite.commands.train import fold_names, train_and_validate
+from nnunet_lite.commands.training_run import (
+    TrainingRun,
+    check_earlier_runs,
+    plan_runs,
+    preprocessing_step,
+    training_step,
+)
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
@@ -102,9 +89,9 @@ class RunResult:
 
 
 def run(
-    data: Annotated[FilePath, typer.Argument(help="Folder of the raw data, or its name.")],
+    data: Annotated[str | Path, typer.Argument(help="Folder of the raw data, or its name.")],
     *,
-    recipe: Recipe = "default",
+    recipe: options.Recipe = "default",
     configurations: Annotated[
         str | Sequence[str] | None,
         typer.Option("-c", "--configurations", help="Which to train, as in 2d,3d_fullres [all of the plan]."),
@@ -118,18 +105,18 @@ def run(
         str | float | None,
         typer.Option(help="Of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
     ] = None,
-    seed: Seed = None,
-    folds: Folds = None,
-    group_by: GroupBy = None,
-    stratify: Stratify = False,
-    stratify_by: StratifyBy = None,
-    splits: Splits = None,
-    accept_geometry: AcceptGeometry = False,
-    device: Device = None,
-    scheduler: Scheduler = None,
-    settings: SettingOverrides = None,
-    workers: Workers = None,
-    workspace: Workspace = None,
+    seed: options.Seed = None,
+    folds: options.Folds = None,
+    group_by: options.GroupBy = None,
+    stratify: options.Stratify = False,
+    stratify_by: options.StratifyBy = None,
+    splits: options.Splits = None,
+    accept_geometry: options.AcceptGeometry = False,
+    device: options.Device = None,
+    scheduler: options.Scheduler = None,
+    settings: options.SettingOverrides = None,
+    workers: options.Workers = None,
+    workspace: options.Workspace = None,
 ) -> RunResult:
     """Check, plan, preprocess, train every fold, select and report. The same command again resumes where it stopped.
 
@@ -179,7 +166,9 @@ def run(
         A signal ended the run; the same call resumes it.
     """
     begin = time.monotonic()
-    changed = overrides_of(settings, training__epochs=epochs, training__time_limit=time_limit, training__seed=seed)
+    changed = options.overrides_of(
+        settings, training__epochs=epochs, training__time_limit=time_limit, training__seed=seed
+    )
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
     place = workspace_folder(workspace)
     root = find_raw(str(data), place)
@@ -201,12 +190,13 @@ def run(
     results = run_steps([first], journal)
     use(place, paths.name)
 
-    names = names_of(fold)
+    names = options.names_of(fold)
     if names != ["all"]:
         existing = fold_names(paths, rule)  # also writes splits.json
         names = names or existing
-    runs = plan_runs(paths, resolved, names_of(configurations), names, device)
-    with cluster_of(scheduler, place) as cluster:
+    runs = plan_runs(paths, resolved, options.names_of(configurations), names, device=device)
+    check_earlier_runs(runs)
+    with options.cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
         left = journal.seconds_left(steps)
         log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], left))
@@ -238,11 +228,11 @@ def _steps(
     folders = list(dict.fromkeys(run.folder for run in runs if run.split.name != "all"))
     if not folders:
         return steps  # no cases are held out to select by
-    options: dict[str, Any] = {"dataset": paths.name, "workspace": paths.root.parent}
-    selecting = partial(select, [folder.name for folder in folders], **options, device=device, workers=workers)
+    place: dict[str, Any] = {"dataset": paths.name, "workspace": paths.root.parent}
+    selecting = partial(select, [folder.name for folder in folders], **place, device=device, workers=workers)
     needs = tuple(step.name for step in trainings)
     steps.append(Step("select", "select", partial(_is_selected, paths, folders), selecting, needs))
-    steps.append(Step("report", "report", partial(_is_reported, paths), partial(report, **options), ("select",)))
+    steps.append(Step("report", "report", partial(_is_reported, paths), partial(report, **place), ("select",)))
     return steps
 
 
@@ -262,7 +252,7 @@ def _is_reported(paths: Paths) -> bool:
     return page.is_file() and selected.is_file() and page.stat().st_mtime >= selected.stat().st_mtime
 
 
-def next_commands(paths: Paths, workspace: FilePath | None, models: Sequence[Path]) -> tuple[str, ...]:
+def next_commands(paths: Paths, workspace: str | Path | None, models: Sequence[Path]) -> tuple[str, ...]:
     """Return the commands to type next, as they must be typed in this folder.
 
     Parameters

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nnunet_lite.commands.options import DatasetName, Device, FilePath, Workers, Workspace, names_of
+from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.comparison import select_models
 from nnunet_lite.evaluation.selection import Selection
@@ -26,10 +26,10 @@ def select(
     postprocess: Annotated[
         bool, typer.Option("--postprocess/--no-postprocess", help="Try rules for components.")
     ] = True,
-    device: Device = None,
-    workers: Workers = None,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
+    device: options.Device = None,
+    workers: options.Workers = None,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
 ) -> Selection:
     """Compare trained models and pairs of them on the held-out cases; predict uses the best.
 
@@ -64,18 +64,18 @@ def select(
     """
     paths = select_dataset(workspace, dataset)
     return select_models(
-        paths, stored_dataset(paths.dataset), names_of(configuration), ensembles=ensembles, postprocess=postprocess,
-        device=device, workers=workers,
+        paths, stored_dataset(paths.dataset), options.names_of(configuration), ensembles=ensembles,
+        postprocess=postprocess, device=device, workers=workers,
     )  # fmt: skip
 
 
 def report(
     output: Annotated[
-        FilePath | None, typer.Option("-o", "--output", help="File to write [report.html in the dataset's folder].")
+        str | Path | None, typer.Option("-o", "--output", help="File to write [report.html in the dataset's folder].")
     ] = None,
     *,
-    dataset: DatasetName = None,
-    workspace: Workspace = None,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
 ) -> Path:
     """Write an HTML page about the dataset, its plan, models and scores, with pictures of the worst cases.
 

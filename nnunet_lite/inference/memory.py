@@ -18,6 +18,7 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import Tiling, schedule
+from nnunet_lite.networks.precision import free_device_memory
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, output_values
 from nnunet_lite.preprocessing.resampling import blocks, coarse_axis
@@ -123,7 +124,7 @@ def plan_memory(
         Nothing fits; states the smallest size that would.
     """
     device = tasks[0].window.device
-    free = free_memory(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    free = free_memory(), free_device_memory(device)
     limits = tuple(int(FREE_SHARE * n) if limit is None else limit for n in free)
     plane = max(task.window.channels * prod(task.placement.shape[1:]) for task in tasks)
     slab = int(np.clip(_SLAB_VALUES // plane, 1, _SLAB))

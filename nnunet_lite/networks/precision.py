@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.system import cpus
+from nnunet_lite.system import cpus, free_memory
 
 _LONG = 1.0  # s; a longer step is timed once
 _START = 0.5  # s; a first step may take this much longer than the next ones
@@ -40,7 +40,7 @@ class ComputeFormat:
 
     precision: str = "fp32"
     channels_last: bool = False
-    reason: str = "as set"
+    reason: str = field(default="as set", compare=False)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
@@ -171,6 +171,25 @@ def pick_device(name: str | None) -> torch.device:
     except RuntimeError as error:  # the GPU exists, but is taken by others or does not work
         raise UserError(f"--device {name}: {str(error).splitlines()[0].rstrip('.')}", fix=fix) from None
     return torch.device(name)
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still use on a device.
+
+    The allocator of torch keeps freed memory for the next tensors, so what it has reserved and not allocated is free
+    too, although the driver counts it as used. On the CPU it is what `free_memory` returns.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type == "mps":  # its memory is that of the machine
+        allocated = torch.mps.current_allocated_memory()
+        cached = torch.mps.driver_allocated_memory() - allocated
+        return max(0, min(torch.mps.recommended_max_memory() - allocated, free_memory() + cached))
+    if device.type == "xpu":
+        cached = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+        return int(torch.xpu.mem_get_info(device)[0]) + cached
+    return free_memory()
 
 
 def use_allowed_cpus() -> None:
