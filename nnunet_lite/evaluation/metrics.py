@@ -194,7 +194,9 @@ def score_case(
             lesions = count_lesions(masks, pool.map).tolist()
             for k, (tp, fp, fn) in enumerate(masks.overlap().tolist()):
                 tn = masks.annotated - tp - fp - fn
-                mask = MaskComparison(tp, fp, fn, tn, *lesions[k], *surfaces.get(k, (None, None)), voxel_ml)
+                lesion_tp, lesion_fp, lesion_fn = lesions[k]
+                nsd, hd95 = surfaces.get(k, (None, None))
+                mask = MaskComparison(tp, fp, fn, tn, lesion_tp, lesion_fp, lesion_fn, nsd, hd95, voxel_ml)
                 scores[labels.region_names[group[k]]] = {name: metric.formula(mask) for name, metric in METRICS.items()}
     return scores
 
