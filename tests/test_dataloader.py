@@ -149,15 +149,6 @@ def test_reading_outside_the_image_equals_padding_with_zeros() -> None:
             np.testing.assert_array_equal(box(array[0], corner, shape), expected[0])
 
 
-def test_stored_cases_are_read_like_arrays_and_tensors(tiny_cases: list[Any]) -> None:
-    stored = tiny_cases[0]
-    for array in (stored.image, stored.label):
-        for corner in [(-3, 4, 20), (10, 10, 10), (30, -2, -2)]:
-            expected = box(array[:], corner, (12, 12, 12))
-            np.testing.assert_array_equal(box(array, corner, (12, 12, 12)), expected)
-            np.testing.assert_array_equal(box(torch.from_numpy(array[:]), corner, (12, 12, 12)), expected)
-
-
 def test_the_box_of_a_turned_patch_holds_it_and_shares_its_centre() -> None:
     patch = (8, 9, 10)
     assert source_shape(np.eye(3), patch) == patch
