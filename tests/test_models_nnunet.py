@@ -288,10 +288,10 @@ def test_the_given_checkpoint_is_read(three_folds: Path) -> None:
     [
         ([1], "final", r"fold 1 has no checkpoint_final\.pth\. --checkpoint best takes .* which fold 1 has"),
         ([0], "best", r"fold 0 has no checkpoint_best\.pth\. --checkpoint final takes"),
-        ([3], "final", r"has no trained fold 3\. Trained folds: 0, 2"),
+        ([3], "final", r"fold 3 has no checkpoint_final\.pth\. Trained folds: 0, 2"),
         ([], "final", r"no fold is given\. Trained folds: 0, 2"),
         (None, "latest", r"there is no checkpoint 'latest'\. Give \"final\" or \"best\""),
-        (["zero"], "best", r"has no trained fold zero\. Trained folds: 1, 2"),
+        (["zero"], "best", r"fold zero has no checkpoint_best\.pth\. Trained folds: 1, 2"),
     ],
 )
 def test_missing_folds_are_refused(three_folds: Path, folds: Any, checkpoint: Any, says: str) -> None:

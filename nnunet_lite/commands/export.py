@@ -12,7 +12,7 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.onnx import export_onnx
-from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_licence, read_manifest, unpack
+from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_manifest, unpack
 from nnunet_lite.models.folder import is_model, model_folder
 from nnunet_lite.models.lookup import choose_model, find_model
 from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, nnunet_model_name
@@ -147,7 +147,7 @@ def export_model(
         if format == "nnunet":
             export_nnunet(converted, target)
         else:
-            pack(converted, target, licence=None if licence is None else read_licence(licence), note=note)
+            pack(converted, target, licence=licence, note=note)
     log.info(f"use it with: {'nnlite import' if format == 'zip' else 'nnUNetv2_predict_from_modelfolder -m'} {target}")
     return target
 
