@@ -10,6 +10,7 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.models.bundle import as_model_folder
 from nnunet_lite.models.folder import Checkpoint, first_training, model_folders
@@ -57,7 +58,9 @@ def show_info(
     UserError
         There is no such model, or no dataset is planned.
     """
-    if (given := options.either_model(model, model_option)) is not None:
+    if model is not None and model_option is not None:
+        raise UserError(f"two models are given: {model} and, with -m, {model_option}", fix="Give one of them.")
+    if (given := model or model_option) is not None:
         return describe_model(find_model(given, workspace_folder(workspace), dataset), checkpoint)
     return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
 

@@ -99,11 +99,9 @@ def open_run(
         file = folder / _RUN
         if not (file.is_file() and _is_bound(folder, plan, settings, fold)):
             seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
-            write_text(folder / "plans.json", plan.to_json())
-            write_json(folder / "dataset.json", _describe_dataset(dataset))
-            run: dict[str, Any] = {"format": FORMAT, "configuration": configuration, "seed": seed}
-            run |= {"settings": settings.model_dump(mode="json")} | ({} if previous is None else {"previous": previous})
-            write_json(file, {**run, "began": _now(), "versions": package_versions()})
+            new = {"configuration": configuration, "seed": seed, "settings": settings.model_dump(mode="json")}
+            new |= {} if previous is None else {"previous": previous}
+            write_description(folder, plan, _describe_dataset(dataset), new)
             return seed
         run = read_run(folder)
         changes = check_resume(folder, plan, configuration, settings, fold, force)
@@ -224,12 +222,6 @@ def _can_extend(fold_folder: Path, settings: Settings) -> bool:
     return longer and (fold_folder / CHECKPOINT).is_file()
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
-    packages = {name: version(name) for name in ("torch", "numpy")}
-    return {"nnunet_lite": nnunet_lite.__version__, "python": platform.python_version(), **packages}
-
-
 def fold_seed(seed: int, fold: str) -> int:
     """Return a seed of its own for each fold, so that the networks of an ensemble start differently."""
     number = int(fold) if fold.isdigit() else 1000
@@ -254,6 +246,27 @@ def _describe_dataset(dataset: Dataset) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- models and runs
+
+
+def write_description(folder: Path, plan: Plan, dataset: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write plans.json, dataset.json and run.json of a new model.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    plan : Plan
+        What is trained.
+    dataset : dict
+        The content of dataset.json.
+    run : dict
+        The content of run.json, without format, date and the versions of what a result depends on.
+    """
+    write_text(folder / "plans.json", plan.to_json())
+    write_json(folder / "dataset.json", dataset)
+    versions = {"nnunet_lite": nnunet_lite.__version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "numpy")}
+    write_json(folder / _RUN, {"format": FORMAT, **run, "began": _now(), "versions": versions})
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -22,19 +21,18 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, understood, write_json, write_text
+from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.models.folder import (
-    FORMAT,
     MODEL,
     Checkpoint,
     is_nnunet,
     new_model_folder,
     nnunet_file,
-    package_versions,
     suggest_models,
     trained_folds,
     weight_files,
+    write_description,
 )
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.networks.unet import UNet, build_network
@@ -65,7 +63,7 @@ class NnunetFold:
     dataset : dict
         The content of dataset.json.
     run : dict
-        The content of run.json, without date and versions.
+        The content of run.json, without format, date and versions.
     network : UNet
         The network with its weights, on the CPU.
     training : dict
@@ -180,7 +178,7 @@ def read_nnunet_fold(file: Path) -> NnunetFold:
         augmentation=AugmentationSettings(mirror_axes=axes),
         inference=InferenceSettings(sums="float16"),  # otherwise label maps differ from nnU-Net's in close decisions
     )
-    run = {"format": FORMAT, "configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
+    run = {"configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
     if planned.previous_stage is not None:  # nnU-Net calls a model folder trainer__plans__configuration
         run["previous"] = f"{folder.name.rpartition('__')[0]}__{planned.previous_stage}"
     return NnunetFold(
@@ -318,10 +316,7 @@ def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, 
         for name, fold in zip(files, read_nnunet(files.values()), strict=True):
             about = {"configuration": fold.run["configuration"], "checkpoint": files[name].name, **fold.training}
             save_weights(partial / f"fold_{name}" / MODEL, fold.network, about)
-        write_text(partial / "plans.json", fold.plan.to_json())
-        write_json(partial / "dataset.json", {"name": fold.plan.dataset, **fold.dataset})
-        began = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(partial / "run.json", {**fold.run, "began": began, "versions": package_versions()})
+        write_description(partial, fold.plan, {"name": fold.plan.dataset, **fold.dataset}, fold.run)
         first = fold.run.get("previous")
         if first is not None and is_nnunet(folder.with_name(first)) and not out.with_name(first).exists():
             import_nnunet(folder.with_name(first), out.with_name(first), checkpoint)
