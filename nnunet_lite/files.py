@@ -197,6 +197,22 @@ def append(path: Path, line: str) -> None:
         raise
 
 
+def read_text(path: Path) -> str:
+    """Return the content of a text file.
+
+    Raises
+    ------
+    UserError
+        The file does not exist, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError("no such file", path) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
@@ -206,13 +222,9 @@ def read_json(path: Path) -> Any:
         The file does not exist, or is not JSON (with line and column).
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path))
     except RecursionError:
         raise UserError("is nested too deeply to be read", path) from None
-    except FileNotFoundError:
-        raise UserError("no such file", path) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
     except json.JSONDecodeError as error:
         raise UserError(f"invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}", path) from None
     except ValueError as error:  # a number of thousands of digits

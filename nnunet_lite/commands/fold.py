@@ -183,7 +183,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
     _announce(run)
     split, training = run.split, run.settings.training
     store = run.paths.preprocessed
-    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers, log.progress)
+    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers)
     stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
 
     def open_stored(case_id: str) -> Any:
@@ -196,8 +196,8 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
 
     cases = load(split.training)
     held_out = cases if split.name == ALL else load(split.validation)
-    source = None if split.name == ALL else read_record(run.paths.splits).get("splits")
-    of = f" of {source}" if source else ""
+    record = None if split.name == ALL else read_record(run.paths.splits)
+    of = f" of {record.splits}" if record is not None and record.splits is not None else ""
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
     record_cases(run.fold_folder, split)
     job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)

@@ -287,7 +287,7 @@ def preprocessing_step(
         for plan in plans:
             names = list(plan.configurations)
             spread = None if cluster is None else cluster.spread
-            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, log.progress, spread=spread)
+            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, spread)
 
     return Step("preprocess", f"preprocess {len(dataset.cases)} cases", is_done, preprocess)
 

@@ -10,7 +10,7 @@ the file count nnU-Net's draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from nnunet_lite import log
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation, nonzero_box, slices, turn_between
@@ -120,11 +121,7 @@ class CaseFingerprint:
     foreground: tuple[ValueCounts, ...]
 
 
-def check_and_fingerprint(
-    dataset: Dataset,
-    workers: int | None = None,
-    progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
-) -> tuple[Report, Fingerprint | None]:
+def check_and_fingerprint(dataset: Dataset, workers: int | None = None) -> tuple[Report, Fingerprint | None]:
     """Check a dataset and take its fingerprint in a single pass: each raw file is read once.
 
     Parameters
@@ -133,8 +130,6 @@ def check_and_fingerprint(
         The raw cases.
     workers : int, optional
         Threads; None for one per CPU this process may use, 0 for none.
-    progress : callable, optional
-        Wraps the loop over the cases, such as `nnunet_lite.log.progress`.
 
     Returns
     -------
@@ -148,7 +143,7 @@ def check_and_fingerprint(
     def visit(image: np.ndarray, geometry: Geometry, foreground: np.ndarray) -> CaseFingerprint:
         return fingerprint_case(image, geometry, foreground, share, Draws(blocks))
 
-    report = check_dataset(dataset, visit, collector.add, workers, progress)
+    report = check_dataset(dataset, visit, collector.add, workers, log.progress)
     return report, collector.fingerprint(dataset.orientation) if report.can_be_planned else None
 
 

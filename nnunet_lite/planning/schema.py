@@ -41,6 +41,12 @@ def _three_sides(letters: str) -> str:
     return letters
 
 
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] >= limits[1]:
+        raise ValueError("must be two numbers, the lower first")
+    return limits
+
+
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), AfterValidator(_odd)]
 SplineOrder = Annotated[int, Field(ge=0, le=5)]
@@ -48,6 +54,7 @@ Orientation = Annotated[str, AfterValidator(_three_sides)]
 AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
 Length = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Percentiles = Annotated[tuple[Percent, Percent], AfterValidator(_ascending)]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
 
@@ -74,7 +81,7 @@ class Channel(_Model):
     name: str
     normalization: Scheme
     use_mask: bool = False
-    clip_percentiles: tuple[Percent, Percent] | None = Field(None, description="of each image, before normalisation")
+    clip_percentiles: Percentiles | None = Field(None, description="of each image, before normalisation")
     statistics: Statistics
 
 
@@ -199,8 +206,22 @@ class Options(_Model):
     memory_gb: Length | None = None
     adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
     sizes: dict[str, Sizes] = Field({}, description="by configuration")
-    clip_percentiles: tuple[Percent, Percent] | None = None
+    clip_percentiles: Percentiles | None = None
     stored_as: Precision | None = None
+
+    @classmethod
+    def check(cls, **options: Any) -> Options:
+        """Return the options of a call.
+
+        Raises
+        ------
+        UserError
+            One of them is illegal.
+        """
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise UserError(first_problem(error)) from None
 
 
 class Plan(_Model):
