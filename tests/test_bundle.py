@@ -91,7 +91,7 @@ def listed(files: Files, **changes: Any) -> Files:
     return described(files, **{"files": sizes, **changes})
 
 
-def described(files: Files, **changes: Any) -> Files:
+def described(files: Files, /, **changes: Any) -> Files:
     """The files with some changes of the manifest."""
     return {**files, MANIFEST: json.dumps({**json.loads(files[MANIFEST]), **changes}).encode()}
 
