@@ -11,14 +11,13 @@ import difflib
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
 
@@ -364,8 +363,8 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     if path in above:
         raise UserError("builds on itself", path, "Give another base.")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        tree = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"invalid TOML: {error}", path) from None
     base = tree.pop("base", None)
     start = Settings() if base is None else _read_recipe(_recipe_path(str(base), path.parent), (*above, path))
@@ -409,5 +408,7 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
     except ValidationError as error:
         problem = error.errors()[0]
         what, place = problem["msg"].removeprefix("Value error, "), problem["loc"][:2]
-        given = reduce(getitem, place, tree)  # whole, where one entry of it is wrong
+        given: Any = tree
+        for part in place:  # deeper parts are entries of a value that is shown whole
+            given = given[part]
         raise UserError(f"{'.'.join(map(str, place))} = {given!r}: {what}" if place else what, file) from None

@@ -120,7 +120,7 @@ def test_a_file_builds_on_a_recipe_and_changes_build_on_the_file(tmp_path: Path)
         (b'base = "mine.toml"', r"mine\.toml: builds on itself"),
         (b"[optimiser]\nlr = 1", r"mine\.toml: unknown setting 'optimiser\.lr'.*'optimizer\.lr'"),
         (b"[training]\nepochs = 3\nseed = = 4", r"mine\.toml: invalid TOML.*line 3, column 8"),
-        (b"# \xff\xfe", r"mine\.toml: .*utf-8"),
+        (b"# \xff\xfe", r"mine\.toml: .*UTF-8"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
