@@ -32,20 +32,7 @@ from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, read_summaries
 from nnunet_lite.inference.first_stage import predict_first_stage, read_stage_map
 from nnunet_lite.inference.windows import window_starts
-from nnunet_lite.models.folder import (
-    MODEL,
-    SUMMARY,
-    VALIDATION,
-    fold_seed,
-    is_begun,
-    is_complete,
-    is_finished,
-    lock_fold,
-    open_run,
-    other_folds,
-    read_weights_header,
-    set_aside,
-)
+from nnunet_lite.models import folder as models
 from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import load_settings
@@ -225,7 +212,7 @@ def train(
     if scheduler is not None:
         return _train_on_cluster(scheduler, paths, runs, own)
 
-    if resume and not is_begun(own[0].fold_folder):
+    if resume and not models.is_begun(own[0].fold_folder):
         raise UserError("there is nothing to resume", own[0].fold_folder, "Leave out --resume to begin.")
     first_stage = _missing_first_stage(runs, own, restart)
     for run in first_stage:
@@ -257,16 +244,18 @@ def _train_on_cluster(
     with options.cluster_of(scheduler, paths.root.parent) as cluster:
         steps = [preprocessing_step(runs, dataset, paths, None, cluster), *trainings]
         run_steps(steps, Journal(paths.root / JOURNAL), cluster)
-    files = {run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in own}
+    files = {run.split.name: run.fold_folder / models.VALIDATION / models.SUMMARY for run in own}
     return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
 
 
 def _missing_first_stage(runs: Sequence[TrainingRun], own: Sequence[TrainingRun], restart: bool) -> list[TrainingRun]:
     """Return the folds of a cascade's first stage that are to be trained before `own`, those of the second stage."""
     first = own[0].first
-    if first is None or (not restart and all(is_finished(run.fold_folder) for run in own)):
+    if first is None or (not restart and all(models.is_finished(run.fold_folder) for run in own)):
         return []
-    missing = [run for run in runs if run.configuration == first.configuration and not is_finished(run.fold_folder)]
+    missing = [
+        run for run in runs if run.configuration == first.configuration and not models.is_finished(run.fold_folder)
+    ]
     names = ", ".join(run.split.name for run in missing)
     todo = f"to be trained first: {names}" if missing else "all trained"
     needed = f"fold {', '.join(first.folds)} of {first.folder}"
@@ -277,12 +266,12 @@ def _missing_first_stage(runs: Sequence[TrainingRun], own: Sequence[TrainingRun]
 def _set_aside(own: Sequence[TrainingRun], all_folds: bool, force: bool) -> None:
     """Move the earlier run of some folds aside: the fold if others of the model stay, otherwise the model folder."""
     run = own[0]
-    whole = all_folds or not other_folds(run.folder, run.split.name)
+    whole = all_folds or not models.other_folds(run.folder, run.split.name)
     if not whole:
         run.check_resume(force, restart=True)
     ranks, _ = join_group(run.device)  # from here on no process looks at the old folder
     if ranks.rank == 0:
-        set_aside(run.folder if whole else run.fold_folder)
+        models.set_aside(run.folder if whole else run.fold_folder)
 
 
 def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
@@ -319,16 +308,16 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
     ranks, device = join_group(run.device)
     if device.type == "cpu" and run.settings.recipe == "default" and run.device is None:
         log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    with report_lost_peer(), lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
+    with report_lost_peer(), models.lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
         seed = 0
         if ranks.rank == 0:
             previous = None if run.first is None else run.first.folder.name
-            seed = open_run(
+            seed = models.open_run(
                 run.folder, run.plan, run.dataset, run.configuration, run.settings,
                 fold=run.split.name, force=force, previous=previous,
             )  # fmt: skip
-        seed = fold_seed(from_first(seed, ranks), run.split.name)
-        if is_complete(run.fold_folder, run.settings):
+        seed = models.fold_seed(from_first(seed, ranks), run.split.name)
+        if models.is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
         else:
             _preprocess_and_train(run, seed, ranks, device, preview)
@@ -407,10 +396,10 @@ def _count_passes(job: Job) -> dict[float, int]:
 def _score_held_out(run: TrainingRun, device: torch.device) -> Scores:
     """Predict and score the held-out cases."""
     held_out = run.split.validation
-    planned = read_weights_header(run.fold_folder / MODEL).get("validation")  # an imported model has none
+    planned = models.read_weights_header(run.fold_folder / models.MODEL).get("validation")  # an imported model has none
     step_size = None
     if planned is not None:
-        if not (run.fold_folder / VALIDATION).is_dir():
+        if not (run.fold_folder / models.VALIDATION).is_dir():
             announce_validation(run.settings, ValidationPlan(**planned), len(held_out))
         if planned["step_size"] != run.settings.inference.step_size:
             step_size = planned["step_size"]

@@ -18,16 +18,7 @@ from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
-from nnunet_lite.models.folder import (
-    SUMMARY,
-    VALIDATION,
-    check_resume,
-    is_begun,
-    is_complete,
-    is_finished,
-    model_folder,
-    run_length,
-)
+from nnunet_lite.models import folder as models
 from nnunet_lite.networks.precision import pick_device
 from nnunet_lite.networks.unet import build_network, mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
@@ -85,8 +76,8 @@ class TrainingRun:
 
     def is_done(self) -> bool:
         """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
-        scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
-        return scored and is_complete(self.fold_folder, self.settings)
+        scored = self.split.name == ALL or (self.fold_folder / models.VALIDATION / models.SUMMARY).is_file()
+        return scored and models.is_complete(self.fold_folder, self.settings)
 
     def check_resume(self, force: bool = False, restart: bool = False) -> None:
         """Make sure that the model folder, if it exists, may be resumed with this plan, these settings and these cases.
@@ -107,9 +98,11 @@ class TrainingRun:
         """
         refuse_other_cases(self.folder, self.split, self.paths.splits, restart=restart)
         if (self.folder / "run.json").is_file():
-            check_resume(self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart)
+            models.check_resume(
+                self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart
+            )
         if not restart:
-            is_complete(self.fold_folder, self.settings)
+            models.is_complete(self.fold_folder, self.settings)
 
 
 def plan_runs(
@@ -157,14 +150,14 @@ def plan_runs(
     def add(configuration: str, fold: str, settings: Settings, name: str | None, restart: bool) -> None:
         if (configuration, fold) in runs:
             return
-        folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
+        folder = models.model_folder(paths, name or f"{configuration}-{settings.recipe}")
         fold_folder = folder / f"fold_{fold}"
         source_plan = _starting_plan(paths, configuration, settings, fold_folder, dataset.name, restart)
         plan = configure_plan(source_plan, configuration, settings)
         split = read_split(paths.splits, dataset, fold, rule)
         first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
         run = TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
-        if restart or not is_finished(fold_folder):
+        if restart or not models.is_finished(fold_folder):
             _check_trainable(run)
         if first is not None:
             refuse_other_cases(first.folder, split, paths.splits)
@@ -241,7 +234,7 @@ def _starting_plan(
     try:
         source = find_source(Path(init), dataset, fold_folder.name.removeprefix("fold_"))
     except UserError:
-        if restart or not is_begun(fold_folder):
+        if restart or not models.is_begun(fold_folder):
             raise
         return Plan.read(fold_folder.parent / "plans.json")
     return adopt_plan(plan, configuration, source, settings) if settings.plan.adopt else plan
@@ -279,7 +272,7 @@ def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step
         needs += [f"train {run.first.configuration} fold {fold}" for fold in run.first.folds]
     where = (run.fold_folder, run.settings)
     return Step(
-        f"train {of}", f"train {run.configuration} {run_length(run.settings)}", run.is_done,
+        f"train {of}", f"train {run.configuration} {models.run_length(run.settings)}", run.is_done,
         partial(train, run), tuple(needs), anywhere=True,
         progress=partial(fold_progress, *where), seconds=partial(estimate_fold_seconds, *where),
     )  # fmt: skip
