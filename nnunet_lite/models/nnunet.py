@@ -260,7 +260,7 @@ def _plan(plans: Json, dataset: Json, configuration: str, file: Path) -> Plan:
             needed[stage] = inherited(plans["configurations"], stage)
             stage = needed[stage].get("previous_stage")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"nnU-Net's plan: configurations: {error}", file) from None
+        raise UserError(f"nnU-Net's plan: {error}", file) from None
     return plan_from_nnunet({**plans, "configurations": needed}, dataset, file)
 
 
