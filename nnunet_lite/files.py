@@ -197,6 +197,22 @@ def append(path: Path, line: str) -> None:
         raise
 
 
+def read_text(path: Path) -> str:
+    """Return the content of a text file.
+
+    Raises
+    ------
+    UserError
+        The file does not exist, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError("no such file", path) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
@@ -206,16 +222,10 @@ def read_json(path: Path) -> Any:
         The file does not exist, or is not JSON (with line and column).
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise UserError("is nested too deeply to be read", path) from None
-    except FileNotFoundError:
-        raise UserError("no such file", path) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}", path) from None
-    except ValueError as error:  # a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # too many levels, or a number of thousands of digits
         raise UserError(f"cannot be read ({error})", path) from None
 
 
@@ -230,7 +240,7 @@ def understood(path: Path, fix: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # pydantic's are ValueErrors
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())
         raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
 

@@ -42,6 +42,7 @@ class Paths:
     dataset = _PathOf("dataset.json")
     fingerprint = _PathOf("fingerprint.json")
     plans = _PathOf("plans.json")
+    planned = _PathOf("planned.json")
     check = _PathOf("check.json")
     raw = _PathOf("raw.json")  # size, time and hash of each raw file when the dataset was planned
     splits = _PathOf("splits.json")

@@ -35,10 +35,10 @@ from bench_preprocess import nnunet_layout
 
 import nnunet_lite
 from nnunet_lite.commands.train import fold_names
-from nnunet_lite.data.dataset import Dataset, read_case, read_dataset
+from nnunet_lite.data.dataset import Dataset, dataset_to_json, read_case, read_dataset
 from nnunet_lite.evaluation.scores import score_files
 from nnunet_lite.files import write_json, write_text
-from nnunet_lite.planning.nnunet import Description, description_to_nnunet, plan_to_nnunet
+from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.job import configure_plan
@@ -136,8 +136,10 @@ def prepare(work: Work, given: Path | None, python: Path) -> None:
         nnunet_layout(work.dataset, NUMBER, raw.parent)
     _run([python.with_name("nnUNetv2_extract_fingerprint"), "-d", NUMBER, "-np", 1], environment, log)
     data = work.dataset
-    about = description_to_nnunet(Description(data.channels, data.labels, len(data.cases), data.file_ending))
-    plans = plan_to_nnunet(work.plan, about) | {"dataset_name": _nnunet_name(data), "plans_name": "nnUNetPlans"}
+    plans = plan_to_nnunet(work.plan, {"file_ending": data.file_ending}) | {
+        "dataset_name": _nnunet_name(data),
+        "plans_name": "nnUNetPlans",
+    }
     write_json(preprocessed / "nnUNetPlans.json", plans)
     write_text(preprocessed / "dataset.json", (raw / "dataset.json").read_text())
     _run([python.with_name("nnUNetv2_preprocess"), "-d", NUMBER, "-c", work.configuration, "-np", 1], environment, log)
@@ -226,9 +228,10 @@ def cut_into_slices(dataset: Dataset, every: int, folder: Path) -> tuple[Path, P
                 _write_slice(root / "imagesTr" / f"{name}_{channel:04d}.nii.gz", array[z].astype(np.float32), spacing)
             _write_slice(root / "labelsTr" / f"{name}.nii.gz", values[z].astype(np.uint8), spacing)
             slices.setdefault(case.id, []).append(name)
-    about = Description(dataset.channels, dataset.labels, sum(map(len, slices.values())), ".nii.gz")
-    write_json(root / "dataset.json", description_to_nnunet(about))
     every_slice = [name for names in slices.values() for name in names]
+    described = dataset_to_json(dataset) | {"numTraining": len(every_slice), "file_ending": ".nii.gz"}
+    about = {key: described[key] for key in described if key not in ("root", "layout", "dataset", "notes", "label_map")}
+    write_json(root / "dataset.json", about)
     folds = [{"train": [n for n in every_slice if n not in held_out], "val": held_out} for held_out in slices.values()]
     write_json(splits, folds)
     return root, splits

@@ -17,8 +17,11 @@ import numpy as np
 import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from nnunet_lite.data.dataset import channels_of, labels_of
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import plan_from_nnunet
+from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
@@ -171,6 +174,13 @@ def sample_plan(
             **fields,
         }
     )
+
+
+def reference_plan(fixture: dict[str, Any], preset: str = "default", memory_gb: float | None = None) -> Plan:
+    """Return our plan of one of the fingerprints in plan_fixtures.json, of which nnU-Net's plan is known."""
+    about, fingerprint = fixture["dataset"], Fingerprint.model_validate(fixture["fingerprint"])
+    channels, labels, n_cases = channels_of(about, None), labels_of(about, None), about["numTraining"]
+    return make_plan(fingerprint, "Dataset001_Test", channels, labels, preset, memory_gb, n_cases)
 
 
 def nnunet_plan() -> Plan:

@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from samples import reference_plan
 from torch import Tensor, nn
 
 import nnunet_lite
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.nnunet import import_nnunet
 from nnunet_lite.networks.unet import UNet
-from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.nnunet import description_from_nnunet
-from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.finetune import (
@@ -36,9 +33,7 @@ from nnunet_lite.training.finetune import (
 from nnunet_lite.workspace import planned_paths
 
 NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
-LUNG = Labels(names={"background": 0, "lung": 1, "tumour": 2})
-NODULE = Labels(names={"background": 0, "Tumour": 1, "nodule": 2, "lung": 3})
-REGIONS = Labels(names={"background": 0, "organ": (1, 2), "tumour": (2,)}, region_order=(1, 2))
+LUNG = ("background", "lung", "tumour")
 STAGE = "previous stage: "
 KINDS = pytest.mark.parametrize("kind", ["plain", "residual"])
 
@@ -53,8 +48,8 @@ def network(seed: int, inputs: int = 1, outputs: int = 3, kind: Any = "plain", n
     return made
 
 
-def adopt(source: UNet, target: UNet, labels: Any = (LUNG, LUNG), channels: Any = (("CT",), ("CT",))) -> dict[str, str]:
-    return adopt_weights(target, source.state_dict(), *labels, *channels)
+def adopt(source: UNet, target: UNet, outputs: Any = (LUNG, LUNG), inputs: Any = (("CT",), ("CT",))) -> dict[str, str]:
+    return adopt_weights(target, source.state_dict(), inputs, outputs)
 
 
 def first_layer(made: UNet) -> nn.Conv2d:
@@ -77,12 +72,16 @@ def test_an_equal_network_is_copied_whole(kind: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "rows", "report"),
     [
-        (NODULE, (0, 2, None, 1), "background: background; Tumour: tumour; nodule: at random; lung: lung"),
-        (REGIONS, (None, 2), "organ: at random; tumour: tumour"),
+        (
+            ("background", "Tumour", "nodule", "lung"),
+            (0, 2, None, 1),
+            "background: background; Tumour: tumour; nodule: at random; lung: lung",
+        ),
+        (("organ", "tumour"), (None, 2), "organ: at random; tumour: tumour"),
     ],
     ids=["labels", "regions"],
 )
-def test_outputs_of_equal_name_are_copied_and_new_ones_start_random(labels: Labels, rows: Any, report: str) -> None:
+def test_outputs_of_equal_name_are_copied_and_new_ones_start_random(labels: Any, rows: Any, report: str) -> None:
     source, target = network(0, outputs=3), network(1, outputs=len(rows))
     before = [head.weight.clone() for head in target.heads]
     assert adopt(source, target, (LUNG, labels))["adapted, outputs"] == report
@@ -99,7 +98,7 @@ def test_outputs_of_equal_name_are_copied_and_new_ones_start_random(labels: Labe
 )
 def test_the_response_to_other_channels_keeps_its_size(kind: str, old: tuple[str, ...], new: tuple[str, ...]) -> None:
     source, target = network(0, len(old), kind=kind), network(1, len(new), kind=kind)
-    assert "at random" not in adopt(source, target, channels=(old, new))
+    assert "at random" not in adopt(source, target, inputs=(old, new))
     generator = torch.Generator().manual_seed(0)
     sizes = [
         float(first_layer(made)(torch.randn(4, len(names), 64, 64, generator=generator)).detach().std())
@@ -116,15 +115,15 @@ def test_the_response_to_other_channels_keeps_its_size(kind: str, old: tuple[str
 def test_channels_are_matched_by_name_or_without_common_names_in_their_order() -> None:
     source, x = network(0, 2), images(2)
     swapped, other = network(1, 2), network(2, 2)
-    adopt(source, swapped, channels=(("T1", "T2"), ("T2", "T1")))
+    adopt(source, swapped, inputs=(("T1", "T2"), ("T2", "T1")))
     torch.testing.assert_close(source(x), swapped(x.flip(1)))
-    report = adopt(source, other, channels=(("T1", "T2"), ("CT", "PET")))
+    report = adopt(source, other, inputs=(("T1", "T2"), ("CT", "PET")))
     assert torch.equal(source(x), other(x)) and report["adapted, inputs"] == "CT: T1; PET: T2"
 
 
 def test_a_second_stage_starts_as_the_network_without_a_first_stage() -> None:
     source, target = network(0, 1), network(1, 3)
-    report = adopt(source, target, channels=(("CT",), ("CT", f"{STAGE}lung", f"{STAGE}tumour")))
+    report = adopt(source, target, inputs=(("CT",), ("CT", f"{STAGE}lung", f"{STAGE}tumour")))
     x, stages = images(1), torch.randint(0, 2, (1, 2, 16, 16))
     torch.testing.assert_close(source(x), target(torch.cat([x, stages.float()], 1)))
     assert f"{STAGE}lung: zero" in report["adapted, inputs"]
@@ -135,10 +134,10 @@ def test_tensors_that_do_not_fit_stay_random_and_are_reported() -> None:
     before = {name: value.clone() for name, value in target.state_dict().items()}
     name = "encoder.1.0.0.weight"
     state = source.state_dict() | {name: torch.zeros(1, 2, 3, 3), "extra": torch.zeros(1)}
-    report = adopt_weights(target, state, LUNG, LUNG, ("CT",), ("CT",))
+    report = adopt_weights(target, state, (("CT",), ("CT",)), (LUNG, LUNG))
     assert report["at random"] == f"1 tensors: {name}" and report["not used"].startswith("12 tensors: encoder.0.0.1")
     assert torch.equal(target.state_dict()[name], before[name])
-    assert adopt_weights(target, {"extra": torch.zeros(1)}, LUNG, LUNG, ("CT",), ("CT",)) == {}
+    assert adopt_weights(target, {"extra": torch.zeros(1)}, (("CT",), ("CT",)), (LUNG, LUNG)) == {}
 
 
 @KINDS
@@ -176,8 +175,7 @@ def own(tiny_workspace: Path) -> Plan:
 @pytest.fixture(scope="module")
 def cascade() -> Plan:
     fixture = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())[0]
-    about = description_from_nnunet(fixture["dataset"])
-    return make_plan(Fingerprint.model_validate(fixture["fingerprint"]), "Other", about.channels, about.labels)
+    return reference_plan(fixture)
 
 
 def renamed(plan: Plan, name: str, **more: Any) -> Plan:

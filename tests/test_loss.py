@@ -18,6 +18,7 @@ from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import LossSettings
 from nnunet_lite.training.distributed import Ranks, rank_share, sum_over_ranks
 from nnunet_lite.training.loss import (
+    SumByClass,
     alone,
     check_weights,
     class_sums,
@@ -131,12 +132,11 @@ def test_outputs_of_all_sizes_are_weighted(tiny_workspace: Path) -> None:
     torch.testing.assert_close(deep_supervision_loss(outputs[0], classes, plan, "3d_fullres", weights), fine)
 
 
-def test_classes_shrink_by_nearest_neighbour() -> None:
-    classes = torch.arange(8).reshape(1, 8, 1).expand(1, 8, 4)
-    small = downsample_classes(classes, (4, 4))
-    assert small.dtype == classes.dtype
-    assert small[0, :, 0].tolist() in ([0, 2, 4, 6], [1, 3, 5, 7])
-    assert downsample_classes(classes, (8, 4)) is classes
+@pytest.mark.parametrize("shape", [(12, 24, 8), (12, 8, 4), (6, 6, 2), (3, 24, 1), (5, 7, 3)])
+def test_classes_shrink_to_the_nearest_voxel_as_torch_does(shape: tuple[int, ...]) -> None:
+    classes = torch.arange(2 * 12 * 24 * 8).reshape(2, 12, 24, 8)
+    expected = F.interpolate(classes[:, None].float(), size=shape, mode="nearest-exact")[:, 0]
+    assert torch.equal(downsample_classes(classes, shape), expected.long())
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
@@ -251,6 +251,19 @@ def test_a_wrong_number_of_class_weights_names_the_classes() -> None:
     check_weights(LossSettings(class_weights=(1, 1)), regions)
     with pytest.raises(UserError, match=r"3 numbers for 2 regions.*whole, core"):
         check_weights(LossSettings(class_weights=(1, 1, 1)), regions)
+
+
+def test_sums_by_class_on_a_gpu_are_those_of_a_scatter() -> None:
+    """Its function runs anywhere; `class_sums` takes it where atomic additions are slow."""
+    logits, classes = example()
+    y = classes.flatten(1)
+    values = [logits[:, 0].flatten(1).clone().requires_grad_() for _ in range(2)]
+    expected = values[0].new_zeros(3, 4).scatter_add(1, y, values[0])
+    found = SumByClass.apply(values[1], y, 4)
+    torch.testing.assert_close(found.float(), expected)
+    for sums in (expected, found):
+        (sums * torch.arange(12.0).view(3, 4)).sum().backward()
+    assert values[0].grad is not None and torch.equal(values[0].grad, values[1].grad)
 
 
 TINY_NET = Network(

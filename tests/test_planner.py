@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import nnunet_plan
+from samples import nnunet_plan, reference_plan
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.nnunet import description_from_nnunet, plan_to_nnunet
+from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.planner import limit_sizes, make_plan, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan, Statistics
 from nnunet_lite.planning.show import patch_share, plan_table
@@ -30,10 +30,7 @@ DRAWN = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_pe
 
 
 def plan_of(fixture: dict[str, Any]) -> Plan:
-    about = description_from_nnunet(fixture["dataset"])
-    taken = Fingerprint.model_validate(fixture["fingerprint"])
-    preset, memory_gb = fixture["preset"], fixture["gpu_memory_gb"]
-    return make_plan(taken, "Dataset001_Test", about.channels, about.labels, preset, memory_gb, about.n_cases)
+    return reference_plan(fixture, fixture["preset"], fixture["gpu_memory_gb"])
 
 
 def fingerprint_of(

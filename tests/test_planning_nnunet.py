@@ -11,19 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import reference_plan
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.nnunet import _labels_for_nnunet
-from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.nnunet import (
-    description_from_nnunet,
-    description_to_nnunet,
-    plan_from_nnunet,
-    plan_to_nnunet,
-    read_plan,
-)
-from nnunet_lite.planning.planner import make_plan
+from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet, read_plan
 from nnunet_lite.planning.schema import Plan
 
 DATA = Path(__file__).parent / "data"
@@ -89,9 +82,7 @@ def test_older_plans_mean_the_same_and_inherit_in_a_chain(plans: dict[str, Any])
 def planned(number: int, preset: str = "default") -> tuple[Plan, dict[str, Any], dict[str, Any]]:
     """Return our plan of a reference dataset, the same as nnU-Net's JSON, and the dataset.json."""
     fixture = json.loads((DATA / "plan_fixtures.json").read_text())[number]
-    about = description_from_nnunet(fixture["dataset"])
-    fingerprint = Fingerprint.model_validate(fixture["fingerprint"])
-    plan = make_plan(fingerprint, "X", about.channels, about.labels, preset, n_cases=about.n_cases)
+    plan = reference_plan(fixture, preset)
     return plan, plan_to_nnunet(plan, fixture["dataset"]), fixture["dataset"]
 
 
@@ -211,6 +202,9 @@ ARCHITECTURE = "configurations/3d_fullres/architecture"
         (f"{ARCHITECTURE}/arch_kwargs/conv_bias", False, "conv_bias False"),
         (f"{ARCHITECTURE}/arch_kwargs/dropout_op", "torch.nn.Dropout3d", "dropout_op"),
         (f"{ARCHITECTURE}/arch_kwargs/stem_channels", 7, "stem_channels 7"),
+        (f"{ARCHITECTURE}/arch_kwargs/nonlin_kwargs/negative_slope", 0.2, "negative_slope 0.2"),
+        (f"{ARCHITECTURE}/arch_kwargs/norm_op_kwargs/eps", 1e-3, "norm_op_kwargs"),
+        (f"{ARCHITECTURE}/arch_kwargs/norm_op", "torch.nn.GroupNorm", "norm_op 'torch.nn.GroupNorm'"),
         ("configurations/2d/resampling_fn_seg", "mine", "configurations.2d.resampling_fn_seg 'mine'"),
         ("configurations/2d/preprocessor_name", "Mine", "configurations.2d.preprocessor_name 'Mine'"),
         ("configurations/2d/patch_size", [50, 40], "2d.patch_size.* a multiple of 8; the nearest are 48 and 56"),
@@ -235,36 +229,15 @@ def test_read_plan_takes_either_kind(plans: dict[str, Any], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "more",
-    [
-        {"labels": {"background": 0, "a": 1, "b": 4}},
-        {"labels": {"background": 0, "a": 1, "ignore": 2}},
-        {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]},
-    ],
-)
-def test_dataset_json_goes_both_ways(more: dict[str, Any]) -> None:
-    written = {"channel_names": {"0": "CT", "1": "T1"}, "numTraining": 12, "file_ending": ".nrrd", **more}
-    about = description_from_nnunet(written)
-    assert (about.channels, about.n_cases, about.file_ending) == (("CT", "T1"), 12, ".nrrd")
-    assert description_to_nnunet(about) == written
-
-
-def test_dataset_json_of_msd_is_read() -> None:
-    table = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "L"}, "numTraining": 4}
-    about = description_from_nnunet(table)
-    assert about.channels == ("MRI",) and about.labels.names == {"background": 0, "L": 1}
-
-
-@pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ({"labels": {"background": 0, "a": 1}}, "d.json: has no channel_names"),
+        ({"labels": {"background": 0, "a": 1}}, "has no channel_names"),
         ({"channel_names": {"1": "CT"}, "labels": {"a": 1}}, "Number the channels"),
-        ({"channel_names": {"0": "CT"}}, "d.json: has no labels"),
+        ({"channel_names": {"0": "CT"}}, "has no labels"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "labels: two labels share one value"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": "x"}}, "are not names with integers"),
     ],
 )
-def test_broken_dataset_json_is_refused(dataset: dict[str, Any], message: str) -> None:
+def test_broken_dataset_json_is_refused(plans: dict[str, Any], dataset: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        description_from_nnunet(dataset, Path("d.json"))
+        plan_from_nnunet(plans, dataset)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from samples import sample_plan
 
+from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, read_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
@@ -101,7 +102,9 @@ def test_unchanged_files_are_not_read_again(five: Dataset, tmp_path: Path) -> No
     assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 0
 
 
-def test_workers_do_not_change_the_files_and_none_means_no_thread(five: Dataset, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_files_and_none_means_no_thread(
+    five: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = []
 
     def progress(items, total, what):  # type: ignore[no-untyped-def]
@@ -110,9 +113,11 @@ def test_workers_do_not_change_the_files_and_none_means_no_thread(five: Dataset,
             threads.append((what, total, names))
             yield item
 
+    monkeypatch.setattr(log, "progress", progress)
+
     plan = sample_plan(five.labels, (1.5, 1.2, 0.8))
-    preprocess_dataset(five, plan, BOTH, tmp_path / "0", 0, progress)
-    assert threads == [("preprocess", 5, [])] * 5
+    preprocess_dataset(five, plan, BOTH, tmp_path / "0", 0)
+    assert threads == [("files", 5, [])] * 5 + [("preprocess", 5, [])] * 5
     for workers in (1, 3, None):
         preprocess_dataset(five, plan, BOTH, tmp_path / str(workers), workers)
         assert contents(tmp_path / str(workers)) == contents(tmp_path / "0")
@@ -216,7 +221,7 @@ def test_values_that_are_not_standardised_keep_their_digits(
         values = values.astype(np.uint16) * 200 + 17_001
         write_label(dataset.cases[0].images[0], values, geometry)
     plan = sample_plan(dataset.labels, scheme=scheme)
-    preprocess_dataset(dataset, plan, ["3d_fullres"], tmp_path / "pre", progress=lambda each, *_: each)
+    preprocess_dataset(dataset, plan, ["3d_fullres"], tmp_path / "pre")
     assert "float16" not in capsys.readouterr().err
     stored = open_case(tmp_path / "pre", plan, "3d_fullres", dataset.cases[0].id)
     low, high = (values.min(), values.max()) if scheme == "rescale_0_1" else (0, 255 if scheme == "rgb_0_1" else 1)
@@ -224,7 +229,7 @@ def test_values_that_are_not_standardised_keep_their_digits(
     error = np.abs(stored.image[0].astype(np.float64) * (float(high) - low) + low - values[box]).max()
     assert error < (0.01 if exact else 0.1)
     coarse = plan.model_copy(update={"stored_as": "float16"})
-    preprocess_dataset(dataset, coarse, ["3d_fullres"], tmp_path / "half", progress=lambda each, *_: each)
+    preprocess_dataset(dataset, coarse, ["3d_fullres"], tmp_path / "half")
     assert open_case(tmp_path / "half", coarse, "3d_fullres", dataset.cases[0].id).image.dtype == np.float16
     assert ("rounds 16-bit values that are not standardised by up to 16" in capsys.readouterr().err) == exact
 

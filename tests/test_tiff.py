@@ -223,11 +223,11 @@ def test_a_changed_sidecar_or_file_of_voxels_is_a_changed_case(tmp_path: Path) -
     (tmp_path / "a.json").write_text(json.dumps({"spacing": [3.0, 0.7, 0.8]}))
     sitk.WriteImage(sitk.GetImageFromArray(numbers((5, 6, 7))), tmp_path / "b.mhd")
     cases = [Case("a", (path,)), Case("b", (tmp_path / "b.mhd",))]
-    before = scan_raw_cases(cases, {}, 0)
-    assert scan_raw_cases(cases, before, 0) == before
+    before, _ = scan_raw_cases(cases, {}, 0)
+    assert scan_raw_cases(cases, before, 0) == (before, {})
     (tmp_path / "a.json").write_text(json.dumps({"spacing": [4.0, 0.7, 0.8]}))
     (tmp_path / "b.raw").write_bytes(bytes(2 * 5 * 6 * 7))
-    after = scan_raw_cases(cases, before, 0)
+    after, _ = scan_raw_cases(cases, before, 0)
     assert after["a"].spacing == (4.0, 0.7, 0.8)
     assert after["b"] != before["b"]
 

@@ -12,26 +12,24 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.check import broken_dataset, check_dataset
-from nnunet_lite.data.dataset import dataset_to_json, read_dataset, stored_dataset
+from nnunet_lite.data.dataset import channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.problems import Report, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import model_folders
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
-from nnunet_lite.planning.nnunet import Description, description_from_nnunet, description_to_nnunet, plan_to_nnunet
-from nnunet_lite.planning.planner import make_plan, override_sizes
-from nnunet_lite.planning.schema import Options, Plan
+from nnunet_lite.planning.nnunet import plan_to_nnunet
+from nnunet_lite.planning.planner import apply_options, make_plan, memory_budget
+from nnunet_lite.planning.schema import Options, Plan, Precision
 from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
-from nnunet_lite.system import GB, in_units
+from nnunet_lite.system import in_units
 from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
-
-_Change = tuple[str, tuple[int, ...] | None, int | None]  # configuration, patch size, batch size
 
 
 def check(
@@ -98,14 +96,10 @@ def plan(
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
     store: Annotated[
-        Literal["float16", "float32"] | None,
+        Precision | None,
         typer.Option(help="Type of preprocessed images on disk [as planned before; float32 without standardisation]."),
     ] = None,
     accept_geometry: options.AcceptGeometry = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
-    ] = False,
-    device: options.Device = None,
     from_fingerprint: Annotated[
         str | Path | None, typer.Option(help="Plan from a fingerprint instead of data.")
     ] = None,
@@ -153,10 +147,6 @@ def plan(
         Type of preprocessed images on disk; default: as planned before.
     accept_geometry : bool
         Take files of a case by their voxels if origin or direction differ.
-    measure : bool
-        Compare with the memory of real steps on the GPU.
-    device : str, optional
-        Such as "cpu" or "cuda:1"; default: a GPU if there is one.
     from_fingerprint, dataset_json : str or Path, optional
         Plan from these two files instead of data.
     format : {"nnlite", "nnunet"}
@@ -178,27 +168,35 @@ def plan(
     UserError
         The dataset has errors, which are all logged, or an option is illegal. Nothing is written in these cases.
     """
+    # A mistake in the options is reported before minutes of reading.
+    memory_budget(preset or "default", memory)
     patch = None if patch_size is None else options.sizes_of(patch_size, "--patch-size")
-    change = (configuration or ("2d" if patch and len(patch) == 2 else "3d_fullres"), patch, batch_size)
+    sizes = {"patch_size": patch, "batch_size": batch_size}
+    resized = configuration or ("2d" if patch and len(patch) == 2 else "3d_fullres")
+    given = Options.check(
+        preset=preset,
+        memory_gb=memory,
+        adopted=None if plans is None else str(Path(plans).expanduser().absolute()),
+        sizes={} if patch is None and batch_size is None else {resized: sizes},
+        clip_percentiles=clip_percentiles,
+        stored_as=store,
+    )
     if output is None and format != "nnlite":
         raise UserError(f"--format {format} is given without a file", fix="Say where to write it: --output FILE.")
     if from_fingerprint is not None:
         if dataset_json is None:
             raise UserError("--from-fingerprint needs --dataset-json")
-        made, about = _plan_fingerprint(Path(from_fingerprint), Path(dataset_json), preset or "default", memory, change)
+        about = read_json(Path(dataset_json))
+        made = _plan_fingerprint(Path(from_fingerprint), Path(dataset_json), about, given)
     elif data is not None:
         place = workspace_folder(workspace)
-        # A mistake in the options is reported before minutes of reading.
-        given = replanning.plan_options(preset, memory, plans, change, clip_percentiles, store)
         rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
         made = _plan_dataset(find_raw(str(data), place), place, given, rule, accept_geometry, workers)
-        about = _described_for_nnunet(Paths(place / made.dataset)) if format == "nnunet" else {}
+        about = _described_for_nnunet(Paths(place / made.dataset))
     else:
         raise UserError("name the dataset to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:
         write_json(Path(output), plan_to_nnunet(made, about) if format == "nnunet" else made.as_dict())
-    if measure:
-        _log_measured_memory(made, device)
     return made
 
 
@@ -212,8 +210,8 @@ def _plan_dataset(
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
     # First, so that a change while files are checked is noticed.
-    raw = scan_raw_cases(dataset.cases, read_stamps(paths.raw), workers, log.progress)
-    problems, fingerprint = check_and_fingerprint(dataset, workers, log.progress)
+    raw, _ = scan_raw_cases(dataset.cases, read_stamps(paths.raw), workers)
+    problems, fingerprint = check_and_fingerprint(dataset, workers)
     log.info(problems.to_text())
     if fingerprint is None:
         if errors := problems.count("error"):
@@ -233,36 +231,20 @@ def _plan_dataset(
     return new.plan
 
 
-def _plan_fingerprint(
-    fingerprint: Path, dataset_json: Path, preset: str, memory: float | None, change: _Change
-) -> tuple[Plan, dict[str, Any]]:
-    """Plan from a fingerprint.json and a dataset.json alone; return the plan and the content of dataset.json."""
-    content = read_json(dataset_json)
-    about = description_from_nnunet(content, dataset_json)
-    name = str(content.get("name", dataset_json.absolute().parent.name))
-    made = make_plan(
-        Fingerprint.read(fingerprint), name, about.channels, about.labels, preset, memory, about.n_cases or None
-    )
-    return made if change[1:] == (None, None) else override_sizes(made, *change), content
+def _plan_fingerprint(fingerprint: Path, dataset_json: Path, about: dict[str, Any], given: Options) -> Plan:
+    """Plan from a fingerprint.json and the content of a dataset.json alone."""
+    channels, labels = channels_of(about, dataset_json), labels_of(about, dataset_json)
+    name = str(about.get("name", dataset_json.absolute().parent.name))
+    preset, n_cases = given.preset or "default", int(about.get("numTraining") or 0) or None
+    made = make_plan(Fingerprint.read(fingerprint), name, channels, labels, preset, given.memory_gb, n_cases)
+    return apply_options(made, given)
 
 
 def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
-    """Return what nnU-Net's dataset.json says about a planned dataset."""
-    dataset = stored_dataset(paths.dataset)
-    about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
-    table = dataset.root / "dataset.json"
-    reader = read_json(table).get(READER) if table.is_file() else None
-    return {**description_to_nnunet(about), **({} if reader is None else {READER: reader})}
-
-
-def _log_measured_memory(made: Plan, device: str | None) -> None:
-    """Log predicted and measured GPU memory of a training step of each configuration."""
-    from nnunet_lite.training.learner import measure_memory  # it imports torch, which planning does not need
-
-    for name, planned in made.configurations.items():
-        measured = measure_memory(made, name, device)
-        found = "more than the GPU has" if measured is None else in_units(measured * GB)
-        log.info(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
+    """Return the dataset.json of a planned dataset, with the reader that the raw dataset names for nnU-Net."""
+    described = read_json(paths.dataset)
+    raw = Path(described["root"]) / "dataset.json"
+    return described | {READER: read_json(raw).get(READER) if raw.is_file() else None}
 
 
 def preprocess(
@@ -315,6 +297,5 @@ def preprocess(
             options.names_of(configuration) or list(plan.configurations),
             paths.preprocessed,
             workers,
-            log.progress,
-            spread=None if cluster is None else cluster.spread,
+            None if cluster is None else cluster.spread,
         )

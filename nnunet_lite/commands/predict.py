@@ -15,23 +15,17 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_all_cases
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.evaluation.postprocessing import Rule, apply_rules
-from nnunet_lite.evaluation.selection import (
-    changed_models,
-    describe_selection,
-    read_selection,
-    selected_models,
-    weights_fingerprint,
-)
+from nnunet_lite.evaluation.postprocessing import apply_rules
+from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
 from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.bundle import as_model_folder
 from nnunet_lite.models.folder import trained_folds
-from nnunet_lite.models.lookup import choose_model, find_model, first_common_fold, read_model
+from nnunet_lite.models.lookup import find_model, first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
-from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
+from nnunet_lite.workspace import select_dataset, workspace_folder
 
 # --speed: changes of the settings; "fast" also uses one fold
 _SPEEDS: dict[str, dict[str, Any]] = {
@@ -39,7 +33,6 @@ _SPEEDS: dict[str, dict[str, Any]] = {
     "balanced": {"inference.mirroring": False},
     "fast": {"inference.mirroring": False, "inference.step_size": 0.75},
 }
-PROBABILITIES = "--save-probabilities"  # its value may be left out, see cli.py
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ def predict(
     ] = None,
     save_probabilities: Annotated[
         str | None,
-        typer.Option(PROBABILITIES, metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),
+        typer.Option(metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),  # see cli.py
     ] = None,
     save_uncertainty: Annotated[
         bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
@@ -200,10 +193,10 @@ def predict(
     sources = [Path(path) for path in _as_list(input)]
     if not sources:
         raise UserError("no image is given to predict")
-    paths = None if model else select_dataset(workspace, dataset, needs_plan=False)
     models = [find_model(path, root, dataset) for path in _as_list(model or ())]
-    folds = None if fold is None else [str(name) for name in _as_list(fold)]
-    folders, folds, rules = _choose_models(paths, models, options.names_of(configuration) or [], folds, postprocess)
+    paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
+    configurations = options.names_of(configuration) or []
+    folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
         raise UserError("there is no such file or folder", missing)
     if speed == "fast" and fold is None:
@@ -243,64 +236,6 @@ def predict(
         log.info(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
-
-
-def _choose_models(
-    paths: Paths | None,
-    models: Sequence[Path],
-    configurations: Sequence[str],
-    folds: list[str] | None,
-    postprocess: bool,
-) -> tuple[list[Path], list[str] | None, dict[str, Rule]]:
-    """Choose the given models, otherwise those that `nnlite select` chose, otherwise the trained one.
-
-    The selected postprocessing is done only if exactly the selected models predict.
-
-    Parameters
-    ----------
-    paths : Paths, optional
-        The files of the dataset; None if `models` are given, which may be among the selected ones too.
-    models : sequence of Path
-        Model folders or zips.
-    configurations : sequence of str
-        Configurations whose trained models predict.
-    folds : list of str, optional
-        The given folds.
-    postprocess : bool
-        Whether label maps are postprocessed.
-
-    Returns
-    -------
-    folders : list of Path
-        The models.
-    folds : list of str, optional
-        Folds of them; None for all that are trained.
-    rules : dict of str to Rule
-        The postprocessing of each label.
-    """
-    if paths is not None and not configurations:
-        selection = read_selection(paths)
-        if selection is None:
-            return [choose_model(paths)], folds, {}
-        folders = selected_models(paths, selection)
-    else:
-        folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
-        paths = paths or Paths(folders[0].absolute().parent.parent)
-        in_dataset = all(folder.absolute().parent == paths.models for folder in folders)
-        selection = read_selection(paths) if in_dataset else None
-        if selection is None or set(selection.models) != {folder.name for folder in folders}:
-            return folders, folds, {}
-    folds = list(selection.folds) if folds is None else folds
-    rules = selection.postprocessing if postprocess else {}
-    if doubtful := [label for label in selection.unconfirmed if label in rules]:
-        rules = {label: rule for label, rule in rules.items() if label not in doubtful}
-        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
-        log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
-    log.info(f"{paths.inference}: {describe_selection(selection.models, folds, rules)}")
-    if changed := changed_models(paths, selection):
-        what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
-        log.warn(f"{what}; `nnlite select` compares them again")
-    return folders, folds, rules
 
 
 # ------------------------------------------------------------------------------------------------------------ a cluster

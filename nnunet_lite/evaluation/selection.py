@@ -8,17 +8,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import align, four_digits
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, is_finished
+from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.workspace import Paths
 
 _FINGERPRINT_BYTES = 1 << 22  # of a file of weights: its header says how they were trained, and all weights differ
@@ -162,21 +165,66 @@ def read_selection(paths: Paths) -> Selection | None:
         raise UserError(what, paths.inference, _SELECT_AGAIN) from None
 
 
-def selected_models(paths: Paths, selection: Selection) -> list[Path]:
-    """Return the folders of the selected models.
+def choose_models(
+    paths: Paths | None,
+    models: Sequence[Path],
+    configurations: Sequence[str],
+    folds: list[str] | None,
+    postprocess: bool,
+) -> tuple[list[Path], list[str] | None, dict[str, Rule]]:
+    """Choose the models that predict: the given ones, otherwise the selected ones, otherwise the trained one.
+
+    The selected postprocessing is done only if exactly the selected models predict.
+
+    Parameters
+    ----------
+    paths : Paths, optional
+        The files of the dataset; None if `models` are given, which may be among the selected ones too.
+    models : sequence of Path
+        Model folders or zips.
+    configurations : sequence of str
+        Configurations whose trained models predict.
+    folds : list of str, optional
+        The given folds.
+    postprocess : bool
+        Whether label maps are postprocessed.
+
+    Returns
+    -------
+    folders : list of Path
+        The models.
+    folds : list of str, optional
+        Folds of them; None for all that are trained.
+    rules : dict of str to Rule
+        The postprocessing of each label.
 
     Raises
     ------
     UserError
-        One of them, or one of its folds, does not exist any more.
+        No model is trained, or a selected one does not exist any more.
     """
-    folders = [paths.models / Path(name).name for name in selection.models]
-    for folder in folders:
-        for fold in selection.folds:
-            if not is_finished(folder / f"fold_{fold}"):
-                what = f"names fold {fold} of the model {folder.name}, which does not exist any more"
-                raise UserError(what, paths.inference, f"{_SELECT_AGAIN[:-1]}, or name a model with -m or -c.")
-    return folders
+    folders = list(models) if paths is None else [choose_model(paths, name) for name in configurations]
+    paths = paths or Paths(folders[0].absolute().parent.parent)
+    in_dataset = all(folder.absolute().parent == paths.models for folder in folders)
+    selection = read_selection(paths) if in_dataset else None
+    if selection is None or (folders and {folder.name for folder in folders} != set(selection.models)):
+        return folders or [choose_model(paths)], folds, {}
+    selected = [paths.models / Path(name).name for name in selection.models]
+    for folder, fold in product([] if folders else selected, selection.folds):
+        if not is_finished(folder / f"fold_{fold}"):
+            what = f"names fold {fold} of the model {folder.name}, which does not exist any more"
+            raise UserError(what, paths.inference, f"{_SELECT_AGAIN[:-1]}, or name a model with -m or -c.")
+    folds = list(selection.folds) if folds is None else folds
+    rules = selection.postprocessing if postprocess else {}
+    if doubtful := [label for label in selection.unconfirmed if label in rules]:
+        rules = {label: rule for label, rule in rules.items() if label not in doubtful}
+        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
+        log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
+    log.info(f"{paths.inference}: {describe_selection(selection.models, folds, rules)}")
+    if changed := changed_models(paths, selection):
+        what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
+        log.warn(f"{what}; `nnlite select` compares them again")
+    return folders or selected, folds, rules
 
 
 def changed_models(paths: Paths, selection: Selection) -> list[str]:

@@ -179,8 +179,8 @@ def predict_first_stage(
         One of the folds is not trained.
     """
     first_plan, _ = read_model(first.folder)
-    preprocess_dataset(dataset, first_plan, [first.configuration], preprocessed, workers, log.progress)
-    preprocess_dataset(dataset, plan, [configuration], preprocessed, workers, log.progress)
+    preprocess_dataset(dataset, first_plan, [first.configuration], preprocessed, workers)
+    preprocess_dataset(dataset, plan, [configuration], preprocessed, workers)
     open_first = partial(open_case, preprocessed, first_plan, first.configuration)
     open_second = partial(open_case, preprocessed, plan, configuration)
     files: dict[str, Path] = {}

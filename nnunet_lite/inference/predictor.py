@@ -27,10 +27,10 @@ from nnunet_lite.inference.memory import PredictionTask, plan_memory
 from nnunet_lite.inference.outputs import ExtraMaps, NewMap, predict_label_map
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
-from nnunet_lite.models.bundle import require_final, unpacked
+from nnunet_lite.models.bundle import unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import MODEL, is_finished, other_folds, trained_folds
-from nnunet_lite.models.lookup import Checkpoint, default_folds, find_model, is_nnunet, nnunet_folds, read_model
+from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, trained_folds
+from nnunet_lite.models.lookup import find_model, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
@@ -210,10 +210,8 @@ def _load_model(
 ) -> Predictor:
     """Load one model, and the first stage of a cascade. `trusted` says whether a model folder may run code."""
     first_stage = None
-    with unpacked(path) as folder:
-        require_final(path, folder, checkpoint)
-        is_of_nnunet = is_nnunet(folder)
-        trained = _read_nnunet(folder, folds, checkpoint) if is_of_nnunet else _read(folder, folds, trusted)
+    with unpacked(path, checkpoint) as folder:
+        trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
         if with_first_stage and trained.configuration.previous_stage is not None:
             first = _find_first_stage(folder, trained, checkpoint)
             first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
@@ -278,9 +276,8 @@ def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Pa
 def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Checkpoint) -> _Trained:
     """Read a model folder of nnU-Net: plans.json, dataset.json, fold_k/checkpoint_final.pth."""
     files = nnunet_checkpoints(folder, folds, checkpoint)
-    names = [file.parent.name.removeprefix("fold_") for file in files]
-    used = names if folds is not None else default_folds(names)
-    read = list(read_nnunet(file for file, name in zip(files, names, strict=True) if name in used))
+    used = trained_folds(folder, checkpoint) if folds is None else files
+    read = list(read_nnunet(files[fold] for fold in used))
     return _Trained(read[0].plan, read[0].run, dict(zip(used, (fold.network for fold in read), strict=True)), {})
 
 
@@ -297,7 +294,7 @@ def _find_first_stage(folder: Path, second: _Trained, checkpoint: Checkpoint) ->
         raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json", "Train it again.")
     first = folder.absolute().parent / Path(name).name
     fix = f"It is the first stage of {folder.name}: put it back next to it, or train it with `nnlite train {stage}`."
-    if nnunet_folds(first, checkpoint):
+    if is_nnunet(first):
         return first
     if not trained_folds(first):
         raise UserError("contains no trained model", first, fix)

@@ -1,15 +1,14 @@
-"""Read and write nnU-Net v2's plans.json and dataset.json.
+"""Read and write nnU-Net v2's plans.json.
 
-`plan_from_nnunet` and `plan_to_nnunet` convert a whole plan, `description_from_nnunet` and `description_to_nnunet` a
-dataset.json. Older v2 plans (UNet_class_name, conv_kernel_sizes ...) are read too, and configurations that inherit from
-one another. What nnlite cannot do the same way is refused rather than approximated.
+`plan_from_nnunet` and `plan_to_nnunet` convert a plan; the dataset.json of the same dataset has what it lacks. Older v2
+plans (UNet_class_name, conv_kernel_sizes ...) are read too, and configurations that inherit from one another. What
+nnlite cannot do the same way is refused rather than approximated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +16,6 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import NIFTI, PICTURES
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
@@ -55,91 +53,13 @@ _READ_BY_NNUNET = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", 
 _RESAMPLING = "resample_data_or_seg_to_shape"
 _RESAMPLED = {"data": "image", "seg": "label", "probabilities": "logits"}  # nnU-Net's name -> ours
 _STANDARD = ("2d", "3d_lowres", "3d_fullres")
-_ARCHITECTURES = "dynamic_network_architectures.architectures.unet"
-_CLASSES = {"PlainConvUNet": "plain", "ResidualEncoderUNet": "residual"}
-_NORMS = {"InstanceNorm": "instance", "BatchNorm": "batch"}
-_ACTIVATIONS = {"LeakyReLU": "leaky_relu", "ReLU": "relu"}
-_ENCODER_KEY = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
+_KINDS = {"plain": "PlainConvUNet", "residual": "ResidualEncoderUNet"}
+_NORMS = {"instance": "InstanceNorm", "batch": "BatchNorm"}
+_ACTIVATIONS = {"leaky_relu": "LeakyReLU", "relu": "ReLU"}
+_BLOCKS = {"plain": "n_conv_per_stage", "residual": "n_blocks_per_stage"}
 _NORM_KWARGS = {"eps": 1e-05, "affine": True}
-_ARCH_KEYS = {"n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder", "conv_op",
-              "conv_bias", "norm_op", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs", "nonlin",
-              "nonlin_kwargs"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a dataset.json of nnU-Net says about a dataset.
-
-    Parameters
-    ----------
-    channels : tuple of str
-        Names of the channels.
-    labels : Labels
-        The labels.
-    n_cases : int
-        Number of training cases.
-    file_ending : str
-        Such as ".nii.gz".
-    """
-
-    channels: tuple[str, ...]
-    labels: Labels
-    n_cases: int
-    file_ending: str
-
-
-def description_from_nnunet(dataset_json: Mapping[str, Any], file: Path | None = None) -> Description:
-    """Read a dataset.json of nnU-Net v2 (`channel_names`), or of v1 and MSD (`modality`).
-
-    Parameters
-    ----------
-    dataset_json : mapping
-        The content of the file.
-    file : Path, optional
-        What error messages name.
-
-    Returns
-    -------
-    Description
-        Channels, labels, number of cases and file ending.
-
-    Raises
-    ------
-    UserError
-        Channels or labels are missing or malformed.
-    """
-    return Description(
-        channels_of(dataset_json, file),
-        labels_of(dataset_json, file),
-        int(dataset_json.get("numTraining") or 0),
-        str(dataset_json.get("file_ending", ".nii.gz")),
-    )
-
-
-def description_to_nnunet(description: Description, name: str | None = None) -> Json:
-    """Return the content of nnU-Net v2's dataset.json.
-
-    Parameters
-    ----------
-    description : Description
-        What it says.
-    name : str, optional
-        Name of the dataset.
-
-    Returns
-    -------
-    dict
-        The content.
-    """
-    order = description.labels.region_order
-    return {
-        **({} if name is None else {"name": name}),
-        "channel_names": {str(i): channel for i, channel in enumerate(description.channels)},
-        "labels": description.labels.to_json(),
-        **({} if order is None else {"regions_class_order": list(order)}),
-        "numTraining": description.n_cases,
-        "file_ending": description.file_ending,
-    }
+_READ = {"n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_conv_per_stage_decoder", "norm_op",
+         "nonlin", "nonlin_kwargs", "dropout_op_kwargs"}  # fmt: skip
 
 
 def read_plan(path: Path, dataset_json: Mapping[str, Any] | None = None) -> Plan:
@@ -279,25 +199,23 @@ def _inheriting(whole: Json, written: Mapping[str, Json]) -> Json:
 def _architecture_to_nnunet(network: Network) -> Json:
     """The `architecture` entry of a configuration."""
     dimensions = len(network.strides[0])
-    norm = {ours: theirs for theirs, ours in _NORMS.items()}.get(network.norm)
-    activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[network.activation]
-    name = {ours: theirs for theirs, ours in _CLASSES.items()}[network.kind]
+    norm = _NORMS.get(network.norm)
     return {
-        "network_class_name": f"{_ARCHITECTURES}.{name}",
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{_KINDS[network.kind]}",
         "arch_kwargs": {
             "n_stages": len(network.features),
             "features_per_stage": list(network.features),
             "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
             "kernel_sizes": [list(kernel) for kernel in network.kernels],
             "strides": [list(stride) for stride in network.strides],
-            _ENCODER_KEY[network.kind]: list(network.blocks),
+            _BLOCKS[network.kind]: list(network.blocks),
             "n_conv_per_stage_decoder": list(network.decoder_convolutions),
             "conv_bias": True,
-            "norm_op": None if norm is None else f"torch.nn.modules.{norm.lower()}.{norm}{dimensions}d",
-            "norm_op_kwargs": None if norm is None else _NORM_KWARGS,
+            "norm_op": norm and f"torch.nn.modules.{norm.lower()}.{norm}{dimensions}d",
+            "norm_op_kwargs": norm and _NORM_KWARGS,
             "dropout_op": None,
             "dropout_op_kwargs": None,
-            "nonlin": f"torch.nn.{activation}",
+            "nonlin": f"torch.nn.{_ACTIVATIONS[network.activation]}",
             "nonlin_kwargs": {"inplace": True},
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
@@ -329,18 +247,17 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
     UserError
         An entry is missing, or requires something that nnlite does not do. The message names its place in the file.
     """
-    description = description_from_nnunet(dataset_json)
-    resolved, configurations = {}, {}
+    channels, labels = channels_of(dataset_json, None), labels_of(dataset_json, None)
+    configurations = {}
     with _reading(file):
-        names = list(plans["configurations"])
-    for name in names:
+        resolved = {name: inherited(plans["configurations"], name) for name in plans["configurations"]}
+    for name, content in resolved.items():
         with _reading(file, f"configurations.{name}."):
-            resolved[name] = inherited(plans["configurations"], name)
-            configurations[name] = _configuration_from_nnunet(resolved[name])
+            configurations[name] = _configuration_from_nnunet(content)
     with _reading(file):
         used = plans.get("experiment_planner_used")
         preset = next((preset for preset, (planner, _) in _PLANNERS.items() if planner == used), "default")
-        plan = Plan(
+        return Plan(
             dataset=plans["dataset_name"],
             preset=preset,
             memory_gb=PRESETS[preset].memory_gb,
@@ -348,13 +265,11 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
             axis_order=plans["transpose_forward"],
             median_spacing=plans["original_median_spacing_after_transp"],
             median_shape=plans["original_median_shape_after_transp"],
-            channels=_channels(plans, resolved, description),
-            labels=description.labels,
-            n_cases=description.n_cases,
-            configurations=configurations,
+            channels=_channels_from_nnunet(plans, resolved.values(), channels),
+            labels=labels,
+            n_cases=dataset_json.get("numTraining") or 0,
+            configurations={name: with_memory(c, len(channels), labels) for name, c in configurations.items()},
         )
-    counted = {name: with_memory(c, len(plan.channels), plan.labels) for name, c in configurations.items()}
-    return plan.model_copy(update={"configurations": counted})
 
 
 @contextmanager
@@ -378,118 +293,102 @@ def _configuration_from_nnunet(c: Json) -> Configuration:
         median_shape=c["median_image_size_in_voxels"],
         patch_size=c["patch_size"],
         batch_size=c["batch_size"],
-        network=_architecture_from_nnunet(c),
+        network=_network_from_nnunet(c),
         batch_dice=c["batch_dice"],
-        resampling=_resampling(c),
+        resampling=_resampling_from_nnunet(c),
         previous_stage=c.get("previous_stage"),
         reasons=("taken over from a plan of nnU-Net",),
     )
 
 
-def _resampling(c: Json) -> Resampling:
-    orders: Json = {}
-    separate = set()
+def _resampling_from_nnunet(c: Json) -> Resampling:
+    fields: Json = {}
     for what, ours in _RESAMPLED.items():
         key = f"resampling_fn_{what}"
         if c.get(key, _RESAMPLING) != _RESAMPLING:
             _refuse(key, c[key])
         kwargs = c[f"{key}_kwargs"]
-        orders |= {f"{ours}_order": kwargs["order"], f"{ours}_order_z": kwargs["order_z"]}
-        separate.add(kwargs.get("force_separate_z"))
-    if len(separate) > 1:
-        _refuse("resampling_fn_*_kwargs.force_separate_z", separate)
-    return Resampling(**orders, separate_z=separate.pop())
+        separate = kwargs.get("force_separate_z")
+        if fields.setdefault("separate_z", separate) != separate:
+            _refuse(f"{key}_kwargs.force_separate_z", separate)
+        fields |= {f"{ours}_order": kwargs["order"], f"{ours}_order_z": kwargs["order_z"]}
+    return Resampling(**fields)
 
 
-def _channels(plans: Mapping[str, Any], resolved: Mapping[str, Json], description: Description) -> tuple[Channel, ...]:
+def _channels_from_nnunet(
+    plans: Mapping[str, Any], configurations: Iterable[Json], names: Sequence[str]
+) -> list[Channel]:
     """nnU-Net has a normalisation per configuration, nnlite one for all."""
-    chosen = {(tuple(c["normalization_schemes"]), tuple(c["use_mask_for_norm"])) for c in resolved.values()}
+    chosen = {(tuple(c["normalization_schemes"]), tuple(c["use_mask_for_norm"])) for c in configurations}
     if len(chosen) != 1:
         raise ValueError("the configurations normalise differently, which nnlite does not do")
     schemes, masks = chosen.pop()
     statistics = plans["foreground_intensity_properties_per_channel"]
-    if not len(schemes) == len(masks) == len(description.channels):
-        raise ValueError(f"{len(schemes)} channels are normalised, dataset.json has {len(description.channels)}")
-    by_name = {theirs: ours for ours, theirs in _SCHEMES.items()}
-    for scheme in schemes:
-        if scheme not in by_name:
-            _refuse("normalization_schemes", scheme)
-    return tuple(
+    if not len(schemes) == len(masks) == len(names):
+        raise ValueError(f"{len(schemes)} channels are normalised, dataset.json has {len(names)}")
+    return [
         Channel(
             name=name,
-            normalization=by_name[scheme],
+            normalization=_our_name(_SCHEMES, "normalization_schemes", scheme),
             use_mask=bool(mask),
             statistics=Statistics(**{field: statistics[str(i)][field] for field in Statistics.model_fields}),
         )
-        for i, (name, scheme, mask) in enumerate(zip(description.channels, schemes, masks, strict=True))
-    )
+        for i, (name, scheme, mask) in enumerate(zip(names, schemes, masks, strict=True))
+    ]
 
 
-def _architecture_from_nnunet(configuration: Mapping[str, Any]) -> Network:
+def _network_from_nnunet(c: Json) -> Network:
     """The network of a configuration; ValueError for one that nnlite does not build, KeyError for a missing entry."""
-    if "architecture" not in configuration:
-        return _older(configuration)
-    architecture = configuration["architecture"]
-    kind = _kind(architecture["network_class_name"])
-    kwargs = architecture["arch_kwargs"]
-    norm, activation = _operations(kwargs, kind)
-    stages, dimensions = kwargs["n_stages"], len(configuration["patch_size"])
+    if "architecture" in c:
+        name, kwargs = c["architecture"]["network_class_name"], c["architecture"]["arch_kwargs"]
+        kind = _our_name(_KINDS, "network class", name)
+    else:  # before 2.3 or so the network was spread over the configuration
+        kind = _our_name(_KINDS, "network class", c["UNet_class_name"])
+        stages, base, top = len(c["pool_op_kernel_sizes"]), c["UNet_base_num_features"], c["unet_max_num_features"]
+        kwargs = {
+            "n_stages": stages,
+            "features_per_stage": [min(base << stage, top) for stage in range(stages)],
+            "strides": c["pool_op_kernel_sizes"],
+            "kernel_sizes": c["conv_kernel_sizes"],
+            _BLOCKS[kind]: c["n_conv_per_stage_encoder"],
+            "n_conv_per_stage_decoder": c["n_conv_per_stage_decoder"],
+            "conv_bias": True,
+            "norm_op": "InstanceNorm",
+            "nonlin": "LeakyReLU",
+        }
+    _refuse_other_layers(kwargs, kind)
+    stages, dimensions, norm = kwargs["n_stages"], len(c["patch_size"]), kwargs.get("norm_op")
     return Network(
         kind=kind,
         features=_repeat(kwargs["features_per_stage"], stages),
         strides=[_repeat(stride, dimensions) for stride in _repeat(kwargs["strides"], stages)],
         kernels=[_repeat(kernel, dimensions) for kernel in _repeat(kwargs["kernel_sizes"], stages)],
-        blocks=_repeat(kwargs[_ENCODER_KEY[kind]], stages),
+        blocks=_repeat(kwargs[_BLOCKS[kind]], stages),
         decoder_convolutions=_repeat(kwargs["n_conv_per_stage_decoder"], stages - 1),
-        norm=norm,
-        activation=activation,
+        norm="none" if norm is None else _our_name(_NORMS, "norm_op", norm),
+        activation=_our_name(_ACTIVATIONS, "nonlin", kwargs["nonlin"]),
     )
 
 
-def _older(configuration: Mapping[str, Any]) -> Network:
-    """Before 2.3 or so the network was spread over the configuration."""
-    kind = _kind(configuration["UNet_class_name"])
-    stages = len(configuration["pool_op_kernel_sizes"])
-    base, top = configuration["UNet_base_num_features"], configuration["unet_max_num_features"]
-    return Network(
-        kind=kind,
-        features=tuple(min(base << stage, top) for stage in range(stages)),
-        strides=configuration["pool_op_kernel_sizes"],
-        kernels=configuration["conv_kernel_sizes"],
-        blocks=_repeat(configuration["n_conv_per_stage_encoder"], stages),
-        decoder_convolutions=_repeat(configuration["n_conv_per_stage_decoder"], stages - 1),
-    )
-
-
-def _kind(class_name: str) -> str:
-    short = class_name.rpartition(".")[2]
-    if short not in _CLASSES:
-        _refuse("network class", class_name)
-    return _CLASSES[short]
-
-
-def _operations(kwargs: Mapping[str, Any], kind: str) -> tuple[str, str]:
-    """Norm and activation, after a check that no entry requires anything else."""
-    for key, value in kwargs.items():
-        if key not in {*_ARCH_KEYS, _ENCODER_KEY[kind]} and value is not None:
+def _refuse_other_layers(kwargs: Json, kind: str) -> None:
+    """Refuse an entry that asks for other layers than ours."""
+    legal = {"conv_bias": True, "norm_op_kwargs": _NORM_KWARGS, "negative_slope": 0.01}  # None of all others
+    norm_kwargs, activation_kwargs = kwargs.get("norm_op_kwargs") or {}, kwargs.get("nonlin_kwargs") or {}
+    given = {
+        "conv_bias": False,
+        **kwargs,
+        "norm_op_kwargs": {**_NORM_KWARGS, **norm_kwargs},
+        "negative_slope": activation_kwargs.get("negative_slope", 0.01),
+    }
+    for key, value in given.items():
+        if key not in {*_READ, _BLOCKS[kind]} and value != legal.get(key):
             _refuse(key, value)
-    if kwargs.get("dropout_op") is not None:
-        _refuse("dropout_op", kwargs["dropout_op"])
-    if not kwargs.get("conv_bias", False):
-        _refuse("conv_bias", False)
-    norm_kwargs = {**_NORM_KWARGS, **(kwargs.get("norm_op_kwargs") or {})}
-    if norm_kwargs != _NORM_KWARGS:
-        _refuse("norm_op_kwargs", norm_kwargs)
-    activation = str(kwargs["nonlin"]).rpartition(".")[2]
-    slope = (kwargs.get("nonlin_kwargs") or {}).get("negative_slope", 0.01)
-    if activation not in _ACTIVATIONS or slope != 0.01:
-        _refuse("nonlin", f"{activation} {kwargs.get('nonlin_kwargs')}")
-    if kwargs.get("norm_op") is None:
-        return "none", _ACTIVATIONS[activation]
-    norm = str(kwargs["norm_op"]).rpartition(".")[2][:-2]
-    if norm not in _NORMS:
-        _refuse("norm_op", kwargs["norm_op"])
-    return _NORMS[norm], _ACTIVATIONS[activation]
+
+
+def _our_name(names: Mapping[str, str], key: str, theirs: Any) -> Any:
+    """Our name of a class of nnU-Net, whatever its module and its number of dimensions."""
+    short = str(theirs).rpartition(".")[2].removesuffix("2d").removesuffix("3d")
+    return next((ours for ours, name in names.items() if name == short), None) or _refuse(key, theirs)
 
 
 def _repeat(value: Any, times: int) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Scheme
+from nnunet_lite.planning.schema import Channel, Configuration, Network, Options, Plan, Scheme
 from nnunet_lite.planning.topology import (
     Kind,
     Topology,
@@ -393,6 +393,35 @@ def _percent(share: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ other sizes in a plan
+
+
+def apply_options(plan: Plan, options: Options) -> Plan:
+    """Return the plan with the sizes, the clipping and the storage that the options of `nnlite plan` give.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan to change.
+    options : Options
+        The options; preset, memory and adoption are those of the plan.
+
+    Returns
+    -------
+    Plan
+        The changed plan.
+
+    Raises
+    ------
+    UserError
+        A size does not fit the plan.
+    """
+    for name, sizes in options.sizes.items():
+        plan = override_sizes(plan, name, sizes.patch_size, sizes.batch_size)
+    channels = plan.channels
+    if options.clip_percentiles is not None:
+        clipped = {"clip_percentiles": options.clip_percentiles}
+        channels = tuple(c if c.normalization == "ct" else c.model_copy(update=clipped) for c in channels)
+    return plan.model_copy(update={"channels": channels, "stored_as": options.stored_as or plan.stored_as})
 
 
 def override_sizes(

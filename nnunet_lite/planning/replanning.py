@@ -2,7 +2,7 @@
 
 Two files make this a plain comparison: `plans.json` is what later steps read and a user may edit, `planned.json` is the
 same plan as nnlite wrote it. What differs between the two is an edit. An edit stays while the planner leaves the entry
-as it was and no option decides about it. Otherwise the new plan replaces it, and a copy of plans.json keeps it.
+as it was and no option of this call sets it. Otherwise the new plan replaces it, and a copy of plans.json keeps it.
 
 Read `read_earlier_plan` and `replan` first; `write_plan` reports and writes the result.
 """
@@ -10,25 +10,23 @@ Read `read_earlier_plan` and `replan` first; `write_plan` reports and writes the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.data.dataset import Dataset, dataset_to_json
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, read_json, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.nnunet import Description, description_to_nnunet, read_plan
-from nnunet_lite.planning.planner import PRESETS, make_plan, memory_budget, override_sizes
-from nnunet_lite.planning.schema import Options, Plan, configuration_changes, essence, first_problem
+from nnunet_lite.planning.nnunet import read_plan
+from nnunet_lite.planning.planner import PRESETS, apply_options, make_plan
+from nnunet_lite.planning.schema import Options, Plan, configuration_changes, essence
 from nnunet_lite.workspace import Paths
 
 Entry = tuple[str | int, ...]  # the place of a value in plans.json, such as ("channels", 0, "normalization")
-SizeChange = tuple[str, Sequence[int] | None, int | None]  # configuration, patch size, batch size
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,11 @@ class EarlierPlan:
     Parameters
     ----------
     file : Path
-        Its plans.json.
+        Its plans.json, which may not exist.
     options : Options
         The options that it was made with.
     plan : Plan or None
-        What the file says; None where it cannot be read.
+        What the file says; None where it does not exist or cannot be read.
     planned : Plan or None
         The plan as nnlite wrote it, without edits; None where that is unknown.
     """
@@ -76,118 +74,39 @@ class NewPlan:
     lost: tuple[str, ...] = ()
 
 
-def plan_options(
-    preset: str | None = None,
-    memory_gb: float | None = None,
-    adopt: str | Path | None = None,
-    change: SizeChange | None = None,
-    clip_percentiles: tuple[float, float] | None = None,
-    stored_as: Literal["float16", "float32"] | None = None,
-) -> Options:
-    """Check the options of `nnlite plan`.
+def read_earlier_plan(paths: Paths) -> EarlierPlan:
+    """Read the plan that a dataset has, if it has one. A damaged file is reported and counts as none."""
+    if not paths.plans.is_file():
+        return EarlierPlan(paths.plans, Options())
+    plan, planned = _read(paths.plans), _read(paths.planned)
+    options = next((known.options for known in (plan, planned) if known and known.options), Options())
+    if plan is not None and plan.options is None:  # an earlier nnlite did not record them
+        preset = plan.preset if plan.preset in PRESETS else None
+        options = Options(preset=preset, memory_gb=plan.memory_gb, stored_as=plan.stored_as)
+    return EarlierPlan(paths.plans, options, plan, planned)
 
-    Parameters
-    ----------
-    preset : str, optional
-        default, resenc_m, resenc_l or resenc_xl.
-    memory_gb : float, optional
-        GPU memory budget in GB.
-    adopt : str or Path, optional
-        A plans.json, ours or nnU-Net's, to use instead of planning.
-    change : tuple, optional
-        A configuration, and the patch and batch size to give it.
-    clip_percentiles : tuple of float, optional
-        Percentiles to clip each image to before it is normalised.
-    stored_as : {"float16", "float32"}, optional
-        Type of the preprocessed images on disk.
 
-    Returns
-    -------
-    Options
-        What is stored in plans.json.
-
-    Raises
-    ------
-    UserError
-        One of them is illegal.
-    """
-    memory_budget(preset or "default", memory_gb)
-    if (clip := clip_percentiles) is not None and not 0 <= clip[0] < clip[1] <= 100:
-        raise UserError("--clip-percentiles {:g} {:g} leaves nothing".format(*clip), fix="Give low, high, 0 to 100.")
-    sizes: dict[str, Any] = {}
-    if change is not None and change[1:] != (None, None):
-        sizes = {change[0]: {"patch_size": None if change[1] is None else tuple(change[1]), "batch_size": change[2]}}
-    adopted = None if adopt is None else str(Path(adopt).expanduser().absolute())
-    values = {"preset": preset, "memory_gb": memory_gb, "adopted": adopted, "sizes": sizes}
+def _read(file: Path) -> Plan | None:
     try:
-        return Options.model_validate({**values, "clip_percentiles": clip, "stored_as": stored_as})
-    except ValidationError as error:
-        raise UserError(first_problem(error)) from None
-
-
-def read_earlier_plan(paths: Paths) -> EarlierPlan | None:
-    """Read the plan that a dataset has.
-
-    Returns
-    -------
-    EarlierPlan or None
-        None where there is no plan. A damaged plan is reported, and only its options are taken.
-    """
-    if not (file := paths.plans).is_file():
-        return None
-    try:
-        plan = Plan.read(file)
+        return Plan.read(file) if file.is_file() else None
     except UserError as error:
         log.warn(f"{error.file}: {error.what}")
-        try:
-            return EarlierPlan(file, Options.model_validate(read_json(file)["options"]))
-        except (UserError, ValidationError, KeyError, TypeError):
-            return EarlierPlan(file, Options())
-    options = plan.options
-    if options is None:  # an earlier nnlite did not record them
-        known = plan.preset if plan.preset in PRESETS else None
-        options = Options(preset=known, memory_gb=plan.memory_gb, stored_as=plan.stored_as)
-    return EarlierPlan(file, options, plan, _planned_before(paths, plan, options))
-
-
-def _planned_file(plans: Path) -> Path:
-    return plans.with_name("planned.json")
-
-
-def _planned_before(paths: Paths, plan: Plan, options: Options) -> Plan | None:
-    """The plan as nnlite wrote it; a workspace of an earlier nnlite has no planned.json, so it is planned once more."""
-    try:
-        if (file := _planned_file(paths.plans)).is_file():
-            return Plan.read(file)
-        if options.adopted is not None:
-            return plan
-        return _plan_with_options(options, Fingerprint.read(paths.fingerprint), stored_dataset(paths.dataset))
-    except UserError as error:
-        log.warn(f"the edits of {paths.plans} are unknown: {error}")
         return None
 
 
-def combine_options(given: Options, earlier: EarlierPlan | None) -> Options:
+def combine_options(given: Options, earlier: Options) -> Options:
     """Return the options of this call, and those of the earlier plan where this call gives none."""
-    if earlier is None:
-        return given
-    before = Options() if given.adopted else earlier.options
-    sizes = dict(before.sizes)
-    for name, new in given.sizes.items():
-        old = sizes.get(name, new)
-        sizes[name] = old.model_copy(update=new.model_dump(exclude_none=True))
-    plans_itself = given.preset is not None or given.memory_gb is not None
-    return Options(
-        preset=given.preset or before.preset,
-        memory_gb=given.memory_gb or before.memory_gb,
-        adopted=given.adopted or (None if plans_itself else before.adopted),
-        sizes=sizes,
-        clip_percentiles=given.clip_percentiles or earlier.options.clip_percentiles,
-        stored_as=given.stored_as or earlier.options.stored_as,
-    )
+    options = earlier.model_dump() | given.model_dump(exclude_none=True, exclude={"sizes"})
+    if given.adopted is not None:  # it has its own network and sizes
+        options |= {"preset": given.preset, "memory_gb": given.memory_gb, "sizes": {}}
+    elif given.preset is not None or given.memory_gb is not None:
+        options["adopted"] = None
+    for name, sizes in given.sizes.items():
+        options["sizes"][name] = options["sizes"].get(name, {}) | sizes.model_dump(exclude_none=True)
+    return Options.model_validate(options)
 
 
-def read_adopted_plan(given: Options, earlier: EarlierPlan | None, dataset: Dataset) -> Plan | None:
+def read_adopted_plan(given: Options, earlier: EarlierPlan, dataset: Dataset) -> Plan | None:
     """Read the plan that is used instead of the planner's.
 
     A dataset that is planned again takes the copy in its workspace: the file that was adopted may be gone.
@@ -202,27 +121,23 @@ def read_adopted_plan(given: Options, earlier: EarlierPlan | None, dataset: Data
     UserError
         The file is no plan, or the plan is for other channels or labels.
     """
-    adopted = combine_options(given, earlier).adopted
+    adopted = combine_options(given, earlier.options).adopted
     if adopted is None:
         return None
-    file = Path(adopted)
-    if given.adopted is None and earlier is not None and earlier.planned is not None:
-        file, plan = earlier.file, earlier.planned
-    else:
-        about = Description(dataset.channels, dataset.labels, len(dataset.cases), dataset.file_ending)
-        plan = read_plan(file, description_to_nnunet(about))
+    plan = earlier.planned if given.adopted is None else None
+    plan = plan or read_plan(Path(adopted), dataset_to_json(dataset))
     if len(plan.channels) != len(dataset.channels) or plan.labels.n_channels != dataset.labels.n_channels:
         raise UserError(
             f"is for {len(plan.channels)} channels and {plan.labels.n_channels} outputs, {dataset.name} has "
             f"{len(dataset.channels)} and {dataset.labels.n_channels}",
-            file,
+            adopted,
         )
     return plan.model_copy(update={"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)})
 
 
 def replan(
     given: Options,
-    earlier: EarlierPlan | None,
+    earlier: EarlierPlan,
     fingerprint: Fingerprint,
     dataset: Dataset,
     adopted: Plan | None = None,
@@ -234,7 +149,7 @@ def replan(
     ----------
     given : Options
         The options of this call, which decide about an edit.
-    earlier : EarlierPlan or None
+    earlier : EarlierPlan
         The plan that the dataset has.
     fingerprint : Fingerprint
         The dataset's fingerprint.
@@ -255,85 +170,62 @@ def replan(
     UserError
         An option does not fit the dataset.
     """
-    options = combine_options(given, earlier)
+    options = combine_options(given, earlier.options)
     try:
-        planned = _plan_with_options(options, fingerprint, dataset, adopted)
+        plan = adopted or make_plan(
+            fingerprint, dataset.name, dataset.channels, dataset.labels, options.preset or "default", options.memory_gb
+        )
+        plan = apply_options(plan, options)
     except UserError as error:
-        if options == given or earlier is None:
+        if options == given:
             raise
         fix = f"{error.fix} {earlier.file} records the options it was made with: give others, or move it away.".strip()
         raise UserError(error.what, error.file, fix) from None
-    if earlier is None:
-        return NewPlan(planned, planned, planned.as_dict())
-    if trained and earlier.plan is not None and earlier.plan.orientation is None and planned.orientation is not None:
+    orientation = plan.orientation or fingerprint.orientation
+    if trained and earlier.plan is not None and earlier.plan.orientation is None and orientation is not None:
         log.info(
             "images are not turned to one orientation, because models of this dataset were trained without; plan it in "
             "another --workspace to turn them"
         )
-        planned = planned.model_copy(update={"orientation": None})
-    return _keep_edits(planned, earlier, given)
+        orientation = None
+    plan = plan.model_copy(update={"orientation": orientation, "options": options})
+    if earlier.plan is not None and earlier.planned is not None:
+        return _keep_edits(plan, earlier.planned, earlier.plan, earlier, given)
+    same = earlier.plan.trains_as(plan) if earlier.plan is not None else not earlier.file.exists()
+    return NewPlan(plan, plan, plan.as_dict(), lost=() if same else ("all that differs from it",))
 
 
-def _plan_with_options(
-    options: Options, fingerprint: Fingerprint, dataset: Dataset, adopted: Plan | None = None
-) -> Plan:
-    plan = adopted or make_plan(
-        fingerprint, dataset.name, dataset.channels, dataset.labels, options.preset or "default", options.memory_gb
-    )
-    for name, sizes in options.sizes.items():
-        plan = override_sizes(plan, name, sizes.patch_size, sizes.batch_size)
-    channels = plan.channels
-    if (clip := options.clip_percentiles) is not None:
-        clipped = {"clip_percentiles": clip}
-        channels = tuple(c if c.normalization == "ct" else c.model_copy(update=clipped) for c in channels)
-    return plan.model_copy(
-        update={
-            "channels": channels,
-            "orientation": plan.orientation or fingerprint.orientation,
-            "stored_as": options.stored_as or plan.stored_as,
-            "options": options,
-        }
-    )
-
-
-def _keep_edits(planned: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
+def _keep_edits(new: Plan, planned: Plan, edited: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
     """Put the edits of the earlier plan into a new one, where the planner leaves the entry as it was."""
-    if earlier.plan is None or earlier.planned is None:
-        same = earlier.plan is not None and earlier.plan.trains_as(planned)
-        return NewPlan(planned, planned, planned.as_dict(), (), () if same else ("all that differs from it",))
-    before, edited, new = _entries(earlier.planned), _entries(earlier.plan), _entries(planned)
+    before, after, now = _entries(planned), _entries(edited), _entries(new)
     kept: list[Entry] = []
     lost: list[Entry] = []
-    for entry in dict.fromkeys((*before, *edited)):
-        if edited.get(entry) in (before.get(entry), new.get(entry)):
+    for entry in dict.fromkeys((*before, *after)):
+        if after.get(entry) in (before.get(entry), now.get(entry)):
             continue
-        added_or_deleted = entry[0] == "configurations" and (entry not in before or entry not in edited)
-        unchanged = entry in edited and entry in new and new[entry] == before.get(entry)
-        keeps = added_or_deleted or (unchanged and not _is_decided(entry, given))
-        (kept if keeps else lost).append(entry)
-    dropped = [_edit_in_words(entry, earlier.planned, earlier.plan) for entry in lost]
-    if earlier.options.adopted not in (None, planned.options and planned.options.adopted):
-        dropped.append(f"the plan that was adopted from {earlier.options.adopted}")
-    words = [_edit_in_words(entry, earlier.planned, earlier.plan) for entry in kept]
-    # As the file has them, so that they inherit from the new plan; or else as they were.
-    for source in (read_json(earlier.file), earlier.plan.as_dict()):
-        content = planned.as_dict()
+        added_or_deleted = entry[0] == "configurations" and (entry not in before or entry not in after)
+        unchanged = now.get(entry, ...) == before.get(entry) and not _is_set(entry, given)
+        (kept if added_or_deleted or unchanged else lost).append(entry)
+    kept_words, lost_words = ([_edit_in_words(entry, planned, edited) for entry in edits] for edits in (kept, lost))
+    if earlier.options.adopted not in (None, new.options and new.options.adopted):
+        lost_words.append(f"the plan that was adopted from {earlier.options.adopted}")
+    # Configurations as the file has them, so that they inherit from the new plan; or else as they were.
+    for source in (read_json(earlier.file), edited.as_dict()):
+        values = after | {("configurations", name): value for name, value in source["configurations"].items()}
+        content = new.as_dict()
         for entry in kept:
-            target: Any = content
+            parent: Any = content
             for key in entry[:-1]:
-                target = target[key]
-            if entry[0] != "configurations":
-                target[entry[-1]] = edited[entry]
-            elif entry in edited:
-                target[entry[1]] = source["configurations"][entry[1]]
+                parent = parent[key]
+            if entry in after:
+                parent[entry[-1]] = values[entry]
             else:
-                del target[entry[1]]
+                del parent[entry[-1]]
         try:
-            plan = Plan.model_validate(content)
+            return NewPlan(Plan.model_validate(content), new, content, tuple(kept_words), tuple(lost_words))
         except ValidationError:
             continue
-        return NewPlan(plan, planned, content, tuple(words), tuple(dropped))
-    return NewPlan(planned, planned, planned.as_dict(), (), (*dropped, *words))
+    return NewPlan(new, new, new.as_dict(), (), (*lost_words, *kept_words))
 
 
 def _entries(plan: Plan) -> dict[Entry, Any]:
@@ -348,8 +240,8 @@ def _entries(plan: Plan) -> dict[Entry, Any]:
     return entries | {("configurations", name): essence(c) for name, c in plan.configurations.items()}
 
 
-def _is_decided(entry: Entry, given: Options) -> bool:
-    """Whether an option of this call decides about an entry."""
+def _is_set(entry: Entry, given: Options) -> bool:
+    """Whether an option of this call sets an entry."""
     if given.adopted is not None:
         return True
     if entry[0] == "configurations":
@@ -374,7 +266,7 @@ def _change_in_words(name: str, before: Plan, after: Plan) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def write_plan(paths: Paths, new: NewPlan, earlier: EarlierPlan | None) -> None:
+def write_plan(paths: Paths, new: NewPlan, earlier: EarlierPlan) -> None:
     """Write plans.json and planned.json, and report what was kept, changed and lost.
 
     Parameters
@@ -383,19 +275,11 @@ def write_plan(paths: Paths, new: NewPlan, earlier: EarlierPlan | None) -> None:
         The files of the dataset.
     new : NewPlan
         What `replan` returned.
-    earlier : EarlierPlan or None
+    earlier : EarlierPlan
         The plan that the dataset had. Where edits are lost, plans_1.json, plans_2.json ... keeps the file.
     """
-    if earlier is not None:
-        _report(new, earlier)
-    write_json(paths.plans, new.content)  # before planned.json: after a kill in between, no entry looks like an edit
-    write_json(_planned_file(paths.plans), new.planned.as_dict())
-
-
-def _report(new: NewPlan, earlier: EarlierPlan) -> None:
     now = _options_in_words(new.planned.options or Options())
-    reused = [option for option in _options_in_words(earlier.options) if option in now]
-    if reused:
+    if reused := [option for option in _options_in_words(earlier.options) if option in now]:
         log.info(f"planned again with the options of {earlier.file.name}: {', '.join(reused)}")
     if new.kept:
         log.info(f"edits that are kept: {'; '.join(new.kept)}")
@@ -407,6 +291,8 @@ def _report(new: NewPlan, earlier: EarlierPlan) -> None:
     if new.lost:
         copy = _copy_aside(earlier.file)
         log.warn(f"{earlier.file} is replaced; {copy} is a copy of the old file. Lost: {'; '.join(new.lost)}")
+    write_json(paths.plans, new.content)  # before planned.json: after a kill in between, no entry looks like an edit
+    write_json(paths.planned, new.planned.as_dict())
 
 
 def _options_in_words(options: Options) -> list[str]:

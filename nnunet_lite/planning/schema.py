@@ -41,6 +41,12 @@ def _three_sides(letters: str) -> str:
     return letters
 
 
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] >= limits[1]:
+        raise ValueError("must be two numbers, the lower first")
+    return limits
+
+
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), AfterValidator(_odd)]
 SplineOrder = Annotated[int, Field(ge=0, le=5)]
@@ -48,6 +54,7 @@ Orientation = Annotated[str, AfterValidator(_three_sides)]
 AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
 Length = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Percentiles = Annotated[tuple[Percent, Percent], AfterValidator(_ascending)]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
 
@@ -74,7 +81,7 @@ class Channel(_Model):
     name: str
     normalization: Scheme
     use_mask: bool = False
-    clip_percentiles: tuple[Percent, Percent] | None = Field(None, description="of each image, before normalisation")
+    clip_percentiles: Percentiles | None = Field(None, description="of each image, before normalisation")
     statistics: Statistics
 
 
@@ -112,11 +119,9 @@ class Network(_Model):
     @model_validator(mode="after")
     def _same_length(self) -> Network:
         n = len(self.features)
-        for field in ("strides", "kernels", "blocks"):
-            if len(getattr(self, field)) != n:
-                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {n} stages")
-        if len(self.decoder_convolutions) != n - 1:
-            raise ValueError(f"decoder_convolutions has {len(self.decoder_convolutions)} entries, {n - 1} are needed")
+        for field, needed in {"strides": n, "kernels": n, "blocks": n, "decoder_convolutions": n - 1}.items():
+            if (entries := len(getattr(self, field))) != needed:
+                raise ValueError(f"{field} has {entries} entries for {n} stages, {needed} are needed")
         return self
 
     @property
@@ -156,7 +161,7 @@ class Configuration(_Model):
         return len(self.patch_size)
 
     @model_validator(mode="after")
-    def _axes_agree(self) -> Configuration:
+    def _fits_its_network(self) -> Configuration:
         axes = len(self.patch_size)
         if axes not in (2, 3):
             raise ValueError(f"patch_size = {list(self.patch_size)} must have two or three axes")
@@ -166,15 +171,10 @@ class Configuration(_Model):
         for name, numbers in per_axis.items():
             if len(numbers) != axes:
                 raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
-        if max(self.network.strides[0]) > 1:
+        if max(first := self.network.strides[0]) > 1:
             raise ValueError(
-                f"network.strides[0] = {list(self.network.strides[0])} must be all 1: the first stage is "
-                "at the resolution of the patch"
+                f"network.strides[0] = {list(first)} must be all 1: the first stage has the resolution of the patch"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _patch_can_be_pooled(self) -> Configuration:
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
                 below = max(d, size // d * d)
@@ -199,8 +199,22 @@ class Options(_Model):
     memory_gb: Length | None = None
     adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
     sizes: dict[str, Sizes] = Field({}, description="by configuration")
-    clip_percentiles: tuple[Percent, Percent] | None = None
+    clip_percentiles: Percentiles | None = None
     stored_as: Precision | None = None
+
+    @classmethod
+    def check(cls, **options: Any) -> Options:
+        """Return the options of a call.
+
+        Raises
+        ------
+        UserError
+            One of them is illegal.
+        """
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise UserError(first_problem(error)) from None
 
 
 class Plan(_Model):
@@ -234,23 +248,15 @@ class Plan(_Model):
         given = values.get("configurations") if isinstance(values, dict) else None
         if not isinstance(given, dict) or not all(isinstance(c, dict) for c in given.values()):
             return values
-        whole = {}
-        for name in given:
-            try:
-                whole[name] = inherited(given, name)
-            except ValueError as error:
-                raise ValueError(f"configurations.{name}.{error}") from None
-        return {**values, "configurations": whole}
+        return {**values, "configurations": {name: inherited(given, name) for name in given}}
 
     @model_validator(mode="after")
     def _previous_stages_exist(self) -> Plan:
         for name, configuration in self.configurations.items():
-            others = [other for other in self.configurations if other != name]
-            if configuration.previous_stage not in (None, *others):
-                raise ValueError(
-                    f"configurations.{name}.previous_stage = {configuration.previous_stage!r} is no other "
-                    f"configuration; there are: {', '.join(others) or 'none'}"
-                )
+            others, previous = [other for other in self.configurations if other != name], configuration.previous_stage
+            if previous not in (None, *others):
+                what = f"configurations.{name}.previous_stage = {previous!r} is no other configuration"
+                raise ValueError(f"{what}; there are: {', '.join(others) or 'none'}")
         return self
 
     def configuration(self, name: str) -> Configuration:
@@ -284,11 +290,11 @@ class Plan(_Model):
     def trains_as(self, other: Plan) -> bool:
         """Compare without explanations and predicted memory: both plans give the same arrays and networks."""
 
-        def essential(plan: Plan) -> dict[str, Any]:
-            values = plan.model_dump(exclude={"options"})
-            return {**values, "configurations": {name: essence(c) for name, c in plan.configurations.items()}}
-
-        return essential(self) == essential(other)
+        mine, theirs = (
+            plan.model_dump(exclude={"options": True, "configurations": {"__all__": {"reasons", "memory_gb"}}})
+            for plan in (self, other)
+        )
+        return mine == theirs
 
     def to_text(self) -> str:
         """Return the plan as a table for a terminal."""
@@ -348,12 +354,13 @@ def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tu
     Raises
     ------
     ValueError
-        It inherits from itself, or from one that does not exist.
+        It inherits from itself, or from one that does not exist. The message begins with its place in the file.
     """
+    where = f"configurations.{(*heirs, name)[0]}.inherits_from"
     if name in heirs:
-        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*heirs, name))}")
+        raise ValueError(f"{where} goes in a circle: {' -> '.join((*heirs, name))}")
     if not isinstance(name, str) or name not in configurations:
-        raise ValueError(f"inherits_from {name!r}, which does not exist; there are: {', '.join(configurations)}")
+        raise ValueError(f"{where} {name!r}, which does not exist; there are: {', '.join(configurations)}")
     own = configurations[name]
     if "inherits_from" not in own:
         return dict(own)

@@ -8,17 +8,16 @@ compare a raw dataset with what is planned under its name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json
+from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, stored_dataset
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.names import companions
 from nnunet_lite.data.problems import name_cases
@@ -26,8 +25,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.system import cpus
 from nnunet_lite.workspace import Paths
-
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _COMPARED = 8  # cases whose contents are compared where two datasets have one name
 
@@ -76,16 +73,17 @@ class RawCase:
     def size(self) -> int:
         return sum(file.size for file in self.files)
 
+    @property
+    def digests(self) -> list[str]:
+        return [file.digest for file in self.files]
+
 
 _STAMPS = TypeAdapter(dict[str, RawCase])
 
 
 def scan_raw_cases(
-    cases: Sequence[Case],
-    known: Mapping[str, RawCase],
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, RawCase | Exception]:
+    cases: Sequence[Case], known: Mapping[str, RawCase], workers: int | None = None
+) -> tuple[dict[str, RawCase], dict[str, Exception]]:
     """Stamp the files of some cases.
 
     Parameters
@@ -96,23 +94,25 @@ def scan_raw_cases(
         Earlier stamps by case id; a file of equal size and time of change is not read.
     workers : int, optional
         Threads; None for one per CPU, 0 for none.
-    progress : callable, optional
-        Wraps the loop over the cases, such as `nnunet_lite.log.progress`.
 
     Returns
     -------
-    dict of str to RawCase or Exception
-        The stamps by case id, or why a case has none.
+    tuple of two dicts
+        By case id the stamps, and why the other cases have none.
     """
     workers = cpus() if workers is None else workers
 
     def scan(case: Case) -> RawCase | Exception:
-        return _scan(case, known.get(case.id))
+        try:
+            return _scan(case, known.get(case.id))
+        except (UserError, OSError) as error:
+            return error
 
     with ThreadPoolExecutor(workers or 1) as pool:
-        results: Iterable[Any] = pool.map(scan, cases) if workers else map(scan, cases)
-        stamps = list(progress(results, len(cases), "files") if progress else results)
-    return {case.id: raw for case, raw in zip(cases, stamps, strict=True)}
+        results: Iterable[RawCase | Exception] = pool.map(scan, cases) if workers else map(scan, cases)
+        found = dict(zip((case.id for case in cases), log.progress(results, len(cases), "files"), strict=True))
+    stamps = {case_id: raw for case_id, raw in found.items() if isinstance(raw, RawCase)}
+    return stamps, {case_id: raw for case_id, raw in found.items() if isinstance(raw, Exception)}
 
 
 def read_stamps(file: Path) -> dict[str, RawCase]:
@@ -124,9 +124,9 @@ def read_stamps(file: Path) -> dict[str, RawCase]:
         return {}
 
 
-def write_stamps(file: Path, raw: Mapping[str, RawCase | Exception]) -> None:
-    """Write a raw.json of the cases that have stamps."""
-    write_json(file, {name: asdict(stamp) for name, stamp in raw.items() if isinstance(stamp, RawCase)})
+def write_stamps(file: Path, raw: Mapping[str, RawCase]) -> None:
+    """Write a raw.json."""
+    write_json(file, {case_id: asdict(stamps) for case_id, stamps in raw.items()})
 
 
 def unchanged_cases(cases: Iterable[Case], file: Path) -> dict[str, RawCase]:
@@ -140,27 +140,23 @@ def unchanged_cases(cases: Iterable[Case], file: Path) -> dict[str, RawCase]:
     }
 
 
-def first_change(cases: Iterable[Case], file: Path) -> Path | None:
+def first_change(cases: Sequence[Case], file: Path) -> Path | None:
     """Return the first raw file whose content differs from its stamp in a raw.json, None where all are equal.
 
     A file of another time of change and equal content gets a new stamp.
     """
     known = read_stamps(file)
-    now: dict[str, RawCase] = dict(known)
-    changed = None
+    now, _ = scan_raw_cases(cases, known)
     for case in cases:
-        before, after = known.get(case.id), _scan(case, known.get(case.id))
-        if before is None or isinstance(after, Exception) or len(before.files) != len(after.files):
-            changed = next((path for path in _paths(case) if not path.is_file()), case.images[0])
-            break
-        pairs = zip(_paths(case), before.files, after.files, strict=True)
-        changed = next((path for path, old, new in pairs if old.digest != new.digest), None)
-        if changed is not None:
-            break
-        now[case.id] = after
+        before, after = known.get(case.id), now.get(case.id)
+        if before is None or after is None or len(before.files) != len(after.files):
+            return next((path for path in _paths(case) if not path.is_file()), case.images[0])
+        for path, old, new in zip(_paths(case), before.files, after.files, strict=True):
+            if old.digest != new.digest:
+                return path
     if now != known:
         write_stamps(file, now)
-    return changed
+    return None
 
 
 def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
@@ -213,36 +209,33 @@ def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
     """
     if not all(file.is_file() for file in (paths.plans, paths.dataset, paths.fingerprint)):
         return "is not planned yet"
-    with understood(paths.dataset, "Run `nnlite plan` again."):
-        now, before = dataset_to_json(dataset), read_json(paths.dataset)
-        cases, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
-        differs = _with_relative_paths(now) != _with_relative_paths(before)
-    changes = {"lacks": sorted(planned - cases), "also has": sorted(cases - planned)}
+    planned = stored_dataset(paths.dataset)
+    now, before = ({case.id for case in each.cases} for each in (dataset, planned))
+    changes = {"lacks": sorted(before - now), "also has": sorted(now - before)}
     if what := [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]:
         return f"has changed since it was planned: it {' and '.join(what)}"
-    if differs:
+    if _with_relative_paths(dataset) != _with_relative_paths(planned):
         return "has other files, channels or labels than were planned"
     if not paths.raw.is_file():
         return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
     if (changed := first_change(dataset.cases, paths.raw)) is not None:
         return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
-    if now != before:
-        write_json(paths.dataset, now)
+    if dataset != planned:
+        write_json(paths.dataset, dataset_to_json(dataset))
     return None
 
 
-def _with_relative_paths(described: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of dataset.json with the files relative to the dataset's folder."""
-    root = Path(described["root"])
+def _with_relative_paths(dataset: Dataset) -> Dataset:
+    """Return the dataset with its files relative to its folder."""
 
-    def relative(file: str | None) -> str | None:
-        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
+    def relative(file: Path) -> Path:
+        return file.relative_to(dataset.root) if file.is_relative_to(dataset.root) else file
 
-    cases = [
-        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
-        for case in described["dataset"]
-    ]
-    return {**described, "root": "", "dataset": cases}
+    cases = (
+        replace(case, images=tuple(map(relative, case.images)), label=case.label and relative(case.label))
+        for case in dataset.cases
+    )
+    return replace(dataset, root=Path(), cases=tuple(cases))
 
 
 def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool) -> bool:
@@ -269,14 +262,11 @@ def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool
     shared = [case for case in dataset.cases if case.id in planned]
     some = shared[:: max(1, len(shared) // _COMPARED)]
     known = read_stamps(paths.preprocessed / "raw.json") | read_stamps(paths.raw)
-
-    def digests(raw: RawCase | Exception) -> list[str]:
-        return [] if isinstance(raw, Exception) else [file.digest for file in raw.files]
-
-    equal = 0
-    for case in some:
-        before, now = known.get(case.id) or _scan(planned[case.id], None), _scan(case, None)
-        equal += bool(digests(now)) and digests(now) == digests(before)
+    before = scan_raw_cases([planned[case.id] for case in some if case.id not in known], {})[0] | known
+    now, _ = scan_raw_cases(some, {})
+    equal = sum(
+        case.id in before and now[case.id].digests == before[case.id].digests for case in some if case.id in now
+    )
     if moved:
         return 2 * equal >= max(1, len(some))
     return len(shared) == len(dataset.cases) == len(stored.cases) and equal == len(some)
@@ -295,17 +285,14 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _scan(case: Case, known: RawCase | None) -> RawCase | Exception:
+def _scan(case: Case, known: RawCase | None) -> RawCase:
     paths = _paths(case)
     before: Sequence[RawFile | None] = known.files if known and len(known.files) == len(paths) else [None] * len(paths)
-    try:
-        files = tuple(_stamp(path, old) for path, old in zip(paths, before, strict=True))
-        if known and files == known.files:
-            return known
-        geometry = read_geometry(case.images[0])[0]
-        return RawCase(files, geometry.shape, geometry.spacing, geometry.orientation)
-    except (UserError, OSError) as error:
-        return error
+    files = tuple(_stamp(path, old) for path, old in zip(paths, before, strict=True))
+    if known and files == known.files:
+        return known
+    geometry = read_geometry(case.images[0])[0]
+    return RawCase(files, geometry.shape, geometry.spacing, geometry.orientation)
 
 
 def _stamp(path: Path, known: RawFile | None) -> RawFile:

@@ -19,7 +19,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -33,23 +33,8 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import SPARE, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
 from nnunet_lite.planning.schema import Configuration, Plan, exact_storage
-from nnunet_lite.preprocessing.pipeline import (
-    Preprocessed,
-    prepare,
-    resample,
-    resampled_shape,
-    resampled_spacing,
-    transposed,
-    turn_for,
-)
-from nnunet_lite.preprocessing.raw_files import (
-    Progress,
-    RawCase,
-    read_stamps,
-    scan_raw_cases,
-    unchanged_cases,
-    write_stamps,
-)
+from nnunet_lite.preprocessing import pipeline
+from nnunet_lite.preprocessing.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.preprocessing.resampling import one_blas_thread
 from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored_case, write_stored_case
 
@@ -110,7 +95,7 @@ class MissingCase:
 
     case: Case
     raw: RawCase
-    folders: dict[Path, tuple[Configuration, tuple[int, int, int]]] = field(default_factory=dict)
+    folders: dict[Path, tuple[Configuration, pipeline.Shape]]
 
     def memory(self, channels: int) -> int:
         """About the bytes that making it takes: as read and as normalised, then normalised and resampled."""
@@ -130,7 +115,6 @@ def preprocess_dataset(
     configurations: Sequence[str],
     folder: Path,
     workers: int | None = None,
-    progress: Progress | None = None,
     spread: Spread | None = None,
 ) -> PreprocessingSummary:
     """Preprocess every case for some configurations; arrays that exist are kept.
@@ -147,8 +131,6 @@ def preprocess_dataset(
         The dataset's `preprocessed` folder in the workspace.
     workers : int, optional
         The most cases at once; None follows from memory and CPUs, 0 works in this thread.
-    progress : callable, optional
-        Wraps the loop over the cases, such as `nnunet_lite.log.progress`.
     spread : callable, optional
         Does the work on other machines, see cluster.py.
 
@@ -170,23 +152,18 @@ def preprocess_dataset(
         _sweep(folder)
         stamps = folder / "raw.json"
         known = read_stamps(folder.parent / stamps.name) | read_stamps(stamps)  # planning has read the files too
-        scanned = scan_raw_cases(dataset.cases, known, workers)
-        raw = {case_id: result for case_id, result in scanned.items() if isinstance(result, RawCase)}
-        failed = {case_id: result for case_id, result in scanned.items() if isinstance(result, Exception)}
-        index = {
-            name: {case_id: case_folder(dataset, plan, name, case_id, stamp) for case_id, stamp in raw.items()}
-            for name in names
-        }
+        raw, failed = scan_raw_cases(dataset.cases, known, workers)
+        index = {name: _case_folders(dataset, plan, name, raw) for name in names}
         missing = _missing_cases(dataset, plan, index, raw, folder)
         estimate = sum(case.disk(plan) for case in missing)
         system.require_space(folder, estimate)
         made = sum(len(case.folders) for case in missing)
-        if progress and missing:
+        if missing:
             log.info(f"{made} arrays to make, about {system.in_units(estimate)} of disk")
             if plan.stored_as == "float16" and exact_storage(plan.channels) == "float32":
                 log.warn("the plan stores images as float16, which rounds 16-bit values that are not standardised by "
                          "up to 16; `nnlite plan DATA --store float32` keeps all digits")  # fmt: skip
-        failed |= _make_cases(missing, dataset, plan, workers, progress, spread)
+        failed |= _make_cases(missing, dataset, plan, workers, spread)
         _sweep(folder)
         if full := next((error for error in failed.values() if lacks_space(error)), None):
             left = [case for case in missing if not all(is_whole(path) for path in case.folders)]
@@ -211,12 +188,10 @@ def is_preprocessed(dataset: Dataset, plan: Plan, configurations: Sequence[str],
     Parameters are those of `preprocess_dataset`.
     """
     raw = unchanged_cases(dataset.cases, folder / "raw.json")
-    if len(raw) < len(dataset.cases) or not all(_index_file(folder, plan, name).is_file() for name in configurations):
-        return False
-    return all(
-        is_whole(folder / "cases" / case_folder(dataset, plan, name, case_id, stamp))
+    return len(raw) == len(dataset.cases) and all(
+        _index_file(folder, plan, name).is_file()
+        and all(is_whole(folder / "cases" / key) for key in _case_folders(dataset, plan, name, raw).values())
         for name in configurations
-        for case_id, stamp in raw.items()
     )
 
 
@@ -283,38 +258,32 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
     }
 
 
-def case_folder(dataset: Dataset, plan: Plan, configuration: str, case_id: str, raw: RawCase) -> str:
-    """Return the name of a case's folder: its id, cut to what a name may hold, and a hash of its files and the recipe.
+def _case_folders(dataset: Dataset, plan: Plan, name: str, raw: Mapping[str, RawCase]) -> dict[str, str]:
+    """The name of each case's folder: its id, cut to what a name may hold, and a hash of its files and the recipe."""
+    configuration, label_map = plan.configuration(name), sorted((dataset.label_map or {}).items())
+    folders = {}
+    for case_id, stamps in raw.items():
+        recipe = recipe_of(plan, configuration, _resampled_grid(stamps, plan, configuration)[0])
+        if pipeline.turn_for(plan, stamps.orientation) != Turn(plan.axis_order):
+            recipe["orientation"] = plan.orientation
+        short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
+        folders[case_id] = f"{short}-{_hash([recipe, stamps.digests, label_map, plan.stored_as])}"
+    return folders
 
-    Parameters
-    ----------
-    dataset : Dataset
-        Where the case is from.
-    plan : Plan
-        How it is preprocessed.
-    configuration : str
-        Name of the configuration.
-    case_id : str
-        Its id.
-    raw : RawCase
-        The stamps of its files.
 
-    Returns
-    -------
-    str
-        The name.
-    """
-    planned, turn = plan.configuration(configuration), turn_for(plan, raw.orientation)
-    recipe = recipe_of(plan, planned, resampled_spacing(planned, transposed(raw.spacing, turn.order)))
-    if turn != Turn(plan.axis_order):
-        recipe["orientation"] = plan.orientation
-    files, label_map = [file.digest for file in raw.files], sorted((dataset.label_map or {}).items())
-    short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
-    return f"{short}-{_hash([recipe, files, label_map, plan.stored_as])}"
+def _resampled_grid(raw: RawCase, plan: Plan, configuration: Configuration) -> tuple[pipeline.Spacing, pipeline.Shape]:
+    """Spacing (mm) and shape of a case in a configuration, transposed axes."""
+    order = pipeline.turn_for(plan, raw.orientation).order
+    spacing = pipeline.transposed(raw.spacing, order)
+    target = pipeline.resampled_spacing(configuration, spacing)
+    return target, pipeline.resampled_shape([raw.shape[axis] for axis in order], spacing, target)
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------- making the cases
 
 
 def _missing_cases(
@@ -322,47 +291,28 @@ def _missing_cases(
 ) -> list[MissingCase]:
     """The cases that lack a folder, the largest first; a 3D configuration comes first where several share one."""
     order = sorted(index, key=lambda name: -plan.configurations[name].dimensions)
-    out = []
+    missing = []
     for case in (case for case in dataset.cases if case.id in raw):
-        missing = MissingCase(case, raw[case.id])
-        turn = turn_for(plan, missing.raw.orientation)
-        spacing = transposed(missing.raw.spacing, turn.order)
-        shape = [missing.raw.shape[axis] for axis in turn.order]
+        folders: dict[Path, tuple[Configuration, pipeline.Shape]] = {}
         for name in order:
             path, configuration = folder / "cases" / index[name][case.id], plan.configurations[name]
-            if path not in missing.folders and not is_whole(path):
-                target = resampled_shape(shape, spacing, resampled_spacing(configuration, spacing))
-                missing.folders[path] = configuration, target
-        if missing.folders:
-            out.append(missing)
-    return sorted(out, key=lambda missing: -prod(missing.raw.shape))
-
-
-# -------------------------------------------------------------------------------------------------- making the cases
+            if path not in folders and not is_whole(path):
+                folders[path] = configuration, _resampled_grid(raw[case.id], plan, configuration)[1]
+        if folders:
+            missing.append(MissingCase(case, raw[case.id], folders))
+    return sorted(missing, key=lambda case: -prod(case.raw.shape))
 
 
 def _make_cases(
-    missing: Sequence[MissingCase],
-    dataset: Dataset,
-    plan: Plan,
-    workers: int | None,
-    progress: Progress | None,
-    spread: Spread | None,
+    missing: Sequence[MissingCase], dataset: Dataset, plan: Plan, workers: int | None, spread: Spread | None
 ) -> dict[str, Exception]:
     """Make all missing cases, here or on other machines; return the failures by case id."""
     if not missing:
         return {}
     work = partial(make_case, dataset=replace(dataset, cases=()), plan=plan)
-    if spread is not None:
-        results = spread(work, missing, "preprocess")
-    else:
-        in_flight = _cases_in_flight(missing, len(plan.channels), workers)
-        threads = max(1, system.cpus() // in_flight) if in_flight else 1  # of ours, for each case
-        results = _in_pool(partial(work, threads=threads), missing, in_flight)
-        results = progress(results, len(missing), "preprocess") if progress else results
     failed = {}
     with one_blas_thread():  # once for all cases: setting the limit takes threads of its own
-        for item, result in results:
+        for item, result in (spread or partial(_make_here, workers, len(plan.channels)))(work, missing, "preprocess"):
             if isinstance(result, Exception):
                 failed[item.case.id] = result
             if lacks_space(result):
@@ -370,36 +320,32 @@ def _make_cases(
     return failed
 
 
-def _cases_in_flight(missing: Sequence[MissingCase], channels: int, workers: int | None) -> int:
-    """How many cases are made at once on this machine; 0: in this thread."""
+def _make_here(
+    workers: int | None, channels: int, work: Callable[..., None], missing: Sequence[MissingCase], what: str
+) -> Iterator[tuple[MissingCase, Exception | None]]:
+    """Make cases on this machine, as many at once as memory and CPUs allow; give each with its failure as it ends."""
     needed, free = max(case.memory(channels) for case in missing), system.free_memory()
     if needed > free:
         log.warn(f"the largest case needs about {system.in_units(needed)}, {system.in_units(free)} are free")
     if workers is None and prod(missing[0].raw.shape) * channels < _SMALL:
         workers = 0
-    return 0 if workers == 0 else system.cases_in_flight(needed, workers)
+    at_once = 0 if workers == 0 else system.cases_in_flight(needed, workers)
+    threads = max(1, system.cpus() // at_once) if at_once else 1  # of ours, for each case
 
-
-def _in_pool(
-    work: Callable[[MissingCase], None], missing: Sequence[MissingCase], workers: int
-) -> Iterator[tuple[MissingCase, Exception | None]]:
-    """Work on all cases in threads (none: in this thread), and give each with its failure as it ends."""
-
-    def attempt(case: MissingCase) -> Exception | None:
+    def attempt(case: MissingCase) -> tuple[MissingCase, Exception | None]:
         try:
-            work(case)
+            work(case, threads=threads)
         except Exception as error:  # any: it is reported with the name of the case, and the other cases are made
-            return error
-        return None
+            return case, error
+        return case, None
 
-    if not workers:
-        yield from ((case, attempt(case)) for case in missing)
+    if not at_once:
+        yield from log.progress(map(attempt, missing), len(missing), what)
         return
-    pool = ThreadPoolExecutor(workers, "preprocess")
+    pool = ThreadPoolExecutor(at_once, what)
     try:
-        futures = {pool.submit(attempt, case): case for case in missing}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        futures = as_completed([pool.submit(attempt, case) for case in missing])
+        yield from log.progress((future.result() for future in futures), len(missing), what)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -431,17 +377,17 @@ def make_case(missing: MissingCase, dataset: Dataset, plan: Plan, threads: int =
             if is_whole(path):
                 continue  # a worker that was taken for dead has made it meanwhile
             patch = (1,) * (3 - configuration.dimensions) + configuration.patch_size
-            write_stored_case(path, resample(case, configuration, threads), plan.labels, patch, plan.stored_as)
+            write_stored_case(path, pipeline.resample(case, configuration, threads), plan.labels, patch, plan.stored_as)
     except MemoryError as error:
         need, free = (system.in_units(n) for n in (missing.memory(len(plan.channels)), system.free_memory()))
         fix = f"It needs about {need}, {free} are free: use --workers 1, or more memory."
         raise UserError(f"no memory left ({error})", fix=fix) from None
 
 
-def _read_and_prepare(case: Case, dataset: Dataset, plan: Plan) -> Preprocessed:
+def _read_and_prepare(case: Case, dataset: Dataset, plan: Plan) -> pipeline.Preprocessed:
     """A function of its own, so that the image as read is freed when it returns."""
     image, values = read_case(case, dataset)
-    return prepare(image, None if values is None else plan.labels.encode(values), plan)
+    return pipeline.prepare(image, None if values is None else plan.labels.encode(values), plan)
 
 
 def _failure(failed: Mapping[str, Exception], dataset: Dataset) -> UserError:

@@ -152,20 +152,16 @@ def prefetch(
             while queue:
                 item, event = queue.popleft().result()
                 queue.extend(pool.submit(make_on_side, make) for make in itertools.islice(makers, 1))
-                if event:
-                    _hand_over(item, event, torch.cuda.current_stream(device))
+                if event:  # the training stream waits for the tensors, and their memory is not reused before it is done
+                    stream = torch.cuda.current_stream(device)
+                    stream.wait_event(event)
+                    for tensor in item:
+                        if isinstance(tensor, Tensor):
+                            tensor.record_stream(stream)
                 yield item
         finally:
             for future in queue:
                 future.cancel()
-
-
-def _hand_over(item: tuple[Any, ...], event: torch.cuda.Event, user: torch.cuda.Stream) -> None:
-    """Let a stream use tensors of another one: it waits for them, and their memory is not reused before it is done."""
-    user.wait_event(event)
-    for part in item:
-        if isinstance(part, Tensor):
-            part.record_stream(user)
 
 
 # ------------------------------------------------------------------------------------------------ one batch

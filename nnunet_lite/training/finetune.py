@@ -19,8 +19,8 @@ from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.folder import MODEL, read_run, read_weights_header
-from nnunet_lite.models.lookup import is_nnunet, nnunet_folds
+from nnunet_lite.models.folder import is_nnunet, read_weights_header, weight_files
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Plan, exact_storage
@@ -28,10 +28,12 @@ from nnunet_lite.settings import Settings
 from nnunet_lite.training.job import Job
 
 Part = Literal["encoder", "all-but-head"]
+Names = tuple[Sequence[str], Sequence[str]]  # of the trained network, and of this one
 _FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}
 _HEADS = "heads."
 _FIRST = ("stem.0.weight", "encoder.0.0.0.weight")  # first layer of a residual encoder, of a plain one
 _STAGE = "previous stage: "  # starts the names of a cascade's one-hot inputs
+_ADOPTED = ("spacing", "patch_size", "batch_size", "network", "resampling")  # of the model's configuration
 _SHOWN = 4  # names in a line of the report
 
 
@@ -87,12 +89,11 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
         raise UserError(what, model, "Make a model folder of a zip with `nnlite import`.")
     if model.is_file():
         return _read_source(model)
-    files = list(nnunet_folds(folder).values()) if from_nnunet else sorted(folder.glob(f"fold_*/{MODEL}"))
-    if not files:
+    trained = weight_files(folder)
+    if not trained:
         fix = "Give the file of another checkpoint." if from_nnunet else "Train one with `nnlite train`."
         raise UserError("has no trained fold to start from", folder, fix)
-    trained = {file.parent.name.removeprefix("fold_"): file for file in files}
-    first = _read_source(files[0])
+    first = _read_source(next(iter(trained.values())))
     preferred = (fold, "all") if first.plan.dataset == dataset else ("all", fold)
     chosen = next(name for name in (*preferred, *trained) if name in trained)
     return replace(first, file=trained[chosen], fold=chosen)
@@ -102,8 +103,8 @@ def _read_source(file: Path) -> Source:
     if file.suffix == ".pth":
         checkpoint = read_nnunet_fold(file)
         return Source(file, checkpoint.plan, checkpoint.run["configuration"], checkpoint.name)
-    folder, fold = file.absolute().parents[1], file.parent.name.removeprefix("fold_")
-    return Source(file, Plan.read(folder / "plans.json"), read_run(folder)["configuration"], fold)
+    plan, run = read_model(file.absolute().parents[1])
+    return Source(file, plan, run["configuration"], file.parent.name.removeprefix("fold_"))
 
 
 def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Settings) -> Plan:
@@ -135,18 +136,10 @@ def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Setting
     spacing, shape = (tuple(values[i] for i in axes) for values in (plan.median_spacing, plan.median_shape))
     target = (spacing[0], *model.spacing)[-3:]  # in 2D slices keep their distance
     resampled = tuple(float(max(1, round(n * old / new))) for n, old, new in zip(shape, spacing, target, strict=True))
-    adopted = planned.model_copy(
-        update={
-            "spacing": model.spacing,
-            "median_shape": resampled[-model.dimensions :],
-            "patch_size": model.patch_size,
-            "batch_size": model.batch_size,
-            "network": model.network,
-            "resampling": model.resampling,
-            "reasons": (f"taken over from {source.configuration} of {source.plan.dataset}, to start from its weights",),
-        }
-    )
-    adopted = with_memory(adopted, len(plan.channels), plan.labels)
+    reason = f"taken over from {source.configuration} of {source.plan.dataset}, to start from its weights"
+    changes = {name: getattr(model, name) for name in _ADOPTED}
+    changes |= {"median_shape": resampled[-model.dimensions :], "reasons": (reason,)}
+    adopted = with_memory(planned.model_copy(update=changes), len(plan.channels), plan.labels)
     known = {channel.name.casefold(): channel for channel in source.plan.channels}
     channels = tuple(known.get(c.name.casefold(), c).model_copy(update={"name": c.name}) for c in plan.channels)
     exact = plan.stored_as == exact_storage(plan.channels)
@@ -183,31 +176,21 @@ def start_from(network: nn.Module, job: Job) -> None:
     source = find_source(Path(training.init), job.plan.dataset, fold)
     if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
         log.warn(f"{source.file} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
-    from_nnunet = source.file.suffix == ".pth"
-    if not from_nnunet:
+    if source.file.suffix == ".pth":
+        state = read_nnunet_fold(source.file).network.state_dict()
+    else:
         read_weights_header(source.file)  # refuses a file that is no safetensors file
-    report = adopt_weights(
-        network,
-        read_nnunet_fold(source.file).network.state_dict() if from_nnunet else load_file(source.file),
-        source.plan.labels,
-        job.plan.labels,
-        input_names(source.plan, source.configuration),
-        input_names(job.plan, job.configuration),
-    )
+        state = load_file(source.file)
+    inputs = input_names(source.plan, source.configuration), input_names(job.plan, job.configuration)
+    outputs = _output_names(source.plan.labels), _output_names(job.plan.labels)
+    report = adopt_weights(network, state, inputs, outputs)
     if not report:
         raise UserError(f"nothing in it fits the network of {job.configuration}", source.file,
                         "Leave the settings of the network as they were when it was trained.")  # fmt: skip
     log.info("\n".join([f"starting from {source.file}", *(f"  {what:<16}  {text}" for what, text in report.items())]))
 
 
-def adopt_weights(
-    network: nn.Module,
-    source_state: Mapping[str, Tensor],
-    source_labels: Labels,
-    target_labels: Labels,
-    source_inputs: Sequence[str],
-    target_inputs: Sequence[str],
-) -> dict[str, str]:
+def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names, outputs: Names) -> dict[str, str]:
     """Copy into a network every tensor of a trained one that fits by name and shape; the rest stays random.
 
     Rows of the heads are matched by the names of labels or regions. The first layer is adapted to other channels:
@@ -220,12 +203,10 @@ def adopt_weights(
     ----------
     network : Module
         Changed in place.
-    source_state : mapping of str to Tensor
+    state : mapping of str to Tensor
         Weights of the trained network.
-    source_labels, target_labels : Labels
-        Of the trained network and of this one.
-    source_inputs, target_inputs : sequence of str
-        Names of their inputs, see `input_names`.
+    inputs, outputs : tuple of two sequences of str
+        Names in the trained network and in this one, see `input_names`.
 
     Returns
     -------
@@ -233,39 +214,37 @@ def adopt_weights(
         The lines of a report on what was taken over, adapted, left at random and not used; empty if nothing fits.
     """
     own = network.state_dict()
-    common = {name: value.to(own[name]) for name, value in source_state.items() if name in own}
     first = next((name for name in _FIRST if name in own), None)
-    rows = _match_names(_output_names(source_labels), _output_names(target_labels))
-    columns = _match_names(source_inputs, target_inputs)
-    if len(source_inputs) == len(target_inputs) and not any(column is not None for column in columns):
-        columns = list(range(len(source_inputs)))
-    new = {}
-    for name, value in common.items():
-        adapted = value
+    columns, rows = _match_names(*inputs), _match_names(*outputs)
+    if len(inputs[0]) == len(inputs[1]) and not any(column is not None for column in columns):
+        columns = list(range(len(columns)))
+    new, n_equal = {}, 0
+    for name in [name for name in state if name in own]:
+        value = adapted = state[name].to(own[name])
         if name == first:
-            adapted = _select_inputs(value, columns, source_inputs, target_inputs)
+            adapted = _select_inputs(value, columns, *inputs)
         elif name.startswith(_HEADS):
             adapted = _select_outputs(own[name], value, rows)
         if adapted.shape == own[name].shape:
             new[name] = adapted
+            n_equal += adapted is value
     network.load_state_dict({**own, **new})
-    if all(value is not common[name] for name, value in new.items()):
+    if not n_equal:
         return {}
     share = sum(value.numel() for value in new.values()) / sum(value.numel() for value in own.values())
-    mean = f"mean of {', '.join(name for name in source_inputs if not name.startswith(_STAGE))}"
     report = {"taken over": f"{len(new)} tensors; {100 * share:.1f} % of the weights are the model's"}
-    for what, origins, names, indices, missing in (
-        ("inputs", source_inputs, target_inputs, columns, mean),
-        ("outputs", _output_names(source_labels), _output_names(target_labels), rows, "at random"),
+    mean = f"mean of {', '.join(name for name in inputs[0] if not name.startswith(_STAGE))}"
+    for what, (theirs, names), indices, missing in (
+        ("inputs", inputs, columns, mean),
+        ("outputs", outputs, rows, "at random"),
     ):
-        made_of = [
-            origins[i] if i is not None else "zero" if name.startswith(_STAGE) else missing
+        origins = [
+            theirs[i] if i is not None else "zero" if name.startswith(_STAGE) else missing
             for name, i in zip(names, indices, strict=True)
         ]
-        pairs = list(zip(names, made_of, strict=True))
-        if any(name.casefold() != origin.casefold() for name, origin in pairs):
-            report[f"adapted, {what}"] = "; ".join(f"{name}: {origin}" for name, origin in pairs)
-    for what, tensors in (("at random", own), ("not used", source_state)):
+        if [name.casefold() for name in names] != [origin.casefold() for origin in origins]:
+            report[f"adapted, {what}"] = "; ".join(f"{n}: {origin}" for n, origin in zip(names, origins, strict=True))
+    for what, tensors in (("at random", own), ("not used", state)):
         if left := [name for name in tensors if name not in new]:
             report[what] = f"{len(left)} tensors: {', '.join(left[:_SHOWN])}{', ...' * (len(left) > _SHOWN)}"
     return report

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ def segmentation_loss(
         entropy, counted = entropy * factor, factor
         if annotated is not None:
             entropy, counted = entropy * annotated, factor * annotated / n_counts
-        loss = loss + ce * _ratio(entropy.sum(dtype=torch.float64), counted.sum(dtype=torch.float64), reduce)
+        loss = loss + ce * _ratio(entropy, counted, reduce)
         if settings.top_k:
             loss = loss + settings.top_k * _top_k(entropy, factor, settings.top_k_share, reduce)
     if bce:
@@ -178,8 +179,8 @@ def _over_positions(weights: Tensor, logits: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, reduce: Reduce) -> Tensor:
-    """Quotient of two sums over the whole batch; 0 where nothing counts."""
-    above, below = reduce(torch.stack((numerator, denominator)))
+    """Quotient of the sums of two tensors over the whole batch; 0 where nothing counts."""
+    above, below = reduce(torch.stack([x.sum(dtype=exact(x.device)) for x in (numerator, denominator)]))
     return (above / below.clamp_min(1e-8)).float()
 
 
@@ -201,11 +202,37 @@ def class_sums(probabilities: Tensor, classes: Tensor, valid: Tensor | None = No
     if valid is not None:
         ones = valid.flatten(1).to(p.dtype)
         p, at_y = p * ones[:, None], at_y * ones
-    # millions of voxels are added one by one: in float32 the sums would be off by percents
-    base = p.new_zeros(p.shape[:2], dtype=torch.float64)
-    overlap = base.scatter_add(1, y, at_y.double())
-    n_target = base.scatter_add(1, y, ones.double())
-    return overlap, n_target + p.sum(2, dtype=torch.float64)
+    if p.device.type == "cpu":
+        # voxels are added one by one: in float32 the sums of millions would be off by percents
+        base = p.new_zeros(p.shape[:2], dtype=torch.float64)
+        overlap, n_target = (base.scatter_add(1, y, values.double()) for values in (at_y, ones))
+    else:
+        overlap, n_target = (SumByClass.apply(values, y, p.shape[1]) for values in (at_y, ones))
+    return overlap, n_target + p.sum(2, dtype=exact(p.device))
+
+
+class SumByClass(torch.autograd.Function):
+    """Sums of values (batch, voxels) over the voxels of each class: (batch, classes).
+
+    On a GPU a scatter of millions of voxels to a few sums waits at each of them. Products with `classes == c` do not,
+    and need the memory of one class at a time. The backward pass keeps nothing but the classes.
+    """
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, classes: Tensor, n_classes: int) -> Tensor:
+        context.save_for_backward(classes)
+        dtype = exact(values.device)
+        return torch.stack([(values * (classes == c)).sum(1, dtype=dtype) for c in range(n_classes)], 1)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (classes,) = context.saved_tensors
+        return gradient.float().gather(1, classes), None, None
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """Return the type of large sums: float64, but on MPS, which has none and adds float32 in pairs."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def region_sums(probabilities: Tensor, target: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -214,7 +241,7 @@ def region_sums(probabilities: Tensor, target: Tensor, valid: Tensor | None = No
     if valid is not None:
         ones = valid.flatten(1)[:, None].to(p.dtype)
         p, y = p * ones, y * ones
-    return (p * y).sum(2, dtype=torch.float64), (p + y).sum(2, dtype=torch.float64)
+    return (p * y).sum(2, dtype=exact(p.device)), (p + y).sum(2, dtype=exact(p.device))
 
 
 def _dice(overlap: Tensor, total: Tensor, weights: Tensor | None, batch_dice: bool, reduce: Reduce) -> Tensor:
@@ -225,20 +252,18 @@ def _dice(overlap: Tensor, total: Tensor, weights: Tensor | None, batch_dice: bo
     of_sample = dice.mean(-1) if weights is None else (dice * weights).sum(-1) / weights.sum()
     if batch_dice:
         return of_sample.float()
-    return _ratio(of_sample.sum(), of_sample.new_full((), len(of_sample)), reduce)
+    return _ratio(of_sample, torch.ones_like(of_sample), reduce)
 
 
 def _top_k(entropy: Tensor, weights: Tensor, share: float, reduce: Reduce) -> Tensor:
     """Mean of the largest `share` of all values of the batch, ignored voxels counted as 0 as nnU-Net counts them."""
     values = entropy.flatten()
-    k = (reduce(values.new_full((), values.numel(), dtype=torch.float64)) * share + 1e-6).floor().clamp_min(1)
+    k = (reduce(values.new_full((), values.numel(), dtype=exact(values.device))) * share + 1e-6).floor().clamp_min(1)
     least = _kth_largest(values, k, reduce)
     above, equal = values > least, values == least
     n_above, n_equal = reduce(torch.stack((above.sum(), equal.sum())))
     chosen = above + equal * ((k - n_above) / n_equal).float()  # equal values share the remaining places
-    return _ratio(
-        (chosen * values).sum(dtype=torch.float64), (chosen * weights.flatten()).sum(dtype=torch.float64), reduce
-    )
+    return _ratio(chosen * values, chosen * weights.flatten(), reduce)
 
 
 def _kth_largest(values: Tensor, k: Tensor, reduce: Reduce) -> Tensor:
@@ -262,8 +287,7 @@ def _binary_of_classes(
     every = _over_positions(of_class, logits)
     entropy = (F.softplus(logits) * every).sum(1) - logits.gather(1, classes[:, None])[:, 0] * of_class[classes]
     counted = torch.ones_like(entropy) if valid is None else valid.float()
-    total = (entropy * counted).sum(dtype=torch.float64)
-    return _ratio(total, counted.sum(dtype=torch.float64) * of_class.sum(), reduce)
+    return _ratio(entropy * counted, counted.sum(dtype=exact(logits.device)) * of_class.sum(), reduce)
 
 
 @lru_cache(maxsize=16)
@@ -280,9 +304,10 @@ def _membership(regions: Regions, device: torch.device) -> Tensor:
 
 
 def downsample_classes(classes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a nearest-neighbour copy of class indices (batch, *patch) at the size of a deep-supervision output."""
-    if tuple(classes.shape[1:]) == tuple(shape):
-        return classes
+    """Return class indices (batch, *patch), to the nearest voxel, at the size of a deep-supervision output."""
+    steps = [size // n for size, n in zip(classes.shape[1:], shape, strict=True)]
+    if all(n * step == size for n, step, size in zip(shape, steps, classes.shape[1:], strict=True)):
+        return classes[(slice(None), *(slice(step // 2, None, step) for step in steps))]
     return F.interpolate(classes[:, None].float(), size=tuple(shape), mode="nearest-exact")[:, 0].to(classes.dtype)
 
 
@@ -291,13 +316,11 @@ def pseudo_dice_counts(
 ) -> Tensor:
     """Return true positives, false positives and false negatives of hard labels: (3, foreground channels)."""
     if regions is None:
-        predicted = logits.argmax(1)
-        channels = range(1, logits.shape[1])
-        hits = torch.stack([predicted == c for c in channels], 1)
-        truth = torch.stack([classes == c for c in channels], 1)
+        predicted, regions = logits.argmax(1), [(c,) for c in range(1, logits.shape[1])]
+        hits = torch.stack([predicted == c for (c,) in regions], 1)
     else:
         hits = logits > 0
-        truth = torch.stack([torch.isin(classes, classes.new_tensor(list(r))) for r in regions], 1)
+    truth = torch.stack([torch.stack([classes == c for c in region]).any(0) for region in regions], 1)
     if ignore_class is not None:
         hits = hits & (classes != ignore_class)[:, None]
     axes = (0, *range(2, hits.ndim))

@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -33,7 +33,7 @@ from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, write_json
+from nnunet_lite.files import read_json, read_text, understood, write_json
 from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
@@ -43,11 +43,8 @@ _READERS = 4  # label maps in memory at the same time
 _VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
 _CASES = "cases.json"
-_SPLITS_FINAL = "splits_final.json"  # nnU-Net's
-_FIXES = {
-    "splits.json": "Delete it to make it again.",
-    _SPLITS_FINAL: "Correct or remove it, or give --folds, --group-by, --stratify or --splits.",  # read without option
-}
+_TABLES = (".csv", ".tsv")
+_FIX = "Correct or remove it, or give --folds, --group-by, --stratify or --splits."
 
 
 @dataclass(frozen=True)
@@ -93,31 +90,20 @@ class Split:
     validation: tuple[str, ...]
 
 
-class _Sources(NamedTuple):
-    """The files and expressions of a rule, read: folds, the group of each case, the stratum of each case."""
+class SplitsRecord(BaseModel):
+    """How the folds were made, the content of splits_made.json: a file, or the options with what they said."""
 
-    splits: list[Split] | None = None
+    splits: str | None = None
+    folds: int | None = None
+    seed: int | None = None
+    group_by: str | None = None
+    stratify: str | None = None
     groups: dict[str, str] | None = None
     strata: dict[str, str] | None = None
+    sha256: str = ""  # of splits.json
 
 
-def _read_sources(rule: FoldRule, ids: Sequence[str]) -> _Sources:
-    if rule.splits is not None:
-        if rule != FoldRule(splits=rule.splits):
-            raise UserError("--splits names the folds: --folds, --group-by and --stratify cannot change them")
-        return _Sources(load_splits(Path(rule.splits), ids))
-    return _Sources(
-        groups=None if rule.group_by is None else read_groups(ids, str(rule.group_by)),
-        strata=None if isinstance(rule.stratify, bool) else read_column(Path(rule.stratify), ids, "stratum"),
-    )
-
-
-def _default_rule(dataset: Dataset) -> FoldRule:
-    """The rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
-    preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
-    folders = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
-    file = next((folder / _SPLITS_FINAL for folder in folders if (folder / _SPLITS_FINAL).is_file()), None)
-    return FoldRule(splits=file)
+# ------------------------------------------------------------------------------------------------ folds of a dataset
 
 
 def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
@@ -142,44 +128,35 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     Raises
     ------
     UserError
-        Fewer than two folds or more than cases, a wrong table, expression or file, `splits` together with another
-        option, or options that differ from an existing splits.json.
+        `make_splits` fails, or the options make other folds than those of an existing splits.json.
     """
-    given, ids = rule != DEFAULT_RULE, _ids(dataset)
+    given = rule != DEFAULT_RULE
     rule = rule if given else _default_rule(dataset)
     if rule == DEFAULT_RULE:
         return False
-    if file.is_file():
-        try:
-            _check_agreement(file, ids, rule)
-        except UserError:
-            if given:
-                raise
-            log.warn(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
-        return False
-    sources = _read_sources(rule, ids)
-    if sources.splits is None:
-        require_enough(ids, N_FOLDS if rule.folds is None else rule.folds, sources.groups)
-    return True
+    if not file.is_file():
+        make_splits(dataset, rule, strata={})
+        return True
+    splits, record = load_splits(file), read_record(file)
+    try:
+        made, _ = make_splits(dataset, rule, record.strata if record and record.stratify == _BY_LABELS else None)
+        if [*map(_fingerprint, splits)] != [*map(_fingerprint, made)]:
+            cases = plural(len(dataset.cases), "case")
+            what = f"holds {_summarize(splits, record)}, not those that the options make of {cases}"
+            fix = "Omit the options for folds to continue with these, or delete the file to make them again."
+            raise UserError(what, file, fix)
+    except UserError:
+        if given:
+            raise
+        log.warn(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
+    return False
 
 
-def _check_agreement(file: Path, ids: Sequence[str], rule: FoldRule) -> None:
-    """Refuse options that would make other folds than those of splits.json; label maps are not read again."""
-    splits, record, sources = load_splits(file), read_record(file), _read_sources(rule, ids)
-    by_labels, strata = record.get("stratify") == _BY_LABELS, record.get("strata")
-    if sources.splits is not None:
-        agrees = [*map(_fingerprint, splits)] == [*map(_fingerprint, sources.splits)]
-    else:
-        agrees = (
-            _cases_of(splits) == set(ids)
-            and rule.folds in (None, len(splits))
-            and (sources.groups is None or sources.groups == record.get("groups"))
-            and (not rule.stratify or (by_labels if rule.stratify is True else sources.strata == strata))
-        )
-    if not agrees:
-        what = f"holds {_summarize(splits, record)}, not those that the options make of {plural(len(ids), 'case')}"
-        fix = "Omit the options for folds to continue with these, or delete the file to make them again."
-        raise UserError(what, file, fix)
+def _default_rule(dataset: Dataset) -> FoldRule:
+    """The rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
+    preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
+    folders = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
+    return FoldRule(splits=next((f for d in folders if (f := d / "splits_final.json").is_file()), None))
 
 
 def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT_RULE) -> Split:
@@ -209,7 +186,7 @@ def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT
             raise UserError("fold `all` trains on every case, whatever the folds are", fix=fix)
         return Split(ALL, tuple(ids), tuple(ids))
     split = read_splits(file, dataset, rule, fold)[int(fold)]
-    if left_out := sorted(set(ids) - {*split.training, *split.validation}):
+    if left_out := sorted(set(ids) - _cases_of([split])):
         log.warn(f"{file}: fold {fold} leaves out {name_cases(left_out)}; edit or delete the file to include them")
     return split
 
@@ -224,57 +201,63 @@ def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fol
         fold, or `make_splits` fails.
     """
     exists = file.is_file()
-    splits, record = (load_splits(file, _ids(dataset)), {}) if exists else make_splits(dataset, rule)
+    splits, record = (load_splits(file, _ids(dataset)), None) if exists else make_splits(dataset, rule)
     if fold not in map(str, range(len(splits))):
         fix = f'Folds are 0 to {len(splits) - 1}, "all-folds" and "all".'
         raise UserError(f"there is no fold {fold!r}", fix=fix)
-    if not exists:
+    if record is not None:
         write_splits(file, splits, record)
     elif rule != DEFAULT_RULE:
-        _check_agreement(file, _ids(dataset), rule)
+        check_folds(file, dataset, rule)
     return splits
 
 
-def make_splits(dataset: Dataset, rule: FoldRule = DEFAULT_RULE) -> tuple[list[Split], dict[str, Any]]:
+def make_splits(
+    dataset: Dataset, rule: FoldRule = DEFAULT_RULE, strata: Mapping[str, str] | None = None
+) -> tuple[list[Split], SplitsRecord]:
     """Divide the cases into folds.
+
+    Parameters
+    ----------
+    dataset, rule : Dataset, FoldRule
+        See `check_folds`.
+    strata : mapping of str to str, optional
+        What `stratify_by_labels` returns, where that is known. Without it, `--stratify` reads every label map.
 
     Returns
     -------
     list of Split
         The folds.
-    dict
-        Record of how they were made, for splits_made.json.
+    SplitsRecord
+        How they were made.
 
     Raises
     ------
     UserError
-        An option is wrong, see `check_folds`; `divide` fails; or a label map cannot be read.
+        There are fewer than two folds or more than cases or groups, a wrong table, expression or file, `splits`
+        together with another option, no stratum has a case for each fold, or a label map cannot be read.
     """
     rule = _default_rule(dataset) if rule == DEFAULT_RULE else rule
-    ids = _ids(dataset)
-    sources = _read_sources(rule, ids)
-    if sources.splits is not None:
-        return sources.splits, {"splits": str(rule.splits)}
-    n_folds = rule.folds if rule.folds is not None else N_FOLDS
-    require_enough(ids, n_folds, sources.groups)  # reported before label maps are read
-    strata = stratify_by_labels(dataset, n_folds) if rule.stratify is True else sources.strata
-    record = {
-        "folds": n_folds,
-        "seed": SEED,
-        "group_by": None if rule.group_by is None else str(rule.group_by),
-        "stratify": _BY_LABELS if rule.stratify is True else str(rule.stratify) if rule.stratify else None,
-        "groups": sources.groups,
-        "strata": strata,
-    }
-    return hold_out(ids, divide(ids, n_folds, sources.groups, strata)), record
-
-
-def hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
-    """Return a fold for each part of the cases, which it holds out."""
-    return [
-        Split(str(k), tuple(i for i in ids if i not in part), tuple(i for i in ids if i in part))
-        for k, part in enumerate(map(set, parts))
-    ]
+    ids, n_folds = _ids(dataset), N_FOLDS if rule.folds is None else rule.folds
+    if rule.splits is not None:
+        if rule != FoldRule(splits=rule.splits):
+            raise UserError("--splits names the folds: --folds, --group-by and --stratify cannot change them")
+        return load_splits(Path(rule.splits), ids), SplitsRecord(splits=str(rule.splits))
+    groups = None if rule.group_by is None else read_groups(ids, str(rule.group_by))
+    n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
+    if not 2 <= n_folds <= n:
+        other = f", or take --folds 2 to {n}" if n > 1 else ""
+        fix = f"Train on every case: `nnlite train CONFIGURATION all`{other}."
+        raise UserError(f"{plural(n, what)} cannot be split into {plural(n_folds, 'fold')}", fix=fix)
+    record = SplitsRecord(folds=n_folds, seed=SEED, groups=groups)
+    record.group_by = None if groups is None else str(rule.group_by)
+    if rule.stratify is True:
+        record.stratify = _BY_LABELS
+        record.strata = dict(stratify_by_labels(dataset, n_folds) if strata is None else strata)
+    elif rule.stratify:
+        record.stratify = str(rule.stratify)
+        record.strata = read_column(Path(rule.stratify), ids, "stratum")
+    return divide(ids, n_folds, groups, record.strata or None), record
 
 
 def divide(
@@ -282,7 +265,7 @@ def divide(
     n_folds: int = N_FOLDS,
     groups: Mapping[str, str] | None = None,
     strata: Mapping[str, str] | None = None,
-) -> list[list[str]]:
+) -> list[Split]:
     """Divide cases into folds: nnU-Net's KFold(5, shuffle, seed 12345) over the sorted ids, else StratifiedGroupKFold.
 
     Parameters
@@ -296,11 +279,6 @@ def divide(
     strata : mapping of str to str, optional
         Case id -> stratum. Each fold holds out about an equal share of every stratum.
 
-    Returns
-    -------
-    list of list of str
-        The cases that each fold holds out.
-
     Raises
     ------
     UserError
@@ -310,8 +288,8 @@ def divide(
 
     ids = sorted(case_ids)
     if groups is None and strata is None:
-        parts = [held_out for _, held_out in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
-        return [[ids[i] for i in held_out] for held_out in parts]
+        parts = KFold(n_folds, shuffle=True, random_state=SEED).split(ids)
+        return _hold_out(ids, [{ids[i] for i in part} for _, part in parts])
     group_of_case = [case_id if groups is None else groups[case_id] for case_id in ids]
     stratum_of_case = ["" if strata is None else strata[case_id] for case_id in ids]
     if max(Counter(stratum_of_case).values()) < n_folds:
@@ -324,22 +302,18 @@ def divide(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
         parts = StratifiedGroupKFold(n_folds).split(ids, stratum_of_case, [number[name] for name in group_of_case])
-        return [[ids[i] for i in held_out] for _, held_out in parts]
+        return _hold_out(ids, [{ids[i] for i in part} for _, part in parts])
 
 
-def require_enough(ids: Sequence[str], n_folds: int, groups: Mapping[str, str] | None) -> None:
-    """Make sure that each fold can hold out a case, or a group.
+def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
+    """A fold for each part of the cases, which it holds out."""
+    return [
+        Split(str(k), tuple(i for i in ids if i not in part), tuple(i for i in ids if i in part))
+        for k, part in enumerate(parts)
+    ]
 
-    Raises
-    ------
-    UserError
-        There are fewer than two folds, or fewer cases or groups than folds.
-    """
-    n, what = (len(ids), "case") if groups is None else (len({groups[case_id] for case_id in ids}), "group")
-    if not 2 <= n_folds <= n:
-        other = f", or take --folds 2 to {n}" if n > 1 else ""
-        fix = f"Train on every case: `nnlite train CONFIGURATION all`{other}."
-        raise UserError(f"{plural(n, what)} cannot be split into {plural(n_folds, 'fold')}", fix=fix)
+
+# ------------------------------------------------------------------------------------------------ groups and strata
 
 
 def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
@@ -358,7 +332,7 @@ def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
     UserError
         The table lacks a case, or the expression is invalid or does not match a case.
     """
-    if _is_table(Path(group_by)) or os.path.isfile(group_by):  # noqa: PTH113 - Path raises where a name is too long
+    if group_by.lower().endswith(_TABLES) or os.path.isfile(group_by):  # noqa: PTH113 - Path raises where a name is too long
         return read_column(Path(group_by), case_ids, "group")
     try:
         pattern = re.compile(group_by)
@@ -372,11 +346,7 @@ def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
     return groups
 
 
-def _is_table(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".tsv")
-
-
-def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str]:
+def read_column(file: Path, case_ids: Sequence[str], what: str) -> dict[str, str]:
     """Read a table with two columns, case and another, between commas, semicolons or tabs.
 
     A header and rows of other cases are ignored.
@@ -391,26 +361,19 @@ def read_column(file: Path, case_ids: Iterable[str], what: str) -> dict[str, str
     UserError
         There is no such table, or it has no value or two values for a case.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError("no such file", file) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", file) from None
+    text = read_text(file)
     values = defaultdict[str, set[str]](set)
-    rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count))
-    for row in rows:
+    for line, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count)), 1):
         cells = [cell.strip() for cell in row]
         if any(cells) and len(cells) != 2:
-            raise UserError(f"line {rows.line_num} has {len(cells)} columns, not two: case, {what}", file)
+            raise UserError(f"line {line} has {len(cells)} columns, not two: case, {what}", file)
         if any(cells):
             values[cells[0]] |= {cells[1]} - {""}
-    ids = list(case_ids)
-    if missing := [case_id for case_id in ids if not values[case_id]]:
+    if missing := [case_id for case_id in case_ids if not values[case_id]]:
         raise UserError(f"has no {what} for {name_cases(missing)}", file, f"It needs two columns, case and {what}.")
-    if several := [case_id for case_id in ids if len(values[case_id]) > 1]:
+    if several := [case_id for case_id in case_ids if len(values[case_id]) > 1]:
         raise UserError(f"has more than one {what} for {name_cases(several)}", file)
-    return {case_id: min(values[case_id]) for case_id in ids}
+    return {case_id: min(values[case_id]) for case_id in case_ids}
 
 
 def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:
@@ -492,59 +455,64 @@ def load_splits(file: Path, ids: Sequence[str] | None = None) -> list[Split]:
         It has another form, or a fold names an unknown case, a case twice, or none to train on.
     """
     try:
-        if ids is not None and _is_table(file):
+        if ids is not None and file.suffix.lower() in _TABLES:
             column = read_column(file, ids, "fold")
-            numbers = sorted(set(column.values()))
-            if set(numbers) != {str(k) for k in range(len(numbers))}:
-                raise UserError(f"folds are {', '.join(numbers)}", file, "Number them 0, 1, 2 ...")
-            splits = hold_out(ids, [[i for i in ids if column[i] == str(k)] for k in range(len(numbers))])
+            names = [str(k) for k in range(len(set(column.values())))]
+            if {*names} != {*column.values()}:
+                raise UserError(f"folds are {', '.join(sorted({*column.values()}))}", file, "Number them 0, 1, 2 ...")
+            splits = _hold_out(ids, [{i for i in ids if column[i] == name} for name in names])
         else:
             entries = _ENTRIES.validate_python(read_json(file), strict=True)
             splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
         for split in splits:
-            _check_cases(split, file, ids)
+            _check_cases(split, ids)
     except ValidationError:
-        raise UserError('must be a list of {"train": [ids], "val": [ids]}', file, _FIXES.get(file.name, "")) from None
+        raise UserError('must be a list of {"train": [ids], "val": [ids]}', file, _FIX) from None
     except UserError as error:
-        raise UserError(error.what, error.file, f"{error.fix} {_FIXES.get(file.name, '')}".strip()) from None
+        raise UserError(error.what, file, error.fix or (_FIX if file.is_file() else "")) from None
     return splits
 
 
-def _check_cases(split: Split, file: Path, ids: Collection[str] | None) -> None:
+def _check_cases(split: Split, ids: Collection[str] | None) -> None:
+    """Refuse a fold that names a case twice, none to train on, or one that the dataset does not have."""
     cases = Counter([*split.training, *split.validation])
     if both := sorted({*split.training} & {*split.validation}):
-        raise UserError(f"fold {split.name} has {both[0]} on both sides", file)
+        raise UserError(f"fold {split.name} has {both[0]} on both sides")
     if twice := sorted(case_id for case_id, n in cases.items() if n > 1):
-        raise UserError(f"fold {split.name} names {twice[0]} twice", file)
+        raise UserError(f"fold {split.name} names {twice[0]} twice")
     if not split.training:
-        raise UserError(f"fold {split.name} has no training case", file)
+        raise UserError(f"fold {split.name} has no training case")
     if unknown := [] if ids is None else sorted(set(cases) - set(ids)):
-        raise UserError(f"fold {split.name} names unknown cases: {few(unknown, 5)}", file)
+        raise UserError(f"fold {split.name} names unknown cases: {few(unknown, 5)}")
 
 
-def write_splits(file: Path, splits: Sequence[Split], record: Mapping[str, Any]) -> None:
+def write_splits(file: Path, splits: Sequence[Split], record: SplitsRecord) -> None:
     """Write splits.json and its record, and log what it holds."""
-    content = _to_json(splits)
-    write_json(_record_file(file), {**record, "sha256": _hash(content)})  # before splits.json, which needs it
+    content = [{"train": list(split.training), "val": list(split.validation)} for split in splits]
+    record = record.model_copy(update={"sha256": _hash(content)})
+    write_json(_record_file(file), record.model_dump(exclude_none=True))  # before splits.json, which needs it
     write_json(file, content)
     held_out = ", ".join(str(len(split.validation)) for split in splits)
     log.info(f"{file.name}: {_summarize(splits, record)}; held out: {held_out}")
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """Return how nnlite made the folds of splits.json; empty where a user wrote or edited them."""
-    record = read_json(_record_file(file)) if _record_file(file).is_file() else {}
-    return record if record.get("sha256") == _hash(_to_json(load_splits(file))) else {}
+def read_record(file: Path) -> SplitsRecord | None:
+    """Return how nnlite made the folds of splits.json; None where a user wrote or edited them."""
+    if not _record_file(file).is_file():
+        return None
+    with understood(_record_file(file), "Delete it."):
+        record = SplitsRecord.model_validate(read_json(_record_file(file)))
+    return record if record.sha256 == _hash(read_json(file)) else None
 
 
-def _summarize(splits: Sequence[Split], record: Mapping[str, Any]) -> str:
+def _summarize(splits: Sequence[Split], record: SplitsRecord | None) -> str:
     """5 folds of 32 cases in 8 groups by ..., stratified by ..."""
     text = f"{plural(len(splits), 'fold')} of {plural(len(_cases_of(splits)), 'case')}"
-    text += "" if record else " (given or edited)"
-    text += f" (from {record['splits']})" if "splits" in record else ""
-    if record.get("groups"):
-        text += f" in {plural(len(set(record['groups'].values())), 'group')} by {record['group_by']}"
-    return text + (f", stratified by {record['stratify']}" if record.get("stratify") else "")
+    if record is None:
+        return f"{text} (given or edited)"
+    text += f" (from {record.splits})" if record.splits else ""
+    text += f" in {plural(len(set(record.groups.values())), 'group')} by {record.group_by}" if record.groups else ""
+    return text + (f", stratified by {record.stratify}" if record.stratify else "")
 
 
 def refuse_other_cases(folder: Path, split: Split, file: Path, restart: bool = False) -> None:
@@ -566,8 +534,7 @@ def refuse_other_cases(folder: Path, split: Split, file: Path, restart: bool = F
     UserError
         The cases of a fold changed: to resume it, or to average it with others, would mix training and validation.
     """
-    splits = [split] if split.name == ALL else load_splits(file)
-    expected = {one.name: _fingerprint(one) for one in splits}
+    expected = {one.name: _fingerprint(one) for one in ([split] if split.name == ALL else load_splits(file))}
     for cases_file in sorted(folder.glob(f"fold_*/{_CASES}")):
         name = cases_file.parent.name.removeprefix("fold_")
         if (name == ALL) != (split.name == ALL) or (restart and name == split.name):
@@ -591,10 +558,6 @@ def _fingerprint(split: Split) -> dict[str, Any]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _to_json(splits: Iterable[Split]) -> list[dict[str, list[str]]]:
-    return [{"train": list(split.training), "val": list(split.validation)} for split in splits]
 
 
 def _record_file(file: Path) -> Path:
