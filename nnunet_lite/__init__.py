@@ -45,20 +45,9 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
-    "check",
-    "evaluate",
-    "export_model",
-    "import_model",
-    "load",
-    "plan",
-    "predict",
-    "preprocess",
-    "report",
-    "run",
-    "select",
-    "train",
-    "view",
-]
+    "check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "report", "run",
+    "select", "train", "view",
+]  # fmt: skip
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",
     "export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor",

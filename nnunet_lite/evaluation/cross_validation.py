@@ -121,7 +121,7 @@ def score_predictions(
     def score(case: Case) -> tuple[CaseScore, bool]:
         prediction, reference, spacing = read_pair(case, out, dataset)
         calibrated = read_geometry(case.images[0])[0].calibrated
-        metrics = score_case(prediction, reference, dataset.labels, spacing, surface=False, calibrated=calibrated)
+        metrics = score_case(prediction, reference, dataset.labels, spacing if calibrated else None, surface=False)
         return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics), calibrated
 
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:

@@ -28,8 +28,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.inference.predictor import Predictor, load
-from nnunet_lite.models.lookup import Checkpoint
-from nnunet_lite.models.nnunet import new_model_folder
+from nnunet_lite.models.folder import Checkpoint, new_model_folder
 
 OPSET = 18
 TOLERANCE = 1e-3  # of a logit; if the largest logit is above 1, a share of it

@@ -27,10 +27,10 @@ from nnunet_lite.inference.memory import PredictionTask, plan_memory
 from nnunet_lite.inference.outputs import ExtraMaps, NewMap, open_stream, predict_label_map, predict_maps
 from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
 from nnunet_lite.inference.windows import LabelSwap
-from nnunet_lite.models.bundle import require_final, unpacked
+from nnunet_lite.models.bundle import unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import MODEL, is_finished, other_folds, trained_folds
-from nnunet_lite.models.lookup import Checkpoint, default_folds, find_model, is_nnunet, nnunet_folds, read_model
+from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, trained_folds
+from nnunet_lite.models.lookup import find_model, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
@@ -195,8 +195,7 @@ def _load_model(
     first_stage: bool = True,
 ) -> Predictor:
     """Load one model, and the first stage of a cascade. `trusted` says whether a model folder may run code."""
-    with unpacked(path) as folder:
-        require_final(path, folder, checkpoint)
+    with unpacked(path, checkpoint) as folder:
         read = partial(_read_nnunet, checkpoint=checkpoint) if is_nnunet(folder) else partial(_read, trusted=trusted)
         plan, run, header, networks = read(folder, folds)
         previous = None
@@ -266,9 +265,8 @@ def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Pa
 def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Checkpoint) -> _Trained:
     """Read a model folder of nnU-Net: plans.json, dataset.json, fold_k/checkpoint_final.pth."""
     files = nnunet_checkpoints(folder, folds, checkpoint)
-    names = [file.parent.name.removeprefix("fold_") for file in files]
-    used = names if folds is not None else default_folds(names)
-    read = list(read_nnunet(file for file, name in zip(files, names, strict=True) if name in used))
+    used = trained_folds(folder, checkpoint) if folds is None else files
+    read = list(read_nnunet(files[fold] for fold in used))
     return read[0].plan, read[0].run, {}, dict(zip(used, (fold.network for fold in read), strict=True))
 
 
@@ -285,7 +283,7 @@ def _first_stage(folder: Path, plan: Plan, run: dict[str, Any], checkpoint: Chec
         raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json", "Train it again.")
     first = folder.absolute().parent / Path(name).name
     fix = f"It is the first stage of {folder.name}: put it back next to it, or train it with `nnlite train {stage}`."
-    if nnunet_folds(first, checkpoint):
+    if is_nnunet(first):
         return first
     if not trained_folds(first):
         raise UserError("contains no trained model", first, fix)
