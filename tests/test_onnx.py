@@ -146,7 +146,7 @@ def test_inputs_are_examined_as_with_torch(pair: Pair, counts: Callable[..., Non
     for same in (array.tolist(), torch.from_numpy(array), array.astype(np.float64)):
         np.testing.assert_array_equal(exported(same, cubic), expected)
     for bad, spacing, says in (
-        (np.full((8, 8, 8), np.nan), cubic, "512 voxels of channel MRI NaN"),
+        (np.full((8, 8, 8), np.nan), cubic, "NaN or infinite: 512 voxels"),
         (np.zeros((0, 8, 8)), cubic, "shape"),
         (array * 1j, cubic, "complex64"),
         (array, (0.0, 1.0, 1.0), "spacing"),
