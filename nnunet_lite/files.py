@@ -223,11 +223,9 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(read_text(path))
-    except RecursionError:
-        raise UserError("is nested too deeply to be read", path) from None
     except json.JSONDecodeError as error:
         raise UserError(f"invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}", path) from None
-    except ValueError as error:  # a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # too many levels, or a number of thousands of digits
         raise UserError(f"cannot be read ({error})", path) from None
 
 
@@ -242,7 +240,7 @@ def understood(path: Path, fix: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # pydantic's are ValueErrors
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())
         raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
 

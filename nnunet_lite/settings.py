@@ -1,8 +1,8 @@
 """Everything a run can vary: a recipe (TOML), then options and `--set` -> one frozen, validated object.
 
 A key is `section.name`, as in the recipe. Unknown keys are refused with the nearest one. The resolved settings are
-stored with the run (run.json), so that a resumed or finished run says how it was made. `describe_settings` writes
-docs/settings.md; a test compares them.
+stored with the run (run.json), so that a resumed or finished run says how it was made. `scripts/describe_settings.py`
+prints docs/settings.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
 
@@ -362,9 +363,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     if path in above:
         raise UserError("builds on itself", path, "Give another base.")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
+        tree = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"invalid TOML: {error}", path) from None
     base = tree.pop("base", None)
@@ -408,23 +407,8 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
         return Settings.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
+        what, place = problem["msg"].removeprefix("Value error, "), problem["loc"][:2]
         given: Any = tree
-        for part in problem["loc"][:2]:  # section, name; deeper ones are entries of a value that is shown whole
+        for part in place:  # deeper parts are entries of a value that is shown whole
             given = given[part]
-        where = ".".join(str(part) for part in problem["loc"][:2])
-        what = str(problem["msg"]).removeprefix("Value error, ")
-        raise UserError(f"{where} = {given!r}: {what}" if where else what, file) from None
-
-
-def describe_settings() -> str:
-    """Return every key with its default and meaning, as Markdown: docs/settings.md."""
-    lines = ["# Settings", "", "Keys of recipes and of `--set`; defaults are those of the recipe `default`."]
-    for section, field in Settings.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            about = " ".join((kind.__doc__ or "").split())
-            lines += ["", f"## {section}", "", *([about, ""] if about else [])]
-            lines += ["| key | default | meaning |", "|---|---|---|"]
-            for name, entry in kind.model_fields.items():
-                lines.append(f"| `{section}.{name}` | `{json.dumps(entry.default)}` | {entry.description or ''} |")
-    return "\n".join(lines) + "\n"
+        raise UserError(f"{'.'.join(map(str, place))} = {given!r}: {what}" if place else what, file) from None

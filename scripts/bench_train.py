@@ -40,8 +40,7 @@ def nnlite(configuration: str, device: Any) -> tuple[Callable[[Any], Any], Itera
     from nnunet_lite.training.cache import load_cases
     from nnunet_lite.training.dataloader import prefetch, training_batches
     from nnunet_lite.training.job import Job, configure_plan
-    from nnunet_lite.training.learner import choose_format, make_learner, make_network, parallelize
-    from nnunet_lite.training.loop import train_step
+    from nnunet_lite.training.learner import choose_format, make_learner, make_network, parallelize, train_step
     from nnunet_lite.workspace import planned_paths
 
     if device.type == "cpu":

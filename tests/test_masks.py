@@ -66,7 +66,7 @@ def test_equals_filters_on_arrays(labels: Labels, blobs: float) -> None:
     for seed in range(8):
         prediction, reference = volumes(np.random.default_rng(seed), blobs)
         ignored = reference == (-1 if labels.ignore is None else labels.ignore)
-        found = score_case(prediction, reference, labels, SPACING, tolerance_mm=1.3, threads=1 + seed % 3)
+        found = score_case(prediction, reference, labels, SPACING, tolerance=1.3, threads=1 + seed % 3)
         for name, members in zip(labels.region_names, labels.region_values, strict=True):
             masks = [np.isin(array, members) & ~ignored for array in (prediction, reference)]
             lesions, scores = by_arrays(*masks, ignored, 1.3)

@@ -60,7 +60,7 @@ def by_simpleitk(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[f
 def test_equals_simpleitk(path: Path, spacing: tuple[float, float, float]) -> None:
     reference = read_label(path)[0]
     prediction = displaced(reference)
-    measured = score_case(prediction, reference, TWO, spacing, tolerance_mm=1.2)
+    measured = score_case(prediction, reference, TWO, spacing, tolerance=1.2)
     for value, name in ((1, "Anterior"), (2, "Posterior")):
         expected = by_simpleitk(prediction == value, reference == value, spacing, 1.2)
         found = {key: measured[name][key] for key in expected}
@@ -83,13 +83,13 @@ def test_a_shifted_box() -> None:
     reference, prediction = blank(), blank()
     reference[1:4, 2:6, 2:8] = 1
     prediction[1:4, 2:6, 4:10] = 1  # two voxels of 0.5 mm further
-    found = compare(prediction, reference, (3.0, 1.0, 0.5), tolerance_mm=0.5)
+    found = compare(prediction, reference, (3.0, 1.0, 0.5), tolerance=0.5)
     assert found["Dice"] == pytest.approx(2 * 48 / 144)
     assert values(found, "TP", "FP", "FN", "HD95", "reference_ml") == (48, 24, 24, 1.0, pytest.approx(0.108))
     # Of the 64 surface voxels of the reference, its face (12) and the middle of its far face (2) are 1 mm away; so are,
     # mirrored, those of the prediction.
     assert found["NSD"] == 50 / 64
-    assert compare(prediction, reference, (3.0, 1.0, 0.5), tolerance_mm=1.0)["NSD"] == 1.0  # the tolerance is within
+    assert compare(prediction, reference, (3.0, 1.0, 0.5), tolerance=1.0)["NSD"] == 1.0  # the tolerance is within
 
 
 def test_ignored_voxels_are_left_out() -> None:
@@ -102,7 +102,7 @@ def test_ignored_voxels_are_left_out() -> None:
     assert values(found, "Dice", "NSD", "HD95", "lesion_FP") == (1.0, 1.0, 0.0, 0)
     assert sum(values(found, "TP", "FP", "FN", "TN")) == np.count_nonzero(reference != 9)  # type: ignore[arg-type]
     prediction[:, :, 6:7] = 0  # now it ends a voxel before the ignored voxels
-    cut = score_case(prediction, reference, labels, (1.0, 1.0, 1.0), tolerance_mm=0.5)["lesion"]
+    cut = score_case(prediction, reference, labels, (1.0, 1.0, 1.0), tolerance=0.5)["lesion"]
     # the middle of the cut face (8 of 80 surface voxels) is a surface of the prediction alone; the reference continues
     # into the ignored voxels, with a rim (16 of 88) that the prediction lacks
     assert values(cut, "FN", "NSD", "HD95") == (24, 144 / 168, 1.0)
@@ -113,8 +113,8 @@ def test_a_slice_is_all_surface_but_a_picture_is_not() -> None:
     mask[2, 5:15, 5:15] = 1
     hole = mask.copy()
     hole[2, 9:11, 9:11] = 0
-    assert compare(hole, mask, (5.0, 1.0, 1.0), tolerance_mm=0.5)["NSD"] == pytest.approx(192 / 196)
-    picture = compare(hole[2:3], mask[2:3], (999.0, 1.0, 1.0), tolerance_mm=0.5)
+    assert compare(hole, mask, (5.0, 1.0, 1.0), tolerance=0.5)["NSD"] == pytest.approx(192 / 196)
+    picture = compare(hole[2:3], mask[2:3], (999.0, 1.0, 1.0), tolerance=0.5)
     # a ring of 36 in both; around the hole a ring of 8 (its corners touch by edges only), 3 mm or more inside
     assert values(picture, "NSD", "volume_error") == pytest.approx((72 / 80, -0.04))
     assert values(picture, "prediction_ml", "reference_ml") == (None, None)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import SimpleITK
 from PIL import Image
+from samples import sample_plan
 
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.reporting.pictures import (
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.reporting.figures import (
     box_around,
     grey_levels,
     outline_path,
@@ -41,7 +43,7 @@ def test_any_orientation_becomes_that_of_the_patient(code: str) -> None:
 def test_planes() -> None:
     """The head is at the top of coronal and sagittal planes, the front at the top of axial ones."""
     array = np.arange(4 * 5 * 6).reshape(4, 5, 6)  # to the head, to the back, to the left
-    whole = (slice(0, 4), slice(0, 5), slice(0, 6))
+    whole = ((0, 4), (0, 5), (0, 6))
     axial, coronal, sagittal = planes_of(Geometry(array.shape, (1.0, 1.0, 1.0)))[1]
     np.testing.assert_array_equal(slice_of(array, axial, 2, whole), array[2])
     np.testing.assert_array_equal(slice_of(array, coronal, 3, whole), array[::-1, 3])
@@ -88,19 +90,20 @@ def test_outlines_enclose_exactly_the_mask() -> None:
 def test_the_box_contains_the_mask_with_a_margin() -> None:
     mask = np.zeros((300, 40, 300), bool)
     mask[100:200, 10:20, 290:300] = True
-    assert box_around(mask) == (slice(70, 230), slice(0, 40), slice(204, 300))
-    assert box_around(np.zeros((3, 4, 5), bool)) == (slice(0, 3), slice(0, 4), slice(0, 5))
+    assert box_around(mask) == ((70, 230), (0, 40), (204, 300))
+    assert box_around(np.zeros((3, 4, 5), bool)) == ((0, 3), (0, 4), (0, 5))
 
 
 def test_grey_levels_ignore_the_background() -> None:
+    (channel,) = sample_plan(Labels(names={"a": 1})).channels
     image = np.zeros((10, 100, 100), np.float32)
     image[5:] = np.linspace(100, 200, 5 * 100 * 100).reshape(5, 100, 100)
-    low, high = grey_levels(image)
+    low, high = grey_levels(image, channel)
     assert low == pytest.approx(101, abs=1) and high == pytest.approx(199.5, abs=1)
     image[0, 0, 0], image[0, 0, 1] = np.nan, np.inf
     shown = to_bytes(image[0], (low, high))
     assert shown.dtype == np.uint8 and shown[0, 0] == 0 and shown[0, 1] == 255
-    assert grey_levels(np.full((4, 4), 7.0)) == (0.0, 1.0)
+    assert grey_levels(np.full((4, 4), 7.0), channel) == (0.0, 1.0)
 
 
 def test_webp_is_shrunk_to_the_longest_side() -> None:

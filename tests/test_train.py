@@ -128,23 +128,6 @@ def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd
     assert changes in said and "; norm instance -> batch\n" in said
 
 
-def test_a_plan_that_is_trained_as_it_is_has_no_such_line(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    paths = planned_paths(workspace)
-    planned = read_json(paths.plans)
-    configuration = planned["configurations"]["3d_fullres"]
-    network = {"features": [2, 4], "strides": [[1, 1, 1], [2, 2, 2]], "kernels": [[3, 3, 3]] * 2, "blocks": [1, 1]}
-    configuration["network"] |= {**network, "decoder_convolutions": [1]}
-    configuration["patch_size"] = [16, 16, 16]
-    write_json(paths.plans, planned)
-    changes = {key: value for key, value in SETTINGS.items() if not key.startswith(("network.", "training.patch"))}
-    nnunet_lite.train(
-        "3d_fullres", 0, settings=changes | {"training.batch_size": None}, name="as_it_is", device="cpu",
-        workspace=workspace,
-    )  # fmt: skip
-    said = capfd.readouterr().err
-    assert "training 3d_fullres fold 0" in said and "against the plan" not in said
-
-
 def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:
     plans = models / "3d_fullres-default" / "plans.json"
     assert "options" not in read_json(plans), "they may name files of this machine"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -39,19 +38,6 @@ def test_metrics_become_json_csv_and_a_picture(tmp_path: Path) -> None:
     assert table[0]["dice/a, b"] == "0.25"
     assert table[1]["dice/liver"] == ""
     assert Image.open(tmp_path / PICTURE).size == (900, 700)
-
-
-def test_resuming_keeps_the_epochs_that_the_checkpoint_has(tmp_path: Path) -> None:
-    with record_metrics(tmp_path, 0, tensorboard=False) as recorder:
-        for epoch in (1, 2, 3):
-            recorder.add(metrics(epoch))
-    with (tmp_path / METRICS).open("a") as file:
-        file.write('{"epoch": 4, "dice')
-    with record_metrics(tmp_path, 2, tensorboard=False) as recorder:
-        assert [m["epoch"] for m in recorder.epochs] == [1, 2]
-        recorder.add(metrics(3))
-    assert [json.loads(line)["epoch"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1, 2, 3]
-    assert len(list(csv.DictReader((tmp_path / TABLE).open()))) == 3
 
 
 def test_a_column_that_comes_later_is_empty_before() -> None:

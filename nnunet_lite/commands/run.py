@@ -14,17 +14,22 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
-from nnunet_lite.commands.fold import train_and_validate
 from nnunet_lite.commands.plan import plan
 from nnunet_lite.commands.select import report, select
 from nnunet_lite.commands.steps import JOURNAL, Journal, Step, StepResult, overview, run_steps
-from nnunet_lite.commands.train import fold_names
-from nnunet_lite.commands.training_run import TrainingRun, plan_runs, preprocessing_step, training_step
+from nnunet_lite.commands.train import fold_names, train_and_validate
+from nnunet_lite.commands.training_run import (
+    TrainingRun,
+    check_earlier_runs,
+    plan_runs,
+    preprocessing_step,
+    training_step,
+)
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
-from nnunet_lite.reporting.html import PAGE
+from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, check_folds
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder
@@ -189,7 +194,8 @@ def run(
     if names != ["all"]:
         existing = fold_names(paths, rule)  # also writes splits.json
         names = names or existing
-    runs = plan_runs(paths, resolved, options.names_of(configurations), names, device)
+    runs = plan_runs(paths, resolved, options.names_of(configurations), names, device=device)
+    check_earlier_runs(runs)
     with options.cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
         left = journal.seconds_left(steps)

@@ -1,29 +1,48 @@
 """`nnlite train`: train the folds of a configuration, one after the other, and score their held-out cases.
 
-What happens to one fold is in fold.py.
+Read `train`, then `train_and_validate` for one fold: preprocess -> first stage of a cascade -> training/loop.py ->
+validate. What a fold needs is found in training_run.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
-from nnunet_lite.commands.fold import train_and_validate
 from nnunet_lite.commands.steps import JOURNAL, Journal, run_steps
-from nnunet_lite.commands.training_run import plan_runs, prepare_run, preprocessing_step, training_step
+from nnunet_lite.commands.training_run import (
+    TrainingRun,
+    check_earlier_runs,
+    plan_runs,
+    preprocessing_step,
+    training_step,
+)
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, read_summaries
-from nnunet_lite.models.folder import SUMMARY, VALIDATION
-from nnunet_lite.settings import Settings, load_settings
-from nnunet_lite.training.distributed import launch, leave_group
-from nnunet_lite.training.splits import DEFAULT_RULE, FoldRule, read_splits
+from nnunet_lite.inference.first_stage import predict_first_stage, read_stage_map
+from nnunet_lite.inference.windows import window_starts
+from nnunet_lite.models import folder as models
+from nnunet_lite.planning.schema import Plan, configuration_changes
+from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
+from nnunet_lite.settings import load_settings
+from nnunet_lite.training.cache import load_cases
+from nnunet_lite.training.distributed import Ranks, from_first, join_group, launch, leave_group, report_lost_peer
+from nnunet_lite.training.job import Job
+from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
+from nnunet_lite.training.loop import train_fold
+from nnunet_lite.training.preview import draw_preview
+from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, check_folds, read_record, read_splits, record_cases
 from nnunet_lite.workspace import Paths, select_dataset
 
 
@@ -179,6 +198,8 @@ def train(
         training__cache=cache, training__init=None if init is None else str(init), training__freeze=freeze,
     )  # fmt: skip
     all_folds = fold == "all-folds"
+    if resume and restart:
+        raise UserError("--resume and --restart exclude each other")
     if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
         raise UserError(f"{what} --force and --preview")
@@ -186,37 +207,71 @@ def train(
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     paths = select_dataset(workspace, dataset)
     names = fold_names(paths, rule) if all_folds else [str(fold)]
+    runs = plan_runs(paths, resolved, [configuration], names, rule=rule, name=name, device=device, restart=restart)
+    own = [run for run in runs if run.configuration == configuration]
     if scheduler is not None:
-        return _train_on_cluster(scheduler, paths, configuration, names, resolved, device)
+        return _train_on_cluster(scheduler, paths, runs, own)
+
+    if resume and not models.is_begun(own[0].fold_folder):
+        raise UserError("there is nothing to resume", own[0].fold_folder, "Leave out --resume to begin.")
+    first_stage = _missing_first_stage(runs, own, restart)
+    for run in first_stage:
+        run.check_resume(force)
+    if restart:
+        _set_aside(own, all_folds, force)
+    else:
+        for run in own:
+            run.check_resume(force)
+    for run in first_stage:
+        train_and_validate(run, force=force)
     scores = {}
-    for fold_name in names:
-        run = prepare_run(
-            paths, configuration, fold_name, resolved, rule=rule, name=name, device=device, restart=restart
-        )
-        aside: bool | Literal["model"] = "model" if restart and all_folds else restart
-        result = train_and_validate(run, restart=aside, resume=resume, force=force, preview=preview)
-        restart = resume = False  # the first fold sets all of them aside; later ones may not have an earlier run
-        if result is not None:
-            scores[fold_name] = result
+    for run in own:
+        found = train_and_validate(run, force=force, preview=preview)
+        if found is not None:
+            scores[run.split.name] = found
             if all_folds:
-                log.info(f"fold {fold_name}, whole images:\n{result.to_text()}")
+                log.info(f"fold {run.split.name}, whole images:\n{found.to_text()}")
     return TrainedFolds(scores)
 
 
 def _train_on_cluster(
-    scheduler: str, paths: Paths, configuration: str, folds: Sequence[str], settings: Settings, device: str | None
+    scheduler: str, paths: Paths, runs: Sequence[TrainingRun], own: Sequence[TrainingRun]
 ) -> TrainedFolds:
-    """Train all folds of a configuration, and what it needs before, on the workers of a Dask scheduler."""
-    runs = plan_runs(paths, settings, [configuration], folds, device)
-    dataset = stored_dataset(paths.dataset)
+    """Train folds on the workers of a Dask scheduler, and return the scores of `own`."""
+    dataset = own[0].dataset
+    check_earlier_runs(runs)
     trainings = [training_step(run, train_and_validate) for run in runs]
     with options.cluster_of(scheduler, paths.root.parent) as cluster:
         steps = [preprocessing_step(runs, dataset, paths, None, cluster), *trainings]
         run_steps(steps, Journal(paths.root / JOURNAL), cluster)
-    files = {
-        run.split.name: run.fold_folder / VALIDATION / SUMMARY for run in runs if run.configuration == configuration
-    }
+    files = {run.split.name: run.fold_folder / models.VALIDATION / models.SUMMARY for run in own}
     return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
+
+
+def _missing_first_stage(runs: Sequence[TrainingRun], own: Sequence[TrainingRun], restart: bool) -> list[TrainingRun]:
+    """Return the folds of a cascade's first stage that are to be trained before `own`, those of the second stage."""
+    first = own[0].first
+    if first is None or (not restart and all(models.is_finished(run.fold_folder) for run in own)):
+        return []
+    missing = [
+        run for run in runs if run.configuration == first.configuration and not models.is_finished(run.fold_folder)
+    ]
+    names = ", ".join(run.split.name for run in missing)
+    todo = f"to be trained first: {names}" if missing else "all trained"
+    needed = f"fold {', '.join(first.folds)} of {first.folder}"
+    log.info(f"the second stage learns from what {first.configuration} predicts: {needed}; {todo}")
+    return missing
+
+
+def _set_aside(own: Sequence[TrainingRun], all_folds: bool, force: bool) -> None:
+    """Move the earlier run of some folds aside: the fold if others of the model stay, otherwise the model folder."""
+    run = own[0]
+    whole = all_folds or not models.other_folds(run.folder, run.split.name)
+    if not whole:
+        run.check_resume(force, restart=True)
+    ranks, _ = join_group(run.device)  # from here on no process looks at the old folder
+    if ranks.rank == 0:
+        models.set_aside(run.folder if whole else run.fold_folder)
 
 
 def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
@@ -230,3 +285,126 @@ def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
         How splits.json is made if it does not exist.
     """
     return [split.name for split in read_splits(paths.splits, stored_dataset(paths.dataset), rule)]
+
+
+# ------------------------------------------------------------------------------------------------------------ one fold
+
+
+def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool = False) -> Scores | None:
+    """Train a fold, or resume it, then predict and score its held-out cases.
+
+    Parameters
+    ----------
+    run : TrainingRun
+        See `plan_runs`.
+    force, preview : bool
+        As in the command `train`.
+
+    Returns
+    -------
+    Scores or None
+        None for the fold "all", and in all processes but the first.
+    """
+    ranks, device = join_group(run.device)
+    if device.type == "cpu" and run.settings.recipe == "default" and run.device is None:
+        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
+    with report_lost_peer(), models.lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
+        seed = 0
+        if ranks.rank == 0:
+            previous = None if run.first is None else run.first.folder.name
+            seed = models.open_run(
+                run.folder, run.plan, run.dataset, run.configuration, run.settings,
+                fold=run.split.name, force=force, previous=previous,
+            )  # fmt: skip
+        seed = models.fold_seed(from_first(seed, ranks), run.split.name)
+        if models.is_complete(run.fold_folder, run.settings):
+            log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
+        else:
+            _preprocess_and_train(run, seed, ranks, device, preview)
+    return None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
+
+
+def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:
+    if run.first is None:
+        return None
+    return predict_first_stage(
+        run.first.subset(case_ids), run.dataset, run.plan, run.configuration, run.paths.preprocessed,
+        run.settings.training.workers, str(device),
+    )  # fmt: skip
+
+
+def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
+    """Preprocess and load the cases, and train on them."""
+    _announce(run)
+    split, training = run.split, run.settings.training
+    store = run.paths.preprocessed
+    preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers)
+    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
+
+    def open_stored(case_id: str) -> Any:
+        case = open_case(store, run.plan, run.configuration, case_id)
+        return case if stage_maps is None else replace(case, previous=read_stage_map(stage_maps[case_id]))
+
+    def load(ids: Sequence[str]) -> Sequence[Any]:
+        reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
+        return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
+
+    cases = load(split.training)
+    held_out = cases if split.name == ALL else load(split.validation)
+    record = None if split.name == ALL else read_record(run.paths.splits)
+    of = f" of {record.splits}" if record is not None and record.splits is not None else ""
+    log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
+    if ranks.rank == 0:
+        record_cases(run.fold_folder, split)
+    job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)
+    if split.name != ALL:
+        job = replace(job, passes=_count_passes(job))
+    if preview and ranks.rank == 0:
+        draw_preview(job, job.folder / "preview.png")
+    train_fold(job)
+
+
+def _announce(run: TrainingRun) -> None:
+    """Log how the network differs from the plan, and which folds are not used."""
+    name, settings = run.configuration, run.settings
+    if settings.plan.preset is not None or settings.plan.memory is not None:
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    planned = Plan.read(run.paths.plans).configurations.get(name)
+    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    if settings.network.factory is not None:
+        changes.append(f"network made by {settings.network.factory}")
+    if changes:
+        by = "the settings" if settings.training.init is None else "the settings and the model to start from"
+        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
+    if run.split.name != ALL and run.rule == DEFAULT_RULE:
+        check_folds(run.paths.splits, run.dataset, run.rule)
+
+
+def _count_passes(job: Job) -> dict[float, int]:
+    """Count the network passes of the validation (windows and mirrored copies), by step size."""
+    augmentation, inference = job.settings.augmentation, job.settings.inference
+    mirrored = inference.mirroring and augmentation.enabled and augmentation.p_mirror > 0
+    copies = 2 ** len(job.mirror_axes) if mirrored else 1
+
+    def count_windows(step: float) -> int:
+        axes = (zip(case.label.shape, job.patch, strict=True) for case in job.validation)
+        return sum(prod(len(window_starts(size, patch, step)) for size, patch in case) for case in axes)
+
+    return {step: copies * count_windows(step) for step in validation_step_sizes(job.settings)}
+
+
+def _score_held_out(run: TrainingRun, device: torch.device) -> Scores:
+    """Predict and score the held-out cases."""
+    held_out = run.split.validation
+    planned = models.read_weights_header(run.fold_folder / models.MODEL).get("validation")  # an imported model has none
+    step_size = None
+    if planned is not None:
+        if not (run.fold_folder / models.VALIDATION).is_dir():
+            announce_validation(run.settings, ValidationPlan(**planned), len(held_out))
+        if planned["step_size"] != run.settings.inference.step_size:
+            step_size = planned["step_size"]
+    return validate_fold(
+        run.folder, run.split.name, run.dataset, held_out, run.device, _predict_first_stage(run, held_out, device),
+        step_size,
+        trust_code=True,  # `open_run` made sure that the model names the code of these settings and no other
+    )  # fmt: skip

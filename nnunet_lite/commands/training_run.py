@@ -1,6 +1,6 @@
-"""What is trained: `prepare_run` makes it of one call of `train`, `plan_runs` of one call of `run`.
+"""What `train` and `run` train: `plan_runs` lists the folds, and refuses mistakes before anything is changed.
 
-Both refuse mistakes before anything is changed. `preprocessing_step` and `training_step` make steps of it.
+`preprocessing_step` and `training_step` make steps of them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nnunet_lite import log
 from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
-from nnunet_lite.models.folder import SUMMARY, VALIDATION, check_resume, is_begun, is_complete, model_folder, run_length
+from nnunet_lite.models import folder as models
+from nnunet_lite.networks.precision import pick_device
+from nnunet_lite.networks.unet import build_network, mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
-from nnunet_lite.settings import Settings
+from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.dataloader import check_augmentation
+from nnunet_lite.training.distributed import current_ranks
 from nnunet_lite.training.finetune import adopt_plan, find_source
-from nnunet_lite.training.job import configure_plan
+from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
+from nnunet_lite.training.loss import check_weights
 from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, Split, read_split, refuse_other_cases
 from nnunet_lite.workspace import Paths
 
@@ -69,11 +76,13 @@ class TrainingRun:
 
     def is_done(self) -> bool:
         """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
-        scored = self.split.name == ALL or (self.fold_folder / VALIDATION / SUMMARY).is_file()
-        return scored and is_complete(self.fold_folder, self.settings)
+        scored = self.split.name == ALL or (self.fold_folder / models.VALIDATION / models.SUMMARY).is_file()
+        return scored and models.is_complete(self.fold_folder, self.settings)
 
     def check_resume(self, force: bool = False, restart: bool = False) -> None:
         """Make sure that the model folder, if it exists, may be resumed with this plan, these settings and these cases.
+
+        Nothing is changed.
 
         Parameters
         ----------
@@ -89,32 +98,38 @@ class TrainingRun:
         """
         refuse_other_cases(self.folder, self.split, self.paths.splits, restart=restart)
         if (self.folder / "run.json").is_file():
-            check_resume(self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart)
+            models.check_resume(
+                self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart
+            )
         if not restart:
-            is_complete(self.fold_folder, self.settings)
+            models.is_complete(self.fold_folder, self.settings)
 
 
-def prepare_run(
+def plan_runs(
     paths: Paths,
-    configuration: str,
-    fold: str,
     settings: Settings,
+    configurations: Sequence[str] | None,
+    folds: Sequence[str],
     *,
     rule: FoldRule = DEFAULT_RULE,
     name: str | None = None,
     device: str | None = None,
     restart: bool = False,
-) -> TrainingRun:
-    """Find out what is to be trained, and refuse mistakes before anything is changed.
+) -> list[TrainingRun]:
+    """Return what has to be trained, the folds of a cascade's first stage before those of the second.
+
+    Mistakes are refused before anything is changed, except for earlier runs: see `TrainingRun.check_resume`.
 
     Parameters
     ----------
     paths : Paths
         Of the planned dataset.
-    configuration, fold : str
-        Such as "3d_fullres" and "0".
     settings : Settings
-        Of the run.
+        Of all runs.
+    configurations : sequence of str or None
+        Their names, such as "3d_fullres"; None for all of the plan whose images are large enough.
+    folds : sequence of str
+        Names of folds.
     rule : FoldRule
         For splits.json if that does not exist yet.
     name : str or None
@@ -122,20 +137,77 @@ def prepare_run(
     device : str or None
         Where to train.
     restart : bool
-        The fold starts again.
+        The folds start again.
 
     Raises
     ------
     UserError
-        There is no such configuration or fold, or the settings do not fit the plan.
+        There is no such configuration or fold, or the settings do not fit the plan, the labels or the network.
     """
     dataset = stored_dataset(paths.dataset)
-    folder = model_folder(paths, name or f"{configuration}-{settings.recipe}")
-    source_plan = _starting_plan(paths, configuration, fold, settings, folder, dataset.name, restart)
-    plan = configure_plan(source_plan, configuration, settings)
-    split = read_split(paths.splits, dataset, fold, rule)
-    first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
-    return TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
+    runs: dict[tuple[str, str], TrainingRun] = {}
+
+    def add(configuration: str, fold: str, settings: Settings, name: str | None, restart: bool) -> None:
+        if (configuration, fold) in runs:
+            return
+        folder = models.model_folder(paths, name or f"{configuration}-{settings.recipe}")
+        fold_folder = folder / f"fold_{fold}"
+        source_plan = _starting_plan(paths, configuration, settings, fold_folder, dataset.name, restart)
+        plan = configure_plan(source_plan, configuration, settings)
+        split = read_split(paths.splits, dataset, fold, rule)
+        first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
+        run = TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
+        if restart or not models.is_finished(fold_folder):
+            _check_trainable(run)
+        if first is not None:
+            refuse_other_cases(first.folder, split, paths.splits)
+            # a model to start from fits only one of the two networks
+            own = with_changes(settings, {"training.init": None, "training.freeze": None})
+            for first_fold in first.folds:
+                add(first.configuration, first_fold, own, first.folder.name, restart=False)
+        runs[configuration, fold] = run
+
+    for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
+        for fold in folds:
+            add(configuration, fold, settings, name, restart)
+    return list(runs.values())
+
+
+def _check_trainable(run: TrainingRun) -> None:
+    """Refuse settings that the loss, the augmentation or the network cannot use.
+
+    Raises
+    ------
+    UserError
+        Class weights or swaps of other labels, no such transform, a network that cannot be built, or one that
+        normalizes each process's part of a batch alone.
+    """
+    settings, cpu = run.settings, torch.device("cpu")
+    check_weights(settings.loss, run.plan.labels)
+    check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
+    on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
+    factory = settings.network.factory
+    if factory is not None or on_cpus:
+        network = build_network(run.plan, run.configuration, factory, settings.training.deep_supervision)
+        if on_cpus and mixes_samples(network):
+            what = "batch normalisation over several processes needs GPUs"
+            raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
+
+
+def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
+    """Make sure that all runs may begin or be resumed, for commands without `--force`, `--restart` and `--name`.
+
+    Raises
+    ------
+    UserError
+        A model has an earlier run with other settings.
+    """
+    for run in runs:
+        try:
+            run.check_resume()
+        except UserError as error:
+            fix = "Repeat the old settings, or use a recipe file of your own, whose name the new models get."
+            raise UserError(error.what, error.file, fix) from None
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
@@ -153,72 +225,19 @@ def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
 
 
 def _starting_plan(
-    paths: Paths, configuration: str, fold: str, settings: Settings, folder: Path, dataset: str, restart: bool
+    paths: Paths, configuration: str, settings: Settings, fold_folder: Path, dataset: str, restart: bool
 ) -> Plan:
     """The plan for the settings, adapted to a model to start from; a resumed fold does not need that model."""
     plan, init = plan_for_settings(paths, settings), settings.training.init
     if init is None:
         return plan
     try:
-        source = find_source(Path(init), dataset, fold)
+        source = find_source(Path(init), dataset, fold_folder.name.removeprefix("fold_"))
     except UserError:
-        if restart or not is_begun(folder / f"fold_{fold}"):
+        if restart or not models.is_begun(fold_folder):
             raise
-        return Plan.read(folder / "plans.json")
+        return Plan.read(fold_folder.parent / "plans.json")
     return adopt_plan(plan, configuration, source, settings) if settings.plan.adopt else plan
-
-
-# ------------------------------------------------------------------------------------------------------ several of them
-
-
-def plan_runs(
-    paths: Paths,
-    settings: Settings,
-    configurations: Sequence[str] | None,
-    folds: Sequence[str],
-    device: str | None,
-) -> list[TrainingRun]:
-    """Return what has to be trained, first stages of cascades before the second, each checked for mistakes.
-
-    Parameters
-    ----------
-    paths : Paths
-        Of the planned dataset.
-    settings : Settings
-        Of all runs.
-    configurations : sequence of str or None
-        Their names; None for all of the plan whose images are large enough.
-    folds : sequence of str
-        Names of folds.
-    device : str or None
-        Where to train.
-
-    Raises
-    ------
-    UserError
-        A setting is wrong, or a model has an earlier run with other settings.
-    """
-    runs: dict[tuple[str, str], TrainingRun] = {}
-
-    def add(configuration: str, fold: str) -> None:
-        if (configuration, fold) in runs:
-            return
-        run = prepare_run(paths, configuration, fold, settings, device=device)
-        if run.first is not None:
-            for first_fold in run.first.folds:
-                add(run.first.configuration, first_fold)
-        runs[configuration, fold] = run
-
-    for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
-        for fold in folds:
-            add(configuration, fold)
-    for run in runs.values():  # before anything is done
-        try:
-            run.check_resume()
-        except UserError as error:
-            fix = "Repeat the old settings, or use a recipe file of your own, whose name the new models get."
-            raise UserError(error.what, error.file, fix) from None
-    return list(runs.values())
 
 
 def _worth_training(plan: Plan) -> list[str]:
@@ -253,7 +272,7 @@ def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step
         needs += [f"train {run.first.configuration} fold {fold}" for fold in run.first.folds]
     where = (run.fold_folder, run.settings)
     return Step(
-        f"train {of}", f"train {run.configuration} {run_length(run.settings)}", run.is_done,
+        f"train {of}", f"train {run.configuration} {models.run_length(run.settings)}", run.is_done,
         partial(train, run), tuple(needs), anywhere=True,
         progress=partial(fold_progress, *where), seconds=partial(estimate_fold_seconds, *where),
     )  # fmt: skip

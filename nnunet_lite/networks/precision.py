@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class ComputeFormat:
 
     precision: str = "fp32"
     channels_last: bool = False
-    reason: str = "as set"
+    reason: str = field(default="as set", compare=False)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32")

@@ -248,13 +248,12 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
         An entry is missing, or requires something that nnlite does not do. The message names its place in the file.
     """
     channels, labels = channels_of(dataset_json, None), labels_of(dataset_json, None)
-    resolved, configurations = {}, {}
+    configurations = {}
     with _reading(file):
-        names = list(plans["configurations"])
-    for name in names:
+        resolved = {name: inherited(plans["configurations"], name) for name in plans["configurations"]}
+    for name, content in resolved.items():
         with _reading(file, f"configurations.{name}."):
-            resolved[name] = inherited(plans["configurations"], name)
-            configurations[name] = _configuration_from_nnunet(resolved[name])
+            configurations[name] = _configuration_from_nnunet(content)
     with _reading(file):
         used = plans.get("experiment_planner_used")
         preset = next((preset for preset, (planner, _) in _PLANNERS.items() if planner == used), "default")

@@ -119,11 +119,9 @@ class Network(_Model):
     @model_validator(mode="after")
     def _same_length(self) -> Network:
         n = len(self.features)
-        for field in ("strides", "kernels", "blocks"):
-            if len(getattr(self, field)) != n:
-                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {n} stages")
-        if len(self.decoder_convolutions) != n - 1:
-            raise ValueError(f"decoder_convolutions has {len(self.decoder_convolutions)} entries, {n - 1} are needed")
+        for field, needed in {"strides": n, "kernels": n, "blocks": n, "decoder_convolutions": n - 1}.items():
+            if (entries := len(getattr(self, field))) != needed:
+                raise ValueError(f"{field} has {entries} entries for {n} stages, {needed} are needed")
         return self
 
     @property
@@ -163,7 +161,7 @@ class Configuration(_Model):
         return len(self.patch_size)
 
     @model_validator(mode="after")
-    def _axes_agree(self) -> Configuration:
+    def _fits_its_network(self) -> Configuration:
         axes = len(self.patch_size)
         if axes not in (2, 3):
             raise ValueError(f"patch_size = {list(self.patch_size)} must have two or three axes")
@@ -173,15 +171,10 @@ class Configuration(_Model):
         for name, numbers in per_axis.items():
             if len(numbers) != axes:
                 raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
-        if max(self.network.strides[0]) > 1:
+        if max(first := self.network.strides[0]) > 1:
             raise ValueError(
-                f"network.strides[0] = {list(self.network.strides[0])} must be all 1: the first stage is "
-                "at the resolution of the patch"
+                f"network.strides[0] = {list(first)} must be all 1: the first stage has the resolution of the patch"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _patch_can_be_pooled(self) -> Configuration:
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
                 below = max(d, size // d * d)
@@ -255,23 +248,15 @@ class Plan(_Model):
         given = values.get("configurations") if isinstance(values, dict) else None
         if not isinstance(given, dict) or not all(isinstance(c, dict) for c in given.values()):
             return values
-        whole = {}
-        for name in given:
-            try:
-                whole[name] = inherited(given, name)
-            except ValueError as error:
-                raise ValueError(f"configurations.{name}.{error}") from None
-        return {**values, "configurations": whole}
+        return {**values, "configurations": {name: inherited(given, name) for name in given}}
 
     @model_validator(mode="after")
     def _previous_stages_exist(self) -> Plan:
         for name, configuration in self.configurations.items():
-            others = [other for other in self.configurations if other != name]
-            if configuration.previous_stage not in (None, *others):
-                raise ValueError(
-                    f"configurations.{name}.previous_stage = {configuration.previous_stage!r} is no other "
-                    f"configuration; there are: {', '.join(others) or 'none'}"
-                )
+            others, previous = [other for other in self.configurations if other != name], configuration.previous_stage
+            if previous not in (None, *others):
+                what = f"configurations.{name}.previous_stage = {previous!r} is no other configuration"
+                raise ValueError(f"{what}; there are: {', '.join(others) or 'none'}")
         return self
 
     def configuration(self, name: str) -> Configuration:
@@ -305,11 +290,11 @@ class Plan(_Model):
     def trains_as(self, other: Plan) -> bool:
         """Compare without explanations and predicted memory: both plans give the same arrays and networks."""
 
-        def essential(plan: Plan) -> dict[str, Any]:
-            values = plan.model_dump(exclude={"options"})
-            return {**values, "configurations": {name: essence(c) for name, c in plan.configurations.items()}}
-
-        return essential(self) == essential(other)
+        mine, theirs = (
+            plan.model_dump(exclude={"options": True, "configurations": {"__all__": {"reasons", "memory_gb"}}})
+            for plan in (self, other)
+        )
+        return mine == theirs
 
     def to_text(self) -> str:
         """Return the plan as a table for a terminal."""
@@ -369,12 +354,13 @@ def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tu
     Raises
     ------
     ValueError
-        It inherits from itself, or from one that does not exist.
+        It inherits from itself, or from one that does not exist. The message begins with its place in the file.
     """
+    where = f"configurations.{(*heirs, name)[0]}.inherits_from"
     if name in heirs:
-        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*heirs, name))}")
+        raise ValueError(f"{where} goes in a circle: {' -> '.join((*heirs, name))}")
     if not isinstance(name, str) or name not in configurations:
-        raise ValueError(f"inherits_from {name!r}, which does not exist; there are: {', '.join(configurations)}")
+        raise ValueError(f"{where} {name!r}, which does not exist; there are: {', '.join(configurations)}")
     own = configurations[name]
     if "inherits_from" not in own:
         return dict(own)

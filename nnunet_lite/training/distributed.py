@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nnunet_lite import log, system
 from nnunet_lite.errors import Lost, UserError
+from nnunet_lite.networks.precision import pick_device
 
 T = TypeVar("T")
 
@@ -82,14 +83,28 @@ def rank_device(ranks: Ranks, device: torch.device) -> torch.device:
     return torch.device("cuda", ranks.local)
 
 
-def join_group(ranks: Ranks, device: torch.device) -> None:
+def join_group(device_name: str | None) -> tuple[Ranks, torch.device]:
     """Connect this process with the others, once; from then on only the first process prints messages.
 
     Processes of `launch` meet through a file, so no port can be taken by another program; those of torchrun meet at
     its MASTER_ADDR and MASTER_PORT.
+
+    Parameters
+    ----------
+    device_name : str or None
+        As for `pick_device`.
+
+    Returns
+    -------
+    Ranks
+        The position of this process.
+    torch.device
+        Its device.
     """
+    ranks = current_ranks()
+    device = rank_device(ranks, pick_device(device_name))
     if ranks.world == 1 or torch.distributed.is_initialized():
-        return
+        return ranks, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(
@@ -102,6 +117,7 @@ def join_group(ranks: Ranks, device: torch.device) -> None:
     atexit.register(torch.distributed.destroy_process_group)
     if ranks.rank:
         log.be_quiet()
+    return ranks, device
 
 
 def leave_group() -> None:

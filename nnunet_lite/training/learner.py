@@ -1,13 +1,15 @@
 """The network of a run and what trains it, executed in the way that is fastest on this machine.
 
 `make_network` -> `choose_format` (number format and memory layout, timed) -> `make_learner` (optimizer) ->
-`parallelize` (several processes, torch.compile). `compute_loss` is the forward pass of training and validation.
+`parallelize` (several processes, torch.compile) -> `train_step` for each step. `compute_loss` is the forward pass of
+training and validation.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
@@ -29,7 +32,7 @@ from nnunet_lite.training.finetune import freeze
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limits import TIMING_SHARE, limit_seconds
 from nnunet_lite.training.loss import alone, deep_supervision_loss
-from nnunet_lite.training.optim import make_optimizer, start_average
+from nnunet_lite.training.optim import make_optimizer, start_average, update_average
 
 LOSS_SCALE = 2.0**16  # of fp16, at the start
 _COMPILE_SECONDS = 60.0  # about what torch.compile takes
@@ -99,7 +102,7 @@ def parallelize(job: Job, learner: Learner) -> Learner:
             freeze(network, job.settings.training.freeze)  # the layers are new
         # the coarsest head has no weight in the loss, hence no gradient
         devices = [job.device] if job.device.type == "cuda" else None
-        forward = nn.parallel.DistributedDataParallel(network, device_ids=devices, find_unused_parameters=True)
+        forward = DistributedDataParallel(network, device_ids=devices, find_unused_parameters=True)
         learner = replace(learner, network=network, forward=forward)
     return _compile(job, learner)
 
@@ -112,6 +115,66 @@ def compute_loss(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]
     reduce = sum_over_ranks if job.ranks.world > 1 else alone
     loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce)
     return loss, outputs
+
+
+def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, number: int) -> tuple[Tensor, Tensor]:
+    """Do one step of the optimizer on the mean gradient of some batches.
+
+    Parameters
+    ----------
+    job, learner : Job, Learner
+        What is trained.
+    batches : list of Batch
+        As many as `training.accumulate`.
+    rate : float
+        Learning rate.
+    number : int
+        Index of the step since the run began.
+
+    Returns
+    -------
+    loss : Tensor
+        Mean over the batches, on the device.
+    good : Tensor
+        False for a step with a gradient that is not finite, which changes nothing. With fp16 it is True if the loss is
+        finite: a gradient that overflows only lowers the loss scale.
+    """
+    torch.manual_seed(job.seed + number)  # for a user's network that draws random numbers
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
+    learner.optimizer.zero_grad(set_to_none=True)
+    statistics = norm_statistics(learner.network)
+    forward, last, losses = learner.forward, len(batches) - 1, []
+    for i, batch in enumerate(batches):
+        # until the last batch, gradients stay in their process
+        with forward.no_sync() if isinstance(forward, DistributedDataParallel) and i < last else nullcontext():
+            loss, _ = compute_loss(job, learner, batch)
+            learner.scaler.scale(loss / len(batches)).backward()
+        losses.append(loss.detach())
+    updated = _update_weights(job, learner)
+    for value, before in statistics:
+        value.copy_(torch.where(updated, value, before))
+    if learner.average is not None:
+        update_average(learner.average, learner.network, job.settings.optimizer.ema or 0.0, number)
+    loss = torch.stack(losses).mean()
+    return loss, updated | torch.isfinite(loss) if learner.scaler.is_enabled() else updated
+
+
+def _update_weights(job: Job, learner: Learner) -> Tensor:
+    """Clip and apply the gradients unless one is not finite; return whether they were applied."""
+    learner.scaler.unscale_(learner.optimizer)
+    norm = nn.utils.clip_grad_norm_(learner.parameters, job.settings.training.gradient_clip or math.inf)
+    finite = torch.isfinite(norm)
+    if learner.scaler.is_enabled():
+        learner.scaler.step(learner.optimizer)
+    elif job.device.type == "cuda":
+        # fused optimizers read this on the device, and then leave everything as it is
+        learner.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        learner.optimizer.step()
+    elif finite:
+        learner.optimizer.step()
+    learner.scaler.update()
+    return finite
 
 
 @contextmanager
@@ -242,12 +305,8 @@ def measure_memory(plan: Plan, configuration: str, name: str | None) -> float | 
         learner = make_learner(job, make_network(job), list_formats(device, "auto", True)[0])
         images = torch.randn(shape[0], plan.n_inputs(configuration), *shape[1:], device=device)
         classes = torch.randint(0, plan.labels.n_classes, shape, device=device, dtype=torch.uint8)
-        for _ in range(2):
-            learner.optimizer.zero_grad(set_to_none=True)
-            loss, _ = compute_loss(job, learner, (images, classes, ()))
-            learner.scaler.scale(loss).backward()
-            learner.scaler.step(learner.optimizer)
-            learner.scaler.update()
+        for number in range(2):
+            train_step(job, learner, [(images, classes, ())], 0.01, number)
     except torch.OutOfMemoryError:
         return None
     finally:

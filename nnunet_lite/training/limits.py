@@ -20,7 +20,7 @@ import torch
 
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
-from nnunet_lite.errors import Stopped
+from nnunet_lite.errors import Stopped, UserError
 from nnunet_lite.models.folder import CHECKPOINT, read_weights_header
 from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
@@ -243,26 +243,27 @@ def memory_peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def explain_out_of_memory(plan: Plan, configuration: str, device: torch.device, cached: int) -> tuple[str, str]:
-    """Return what was too large for a GPU, and how to fix it.
+@contextmanager
+def explain_out_of_memory(job: Job) -> Iterator[None]:
+    """Name what was too large for a GPU, and what would fit.
 
-    Parameters
-    ----------
-    plan, configuration : Plan, str
-        What was trained.
-    device : torch.device
-        The GPU.
-    cached : int
-        Bytes of it that the cases take.
+    Raises
+    ------
+    UserError
+        The memory of the GPU is too small.
     """
-    planned = plan.configuration(configuration)
-    free, total = torch.cuda.mem_get_info(device)
-    usable = free + torch.cuda.memory_reserved(device) - cached
-    patches = f"{planned.batch_size} patches of {join_by_x(planned.patch_size)}"
-    available, need = f"{in_units(usable)} of {in_units(total)} usable", in_units((planned.memory_gb or 0) * GB)
-    what = f"the GPU's memory ({available}) is too small for {patches} (about {need})"
-    options = suggest_smaller(plan, configuration, 0.9 * usable / GB)
-    return what, f"{options} would fit." if options else "Plan with a smaller --memory."
+    cases = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        planned = job.planned
+        free, total = torch.cuda.mem_get_info(job.device)
+        usable = free + torch.cuda.memory_reserved(job.device) - cases
+        patches = f"{planned.batch_size} patches of {join_by_x(planned.patch_size)}"
+        available, need = f"{in_units(usable)} of {in_units(total)} usable", in_units((planned.memory_gb or 0) * GB)
+        what = f"the GPU's memory ({available}) is too small for {patches} (about {need})"
+        smaller = suggest_smaller(job.plan, job.configuration, 0.9 * usable / GB)
+        raise UserError(what, fix=f"{smaller} would fit." if smaller else "Plan with a smaller --memory.") from None
 
 
 def suggest_smaller(plan: Plan, configuration: str, memory: float) -> str:

@@ -1,7 +1,7 @@
 """Training one fold. Read this file from top to bottom.
 
 `train_fold` calls `_start` (network, or checkpoint) and `_run_epochs`, which for each epoch calls `_train_epoch`
-(`train_step`) and `_pseudo_validate`.
+(`train_step` in learner.py) and `_pseudo_validate`.
 
 fold folder: checkpoint.safetensors (every epoch), metrics.jsonl and metrics.csv (a line per epoch), progress.png,
              and at the end model.safetensors, which marks the fold as finished
@@ -14,16 +14,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
@@ -33,25 +32,16 @@ from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_weight
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
 from nnunet_lite.system import GB, in_units
+from nnunet_lite.training import learner as learning
 from nnunet_lite.training import limits
 from nnunet_lite.training.dataloader import Batch, make_batch, prefetch, training_batches
 from nnunet_lite.training.distributed import ALONE, SYNC_EVERY, Clock, from_first, max_over_ranks, sum_over_ranks
 from nnunet_lite.training.finetune import freeze, start_from
 from nnunet_lite.training.job import Job
-from nnunet_lite.training.learner import (
-    LOSS_SCALE,
-    Learner,
-    averaged_weights,
-    choose_format,
-    compute_loss,
-    make_learner,
-    make_network,
-    norm_statistics,
-    parallelize,
-)
+from nnunet_lite.training.learner import Learner
 from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics
-from nnunet_lite.training.optim import Plateau, learning_rate, update_average
+from nnunet_lite.training.optim import Plateau, learning_rate
 
 _VALIDATION_STREAM = 2**31  # the seed stream of validation; training uses the number of the epoch
 
@@ -59,7 +49,7 @@ _VALIDATION_STREAM = 2**31  # the seed stream of validation; training uses the n
 class State(BaseModel):
     """How far a run is; stored with every checkpoint.
 
-    `iteration` and `losses` belong to an epoch that a signal interrupted. Times are in seconds.
+    `iteration`, `losses` and `bad_steps` belong to an epoch that a signal interrupted. Times are in seconds.
     """
 
     model_config = ConfigDict(populate_by_name=True)  # some names in files differ, for old checkpoints
@@ -69,9 +59,9 @@ class State(BaseModel):
     epoch: int = 0
     iteration: int = 0
     losses: list[float] = []
-    scale: float = LOSS_SCALE
+    scale: float = learning.LOSS_SCALE
     seconds: float = 0.0  # spent on training, with timing of number formats and pseudo-validation
-    pace: float = 0.0  # seconds per step in the last epoch
+    pace: float = 0.0  # seconds per step
     pass_seconds: float = 0.0  # seconds of the network per patch in the last pseudo-validation
     bad_steps: int = 0
     early_stopping: limits.EarlyStopping = Field(limits.EarlyStopping(), alias="trend")
@@ -94,64 +84,42 @@ def train_fold(job: Job) -> None:
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     if job.ranks.rank == 0:
         sweep(job.folder, alone=True)
-    cached = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
-    try:
-        with limits.stop_on_signal() as stop:
-            _train(job, stop)
-    except torch.OutOfMemoryError:
-        what, fix = limits.explain_out_of_memory(job.plan, job.configuration, job.device, cached)
-        raise UserError(what, fix=fix) from None
-
-
-def _train(job: Job, stop: limits.StopRequest) -> None:
-    begin = time.monotonic()
-    learner, state = _start(job)
-    state.seconds += from_first(time.monotonic() - begin, job.ranks)
-    compute, training = state.compute, job.settings.training
-    log.info(f"{job.device}, {compute.precision}, channels-last {compute.channels_last}: {compute.reason}")
-    makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
-    with closing(prefetch(makers, job.device, training.workers)) as batches:
-        _run_epochs(job, learner, batches, state, stop)
-    if job.ranks.rank == 0:
-        validation = _plan_validation(job, state)
-        header = {
-            "configuration": job.configuration,
-            "epochs": state.epoch,
-            "seconds": round(state.seconds, 1),
-            "length": run_length(job.settings),
-            "device": job.device.type,
-            "validation": None if validation is None else asdict(validation),
-            "arithmetic": asdict(compute),
-        }
-        shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was resumed
-        with averaged_weights(learner):
-            save_weights(job.folder / MODEL, learner.network, header)
+    with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
+        begin = time.monotonic()
+        learner, state = _start(job)
+        state.seconds += from_first(time.monotonic() - begin, job.ranks)
+        compute, training = state.compute, job.settings.training
+        log.info(f"{job.device}, {compute.precision}, channels-last {compute.channels_last}: {compute.reason}")
+        makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
+        with closing(prefetch(makers, job.device, training.workers)) as batches:
+            _run_epochs(job, learner, batches, state, stop)
+        if job.ranks.rank == 0:
+            _save_model(job, learner, state)
 
 
 def _start(job: Job) -> tuple[Learner, State]:
     """The network as the last checkpoint left it, otherwise as it starts; settings may have changed since."""
-    network, checkpoint, training = make_network(job), job.folder / CHECKPOINT, job.settings.training
+    network, checkpoint, training = learning.make_network(job), job.folder / CHECKPOINT, job.settings.training
     if not checkpoint.is_file():
         start_from(network, job)
         freeze(network, training.freeze)
-        state = State(compute=choose_format(job, network))
-        return parallelize(job, make_learner(job, network, state.compute)), state
+        state = State(compute=learning.choose_format(job, network))
+        return learning.parallelize(job, learning.make_learner(job, network, state.compute)), state
 
     with understood(checkpoint, "Use --restart."):
         state = State.model_validate(read_weights_header(checkpoint))
-    chosen, allowed = state.compute, list_formats(job.device, training.precision, training.channels_last)
-    fits = any((a.precision, a.channels_last) == (chosen.precision, chosen.channels_last) for a in allowed)
-    if not from_first(fits, job.ranks):  # settings and machine may be others now
-        state.compute = choose_format(job, network)
+    allowed = state.compute in list_formats(job.device, training.precision, training.channels_last)
+    if not from_first(allowed, job.ranks):  # settings and machine may be others now
+        state.compute = learning.choose_format(job, network)
     if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
         state.early_stopping = replace(state.early_stopping, since=0)
     freeze(network, training.freeze)
-    learner = make_learner(job, network, state.compute, state.scale)
+    learner = learning.make_learner(job, network, state.compute, state.scale)
     load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
     log.info(f"resuming from epoch {state.epoch} of {training.epochs}")
-    if training.time_limit is not None and _progress(job, state, elapsed=state.pace / 2) >= 1:
+    if training.time_limit is not None and _progress(job, state, state.pace / 2) >= 1:
         log.info(f"the {training.time_limit:g} minutes of training.time_limit are over; --time-limit gives it more")
-    return parallelize(job, learner), state
+    return learning.parallelize(job, learner), state
 
 
 # ----------------------------------------------------------------------------------------------------------- epochs
@@ -162,17 +130,16 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
     training, writes = job.settings.training, job.ranks.rank == 0
     with record_metrics(job.folder, state.epoch, training.tensorboard) if writes else nullcontext() as recorder:
         while not _is_over(job, state):
-            begin = time.monotonic()
+            begin, before = time.monotonic(), state.seconds
             metrics = _train_epoch(job, learner, batches, state, stop)
             if metrics is None:
-                state.seconds += time.monotonic() - begin
-                _save(job, learner, state)
+                _save_checkpoint(job, learner, state)
                 stop.check(f"in epoch {state.epoch + 1} after step {state.iteration}")
                 continue
             allowed = math.inf if training.time_limit is None else limits.PSEUDO_VALIDATION_SHARE * metrics["seconds"]
-            with averaged_weights(learner):
+            with learning.averaged_weights(learner):
                 metrics |= _pseudo_validate(job, learner, state, allowed)
-            state.seconds += from_first(time.monotonic() - begin, job.ranks)
+            state.seconds = before + from_first(time.monotonic() - begin, job.ranks)
             state.early_stopping = state.early_stopping.update(metrics.get("mean_dice"))
             state.labels.warn_of_zero_dice(metrics.get("dice", {}), _progress(job, state))
             if recorder is not None:
@@ -180,31 +147,47 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
                 log.info(_describe_epoch(job, metrics, state))
                 if metrics["epoch"] == 1 and (validation := _plan_validation(job, state)) is not None:
                     limits.announce_validation(job.settings, validation, len(job.validation))
-            _save(job, learner, state)
+            _save_checkpoint(job, learner, state)
             if _agree_to_stop(job, stop):
                 stop.check(f"after epoch {state.epoch}")
 
 
-def _save(job: Job, learner: Learner, state: State) -> None:
+def _save_checkpoint(job: Job, learner: Learner, state: State) -> None:
     if job.ranks.rank == 0:
         state.scale = learner.scaler.get_scale() if learner.scaler.is_enabled() else state.scale
         header = state.model_dump(by_alias=True)
         save_checkpoint(job.folder / CHECKPOINT, learner.network, learner.optimizer, header, learner.average)
 
 
-def _progress(job: Job, state: State, iteration: int = 0, elapsed: float = 0.0, pace: float = 0.0) -> float:
-    """The share of the run that is done, from 0 to 1: by iterations, or by time if the time limit comes first.
+def _save_model(job: Job, learner: Learner, state: State) -> None:
+    validation = _plan_validation(job, state)
+    header = {
+        "configuration": job.configuration,
+        "epochs": state.epoch,
+        "seconds": round(state.seconds, 1),
+        "length": run_length(job.settings),
+        "device": job.device.type,
+        "validation": None if validation is None else asdict(validation),
+        "arithmetic": asdict(state.compute),
+    }
+    shutil.rmtree(job.folder / VALIDATION, ignore_errors=True)  # of a shorter run that was resumed
+    with learning.averaged_weights(learner):
+        save_weights(job.folder / MODEL, learner.network, header)
 
-    `iteration` is that of an epoch that began `elapsed` seconds ago, with `pace` seconds per step.
-    """
+
+def _progress(job: Job, state: State, ahead: float = 0.0) -> float:
+    """The share of the run that is done `ahead` seconds from now, by iterations, or by time if that comes first."""
     training = job.settings.training
-    by_steps = (state.epoch + iteration / training.iterations) / training.epochs
-    limit = limits.training_seconds(job, state.pass_seconds or limits.estimate_pass_seconds(job, pace or state.pace))
-    return max(by_steps, (state.seconds + elapsed) / limit)
+    by_steps = (state.epoch + state.iteration / training.iterations) / training.epochs
+    return max(by_steps, (state.seconds + ahead) / limits.training_seconds(job, _pass_seconds(job, state)))
+
+
+def _pass_seconds(job: Job, state: State) -> float:
+    return state.pass_seconds or limits.estimate_pass_seconds(job, state.pace)
 
 
 def _plan_validation(job: Job, state: State) -> limits.ValidationPlan | None:
-    return limits.plan_validation(job, state.pass_seconds or limits.estimate_pass_seconds(job, state.pace))
+    return limits.plan_validation(job, _pass_seconds(job, state))
 
 
 def _stops_early(job: Job, state: State) -> bool:
@@ -220,17 +203,15 @@ def _is_over(job: Job, state: State) -> bool:
     if _stops_early(job, state):
         log.info(f"stopping early: the held-out Dice has not risen for {state.early_stopping.since} epochs")
         return True
-    return state.epoch > 0 and _progress(job, state, elapsed=state.pace / 2) >= 1  # as within an epoch
+    return state.epoch > 0 and _progress(job, state, state.pace / 2) >= 1  # as within an epoch
 
 
-@dataclass
-class _Steps:
-    """The steps of an epoch: loss, whether the weights were updated, and cases of each; tensors stay on the device."""
+class _Step(NamedTuple):
+    """A step of an epoch; tensors stay on the device."""
 
-    losses: list[Tensor] = field(default_factory=list)
-    good: list[Tensor] = field(default_factory=list)
-    case_ids: list[list[str]] = field(default_factory=list)
-    waited: float = 0.0  # seconds for the data
+    loss: Tensor
+    good: Tensor
+    case_ids: list[str]
 
 
 def _train_epoch(
@@ -240,42 +221,52 @@ def _train_epoch(
 
     The host does not wait for a GPU before the end of the epoch.
     """
-    training, first, begin = job.settings.training, state.iteration, time.monotonic()
+    training, begin, before = job.settings.training, time.monotonic(), state.seconds
     learner.network.train()
-    steps, rate, interrupted = _Steps(), 0.0, False
+    steps: list[_Step] = []
+    rate, waited, interrupted = 0.0, 0.0, False
     clock = Clock(job.ranks if training.time_limit else ALONE, state.pace)  # without a limit, time does not matter
-    for iteration in range(first, training.iterations):
-        elapsed = clock.after(iteration - first)
-        pace = elapsed / (iteration - first) if iteration > first else state.pace
-        if iteration > first and _progress(job, state, iteration, elapsed + pace / 2, pace) >= 1:
+    while state.iteration < training.iterations and not interrupted:
+        elapsed = clock.after(len(steps))
+        state.seconds, state.pace = before + elapsed, elapsed / len(steps) if steps else state.pace
+        if state.iteration and _progress(job, state, state.pace / 2) >= 1:
             break  # the end of the time is nearer now than after another step
-        progress = _progress(job, state, iteration, elapsed, pace) if state.epoch or iteration else 0.0
+        progress = _progress(job, state) if state.epoch or state.iteration else 0.0
         rate = learning_rate(job.settings.optimizer.lr * state.plateau.factor, job.settings.schedule, progress)
 
         wait = time.monotonic()
         step_batches = list(islice(batches, training.accumulate))
-        steps.waited += time.monotonic() - wait
-        number = state.epoch * training.iterations + iteration
-        torch.manual_seed(job.seed + number)  # for a user's network that draws random numbers
-        loss, updated = train_step(job, learner, step_batches, rate, number)
-        steps.losses.append(loss)
-        # with fp16 a gradient that overflows only lowers the loss scale
-        steps.good.append(updated | torch.isfinite(loss) if learner.scaler.is_enabled() else updated)
-        steps.case_ids.append([case for _, _, ids in step_batches for case in ids])
-        if job.device.type == "cpu" and not steps.good[-1]:
-            _refuse_bad_steps(job, state, steps)
-        state.iteration = iteration + 1
-        if (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0) and _agree_to_stop(job, stop):
-            interrupted = state.iteration < training.iterations
-            break
+        waited += time.monotonic() - wait
+        number = state.epoch * training.iterations + state.iteration
+        loss, good = learning.train_step(job, learner, step_batches, rate, number)
+        steps.append(_Step(loss, good, [case for _, _, case_ids in step_batches for case in case_ids]))
+        state.iteration += 1
+        if job.device.type == "cpu" and not good:
+            _count_bad_steps(job, state, steps)
+        if state.iteration < training.iterations and (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0):
+            interrupted = _agree_to_stop(job, stop)
 
-    state.losses = state.losses + (torch.stack(steps.losses).tolist() if steps.losses else [])
-    _refuse_bad_steps(job, state, steps)
-    state.bad_steps += len(steps.good) - int(torch.stack(steps.good).sum()) if steps.good else 0
-    if interrupted:
-        return None
-    seconds = time.monotonic() - begin
-    samples = len(steps.losses) * training.accumulate * job.planned.batch_size
+    state.losses += torch.stack([step.loss for step in steps]).tolist() if steps else []
+    state.bad_steps = _count_bad_steps(job, state, steps)
+    state.seconds = before + time.monotonic() - begin
+    return None if interrupted else _finish_epoch(job, state, len(steps), state.seconds - before, waited, rate)
+
+
+def _finish_epoch(job: Job, state: State, n_steps: int, seconds: float, waited: float, rate: float) -> Metrics:
+    """Move `state` to the next epoch, and return the metrics of this one.
+
+    Parameters
+    ----------
+    job, state : Job, State
+        What is trained.
+    n_steps : int
+        Steps since the epoch began, or was resumed.
+    seconds, waited : float
+        Their duration, and how much of it was spent on waiting for data.
+    rate : float
+        The last learning rate.
+    """
+    samples = n_steps * job.settings.training.accumulate * job.planned.batch_size
     finite = [loss for loss in state.losses if math.isfinite(loss)]
     mean_loss = float(np.mean(finite)) if finite else math.nan
     metrics = {
@@ -284,14 +275,14 @@ def _train_epoch(
         "lr": rate,
         "seconds": round(seconds, 2),
         "samples_per_second": round(samples / max(seconds, 1e-9), 2),
-        "waiting": round(steps.waited / max(seconds, 1e-9), 3),
+        "waiting": round(waited / max(seconds, 1e-9), 3),
         "memory_gb": round(limits.memory_peak(job.device), 2),
         "bad_steps": state.bad_steps,
     }
     if job.settings.schedule.name == "plateau" and math.isfinite(mean_loss):
         state.plateau = state.plateau.update(mean_loss, job.settings.schedule)
-    state.epoch, state.iteration, state.losses = state.epoch + 1, 0, []
-    state.pace = from_first(seconds / max(len(steps.losses), 1), job.ranks)
+    state.epoch, state.iteration, state.losses, state.bad_steps = state.epoch + 1, 0, [], 0
+    state.pace = from_first(seconds / max(n_steps, 1), job.ranks)
     return metrics
 
 
@@ -305,82 +296,25 @@ def _agree_to_stop(job: Job, stop: limits.StopRequest) -> bool:
     return number > 0
 
 
-def _refuse_bad_steps(job: Job, state: State, steps: _Steps) -> None:
-    """End a run in which too many steps had a loss or gradient that is not finite.
+def _count_bad_steps(job: Job, state: State, steps: list[_Step]) -> int:
+    """Return how many steps of this epoch had a loss or gradient that is not finite.
 
     Raises
     ------
     UserError
         There are too many; names the cases of these steps.
     """
-    bad = [i for i, good in enumerate(torch.stack(steps.good).tolist()) if not good] if steps.good else []
-    if bad and state.bad_steps + len(bad) >= job.settings.training.max_bad_steps:
-        cases = ", ".join(dict.fromkeys(case for i in bad for case in steps.case_ids[i]))
+    good = torch.stack([step.good for step in steps]).tolist() if steps else []
+    bad = [step for step, is_good in zip(steps, good, strict=True) if not is_good]
+    number = state.bad_steps + len(bad)
+    if bad and number >= job.settings.training.max_bad_steps:
+        cases = ", ".join(dict.fromkeys(case for step in bad for case in step.case_ids))
+        lower = "lower --lr" if state.compute.precision == "fp32" else "lower --lr or use --precision fp32"
         raise UserError(
-            f"the loss was not finite in {state.bad_steps + len(bad)} steps, with the cases {cases}",
-            fix="Look at these images with `nnlite check`; otherwise lower --lr"
-            + (" or use --precision fp32." if state.compute.precision != "fp32" else "."),
+            f"the loss was not finite in {number} steps, with the cases {cases}",
+            fix=f"Look at these images with `nnlite check`; otherwise {lower}.",
         )
-
-
-# ------------------------------------------------------------------------------------------------------- the step
-
-
-def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, number: int) -> tuple[Tensor, Tensor]:
-    """Do one step of the optimizer on the mean gradient of some batches.
-
-    Parameters
-    ----------
-    job, learner : Job, Learner
-        What is trained.
-    batches : list of Batch
-        As many as `training.accumulate`.
-    rate : float
-        Learning rate.
-    number : int
-        Index of the step since the run began.
-
-    Returns
-    -------
-    loss : Tensor
-        Mean over the batches, on the device.
-    updated : Tensor
-        Whether the weights were updated, on the device: a step with a gradient that is not finite is skipped.
-    """
-    for group in learner.optimizer.param_groups:
-        group["lr"] = rate
-    learner.optimizer.zero_grad(set_to_none=True)
-    statistics = norm_statistics(learner.network)
-    forward, last, losses = learner.forward, len(batches) - 1, []
-    for i, batch in enumerate(batches):
-        # until the last batch, gradients stay in their process
-        with forward.no_sync() if isinstance(forward, DistributedDataParallel) and i < last else nullcontext():
-            loss, _ = compute_loss(job, learner, batch)
-            learner.scaler.scale(loss / len(batches)).backward()
-        losses.append(loss.detach())
-    updated = _update_weights(job, learner)
-    for value, before in statistics:
-        value.copy_(torch.where(updated, value, before))
-    if learner.average is not None:
-        update_average(learner.average, learner.network, job.settings.optimizer.ema or 0.0, number)
-    return torch.stack(losses).mean(), updated
-
-
-def _update_weights(job: Job, learner: Learner) -> Tensor:
-    """Clip and apply the gradients unless one is not finite; return whether they were applied."""
-    learner.scaler.unscale_(learner.optimizer)
-    norm = nn.utils.clip_grad_norm_(learner.parameters, job.settings.training.gradient_clip or math.inf)
-    finite = torch.isfinite(norm)
-    if learner.scaler.is_enabled():
-        learner.scaler.step(learner.optimizer)
-    elif job.device.type == "cuda":
-        # fused optimizers read this on the device, and then leave everything as it is
-        learner.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        learner.optimizer.step()
-    elif finite:
-        learner.optimizer.step()
-    learner.scaler.update()
-    return finite
+    return number
 
 
 # ----------------------------------------------------------------------------------------------- pseudo-validation
@@ -405,7 +339,7 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     begin, done = time.monotonic(), 0
     with closing(prefetch(makers, job.device, job.settings.training.workers)) as batches:
         for batch in batches:
-            loss, outputs = compute_loss(job, learner, batch)
+            loss, outputs = learning.compute_loss(job, learner, batch)
             finest = outputs[0] if isinstance(outputs, list) else outputs
             total += loss
             batch_counts = pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
