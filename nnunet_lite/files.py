@@ -241,7 +241,7 @@ def understood(path: Path, fix: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # pydantic's are ValueErrors
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())
         raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
 
