@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +41,16 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
     folder = workspace_folder(workspace)
     versions = _package_versions()
     problems = [f"{name} is not installed: pip install {name}" for name, version in versions.items() if not version]
-    total, free = _memory_gb(problems)
-    instructions, gpus = _torch_devices(problems)
+    total = free = instructions = None
+    gpus: list[dict[str, Any]] = []
+    if psutil := _import("psutil", problems):
+        total, free = round(psutil.virtual_memory().total / GB, 1), round(free_memory() / GB, 1)
+    if torch := _import("torch", problems):
+        instructions = torch.backends.cpu.get_cpu_capability()
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
+        if not gpus and shutil.which("nvidia-smi"):
+            problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     disk = shutil.disk_usage(existing).free
     if disk < _MIN_DISK:
@@ -89,29 +97,13 @@ def _package_versions() -> dict[str, str | None]:
     return versions
 
 
-def _memory_gb(problems: list[str]) -> tuple[float | None, float | None]:
-    """Total and free memory; None without psutil, which becomes a problem."""
+def _import(name: str, problems: list[str]) -> Any:
+    """Import a package; one that cannot be imported becomes a problem."""
     try:
-        import psutil
-    except ImportError as error:
-        problems.append(f"psutil cannot be imported: {error}")
-        return None, None
-    memory = psutil.virtual_memory()
-    return round(memory.total / GB, 1), round(free_memory() / GB, 1)
-
-
-def _torch_devices(problems: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
-    """The CPU's instruction set and the GPUs that torch finds; a broken torch becomes a problem."""
-    try:
-        import torch
+        return import_module(name)
     except (ImportError, OSError) as error:  # OSError: a shared library is missing or is another version
-        problems.append(f"torch cannot be imported: {error}")
-        return None, []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
-    if not gpus and shutil.which("nvidia-smi"):
-        problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
-    return torch.backends.cpu.get_cpu_capability(), gpus
+        problems.append(f"{name} cannot be imported: {error}")
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ a cluster

@@ -341,7 +341,7 @@ def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
     models = [
         load_fold(member.folder)
         if member.first_stage is None
-        else replace(load_fold(member.folder, first_stage=False), previous=load_fold(member.first_stage))
+        else replace(load_fold(member.folder, first_stage=False), first_stage=load_fold(member.first_stage))
         for member in team
     ]
     return replace(models[0], partners=tuple(models[1:]))
