@@ -344,7 +344,7 @@ def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
     models = [
         load_fold(member.folder)
         if member.previous is None
-        else replace(load_fold(member.folder, first_stage=False), previous=load_fold(member.previous))
+        else replace(load_fold(member.folder, first_stage=False), first_stage=load_fold(member.previous))
         for member in team
     ]
     return replace(models[0], partners=tuple(models[1:]))
