@@ -223,13 +223,13 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
         if only is not None and not {folder.name, configuration} & set(only):
             continue
         known |= {folder.name, configuration}
-        trained = trained_folds(folder)
-        folds = tuple(fold for fold in trained if fold in map(str, range(n_splits)))
-        if reason := _reason_to_omit(folder, plan, paths, dataset, trained, folds):
-            notes.append(f"{folder.name} is left out: {reason}")
-            continue
+        folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
         first = None if first_stage is None else folder.parent / Path(first_stage).name
-        members.append(Member(folder, configuration, first, plan, folds))
+        member = Member(folder, configuration, first, plan, folds)
+        if reason := _reason_to_omit(member, paths, dataset):
+            notes.append(f"{member.name} is left out: {reason}")
+        else:
+            members.append(member)
     fix = f"Run `{first_training(paths)}`."
     if missing := [name for name in only or () if name not in known]:
         raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)
@@ -239,18 +239,16 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     return members, notes
 
 
-def _reason_to_omit(
-    folder: Path, plan: Plan, paths: Paths, dataset: Dataset, trained: Sequence[str], folds: Sequence[str]
-) -> str | None:
+def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:
     """Why a model cannot be judged on the dataset; None if it can."""
-    if not trained:
+    if not trained_folds(member.folder):
         return "no fold of it is trained"
-    if plan.labels != dataset.labels or len(plan.channels) != len(dataset.channels):
+    if member.plan.labels != dataset.labels or len(member.plan.channels) != len(dataset.channels):
         return "it was made for other labels or channels"
-    if not folds:
+    if not member.folds:
         return "it was trained on every case, so that none can judge it"
     try:
-        refuse_other_cases(folder, read_split(paths.splits, dataset, folds[0]), paths.splits)
+        refuse_other_cases(member.folder, read_split(paths.splits, dataset, member.folds[0]), paths.splits)
     except UserError as error:
         return error.what
     return None
