@@ -137,23 +137,12 @@ def select_models(
         Nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
     """
     members, notes = find_members(paths, dataset, only)
-    folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
-    if not folds:
-        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
-        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
-    if more := [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]:
-        which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
-        notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
+    folds = _shared_folds(members, notes)
+    teams = _candidate_teams(members, ensembles, notes)
     for note in notes:
         log.info(note)
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
     held_out = HeldOut(paths, dataset, splits, device, workers)
-    teams: list[Team] = [(member,) for member in members]
-    for a, b in combinations(members, 2) if ensembles else ():
-        if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
-            teams.append((a, b))
-        else:
-            notes.append(f"{a.name} and {b.name} do not vote together: their plans have other orders of axes")
     dice = {team: _dice_of_team(held_out, team) for team in teams}
     winner = choose_team(dice)
     decision = _choose_postprocessing(held_out, winner) if postprocess else Decision({}, {}, ())
@@ -172,6 +161,29 @@ def select_models(
     )
     write_json(paths.inference, selection.to_json())
     return selection
+
+
+def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...]:
+    """The folds that all models have trained; a note names the others."""
+    folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
+    if not folds:
+        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
+        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
+    if more := [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]:
+        which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
+        notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
+    return folds
+
+
+def _candidate_teams(members: Sequence[Member], ensembles: bool, notes: list[str]) -> list[Team]:
+    """The models and the pairs that can vote; a note names the others."""
+    teams: list[Team] = [(member,) for member in members]
+    for a, b in combinations(members, 2) if ensembles else ():
+        if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
+            teams.append((a, b))
+        else:
+            notes.append(f"{a.name} and {b.name} do not vote together: their plans have other orders of axes")
+    return teams
 
 
 def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
