@@ -88,11 +88,11 @@ def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_workspace: 
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = plan.model_copy(update={"axis_order": order})
         assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
-        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1)))
+        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1, 3)))
     for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
         stored = plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
-        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1))
+        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
-    assert swap_of(plan, given, 3) == ClassSwap(0, (0, 2, 1))
-    assert swap_of(plan, given, 2) == ClassSwap(1, (0, 2, 1))
+    assert swap_of(plan, given, 3) == ClassSwap(0, (0, 2, 1, 3))
+    assert swap_of(plan, given, 2) == ClassSwap(1, (0, 2, 1, 3))
     assert swap_of(plan, AugmentationSettings(), 3) is None
