@@ -244,7 +244,7 @@ def test_the_first_stage_of_a_cascade_is_imported(theirs: Copy, tmp_path: Path) 
     assert found == sorted([stages["3d_lowres"].name, "second"])
     for folder in (second, tmp_path / "models" / "second"):
         model = load(folder, device="cpu", settings={"inference.precision": "fp32"})
-        assert model.previous is not None and model.previous.folder == folder.with_name(stages["3d_lowres"].name)
+        assert model.first_stage is not None and model.first_stage.folder == folder.with_name(stages["3d_lowres"].name)
         assert model.plan.n_inputs("3d_cascade_fullres") == 3
 
 

@@ -83,12 +83,12 @@ def validate_cases(
     out: Path,
     dataset: Dataset,
     case_ids: Sequence[str],
-    previous: Callable[[str], np.ndarray] | None = None,
+    stage_classes: Callable[[str], np.ndarray] | None = None,
     notes: Sequence[str] = (),
 ) -> Scores:
     """Predict cases of a dataset into a folder, unless their label maps exist, and score them; see `validate_fold`."""
     cases = _cases(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, previous=previous,
+    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, stage_classes=stage_classes,
                               accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))

@@ -18,19 +18,10 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
 from nnunet_lite.data.names import NIFTI, PICTURES
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
+from nnunet_lite.files import first_problem, read_json
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.planner import PRESETS
-from nnunet_lite.planning.schema import (
-    Channel,
-    Configuration,
-    Network,
-    Plan,
-    Resampling,
-    Statistics,
-    first_problem,
-    inherited,
-)
+from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics, inherited
 
 Json = dict[str, Any]
 

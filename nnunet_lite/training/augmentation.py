@@ -218,8 +218,9 @@ def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Class
     table = np.asarray(swap.table if swap else ())
     swapped, *flipped = copy_to_device([table, *(np.flatnonzero(along) for along in flips.T)], images.device)
     rows = [index.long() for index in flipped]
-    mirror(images, rows)
-    mirror(classes, rows)
+    for axis, index in enumerate(rows, 2):
+        for x in (images, classes) if len(index) else ():
+            x.index_copy_(0, index, x.index_select(0, index).flip(axis))
     if swap and len(rows[swap.axis]):
         index = rows[swap.axis]
         classes[index] = swapped.to(classes.dtype)[classes[index].long()]
@@ -386,10 +387,3 @@ def gamma(x: Tensor, exponent: Tensor) -> Tensor:
 def _rms(x: Tensor) -> Tensor:
     """Root of the mean square of each row; on a CPU several times faster than `std`."""
     return x.square().mean((1, 2, 3), keepdim=True).sqrt()
-
-
-def mirror(x: Tensor, rows: Sequence[Tensor]) -> None:
-    """Flip samples (batch, channels, z, y, x) in place; `rows` are the indices of those flipped along each axis."""
-    for axis, index in enumerate(rows, 2):
-        if len(index):
-            x.index_copy_(0, index, x.index_select(0, index).flip(axis))
