@@ -546,7 +546,7 @@ def label_base(name: str) -> str:
 def likely_pairs(images: Sequence[Path], maps: Sequence[Path]) -> dict[Path, list[Path]]:
     """Propose images for label maps whose names do not match.
 
-    Names are compared by their words and numbers: P001_T1 and P001_seg have the same beginning, img_01 and mask_1 a number.
+    Words and numbers of names are compared: P001_T1 and P001_seg have the same beginning, img_01 and mask_1 a number.
 
     Parameters
     ----------
