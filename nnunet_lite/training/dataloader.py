@@ -36,6 +36,7 @@ from nnunet_lite.training.augmentation import (
     draw_mirror,
     select_samples,
     source_shape,
+    to_device,
     warp_samples,
 )
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
@@ -271,7 +272,7 @@ def _read_reference(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> t
     images, classes = read_patches(cases, locations, shape, cpu, _class_beyond(job))
     transforms = reference_transforms(settings, job.patch)
     images, classes = apply_transforms(transforms, images, classes, draw.seeds, job.patch)
-    return images.to(job.device), classes.to(job.device)
+    return to_device(images, job.device), to_device(classes, job.device)
 
 
 def _masked_channels(job: Job) -> list[int]:
