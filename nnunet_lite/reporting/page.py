@@ -57,6 +57,7 @@ _SEVERITIES = ("error", "warning", "notice")
 _CASE_METRICS = (
     "Dice", "IoU", "reference_ml", "prediction_ml", "volume_error", "NSD", "HD95", "lesion_F1", "TP", "FP", "FN",
 )  # fmt: skip
+_LABEL_METRICS = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")  # of a label, over all cases; Dice is the first
 
 Fact = tuple[str, str]  # what, and its value as text
 Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the reference
@@ -415,7 +416,7 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(model: ModelResults) -> Table:
     """One row for each label, then the mean over them."""
-    shown = [METRICS[name] for name in ("Dice", "IoU", "absolute_volume_error", "lesion_F1")]
+    shown = [METRICS[name] for name in _LABEL_METRICS]
     summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in shown]
     rows: list[list[Value]] = []
     for name, dice in summaries[0].items():
