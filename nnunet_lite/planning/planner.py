@@ -69,13 +69,13 @@ PRESETS: dict[str, PlannerPreset] = {
 
 
 @dataclass(frozen=True)
-class _PlanInputs:
+class _Task:
     """What all configurations of one plan share."""
 
     preset: PlannerPreset
     memory_gb: float
     n_cases: int
-    inputs: int
+    n_channels: int
     labels: Labels
 
     @property
@@ -128,7 +128,7 @@ def make_plan(
     shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
     if not len(spacings):
         raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
-    task = _PlanInputs(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
+    task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
     target, why = target_spacing(spacings, shapes)
     order = axis_order(target)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
@@ -239,7 +239,7 @@ def axis_order(spacing: np.ndarray) -> tuple[int, int, int]:
 
 
 def _plan_configurations(
-    task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
+    task: _Task, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
 ) -> dict[str, Configuration]:
     """Plan all configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
     data_voxels = float(prod(median)) * task.n_cases
@@ -258,7 +258,7 @@ def _plan_configurations(
         **planned,
         "3d_lowres": low,
         "3d_fullres": full,
-        "3d_cascade_fullres": with_memory(cascade, task.inputs, task.labels),
+        "3d_cascade_fullres": with_memory(cascade, task.n_channels, task.labels),
     }
 
 
@@ -266,7 +266,7 @@ def _with_reason(configuration: Configuration, reason: str) -> Configuration:
     return configuration.model_copy(update={"reasons": (*configuration.reasons, reason)})
 
 
-def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration | None, str]:
+def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
     """Plan 3d_lowres: coarser by 3 % a step until a patch sees a quarter of the image; None and why where not."""
     share = prod(full.patch_size) / prod(full.median_shape)
     if share >= LOWRES_BELOW:
@@ -290,14 +290,14 @@ def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration 
 
 
 def _plan_configuration(
-    task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, data_voxels: float, why: tuple[str, ...]
+    task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, why: tuple[str, ...]
 ) -> Configuration:
     """Find the largest patch that fits the budget, its network, and the largest batch for both."""
     dimensions = len(spacing)
     budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
-    shape, patch_why = _fit_patch(task, spacing, median, budget)
+    shape, patch_reason = _fit_patch(task, spacing, median, budget)
     maps = topology.feature_map_count(task.preset.kind, shape, task.label_entries)
-    batch, batch_why = _fit_batch(
+    batch, batch_reason = _fit_batch(
         task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(shape.patch)
     )
     planned = Configuration(
@@ -307,12 +307,12 @@ def _plan_configuration(
         batch_size=batch,
         network=topology.default_network(task.preset.kind, shape),
         batch_dice=dimensions == 2,
-        reasons=(*why, patch_why, *_network_reasons(shape), batch_why),
+        reasons=(*why, patch_reason, *_network_reasons(shape), batch_reason),
     )
-    return with_memory(planned, task.inputs, task.labels)
+    return with_memory(planned, task.n_channels, task.labels)
 
 
-def _fit_patch(task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
+def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
     """Return the largest patch that fits the budget, with its topology, and the reason.
 
     It starts isotropic in mm and clipped to the median image; the relatively longest axis is shortened until it fits.

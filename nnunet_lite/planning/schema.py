@@ -231,9 +231,7 @@ class Plan(_Model):
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
     preset: str = "default"
     memory_gb: float = Field(8, gt=0, description="GPU memory budget")
-    orientation: Orientation | None = Field(
-        None, description='where the axes x, y, z point after reading, such as "LAS"; null: as in the file'
-    )
+    orientation: Orientation | None = Field(None, description='where x, y, z point after reading, such as "LAS"')
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
@@ -244,9 +242,7 @@ class Plan(_Model):
         default_factory=lambda data: exact_storage(data.get("channels", ())),
         description="type of preprocessed images on disk; default: float32 where a channel is not standardised",
     )
-    configurations: dict[str, Configuration] = Field(
-        min_length=1, description='one may name another as "inherits_from" and give only what differs'
-    )
+    configurations: dict[str, Configuration] = Field(min_length=1, description='one may have "inherits_from"')
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,7 @@ The name of a case's folder contains a hash of the raw files and of the recipe. 
 again, a changed patch size none, and configurations whose arrays are equal share one copy. A run after a killed one
 continues with the next case.
 
-Read `preprocess_dataset` first, then `case_folder` and `make_case`.
+Read `preprocess_dataset` first, then `recipe_of` and `make_case`.
 """
 
 from __future__ import annotations
