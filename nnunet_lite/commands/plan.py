@@ -65,9 +65,8 @@ def check(
         dataset = read_dataset(root)
     except UserError as error:
         return broken_dataset(root, error)
-    return check_dataset(
-        replace(dataset, accept_geometry=accept_geometry), None, workers=workers, progress=log.progress
-    )
+    dataset = replace(dataset, accept_geometry=accept_geometry)
+    return check_dataset(dataset, workers=workers, progress=log.progress)
 
 
 def plan(
@@ -284,11 +283,6 @@ def preprocess(
         count, size = prune_store(paths.preprocessed, plan)
         log.info(f"{count} arrays deleted that the plan does not need, {in_units(size)}")
     with options.cluster_of(scheduler, paths.root.parent) as cluster:
-        return preprocess_dataset(
-            stored_dataset(paths.dataset),
-            plan,
-            options.names_of(configuration) or list(plan.configurations),
-            paths.preprocessed,
-            workers,
-            None if cluster is None else cluster.spread,
-        )
+        names = options.names_of(configuration) or list(plan.configurations)
+        spread = None if cluster is None else cluster.spread
+        return preprocess_dataset(stored_dataset(paths.dataset), plan, names, paths.preprocessed, workers, spread)

@@ -180,10 +180,8 @@ def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Chann
         The fingerprint has another number of channels.
     """
     if len(names) != len(fingerprint.intensities):
-        raise UserError(
-            f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}",
-            fix="Take the fingerprint again.",
-        )
+        what = f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}"
+        raise UserError(what, fix="Take the fingerprint again.")
     mask = fingerprint.median_relative_size_after_cropping < SMALL_AFTER_CROP
     schemes = [_SCHEMES.get(name.casefold(), "zscore") for name in names]
     return tuple(
@@ -250,8 +248,7 @@ def _plan_configurations(
     low, note = _plan_lowres(task, full)
     if low is None:
         return {**planned, "3d_fullres": _with_reason(full, note)}
-    full = full.model_copy(update={"batch_dice": True})
-    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image")
+    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image", batch_dice=True)
     reasons = ("as 3d_fullres, with the segmentation of 3d_lowres as further input channels",)
     cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": reasons})
     return {
@@ -262,8 +259,8 @@ def _plan_configurations(
     }
 
 
-def _with_reason(configuration: Configuration, reason: str) -> Configuration:
-    return configuration.model_copy(update={"reasons": (*configuration.reasons, reason)})
+def _with_reason(configuration: Configuration, reason: str, **fields: object) -> Configuration:
+    return configuration.model_copy(update={**fields, "reasons": (*configuration.reasons, reason)})
 
 
 def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
@@ -434,7 +431,7 @@ def override_sizes(
     if batch_size is not None and batch_size != changed.batch_size:
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size} is not possible", fix="Give 1 or more.")
-        changed = _set_by_hand(changed, f"batch {batch_size}", batch_size=batch_size)
+        changed = _with_reason(changed, f"batch {batch_size} was set by hand", batch_size=batch_size)
     changed = with_memory(changed, len(plan.channels), plan.labels)
     return plan.model_copy(update={"configurations": {**plan.configurations, configuration: changed}})
 
@@ -481,14 +478,12 @@ def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configu
     shape = topology.topology_of(configuration.spacing, patch)
     if shape.patch != patch:
         below, above = (join_by_x(legal) for legal in topology.neighbouring_patches(configuration.spacing, patch))
-        raise UserError(
-            f"patch size {size} cannot be pooled: it must be a multiple of {'x'.join(map(str, shape.divisor))}",
-            fix=f"The nearest are {below} and {above}.",
-        )
+        what = f"patch size {size} cannot be pooled: it must be a multiple of {join_by_x(shape.divisor)}"
+        raise UserError(what, fix=f"The nearest are {below} and {above}.")
     if len(shape.strides) == 1:
         raise UserError(f"patch size {size} is too small to pool", fix="Give at least 8 voxels along an axis.")
     network = _adapt_network(configuration.network, shape)
-    return _set_by_hand(configuration, f"patch {size}", patch_size=patch, network=network)
+    return _with_reason(configuration, f"patch {size} was set by hand", patch_size=patch, network=network)
 
 
 def _adapt_network(network: Network, shape: Topology) -> Network:
@@ -505,7 +500,3 @@ def _adapt_network(network: Network, shape: Topology) -> Network:
             "decoder_convolutions": (rule.decoder_convolutions + network.decoder_convolutions)[-(stages - 1) :],
         }
     )
-
-
-def _set_by_hand(configuration: Configuration, what: str, **fields: object) -> Configuration:
-    return configuration.model_copy(update={**fields, "reasons": (*configuration.reasons, f"{what} was set by hand")})

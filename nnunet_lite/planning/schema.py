@@ -178,16 +178,12 @@ class Configuration(_Model):
             if len(numbers) != axes:
                 raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
         if max(first := self.network.strides[0]) > 1:
-            raise ValueError(
-                f"network.strides[0] = {list(first)} must be all 1: the first stage has the resolution of the patch"
-            )
+            what = f"network.strides[0] = {list(first)} must be all 1"
+            raise ValueError(f"{what}: the first stage has the resolution of the patch")
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
-                below = max(d, size // d * d)
-                raise ValueError(
-                    f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}; "
-                    f"the nearest are {below} and {size // d * d + d}"
-                )
+                what = f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}"
+                raise ValueError(f"{what}; the nearest are {max(d, size // d * d)} and {size // d * d + d}")
         return self
 
 
@@ -270,10 +266,8 @@ class Plan(_Model):
             The plan has none of that name.
         """
         if name not in self.configurations:
-            raise UserError(
-                f"the plan of {self.dataset} has no configuration {name!r}",
-                fix=f"It has: {', '.join(self.configurations)}.",
-            )
+            what = f"the plan of {self.dataset} has no configuration {name!r}"
+            raise UserError(what, fix=f"It has: {', '.join(self.configurations)}.")
         return self.configurations[name]
 
     def n_inputs(self, configuration: str) -> int:

@@ -393,10 +393,8 @@ def _failure(failed: Mapping[str, Exception], dataset: Dataset) -> UserError:
         what, file = describe(failed[case_id]), str(files[case_id])
         shown.append(f"{case_id}: {what}" if file in what else f"{case_id} ({file}): {what}")
     more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
-    return UserError(
-        f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}".rstrip("."),
-        fix="The others are done. `nnlite check` lists what is wrong with a dataset.",
-    )
+    what = f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}"
+    return UserError(what.rstrip("."), fix="The others are done. `nnlite check` lists what is wrong with a dataset.")
 
 
 # ------------------------------------------------------------------------------------------------- files of the store
