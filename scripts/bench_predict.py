@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,10 @@ import numpy as np
 import SimpleITK as sitk
 from bench_preprocess import Cost, measure
 
-from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference import outputs, predictor
 from nnunet_lite.log import info
 from nnunet_lite.models.checkpoint import save_weights
-from nnunet_lite.models.folder import FORMAT
+from nnunet_lite.models.folder import write_description
 from nnunet_lite.models.nnunet import export_nnunet
 from nnunet_lite.networks.unet import build_network
 from nnunet_lite.planning.schema import Plan
@@ -125,13 +125,20 @@ def nnunet(venv: Path, model: Path, images: Path, cores: list[int], out: Path) -
     return measure([command], cores, {}, out)
 
 
-def random_model(folder: Path, classes: int) -> Path:
+def random_model(
+    folder: Path,
+    classes: int,
+    features: Sequence[int] = (8, 16, 32),
+    patch: Sequence[int] = (128, 128, 128),
+    mirror_axes: Sequence[int] = (),
+) -> Path:
     """A model folder of ours with random weights."""
     import torch
 
-    network = {"features": [8, 16, 32], "strides": [[1] * 3, [2] * 3, [2] * 3], "kernels": [[3] * 3] * 3,
-               "blocks": [2] * 3, "decoder_convolutions": [2] * 2}  # fmt: skip
-    configuration = {"spacing": [1.5] * 3, "median_shape": [200, 273, 273], "patch_size": [128] * 3, "batch_size": 2,
+    n = len(features)
+    network = {"features": features, "strides": [[1] * 3, *[[2] * 3] * (n - 1)], "kernels": [[3] * 3] * n,
+               "blocks": [2] * n, "decoder_convolutions": [2] * (n - 1)}  # fmt: skip
+    configuration = {"spacing": [1.5] * 3, "median_shape": [200, 273, 273], "patch_size": patch, "batch_size": 2,
                      "network": network, "batch_dice": False}  # fmt: skip
     names = {"background": 0, **{f"organ {i}": i for i in range(1, classes)}}
     about = {"name": "CT", "channel_names": {"0": "CT"}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
@@ -140,10 +147,8 @@ def random_model(folder: Path, classes: int) -> Path:
         "channels": [{"name": "CT", "normalization": "ct", "statistics": STATISTICS}],
         "configurations": {"3d_fullres": configuration},
     })  # fmt: skip
-    settings = load_settings("default", {"augmentation.mirror_axes": []}).model_dump(mode="json")
-    write_text(folder / "plans.json", plan.to_json())
-    write_json(folder / "dataset.json", about)
-    write_json(folder / "run.json", {"format": FORMAT, "configuration": "3d_fullres", "settings": settings, "seed": 0})
+    settings = load_settings("default", {"augmentation.mirror_axes": list(mirror_axes)}).model_dump(mode="json")
+    write_description(folder, plan, about, {"configuration": "3d_fullres", "settings": settings, "seed": 0})
     torch.manual_seed(0)
     made = build_network(plan, "3d_fullres")
     save_weights(folder / "fold_0" / "model.safetensors", made, {"epochs": 0})
