@@ -23,12 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
-from nnunet_lite.training import augmentation, dataloader, loop, loss
+from nnunet_lite.training import augmentation, dataloader, learner, loss
 from nnunet_lite.training.cache import load_case, move_case
 from nnunet_lite.training.dataloader import make_batch
 from nnunet_lite.training.job import Job
-from nnunet_lite.training.learner import compute_loss, make_learner
-from nnunet_lite.training.loop import train_step
+from nnunet_lite.training.learner import compute_loss, make_learner, train_step
 from nnunet_lite.training.loss import pseudo_dice_counts
 
 CUDA = torch.device("cuda", 0)
@@ -198,14 +197,14 @@ def train_steps(run: Job) -> Tensor:
     """Do two steps, of which the second may not wait, and count hits of the pseudo-validation."""
     network = build_network(run.plan, run.configuration)
     set_deep_supervision(network, True)
-    learner = make_learner(run, on_device(network), ComputeFormat())
+    own = make_learner(run, on_device(network), ComputeFormat())
     labels = run.plan.labels
     with WithoutDriver(network):
         for i in range(2):
             with NoWaiting(first_step=i == 0):
                 batch = make_batch(run, run.training, 0, i, augment=True)
-                step_loss, updated = train_step(run, learner, [batch], 0.01, i)
-                outputs = compute_loss(run, learner, batch)[1]
+                step_loss, updated = train_step(run, own, [batch], 0.01, i)
+                outputs = compute_loss(run, own, batch)[1]
                 regions = labels.region_classes if labels.has_regions else None
                 counts = pseudo_dice_counts(outputs[0], batch[1], regions, labels.ignore_class)
     assert {tensor.device for tensor in (*batch[:2], step_loss, updated, counts)} == {CUDA}
@@ -230,7 +229,7 @@ def test_an_epoch_does_not_wait(
         (augmentation, "vote"),
         (loss, "class_sums"),
         (loss, "downsample_classes"),
-        (loop, "norm_statistics"),
+        (learner, "norm_statistics"),
     ],
 )
 def test_a_step_that_waits_is_found(

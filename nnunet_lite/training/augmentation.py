@@ -159,10 +159,14 @@ def select_samples(parameters: Parameters, samples: slice) -> Parameters:
     return replace(parameters, **chosen)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor in RAM to a device; to a GPU from pinned memory, so that the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def copy_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Copy small arrays to float32 tensors on a device, in one transfer that the host does not wait for."""
-    flat = torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32))
-    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    flat = to_device(torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32)), device)
     return [part.view(a.shape) for part, a in zip(flat.split([a.size for a in arrays]), arrays, strict=True)]
 
 
