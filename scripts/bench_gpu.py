@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +100,7 @@ def describe_card(sizes: Sizes, device_name: str, work: Path) -> dict[str, Any]:
 
 def make_data(sizes: Sizes, device_name: str, work: Path, nnunet_python: str | None) -> dict[str, Any]:
     """Make two data sets, plan and preprocess them, also with nnU-Net where it is there."""
-    import SimpleITK
+    import nibabel
 
     import nnunet_lite
 
@@ -111,11 +111,9 @@ def make_data(sizes: Sizes, device_name: str, work: Path, nnunet_python: str | N
             folder.mkdir(parents=True)
         for case in range(6):
             image, label = draw(sizes.images[configuration], case)
-            spacing = (1.0, 1.0, 1.0) if configuration == "3d_fullres" else (1.0, 1.0, 5.0)
-            for array, file in ((image, "imagesTr/case_{}_0000.nii"), (label, "labelsTr/case_{}.nii")):
-                written = SimpleITK.GetImageFromArray(array)
-                written.SetSpacing(spacing)
-                SimpleITK.WriteImage(written, str(raw / file.format(case)))
+            affine = np.diag([1.0, 1.0, 1.0 if configuration == "3d_fullres" else 5.0, 1.0])
+            nibabel.save(nibabel.Nifti1Image(image.T, affine), raw / "imagesTr" / f"case_{case}_0000.nii")
+            nibabel.save(nibabel.Nifti1Image(label.T, affine), raw / "labelsTr" / f"case_{case}.nii")
         table = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1, "lesion": 2}, "numTraining": 6,
                  "file_ending": ".nii"}  # fmt: skip
         for folder in (raw, theirs):
@@ -197,7 +195,6 @@ def train_theirs(sizes: Sizes, device_name: str, work: Path, configuration: str,
 def predict_volume(sizes: Sizes, device_name: str, work: Path, classes: int) -> dict[str, Any]:
     """Prediction of one volume by a network with random weights; the first one, which includes cuDNN's search, too."""
     import torch
-    from bench_predict import random_model
 
     from nnunet_lite.inference import predictor
 
@@ -223,6 +220,44 @@ def predict_volume(sizes: Sizes, device_name: str, work: Path, classes: int) -> 
         "remarks": f"{shape}, {model.arithmetic.precision}, {len(model.mirror_axes)} axes mirrored; the first one "
                    f"{seconds[0]:.3g} s",
     }  # fmt: skip
+
+
+def random_model(
+    folder: Path,
+    classes: int,
+    features: Sequence[int] = (8, 16, 32),
+    patch: Sequence[int] = (128, 128, 128),
+    mirror_axes: Sequence[int] = (),
+) -> Path:
+    """A model folder of ours with random weights."""
+    import torch
+
+    from nnunet_lite.models.checkpoint import save_weights
+    from nnunet_lite.models.folder import write_description
+    from nnunet_lite.networks.unet import build_network
+    from nnunet_lite.planning.schema import Plan
+    from nnunet_lite.settings import load_settings
+
+    n = len(features)
+    network = {"features": features, "strides": [[1] * 3, *[[2] * 3] * (n - 1)], "kernels": [[3] * 3] * n,
+               "blocks": [2] * n, "decoder_convolutions": [2] * (n - 1)}  # fmt: skip
+    configuration = {"spacing": [1.5] * 3, "median_shape": [200, 273, 273], "patch_size": patch, "batch_size": 2,
+                     "network": network, "batch_dice": False}  # fmt: skip
+    statistics = {"mean": 50, "median": 50, "std": 200, "min": -1024, "max": 2000, "percentile_00_5": -900,
+                  "percentile_99_5": 1000}  # fmt: skip
+    names = {"background": 0, **{f"organ {i}": i for i in range(1, classes)}}
+    about = {"name": "CT", "channel_names": {"0": "CT"}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
+    plan = Plan.model_validate({
+        "dataset": "CT", "median_spacing": [1.0, 0.8, 0.8], "median_shape": [300, 512, 512], "labels": {"names": names},
+        "channels": [{"name": "CT", "normalization": "ct", "statistics": statistics}],
+        "configurations": {"3d_fullres": configuration},
+    })  # fmt: skip
+    settings = load_settings("default", {"augmentation.mirror_axes": list(mirror_axes)}).model_dump(mode="json")
+    write_description(folder, plan, about, {"configuration": "3d_fullres", "settings": settings, "seed": 0})
+    torch.manual_seed(0)
+    made = build_network(plan, "3d_fullres")
+    save_weights(folder / "fold_0" / "model.safetensors", made, {"epochs": 0})
+    return folder
 
 
 def draw(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
