@@ -445,7 +445,7 @@ def labelled_cases(
     maps = image_files(folder)
     if not maps:
         raise no_files_error(folder, "label map")
-    labels = label_maps(maps, _image_names(files))
+    labels = label_maps(maps, {name for path in files for name in names_of_image(path)})
     if channels != 1:
         _rename_first_channels(labels, files)
     single = [Case(stem(path), (path,)) for path in files if stem(path) in labels]  # also names that end in _0001
@@ -495,9 +495,9 @@ def _rename_first_channels(labels: dict[str, list[Path]], files: Iterable[Path])
             labels[base] = labels.pop(f"{base}_0000")
 
 
-def _image_names(files: Iterable[Path]) -> set[str]:
-    """Return the names that label maps of image files may have: with and without a channel number."""
-    return {name for path in files for name in (stem(path), split_name(stem(path))[0])}
+def names_of_image(path: Path) -> tuple[str, str]:
+    """Return the names that the label map of an image may have: with and without a channel number."""
+    return stem(path), split_name(stem(path))[0]
 
 
 def label_maps(files: Iterable[Path], names: Collection[str]) -> dict[str, list[Path]]:
