@@ -371,28 +371,17 @@ def _has_channels(path: Path, channels: int) -> bool:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
-def data_folders(root: Path) -> tuple[Path | None, Path | None]:
-    """Return the folders of the training images and of their label maps.
-
-    They are imagesTr and labelsTr, otherwise folders such as images and labels, or image and masks, in any case.
-
-    Parameters
-    ----------
-    root : Path
-        The folder of a dataset.
-
-    Returns
-    -------
-    tuple of Path or None
-        None for a folder that does not exist.
-
-    Raises
-    ------
-    UserError
-        There are several folders for the same purpose.
-    """
+def _data_folders(root: Path) -> tuple[Path, Path]:
+    """Return the folders of images and label maps: imagesTr and labelsTr, or such as images and masks, in any case."""
     images = _usual_folder(root, "imagesTr", IMAGE_FOLDERS, "images")
-    return images, _usual_folder(root, "labelsTr", LABEL_FOLDERS, "label maps")
+    labels = _usual_folder(root, "labelsTr", LABEL_FOLDERS, "label maps")
+    if images and labels:
+        return images, labels
+    if not (table := root / "dataset.json").is_file():
+        raise _no_dataset_error(root)
+    missing = [name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None]
+    what = f"lists no files, and it has no {' and no '.join(missing)} in its folder"
+    raise UserError(what, table, "Add the folder, or list the files.")
 
 
 def _usual_folder(root: Path, of_nnunet: str, usual: Sequence[str], what: str) -> Path | None:
@@ -415,18 +404,16 @@ def _has_both(folder: Path) -> bool:
 
 
 def labelled_cases(
-    files: Sequence[Path], channels: int | None, folder: Path, ending: str | None
+    root: Path, channels: int | None = None, ending: str | None = None
 ) -> tuple[list[Case], tuple[str, ...]]:
-    """Group image files into cases with their label maps.
+    """Find the training cases in the folders of a dataset, such as imagesTr and labelsTr or images and masks.
 
     Parameters
     ----------
-    files : sequence of Path
-        All images of a dataset.
+    root : Path
+        The folder of the dataset.
     channels : int or None
         Their number of channels. None: what the numbers in the names of labelled images show.
-    folder : Path
-        The folder of the label maps.
     ending : str or None
         The ending of the files in dataset.json.
 
@@ -440,11 +427,15 @@ def labelled_cases(
     Raises
     ------
     UserError
-        The folder contains no label map, or none with the name of an image.
+        A folder is missing, or there are several for one purpose; or it contains no image, no label map, or no label
+        map with the name of an image.
     """
-    maps = image_files(folder)
+    images, folder = _data_folders(root)
+    files, maps = image_files(images, ending), image_files(folder)
+    if not files:
+        raise _no_files_error(images, "image", ending)
     if not maps:
-        raise no_files_error(folder, "label map")
+        raise _no_files_error(folder, "label map")
     labels = label_maps(maps, {name for path in files for name in names_of_image(path)})
     if channels != 1:
         _rename_first_channels(labels, files)
@@ -472,7 +463,7 @@ def labelled_cases(
         labelled.append(Case(case.id, case.images, label))
     notes = [
         f"{used.name}/ taken as the folder of the {what}"
-        for used, what in ((files[0].parent, "images"), (folder, "label maps"))
+        for used, what in ((images, "images"), (folder, "label maps"))
         if used.name.lower() not in ("imagestr", "images", "labelstr", "labels")
     ]
     if by_word:
@@ -600,23 +591,8 @@ def common_ending(cases: Iterable[Case]) -> str:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def no_files_error(folder: Path, what: str, ending: str | None = None) -> UserError:
-    """Return the error for a folder without a readable file, which says what the folder contains instead.
-
-    Parameters
-    ----------
-    folder : Path
-        The folder of images or label maps.
-    what : str
-        "image" or "label map".
-    ending : str or None
-        The only ending that counts, from dataset.json.
-
-    Returns
-    -------
-    UserError
-        To be raised.
-    """
+def _no_files_error(folder: Path, what: str, ending: str | None = None) -> UserError:
+    """Return the error for a folder without a readable file, which says what the folder contains instead."""
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     wrong = image_files(folder) or [path for path in files if path.suffix.lower() != ".json"]
     inside = [f"{path.name}/ ({few(names)})" for path in folders_in(folder) if (names := _names_in(path))]
@@ -635,19 +611,8 @@ def _names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def no_dataset_error(root: Path) -> UserError:
-    """Return the error for a folder that is not a dataset, which says what the folder contains.
-
-    Parameters
-    ----------
-    root : Path
-        The folder.
-
-    Returns
-    -------
-    UserError
-        To be raised.
-    """
+def _no_dataset_error(root: Path) -> UserError:
+    """Return the error for a folder that is not a dataset, which says what the folder contains."""
     folders = [root.parent, *folders_in(root)]
     datasets = [str(folder) for folder in folders if (folder / "dataset.json").is_file() or _has_both(folder)]
     if datasets:

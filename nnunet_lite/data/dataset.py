@@ -16,16 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from nnunet_lite.data.cases import (
-    Case,
-    common_ending,
-    data_folders,
-    image_files,
-    labelled_cases,
-    no_dataset_error,
-    no_files_error,
-    split_name,
-)
+from nnunet_lite.data.cases import Case, common_ending, labelled_cases, split_name
 from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
@@ -115,10 +106,7 @@ def read_dataset(root: Path) -> Dataset:
         raise UserError("there is no such folder", root)
     if (root / "dataset.json").is_file():
         return _described(root, root / "dataset.json")
-    images, labels = data_folders(root)
-    if images is None or labels is None:
-        raise no_dataset_error(root)
-    return _plain(root, images, labels)
+    return _plain(root)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
@@ -266,7 +254,7 @@ def _described(root: Path, table: Path) -> Dataset:
         layout, cases = _training_cases(root, training, len(channels), table)
     else:
         layout = "nnunet_v2"
-        cases, pairing = _found_cases(root, len(channels), ending, table)
+        cases, pairing = labelled_cases(root, len(channels), ending)
     value_map = _mask_map(labels, cases)
     return Dataset(
         name=root.name,
@@ -417,19 +405,6 @@ def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tupl
     return name, (image,)
 
 
-def _found_cases(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:
-    """Return the cases in imagesTr (or images), with the label maps of labelsTr (or labels), and notes."""
-    images, labels = data_folders(root)
-    if images is None or labels is None:
-        missing = [name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None]
-        what = f"lists no files, and it has no {' and no '.join(missing)} in its folder"
-        raise UserError(what, table, "Add the folder, or list the files.")
-    files = image_files(images, ending)
-    if not files:
-        raise no_files_error(images, "image", ending)
-    return labelled_cases(files, channels, labels, ending)
-
-
 def _mask_map(labels: Labels, cases: Sequence[Case]) -> dict[int, int] | None:
     """Return the `value_map` of a dataset with the values 0 and 1 if its files hold 0 and 255.
 
@@ -460,12 +435,9 @@ def _values_in(paths: Sequence[Path]) -> list[set[int]]:
 # -------------------------------------------------------------------------------------------------------- plain folders
 
 
-def _plain(root: Path, images: Path, labels: Path) -> Dataset:
+def _plain(root: Path) -> Dataset:
     """Return a dataset without dataset.json: channels follow from the files, labels from values in the label maps."""
-    files = image_files(images)
-    if not files:
-        raise no_files_error(images, "image")
-    cases, pairing = labelled_cases(files, None, labels, None)
+    cases, pairing = labelled_cases(root)
     channels = max(len(case.images) for case in cases)
     readable, inside = _first_readable(cases)
     if channels == 1 and inside == 3 and suffix_of(readable) in PICTURES:
@@ -473,14 +445,14 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     else:
         names = tuple(f"channel_{i}" for i in range(channels if channels > 1 else inside))
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    found, value_map = _labels_in(paths, labels)
+    labels, value_map = _labels_in(paths)
     pairing += (MASK_NOTE,) if value_map else ()
     return Dataset(
         name=root.name,
         root=root,
         layout="plain",
         channels=names,
-        labels=found,
+        labels=labels,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
         value_map=value_map,
         file_ending=common_ending(cases),
@@ -497,16 +469,16 @@ def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
     return paths[0], 1
 
 
-def _labels_in(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None]:
-    """Return a label for each value in label maps, and the `value_map`; messages name the folder."""
+def _labels_in(paths: Sequence[Path]) -> tuple[Labels, dict[int, int] | None]:
+    """Return a label for each value in label maps, and the `value_map`."""
     found = _values_in(paths)
     values = set().union(*found) - {0}
     fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
     if not values and len(found) == len(paths):  # otherwise the check reports those that cannot be read
-        raise UserError("holds no label map with anything but zeros", folder, fix)
+        raise UserError("holds no label map with anything but zeros", paths[0].parent, fix)
     value_map = {255: 1} if values == {255} else None
     names = {f"label_{value}": value for value in (sorted(values) if values and not value_map else [1])}
     try:
         return Labels(names={BACKGROUND: 0, **names}), value_map
     except ValidationError as error:
-        raise UserError(_first_message(error), folder, fix) from None
+        raise UserError(_first_message(error), paths[0].parent, fix) from None
