@@ -133,29 +133,41 @@ def unsupported_files(folder: Path, name: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------- cases to predict
 
 
-def find_cases(source: Path, channels: int) -> list[Case]:
-    """Find the cases to predict in a file, a folder of files, or a folder of case folders.
+def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
+    """Find the cases to predict in files, folders of files, and folders of case folders.
 
     A file is an image, one of several channel files, or a file of a DICOM series. A folder contains any mix of
     supported files, or one DICOM series, or folders that contain one case each and give it their name.
 
     Parameters
     ----------
-    source : Path
-        The file or folder.
+    sources : sequence of Path
+        The files and folders.
     channels : int
         Number of channels of the model.
 
     Returns
     -------
     list of Case
-        Without label maps.
+        Without label maps, in the order of the sources.
 
     Raises
     ------
     UserError
-        There is nothing to read, two files are one case and channel, or a case folder contains several cases.
+        There is nothing to read, two cases have one name, or a case folder contains several cases.
     """
+    cases: dict[str, Case] = {}
+    for source in sources:
+        for case in _cases_of(source, channels):
+            other = cases.setdefault(case.id, case)
+            if set(other.images) != set(case.images):
+                files = f"{other.images[0]} and {case.images[0]}"
+                what = f"{files} are the same case {case.id!r}: their label maps would be one file"
+                raise UserError(what, source, "Rename or remove one, or predict them into two folders.")
+    return list(cases.values())
+
+
+def _cases_of(source: Path, channels: int) -> list[Case]:
     if source.is_file():
         return _cases_of_file(source, channels)
     if not source.is_dir():
@@ -170,12 +182,6 @@ def find_cases(source: Path, channels: int) -> list[Case]:
         inside = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
         what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
         raise UserError(what, source, _ALSO_DICOM)
-    by_id: dict[str, Case] = {}
-    for case in cases:
-        first = by_id.setdefault(case.id, case)
-        if first is not case:
-            names = " and ".join(path.name for path in (first.images[0], case.images[0]))
-            raise UserError(f"{names} are the same case {case.id!r}", source, "Rename or remove one.")
     if channels == 1 and (numbered := numbered_cases(cases)):
         names = " and ".join(case.images[0].name for case in numbered[0][:2])
         log.warn(
@@ -183,36 +189,6 @@ def find_cases(source: Path, channels: int) -> list[Case]:
             "one case, leave only the channel of the model in the folder"
         )
     return cases
-
-
-def find_all_cases(sources: Sequence[Path], channels: int) -> list[Case]:
-    """Find the cases to predict in several files and folders.
-
-    Parameters
-    ----------
-    sources : sequence of Path
-        As for `find_cases`.
-    channels : int
-        Number of channels of the model.
-
-    Returns
-    -------
-    list of Case
-        In the order of the sources.
-
-    Raises
-    ------
-    UserError
-        As `find_cases`, or two sources contain a case of the same name.
-    """
-    found: dict[str, tuple[Case, Path]] = {}
-    for source in sources:
-        for case in find_cases(source, channels):
-            other = found.setdefault(case.id, (case, source))
-            if set(other[0].images) != set(case.images):
-                what = f"holds case {case.id!r}, and so does {other[1]}: their label maps would be one file"
-                raise UserError(what, source, "Predict them into two folders.")
-    return [case for case, _ in found.values()]
 
 
 def _cases_of_file(path: Path, channels: int) -> list[Case]:

@@ -65,7 +65,7 @@ class Dataset:
     layout: str
     channels: tuple[str, ...]
     labels: Labels
-    cases: tuple[Case, ...]
+    cases: Annotated[tuple[Case, ...], Field(alias="dataset")]
     value_map: Annotated[dict[int, int] | None, Field(alias="label_map")] = None
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
@@ -179,7 +179,6 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         With the keys of nnU-Net's dataset.json, and others.
     """
     value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json", by_alias=True)
-    cases = value.pop("cases")
     del value["channels"]
     if dataset.orientation is None:
         del value["orientation"]
@@ -189,7 +188,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         value["regions_class_order"] = list(dataset.labels.region_order)
     names = {str(i): name for i, name in enumerate(dataset.channels)}
     labels = dataset.labels.to_json()
-    return value | {"channel_names": names, "labels": labels, "numTraining": len(cases), "dataset": cases}
+    return value | {"channel_names": names, "labels": labels, "numTraining": len(dataset.cases)}
 
 
 def dataset_from_json(value: dict[str, Any]) -> Dataset:
@@ -207,7 +206,7 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
     """
     labels = Labels.from_json(value["labels"], value.get("regions_class_order"))
     channels = list(value["channel_names"].values())
-    return _DATASET.validate_python({**value, "channels": channels, "labels": labels, "cases": value["dataset"]})
+    return _DATASET.validate_python({**value, "channels": channels, "labels": labels})
 
 
 def stored_dataset(file: Path) -> Dataset:
@@ -343,10 +342,10 @@ def labels_of(content: Mapping[str, Any], table: Path | None) -> Labels:
         raise UserError("has no labels", table, 'Add, for example, "labels": {"background": 0, "tumour": 1}.')
     try:
         return Labels.from_json(content["labels"], content.get("regions_class_order"))
-    except ValidationError as error:
-        raise UserError(f"labels: {_first_message(error)}", table, _LABELS_FORM) from None
-    except (TypeError, ValueError):
-        raise UserError(f"labels {content['labels']} are not names with integers", table, _LABELS_FORM) from None
+    except (TypeError, ValueError) as error:  # pydantic's is a ValueError
+        wrong = f" {content['labels']} are not names with integers"
+        what = f": {_first_message(error)}" if isinstance(error, ValidationError) else wrong
+        raise UserError(f"labels{what}", table, _LABELS_FORM) from None
 
 
 def _first_message(error: ValidationError) -> str:
@@ -360,13 +359,12 @@ def _explicit_cases(root: Path, entries: dict[str, Any], table: Path) -> list[Ca
     """
     cases = []
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not entry["images"]:
-            raise UserError(f'dataset.{name} is not {{"images": [...], "label": ...}}', table)
+        images = entry.get("images") if isinstance(entry, dict) else None
+        files: list[Any] = [entry.get("label") or "", *images] if isinstance(images, list) and images else [None]
+        if not all(isinstance(file, str) for file in files):
+            raise UserError(f'dataset.{name} is not {{"images": [file, ...], "label": file}}, but {entry}', table)
         if "/" in name:
             raise UserError(f"the id {name!r} holds a /, and cases give files their names", table, "Write _ instead.")
-        files = [entry.get("label") or "", *entry["images"]]
-        if not all(isinstance(file, str) for file in files):
-            raise UserError(f"dataset.{name} has something else than file names: {files}", table)
         label, *images = [os.path.expandvars(file) for file in files]
         cases.append(Case(name, tuple(root / file for file in images), root / label if label else None))
     return cases
@@ -378,18 +376,16 @@ def _training_cases(root: Path, entries: list[Any], channels: int, table: Path) 
     nnU-Net v1 has the same list, but names its files image_0000, image_0001, ...
     """
     cases, layout = [], "msd"
-    listed = {root / str(entry.get("image")) for entry in entries if isinstance(entry, dict)}
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
-        if not isinstance(entry.get("label") or "", str):
-            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is not a file name", table)
-        image = root / entry["image"]
-        label = root / entry["label"] if entry.get("label") else None
+        label = (entry.get("label") or "") if isinstance(entry, dict) else None
+        if not isinstance(label, str) or not isinstance(entry.get("image"), str):
+            raise UserError(f'training[{number}] is not {{"image": file, "label": file}}, but {entry}', table)
+    listed = {root / entry["image"] for entry in entries}
+    for entry in entries:
+        image, label = root / entry["image"], entry.get("label")
         name, images = _channel_files(image, channels, listed)
-        if images != (image,):
-            layout = "nnunet_v1"
-        cases.append(Case(name, images, label))
+        layout = layout if images == (image,) else "nnunet_v1"
+        cases.append(Case(name, images, root / label if label else None))
     return layout, cases
 
 
