@@ -10,10 +10,11 @@ import platform
 import re
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +22,9 @@ from nnunet_lite import __version__, log
 from nnunet_lite.commands import options
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import workspace_folder
+
+if TYPE_CHECKING:
+    import torch
 
 _MIN_DISK = 5 * GB
 
@@ -109,9 +113,19 @@ def _torch_devices(problems: list[str]) -> tuple[str | None, list[dict[str, Any]
         return None, []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
+    problems += _wrong_convolutions([torch.device("cuda", i) for i in range(len(gpus))])
     if not gpus and shutil.which("nvidia-smi"):
         problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     return torch.backends.cpu.get_cpu_capability(), gpus
+
+
+def _wrong_convolutions(gpus: Sequence[torch.device]) -> list[str]:
+    """A problem for each GPU that computes the convolutions of a 3D patch wrongly in bf16."""
+    from nnunet_lite.networks import devices  # it imports torch, which may be broken
+
+    patch, kernel = (1, 32, 128, 128, 128), (3, 3, 3)
+    wrong = [gpu for gpu in gpus if devices.has_bf16(gpu) and not devices.computes_bf16(gpu, patch, kernel)]
+    return [f"{gpu}: {devices.describe_wrong_bf16()}: training uses fp16; another cuDNN may help" for gpu in wrong]
 
 
 # ------------------------------------------------------------------------------------------------------------ a cluster
