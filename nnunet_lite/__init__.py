@@ -11,10 +11,26 @@ is used first.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import signal
+import sys
 
-import nnunet_lite.system  # noqa: F401 - first: it handles signals during the other imports
+
+def _is_command() -> bool:
+    """Whether this process is `nnlite` or `python -m nnunet_lite`."""
+    started = sys.argv[0] if sys.argv else ""
+    if started == "-m":  # Python has not found the module to run yet; it adds it to sys.argv later
+        return "nnunet_lite" in sys.orig_argv[sys.orig_argv.index("-m") :][1:2]
+    return started.rpartition("/")[2] == "nnlite"
+
+
+IS_COMMAND = _is_command()
+if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until system.py handles it: Ctrl-C ends without a traceback
+
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+import nnunet_lite.system  # noqa: E402, F401 - first: it handles signals during the other imports
 
 __version__ = "0.1.0"
 
@@ -29,20 +45,9 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
-    "check",
-    "evaluate",
-    "export_model",
-    "import_model",
-    "load",
-    "plan",
-    "predict",
-    "preprocess",
-    "report",
-    "run",
-    "select",
-    "train",
-    "view",
-]
+    "check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "report", "run",
+    "select", "train", "view",
+]  # fmt: skip
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",
     "export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor",

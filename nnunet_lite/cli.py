@@ -25,37 +25,25 @@ from typer.core import TyperGroup
 from nnunet_lite import __version__, log, system
 from nnunet_lite.errors import Lost, Stopped, UserError
 
-# the subcommands, in the order of use: name, module and function in commands/, first line of the function's docstring
+# the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
 COMMANDS = {
     "check": ("plan.check", "Report every problem of a dataset at once."),
-    "plan": ("plan.plan", "Check a dataset, take its fingerprint and plan its networks; the options are kept for "
-             "planning it again."),
-    "preprocess": ("plan.preprocess", "Crop, normalise and resample a planned dataset (train does it too where "
-                   "it is missing)."),
-    "train": ("train.train", "Train a fold and score its held-out cases. The same command again resumes where it "
-              "stopped."),
+    "plan": ("plan.plan", "Check a dataset, take its fingerprint and plan its networks."),
+    "preprocess": ("plan.preprocess", "Crop, normalise and resample a planned dataset."),
+    "train": ("train.train", "Train a fold and score its held-out cases."),
     "predict": ("predict.predict", "Segment images with a trained model."),
-    "evaluate": ("evaluate.evaluate", "Score label maps against references: Dice, surface distances, volumes, "
-                 "lesions."),
-    "select": ("select.select", "Compare trained models and pairs of them on the held-out cases; predict uses the "
-               "best."),
-    "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores, with pictures of "
-               "the worst cases."),
-    "run": ("run.run", "Check, plan, preprocess, train every fold, select and report. The same command again resumes "
-            "where it stopped."),
+    "evaluate": ("evaluate.evaluate", "Score label maps against references."),
+    "select": ("select.select", "Compare trained models and pairs of them on the held-out cases."),
+    "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores."),
+    "run": ("run.run", "Check, plan, preprocess, train every fold, select and report."),
     "view": ("evaluate.view", "Look at an image with reference and prediction in the browser."),
-    "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote; none of its "
-               "code is run."),
-    "export": ("export.export_model", "Pack a model into one file, or write it as a folder for nnU-Net v2 or for "
-               "onnxruntime."),
-    "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset and its "
-             "models."),
-    "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk; and its problems."),
-    "cluster": ("machines.cluster", "Start a Dask scheduler and workers; run, train, preprocess and predict take its "
-                "address with --scheduler."),
-}  # fmt: skip
+    "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
+    "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
+    "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
+    "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
+    "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
+}
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-_PROBABILITIES = "--save-probabilities"
 
 # an OSError of these kinds is a mistake of the user; any other one is a failure of the machine
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
@@ -71,9 +59,8 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        path, summary = COMMANDS[cmd_name]
-        module, _, function = path.partition(".")
-        return command_of(getattr(import_module(f"nnunet_lite.commands.{module}"), function), cmd_name, summary)
+        module, _, function = COMMANDS[cmd_name][0].partition(".")
+        return command_of(getattr(import_module(f"nnunet_lite.commands.{module}"), function), cmd_name)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -125,11 +112,12 @@ def main() -> None:
         sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
 
 
-def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
+def command_of(function: Callable[..., Any], name: str) -> Any:
     """Make a subcommand of a function whose parameters are annotated with typer's options.
 
-    Its result is the path of a written file, or has `to_text()`. It may have `to_json()`, `exit_code`, and `finish()`,
-    which is called at the end. A result with `wait()` and `close()` is a service, which runs until Ctrl-C.
+    Its help is the beginning of the docstring. Its result is the path of a written file, or has `to_text()`; it may
+    have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with `wait()` and `close()` is a
+    service, which runs until Ctrl-C.
 
     Parameters
     ----------
@@ -137,18 +125,10 @@ def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
         A function of commands/.
     name : str
         Of the subcommand.
-    summary : str
-        Its help.
     """
-    hints = get_type_hints(function, include_extras=True)
-    kinds = {parameter: _command_line_type(hint) for parameter, hint in hints.items() if parameter != "return"}
 
     def run(as_json: bool, **arguments: Any) -> None:
-        given = {key: value for key, value in arguments.items() if value != []}  # an empty list: the default
-        for key, value in given.items():
-            if get_origin(_without_none(hints[key])) is Mapping and value is not None:
-                given[key] = dict(map(_assignment, value))
-        result = function(**given)
+        result = function(**{key: value for key, value in arguments.items() if value != []})  # an empty list: default
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
@@ -158,15 +138,16 @@ def command_of(function: Callable[..., Any], name: str, summary: str) -> Any:
             result.finish()
         raise typer.Exit(getattr(result, "exit_code", 0))
 
-    parameters = [
-        parameter.replace(annotation=kinds[parameter.name], kind=parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(function).parameters.values()
-    ]
-    last = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_AS_JSON)
-    run.__signature__ = inspect.Signature([*parameters, last])  # type: ignore[attr-defined]
-    run.__annotations__ = {**kinds, "as_json": _AS_JSON}
+    hints = {**get_type_hints(function, include_extras=True), "as_json": _AS_JSON}
+    parameters = [*inspect.signature(function).parameters.values()]
+    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False))
+    kinds = {parameter.name: _command_line_type(hints[parameter.name]) for parameter in parameters}
+    run.__annotations__ = kinds
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=kinds[parameter.name], kind=parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(name, help=summary)(run)
+    single.command(name, help=str(inspect.getdoc(function)).partition("\n\n")[0])(run)
     return typer.main.get_command(single)
 
 
@@ -182,38 +163,16 @@ def _serve(service: Any, text: str) -> None:
         service.close()
 
 
-def _without_none(hint: Any) -> Any:
-    """Return the type of a parameter without typer's option and without None; a union of several stays one."""
-    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if _is_union(hint) else [hint]
-    return kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007
-
-
 def _command_line_type(hint: Any) -> Any:
     """Return the type that the command line gives for the type of a parameter: the most general of a union."""
-    if get_origin(hint) is Annotated:
-        kind, option = get_args(hint)
-        default = str if option.parser is not None else _command_line_type(kind)
-        return Annotated[default | None if NoneType in get_args(kind) else default, option]
-    kind = _without_none(hint)
-    kinds = get_args(kind) if _is_union(kind) else (kind,)
-    for one in kinds:
-        if get_origin(one) is Sequence:
-            return list[_command_line_type(get_args(one)[0])]  # type: ignore[misc]
-        if get_origin(one) is Mapping:
-            return list[str]
-    return next((one for one in (Path, str) if one in kinds), kinds[0])
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, UnionType)
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set {text!r} is not key=value")
-    return key.strip(), value.strip()
+    kind, *option = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    is_union = get_origin(kind) in (Union, UnionType)
+    kinds = [one for one in (get_args(kind) if is_union else (kind,)) if one is not NoneType]
+    lists = {get_origin(one): get_args(one)[0] for one in kinds if get_origin(one) in (Sequence, Mapping)}
+    shown: Any = next((one for one in (Path, str) if one in kinds), kinds[0])
+    if lists and not (option and option[0].parser is str):  # such as 40x56x40, one text
+        shown = list[_command_line_type(next(iter(lists.values())))]  # type: ignore[misc]
+    return Annotated[shown | None if NoneType in get_args(kind) else shown, *option] if option else shown
 
 
 def _as_json(result: Any) -> str:
@@ -228,7 +187,7 @@ def _with_optional_values(arguments: list[str]) -> list[str]:
     """Add "all" to `--save-probabilities` without labels: typer knows no optional values."""
     out = []
     for argument, after in pairwise([*arguments, "-"]):
-        out += [argument, "all"] if argument == _PROBABILITIES and after.startswith("-") else [argument]
+        out += [argument, "all"] if argument == "--save-probabilities" and after.startswith("-") else [argument]
     return out
 
 

@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import nnunet_lite
 from nnunet_lite import log
@@ -380,12 +380,9 @@ def read_cluster_config(name: str) -> ClusterConfig:
         raise UserError(f"there is no cluster {name!r}", fix=f"There are: {', '.join(known)}; or give a TOML file.")
     try:
         return ClusterConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:  # no TOML, or no text
-        reason = str(error)
-    raise UserError(f"must be TOML with kind, workers and options ({reason})", file)
+    except ValueError as error:  # no text, no TOML, or another form
+        reason = " ".join(str(error).split())
+    raise UserError(f"must be TOML with kind, workers and options ({reason:.200})", file)
 
 
 def start_cluster(config: ClusterConfig) -> Any:

@@ -47,11 +47,15 @@ def _print(text: str, stream: TextIO | None) -> None:
     """Print to a stream, above the progress bars; nothing if it is closed, or None as without a console."""
     if stream is None or stream.closed:
         return
-    if _bars is None:
-        print(text, file=stream, flush=True)
-    else:
-        _bars.write(text, file=stream)
-        stream.flush()
+    try:
+        if _bars is None:
+            print(text, file=stream, flush=True)
+        else:
+            _bars.write(text, file=stream)
+            stream.flush()
+    except OSError as error:  # messages on a full disk, or on a terminal that was closed, end no training
+        if stream is sys.stdout or isinstance(error, BrokenPipeError):
+            raise
 
 
 def duration(seconds: float) -> str:

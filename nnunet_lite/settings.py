@@ -1,8 +1,8 @@
 """Everything a run can vary: a recipe (TOML), then options and `--set` -> one frozen, validated object.
 
 A key is `section.name`, as in the recipe. Unknown keys are refused with the nearest one. The resolved settings are
-stored with the run (run.json), so that a resumed or finished run says how it was made. `describe_settings` writes
-docs/settings.md; a test compares them.
+stored with the run (run.json), so that a resumed or finished run says how it was made. `scripts/describe_settings.py`
+prints docs/settings.md.
 """
 
 from __future__ import annotations
@@ -10,38 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import must_be, read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
-
-
-def _range(legal: str, is_legal: Callable[[float, float], bool]) -> AfterValidator:
-    """Refuse a pair of numbers unless `is_legal`, which `legal` says in words."""
-
-    def check(limits: tuple[float, float]) -> tuple[float, float]:
-        if not is_legal(*limits):
-            raise ValueError(f"must be [low, high] with {legal}")
-        return limits
-
-    return AfterValidator(check)
-
-
-def _check_axes(axes: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
-        raise ValueError("must be different axes, each 0, 1 or 2")
-    return axes
-
-
-def _check_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
-    if min(weights, default=0) < 0 or sum(weights) == 0:
-        raise ValueError("must be numbers of at least 0, not all of them 0")
-    return weights
 
 
 def _to_minutes(value: Any) -> Any:
@@ -59,11 +37,18 @@ def _to_absolute(factory: str) -> str:
     return f"{Path(where).expanduser().absolute()}:{name}" if where.endswith(".py") else factory
 
 
-Factors = Annotated[tuple[float, float], _range("0 < low <= high", lambda low, high: 0 < low <= high)]
-Deviations = Annotated[tuple[float, float], _range("0 <= low <= high", lambda low, high: 0 <= low <= high)]
-Shares = Annotated[tuple[float, float], _range("0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1)]
-Axes = Annotated[tuple[int, ...], AfterValidator(_check_axes)]
-Weights = Annotated[tuple[float, ...], AfterValidator(_check_weights)]
+Range = tuple[float, float]
+Factors = Annotated[Range, must_be("[low, high] with 0 < low <= high", lambda r: 0 < r[0] <= r[1])]
+Deviations = Annotated[Range, must_be("[low, high] with 0 <= low <= high", lambda r: 0 <= r[0] <= r[1])]
+Shares = Annotated[Range, must_be("[low, high] with 0 < low <= high <= 1", lambda r: 0 < r[0] <= r[1] <= 1)]
+Axes = Annotated[
+    tuple[int, ...],
+    must_be("different axes, each 0, 1 or 2", lambda axes: len(set(axes)) == len(axes) and set(axes) <= {0, 1, 2}),
+]
+Weights = Annotated[
+    tuple[float, ...],
+    must_be("numbers of at least 0, not all of them 0", lambda weights: sum(weights) > 0 <= min(weights)),
+]
 Minutes = Annotated[float, BeforeValidator(_to_minutes)]
 Factory = Annotated[str, AfterValidator(_to_absolute)]
 
@@ -362,9 +347,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     if path in above:
         raise UserError("builds on itself", path, "Give another base.")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start})", path) from None
+        tree = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"invalid TOML: {error}", path) from None
     base = tree.pop("base", None)
@@ -408,23 +391,8 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
         return Settings.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
+        what, place = problem["msg"].removeprefix("Value error, "), problem["loc"][:2]
         given: Any = tree
-        for part in problem["loc"][:2]:  # section, name; deeper ones are entries of a value that is shown whole
+        for part in place:  # deeper parts are entries of a value that is shown whole
             given = given[part]
-        where = ".".join(str(part) for part in problem["loc"][:2])
-        what = str(problem["msg"]).removeprefix("Value error, ")
-        raise UserError(f"{where} = {given!r}: {what}" if where else what, file) from None
-
-
-def describe_settings() -> str:
-    """Return every key with its default and meaning, as Markdown: docs/settings.md."""
-    lines = ["# Settings", "", "Keys of recipes and of `--set`; defaults are those of the recipe `default`."]
-    for section, field in Settings.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            about = " ".join((kind.__doc__ or "").split())
-            lines += ["", f"## {section}", "", *([about, ""] if about else [])]
-            lines += ["| key | default | meaning |", "|---|---|---|"]
-            for name, entry in kind.model_fields.items():
-                lines.append(f"| `{section}.{name}` | `{json.dumps(entry.default)}` | {entry.description or ''} |")
-    return "\n".join(lines) + "\n"
+        raise UserError(f"{'.'.join(map(str, place))} = {given!r}: {what}" if place else what, file) from None

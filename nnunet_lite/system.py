@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from nnunet_lite import IS_COMMAND
 from nnunet_lite.errors import UserError
 
 # -------------------------------------------------------------------------------------------------- streams and signals
@@ -23,14 +24,6 @@ RESUME = "the same command resumes from here (predict: with --continue)"
 
 temporary_paths: set[Path] = set()  # files and folders to delete when a signal ends this process, see files.py
 interrupted = False  # whether SIGINT came: a library may turn the KeyboardInterrupt into another exception
-
-
-def _is_command() -> bool:
-    """Whether this process is `nnlite` or `python -m nnunet_lite`."""
-    started = sys.argv[0] if sys.argv else ""
-    if started == "-m":  # Python has not found the module to run yet; it adds it to sys.argv later
-        return "nnunet_lite" in sys.orig_argv[sys.orig_argv.index("-m") :][1:2]
-    return started.rpartition("/")[2] == "nnlite"
 
 
 def _open_streams() -> None:
@@ -73,7 +66,6 @@ def _unraisable(problem: sys.UnraisableHookArgs) -> None:
     sys.__unraisablehook__(problem)
 
 
-IS_COMMAND = _is_command()
 if IS_COMMAND:
     _open_streams()
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -53,7 +53,7 @@ def stand_in(paths: Paths, configuration: str, seed: int) -> None:
         jobs = [(cases[case_id], int(draws.integers(2**31))) for case_id in held_out]
         with ThreadPoolExecutor() as pool:
             rows = list(pool.map(lambda job, out=fold / "validation": predicted(*job, dataset, out), jobs))
-        write_json(fold / "validation" / "summary.json", Scores.of(rows, dataset.labels).to_json())
+        write_json(fold / "validation" / "summary.json", Scores(tuple(rows), dataset.labels).to_json())
         write_text(fold / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in epochs(dataset, draws)))
 
 

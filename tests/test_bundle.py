@@ -22,7 +22,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models import bundle as bundles
-from nnunet_lite.models.bundle import MANIFEST, pack, read_licence, read_manifest, unpack, unpacked
+from nnunet_lite.models.bundle import MANIFEST, pack, read_manifest, unpack, unpacked
 from nnunet_lite.models.folder import MODEL
 
 WEIGHTS = f"tiny/fold_0/{MODEL}"
@@ -83,17 +83,17 @@ def contents(file: Path) -> Files:
 
 def listed(files: Files, **changes: Any) -> Files:
     """The files with a manifest that lists them correctly, and with some changes of the manifest."""
-    manifest = json.loads(files[MANIFEST])
-    manifest["files"] = {
+    sizes = {
         path: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
         for path, content in files.items()
         if path != MANIFEST
     }
-    return with_manifest(files, {**manifest, **changes})
+    return described(files, **{"files": sizes, **changes})
 
 
-def with_manifest(files: Files, manifest: dict[str, Any]) -> Files:
-    return {**files, MANIFEST: json.dumps(manifest).encode()}
+def described(files: Files, /, **changes: Any) -> Files:
+    """The files with some changes of the manifest."""
+    return {**files, MANIFEST: json.dumps({**json.loads(files[MANIFEST]), **changes}).encode()}
 
 
 def write(file: Path, files: Files | list[tuple[ZipInfo | str, bytes]]) -> Path:
@@ -116,15 +116,15 @@ def test_an_unpacked_model_predicts_the_same(bundle: Path, tiny_model: Path, tmp
     assert (folder / "run.json").stat().st_mode & 0o044, "others may read it"
 
 
-def test_the_manifest_describes_the_model(bundle: Path, files: Files) -> None:
+def test_the_manifest_describes_the_model(bundle: Path, files: Files, model_copy: Path, tmp_path: Path) -> None:
     manifest = read_manifest(bundle)
     assert (manifest.licence, manifest.training_data) == ("CC-BY-4.0", "ten hippocampi")
     assert (manifest.dataset, manifest.models) == ("Task04_Hippocampus", ("tiny",))
     assert manifest.about["labels"] == {"background": 0, "Anterior": 1, "Posterior": 2}
     assert 0 <= manifest.about["mean_dice"]["0"] <= 1
-    assert set(manifest.files) == set(files) - {MANIFEST}
-    for path, file in manifest.files.items():
-        assert (file.size, file.sha256) == (len(files[path]), hashlib.sha256(files[path]).hexdigest())
+    assert json.loads(listed(files)[MANIFEST]) == json.loads(files[MANIFEST])
+    pack(model_copy, tmp_path / "again.zip", licence="CC-BY-4.0", note="ten hippocampi")
+    assert (tmp_path / "again.zip").read_bytes() == bundle.read_bytes(), "equal models make equal files"
 
 
 def test_licence_and_note_stay_with_a_model(bundle: Path, tmp_path: Path) -> None:
@@ -132,13 +132,7 @@ def test_licence_and_note_stay_with_a_model(bundle: Path, tmp_path: Path) -> Non
     again = pack(folder, tmp_path / "again.zip", note="and a word more")
     assert (again.licence, again.training_data) == ("CC-BY-4.0", "and a word more")
     (tmp_path / "LICENCE").write_text("Do what you like.\n")
-    assert read_licence(str(tmp_path / "LICENCE")) == "Do what you like.\n"
-    assert read_licence("Apache-2.0") == "Apache-2.0"
-
-
-def test_equal_models_make_equal_files(bundle: Path, model_copy: Path, tmp_path: Path) -> None:
-    pack(model_copy, tmp_path / "again.zip", licence="CC-BY-4.0", note="ten hippocampi")
-    assert (tmp_path / "again.zip").read_bytes() == bundle.read_bytes()
+    assert pack(folder, tmp_path / "file.zip", licence=str(tmp_path / "LICENCE")).licence == "Do what you like.\n"
 
 
 def test_no_name_of_the_machine_or_of_cases_is_packed(model_copy: Path, tmp_path: Path) -> None:
@@ -218,41 +212,30 @@ def test_two_threads_predict_with_a_zip_in_place(bundle: Path, scans: list[Path]
      "./tiny/evil.txt"],
 )  # fmt: skip
 def test_paths_out_of_the_folder_are_refused(files: Files, refused: Refuse, path: str) -> None:
-    refused(listed({**files, path: b"evil"}), "out of its folder")
-    manifest = json.loads(files[MANIFEST])
+    refused(listed({**files, path: b"evil"}), "no part of a model")
     for change in ({"models": [path]}, {"dataset": path}, {"models": [".hidden"]}, {"models": ["tiny", "tiny"]}):
-        refused(with_manifest(files, {**manifest, **change}), "no name|no part|lacks a model")
-
-
-def special(path: str, mode: int = 0) -> ZipInfo:
-    info = ZipInfo(path)
-    info.external_attr = mode << 16
-    return info
+        refused(described(files, **change), "no name|no part|lacks a model")
 
 
 @pytest.mark.parametrize(
-    ("odd", "words"),
-    [
-        (special("tiny/dataset.json", stat.S_IFLNK | 0o777), "a link"),
-        (special("tiny/device", stat.S_IFCHR | 0o666), "a link"),
-        (special("tiny/folder/", stat.S_IFDIR | 0o755), "a folder"),
-        (special("tiny/setup.py"), r"contains 'tiny/setup.py', against"),
-        (special("elsewhere.txt"), r"contains 'elsewhere.txt', against"),
-        (special("tiny/plans.json"), "twice"),
-    ],
-)
+    ("path", "mode"),
+    [("tiny/dataset.json", stat.S_IFLNK), ("tiny/device", stat.S_IFCHR), ("tiny/folder/", stat.S_IFDIR),
+     ("tiny/setup.py", 0), ("elsewhere.txt", 0), ("tiny/plans.json", 0)],
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_only_listed_plain_files_are_accepted(files: Files, refused: Refuse, odd: ZipInfo, words: str) -> None:
-    others = {path: content for path, content in files.items() if path != odd.filename or "plans" in path}
-    refused([*others.items(), (odd, b"../../secret")], words)
+def test_only_listed_files_are_accepted(files: Files, refused: Refuse, path: str, mode: int) -> None:
+    odd = ZipInfo(path)
+    odd.external_attr = mode << 16
+    others = [(name, content) for name, content in files.items() if name != path or "plans" in path]
+    refused([*others, (odd, b"../../secret")], f"manifest.json lists: '{path}' differs")
 
 
 def test_changed_and_damaged_files_are_refused(bundle: Path, files: Files, refused: Refuse) -> None:
     weights = bytearray(files[WEIGHTS])
     weights[-1] ^= 1
     refused({**files, WEIGHTS: bytes(weights)}, "checksum")
-    refused({**files, WEIGHTS: bytes(weights[:-4])}, "bytes")
-    refused({path: content for path, content in files.items() if path != "tiny/plans.json"}, r"lacks 'tiny/plans.json'")
+    refused({**files, WEIGHTS: bytes(weights[:-4])}, f"'{WEIGHTS}' differs")
+    refused({path: content for path, content in files.items() if path != "tiny/plans.json"}, "'tiny/plans.json' differ")
     whole = bytearray(bundle.read_bytes())
     encrypted = whole.copy()
     encrypted[whole.index(b"PK\x01\x02") + 8] |= 1  # the first entry's flags in the directory
@@ -267,9 +250,7 @@ def test_changed_and_damaged_files_are_refused(bundle: Path, files: Files, refus
 def test_large_models_are_refused(files: Files, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(listed({**files, WEIGHTS: bytes(64 * 2**20)}), "as no model does")  # zeros shrink to a thousandth
     refused(listed({**files, "tiny/dataset.json": b" " * (16 * 2**20 + 1)}), "tiny/dataset.json has 16777217 bytes")
-    manifest = json.loads(files[MANIFEST])
-    manifest["files"][WEIGHTS]["size"] = 10**15  # more than the zip contains
-    refused(with_manifest(files, manifest), "bytes")
+    refused(described(files, files={WEIGHTS: {"sha256": "0" * 64, "size": 10**15}}), "differs")
     usage = shutil._ntuple_diskusage(1, 1, 1000)  # type: ignore[attr-defined]
     monkeypatch.setattr(bundles.shutil, "disk_usage", lambda _: usage)
     refused(files, "are free")
@@ -279,14 +260,12 @@ def test_large_models_are_refused(files: Files, refused: Refuse, monkeypatch: py
 
 def test_more_bytes_than_declared_are_never_written(files: Files, refused: Refuse, tmp_path: Path) -> None:
     """A header declares a short file and long data follow; manifest and directory agree with the header."""
-    short = len(files["tiny/run.json"])
-    longer = listed({**files, "tiny/run.json": files["tiny/run.json"] + b" " * 10_000})
-    manifest = json.loads(longer[MANIFEST])
-    manifest["files"]["tiny/run.json"]["size"] = short
-    whole = write(tmp_path / "bad.zip", with_manifest(longer, manifest)).read_bytes()
-    long, declared = (short + 10_000).to_bytes(4, "little"), short.to_bytes(4, "little")
-    assert whole.count(long) == 2  # local header and central directory
-    refused(whole.replace(long, declared), "damaged|checksum")
+    run = files["tiny/run.json"]
+    longer = listed({**files, "tiny/run.json": run + b" " * 10_000})
+    whole = write(tmp_path / "bad.zip", {**longer, MANIFEST: listed({**files, "tiny/run.json": run})[MANIFEST]})
+    long, declared = ((len(run) + more).to_bytes(4, "little") for more in (10_000, 0))
+    assert whole.read_bytes().count(long) == 2  # local header and central directory
+    refused(whole.read_bytes().replace(long, declared), "damaged|checksum")
 
 
 @pytest.mark.parametrize(
@@ -295,18 +274,18 @@ def test_more_bytes_than_declared_are_never_written(files: Files, refused: Refus
         ({"format": "nnlite-bundle-2"}, "of a newer nnlite"),
         ({"format": "other-1"}, "unknown format"),
         ({"format": None}, "unknown format"),
-        ({"models": []}, "manifest.json is not as nnlite writes it"),
-        ({"files": {"tiny/plans.json": {"sha256": "0", "size": 1}}}, "manifest.json is not as nnlite writes it"),
-        ({"files": {WEIGHTS: {"sha256": "0" * 64, "size": -1}}}, "manifest.json is not as nnlite writes it"),
+        ({"models": []}, "manifest.json: is not as nnlite writes it"),
+        ({"files": {"tiny/plans.json": {"sha256": "0", "size": 1}}}, "manifest.json: is not as nnlite writes it"),
+        ({"files": {WEIGHTS: {"sha256": "0" * 64, "size": -1}}}, "manifest.json: is not as nnlite writes it"),
     ],
 )
 def test_other_manifests_are_refused(files: Files, refused: Refuse, change: dict[str, Any], words: str) -> None:
-    refused(with_manifest(files, {**json.loads(files[MANIFEST]), **change}), words)
+    refused(described(files, **change), words)
 
 
 @pytest.mark.parametrize("manifest", [b"", b"[]", b"{}", b"[" * 200_000, b"\xff\xfe", b'{"format": 1e999}'])
 def test_broken_manifests_are_refused(files: Files, refused: Refuse, manifest: bytes) -> None:
-    refused({**files, MANIFEST: manifest}, "manifest.json is not as nnlite writes it|unknown format")
+    refused({**files, MANIFEST: manifest}, "manifest.json: is not as nnlite writes it|unknown format")
     refused({"readme.txt": b"hello"}, "no manifest.json")
 
 

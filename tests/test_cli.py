@@ -63,13 +63,12 @@ def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_the_summary_of_a_command_is_that_of_its_function(name: str) -> None:
+def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() -> None:
     """cli.py has a copy of it, because it imports the function only to run it."""
-    path, summary = cli.COMMANDS[name]
-    module, _, function = path.partition(".")
-    documented = getattr(import_module(f"nnunet_lite.commands.{module}"), function).__doc__
-    assert " ".join(documented.split("\n\n")[0].split()) == summary
+    for path, summary in cli.COMMANDS.values():
+        module, _, function = path.partition(".")
+        documented = getattr(import_module(f"nnunet_lite.commands.{module}"), function).__doc__
+        assert " ".join(documented.split()).startswith(summary.rstrip(".")), path
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import nonzero_mask
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning import fingerprint as module
-from nnunet_lite.planning.fingerprint import BLOCK, SEED, Draws, Fingerprint, RandomBlocks, check_and_fingerprint
+from nnunet_lite.planning.fingerprint import BLOCK, SEED, Fingerprint, RandomBlocks, check_and_fingerprint
 
 
 def take(root: Path, workers: int | None = 2) -> Fingerprint:
@@ -111,24 +112,25 @@ def expected(size: int) -> list[np.ndarray]:
     return [np.bincount(random.randint(0, size, n), minlength=size) for n in DRAWN]
 
 
+def draw_all(blocks: RandomBlocks, size: int) -> list[np.ndarray]:
+    found, position = [], 0
+    for samples in DRAWN:
+        counts, position = blocks.draw(size, samples, position)
+        found.append(counts)
+    return found
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 1000, 1024, 1025, 40_000, 65_536, 65_537, 300_000])
 def test_counts_are_those_of_numpy(size: int) -> None:
-    draws = Draws(RandomBlocks())
-    for samples, counts in zip(DRAWN, expected(size), strict=True):
-        assert np.array_equal(draws.counts(size, samples), counts)
+    found = draw_all(RandomBlocks(), size)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected(size), strict=True))
 
 
 def test_cases_share_numbers_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KEPT", 2)  # later blocks are made again
-    blocks = RandomBlocks()
-
-    def draw(size: int) -> list[np.ndarray]:
-        draws = Draws(blocks)
-        return [draws.counts(size, n) for n in DRAWN]
-
     sizes = (900, 100_000, 30_000, 900, 5_000)
     with ThreadPoolExecutor(3) as pool:
-        for size, found in zip(sizes, pool.map(draw, sizes), strict=True):
+        for size, found in zip(sizes, pool.map(partial(draw_all, RandomBlocks()), sizes), strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(found, expected(size), strict=True))
 
 

@@ -10,6 +10,7 @@ import builtins
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, read_checkpo
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"
+BOTH = pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
 Copy = Callable[..., Path]
 
 
@@ -66,6 +68,16 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object], **options: An
     torch.save(checkpoint, folder / CHECKPOINT, **options)
 
 
+def change_weights(folder: Path, edit: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
+    """Replace each tensor of a checkpoint by those that `edit` makes of it."""
+
+    def all_of(checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["network_weights"]
+        checkpoint["network_weights"] = {k: v for key, value in weights.items() for k, v in edit(key, value).items()}
+
+    change(folder, all_of)
+
+
 def imported_logits(folder: Path, out: Path, image: np.ndarray) -> list[np.ndarray]:
     """Import a model of nnU-Net, and return what its heads compute, without the coarsest one."""
     import_nnunet(folder, out)
@@ -81,21 +93,17 @@ def imported_logits(folder: Path, out: Path, image: np.ndarray) -> list[np.ndarr
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-@pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
+@BOTH
 def test_an_imported_network_has_the_logits_of_nnunet(theirs: Copy, tmp_path: Path, name: str, prefix: str) -> None:
     folder, expected = theirs(name), np.load(NNUNET_MODELS / name / "logits.npz")
-
-    def wrap(checkpoint: dict[str, Any]) -> None:
-        checkpoint["network_weights"] = {prefix + k: v for k, v in checkpoint["network_weights"].items()}
-
-    change(folder, wrap)
+    change_weights(folder, lambda key, value: {prefix + key: value})
     found = imported_logits(folder, tmp_path / "ours", expected["image"])
     assert len(found) == len(expected.files) - 2
     for i, output in enumerate(found):
         np.testing.assert_allclose(output, expected[f"head_{i}"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
+@BOTH
 def test_a_model_in_memory_equals_the_imported_one(tmp_path: Path, name: str) -> None:
     import_nnunet(NNUNET_MODELS / name, tmp_path / "ours")
     read, imported = load(NNUNET_MODELS / name, device="cpu"), load(tmp_path / "ours", device="cpu")
@@ -123,8 +131,7 @@ def test_plan_run_and_training_are_imported(theirs: Copy, tmp_path: Path) -> Non
 
 def test_heads_of_deep_supervision_may_be_missing(theirs: Copy, tmp_path: Path) -> None:
     folder, expected = theirs(), np.load(NNUNET_MODELS / "plain_3d" / "logits.npz")
-    parts = [f"decoder.seg_layers.0.{part}" for part in ("weight", "bias")]
-    change(folder, lambda checkpoint: [checkpoint["network_weights"].pop(part) for part in parts])
+    change_weights(folder, lambda key, value: {} if key.startswith("decoder.seg_layers.0.") else {key: value})
     found = imported_logits(folder, tmp_path / "ours", expected["image"])
     np.testing.assert_allclose(found[0], expected["head_0"], atol=1e-5, rtol=1e-4)
     assert not load_file(tmp_path / "ours" / "fold_0" / "model.safetensors")["heads.0.weight"].any()
@@ -159,29 +166,22 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("place", ["init_args", "network_weights", "logging"])
+@pytest.mark.parametrize("where", ["init_args", "network_weights", "logging"])
 @pytest.mark.parametrize(
     ("function", "text"),
     [(os.system, "touch {}"), (builtins.eval, "open('{}', 'w')"), (builtins.exec, "open('{}', 'w')")],
 )
 def test_a_checkpoint_with_code_is_refused_and_nothing_runs(
-    theirs: Copy,
-    command: Command,
-    tmp_path: Path,
-    function: Callable[..., Any],
-    text: str,
-    place: str,
-    protocol: int,
+    theirs: Copy, tmp_path: Path, function: Callable[..., Any], text: str, where: str, protocol: int
 ) -> None:
     """torch.save writes protocol 2; of others torch says that it reads none of their instructions."""
     folder, mark = theirs(), tmp_path / "was_run"
     code = {"x": Runs(function, text.format(mark))}
-    change(folder, lambda checkpoint: checkpoint.update({place: code}), pickle_protocol=protocol)
-    code, out, err = command("import", folder, "-o", tmp_path / "ours", cwd=tmp_path)
-    assert code == 2 and out == "" and err.count("\n") == 1
+    change(folder, lambda checkpoint: checkpoint.update({where: code}), pickle_protocol=protocol)
     says = f"{function.__name__}, which no checkpoint needs" if protocol == 2 else "is no readable checkpoint"
-    assert f"error: {folder}/{CHECKPOINT}: " in err and says in err
-    assert not mark.exists() and not (tmp_path / "ours").exists()
+    with pytest.raises(UserError, match=f"^{re.escape(f'{folder}/{CHECKPOINT}: ')}.*{says}"):
+        import_nnunet(folder, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_damaged_checkpoints_are_refused(theirs: Copy, tmp_path: Path) -> None:
@@ -223,35 +223,29 @@ def test_what_is_no_model_of_nnunet_is_refused(theirs: Copy, tmp_path: Path) -> 
 def test_the_first_stage_of_a_cascade_is_imported(theirs: Copy, tmp_path: Path) -> None:
     """As nnU-Net writes them: two folders next to each other that are called trainer__plans__configuration."""
     folder = theirs()
-
-    def as_cascade(plans: dict[str, Any]) -> None:
-        full = plans["configurations"]["3d_fullres"]
-        plans["configurations"] = {
-            "3d_lowres": full | {"next_stage": "3d_cascade_fullres"},
-            "3d_cascade_fullres": full | {"previous_stage": "3d_lowres"},
-        }
-
-    edit(folder / "plans.json", as_cascade)
-    stages = {
-        name: folder.with_name(f"nnUNetTrainer__nnUNetPlans__{name}") for name in ("3d_lowres", "3d_cascade_fullres")
+    full = read_json(folder / "plans.json")["configurations"]["3d_fullres"]
+    configurations = {
+        "3d_lowres": {**full, "next_stage": "3d_cascade_fullres"},
+        "3d_cascade_fullres": {**full, "previous_stage": "3d_lowres"},
     }
+    edit(folder / "plans.json", setting(configurations=configurations))
+    stages = {name: folder.with_name(f"nnUNetTrainer__nnUNetPlans__{name}") for name in configurations}
     for name, target in stages.items():
         shutil.copytree(folder, target)
+        change(target, lambda checkpoint, name=name: checkpoint["init_args"].update(configuration=name))  # type: ignore[misc]
 
-        def of_stage(checkpoint: dict[str, Any], name: str = name) -> None:
-            checkpoint["init_args"]["configuration"] = name
-            for key, value in checkpoint["network_weights"].items():
-                if "encoder.stages.0.0.convs.0." in key and value.ndim == 5 and name == "3d_cascade_fullres":
-                    checkpoint["network_weights"][key] = torch.cat([value] * 3, 1)  # two foreground labels
+    def of_second(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        is_first_layer = "encoder.stages.0.0.convs.0." in key and value.ndim == 5
+        return {key: torch.cat([value] * 3, 1) if is_first_layer else value}  # two foreground labels
 
-        change(target, of_stage)
+    change_weights(stages["3d_cascade_fullres"], of_second)
     second = stages["3d_cascade_fullres"]
     import_nnunet(second, tmp_path / "models" / "second")
     found = sorted(path.name for path in (tmp_path / "models").iterdir())
     assert found == sorted([stages["3d_lowres"].name, "second"])
     for folder in (second, tmp_path / "models" / "second"):
         model = load(folder, device="cpu", settings={"inference.precision": "fp32"})
-        assert model.previous is not None and model.previous.folder == folder.with_name(stages["3d_lowres"].name)
+        assert model.first_stage is not None and model.first_stage.folder == folder.with_name(stages["3d_lowres"].name)
         assert model.plan.n_inputs("3d_cascade_fullres") == 3
 
 
@@ -275,10 +269,8 @@ def test_folds_without_the_checkpoint_are_left_out(three_folds: Path, capfd: pyt
 
 def test_the_given_checkpoint_is_read(three_folds: Path) -> None:
     """The best one of fold 2 has other weights here."""
-    best = three_folds / "fold_2" / "checkpoint_best.pth"
-    checkpoint = torch.load(best, weights_only=False)  # one of our own files
-    checkpoint["network_weights"] = {k: v + 1 for k, v in checkpoint["network_weights"].items()}
-    torch.save(checkpoint, best)
+    change_weights(three_folds, lambda key, value: {key: value + 1})
+    shutil.move(three_folds / CHECKPOINT, three_folds / "fold_2" / "checkpoint_best.pth")
     one = load(three_folds, 2, "cpu").networks[0].state_dict()
     other = load(three_folds, 2, "cpu", checkpoint="best").networks[0].state_dict()
     assert all(torch.equal(other[name], one[name] + 1) for name in one)
@@ -289,10 +281,10 @@ def test_the_given_checkpoint_is_read(three_folds: Path) -> None:
     [
         ([1], "final", r"fold 1 has no checkpoint_final\.pth\. --checkpoint best takes .* which fold 1 has"),
         ([0], "best", r"fold 0 has no checkpoint_best\.pth\. --checkpoint final takes"),
-        ([3], "final", r"has no trained fold 3\. Trained folds: 0, 2"),
+        ([3], "final", r"fold 3 has no checkpoint_final\.pth\. Trained folds: 0, 2"),
         ([], "final", r"no fold is given\. Trained folds: 0, 2"),
         (None, "latest", r"there is no checkpoint 'latest'\. Give \"final\" or \"best\""),
-        (["zero"], "best", r"has no trained fold zero\. Trained folds: 1, 2"),
+        (["zero"], "best", r"fold zero has no checkpoint_best\.pth\. Trained folds: 1, 2"),
     ],
 )
 def test_missing_folds_are_refused(three_folds: Path, folds: Any, checkpoint: Any, says: str) -> None:
@@ -324,7 +316,7 @@ def test_a_model_without_any_final_checkpoint_needs_the_option(
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
+@BOTH
 def test_an_exported_model_is_what_was_imported(tmp_path: Path, name: str) -> None:
     """All tensors under all names of nnU-Net, and an equal plan."""
     image = np.load(NNUNET_MODELS / name / "logits.npz")["image"]
@@ -372,11 +364,7 @@ def test_labels_and_mirror_axes_are_those_of_nnunet(
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
-        (
-            "plans.json",
-            lambda plan: plan["channels"][0].update(clip_percentiles=[1, 99]),
-            "clips images to percentiles",
-        ),
+        ("plans.json", lambda plan: plan["channels"][0].update(clip_percentiles=[1, 99]), "clips images to percentil"),
         ("run.json", lambda run: run["settings"]["network"].update(factory="mine:make"), "a network made by mine:make"),
     ],
 )
@@ -391,62 +379,49 @@ def test_what_nnunet_lacks_is_not_exported(model_copy: Path, tmp_path: Path, fil
 
 
 def test_commands_import_predict_and_export(command: Command, theirs: Copy, scans: list[Path], tmp_path: Path) -> None:
-    """nnU-Net's own folder predicts what the imported one does."""
-    folder = theirs()
-    code, out, _ = command("import", folder, "-w", "w", cwd=tmp_path)
-    models = tmp_path / "w" / "Dataset004_Hippocampus" / "models"
-    made = models / "nnUNetTrainer__nnUNetPlans__3d_fullres"
-    assert code == 0 and str(made) in out and (made / "run.json").is_file()
-    code, out, err = command("import", folder, "-w", "w", cwd=tmp_path)
-    assert code == 2 and "exists already" in err
-    code, _, err = command("import", folder, "-w", "w", "--replace", cwd=tmp_path)
-    assert code == 0 and f"kept in {models / 'old_nnUNetTrainer__nnUNetPlans__3d_fullres_1'}" in err
-    flags = ("-i", scans[0], "--no-mirroring", "--precision", "fp32", "--device", "cpu")
-    for source, target in ((folder, "a"), (made, "b")):
-        code, _, err = command("predict", "-m", source, "-o", target, *flags, cwd=tmp_path)
-        assert code == 0 and str(source) in err and "/.tmp" not in err
-    maps = [read_label(tmp_path / target / scans[0].name)[0] for target in ("a", "b")]
-    assert (maps[0] == maps[1]).mean() > 0.999
-    code, out, _ = command("export", "-m", made, "--format", "nnunet", "-o", "back", "--json", cwd=tmp_path)
-    assert code == 0 and json.loads(out) == {"path": "back"} and (tmp_path / "back" / CHECKPOINT).is_file()
+    """In a workspace without a planned dataset; the imported model predicts what nnU-Net's own folder does."""
+    folder = theirs().rename(tmp_path / "theirs" / "model")
+    place, name = tmp_path / "nnlite_workspace" / "Dataset004_Hippocampus", "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    made = place / "models" / name
 
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        found, out, err = command(*arguments, cwd=tmp_path)
+        assert found == code and err.count("error: ") == bool(code), err
+        return out, err
 
-def test_an_imported_model_is_all_that_info_and_predict_need(
-    command: Command, theirs: Copy, scans: list[Path], tmp_path: Path
-) -> None:
-    """In a workspace without a planned dataset. With a second dataset, one must be chosen."""
-    folder = theirs()
-    folder = folder.rename(folder.with_name("model"))
-    assert command("import", folder, cwd=tmp_path)[0] == 0
-    place = tmp_path / "nnlite_workspace" / "Dataset004_Hippocampus"
-    name = "nnUNetTrainer__nnUNetPlans__3d_fullres"
-    code, out, _ = command("info", "--json", cwd=tmp_path)
-    about = json.loads(out)
-    assert code == 0 and about["dataset"] == place.name
-    assert [model["model"] for model in about["models"]] == [str(place / "models" / name)]
-    code, out, _ = command("info", cwd=tmp_path)
-    assert code == 0 and out.startswith(f"{place.name}: only models") and "3d_fullres of Dataset004_Hippocampus" in out
-    flags = ("--no-mirroring", "--device", "cpu", "--precision", "fp32")
-    code, out, err = command("predict", "-i", scans[0], "-o", "out", *flags, cwd=tmp_path)
-    assert code == 0 and out == "1 label map in out\n", err
-    alone = read_label(tmp_path / "out" / scans[0].name)[0]
-    code, _, _ = command("predict", "-i", scans[0], "-o", "by_name", "-m", name, *flags, cwd=tmp_path)
-    assert code == 0 and np.array_equal(read_label(tmp_path / "by_name" / scans[0].name)[0], alone)
-    assert command("export", "model.zip", cwd=tmp_path)[0] == 0
-    code, _, err = command("predict", "-i", scans[0], "-o", "out", "-c", "2d", cwd=tmp_path)
-    assert code == 2 and f"no 2d model of {place.name} is trained. Trained: {name} (3d_fullres)." in err
+    assert str(made) in run("import", folder)[0] and (made / "run.json").is_file()
+    assert "exists already" in run("import", folder, code=2)[1]
+    assert f"kept in {place / 'models' / f'old_{name}_1'}" in run("import", folder, "--replace")[1]
+    about = json.loads(run("info", "--json")[0])
+    assert about["dataset"] == place.name and [model["model"] for model in about["models"]] == [str(made)]
+    out, _ = run("info")
+    assert out.startswith(f"{place.name}: only models") and "3d_fullres of Dataset004_Hippocampus" in out
+
+    flags = ("--no-mirroring", "--device", "cpu", "--precision", "fp32", "-i", scans[0])
+    maps = []
+    for model, source in ((["-m", folder], folder), (["-m", name], made), ([], made)):
+        out, err = run("predict", *model, "-o", "out", *flags)
+        assert out == "1 label map in out\n" and str(source) in err and "/.tmp" not in err
+        maps.append(read_label(tmp_path / "out" / scans[0].name)[0])
+    assert (maps[0] == maps[1]).mean() > 0.999 and np.array_equal(maps[1], maps[2])
+    _, err = run("predict", *flags, "-o", "out", "-c", "2d", code=2)
+    assert f"no 2d model of {place.name} is trained. Trained: {name} (3d_fullres)." in err
     for step in (("train", "3d_fullres", "0"), ("select",), ("report",)):  # which need the dataset itself
-        code, _, err = command(*step, cwd=tmp_path)
-        assert code == 2 and "no dataset is planned" in err and err.count("\n") == 1
+        assert "no dataset is planned" in run(*step, code=2)[1]
+    assert json.loads(run("export", "-m", made, "--format", "nnunet", "-o", "back", "--json")[0]) == {"path": "back"}
+    run("export", name, "by_name", "--format", "nnunet")
+    assert all((tmp_path / target / CHECKPOINT).is_file() for target in ("back", "by_name"))
+    run("export", "model.zip")
+    assert "where to write it is not given" in run("export", name, "--format", "nnunet", code=2)[1]
+    assert not (tmp_path / name).exists(), "the name of a model is no target"
 
     other = theirs("residual_2d")
     edit(other / "plans.json", setting(dataset_name="Dataset005_Other"))
-    assert command("import", other, cwd=tmp_path)[0] == 0
-    for step in (("info",), ("predict", "-i", scans[0], "-o", "out")):
-        code, _, err = command(*step, cwd=tmp_path)
-        assert code == 2 and "models of several datasets. Choose with -d: Dataset004_Hippocampus, Dataset005" in err
-    code, out, _ = command("info", "-d", "Dataset004", cwd=tmp_path)
-    assert code == 0 and place.name in out
+    run("import", other)
+    for step in (("info",), ("predict", *flags, "-o", "out")):
+        _, err = run(*step, code=2)
+        assert "models of several datasets. Choose with -d: Dataset004_Hippocampus, Dataset005" in err
+    assert place.name in run("info", "-d", "Dataset004")[0]
 
 
 def test_info_of_a_model(command: Command, tmp_path: Path) -> None:
@@ -460,12 +435,3 @@ def test_info_of_a_model(command: Command, tmp_path: Path) -> None:
         about = json.loads(out)
         assert code == 0 and about["channels"] == ["T1", "FLAIR"] and list(about["folds"]) == ["0"], err
         assert about["model"] == str(model)
-
-
-def test_the_name_of_a_model_is_no_target(tiny_model: Path, tmp_path: Path, command: Any) -> None:
-    """`nnlite export NAME` asks for the target, and does not write another model into a folder of that name."""
-    place = ("-w", tiny_model.parents[2], "--format", "nnunet")
-    code, _, err = command("export", "tiny", *place, cwd=tmp_path)
-    assert code == 2 and "where to write it is not given" in err and not (tmp_path / "tiny").exists()
-    code, _, err = command("export", "tiny", "out", *place, cwd=tmp_path)
-    assert code == 0 and (tmp_path / "out" / "plans.json").is_file(), err

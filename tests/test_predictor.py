@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import edit
+from random_models import predict_preprocessed
 from samples import FAST
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from nnunet_lite.inference.predictor import (
     Predictor,
     label_swap,
     load,
-    predict_preprocessed,
     trained_folds,
 )
 from nnunet_lite.preprocessing.pipeline import preprocess_image

@@ -20,7 +20,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.reporting import pictures
+from nnunet_lite.reporting import material
 
 Ended = tuple[int, str, str]
 
@@ -253,8 +253,8 @@ def test_pictures_of_the_best_cases_are_left_out_first(
     whole = Page(tiny_report)
     worst = whole.tables["Held-out cases of tiny, worst first"][1][0][0]
     planes = whole.data["models"]["tiny"]["pictures"][worst]
-    monkeypatch.setattr(pictures, "PAGE_BYTES", int(1.3 * len(json.dumps(planes))))
-    monkeypatch.setattr(pictures, "TILES", 3)
+    monkeypatch.setattr(material, "PAGE_BYTES", int(1.3 * len(json.dumps(planes))))
+    monkeypatch.setattr(material, "TILES", 3)
     page = report(trained.parent, tmp_path / "page.html")
     assert list(page.data["models"]["tiny"]["pictures"]) == [worst]
     assert "tiny: pictures of the 1 worst of 2 cases" in page.text

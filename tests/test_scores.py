@@ -135,7 +135,7 @@ def test_nothing_to_sum_up() -> None:
 
 
 def test_csv_and_table(folders: tuple[Path, Path]) -> None:
-    scores, without = (score_files(*folders, TWO, tolerance_mm=2, surface=surface) for surface in (True, False))
+    scores, without = (score_files(*folders, TWO, tolerance=2, surface=surface) for surface in (True, False))
     lines = list(csv.DictReader(io.StringIO(scores.to_csv())))
     assert [(line["case"][-3:], line["label"], line["value"]) for line in lines[:2]] == [
         ("025", "Anterior", "1"), ("025", "Posterior", "2"),

@@ -31,7 +31,14 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.mark.parametrize(
     ("start", "closed"),
-    [(NNLITE, "2>&-"), (NNLITE, ">&-"), (NNLITE, "<&-"), (NNLITE, "2>&- >&- <&-"), (AS_MODULE, "2>&- >&-")],
+    [
+        (NNLITE, "2>&-"),
+        (NNLITE, ">&-"),
+        (NNLITE, "<&-"),
+        (NNLITE, "2>&- >&- <&-"),
+        (NNLITE, "2>/dev/full"),
+        (AS_MODULE, "2>&- >&-"),
+    ],
 )
 def test_closed_streams(hippocampus: Path, tmp_path: Path, start: str, closed: str) -> None:
     """The command works as if they led to /dev/null: no file that it opens becomes its standard error."""
@@ -39,7 +46,7 @@ def test_closed_streams(hippocampus: Path, tmp_path: Path, start: str, closed: s
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done
     assert json.loads(done.stdout)["configurations"] if ">&-" not in closed.split() else done.stdout == ""
-    assert ("0 errors" in done.stderr) == ("2>&-" not in closed)
+    assert ("0 errors" in done.stderr) == ("2>" not in closed)
     stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
     for name in ("check.json", "dataset.json", "fingerprint.json", "plans.json"):
         json.loads((stored / name).read_text())
@@ -66,6 +73,14 @@ def test_a_signal_while_the_command_imports(
     assert (done.returncode, done.stdout) == (128 + number, ""), done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("stopped"), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_before_the_command_handles_signals(tmp_path: Path) -> None:
+    """It ends without a traceback; Python itself starts before, which nothing can change."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "INTERRUPT_AT": "nnunet_lite.errors", "SIGNAL": "2"}
+    done = subprocess.run([*shlex.split(NNLITE), "info"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-2, "", "")
 
 
 def test_a_program_that_imports_the_package_keeps_its_signals() -> None:

@@ -65,7 +65,7 @@ def evaluate(
         No names match, a pair has two grids, or a file cannot be read.
     """
     scores = score_files(
-        Path(prediction), Path(reference), tolerance_mm=tolerance, surface=surface, workers=workers,
+        Path(prediction), Path(reference), tolerance=tolerance, surface=surface, workers=workers,
         accept_geometry=accept_geometry,
     )  # fmt: skip
     if output is not None and Path(output).suffix == ".csv":

@@ -12,7 +12,7 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.onnx import export_onnx
-from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_licence, read_manifest, unpack
+from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_manifest, unpack
 from nnunet_lite.models.folder import is_model, model_folder
 from nnunet_lite.models.lookup import choose_model, find_model
 from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, nnunet_model_name
@@ -93,7 +93,7 @@ def export_model(
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> Path:
-    """Pack a model into one file, or write it as a folder for nnU-Net v2 or for onnxruntime.
+    """Pack a model into one file, or write it for nnU-Net v2 or onnxruntime.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def export_model(
         if format == "nnunet":
             export_nnunet(converted, target)
         else:
-            pack(converted, target, licence=None if licence is None else read_licence(licence), note=note)
+            pack(converted, target, licence=licence, note=note)
     log.info(f"use it with: {'nnlite import' if format == 'zip' else 'nnUNetv2_predict_from_modelfolder -m'} {target}")
     return target
 
@@ -166,15 +166,13 @@ def _source_and_target(
         One of them is given twice, or there is no target.
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths or [])]
-    if len(given) > 2:
-        raise UserError(f"got {len(given)} arguments, a model and a target are two", fix=_GRAMMAR)
-    first, second = (*given, None, None)[:2]
-    if output is None and second is None and first is not None:
-        names_model = model is None and is_model(find_model(first, workspace))
-        first, second = (first, None) if names_model else (None, first)
-    if second is not None and output is not None:
-        raise UserError(f"two places to write to are given: {second} and, with -o, {output}", fix=_GRAMMAR)
-    source, target = options.either_model(first, model), second or output
-    if target is None:
-        raise UserError("where to write it is not given", source, _GRAMMAR)
-    return source, Path(target)
+    names_model = len(given) == 1 and model is None and output is None and is_model(find_model(given[0], workspace))
+    n_models = int(names_model or len(given) > 1 or (output is not None and bool(given)))
+    sources = [Path(path) for path in (*given[:n_models], model) if path is not None]
+    targets = [Path(path) for path in (*given[n_models:], output) if path is not None]
+    for what, found in (("models", sources), ("places to write to", targets)):
+        if len(found) > 1:
+            raise UserError(f"{len(found)} {what} are given: {' and '.join(map(str, found))}", fix=_GRAMMAR)
+    if not targets:
+        raise UserError("where to write it is not given", sources[0] if sources else None, _GRAMMAR)
+    return sources[0] if sources else None, targets[0]

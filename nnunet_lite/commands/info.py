@@ -10,18 +10,11 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.selection import changed_models, read_selection
-from nnunet_lite.files import understood
 from nnunet_lite.models.bundle import as_model_folder
-from nnunet_lite.models.folder import (
-    MODEL,
-    first_training,
-    model_folders,
-    read_weights_header,
-    trained_folds,
-    validation_dice,
-)
-from nnunet_lite.models.lookup import Checkpoint, find_model, read_model
+from nnunet_lite.models.folder import Checkpoint, first_training, model_folders
+from nnunet_lite.models.lookup import describe_folder, find_model, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.planning.topology import join_by_x
@@ -65,7 +58,9 @@ def show_info(
     UserError
         There is no such model, or no dataset is planned.
     """
-    if (given := options.either_model(model, model_option)) is not None:
+    if model is not None and model_option is not None:
+        raise UserError(f"two models are given: {model} and, with -m, {model_option}", fix="Give one of them.")
+    if (given := model or model_option) is not None:
         return describe_model(find_model(given, workspace_folder(workspace), dataset), checkpoint)
     return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
 
@@ -86,59 +81,24 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
         It is not a model.
     """
     with as_model_folder(model, checkpoint) as folder:
-        return _describe_folder(model, folder)
-
-
-def _describe_folder(model: Path, folder: Path) -> options.About:
-    """Describe `model` from its folder in our form."""
-    plan, run = read_model(folder)
-    configuration = plan.configuration(run["configuration"])
-    folds = {}
-    for fold in trained_folds(folder):
-        with understood(folder / f"fold_{fold}" / MODEL):
-            state = read_weights_header(folder / f"fold_{fold}" / MODEL)
-            folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
-        folds[fold]["mean_dice"] = validation_dice(folder, fold)
-    unfinished = sorted(p.name.removeprefix("fold_") for p in folder.glob("fold_*") if not (p / MODEL).is_file())
-    network = configuration.network
-    values = {
-        "model": str(model),
-        "dataset": plan.dataset,
-        "configuration": run["configuration"],
-        "recipe": run["settings"]["recipe"],
-        "channels": [channel.name for channel in plan.channels],
-        "labels": plan.labels.to_json(),
-        "orientation": plan.orientation,
-        "spacing": configuration.spacing,
-        "patch_size": configuration.patch_size,
-        "batch_size": configuration.batch_size,
-        "network": network.model_dump(),
-        "folds": folds,
-        "unfinished_folds": unfinished,
-        "seed": run["seed"],
-        "versions": run["versions"],
-        "settings": run["settings"],
-    }
-    patch = join_by_x(configuration.patch_size)
+        plan, values = read_model(folder)[0], {"model": str(model), **describe_folder(folder)}
+    network = values["network"]
+    axes = f"images are reoriented to {plan.orientation}"
+    if plan.orientation is None:
+        axes = "orientation not known: images are used as they are stored"
     lines = [
-        f"{model}: {run['configuration']} of {plan.dataset}, recipe {run['settings']['recipe']}",
-        f"channels  {', '.join(c.name for c in plan.channels)}",
+        f"{model}: {values['configuration']} of {plan.dataset}, recipe {values['recipe']}",
+        f"channels  {', '.join(values['channels'])}",
         f"labels    {', '.join(plan.labels.region_names)}",
-        f"axes      {_orientation(plan)}",
-        f"spacing   {join_by_x(configuration.spacing)} {length_unit(plan)}, patch {patch}",
-        f"network   {network.kind}, features {'-'.join(map(str, network.features))}, {network.norm} norm",
+        f"axes      {axes}",
+        f"spacing   {join_by_x(values['spacing'])} {length_unit(plan)}, patch {join_by_x(values['patch_size'])}",
+        f"network   {network['kind']}, features {'-'.join(map(str, network['features']))}, {network['norm']} norm",
     ]
-    for fold, state in folds.items():
+    for fold, state in values["folds"].items():
         dice = "not validated" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
         lines.append(f"fold {fold}    {state['epochs']} epochs in {log.duration(state['seconds'])}, {dice}")
-    lines += [f"fold {fold}    not finished" for fold in unfinished]
+    lines += [f"fold {fold}    not finished" for fold in values["unfinished_folds"]]
     return options.About(values, "\n".join(lines))
-
-
-def _orientation(plan: Plan) -> str:
-    if plan.orientation is None:
-        return "orientation not known: images are used as they are stored"
-    return f"images are reoriented to {plan.orientation}"
 
 
 def describe_dataset(paths: Paths) -> options.About:

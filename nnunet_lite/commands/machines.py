@@ -10,11 +10,10 @@ import platform
 import re
 import shutil
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +21,6 @@ from nnunet_lite import __version__, log
 from nnunet_lite.commands import options
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import workspace_folder
-
-if TYPE_CHECKING:
-    import torch
 
 _MIN_DISK = 5 * GB
 
@@ -45,8 +41,18 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
     folder = workspace_folder(workspace)
     versions = _package_versions()
     problems = [f"{name} is not installed: pip install {name}" for name, version in versions.items() if not version]
-    total, free = _memory_gb(problems)
-    instructions, gpus = _torch_devices(problems)
+    total = free = instructions = None
+    gpus: list[dict[str, Any]] = []
+    if psutil := _import("psutil", problems):
+        total, free = round(psutil.virtual_memory().total / GB, 1), round(free_memory() / GB, 1)
+    if torch := _import("torch", problems):
+        instructions = torch.backends.cpu.get_cpu_capability()
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
+        if gpus:
+            problems += import_module("nnunet_lite.networks.devices").find_wrong_gpus()
+        elif shutil.which("nvidia-smi"):
+            problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     disk = shutil.disk_usage(existing).free
     if disk < _MIN_DISK:
@@ -93,39 +99,13 @@ def _package_versions() -> dict[str, str | None]:
     return versions
 
 
-def _memory_gb(problems: list[str]) -> tuple[float | None, float | None]:
-    """Total and free memory; None without psutil, which becomes a problem."""
+def _import(name: str, problems: list[str]) -> Any:
+    """Import a package; one that cannot be imported becomes a problem."""
     try:
-        import psutil
-    except ImportError as error:
-        problems.append(f"psutil cannot be imported: {error}")
-        return None, None
-    memory = psutil.virtual_memory()
-    return round(memory.total / GB, 1), round(free_memory() / GB, 1)
-
-
-def _torch_devices(problems: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
-    """The CPU's instruction set and the GPUs that torch finds; a broken torch becomes a problem."""
-    try:
-        import torch
+        return import_module(name)
     except (ImportError, OSError) as error:  # OSError: a shared library is missing or is another version
-        problems.append(f"torch cannot be imported: {error}")
-        return None, []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
-    problems += _wrong_convolutions([torch.device("cuda", i) for i in range(len(gpus))])
-    if not gpus and shutil.which("nvidia-smi"):
-        problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
-    return torch.backends.cpu.get_cpu_capability(), gpus
-
-
-def _wrong_convolutions(gpus: Sequence[torch.device]) -> list[str]:
-    """A problem for each GPU that computes the convolutions of a 3D patch wrongly in bf16."""
-    from nnunet_lite.networks import devices  # it imports torch, which may be broken
-
-    patch, kernel = (1, 32, 128, 128, 128), (3, 3, 3)
-    wrong = [gpu for gpu in gpus if devices.has_bf16(gpu) and not devices.computes_bf16(gpu, patch, kernel)]
-    return [f"{gpu}: {devices.describe_wrong_bf16()}: training uses fp16; another cuDNN may help" for gpu in wrong]
+        problems.append(f"{name} cannot be imported: {error}")
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ a cluster

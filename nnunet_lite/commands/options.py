@@ -15,6 +15,15 @@ from nnunet_lite.errors import UserError
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
 
+
+def _setting(text: str) -> tuple[str, str]:
+    """Return key and value of a setting on the command line."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text!r} is not key=value")
+    return key.strip(), value.strip()
+
+
 Workspace = Annotated[
     str | Path | None,
     typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
@@ -26,7 +35,8 @@ Workers = Annotated[
 ]
 Recipe = Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")]
 SettingOverrides = Annotated[
-    Mapping[str, Any] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
+    Mapping[str, Any] | None,
+    typer.Option("--set", parser=_setting, metavar="KEY=VALUE", help="Any setting; may be repeated."),
 ]
 Scheduler = Annotated[
     str | None,
@@ -85,25 +95,6 @@ class About:
         return self.text
 
 
-def either_model(argument: str | Path | None, option: str | Path | None) -> Path | None:
-    """Return a model that may be given as an argument or with -m.
-
-    Parameters
-    ----------
-    argument, option : str or Path, optional
-        The model.
-
-    Raises
-    ------
-    UserError
-        It is given twice.
-    """
-    if argument is not None and option is not None:
-        raise UserError(f"two models are given: {argument} and, with -m, {option}", fix="Give one of them.")
-    given = option if argument is None else argument
-    return None if given is None else Path(given)
-
-
 def sizes_of(value: str | Sequence[int], option: str) -> tuple[int, ...]:
     """Return a size such as "40x56x40" or (40, 56, 40) as a tuple of numbers of voxels.
 
@@ -143,12 +134,12 @@ def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str
     Parameters
     ----------
     settings : mapping or None
-        Key of a setting, such as "training.epochs", to its value.
+        Key of a setting, such as "training.epochs", to its value. The command line gives a list of pairs.
     **options : Any
         Name of a setting with two underscores for its dot, such as training__epochs. None is left out.
     """
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
-    return {**given, **(settings or {})}
+    return {**given, **dict(settings or {})}
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from nnunet_lite.planning.schema import Options, Plan, Precision
 from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
-from nnunet_lite.system import GB, in_units
+from nnunet_lite.system import in_units
 from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
@@ -100,10 +100,6 @@ def plan(
         typer.Option(help="Type of preprocessed images on disk [as planned before; float32 without standardisation]."),
     ] = None,
     accept_geometry: options.AcceptGeometry = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Compare with the memory of real steps on the GPU.")
-    ] = False,
-    device: options.Device = None,
     from_fingerprint: Annotated[
         str | Path | None, typer.Option(help="Plan from a fingerprint instead of data.")
     ] = None,
@@ -151,10 +147,6 @@ def plan(
         Type of preprocessed images on disk; default: as planned before.
     accept_geometry : bool
         Take files of a case by their voxels if origin or direction differ.
-    measure : bool
-        Compare with the memory of real steps on the GPU.
-    device : str, optional
-        Such as "cpu" or "cuda:1"; default: a GPU if there is one.
     from_fingerprint, dataset_json : str or Path, optional
         Plan from these two files instead of data.
     format : {"nnlite", "nnunet"}
@@ -205,8 +197,6 @@ def plan(
         raise UserError("name the dataset to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:
         write_json(Path(output), plan_to_nnunet(made, about) if format == "nnunet" else made.as_dict())
-    if measure:
-        _log_measured_memory(made, device)
     return made
 
 
@@ -255,16 +245,6 @@ def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
     described = read_json(paths.dataset)
     raw = Path(described["root"]) / "dataset.json"
     return described | {READER: read_json(raw).get(READER) if raw.is_file() else None}
-
-
-def _log_measured_memory(made: Plan, device: str | None) -> None:
-    """Log predicted and measured GPU memory of a training step of each configuration."""
-    from nnunet_lite.training.learner import measure_memory  # it imports torch, which planning does not need
-
-    for name, planned in made.configurations.items():
-        measured = measure_memory(made, name, device)
-        found = "more than the GPU has" if measured is None else in_units(measured * GB)
-        log.info(f"{name}: predicted {in_units((planned.memory_gb or 0) * GB)}, measured {found}")
 
 
 def preprocess(

@@ -33,7 +33,6 @@ _SPEEDS: dict[str, dict[str, Any]] = {
     "balanced": {"inference.mirroring": False},
     "fast": {"inference.mirroring": False, "inference.step_size": 0.75},
 }
-PROBABILITIES = "--save-probabilities"  # its value may be left out, see cli.py
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def predict(
     ] = None,
     save_probabilities: Annotated[
         str | None,
-        typer.Option(PROBABILITIES, metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),
+        typer.Option(metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),  # see cli.py
     ] = None,
     save_uncertainty: Annotated[
         bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")

@@ -29,7 +29,7 @@ from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
-from nnunet_lite.reporting.html import PAGE
+from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, check_folds
 from nnunet_lite.workspace import Paths, find_raw, use, workspace_folder

@@ -12,7 +12,7 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.comparison import select_models
 from nnunet_lite.evaluation.selection import Selection
-from nnunet_lite.reporting.html import PAGE, write_report
+from nnunet_lite.reporting.page import PAGE, write_report
 from nnunet_lite.workspace import select_dataset
 
 

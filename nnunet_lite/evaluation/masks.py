@@ -20,7 +20,7 @@ Map = Callable[..., Iterable[Any]]  # `map`, or the `map` of a thread pool
 
 _PERCENTILE = 95
 _ROUNDING = 1e-5  # mm: a distance that equals the tolerance is within it
-_CELLS = (8.0, 3.0)  # voxels: sizes of the cells that share one measured distance, one after the other
+_CELLS = (6.0, 2.0)  # voxels: sizes of the cells that share one measured distance, one after the other
 _FEW = 1000  # points: so few are measured one by one
 _SAMPLE = 16  # points that show how far the others are
 
@@ -301,8 +301,8 @@ def measure_distances(source: np.ndarray, target: np.ndarray, tolerance: float, 
     """Count the points within a tolerance of their nearest target, and take the 95th percentile of the distances.
 
     Both results are exact, but far points are only bounded: by the triangle inequality, the distances of two points
-    differ by no more than the points are apart. So one point of each cell of 8 voxels is measured, and then one of each
-    cell of 3 voxels. The others get bounds, and are measured only where a result depends on them.
+    differ by no more than the points are apart. So one point of each cell of 6 voxels is measured, and then one of each
+    cell of 2 voxels. The others get bounds, and are measured only where a result depends on them.
 
     Parameters
     ----------
@@ -314,7 +314,7 @@ def measure_distances(source: np.ndarray, target: np.ndarray, tolerance: float, 
     from scipy.spatial import cKDTree  # as slow to load
 
     # splitting in the middle suits points of a grid: no sorting, and no slow search among many equal distances
-    tree = cKDTree(target, leafsize=32, balanced_tree=False, compact_nodes=False)
+    tree = cKDTree(target, leafsize=48, balanced_tree=False, compact_nodes=False)
     limit = tolerance + _ROUNDING
     low, high = np.zeros(len(source)), np.full(len(source), np.inf)
     unknown = np.arange(len(source))

@@ -78,8 +78,8 @@ class Metric:
         From a `MaskComparison` to a number, or None where the metric does not apply.
     heading : str
         The name in tables and in the report.
-    form : str
-        The format of a value in the report.
+    number_format : str
+        How a value is written in the report.
     better : {"higher", "lower", "zero"} or None
         The better direction; None for counts and volumes, which depend on the case. Metrics with a direction get a
         confidence interval, and all but those that should be zero are columns of the table.
@@ -90,7 +90,7 @@ class Metric:
     name: str
     formula: Callable[[MaskComparison], float | None]
     heading: str
-    form: str
+    number_format: str
     better: Literal["higher", "lower", "zero"] | None = None
     unit: Literal["", "voxels", "ml", "length"] = ""
 
@@ -153,11 +153,10 @@ def score_case(
     prediction: np.ndarray,
     reference: np.ndarray,
     labels: Labels,
-    spacing: Spacing,
-    tolerance_mm: float = 1.0,
+    spacing: Spacing | None,
+    tolerance: float = 1.0,
     surface: bool = True,
     threads: int = 1,
-    calibrated: bool = True,
 ) -> dict[str, MetricValues]:
     """Compute the metrics of one case.
 
@@ -169,16 +168,14 @@ def score_case(
         Label values of the dataset.
     labels : Labels
         What to score: its labels, or its regions.
-    spacing : tuple of float
-        Voxel size (z, y, x) in mm.
-    tolerance_mm : float
-        Distance up to which surfaces agree for NSD.
+    spacing : tuple of float or None
+        Voxel size (z, y, x) in mm. None if it is unknown: then lengths are in pixels, and there are no volumes.
+    tolerance : float
+        Distance up to which surfaces agree for NSD, in mm or pixels.
     surface : bool
         Whether to compute NSD and HD95.
     threads : int
         How many slices, then labels, are processed in parallel.
-    calibrated : bool
-        Whether the spacing is known. If not, it is 1 for each axis and lengths are in pixels.
 
     Returns
     -------
@@ -187,25 +184,25 @@ def score_case(
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
-    voxel_ml = None if not calibrated or is_picture(reference.shape, spacing) else float(np.prod(spacing)) / 1000
+    voxel_ml = float(np.prod(spacing)) / 1000 if spacing and not is_picture(reference.shape, spacing) else None
     scores: dict[str, MetricValues] = {}
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for group in disjoint_regions(labels):
             masks = pair_masks(prediction, reference, [labels.region_values[i] for i in group], labels.ignore, pool.map)
-            surfaces = _score_surfaces(masks, reference.shape, spacing, tolerance_mm, pool.map) if surface else {}
+            size = spacing or (1.0, 1.0, 1.0)
+            surfaces = _score_surfaces(masks, reference.shape, size, tolerance, pool.map) if surface else {}
             lesions = count_lesions(masks, pool.map).tolist()
             for k, (tp, fp, fn) in enumerate(masks.overlap().tolist()):
+                tn = masks.annotated - tp - fp - fn
                 lesion_tp, lesion_fp, lesion_fn = lesions[k]
                 nsd, hd95 = surfaces.get(k, (None, None))
-                tn = masks.annotated - tp - fp - fn
                 mask = MaskComparison(tp, fp, fn, tn, lesion_tp, lesion_fp, lesion_fn, nsd, hd95, voxel_ml)
-                values = {name: metric.formula(mask) for name, metric in METRICS.items()}
-                scores[labels.region_names[group[k]]] = values
+                scores[labels.region_names[group[k]]] = {name: metric.formula(mask) for name, metric in METRICS.items()}
     return scores
 
 
 def _score_surfaces(
-    masks: MaskPair, shape: Sequence[int], spacing: Spacing, tolerance_mm: float, mapper: Map
+    masks: MaskPair, shape: Sequence[int], spacing: Spacing, tolerance: float, mapper: Map
 ) -> dict[int, tuple[float | None, float | None]]:
     """Compute NSD and HD95 of each mask by its index; none for masks that are absent in both label maps."""
     axes = [axis for axis, length in enumerate(shape) if length > 1]
@@ -221,7 +218,7 @@ def _score_surfaces(
         own, other = (points[numbers == k + 1] for points, numbers in surfaces)
         if not (len(own) and len(other)):  # no voxel around a mask is annotated
             return None, None
-        return compare_surfaces(own, other, tolerance_mm, step)
+        return compare_surfaces(own, other, tolerance, step)
 
     present = np.flatnonzero(overlap.sum(1)).tolist()
     return dict(zip(present, mapper(compare, present), strict=True))

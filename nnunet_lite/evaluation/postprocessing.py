@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from math import floor, log10
 from typing import Annotated, Literal, NamedTuple
 
@@ -98,23 +99,10 @@ class Components(NamedTuple):
     sizes: np.ndarray
     mask_of: np.ndarray
 
-    def removed_by(self, rule: Rule, mask: int, voxel: float) -> np.ndarray:
-        """Return which components (components + 1,) a rule for a mask removes; `voxel` is the size of a voxel."""
-        own = np.flatnonzero(self.mask_of == mask)
-        removed = np.zeros(len(self.sizes), bool)
-        if rule.largest_component and len(own):
-            removed[own] = True
-            removed[own[self.sizes[own].argmax()]] = False
-        if rule.min_size_mm3 is not None:
-            removed[own] |= self.sizes[own] * voxel < rule.min_size_mm3
-        return removed
 
-
-def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) -> Components | None:
-    """Find the components of masks, each given by its label values; None if all masks are empty."""
+def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) -> Components:
+    """Find the components of masks, each given by its label values."""
     numbered = number_masks(segmentation, masks)
-    if not numbered.any():
-        return None
     box = slices(bounding_box(numbered != 0))
     # numbers differ between masks, so their voxels do not connect; those of a mask do over faces, edges and corners
     numbers, n = cc3d.connected_components(numbered[box], connectivity=26, return_N=True)
@@ -123,6 +111,18 @@ def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) 
         sizes += np.bincount(plane.ravel(), minlength=n + 1)
         mask_of[plane] = mask
     return Components(box, numbers, sizes, mask_of)
+
+
+def removed_components(found: Components, rules: Sequence[Rule | None], voxel: float) -> np.ndarray:
+    """Return which components (components + 1,) the rule of each mask removes; `voxel` is the size of a voxel."""
+    removed = np.zeros(len(found.sizes), bool)
+    for mask, rule in enumerate(rules, 1):
+        own = np.flatnonzero(found.mask_of == mask)
+        if rule is not None and rule.largest_component and len(own):
+            removed[own] = own != own[found.sizes[own].argmax()]
+        if rule is not None and rule.min_size_mm3 is not None:
+            removed[own] |= found.sizes[own] * voxel < rule.min_size_mm3
+    return removed
 
 
 def apply_rules(segmentation: np.ndarray, spacing: Spacing, labels: Labels, rules: Mapping[str, Rule]) -> np.ndarray:
@@ -145,13 +145,11 @@ def apply_rules(segmentation: np.ndarray, spacing: Spacing, labels: Labels, rule
     out, voxel = segmentation, voxel_size(segmentation.shape, spacing)
     for group in disjoint_regions(labels):
         regions = [i for i in group if labels.region_names[i] in rules]
-        masks = [labels.region_values[i] for i in regions]
-        found = find_components(out, masks) if regions else None
-        if found is None:
+        if not regions:
             continue
-        removed = np.zeros(len(found.sizes), bool)
-        for mask, i in enumerate(regions, 1):
-            removed |= found.removed_by(rules[labels.region_names[i]], mask, voxel)
+        masks = [labels.region_values[i] for i in regions]
+        found = find_components(out, masks)
+        removed = removed_components(found, [rules[labels.region_names[i]] for i in regions], voxel)
         if removed.any():
             out = segmentation.copy() if out is segmentation else out
             part, selected = out[found.box], removed[found.numbers]
@@ -246,9 +244,9 @@ def choose_rules(
         sizes = list(progress(found, len(references), "references"))
         for group in groups:  # regions overlap: each is decided on what the rules before it leave
             tried = {i: candidate_rules([case[i] for case in sizes], unit) for i in group}
-            measure = partial(_measure_rules, labels=labels, rules=decision.rules, tried=tried)
-            measured = list(progress(pool.map(measure, cases), len(cases), "components"))
-            decision = _confirmed(measured, tried, chooses, _FALSE_ACCEPTANCE / len(groups), labels, decision)
+            count = partial(_try_rules, labels=labels, rules=decision.rules, tried=tried)
+            overlap = np.stack(list(progress(pool.map(count, cases), len(cases), "components")))
+            decision = _confirm_rules(overlap, tried, chooses, _FALSE_ACCEPTANCE / len(groups), labels, decision)
     return decision
 
 
@@ -287,141 +285,111 @@ def _reference_sizes(read: Callable[[], tuple[np.ndarray, Spacing]], labels: Lab
     sizes = [np.zeros(0)] * len(labels.region_names)
     for group in disjoint_regions(labels):
         found = find_components(array, [labels.region_values[i] for i in group])
-        if found is not None:
-            for mask, i in enumerate(group, 1):
-                sizes[i] = found.sizes[found.mask_of == mask] * voxel_size(array.shape, spacing)
+        for mask, i in enumerate(group, 1):
+            sizes[i] = found.sizes[found.mask_of == mask] * voxel_size(array.shape, spacing)
     return sizes
 
 
-@dataclass(frozen=True)
-class _MeasuredRules:
-    """What rules change in a case.
-
-    Parameters
-    ----------
-    overlap : ndarray, shape (regions, 3)
-        True positive, false positive and false negative voxels without a rule.
-    changes : dict
-        Region -> (rules, regions, 2): how many predicted and how many true positive voxels each region gains by a rule.
-    """
-
-    overlap: np.ndarray
-    changes: dict[int, np.ndarray]
+def _overlap(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> np.ndarray:
+    """True positive, false positive and false negative voxels (regions, 3)."""
+    groups = [[labels.region_values[i] for i in group] for group in disjoint_regions(labels)]
+    return np.concatenate([pair_masks(prediction, reference, masks, labels.ignore).overlap() for masks in groups])
 
 
-def _measure_rules(
+def _try_rules(
     read: Callable[[], CasePair], labels: Labels, rules: Mapping[str, Rule], tried: Mapping[int, Sequence[Rule]]
-) -> _MeasuredRules:
-    """Measure the rules that are tried for some disjoint regions, after applying the rules that are decided."""
+) -> np.ndarray:
+    """Count the overlap of a case (1 + candidates, regions, 3): without a rule, then with the k-th candidates.
+
+    The regions that are tried are disjoint, so that their candidates do not affect each other. The rules that are
+    decided apply before them.
+    """
     prediction, reference, spacing = read()
-    prediction, values = apply_rules(prediction, spacing, labels, rules), labels.region_values
-    overlap = [
-        pair_masks(prediction, reference, [values[i] for i in group], labels.ignore).overlap()
-        for group in disjoint_regions(labels)
-    ]
-    changes = {i: np.zeros((len(candidates), len(values), 2), np.int64) for i, candidates in tried.items()}
-    measured = _MeasuredRules(np.concatenate(overlap), changes)
-    found = find_components(prediction, [values[i] for i in tried])
-    if found is None:
-        return measured
-    voxel = voxel_size(prediction.shape, spacing)
-    removed = {
-        (i, k): found.removed_by(rule, mask, voxel)
-        for mask, (i, candidates) in enumerate(tried.items(), 1)
-        for k, rule in enumerate(candidates)
-    }
-    removable = np.any([np.zeros(len(found.sizes), bool), *removed.values()], axis=0)
-    at = np.flatnonzero(removable[found.numbers])  # few voxels
-    component, before, true = (a.ravel()[at] for a in (found.numbers, prediction[found.box], reference[found.box]))
-    annotated = np.full(true.shape, True) if labels.ignore is None else true != labels.ignore
-    for i in tried:
-        after = _replaced(before, labels, [values[i]])
-        affected = {*values[i], *after.tolist()}
-        for j, members in enumerate(values):
-            if affected & set(members):
-                gained = (np.isin(after, members).astype(np.int64) - np.isin(before, members)) * annotated
-                right = gained * np.isin(true, members)
-                for k in range(len(tried[i])):
-                    selected = removed[i, k][component]
-                    changes[i][k, j] = gained[selected].sum(), right[selected].sum()
-    return measured
+    prediction = apply_rules(prediction, spacing, labels, rules)
+    overlap, masks = _overlap(prediction, reference, labels), [labels.region_values[i] for i in tried]
+    found, voxel = find_components(prediction, masks), voxel_size(prediction.shape, spacing)
+    removed = [removed_components(found, candidates, voxel) for candidates in zip_longest(*tried.values())]
+    if not np.any(removed):
+        return np.stack([overlap] * (1 + len(removed)))
+    # candidates change few voxels: only these are counted again
+    changed = np.any(removed, axis=0)[found.numbers]
+    component, before, true = (
+        a[changed][None, None] for a in (found.numbers, prediction[found.box], reference[found.box])
+    )
+    after, unchanged = _replaced(before, labels, masks), overlap - _overlap(before, true, labels)
+    with_rules = [unchanged + _overlap(np.where(one[component], after, before), true, labels) for one in removed]
+    return np.stack([overlap, *with_rules])
 
 
-def _confirmed(
-    cases: Sequence[_MeasuredRules],
+def _confirm_rules(
+    overlap: np.ndarray,
     tried: Mapping[int, Sequence[Rule]],
     chooses: np.ndarray,
     level: float,
     labels: Labels,
-    before: Decision,
+    decided: Decision,
 ) -> Decision:
-    """Add to a decision the rules of some regions that are chosen, and confirmed at a level of significance."""
-    overlap = np.array([case.overlap for case in cases])
-    now, names = _dice(overlap), labels.region_names
-    rules, gains, regions_of_note = dict(before.rules), dict(before.gains), defaultdict[str, list[str]](list)
-    chosen: dict[int, tuple[Rule, np.ndarray]] = {}
-    for i, candidates in tried.items():
-        if reason := _unfit(now[:, i]):
-            regions_of_note[reason].append(names[i])
-        elif best := _best_rule(overlap, np.array([case.changes[i] for case in cases]), i, candidates, chooses):
-            chosen[i] = best
-    for i, (rule, after) in chosen.items():
-        ours, theirs = now[~chooses, i], after[~chooses]
-        if _mean_gain(ours, theirs) >= _LEAST_GAIN and p_of_gain(_differences(ours, theirs)) <= level / len(chosen):
-            before_rule, after_rule = (mean_of_labels(dice[:, None]) for dice in (ours, theirs))
-            rules[names[i]], gains[names[i]] = rule, Gain(before=before_rule, after=after_rule, n=_known(ours))
-        else:
-            note = f'"{rule}" is not confirmed by the {plural(_known(ours), "case")} that did not choose it'
-            regions_of_note[note].append(names[i])
-    notes = [f"no postprocessing of {', '.join(regions)}: {note}" for note, regions in regions_of_note.items()]
-    return Decision(rules, gains, (*before.notes, *notes))
-
-
-def _unfit(dice: np.ndarray) -> str | None:
-    """Why no rule is tried for a region with this Dice (cases,)."""
-    if (n := _known(dice)) < LEAST_CASES:
-        return f"it is in {plural(n, 'held-out case')}, {_NEEDED}"
-    if mean_of_labels(dice[:, None]) < LEAST_DICE:
-        return f"a mean Dice below {LEAST_DICE:g} is too low to decide"
-    return None
-
-
-def _best_rule(
-    overlap: np.ndarray, changes: np.ndarray, region: int, rules: Sequence[Rule], chooses: np.ndarray
-) -> tuple[Rule, np.ndarray] | None:
-    """Find the rule that raises the Dice of a region most in the cases that choose, the first of equals.
-
-    It takes little of what is right from any case, and nothing from the mean of another region.
+    """Add to a decision the rules that are best in the cases that choose, and confirmed by the others.
 
     Parameters
     ----------
-    overlap : ndarray, shape (cases, regions, 3)
-    changes : ndarray, shape (cases, rules, regions, 2)
-
-    Returns
-    -------
-    tuple or None
-        The rule, and the Dice (cases,) of the region with it; None if no rule helps.
+    overlap : ndarray, shape (cases, 1 + candidates, regions, 3)
+        From `_try_rules`.
+    level : float
+        Of significance, for all regions that are tried.
     """
-    best, most, now = None, _LEAST_GAIN, _dice(overlap)
-    in_reference = overlap[:, region, 0] + overlap[:, region, 2]
-    for k, rule in enumerate(rules):
-        after = _dice(overlap, changes[:, k])
-        gain = _mean_gain(now[chooses, region], after[chooses, region])
-        worse = any(mean_of_labels(after[:, [j]]) < mean_of_labels(now[:, [j]]) - _ROUNDING
-                    for j in range(now.shape[1]) if j != region)  # fmt: skip
-        spares = (-changes[:, k, region, 1] <= MOST_REMOVED * in_reference).all()
+    dice = _dice(overlap)
+    rules, gains, names = dict(decided.rules), dict(decided.gains), labels.region_names
+    regions_of_note = defaultdict[str, list[str]](list)
+    chosen: dict[int, int] = {}
+    for i in tried:
+        n = _count_known(dice[:, 0, i])
+        if n < LEAST_CASES:
+            regions_of_note[f"it is in {plural(n, 'held-out case')}, {_NEEDED}"].append(names[i])
+        elif mean_of_labels(dice[:, 0, i, None]) < LEAST_DICE:
+            regions_of_note[f"a mean Dice below {LEAST_DICE:g} is too low to decide"].append(names[i])
+        elif best := _best_candidate(overlap, dice, i, tried, chooses):
+            chosen[i] = best
+    for i, best in chosen.items():
+        rule, before, after = tried[i][best - 1], dice[~chooses, 0, i], dice[~chooses, best, i]
+        n, differences = _count_known(before), _differences(before, after)
+        if differences.sum() / max(1, n) >= _LEAST_GAIN and p_of_gain(differences) <= level / len(chosen):
+            rules[names[i]] = rule
+            gains[names[i]] = Gain(before=mean_of_labels(before[:, None]), after=mean_of_labels(after[:, None]), n=n)
+        else:
+            note = f'"{rule}" is not confirmed by the {plural(n, "case")} that did not choose it'
+            regions_of_note[note].append(names[i])
+    notes = [f"no postprocessing of {', '.join(regions)}: {note}" for note, regions in regions_of_note.items()]
+    return Decision(rules, gains, (*decided.notes, *notes))
+
+
+def _best_candidate(
+    overlap: np.ndarray, dice: np.ndarray, region: int, tried: Mapping[int, Sequence[Rule]], chooses: np.ndarray
+) -> int:
+    """Find the candidate that raises the Dice of a region most in the cases that choose, the first of equals.
+
+    It takes little of what is right from any case, and nothing from the mean of another region. 0 if none helps.
+    """
+    best, most = 0, _LEAST_GAIN
+    tp, in_reference = overlap[:, :, region, 0], overlap[:, 0, region, 0] + overlap[:, 0, region, 2]
+    means = [
+        [mean_of_labels(one[:, [j]]) for j in range(dice.shape[2]) if j not in tried] for one in dice.swapaxes(0, 1)
+    ]
+    for k in range(1, len(tried[region]) + 1):
+        differences = _differences(dice[chooses, 0, region], dice[chooses, k, region])
+        gain = differences.sum() / max(1, _count_known(dice[chooses, 0, region]))
+        spares = (tp[:, 0] - tp[:, k] <= MOST_REMOVED * in_reference).all()
+        worse = any(after < before - _ROUNDING for before, after in zip(means[0], means[k], strict=True))
         if gain >= most and spares and not worse:
-            best, most = (rule, after[:, region]), gain + _ROUNDING
+            best, most = k, gain + _ROUNDING
     return best
 
 
-def _dice(overlap: np.ndarray, changes: np.ndarray | None = None) -> np.ndarray:
-    """Dice (cases, regions) after changes in predicted and in true positive voxels; NaN if a region is absent."""
+def _dice(overlap: np.ndarray) -> np.ndarray:
+    """Dice from true positive, false positive and false negative voxels; NaN if a region is absent."""
     tp, fp, fn = np.moveaxis(overlap, -1, 0)
-    predicted, right = (0, 0) if changes is None else np.moveaxis(changes, -1, 0)
     with np.errstate(invalid="ignore"):
-        return 2.0 * (tp + right) / (2 * tp + fp + fn + predicted)
+        return 2.0 * tp / (2 * tp + fp + fn)
 
 
 def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -429,9 +397,5 @@ def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.nan_to_num(after, nan=1.0) - np.nan_to_num(before, nan=1.0)
 
 
-def _mean_gain(before: np.ndarray, after: np.ndarray) -> float:
-    return float(_differences(before, after).sum()) / max(1, _known(before))
-
-
-def _known(dice: np.ndarray) -> int:
+def _count_known(dice: np.ndarray) -> int:
     return int(np.isfinite(dice).sum())

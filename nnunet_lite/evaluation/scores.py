@@ -73,7 +73,7 @@ class Scores:
         One per case.
     labels : Labels
         What is scored.
-    tolerance_mm : float
+    tolerance : float
         The tolerance of NSD, in `unit`.
     notes : tuple of str
         What was left out or read in a special way.
@@ -83,7 +83,7 @@ class Scores:
 
     rows: tuple[CaseScore, ...]
     labels: Labels
-    tolerance_mm: float = 1.0
+    tolerance: float = 1.0
     notes: tuple[str, ...] = ()
     unit: str = "mm"
 
@@ -95,10 +95,8 @@ class Scores:
 
     def by_label(self, metric: str = "Dice") -> dict[str, Statistic]:
         """A metric over cases, for each label."""
-        columns = self.values(metric).T
-        return {
-            name: summarize(column[:, None]) for name, column in zip(self.labels.region_names, columns, strict=True)
-        }
+        columns = zip(self.labels.region_names, self.values(metric).T, strict=True)
+        return {name: summarize(column[:, None]) for name, column in columns}
 
     def foreground(self, metric: str = "Dice") -> Statistic:
         """A metric over cases and labels, as nnU-Net averages it: the mean of the means of the labels."""
@@ -108,11 +106,9 @@ class Scores:
         """The content of summary.json: that of nnU-Net's, with more metrics. A metric that does not apply is null."""
         names = label_keys(self.labels)
         keys = {metric.file_key(self.unit): name for name, metric in METRICS.items()}
+        by_label = {key: self.by_label(metric) for key, metric in keys.items()}
         statistics = {"foreground": {key: self.foreground(metric) for key, metric in keys.items()}}
-        statistics |= {label_key: {} for label_key in names.values()}
-        for key, metric in keys.items():
-            for name, statistic in self.by_label(metric).items():
-                statistics[names[name]][key] = statistic
+        statistics |= {names[name]: {key: by_label[key][name] for key in keys} for name in names}
         means = {of: {key: one.mean for key, one in values.items()} for of, values in statistics.items()}
         return {
             "foreground_mean": means.pop("foreground"),
@@ -135,7 +131,7 @@ class Scores:
             },
             "labels": {label_key: name for name, label_key in names.items()},
             "length_unit": self.unit,
-            f"nsd_tolerance_{self.unit}": self.tolerance_mm,
+            f"nsd_tolerance_{self.unit}": self.tolerance,
             "notes": list(self.notes),
         }
 
@@ -161,7 +157,7 @@ class Scores:
             if name == "Dice" or (metric.better in ("higher", "lower") and np.isfinite(self.values(name)).any())
         ]  # fmt: skip
         columns = [{**self.by_label(m.name), "foreground mean": self.foreground(m.name)} for m in shown]
-        suffixes = {"NSD": f" {self.tolerance_mm:g} {self.unit}", "HD95": f" {self.unit}"}
+        suffixes = {"NSD": f" {self.tolerance:g} {self.unit}", "HD95": f" {self.unit}"}
         headings = [metric.heading + suffixes.get(metric.name, "") for metric in shown]
         head = ("label", "n", "Dice", "95 % interval", "median", *headings[1:])
         return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
@@ -239,7 +235,7 @@ def score_files(
     prediction: Path,
     reference: Path,
     labels: Labels | None = None,
-    tolerance_mm: float = 1.0,
+    tolerance: float = 1.0,
     surface: bool = True,
     workers: int | None = None,
     accept_geometry: bool = False,
@@ -253,7 +249,7 @@ def score_files(
     labels : Labels or None
         By default those of a dataset.json in the reference folder, its parent, or the prediction folder; else the
         values in the files.
-    tolerance_mm : float
+    tolerance : float
         Distance up to which surfaces agree for NSD; in pixels if no file has a spacing.
     surface : bool
         Whether to compute NSD and HD95.
@@ -281,9 +277,8 @@ def score_files(
 
         def score(case: str) -> tuple[CaseScore, bool, list[_Remark]]:
             predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
-            metrics = score_case(
-                predicted, true, known, geometry.spacing, tolerance_mm, surface, threads, geometry.calibrated
-            )
+            spacing = geometry.spacing if geometry.calibrated else None
+            metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
             return CaseScore(case, *pairs[case], metrics), geometry.calibrated, remarks
 
         results = list(progress(pool.map(score, pairs), len(pairs), "evaluate"))
@@ -296,7 +291,7 @@ def score_files(
             files_of[remark].append(file)
     notes += [f"{remark} ({few(files)})" for remark, files in files_of.items()]
     rows = tuple(row for row, _, _ in results)
-    return Scores(rows, labels, tolerance_mm, tuple(notes), "mm" if any_calibrated else "px")
+    return Scores(rows, labels, tolerance, tuple(notes), "mm" if any_calibrated else "px")
 
 
 _Remark = tuple[str, str]  # what is special about a file, and its name

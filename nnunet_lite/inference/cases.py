@@ -114,7 +114,7 @@ def check_image(image: Image, plan: Plan) -> None:
             with np.errstate(over="ignore"):
                 wrong = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32))))
             if wrong:
-                what = f"{plural(wrong, 'voxel')} of channel {channel.name} NaN or infinite{', as float32' * wide}"
+                what = f"NaN or infinite{', as float32' * wide}: {plural(wrong, 'voxel')} of channel {channel.name}"
                 raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
 
 

@@ -18,24 +18,21 @@ import re
 import shutil
 import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import BytesIO
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import gettempdir
-from typing import IO, Any
+from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import nnunet_lite
-from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, must_be_known, must_fit, read_json, scratch, write_json
-from nnunet_lite.models.folder import FORMAT as MODEL_FORMAT
-from nnunet_lite.models.folder import MODEL, is_finished, other_folds, set_aside, validation_dice
-from nnunet_lite.models.lookup import Checkpoint, is_nnunet, read_model
-from nnunet_lite.planning.schema import Plan
+from nnunet_lite.files import atomic, must_be_known, read_json, scratch, understood, write_json
+from nnunet_lite.models.folder import MODEL, Checkpoint, is_nnunet, new_model_folder, weight_files
+from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import in_units
 
@@ -44,10 +41,9 @@ MANIFEST = "manifest.json"
 LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
 _RATIO = 100  # weights shrink by a tenth; a file that grows by more than this factor is meant to fill the disk
-_CHUNK = 2**20
 _LONGEST_NAME = 80
-_JSONS = ("plans.json", "dataset.json", "run.json")
-_FOLD = re.compile(r"fold_(all|\d+)")
+_PART = re.compile(rf"(plans|dataset|run)\.json|fold_(all|\d+)/{re.escape(MODEL)}")  # of a model folder
+_ABOUT = ("configuration", "recipe", "channels", "labels", "spacing")  # what the manifest says of a model
 # the entries of dataset.json that are packed; nnU-Net's may list the cases and their files
 _PUBLIC = ("name", "description", "reference", "licence", "license", "release", "channel_names", "modality", "labels",
            "regions_class_order", "file_ending", "numTraining")  # fmt: skip
@@ -110,7 +106,8 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
     out : Path
         The zip to write.
     licence : str, optional
-        An SPDX identifier such as "CC-BY-4.0", or the text. By default that of the zip from which it was imported.
+        An SPDX identifier such as "CC-BY-4.0", the text, or the name of its file; by default that of the zip from
+        which the model was imported.
     note : str, optional
         On the training data; the same default.
 
@@ -128,17 +125,18 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
         if not run.get("previous"):
             raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json")
         folders.append(folder.with_name(Path(run["previous"]).name))
+    if licence and len(licence) < 256 and "\n" not in licence and Path(licence).is_file():
+        licence = Path(licence).read_text(encoding="utf-8")
     imported = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    files: dict[str, PackedFile] = {}
+    about = describe_folder(folder)
     with atomic(out) as temporary, ZipFile(temporary, "w") as archive:
-        for model in folders:
-            for name, content in _contents(model).items():
-                files[f"{model.name}/{name}"] = _write(archive, f"{model.name}/{name}", content)
+        files = {path: _write(archive, path, content) for model in folders for path, content in _contents(model)}
         manifest = Manifest(
             made_by=f"nnunet_lite {nnunet_lite.__version__}",
             dataset=plan.dataset,
             models=tuple(model.name for model in folders),
-            about=_about(folder, plan, run),
+            about={key: about[key] for key in _ABOUT}
+            | {"mean_dice": {fold: state["mean_dice"] for fold, state in about["folds"].items()}},
             licence=licence or imported.get("licence"),
             training_data=note or imported.get("training_data"),
             files=files,
@@ -148,16 +146,10 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
     return manifest
 
 
-def read_licence(given: str) -> str:
-    """Return an SPDX identifier or a text as it is, and the content of a file if `given` is the name of one."""
-    is_file = len(given) < 256 and "\n" not in given and Path(given).is_file()
-    return Path(given).read_text(encoding="utf-8") if is_file else given
-
-
-def _contents(folder: Path) -> dict[str, bytes | Path]:
-    """Return the files of a model folder that are packed, as bytes or as paths."""
+def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield path and content of each file of a model folder that is packed."""
     plan, run = read_model(folder)
-    settings, weights = run["settings"], sorted(folder.glob(f"fold_*/{MODEL}"))
+    weights, settings = weight_files(folder), run["settings"]
     if not weights:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
     if (factory := settings["network"].get("factory")) is not None:
@@ -167,42 +159,19 @@ def _contents(folder: Path) -> dict[str, bytes | Path]:
         settings["training"]["init"] = Path(start).name
     run.pop("changed", None)  # the history of the run may name folders too
     dataset = {key: value for key, value in read_json(folder / "dataset.json").items() if key in _PUBLIC}
-    values = {"plans.json": json.loads(plan.to_json()), "dataset.json": dataset, "run.json": run}
-    texts = {name: f"{json.dumps(value, indent=1)}\n".encode() for name, value in values.items()}
-    return {**texts, **{f"{file.parent.name}/{MODEL}": file for file in weights}}
+    for name, value in (("plans", json.loads(plan.to_json())), ("dataset", dataset), ("run", run)):
+        yield f"{folder.name}/{name}.json", f"{json.dumps(value, indent=1)}\n".encode()
+    for fold, file in weights.items():
+        yield f"{folder.name}/fold_{fold}/{MODEL}", file.read_bytes()
 
 
-def _about(folder: Path, plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a model for those who open the manifest."""
-    folds = [name.removeprefix("fold_") for name in other_folds(folder, "") if is_finished(folder / name)]
-    return {
-        "configuration": run["configuration"],
-        "recipe": run["settings"]["recipe"],
-        "channels": [channel.name for channel in plan.channels],
-        "labels": plan.labels.to_json(),
-        "spacing": plan.configuration(run["configuration"]).spacing,
-        "mean_dice": {fold: validation_dice(folder, fold) for fold in folds},
-    }
-
-
-def _write(archive: ZipFile, path: str, content: bytes | Path) -> PackedFile:
+def _write(archive: ZipFile, path: str, content: bytes) -> PackedFile:
     """Add a file without date and owner. Weights are not compressed: they hardly shrink."""
     info = ZipInfo(path)
     info.external_attr = (stat.S_IFREG | 0o644) << 16
-    info.compress_type = ZIP_STORED if isinstance(content, Path) else ZIP_DEFLATED
-    info.file_size = content.stat().st_size if isinstance(content, Path) else len(content)
-    source = content.open("rb") if isinstance(content, Path) else BytesIO(content)
-    with source, archive.open(info, "w") as target:
-        return _copy(source, target, info.file_size)
-
-
-def _copy(source: IO[bytes], target: IO[bytes], limit: int) -> PackedFile:
-    """Copy a file until its end, or until `limit` bytes are exceeded, which are not written."""
-    digest, size = hashlib.sha256(), 0
-    while (chunk := source.read(_CHUNK)) and (size := size + len(chunk)) <= limit:
-        digest.update(chunk)
-        target.write(chunk)
-    return PackedFile(sha256=digest.hexdigest(), size=size)
+    info.compress_type = ZIP_STORED if path.endswith(MODEL) else ZIP_DEFLATED
+    archive.writestr(info, content)
+    return PackedFile(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
 # ----------------------------------------------------------------------------------------------------------- unpacking
@@ -214,19 +183,23 @@ def is_bundle(path: Path) -> bool:
 
 
 @contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
+def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
     """Yield a model folder: the path itself, or a copy of what a zip contains, which is deleted after the block.
 
     Raises
     ------
     UserError
-        As `unpack`.
+        As `unpack`; or another checkpoint than the final one is chosen of a model that nnU-Net did not write.
     """
-    if not is_bundle(path):
-        yield path
-        return
-    with scratch(Path(gettempdir())) as temporary:
-        yield unpack(path, temporary / read_manifest(path).models[0])
+    with ExitStack() as stack:
+        folder = path
+        if is_bundle(path):
+            temporary = stack.enter_context(scratch(Path(gettempdir())))
+            folder = unpack(path, temporary / read_manifest(path).models[0])
+        if checkpoint != "final" and (folder / "run.json").is_file():
+            what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
+            raise UserError(what, path, "Leave out --checkpoint.")
+        yield folder
 
 
 @contextmanager
@@ -236,10 +209,9 @@ def as_model_folder(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Pa
     Raises
     ------
     UserError
-        It is no model; or another checkpoint than the final one is chosen of a model that nnU-Net did not write.
+        As `unpacked`; or it is no model.
     """
-    with unpacked(path) as folder:
-        require_final(path, folder, checkpoint)
+    with unpacked(path, checkpoint) as folder:
         if not is_nnunet(folder):
             yield folder
             return
@@ -249,13 +221,6 @@ def as_model_folder(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Pa
             copy = temporary / folder.absolute().name
             import_nnunet(folder, copy, checkpoint)
             yield copy
-
-
-def require_final(path: Path, folder: Path, checkpoint: Checkpoint) -> None:
-    """Refuse a choice of checkpoint for a model of nnlite, which has only one; `folder` is what `path` contains."""
-    if checkpoint != "final" and (folder / "run.json").is_file():
-        what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
-        raise UserError(what, path, "Leave out --checkpoint.")
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -295,107 +260,77 @@ def unpack(file: Path, out: Path, *, replace: bool = False) -> Path:
         a model exists already.
     """
     out = out.absolute()
-    with _open(file) as (archive, manifest):
+    with _open(file) as (archive, manifest), ExitStack() as stack:
         _check_size(manifest, file, out)
-        targets = _targets(manifest, out, replace)
-        with scratch(out.parent) as temporary:
-            with must_fit(out, temporary, sum(expected.size for expected in manifest.files.values())):
-                for path, expected in manifest.files.items():
-                    (temporary / path).parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(path) as source, (temporary / path).open("xb") as target:
-                        if _copy(source, target, expected.size) != expected:
-                            raise UserError(f"{path} was changed: its checksum differs", file, "Get the file again.")
-                for number, name in enumerate(manifest.models):
-                    _check_model(temporary / name, manifest.models[number + 1 :], file)
-                write_json(temporary / manifest.models[0] / MANIFEST, manifest.model_dump(mode="json"))
-            for name, folder in reversed(targets.items()):  # the model itself is the last one
-                if not _is_empty(folder) and (old := set_aside(folder)) is not None:
-                    log.info(f"the previous model is kept in {old}")
-                (temporary / name).replace(folder)
+        model, *stages = manifest.models
+        if out.name in stages:
+            what = "is the name of the model's first stage, which needs this folder"
+            raise UserError(what, out, "Choose another.")
+        size = sum(packed.size for packed in manifest.files.values())
+        targets = {model: out, **{name: out.with_name(name) for name in stages}}
+        folders = {name: stack.enter_context(new_model_folder(path, replace, size)) for name, path in targets.items()}
+        for path, packed in manifest.files.items():
+            name, _, part = path.partition("/")
+            target = folders[name] / part
+            target.parent.mkdir(exist_ok=True)
+            with archive.open(path) as source, target.open("xb") as copy:
+                shutil.copyfileobj(source, copy)
+            with target.open("rb") as copy:
+                if hashlib.file_digest(copy, "sha256").hexdigest() != packed.sha256:
+                    raise UserError(f"{path} was changed: its checksum differs", file, "Get the file again.")
+        for number, name in enumerate(manifest.models):
+            _check_model(folders[name], manifest.models[number + 1 :], file)
+        write_json(folders[model] / MANIFEST, manifest.model_dump(mode="json"))
     return out
 
 
 @contextmanager
 def _open(file: Path) -> Iterator[tuple[ZipFile, Manifest]]:
-    """Open a zip and check its list of files against its manifest."""
+    """Open a zip and check that it contains exactly what its manifest lists, parts of models and nothing else."""
     if not file.is_file():
         raise UserError("no such file", file)
     try:
         with ZipFile(file) as archive:
-            if MANIFEST not in archive.namelist() and any(name.endswith(".pth") for name in archive.namelist()):
-                fix = "Unpack it, and import the model folder in it that contains plans.json."
-                raise UserError("is a zip of nnU-Net, and not of `nnlite export`", file, fix)
-            for info in archive.infolist():
-                _check_entry(info, file)
-            manifest = _read_manifest(archive, file)
+            sizes = Counter((entry.filename, entry.file_size) for entry in archive.infolist())
+            if MANIFEST not in archive.namelist():
+                if any(name.endswith(".pth") for name in archive.namelist()):
+                    fix = "Unpack it, and import the model folder in it that contains plans.json."
+                    raise UserError("is a zip of nnU-Net, and not of `nnlite export`", file, fix)
+                raise UserError(f"is no model that nnlite exported (no {MANIFEST})", file)
+            with understood(file / MANIFEST):
+                size = archive.getinfo(MANIFEST).file_size
+                if size > _JSON_LIMIT:
+                    raise ValueError(f"{size} bytes")
+                values = json.loads(archive.read(MANIFEST))
+                must_be_known(str(values["format"]), FORMAT, file)
+                manifest = Manifest.model_validate(values)
             _check_names(manifest, file)
-            _check_files(archive, manifest, file)
+            listed = Counter({(MANIFEST, size): 1, **{(path, f.size): 1 for path, f in manifest.files.items()}})
+            if differing := min((sizes - listed) + (listed - sizes), default=None):
+                what = f"is not what its {MANIFEST} lists: {differing[0]!r:.80} differs; nothing was unpacked"
+                raise UserError(what, file, "Get the file again.")
             yield archive, manifest
-    except (BadZipFile, zlib.error, EOFError) as error:
+    except (BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
         raise UserError(f"is no zip file, or a damaged one ({error})", file, "Get it again.") from None
 
 
-def _check_entry(info: ZipInfo, file: Path) -> None:
-    """Refuse an entry that is no plain file inside the folder that the zip is unpacked to."""
-    name, kind = info.filename, info.external_attr >> 16
-    parts = name.rstrip("/").split("/")
-    if name != info.orig_filename or "\\" in name or ":" in parts[0] or any(p in ("", ".", "..") for p in parts):
-        raise UserError(f"contains {info.orig_filename!r:.80}, a path out of its folder; nothing was unpacked", file)
-    if info.is_dir() or stat.S_IFMT(kind) not in (0, stat.S_IFREG) or info.flag_bits & 1:
-        raise UserError(f"contains {name!r:.80}, a folder, a link or encrypted; nothing was unpacked", file)
-
-
-def _read_manifest(archive: ZipFile, file: Path) -> Manifest:
-    try:
-        info = archive.getinfo(MANIFEST)
-    except KeyError:
-        raise UserError(f"is no model that nnlite exported (no {MANIFEST})", file) from None
-    try:
-        if info.file_size > _JSON_LIMIT:
-            raise ValueError(f"{info.file_size} bytes")
-        values = json.loads(archive.read(info))
-        must_be_known(str(values["format"]), FORMAT, file)
-        return Manifest.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        what = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}"
-    raise UserError(f"{MANIFEST} is not as nnlite writes it ({what})", file)
-
-
 def _check_names(manifest: Manifest, file: Path) -> None:
-    """Refuse names that no folder can have, or that would be hidden."""
+    """Refuse names that no folder can have, or that would be hidden, and paths of files that no model has."""
     for name in (manifest.dataset, *manifest.models):
         odd = name.startswith(".") or not name.isprintable() or any(c in name for c in "\\:")
         if odd or len(name) > _LONGEST_NAME or Path(name).name != name:
             raise UserError(f"{name!r:.80} is no name for a folder", file)
-
-
-def _check_files(archive: ZipFile, manifest: Manifest, file: Path) -> None:
-    """Refuse a zip that contains anything but the files that its manifest lists, with these sizes."""
     for path in manifest.files:
-        model, _, rest = path.partition("/")
-        fold, _, weights = rest.partition("/")
-        if model not in manifest.models or not (rest in _JSONS or (_FOLD.fullmatch(fold) and weights == MODEL)):
+        model, _, part = path.partition("/")
+        if model not in manifest.models or not _PART.fullmatch(part):
             raise UserError(f"lists {path!r:.80}, which is no part of a model", file)
-    names = [info.filename for info in archive.infolist()]
-    listed = {MANIFEST, *manifest.files}
-    if odd := sorted({*names} ^ listed):
-        fault = "lacks" if odd[0] in listed else "contains"
-        raise UserError(f"{fault} {odd[0]!r:.80}, against its {MANIFEST}; nothing was unpacked", file)
-    if len(names) > len(listed):
-        raise UserError("contains a file twice", file)
     if sorted(manifest.models) != sorted({path.partition("/")[0] for path in manifest.files}):
         raise UserError(f"lacks a model that its {MANIFEST} names", file)
-    for path, expected in manifest.files.items():
-        if (size := archive.getinfo(path).file_size) != expected.size:
-            raise UserError(f"{path} has {size} bytes, {expected.size} in its {MANIFEST}", file)
 
 
 def _check_size(manifest: Manifest, file: Path, out: Path) -> None:
     """Refuse more bytes than are allowed, than the disk has free, or than a file of this size can contain."""
-    sizes = {path: expected.size for path, expected in manifest.files.items()}
+    sizes = {path: packed.size for path, packed in manifest.files.items()}
     total, packed = sum(sizes.values()), file.stat().st_size
     parent = next(folder for folder in out.parents if folder.exists())
     if big := [path for path, size in sizes.items() if path.endswith(".json") and size > _JSON_LIMIT]:
@@ -412,30 +347,10 @@ def _check_model(folder: Path, stages: Sequence[str], file: Path) -> None:
     """Refuse a model that cannot predict: plan or settings that this version cannot read, or code."""
     try:
         plan, run = read_model(folder)
-        must_be_known(str(run["format"]), MODEL_FORMAT, file)
         is_second = plan.configuration(run["configuration"]).previous_stage is not None
-        settings = Settings.model_validate(run["settings"])
     except UserError as error:
         raise UserError(f"{folder.name}: {error.what}", file, error.fix) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder.name}/run.json cannot be read ({type(error).__name__})", file) from None
-    if settings.network.factory is not None:
-        raise UserError(f"names code, {settings.network.factory}; it was not run", file)
+    if (factory := Settings.model_validate(run["settings"]).network.factory) is not None:
+        raise UserError(f"names code, {factory}; it was not run", file)
     if [run.get("previous")] * is_second != list(stages):
         raise UserError(f"lacks the first stage that {folder.name} needs, or contains another one", file)
-
-
-def _targets(manifest: Manifest, out: Path, replace: bool) -> dict[str, Path]:
-    """Return the new folder of each model."""
-    model, *stages = manifest.models
-    if out.name in stages:
-        raise UserError("is the name of the model's first stage, which needs this folder", out, "Choose another.")
-    targets = {model: out, **{name: out.with_name(name) for name in stages}}
-    taken = [folder for folder in targets.values() if folder.exists() and not _is_empty(folder)]
-    if taken and not replace:
-        raise UserError("exists already", taken[0], "Choose another --output, or move it away.")
-    return targets
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

@@ -14,11 +14,12 @@ import json
 import platform
 import secrets
 import shutil
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import safe_open
@@ -27,7 +28,7 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import Busy, UserError
-from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
+from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences
 from nnunet_lite.workspace import Paths
@@ -39,6 +40,7 @@ VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted a
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
 _OLD = "old_"
+Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
 _N_FOLDS = 5  # by default; fewer cases are trained without folds
 # settings that may differ between two calls of `train` without making it another run
 _INCIDENTAL = (
@@ -95,16 +97,27 @@ def open_run(
     """
     with locked(folder, "opening a run"):  # folds that begin at the same time draw one seed
         file = folder / _RUN
-        if file.is_file() and _is_bound(folder, plan, settings, fold):
-            return _resume(folder, plan, configuration, settings, fold, force)
-        seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "plans.json", plan.to_json())
-        write_json(folder / "dataset.json", _describe_dataset(dataset))
-        run = {"format": FORMAT, "configuration": configuration, "seed": seed}
-        run |= {"settings": settings.model_dump(mode="json")} | ({} if previous is None else {"previous": previous})
-        write_json(file, {**run, "began": _now(), "versions": package_versions()})
-        return seed
+        if not (file.is_file() and _is_bound(folder, plan, settings, fold)):
+            seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
+            new = {"configuration": configuration, "seed": seed, "settings": settings.model_dump(mode="json")}
+            new |= {} if previous is None else {"previous": previous}
+            write_description(folder, plan, _describe_dataset(dataset), new)
+            return seed
+        run = read_run(folder)
+        changes = check_resume(folder, plan, configuration, settings, fold, force)
+        old = Settings.model_validate(run["settings"])
+        ignored = [change for change in differences(old, settings) if change.startswith("inference.")]
+        if changes:
+            log.info(f"{folder}: resumes with {'; '.join(changes)}")
+            write_text(folder / "plans.json", plan.to_json())
+            if settings.training.seed not in (None, old.training.seed):
+                run["seed"] = settings.training.seed
+            history = [*run.get("changed", []), {"when": _now(), "changes": changes}]
+            write_json(file, {**run, "settings": settings.model_dump(mode="json"), "changed": history})
+        elif ignored:
+            log.warn(f"{folder}: validation uses the settings that the run began with, without {'; '.join(ignored)}; "
+                     "give them to `nnlite predict`")  # fmt: skip
+        return int(run["seed"])
 
 
 def _is_bound(folder: Path, plan: Plan, settings: Settings, fold: str) -> bool:
@@ -123,24 +136,6 @@ def _is_bound(folder: Path, plan: Plan, settings: Settings, fold: str) -> bool:
     except Busy:
         return True
     return False
-
-
-def _resume(folder: Path, plan: Plan, configuration: str, settings: Settings, fold: str, force: bool) -> int:
-    run = read_run(folder)
-    changes = check_resume(folder, plan, configuration, settings, fold, force)
-    old = Settings.model_validate(run["settings"])
-    ignored = [change for change in differences(old, settings) if change.startswith("inference.")]
-    if ignored and not changes:
-        log.warn(f"{folder}: validation uses the settings that the run began with, without {'; '.join(ignored)}; "
-                 "give them to `nnlite predict`")  # fmt: skip
-    if changes:
-        log.info(f"{folder}: resumes with {'; '.join(changes)}")
-        write_text(folder / "plans.json", plan.to_json())
-        if settings.training.seed not in (None, old.training.seed):
-            run["seed"] = settings.training.seed
-        history = [*run.get("changed", []), {"when": _now(), "changes": changes}]
-        write_json(folder / _RUN, {**run, "settings": settings.model_dump(mode="json"), "changed": history})
-    return int(run["seed"])
 
 
 def check_resume(
@@ -183,7 +178,9 @@ def check_resume(
     if only_length and not same_plan:
         changes.append("the plan")
 
-    elsewhere = _suggest_elsewhere(folder)
+    several = len(list(folder.glob("fold_*"))) > 1  # --restart of one fold keeps the others
+    restarting = "`all-folds --restart`" if several else "--restart"
+    elsewhere = f"use another --name to keep both, or {restarting} to begin again"
     what = f"was trained with other settings: {'; '.join(changes)}"
     if not force:
         fix = f"Repeat the old settings to resume, {elsewhere}; --force resumes with the new ones."
@@ -206,11 +203,6 @@ def check_resume(
     return changes
 
 
-def _suggest_elsewhere(folder: Path) -> str:
-    several = len(list(folder.glob("fold_*"))) > 1  # --restart of one fold keeps the others
-    return f"use another --name to keep both, or {'`all-folds --restart`' if several else '--restart'} to begin again"
-
-
 def run_length(settings: Settings) -> dict[str, float | None]:
     """Return what decides how long a run is; it is stored with the weights, so that more of it resumes the run."""
     return {"epochs": settings.training.epochs, "time_limit": settings.training.time_limit}
@@ -228,12 +220,6 @@ def _can_extend(fold_folder: Path, settings: Settings) -> bool:
     before = read_weights_header(fold_folder / MODEL).get("length") if is_finished(fold_folder) else None
     longer = before is not None and _is_longer(before, run_length(settings))
     return longer and (fold_folder / CHECKPOINT).is_file()
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
-    packages = {name: version(name) for name in ("torch", "numpy")}
-    return {"nnunet_lite": nnunet_lite.__version__, "python": platform.python_version(), **packages}
 
 
 def fold_seed(seed: int, fold: str) -> int:
@@ -262,6 +248,27 @@ def _describe_dataset(dataset: Dataset) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- models and runs
 
 
+def write_description(folder: Path, plan: Plan, dataset: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write plans.json, dataset.json and run.json of a new model.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    plan : Plan
+        What is trained.
+    dataset : dict
+        The content of dataset.json.
+    run : dict
+        The content of run.json, without format, date and the versions of what a result depends on.
+    """
+    write_text(folder / "plans.json", plan.to_json())
+    write_json(folder / "dataset.json", dataset)
+    versions = {"nnunet_lite": nnunet_lite.__version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "numpy")}
+    write_json(folder / _RUN, {"format": FORMAT, **run, "began": _now(), "versions": versions})
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the run.json of a model folder.
 
@@ -279,6 +286,37 @@ def read_run(folder: Path) -> dict[str, Any]:
         must_be_known(str(run["format"]), FORMAT, file)
         Settings.model_validate(run["settings"])
         return {**run, "configuration": str(run["configuration"]), "seed": int(run["seed"])}
+
+
+@contextmanager
+def new_model_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
+    """Yield a temporary folder that is moved to `out` at the end of the block, and deleted if the block fails.
+
+    Parameters
+    ----------
+    out : Path
+        The new folder.
+    replace : bool
+        Set an existing folder aside instead of refusing.
+    needed : int, optional
+        Bytes that will be written, for the message if they do not fit.
+
+    Raises
+    ------
+    UserError
+        `out` exists already, and `replace` is not set.
+    """
+    taken = out.exists() and (out.is_file() or any(out.iterdir()))
+    if taken and not replace:
+        raise UserError("exists already", out, "Choose another --output, or delete it.")
+    with scratch(out.absolute().parent) as temporary:
+        partial = temporary / out.name
+        partial.mkdir()
+        with must_fit(out, partial, needed):
+            yield partial
+        if taken:
+            log.info(f"the previous model is kept in {set_aside(out)}")
+        partial.replace(out)
 
 
 def is_model(folder: Path) -> bool:
@@ -369,10 +407,30 @@ def is_complete(fold_folder: Path, settings: Settings) -> bool:
     return False
 
 
-def trained_folds(folder: Path) -> list[str]:
-    """Return the finished folds of a model folder; "all" only where there is no other."""
-    names = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{MODEL}"))
-    return [name for name in names if name != "all"] or names
+def is_nnunet(folder: Path) -> bool:
+    """Whether nnU-Net wrote this model folder; one with a run.json is of nnlite."""
+    if (folder / _RUN).is_file() or not (folder / "plans.json").is_file():
+        return False
+    return any(folder.glob("fold_*/checkpoint_*.pth"))
+
+
+def nnunet_file(checkpoint: Checkpoint) -> str:
+    """Return nnU-Net's file name of a checkpoint."""
+    if checkpoint not in get_args(Checkpoint):
+        raise UserError(f"there is no checkpoint {checkpoint!r}", fix='Give "final" or "best".')
+    return f"checkpoint_{checkpoint}.pth"
+
+
+def weight_files(folder: Path, checkpoint: Checkpoint = "final") -> dict[str, Path]:
+    """Return the weights of each finished fold of a model folder; of nnU-Net's, the folds that have this checkpoint."""
+    name = nnunet_file(checkpoint) if is_nnunet(folder) else MODEL
+    return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
+
+
+def trained_folds(folder: Path, checkpoint: Checkpoint = "final") -> list[str]:
+    """Return the folds to predict with: those of `weight_files`, fold "all" only if there is no other."""
+    folds = list(weight_files(folder, checkpoint))
+    return [fold for fold in folds if fold != "all"] or folds
 
 
 def validation_dice(folder: Path, fold: str) -> float | None:

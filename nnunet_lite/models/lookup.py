@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.folder import first_training, model_folders, read_run, trained_folds, validation_dice
+from nnunet_lite.files import understood
+from nnunet_lite.models.folder import (
+    MODEL,
+    Checkpoint,
+    first_training,
+    model_folders,
+    read_run,
+    read_weights_header,
+    trained_folds,
+    validation_dice,
+)
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import Paths, planned_paths
-
-Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
 
 
 def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
@@ -25,6 +33,41 @@ def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
     """
     run = read_run(folder)
     return Plan.read(folder / "plans.json"), run
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Return what a model folder contains, as values for JSON: its plan, its settings, and each finished fold.
+
+    Raises
+    ------
+    UserError
+        As `read_model`; or a file of weights or scores cannot be read.
+    """
+    plan, run = read_model(folder)
+    planned, folds = plan.configuration(run["configuration"]), {}
+    for fold in trained_folds(folder):
+        file = folder / f"fold_{fold}" / MODEL
+        with understood(file):
+            state = read_weights_header(file)
+            folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
+        folds[fold]["mean_dice"] = validation_dice(folder, fold)
+    return {
+        "dataset": plan.dataset,
+        "configuration": run["configuration"],
+        "recipe": run["settings"]["recipe"],
+        "channels": [channel.name for channel in plan.channels],
+        "labels": plan.labels.to_json(),
+        "orientation": plan.orientation,
+        "spacing": planned.spacing,
+        "patch_size": planned.patch_size,
+        "batch_size": planned.batch_size,
+        "network": planned.network.model_dump(),
+        "folds": folds,
+        "unfinished_folds": sorted(
+            path.name.removeprefix("fold_") for path in folder.glob("fold_*") if not (path / MODEL).is_file()
+        ),
+        **{key: run[key] for key in ("seed", "versions", "settings")},
+    }
 
 
 def find_model(given: str | Path, workspace: Path, dataset: str | None = None) -> Path:
@@ -92,34 +135,8 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     return best
 
 
-def default_folds(folds: Iterable[str]) -> list[str]:
-    """Return the folds to predict with: fold "all" only if there is no other."""
-    folds = list(folds)
-    return [fold for fold in folds if fold != "all"] or folds
-
-
 def first_common_fold(folders: Sequence[Path], checkpoint: Checkpoint = "final") -> list[str] | None:
     """Return the first fold that all of these models have trained; None for a zip, whose folds are not known yet."""
-    have = [list(nnunet_folds(folder, checkpoint)) or trained_folds(folder) for folder in folders]
+    have = [trained_folds(folder, checkpoint) for folder in folders]
     common = [fold for fold in have[0] if all(fold in others for others in have)]
     return common[:1] or None
-
-
-def is_nnunet(folder: Path) -> bool:
-    """Whether nnU-Net wrote this model folder; one with a run.json is of nnlite."""
-    if (folder / "run.json").is_file() or not (folder / "plans.json").is_file():
-        return False
-    return any(folder.glob("fold_*/checkpoint_*.pth"))
-
-
-def nnunet_folds(folder: Path, checkpoint: Checkpoint = "final") -> dict[str, Path]:
-    """Return the checkpoint of each fold of an nnU-Net model that has it; of any other folder, nothing."""
-    files = sorted(folder.glob(f"fold_*/{nnunet_file(checkpoint)}")) if is_nnunet(folder) else []
-    return {file.parent.name.removeprefix("fold_"): file for file in files}
-
-
-def nnunet_file(checkpoint: Checkpoint) -> str:
-    """Return nnU-Net's file name of a checkpoint."""
-    if checkpoint not in get_args(Checkpoint):
-        raise UserError(f"there is no checkpoint {checkpoint!r}", fix='Give "final" or "best".')
-    return f"checkpoint_{checkpoint}.pth"

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +21,20 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import must_fit, read_json, scratch, understood, write_json, write_text
+from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.models.checkpoint import load_weights, save_weights
-from nnunet_lite.models.folder import FORMAT, MODEL, package_versions, set_aside, suggest_models
-from nnunet_lite.models.lookup import Checkpoint, default_folds, is_nnunet, nnunet_file, nnunet_folds, read_model
+from nnunet_lite.models.folder import (
+    MODEL,
+    Checkpoint,
+    is_nnunet,
+    new_model_folder,
+    nnunet_file,
+    suggest_models,
+    trained_folds,
+    weight_files,
+    write_description,
+)
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.networks.unet import UNet, build_network
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Network, Plan, inherited
@@ -55,7 +63,7 @@ class NnunetFold:
     dataset : dict
         The content of dataset.json.
     run : dict
-        The content of run.json, without date and versions.
+        The content of run.json, without format, date and versions.
     network : UNet
         The network with its weights, on the CPU.
     training : dict
@@ -72,7 +80,7 @@ class NnunetFold:
 
 def nnunet_checkpoints(
     folder: Path, folds: Sequence[str | int] | None = None, checkpoint: Checkpoint = "final"
-) -> list[Path]:
+) -> dict[str, Path]:
     """Find the checkpoints of some folds of an nnU-Net model, and log which folds are left out.
 
     Parameters
@@ -86,8 +94,8 @@ def nnunet_checkpoints(
 
     Returns
     -------
-    list of Path
-        A checkpoint file for each fold.
+    dict of str to Path
+        The checkpoint file of each fold.
 
     Raises
     ------
@@ -97,25 +105,23 @@ def nnunet_checkpoints(
     if not is_nnunet(folder):
         what = "is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)"
         raise UserError(what, folder, suggest_models(folder))
-    found, name = nnunet_folds(folder, checkpoint), nnunet_file(checkpoint)
+    found, name = weight_files(folder, checkpoint), nnunet_file(checkpoint)
     begun = sorted({file.parent.name.removeprefix("fold_") for file in folder.glob("fold_*/checkpoint_*.pth")})
     lacking = [fold for fold in begun if fold not in found]
     other: Checkpoint = "best" if checkpoint == "final" else "final"
-    others = [fold for fold in nnunet_folds(folder, other) if fold in lacking]
+    others = [fold for fold in weight_files(folder, other) if fold in lacking]
     fix = f"--checkpoint {other} takes {nnunet_file(other)}, which fold {', '.join(others)} has." if others else ""
     if not found:
         raise UserError(f"no fold has a {name} (fold {', '.join(begun)} lacks it)", folder, fix)
+    trained = f"Trained folds: {', '.join(found)}."
     if folds is not None and not folds:
-        raise UserError("no fold is given", folder, f"Trained folds: {', '.join(found)}.")
-    for fold in map(str, folds or ()):
-        if fold in lacking:
-            raise UserError(f"fold {fold} has no {name}", folder, fix)
-        if fold not in found:
-            raise UserError(f"has no trained fold {fold}", folder, f"Trained folds: {', '.join(found)}.")
+        raise UserError("no fold is given", folder, trained)
+    if missing := [fold for fold in map(str, folds or ()) if fold not in found]:
+        raise UserError(f"fold {missing[0]} has no {name}", folder, fix if missing[0] in others else trained)
     if folds is None and lacking:
-        used, skipped = ", ".join(default_folds(found)), ", ".join(lacking)
+        used, skipped = ", ".join(trained_folds(folder, checkpoint)), ", ".join(lacking)
         log.warn(f"{folder}: fold {used} used ({name}), fold {skipped} left out (no {name}). {fix}".rstrip())
-    return [found[str(fold)] for fold in (found if folds is None else folds)]
+    return {fold: found[fold] for fold in (found if folds is None else map(str, folds))}
 
 
 def read_nnunet(files: Iterable[Path]) -> Iterator[NnunetFold]:
@@ -172,7 +178,7 @@ def read_nnunet_fold(file: Path) -> NnunetFold:
         augmentation=AugmentationSettings(mirror_axes=axes),
         inference=InferenceSettings(sums="float16"),  # otherwise label maps differ from nnU-Net's in close decisions
     )
-    run = {"format": FORMAT, "configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
+    run = {"configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
     if planned.previous_stage is not None:  # nnU-Net calls a model folder trainer__plans__configuration
         run["previous"] = f"{folder.name.rpartition('__')[0]}__{planned.previous_stage}"
     return NnunetFold(
@@ -254,7 +260,7 @@ def _plan(plans: Json, dataset: Json, configuration: str, file: Path) -> Plan:
             needed[stage] = inherited(plans["configurations"], stage)
             stage = needed[stage].get("previous_stage")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"nnU-Net's plan: configurations: {error}", file) from None
+        raise UserError(f"nnU-Net's plan: {error}", file) from None
     return plan_from_nnunet({**plans, "configurations": needed}, dataset, file)
 
 
@@ -274,14 +280,12 @@ def nnunet_model_name(folder: Path, checkpoint: Checkpoint = "final") -> tuple[s
     UserError
         One of them cannot be the name of a folder, or as `nnunet_checkpoints`.
     """
-    file, plans = nnunet_checkpoints(folder, None, checkpoint)[0], read_json(folder / "plans.json")
-    with understood(folder / "plans.json"):
-        dataset, plans_name = str(plans["dataset_name"]), str(plans.get("plans_name", "nnUNetPlans"))
-    trainer, configuration, _ = _origin(read_checkpoint(file), file)
-    for what, name in (("dataset_name", dataset), ("plans_name", plans_name)):
-        if Path(name).name != name or name.startswith("."):
-            raise UserError(f"{what} {name!r} is no name for a folder", folder / "plans.json")
-    return dataset, f"{trainer}__{plans_name}__{configuration}"
+    file = next(iter(nnunet_checkpoints(folder, None, checkpoint).values()))
+    fold, plans = read_nnunet_fold(file), read_json(folder / "plans.json")
+    if Path(fold.plan.dataset).name != fold.plan.dataset or fold.plan.dataset.startswith("."):
+        raise UserError(f"dataset_name {fold.plan.dataset!r} is no name for a folder", folder / "plans.json")
+    plans_name = plans.get("plans_name", "nnUNetPlans")
+    return fold.plan.dataset, f"{fold.run['settings']['recipe']}__{plans_name}__{fold.run['configuration']}"
 
 
 def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, replace: bool = False) -> None:
@@ -309,38 +313,13 @@ def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, 
     folder, out = folder.absolute(), out.absolute()
     files = nnunet_checkpoints(folder, None, checkpoint)
     with new_model_folder(out, replace) as partial:
-        for file, fold in zip(files, read_nnunet(files), strict=True):
-            about = {"configuration": fold.run["configuration"], "checkpoint": file.name, **fold.training}
-            save_weights(partial / file.parent.name / MODEL, fold.network, about)
-        write_text(partial / "plans.json", fold.plan.to_json())
-        write_json(partial / "dataset.json", {"name": fold.plan.dataset, **fold.dataset})
-        began = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(partial / "run.json", {**fold.run, "began": began, "versions": package_versions()})
+        for name, fold in zip(files, read_nnunet(files.values()), strict=True):
+            about = {"configuration": fold.run["configuration"], "checkpoint": files[name].name, **fold.training}
+            save_weights(partial / f"fold_{name}" / MODEL, fold.network, about)
+        write_description(partial, fold.plan, {"name": fold.plan.dataset, **fold.dataset}, fold.run)
         first = fold.run.get("previous")
         if first is not None and is_nnunet(folder.with_name(first)) and not out.with_name(first).exists():
             import_nnunet(folder.with_name(first), out.with_name(first), checkpoint)
-
-
-@contextmanager
-def new_model_folder(out: Path, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that is moved to `out` at the end of the block, and deleted if the block fails.
-
-    Raises
-    ------
-    UserError
-        `out` exists already, and `replace` is not set.
-    """
-    taken = out.exists() and (out.is_file() or any(out.iterdir()))
-    if taken and not replace:
-        raise UserError("exists already", out, "Choose another --output, or delete it.")
-    with scratch(out.absolute().parent) as temporary:
-        partial = temporary / out.name
-        partial.mkdir()
-        with must_fit(out, partial):
-            yield partial
-        if taken:
-            log.info(f"the previous model is kept in {set_aside(out)}")
-        partial.replace(out)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -367,7 +346,7 @@ def export_nnunet(folder: Path, out: Path) -> None:
     configuration, settings = str(run["configuration"]), Settings.model_validate(run["settings"])
     if settings.network.factory is not None:
         raise UserError(f"has a network made by {settings.network.factory}, which nnU-Net lacks", folder)
-    files = sorted(folder.glob(f"fold_*/{MODEL}"))
+    files = weight_files(folder)
     if not files:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
     dataset = {**read_json(folder / "dataset.json"), "labels": _labels_for_nnunet(plan.labels)}
@@ -375,8 +354,8 @@ def export_nnunet(folder: Path, out: Path) -> None:
     with new_model_folder(out) as partial:
         write_json(partial / "plans.json", plans)
         write_json(partial / "dataset.json", dataset)
-        for file in files:
-            about, fold = load_weights(file, network), file.parent.name.removeprefix("fold_")
+        for fold, file in files.items():
+            about = load_weights(file, network)
             checkpoint = {
                 _WEIGHTS: {
                     theirs: value
@@ -398,8 +377,8 @@ def export_nnunet(folder: Path, out: Path) -> None:
                 "trainer_name": _TRAINER,
                 "inference_allowed_mirroring_axes": _mirror_axes(settings.augmentation, plan, configuration),
             }
-            (partial / file.parent.name).mkdir()
-            torch.save(checkpoint, partial / file.parent.name / nnunet_file("final"))
+            (partial / f"fold_{fold}").mkdir()
+            torch.save(checkpoint, partial / f"fold_{fold}" / nnunet_file("final"))
 
 
 def _labels_for_nnunet(labels: Labels) -> Json:

@@ -140,6 +140,13 @@ def describe_wrong_bf16() -> str:
     return f"convolutions in bf16 are wrong with cuDNN {torch.backends.cudnn.version()} (pytorch#163539)"
 
 
+def find_wrong_gpus() -> list[str]:
+    """Return a line for each GPU of this machine that computes the bf16 convolutions of a usual 3D patch wrongly."""
+    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    wrong = [gpu for gpu in gpus if has_bf16(gpu) and not computes_bf16(gpu, (1, 32, 128, 128, 128), (3, 3, 3))]
+    return [f"{gpu}: {describe_wrong_bf16()}; training uses fp16 instead" for gpu in wrong]
+
+
 @lru_cache
 def trains_unets(device: torch.device) -> bool:
     """Return whether a step of training and a prediction of a small 3D U-Net work on a device, as on the CPU."""

@@ -4,8 +4,8 @@ The intensities are those of nnU-Net 2.8.1, drawn from the same random numbers: 
 each case, with replacement, from the voxels that are not background. Most cases have fewer foreground voxels than their
 share, so each distinct value is kept with the number of times it was drawn, not 1e8 numbers.
 
-Read `check_and_fingerprint` first, then `fingerprint_case` and `Collector`. `RandomBlocks` and `Draws` at the end of
-the file count nnU-Net's draws.
+Read `check_and_fingerprint` first, then `fingerprint_case` and `Collector`. `RandomBlocks` at the end counts
+nnU-Net's draws.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,8 +27,8 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation, nonzero_box, slices, turn_between
 from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
-from nnunet_lite.planning.schema import Statistics, first_problem
+from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.planning.schema import Statistics
 
 SAMPLES = 100_000_000  # foreground voxels per channel over the whole dataset
 _MANY = 1 << 22  # distinct values of one channel above which they are rounded: bounds the memory
@@ -136,19 +137,14 @@ def check_and_fingerprint(dataset: Dataset, workers: int | None = None) -> tuple
     tuple of Report and Fingerprint
         The fingerprint is None where the report has errors or a geometry that is not accepted.
     """
-    share = SAMPLES // max(1, len(dataset.cases))
     collector = Collector(len(dataset.channels))
-    blocks = RandomBlocks()
-
-    def visit(image: np.ndarray, geometry: Geometry, foreground: np.ndarray) -> CaseFingerprint:
-        return fingerprint_case(image, geometry, foreground, share, Draws(blocks))
-
+    visit = partial(fingerprint_case, samples=SAMPLES // max(1, len(dataset.cases)), random=RandomBlocks())
     report = check_dataset(dataset, visit, collector.add, workers, log.progress)
     return report, collector.fingerprint(dataset.orientation) if report.can_be_planned else None
 
 
 def fingerprint_case(
-    image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int, draws: Draws
+    image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int, random: RandomBlocks
 ) -> CaseFingerprint:
     """Take what one case adds to the fingerprint.
 
@@ -162,8 +158,8 @@ def fingerprint_case(
         Voxels that are not background.
     samples : int
         Number of voxels to draw.
-    draws : Draws
-        Random numbers of this case.
+    random : RandomBlocks
+        Random numbers of the dataset.
 
     Returns
     -------
@@ -171,12 +167,15 @@ def fingerprint_case(
         Shape, spacing and drawn intensities.
     """
     box = nonzero_box(image)
-    shape = tuple(high - low for low, high in box)
-    inside = slices(box)
+    shape, inside = tuple(high - low for low, high in box), slices(box)
     mask = foreground[inside]
-    drawn = tuple(_draw(channel[inside][mask].astype(np.float32), samples, draws) for channel in image)
+    drawn, position = [], 0
+    for channel in image:
+        values = channel[inside][mask].astype(np.float32)
+        counts, position = random.draw(values.size, samples, position)
+        drawn.append(_bound(_distinct(values, counts)))
     relative = float(np.prod(shape) / np.prod(geometry.shape))
-    return CaseFingerprint(geometry.orientation, geometry.spacing, shape, relative, drawn)  # type: ignore[arg-type]
+    return CaseFingerprint(geometry.orientation, geometry.spacing, shape, relative, tuple(drawn))  # type: ignore[arg-type]
 
 
 class Collector:
@@ -204,26 +203,20 @@ class Collector:
         self._merge()
         cases = list(self._cases.values())
         orientation = orientation or common_orientation(case.orientation for case in cases)
-        orders = [turn_between(case.orientation, orientation).order for case in cases]
-        pairs = list(zip(cases, orders, strict=True))
-        return Fingerprint(
-            spacings=tuple((c.spacing[a], c.spacing[b], c.spacing[d]) for c, (a, b, d) in pairs),
-            shapes_after_crop=tuple(
-                (c.shape_after_crop[a], c.shape_after_crop[b], c.shape_after_crop[d]) for c, (a, b, d) in pairs
-            ),
-            median_relative_size_after_cropping=float(np.median([case.relative_size for case in cases])),
-            foreground_intensity_properties_per_channel={str(i): _statistics(v) for i, v in enumerate(self._merged)},
-            case_ids=tuple(self._cases),
-            orientation=orientation,
-            orientations=tuple(case.orientation for case in cases),
+        turned = [(case, turn_between(case.orientation, orientation).order) for case in cases]
+        return Fingerprint.model_validate(
+            {
+                "spacings": [[case.spacing[axis] for axis in order] for case, order in turned],
+                "shapes_after_crop": [[case.shape_after_crop[axis] for axis in order] for case, order in turned],
+                "median_relative_size_after_cropping": float(np.median([case.relative_size for case in cases])),
+                "foreground_intensity_properties_per_channel": {
+                    str(number): _statistics(drawn) for number, drawn in enumerate(self._merged)
+                },
+                "case_ids": list(self._cases),
+                "orientation": orientation,
+                "orientations": [case.orientation for case in cases],
+            }
         )
-
-
-def _draw(values: np.ndarray, samples: int, draws: Draws) -> ValueCounts:
-    """Draw with replacement, and count."""
-    if values.size == 0:
-        return ValueCounts(values, np.zeros(0, np.int64))
-    return _bound(_distinct(values, draws.counts(values.size, samples)))
 
 
 def _distinct(values: np.ndarray, counts: np.ndarray) -> ValueCounts:
@@ -321,35 +314,26 @@ class RandomBlocks:
                 self._counts.append(counts.astype(np.uint8))
         return self._counts[block].reshape(-1, 1 << bits).sum(axis=0, dtype=np.uint32)
 
-
-class Draws:
-    """The draws of one case, one call after the other from the same random numbers."""
-
-    def __init__(self, blocks: RandomBlocks) -> None:
-        self._blocks = blocks
-        self._position = 0
-
-    def counts(self, size: int, samples: int) -> np.ndarray:
-        """Return how often each of range(size) is drawn."""
+    def draw(self, size: int, samples: int, position: int) -> tuple[np.ndarray, int]:
+        """Draw from range(size); return how often each was drawn, and the position of the next random number."""
         bits = (size - 1).bit_length()
         counts = np.zeros(1 << bits, np.int64)
-        left = samples
+        left = samples if size else 0
         while left > 0:
-            block, start = divmod(self._position, BLOCK)
+            block, start = divmod(position, BLOCK)
             if bits <= _BITS and start == 0:
-                in_block = self._blocks.counts(block, bits)
-                drawn = int(in_block[:size].sum())
-                if drawn <= left:
+                in_block = self.counts(block, bits)
+                if (drawn := int(in_block[:size].sum())) <= left:
                     counts += in_block
                     left -= drawn
-                    self._position += BLOCK
+                    position += BLOCK
                     continue
-            values = self._blocks.numbers(block)[start:] & np.uint32((1 << bits) - 1)
+            values = self.numbers(block)[start:] & np.uint32((1 << bits) - 1)
             drawn = int(np.count_nonzero(values < size))
             if drawn > left:  # the last one is among these
                 values = values[: np.flatnonzero(values < size)[left - 1] + 1]
                 drawn = left
             np.add.at(counts, values, 1)
             left -= drawn
-            self._position += values.size
-        return counts[:size]
+            position += values.size
+        return counts[:size], position

@@ -18,19 +18,10 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
 from nnunet_lite.data.names import NIFTI, PICTURES
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
+from nnunet_lite.files import first_problem, read_json
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.planner import PRESETS
-from nnunet_lite.planning.schema import (
-    Channel,
-    Configuration,
-    Network,
-    Plan,
-    Resampling,
-    Statistics,
-    first_problem,
-    inherited,
-)
+from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics, inherited
 
 Json = dict[str, Any]
 
@@ -248,13 +239,12 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
         An entry is missing, or requires something that nnlite does not do. The message names its place in the file.
     """
     channels, labels = channels_of(dataset_json, None), labels_of(dataset_json, None)
-    resolved, configurations = {}, {}
+    configurations = {}
     with _reading(file):
-        names = list(plans["configurations"])
-    for name in names:
+        resolved = {name: inherited(plans["configurations"], name) for name in plans["configurations"]}
+    for name, content in resolved.items():
         with _reading(file, f"configurations.{name}."):
-            resolved[name] = inherited(plans["configurations"], name)
-            configurations[name] = _configuration_from_nnunet(resolved[name])
+            configurations[name] = _configuration_from_nnunet(content)
     with _reading(file):
         used = plans.get("experiment_planner_used")
         preset = next((preset for preset, (planner, _) in _PLANNERS.items() if planner == used), "default")

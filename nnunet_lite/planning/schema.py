@@ -13,50 +13,32 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
+from nnunet_lite.files import first_problem, must_be, read_json
 from nnunet_lite.planning.show import plan_table
 
 FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
 
 
-def _odd(size: int) -> int:
-    if size % 2 == 0:
-        raise ValueError("must be odd, or the kernel would have no centre")
-    return size
-
-
-def _permutation(order: tuple[int, int, int]) -> tuple[int, int, int]:
-    if sorted(order) != [0, 1, 2]:
-        raise ValueError("must be a permutation of 0, 1, 2")
-    return order
-
-
-def _three_sides(letters: str) -> str:
-    if sorted("LR AP SI".index(letter) // 3 for letter in letters if letter in "LRAPSI") != [0, 1, 2]:
-        raise ValueError("must be one letter each of L or R, A or P, S or I, such as LAS")
-    return letters
-
-
-def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
-    if limits[0] >= limits[1]:
-        raise ValueError("must be two numbers, the lower first")
-    return limits
-
-
 Positive = Annotated[int, Field(gt=0)]
-KernelSize = Annotated[int, Field(gt=0), AfterValidator(_odd)]
+KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
 SplineOrder = Annotated[int, Field(ge=0, le=5)]
-Orientation = Annotated[str, AfterValidator(_three_sides)]
-AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
+Orientation = Annotated[
+    str, must_be("one letter each of L or R, A or P, S or I, such as LAS", lambda letters: _sides(letters) == [0, 1, 2])
+]
+AxisOrder = Annotated[tuple[int, int, int], must_be("a permutation of 0, 1, 2", lambda axes: sorted(axes) == [0, 1, 2])]
 Length = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
-Percentiles = Annotated[tuple[Percent, Percent], AfterValidator(_ascending)]
+Percentiles = Annotated[tuple[Percent, Percent], must_be("two numbers, the lower first", lambda p: p[0] < p[1])]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
+
+
+def _sides(letters: str) -> list[int]:
+    return sorted("LRAPSI".find(letter) // 2 for letter in letters)
 
 
 class _Model(BaseModel):
@@ -119,11 +101,9 @@ class Network(_Model):
     @model_validator(mode="after")
     def _same_length(self) -> Network:
         n = len(self.features)
-        for field in ("strides", "kernels", "blocks"):
-            if len(getattr(self, field)) != n:
-                raise ValueError(f"{field} has {len(getattr(self, field))} entries for {n} stages")
-        if len(self.decoder_convolutions) != n - 1:
-            raise ValueError(f"decoder_convolutions has {len(self.decoder_convolutions)} entries, {n - 1} are needed")
+        for field, needed in {"strides": n, "kernels": n, "blocks": n, "decoder_convolutions": n - 1}.items():
+            if (entries := len(getattr(self, field))) != needed:
+                raise ValueError(f"{field} has {entries} entries for {n} stages, {needed} are needed")
         return self
 
     @property
@@ -163,7 +143,7 @@ class Configuration(_Model):
         return len(self.patch_size)
 
     @model_validator(mode="after")
-    def _axes_agree(self) -> Configuration:
+    def _fits_its_network(self) -> Configuration:
         axes = len(self.patch_size)
         if axes not in (2, 3):
             raise ValueError(f"patch_size = {list(self.patch_size)} must have two or three axes")
@@ -173,15 +153,10 @@ class Configuration(_Model):
         for name, numbers in per_axis.items():
             if len(numbers) != axes:
                 raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
-        if max(self.network.strides[0]) > 1:
+        if max(first := self.network.strides[0]) > 1:
             raise ValueError(
-                f"network.strides[0] = {list(self.network.strides[0])} must be all 1: the first stage is "
-                "at the resolution of the patch"
+                f"network.strides[0] = {list(first)} must be all 1: the first stage has the resolution of the patch"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _patch_can_be_pooled(self) -> Configuration:
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
                 below = max(d, size // d * d)
@@ -255,23 +230,15 @@ class Plan(_Model):
         given = values.get("configurations") if isinstance(values, dict) else None
         if not isinstance(given, dict) or not all(isinstance(c, dict) for c in given.values()):
             return values
-        whole = {}
-        for name in given:
-            try:
-                whole[name] = inherited(given, name)
-            except ValueError as error:
-                raise ValueError(f"configurations.{name}.{error}") from None
-        return {**values, "configurations": whole}
+        return {**values, "configurations": {name: inherited(given, name) for name in given}}
 
     @model_validator(mode="after")
     def _previous_stages_exist(self) -> Plan:
         for name, configuration in self.configurations.items():
-            others = [other for other in self.configurations if other != name]
-            if configuration.previous_stage not in (None, *others):
-                raise ValueError(
-                    f"configurations.{name}.previous_stage = {configuration.previous_stage!r} is no other "
-                    f"configuration; there are: {', '.join(others) or 'none'}"
-                )
+            others, previous = [other for other in self.configurations if other != name], configuration.previous_stage
+            if previous not in (None, *others):
+                what = f"configurations.{name}.previous_stage = {previous!r} is no other configuration"
+                raise ValueError(f"{what}; there are: {', '.join(others) or 'none'}")
         return self
 
     def configuration(self, name: str) -> Configuration:
@@ -305,11 +272,11 @@ class Plan(_Model):
     def trains_as(self, other: Plan) -> bool:
         """Compare without explanations and predicted memory: both plans give the same arrays and networks."""
 
-        def essential(plan: Plan) -> dict[str, Any]:
-            values = plan.model_dump(exclude={"options"})
-            return {**values, "configurations": {name: essence(c) for name, c in plan.configurations.items()}}
-
-        return essential(self) == essential(other)
+        mine, theirs = (
+            plan.model_dump(exclude={"options": True, "configurations": {"__all__": {"reasons", "memory_gb"}}})
+            for plan in (self, other)
+        )
+        return mine == theirs
 
     def to_text(self) -> str:
         """Return the plan as a table for a terminal."""
@@ -369,24 +336,15 @@ def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tu
     Raises
     ------
     ValueError
-        It inherits from itself, or from one that does not exist.
+        It inherits from itself, or from one that does not exist. The message begins with its place in the file.
     """
+    where = f"configurations.{(*heirs, name)[0]}.inherits_from"
     if name in heirs:
-        raise ValueError(f"inherits_from goes in a circle: {' -> '.join((*heirs, name))}")
+        raise ValueError(f"{where} goes in a circle: {' -> '.join((*heirs, name))}")
     if not isinstance(name, str) or name not in configurations:
-        raise ValueError(f"inherits_from {name!r}, which does not exist; there are: {', '.join(configurations)}")
+        raise ValueError(f"{where} {name!r}, which does not exist; there are: {', '.join(configurations)}")
     own = configurations[name]
     if "inherits_from" not in own:
         return dict(own)
     base = inherited(configurations, own["inherits_from"], (*heirs, name))
     return {**base, **{key: value for key, value in own.items() if key != "inherits_from"}}
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem that pydantic found in a line: its place in the file, what is legal, and the value."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], dict):  # the message says which of its entries is wrong
-        return f"{where}: {message}" if where else message
-    return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"

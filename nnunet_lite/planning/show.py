@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 from textwrap import wrap
 from typing import TYPE_CHECKING
@@ -60,9 +60,9 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            _by(f"{length:.3g}" for length in c.spacing),
-            _by(f"{voxels:g}" for voxels in c.median_shape),
-            _by(map(str, c.patch_size)),
+            " x ".join(f"{length:.3g}" for length in c.spacing),
+            " x ".join(f"{voxels:g}" for voxels in c.median_shape),
+            " x ".join(map(str, c.patch_size)),
             str(c.batch_size),
             str(len(c.network.features)),
             "?" if c.memory_gb is None else f"{c.memory_gb:.1f}",
@@ -106,7 +106,3 @@ def _over_budget(plan: Plan, c: Configuration) -> list[str]:
         f"maps, not parameters, nor the loss over {plural(plan.labels.n_channels, 'output channel')}; "
         "a smaller batch or patch, or a smaller budget, fits"
     ]
-
-
-def _by(parts: Iterable[str]) -> str:
-    return " x ".join(parts)

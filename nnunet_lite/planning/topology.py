@@ -107,14 +107,12 @@ def shorten_patch(shape: Topology, spacing: Sequence[float], median: Sequence[fl
         None where no voxel would be left.
     """
     axis = max(range(len(shape.patch)), key=lambda a: (shape.patch[a] / median[a], a))
-
-    def minus(by: int) -> list[int]:
-        return [n - by if a == axis else n for a, n in enumerate(shape.patch)]
-
-    smaller = minus(shape.divisor[axis])
+    smaller = list(shape.patch)
+    smaller[axis] -= shape.divisor[axis]
     if smaller[axis] < 1:
         return None
-    return topology_of(spacing, minus(topology_of(spacing, smaller).divisor[axis]))
+    smaller[axis] = shape.patch[axis] - topology_of(spacing, smaller).divisor[axis]
+    return topology_of(spacing, smaller)
 
 
 def neighbouring_patches(spacing: Sequence[float], patch: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -203,13 +201,10 @@ def feature_map_count(kind: Kind, shape: Topology, outputs: int) -> int:
     stages = len(shape.strides)
     features = default_features(stages, len(shape.patch))
     sizes = [n * voxels for n, voxels in zip(features, voxels_per_stage(shape.strides, shape.patch), strict=True)]
-    blocks = default_blocks(kind, stages)
-    if kind == "plain":
-        encoder = sum(n * size for n, size in zip(blocks, sizes, strict=True))
-        decoder = 3 * sum(sizes[:-1])
-    else:
+    encoder = sum(n * size for n, size in zip(default_blocks(kind, stages), sizes, strict=True))
+    decoder = 3 * sum(sizes[:-1])
+    if kind == "residual":
         # The stem; two convolutions per block; a projection wherever a stage changes size or features.
-        encoder = sizes[0] + sum(2 * n * size for n, size in zip(blocks, sizes, strict=True)) + sum(sizes[1:])
-        decoder = 2 * sum(sizes[:-1])
+        encoder, decoder = sizes[0] + 2 * encoder + sum(sizes[1:]), 2 * sum(sizes[:-1])
     head = outputs * prod(shape.patch) if stages > 1 else 0  # heads sit on decoder stages
     return encoder + decoder + head

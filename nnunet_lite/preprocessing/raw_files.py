@@ -10,15 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json
+from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, stored_dataset
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.names import companions
 from nnunet_lite.data.problems import name_cases
@@ -210,36 +209,33 @@ def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
     """
     if not all(file.is_file() for file in (paths.plans, paths.dataset, paths.fingerprint)):
         return "is not planned yet"
-    with understood(paths.dataset, "Run `nnlite plan` again."):
-        now, before = dataset_to_json(dataset), read_json(paths.dataset)
-        cases, planned = ({case["id"] for case in described["dataset"]} for described in (now, before))
-        differs = _with_relative_paths(now) != _with_relative_paths(before)
-    changes = {"lacks": sorted(planned - cases), "also has": sorted(cases - planned)}
+    planned = stored_dataset(paths.dataset)
+    now, before = ({case.id for case in each.cases} for each in (dataset, planned))
+    changes = {"lacks": sorted(before - now), "also has": sorted(now - before)}
     if what := [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]:
         return f"has changed since it was planned: it {' and '.join(what)}"
-    if differs:
+    if _with_relative_paths(dataset) != _with_relative_paths(planned):
         return "has other files, channels or labels than were planned"
     if not paths.raw.is_file():
         return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
     if (changed := first_change(dataset.cases, paths.raw)) is not None:
         return f"has changed since it was planned ({changed}{'' if changed.is_file() else ' is gone'})"
-    if now != before:
-        write_json(paths.dataset, now)
+    if dataset != planned:
+        write_json(paths.dataset, dataset_to_json(dataset))
     return None
 
 
-def _with_relative_paths(described: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of dataset.json with the files relative to the dataset's folder."""
-    root = Path(described["root"])
+def _with_relative_paths(dataset: Dataset) -> Dataset:
+    """Return the dataset with its files relative to its folder."""
 
-    def relative(file: str | None) -> str | None:
-        return str(Path(file).relative_to(root)) if file and Path(file).is_relative_to(root) else file
+    def relative(file: Path) -> Path:
+        return file.relative_to(dataset.root) if file.is_relative_to(dataset.root) else file
 
-    cases = [
-        {**case, "images": [relative(file) for file in case["images"]], "label": relative(case["label"])}
-        for case in described["dataset"]
-    ]
-    return {**described, "root": "", "dataset": cases}
+    cases = (
+        replace(case, images=tuple(map(relative, case.images)), label=case.label and relative(case.label))
+        for case in dataset.cases
+    )
+    return replace(dataset, root=Path(), cases=tuple(cases))
 
 
 def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool) -> bool:

@@ -1,27 +1,48 @@
-"""The tables and charts of the report as data: templates/tables.html.j2 and charts.html.j2 write them as HTML and SVG.
+"""The tables, charts and pictures of the report as data; templates/tables.html.j2 and charts.html.j2 write them.
 
-Colours are classes of report.css, so a chart follows the page's light or dark theme. A chart takes a few kilobytes and
-a millisecond. (matplotlib takes half a second to import and 30 ms for each chart, and its SVG has fixed colours.)
+Charts: colours are classes of report.css, so a chart follows the page's light or dark theme. A chart takes a few
+kilobytes and a millisecond. (matplotlib takes half a second to import and 30 ms for each chart, and its SVG has fixed
+colours.)
+
+Pictures: slices as WebP with the outlines of their labels. Axial ones have the patient's right on the left and the
+front at the top; coronal ones the right on the left and sagittal ones the front on the left, both with the head at the
+top. Files such as PNG are shown as stored.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image as PillowImage
+
+from nnunet_lite.data.geometry import Box, Geometry, Turn, slices, turn_between
+from nnunet_lite.data.images import read_label
+from nnunet_lite.errors import UserError
+from nnunet_lite.planning.schema import Channel, Plan
 
 COLOURS = 10  # of the palette in report.css
 _MAX_POINTS = 400  # of a curve, about one per pixel
 _MIN_RANGE = 1e-9  # of the values; smaller differences are rounding
 _ROW_HEIGHT = 26  # of charts with one row for each label or model
 _LETTER_WIDTH = 6.6  # of the names of the rows
+MAX_CHANNELS = 4  # of a case that are shown
+_TILE_SIZE = 224  # pixels along the longer side of a picture of the montage
+_QUALITY, _METHOD = 75, 4  # of WebP; method 0 is fast, 6 is small
+_LEVEL_SAMPLES = 200_000  # voxels for the grey levels of an image
+_CT_MARGIN = 0.25  # by which a CT's grey levels exceed the intensities of the foreground
 
 Value = str | float | tuple[str, float | None] | None  # of a cell; (text, value to sort by)
 Interval = tuple[str, float | None, float | None, float | None]  # name, mean, low, high
+Picture = dict[str, Any]  # a plane as tables.html.j2 and report.js draw it, see `OrientedImage.draw`
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -31,7 +52,7 @@ class Column(NamedTuple):
     """A column of a table: its name and the format of its numbers, "" for texts; a bar shows a share of one."""
 
     name: str
-    form: str = ""
+    number_format: str = ""
     unit: str = ""
     bar: bool = False
 
@@ -73,7 +94,7 @@ def _cell(value: Value, column: Column) -> tuple[str, float | None, float | None
     if isinstance(value, tuple):
         return *value, None
     bar = min(max(float(value), 0.0), 1.0) if column.bar else None
-    return f"{value:{column.form}}{column.unit}", float(value), bar
+    return f"{value:{column.number_format}}{column.unit}", float(value), bar
 
 
 def share_column(name: str) -> Column:
@@ -103,10 +124,11 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """(pixel, text) of each tick; the texts have enough digits to differ."""
         values = tick_values(*self.values, self.n_ticks, self.only_integers) if self.n_ticks else []
-        texts = [f"{value:.4g}" for value in values]
-        digits = 5
-        while len(set(texts)) < len(texts) and digits < 13:
-            texts, digits = [f"{value:.{digits}g}" for value in values], digits + 1
+        texts: list[str] = []
+        for digits in range(4, 13):
+            texts = [f"{value:.{digits}g}" for value in values]
+            if len(set(texts)) == len(texts):
+                break
         return [(self.pixel(value), text) for value, text in zip(values, texts, strict=True)]
 
 
@@ -243,3 +265,279 @@ def _not_empty(low: float, high: float) -> tuple[float, float]:
 def _with_margin(values: Sequence[float]) -> tuple[float, float]:
     low, high = _not_empty(min(values), max(values))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+class Plane(NamedTuple):
+    """A plane of a turned array: its normal, rows and columns are axes (0, 1, 2).
+
+    `upwards` says that the first row is at the bottom; `sides` has the letters at the left, right, top and bottom.
+    """
+
+    name: str
+    normal: int
+    rows: int
+    columns: int
+    upwards: bool = False
+    sides: str = ""
+
+
+_PATIENT_PLANES = (
+    Plane("axial", 0, 1, 2, sides="RLAP"),
+    Plane("coronal", 1, 0, 2, upwards=True, sides="RLSI"),
+    Plane("sagittal", 2, 0, 1, upwards=True, sides="APSI"),
+)
+_STORED_PLANES = (Plane("xy", 0, 1, 2), Plane("xz", 1, 0, 2), Plane("yz", 2, 0, 1))
+
+
+def planes_of(geometry: Geometry) -> tuple[Turn, tuple[Plane, ...]]:
+    """How to turn an array (z, y, x) to the patient's head, back and left, and the planes to show.
+
+    An image without a known orientation is shown as it is stored, a picture in its one plane.
+    """
+    if geometry.orientation is None or geometry.shape[0] == 1:
+        return Turn(), _STORED_PLANES[: 1 if geometry.shape[0] == 1 else 3]
+    return turn_between(geometry.orientation, "LPS"), _PATIENT_PLANES
+
+
+def is_colour(array: np.ndarray, geometry: Geometry) -> bool:
+    """Whether the three channels of an image are the red, green and blue of a picture."""
+    return array.shape[0] == 3 and array.dtype == np.uint8 and geometry.dimensions == 2
+
+
+class OrientedImage:
+    """An image turned to the patient's axes, with its planes and the grey levels of its channels.
+
+    Parameters
+    ----------
+    array : ndarray, shape (channels, z, y, x)
+        The image as it is stored.
+    geometry : Geometry
+        Its geometry.
+    plan : Plan
+        Its labels and the statistics of its channels.
+    """
+
+    def __init__(self, array: np.ndarray, geometry: Geometry, plan: Plan) -> None:
+        self.turn, self.planes = planes_of(geometry)
+        self.geometry, self.labels, self.colour = geometry, plan.labels, is_colour(array, geometry)
+        self.array, self.spacing = self.turn.apply(array), geometry.turned(self.turn).spacing
+        channels = zip(array[:MAX_CHANNELS], plan.channels, strict=False)
+        self.levels = [(0.0, 255.0) if self.colour else grey_levels(values, about) for values, about in channels]
+
+    def tile(self, reference: np.ndarray | None) -> Picture:
+        """The first plane, through most of the labels, in the first channel or in colour."""
+        shape = self.array.shape[1:]
+        at = tuple(n // 2 for n in shape)
+        if reference is not None:
+            at = fullest_slices(reference != self.labels.background)
+        whole = (0, shape[0]), (0, shape[1]), (0, shape[2])
+        return self.draw(self.planes[0], at, whole, _TILE_SIZE, reference, None, channels=3 if self.colour else 1)
+
+    def overlay(self, reference: np.ndarray | None, file: Path, size: int) -> list[Picture]:
+        """The planes through the slices with most errors of a prediction.
+
+        Parameters
+        ----------
+        reference : ndarray or None, shape (z, y, x)
+            The turned label map.
+        file : Path
+            The prediction.
+        size : int
+            Pixels along the longer side.
+
+        Raises
+        ------
+        UserError
+            The prediction cannot be read, or has another shape than its image.
+        """
+        stored, geometry, _ = read_label(file, self.geometry)
+        if geometry.shape != self.geometry.shape:
+            raise UserError(f"has shape {geometry.shape}, its image {self.geometry.shape}", file)
+        prediction, labels = self.turn.apply(stored), self.labels
+        reference = np.zeros_like(prediction) if reference is None else reference
+        wrong = prediction != reference
+        if labels.ignore is not None:
+            wrong &= reference != labels.ignore
+        foreground = (reference != labels.background) | (prediction != labels.background)
+        at, box = fullest_slices(wrong if wrong.any() else foreground), box_around(foreground)
+        return [self.draw(plane, at, box, size, reference, prediction) for plane in self.planes]
+
+    def draw(
+        self,
+        plane: Plane,
+        at: tuple[int, ...],
+        box: Box,
+        size: int,
+        reference: np.ndarray | None,
+        prediction: np.ndarray | None,
+        channels: int = MAX_CHANNELS,
+    ) -> Picture:
+        """One plane for the page.
+
+        Parameters
+        ----------
+        plane : Plane
+            Which one.
+        at : tuple of int
+            The slice along each axis.
+        box : Box
+            The part of the image to show.
+        size : int
+            Pixels along the longer side.
+        reference, prediction : ndarray or None, shape (z, y, x)
+            Turned label maps to outline.
+        channels : int
+            How many of them are shown.
+
+        Returns
+        -------
+        dict
+            WebP of each channel, outlines in voxels, size in voxels and mm, and the slice as it is stored.
+        """
+        index, n = at[plane.normal], self.array.shape[1 + plane.normal]
+        shown = zip(self.array[:channels], self.levels, strict=False)
+        pixels = [to_bytes(slice_of(channel, plane, index, box), levels) for channel, levels in shown]
+        pictures = [np.stack(pixels, axis=-1)] if self.colour else pixels
+        height, width = pixels[0].shape
+        outlines = [
+            None if label is None else self._outlines(slice_of(label, plane, index, box), size)
+            for label in (reference, prediction)
+        ]
+        return {
+            "name": plane.name,
+            "sides": plane.sides,
+            "size": [width, height],
+            "mm": [round(width * self.spacing[plane.columns], 3), round(height * self.spacing[plane.rows], 3)],
+            "slice": n - 1 - index if self.turn.reversed[plane.normal] else index,
+            "of": n,
+            "axis": "zyx"[self.turn.order[plane.normal]],
+            "cropped": any(high - low < n for (low, high), n in zip(box, self.array.shape[1:], strict=True)),
+            "images": [webp(picture, size) for picture in pictures],
+            "reference": outlines[0] or [],
+            "prediction": outlines[1],
+        }
+
+    def _outlines(self, label: np.ndarray, size: int) -> list[tuple[int, str]]:
+        """(number of the region, SVG path) of the regions in a slice."""
+        label, step = thin_out(label, size)
+        masks = (np.isin(label, members) for members in self.labels.region_values)
+        return [(i, outline_path(mask, step)) for i, mask in enumerate(masks) if mask.any()]
+
+
+def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
+    """The slice along each axis that has most of a mask; the middle one if the mask is empty."""
+    if not mask.any():
+        return tuple(n // 2 for n in mask.shape)
+    by_row = mask.sum(axis=2, dtype=np.int64)
+    counts = by_row.sum(axis=1), by_row.sum(axis=0), mask.sum(axis=(0, 1), dtype=np.int64)
+    return tuple(int(count.argmax()) for count in counts)
+
+
+def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box:
+    """The box of a mask, widened by a share of its size on each side and to `smallest` voxels; all if it is empty."""
+    box = []
+    for axis, n in enumerate(mask.shape):
+        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        low, high = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, n)
+        size = max(high - low + 2 * int(np.ceil(margin * (high - low))), smallest)
+        low = max(0, min((low + high - size) // 2, n - size))
+        box.append((low, min(n, low + size)))
+    return box[0], box[1], box[2]
+
+
+def slice_of(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarray:
+    """A slice (rows, columns) of a turned array (z, y, x), with the rows as they are drawn."""
+    where: list[slice | int] = [*slices(box)]
+    where[plane.normal] = index
+    picture = array[tuple(where)]
+    return picture[::-1] if plane.upwards else picture
+
+
+def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
+    """The intensities of black and white.
+
+    CT: those of the foreground with a margin. Others: the 1st and 99.5th percentile of all but the darkest value.
+    """
+    if channel.normalization == "ct":
+        low, high = channel.statistics.percentile_00_5, channel.statistics.percentile_99_5
+        margin = _CT_MARGIN * max(high - low, 1.0)
+        return low - margin, high + margin
+    flat = values.reshape(-1)[:: max(1, values.size // _LEVEL_SAMPLES)]
+    flat = flat[np.isfinite(flat)]
+    inside = flat[flat > flat.min()] if flat.size else flat
+    if not inside.size:
+        return 0.0, 1.0
+    low, high = (float(v) for v in np.percentile(inside, (1, 99.5)))
+    return (low, high) if high > low else (low, low + 1)
+
+
+def to_bytes(picture: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
+    """Grey levels 0 to 255; values that are not finite are black or white."""
+    low, high = levels
+    grey = (np.nan_to_num(picture.astype(np.float32), nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+
+
+def webp(picture: np.ndarray, size: int) -> str:
+    """Bytes (y, x) or (y, x, 3) as a WebP file in base64; each axis shrinks to at most `size` pixels."""
+    image = PillowImage.fromarray(np.ascontiguousarray(picture))
+    shown = min(image.width, size), min(image.height, size)
+    if shown != image.size:
+        image = image.resize(shown, PillowImage.Resampling.BOX)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=_QUALITY, method=_METHOD)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def thin_out(label: np.ndarray, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Every n-th voxel of a label map (y, x), so that at most about `size` remain along an axis, and n (y, x)."""
+    down, across = (max(1, -(-n // size)) for n in label.shape)
+    return label[down // 2 :: down, across // 2 :: across], (down, across)
+
+
+def outline_path(mask: np.ndarray, step: tuple[int, int] = (1, 1)) -> str:
+    """The closed outlines of a mask (y, x) along the edges of its voxels, as an SVG path.
+
+    Holes run the other way round, so that both fill rules leave them empty.
+
+    Parameters
+    ----------
+    step : tuple of int
+        Size (y, x) of a pixel of the mask in the picture.
+    """
+    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), np.int8)
+    padded[1:-1, 1:-1] = mask
+    across, down = defaultdict(list), defaultdict(list)  # start (y, x) -> ends of the runs that begin there
+    # the mask is to the right of the path: its upper edges run to the right, its left edges up
+    for y, first, last, sign in _runs(np.diff(padded, axis=0)):
+        start, end = (first, last) if sign > 0 else (last, first)
+        across[y, start].append((y, end))
+    for x, first, last, sign in _runs(np.diff(padded, axis=1).T):
+        start, end = (last, first) if sign > 0 else (first, last)
+        down[start, x].append((end, x))
+    paths = []
+    for y, x in list(across):
+        while across[y, x]:
+            parts, at = [f"M{x * step[1]} {y * step[0]}"], (y, x)
+            while True:
+                corner = across[at].pop()
+                parts.append(f"h{(corner[1] - at[1]) * step[1]}")
+                at = down[corner].pop()
+                if at == (y, x):  # z draws the last run
+                    break
+                parts.append(f"v{(at[0] - corner[0]) * step[0]}")
+            paths.append("".join([*parts, "z"]))
+    return "".join(paths)
+
+
+def _runs(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Runs of equal nonzero numbers along the rows: (row, first edge, last edge, number). Rows begin and end with 0."""
+    rows, bounds = np.nonzero(np.diff(edges, axis=1))
+    same_row = rows[1:] == rows[:-1]  # two bounds of a row enclose a run, which may be one of zeros
+    rows, first, last = rows[:-1][same_row], bounds[:-1][same_row], bounds[1:][same_row]
+    numbers = edges[rows, first + 1]
+    runs = (array[numbers != 0].tolist() for array in (rows, first, last, numbers))
+    return list(zip(*runs, strict=True))

@@ -1,24 +1,49 @@
-"""What a workspace contains of one dataset: all that the report is made from, at whatever stage the dataset is."""
+"""What the report is made from: the files of a dataset at any stage, and pictures of its cases.
+
+`read_material` reads plans, models and scores. `draw_cases` chooses cases, reads each one once, in threads, and keeps
+the pictures that fit the page.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nnunet_lite.data.dataset import Dataset, stored_dataset
-from nnunet_lite.errors import UserError
+import numpy as np
+
+from nnunet_lite import log, system
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, map_labels, read_case, stored_dataset
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.images import read_geometry, read_label
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, model_folders, read_weights_header
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.reporting.figures import MAX_CHANNELS, OrientedImage, Picture
 from nnunet_lite.training.metrics import METRICS
 from nnunet_lite.workspace import Paths
+
+TILES = 24  # cases in the montage
+PAGE_BYTES = 9_000_000  # of all overlays in the page
+_MAX_VOXELS = 2.5e9  # of all images that are read, a third of them for the montage: about 20 s on two cores
+_MAX_LABEL_VOXELS = 4e9  # of all label maps that are read only for their volumes
+_SIZES = (384, 320, 256, 192, 160, 128)  # pixels along the longer side of an overlay
+_UNKNOWN_SHAPE = (64, 256, 256)  # of a case that is not in the fingerprint
+_BYTES_PER_VOXEL = 16  # in memory while a case is drawn: image, label map and prediction
+_CASE_SAMPLES = 4000  # voxels of each label and case for the histograms of intensities
+_IMAGE_SAMPLES = 1_000_000  # voxels for the mean and deviation of an image
 
 
 @dataclass(frozen=True)
@@ -172,3 +197,217 @@ def _read_scores(folder: Path, dataset: Dataset, notes: list[str]) -> tuple[Scor
         fold = file.parent.parent.name.removeprefix("fold_")
         fold_of = {row.case: fold for row in found} | fold_of
     return Scores(tuple(rows), dataset.labels), fold_of
+
+
+# ----------------------------------------------------------------------------------------------- pictures of the cases
+
+
+@dataclass
+class CasePictures:
+    """What the page shows of one case.
+
+    Parameters
+    ----------
+    voxels : dict
+        Region -> its voxels in the reference.
+    tile : dict or None
+        The picture for the montage.
+    intensities : dict
+        "image" or region -> ndarray, shape (channels, samples).
+    overlays : dict
+        Model -> its planes.
+    problem : str
+        Why the case could not be read.
+    """
+
+    case_id: str
+    geometry: Geometry | None = None
+    voxels: dict[str, int] = field(default_factory=dict)
+    tile: Picture | None = None
+    intensities: dict[str, np.ndarray] = field(default_factory=dict)
+    overlays: dict[str, list[Picture]] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of all cases.
+
+    Parameters
+    ----------
+    cases : dict
+        Case -> its pictures.
+    overlays : dict
+        Model -> case -> its planes, the worst case first.
+    notes : tuple of str
+        What is left out, and why.
+    """
+
+    cases: dict[str, CasePictures]
+    overlays: dict[str, dict[str, list[Picture]]]
+    notes: tuple[str, ...]
+
+
+def draw_cases(material: Material) -> Gallery:
+    """Read the cases in threads and draw them."""
+    cases, channels, found = material.dataset.cases, len(material.plan.channels), material.fingerprint
+    known = dict(zip(found.case_ids, found.shapes_after_crop, strict=False)) if found else {}
+    voxels = {case.id: prod(known.get(case.id, _UNKNOWN_SHAPE)) * channels for case in cases}
+    n_tiles = int(_MAX_VOXELS / 3 * len(cases) / max(1, sum(voxels.values())))
+    tiles = _evenly(cases, min(TILES, max(4, n_tiles)))
+    scored = {row.case for model in material.scored for row in model.scores.rows}
+    unscored = [case for case in cases if case.id not in scored and case.label is not None]
+    share = _MAX_LABEL_VOXELS * channels / max(1, sum(voxels[case.id] for case in unscored))
+    measured = _evenly(unscored, max(8, int(len(unscored) * min(1, share))))
+    overlays = _choose_overlays(material, voxels, tiles)
+    shapes = [known.get(overlay.case_id, _UNKNOWN_SHAPE) for overlay in overlays]
+    size, n_overlays = _size_of_overlays(shapes, min(channels, MAX_CHANNELS))
+    predictions: dict[str, dict[str, Path]] = defaultdict(dict)
+    for overlay in overlays[:n_overlays]:
+        predictions[overlay.case_id][overlay.model] = overlay.file
+    draw = partial(draw_case, material.dataset, material.plan, size)
+    contents = [(case.id in tiles, case.id in measured, predictions[case.id]) for case in cases]
+    at_once = system.cases_in_flight(max(voxels.values(), default=0) * _BYTES_PER_VOXEL, None)
+    with ThreadPoolExecutor(at_once, "report") as pool:
+        drawn = list(log.progress(pool.map(draw, cases, *zip(*contents, strict=True)), len(cases), "report"))
+    by_case = {one.case_id: one for one in drawn}
+    shown = _fit_page(material, by_case, overlays[:n_overlays])
+    counts = (("the montage and the intensities are", len(tiles)), ("volumes are", len(scored | measured)))
+    notes = [f"{what} those of {n} of {len(cases)} cases, evenly spaced" for what, n in counts if n < len(cases)]
+    if problems := [one.problem for one in drawn if one.problem]:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
+    for model in material.scored:
+        if (n := len(shown[model.name])) < len(model.worst_first):
+            notes.append(f"{model.label}: pictures of the {n} worst of {len(model.worst_first)} cases")
+    return Gallery(by_case, shown, tuple(notes))
+
+
+def _evenly(cases: Sequence[Case], n: int) -> set[str]:
+    """The names of n evenly spaced cases."""
+    n = min(n, len(cases))
+    return {cases[round(i * (len(cases) - 1) / max(1, n - 1))].id for i in range(n)}
+
+
+class Overlay(NamedTuple):
+    """A prediction that is drawn over its case; `rank` is 0 for the worst case of the model."""
+
+    rank: int
+    case_id: str
+    model: str
+    file: Path
+
+
+def _choose_overlays(material: Material, voxels: Mapping[str, int], tiles: set[str]) -> list[Overlay]:
+    """The worst case of each model, then the second worst of each, as far as the time to read them allows."""
+    overlays = [
+        Overlay(rank, row.case, model.name, Path(row.prediction_file))
+        for model in material.scored
+        for rank, row in enumerate(row for row in model.worst_first if row.prediction_file)
+        if row.prediction_file and row.case in voxels
+    ]
+    read, total, chosen = set(tiles), sum(voxels[case_id] for case_id in tiles), []
+    for overlay in sorted(overlays, key=lambda overlay: overlay.rank):
+        total += 0 if overlay.case_id in read else voxels[overlay.case_id]
+        read.add(overlay.case_id)
+        if total <= _MAX_VOXELS:
+            chosen.append(overlay)
+    return chosen
+
+
+def _size_of_overlays(shapes: Sequence[tuple[int, int, int]], pictures: int) -> tuple[int, int]:
+    """Pixels along the longer side with which all overlays fit the page, or the smallest size and how many then fit."""
+    size, total = _SIZES[0], np.zeros(0)
+    for size in _SIZES:
+        total = np.cumsum([_estimate_bytes(shape, size, pictures) for shape in shapes])
+        if not shapes or total[-1] <= PAGE_BYTES:
+            break
+    return size, int(np.searchsorted(total, PAGE_BYTES, side="right"))
+
+
+def _fit_page(
+    material: Material, drawn: Mapping[str, CasePictures], overlays: Sequence[Overlay]
+) -> dict[str, dict[str, list[Picture]]]:
+    """The planes of each model and case, without the best cases if the pictures are larger than estimated."""
+    shown: dict[str, dict[str, list[Picture]]] = {model.name: {} for model in material.scored}
+    total = 0
+    for overlay in overlays:
+        planes = drawn[overlay.case_id].overlays.get(overlay.model, [])
+        total += sum(len(json.dumps(plane)) for plane in planes)
+        if planes and total <= PAGE_BYTES * 1.1:
+            shown[overlay.model][overlay.case_id] = planes
+    return shown
+
+
+def _estimate_bytes(shape: tuple[int, int, int], size: int, pictures: int) -> float:
+    """Bytes of the overlays of one case and model: a WebP in base64 and some outlines for each plane."""
+    z, y, x = (min(n, size) for n in shape)
+    areas = [y * x] if z == 1 else [y * x, z * x, z * y]
+    return sum(700 + pictures * 4 / 3 * (200 + 0.2 * area) for area in areas)
+
+
+def draw_case(
+    dataset: Dataset, plan: Plan, size: int, case: Case, tile: bool, volumes: bool, predictions: Mapping[str, Path]
+) -> CasePictures:
+    """Read the files of a case and draw its pictures; a case that cannot be read has a `problem`.
+
+    Parameters
+    ----------
+    size : int
+        Pixels along the longer side of an overlay.
+    tile, volumes : bool
+        Whether to draw it for the montage, and to count the voxels of its regions.
+    predictions : mapping
+        Model -> label map to draw over the image.
+    """
+    out = CasePictures(case.id)
+    try:
+        if tile or predictions:
+            image, label = read_case(case, dataset)
+            out.geometry = image.geometry
+            shown = OrientedImage(image.array, image.geometry, plan)
+            reference = None if label is None else shown.turn.apply(label)
+            if tile:
+                out.tile = shown.tile(reference)
+                out.intensities = _sample_intensities(image.array, label, plan)
+            for model, file in predictions.items():
+                out.overlays[model] = shown.overlay(reference, file, size)
+        else:
+            out.geometry, label = read_geometry(case.images[0])[0], None
+            if volumes and case.label is not None:
+                label = map_labels(read_label(case.label)[0], dataset.value_map)
+        if volumes and label is not None:
+            out.voxels = _count_voxels(label, plan.labels)
+    except (UserError, OSError, MemoryError) as error:
+        out.problem = f"{case.id}: {describe(error)}"
+    return out
+
+
+def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
+    """The voxels of each region."""
+    values, counts = np.unique(label, return_counts=True)
+    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    regions = zip(labels.region_names, labels.region_values, strict=True)
+    return {name: sum(found.get(value, 0) for value in members) for name, members in regions}
+
+
+def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
+    """Evenly spaced voxels of each region and of the nonzero image; z-scores where the plan normalizes so."""
+    flat = image.reshape(len(image), -1)
+    nonzero = (flat != 0).any(axis=0)
+    masks = {"image": nonzero}
+    if label is not None:
+        regions = zip(plan.labels.region_names, plan.labels.region_values, strict=True)
+        masks |= {name: np.isin(label.reshape(-1), members) for name, members in regions}
+    samples = {}
+    for name, mask in masks.items():
+        inside = np.flatnonzero(mask)
+        samples[name] = flat[:, inside[:: max(1, inside.size // _CASE_SAMPLES)]].astype(np.float32)
+    step = max(1, flat.shape[1] // _IMAGE_SAMPLES)
+    for i, channel in enumerate(plan.channels):
+        if channel.normalization == "zscore":
+            values = flat[i, ::step].astype(np.float64)
+            values = values[nonzero[::step]] if channel.use_mask else values
+            for sample in samples.values():
+                sample[i] = (sample[i] - values.mean()) / max(float(values.std()), 1e-8)
+    return samples

@@ -19,8 +19,8 @@ from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.folder import MODEL, read_weights_header
-from nnunet_lite.models.lookup import is_nnunet, nnunet_folds, read_model
+from nnunet_lite.models.folder import is_nnunet, read_weights_header, weight_files
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Plan, exact_storage
@@ -89,12 +89,11 @@ def find_source(model: Path, dataset: str, fold: str) -> Source:
         raise UserError(what, model, "Make a model folder of a zip with `nnlite import`.")
     if model.is_file():
         return _read_source(model)
-    files = list(nnunet_folds(folder).values()) if from_nnunet else sorted(folder.glob(f"fold_*/{MODEL}"))
-    if not files:
+    trained = weight_files(folder)
+    if not trained:
         fix = "Give the file of another checkpoint." if from_nnunet else "Train one with `nnlite train`."
         raise UserError("has no trained fold to start from", folder, fix)
-    trained = {file.parent.name.removeprefix("fold_"): file for file in files}
-    first = _read_source(files[0])
+    first = _read_source(next(iter(trained.values())))
     preferred = (fold, "all") if first.plan.dataset == dataset else ("all", fold)
     chosen = next(name for name in (*preferred, *trained) if name in trained)
     return replace(first, file=trained[chosen], fold=chosen)

@@ -156,21 +156,21 @@ function closeCase() {
   if (row && !row.closest("[hidden]")) focusRow(row);
 }
 
-function written(value, form) {
+function written(value, format) {
   if (value === null) return "n/a";
-  if (form === "d") return String(value);
-  const digits = Number(form.match(/\.(\d+)/)[1]);
-  if (form.endsWith("%")) return `${value > 0 ? "+" : ""}${(100 * value).toFixed(digits)} %`;
-  return form.endsWith("f") ? value.toFixed(digits) : String(Number(value.toPrecision(digits)));
+  if (format === "d") return String(value);
+  const digits = Number(format.match(/\.(\d+)/)[1]);
+  if (format.endsWith("%")) return `${value > 0 ? "+" : ""}${(100 * value).toFixed(digits)} %`;
+  return format.endsWith("f") ? value.toFixed(digits) : String(Number(value.toPrecision(digits)));
 }
 
 function measureTable(scores) {
-  const { labels, measures, forms } = data();
+  const { labels, measures, formats } = data();
   const used = measures.map((_, i) => i).filter((i) => scores.some((row) => row[i] !== null));
   const head = make("tr", {}, make("th", { scope: "col" }, "Label"),
     ...used.map((i) => make("th", { scope: "col", class: "number" }, measures[i])));
   const rows = labels.map((label, i) => make("tr", {}, make("th", { scope: "row" }, label),
-    ...used.map((k) => make("td", { class: "number" }, written(scores[i][k], forms[k])))));
+    ...used.map((k) => make("td", { class: "number" }, written(scores[i][k], formats[k])))));
   const table = make("table", { class: "measures" }, make("thead", {}, head), make("tbody", {}, ...rows));
   return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Scores of this case" }, table);
 }

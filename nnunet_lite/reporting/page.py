@@ -1,18 +1,30 @@
-"""The sections of the report as data: each function returns what one section of templates/report.html.j2 shows."""
+"""The report of a dataset: one HTML page that contains everything it shows and never uses the network.
+
+`write_report` reads the workspace and draws the cases (material.py). Each function `..._section` returns what one
+section of templates/report.html.j2 shows: tables, charts and pictures (figures.py). `render_page` fills the template.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
+from datetime import datetime
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
+from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning.show import normalization, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting.figures import (
@@ -28,9 +40,11 @@ from nnunet_lite.reporting.figures import (
     plot_intervals,
     share_column,
 )
-from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults
-from nnunet_lite.reporting.pictures import Gallery
+from nnunet_lite.reporting.material import FoldHistory, Gallery, Material, ModelResults, draw_cases, read_material
+from nnunet_lite.workspace import Paths
 
+PAGE = "report.html"
+_PLANE_SIZE = 240  # pixels on the page along the longer side of a picture
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
 _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
@@ -43,9 +57,72 @@ _SEVERITIES = ("error", "warning", "notice")
 _CASE_METRICS = (
     "Dice", "IoU", "reference_ml", "prediction_ml", "volume_error", "NSD", "HD95", "lesion_F1", "TP", "FP", "FN",
 )  # fmt: skip
+_LABEL_METRICS = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")  # of a label, over all cases; Dice is the first
 
 Fact = tuple[str, str]  # what, and its value as text
 Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the reference
+
+
+def write_report(paths: Paths, output: Path) -> Path:
+    """Write the report of a planned dataset, whatever stage it has reached.
+
+    Raises
+    ------
+    UserError : the dataset is not planned, or one of its files is broken.
+    """
+    material = read_material(paths)
+    for note in material.notes:
+        log.warn(note)
+    write_text(output, render_page(material, draw_cases(material)))
+    return output
+
+
+def render_page(material: Material, gallery: Gallery) -> str:
+    """Fill the template. It escapes all that comes from the data; its CSP stops every script but report.js."""
+    environment = Environment(
+        loader=PackageLoader("nnunet_lite.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    environment.filters |= {"page_size": _page_size, "errors": _error_outlines}
+    script, style = _read_source("report.js"), _read_source("report.css")
+    return environment.get_template("report.html.j2").render(
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        name=material.paths.name,
+        version=nnunet_lite.__version__,
+        date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
+        labels=material.dataset.labels.region_names,
+        overview=overview_section(material, gallery),
+        data=data_section(material, gallery),
+        plan=plan_section(material),
+        trainings=training_section(material),
+        models=scores_section(material, gallery),
+        comparison=comparison_section(material),
+        costs=costs_section(material),
+        settings=settings_section(material),
+        page_data=page_data(material, gallery),
+    )
+
+
+def _read_source(name: str) -> str:
+    """A file of this package that goes into the page as it is."""
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _page_size(mm: list[float]) -> tuple[float, float]:
+    """Width and height on the page of a picture of a size in mm."""
+    return round(_PLANE_SIZE * mm[0] / max(mm), 1), round(_PLANE_SIZE * mm[1] / max(mm), 1)
+
+
+def _error_outlines(plane: dict[str, Any]) -> list[str]:
+    """For each region both outlines in one path; filled by the even-odd rule, it shows where they differ."""
+    reference, prediction = dict(plane["reference"]), dict(plane["prediction"])
+    return [reference.get(i, "") + prediction.get(i, "") for i in sorted({*reference, *prediction})]
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
@@ -304,12 +381,13 @@ def scores_section(material: Material, gallery: Gallery) -> list[dict[str, Any]]
     """For each model its scores by label, all its held-out cases, and pictures of the worst ones."""
     sections = []
     for model in material.scored:
-        name, rows, worst = model.name, model.worst_first, gallery.overlaid[model.name][:_STATIC_CASES]
+        name, rows, worst = model.name, model.worst_first, list(gallery.overlays[model.name].items())[:_STATIC_CASES]
         labels = _hardest_labels(model)
         dice = {row.case: [row.metrics[label]["Dice"] for label in labels] for row in rows}
+        means = {row.case: row.mean_dice for row in rows}
         dots = [(label, [(case, values[i]) for case, values in dice.items()]) for i, label in enumerate(labels)]
         columns = (Column("Case"), Column("fold"), share_column("mean Dice"), *map(share_column, labels))
-        cells = [[row.case, model.fold_of[row.case], row.mean_dice, *dice[row.case]] for row in rows]
+        cells = [[row.case, model.fold_of[row.case], means[row.case], *dice[row.case]] for row in rows]
         caption = f"Held-out cases of {model.label}, worst first"
         sections.append(
             {
@@ -321,11 +399,7 @@ def scores_section(material: Material, gallery: Gallery) -> list[dict[str, Any]]
                 "chart": plot_dots(f"Dice of each case by label, {model.label}", dots, name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "table": Table(caption, columns, cells, sorted_by=2, model=name),
-                "worst": [
-                    (row.case, row.mean_dice, gallery.cases[row.case].overlays[name])
-                    for row in rows
-                    if row.case in worst
-                ],
+                "worst": [(case, means[case], planes) for case, planes in worst],
             }
         )
     return sections
@@ -342,14 +416,17 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(model: ModelResults) -> Table:
     """One row for each label, then the mean over them."""
-    shown = [METRICS[name] for name in ("Dice", "IoU", "absolute_volume_error", "lesion_F1")]
+    shown = [METRICS[name] for name in _LABEL_METRICS]
     summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in shown]
     rows: list[list[Value]] = []
     for name, dice in summaries[0].items():
         others = [summary[name].mean for summary in summaries[1:]]
         rows.append([name, dice.n, dice.mean, _interval(dice.mean, dice), dice.median, *others])
     columns = [Column("Label"), Column("cases", "d"), share_column("mean Dice"), Column("95 % interval", "g")]
-    columns += [share_column("median"), *(Column(m.heading, m.form, bar=m.better == "higher") for m in shown[1:])]
+    columns += [
+        share_column("median"),
+        *(Column(m.heading, m.number_format, bar=m.better == "higher") for m in shown[1:]),
+    ]
     return Table("Scores of held-out cases, by label", columns, rows)
 
 
@@ -362,13 +439,14 @@ def page_data(material: Material, gallery: Gallery) -> dict[str, Any]:
             row.case: [[row.metrics[name][metric] for metric in _CASE_METRICS] for name in names]
             for row in model.worst_first
         }
-        pictures = {case: gallery.cases[case].overlays[model.name] for case in gallery.overlaid[model.name]}
-        models[model.name] = {"label": model.label, "fold": model.fold_of, "scores": scores, "pictures": pictures}
+        models[model.name] = {
+            "label": model.label, "fold": model.fold_of, "scores": scores, "pictures": gallery.overlays[model.name]
+        }  # fmt: skip
     return {
         "labels": list(names),
         "channels": [channel.name for channel in material.plan.channels],
         "measures": [METRICS[metric].heading for metric in _CASE_METRICS],
-        "forms": [METRICS[metric].form for metric in _CASE_METRICS],
+        "formats": [METRICS[metric].number_format for metric in _CASE_METRICS],
         "models": models,
     }
 
