@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import read_json, understood, write_json
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, pick_device, release_memory
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
@@ -322,8 +322,10 @@ def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
 def _read_choices(job: Job) -> dict[str, ComputeFormat]:
     if job.formats is None or not job.formats.is_file():
         return {}
-    with understood(job.formats, "Delete it: formats are timed again."):
+    try:
         return {key: ComputeFormat(**value) for key, value in read_json(job.formats).items()}
+    except (UserError, AttributeError, TypeError):  # it is damaged: formats are timed and written again
+        return {}
 
 
 def _describe_step(job: Job) -> str:
