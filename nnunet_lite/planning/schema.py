@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -35,6 +35,24 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Percentiles = Annotated[tuple[Percent, Percent], must_be("two numbers, the lower first", lambda p: p[0] < p[1])]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
+
+
+class Normalization(NamedTuple):
+    """A normalisation: the channel name that chooses it (in lower case), nnU-Net's class, words, how it is stored."""
+
+    channel_name: str
+    nnunet: str
+    words: str
+    stored_as: Precision
+
+
+NORMALIZATIONS: dict[Scheme, Normalization] = {  # the arithmetic is in preprocessing/normalization.py
+    "ct": Normalization("ct", "CTNormalization", "CT", "float16"),
+    "zscore": Normalization("zscore", "ZScoreNormalization", "z-score", "float16"),
+    "none": Normalization("nonorm", "NoNormalization", "as it is", "float32"),
+    "rescale_0_1": Normalization("rescale_to_0_1", "RescaleTo01Normalization", "to 0..1", "float32"),
+    "rgb_0_1": Normalization("rgb_to_0_1", "RGBTo01Normalization", "RGB to 0..1", "float16"),
+}
 
 
 def _sides(letters: str) -> list[int]:
@@ -66,6 +84,11 @@ class Channel(_Model):
     clip_percentiles: Percentiles | None = Field(None, description="of each image, before normalisation")
     statistics: Statistics
 
+    def to_text(self) -> str:
+        """Say how the channel is normalised."""
+        inside = " inside the nonzero mask" if self.use_mask else ""
+        return f"{NORMALIZATIONS[self.normalization].words}{inside}"
+
 
 def exact_storage(channels: Iterable[Channel]) -> Precision:
     """Return the type that stores normalised images as exactly as they are needed.
@@ -83,7 +106,8 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
     {"float16", "float32"}
         float32 where a channel is not standardised.
     """
-    return "float32" if any(channel.normalization in ("none", "rescale_0_1") for channel in channels) else "float16"
+    kinds = {NORMALIZATIONS[channel.normalization].stored_as for channel in channels}
+    return "float32" if "float32" in kinds else "float16"
 
 
 class Network(_Model):
@@ -154,16 +178,12 @@ class Configuration(_Model):
             if len(numbers) != axes:
                 raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
         if max(first := self.network.strides[0]) > 1:
-            raise ValueError(
-                f"network.strides[0] = {list(first)} must be all 1: the first stage has the resolution of the patch"
-            )
+            what = f"network.strides[0] = {list(first)} must be all 1"
+            raise ValueError(f"{what}: the first stage has the resolution of the patch")
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
-                below = max(d, size // d * d)
-                raise ValueError(
-                    f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}; "
-                    f"the nearest are {below} and {size // d * d + d}"
-                )
+                what = f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}"
+                raise ValueError(f"{what}; the nearest are {max(d, size // d * d)} and {size // d * d + d}")
         return self
 
 
@@ -207,9 +227,7 @@ class Plan(_Model):
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
     preset: str = "default"
     memory_gb: float = Field(8, gt=0, description="GPU memory budget")
-    orientation: Orientation | None = Field(
-        None, description='where the axes x, y, z point after reading, such as "LAS"; null: as in the file'
-    )
+    orientation: Orientation | None = Field(None, description='where x, y, z point after reading, such as "LAS"')
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
@@ -220,9 +238,7 @@ class Plan(_Model):
         default_factory=lambda data: exact_storage(data.get("channels", ())),
         description="type of preprocessed images on disk; default: float32 where a channel is not standardised",
     )
-    configurations: dict[str, Configuration] = Field(
-        min_length=1, description='one may name another as "inherits_from" and give only what differs'
-    )
+    configurations: dict[str, Configuration] = Field(min_length=1, description='one may have "inherits_from"')
 
     @model_validator(mode="before")
     @classmethod
@@ -250,10 +266,8 @@ class Plan(_Model):
             The plan has none of that name.
         """
         if name not in self.configurations:
-            raise UserError(
-                f"the plan of {self.dataset} has no configuration {name!r}",
-                fix=f"It has: {', '.join(self.configurations)}.",
-            )
+            what = f"the plan of {self.dataset} has no configuration {name!r}"
+            raise UserError(what, fix=f"It has: {', '.join(self.configurations)}.")
         return self.configurations[name]
 
     def n_inputs(self, configuration: str) -> int:
