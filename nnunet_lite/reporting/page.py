@@ -1,6 +1,6 @@
 """The report of a dataset: one HTML page that contains everything it shows and never uses the network.
 
-`write_report` reads the workspace and draws the cases (material.py). Each function `..._section` returns what one
+`write_report` reads the workspace and draws the cases (material.py). Each function `_..._section` returns what one
 section of templates/report.html.j2 shows: tables, charts and pictures (figures.py). `render_page` fills the template.
 """
 
@@ -55,9 +55,22 @@ Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the referen
 def write_report(paths: Paths, output: Path) -> Path:
     """Write the report of a planned dataset, whatever stage it has reached.
 
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    output : Path
+        The file to write.
+
+    Returns
+    -------
+    Path
+        The file.
+
     Raises
     ------
-    UserError : the dataset is not planned, or one of its files is broken.
+    UserError
+        The dataset is not planned, or one of its files is broken.
     """
     material = read_material(paths)
     for note in material.notes:
@@ -67,7 +80,18 @@ def write_report(paths: Paths, output: Path) -> Path:
 
 
 def render_page(material: Material) -> str:
-    """Fill the template. It escapes all that comes from the data; its CSP stops every script but report.js."""
+    """Fill the template. It escapes all that comes from the data; its CSP stops every script but report.js.
+
+    Parameters
+    ----------
+    material : Material
+        From `draw_cases`.
+
+    Returns
+    -------
+    str
+        The page as HTML.
+    """
     environment = Environment(
         loader=PackageLoader("nnunet_lite.reporting"),
         autoescape=True,
@@ -86,15 +110,15 @@ def render_page(material: Material) -> str:
         version=nnunet_lite.__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         labels=material.dataset.labels.region_names,
-        overview=overview_section(material),
-        data=data_section(material),
-        plan=plan_section(material),
-        trainings=training_section(material),
-        models=scores_section(material),
-        comparison=comparison_section(material),
-        costs=costs_section(material),
-        settings=settings_section(material),
-        page_data=page_data(material),
+        overview=_overview_section(material),
+        data=_data_section(material),
+        plan=_plan_section(material),
+        trainings=_training_section(material),
+        models=_scores_section(material),
+        comparison=_comparison_section(material),
+        costs=_costs_section(material),
+        settings=_settings_section(material),
+        page_data=_page_data(material),
     )
 
 
@@ -119,15 +143,15 @@ def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
     return None if ends.low is None or ends.high is None else (f"{ends.low:.3f} to {ends.high:.3f}", mean)
 
 
-def _times(values: Sequence[float], form: str = "g") -> str:
+def _times(values: Sequence[float], number_format: str = "g") -> str:
     """40 × 56 × 40"""
-    return " × ".join(f"{value:{form}}" for value in values)
+    return " × ".join(f"{value:{number_format}}" for value in values)
 
 
 # -------------------------------------------------------------------------------------------------------- the overview
 
 
-def overview_section(material: Material) -> dict[str, Any]:
+def _overview_section(material: Material) -> dict[str, Any]:
     """Cards (what, figure, detail), the next command, and what the report leaves out."""
     labels, plan = material.dataset.labels, material.plan
     named = plural(len(labels.region_names), "region" if labels.has_regions else "label")
@@ -154,7 +178,7 @@ def overview_section(material: Material) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def data_section(material: Material) -> dict[str, Any]:
+def _data_section(material: Material) -> dict[str, Any]:
     """What the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
     dataset, labels = material.dataset, material.dataset.labels
     regions = zip(labels.region_names, labels.region_values, strict=True)
@@ -290,7 +314,7 @@ def _case_table(material: Material, unit: str, volumes: Volumes) -> Table:
 # ------------------------------------------------------------------------------------------- the plan and the training
 
 
-def plan_section(material: Material) -> dict[str, Any]:
+def _plan_section(material: Material) -> dict[str, Any]:
     """The configurations, the reasons for them, and their networks."""
     plan = material.plan
     name, *others = plan_head(plan)
@@ -308,7 +332,7 @@ def plan_section(material: Material) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def training_section(material: Material) -> list[dict[str, Any]]:
+def _training_section(material: Material) -> list[dict[str, Any]]:
     """For each model its curves, a colour for each fold."""
     sections = []
     for model in material.trained:
@@ -339,7 +363,7 @@ def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
     return charts
 
 
-def costs_section(material: Material) -> Table:
+def _costs_section(material: Material) -> Table:
     """Time and memory of every fold."""
     rows: list[list[Value]] = []
     for model, fold in ((m, fold) for m in material.trained for fold in m.folds if fold.rows):
@@ -361,7 +385,7 @@ def costs_section(material: Material) -> Table:
 # ---------------------------------------------------------------------------------------------------------- the scores
 
 
-def scores_section(material: Material) -> list[dict[str, Any]]:
+def _scores_section(material: Material) -> list[dict[str, Any]]:
     """For each model its scores by label, all its held-out cases, and pictures of the worst ones."""
     sections = []
     for model in material.scored:
@@ -414,7 +438,7 @@ def _label_table(model: ModelResults) -> Table:
     return Table("Scores of held-out cases, by label", columns, rows)
 
 
-def page_data(material: Material) -> dict[str, Any]:
+def _page_data(material: Material) -> dict[str, Any]:
     """What report.js opens cases from: the metrics of every case, and the pictures."""
     names = material.dataset.labels.region_names
     models = {}
@@ -438,7 +462,7 @@ def page_data(material: Material) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ the comparison
 
 
-def comparison_section(material: Material) -> dict[str, Any]:
+def _comparison_section(material: Material) -> dict[str, Any]:
     """The candidates of `nnlite select` and the postprocessing that it chose; before it, the models."""
     selection = material.selection
     candidates = [_candidate(model) for model in material.scored] if selection is None else selection.candidates
@@ -488,7 +512,7 @@ def _margin(margin: Margin) -> Value:
 # -------------------------------------------------------------------------------------------------------- the settings
 
 
-def settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
+def _settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
     """Seed and versions of the models, and their settings."""
     runs = {model.name: model.run for model in material.trained}
     packages = list(dict.fromkeys(package for run in runs.values() for package in run.get("versions", {})))
