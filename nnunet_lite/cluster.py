@@ -279,7 +279,7 @@ def _call_alone(setup: SharedSetup, function: Callable[[], Any]) -> None:
 
 
 def _retry(function: Callable[[], R]) -> R:
-    """Call a function again if it fails for what may be a moment; a mistake of the user is none."""
+    """Call a function again if it fails, which may be for a moment; a mistake of the user stays one."""
     for attempt in range(1, _TRIES):
         try:
             return function()
