@@ -39,7 +39,7 @@ from nnunet_lite.training.distributed import ALONE, SYNC_EVERY, Clock, from_firs
 from nnunet_lite.training.finetune import freeze, start_from
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.learner import Learner
-from nnunet_lite.training.loss import pseudo_dice_counts
+from nnunet_lite.training.loss import exact, pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics
 from nnunet_lite.training.optim import Plateau, learning_rate
 
@@ -332,7 +332,7 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     learner.network.eval()
     regions = labels.region_classes if labels.has_regions else None
     total = torch.zeros((), device=job.device)
-    counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.float64)
+    counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=exact(job.device))
     makers: Iterator[Callable[[], Batch]] = (
         partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches)
     )
