@@ -68,8 +68,7 @@ class PlanSettings(_Section):
     )
     memory: float | None = Field(None, gt=0, description="GPU memory budget in GB; default: the preset's")
     adopt: bool = Field(
-        True,
-        description="with --init: spacing, patch, network and normalisation are the model's; false: the dataset's",
+        True, description="with --init: spacing, patch, network and normalisation are the model's; false: the dataset's"
     )
 
 

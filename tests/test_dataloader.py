@@ -288,7 +288,7 @@ def test_a_second_stage_sees_the_first_ones_labels_moved_with_its_own(job: MakeJ
         torch.testing.assert_close(images[:, 1:], torch.stack([(classes == c).float() for c in (1, 2)], 1))
 
 
-@pytest.mark.parametrize("pipeline", ["native", "batchgenerators"])
+@pytest.mark.parametrize("pipeline", ["native", "batchgenerators", "extra"])
 def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cases: list[Any], pipeline: str) -> None:
     """Of one masked and one unmasked channel; the mask is that of the case, whatever values the channels have."""
     case, marker = load_case(tiny_cases[0]), job().plan.labels.outside_class
@@ -297,11 +297,15 @@ def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cas
     image[0, :, 12:14] = 0  # as it may be inside
     plain = job().plan.channels[0]
     channels = (plain.model_copy(update={"use_mask": True}), plain)
-    settings = {**OFF, "augmentation.p_noise": 1, "augmentation.p_mirror": 0, "augmentation.pipeline": pipeline,
-                "augmentation.noise_std": [0.1, 0.1], "training.foreground": 0}  # fmt: skip
+    settings = {**OFF, "augmentation.p_noise": 1, "augmentation.p_mirror": 0, "augmentation.noise_std": [0.1, 0.1],
+                "training.foreground": 0}  # fmt: skip
+    if pipeline == "extra":
+        settings["augmentation.extra"] = [{"name": "GaussianNoiseTransform", "noise_variance": [0.1, 0.1]}]
+    else:
+        settings["augmentation.pipeline"] = pipeline
     run = job(cases=[replace(case, image=image, label=label)], plan={"channels": channels}, **settings)
     draw = draw_batch(run, run.training, 0, 0, augment=True)
-    if pipeline == "native":  # the first sample reaches over the lower border
+    if pipeline != "batchgenerators":  # the first sample reaches over the lower border
         draw = replace(draw, locations=[replace(draw.locations[0], corner=(0, -4, 0)), *draw.locations[1:]])
     images, classes, _ = build_batch(run, run.training, draw)
     assert int(classes.max()) < marker

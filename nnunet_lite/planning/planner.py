@@ -20,7 +20,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning import topology
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.schema import Channel, Configuration, Network, Options, Plan, Scheme
+from nnunet_lite.planning.schema import NORMALIZATIONS, Channel, Configuration, Network, Options, Plan
 from nnunet_lite.planning.topology import Kind, Topology, join_by_x
 
 ANISOTROPY = 3  # an axis is coarse when its voxels are this much longer, and this much fewer, than along the others
@@ -31,13 +31,7 @@ MIN_BATCH = 2
 LOWRES_BELOW = 0.25  # 3d_lowres is planned where a patch covers less than this share of the median image
 LOWRES_STEP = 1.03
 
-_SCHEMES: dict[str, Scheme] = {
-    "ct": "ct",
-    "nonorm": "none",
-    "zscore": "zscore",
-    "rescale_to_0_1": "rescale_0_1",
-    "rgb_to_0_1": "rgb_0_1",
-}
+_SCHEMES = {normalization.channel_name: scheme for scheme, normalization in NORMALIZATIONS.items()}
 _AXIS = "zyx"
 
 

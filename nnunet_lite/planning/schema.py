@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -35,6 +35,24 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Percentiles = Annotated[tuple[Percent, Percent], must_be("two numbers, the lower first", lambda p: p[0] < p[1])]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
+
+
+class Normalization(NamedTuple):
+    """A normalisation: the channel name that chooses it (in lower case), nnU-Net's class, words, how it is stored."""
+
+    channel_name: str
+    nnunet: str
+    words: str
+    stored_as: Precision
+
+
+NORMALIZATIONS: dict[Scheme, Normalization] = {  # the arithmetic is in preprocessing/normalization.py
+    "ct": Normalization("ct", "CTNormalization", "CT", "float16"),
+    "zscore": Normalization("zscore", "ZScoreNormalization", "z-score", "float16"),
+    "none": Normalization("nonorm", "NoNormalization", "as it is", "float32"),
+    "rescale_0_1": Normalization("rescale_to_0_1", "RescaleTo01Normalization", "to 0..1", "float32"),
+    "rgb_0_1": Normalization("rgb_to_0_1", "RGBTo01Normalization", "RGB to 0..1", "float16"),
+}
 
 
 def _sides(letters: str) -> list[int]:
@@ -66,6 +84,11 @@ class Channel(_Model):
     clip_percentiles: Percentiles | None = Field(None, description="of each image, before normalisation")
     statistics: Statistics
 
+    def to_text(self) -> str:
+        """Say how the channel is normalised."""
+        inside = " inside the nonzero mask" if self.use_mask else ""
+        return f"{NORMALIZATIONS[self.normalization].words}{inside}"
+
 
 def exact_storage(channels: Iterable[Channel]) -> Precision:
     """Return the type that stores normalised images as exactly as they are needed.
@@ -83,7 +106,8 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
     {"float16", "float32"}
         float32 where a channel is not standardised.
     """
-    return "float32" if any(channel.normalization in ("none", "rescale_0_1") for channel in channels) else "float16"
+    kinds = {NORMALIZATIONS[channel.normalization].stored_as for channel in channels}
+    return "float32" if "float32" in kinds else "float16"
 
 
 class Network(_Model):

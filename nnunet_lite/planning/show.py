@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from nnunet_lite.data.problems import plural
 
 if TYPE_CHECKING:  # schema.py imports this file, so that a plan can show itself
-    from nnunet_lite.planning.schema import Channel, Configuration, Plan
+    from nnunet_lite.planning.schema import Configuration, Plan
 
 WIDTH = 120
 _PICTURES = [1, 1, 999]  # the spacing, sorted, that pictures are read with: they have none
-_SCHEMES = {"ct": "CT", "zscore": "z-score", "none": "as it is", "rescale_0_1": "to 0..1", "rgb_0_1": "RGB to 0..1"}
 
 
 def plan_table(plan: Plan) -> str:
@@ -77,11 +76,6 @@ def plan_reasons(plan: Plan) -> dict[str, list[str]]:
     return {name: [*c.reasons, *_over_budget(plan, c)] for name, c in plan.configurations.items()}
 
 
-def normalization(channel: Channel) -> str:
-    """Say how a channel is normalised."""
-    return f"{_SCHEMES[channel.normalization]}{' inside the nonzero mask' if channel.use_mask else ''}"
-
-
 def patch_share(configuration: Configuration) -> float:
     """Return the share of the median image that one patch sees, 0 to 1."""
     axes = zip(configuration.patch_size, configuration.median_shape, strict=True)
@@ -95,7 +89,7 @@ def _align(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _channels(plan: Plan) -> str:
-    return "channels: " + ", ".join(f"{channel.name} ({normalization(channel)})" for channel in plan.channels)
+    return "channels: " + ", ".join(f"{channel.name} ({channel.to_text()})" for channel in plan.channels)
 
 
 def _over_budget(plan: Plan, c: Configuration) -> list[str]:

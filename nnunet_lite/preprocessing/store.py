@@ -256,14 +256,14 @@ def _statistics_used(channel: Channel) -> dict[str, float] | None:
 
 def _case_folders(dataset: Dataset, plan: Plan, name: str, raw: Mapping[str, RawCase]) -> dict[str, str]:
     """The name of each case's folder: its id, cut to what a name may hold, and a hash of its files and the recipe."""
-    configuration, label_map = plan.configuration(name), sorted((dataset.label_map or {}).items())
+    configuration, value_map = plan.configuration(name), sorted((dataset.value_map or {}).items())
     folders = {}
     for case_id, stamps in raw.items():
         recipe = recipe_of(plan, configuration, _resampled_grid(stamps, plan, configuration)[0])
         if pipeline.turn_for(plan, stamps.orientation) != Turn(plan.axis_order):
             recipe["orientation"] = plan.orientation
         short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
-        folders[case_id] = f"{short}-{_hash([recipe, stamps.digests, label_map, plan.stored_as])}"
+        folders[case_id] = f"{short}-{_hash([recipe, stamps.digests, value_map, plan.stored_as])}"
     return folders
 
 

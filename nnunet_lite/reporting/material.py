@@ -375,7 +375,7 @@ def draw_case(
         else:
             out.geometry, label = read_geometry(case.images[0])[0], None
             if volumes and case.label is not None:
-                label = map_labels(read_label(case.label)[0], dataset.label_map)
+                label = map_labels(read_label(case.label)[0], dataset.value_map)
         if volumes and label is not None:
             out.voxels = _count_voxels(label, plan.labels)
     except (UserError, OSError, MemoryError) as error:

@@ -126,7 +126,7 @@ def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[st
     maps: list[LabelMap] = []
     if case.label is not None:
         values, geometry, _ = read_label(case.label, image.geometry)
-        maps.append(("reference", map_labels(values, dataset.label_map), geometry))
+        maps.append(("reference", map_labels(values, dataset.value_map), geometry))
     maps += [(name, *read_label(file, image.geometry)[:2]) for name, file in predictions]
     title, labels = f"{case.id} ({dataset.name})", dataset.labels
     return _make_scene(title, image, dataset.channels, maps, labels, has_reference=case.label is not None)

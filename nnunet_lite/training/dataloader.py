@@ -216,16 +216,16 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
     images, classes = read(job, cases, draw)
     if draw.intensity:
         images = augmentation.apply_intensity(images, draw.intensity)
+    if draw.flips is not None:
+        augmentation.apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
+        if settings.extra:
+            images, classes = apply_transforms(extra_transforms(settings), images, classes, draw.seeds, job.patch)
     if masked := _masked_channels(job):
         outside = classes[:, 0] == job.plan.labels.outside_class
         classes[:, 0].masked_fill_(outside, 0)
         if augmented:  # augmentation and resampling have changed the zeros there
             for channel in masked:
                 images[:, channel].masked_fill_(outside, 0)
-    if draw.flips is not None:
-        augmentation.apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
-        if settings.extra:
-            images, classes = apply_transforms(extra_transforms(settings), images, classes, draw.seeds, job.patch)
     if draw.cascade:
         images = append_previous(images, classes[:, 1], draw.cascade)
     labels = classes[:, 0]
