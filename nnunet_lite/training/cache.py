@@ -24,7 +24,7 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, locked
-from nnunet_lite.networks.precision import free_device_memory
+from nnunet_lite.networks.devices import free_device_memory
 from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 
