@@ -6,6 +6,7 @@ on a GPU it depends on the generation. So each candidate runs a few steps and th
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -190,6 +191,20 @@ def free_device_memory(device: torch.device) -> int:
         cached = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
         return int(torch.xpu.mem_get_info(device)[0]) + cached
     return free_memory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a computation failed for lack of memory, of a device or, with a limit such as ulimit, of a CPU."""
+    texts = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    is_of_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return is_of_torch or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that the allocator of torch keeps for the next tensors back to the device."""
+    gc.collect()
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).empty_cache()
 
 
 def use_allowed_cpus() -> None:
