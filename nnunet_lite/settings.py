@@ -10,39 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_text
+from nnunet_lite.files import must_be, read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
-
-
-def _range(legal: str, is_legal: Callable[[float, float], bool]) -> AfterValidator:
-    """Refuse a pair of numbers unless `is_legal`, which `legal` says in words."""
-
-    def check(limits: tuple[float, float]) -> tuple[float, float]:
-        if not is_legal(*limits):
-            raise ValueError(f"must be [low, high] with {legal}")
-        return limits
-
-    return AfterValidator(check)
-
-
-def _check_axes(axes: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
-        raise ValueError("must be different axes, each 0, 1 or 2")
-    return axes
-
-
-def _check_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
-    if min(weights, default=0) < 0 or sum(weights) == 0:
-        raise ValueError("must be numbers of at least 0, not all of them 0")
-    return weights
 
 
 def _to_minutes(value: Any) -> Any:
@@ -60,11 +37,18 @@ def _to_absolute(factory: str) -> str:
     return f"{Path(where).expanduser().absolute()}:{name}" if where.endswith(".py") else factory
 
 
-Factors = Annotated[tuple[float, float], _range("0 < low <= high", lambda low, high: 0 < low <= high)]
-Deviations = Annotated[tuple[float, float], _range("0 <= low <= high", lambda low, high: 0 <= low <= high)]
-Shares = Annotated[tuple[float, float], _range("0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1)]
-Axes = Annotated[tuple[int, ...], AfterValidator(_check_axes)]
-Weights = Annotated[tuple[float, ...], AfterValidator(_check_weights)]
+Range = tuple[float, float]
+Factors = Annotated[Range, must_be("[low, high] with 0 < low <= high", lambda r: 0 < r[0] <= r[1])]
+Deviations = Annotated[Range, must_be("[low, high] with 0 <= low <= high", lambda r: 0 <= r[0] <= r[1])]
+Shares = Annotated[Range, must_be("[low, high] with 0 < low <= high <= 1", lambda r: 0 < r[0] <= r[1] <= 1)]
+Axes = Annotated[
+    tuple[int, ...],
+    must_be("different axes, each 0, 1 or 2", lambda axes: len(set(axes)) == len(axes) and set(axes) <= {0, 1, 2}),
+]
+Weights = Annotated[
+    tuple[float, ...],
+    must_be("numbers of at least 0, not all of them 0", lambda weights: sum(weights) > 0 <= min(weights)),
+]
 Minutes = Annotated[float, BeforeValidator(_to_minutes)]
 Factory = Annotated[str, AfterValidator(_to_absolute)]
 
@@ -84,8 +68,7 @@ class PlanSettings(_Section):
     )
     memory: float | None = Field(None, gt=0, description="GPU memory budget in GB; default: the preset's")
     adopt: bool = Field(
-        True,
-        description="with --init: spacing, patch, network and normalisation are the model's; false: the dataset's",
+        True, description="with --init: spacing, patch, network and normalisation are the model's; false: the dataset's"
     )
 
 

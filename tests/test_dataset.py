@@ -154,7 +154,7 @@ def test_pictures_with_masks_of_0_and_255(tmp_path: Path, with_table: bool, empt
     if with_table:
         (tmp_path / "dataset.json").write_text(json.dumps(described("R", "G", "B", file_ending=None)))
     dataset = read_dataset(tmp_path)
-    assert (dataset.channels, dataset.file_ending, dataset.label_map) == (("R", "G", "B"), ".png", {255: 1})
+    assert (dataset.channels, dataset.file_ending, dataset.value_map) == (("R", "G", "B"), ".png", {255: 1})
     assert dataset.labels.names == ({"background": 0, "a" if with_table else "label_1": 1})
     assert dataset.notes[-1] == "label maps hold 0 and 255: 255 is read as 1"
     image, label = read_case(dataset.cases[1], dataset)
@@ -166,7 +166,7 @@ def test_json_round_trip(hippocampus: Path, copy_nnunet: Copy) -> None:
     labels = {"background": 0, "whole": [1, 2], "posterior": 2, "ignore": 3}
     regions = read_dataset(copy_nnunet(2, labels=labels, regions_class_order=[1, 2]))
     assert regions.labels.has_regions and regions.labels.ignore == 3
-    mapped = replace(read_dataset(hippocampus), label_map={255: 1}, notes=("a note",))
+    mapped = replace(read_dataset(hippocampus), value_map={255: 1}, notes=("a note",))
     for dataset in (regions, mapped, replace(mapped, orientation="RAS", accept_geometry=True)):
         assert dataset_from_json(json.loads(json.dumps(dataset_to_json(dataset)))) == dataset
 

@@ -345,7 +345,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         case = open_case(store, run.plan, run.configuration, case_id)
         return case if stage_maps is None else replace(case, previous=read_stage_map(stage_maps[case_id]))
 
-    def load(ids: Sequence[str]) -> list[Any]:
+    def load(ids: Sequence[str]) -> Sequence[Any]:
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
         return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 

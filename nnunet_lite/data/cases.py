@@ -2,7 +2,7 @@
 
 An image is one file per channel, numbered `_0000`, `_0001`, ..., one file with all channels, or a DICOM series. A label
 map has the name of its image. A word such as `_mask` at its end is accepted and reported. Other names are not guessed:
-the error shows names of both folders, and how to name files.
+messages show them and propose likely pairs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 from nnunet_lite import log
@@ -25,10 +27,12 @@ LABEL_FOLDERS = ("labelstr", "labels", "label", "masks", "mask", "segmentations"
 _LABEL_WORD = re.compile(r"(.+?)[ _.-](?:masks?|segs?|segmentations?|labels?|gt)", re.IGNORECASE)
 _NEEDS = "It needs dataset.json, or the folders images/ and labels/ (or imagesTr/ and labelsTr/)."
 _NAMING = (
-    "An image is called CASE.nii.gz, or CASE_0000.nii.gz, CASE_0001.nii.gz, ... for its channels, and its label map "
-    "CASE.nii.gz: one for all structures, with a value for each. Or list the files in dataset.json, see docs/files.md."
+    "An image is called CASE.nii.gz, or CASE_0000.nii.gz, CASE_0001.nii.gz, ... for its channels (an underscore, four "
+    "digits), and its label map CASE.nii.gz: one for all structures, with a value for each. Or list the files in "
+    "dataset.json, see docs/files.md."
 )
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+_PART = re.compile(r"\d+|[^\W\d_]+")  # of a name: a number or a word
 _MOST_CHANNELS = 8  # of one case in separate files; more files of one name are a series of cases
 _ALSO_DICOM = f"{SUPPORTED} and DICOM series."
 
@@ -454,7 +458,9 @@ def labelled_cases(
         of_maps, of_images = (few([path.name for path in paths]) for paths in (maps, files))
         n_maps, n_images = plural(len(maps), "label map"), plural(len(files), "image")
         what = f"none of its {n_maps} ({of_maps}) has the name of one of the {n_images} ({of_images})"
-        raise UserError(what, folder, _NAMING)
+        pairs = likely_pairs(files, maps).items()
+        listed = few([f"{' and '.join(image.name for image in images)} with {label.name}" for label, images in pairs])
+        raise UserError(what, folder, f"Likely pairs are {listed}. {_NAMING}" if listed else _NAMING)
     expected = ending or common_ending(cases)
     labelled, by_word = [], []
     for case in cases:
@@ -535,6 +541,43 @@ def label_base(name: str) -> str:
     """
     match = _LABEL_WORD.fullmatch(name)
     return match[1] if match else name
+
+
+def likely_pairs(images: Sequence[Path], maps: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Propose images for label maps whose names do not match.
+
+    Words and numbers of names are compared: P001_T1 and P001_seg have the same beginning, img_01 and mask_1 a number.
+
+    Parameters
+    ----------
+    images, maps : sequence of Path
+        Images and label maps without a partner.
+
+    Returns
+    -------
+    dict of Path to list of Path
+        Label map -> images, several if they may be channels of a case. An image that fits two label maps is left out.
+    """
+    parts = {path: _parts(split_name(stem(path))[0]) for path in (*images, *maps)}
+    pairs: dict[Path, list[Path]] = {}
+    for label in maps:
+        scores = {image: _likeness(parts[image], parts[label]) for image in images}
+        best = max(scores.values(), default=(0, 0))
+        found = [image for image, score in scores.items() if score == best]
+        if best > (0, 0) and (len(found) < len(images) or len(images) == len(maps) == 1):
+            pairs[label] = found
+    uses = Counter(image for found in pairs.values() for image in found)
+    return {label: found for label, found in pairs.items() if all(uses[image] == 1 for image in found)}
+
+
+def _parts(name: str) -> list[str]:
+    """Split a name into words and numbers: "P001_T1" -> p, 1, t, 1."""
+    return [str(int(part)) if part.isdecimal() else part.lower() for part in _PART.findall(name)]
+
+
+def _likeness(a: list[str], b: list[str]) -> tuple[int, int]:
+    """Return how many parts of two names are equal at their beginnings, and anywhere."""
+    return sum(takewhile(bool, map(eq, a, b))), len(set(a) & set(b))
 
 
 def common_ending(cases: Iterable[Case]) -> str:

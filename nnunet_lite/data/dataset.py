@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from nnunet_lite.data.cases import (
     Case,
@@ -57,8 +57,8 @@ class Dataset:
         Names and values.
     cases : tuple of Case
         Sorted by id. Their files are those they should have.
-    label_map : dict of int to int or None
-        Value in the files -> value of the dataset, such as {255: 1} for masks of 0 and 255.
+    value_map : dict of int to int or None
+        Value in the files -> value of the dataset, {255: 1} for masks of 0 and 255; "label_map" in JSON.
     file_ending : str
         Of the images; of most if there are several.
     notes : tuple of str
@@ -75,14 +75,14 @@ class Dataset:
     channels: tuple[str, ...]
     labels: Labels
     cases: tuple[Case, ...]
-    label_map: dict[int, int] | None = None
+    value_map: Annotated[dict[int, int] | None, Field(alias="label_map")] = None
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
     orientation: str | None = None
     accept_geometry: bool = False
 
     @property
-    def table(self) -> Path:
+    def description(self) -> Path:
         """The file that describes the dataset: dataset.json, or the folder itself in the plain layout."""
         return self.root if self.layout == "plain" else self.root / "dataset.json"
 
@@ -151,27 +151,26 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
     label, geometry, _ = read_label(case.label, image.geometry)
     if geometry.shape != image.geometry.shape:
         raise UserError(f"has shape {geometry.shape}, its image {image.geometry.shape}", case.label)
-    return image, map_labels(label, dataset.label_map)
+    return image, map_labels(label, dataset.value_map)
 
 
-def map_labels(label: np.ndarray, label_map: dict[int, int] | None) -> np.ndarray:
+def map_labels(label: np.ndarray, value_map: Mapping[int, int] | None) -> np.ndarray:
     """Convert values of a file to values of the dataset.
 
     Parameters
     ----------
     label : ndarray of int
         A label map.
-    label_map : dict of int to int or None
-        Value in the file -> value of the dataset. An entry is ignored if the file contains both.
+    value_map : dict of int to int or None
+        Value in the file -> value of the dataset.
 
     Returns
     -------
     ndarray
         Of the same type.
     """
-    for raw, value in (label_map or {}).items():
-        if not (label == value).any():
-            label = np.where(label == raw, np.asarray(value, label.dtype), label)
+    for raw, value in (value_map or {}).items():
+        label = np.where(label == raw, np.asarray(value, label.dtype), label)
     return label
 
 
@@ -191,7 +190,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
     dict
         With the keys of nnU-Net's dataset.json, and others.
     """
-    value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json")
+    value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json", by_alias=True)
     cases = value.pop("cases")
     del value["channels"]
     if dataset.orientation is None:
@@ -268,7 +267,7 @@ def _described(root: Path, table: Path) -> Dataset:
     else:
         layout = "nnunet_v2"
         cases, pairing = _found_cases(root, len(channels), ending, table)
-    label_map, mask_notes = _mask_map(labels, cases)
+    value_map = _mask_map(labels, cases)
     return Dataset(
         name=root.name,
         root=root,
@@ -276,10 +275,10 @@ def _described(root: Path, table: Path) -> Dataset:
         channels=channels,
         labels=labels,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
-        label_map=label_map,
+        value_map=value_map,
         orientation=orientation_of_reader(content.get("overwrite_image_reader_writer")),
         file_ending=ending or common_ending(cases),
-        notes=(*pairing, *mask_notes),
+        notes=(*pairing, *([MASK_NOTE] if value_map else [])),
     )
 
 
@@ -431,23 +430,18 @@ def _found_cases(root: Path, channels: int, ending: str | None, table: Path) -> 
     return labelled_cases(files, channels, labels, ending)
 
 
-def _mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | None, tuple[str, ...]]:
-    """Return the `label_map` of a dataset with the values 0 and 1 if its files hold 0 and 255, and a note.
+def _mask_map(labels: Labels, cases: Sequence[Case]) -> dict[int, int] | None:
+    """Return the `value_map` of a dataset with the values 0 and 1 if its files hold 0 and 255.
 
-    This reads three files; if they contain only background, it reads others until one does not.
+    This reads three files; if they contain only background, it reads others until one does not. The check reads all.
     """
     if labels.values != (0, 1) or labels.ignore is not None:
-        return None, ()
+        return None
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    values = _values_in([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths])
-    if set().union(*values) == {0}:
-        values = next((found for found in (_values_in([path]) for path in paths) if set().union(*found) - {0}), values)
-    return ({255: 1}, (MASK_NOTE,)) if _are_masks(values) else (None, ())
-
-
-def _are_masks(values: Sequence[set[int]]) -> bool:
-    """Return whether 255 means 1: some label maps contain 255, and none contains both."""
-    return any(255 in found for found in values) and not any({1, 255} <= found for found in values)
+    found = set().union(*_values_in([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths]))
+    if found == {0}:
+        found = next((values for path in paths for values in _values_in([path]) if values - {0}), found)
+    return {255: 1} if found - {0} == {255} else None
 
 
 def _values_in(paths: Sequence[Path]) -> list[set[int]]:
@@ -479,7 +473,8 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     else:
         names = tuple(f"channel_{i}" for i in range(channels if channels > 1 else inside))
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    found, label_map, label_notes = _labels_in(paths, labels)
+    found, value_map = _labels_in(paths, labels)
+    pairing += (MASK_NOTE,) if value_map else ()
     return Dataset(
         name=root.name,
         root=root,
@@ -487,9 +482,9 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
         channels=names,
         labels=found,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
-        label_map=label_map,
+        value_map=value_map,
         file_ending=common_ending(cases),
-        notes=("no dataset.json: channels and labels were taken from the files", *pairing, *label_notes),
+        notes=("no dataset.json: channels and labels were taken from the files", *pairing),
     )
 
 
@@ -502,20 +497,16 @@ def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
     return paths[0], 1
 
 
-def _labels_in(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None, tuple[str, ...]]:
-    """Return a label for each value in label maps, the `label_map`, and notes; messages name the folder."""
-    values = _values_in(paths)
-    union = set().union(*values)
-    mask = Labels(names={BACKGROUND: 0, "label_1": 1})
-    if union in ({0, 255}, {0, 1, 255}) and _are_masks(values):
-        return mask, {255: 1}, (MASK_NOTE,)
+def _labels_in(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None]:
+    """Return a label for each value in label maps, and the `value_map`; messages name the folder."""
+    found = _values_in(paths)
+    values = set().union(*found) - {0}
     fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
-    if not union - {0}:
-        if len(values) < len(paths):  # the check reports each of those that cannot be read
-            return mask, None, ()
+    if not values and len(found) == len(paths):  # otherwise the check reports those that cannot be read
         raise UserError("holds no label map with anything but zeros", folder, fix)
-    names: dict[str, int | tuple[int, ...]] = {f"label_{value}": value for value in sorted(union - {0})}
+    value_map = {255: 1} if values == {255} else None
+    names = {f"label_{value}": value for value in (sorted(values) if values and not value_map else [1])}
     try:
-        return Labels(names={BACKGROUND: 0, **names}), None, ()
+        return Labels(names={BACKGROUND: 0, **names}), value_map
     except ValidationError as error:
         raise UserError(_first_message(error), folder, fix) from None

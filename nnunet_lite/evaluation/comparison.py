@@ -22,17 +22,8 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.cross_validation import (
-    missing_cases,
-    read_pair,
-    read_reference,
-    read_scores,
-    score_predictions,
-    validate_cases,
-    validate_fold,
-)
+from nnunet_lite.evaluation import cross_validation
 from nnunet_lite.evaluation.postprocessing import Decision, SizeUnit, choose_rules
-from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.evaluation.selection import Candidate, Selection, weights_fingerprint
 from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
@@ -41,7 +32,7 @@ from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.training.splits import ALL, Split, load_splits, read_split, refuse_other_cases
+from nnunet_lite.training.splits import Split, load_splits, read_split, refuse_other_cases
 from nnunet_lite.workspace import Paths
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
@@ -58,7 +49,7 @@ class Member:
         The model folder.
     configuration : str
         Such as "3d_fullres".
-    previous : Path or None
+    first_stage : Path or None
         The model folder of the first stage of a cascade.
     plan : Plan
         The plan it was trained with.
@@ -68,7 +59,7 @@ class Member:
 
     folder: Path
     configuration: str
-    previous: Path | None
+    first_stage: Path | None
     plan: Plan
     folds: tuple[str, ...]
 
@@ -228,18 +219,17 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
     for folder in model_folders(paths):
         plan, run = read_model(folder)
-        configuration, previous = run["configuration"], run.get("previous")
+        configuration, first_stage = run["configuration"], run.get("previous")
         if only is not None and not {folder.name, configuration} & set(only):
             continue
         known |= {folder.name, configuration}
         trained = trained_folds(folder)
-        folds = tuple(fold for fold in trained if fold != ALL and fold in map(str, range(n_splits)))
-        reason = _reason_to_omit(folder, plan, paths, dataset, folds) if trained else "no fold of it is trained"
-        if reason is not None:
+        folds = tuple(fold for fold in trained if fold in map(str, range(n_splits)))
+        if reason := _reason_to_omit(folder, plan, paths, dataset, trained, folds):
             notes.append(f"{folder.name} is left out: {reason}")
             continue
-        first_stage = None if previous is None else folder.parent / Path(previous).name
-        members.append(Member(folder, configuration, first_stage, plan, folds))
+        first = None if first_stage is None else folder.parent / Path(first_stage).name
+        members.append(Member(folder, configuration, first, plan, folds))
     fix = f"Run `{first_training(paths)}`."
     if missing := [name for name in only or () if name not in known]:
         raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)
@@ -249,8 +239,12 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     return members, notes
 
 
-def _reason_to_omit(folder: Path, plan: Plan, paths: Paths, dataset: Dataset, folds: Sequence[str]) -> str | None:
+def _reason_to_omit(
+    folder: Path, plan: Plan, paths: Paths, dataset: Dataset, trained: Sequence[str], folds: Sequence[str]
+) -> str | None:
     """Why a model cannot be judged on the dataset; None if it can."""
+    if not trained:
+        return "no fold of it is trained"
     if plan.labels != dataset.labels or len(plan.channels) != len(dataset.channels):
         return "it was made for other labels or channels"
     if not folds:
@@ -273,35 +267,41 @@ def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
 
 def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
     """Choose the rules for the label maps of a candidate, on its held-out cases in the order of their ids."""
-    dataset = held_out.dataset
+    dataset, fold_of = held_out.dataset, held_out.fold_of
     cases = {case.id: case for case in dataset.cases}
     pairs = [
-        partial(read_pair, cases[case_id], _folder(held_out, team, split.name), dataset)
-        for case_id, split in held_out.fold_of.items()
+        partial(cross_validation.read_pair, cases[case_id], _folder(held_out, team, split.name), dataset)
+        for case_id, split in fold_of.items()
     ]
-    folds = [split.name for split in held_out.fold_of.values()]
-    references = [partial(read_reference, case, dataset) for case in dataset.cases]
+    references = [partial(cross_validation.read_reference, case, dataset) for case in dataset.cases]
     geometries = [read_geometry(case.images[0])[0] for case in dataset.cases]
     flat, calibrated = geometries[0].dimensions == 2, any(geometry.calibrated for geometry in geometries)
     unit: SizeUnit = ("mm2" if flat else "mm3") if calibrated else ("px" if flat else "voxels")
+    folds = [split.name for split in fold_of.values()]
     return choose_rules(pairs, folds, references, dataset.labels, unit, held_out.workers)
 
 
 def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
     """Dice (cases, labels) of a candidate, the cases in the order of their ids; predicts and scores what is missing."""
-    dataset = held_out.dataset
+    dataset, workers, device = held_out.dataset, held_out.workers, held_out.device
     by_case: dict[str, np.ndarray] = {}
     for split in held_out.splits:
         out, cases = _folder(held_out, team, split.name), split.validation
         with locked(out.parent, "predicting"):
             if len(team) > 1:
                 _forget_other_weights(team, split.name, out)
-            if missing := missing_cases(out, dataset, cases):
+            if missing := cross_validation.missing_cases(out, dataset, cases):
                 names = " and ".join(member.name for member in team)
                 log.info(f"predicting fold {split.name} of {names}: {plural(len(missing), 'case')}")
-                scores = _validate(held_out, team, split, out)
+            if missing and len(team) > 1:
+                ensemble = _load_ensemble(held_out, team, split.name)
+                scores = cross_validation.validate_cases(ensemble, out, dataset, cases)
+            elif missing:
+                maps = _predict_first_stage(held_out, team[0], split)
+                scores = cross_validation.validate_fold(team[0].folder, split.name, dataset, cases, device, maps)
             else:
-                scores = read_scores(out, dataset, cases) or score_predictions(out, dataset, cases, held_out.workers)
+                known = cross_validation.read_scores(out, dataset, cases)
+                scores = known or cross_validation.score_predictions(out, dataset, cases, workers)
         by_case |= {row.case: dice for row, dice in zip(scores.rows, scores.values(), strict=True)}
     return np.array([by_case[case_id] for case_id in held_out.fold_of], dtype=float)
 
@@ -323,19 +323,16 @@ def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
     return {member.name: weights_fingerprint(member.folder, fold) for member in team}
 
 
-def _validate(held_out: HeldOut, team: Team, split: Split, out: Path) -> Scores:
-    """Predict the held-out cases of a fold that are missing, and score all."""
-    dataset, paths, device = held_out.dataset, held_out.paths, held_out.device
-    if len(team) > 1:
-        return validate_cases(_load_ensemble(held_out, team, split.name), out, dataset, split.validation)
-    (member,), maps = team, None
-    if member.previous is not None:
-        stage = member.plan.configuration(member.configuration).previous_stage
-        first = FirstStage(stage or "", member.previous, dict.fromkeys(split.validation, split.name))
-        maps = predict_first_stage(
-            first, dataset, member.plan, member.configuration, paths.preprocessed, held_out.workers, device
-        )
-    return validate_fold(member.folder, split.name, dataset, split.validation, device, maps)
+def _predict_first_stage(held_out: HeldOut, member: Member, split: Split) -> dict[str, Path] | None:
+    """Predict the held-out cases of a fold with the first stage of a cascade; None for other models."""
+    if member.first_stage is None:
+        return None
+    stage = member.plan.configuration(member.configuration).previous_stage or ""
+    first = FirstStage(stage, member.first_stage, dict.fromkeys(split.validation, split.name))
+    return predict_first_stage(
+        first, held_out.dataset, member.plan, member.configuration, held_out.paths.preprocessed, held_out.workers,
+        held_out.device,
+    )  # fmt: skip
 
 
 def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
@@ -343,8 +340,8 @@ def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
     load_fold = partial(load, folds=[fold], device=held_out.device, workspace=held_out.paths.root.parent)
     models = [
         load_fold(member.folder)
-        if member.previous is None
-        else replace(load_fold(member.folder, first_stage=False), first_stage=load_fold(member.previous))
+        if member.first_stage is None
+        else replace(load_fold(member.folder, first_stage=False), first_stage=load_fold(member.first_stage))
         for member in team
     ]
     return replace(models[0], partners=tuple(models[1:]))

@@ -152,7 +152,7 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> CasePair:
     assert case.label is not None  # every case of a planned dataset has one
     segmentation, geometry, _ = read_label(output_file(case, out))
     reference, _, _ = read_label(case.label, geometry)
-    return CasePair(segmentation, map_labels(reference, dataset.label_map), geometry.spacing)
+    return CasePair(segmentation, map_labels(reference, dataset.value_map), geometry.spacing)
 
 
 def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
@@ -161,7 +161,7 @@ def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
     array, geometry, _ = read_label(case.label)
     if suffix_of(case.label) in PICTURES:  # its image may be of a format with a spacing
         geometry, _ = read_geometry(case.images[0])
-    return map_labels(array, dataset.label_map), geometry.spacing
+    return map_labels(array, dataset.value_map), geometry.spacing
 
 
 def _cases(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:

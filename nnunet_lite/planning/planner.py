@@ -17,20 +17,11 @@ import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.planning import topology
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.schema import Channel, Configuration, Network, Options, Plan, Scheme
-from nnunet_lite.planning.topology import (
-    Kind,
-    Topology,
-    default_features,
-    default_network,
-    feature_map_count,
-    join_by_x,
-    neighbouring_patches,
-    shorten_patch,
-    topology_of,
-)
+from nnunet_lite.planning.schema import NORMALIZATIONS, Channel, Configuration, Network, Options, Plan
+from nnunet_lite.planning.topology import Kind, Topology, join_by_x
 
 ANISOTROPY = 3  # an axis is coarse when its voxels are this much longer, and this much fewer, than along the others
 SMALL_AFTER_CROP = 0.75  # below this median relative size after cropping, z-scores are taken inside the nonzero mask
@@ -40,13 +31,7 @@ MIN_BATCH = 2
 LOWRES_BELOW = 0.25  # 3d_lowres is planned where a patch covers less than this share of the median image
 LOWRES_STEP = 1.03
 
-_SCHEMES: dict[str, Scheme] = {
-    "ct": "ct",
-    "nonorm": "none",
-    "zscore": "zscore",
-    "rescale_to_0_1": "rescale_0_1",
-    "rgb_to_0_1": "rgb_0_1",
-}
+_SCHEMES = {normalization.channel_name: scheme for scheme, normalization in NORMALIZATIONS.items()}
 _AXIS = "zyx"
 
 
@@ -155,8 +140,8 @@ def make_plan(
         memory_gb=gigabytes,
         orientation=fingerprint.orientation,
         axis_order=order,
-        median_spacing=_triple(np.median(spacings, axis=0), order),
-        median_shape=_triple(np.median(shapes, axis=0), order),
+        median_spacing=np.median(spacings, axis=0)[list(order)].tolist(),
+        median_shape=np.median(shapes, axis=0)[list(order)].tolist(),
         channels=plan_channels(fingerprint, channels),
         labels=labels,
         n_cases=task.n_cases,
@@ -184,11 +169,6 @@ def _preset(name: str) -> PlannerPreset:
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(PRESETS)}."
         raise UserError(f"there is no preset {name!r}", fix=hint)
     return PRESETS[name]
-
-
-def _triple(values: np.ndarray, order: Sequence[int]) -> tuple[float, float, float]:
-    z, y, x = (float(values[axis]) for axis in order)
-    return z, y, x
 
 
 def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Channel, ...]:
@@ -263,10 +243,10 @@ def _plan_configurations(
 ) -> dict[str, Configuration]:
     """Plan all configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
     data_voxels = float(prod(median)) * task.n_cases
-    planned = {"2d": _plan_configuration(task, spacing[1:], median[1:], data_voxels, True, why)}
+    planned = {"2d": _plan_configuration(task, spacing[1:], median[1:], data_voxels, why)}
     if median[0] == 1:
         return planned
-    full = _plan_configuration(task, spacing, median, data_voxels, False, why)
+    full = _plan_configuration(task, spacing, median, data_voxels, why)
     low, note = _plan_lowres(task, full)
     if low is None:
         return {**planned, "3d_fullres": _with_reason(full, note)}
@@ -298,7 +278,7 @@ def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration 
         finer = spacing.max() / spacing > 2
         spacing[finer if finer.any() else slice(None)] *= LOWRES_STEP
         shape = start / spacing * median
-        low = _plan_configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, False, ())
+        low = _plan_configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, ())
     smaller = prod(median) / prod(shape)
     if smaller < 2:
         return None, f"no 3d_lowres: it would be only {smaller:.2g}x smaller than 3d_fullres, less than 2x"
@@ -310,18 +290,13 @@ def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration 
 
 
 def _plan_configuration(
-    task: _PlanInputs,
-    spacing: np.ndarray,
-    median: np.ndarray,
-    data_voxels: float,
-    batch_dice: bool,
-    why: tuple[str, ...],
+    task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, data_voxels: float, why: tuple[str, ...]
 ) -> Configuration:
     """Find the largest patch that fits the budget, its network, and the largest batch for both."""
     dimensions = len(spacing)
     budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
     shape, patch_why = _fit_patch(task, spacing, median, budget)
-    maps = feature_map_count(task.preset.kind, shape, task.label_entries)
+    maps = topology.feature_map_count(task.preset.kind, shape, task.label_entries)
     batch, batch_why = _fit_batch(
         task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(shape.patch)
     )
@@ -330,8 +305,8 @@ def _plan_configuration(
         median_shape=tuple(median.tolist()),
         patch_size=shape.patch,
         batch_size=batch,
-        network=default_network(task.preset.kind, shape),
-        batch_dice=batch_dice,
+        network=topology.default_network(task.preset.kind, shape),
+        batch_dice=dimensions == 2,
         reasons=(*why, patch_why, *_network_reasons(shape), batch_why),
     )
     return with_memory(planned, task.inputs, task.labels)
@@ -345,10 +320,10 @@ def _fit_patch(task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, budge
     dimensions, mm = len(spacing), spacing.tolist()
     density = 1 / spacing
     ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
-    first = shape = topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
+    first = shape = topology.topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
     per_patch = task.preset.least_batch[dimensions] / REFERENCE_BATCH[dimensions]
-    while feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
-        smaller = shorten_patch(shape, mm, median.tolist())
+    while topology.feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
+        smaller = topology.shorten_patch(shape, mm, median.tolist())
         if smaller is None:
             raise UserError(f"{task.memory_gb:g} GB are too few for this dataset", fix="Give more with --memory.")
         shape = smaller
@@ -487,9 +462,9 @@ def limit_sizes(
     """
     c = plan.configuration(configuration)
     patch, batch = c.patch_size, c.batch_size
-    shape = topology_of(c.spacing, patch)
+    shape = topology.topology_of(c.spacing, patch)
     while patch_voxels is not None and prod(patch) > patch_voxels:
-        smaller = shorten_patch(shape, c.spacing, c.median_shape)
+        smaller = topology.shorten_patch(shape, c.spacing, c.median_shape)
         if smaller is None or len(smaller.strides) == 1:
             break
         shape, patch = smaller, smaller.patch
@@ -503,9 +478,9 @@ def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configu
     if len(patch) != configuration.dimensions or min(patch) < 1:
         fix = f"Give {configuration.dimensions} positive numbers of voxels."
         raise UserError(f"patch size {size} is no patch", fix=fix)
-    shape = topology_of(configuration.spacing, patch)
+    shape = topology.topology_of(configuration.spacing, patch)
     if shape.patch != patch:
-        below, above = (join_by_x(legal) for legal in neighbouring_patches(configuration.spacing, patch))
+        below, above = (join_by_x(legal) for legal in topology.neighbouring_patches(configuration.spacing, patch))
         raise UserError(
             f"patch size {size} cannot be pooled: it must be a multiple of {'x'.join(map(str, shape.divisor))}",
             fix=f"The nearest are {below} and {above}.",
@@ -519,8 +494,8 @@ def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configu
 def _adapt_network(network: Network, shape: Topology) -> Network:
     """Keep what the network has for the stages of both topologies, and add deeper stages by nnU-Net's rule."""
     stages, old = len(shape.strides), len(network.features)
-    rule = default_network(network.kind, shape)
-    features = default_features(stages, len(shape.patch), base=network.features[0])
+    rule = topology.default_network(network.kind, shape)
+    features = topology.default_features(stages, len(shape.patch), base=network.features[0])
     return network.model_copy(
         update={
             "features": (network.features + features[old:])[:stages],

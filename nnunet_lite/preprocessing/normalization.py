@@ -88,13 +88,7 @@ def rgb_0_1(array: np.ndarray, statistics: Statistics, inside: np.ndarray | None
     array /= 255
 
 
-SCHEMES: dict[str, Scheme] = {
-    "ct": ct,
-    "zscore": zscore,
-    "none": none,
-    "rescale_0_1": rescale_0_1,
-    "rgb_0_1": rgb_0_1,
-}
+SCHEMES: dict[str, Scheme] = {scheme.__name__: scheme for scheme in (ct, zscore, none, rescale_0_1, rgb_0_1)}
 
 
 def moments(array: np.ndarray, inside: np.ndarray | None = None) -> tuple[float, float]:

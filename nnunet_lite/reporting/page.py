@@ -26,7 +26,7 @@ from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
-from nnunet_lite.planning.show import normalization, plan_head, plan_reasons, plan_rows, plan_title
+from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting.figures import (
     COLOURS,
     Chart,
@@ -57,6 +57,7 @@ _SEVERITIES = ("error", "warning", "notice")
 _CASE_METRICS = (
     "Dice", "IoU", "reference_ml", "prediction_ml", "volume_error", "NSD", "HD95", "lesion_F1", "TP", "FP", "FN",
 )  # fmt: skip
+_LABEL_METRICS = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")  # of a label, over all cases; Dice is the first
 
 Fact = tuple[str, str]  # what, and its value as text
 Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the reference
@@ -175,7 +176,7 @@ def data_section(material: Material, gallery: Gallery) -> dict[str, Any]:
     return {
         "facts": [
             ("Cases", f"{len(dataset.cases)} with a label map"),
-            ("Channels", ", ".join(f"{c.name} ({normalization(c)})" for c in material.plan.channels)),
+            ("Channels", ", ".join(f"{c.name} ({c.to_text()})" for c in material.plan.channels)),
             ("Regions" if labels.has_regions else "Labels", ", ".join(named)),
             ("Layout", f"{dataset.layout}, {dataset.file_ending}"),
             ("Folder", str(dataset.root)),
@@ -253,7 +254,7 @@ def _intensity_table(material: Material) -> Table:
     for channel in material.plan.channels:
         s = channel.statistics
         values = (s.mean, s.std, s.min, s.percentile_00_5, s.median, s.percentile_99_5, s.max)
-        rows.append([channel.name, normalization(channel), *values])
+        rows.append([channel.name, channel.to_text(), *values])
     columns = (Column("Channel"), Column("normalised"), *(Column(name, ".4g") for name in numbers))
     return Table("Intensities of all labelled voxels", columns, rows)
 
@@ -415,7 +416,7 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(model: ModelResults) -> Table:
     """One row for each label, then the mean over them."""
-    shown = [METRICS[name] for name in ("Dice", "IoU", "absolute_volume_error", "lesion_F1")]
+    shown = [METRICS[name] for name in _LABEL_METRICS]
     summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in shown]
     rows: list[list[Value]] = []
     for name, dice in summaries[0].items():

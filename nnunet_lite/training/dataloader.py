@@ -36,6 +36,7 @@ from nnunet_lite.training.augmentation import (
     draw_mirror,
     select_samples,
     source_shape,
+    to_device,
     warp_samples,
 )
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
@@ -227,16 +228,16 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
     images, classes = read(job, cases, draw)
     if draw.intensity:
         images = apply_intensity(images, draw.intensity)
+    if draw.flips is not None:
+        apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
+        if settings.extra:
+            images, classes = apply_transforms(extra_transforms(settings), images, classes, draw.seeds, job.patch)
     if masked := _masked_channels(job):
         outside = classes[:, 0] == job.plan.labels.outside_class
         classes[:, 0].masked_fill_(outside, 0)
         if augmented:  # augmentation and resampling have changed the zeros there
             for channel in masked:
                 images[:, channel].masked_fill_(outside, 0)
-    if draw.flips is not None:
-        apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
-        if settings.extra:
-            images, classes = apply_transforms(extra_transforms(settings), images, classes, draw.seeds, job.patch)
     if draw.cascade:
         images = append_previous(images, classes[:, 1], draw.cascade)
     labels = classes[:, 0]
@@ -271,7 +272,7 @@ def _read_reference(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> t
     images, classes = read_patches(cases, locations, shape, cpu, _class_beyond(job))
     transforms = reference_transforms(settings, job.patch)
     images, classes = apply_transforms(transforms, images, classes, draw.seeds, job.patch)
-    return images.to(job.device), classes.to(job.device)
+    return to_device(images, job.device), to_device(classes, job.device)
 
 
 def _masked_channels(job: Job) -> list[int]:
