@@ -119,6 +119,13 @@ class SlidingWindow:
             body._modules = {**network._modules, "heads": heads}
         return bodies
 
+    @cached_property
+    def _swap_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """The `channels` and the `classes` of the swapped labels, on the device; None for nothing to swap."""
+        swap = self.swap or LabelSwap(0, ())
+        channels = None if self.swap is None else torch.tensor(swap.channels).to(self.device)
+        return channels, None if swap.classes is None else torch.tensor(swap.classes).float().to(self.device)
+
     @property
     def outputs(self) -> int:
         """Number of channels that `forward` returns: the logits or, with a head, the features of all folds."""
@@ -281,22 +288,19 @@ def _window_outputs(
     window: SlidingWindow, slab: Tensor, places: Sequence[Place], batch_size: int, n_samples: int
 ) -> Iterator[tuple[Place, Tensor]]:
     """Yield the outputs of each window in a slab, summed over its mirrored copies: (channels but weight, z, y, x)."""
-    swap, flips, order, table = window.swap, window.flips, None, None
-    if swap is not None:
-        order = torch.tensor(swap.channels, device=slab.device)
-        table = None if swap.classes is None else torch.tensor(swap.classes, dtype=slab.dtype, device=slab.device)
+    (order, table), flips = window._swap_tables, window.flips
     total = torch.empty(0)
     copies = itertools.product(places, flips)
     while batch := list(itertools.islice(copies, batch_size)):
-        samples = torch.stack([_cut_window(slab, place, flip, swap, table) for place, flip in batch])
-        outputs = window.forward(samples, n_samples)
+        swapped = [window.swap is not None and window.swap.axis in flip for _, flip in batch]
+        samples = [_cut_window(slab, *copy, table if swap else None) for copy, swap in zip(batch, swapped, strict=True)]
+        outputs = window.forward(torch.stack(samples), n_samples)
         for number, (place, flip) in enumerate(batch):
             output, channel = outputs[number], 0
-            if swap is not None and order is not None and swap.axis in flip:
-                if window.head is None:
-                    output = output[order]
-                else:  # features of swapped copies are summed apart
-                    channel = window.outputs
+            if swapped[number] and window.head is not None:  # features of swapped copies are summed apart
+                channel = window.outputs
+            elif swapped[number]:
+                output = output[order]
             if flip:
                 output = output.flip([axis + 1 for axis in flip])
             if flip == flips[0]:
@@ -307,16 +311,19 @@ def _window_outputs(
         del output, outputs, samples  # or they would be in memory beside the next ones
 
 
-def _cut_window(slab: Tensor, place: Place, flip: Flip, swap: LabelSwap | None, table: Tensor | None) -> Tensor:
-    """Cut a window (channels, z, y, x) out of its slab, with zeros outside of the image, and mirror it."""
+def _cut_window(slab: Tensor, place: Place, flip: Flip, classes: Tensor | None = None) -> Tensor:
+    """Cut a window (channels, z, y, x) out of its slab, with zeros outside of the image, and mirror it.
+
+    `classes` : for each class in the last channel, the one that takes its place.
+    """
     z, y, x = place
     window = slab[:, :, y.inside, x.inside]
     if any((*z.outside, *y.outside, *x.outside)):
         window = F.pad(window, (*x.outside, *y.outside, *z.outside))
     if flip:
         window = window.flip([axis + 1 for axis in flip])
-    if swap is not None and table is not None and swap.axis in flip:
-        window[-1] = table[window[-1].long()]
+    if classes is not None:
+        window[-1] = classes[window[-1].long()]
     return window
 
 
