@@ -148,11 +148,8 @@ def require_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"preprocessing needs about {in_units(needed)} here and {in_units(free)} are free",
-            folder,
-            "Free some space, or choose another --workspace.",
-        )
+        what = f"preprocessing needs about {in_units(needed)} here and {in_units(free)} are free"
+        raise UserError(what, folder, "Free some space, or choose another --workspace.")
 
 
 # joblib's cpu_count reads only the root cgroup: quotas of SLURM and systemd are set on the groups below it

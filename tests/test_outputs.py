@@ -42,7 +42,7 @@ from nnunet_lite.inference.outputs import (
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
-from nnunet_lite.networks.precision import is_out_of_memory
+from nnunet_lite.networks.devices import is_out_of_memory
 from nnunet_lite.planning.schema import Configuration, Resampling
 from nnunet_lite.preprocessing.pipeline import (
     Placement,

@@ -138,12 +138,12 @@ def test_classes_of_a_first_stage_change_places_with_their_channels(model: Predi
     stages = {"3d_cascade_fullres": model.configuration.model_copy(update={"previous_stage": "3d_fullres"})}
     plan = model.plan.model_copy(update={"configurations": {**model.plan.configurations, **stages}})
     sides = label_swap(plan, "3d_cascade_fullres", AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),)))
-    assert sides is not None and sides.classes == (0, 2, 1)
+    assert sides is not None and sides.classes == (0, 2, 1, 3)
     mirroring = model.settings.model_copy(update={"mirroring": True})
     second = replace(model, plan=plan, configuration_name="3d_cascade_fullres", settings=mirroring, swap=sides)
     previous = np.random.default_rng(0).integers(0, 3, (30, 33, 26)).astype(np.uint8)
     for wrong in (False, True):
-        seen = replace(sides, classes=(0, 1, 2)) if wrong else sides
+        seen = replace(sides, classes=(0, 1, 2, 3)) if wrong else sides
         copied = replace(second, networks=(Copied(),), swap=seen)
         logits = predict_preprocessed(copied, np.zeros((1, *previous.shape), np.float32), previous)
         assert bool((logits.argmax(0).numpy() == previous).all()) is not wrong
@@ -151,7 +151,7 @@ def test_classes_of_a_first_stage_change_places_with_their_channels(model: Predi
 
 def test_label_values_of_the_dataset_are_written(model: Predictor, folder: Path, tmp_path: Path) -> None:
     sparse = by_brightness(model, Labels(names={"background": 0, "core": 1, "enhancing": 4}))
-    files, failed = predict_cases(sparse, find_cases(folder, 1), tmp_path / "out")
+    files, failed = predict_cases(sparse, find_cases([folder], 1), tmp_path / "out")
     assert not failed
     for file in files:
         values, geometry, _ = read_label(file)
@@ -162,7 +162,7 @@ def test_label_values_of_the_dataset_are_written(model: Predictor, folder: Path,
 
 
 def test_existing_label_maps_are_skipped_with_the_option(model: Predictor, folder: Path, tmp_path: Path) -> None:
-    cases, out = find_cases(folder, 1), tmp_path / "out"
+    cases, out = find_cases([folder], 1), tmp_path / "out"
     files, _ = predict_cases(model, cases[:1], out)
     before = files[0].stat().st_mtime_ns
     seen: list[str] = []
@@ -187,7 +187,7 @@ def test_one_unreadable_file_does_not_stop_the_others(
 ) -> None:
     bad = sorted(folder.iterdir())[1]
     bad.write_bytes({"cut": bad.read_bytes()[:4000], "text": b"this is no image", "empty": b""}[kind])
-    cases = find_cases(folder, 1)
+    cases = find_cases([folder], 1)
     files, failed = predict_cases(model, cases, tmp_path / "out")
     assert [file.name for file in files] == [case.images[0].name for case in (cases[0], cases[2])]
     assert list(failed) == [cases[1].id]

@@ -10,7 +10,15 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nnunet_lite.data.cases import LABEL_FOLDERS, Case, image_files, label_base, likely_pairs
+from nnunet_lite.data.cases import (
+    LABEL_FOLDERS,
+    Case,
+    image_files,
+    label_base,
+    likely_pairs,
+    names_of_image,
+    split_name,
+)
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import read_label
@@ -76,9 +84,9 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
         text = f"numTraining is {declared}, and there are {plural(len(dataset.cases), 'case')}"
         yield Problem("n_cases", str(table), text, "", fix)
     if dataset.layout != "explicit":  # a dataset that lists its files may leave some out
-        unlisted: set[str] = set()
-        yield from _unused_images(dataset, unlisted)
-        yield from _unused_labels(dataset, unlisted)
+        images = _unused(dataset, [case.images[0] for case in dataset.cases], IMAGE_FOLDERS)
+        yield from (_unused_image(dataset, path) for path in images)
+        yield from _unused_labels(dataset, {name for path in images for name in names_of_image(path)})
     for case_id, n in Counter(case.id for case in dataset.cases).items():
         if n > 1:
             files = [case.images[0] for case in dataset.cases if case.id == case_id]
@@ -94,28 +102,21 @@ def _unused(dataset: Dataset, files: Sequence[Path], usual: Sequence[str]) -> li
     return [path for folder in sorted(folders) for path in image_files(folder) if path not in used]
 
 
-def _unused_images(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
-    """Report images that no case uses; `unlisted` gets the names of those that are cases of their own."""
-    ids = {case.id for case in dataset.cases}
-    for path in _unused(dataset, [case.images[0] for case in dataset.cases], IMAGE_FOLDERS):
-        case_id, _, number = stem(path).rpartition("_")
-        other_ending = not path.name.lower().endswith(dataset.file_ending.lower())
-        if dataset.layout == "nnunet_v2" and other_ending:
-            text, fix = f"does not end with {dataset.file_ending}, and is left out", "Convert it, or remove it."
-        elif case_id in ids and number.isdigit():
-            found = f"a file for channel {int(number)} of case {case_id}"
-            expected = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
-            fix = "Name the channel in dataset.json, or remove the file."
-            yield Problem("extra_channel", str(path), found, expected, fix)
-            continue
-        else:
-            text, fix = "is not in the dataset", "List it in dataset.json, or remove it."
-        unlisted |= {stem(path), case_id}
-        yield Problem("extra_image", str(path), text, "", fix)
+def _unused_image(dataset: Dataset, path: Path) -> Problem:
+    case_id, number = split_name(stem(path))
+    if dataset.layout == "nnunet_v2" and not path.name.lower().endswith(dataset.file_ending.lower()):
+        text, fix = f"does not end with {dataset.file_ending}, and is left out", "Convert it, or remove it."
+    elif number is not None and any(case.id == case_id for case in dataset.cases):
+        expected = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
+        fix = "Name the channel in dataset.json, or remove the file."
+        return Problem("extra_channel", str(path), f"a file for channel {number} of case {case_id}", expected, fix)
+    else:
+        text, fix = "is not in the dataset", "List it in dataset.json, or remove it."
+    return Problem("extra_image", str(path), text, "", fix)
 
 
-def _unused_labels(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
-    """Report label maps that no case uses, except those of unlisted images."""
+def _unused_labels(dataset: Dataset, known: set[str]) -> Iterator[Problem]:
+    """Report label maps that no case uses, except those of unused images, whose names are known."""
     labels = {case.id: case.label for case in dataset.cases if case.label}
     alone = []
     for path in _unused(dataset, list(labels.values()), LABEL_FOLDERS):
@@ -128,7 +129,7 @@ def _unused_labels(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
             else:
                 found = f"is not used: {labels[owner].name} is the label map of case {owner}"
                 yield Problem("extra_label", str(path), found, "", "Remove it if it is not needed.")
-        elif stem(path) not in unlisted:
+        elif stem(path) not in known:
             alone.append(path)
     unlabelled = [path for case in dataset.cases if not (case.label and case.label.exists()) for path in case.images]
     pairs = likely_pairs(unlabelled, alone)

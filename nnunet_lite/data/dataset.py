@@ -16,16 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from nnunet_lite.data.cases import (
-    Case,
-    common_ending,
-    data_folders,
-    image_files,
-    labelled_cases,
-    no_dataset_error,
-    no_files_error,
-    split_name,
-)
+from nnunet_lite.data.cases import Case, common_ending, labelled_cases, split_name
 from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
@@ -74,7 +65,7 @@ class Dataset:
     layout: str
     channels: tuple[str, ...]
     labels: Labels
-    cases: tuple[Case, ...]
+    cases: Annotated[tuple[Case, ...], Field(alias="dataset")]
     value_map: Annotated[dict[int, int] | None, Field(alias="label_map")] = None
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
@@ -115,10 +106,7 @@ def read_dataset(root: Path) -> Dataset:
         raise UserError("there is no such folder", root)
     if (root / "dataset.json").is_file():
         return _described(root, root / "dataset.json")
-    images, labels = data_folders(root)
-    if images is None or labels is None:
-        raise no_dataset_error(root)
-    return _plain(root, images, labels)
+    return _plain(root)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
@@ -191,7 +179,6 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         With the keys of nnU-Net's dataset.json, and others.
     """
     value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json", by_alias=True)
-    cases = value.pop("cases")
     del value["channels"]
     if dataset.orientation is None:
         del value["orientation"]
@@ -201,7 +188,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         value["regions_class_order"] = list(dataset.labels.region_order)
     names = {str(i): name for i, name in enumerate(dataset.channels)}
     labels = dataset.labels.to_json()
-    return value | {"channel_names": names, "labels": labels, "numTraining": len(cases), "dataset": cases}
+    return value | {"channel_names": names, "labels": labels, "numTraining": len(dataset.cases)}
 
 
 def dataset_from_json(value: dict[str, Any]) -> Dataset:
@@ -219,7 +206,7 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
     """
     labels = Labels.from_json(value["labels"], value.get("regions_class_order"))
     channels = list(value["channel_names"].values())
-    return _DATASET.validate_python({**value, "channels": channels, "labels": labels, "cases": value["dataset"]})
+    return _DATASET.validate_python({**value, "channels": channels, "labels": labels})
 
 
 def stored_dataset(file: Path) -> Dataset:
@@ -266,7 +253,7 @@ def _described(root: Path, table: Path) -> Dataset:
         layout, cases = _training_cases(root, training, len(channels), table)
     else:
         layout = "nnunet_v2"
-        cases, pairing = _found_cases(root, len(channels), ending, table)
+        cases, pairing = labelled_cases(root, len(channels), ending)
     value_map = _mask_map(labels, cases)
     return Dataset(
         name=root.name,
@@ -355,10 +342,10 @@ def labels_of(content: Mapping[str, Any], table: Path | None) -> Labels:
         raise UserError("has no labels", table, 'Add, for example, "labels": {"background": 0, "tumour": 1}.')
     try:
         return Labels.from_json(content["labels"], content.get("regions_class_order"))
-    except ValidationError as error:
-        raise UserError(f"labels: {_first_message(error)}", table, _LABELS_FORM) from None
-    except (TypeError, ValueError):
-        raise UserError(f"labels {content['labels']} are not names with integers", table, _LABELS_FORM) from None
+    except (TypeError, ValueError) as error:  # pydantic's is a ValueError
+        wrong = f" {content['labels']} are not names with integers"
+        what = f": {_first_message(error)}" if isinstance(error, ValidationError) else wrong
+        raise UserError(f"labels{what}", table, _LABELS_FORM) from None
 
 
 def _first_message(error: ValidationError) -> str:
@@ -372,13 +359,12 @@ def _explicit_cases(root: Path, entries: dict[str, Any], table: Path) -> list[Ca
     """
     cases = []
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not entry["images"]:
-            raise UserError(f'dataset.{name} is not {{"images": [...], "label": ...}}', table)
+        images = entry.get("images") if isinstance(entry, dict) else None
+        files: list[Any] = [entry.get("label") or "", *images] if isinstance(images, list) and images else [None]
+        if not all(isinstance(file, str) for file in files):
+            raise UserError(f'dataset.{name} is not {{"images": [file, ...], "label": file}}, but {entry}', table)
         if "/" in name:
             raise UserError(f"the id {name!r} holds a /, and cases give files their names", table, "Write _ instead.")
-        files = [entry.get("label") or "", *entry["images"]]
-        if not all(isinstance(file, str) for file in files):
-            raise UserError(f"dataset.{name} has something else than file names: {files}", table)
         label, *images = [os.path.expandvars(file) for file in files]
         cases.append(Case(name, tuple(root / file for file in images), root / label if label else None))
     return cases
@@ -390,18 +376,16 @@ def _training_cases(root: Path, entries: list[Any], channels: int, table: Path) 
     nnU-Net v1 has the same list, but names its files image_0000, image_0001, ...
     """
     cases, layout = [], "msd"
-    listed = {root / str(entry.get("image")) for entry in entries if isinstance(entry, dict)}
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
-        if not isinstance(entry.get("label") or "", str):
-            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is not a file name", table)
-        image = root / entry["image"]
-        label = root / entry["label"] if entry.get("label") else None
+        label = (entry.get("label") or "") if isinstance(entry, dict) else None
+        if not isinstance(label, str) or not isinstance(entry.get("image"), str):
+            raise UserError(f'training[{number}] is not {{"image": file, "label": file}}, but {entry}', table)
+    listed = {root / entry["image"] for entry in entries}
+    for entry in entries:
+        image, label = root / entry["image"], entry.get("label")
         name, images = _channel_files(image, channels, listed)
-        if images != (image,):
-            layout = "nnunet_v1"
-        cases.append(Case(name, images, label))
+        layout = layout if images == (image,) else "nnunet_v1"
+        cases.append(Case(name, images, root / label if label else None))
     return layout, cases
 
 
@@ -415,19 +399,6 @@ def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tupl
         if possible and any(path.is_file() for path in others) and not any(path in listed for path in others):
             return case_id, files
     return name, (image,)
-
-
-def _found_cases(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:
-    """Return the cases in imagesTr (or images), with the label maps of labelsTr (or labels), and notes."""
-    images, labels = data_folders(root)
-    if images is None or labels is None:
-        missing = [name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None]
-        what = f"lists no files, and it has no {' and no '.join(missing)} in its folder"
-        raise UserError(what, table, "Add the folder, or list the files.")
-    files = image_files(images, ending)
-    if not files:
-        raise no_files_error(images, "image", ending)
-    return labelled_cases(files, channels, labels, ending)
 
 
 def _mask_map(labels: Labels, cases: Sequence[Case]) -> dict[int, int] | None:
@@ -460,12 +431,9 @@ def _values_in(paths: Sequence[Path]) -> list[set[int]]:
 # -------------------------------------------------------------------------------------------------------- plain folders
 
 
-def _plain(root: Path, images: Path, labels: Path) -> Dataset:
+def _plain(root: Path) -> Dataset:
     """Return a dataset without dataset.json: channels follow from the files, labels from values in the label maps."""
-    files = image_files(images)
-    if not files:
-        raise no_files_error(images, "image")
-    cases, pairing = labelled_cases(files, None, labels, None)
+    cases, pairing = labelled_cases(root)
     channels = max(len(case.images) for case in cases)
     readable, inside = _first_readable(cases)
     if channels == 1 and inside == 3 and suffix_of(readable) in PICTURES:
@@ -473,14 +441,14 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     else:
         names = tuple(f"channel_{i}" for i in range(channels if channels > 1 else inside))
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    found, value_map = _labels_in(paths, labels)
+    labels, value_map = _labels_in(paths)
     pairing += (MASK_NOTE,) if value_map else ()
     return Dataset(
         name=root.name,
         root=root,
         layout="plain",
         channels=names,
-        labels=found,
+        labels=labels,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
         value_map=value_map,
         file_ending=common_ending(cases),
@@ -497,16 +465,16 @@ def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
     return paths[0], 1
 
 
-def _labels_in(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None]:
-    """Return a label for each value in label maps, and the `value_map`; messages name the folder."""
+def _labels_in(paths: Sequence[Path]) -> tuple[Labels, dict[int, int] | None]:
+    """Return a label for each value in label maps, and the `value_map`."""
     found = _values_in(paths)
     values = set().union(*found) - {0}
     fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
     if not values and len(found) == len(paths):  # otherwise the check reports those that cannot be read
-        raise UserError("holds no label map with anything but zeros", folder, fix)
+        raise UserError("holds no label map with anything but zeros", paths[0].parent, fix)
     value_map = {255: 1} if values == {255} else None
     names = {f"label_{value}": value for value in (sorted(values) if values and not value_map else [1])}
     try:
         return Labels(names={BACKGROUND: 0, **names}), value_map
     except ValidationError as error:
-        raise UserError(_first_message(error), folder, fix) from None
+        raise UserError(_first_message(error), paths[0].parent, fix) from None

@@ -118,16 +118,15 @@ def score_predictions(
     """
     cases = _cases(dataset, case_ids)
 
-    def score(case: Case) -> tuple[CaseScore, bool]:
+    def score(case: Case) -> CaseScore:
         prediction, reference, spacing = read_pair(case, out, dataset)
-        calibrated = read_geometry(case.images[0])[0].calibrated
-        metrics = score_case(prediction, reference, dataset.labels, spacing if calibrated else None, surface=False)
-        return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics), calibrated
+        has_spacing = read_geometry(case.images[0])[0].calibrated
+        metrics = score_case(prediction, reference, dataset.labels, spacing if has_spacing else None, surface=False)
+        return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics, has_spacing)
 
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
-        scored = list(log.progress(pool.map(score, cases), len(cases), "score"))
-    unit = "px" if scored and not any(calibrated for _, calibrated in scored) else "mm"
-    scores = Scores(tuple(row for row, _ in scored), dataset.labels, notes=tuple(notes), unit=unit)
+        rows = tuple(log.progress(pool.map(score, cases), len(cases), "score"))
+    scores = Scores(rows, dataset.labels, notes=tuple(notes))
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores

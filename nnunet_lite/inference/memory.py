@@ -18,7 +18,8 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import Span, schedule
-from nnunet_lite.networks.precision import DTYPES, free_device_memory
+from nnunet_lite.networks.devices import free_device_memory
+from nnunet_lite.networks.precision import DTYPES
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, output_values
 from nnunet_lite.preprocessing.resampling import Block, blocks, coarse_axis

@@ -21,7 +21,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.memory import MemoryPlan, PredictionTask
 from nnunet_lite.inference.sliding_window import average_windows, suggest_wider_type
-from nnunet_lite.networks.precision import is_out_of_memory, release_memory
+from nnunet_lite.networks.devices import is_out_of_memory, release_memory
 from nnunet_lite.preprocessing.pipeline import (
     cropped_shape,
     decode_logits,

@@ -33,7 +33,8 @@ from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet,
 from nnunet_lite.models.lookup import find_model, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
-from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
+from nnunet_lite.networks.devices import pick_device, use_allowed_cpus
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_fastest
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of

@@ -19,18 +19,10 @@ from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_read
 from nnunet_lite.data.names import NIFTI, PICTURES
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.planning import schema
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.planner import PRESETS
-from nnunet_lite.planning.schema import (
-    NORMALIZATIONS,
-    Channel,
-    Configuration,
-    Network,
-    Plan,
-    Resampling,
-    Statistics,
-    inherited,
-)
+from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
 
 Json = dict[str, Any]
 
@@ -41,7 +33,7 @@ _PLANNERS = {
     "resenc_l": ("nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"),
     "resenc_xl": ("nnUNetPlannerResEncXL", "nnUNetResEncUNetXLPlans"),
 }
-_NORMALIZATIONS: dict[str, str] = {scheme: normalization.nnunet for scheme, normalization in NORMALIZATIONS.items()}
+_NORMALIZATIONS: dict[str, str] = {ours: row.nnunet for ours, row in schema.NORMALIZATIONS.items()}
 _FOR_TIFF = {True: "Tiff3DIO", False: "NaturalImage2DIO"}  # stacks, pictures
 _READ_BY_NNUNET = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 _RESAMPLING = "resample_data_or_seg_to_shape"
@@ -244,7 +236,7 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
     channels, labels = channels_of(dataset_json, None), labels_of(dataset_json, None)
     configurations = {}
     with _reading(file):
-        resolved = {name: inherited(plans["configurations"], name) for name in plans["configurations"]}
+        resolved = {name: schema.inherited(plans["configurations"], name) for name in plans["configurations"]}
     for name, content in resolved.items():
         with _reading(file, f"configurations.{name}."):
             configurations[name] = _configuration_from_nnunet(content)

@@ -69,13 +69,13 @@ PRESETS: dict[str, PlannerPreset] = {
 
 
 @dataclass(frozen=True)
-class _PlanInputs:
+class _Task:
     """What all configurations of one plan share."""
 
     preset: PlannerPreset
     memory_gb: float
     n_cases: int
-    inputs: int
+    n_channels: int
     labels: Labels
 
     @property
@@ -128,7 +128,7 @@ def make_plan(
     shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
     if not len(spacings):
         raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
-    task = _PlanInputs(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
+    task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
     target, why = target_spacing(spacings, shapes)
     order = axis_order(target)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
@@ -180,10 +180,8 @@ def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Chann
         The fingerprint has another number of channels.
     """
     if len(names) != len(fingerprint.intensities):
-        raise UserError(
-            f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}",
-            fix="Take the fingerprint again.",
-        )
+        what = f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}"
+        raise UserError(what, fix="Take the fingerprint again.")
     mask = fingerprint.median_relative_size_after_cropping < SMALL_AFTER_CROP
     schemes = [_SCHEMES.get(name.casefold(), "zscore") for name in names]
     return tuple(
@@ -239,7 +237,7 @@ def axis_order(spacing: np.ndarray) -> tuple[int, int, int]:
 
 
 def _plan_configurations(
-    task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
+    task: _Task, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
 ) -> dict[str, Configuration]:
     """Plan all configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
     data_voxels = float(prod(median)) * task.n_cases
@@ -250,23 +248,22 @@ def _plan_configurations(
     low, note = _plan_lowres(task, full)
     if low is None:
         return {**planned, "3d_fullres": _with_reason(full, note)}
-    full = full.model_copy(update={"batch_dice": True})
-    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image")
+    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image", batch_dice=True)
     reasons = ("as 3d_fullres, with the segmentation of 3d_lowres as further input channels",)
     cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": reasons})
     return {
         **planned,
         "3d_lowres": low,
         "3d_fullres": full,
-        "3d_cascade_fullres": with_memory(cascade, task.inputs, task.labels),
+        "3d_cascade_fullres": with_memory(cascade, task.n_channels, task.labels),
     }
 
 
-def _with_reason(configuration: Configuration, reason: str) -> Configuration:
-    return configuration.model_copy(update={"reasons": (*configuration.reasons, reason)})
+def _with_reason(configuration: Configuration, reason: str, **fields: object) -> Configuration:
+    return configuration.model_copy(update={**fields, "reasons": (*configuration.reasons, reason)})
 
 
-def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration | None, str]:
+def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
     """Plan 3d_lowres: coarser by 3 % a step until a patch sees a quarter of the image; None and why where not."""
     share = prod(full.patch_size) / prod(full.median_shape)
     if share >= LOWRES_BELOW:
@@ -290,14 +287,14 @@ def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration 
 
 
 def _plan_configuration(
-    task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, data_voxels: float, why: tuple[str, ...]
+    task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, why: tuple[str, ...]
 ) -> Configuration:
     """Find the largest patch that fits the budget, its network, and the largest batch for both."""
     dimensions = len(spacing)
     budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
-    shape, patch_why = _fit_patch(task, spacing, median, budget)
+    shape, patch_reason = _fit_patch(task, spacing, median, budget)
     maps = topology.feature_map_count(task.preset.kind, shape, task.label_entries)
-    batch, batch_why = _fit_batch(
+    batch, batch_reason = _fit_batch(
         task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(shape.patch)
     )
     planned = Configuration(
@@ -307,12 +304,12 @@ def _plan_configuration(
         batch_size=batch,
         network=topology.default_network(task.preset.kind, shape),
         batch_dice=dimensions == 2,
-        reasons=(*why, patch_why, *_network_reasons(shape), batch_why),
+        reasons=(*why, patch_reason, *_network_reasons(shape), batch_reason),
     )
-    return with_memory(planned, task.inputs, task.labels)
+    return with_memory(planned, task.n_channels, task.labels)
 
 
-def _fit_patch(task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
+def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
     """Return the largest patch that fits the budget, with its topology, and the reason.
 
     It starts isotropic in mm and clipped to the median image; the relatively longest axis is shortened until it fits.
@@ -434,7 +431,7 @@ def override_sizes(
     if batch_size is not None and batch_size != changed.batch_size:
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size} is not possible", fix="Give 1 or more.")
-        changed = _set_by_hand(changed, f"batch {batch_size}", batch_size=batch_size)
+        changed = _with_reason(changed, f"batch {batch_size} was set by hand", batch_size=batch_size)
     changed = with_memory(changed, len(plan.channels), plan.labels)
     return plan.model_copy(update={"configurations": {**plan.configurations, configuration: changed}})
 
@@ -481,14 +478,12 @@ def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configu
     shape = topology.topology_of(configuration.spacing, patch)
     if shape.patch != patch:
         below, above = (join_by_x(legal) for legal in topology.neighbouring_patches(configuration.spacing, patch))
-        raise UserError(
-            f"patch size {size} cannot be pooled: it must be a multiple of {'x'.join(map(str, shape.divisor))}",
-            fix=f"The nearest are {below} and {above}.",
-        )
+        what = f"patch size {size} cannot be pooled: it must be a multiple of {join_by_x(shape.divisor)}"
+        raise UserError(what, fix=f"The nearest are {below} and {above}.")
     if len(shape.strides) == 1:
         raise UserError(f"patch size {size} is too small to pool", fix="Give at least 8 voxels along an axis.")
     network = _adapt_network(configuration.network, shape)
-    return _set_by_hand(configuration, f"patch {size}", patch_size=patch, network=network)
+    return _with_reason(configuration, f"patch {size} was set by hand", patch_size=patch, network=network)
 
 
 def _adapt_network(network: Network, shape: Topology) -> Network:
@@ -505,7 +500,3 @@ def _adapt_network(network: Network, shape: Topology) -> Network:
             "decoder_convolutions": (rule.decoder_convolutions + network.decoder_convolutions)[-(stages - 1) :],
         }
     )
-
-
-def _set_by_hand(configuration: Configuration, what: str, **fields: object) -> Configuration:
-    return configuration.model_copy(update={**fields, "reasons": (*configuration.reasons, f"{what} was set by hand")})

@@ -127,11 +127,8 @@ def read_adopted_plan(given: Options, earlier: EarlierPlan, dataset: Dataset) ->
     plan = earlier.planned if given.adopted is None else None
     plan = plan or read_plan(Path(adopted), dataset_to_json(dataset))
     if len(plan.channels) != len(dataset.channels) or plan.labels.n_channels != dataset.labels.n_channels:
-        raise UserError(
-            f"is for {len(plan.channels)} channels and {plan.labels.n_channels} outputs, {dataset.name} has "
-            f"{len(dataset.channels)} and {dataset.labels.n_channels}",
-            adopted,
-        )
+        what = f"is for {len(plan.channels)} channels and {plan.labels.n_channels} outputs"
+        raise UserError(f"{what}, {dataset.name} has {len(dataset.channels)} and {dataset.labels.n_channels}", adopted)
     return plan.model_copy(update={"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)})
 
 

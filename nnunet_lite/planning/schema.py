@@ -178,16 +178,12 @@ class Configuration(_Model):
             if len(numbers) != axes:
                 raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
         if max(first := self.network.strides[0]) > 1:
-            raise ValueError(
-                f"network.strides[0] = {list(first)} must be all 1: the first stage has the resolution of the patch"
-            )
+            what = f"network.strides[0] = {list(first)} must be all 1"
+            raise ValueError(f"{what}: the first stage has the resolution of the patch")
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
-                below = max(d, size // d * d)
-                raise ValueError(
-                    f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}; "
-                    f"the nearest are {below} and {size // d * d + d}"
-                )
+                what = f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}"
+                raise ValueError(f"{what}; the nearest are {max(d, size // d * d)} and {size // d * d + d}")
         return self
 
 
@@ -231,9 +227,7 @@ class Plan(_Model):
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
     preset: str = "default"
     memory_gb: float = Field(8, gt=0, description="GPU memory budget")
-    orientation: Orientation | None = Field(
-        None, description='where the axes x, y, z point after reading, such as "LAS"; null: as in the file'
-    )
+    orientation: Orientation | None = Field(None, description='where x, y, z point after reading, such as "LAS"')
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
@@ -244,9 +238,7 @@ class Plan(_Model):
         default_factory=lambda data: exact_storage(data.get("channels", ())),
         description="type of preprocessed images on disk; default: float32 where a channel is not standardised",
     )
-    configurations: dict[str, Configuration] = Field(
-        min_length=1, description='one may name another as "inherits_from" and give only what differs'
-    )
+    configurations: dict[str, Configuration] = Field(min_length=1, description='one may have "inherits_from"')
 
     @model_validator(mode="before")
     @classmethod
@@ -274,10 +266,8 @@ class Plan(_Model):
             The plan has none of that name.
         """
         if name not in self.configurations:
-            raise UserError(
-                f"the plan of {self.dataset} has no configuration {name!r}",
-                fix=f"It has: {', '.join(self.configurations)}.",
-            )
+            what = f"the plan of {self.dataset} has no configuration {name!r}"
+            raise UserError(what, fix=f"It has: {', '.join(self.configurations)}.")
         return self.configurations[name]
 
     def n_inputs(self, configuration: str) -> int:

@@ -9,7 +9,7 @@ The name of a case's folder contains a hash of the raw files and of the recipe. 
 again, a changed patch size none, and configurations whose arrays are equal share one copy. A run after a killed one
 continues with the next case.
 
-Read `preprocess_dataset` first, then `case_folder` and `make_case`.
+Read `preprocess_dataset` first, then `recipe_of` and `make_case`.
 """
 
 from __future__ import annotations
@@ -393,10 +393,8 @@ def _failure(failed: Mapping[str, Exception], dataset: Dataset) -> UserError:
         what, file = describe(failed[case_id]), str(files[case_id])
         shown.append(f"{case_id}: {what}" if file in what else f"{case_id} ({file}): {what}")
     more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
-    return UserError(
-        f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}".rstrip("."),
-        fix="The others are done. `nnlite check` lists what is wrong with a dataset.",
-    )
+    what = f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}"
+    return UserError(what.rstrip("."), fix="The others are done. `nnlite check` lists what is wrong with a dataset.")
 
 
 # ------------------------------------------------------------------------------------------------- files of the store

@@ -147,7 +147,7 @@ def read_material(paths: Paths) -> Material:
     chosen = "+".join(selection.models) if selection else ""
     notes: list[str] = []
     models = list(_read_models(paths, dataset, notes))
-    ensemble = paths.root / "ensembles" / chosen
+    ensemble = paths.ensembles / chosen
     if "+" in chosen and ensemble.is_dir():
         models.append(ModelResults(chosen, {}, None, (), *_read_scores(ensemble, dataset, notes)))
     models.sort(key=lambda model: (model.name != chosen, model.dice is None, -(model.dice or 0.0), model.name))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nnunet_lite import log, system
 from nnunet_lite.errors import Lost, UserError
-from nnunet_lite.networks.precision import pick_device
+from nnunet_lite.networks.devices import pick_device
 
 T = TypeVar("T")
 
