@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from samples import ENVIRONMENT, FAST, as_options, fold_of, sample_plan
 
 import nnunet_lite
+from nnunet_lite.commands.machines import doctor
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import save_weights
@@ -100,6 +101,13 @@ def metrics(root: Path, name: str) -> list[dict[str, Any]]:
 def share_equal(one: np.ndarray, other: np.ndarray) -> float:
     assert len(np.unique(one)) > 1, "otherwise this shows nothing"
     return float((one == other).mean())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_the_doctor_describes_the_gpu() -> None:
+    about = doctor()
+    assert about.values["gpus"][0]["name"] in about.text and about.values["gpus"][0]["memory_gb"] > 0
+    assert f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" in about.text
 
 
 # ---------------------------------------------------------------------------------------------------------- predicting
