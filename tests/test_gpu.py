@@ -165,7 +165,6 @@ def test_the_device_learns_what_the_cpu_learns(train: Train) -> None:
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], abs=5e-3)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the convolutions that make CPUs fast cannot be compiled for every shape")
 def test_a_compiled_network_learns_what_the_plain_one_learns(train: Train) -> None:
     plain, compiled = (train(str(choice), {"training.compile": choice}) for choice in (False, True))
     for one, other in zip(plain, compiled, strict=True):
