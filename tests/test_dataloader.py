@@ -373,6 +373,16 @@ def test_cases_too_large_for_the_memory_stay_on_disk(
     assert "read from disk: only 1 kB of RAM" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("needed", "place"), [(2, "device"), (4, "ram"), (9, "disk")])
+def test_cases_go_where_half_of_the_free_memory_holds_them(
+    needed: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10 GB of a GPU, training needs 4; of RAM, 16 GB are free."""
+    monkeypatch.setattr(cache_module, "free_device_memory", lambda _: 10e9)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 16e9)
+    assert cache_module.choose_cache(int(needed * 1e9), torch.device("cuda"), 4.0)[0] == place
+
+
 @pytest.mark.parametrize("cache", ["disk", "ram"])
 def test_several_processes_share_memory_maps_of_uncompressed_copies(
     stored: dict[str, Any],

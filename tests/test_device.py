@@ -224,9 +224,10 @@ def test_an_epoch_does_not_wait(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (dataloader, "apply_intensity"),
-        (dataloader, "apply_mirror"),
+        (augmentation, "apply_intensity"),
+        (augmentation, "apply_mirror"),
         (augmentation, "vote"),
+        (dataloader, "read_box"),
         (loss, "class_sums"),
         (loss, "downsample_classes"),
         (learner, "norm_statistics"),

@@ -137,23 +137,12 @@ def select_models(
         Nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
     """
     members, notes = find_members(paths, dataset, only)
-    folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
-    if not folds:
-        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
-        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
-    if more := [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]:
-        which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
-        notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
+    folds = _shared_folds(members, notes)
+    teams = _candidate_teams(members, ensembles, notes)
     for note in notes:
         log.info(note)
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
     held_out = HeldOut(paths, dataset, splits, device, workers)
-    teams: list[Team] = [(member,) for member in members]
-    for a, b in combinations(members, 2) if ensembles else ():
-        if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
-            teams.append((a, b))
-        else:
-            notes.append(f"{a.name} and {b.name} do not vote together: their plans have other orders of axes")
     dice = {team: _dice_of_team(held_out, team) for team in teams}
     winner = choose_team(dice)
     decision = _choose_postprocessing(held_out, winner) if postprocess else Decision({}, {}, ())
@@ -174,8 +163,37 @@ def select_models(
     return selection
 
 
+def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...]:
+    """The folds that all models have trained; a note names the others."""
+    folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
+    if not folds:
+        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
+        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
+    if more := [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]:
+        which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
+        notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
+    return folds
+
+
+def _candidate_teams(members: Sequence[Member], ensembles: bool, notes: list[str]) -> list[Team]:
+    """The models and the pairs that can vote; a note names the others."""
+    teams: list[Team] = [(member,) for member in members]
+    for a, b in combinations(members, 2) if ensembles else ():
+        if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
+            teams.append((a, b))
+        else:
+            notes.append(f"{a.name} and {b.name} do not vote together: their plans have other orders of axes")
+    return teams
+
+
 def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
-    """Choose the models that win, from the Dice (cases, labels) of each candidate on the same cases."""
+    """Choose the models that win.
+
+    Parameters
+    ----------
+    dice : mapping of Team to ndarray, shape (cases, labels)
+        The Dice of each candidate, all on the same cases.
+    """
 
     def rank(team: Team) -> tuple[float, list[int]]:
         costs = [_ORDER.index(m.configuration) if m.configuration in _ORDER else len(_ORDER) for m in team]
@@ -210,6 +228,15 @@ def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Se
 def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = None) -> tuple[list[Member], list[str]]:
     """Find the models that cross-validation can judge, and note why it cannot judge others.
 
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    dataset : Dataset
+        The planned dataset.
+    only : sequence of str or None
+        Configurations, or names of model folders; None for all.
+
     Raises
     ------
     UserError
@@ -223,13 +250,13 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
         if only is not None and not {folder.name, configuration} & set(only):
             continue
         known |= {folder.name, configuration}
-        trained = trained_folds(folder)
-        folds = tuple(fold for fold in trained if fold in map(str, range(n_splits)))
-        if reason := _reason_to_omit(folder, plan, paths, dataset, trained, folds):
-            notes.append(f"{folder.name} is left out: {reason}")
-            continue
+        folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
         first = None if first_stage is None else folder.parent / Path(first_stage).name
-        members.append(Member(folder, configuration, first, plan, folds))
+        member = Member(folder, configuration, first, plan, folds)
+        if reason := _reason_to_omit(member, paths, dataset):
+            notes.append(f"{member.name} is left out: {reason}")
+        else:
+            members.append(member)
     fix = f"Run `{first_training(paths)}`."
     if missing := [name for name in only or () if name not in known]:
         raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)
@@ -239,18 +266,16 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     return members, notes
 
 
-def _reason_to_omit(
-    folder: Path, plan: Plan, paths: Paths, dataset: Dataset, trained: Sequence[str], folds: Sequence[str]
-) -> str | None:
+def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:
     """Why a model cannot be judged on the dataset; None if it can."""
-    if not trained:
+    if not trained_folds(member.folder):
         return "no fold of it is trained"
-    if plan.labels != dataset.labels or len(plan.channels) != len(dataset.channels):
+    if member.plan.labels != dataset.labels or len(member.plan.channels) != len(dataset.channels):
         return "it was made for other labels or channels"
-    if not folds:
+    if not member.folds:
         return "it was trained on every case, so that none can judge it"
     try:
-        refuse_other_cases(folder, read_split(paths.splits, dataset, folds[0]), paths.splits)
+        refuse_other_cases(member.folder, read_split(paths.splits, dataset, member.folds[0]), paths.splits)
     except UserError as error:
         return error.what
     return None
@@ -319,7 +344,15 @@ def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
 
 
 def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
-    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint."""
+    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
+
+    Parameters
+    ----------
+    team : tuple of Member
+        The models.
+    fold : str
+        Name of the fold.
+    """
     return {member.name: weights_fingerprint(member.folder, fold) for member in team}
 
 

@@ -1,8 +1,9 @@
 """Where the preprocessed cases are kept while training: on the training device, in RAM, or on disk.
 
 On disk the arrays are compressed. blosc2 holds Python's lock while it decompresses: two threads read no faster than
-one, and the thread that feeds a GPU stands still meanwhile. So training on GPUs, or by several processes, memory-maps
-uncompressed copies. The system keeps as many of their pages in RAM as fit, once for all processes.
+one (46 and 49 patches of 128 x 128 x 128 voxels a second), and the thread that feeds a GPU stands still meanwhile. So
+training on GPUs, or by several processes, memory-maps uncompressed copies (752 and 669 patches a second). The system
+keeps as many of their pages in RAM as fit, once for all processes.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def load_cases(
     """
     needed = sum(_bytes(open_case(case_id)) for case_id in case_ids) if cache != "disk" else 0
     if cache != "disk":
-        cache, reason = _choose(needed, device, reserve_gb) if cache == "auto" else (cache, "as set")
+        cache, reason = choose_cache(needed, device, reserve_gb) if cache == "auto" else (cache, "as set")
         log.info(f"{len(case_ids)} cases, {in_units(needed)}, {_PLACES[cache].format(device=device)}: {reason}")
     if cache == "disk" or (cache == "ram" and processes > 1):
         # a case holds up to four open files, so the limit of this process is raised
@@ -102,8 +103,8 @@ def load_cases(
             raise UserError(f"the memory of {device} is too small for the cases", fix="Use --cache ram.") from None
 
 
-def _choose(needed: int, device: torch.device, reserve_gb: float) -> tuple[Cache, str]:
-    """Return where "auto" keeps cases of this many bytes, and why."""
+def choose_cache(needed: int, device: torch.device, reserve_gb: float) -> tuple[Cache, str]:
+    """Return where "auto" keeps cases of this many bytes, and why; see `load_cases`."""
     gpu_free, ram_free = 0.0, free_memory()
     if device.type == "cuda":
         gpu_free = max(0.0, free_device_memory(device) - reserve_gb * GB)

@@ -218,8 +218,8 @@ class SumByClass(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor, classes: Tensor, n_classes: int) -> Tensor:
         context.save_for_backward(classes)
-        dtype = exact(values.device)
-        return torch.stack([(values * (classes == c)).sum(1, dtype=dtype) for c in range(n_classes)], 1)
+        narrow, dtype = classes.to(torch.uint8 if n_classes <= 256 else torch.int32), exact(values.device)
+        return torch.stack([(values * (narrow == c)).sum(1, dtype=dtype) for c in range(n_classes)], 1)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
