@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from samples import ENVIRONMENT, FAST, as_options, fold_of, sample_plan
 
 import nnunet_lite
+from nnunet_lite.commands.machines import doctor
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import save_weights
@@ -104,6 +105,13 @@ def share_equal(one: np.ndarray, other: np.ndarray) -> float:
     return float((one == other).mean())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_the_doctor_describes_the_gpu() -> None:
+    about = doctor()
+    assert about.values["gpus"][0]["name"] in about.text and about.values["gpus"][0]["memory_gb"] > 0
+    assert f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" in about.text
+
+
 # ---------------------------------------------------------------------------------------------------------- predicting
 
 
@@ -159,7 +167,6 @@ def test_the_device_learns_what_the_cpu_learns(train: Train) -> None:
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], abs=5e-3)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the convolutions that make CPUs fast cannot be compiled for every shape")
 def test_a_compiled_network_learns_what_the_plain_one_learns(train: Train) -> None:
     plain, compiled = (train(str(choice), {"training.compile": choice}) for choice in (False, True))
     for one, other in zip(plain, compiled, strict=True):
