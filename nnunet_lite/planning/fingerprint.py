@@ -179,7 +179,7 @@ def fingerprint_case(
 
 
 class Collector:
-    """Takes one case after the other; its memory does not grow with their number."""
+    """Collects what the cases add to the fingerprint; its memory does not grow with their number."""
 
     def __init__(self, channels: int) -> None:
         self._cases: dict[str, CaseFingerprint] = {}

@@ -23,7 +23,7 @@ from nnunet_lite.files import atomic, read_json, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import read_plan
 from nnunet_lite.planning.planner import PRESETS, apply_options, make_plan
-from nnunet_lite.planning.schema import Options, Plan, configuration_changes, essence
+from nnunet_lite.planning.schema import Options, Plan, configuration_changes, configuration_content
 from nnunet_lite.workspace import Paths
 
 Entry = tuple[str | int, ...]  # the place of a value in plans.json, such as ("channels", 0, "normalization")
@@ -234,7 +234,7 @@ def _entries(plan: Plan) -> dict[Entry, Any]:
         statistics = channel.pop("statistics")
         entries |= {("channels", number, field): value for field, value in channel.items()}
         entries |= {("channels", number, "statistics", field): value for field, value in statistics.items()}
-    return entries | {("configurations", name): essence(c) for name, c in plan.configurations.items()}
+    return entries | {("configurations", name): configuration_content(c) for name, c in plan.configurations.items()}
 
 
 def _is_set(entry: Entry, given: Options) -> bool:

@@ -318,14 +318,14 @@ class Plan(_Model):
             raise UserError(first_problem(error), path, "Correct it, or run `nnlite plan` again.") from None
 
 
-def essence(configuration: Configuration) -> dict[str, Any]:
+def configuration_content(configuration: Configuration) -> dict[str, Any]:
     """Return the content of a configuration without its explanations and its predicted memory."""
     return configuration.model_dump(mode="json", exclude={"reasons", "memory_gb"})
 
 
 def configuration_changes(old: Configuration, new: Configuration) -> list[str]:
     """Return how two configurations differ, such as "batch_size 2 -> 3", by the keys of plans.json."""
-    before, after = ({**essence(c), **essence(c)["network"]} for c in (old, new))
+    before, after = ({**configuration_content(c), **configuration_content(c)["network"]} for c in (old, new))
     changed = [key for key in before if key != "network" and before[key] != after[key]]
     return [f"{key} {before[key]} -> {after[key]}" for key in changed]
 
