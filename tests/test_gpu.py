@@ -206,6 +206,7 @@ def test_nothing_of_a_training_stays_in_the_memory_of_the_device(train: Train) -
 def test_the_fastest_format_is_timed_once(train: Train, workspace: Path, tmp_path: Path) -> None:
     """With torch.compile and without, in both memory formats, with torch's instance norm and the plain one."""
     auto = {"training.precision": "auto", "training.seed": None, "training.channels_last": "auto"}
+    auto |= {"training.compile": "auto"}
     train("first", auto)
     file = workspace / "Task04_Hippocampus" / "formats.json"
     reasons = [read_weights_header(fold_of(tmp_path, "first") / MODEL)["arithmetic"]["reason"]]
