@@ -41,7 +41,12 @@ class Statistic:
 class Margin:
     """The mean difference of two measurements of the same cases, with its 95 % interval.
 
-    The mean is None if a measurement has no value, the interval also below two cases.
+    Parameters
+    ----------
+    mean : float or None
+        None if a measurement has no value.
+    low, high : float or None
+        Ends of the 95 % interval; None below two cases.
     """
 
     mean: float | None
@@ -71,6 +76,11 @@ def compare_paired(ours: np.ndarray, others: np.ndarray) -> Margin:
     """Compute by how much the mean of one table (cases, labels) is above the mean of another one of the same cases.
 
     Each resample draws the same cases of both, so that hard cases do not widen the interval.
+
+    Parameters
+    ----------
+    ours, others : ndarray, shape (cases, labels)
+        NaN where the metric does not apply.
     """
     rows = np.isfinite(ours).any(axis=1) | np.isfinite(others).any(axis=1)
     ours, others = ours[rows], others[rows]
@@ -103,15 +113,21 @@ def p_of_gain(differences: np.ndarray) -> float:
     changed = differences[differences != 0]
     if len(changed) < 2:
         return 0.5 if changed.sum() > 0 else 1.0
-    found = permutation_test(
+    test = permutation_test(
         (changed,), np.sum, permutation_type="samples", n_resamples=_FLIPS, alternative="greater", vectorized=True,
         random_state=_SEED,
     )  # fmt: skip
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def mean_of_labels(table: np.ndarray) -> float:
-    """Compute the mean over labels of their means over cases (cases, labels); NaN if there is no value."""
+    """Compute the mean over labels of their means over cases; NaN if there is no value.
+
+    Parameters
+    ----------
+    table : ndarray, shape (cases, labels)
+        NaN where the metric does not apply.
+    """
     return float(_weighted_means(table, np.ones((1, len(table))))[0])
 
 
