@@ -47,6 +47,7 @@ from nnunet_lite.data.nifti import (
 )
 from nnunet_lite.errors import UserError
 
+_SAYS_NOTHING = re.compile("ImageIO reader|file type|Error while reading|^Reason:|identify image file")
 Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
 
 
@@ -129,7 +130,7 @@ def read_file_header(path: Path) -> tuple[Geometry, int] | None:
     except RuntimeError as error:
         if suffix_of(path) in NIFTI:
             return None
-        raise UserError(f"cannot be read ({_reason(error)})", path) from None
+        raise UserError(_reason(error, path), path, AGAIN) from None
     return _itk_geometry(reader, path)
 
 
@@ -192,7 +193,7 @@ def _read_itk(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
         with usual_name(path) as usual:
             image = sitk().ReadImage(str(usual))
     except RuntimeError as error:
-        raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
+        raise UserError(_reason(error, path), path, AGAIN) from None
     array = sitk().GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
@@ -201,11 +202,13 @@ def _read_itk(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(channels, *geometry.shape))
 
 
-def _reason(error: BaseException) -> str:
-    """Return the last line of a library's error that says something."""
+def _reason(error: BaseException, path: Path) -> str:
+    """Say why a library cannot read a file: the last line of its error, if that says something."""
     lines = [re.sub(r"^.*?ITK ERROR: (\w+\(0x\w+\): )?|sitk::ERROR: ", "", line) for line in str(error).splitlines()]
     lines = [line.strip(" .").replace(". ", "; ") for line in lines if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines or _SAYS_NOTHING.search(lines[-1]):
+        return f"is damaged, truncated or no {suffix_of(path)} file"
+    return f"cannot be read ({lines[-1]})"
 
 
 # -------------------------------------------------------------------------------------------------------------- nibabel
@@ -226,7 +229,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
         problem = gzip_defect(path) if path.suffix.lower() in (".gz", ".mgz") else None
         if short := re.search(r"Expected (\d+) bytes, got (\d+)", str(error)):
             problem = f"is truncated: it holds {short[2]} of {short[1]} bytes of voxels"
-        raise UserError(problem or f"cannot be read ({_reason(error)})", path, AGAIN) from None
+        raise UserError(problem or _reason(error, path), path, AGAIN) from None
     if array.dtype.names:  # an RGB NIfTI: the channels are fields of a record
         array = np.stack([array[name] for name in array.dtype.names], axis=-1)
     array = array.reshape(array.shape + (1,) * (2 - array.ndim))
@@ -296,7 +299,7 @@ def _read_pillow(path: Path, resolve_palette: bool) -> np.ndarray:
                 pixels = picture.convert("L") if picture.mode == "1" else picture
             array = np.asarray(pixels)
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
+        raise UserError(_reason(error, path), path, AGAIN) from None
     return np.ascontiguousarray(np.moveaxis(array, 2, 0))[:, None] if array.ndim == 3 else array[None, None]
 
 
