@@ -184,6 +184,8 @@ FILES = {
     "compressed twice": changed(lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
     "a flipped byte": flipped(5000),
     "a wrong checksum": flipped(-6),
+    "a wrong size": flipped(-1),
+    "cut in its compressed data": changed(lambda path: path.write_bytes(path.read_bytes()[:-3]), IMAGE, "truncated"),
     "a zip called .nii.gz": instead(zipped),
     "gzip of nothing": with_content(gzip.compress(b""), IMAGE, "no .nii.gz file"),
     "gzip's first bytes": with_content(b"\x1f\x8b\x08\0"),
