@@ -234,6 +234,12 @@ def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, co
         process.kill()
         process.wait()
         assert not [path for path in (place / "out").glob(".tmp*") if path.is_dir()]
+    (place / "out/uncertainty/.tmp-01234567-a_entropy.nii.gz").touch()
+    no_maps = [argument for argument in arguments if not argument.startswith("--save")]
+    subprocess.run(no_maps, cwd=place, env=environment, check=True)
+    assert not list(place.rglob(".tmp*"))
+    for file in place.glob("out/*.nii.gz"):
+        file.unlink()
     done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(list(place.glob("out/*.nii.gz"))) == 8, done.stderr
     assert len(list(place.glob("out/probabilities/*_Posterior.nii.gz"))) == 8
