@@ -23,14 +23,17 @@ def _is_command() -> bool:
     return started.rpartition("/")[2] == "nnlite"
 
 
-IS_COMMAND = _is_command()
-if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+_IS_COMMAND = _is_command()
+if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until system.py handles it: Ctrl-C ends without a traceback
 
 from importlib import import_module  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-import nnunet_lite.system  # noqa: E402, F401 - first: it handles signals during the other imports
+from nnunet_lite import system  # noqa: E402
+
+if _IS_COMMAND:  # first, so that signals are handled during the other imports
+    system.start_as_command()
 
 __version__ = "0.1.0"
 

@@ -174,23 +174,15 @@ class Cluster:
                 finished.add(future)
             future = next(finished)
             batch = running.pop(future)
-            try:
-                results = future.result()
-            except CancelledError:
-                raise _scheduler_lost() from None
-            except KilledWorker:
-                if not alone:
-                    log.info(f"{_workers_died()} Each of {len(batch)} is tried again, alone, at the end")
-                    suspects.extend(batch)
-                    continue
-                results = [_workers_died()]
-            except Exception as error:  # of the worker, or of sending the results
-                if len(batch) > 1:
-                    log.info(f"{describe(error)} Each of {len(batch)} is tried again")
-                    tasks.extend([item] for item in batch)
-                    continue
-                results = [error]
-            yield from zip(batch, results, strict=True)
+            results = _result_or_error(future)
+            if isinstance(results, WorkersDied) and not alone:
+                log.info(f"{results} Each of {len(batch)} is tried again, alone, at the end")
+                suspects.extend(batch)
+            elif isinstance(results, Exception) and len(batch) > 1:  # of the worker, or of sending the results
+                log.info(f"{describe(results)} Each of {len(batch)} is tried again")
+                tasks.extend([item] for item in batch)
+            else:
+                yield from zip(batch, [results] if isinstance(results, Exception) else results, strict=True)
 
     def submit(self, function: Callable[[], Any], name: str) -> Future:
         """Call a function that takes a whole worker, such as the training of a fold, when one is free."""
@@ -212,15 +204,8 @@ class Cluster:
         UserError
             The scheduler ended.
         """
-        try:
-            future.result()
-        except CancelledError:
-            raise _scheduler_lost() from None
-        except KilledWorker:
-            return _workers_died()
-        except Exception as error:
-            return error
-        return None
+        result = _result_or_error(future)
+        return result if isinstance(result, Exception) else None
 
     def stop(self, futures: Sequence[Future], stop_worker: Callable[[], None]) -> None:
         """Call a function on all workers that makes them stop, wait until they have, and cancel the futures."""
@@ -240,14 +225,24 @@ def _batches(items: Sequence[T], slots: int) -> Iterator[list[T]]:
         start += size
 
 
-def _workers_died() -> WorkersDied:
-    fix = "The usual cause is too little memory: see their logs."
-    return WorkersDied("several workers died of it, one after the other", fix=fix)
+def _result_or_error(future: Future) -> Any:
+    """Return the result of a future that ended, or what it has raised; `WorkersDied` if its workers died.
 
-
-def _scheduler_lost() -> UserError:
-    """Return the error for a scheduler that ended."""
-    return UserError("the scheduler ended, and with it what was running", fix="Type the same command to resume.")
+    Raises
+    ------
+    UserError
+        The scheduler ended.
+    """
+    try:
+        return future.result()
+    except CancelledError:
+        fix = "Type the same command to resume."
+        raise UserError("the scheduler ended, and with it what was running", fix=fix) from None
+    except KilledWorker:
+        fix = "The usual cause is too little memory: see their logs."
+        return WorkersDied("several workers died of it, one after the other", fix=fix)
+    except Exception as error:
+        return error
 
 
 # ------------------------------------------------------------------------------------------------------ on a worker
@@ -284,7 +279,7 @@ def _call_alone(setup: SharedSetup, function: Callable[[], Any]) -> None:
 
 
 def _retry(function: Callable[[], R]) -> R:
-    """Call a function again if it fails for what may be a moment; a mistake of the user is none."""
+    """Call a function again if it fails, which may be for a moment; a mistake of the user stays one."""
     for attempt in range(1, _TRIES):
         try:
             return function()

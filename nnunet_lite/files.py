@@ -14,7 +14,7 @@ import re
 import resource
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from tempfile import TemporaryFile
 from typing import Any, TypeGuard
 
 from filelock import lock_descriptor
+from pydantic import AfterValidator, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.errors import Busy, UserError
@@ -243,6 +244,27 @@ def understood(path: Path, fix: str = "") -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())
         raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
+
+
+def must_be(what: str, is_legal: Callable[[Any], bool]) -> AfterValidator:
+    """Return a validator for a type of pydantic that refuses values unless `is_legal`, which `what` says in words."""
+
+    def check(value: Any) -> Any:
+        if not is_legal(value):
+            raise ValueError(f"must be {what}")
+        return value
+
+    return AfterValidator(check)
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem that pydantic found in a line: its place in the file, what is legal, and the value."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):  # the message says which of its entries is wrong
+        return f"{where}: {message}" if where else message
+    return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"
 
 
 def must_be_known(found: str, ours: str, file: Path) -> None:

@@ -10,39 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_text
+from nnunet_lite.files import must_be, read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
-
-
-def _range(legal: str, is_legal: Callable[[float, float], bool]) -> AfterValidator:
-    """Refuse a pair of numbers unless `is_legal`, which `legal` says in words."""
-
-    def check(limits: tuple[float, float]) -> tuple[float, float]:
-        if not is_legal(*limits):
-            raise ValueError(f"must be [low, high] with {legal}")
-        return limits
-
-    return AfterValidator(check)
-
-
-def _check_axes(axes: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
-        raise ValueError("must be different axes, each 0, 1 or 2")
-    return axes
-
-
-def _check_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
-    if min(weights, default=0) < 0 or sum(weights) == 0:
-        raise ValueError("must be numbers of at least 0, not all of them 0")
-    return weights
 
 
 def _to_minutes(value: Any) -> Any:
@@ -60,12 +37,22 @@ def _to_absolute(factory: str) -> str:
     return f"{Path(where).expanduser().absolute()}:{name}" if where.endswith(".py") else factory
 
 
-Factors = Annotated[tuple[float, float], _range("0 < low <= high", lambda low, high: 0 < low <= high)]
-Deviations = Annotated[tuple[float, float], _range("0 <= low <= high", lambda low, high: 0 <= low <= high)]
-Shares = Annotated[tuple[float, float], _range("0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1)]
-Axes = Annotated[tuple[int, ...], AfterValidator(_check_axes)]
-Weights = Annotated[tuple[float, ...], AfterValidator(_check_weights)]
+Range = tuple[float, float]
+Factors = Annotated[Range, must_be("[low, high] with 0 < low <= high", lambda r: 0 < r[0] <= r[1])]
+Deviations = Annotated[Range, must_be("[low, high] with 0 <= low <= high", lambda r: 0 <= r[0] <= r[1])]
+Shares = Annotated[Range, must_be("[low, high] with 0 < low <= high <= 1", lambda r: 0 < r[0] <= r[1] <= 1)]
+Axes = Annotated[
+    tuple[int, ...],
+    must_be("different axes, each 0, 1 or 2", lambda axes: len(set(axes)) == len(axes) and set(axes) <= {0, 1, 2}),
+]
+Weights = Annotated[
+    tuple[float, ...],
+    must_be("numbers of at least 0, not all of them 0", lambda weights: sum(weights) > 0 <= min(weights)),
+]
 Minutes = Annotated[float, BeforeValidator(_to_minutes)]
+Preset = Literal["default", "resenc_m", "resenc_l", "resenc_xl"]
+NumberFormat = Literal["auto", "fp32", "bf16", "fp16"]
+Auto = Literal["auto"] | bool
 Factory = Annotated[str, AfterValidator(_to_absolute)]
 
 
@@ -79,14 +66,9 @@ class _Section(BaseModel):
 class PlanSettings(_Section):
     """If a recipe sets another U-Net than the plan has, the plan is made again from the fingerprint."""
 
-    preset: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] | None = Field(
-        None, description="default: the plan's"
-    )
+    preset: Preset | None = Field(None, description="default: the plan's")
     memory: float | None = Field(None, gt=0, description="GPU memory budget in GB; default: the preset's")
-    adopt: bool = Field(
-        True,
-        description="with --init: spacing, patch, network and normalisation are the model's; false: the dataset's",
-    )
+    adopt: bool = Field(True, description="with --init: the model's spacing, patch, network, normalisation")
 
 
 class TrainingSettings(_Section):
@@ -95,37 +77,23 @@ class TrainingSettings(_Section):
     epochs: int = Field(1000, ge=1)
     iterations: int = Field(250, ge=1, description="per epoch")
     validation_iterations: int = Field(50, ge=0, description="pseudo-validation batches per epoch; 0 = none")
-    time_limit: Minutes | None = Field(
-        None, gt=0, description='minutes, or "8h", "90m", "300s"; the schedule fits itself to it'
-    )
-    limit_validation: bool = Field(
-        False, description="the time limit covers the validation of the held-out cases in whole images too"
-    )
-    early_stop: int | None = Field(
-        None, ge=1, description="epochs without a better moving average of the held-out Dice that end the run"
-    )
+    time_limit: Minutes | None = Field(None, gt=0, description='minutes, or "8h", "90m", "300s"; the schedule fits it')
+    limit_validation: bool = Field(False, description="the time limit covers the validation on whole images too")
+    early_stop: int | None = Field(None, ge=1, description="epochs without a better held-out Dice that end the run")
     batch_size: int | None = Field(None, ge=1, description="instead of the plan's")
     patch_size: tuple[int, ...] | None = Field(None, description="instead of the plan's")
     patch_voxels: int | None = Field(None, ge=64, description="the planned patch is shortened to at most this many")
-    batch_voxels: int | None = Field(
-        None, ge=64, description="the planned batch contains at most this many, and at least two patches"
-    )
+    batch_voxels: int | None = Field(None, ge=64, description="the planned batch is reduced to this, or to two patches")
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
     foreground: float = Field(0.33, ge=0, le=1, description="share of samples centred on a foreground voxel")
     gradient_clip: float | None = Field(12.0, gt=0, description="largest gradient norm")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    channels_last: Literal["auto"] | bool = "auto"
+    precision: NumberFormat = "auto"
+    channels_last: Auto = "auto"
     deep_supervision: bool = True
-    compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: on a GPU, where it is faster")
-    cache: Literal["auto", "device", "ram", "disk"] = Field(
-        "auto", description="where the preprocessed cases are kept during training"
-    )
-    workers: int | None = Field(
-        None, ge=0, description="threads that prepare batches ahead, 0 = none; default: none on a CPU, 2 on a GPU"
-    )
-    seed: int | None = Field(
-        None, ge=0, description="makes two runs identical on the CPU, unless a time limit ends them"
-    )
+    compile: Auto = Field("auto", description="torch.compile; auto: on a GPU, where it is faster")
+    cache: Literal["auto", "device", "ram", "disk"] = Field("auto", description="where preprocessed cases are kept")
+    workers: int | None = Field(None, ge=0, description="threads that prepare batches; default: 0 on a CPU, 2 on a GPU")
+    seed: int | None = Field(None, ge=0, description="makes two runs identical on the CPU, without a time limit")
     init: str | None = Field(None, description="model to start from, ours or nnU-Net's: fine-tuning")
     freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that are not trained")
     tensorboard: bool = Field(False, description="write TensorBoard's files too; needs the extra `track`")
@@ -141,15 +109,11 @@ class TrainingSettings(_Section):
 class NetworkSettings(_Section):
     """Changes to the planned network; what is not set stays as planned."""
 
-    features_base: int | None = Field(
-        None, ge=1, description="features of the first stage; doubled at each further one"
-    )
+    features_base: int | None = Field(None, ge=1, description="of the first stage; doubled at each further one")
     features_max: int | None = Field(None, ge=1)
     norm: Literal["instance", "batch", "none"] | None = None
     activation: Literal["leaky_relu", "relu"] | None = None
-    factory: Factory | None = Field(
-        None, description='"file.py:function" makes another network; called with (planned network, inputs, outputs)'
-    )
+    factory: Factory | None = Field(None, description='"file.py:function", of (planned network, inputs, outputs)')
 
 
 class LossSettings(_Section):
@@ -160,9 +124,7 @@ class LossSettings(_Section):
     top_k: float = Field(0.0, ge=0, description="cross-entropy of the voxels where it is largest")
     top_k_share: float = Field(0.1, gt=0, le=1, description="how many of the voxels these are")
     bce: float = Field(0.0, ge=0, description="binary cross-entropy of each class against the rest")
-    class_weights: Weights | None = Field(
-        None, description="of all terms; one for each class, background first, or for each region"
-    )
+    class_weights: Weights | None = Field(None, description="for each class, background first, or for each region")
 
     @model_validator(mode="after")
     def _has_a_term(self) -> LossSettings:
@@ -176,9 +138,7 @@ class OptimizerSettings(_Section):
     lr: float = Field(0.01, gt=0)
     momentum: float = Field(0.99, ge=0, lt=1, description="Nesterov, for sgd")
     weight_decay: float = Field(3e-5, ge=0)
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay per step of a moving average of the weights, which becomes the model"
-    )
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which become the model")
 
 
 class ScheduleSettings(_Section):
@@ -196,9 +156,7 @@ class AugmentationSettings(_Section):
     """Probabilities (p_) and ranges of each transform; p = 0 turns one off, `enabled` all of them."""
 
     enabled: bool = True
-    pipeline: Literal["native", "batchgenerators"] = Field(
-        "native", description="native: batched, on the training device; batchgenerators: the original nnU-Net's"
-    )
+    pipeline: Literal["native", "batchgenerators"] = Field("native", description="batchgenerators: as nnU-Net v1")
     extra: tuple[dict[str, Any], ...] = Field(
         (),
         description='batchgenerators transforms, applied last: [{name = "RicianNoiseTransform", p_per_sample = 0.1}]',
@@ -228,9 +186,7 @@ class AugmentationSettings(_Section):
     mirror_swap: tuple[tuple[str, str], ...] = Field(
         (), description='labels to swap when left and right are swapped: [["kidney_left", "kidney_right"]]'
     )
-    mirror_swap_axis: int | None = Field(
-        None, ge=0, le=2, description="axis of the patch from left to right; default: by the plan's orientation"
-    )
+    mirror_swap_axis: int | None = Field(None, ge=0, le=2, description="from left to right; default: by the plan")
     p_cascade_morphology: float = Field(0.4, ge=0, le=1, description="cascade: dilate, erode, open or close a label")
     p_cascade_removal: float = Field(0.2, ge=0, le=1, description="cascade: remove a component of a label")
 
@@ -238,18 +194,11 @@ class AugmentationSettings(_Section):
 class InferenceSettings(_Section):
     step_size: float = Field(0.5, gt=0, le=1, description="distance of two windows as a share of the patch")
     mirroring: bool = Field(True, description="average over mirrored copies, on the axes mirrored in training")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    sums: Literal["float32", "float16"] = Field(
-        "float32",
-        description="of logits, over windows; float16: rounded as nnU-Net does, which decides between close classes",
-    )
-    skip_empty: Literal["auto"] | bool = Field(
-        "auto", description="windows that are zero are background; auto: where the plan normalises inside a mask"
-    )
+    precision: NumberFormat = "auto"
+    sums: Literal["float32", "float16"] = Field("float32", description="of logits; float16: rounded as in nnU-Net")
+    skip_empty: Auto = Field("auto", description="zero windows are background; auto: with normalisation inside a mask")
     compile: bool = Field(False, description="torch.compile; takes a minute at the start, so it is for many images")
-    max_memory: float | None = Field(
-        None, gt=0, description="GB, of the machine and of the GPU each; default: 80 % of what is free"
-    )
+    max_memory: float | None = Field(None, gt=0, description="GB of the machine, and of the GPU; default: 80 % of free")
 
 
 class Settings(_Section):

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nnunet_lite import IS_COMMAND
 from nnunet_lite.errors import UserError
 
 # -------------------------------------------------------------------------------------------------- streams and signals
@@ -23,6 +22,7 @@ INTERRUPTED = 130  # the exit code that shells give a process that SIGINT ended
 RESUME = "the same command resumes from here (predict: with --continue)"
 
 temporary_paths: set[Path] = set()  # files and folders to delete when a signal ends this process, see files.py
+is_command = False  # see start_as_command
 interrupted = False  # whether SIGINT came: a library may turn the KeyboardInterrupt into another exception
 
 
@@ -66,12 +66,15 @@ def _unraisable(problem: sys.UnraisableHookArgs) -> None:
     sys.__unraisablehook__(problem)
 
 
-if IS_COMMAND:
+def start_as_command() -> None:
+    """Open closed streams and handle signals: this process is `nnlite`, not a program that uses nnunet_lite."""
+    global is_command
+    is_command = True
     _open_streams()
-    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # in the background and under nohup, signals are ignored, and stay so
-        if signal.getsignal(_number) in (signal.default_int_handler, signal.SIG_DFL):
-            signal.signal(_number, _stop_at_once)
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, _stop_at_once)
 
 
 # ------------------------------------------------------------------------------------------------ CPUs, memory and disk
@@ -145,11 +148,8 @@ def require_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"preprocessing needs about {in_units(needed)} here and {in_units(free)} are free",
-            folder,
-            "Free some space, or choose another --workspace.",
-        )
+        what = f"preprocessing needs about {in_units(needed)} here and {in_units(free)} are free"
+        raise UserError(what, folder, "Free some space, or choose another --workspace.")
 
 
 # joblib's cpu_count reads only the root cgroup: quotas of SLURM and systemd are set on the groups below it

@@ -240,8 +240,5 @@ def _refuse_other_root(paths: Paths, given: Path) -> None:
     with understood(paths.dataset, "Run `nnlite plan` again."):
         root = Path(read_json(paths.dataset)["root"])
     if root.exists() and root.resolve() != given.resolve():
-        raise UserError(
-            f"is not planned: the dataset {paths.name} in the workspace {paths.root.parent} is from {root}",
-            given,
-            "Give the name with -d, or plan this folder in another --workspace.",
-        )
+        what = f"is not planned: the dataset {paths.name} in the workspace {paths.root.parent} is from {root}"
+        raise UserError(what, given, "Give the name with -d, or plan this folder in another --workspace.")

@@ -30,21 +30,14 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from bench_gpu import random_model
 from bench_preprocess import Cost, measure
 
-from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference import outputs, predictor
 from nnunet_lite.log import info
-from nnunet_lite.models.checkpoint import save_weights
-from nnunet_lite.models.folder import FORMAT
 from nnunet_lite.models.nnunet import export_nnunet
-from nnunet_lite.networks.unet import build_network
-from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import load_settings
 
 NNLITE = [sys.executable, "-m", "nnunet_lite", "predict", "--device", "cpu"]
-STATISTICS = {"mean": 50, "median": 50, "std": 200, "min": -1024, "max": 2000, "percentile_00_5": -900,
-              "percentile_99_5": 1000}  # fmt: skip
 
 
 def maps(venv: Path, model: Path, images: Path, cores: list[int], n: int, scratch: Path) -> None:
@@ -123,31 +116,6 @@ def nnunet(venv: Path, model: Path, images: Path, cores: list[int], out: Path) -
     command = [str(venv / "bin" / "nnUNetv2_predict_from_modelfolder"), "-i", str(images), "-o", str(out), "-m",
                str(model), "-f", "0", "-device", "cpu", "-npp", "2", "-nps", "2"]  # fmt: skip
     return measure([command], cores, {}, out)
-
-
-def random_model(folder: Path, classes: int) -> Path:
-    """A model folder of ours with random weights."""
-    import torch
-
-    network = {"features": [8, 16, 32], "strides": [[1] * 3, [2] * 3, [2] * 3], "kernels": [[3] * 3] * 3,
-               "blocks": [2] * 3, "decoder_convolutions": [2] * 2}  # fmt: skip
-    configuration = {"spacing": [1.5] * 3, "median_shape": [200, 273, 273], "patch_size": [128] * 3, "batch_size": 2,
-                     "network": network, "batch_dice": False}  # fmt: skip
-    names = {"background": 0, **{f"organ {i}": i for i in range(1, classes)}}
-    about = {"name": "CT", "channel_names": {"0": "CT"}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
-    plan = Plan.model_validate({
-        "dataset": "CT", "median_spacing": [1.0, 0.8, 0.8], "median_shape": [300, 512, 512], "labels": {"names": names},
-        "channels": [{"name": "CT", "normalization": "ct", "statistics": STATISTICS}],
-        "configurations": {"3d_fullres": configuration},
-    })  # fmt: skip
-    settings = load_settings("default", {"augmentation.mirror_axes": []}).model_dump(mode="json")
-    write_text(folder / "plans.json", plan.to_json())
-    write_json(folder / "dataset.json", about)
-    write_json(folder / "run.json", {"format": FORMAT, "configuration": "3d_fullres", "settings": settings, "seed": 0})
-    torch.manual_seed(0)
-    made = build_network(plan, "3d_fullres")
-    save_weights(folder / "fold_0" / "model.safetensors", made, {"epochs": 0})
-    return folder
 
 
 def enlarged(small: Path, slices: int, target: Path) -> Path:

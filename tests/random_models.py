@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.inference.predictor import Predictor, _make_tasks
+from nnunet_lite.inference.sliding_window import SlidingWindow, average_windows
+from nnunet_lite.inference.windows import schedule
 from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Configuration, Network
-from nnunet_lite.preprocessing.pipeline import Placement
+from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
+from nnunet_lite.preprocessing.resampling import blocks
 
 Shape = tuple[int, int, int]
 
@@ -56,3 +62,42 @@ def placed(
 
 def noise(shape: Sequence[int], channels: int = 1) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(channels, *shape)).astype(np.float32)
+
+
+class Function(nn.Module):
+    """A function as a network: a sliding window computes its logits, and does not take its last layer apart."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def sliding(
+    networks: Sequence[nn.Module], configuration: Configuration, n_logits: int, **options: Any
+) -> SlidingWindow:
+    return SlidingWindow(tuple(networks), configuration, n_logits, FP32, CPU, **options)
+
+
+def predict_logits(window: SlidingWindow, image: np.ndarray, step: float = 0.5) -> Tensor:
+    """The logits (logits, z, y, x) of a whole preprocessed image, by the same windows and without a head."""
+    window = replace(window, networks=tuple(map(Function, window.networks)))
+    depth, *plane = image.shape[1:]
+    tiling, batch_size = window.tile(image.shape[1:], step, window.at_once)
+    parts = blocks(depth, depth, 1, 16)
+    out = torch.empty(window.n_logits, depth, *plane)
+    sums = torch.empty(schedule(tiling[0], parts)[1], window.channels, *plane, dtype=window.sums)
+    for finished in average_windows(window, image, tiling, parts, sums, batch_size):
+        for part in finished:
+            out[:, part.start : part.stop] = sums[part.low : part.high, :-1].transpose(0, 1)
+    return out
+
+
+def predict_preprocessed(model: Predictor, image: np.ndarray, stage_classes: np.ndarray | None = None) -> Tensor:
+    """The same of a predictor, without its first stage and its partners."""
+    shape = image.shape[1:]
+    array = Preprocessed(image, None, placed(shape, shape))  # type: ignore[arg-type]
+    (task,) = _make_tasks(model, array, stage_classes, by_fold=False)
+    return predict_logits(task.window, task.image, model.settings.step_size)

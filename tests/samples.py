@@ -14,10 +14,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import SimpleITK
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from nnunet_lite.data.dataset import channels_of, labels_of
+from nnunet_lite.data.formats import sitk
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import plan_from_nnunet
@@ -92,7 +92,7 @@ def save_arrays(root: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         flat = array.ndim == 3 and name.endswith((".png", ".tif"))
-        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array[len(array) // 2] if flat else array), root / name)
+        sitk().WriteImage(sitk().GetImageFromArray(array[len(array) // 2] if flat else array), root / name)
 
 
 def rewrite_nifti(

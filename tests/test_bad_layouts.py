@@ -114,8 +114,24 @@ NO_MATCH: dict[str, tuple[list[str], list[str], dict[str, Any] | None]] = {  # i
     "channels of one digit": (["images/case_{}_0.nii.gz", "images/case_{}_1.nii.gz"], SEGMENTED, None),
     "several masks of a case": (CASES, ["labels/case_{}_liver.nii.gz", "labels/case_{}_spleen.nii.gz"], None),
 }  # fmt: skip
+PAIRS = {  # what is proposed for the first case; nothing where it would be a guess
+    "a modality in the image's name": "P001_T1.nii.gz with P001_seg.nii.gz",
+    "two modalities": "P1_T1.nii.gz and P1_T2.nii.gz with P1_seg.nii.gz",
+    "img and mask": "img_01.png with mask_01.png",
+    "numbers with other zeros": "img1.nii.gz with label0001.nii.gz",
+    "observers": "Image_1L.png with Image_1L_1stHO.png",
+    "a dot before two channels": "c1.0000.nii.gz and c1.0001.nii.gz with c1.nii.gz",
+}
 NAMES = {
-    name: bad(images, labels, labels[0].split("/")[0], "has the name of one of the", "CASE_0000", table=table)
+    name: bad(
+        images,
+        labels,
+        labels[0].split("/")[0],
+        "has the name of one of the",
+        "CASE_0000",
+        PAIRS.get(name, ""),
+        table=table,
+    )
     for name, (images, labels, table) in NO_MATCH.items()
 }
 FILES = {
@@ -200,6 +216,8 @@ VALUES = {
     "numbered cells that touch": instances(*map(touching_cells, (4, 5, 7, 9, 10)), ending=".png"),
     "numbered cells with gaps": instances(*(np.where(cells == 5, 0, cells) for cells in CELLS)),
     "cells of two pictures": instances(blocks(range(1, 16)), blocks(range(1, 43)), says=["15 to 42 values"]),
+    "numbered cells, the small ones removed": instances(
+        *(np.where(np.isin(cells, range(2, 30, 4)), 0, cells) for cells in CELLS)),
     "numbered lesions": instances(*LESIONS, says=["1 to 3 values"]),
     "numbered lesions called one label": instances(*LESIONS, table=described("FLAIR")),
     "numbers of a whole slide": instances(*SLIDE, ending=".png"),
@@ -208,8 +226,7 @@ VALUES = {
         *[(*range(1, 21), 255)] * 5, ending=".png", says=("besides 1, 2, 3 and 17 more", '"ignore": 255')),
     "255 beside 1 in some": values(*VOID, ending=".png", says=["value 255 besides 1."]),
     "255 beside 1 in some, with dataset.json": values(
-        *VOID, table=described("A"), file="labels/c1.nii.gz, labels/c3.nii.gz",
-        says=("label value 255", '"ignore" for voxels')),
+        *VOID, table=described("A"), file="dataset.json", says=("hold the value 255, and some 1", '"ignore": 255')),
     "255 beside labels of dataset.json": values(
         (1, 2), (1, 2, 255), table=TWO, file="labels/c1.nii.gz", says=("label value 255", '"ignore" for voxels')),
     "-1 beside labels": values((1, 2, -1), (1, 2), says=("the value -1 besides 1, 2", '"ignore": -1')),

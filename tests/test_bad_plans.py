@@ -76,22 +76,15 @@ def two_recipes(place: Path) -> None:
     (place / "other.toml").write_text('base = "mine.toml"\n')
 
 
-def given_splits(content: Any, *says: str) -> Bad:
-    return Bad(
-        lambda place: (place / "folds.json").write_text(json.dumps(content)),
-        "plan raw --splits folds.json",
-        ("folds.json: ", *says),
-    )
-
-
-def found_splits(content: Any, *says: str, command: str = "plan raw") -> Bad:
-    """A splits_final.json in the folder of a dataset, which is taken without an option."""
+def folds(content: Any, *says: str, file: str = "folds.json", command: str = "plan raw --splits folds.json") -> Bad:
     text = content if isinstance(content, str) else json.dumps(content)
-    return Bad(
-        lambda place: (place / "raw" / "splits_final.json").write_text(text),
-        command,
-        ("splits_final.json: ", "Correct or remove it, or give --folds", *says),
-    )
+    return Bad(lambda place: (place / file).write_text(text), command, (f"{Path(file).name}: ", *says))
+
+
+def found_folds(content: Any, *says: str, command: str = "plan raw") -> Bad:
+    """A splits_final.json in the folder of a dataset, which is taken without an option."""
+    says = ("Correct or remove it, or give --folds", *says)
+    return folds(content, *says, file="raw/splits_final.json", command=command)
 
 
 def of_several(command: str) -> Bad:
@@ -144,6 +137,9 @@ PLANS = {
     "a storage that is not there": whole_plan(setting(stored_as="float8"), "stored_as", "'float16' or 'float32'"),
     "no storage": whole_plan(setting(stored_as=None), "stored_as"),
     "a mask of text": whole_plan(lambda p: p["channels"][0].update(use_mask="inside"), "use_mask"),
+    "percentiles the wrong way round, by hand": whole_plan(
+        lambda p: p["channels"][0].update(clip_percentiles=[99, 1]), "clip_percentiles", "the lower first"
+    ),
     "one percentile to clip to": whole_plan(lambda p: p["channels"][0].update(clip_percentiles=[99]), "clip"),
     "a percentile beyond 100": whole_plan(lambda p: p["channels"][0].update(clip_percentiles=[1, 250]), "clip"),
     "no configuration": whole_plan(setting(configurations={})),
@@ -160,7 +156,7 @@ PLANS = {
     "a plan cut off": written("plans.json", '{"format": "nnlite-plan-1", "dataset"', TRAIN, "invalid JSON at line 1"),
     "a plan in Latin-1": written("plans.json", '{"dataset": "L\xe4sion"}'.encode("latin-1"), TRAIN, "UTF-8"),
     "a plan in UTF-16": written("plans.json", '{"format": 1}'.encode("utf-16"), TRAIN, "UTF-8"),
-    "a plan of brackets": written("plans.json", "[" * 200_000, TRAIN, "nested"),
+    "a plan of brackets": written("plans.json", "[" * 200_000, TRAIN, "cannot be read"),
     "a plan of a long number": written("plans.json", '{"memory_gb": ' + "9" * 5000 + "}"),
     "options of another kind": whole_plan(setting(options=["--preset"]), "options"),
     "an unknown option": whole_plan(setting(options={"prest": "default"}), "options.prest"),
@@ -280,36 +276,11 @@ SETTINGS = {
     "groups without a case": table("groups.csv", "case,group\nhippocampus_001,a\n", "--group-by", "has no group"),
     "groups of three columns": table("groups.csv", "a,b,c\n", "--group-by", "3 columns"),
     "groups that contradict": table("groups.csv", "hippocampus_001,a\nhippocampus_001,b\n", "--group-by"),
-    "folds of an unknown case": given_splits([{"train": ["hippocampus_001"], "val": ["x"]}], "unknown cases: x"),
-    "folds without training": given_splits([{"train": [], "val": ["hippocampus_001"]}], "no training case"),
-    "folds of nothing": given_splits([], "train"),
-    "folds of numbers": given_splits([1, 2], "train"),
-    "folds in an object": given_splits({"train": []}, "train"),
-    "folds with a case twice": given_splits([{"train": ["hippocampus_001"] * 2, "val": []}], "twice"),
     "folds from no file": asked("plan raw --splits nowhere.json", "nowhere.json"),
     "folds from no table": asked("plan raw --splits nowhere.csv", "nowhere.csv"),
-    "splits_final.json of an unknown case": found_splits(
-        [{"train": ["hippocampus_001"], "val": ["x"]}], "fold 0 names unknown cases: x"
-    ),
-    "splits_final.json with a case on both sides": found_splits(
-        [{"train": ["hippocampus_001"], "val": ["hippocampus_001"]}], "hippocampus_001 on both sides"
-    ),
-    "splits_final.json of an unknown case, for run": found_splits(
+    "splits_final.json of an unknown case, for run": found_folds(
         [{"train": ["hippocampus_001"], "val": ["x"]}], "unknown cases: x", command="run raw --recipe cpu"
     ),
-    "splits_final.json with a case twice": found_splits([{"train": ["hippocampus_001"] * 2, "val": []}], "twice"),
-    "splits_final.json without training": found_splits([{"train": [], "val": ["hippocampus_001"]}], "no training"),
-    "splits_final.json that is cut off": found_splits('[{"train": [', "invalid JSON at line 1"),
-    "splits_final.json of nothing": found_splits("", "invalid JSON"),
-    "splits_final.json of no fold": found_splits([], "must be a list of"),
-    "splits_final.json of numbers": found_splits([{"train": [1], "val": [2]}], "must be a list of"),
-    "a second dataset, for train": of_several(TRAIN),
-    "a second dataset, for all folds": of_several("train 3d_fullres all-folds"),
-    "a second dataset, for preprocess": of_several("preprocess"),
-    "a second dataset, for predict": of_several("predict -i raw/imagesTr -o out"),
-    "a second dataset, for select": of_several("select"),
-    "a second dataset, for report": of_several("report"),
-    "a second dataset, for export": of_several("export model.zip"),
     "a second dataset, and -d of neither": Bad(
         of_several(TRAIN).make, f"{TRAIN} -d Task05", ("It holds: Task04_Hippocampus, Task09_Spleen.",)
     ),
@@ -326,7 +297,27 @@ SETTINGS = {
 }  # fmt: skip
 
 
-BAD = PLANS | WORKSPACE | SETTINGS
+FOLDS: dict[str, tuple[Any, str]] = {
+    "of an unknown case": ([{"train": ["hippocampus_001"], "val": ["x"]}], "fold 0 names unknown cases: x"),
+    "with a case on both sides": ([{"train": ["hippocampus_001"], "val": ["hippocampus_001"]}], "on both sides"),
+    "with a case twice": ([{"train": ["hippocampus_001"] * 2, "val": []}], "twice"),
+    "without training": ([{"train": [], "val": ["hippocampus_001"]}], "no training case"),
+    "that are cut off": ('[{"train": [', "invalid JSON at line 1"),
+    "of an empty file": ("", "invalid JSON"),
+    "of nothing": ([], "must be a list of"),
+    "of numbers": ([{"train": [1], "val": [2]}], "must be a list of"),
+    "in an object": ({"train": []}, "must be a list of"),
+}
+SEVERAL = (TRAIN, "train 3d_fullres all-folds", "preprocess", "predict -i raw/imagesTr -o out", "select", "report",
+           "export model.zip")  # fmt: skip
+BAD = (
+    PLANS
+    | WORKSPACE
+    | SETTINGS
+    | {f"folds {name}": folds(content, says) for name, (content, says) in FOLDS.items()}
+    | {f"found folds {name}": found_folds(content, says) for name, (content, says) in FOLDS.items()}
+    | {f"a second dataset, for {command}": of_several(command) for command in SEVERAL}
+)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -208,7 +208,7 @@ def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Pat
     images = tuple(tmp_path / f"a_{number:04d}.nii.gz" for number in (0, 1))
     for image in images:
         nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), image)
-    cases, labels = find_cases(images[0], 2), Labels(names={"background": 0, "organ": 1})
+    cases, labels = find_cases([images[0]], 2), Labels(names={"background": 0, "organ": 1})
     assert cases == [Case("a", images)]
     with pytest.raises(UserError, match=AMONG):
         check_output([images[0]], cases, tmp_path, labels, False)

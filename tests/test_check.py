@@ -20,7 +20,8 @@ from samples import described, move_nifti, rewrite_nifti
 
 from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import read_case, read_dataset
-from nnunet_lite.data.problems import KINDS, TO_ACCEPT, Report
+from nnunet_lite.data.geometry import ACCEPTABLE
+from nnunet_lite.data.problems import KINDS, Report
 from nnunet_lite.errors import UserError
 
 Copy = Callable[..., Path]
@@ -142,7 +143,7 @@ def test_problem(command: Command, copy_dataset: Copy, copy_nnunet: Copy, tmp_pa
     assert head.startswith("broken: ") and (", 1 error, " if severity == "error" else ", 0 errors, 1 warning") in head
     assert found.startswith(f"{severity}: {bad.file}: ") and found.endswith(f". [{bad.kind}]"), out
     assert all(word in found for word in bad.says), found
-    assert report_of(root).can_be_planned == (severity != "error" and bad.kind not in TO_ACCEPT)
+    assert report_of(root).can_be_planned == (severity != "error" and bad.kind not in ACCEPTABLE)
     if severity == "error":
         code, out, err = command("plan", "broken", cwd=tmp_path)
         assert (code, out) == (2, "") and found in err.splitlines(), "plan reports what check reports"
@@ -226,10 +227,10 @@ INVALID: list[tuple[dict[str, object] | None, str]] = [  # what is set in datase
     ({"labels": {"background": 0}}, "labels: there is no foreground label"),
     ({"labels": {"background": 0, "a": 1.5}}, "are not names with integers"),
     ({"training": [{"label": "x"}]}, "training[0] is not"),
-    ({"training": [{"image": "x", "label": ["x"]}]}, "training[0] has the label ['x']"),
+    ({"training": [{"image": "x", "label": ["x"]}]}, "'label': ['x']}"),
     ({"file_ending": [".nii.gz"]}, "file_ending is ['.nii.gz']"),
     ({"dataset": {"mine": {"label": "x"}}}, "dataset.mine is not"),
-    ({"dataset": {"a": {"images": [1]}}}, "dataset.a has something else than file names"),
+    ({"dataset": {"a": {"images": [1]}}}, 'dataset.a is not {"images": [file, ...], "label": file}'),
     ({"dataset": {"a/b": {"images": ["x"]}}}, "the id 'a/b' holds a /"),
 ]
 

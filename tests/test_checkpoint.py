@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.models.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from nnunet_lite.models.checkpoint import load_checkpoint, load_weights, save_weights, snapshot_checkpoint
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network
@@ -58,8 +58,9 @@ def path(tmp_path: Path) -> Path:
 def test_resuming_from_a_checkpoint_equals_never_stopping(path: Path, name: str, channels_last: bool) -> None:
     trained = steps(make(0, name, channels_last), range(3), channels_last)
     state = {"epoch": 3, "plateau": {"best": 0.1}}
-    save_checkpoint(path, *trained, state)
+    write = snapshot_checkpoint(path, *trained, state)
     steps(trained, range(3, 6), channels_last)
+    write()  # what a thread does while the training goes on
     restored = make(1, name, channels_last)
     assert load_checkpoint(path, *restored) == state
     for parameter in restored[0].parameters():
@@ -87,7 +88,7 @@ def test_weights_of_another_network_are_refused(path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_weights(path, other)
     assert "\n" not in str(caught.value)
-    save_checkpoint(path, *make(0), {})
+    snapshot_checkpoint(path, *make(0), {})()
     with pytest.raises(UserError, match=message):
         load_checkpoint(path, other, make_optimizer(other, OptimizerSettings(), torch.device("cpu")))
 
@@ -106,11 +107,11 @@ def test_a_cut_off_file_is_refused(path: Path, length: int) -> None:
 
 def test_a_failed_write_keeps_the_old_file(path: Path) -> None:
     first, restored = make(0), make(1)
-    save_checkpoint(path, *first, {"epoch": 1})  # before the first step: without moments
+    snapshot_checkpoint(path, *first, {"epoch": 1})()  # before the first step: without moments
     load_checkpoint(path, *restored)
     assert equal(first[0], restored[0])
     with pytest.raises(TypeError):
-        save_checkpoint(path, *make(0), {"epoch": object()})
+        snapshot_checkpoint(path, *make(0), {"epoch": object()})()
     assert read_weights_header(path) == {"epoch": 1}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -119,7 +120,7 @@ def test_a_failed_write_keeps_the_old_file(path: Path) -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_moments_belong_to_their_weights_whichever_are_frozen(path: Path, name: str, before: bool, after: bool) -> None:
     network, optimizer = steps(make(0, name, frozen=before), range(2))
-    save_checkpoint(path, network, optimizer, {})
+    snapshot_checkpoint(path, network, optimizer, {})()
     restored, other = make(0, name, frozen=after)
     load_checkpoint(path, restored, other)
     saved = {key: optimizer.state[p] for key, p in network.named_parameters() if p in optimizer.state}

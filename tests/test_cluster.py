@@ -15,6 +15,7 @@ from typing import Any
 
 import dask
 import pytest
+from bad_inputs import contents
 from distributed import Client, LocalCluster
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -55,10 +56,6 @@ def kill_one(scheduler: str, when: Callable[[], bool], busy: str = "") -> thread
     return thread
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 @pytest.fixture
 def workspace(tmp_path: Path, hippocampus: Path) -> Path:
     """A workspace with the 32 cases planned."""
@@ -75,8 +72,8 @@ def test_cases_are_made_on_workers_though_one_is_killed(scheduler: str, workspac
     killer.join()
     assert there.cases == here.cases == {"3d_fullres": 32}
     assert there.stored_bytes == here.stored_bytes
-    expected = files(tmp_path / "here" / "Task04_Hippocampus" / "preprocessed")
-    assert files(folder) == expected
+    expected = contents(tmp_path / "here" / "Task04_Hippocampus" / "preprocessed")
+    assert contents(folder) == expected
     again = nnunet_lite.preprocess(["3d_fullres"], workspace=workspace, scheduler=scheduler)
     assert (again.made, again.kept) == (0, 32)
     assert not list(workspace.glob(".tmp-cluster-*"))
@@ -149,7 +146,7 @@ def test_images_are_predicted_on_workers(
     there = nnunet_lite.predict("in", "there", scheduler=scheduler, **options)
     assert len(there.files) == 3
     assert list(there.failed) == list(here.failed) == ["broken"]
-    assert files(tmp_path / "there") == files(tmp_path / "here")
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
     assert there.folds == here.folds
 
 
@@ -166,7 +163,7 @@ def test_workers_that_live_on_see_that_a_model_was_trained_again(
     save_file({name: value.neg() for name, value in load_file(file).items()}, file, about)
     nnunet_lite.predict(image, tmp_path / "after", model=model, device="cpu", settings=changes, scheduler=scheduler)
     nnunet_lite.predict(image, tmp_path / "here", model=model, device="cpu", settings=changes)
-    assert files(tmp_path / "after") == files(tmp_path / "here") != files(tmp_path / "before")
+    assert contents(tmp_path / "after") == contents(tmp_path / "here") != contents(tmp_path / "before")
 
 
 @pytest.mark.parametrize(
@@ -253,10 +250,9 @@ def test_other_versions_and_another_workspace_are_refused(tmp_path: Path) -> Non
     assert "and here is 1.0: install the same version" in str(c.find_difference(other))
     elsewhere = c.SharedSetup(setup.versions, tmp_path / "nowhere" / "token")
     assert str(c.find_difference(elsewhere)).startswith("does not see the workspace")
-    with pytest.raises(UserError, match=r"the worker tcp://a:1 does not see the workspace /x"):
-        c._check_answer("tcp://a:1", "does not see the workspace /x: it must")
-    with pytest.raises(UserError, match=r"tcp://a:1 cannot import nnunet_lite"):
-        c._check_answer("tcp://a:1", ModuleNotFoundError("No module named 'nnunet_lite'"))
+    for answer, says in (("does not see the workspace /x", "does"), (ModuleNotFoundError("x"), "cannot import")):
+        with pytest.raises(UserError, match=rf"the worker tcp://a:1 {says}"):
+            c._check_answer("tcp://a:1", answer)
 
 
 def test_a_missing_scheduler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from samples import blocks, described, save_maps
 
 from nnunet_lite.data.check import check_dataset
-from nnunet_lite.data.dataset import read_case, read_dataset
+from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.problems import Problem
 
 
@@ -87,14 +87,15 @@ def test_components_of_a_thresholded_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [None, {"a": 1}])
-def test_masks_of_1_in_some_and_of_255_in_others(tmp_path: Path, labels: dict[str, int] | None) -> None:
-    """No map holds both: both mean the label."""
-    save(tmp_path, *(blocks((value,)) for value in (255, 1, 255, 1, 1)), labels=labels)
-    dataset = read_dataset(tmp_path)
-    assert problems(tmp_path) == [] and dataset.label_map == {255: 1}
-    for case in dataset.cases:
-        label = read_case(case, dataset)[1]
-        assert label is not None and set(np.unique(label)) == {0, 1}
+@pytest.mark.parametrize("others", [(1,), (1, 255)])
+def test_255_in_some_and_1_in_others(tmp_path: Path, others: tuple[int, ...], labels: dict[str, int] | None) -> None:
+    """255 may mean "not annotated" in a case without the label; the maps looked at first hold 0 and 255 only."""
+    for values in ([(255,), others] * 2 + [(255,)], [(255,), others, others, (0,), (255,)]):
+        save(tmp_path, *map(blocks, values), labels=labels)
+        found = problems(tmp_path)
+        assert {problem.kind for problem in found} <= {"label_void", "label_value"}
+        assert any("255" in problem.found and '"ignore"' in problem.fix for problem in found)
+        assert not any("255 is read as 1" in p.found for p in check_dataset(read_dataset(tmp_path), workers=0).problems)
 
 
 def test_255_as_ignore(tmp_path: Path) -> None:
@@ -105,13 +106,7 @@ def test_255_as_ignore(tmp_path: Path) -> None:
     save(tmp_path, *maps, labels={"a": 1, "b": 2, "ignore": 255}, ending=".png")
     dataset = read_dataset(tmp_path)
     assert problems(tmp_path) == []
-    assert (dataset.labels.values, dataset.labels.ignore, dataset.label_map) == ((0, 1, 2), 255, None)
-
-
-def test_no_notice_about_255_where_it_is_refused(tmp_path: Path) -> None:
-    """The maps looked at first hold 0 and 255, later ones 0, 1 and 255."""
-    save(tmp_path, *(blocks((1, 255) if i % 2 else (255,)) for i in range(5)), labels={"a": 1})
-    assert {problem.kind for problem in check_dataset(read_dataset(tmp_path), workers=0).problems} == {"label_value"}
+    assert (dataset.labels.values, dataset.labels.ignore, dataset.value_map) == ((0, 1, 2), 255, None)
 
 
 def test_label_maps_that_cannot_be_read_are_no_missing_labels(tmp_path: Path) -> None:

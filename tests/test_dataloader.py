@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,8 @@ from matplotlib.image import imread
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.windows import spans
-from nnunet_lite.preprocessing.stored_case import sample_voxels
+from nnunet_lite.preprocessing.stored_case import is_whole, read_stored_case, sample_voxels
+from nnunet_lite.training import cache as cache_module
 from nnunet_lite.training.cache import LoadedCase, load_case, load_cases, move_case
 from nnunet_lite.training.dataloader import (
     Location,
@@ -147,15 +151,6 @@ def test_reading_outside_the_image_equals_padding_with_zeros() -> None:
             expected = np.pad(expected, [(0, w - n) for w, n in zip((2, *shape), expected.shape, strict=True)])
             np.testing.assert_array_equal(box(array, corner, shape), expected)
             np.testing.assert_array_equal(box(array[0], corner, shape), expected[0])
-
-
-def test_stored_cases_are_read_like_arrays_and_tensors(tiny_cases: list[Any]) -> None:
-    stored = tiny_cases[0]
-    for array in (stored.image, stored.label):
-        for corner in [(-3, 4, 20), (10, 10, 10), (30, -2, -2)]:
-            expected = box(array[:], corner, (12, 12, 12))
-            np.testing.assert_array_equal(box(array, corner, (12, 12, 12)), expected)
-            np.testing.assert_array_equal(box(torch.from_numpy(array[:]), corner, (12, 12, 12)), expected)
 
 
 def test_the_box_of_a_turned_patch_holds_it_and_shares_its_centre() -> None:
@@ -293,7 +288,7 @@ def test_a_second_stage_sees_the_first_ones_labels_moved_with_its_own(job: MakeJ
         torch.testing.assert_close(images[:, 1:], torch.stack([(classes == c).float() for c in (1, 2)], 1))
 
 
-@pytest.mark.parametrize("pipeline", ["native", "batchgenerators"])
+@pytest.mark.parametrize("pipeline", ["native", "batchgenerators", "extra"])
 def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cases: list[Any], pipeline: str) -> None:
     """Of one masked and one unmasked channel; the mask is that of the case, whatever values the channels have."""
     case, marker = load_case(tiny_cases[0]), job().plan.labels.outside_class
@@ -302,11 +297,15 @@ def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cas
     image[0, :, 12:14] = 0  # as it may be inside
     plain = job().plan.channels[0]
     channels = (plain.model_copy(update={"use_mask": True}), plain)
-    settings = {**OFF, "augmentation.p_noise": 1, "augmentation.p_mirror": 0, "augmentation.pipeline": pipeline,
-                "augmentation.noise_std": [0.1, 0.1], "training.foreground": 0}  # fmt: skip
+    settings = {**OFF, "augmentation.p_noise": 1, "augmentation.p_mirror": 0, "augmentation.noise_std": [0.1, 0.1],
+                "training.foreground": 0}  # fmt: skip
+    if pipeline == "extra":
+        settings["augmentation.extra"] = [{"name": "GaussianNoiseTransform", "noise_variance": [0.1, 0.1]}]
+    else:
+        settings["augmentation.pipeline"] = pipeline
     run = job(cases=[replace(case, image=image, label=label)], plan={"channels": channels}, **settings)
     draw = draw_batch(run, run.training, 0, 0, augment=True)
-    if pipeline == "native":  # the first sample reaches over the lower border
+    if pipeline != "batchgenerators":  # the first sample reaches over the lower border
         draw = replace(draw, locations=[replace(draw.locations[0], corner=(0, -4, 0)), *draw.locations[1:]])
     images, classes, _ = build_batch(run, run.training, draw)
     assert int(classes.max()) < marker
@@ -356,12 +355,61 @@ def test_loaded_cases_hold_what_is_on_disk(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_cases_too_large_for_the_memory_stay_on_disk(tiny_cases: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    by_id = {case.case_id: case for case in tiny_cases[:2]}
-    found = load_cases(list(by_id), by_id.__getitem__, "auto", CPU, processes=10**9)
-    assert found == tiny_cases[:2]
-    assert "read from disk: only" in capsys.readouterr().err
-    assert load_cases(list(by_id), by_id.__getitem__, "disk", CPU) == tiny_cases[:2]
+@pytest.fixture
+def stored(tiny_cases: list[Any], tiny_workspace: Path, tmp_path: Path) -> dict[str, Any]:
+    """Three cases on disk in a folder of their own."""
+    cases = next(tiny_workspace.glob("*/preprocessed/cases"))
+    keys = [case.key for case in tiny_cases[:3]]
+    found = [read_stored_case(Path(shutil.copytree(cases / key, tmp_path / key)), key) for key in keys]
+    return {case.case_id: case for case in found}
+
+
+def test_cases_too_large_for_the_memory_stay_on_disk(
+    stored: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 1000)
+    for cache in ("auto", "disk"):
+        assert load_cases(list(stored), stored.__getitem__, cache, CPU) == list(stored.values())
+    assert "read from disk: only 1 kB of RAM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("needed", "place"), [(2, "device"), (4, "ram"), (9, "disk")])
+def test_cases_go_where_half_of_the_free_memory_holds_them(
+    needed: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10 GB of a GPU, training needs 4; of RAM, 16 GB are free."""
+    monkeypatch.setattr(cache_module, "free_device_memory", lambda _: 10e9)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 16e9)
+    assert cache_module.choose_cache(int(needed * 1e9), torch.device("cuda"), 4.0)[0] == place
+
+
+@pytest.mark.parametrize("cache", ["disk", "ram"])
+def test_several_processes_share_memory_maps_of_uncompressed_copies(
+    stored: dict[str, Any],
+    cache: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load() -> list[Any]:
+        return load_cases(list(stored), stored.__getitem__, cache, CPU, processes=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+        assert load() == list(stored.values()) and not list(tmp_path.glob("*/image.npy"))
+        assert "uncompressed copies need" in capsys.readouterr().err
+    found = load()
+    for case, original in zip(found, stored.values(), strict=True):
+        assert isinstance(case.image, np.memmap) and isinstance(case.label, np.memmap)
+        np.testing.assert_array_equal(case.image, original.image[:])
+        np.testing.assert_array_equal(case.label, original.label[:])
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/image.npy")}
+    assert len(times) == 3 and all(is_whole(file.parent) for file in times)
+    newer = next(iter(times)).with_suffix(".b2nd")
+    os.utime(newer, ns=(time.time_ns(), time.time_ns()))
+    load()
+    changed = [file.with_suffix(".b2nd") for file, before in times.items() if file.stat().st_mtime_ns != before]
+    assert changed == [newer], "a copy that is older than what it was made of is made again"
 
 
 def test_a_loaded_case_keeps_no_file_open(tiny_cases: list[Any]) -> None:

@@ -154,7 +154,7 @@ def test_pictures_with_masks_of_0_and_255(tmp_path: Path, with_table: bool, empt
     if with_table:
         (tmp_path / "dataset.json").write_text(json.dumps(described("R", "G", "B", file_ending=None)))
     dataset = read_dataset(tmp_path)
-    assert (dataset.channels, dataset.file_ending, dataset.label_map) == (("R", "G", "B"), ".png", {255: 1})
+    assert (dataset.channels, dataset.file_ending, dataset.value_map) == (("R", "G", "B"), ".png", {255: 1})
     assert dataset.labels.names == ({"background": 0, "a" if with_table else "label_1": 1})
     assert dataset.notes[-1] == "label maps hold 0 and 255: 255 is read as 1"
     image, label = read_case(dataset.cases[1], dataset)
@@ -166,7 +166,7 @@ def test_json_round_trip(hippocampus: Path, copy_nnunet: Copy) -> None:
     labels = {"background": 0, "whole": [1, 2], "posterior": 2, "ignore": 3}
     regions = read_dataset(copy_nnunet(2, labels=labels, regions_class_order=[1, 2]))
     assert regions.labels.has_regions and regions.labels.ignore == 3
-    mapped = replace(read_dataset(hippocampus), label_map={255: 1}, notes=("a note",))
+    mapped = replace(read_dataset(hippocampus), value_map={255: 1}, notes=("a note",))
     for dataset in (regions, mapped, replace(mapped, orientation="RAS", accept_geometry=True)):
         assert dataset_from_json(json.loads(json.dumps(dataset_to_json(dataset)))) == dataset
 
@@ -191,27 +191,27 @@ def test_find_cases_in_any_mix_of_files(tmp_path: Path, scan: Path) -> None:
         sitk.WriteImage(sitk.ReadImage(scan), tmp_path / name)
     for name in (".DS_Store", "notes.txt"):
         (tmp_path / name).write_text("x")
-    cases = find_cases(tmp_path, 1)
+    cases = find_cases([tmp_path], 1)
     assert [case.id for case in cases] == ["a", "b", "c", "scan_0017"]
     assert all(case.label is None and len(case.images) == 1 for case in cases)
     arrays = [read_image(case.images[0]).array for case in cases]
     assert all(np.array_equal(arrays[0], array) for array in arrays)
-    assert find_cases(tmp_path / "a_0000.nii.gz", 1)[0].id == "a"
+    assert find_cases([tmp_path / "a_0000.nii.gz"], 1)[0].id == "a"
     shutil.copy(scan, tmp_path / "a.nii")
     with pytest.raises(UserError, match="are the same case 'a'"):
-        find_cases(tmp_path, 1)
+        find_cases([tmp_path], 1)
 
 
 def test_find_cases_of_several_files(tmp_path: Path, scan: Path) -> None:
     """One channel is missing, one is not of the model, and one file contains both."""
     copies(scan, tmp_path / "in", "a_0000", "a_0001", "b_0000")
-    a, b = find_cases(tmp_path / "in", 2)
+    a, b = find_cases([tmp_path / "in"], 2)
     assert [path.name for path in a.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
-    assert find_cases(tmp_path / "in" / "a_0000.nii.gz", 2) == [a]
+    assert find_cases([tmp_path / "in" / "a_0000.nii.gz"], 2) == [a]
     assert b.images[1] == tmp_path / "in" / "b_0001.nii.gz", "listed, so that reading it says what is missing"
     image = sitk.ReadImage(scan)
     sitk.WriteImage(sitk.JoinSeries([image, image]), tmp_path / "in" / "c.nii.gz")
-    assert [(case.id, len(case.images)) for case in find_cases(tmp_path / "in", 2)] == [("a", 2), ("b", 2), ("c", 1)]
+    assert [(case.id, len(case.images)) for case in find_cases([tmp_path / "in"], 2)] == [("a", 2), ("b", 2), ("c", 1)]
     copies(scan, tmp_path / "in", "a_0002")
     (tmp_path / "empty" / "patient_1").mkdir(parents=True)
     (tmp_path / "scan.dcm").write_bytes(b"x")
@@ -221,7 +221,7 @@ def test_find_cases_of_several_files(tmp_path: Path, scan: Path) -> None:
         ("scan.dcm", r"scan\.dcm: is of no supported format\. Supported are \.nii\.gz "),
     ):
         with pytest.raises(UserError, match=says):
-            find_cases(tmp_path / name, 2)
+            find_cases([tmp_path / name], 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -229,9 +229,9 @@ def test_numbered_files_that_each_contain_all_channels_are_cases(tmp_path: Path,
     picture = np.zeros((16, 20) if channels == 1 else (16, 20, 3), np.uint8)
     for i in range(5):
         Pillow.fromarray(picture).save(tmp_path / f"img_{i:04d}.png")
-    cases = find_cases(tmp_path, channels)
+    cases = find_cases([tmp_path], channels)
     assert [case.id for case in cases] == [f"img_{i:04d}" for i in range(5)]
-    assert [case for path in sorted(tmp_path.iterdir()) for case in find_cases(path, channels)] == cases
+    assert [case for path in sorted(tmp_path.iterdir()) for case in find_cases([path], channels)] == cases
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_channels_that_would_be_predicted_as_cases(
     tmp_path: Path, scan: Path, capfd: pytest.CaptureFixture[str], names: list[str], channels: int, warned: bool
 ) -> None:
     copies(scan, tmp_path, *names)
-    find_cases(tmp_path, channels)
+    find_cases([tmp_path], channels)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == warned
     if warned:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import predict_preprocessed
 from torch import Tensor, nn
 
 from nnunet_lite.data.cases import Case
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps
-from nnunet_lite.inference.predictor import Predictor, predict_preprocessed
+from nnunet_lite.inference.predictor import Predictor
 from nnunet_lite.networks.precision import ComputeFormat
 
 

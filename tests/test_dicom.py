@@ -231,14 +231,14 @@ def test_one_of_several_series_is_chosen_by_a_file(series: Path, pixels: np.ndar
     assert str(error.value).encode(), "letters of ISO 8859-1 are no UTF-8, and can be printed"
     assert read_image(series / "other1.dcm").array.shape[1] == 3
     assert read_image(series / "IM0005").array.shape[1] == 8
-    (case,) = find_cases(series / "other1.dcm", 1)
+    (case,) = find_cases([series / "other1.dcm"], 1)
     assert (case.id, case.images) == ("other1", (series / "other1.dcm",))
 
 
 def test_find_cases_in_series_and_case_folders(
     series: Path, pixels: np.ndarray, hippocampus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (case,) = find_cases(series, 1)
+    (case,) = find_cases([series], 1)
     assert (case.id, case.images) == ("patient", (series,)) and is_series(series)
     root = series.parent
     for name in ("b_0000", "b_0001"):
@@ -248,7 +248,7 @@ def test_find_cases_in_series_and_case_folders(
         path.parent.mkdir(exist_ok=True)
         path.write_bytes((hippocampus / "imagesTr" / CASE).read_bytes())
     (root / "logs").mkdir()
-    found = {case.id: case.images for case in find_cases(root, 2)}
+    found = {case.id: case.images for case in find_cases([root], 2)}
     assert found == {
         "a": tuple(root / "a" / f"scan_{n:04d}.nii.gz" for n in range(2)),
         "b": (root / "b_0000", root / "b_0001"),
@@ -257,9 +257,9 @@ def test_find_cases_in_series_and_case_folders(
     assert read_images(found["b"]).array.shape[:2] == (2, 3)
     assert "folders without an image are ignored: logs" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"a: holds 2 images \(scan_0000.nii.gz, scan_0001.nii.gz\) where"):
-        find_cases(root, 1)
+        find_cases([root], 1)
     (root / CASE).write_bytes((hippocampus / "imagesTr" / CASE).read_bytes())
-    assert [case.id for case in find_cases(root, 1)] == ["hippocampus_001"]
+    assert [case.id for case in find_cases([root], 1)] == ["hippocampus_001"]
     assert "the DICOM series in b_0000, b_0001, patient are not read" in capsys.readouterr().err
 
 
@@ -282,7 +282,7 @@ def test_files_without_the_preamble(series: Path, kind: str) -> None:
     image = read_image(series)
     np.testing.assert_array_equal(image.array, expected.array)
     assert image.geometry == expected.geometry
-    assert [case.id for case in find_cases(series, 1)] == ["patient"]
+    assert [case.id for case in find_cases([series], 1)] == ["patient"]
 
 
 def test_patient_study_and_series_folders(series: Path, pixels: np.ndarray, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_patient_study_and_series_folders(series: Path, pixels: np.ndarray, tmp_
     save_series(root / "p3", pixels[:4])
     directory = b"\x02\0\x02\0UI\x14\x001.2.840.10008.1.3.10\0"  # the class of a DICOMDIR
     (root / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + directory + bytes(100))
-    found = {case.id: case.images[0] for case in find_cases(root, 1)}
+    found = {case.id: case.images[0] for case in find_cases([root], 1)}
     assert found == {
         "p1": root / "p1",
         "p2_study_a": root / "p2" / "study" / "a",

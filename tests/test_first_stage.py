@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import Function, predict_preprocessed
 from safetensors.torch import load_file, save_file
 from samples import start_nnlite, wait_until
 from scipy.ndimage import zoom
@@ -24,8 +25,8 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.cases import as_classes
-from nnunet_lite.inference.first_stage import classes_on_grid, read_stage_map, stage_map_file
-from nnunet_lite.inference.predictor import load, predict_preprocessed
+from nnunet_lite.inference.first_stage import predict_on_grid, read_stage_map, stage_map_file
+from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess_image, restore_segmentation
@@ -188,7 +189,7 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
     found = load(trained / "tiny", device="cpu")(scan)
     first = load(trained / f"{FIRST}-tiny", device="cpu")
     second = load(trained / "tiny", device="cpu", first_stage=False)
-    assert first.folds == ("0", "1", "2", "3", "4") and second.previous is None
+    assert first.folds == ("0", "1", "2", "3", "4") and second.first_stage is None
     before = first(image)
     prepared = preprocess_image(image, before.astype(np.uint8), second.plan, second.configuration)
     assert prepared.classes is not None and prepared.classes.any()
@@ -272,7 +273,7 @@ def test_the_fold_of_all_cases(trained: Path, train_second: Callable[..., Any]) 
     train_second("all")
     found = trained / f"{FIRST}-tiny" / "fold_all"
     assert len(list(found.glob(f"next_stage/{SECOND}/*.b2nd"))) == 10
-    assert load(trained / "tiny", ["all"], "cpu").previous is not None
+    assert load(trained / "tiny", ["all"], "cpu").first_stage is not None
     shutil.rmtree(found)
     shutil.rmtree(trained / "tiny" / "fold_all")
 
@@ -314,18 +315,19 @@ def test_the_second_stage_learns_to_use_the_first(
 
 # nnU-Net's order of steps, in float64 by scipy: logits to the grid of the second stage, then the decision
 @pytest.mark.parametrize("regions", [False, True])
-def test_logits_are_decided_on_the_grid_of_the_second_stage(tiny_workspace: Path, regions: bool) -> None:
-    plan = Plan.read(tiny_workspace / "Task04_Hippocampus" / "plans.json")
-    stage = plan.configuration("3d_fullres")
+def test_logits_are_decided_on_the_grid_of_the_second_stage(model: Predictor, regions: bool) -> None:
     named = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
-    labels = named if regions else plan.labels
+    labels = named if regions else model.plan.labels
     coarse, fine = (15, 20, 13), (29, 41, 26)
     logits = np.random.default_rng(0).normal(size=(labels.n_channels, *coarse)).astype(np.float32)
-    geometry = Geometry((60, 60, 60), (1.0, 1.0, 1.0))
-    box = ((3, 32), (0, 41), (10, 36))
+    geometry, box = Geometry((60, 60, 60), (1.0, 1.0, 1.0)), ((3, 32), (0, 41), (10, 36))
     first = Placement(geometry, Turn((2, 0, 1)), box, (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), coarse)
     second = Placement(geometry, Turn((2, 0, 1)), box, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), fine)
-    found = classes_on_grid(logits, plan.model_copy(update={"labels": labels}), stage, first, second)
+    stages = {"3d_lowres": model.configuration.model_copy(update={"patch_size": coarse})}
+    plan = model.plan.model_copy(update={"labels": labels, "configurations": stages})
+    network = Function(lambda x: torch.from_numpy(logits)[None])
+    stage = replace(model, plan=plan, configuration_name="3d_lowres", networks=(network,))
+    found = predict_on_grid(stage, np.ones((1, *coarse), np.float32), first, second)
     factors = [n / m for n, m in zip(fine, coarse, strict=True)]
     fine_logits = np.stack([zoom(x.astype(float), factors, order=1, mode="nearest", grid_mode=True) for x in logits])
     expected = fine_logits.argmax(0)

@@ -140,8 +140,8 @@ def test_pairs_of_header_and_voxels(tmp_path: Path, kind: type) -> None:
     for name in names:
         image = read_image(tmp_path / name)
         assert np.array_equal(image.array[0], COUNT.T) and image.geometry.spacing == pytest.approx((2.5, 0.8, 0.7))
-    assert [case.id for case in find_cases(tmp_path, 1)] == ["C", "a", "b"]
-    (case,) = find_cases(tmp_path / "a.img", 1)
+    assert [case.id for case in find_cases([tmp_path], 1)] == ["C", "a", "b"]
+    (case,) = find_cases([tmp_path / "a.img"], 1)
     assert (case.id, case.images[0].name) == ("a", "a.hdr")
     assert {label_suffix(ending_of(tmp_path / name)) for name in names[:4]} == {".nii.gz"}
     (tmp_path / "b.hdr.gz").unlink()

@@ -10,8 +10,8 @@ import termios
 from pathlib import Path
 
 import pytest
+from samples import ENVIRONMENT
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 ABOVE_A_BAR = """
 import time
 from nnunet_lite import log

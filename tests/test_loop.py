@@ -328,6 +328,14 @@ def test_no_better_dice_ends_the_run_early(job: MakeJob) -> None:
     assert len(train(changed(run, training__epochs=60))) > n_epochs  # a longer run is as patient again
 
 
+def test_an_error_of_the_thread_that_writes_a_checkpoint_ends_the_run(job: MakeJob) -> None:
+    run = job(training__epochs=3)
+    (run.folder / CHECKPOINT).mkdir()  # a file cannot take its place
+    with pytest.raises(OSError, match=re.escape(CHECKPOINT)):
+        train(run)
+    assert len(rows(run.folder)) in (1, 2) and not is_finished(run.folder)
+
+
 # --------------------------------------------------------------------------------------------------------- resuming
 
 

@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from random_models import CPU, FP32, REGIONS, Shape, labels_of, noise, placed, planned, random_networks
-from torch import Tensor
+from random_models import (
+    REGIONS,
+    Shape,
+    labels_of,
+    noise,
+    placed,
+    planned,
+    predict_logits,
+    random_networks,
+    sliding,
+)
 
 from nnunet_lite.data.images import read_image
 from nnunet_lite.data.labels import Labels
@@ -23,14 +32,12 @@ from nnunet_lite.inference.outputs import (
     ExtraMaps,
     _vote,
     in_step,
-    open_stream,
     output_names,
     parse_label_names,
     predict_label_map,
-    predict_maps,
 )
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
+from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.planning.schema import Configuration, Resampling
 from nnunet_lite.preprocessing.pipeline import (
@@ -54,9 +61,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def label_map(task: PredictionTask, labels: Labels, **options: Any) -> np.ndarray:
+def label_map(task: PredictionTask, labels: Labels, dtype: torch.dtype | None = None, **options: Any) -> np.ndarray:
     (plan,) = plan_memory([task], labels, 0.5)
-    return predict_label_map(open_stream(task, plan, **options), task.placement, labels)
+    return predict_label_map([[task]], [plan if dtype is None else replace(plan, dtype=dtype)], labels, **options)[0]
 
 
 def agreement(
@@ -71,15 +78,10 @@ def agreement(
     """The share of voxels on which streaming and the logits of the whole image agree."""
     networks, image = random_networks(configuration, labels.n_channels, folds), noise(place.shape)
     resampling = Resampling(**(how or {}))
-    window, whole = (
-        build_sliding_window(networks, configuration, labels.n_channels, FP32, CPU, whole=flag, **options)
-        for flag in (False, True)
-    )
-    expected = restore_segmentation(predict_logits(whole, image), place, labels, resampling)
+    window = sliding(networks, configuration, labels.n_channels, **options)
+    expected = restore_segmentation(predict_logits(window, image), place, labels, resampling)
     assert len(np.unique(expected)) > 2
-    task = PredictionTask(window, image, place, resampling)
-    (plan,) = plan_memory([task], labels, 0.5)
-    found = predict_label_map(open_stream(task, plan if dtype is None else replace(plan, dtype=dtype)), place, labels)
+    found = label_map(PredictionTask(window, image, place, resampling), labels, dtype)
     assert found.shape == place.geometry.shape and found.dtype == expected.dtype
     return float((found == expected).mean())
 
@@ -115,7 +117,7 @@ def test_splines_that_reach_far_along_the_first_axis(order: int) -> None:
 
 @pytest.mark.parametrize(("n_classes", "at_once"), [(3, 1), (3, 100), (20, 4)])
 def test_two_dimensions(n_classes: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunet_lite.inference.sliding_window._windows_at_once", lambda *_: at_once)
+    monkeypatch.setattr(SlidingWindow, "at_once", at_once)
     place = placed((9, 40, 37), (9, 31, 50), COARSE)
     assert agreement(planned((16, 24)), place, labels_of(n_classes), mirror_axes=(0, 1)) > 0.9999
 
@@ -145,7 +147,7 @@ def test_float16_if_memory_is_short(n_classes: int) -> None:
 def test_trained_networks(tiny_model: Path, scans: list[Path]) -> None:
     model = load(tiny_model, device="cpu", settings={"inference.mirroring": False, "inference.precision": "fp32"})
     labels, how = model.plan.labels, model.configuration.resampling
-    window = build_sliding_window(model.networks, model.configuration, labels.n_channels, model.arithmetic, CPU)
+    window = sliding(model.networks, model.configuration, labels.n_channels)
     for scan, spacing in zip(scans, [ISOTROPIC, (1.2, 0.7, 0.9)], strict=False):
         image = read_image(scan)
         image = replace(image, geometry=replace(image.geometry, spacing=spacing))
@@ -161,15 +163,9 @@ def test_empty_windows_may_be_left_out() -> None:
     image[:, 12:] = 0
     for n_classes in (4, 20):
         counts: list[int] = []
-        window = build_sliding_window(random_networks(configuration, n_classes), configuration, n_classes, FP32, CPU)
-
-        def count(
-            x: Tensor, forward: Callable[[Tensor], Tensor] = window.forward, counts: list[int] = counts
-        ) -> Tensor:
-            counts.append(len(x))
-            return forward(x)
-
-        task = PredictionTask(replace(window, forward=count), image, place, Resampling())
+        (network,) = random_networks(configuration, n_classes)
+        network.register_forward_pre_hook(lambda _, given, counts=counts: counts.append(len(given[0])))
+        task = PredictionTask(sliding([network], configuration, n_classes), image, place, Resampling())
         full, less = (label_map(task, labels_of(n_classes), skip_empty=skip) for skip in (False, True))
         assert sum(counts) == 9 * 4 + 3 * 4, "two windows reach slices 8 to 12, and none those from 16 on"
         assert np.array_equal(less[:9], full[:9])
@@ -181,7 +177,7 @@ def test_empty_windows_may_be_left_out() -> None:
 
 def test_the_fastest_way_that_fits_is_chosen_and_what_does_not_fit_is_refused() -> None:
     place, labels, configuration = placed((100, 60, 60), (200, 120, 120)), labels_of(20), planned((32, 32, 32))
-    window = build_sliding_window(random_networks(configuration, 20), configuration, 20, FP32, CPU)
+    window = sliding(random_networks(configuration, 20), configuration, 20)
     task = PredictionTask(window, noise(place.shape), place, Resampling())
     (largest,) = plan_memory([task], labels, 0.5)
     assert (largest.batch_size, largest.dtype) == (window.at_once, torch.float32)
@@ -198,10 +194,9 @@ MEASURED = """
 import os
 import numpy as np
 import torch
-from random_models import CPU, FP32, labels_of, noise, placed, planned, random_networks
+from random_models import labels_of, placed, planned, random_networks, sliding
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
-from nnunet_lite.inference.outputs import open_stream, predict_label_map
-from nnunet_lite.inference.sliding_window import build_sliding_window
+from nnunet_lite.inference.outputs import predict_label_map
 from nnunet_lite.planning.schema import Resampling
 
 def peak():
@@ -210,14 +205,14 @@ def peak():
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.set_num_threads(1)
 configuration, labels = planned((32, 48, 48), (8, 8)), labels_of(40)
-window = build_sliding_window(random_networks(configuration, 40), configuration, 40, FP32, CPU)
+window = sliding(random_networks(configuration, 40), configuration, 40)
 for slices in (64, 64, 128, 512):
     place = placed((slices, 96, 96), (slices * 3 // 2, 144, 144))
     image = torch.zeros(1, slices, 96, 96).normal_().numpy()
     task = PredictionTask(window, image, place, Resampling())
     (plan,) = plan_memory([task], labels, 1.0)
     before = peak()
-    out = predict_label_map(open_stream(task, plan), place, labels)
+    out, _ = predict_label_map([[task]], [plan], labels)
     print(peak() - before, plan.host, image.nbytes + out.nbytes)
 """
 
@@ -248,43 +243,27 @@ def probabilities(logits: np.ndarray, labels: Labels) -> np.ndarray:
     return (tensor.sigmoid() if labels.has_regions else tensor.softmax(0)).numpy()
 
 
-def three_models(
-    n_folds: int, labels: Labels, margin: bool = False
-) -> tuple[list[list[SlidingWindow]], list[PredictionTask]]:
-    """Three models of some folds: windows that return logits of the whole image, and tasks to stream."""
-    whole, tasks = [], []
+def three_models(n_folds: int, labels: Labels, margin: bool = False) -> list[list[PredictionTask]]:
+    """Three models, with a task for each of some folds."""
+    models = []
     for number, shape in enumerate(SHAPES):
-        torch.manual_seed(number)
         networks = random_networks(CUBE, labels.n_channels, n_folds)
         for i, network in enumerate(networks):
             for parameter in network.parameters():
                 parameter.mul_(1 + 0.3 * (number + i))
-        logits, streamed = (
-            [build_sliding_window([n], CUBE, labels.n_channels, FP32, CPU, whole=flag) for n in networks]
-            for flag in (True, False)
-        )
-        whole.append(logits)
         place = placed(shape, TARGET, order=(0, 2, 1) if margin else (0, 1, 2))
-        tasks += [PredictionTask(window, noise(shape), place, Resampling()) for window in streamed]
-    return whole, tasks
+        windows = [sliding([network], CUBE, labels.n_channels) for network in networks]
+        models.append([PredictionTask(window, noise(shape), place, Resampling()) for window in windows])
+    return models
 
 
 @pytest.mark.parametrize("labels", [labels_of(3), labels_of(20), VOTED])
 def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
-    whole, tasks = three_models(2, labels)
-    names = output_names(labels)
-    streams = [open_stream(*pair) for pair in zip(tasks, plan_memory(tasks, labels, 0.5), strict=True)]
-    maps: dict[str, np.ndarray] = {}
+    models, names = three_models(2, labels), output_names(labels)
+    plans = plan_memory([task for model in models for task in model], labels, 0.5)
+    found, maps = predict_label_map(models, plans, labels, ExtraMaps(names[1:], uncertainty=True))
 
-    def new_map(name: str) -> np.ndarray:
-        assert name not in maps
-        maps[name] = np.zeros(TARGET, np.uint8)
-        return maps[name]
-
-    models = [streams[:2], streams[2:4], streams[4:]]
-    found = predict_maps(models, tasks[0].placement, labels, ExtraMaps(names[1:], uncertainty=True), new_map)
-
-    folds = [[logits_on_grid(w, noise(shape)) for w in model] for model, shape in zip(whole, SHAPES, strict=True)]
+    folds = [[logits_on_grid(task.window, task.image) for task in model] for model in models]
     shares = np.mean([probabilities(np.mean(logits, axis=0), labels) for logits in folds], axis=0)
     expected = decode_logits(shares - 0.5, labels)
     assert (found == output_values(labels)[expected]).mean() > 0.9999 and len(np.unique(found)) > 1
@@ -306,14 +285,13 @@ def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
 
 def test_one_model_decides_as_without_maps() -> None:
     labels = labels_of(20)
-    task = three_models(1, labels, margin=True)[1][0]
-    alone, shape = label_map(task, labels), task.placement.geometry.shape
-    maps = {f"probabilities/{name}": np.zeros(shape, np.uint8) for name in ("background", "label 3")}
-    (plan,) = plan_memory([task], labels, 0.5)
-    extra = ExtraMaps(("background", "label 3"))
-    found = predict_maps([[open_stream(task, plan)]], task.placement, labels, extra, maps.__getitem__)
+    ((task,), *_) = three_models(1, labels, margin=True)
+    alone, plans = label_map(task, labels), plan_memory([task], labels, 0.5)
+    found, maps = predict_label_map([[task]], plans, labels, ExtraMaps(("background", "label 3")))
     assert np.array_equal(found, alone) and alone[0, 0, 0] == 0
-    assert [array[0, 0, 0] for array in maps.values()] == [255, 0]
+    assert {name: array[0, 0, 0] for name, array in maps.items()} == {
+        "probabilities/background": 255, "probabilities/label 3": 0
+    }  # fmt: skip
     assert maps["probabilities/background"].min() < 100
 
 
@@ -336,7 +314,7 @@ def test_streams_wait_for_each_other() -> None:
 
 def test_memory_is_shared_among_models() -> None:
     labels = labels_of(4)
-    _, tasks = three_models(1, labels)
+    tasks = [task for (task,) in three_models(1, labels)]
     alone = [plan_memory([task], labels, 0.5)[0].host for task in tasks]
     plans = plan_memory(tasks, labels, 0.5, limit=2 * sum(alone))
     assert sum(plan.host for plan in plans) <= 2 * sum(alone) and len({plan.slab for plan in plans}) == 1

@@ -130,6 +130,17 @@ def test_a_numbered_image_without_label_map_is_no_channel(tmp_path: Path) -> Non
     assert (problem.kind, problem.file) == ("missing_label", "labels/scan_0006.png")
 
 
+def test_an_image_and_a_label_map_whose_names_differ_are_proposed_as_a_pair(tmp_path: Path) -> None:
+    """Where others match; of two label maps for one image, none is proposed."""
+    save_cases(tmp_path, ["images/P{}.png"], ["labels/P{}.png"])
+    save_arrays(tmp_path, {"images/P7_T1.png": scan(7), "images/P8_T1.png": scan(8), "images/P9.png": scan(9)})
+    save_arrays(tmp_path, {f"labels/{name}.png": blocks((1,)) for name in ("P7_manual", "P9_a", "P9_b")})
+    problems = check_dataset(read_dataset(tmp_path), workers=0).problems
+    fixes = {problem.file: problem.fix for problem in problems if problem.kind == "extra_label"}
+    assert fixes["labels/P7_manual.png"].startswith("Is it that of P7_T1.png?")
+    assert "Is it" not in fixes["labels/P9_a.png"] + fixes["labels/P9_b.png"]
+
+
 def test_numbered_cases_of_one_channel_are_pointed_out(tmp_path: Path) -> None:
     names = [f"c{i // 2}_000{i % 2}.png" for i in range(6)]
     save_arrays(tmp_path, {f"images/{name}": scan(i) for i, name in enumerate(names)})

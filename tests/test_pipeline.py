@@ -13,21 +13,13 @@ import torch
 from samples import sample_plan
 
 from nnunet_lite.data.dataset import read_case, read_dataset
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, slices
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Resampling
-from nnunet_lite.preprocessing.pipeline import (
-    Placement,
-    Preprocessed,
-    prepare,
-    preprocess_image,
-    require_finite,
-    resampled_shape,
-    resampled_spacing,
-    restore_segmentation,
-)
+from nnunet_lite.preprocessing import pipeline
+from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image
 from nnunet_lite.preprocessing.resampling import resample_labels
 
 LABELS = Labels(names={"background": 0, "anterior": 1, "posterior": 2})
@@ -51,13 +43,13 @@ def one_hot(case: Preprocessed, n: int = 3) -> np.ndarray:
 
 
 def back(logits: Any, case: Preprocessed, labels: Labels = LABELS) -> np.ndarray:
-    return restore_segmentation(logits, case.placement, labels, Resampling())
+    return pipeline.restore_segmentation(logits, case.placement, labels, Resampling())
 
 
 def test_crop_normalise_and_keep_where_spacing_is_equal() -> None:
     image, values = blob((30, 40, 20), (1.0, 1.0, 1.0))
     got = preprocess_image(image, values, sample_plan(LABELS), CUBIC)
-    box = tuple(slice(*span) for span in got.placement.box)
+    box = slices(got.placement.box)
     inside = image.array[0][box].astype(float)
     assert got.image.dtype == np.float32 and got.image.shape == (1, *got.placement.shape) != (1, 30, 40, 20)
     assert np.allclose(got.image[0], (inside - inside.mean()) / inside.std(), atol=1e-5)
@@ -91,13 +83,13 @@ def test_what_lies_outside_the_mask_of_all_channels_is_a_class_of_its_own(spacin
     plan = sample_plan(LABELS, use_mask=True, channels=2)
     plan = plan.model_copy(update={"channels": (plan.channels[0], sample_plan(LABELS).channels[0])})
     got = preprocess_image(image, values, plan, sample_plan(LABELS, spacing).configuration("3d_fullres"))
-    box = tuple(slice(*span) for span in got.placement.box)
+    box = slices(got.placement.box)
     outside = ~image.array.any(0) & (values == 0)
     marked = np.where(outside, 3, values)[box].astype(np.uint8)
     assert outside[box].any() and (~outside & (values == 0))[box].any()
     wanted = resample_labels(marked, got.placement.shape, (1.0, 1.0, 1.0), spacing)
     assert got.classes is not None and np.array_equal(got.classes, wanted)
-    unmasked = prepare(image, values, sample_plan(LABELS, channels=2))
+    unmasked = pipeline.prepare(image, values, sample_plan(LABELS, channels=2))
     assert unmasked.classes is not None and unmasked.classes.max() == 2
 
 
@@ -173,20 +165,20 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
         for broken in (logits, logits.astype(np.float16), torch.from_numpy(logits), torch.from_numpy(logits).half()):
             with pytest.raises(UserError, match=rf"^1 of {logits.size} values .* NaN or infinite"):
                 back(broken, got, labels)
-    require_finite(np.full((3, 8, 8, 8), 3e38, np.float32), "")  # only their sum is infinite
-    require_finite(np.full((3, 8, 8, 8), 6e4, np.float16), "")
+    pipeline.require_finite(np.full((3, 8, 8, 8), 3e38, np.float32), "")  # only their sum is infinite
+    pipeline.require_finite(np.full((3, 8, 8, 8), 6e4, np.float16), "")
 
 
 def test_spacing_and_shape_after_resampling() -> None:
     """A 2d configuration keeps the first spacing; the shape is rounded half to even and has at least one voxel."""
     plan = sample_plan(LABELS, (1.0, 0.5, 0.5))
     flat, deep = plan.configuration("2d"), plan.configuration("3d_fullres")
-    assert resampled_spacing(flat, (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
-    assert resampled_spacing(deep, (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
+    assert pipeline.resampled_spacing(flat, (3.0, 0.7, 0.5)) == (3.0, 0.5, 0.5)
+    assert pipeline.resampled_spacing(deep, (3.0, 0.7, 0.5)) == (1.0, 0.5, 0.5)
     rounding = float(np.float32(0.5) + np.float32(1e-7))
-    assert resampled_spacing(flat, (3.0, rounding, 0.5)) == (3.0, rounding, 0.5)
-    assert resampled_shape((5, 7, 10), (1.0, 1.0, 1.0), (2.0, 2.0, 4.0)) == (2, 4, 2)
-    assert resampled_shape((1, 9, 9), (1.0, 1.0, 1.0), (3.0, 1.0, 1.0))[0] == 1
+    assert pipeline.resampled_spacing(flat, (3.0, rounding, 0.5)) == (3.0, rounding, 0.5)
+    assert pipeline.resampled_shape((5, 7, 10), (1.0, 1.0, 1.0), (2.0, 2.0, 4.0)) == (2, 4, 2)
+    assert pipeline.resampled_shape((1, 9, 9), (1.0, 1.0, 1.0), (3.0, 1.0, 1.0))[0] == 1
 
 
 def test_all_zero_image_is_not_cropped() -> None:

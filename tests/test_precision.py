@@ -1,4 +1,4 @@
-"""Which formats are timed and which are dropped, and the message for a wrong device."""
+"""Which formats are timed and which are dropped, and instance norm in plain operations."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from nnunet_lite.errors import UserError
-from nnunet_lite.networks.precision import (
-    ComputeFormat,
-    free_device_memory,
-    list_formats,
-    pick_device,
-    pick_fastest,
-    use_allowed_cpus,
-)
-from nnunet_lite.system import free_memory
+from nnunet_lite.networks import precision
+from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 
 CPU = torch.device("cpu")
 BF16, FP32, FP16 = (ComputeFormat(name) for name in ("bf16", "fp32", "fp16"))
@@ -79,21 +72,71 @@ def test_the_fastest_is_chosen_and_the_reason_names_the_times() -> None:
     assert re.fullmatch(r"fastest of bf16 channels-last [\d.]+ s, bf16 [\d.]+ s, fp32 .* s, fp32 [\d.]+ s", best.reason)
 
 
-def test_a_slow_warm_up_is_enough_to_drop_a_candidate() -> None:
-    runs, prepare = sleeping(lambda candidate, _: 0.5 if candidate == FP32 else 0.005)
-    assert pick_fastest([BF16, FP32], prepare, CPU).precision == "bf16"
-    assert runs.count("fp32") == 1 and runs.count("bf16") > 1
+@pytest.mark.parametrize(
+    ("seconds", "ran"),
+    [
+        ({"bf16": (0.005, 0.005), "fp32": (0.5, 0.5)}, {"bf16": 4, "fp32": 1}),  # slow at once: not timed again
+        ({"bf16": (1.01, 1.01), "fp32": (2.0, 2.0), "fp16": (1.1, 1.1)}, {"bf16": 2, "fp32": 1, "fp16": 2}),
+        ({"bf16": (0.5, 0.005), "fp32": (0.1, 0.1)}, {"bf16": 4, "fp32": 4}),  # a slow first call does not count
+    ],
+)
+def test_clearly_slower_candidates_are_not_timed_again(
+    seconds: dict[str, tuple[float, float]], ran: dict[str, int]
+) -> None:
+    runs, prepare = sleeping(lambda candidate, first: seconds[candidate.precision][0 if first else 1])
+    assert pick_fastest([ComputeFormat(name) for name in seconds], prepare, CPU).precision == "bf16"
+    assert {name: runs.count(name) for name in seconds} == ran
 
 
-def test_a_long_step_that_is_clearly_slower_is_not_repeated() -> None:
-    runs, prepare = sleeping(lambda candidate, _: {"bf16": 1.01, "fp32": 2.0, "fp16": 1.1}[candidate.precision])
-    assert pick_fastest([BF16, FP32, FP16], prepare, CPU).precision == "bf16"
-    assert runs == ["bf16", "fp32", "fp16", "bf16", "fp16"]
+def failing(error: Exception) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
 
 
-def test_a_slow_first_call_does_not_count() -> None:
-    _, prepare = sleeping(lambda candidate, first: 0.1 if candidate == FP32 else 0.5 if first else 0.005)
-    assert pick_fastest([BF16, FP32], prepare, CPU).precision == "bf16"
+@pytest.fixture
+def exact_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that returns how many seconds it takes, instead of taking them."""
+    monkeypatch.setattr(precision, "measure_seconds", lambda work, device: work())
+
+
+@pytest.mark.usefixtures("exact_clock")
+def test_compiled_formats_are_timed_one_after_the_other_as_on_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    """The first two steps are those of the compiler and of cuDNN's search; of five the median counts."""
+    formats = [ComputeFormat("bf16", last, compiled) for compiled in (False, True) for last in (False, True)]
+    steps = {one: iter([9, 9, 5, 1, 1, 1, 1]) for one in formats} | {formats[1]: iter([0, 0, 2, 2, 3, 1, 2])}
+    order: list[ComputeFormat] = []
+
+    def prepare(candidate: ComputeFormat) -> Callable[[], Any]:
+        def step() -> int:
+            order.append(candidate)
+            return next(steps[candidate])
+
+        if candidate == formats[2]:
+            return failing(RuntimeError("no C compiler\nwas found"))
+        return failing(torch.OutOfMemoryError("too large")) if candidate == formats[3] else step
+
+    best = pick_fastest(formats, prepare, CPU)
+    assert best == formats[0] and order == [formats[0]] * 7 + [formats[1]] * 7
+    assert best.reason == "fastest of bf16 1 s, bf16 channels-last 2 s"
+    told = capfd.readouterr().err
+    assert "torch.compile failed and is left out: RuntimeError: no C compiler was found" in told
+    assert "bf16 channels-last compiled needs more memory than cpu has" in told
+
+
+@pytest.mark.usefixtures("exact_clock")
+@pytest.mark.parametrize(("compiled_step", "compiled"), [(0.96, False), (0.94, True)])
+def test_a_compiled_format_must_be_clearly_faster(compiled_step: float, compiled: bool) -> None:
+    def prepare(candidate: ComputeFormat) -> Callable[[], Any]:
+        return lambda: compiled_step if candidate.compiled else 1.0
+
+    assert pick_fastest([FP32, ComputeFormat(compiled=True)], prepare, CPU).compiled == compiled
+
+
+def test_where_nothing_fits_the_first_step_says_so() -> None:
+    formats = [ComputeFormat(compiled=compiled) for compiled in (False, True)]
+    assert pick_fastest(formats, lambda _: failing(torch.OutOfMemoryError()), CPU) == formats[0]
 
 
 def test_a_single_candidate_is_not_timed() -> None:
@@ -113,35 +156,40 @@ def test_memory_format_and_autocast(shape: tuple[int, ...]) -> None:
             assert linear(torch.rand(1, 2)).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "vulkan:77"])
-def test_a_missing_device_is_one_line(name: str) -> None:
-    with pytest.raises(UserError, match=f"--device {name}: .*This machine has: cpu") as caught:
-        pick_device(name)
-    assert "\n" not in str(caught.value)
+# ------------------------------------------------------------------------------------------------------ instance norm
 
 
-def test_devices_by_name() -> None:
-    assert pick_device("cpu") == CPU
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert pick_device(None).type == pick_device("auto").type == expected
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 6, 9, 7), (2, 6, 5, 4, 7)])
+def test_plain_norm_computes_what_torchs_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also where the mean is a hundred times the deviation."""
+    dimensions = len(shape) - 2
+    kind = torch.nn.InstanceNorm2d if dimensions == 2 else torch.nn.InstanceNorm3d
+    layers = [torch.nn.Sequential(kind(6, affine=True)) for _ in range(2)]
+    apply_format(layers[1], ComputeFormat(channels_last=True, plain_norm=True), dimensions)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator) + (100.0 if dtype == torch.float32 else 3.0)
+    weight, upstream = torch.randn(6, generator=generator), torch.randn(shape, generator=generator).to(dtype)
+    results = []
+    for layer, last in zip(layers, (False, True), strict=True):
+        layout = ComputeFormat(channels_last=last).memory_format(dimensions)
+        x = values.detach().to(dtype, memory_format=layout, copy=True).requires_grad_()
+        with torch.no_grad():
+            layer[0].weight.copy_(weight)
+        y = layer(x)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
+        y.backward(upstream)
+        assert x.grad is not None
+        results.append([y, x.grad, layer[0].weight.grad, layer[0].bias.grad])
+    tolerance = 2e-4 if dtype == torch.float32 else 3e-2
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("threads", [1], indirect=True)
-def test_the_number_of_threads_is_never_raised(threads: None) -> None:
-    use_allowed_cpus()
-    assert torch.get_num_threads() == 1
-
-
-def test_what_the_allocator_keeps_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an image, or a day of training, the driver says that nearly all is used."""
-    for name, value in {"mem_get_info": (20, 80), "memory_reserved": 60, "memory_allocated": 10}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert free_device_memory(torch.device("cuda")) == 70
-
-
-def test_memory_of_apple_gpus_and_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"recommended_max_memory": 5000, "driver_allocated_memory": 3000, "current_allocated_memory": 1000}
-    for name, value in sizes.items():
-        monkeypatch.setattr(torch.mps, name, lambda value=value: value)
-    assert free_device_memory(torch.device("mps")) == 4000
-    assert free_device_memory(CPU) == pytest.approx(free_memory(), rel=0.2)
+def test_a_format_changes_the_norm_and_back() -> None:
+    network = torch.nn.Sequential(torch.nn.InstanceNorm2d(2, affine=True), torch.nn.BatchNorm2d(2))
+    weights = network.state_dict()
+    apply_format(network, ComputeFormat(plain_norm=True), 2)
+    assert [type(layer).__name__ for layer in network] == ["PlainInstanceNorm2d", "BatchNorm2d"]
+    apply_format(network, ComputeFormat(), 2)
+    assert type(network[0]) is torch.nn.InstanceNorm2d and network.state_dict().keys() == weights.keys()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import edit
+from random_models import predict_preprocessed
 from samples import FAST
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from nnunet_lite.inference.predictor import (
     Predictor,
     label_swap,
     load,
-    predict_preprocessed,
     trained_folds,
 )
 from nnunet_lite.preprocessing.pipeline import preprocess_image
@@ -151,7 +151,7 @@ def test_classes_of_a_first_stage_change_places_with_their_channels(model: Predi
 
 def test_label_values_of_the_dataset_are_written(model: Predictor, folder: Path, tmp_path: Path) -> None:
     sparse = by_brightness(model, Labels(names={"background": 0, "core": 1, "enhancing": 4}))
-    files, failed = predict_cases(sparse, find_cases(folder, 1), tmp_path / "out")
+    files, failed = predict_cases(sparse, find_cases([folder], 1), tmp_path / "out")
     assert not failed
     for file in files:
         values, geometry, _ = read_label(file)
@@ -162,7 +162,7 @@ def test_label_values_of_the_dataset_are_written(model: Predictor, folder: Path,
 
 
 def test_existing_label_maps_are_skipped_with_the_option(model: Predictor, folder: Path, tmp_path: Path) -> None:
-    cases, out = find_cases(folder, 1), tmp_path / "out"
+    cases, out = find_cases([folder], 1), tmp_path / "out"
     files, _ = predict_cases(model, cases[:1], out)
     before = files[0].stat().st_mtime_ns
     seen: list[str] = []
@@ -187,7 +187,7 @@ def test_one_unreadable_file_does_not_stop_the_others(
 ) -> None:
     bad = sorted(folder.iterdir())[1]
     bad.write_bytes({"cut": bad.read_bytes()[:4000], "text": b"this is no image", "empty": b""}[kind])
-    cases = find_cases(folder, 1)
+    cases = find_cases([folder], 1)
     files, failed = predict_cases(model, cases, tmp_path / "out")
     assert [file.name for file in files] == [case.images[0].name for case in (cases[0], cases[2])]
     assert list(failed) == [cases[1].id]

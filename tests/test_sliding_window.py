@@ -11,24 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from random_models import CPU, FP32, Shape, noise, planned, random_networks
+from random_models import Function, Shape, noise, planned, predict_logits, random_networks, sliding
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from nnunet_lite.inference import onnx_runner
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
-from nnunet_lite.inference.windows import (
-    LabelSwap,
-    cut_window,
-    gaussian_weight,
-    mirror_window,
-    mirrorings,
-    schedule,
-    slice_spans,
-    spans,
-    tile,
-    window_starts,
-)
+from nnunet_lite.inference.sliding_window import SlidingWindow, _cut_window
+from nnunet_lite.inference.windows import LabelSwap, gaussian_weight, mirrorings, schedule, spans, tile, window_starts
 from nnunet_lite.preprocessing.resampling import blocks
 
 # ------------------------------------------------------------------------------------------------------------- windows
@@ -46,6 +36,14 @@ def test_windows_cover_every_voxel_with_at_most_the_step(step: float) -> None:
             assert len(starts) == max(1, min(most, size - patch + 1))
 
 
+def cut(image: np.ndarray, place: Any, flip: tuple[int, ...] = (), swap: LabelSwap | None = None) -> np.ndarray:
+    """A window, which is the same of tensors and, for ONNX, of numpy arrays."""
+    table = None if swap is None or swap.classes is None else torch.tensor(swap.classes, dtype=torch.float32)
+    window = _cut_window(torch.from_numpy(image[:, place[0].inside]), place, flip, swap, table).numpy()
+    np.testing.assert_array_equal(onnx_runner._cut_window(image, place, flip, swap), window)
+    return window
+
+
 def test_spans_cover_an_image_that_may_be_smaller_than_the_patch() -> None:
     for size in (3, 8, 9, 40):
         count = np.zeros(size, int)
@@ -56,7 +54,7 @@ def test_spans_cover_an_image_that_may_be_smaller_than_the_patch() -> None:
     image = noise((5, 20, 8), channels=2)
     (first,) = spans(5, 8, 0.5)
     assert first.outside == (1, 2)
-    window = cut_window(image, (first, spans(20, 8, 0.5)[1], spans(8, 8, 0.5)[0]))
+    window = cut(image, (first, spans(20, 8, 0.5)[1], spans(8, 8, 0.5)[0]))
     assert window.shape == (2, 8, 8, 8)
     np.testing.assert_array_equal(window[:, first.within], image[:, :, 4:12])
     assert first.within == slice(1, 6) and not window[:, 0].any() and not window[:, 6:].any()
@@ -82,28 +80,26 @@ def test_the_weight_is_never_zero(patch: tuple[int, ...]) -> None:
 def test_mirrored_windows() -> None:
     assert mirrorings(()) == [()] and mirrorings((0, 2)) == [(), (0,), (2,), (0, 2)]
     assert len(mirrorings((0, 1, 2))) == 8
-    window = noise((4, 4, 4), channels=2)
-    window[1] = np.random.default_rng(1).integers(0, 3, (4, 4, 4))
-    swap = LabelSwap(2, (0, 2, 1), (0, 2, 1))
-    mirrored = mirror_window(window, (0, 2), swap)
-    np.testing.assert_array_equal(mirrored[0], np.flip(window[0], (0, 2)))
-    np.testing.assert_array_equal(mirrored[1] == 1, np.flip(window[1], (0, 2)) == 2)
-    np.testing.assert_array_equal(mirror_window(window, (0,), swap), np.flip(window, 1))
+    image = noise((4, 4, 4), channels=2)
+    image[1] = np.random.default_rng(1).integers(0, 3, (4, 4, 4))
+    place, swap = [spans(4, 4, 0.5)[0]] * 3, LabelSwap(2, (0, 2, 1), (0, 2, 1))
+    mirrored = cut(image, place, (0, 2), swap)
+    np.testing.assert_array_equal(mirrored[0], np.flip(image[0], (0, 2)))
+    np.testing.assert_array_equal(mirrored[1] == 1, np.flip(image[1], (0, 2)) == 2)
+    np.testing.assert_array_equal(cut(image, place, (0,), swap), np.flip(image, 1))
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(7, 3), (7, 7), (1, 1), (8, 4)])
 def test_two_dimensional_networks_compute_each_slice_once(size: int, at_once: int) -> None:
-    found = slice_spans(size, at_once)
-    assert [i for span in found for i in range(size)[span.inside]] == list(range(size))
-    assert max(span.size for span in found) == at_once
-    tiling = tile((size, 20, 9), (8, 16), 0.5, mirrorings((1, 2)), at_once)
-    assert tiling.axes[0] == found and [len(axis) for axis in tiling.axes[1:]] == [4, 1] and len(tiling.flips) == 4
+    along, *plane = tile((size, 20, 9), (8, 16), 0.5, at_once)
+    assert [i for span in along for i in range(size)[span.inside]] == list(range(size))
+    assert max(span.size for span in along) == at_once and [len(axis) for axis in plane] == [4, 1]
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
 @pytest.mark.parametrize(("size", "target"), [(100, 100), (100, 170), (100, 23), (9, 20), (40, 3), (1, 1)])
 def test_slices_are_kept_until_they_are_used(size: int, target: int, order: int) -> None:
-    for along in (spans(size, 32, 0.5), spans(size, 32, 1.0), slice_spans(size, 5)):
+    for along in (spans(size, 32, 0.5), spans(size, 32, 1.0), tile((size, 8, 8), (8, 8), 1.0, 5)[0]):
         parts = blocks(size, target, order, 4)
         rows, depth = schedule(along, parts)
         first, used = 0, []
@@ -121,19 +117,15 @@ def test_slices_are_kept_until_they_are_used(size: int, target: int, order: int)
 # ---------------------------------------------------------------------------------------------------- averaged windows
 
 
-def sliding(forward: Callable[[Tensor], Tensor], outputs: int, **options: Any) -> SlidingWindow:
-    options = {"flips": ((),), "at_once": 1} | options
-    return SlidingWindow(forward=forward, outputs=outputs, patch=(8, 8, 8), device=CPU, window_bytes=0, **options)
+def of_function(function: Callable[[Tensor], Tensor], n_logits: int, **options: Any) -> SlidingWindow:
+    return sliding([Function(function)], planned((8, 8, 8)), n_logits, **options)
 
 
 @pytest.mark.parametrize("shape", [(20, 21, 22), (5, 20, 9), (8, 8, 8)])
-@pytest.mark.parametrize(
-    ("options", "step"),
-    [({}, 0.5), ({"flips": tuple(mirrorings((0, 1, 2)))}, 0.5), ({}, 1.0), ({"at_once": 5}, 0.3)],
-)
+@pytest.mark.parametrize(("options", "step"), [({}, 0.5), ({"mirror_axes": (0, 1, 2)}, 0.5), ({}, 1.0), ({}, 0.3)])
 def test_the_identity_returns_the_image(shape: Shape, options: dict[str, Any], step: float) -> None:
     image = noise(shape, channels=3)
-    found = predict_logits(sliding(lambda x: x, 3, **options), image, step)
+    found = predict_logits(of_function(lambda x: x, 3, **options), image, step)
     torch.testing.assert_close(found, torch.from_numpy(image), atol=1e-5, rtol=1e-5)
 
 
@@ -160,12 +152,16 @@ def average_at_once(image: Tensor, flips: Sequence[tuple[int, ...]], half: bool)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 7, 1000])
-@pytest.mark.parametrize("flips", [mirrorings(()), mirrorings((0, 2))])
-def test_overlapping_windows_and_copies_are_averaged(at_once: int, flips: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("axes", [(), (0, 2)])
+def test_overlapping_windows_and_copies_are_averaged(
+    at_once: int, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlidingWindow, "at_once", at_once)
     image = noise((20, 10, 9))
     for half in (False, True):
-        found = predict_logits(sliding(of_position, 2, flips=tuple(flips), at_once=at_once, half=half), image)
-        expected = average_at_once(torch.from_numpy(image), flips, half)
+        sums = torch.float16 if half else torch.float32
+        found = predict_logits(of_function(of_position, 2, mirror_axes=axes, sums=sums), image)
+        expected = average_at_once(torch.from_numpy(image), mirrorings(axes), half)
         torch.testing.assert_close(found, expected, atol=0 if half else 1e-4, rtol=0 if half else 1e-5)
 
 
@@ -178,7 +174,7 @@ def test_features_are_summed_if_there_are_more_classes() -> None:
         (20, 2, LabelSwap(2, (1,)), 21),
     ]:
         networks = random_networks(configuration, n_classes, folds)
-        window = build_sliding_window(networks, configuration, n_classes, FP32, CPU, mirror_axes=(2,), swap=swap)
+        window = sliding(networks, configuration, n_classes, mirror_axes=(2,), swap=swap)
         assert window.channels == channels
 
 

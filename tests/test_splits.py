@@ -148,21 +148,14 @@ def test_cases_without_a_fold_are_named(splits: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"train": ["case_001", "nobody"], "val": ["case_002"]}], "unknown cases: nobody"),
-        ([{"train": ["case_001", "case_002"], "val": ["case_002"]}], "case_002 on both sides"),
-        ([{"train": [], "val": ["case_002"]}], "no training case"),
         ([{"training": ["case_001"]}], "must be a list of"),
-        ([{"train": ["case_001", "case_001"], "val": []}], "fold 0 names case_001 twice"),
         ([{"train": "case_001", "val": ["case_002"]}], "must be a list of"),
         ([{"train": ["case_001"], "val": [2]}], "must be a list of"),
         ([{"train": IDS[1:], "val": IDS[:1]}, {"train": IDS, "val": IDS[:1]}], "fold 1 has case_007 on both sides"),
-        ([], "must be a list of"),
-        ([3], "must be a list of"),
-        (3, "must be a list of"),
-        ({"train": ["case_001"]}, "must be a list of"),
     ],
 )
 def test_a_wrong_file_is_named(splits: Path, content: Any, message: str) -> None:
+    """tests/test_bad_plans.py has more of them."""
     write_json(splits, content)
     with pytest.raises(UserError, match=rf"splits\.json: .*{message}.* Correct or remove it"):
         read_split(splits, dataset_of(IDS), "0")

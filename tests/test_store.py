@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_inputs import contents
 from samples import sample_plan
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, read_dataset
+from nnunet_lite.data.geometry import slices
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
@@ -28,11 +30,6 @@ from nnunet_lite.preprocessing.stored_case import chunks_and_blocks, sample_voxe
 
 BOTH = ["2d", "3d_fullres"]
 Copy = Callable[..., Path]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def test_arrays_come_back_as_made(five: Dataset, tmp_path: Path) -> None:
         assert case.label is not None
         stored = open_case(tmp_path / "pre", plan, "3d_fullres", case.id)
         values, geometry, _ = read_label(case.label)
-        box = tuple(slice(*span) for span in stored.placement.box)
+        box = slices(stored.placement.box)
         assert stored.case_id == case.id and stored.placement.geometry == geometry
         assert np.array_equal(stored.label[:], five.labels.encode(values)[box]) and stored.label.dtype == np.uint8
         patch = stored.image[:, 3:9, 10:20, 5:30]
@@ -114,7 +111,6 @@ def test_workers_do_not_change_the_files_and_none_means_no_thread(
             yield item
 
     monkeypatch.setattr(log, "progress", progress)
-
     plan = sample_plan(five.labels, (1.5, 1.2, 0.8))
     preprocess_dataset(five, plan, BOTH, tmp_path / "0", 0)
     assert threads == [("files", 5, [])] * 5 + [("preprocess", 5, [])] * 5
@@ -225,7 +221,7 @@ def test_values_that_are_not_standardised_keep_their_digits(
     assert "float16" not in capsys.readouterr().err
     stored = open_case(tmp_path / "pre", plan, "3d_fullres", dataset.cases[0].id)
     low, high = (values.min(), values.max()) if scheme == "rescale_0_1" else (0, 255 if scheme == "rgb_0_1" else 1)
-    box = tuple(slice(*span) for span in stored.placement.box)
+    box = slices(stored.placement.box)
     error = np.abs(stored.image[0].astype(np.float64) * (float(high) - low) + low - values[box]).max()
     assert error < (0.01 if exact else 0.1)
     coarse = plan.model_copy(update={"stored_as": "float16"})

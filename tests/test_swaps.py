@@ -31,14 +31,14 @@ TUMOR = Labels(
 def test_classes_change_places_and_ignore_stays() -> None:
     pairs = [("kidney_left", "kidney_right")]
     assert KIDNEYS.values == (0, 2, 4, 7)
-    assert make_swap_table(KIDNEYS, pairs) == (0, 1, 3, 2, 4)
+    assert make_swap_table(KIDNEYS, pairs) == (0, 1, 3, 2, 4, 5)
     assert swap_channels(KIDNEYS, pairs) == (0, 1, 3, 2)
-    assert make_swap_table(KIDNEYS, []) == (0, 1, 2, 3, 4)
+    assert make_swap_table(KIDNEYS, []) == (0, 1, 2, 3, 4, 5)
 
 
 def test_classes_of_regions_follow_from_the_regions_they_are_in() -> None:
     pairs = [("left", "right"), ("left_core", "right_core")]
-    assert make_swap_table(TUMOR, pairs) == (0, 3, 4, 1, 2, 5)
+    assert make_swap_table(TUMOR, pairs) == (0, 3, 4, 1, 2, 5, 6)
     names = TUMOR.region_names
     swapped = [names[i] for i in swap_channels(TUMOR, pairs)]
     assert dict(zip(names, swapped, strict=True)) == {
@@ -87,12 +87,12 @@ def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_workspace: 
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = plan.model_copy(update={"axis_order": order})
-        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1))
-        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1)))
+        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
+        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1, 3)))
     for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
         stored = plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
-        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1))
+        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
-    assert swap_of(plan, given, 3) == ClassSwap(0, (0, 2, 1))
-    assert swap_of(plan, given, 2) == ClassSwap(1, (0, 2, 1))
+    assert swap_of(plan, given, 3) == ClassSwap(0, (0, 2, 1, 3))
+    assert swap_of(plan, given, 2) == ClassSwap(1, (0, 2, 1, 3))
     assert swap_of(plan, AugmentationSettings(), 3) is None

@@ -86,7 +86,7 @@ def test_the_quota_of_a_real_cgroup_counts() -> None:
         code = (
             "import os, sys, pathlib\n"
             "for group in sys.argv[1:]: (pathlib.Path(group) / 'cgroup.procs').write_text(str(os.getpid()))\n"
-            "from nnunet_lite import budget\n"
+            "from nnunet_lite import system\n"
             "print(system.cpus(), system.free_memory())"
         )
         out = subprocess.check_output([sys.executable, "-c", code, *map(str, groups)], text=True)

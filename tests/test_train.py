@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 from samples import TINIEST
 
 import nnunet_lite
+from nnunet_lite.commands import train as commands
 from nnunet_lite.commands.train import fold_names
 from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import lock_fold
+from nnunet_lite.networks.unet import UNet
 from nnunet_lite.workspace import planned_paths
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
@@ -107,6 +111,27 @@ def test_a_fold_that_restarts_binds_nothing(workspace: Path, models: Path) -> No
 def test_ignored_settings_of_inference_are_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(workspace, settings={"inference.step_size": 0.5})
     assert "without inference.step_size: 1.0 -> 0.5; give them to `nnlite predict`" in capfd.readouterr().err
+
+
+def test_nothing_of_the_training_is_in_memory_when_the_validation_begins(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, the validation plans with the memory that is free."""
+    networks: list[int] = []
+    validate = commands.validate_fold
+
+    def count(*arguments: Any, **options: Any) -> Scores:
+        networks.append(sum(isinstance(found, UNet) for found in gc.get_objects()))
+        return validate(*arguments, **options)
+
+    monkeypatch.setattr(commands, "validate_fold", count)
+    gc.collect()
+    gc.disable()
+    try:
+        train(workspace, name="new")
+    finally:
+        gc.enable()
+    assert networks == [0]
 
 
 def test_all_folds_are_looked_at_before_the_first_is_trained(workspace: Path) -> None:

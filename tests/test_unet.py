@@ -29,11 +29,13 @@ FLAT = Network(
 @pytest.mark.parametrize("spec", [PLAIN, RESIDUAL])
 def test_output_has_the_input_size_and_deep_supervision_the_pooled_ones(spec: Network) -> None:
     net = UNet(spec, 2, 3)
-    x = torch.randn(2, 2, 4, 16, 12)
-    assert net(x).shape == (2, 3, 4, 16, 12)
-    net.deep_supervision = True
-    outputs = net(x)
-    assert [tuple(o.shape[2:]) for o in outputs] == [(4, 16, 12), (4, 8, 6)]
+    x = torch.randn(2, 2, 4, 16, 16)
+    assert net(x).shape == (2, 3, 4, 16, 16)
+    stage = {"features": (8, 16, 32, 32), "strides": (*spec.strides, (1, 2, 2)), "kernels": (*spec.kernels, (3, 3, 3))}
+    deeper = spec.model_copy(update={**stage, "blocks": (1,) * 4, "decoder_convolutions": (1,) * 3})
+    for one, shapes in ((net, [(4, 16, 16)]), (UNet(deeper, 2, 3), [(4, 16, 16), (4, 8, 8)])):
+        one.deep_supervision = True
+        assert [tuple(o.shape[2:]) for o in one(x)] == shapes, "without the coarsest"
 
 
 def test_two_dimensions() -> None:
@@ -49,11 +51,12 @@ def test_parameters_are_those_of_the_topology() -> None:
     assert sum(p.numel() for p in UNet(FLAT, 1, 2).parameters()) == encoder + decoder
 
 
-def test_every_parameter_gets_a_gradient_with_deep_supervision() -> None:
+def test_every_parameter_but_the_coarsest_head_gets_a_gradient_with_deep_supervision() -> None:
     net = UNet(PLAIN, 1, 2)
     net.deep_supervision = True
     sum(o.square().mean() for o in net(torch.randn(1, 1, 4, 8, 8))).backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+    assert {name for name, p in net.named_parameters() if p.grad is None} == {"heads.0.weight", "heads.0.bias"}
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
 def test_residual_blocks_start_as_their_skip() -> None:

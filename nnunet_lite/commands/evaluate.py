@@ -17,7 +17,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores, score_files
 from nnunet_lite.files import read_json, write_json, write_text
 from nnunet_lite.inference.cases import output_file
-from nnunet_lite.models.folder import model_folders, trained_folds
+from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
 from nnunet_lite.workspace import Paths, select_dataset
@@ -122,11 +122,11 @@ def view(
     maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())
     if file.exists() or maps:
         if model:
-            raise UserError(
-                "a model's predictions are shown of a case, not of a file", file, "Give label maps after it."
-            )
-        paths = select_dataset(workspace, dataset, only_reads=True) if dataset else None
-        labels = None if paths is None else stored_dataset(paths.dataset).labels
+            what = "a model's predictions are shown of a case, not of a file"
+            raise UserError(what, file, "Give label maps after it.")
+        labels = None
+        if dataset:
+            labels = stored_dataset(select_dataset(workspace, dataset, only_reads=True).dataset).labels
         page = serve(read_file_scene(file, [Path(path) for path in maps], labels))
     else:
         paths = select_dataset(workspace, dataset, only_reads=True)
@@ -157,14 +157,14 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[
     """
     found = []
     for name in _chosen(paths) if names is None else names:
-        folder = paths.root / "ensembles" / name if "+" in name else paths.models / name
-        maps = (output_file(case, fold / "validation") for fold in sorted(folder.glob("fold_*")))
+        folder = paths.ensembles / name if "+" in name else paths.models / name
+        maps = (output_file(case, fold / VALIDATION) for fold in sorted(folder.glob("fold_*")))
         if file := next((path for path in maps if path.is_file()), None):
             found.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))
         elif names is None:
             log.info(f"{name} has not predicted {case.id}: the fold that holds it out is not trained")
         elif not folder.is_dir():
-            have = sorted(path.name for path in (*paths.models.glob("*"), *(paths.root / "ensembles").glob("*")))
+            have = sorted(path.name for path in (*paths.models.glob("*"), *paths.ensembles.glob("*")))
             raise UserError("there is no such model", folder, f"There are: {', '.join(have) or 'none'}.")
         else:
             raise UserError(f"has not predicted {case.id}: the fold that holds it out is not trained", folder)

@@ -49,7 +49,9 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
         instructions = torch.backends.cpu.get_cpu_capability()
         found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
-        if not gpus and shutil.which("nvidia-smi"):
+        if gpus:
+            problems += import_module("nnunet_lite.networks.devices").find_wrong_gpus()
+        elif shutil.which("nvidia-smi"):
             problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     disk = shutil.disk_usage(existing).free

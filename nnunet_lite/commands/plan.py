@@ -25,6 +25,7 @@ from nnunet_lite.planning.schema import Options, Plan, Precision
 from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
+from nnunet_lite.settings import Preset
 from nnunet_lite.system import in_units
 from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
@@ -64,18 +65,14 @@ def check(
         dataset = read_dataset(root)
     except UserError as error:
         return broken_dataset(root, error)
-    return check_dataset(
-        replace(dataset, accept_geometry=accept_geometry), None, workers=workers, progress=log.progress
-    )
+    dataset = replace(dataset, accept_geometry=accept_geometry)
+    return check_dataset(dataset, workers=workers, progress=log.progress)
 
 
 def plan(
     data: Annotated[str | Path | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
     *,
-    preset: Annotated[
-        Literal["default", "resenc_m", "resenc_l", "resenc_xl"] | None,
-        typer.Option(help="Kind of U-Net [as planned before, otherwise default]."),
-    ] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Kind of U-Net [as planned before, otherwise default].")] = None,
     memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
     plans: Annotated[str | Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
@@ -95,14 +92,9 @@ def plan(
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
-    store: Annotated[
-        Precision | None,
-        typer.Option(help="Type of preprocessed images on disk [as planned before; float32 without standardisation]."),
-    ] = None,
+    store: Annotated[Precision | None, typer.Option(help="Type of stored images [as planned before].")] = None,
     accept_geometry: options.AcceptGeometry = False,
-    from_fingerprint: Annotated[
-        str | Path | None, typer.Option(help="Plan from a fingerprint instead of data.")
-    ] = None,
+    from_fingerprint: Annotated[str | Path | None, typer.Option(help="Plan from this file, not from data.")] = None,
     dataset_json: Annotated[str | Path | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
     format: Annotated[Literal["nnlite", "nnunet"], typer.Option(help="Of --output.")] = "nnlite",
     output: Annotated[str | Path | None, typer.Option(help="Write the plan to this file too.")] = None,
@@ -291,11 +283,6 @@ def preprocess(
         count, size = prune_store(paths.preprocessed, plan)
         log.info(f"{count} arrays deleted that the plan does not need, {in_units(size)}")
     with options.cluster_of(scheduler, paths.root.parent) as cluster:
-        return preprocess_dataset(
-            stored_dataset(paths.dataset),
-            plan,
-            options.names_of(configuration) or list(plan.configurations),
-            paths.preprocessed,
-            workers,
-            None if cluster is None else cluster.spread,
-        )
+        names = options.names_of(configuration) or list(plan.configurations)
+        spread = None if cluster is None else cluster.spread
+        return preprocess_dataset(stored_dataset(paths.dataset), plan, names, paths.preprocessed, workers, spread)

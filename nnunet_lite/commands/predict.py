@@ -12,7 +12,7 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
-from nnunet_lite.data.cases import Case, find_all_cases
+from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.postprocessing import apply_rules
@@ -211,7 +211,7 @@ def predict(
     else:
         with as_model_folder(folders[0], checkpoint) as folder:
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
-    cases = find_all_cases(sources, len(plan.channels))
+    cases = find_cases(sources, len(plan.channels))
     check_output(sources, cases, out, plan.labels, dicom_seg)
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"

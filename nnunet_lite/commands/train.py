@@ -33,6 +33,7 @@ from nnunet_lite.evaluation.scores import Scores, read_summaries
 from nnunet_lite.inference.first_stage import predict_first_stage, read_stage_map
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
+from nnunet_lite.networks.devices import release_memory
 from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import load_settings
@@ -321,7 +322,10 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
         else:
             _preprocess_and_train(run, seed, ranks, device, preview)
-    return None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
+    release_memory(device)  # of the training; the validation plans with what is free
+    scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
+    release_memory(device)
+    return scores
 
 
 def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:
@@ -345,7 +349,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         case = open_case(store, run.plan, run.configuration, case_id)
         return case if stage_maps is None else replace(case, previous=read_stage_map(stage_maps[case_id]))
 
-    def load(ids: Sequence[str]) -> list[Any]:
+    def load(ids: Sequence[str]) -> Sequence[Any]:
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
         return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 
@@ -359,6 +363,8 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
     job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))
+    if device.type == "cuda":
+        job = replace(job, formats=run.paths.root / "formats.json")
     if preview and ranks.rank == 0:
         draw_preview(job, job.folder / "preview.png")
     train_fold(job)

@@ -2,7 +2,7 @@
 
 An image is one file per channel, numbered `_0000`, `_0001`, ..., one file with all channels, or a DICOM series. A label
 map has the name of its image. A word such as `_mask` at its end is accepted and reported. Other names are not guessed:
-the error shows names of both folders, and how to name files.
+messages show them and propose likely pairs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 from nnunet_lite import log
@@ -25,10 +27,12 @@ LABEL_FOLDERS = ("labelstr", "labels", "label", "masks", "mask", "segmentations"
 _LABEL_WORD = re.compile(r"(.+?)[ _.-](?:masks?|segs?|segmentations?|labels?|gt)", re.IGNORECASE)
 _NEEDS = "It needs dataset.json, or the folders images/ and labels/ (or imagesTr/ and labelsTr/)."
 _NAMING = (
-    "An image is called CASE.nii.gz, or CASE_0000.nii.gz, CASE_0001.nii.gz, ... for its channels, and its label map "
-    "CASE.nii.gz: one for all structures, with a value for each. Or list the files in dataset.json, see docs/files.md."
+    "An image is called CASE.nii.gz, or CASE_0000.nii.gz, CASE_0001.nii.gz, ... for its channels (an underscore, four "
+    "digits), and its label map CASE.nii.gz: one for all structures, with a value for each. Or list the files in "
+    "dataset.json, see docs/files.md."
 )
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
+_PART = re.compile(r"\d+|[^\W\d_]+")  # of a name: a number or a word
 _MOST_CHANNELS = 8  # of one case in separate files; more files of one name are a series of cases
 _ALSO_DICOM = f"{SUPPORTED} and DICOM series."
 
@@ -129,29 +133,41 @@ def unsupported_files(folder: Path, name: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------- cases to predict
 
 
-def find_cases(source: Path, channels: int) -> list[Case]:
-    """Find the cases to predict in a file, a folder of files, or a folder of case folders.
+def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
+    """Find the cases to predict in files, folders of files, and folders of case folders.
 
     A file is an image, one of several channel files, or a file of a DICOM series. A folder contains any mix of
     supported files, or one DICOM series, or folders that contain one case each and give it their name.
 
     Parameters
     ----------
-    source : Path
-        The file or folder.
+    sources : sequence of Path
+        The files and folders.
     channels : int
         Number of channels of the model.
 
     Returns
     -------
     list of Case
-        Without label maps.
+        Without label maps, in the order of the sources.
 
     Raises
     ------
     UserError
-        There is nothing to read, two files are one case and channel, or a case folder contains several cases.
+        There is nothing to read, two cases have one name, or a case folder contains several cases.
     """
+    cases: dict[str, Case] = {}
+    for source in sources:
+        for case in _cases_of(source, channels):
+            other = cases.setdefault(case.id, case)
+            if set(other.images) != set(case.images):
+                files = f"{other.images[0]} and {case.images[0]}"
+                what = f"{files} are the same case {case.id!r}: their label maps would be one file"
+                raise UserError(what, source, "Rename or remove one, or predict them into two folders.")
+    return list(cases.values())
+
+
+def _cases_of(source: Path, channels: int) -> list[Case]:
     if source.is_file():
         return _cases_of_file(source, channels)
     if not source.is_dir():
@@ -166,12 +182,6 @@ def find_cases(source: Path, channels: int) -> list[Case]:
         inside = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
         what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
         raise UserError(what, source, _ALSO_DICOM)
-    by_id: dict[str, Case] = {}
-    for case in cases:
-        first = by_id.setdefault(case.id, case)
-        if first is not case:
-            names = " and ".join(path.name for path in (first.images[0], case.images[0]))
-            raise UserError(f"{names} are the same case {case.id!r}", source, "Rename or remove one.")
     if channels == 1 and (numbered := numbered_cases(cases)):
         names = " and ".join(case.images[0].name for case in numbered[0][:2])
         log.warn(
@@ -179,36 +189,6 @@ def find_cases(source: Path, channels: int) -> list[Case]:
             "one case, leave only the channel of the model in the folder"
         )
     return cases
-
-
-def find_all_cases(sources: Sequence[Path], channels: int) -> list[Case]:
-    """Find the cases to predict in several files and folders.
-
-    Parameters
-    ----------
-    sources : sequence of Path
-        As for `find_cases`.
-    channels : int
-        Number of channels of the model.
-
-    Returns
-    -------
-    list of Case
-        In the order of the sources.
-
-    Raises
-    ------
-    UserError
-        As `find_cases`, or two sources contain a case of the same name.
-    """
-    found: dict[str, tuple[Case, Path]] = {}
-    for source in sources:
-        for case in find_cases(source, channels):
-            other = found.setdefault(case.id, (case, source))
-            if set(other[0].images) != set(case.images):
-                what = f"holds case {case.id!r}, and so does {other[1]}: their label maps would be one file"
-                raise UserError(what, source, "Predict them into two folders.")
-    return [case for case, _ in found.values()]
 
 
 def _cases_of_file(path: Path, channels: int) -> list[Case]:
@@ -367,28 +347,17 @@ def _has_channels(path: Path, channels: int) -> bool:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
-def data_folders(root: Path) -> tuple[Path | None, Path | None]:
-    """Return the folders of the training images and of their label maps.
-
-    They are imagesTr and labelsTr, otherwise folders such as images and labels, or image and masks, in any case.
-
-    Parameters
-    ----------
-    root : Path
-        The folder of a dataset.
-
-    Returns
-    -------
-    tuple of Path or None
-        None for a folder that does not exist.
-
-    Raises
-    ------
-    UserError
-        There are several folders for the same purpose.
-    """
+def _data_folders(root: Path) -> tuple[Path, Path]:
+    """Return the folders of images and label maps: imagesTr and labelsTr, or such as images and masks, in any case."""
     images = _usual_folder(root, "imagesTr", IMAGE_FOLDERS, "images")
-    return images, _usual_folder(root, "labelsTr", LABEL_FOLDERS, "label maps")
+    labels = _usual_folder(root, "labelsTr", LABEL_FOLDERS, "label maps")
+    if images and labels:
+        return images, labels
+    if not (table := root / "dataset.json").is_file():
+        raise _no_dataset_error(root)
+    missing = [name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None]
+    what = f"lists no files, and it has no {' and no '.join(missing)} in its folder"
+    raise UserError(what, table, "Add the folder, or list the files.")
 
 
 def _usual_folder(root: Path, of_nnunet: str, usual: Sequence[str], what: str) -> Path | None:
@@ -411,18 +380,16 @@ def _has_both(folder: Path) -> bool:
 
 
 def labelled_cases(
-    files: Sequence[Path], channels: int | None, folder: Path, ending: str | None
+    root: Path, channels: int | None = None, ending: str | None = None
 ) -> tuple[list[Case], tuple[str, ...]]:
-    """Group image files into cases with their label maps.
+    """Find the training cases in the folders of a dataset, such as imagesTr and labelsTr or images and masks.
 
     Parameters
     ----------
-    files : sequence of Path
-        All images of a dataset.
+    root : Path
+        The folder of the dataset.
     channels : int or None
         Their number of channels. None: what the numbers in the names of labelled images show.
-    folder : Path
-        The folder of the label maps.
     ending : str or None
         The ending of the files in dataset.json.
 
@@ -436,12 +403,16 @@ def labelled_cases(
     Raises
     ------
     UserError
-        The folder contains no label map, or none with the name of an image.
+        A folder is missing, or there are several for one purpose; or it contains no image, no label map, or no label
+        map with the name of an image.
     """
-    maps = image_files(folder)
+    images, folder = _data_folders(root)
+    files, maps = image_files(images, ending), image_files(folder)
+    if not files:
+        raise _no_files_error(images, "image", ending)
     if not maps:
-        raise no_files_error(folder, "label map")
-    labels = label_maps(maps, _image_names(files))
+        raise _no_files_error(folder, "label map")
+    labels = label_maps(maps, {name for path in files for name in names_of_image(path)})
     if channels != 1:
         _rename_first_channels(labels, files)
     single = [Case(stem(path), (path,)) for path in files if stem(path) in labels]  # also names that end in _0001
@@ -454,7 +425,9 @@ def labelled_cases(
         of_maps, of_images = (few([path.name for path in paths]) for paths in (maps, files))
         n_maps, n_images = plural(len(maps), "label map"), plural(len(files), "image")
         what = f"none of its {n_maps} ({of_maps}) has the name of one of the {n_images} ({of_images})"
-        raise UserError(what, folder, _NAMING)
+        pairs = likely_pairs(files, maps).items()
+        listed = few([f"{' and '.join(image.name for image in images)} with {label.name}" for label, images in pairs])
+        raise UserError(what, folder, f"Likely pairs are {listed}. {_NAMING}" if listed else _NAMING)
     expected = ending or common_ending(cases)
     labelled, by_word = [], []
     for case in cases:
@@ -466,7 +439,7 @@ def labelled_cases(
         labelled.append(Case(case.id, case.images, label))
     notes = [
         f"{used.name}/ taken as the folder of the {what}"
-        for used, what in ((files[0].parent, "images"), (folder, "label maps"))
+        for used, what in ((images, "images"), (folder, "label maps"))
         if used.name.lower() not in ("imagestr", "images", "labelstr", "labels")
     ]
     if by_word:
@@ -489,9 +462,9 @@ def _rename_first_channels(labels: dict[str, list[Path]], files: Iterable[Path])
             labels[base] = labels.pop(f"{base}_0000")
 
 
-def _image_names(files: Iterable[Path]) -> set[str]:
-    """Return the names that label maps of image files may have: with and without a channel number."""
-    return {name for path in files for name in (stem(path), split_name(stem(path))[0])}
+def names_of_image(path: Path) -> tuple[str, str]:
+    """Return the names that the label map of an image may have: with and without a channel number."""
+    return stem(path), split_name(stem(path))[0]
 
 
 def label_maps(files: Iterable[Path], names: Collection[str]) -> dict[str, list[Path]]:
@@ -537,6 +510,43 @@ def label_base(name: str) -> str:
     return match[1] if match else name
 
 
+def likely_pairs(images: Sequence[Path], maps: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Propose images for label maps whose names do not match.
+
+    Words and numbers of names are compared: P001_T1 and P001_seg have the same beginning, img_01 and mask_1 a number.
+
+    Parameters
+    ----------
+    images, maps : sequence of Path
+        Images and label maps without a partner.
+
+    Returns
+    -------
+    dict of Path to list of Path
+        Label map -> images, several if they may be channels of a case. An image that fits two label maps is left out.
+    """
+    parts = {path: _parts(split_name(stem(path))[0]) for path in (*images, *maps)}
+    pairs: dict[Path, list[Path]] = {}
+    for label in maps:
+        scores = {image: _likeness(parts[image], parts[label]) for image in images}
+        best = max(scores.values(), default=(0, 0))
+        found = [image for image, score in scores.items() if score == best]
+        if best > (0, 0) and (len(found) < len(images) or len(images) == len(maps) == 1):
+            pairs[label] = found
+    uses = Counter(image for found in pairs.values() for image in found)
+    return {label: found for label, found in pairs.items() if all(uses[image] == 1 for image in found)}
+
+
+def _parts(name: str) -> list[str]:
+    """Split a name into words and numbers: "P001_T1" -> p, 1, t, 1."""
+    return [str(int(part)) if part.isdecimal() else part.lower() for part in _PART.findall(name)]
+
+
+def _likeness(a: list[str], b: list[str]) -> tuple[int, int]:
+    """Return how many parts of two names are equal at their beginnings, and anywhere."""
+    return sum(takewhile(bool, map(eq, a, b))), len(set(a) & set(b))
+
+
 def common_ending(cases: Iterable[Case]) -> str:
     """Return the ending of most images.
 
@@ -557,23 +567,8 @@ def common_ending(cases: Iterable[Case]) -> str:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def no_files_error(folder: Path, what: str, ending: str | None = None) -> UserError:
-    """Return the error for a folder without a readable file, which says what the folder contains instead.
-
-    Parameters
-    ----------
-    folder : Path
-        The folder of images or label maps.
-    what : str
-        "image" or "label map".
-    ending : str or None
-        The only ending that counts, from dataset.json.
-
-    Returns
-    -------
-    UserError
-        To be raised.
-    """
+def _no_files_error(folder: Path, what: str, ending: str | None = None) -> UserError:
+    """Return the error for a folder without a readable file, which says what the folder contains instead."""
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     wrong = image_files(folder) or [path for path in files if path.suffix.lower() != ".json"]
     inside = [f"{path.name}/ ({few(names)})" for path in folders_in(folder) if (names := _names_in(path))]
@@ -592,19 +587,8 @@ def _names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def no_dataset_error(root: Path) -> UserError:
-    """Return the error for a folder that is not a dataset, which says what the folder contains.
-
-    Parameters
-    ----------
-    root : Path
-        The folder.
-
-    Returns
-    -------
-    UserError
-        To be raised.
-    """
+def _no_dataset_error(root: Path) -> UserError:
+    """Return the error for a folder that is not a dataset, which says what the folder contains."""
     folders = [root.parent, *folders_in(root)]
     datasets = [str(folder) for folder in folders if (folder / "dataset.json").is_file() or _has_both(folder)]
     if datasets:

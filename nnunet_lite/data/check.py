@@ -76,15 +76,15 @@ def check_dataset(
             keep(dataset.cases[len(findings)].id, found.visited)
         found.visited = None
         findings.append(found)
-    values = [found.values for found in findings]
-    of_labels = list(check_labels(dataset, values))
-    instances = any(problem.kind == "instances" for problem in of_labels)  # then no list of values would help
-    void = any(255 in (found or ()) for found in values)  # then 255 does not mean 1
+    of_labels = list(check_labels(dataset, [found.values for found in findings]))
+    kinds = {problem.kind for problem in of_labels}
     problems = list(check_files(dataset))
     for note in dataset.notes:
-        if not (void and note == MASK_NOTE):
+        if not (note == MASK_NOTE and "label_void" in kinds):
             problems.append(Problem("understood", str(dataset.root), note))
-    problems += [p for found in findings for p in found.problems if not (instances and p.kind == "label_value")]
+    problems += [
+        p for found in findings for p in found.problems if not ("instances" in kinds and p.kind == "label_value")
+    ]
     problems += [*of_labels, *check_consistency(dataset, findings)]
     problems = [_relative(problem, dataset.root) for problem in problems]
     return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), dataset.accept_geometry)
@@ -191,7 +191,8 @@ def _check_images(images: list[Image], case: Case, dataset: Dataset, found: Case
     for path, image in zip(case.images, images, strict=True):
         found.problems += [Problem("understood", str(path), note) for note in image.notes]
         if conflict := form_conflict(path, image.geometry):
-            fix = "Make them equal, for example with nibabel: image.set_qform(image.get_sform())."
+            keep, change = ("qform", "sform") if conflict.startswith("its sform") else ("sform", "qform")
+            fix = f"Make them equal, for example with nibabel: image.set_{change}(image.get_{keep}())."
             found.problems.append(Problem("forms", str(path), conflict, "", fix))
     if any(problem.kind == "grid" for problem in found.problems):
         return None
@@ -242,16 +243,15 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         text, fix = "a label map as JPEG, which changes values", "Store label maps as PNG or NIfTI."
         found.problems.append(Problem("label_lossy", path, text, "", fix))
         return None
-    array = map_labels(label.array, dataset.label_map)
     found.problems += [Problem("understood", path, note) for note in label.notes]
-    found.values = {int(v) for v in np.unique(array[array != dataset.labels.background])}
-    known = {v for v in (*dataset.labels.values, dataset.labels.ignore) if v is not None}
+    found.values = {int(v) for v in np.unique(label.array)} - {dataset.labels.background}
+    known = {v for v in (*dataset.labels.values, dataset.labels.ignore, *(dataset.value_map or ())) if v is not None}
     if unknown := sorted(found.values - known):
-        voxels = plural(int(np.isin(array, unknown).sum()), "voxel")
+        voxels = plural(int(np.isin(label.array, unknown).sum()), "voxel")
         text = f"label value {few([str(value) for value in unknown], 5)} ({voxels})"
         legal = f"one of {', '.join(map(str, sorted(known)))}"
         found.problems.append(Problem("label_value", path, text, legal, _UNKNOWN_VALUE_FIX))
-    return replace(label, array=array)
+    return replace(label, array=map_labels(label.array, dataset.value_map))
 
 
 def _compare(case: Case, images: list[Image], label: Image) -> Iterator[Problem]:

@@ -10,7 +10,15 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nnunet_lite.data.cases import LABEL_FOLDERS, Case, image_files, label_base
+from nnunet_lite.data.cases import (
+    LABEL_FOLDERS,
+    Case,
+    image_files,
+    label_base,
+    likely_pairs,
+    names_of_image,
+    split_name,
+)
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import read_label
@@ -39,7 +47,7 @@ class CaseFindings(Generic[T]):
     geometry : Geometry or None
         Of its image; None if it cannot be read.
     values : set of int or None
-        Values in its label map besides the background; None if it cannot be read.
+        Values in the file of its label map besides the background; None if it cannot be read.
     digest : bytes
         Hash of the voxels of its image.
     visited : T or None
@@ -76,9 +84,9 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
         text = f"numTraining is {declared}, and there are {plural(len(dataset.cases), 'case')}"
         yield Problem("n_cases", str(table), text, "", fix)
     if dataset.layout != "explicit":  # a dataset that lists its files may leave some out
-        unlisted: set[str] = set()
-        yield from _unused_images(dataset, unlisted)
-        yield from _unused_labels(dataset, unlisted)
+        images = _unused(dataset, [case.images[0] for case in dataset.cases], IMAGE_FOLDERS)
+        yield from (_unused_image(dataset, path) for path in images)
+        yield from _unused_labels(dataset, {name for path in images for name in names_of_image(path)})
     for case_id, n in Counter(case.id for case in dataset.cases).items():
         if n > 1:
             files = [case.images[0] for case in dataset.cases if case.id == case_id]
@@ -94,31 +102,24 @@ def _unused(dataset: Dataset, files: Sequence[Path], usual: Sequence[str]) -> li
     return [path for folder in sorted(folders) for path in image_files(folder) if path not in used]
 
 
-def _unused_images(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
-    """Report images that no case uses; `unlisted` gets the names of those that are cases of their own."""
-    ids = {case.id for case in dataset.cases}
-    for path in _unused(dataset, [case.images[0] for case in dataset.cases], IMAGE_FOLDERS):
-        case_id, _, number = stem(path).rpartition("_")
-        other_ending = not path.name.lower().endswith(dataset.file_ending.lower())
-        if dataset.layout == "nnunet_v2" and other_ending:
-            text, fix = f"does not end with {dataset.file_ending}, and is left out", "Convert it, or remove it."
-        elif case_id in ids and number.isdigit():
-            found = f"a file for channel {int(number)} of case {case_id}"
-            expected = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
-            fix = "Name the channel in dataset.json, or remove the file."
-            yield Problem("extra_channel", str(path), found, expected, fix)
-            continue
-        else:
-            text, fix = "is not in the dataset", "List it in dataset.json, or remove it."
-        unlisted |= {stem(path), case_id}
-        yield Problem("extra_image", str(path), text, "", fix)
+def _unused_image(dataset: Dataset, path: Path) -> Problem:
+    case_id, number = split_name(stem(path))
+    if dataset.layout == "nnunet_v2" and not path.name.lower().endswith(dataset.file_ending.lower()):
+        text, fix = f"does not end with {dataset.file_ending}, and is left out", "Convert it, or remove it."
+    elif number is not None and any(case.id == case_id for case in dataset.cases):
+        expected = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
+        fix = "Name the channel in dataset.json, or remove the file."
+        return Problem("extra_channel", str(path), f"a file for channel {number} of case {case_id}", expected, fix)
+    else:
+        text, fix = "is not in the dataset", "List it in dataset.json, or remove it."
+    return Problem("extra_image", str(path), text, "", fix)
 
 
-def _unused_labels(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
-    """Report label maps that no case uses, except those of unlisted images."""
+def _unused_labels(dataset: Dataset, known: set[str]) -> Iterator[Problem]:
+    """Report label maps that no case uses, except those of unused images, whose names are known."""
     labels = {case.id: case.label for case in dataset.cases if case.label}
-    maps = _unused(dataset, list(labels.values()), LABEL_FOLDERS)
-    for path in maps:
+    alone = []
+    for path in _unused(dataset, list(labels.values()), LABEL_FOLDERS):
         owner = next((name for name in (stem(path), label_base(stem(path))) if name in labels), None)
         if owner is not None:
             listed = dataset.layout in ("msd", "nnunet_v1")
@@ -128,9 +129,15 @@ def _unused_labels(dataset: Dataset, unlisted: set[str]) -> Iterator[Problem]:
             else:
                 found = f"is not used: {labels[owner].name} is the label map of case {owner}"
                 yield Problem("extra_label", str(path), found, "", "Remove it if it is not needed.")
-        elif stem(path) not in unlisted:
-            fix = "Name it as its image, add the image, or remove it."
-            yield Problem("extra_label", str(path), "a label map without an image", "", fix)
+        elif stem(path) not in known:
+            alone.append(path)
+    unlabelled = [path for case in dataset.cases if not (case.label and case.label.exists()) for path in case.images]
+    pairs = likely_pairs(unlabelled, alone)
+    for path in alone:
+        likely = " and ".join(image.name for image in pairs.get(path, ()))
+        fix = f"Is it that of {likely}? " if likely else ""
+        fix += "Name it as its image, add the image, or remove it."
+        yield Problem("extra_label", str(path), "a label map without an image", "", fix)
 
 
 # -------------------------------------------------------------------------------------------------------- all the cases
@@ -207,18 +214,26 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
     dataset : Dataset
         The dataset.
     found : sequence of set of int or None
-        The values of each case besides the background; None if its label map cannot be read.
+        The values in each file besides the background; None if it cannot be read.
 
     Yields
     ------
     Problem
         Labels without voxels, and values that are not classes.
     """
+    mapped, table = dataset.value_map or {}, str(dataset.description)
+    for raw, value in mapped.items():
+        if {raw, value} <= set().union(*filter(None, found)):
+            text = f"some label maps hold the value {raw}, and some {value}"
+            fix = (
+                f'Write {value} in all, or add "ignore": {raw} to the labels of a dataset.json if {raw} marks no label.'
+            )
+            yield Problem("label_void", table, text, "", fix)
+    found = [values and {mapped.get(value, value) for value in values} for values in found]
     known = [values for values in found if values is not None]
     union = set().union(*known)
     members = dict(zip(dataset.labels.region_names, dataset.labels.region_values, strict=True))
     absent = [name for name, values in members.items() if not union & set(values)]
-    table = str(dataset.table)
     if known and len(absent) == len(members) and not union:
         yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")
     elif len(known) == len(found):
@@ -239,21 +254,22 @@ def _unlikely_classes(dataset: Dataset, union: set[int]) -> Iterator[Problem]:
     if len(union) > _MOST_CLASSES or (high == 255 and smoothed and max(between) > 200):
         text = f"label maps hold {len(union)} values from {low} to {high}, as an image or a smoothed mask does"
         fix = "Export them without interpolation and not as JPEG. If they are labels, name them in a dataset.json."
-        yield Problem("label_levels", str(dataset.table), text, "a value per label", fix)
+        yield Problem("label_levels", str(dataset.description), text, "a value per label", fix)
         return
     for void in _VOID:
         others = sorted(union - {void})
         if void in union and others and not {void - 1, void + 1} & union:
             text = f"label maps hold the value {void} besides {few([str(value) for value in others])}"
             fix = f'Name the labels in a dataset.json, with "ignore": {void} if it marks voxels without annotation.'
-            yield Problem("label_void", str(dataset.table), text, "", fix)
+            yield Problem("label_void", str(dataset.description), text, "", fix)
 
 
 def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | None:
     """Report label maps that number cells or lesions instead of naming classes.
 
-    Each map then contains (nearly) 1, 2, ... n, with n different, few maps contain the largest value, and each value is
-    one piece. Of organs, the missing one is not always the last; and an organ and a tumour inside it touch.
+    Each map then contains 1, 2, ... n (some may have been removed), with n different, few maps contain the largest
+    value, and each value is one piece. Of organs, the missing one is not always the last; and an organ and a tumour
+    inside it touch.
     """
     ignored = [value for value in (dataset.labels.background, dataset.labels.ignore) if value is not None]
     cases = zip(dataset.cases, found, strict=True)
@@ -264,7 +280,9 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | 
     if len(set(counts)) < 2 or min(union) < 1:
         return None
     rare = len(maps) >= 5 and len(union) >= 20 and sum(counts) <= 0.2 * len(union) * len(maps)  # hardly any value twice
-    numbered = np.mean([len(values) / max(values) for _, values in maps]) >= 0.9
+    highest = [max(values) for _, values in maps]
+    dense = np.mean(np.divide(counts, highest))
+    numbered = dense >= 0.9 or (dense >= 0.6 and counts[0] > _MOST_NESTED and max(highest) >= 1.5 * min(highest))
     vary = len(set(counts)) > 2 or counts[0] >= 1.5 * counts[-1]
     common_last = 2 * sum(max(union) in values for _, values in maps) > len(maps)
     if not rare and (not numbered or not vary or common_last):

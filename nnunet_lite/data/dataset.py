@@ -11,21 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from nnunet_lite.data.cases import (
-    Case,
-    common_ending,
-    data_folders,
-    image_files,
-    labelled_cases,
-    no_dataset_error,
-    no_files_error,
-    split_name,
-)
+from nnunet_lite.data.cases import Case, common_ending, labelled_cases, split_name
 from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
@@ -57,8 +48,8 @@ class Dataset:
         Names and values.
     cases : tuple of Case
         Sorted by id. Their files are those they should have.
-    label_map : dict of int to int or None
-        Value in the files -> value of the dataset, such as {255: 1} for masks of 0 and 255.
+    value_map : dict of int to int or None
+        Value in the files -> value of the dataset, {255: 1} for masks of 0 and 255; "label_map" in JSON.
     file_ending : str
         Of the images; of most if there are several.
     notes : tuple of str
@@ -74,15 +65,15 @@ class Dataset:
     layout: str
     channels: tuple[str, ...]
     labels: Labels
-    cases: tuple[Case, ...]
-    label_map: dict[int, int] | None = None
+    cases: Annotated[tuple[Case, ...], Field(alias="dataset")]
+    value_map: Annotated[dict[int, int] | None, Field(alias="label_map")] = None
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
     orientation: str | None = None
     accept_geometry: bool = False
 
     @property
-    def table(self) -> Path:
+    def description(self) -> Path:
         """The file that describes the dataset: dataset.json, or the folder itself in the plain layout."""
         return self.root if self.layout == "plain" else self.root / "dataset.json"
 
@@ -115,10 +106,7 @@ def read_dataset(root: Path) -> Dataset:
         raise UserError("there is no such folder", root)
     if (root / "dataset.json").is_file():
         return _described(root, root / "dataset.json")
-    images, labels = data_folders(root)
-    if images is None or labels is None:
-        raise no_dataset_error(root)
-    return _plain(root, images, labels)
+    return _plain(root)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
@@ -151,27 +139,26 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
     label, geometry, _ = read_label(case.label, image.geometry)
     if geometry.shape != image.geometry.shape:
         raise UserError(f"has shape {geometry.shape}, its image {image.geometry.shape}", case.label)
-    return image, map_labels(label, dataset.label_map)
+    return image, map_labels(label, dataset.value_map)
 
 
-def map_labels(label: np.ndarray, label_map: dict[int, int] | None) -> np.ndarray:
+def map_labels(label: np.ndarray, value_map: Mapping[int, int] | None) -> np.ndarray:
     """Convert values of a file to values of the dataset.
 
     Parameters
     ----------
     label : ndarray of int
         A label map.
-    label_map : dict of int to int or None
-        Value in the file -> value of the dataset. An entry is ignored if the file contains both.
+    value_map : dict of int to int or None
+        Value in the file -> value of the dataset.
 
     Returns
     -------
     ndarray
         Of the same type.
     """
-    for raw, value in (label_map or {}).items():
-        if not (label == value).any():
-            label = np.where(label == raw, np.asarray(value, label.dtype), label)
+    for raw, value in (value_map or {}).items():
+        label = np.where(label == raw, np.asarray(value, label.dtype), label)
     return label
 
 
@@ -191,8 +178,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
     dict
         With the keys of nnU-Net's dataset.json, and others.
     """
-    value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json")
-    cases = value.pop("cases")
+    value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json", by_alias=True)
     del value["channels"]
     if dataset.orientation is None:
         del value["orientation"]
@@ -202,7 +188,7 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         value["regions_class_order"] = list(dataset.labels.region_order)
     names = {str(i): name for i, name in enumerate(dataset.channels)}
     labels = dataset.labels.to_json()
-    return value | {"channel_names": names, "labels": labels, "numTraining": len(cases), "dataset": cases}
+    return value | {"channel_names": names, "labels": labels, "numTraining": len(dataset.cases)}
 
 
 def dataset_from_json(value: dict[str, Any]) -> Dataset:
@@ -220,7 +206,7 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
     """
     labels = Labels.from_json(value["labels"], value.get("regions_class_order"))
     channels = list(value["channel_names"].values())
-    return _DATASET.validate_python({**value, "channels": channels, "labels": labels, "cases": value["dataset"]})
+    return _DATASET.validate_python({**value, "channels": channels, "labels": labels})
 
 
 def stored_dataset(file: Path) -> Dataset:
@@ -267,8 +253,8 @@ def _described(root: Path, table: Path) -> Dataset:
         layout, cases = _training_cases(root, training, len(channels), table)
     else:
         layout = "nnunet_v2"
-        cases, pairing = _found_cases(root, len(channels), ending, table)
-    label_map, mask_notes = _mask_map(labels, cases)
+        cases, pairing = labelled_cases(root, len(channels), ending)
+    value_map = _mask_map(labels, cases)
     return Dataset(
         name=root.name,
         root=root,
@@ -276,10 +262,10 @@ def _described(root: Path, table: Path) -> Dataset:
         channels=channels,
         labels=labels,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
-        label_map=label_map,
+        value_map=value_map,
         orientation=orientation_of_reader(content.get("overwrite_image_reader_writer")),
         file_ending=ending or common_ending(cases),
-        notes=(*pairing, *mask_notes),
+        notes=(*pairing, *([MASK_NOTE] if value_map else [])),
     )
 
 
@@ -356,10 +342,10 @@ def labels_of(content: Mapping[str, Any], table: Path | None) -> Labels:
         raise UserError("has no labels", table, 'Add, for example, "labels": {"background": 0, "tumour": 1}.')
     try:
         return Labels.from_json(content["labels"], content.get("regions_class_order"))
-    except ValidationError as error:
-        raise UserError(f"labels: {_first_message(error)}", table, _LABELS_FORM) from None
-    except (TypeError, ValueError):
-        raise UserError(f"labels {content['labels']} are not names with integers", table, _LABELS_FORM) from None
+    except (TypeError, ValueError) as error:  # pydantic's is a ValueError
+        wrong = f" {content['labels']} are not names with integers"
+        what = f": {_first_message(error)}" if isinstance(error, ValidationError) else wrong
+        raise UserError(f"labels{what}", table, _LABELS_FORM) from None
 
 
 def _first_message(error: ValidationError) -> str:
@@ -373,13 +359,12 @@ def _explicit_cases(root: Path, entries: dict[str, Any], channels: int, table: P
     """
     cases = []
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not entry["images"]:
-            raise UserError(f'dataset.{name} is not {{"images": [...], "label": ...}}', table)
+        images = entry.get("images") if isinstance(entry, dict) else None
+        files: list[Any] = [entry.get("label") or "", *images] if isinstance(images, list) and images else [None]
+        if not all(isinstance(file, str) for file in files):
+            raise UserError(f'dataset.{name} is not {{"images": [file, ...], "label": file}}, but {entry}', table)
         if "/" in name:
             raise UserError(f"the id {name!r} holds a /, and cases give files their names", table, "Write _ instead.")
-        files = [entry.get("label") or "", *entry["images"]]
-        if not all(isinstance(file, str) for file in files):
-            raise UserError(f"dataset.{name} has something else than file names: {files}", table)
         label, *images = [os.path.expandvars(file) for file in files]
         paths = tuple(root / file for file in images)
         if len(paths) == 1:  # x_0000 alone stands for x_0000, x_0001, ...
@@ -394,18 +379,16 @@ def _training_cases(root: Path, entries: list[Any], channels: int, table: Path) 
     nnU-Net v1 has the same list, but names its files image_0000, image_0001, ...
     """
     cases, layout = [], "msd"
-    listed = {root / str(entry.get("image")) for entry in entries if isinstance(entry, dict)}
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise UserError(f'training[{number}] is not {{"image": ..., "label": ...}}', table)
-        if not isinstance(entry.get("label") or "", str):
-            raise UserError(f"training[{number}] has the label {entry['label']!r}, which is not a file name", table)
-        image = root / entry["image"]
-        label = root / entry["label"] if entry.get("label") else None
+        label = (entry.get("label") or "") if isinstance(entry, dict) else None
+        if not isinstance(label, str) or not isinstance(entry.get("image"), str):
+            raise UserError(f'training[{number}] is not {{"image": file, "label": file}}, but {entry}', table)
+    listed = {root / entry["image"] for entry in entries}
+    for entry in entries:
+        image, label = root / entry["image"], entry.get("label")
         name, images = _channel_files(image, channels, listed)
-        if images != (image,):
-            layout = "nnunet_v1"
-        cases.append(Case(name, images, label))
+        layout = layout if images == (image,) else "nnunet_v1"
+        cases.append(Case(name, images, root / label if label else None))
     return layout, cases
 
 
@@ -421,36 +404,18 @@ def _channel_files(image: Path, channels: int, listed: Collection[Path]) -> tupl
     return name, (image,)
 
 
-def _found_cases(root: Path, channels: int, ending: str | None, table: Path) -> tuple[list[Case], tuple[str, ...]]:
-    """Return the cases in imagesTr (or images), with the label maps of labelsTr (or labels), and notes."""
-    images, labels = data_folders(root)
-    if images is None or labels is None:
-        missing = [name for name, folder in (("imagesTr/", images), ("labelsTr/", labels)) if folder is None]
-        what = f"lists no files, and it has no {' and no '.join(missing)} in its folder"
-        raise UserError(what, table, "Add the folder, or list the files.")
-    files = image_files(images, ending)
-    if not files:
-        raise no_files_error(images, "image", ending)
-    return labelled_cases(files, channels, labels, ending)
+def _mask_map(labels: Labels, cases: Sequence[Case]) -> dict[int, int] | None:
+    """Return the `value_map` of a dataset with the values 0 and 1 if its files hold 0 and 255.
 
-
-def _mask_map(labels: Labels, cases: Sequence[Case]) -> tuple[dict[int, int] | None, tuple[str, ...]]:
-    """Return the `label_map` of a dataset with the values 0 and 1 if its files hold 0 and 255, and a note.
-
-    This reads three files; if they contain only background, it reads others until one does not.
+    This reads three files; if they contain only background, it reads others until one does not. The check reads all.
     """
     if labels.values != (0, 1) or labels.ignore is not None:
-        return None, ()
+        return None
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    values = _values_in([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths])
-    if set().union(*values) == {0}:
-        values = next((found for found in (_values_in([path]) for path in paths) if set().union(*found) - {0}), values)
-    return ({255: 1}, (MASK_NOTE,)) if _are_masks(values) else (None, ())
-
-
-def _are_masks(values: Sequence[set[int]]) -> bool:
-    """Return whether 255 means 1: some label maps contain 255, and none contains both."""
-    return any(255 in found for found in values) and not any({1, 255} <= found for found in values)
+    found = set().union(*_values_in([paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths]))
+    if found == {0}:
+        found = next((values for path in paths for values in _values_in([path]) if values - {0}), found)
+    return {255: 1} if found - {0} == {255} else None
 
 
 def _values_in(paths: Sequence[Path]) -> list[set[int]]:
@@ -469,12 +434,9 @@ def _values_in(paths: Sequence[Path]) -> list[set[int]]:
 # -------------------------------------------------------------------------------------------------------- plain folders
 
 
-def _plain(root: Path, images: Path, labels: Path) -> Dataset:
+def _plain(root: Path) -> Dataset:
     """Return a dataset without dataset.json: channels follow from the files, labels from values in the label maps."""
-    files = image_files(images)
-    if not files:
-        raise no_files_error(images, "image")
-    cases, pairing = labelled_cases(files, None, labels, None)
+    cases, pairing = labelled_cases(root)
     channels = max(len(case.images) for case in cases)
     readable, inside = _first_readable(cases)
     if channels == 1 and inside == 3 and suffix_of(readable) in PICTURES:
@@ -482,17 +444,18 @@ def _plain(root: Path, images: Path, labels: Path) -> Dataset:
     else:
         names = tuple(f"channel_{i}" for i in range(channels if channels > 1 else inside))
     paths = [case.label for case in cases if case.label and case.label.is_file()]
-    found, label_map, label_notes = _labels_in(paths, labels)
+    labels, value_map = _labels_in(paths)
+    pairing += (MASK_NOTE,) if value_map else ()
     return Dataset(
         name=root.name,
         root=root,
         layout="plain",
         channels=names,
-        labels=found,
+        labels=labels,
         cases=tuple(sorted(cases, key=lambda case: case.id)),
-        label_map=label_map,
+        value_map=value_map,
         file_ending=common_ending(cases),
-        notes=("no dataset.json: channels and labels were taken from the files", *pairing, *label_notes),
+        notes=("no dataset.json: channels and labels were taken from the files", *pairing),
     )
 
 
@@ -505,20 +468,16 @@ def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
     return paths[0], 1
 
 
-def _labels_in(paths: Sequence[Path], folder: Path) -> tuple[Labels, dict[int, int] | None, tuple[str, ...]]:
-    """Return a label for each value in label maps, the `label_map`, and notes; messages name the folder."""
-    values = _values_in(paths)
-    union = set().union(*values)
-    mask = Labels(names={BACKGROUND: 0, "label_1": 1})
-    if union in ({0, 255}, {0, 1, 255}) and _are_masks(values):
-        return mask, {255: 1}, (MASK_NOTE,)
+def _labels_in(paths: Sequence[Path]) -> tuple[Labels, dict[int, int] | None]:
+    """Return a label for each value in label maps, and the `value_map`."""
+    found = _values_in(paths)
+    values = set().union(*found) - {0}
     fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."
-    if not union - {0}:
-        if len(values) < len(paths):  # the check reports each of those that cannot be read
-            return mask, None, ()
-        raise UserError("holds no label map with anything but zeros", folder, fix)
-    names: dict[str, int | tuple[int, ...]] = {f"label_{value}": value for value in sorted(union - {0})}
+    if not values and len(found) == len(paths):  # otherwise the check reports those that cannot be read
+        raise UserError("holds no label map with anything but zeros", paths[0].parent, fix)
+    value_map = {255: 1} if values == {255} else None
+    names = {f"label_{value}": value for value in (sorted(values) if values and not value_map else [1])}
     try:
-        return Labels(names={BACKGROUND: 0, **names}), None, ()
+        return Labels(names={BACKGROUND: 0, **names}), value_map
     except ValidationError as error:
-        raise UserError(_first_message(error), folder, fix) from None
+        raise UserError(_first_message(error), paths[0].parent, fix) from None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from nnunet_lite.data.geometry import ACCEPTABLE
+
 Severity = Literal["error", "warning", "notice"]
 
 _ERRORS = (
@@ -24,7 +26,6 @@ KINDS: dict[str, Severity] = {
     **dict.fromkeys(_WARNINGS, "warning"),
     **dict.fromkeys(("orientation", "understood"), "notice"),
 }
-TO_ACCEPT = ("origin", "direction")  # warnings that prevent planning until a user accepts them
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
@@ -70,7 +71,7 @@ class Problem:
         bool
             True for errors, and for a different geometry that is not accepted.
         """
-        return self.severity == "error" or (self.kind in TO_ACCEPT and not accept_geometry)
+        return self.severity == "error" or (self.kind in ACCEPTABLE and not accept_geometry)
 
 
 @dataclass(frozen=True)

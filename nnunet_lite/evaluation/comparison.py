@@ -22,17 +22,8 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.cross_validation import (
-    missing_cases,
-    read_pair,
-    read_reference,
-    read_scores,
-    score_predictions,
-    validate_cases,
-    validate_fold,
-)
+from nnunet_lite.evaluation import cross_validation
 from nnunet_lite.evaluation.postprocessing import Decision, SizeUnit, choose_rules
-from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.evaluation.selection import Candidate, Selection, weights_fingerprint
 from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
@@ -41,7 +32,7 @@ from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.training.splits import ALL, Split, load_splits, read_split, refuse_other_cases
+from nnunet_lite.training.splits import Split, load_splits, read_split, refuse_other_cases
 from nnunet_lite.workspace import Paths
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
@@ -58,7 +49,7 @@ class Member:
         The model folder.
     configuration : str
         Such as "3d_fullres".
-    previous : Path or None
+    first_stage : Path or None
         The model folder of the first stage of a cascade.
     plan : Plan
         The plan it was trained with.
@@ -68,7 +59,7 @@ class Member:
 
     folder: Path
     configuration: str
-    previous: Path | None
+    first_stage: Path | None
     plan: Plan
     folds: tuple[str, ...]
 
@@ -146,23 +137,12 @@ def select_models(
         Nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
     """
     members, notes = find_members(paths, dataset, only)
-    folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
-    if not folds:
-        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
-        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
-    if more := [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]:
-        which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
-        notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
+    folds = _shared_folds(members, notes)
+    teams = _candidate_teams(members, ensembles, notes)
     for note in notes:
         log.info(note)
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
     held_out = HeldOut(paths, dataset, splits, device, workers)
-    teams: list[Team] = [(member,) for member in members]
-    for a, b in combinations(members, 2) if ensembles else ():
-        if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
-            teams.append((a, b))
-        else:
-            notes.append(f"{a.name} and {b.name} do not vote together: their plans have other orders of axes")
     dice = {team: _dice_of_team(held_out, team) for team in teams}
     winner = choose_team(dice)
     decision = _choose_postprocessing(held_out, winner) if postprocess else Decision({}, {}, ())
@@ -181,6 +161,29 @@ def select_models(
     )
     write_json(paths.inference, selection.to_json())
     return selection
+
+
+def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...]:
+    """The folds that all models have trained; a note names the others."""
+    folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
+    if not folds:
+        have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
+        raise UserError(f"the models share no fold to be compared on ({have})", fix="Train one, or choose with -c.")
+    if more := [f"{m.name} has {', '.join(m.folds)}" for m in members if len(m.folds) > len(folds)]:
+        which = f"fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
+        notes.append(f"compared on {which}, which all models have; {'; '.join(more)}")
+    return folds
+
+
+def _candidate_teams(members: Sequence[Member], ensembles: bool, notes: list[str]) -> list[Team]:
+    """The models and the pairs that can vote; a note names the others."""
+    teams: list[Team] = [(member,) for member in members]
+    for a, b in combinations(members, 2) if ensembles else ():
+        if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
+            teams.append((a, b))
+        else:
+            notes.append(f"{a.name} and {b.name} do not vote together: their plans have other orders of axes")
+    return teams
 
 
 def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
@@ -228,18 +231,17 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
     for folder in model_folders(paths):
         plan, run = read_model(folder)
-        configuration, previous = run["configuration"], run.get("previous")
+        configuration, first_stage = run["configuration"], run.get("previous")
         if only is not None and not {folder.name, configuration} & set(only):
             continue
         known |= {folder.name, configuration}
-        trained = trained_folds(folder)
-        folds = tuple(fold for fold in trained if fold != ALL and fold in map(str, range(n_splits)))
-        reason = _reason_to_omit(folder, plan, paths, dataset, folds) if trained else "no fold of it is trained"
-        if reason is not None:
-            notes.append(f"{folder.name} is left out: {reason}")
-            continue
-        first_stage = None if previous is None else folder.parent / Path(previous).name
-        members.append(Member(folder, configuration, first_stage, plan, folds))
+        folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
+        first = None if first_stage is None else folder.parent / Path(first_stage).name
+        member = Member(folder, configuration, first, plan, folds)
+        if reason := _reason_to_omit(member, paths, dataset):
+            notes.append(f"{member.name} is left out: {reason}")
+        else:
+            members.append(member)
     fix = f"Run `{first_training(paths)}`."
     if missing := [name for name in only or () if name not in known]:
         raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)
@@ -249,14 +251,16 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     return members, notes
 
 
-def _reason_to_omit(folder: Path, plan: Plan, paths: Paths, dataset: Dataset, folds: Sequence[str]) -> str | None:
+def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:
     """Why a model cannot be judged on the dataset; None if it can."""
-    if plan.labels != dataset.labels or len(plan.channels) != len(dataset.channels):
+    if not trained_folds(member.folder):
+        return "no fold of it is trained"
+    if member.plan.labels != dataset.labels or len(member.plan.channels) != len(dataset.channels):
         return "it was made for other labels or channels"
-    if not folds:
+    if not member.folds:
         return "it was trained on every case, so that none can judge it"
     try:
-        refuse_other_cases(folder, read_split(paths.splits, dataset, folds[0]), paths.splits)
+        refuse_other_cases(member.folder, read_split(paths.splits, dataset, member.folds[0]), paths.splits)
     except UserError as error:
         return error.what
     return None
@@ -273,35 +277,41 @@ def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
 
 def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
     """Choose the rules for the label maps of a candidate, on its held-out cases in the order of their ids."""
-    dataset = held_out.dataset
+    dataset, fold_of = held_out.dataset, held_out.fold_of
     cases = {case.id: case for case in dataset.cases}
     pairs = [
-        partial(read_pair, cases[case_id], _folder(held_out, team, split.name), dataset)
-        for case_id, split in held_out.fold_of.items()
+        partial(cross_validation.read_pair, cases[case_id], _folder(held_out, team, split.name), dataset)
+        for case_id, split in fold_of.items()
     ]
-    folds = [split.name for split in held_out.fold_of.values()]
-    references = [partial(read_reference, case, dataset) for case in dataset.cases]
+    references = [partial(cross_validation.read_reference, case, dataset) for case in dataset.cases]
     geometries = [read_geometry(case.images[0])[0] for case in dataset.cases]
     flat, calibrated = geometries[0].dimensions == 2, any(geometry.calibrated for geometry in geometries)
     unit: SizeUnit = ("mm2" if flat else "mm3") if calibrated else ("px" if flat else "voxels")
+    folds = [split.name for split in fold_of.values()]
     return choose_rules(pairs, folds, references, dataset.labels, unit, held_out.workers)
 
 
 def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
     """Dice (cases, labels) of a candidate, the cases in the order of their ids; predicts and scores what is missing."""
-    dataset = held_out.dataset
+    dataset, workers, device = held_out.dataset, held_out.workers, held_out.device
     by_case: dict[str, np.ndarray] = {}
     for split in held_out.splits:
         out, cases = _folder(held_out, team, split.name), split.validation
         with locked(out.parent, "predicting"):
             if len(team) > 1:
                 _forget_other_weights(team, split.name, out)
-            if missing := missing_cases(out, dataset, cases):
+            if missing := cross_validation.missing_cases(out, dataset, cases):
                 names = " and ".join(member.name for member in team)
                 log.info(f"predicting fold {split.name} of {names}: {plural(len(missing), 'case')}")
-                scores = _validate(held_out, team, split, out)
+            if missing and len(team) > 1:
+                ensemble = _load_ensemble(held_out, team, split.name)
+                scores = cross_validation.validate_cases(ensemble, out, dataset, cases)
+            elif missing:
+                maps = _predict_first_stage(held_out, team[0], split)
+                scores = cross_validation.validate_fold(team[0].folder, split.name, dataset, cases, device, maps)
             else:
-                scores = read_scores(out, dataset, cases) or score_predictions(out, dataset, cases, held_out.workers)
+                known = cross_validation.read_scores(out, dataset, cases)
+                scores = known or cross_validation.score_predictions(out, dataset, cases, workers)
         by_case |= {row.case: dice for row, dice in zip(scores.rows, scores.values(), strict=True)}
     return np.array([by_case[case_id] for case_id in held_out.fold_of], dtype=float)
 
@@ -323,19 +333,16 @@ def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
     return {member.name: weights_fingerprint(member.folder, fold) for member in team}
 
 
-def _validate(held_out: HeldOut, team: Team, split: Split, out: Path) -> Scores:
-    """Predict the held-out cases of a fold that are missing, and score all."""
-    dataset, paths, device = held_out.dataset, held_out.paths, held_out.device
-    if len(team) > 1:
-        return validate_cases(_load_ensemble(held_out, team, split.name), out, dataset, split.validation)
-    (member,), maps = team, None
-    if member.previous is not None:
-        stage = member.plan.configuration(member.configuration).previous_stage
-        first = FirstStage(stage or "", member.previous, dict.fromkeys(split.validation, split.name))
-        maps = predict_first_stage(
-            first, dataset, member.plan, member.configuration, paths.preprocessed, held_out.workers, device
-        )
-    return validate_fold(member.folder, split.name, dataset, split.validation, device, maps)
+def _predict_first_stage(held_out: HeldOut, member: Member, split: Split) -> dict[str, Path] | None:
+    """Predict the held-out cases of a fold with the first stage of a cascade; None for other models."""
+    if member.first_stage is None:
+        return None
+    stage = member.plan.configuration(member.configuration).previous_stage or ""
+    first = FirstStage(stage, member.first_stage, dict.fromkeys(split.validation, split.name))
+    return predict_first_stage(
+        first, held_out.dataset, member.plan, member.configuration, held_out.paths.preprocessed, held_out.workers,
+        held_out.device,
+    )  # fmt: skip
 
 
 def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
@@ -343,8 +350,8 @@ def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
     load_fold = partial(load, folds=[fold], device=held_out.device, workspace=held_out.paths.root.parent)
     models = [
         load_fold(member.folder)
-        if member.previous is None
-        else replace(load_fold(member.folder, first_stage=False), previous=load_fold(member.previous))
+        if member.first_stage is None
+        else replace(load_fold(member.folder, first_stage=False), first_stage=load_fold(member.first_stage))
         for member in team
     ]
     return replace(models[0], partners=tuple(models[1:]))

@@ -83,12 +83,12 @@ def validate_cases(
     out: Path,
     dataset: Dataset,
     case_ids: Sequence[str],
-    previous: Callable[[str], np.ndarray] | None = None,
+    stage_classes: Callable[[str], np.ndarray] | None = None,
     notes: Sequence[str] = (),
 ) -> Scores:
     """Predict cases of a dataset into a folder, unless their label maps exist, and score them; see `validate_fold`."""
     cases = _cases(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, previous=previous,
+    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, stage_classes=stage_classes,
                               accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
@@ -118,16 +118,15 @@ def score_predictions(
     """
     cases = _cases(dataset, case_ids)
 
-    def score(case: Case) -> tuple[CaseScore, bool]:
+    def score(case: Case) -> CaseScore:
         prediction, reference, spacing = read_pair(case, out, dataset)
-        calibrated = read_geometry(case.images[0])[0].calibrated
-        metrics = score_case(prediction, reference, dataset.labels, spacing if calibrated else None, surface=False)
-        return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics), calibrated
+        has_spacing = read_geometry(case.images[0])[0].calibrated
+        metrics = score_case(prediction, reference, dataset.labels, spacing if has_spacing else None, surface=False)
+        return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics, has_spacing)
 
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
-        scored = list(log.progress(pool.map(score, cases), len(cases), "score"))
-    unit = "px" if scored and not any(calibrated for _, calibrated in scored) else "mm"
-    scores = Scores(tuple(row for row, _ in scored), dataset.labels, notes=tuple(notes), unit=unit)
+        rows = tuple(log.progress(pool.map(score, cases), len(cases), "score"))
+    scores = Scores(rows, dataset.labels, notes=tuple(notes))
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores
@@ -152,7 +151,7 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> CasePair:
     assert case.label is not None  # every case of a planned dataset has one
     segmentation, geometry, _ = read_label(output_file(case, out))
     reference, _, _ = read_label(case.label, geometry)
-    return CasePair(segmentation, map_labels(reference, dataset.label_map), geometry.spacing)
+    return CasePair(segmentation, map_labels(reference, dataset.value_map), geometry.spacing)
 
 
 def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
@@ -161,7 +160,7 @@ def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
     array, geometry, _ = read_label(case.label)
     if suffix_of(case.label) in PICTURES:  # its image may be of a format with a spacing
         geometry, _ = read_geometry(case.images[0])
-    return map_labels(array, dataset.label_map), geometry.spacing
+    return map_labels(array, dataset.value_map), geometry.spacing
 
 
 def _cases(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:

@@ -25,17 +25,8 @@ from typing import Literal
 import numpy as np
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.evaluation.masks import (
-    Map,
-    MaskPair,
-    Spacing,
-    compare_surfaces,
-    count_lesions,
-    disjoint_regions,
-    is_picture,
-    pair_masks,
-    surface_points,
-)
+from nnunet_lite.evaluation import masks
+from nnunet_lite.evaluation.masks import Map, MaskPair, Spacing
 
 
 @dataclass(frozen=True)
@@ -184,16 +175,17 @@ def score_case(
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
-    voxel_ml = float(np.prod(spacing)) / 1000 if spacing and not is_picture(reference.shape, spacing) else None
+    voxel_ml = float(np.prod(spacing)) / 1000 if spacing and not masks.is_picture(reference.shape, spacing) else None
     scores: dict[str, MetricValues] = {}
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for group in disjoint_regions(labels):
-            masks = pair_masks(prediction, reference, [labels.region_values[i] for i in group], labels.ignore, pool.map)
+        for group in masks.disjoint_regions(labels):
+            values = [labels.region_values[i] for i in group]
+            pair = masks.pair_masks(prediction, reference, values, labels.ignore, pool.map)
             size = spacing or (1.0, 1.0, 1.0)
-            surfaces = _score_surfaces(masks, reference.shape, size, tolerance, pool.map) if surface else {}
-            lesions = count_lesions(masks, pool.map).tolist()
-            for k, (tp, fp, fn) in enumerate(masks.overlap().tolist()):
-                tn = masks.annotated - tp - fp - fn
+            surfaces = _score_surfaces(pair, reference.shape, size, tolerance, pool.map) if surface else {}
+            lesions = masks.count_lesions(pair, pool.map).tolist()
+            for k, (tp, fp, fn) in enumerate(pair.overlap().tolist()):
+                tn = pair.annotated - tp - fp - fn
                 lesion_tp, lesion_fp, lesion_fn = lesions[k]
                 nsd, hd95 = surfaces.get(k, (None, None))
                 mask = MaskComparison(tp, fp, fn, tn, lesion_tp, lesion_fp, lesion_fn, nsd, hd95, voxel_ml)
@@ -202,14 +194,14 @@ def score_case(
 
 
 def _score_surfaces(
-    masks: MaskPair, shape: Sequence[int], spacing: Spacing, tolerance: float, mapper: Map
+    pair: MaskPair, shape: Sequence[int], spacing: Spacing, tolerance: float, mapper: Map
 ) -> dict[int, tuple[float | None, float | None]]:
     """Compute NSD and HD95 of each mask by its index; none for masks that are absent in both label maps."""
     axes = [axis for axis, length in enumerate(shape) if length > 1]
     step = max(spacing[axis] for axis in axes or range(3))
-    ignored = masks.ignored if masks.counts[masks.ignored].any() else None
-    arrays, overlap = (masks.prediction, masks.reference), masks.overlap()
-    surfaces = [surface_points(array, ignored, axes, spacing, mapper) for array in arrays]
+    ignored = pair.ignored if pair.counts[pair.ignored].any() else None
+    arrays, overlap = (pair.prediction, pair.reference), pair.overlap()
+    surfaces = [masks.surface_points(array, ignored, axes, spacing, mapper) for array in arrays]
 
     def compare(k: int) -> tuple[float | None, float | None]:
         tp, fp, fn = overlap[k]
@@ -218,7 +210,7 @@ def _score_surfaces(
         own, other = (points[numbers == k + 1] for points, numbers in surfaces)
         if not (len(own) and len(other)):  # no voxel around a mask is annotated
             return None, None
-        return compare_surfaces(own, other, tolerance, step)
+        return masks.compare_surfaces(own, other, tolerance, step)
 
     present = np.flatnonzero(overlap.sum(1)).tolist()
     return dict(zip(present, mapper(compare, present), strict=True))

@@ -31,13 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.masks import (
-    Spacing,
-    disjoint_regions,
-    is_picture,
-    number_masks,
-    pair_masks,
-)
+from nnunet_lite.evaluation.masks import Spacing, disjoint_regions, is_picture, number_masks, pair_masks
 from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
 from nnunet_lite.log import progress
 from nnunet_lite.system import pairs_at_once
@@ -113,15 +107,15 @@ def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) 
     return Components(box, numbers, sizes, mask_of)
 
 
-def removed_components(found: Components, rules: Sequence[Rule | None], voxel: float) -> np.ndarray:
+def removed_components(components: Components, rules: Sequence[Rule | None], voxel: float) -> np.ndarray:
     """Return which components (components + 1,) the rule of each mask removes; `voxel` is the size of a voxel."""
-    removed = np.zeros(len(found.sizes), bool)
+    removed = np.zeros(len(components.sizes), bool)
     for mask, rule in enumerate(rules, 1):
-        own = np.flatnonzero(found.mask_of == mask)
+        own = np.flatnonzero(components.mask_of == mask)
         if rule is not None and rule.largest_component and len(own):
-            removed[own] = own != own[found.sizes[own].argmax()]
+            removed[own] = own != own[components.sizes[own].argmax()]
         if rule is not None and rule.min_size_mm3 is not None:
-            removed[own] |= found.sizes[own] * voxel < rule.min_size_mm3
+            removed[own] |= components.sizes[own] * voxel < rule.min_size_mm3
     return removed
 
 
@@ -148,11 +142,11 @@ def apply_rules(segmentation: np.ndarray, spacing: Spacing, labels: Labels, rule
         if not regions:
             continue
         masks = [labels.region_values[i] for i in regions]
-        found = find_components(out, masks)
-        removed = removed_components(found, [rules[labels.region_names[i]] for i in regions], voxel)
+        components = find_components(out, masks)
+        removed = removed_components(components, [rules[labels.region_names[i]] for i in regions], voxel)
         if removed.any():
             out = segmentation.copy() if out is segmentation else out
-            part, selected = out[found.box], removed[found.numbers]
+            part, selected = out[components.box], removed[components.numbers]
             part[selected] = _replaced(part[selected], labels, masks)
     return out
 
@@ -240,13 +234,13 @@ def choose_rules(
     groups, chooses = disjoint_regions(labels), choosing_cases(folds)
     decision = Decision({}, {}, ())
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
-        found = pool.map(partial(_reference_sizes, labels=labels), references)
-        sizes = list(progress(found, len(references), "references"))
+        read_sizes = pool.map(partial(_reference_sizes, labels=labels), references)
+        sizes = list(progress(read_sizes, len(references), "references"))
         for group in groups:  # regions overlap: each is decided on what the rules before it leave
-            tried = {i: candidate_rules([case[i] for case in sizes], unit) for i in group}
-            count = partial(_try_rules, labels=labels, rules=decision.rules, tried=tried)
+            candidates = {i: candidate_rules([case[i] for case in sizes], unit) for i in group}
+            count = partial(_try_rules, labels=labels, rules=decision.rules, candidates=candidates)
             overlap = np.stack(list(progress(pool.map(count, cases), len(cases), "components")))
-            decision = _confirm_rules(overlap, tried, chooses, _FALSE_ACCEPTANCE / len(groups), labels, decision)
+            decision = _confirm_rules(overlap, candidates, chooses, _FALSE_ACCEPTANCE / len(groups), labels, decision)
     return decision
 
 
@@ -284,9 +278,9 @@ def _reference_sizes(read: Callable[[], tuple[np.ndarray, Spacing]], labels: Lab
     array, spacing = read()
     sizes = [np.zeros(0)] * len(labels.region_names)
     for group in disjoint_regions(labels):
-        found = find_components(array, [labels.region_values[i] for i in group])
+        components = find_components(array, [labels.region_values[i] for i in group])
         for mask, i in enumerate(group, 1):
-            sizes[i] = found.sizes[found.mask_of == mask] * voxel_size(array.shape, spacing)
+            sizes[i] = components.sizes[components.mask_of == mask] * voxel_size(array.shape, spacing)
     return sizes
 
 
@@ -297,24 +291,24 @@ def _overlap(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> n
 
 
 def _try_rules(
-    read: Callable[[], CasePair], labels: Labels, rules: Mapping[str, Rule], tried: Mapping[int, Sequence[Rule]]
+    read: Callable[[], CasePair], labels: Labels, rules: Mapping[str, Rule], candidates: Mapping[int, Sequence[Rule]]
 ) -> np.ndarray:
     """Count the overlap of a case (1 + candidates, regions, 3): without a rule, then with the k-th candidates.
 
-    The regions that are tried are disjoint, so that their candidates do not affect each other. The rules that are
-    decided apply before them.
+    The regions with candidates are disjoint, so that their candidates do not affect each other. `rules`, those of the
+    regions before them, apply first.
     """
     prediction, reference, spacing = read()
     prediction = apply_rules(prediction, spacing, labels, rules)
-    overlap, masks = _overlap(prediction, reference, labels), [labels.region_values[i] for i in tried]
-    found, voxel = find_components(prediction, masks), voxel_size(prediction.shape, spacing)
-    removed = [removed_components(found, candidates, voxel) for candidates in zip_longest(*tried.values())]
+    overlap, masks = _overlap(prediction, reference, labels), [labels.region_values[i] for i in candidates]
+    components, voxel = find_components(prediction, masks), voxel_size(prediction.shape, spacing)
+    removed = [removed_components(components, kth, voxel) for kth in zip_longest(*candidates.values())]
     if not np.any(removed):
         return np.stack([overlap] * (1 + len(removed)))
     # candidates change few voxels: only these are counted again
-    changed = np.any(removed, axis=0)[found.numbers]
+    changed = np.any(removed, axis=0)[components.numbers]
     component, before, true = (
-        a[changed][None, None] for a in (found.numbers, prediction[found.box], reference[found.box])
+        a[changed][None, None] for a in (components.numbers, prediction[components.box], reference[components.box])
     )
     after, unchanged = _replaced(before, labels, masks), overlap - _overlap(before, true, labels)
     with_rules = [unchanged + _overlap(np.where(one[component], after, before), true, labels) for one in removed]
@@ -323,11 +317,11 @@ def _try_rules(
 
 def _confirm_rules(
     overlap: np.ndarray,
-    tried: Mapping[int, Sequence[Rule]],
+    candidates: Mapping[int, Sequence[Rule]],
     chooses: np.ndarray,
     level: float,
     labels: Labels,
-    decided: Decision,
+    earlier: Decision,
 ) -> Decision:
     """Add to a decision the rules that are best in the cases that choose, and confirmed by the others.
 
@@ -336,22 +330,22 @@ def _confirm_rules(
     overlap : ndarray, shape (cases, 1 + candidates, regions, 3)
         From `_try_rules`.
     level : float
-        Of significance, for all regions that are tried.
+        Of significance, for all regions with candidates.
     """
     dice = _dice(overlap)
-    rules, gains, names = dict(decided.rules), dict(decided.gains), labels.region_names
+    rules, gains, names = dict(earlier.rules), dict(earlier.gains), labels.region_names
     regions_of_note = defaultdict[str, list[str]](list)
     chosen: dict[int, int] = {}
-    for i in tried:
+    for i in candidates:
         n = _count_known(dice[:, 0, i])
         if n < LEAST_CASES:
             regions_of_note[f"it is in {plural(n, 'held-out case')}, {_NEEDED}"].append(names[i])
         elif mean_of_labels(dice[:, 0, i, None]) < LEAST_DICE:
             regions_of_note[f"a mean Dice below {LEAST_DICE:g} is too low to decide"].append(names[i])
-        elif best := _best_candidate(overlap, dice, i, tried, chooses):
+        elif best := _best_candidate(overlap, dice, i, candidates, chooses):
             chosen[i] = best
     for i, best in chosen.items():
-        rule, before, after = tried[i][best - 1], dice[~chooses, 0, i], dice[~chooses, best, i]
+        rule, before, after = candidates[i][best - 1], dice[~chooses, 0, i], dice[~chooses, best, i]
         n, differences = _count_known(before), _differences(before, after)
         if differences.sum() / max(1, n) >= _LEAST_GAIN and p_of_gain(differences) <= level / len(chosen):
             rules[names[i]] = rule
@@ -360,11 +354,11 @@ def _confirm_rules(
             note = f'"{rule}" is not confirmed by the {plural(n, "case")} that did not choose it'
             regions_of_note[note].append(names[i])
     notes = [f"no postprocessing of {', '.join(regions)}: {note}" for note, regions in regions_of_note.items()]
-    return Decision(rules, gains, (*decided.notes, *notes))
+    return Decision(rules, gains, (*earlier.notes, *notes))
 
 
 def _best_candidate(
-    overlap: np.ndarray, dice: np.ndarray, region: int, tried: Mapping[int, Sequence[Rule]], chooses: np.ndarray
+    overlap: np.ndarray, dice: np.ndarray, region: int, candidates: Mapping[int, Sequence[Rule]], chooses: np.ndarray
 ) -> int:
     """Find the candidate that raises the Dice of a region most in the cases that choose, the first of equals.
 
@@ -373,9 +367,10 @@ def _best_candidate(
     best, most = 0, _LEAST_GAIN
     tp, in_reference = overlap[:, :, region, 0], overlap[:, 0, region, 0] + overlap[:, 0, region, 2]
     means = [
-        [mean_of_labels(one[:, [j]]) for j in range(dice.shape[2]) if j not in tried] for one in dice.swapaxes(0, 1)
+        [mean_of_labels(one[:, [j]]) for j in range(dice.shape[2]) if j not in candidates]
+        for one in dice.swapaxes(0, 1)
     ]
-    for k in range(1, len(tried[region]) + 1):
+    for k in range(1, len(candidates[region]) + 1):
         differences = _differences(dice[chooses, 0, region], dice[chooses, k, region])
         gain = differences.sum() / max(1, _count_known(dice[chooses, 0, region]))
         spares = (tp[:, 0] - tp[:, k] <= MOST_REMOVED * in_reference).all()

@@ -12,7 +12,7 @@ import io
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
 
-_UNCALIBRATED = "no spacing is known, 1 mm taken for a pixel"
+_NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 
@@ -49,12 +49,15 @@ class CaseScore:
         None if the arrays never were files.
     metrics : dict
         Name of label or region -> metric -> value, as from `score_case`.
+    has_spacing : bool
+        Whether the spacing is known. If not, lengths are in pixels.
     """
 
     case: str
     prediction_file: str | Path | None
     reference_file: str | Path | None
     metrics: dict[str, MetricValues]
+    has_spacing: bool = True
 
     @property
     def mean_dice(self) -> float | None:
@@ -77,15 +80,17 @@ class Scores:
         The tolerance of NSD, in `unit`.
     notes : tuple of str
         What was left out or read in a special way.
-    unit : {"mm", "px"}
-        The unit of lengths: pixels if no image has a spacing.
     """
 
     rows: tuple[CaseScore, ...]
     labels: Labels
     tolerance: float = 1.0
     notes: tuple[str, ...] = ()
-    unit: str = "mm"
+
+    @property
+    def unit(self) -> str:
+        """The unit of lengths: "mm", or "px" if no image has a spacing."""
+        return "px" if self.rows and not any(row.has_spacing for row in self.rows) else "mm"
 
     def values(self, metric: str = "Dice") -> np.ndarray:
         """Values of a metric (cases, labels); NaN where it does not apply."""
@@ -210,7 +215,7 @@ def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
         A file is no summary, or one for other labels.
     """
     names = {key: name for name, key in label_keys(labels).items()}
-    rows, unit = [], "mm"
+    rows = []
     for file in files:
         summary = read_json(file)
         try:
@@ -221,11 +226,11 @@ def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
                     for key, name in names.items()
                 }
                 prediction = entry["prediction_file"] and file.parent / Path(entry["prediction_file"]).name
-                rows.append(CaseScore(entry["case"], prediction, entry["reference_file"], metrics))
+                rows.append(CaseScore(entry["case"], prediction, entry["reference_file"], metrics, unit == "mm"))
         except (KeyError, TypeError, AttributeError) as error:
             what = f"is not a summary for the labels {', '.join(names.values())} ({type(error).__name__}: {error})"
             raise UserError(what, file, "Validate the fold again: delete its folder `validation` and train.") from None
-    return Scores(tuple(rows), labels, unit=unit)
+    return Scores(tuple(rows), labels)
 
 
 # ------------------------------------------------------------------------------------------------ folders of label maps
@@ -275,23 +280,20 @@ def score_files(
             notes = [*notes, f"no dataset.json: the labels are the values found, {', '.join(labels.region_names)}"]
         known = labels
 
-        def score(case: str) -> tuple[CaseScore, bool, list[_Remark]]:
+        def score(case: str) -> tuple[CaseScore, list[_Remark]]:
             predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
             spacing = geometry.spacing if geometry.calibrated else None
             metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
-            return CaseScore(case, *pairs[case], metrics), geometry.calibrated, remarks
+            return CaseScore(case, *pairs[case], metrics, geometry.calibrated), remarks
 
         results = list(progress(pool.map(score, pairs), len(pairs), "evaluate"))
-    any_calibrated = any(calibrated for _, calibrated, _ in results)
+    scores = Scores(tuple(row for row, _ in results), labels, tolerance)
     files_of: dict[str, list[str]] = defaultdict(list)
-    for row, calibrated, remarks in results:
-        if any_calibrated and not calibrated:
-            remarks = [*remarks, (_UNCALIBRATED, row.case)]
-        for remark, file in remarks:
+    for row, remarks in results:
+        assumed = [(_NO_SPACING, row.case)] if scores.unit == "mm" and not row.has_spacing else []
+        for remark, file in remarks + assumed:
             files_of[remark].append(file)
-    notes += [f"{remark} ({few(files)})" for remark, files in files_of.items()]
-    rows = tuple(row for row, _, _ in results)
-    return Scores(rows, labels, tolerance, tuple(notes), "mm" if any_calibrated else "px")
+    return replace(scores, notes=(*notes, *(f"{remark} ({few(files)})" for remark, files in files_of.items())))
 
 
 _Remark = tuple[str, str]  # what is special about a file, and its name

@@ -1,9 +1,9 @@
 """The first stage of a cascade, as its second stage needs it: which fold predicts which case, and the predictions.
 
 `find_first_stage` -> `predict_first_stage` -> `read_stage_map`. Each case is predicted by a fold that held it out,
-from its preprocessed image. The logits are resampled linearly to the grid of the second stage, and become classes
-there: that is sharper than resampling a label map. Predictions are kept; other weights, settings, images or grids make
-them again.
+from its preprocessed image. The logits are resampled linearly to the grid of the second stage, slab by slab, and become
+classes there: that is sharper than resampling a label map. Predictions are kept; other weights, settings, images or
+grids make them again.
 
 fold_k/next_stage/3d_cascade_fullres/case_001.b2nd    in the model folder of the first stage: blosc2, (z, y, x) classes
                                                       on the grid of the second, with a key of what they were made of
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -28,17 +28,14 @@ from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import atomic, locked, sweep
 from nnunet_lite.inference.cases import as_classes
-from nnunet_lite.inference.predictor import load, predict_preprocessed
+from nnunet_lite.inference.predictor import Predictor, PreparedImage, load, segment
 from nnunet_lite.models.folder import MODEL, is_finished, model_folder, read_run
 from nnunet_lite.models.lookup import read_model
-from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.preprocessing.pipeline import Placement, restore_segmentation
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.training.splits import ALL, Split, load_splits
 from nnunet_lite.workspace import Paths
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _VERSION = 1  # of how predictions are made; a larger number makes them again
 _FOLDER = "next_stage"
@@ -188,40 +185,35 @@ def predict_first_stage(
     open_second = partial(open_case, preprocessed, plan, configuration)
     files: dict[str, Path] = {}
     for fold in first.folds:
-        recipe = _describe_fold(first.folder, fold)
+        fold_folder = first.folder / f"fold_{fold}"
         held_out = [case_id for case_id, holder in first.holders.items() if holder == fold]
+        files |= {case_id: stage_map_file(fold_folder, configuration, case_id) for case_id in held_out}
+        recipe = _describe_fold(first.folder, fold)
         keys = {case_id: _hash([recipe, open_first(case_id).key, open_second(case_id).key]) for case_id in held_out}
-        targets = {
-            case_id: stage_map_file(first.folder / f"fold_{fold}", configuration, case_id) for case_id in held_out
-        }
-        folder = targets[held_out[0]].parent
+        folder = files[held_out[0]].parent
         with locked(folder, "predicting"):
             sweep(folder, alone=True)
-            todo = [case_id for case_id in held_out if _stored_key(targets[case_id]) != keys[case_id]]
-            if todo:
-                model = load(first.folder, [fold], device, workspace=first.folder.absolute().parents[2])
-                for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
-                    source, target = open_first(case_id), open_second(case_id)
-                    with naming(case_id):
-                        logits = predict_preprocessed(model, source.image[:])
-                        stage = (model.plan, model.configuration)
-                        classes = classes_on_grid(logits, *stage, source.placement, target.placement)
-                    write_stage_map(targets[case_id], classes, target.label, keys[case_id])
-        files |= targets
+            todo = [case_id for case_id in held_out if _stored_key(files[case_id]) != keys[case_id]]
+            if not todo:
+                continue
+            model = load(first.folder, [fold], device, workspace=first.folder.absolute().parents[2])
+            for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
+                source, target = open_first(case_id), open_second(case_id)
+                with naming(case_id):
+                    classes = predict_on_grid(model, source.image[:], source.placement, target.placement)
+                write_stage_map(files[case_id], classes, target.label, keys[case_id])
     return files
 
 
-def classes_on_grid(
-    logits: Tensor | np.ndarray, plan: Plan, stage: Configuration, first: Placement, second: Placement
-) -> np.ndarray:
-    """Return classes (z, y, x) on the grid of the second stage's array of a case.
+def predict_on_grid(model: Predictor, image: np.ndarray, first: Placement, second: Placement) -> np.ndarray:
+    """Predict classes (z, y, x) on the grid of the second stage's array of a case.
 
     Parameters
     ----------
-    logits : Tensor or ndarray, shape (classes or regions, z, y, x)
-        For the first stage's array.
-    plan, stage : Plan, Configuration
-        Of the first stage.
+    model : Predictor
+        The first stage.
+    image : ndarray, shape (channels, z, y, x)
+        Its preprocessed array.
     first, second : Placement
         Of both arrays in the image; both show the same box of it.
     """
@@ -229,7 +221,8 @@ def classes_on_grid(
     grid, box = Geometry(second.shape, second.new_spacing), ((0, z), (0, y), (0, x))
     # as in nnU-Net, the spacing of the first stage alone decides whether slices are resampled one by one
     place = Placement(grid, Turn(), box, first.new_spacing, first.new_spacing, first.shape)
-    return as_classes(restore_segmentation(logits, place, plan.labels, stage.resampling), plan.labels)
+    label_map, _ = segment(model, PreparedImage((Preprocessed(image, None, place),), None))
+    return as_classes(label_map, model.plan.labels)
 
 
 def _describe_fold(folder: Path, fold: str) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,11 +25,12 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import ENTROPY, PROBABILITIES, STEPS, ExtraMaps
-from nnunet_lite.inference.predictor import NetworkInput, Predictor, prepare_image, segment
+from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
 
 # changes a label map (z, y, x) of some spacing before it is written
 Postprocess = Callable[[np.ndarray, tuple[float, float, float]], np.ndarray]
 
+_MOST_WRITING = 2  # label maps that wait to be written
 _NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 
 
@@ -37,11 +39,11 @@ def predict_cases(
     cases: Sequence[Case],
     out: Path,
     *,
-    maps: ExtraMaps | None = None,
+    maps: ExtraMaps = ExtraMaps(),
     dicom_seg: bool = False,
     skip_existing: bool = False,
     progress: Callable[[Iterable[Case], int, str], Iterable[Case]] = lambda cases, total, what: cases,
-    previous: Callable[[str], np.ndarray] | None = None,
+    stage_classes: Callable[[str], np.ndarray] | None = None,
     postprocess: Postprocess | None = None,
     accept_geometry: bool = False,
 ) -> tuple[list[Path], dict[str, str]]:
@@ -55,7 +57,7 @@ def predict_cases(
         Their images.
     out : Path
         A folder; of a single case also the name of its label map, whose ending decides the format.
-    maps : ExtraMaps, optional
+    maps : ExtraMaps
         Maps to write too, into the folders probabilities and uncertainty in `out`.
     dicom_seg : bool
         Write DICOM segmentations; the images must be DICOM series.
@@ -63,7 +65,7 @@ def predict_cases(
         Keep label maps that exist already.
     progress : callable
         Shows a progress bar, such as `log.progress`.
-    previous : callable, optional
+    stage_classes : callable, optional
         Returns the classes that the first stage predicts of a case, by its id, on the grid of its preprocessed array;
         for the second stage of a cascade that was loaded without the first.
     postprocess : callable, optional
@@ -102,7 +104,7 @@ def predict_cases(
     failed: dict[str, str] = {}
     turned: dict[str, list[str]] = defaultdict(list)
 
-    def read(case: Case) -> NetworkInput:
+    def read(case: Case) -> PreparedImage:
         return prepare_image(predictor, read_case_image(predictor.plan, case, accept_geometry))
 
     def write(case: Case, geometry: Geometry, label_map: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
@@ -124,39 +126,49 @@ def predict_cases(
             raise error
         failed[case.id] = describe(error)
 
+    def finish(case: Case, writing: Future[None]) -> None:
+        try:
+            writing.result()
+            files.append(targets[case.id])
+        except Exception as error:  # whatever is wrong with one case, the others are predicted
+            fail(case, error)
+
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        ahead: list[Future[NetworkInput]] = []
-        writing: list[tuple[Case, Future[None]]] = []
-        for i, case in enumerate(progress(todo, len(todo), "predict")):
-            ahead += [reader.submit(read, c) for c in todo[i + len(ahead) : i + 2]]
-            arrays: dict[str, np.ndarray] = {}
+        sources, queue = _read_ahead(reader, read, todo), deque[tuple[Case, Future[None]]]()
+        for case, source in zip(progress(todo, len(todo), "predict"), sources, strict=True):
             try:
-                given = ahead.pop(0).result()
-                geometry = given.preprocessed.placement.geometry
-
-                def new_map(
-                    name: str, arrays: dict[str, np.ndarray] = arrays, shape: tuple[int, ...] = geometry.shape
-                ) -> np.ndarray:
-                    return arrays.setdefault(name, _array_on_disk(out, shape))
-
-                label_map = segment(predictor, given, previous and previous(case.id), maps, new_map)
-            except Exception as error:  # whatever is wrong with one case, the others are predicted
-                fail(case, error)
-                continue
-            own = geometry.orientation
-            if own is not None and own != (given.plan.orientation or own):
-                turned[own].append(case.id)
-            writing.append((case, writer.submit(write, case, geometry, label_map, arrays)))
-        for case, future in writing:
-            try:
-                future.result()
-                files.append(targets[case.id])
+                prepared = source.result()
+                classes = None if stage_classes is None else stage_classes(case.id)
+                label_map, arrays = segment(predictor, prepared, classes, maps, partial(_array_on_disk, out))
             except Exception as error:  # as above
                 fail(case, error)
+                continue
+            geometry = prepared.arrays[0].placement.geometry
+            own = geometry.orientation
+            if own is not None and own != (predictor.plan.orientation or own):
+                turned[own].append(case.id)
+            queue.append((case, writer.submit(write, case, geometry, label_map, arrays)))
+            if len(queue) > _MOST_WRITING:
+                finish(*queue.popleft())
+        for case, writing in queue:
+            finish(case, writing)
     if turned:
         stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
         log.info(f"turned to {predictor.plan.orientation}, the orientation of the model: {stored}")
     return sorted(files), failed
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, read: Callable[[Case], PreparedImage], cases: Iterable[Case]
+) -> Iterator[Future[PreparedImage]]:
+    """Yield the image of each case, in order, while the next one is read."""
+    waiting: deque[Future[PreparedImage]] = deque()
+    for case in cases:
+        waiting.append(reader.submit(read, case))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 def _array_on_disk(folder: Path, shape: Sequence[int]) -> np.ndarray:

@@ -17,8 +17,8 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.sliding_window import SlidingWindow
-from nnunet_lite.inference.windows import Tiling, schedule
-from nnunet_lite.networks.precision import free_device_memory
+from nnunet_lite.inference.windows import Span, schedule
+from nnunet_lite.networks.devices import free_device_memory
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, output_values
 from nnunet_lite.preprocessing.resampling import blocks, coarse_axis
@@ -64,8 +64,8 @@ class MemoryPlan:
 
     Parameters
     ----------
-    tiling : Tiling
-        The windows.
+    tiling : sequence of sequence of Span
+        The windows along each axis.
     batch_size : int
         Windows and mirrored copies that are computed at once.
     depth : int
@@ -80,7 +80,7 @@ class MemoryPlan:
         Bytes besides the image and the networks, in memory and on the GPU (0 without one).
     """
 
-    tiling: Tiling
+    tiling: Sequence[Sequence[Span]]
     batch_size: int
     depth: int
     dtype: torch.dtype
@@ -159,10 +159,10 @@ def _options(task: PredictionTask, labels: Labels, step: float, slab: int) -> It
         at_once = window.at_once
         while at_once:
             tiling, batch_size = window.tile(placement.shape, step, at_once)
-            depth = schedule(tiling.axes[0], parts)[1]
+            depth = schedule(tiling[0], parts)[1]
             threads = cpus() if sums_device.type == "cpu" else 1
             sums = depth * plane * dtype.itemsize + threads * (slab + band) * plane * 4
-            weighted = 2 * tiling.axes[0][0].size if len(window.patch) == 2 else 2  # outputs that are flipped, weighted
+            weighted = 2 * tiling[0][0].size if len(window.patch) == 2 else 2  # outputs that are flipped, weighted
             computed = at_once * window.window_bytes + (at_once + weighted) * voxels * window.outputs * 4
             host, device = label_map, 0
             if window.device.type == "cpu":

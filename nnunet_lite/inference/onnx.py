@@ -17,7 +17,6 @@ from copy import deepcopy
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,42 +80,32 @@ def export_onnx(
 
 def _write(predictor: Predictor, out: Path) -> dict[str, float]:
     """Write all files of a model, and of its first stage."""
-    about, differences = _about(predictor), {}
-    metadata = {"nnlite": json.dumps(about), "plan": predictor.plan.model_dump_json()}
+    about = {
+        "format": FORMAT,
+        "made_by": f"nnunet_lite {nnunet_lite.__version__}",
+        "configuration": predictor.configuration_name,
+        "folds": predictor.folds,
+        "step_size": predictor.settings.step_size,
+        "mirror_axes": predictor.mirror_axes if predictor.settings.mirroring else (),
+        "sides": None if predictor.swap is None else asdict(predictor.swap),
+    }
     write_text(out / "plans.json", predictor.plan.to_json())
     write_json(out / ABOUT, about)
+    metadata = {"nnlite": json.dumps(about), "plan": predictor.plan.model_dump_json()}
     inputs = predictor.plan.n_inputs(predictor.configuration_name)
     window = torch.randn(2, inputs, *predictor.configuration.patch_size, generator=torch.Generator().manual_seed(0))
     window[..., : window.shape[-1] // 2] = -1  # like air around a body, where sums are the least exact
+    differences = {}
     for fold, network in zip(predictor.folds, predictor.networks, strict=True):
         file = out / f"fold_{fold}.onnx"
         log.info(f"writing {predictor.configuration_name} fold {fold}")
         contiguous = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         _write_graph(_with_stepwise_norms(contiguous), window, metadata, file)
         differences[file.name] = _difference(contiguous, window[:1], file)
-    if predictor.previous is not None:
-        first = _write(predictor.previous, out / PREVIOUS)
+    if predictor.first_stage is not None:
+        first = _write(predictor.first_stage, out / PREVIOUS)
         differences |= {f"{PREVIOUS}/{name}": difference for name, difference in first.items()}
     return differences
-
-
-def _about(predictor: Predictor) -> dict[str, Any]:
-    """Return what the runner needs besides the plan, and what a person looks for first."""
-    return {
-        "format": FORMAT,
-        "made_by": f"nnunet_lite {nnunet_lite.__version__}",
-        "opset": OPSET,
-        "dataset": predictor.plan.dataset,
-        "configuration": predictor.configuration_name,
-        "channels": [channel.name for channel in predictor.plan.channels],
-        "labels": predictor.plan.labels.to_json(),
-        "spacing": predictor.configuration.spacing,
-        "patch_size": predictor.configuration.patch_size,
-        "folds": predictor.folds,
-        "step_size": predictor.settings.step_size,
-        "mirror_axes": predictor.mirror_axes if predictor.settings.mirroring else (),
-        "sides": None if predictor.swap is None else asdict(predictor.swap),
-    }
 
 
 class StepwiseNorm(nn.Module):

@@ -24,14 +24,7 @@ from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
-from nnunet_lite.inference.windows import (
-    LabelSwap,
-    cut_window,
-    gaussian_weight,
-    mirror_window,
-    mirrorings,
-    tile,
-)
+from nnunet_lite.inference.windows import Flip, LabelSwap, Place, gaussian_weight, mirrorings, tile
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import preprocess_image, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
@@ -67,7 +60,7 @@ class OnnxPredictor:
         Axes of the patch along which mirrored copies are averaged; () for none.
     swap : LabelSwap, optional
         Labels that change places in mirrored copies.
-    previous : OnnxPredictor, optional
+    first_stage : OnnxPredictor, optional
         The first stage of a cascade.
     """
 
@@ -78,7 +71,7 @@ class OnnxPredictor:
     step_size: float
     mirror_axes: tuple[int, ...]
     swap: LabelSwap | None = None
-    previous: OnnxPredictor | None = None
+    first_stage: OnnxPredictor | None = None
 
     @property
     def configuration(self) -> Configuration:
@@ -92,19 +85,19 @@ class OnnxPredictor:
             return self._segment(given)
 
     def _segment(self, image: Image) -> np.ndarray:
-        classes = None if self.previous is None else as_classes(self.previous._segment(image), self.plan.labels)
+        classes = None if self.first_stage is None else as_classes(self.first_stage._segment(image), self.plan.labels)
         preprocessed = preprocess_image(image, classes, self.plan, self.configuration)
         logits = self.logits(preprocessed.image, preprocessed.classes)
         return restore_segmentation(logits, preprocessed.placement, self.plan.labels, self.configuration.resampling)
 
-    def logits(self, image: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+    def logits(self, image: np.ndarray, stage_classes: np.ndarray | None = None) -> np.ndarray:
         """Predict the logits of a preprocessed image.
 
         Parameters
         ----------
         image : ndarray, shape (channels, z, y, x)
             The preprocessed image.
-        previous : ndarray, shape (z, y, x), optional
+        stage_classes : ndarray, shape (z, y, x), optional
             Classes that the first stage of a cascade predicts, on the same grid.
 
         Returns
@@ -117,21 +110,21 @@ class OnnxPredictor:
         UserError
             The graphs compute values that are NaN or infinite.
         """
-        image = np.concatenate([image, *([] if previous is None else [previous[None]])], dtype=np.float32)
+        image = np.concatenate([image, *([] if stage_classes is None else [stage_classes[None]])], dtype=np.float32)
         flat = self.configuration.dimensions == 2
         patch, shape = self.configuration.patch_size, image.shape[1:]
         weight = gaussian_weight(patch)
-        tiling = tile(shape, patch, self.step_size, mirrorings([axis + flat for axis in self.mirror_axes]))
+        flips = mirrorings([axis + flat for axis in self.mirror_axes])
         total = np.zeros((self.plan.labels.n_channels, *shape), np.float32)
         weights = np.zeros(shape, np.float32)
-        copies = list(itertools.product(itertools.product(*tiling.axes), tiling.flips))
+        copies = list(itertools.product(itertools.product(*tile(shape, patch, self.step_size)), flips))
         size = int(np.clip(_VOXELS // np.prod(patch), 1, 64))
         for start in range(0, len(copies), size):
             batch = copies[start : start + size]
-            windows = [mirror_window(cut_window(image, place), flip, self.swap) for place, flip in batch]
+            windows = [_cut_window(image, place, flip, self.swap) for place, flip in batch]
             for (place, flip), output in zip(batch, self._run(np.stack(windows)), strict=True):
                 inside, within = (tuple(getattr(span, part) for span in place) for part in ("inside", "within"))
-                share = weight[within[-weight.ndim :]] / len(tiling.flips)
+                share = weight[within[-weight.ndim :]] / len(flips)
                 total[:, *inside] += _mirror_back(output, flip, self.swap)[:, *within] * share
                 weights[inside] += share
         total /= weights
@@ -140,7 +133,7 @@ class OnnxPredictor:
 
     def _run(self, windows: np.ndarray) -> np.ndarray:
         """Return the mean logits of all folds, for windows (batch, channels, *patch)."""
-        if self.previous is not None:  # the last channel contains classes
+        if self.first_stage is not None:  # the last channel contains classes
             one_hot = [windows[:, -1:] == c for c in range(1, self.plan.labels.n_classes)]
             windows = np.concatenate([windows[:, :-1], *one_hot], axis=1, dtype=np.float32)
         flat = self.configuration.dimensions == 2
@@ -149,7 +142,16 @@ class OnnxPredictor:
         return outputs[:, :, None] if flat else outputs
 
 
-def _mirror_back(output: np.ndarray, flip: Sequence[int], swap: LabelSwap | None) -> np.ndarray:
+def _cut_window(image: np.ndarray, place: Place, flip: Flip, swap: LabelSwap | None) -> np.ndarray:
+    """Cut a window (channels, z, y, x) out of an image, with zeros outside, and mirror it."""
+    window = np.pad(image[:, *(span.inside for span in place)], [(0, 0), *(span.outside for span in place)])
+    window = np.flip(window, tuple(axis + 1 for axis in flip))
+    if swap is not None and swap.classes is not None and swap.axis in flip:
+        window[-1] = np.asarray(swap.classes, window.dtype)[window[-1].astype(np.intp)]
+    return window
+
+
+def _mirror_back(output: np.ndarray, flip: Flip, swap: LabelSwap | None) -> np.ndarray:
     """Return the logits (channels, *patch) of a flipped window as those of the window itself."""
     out = np.flip(output, tuple(axis + 1 for axis in flip))
     return out[list(swap.channels)] if swap is not None and swap.axis in flip else out
@@ -194,7 +196,7 @@ def load_onnx(
         step_size=about["step_size"],
         mirror_axes=tuple(about["mirror_axes"]),
         swap=swap and LabelSwap(swap["axis"], *(v and tuple(v) for v in (swap["channels"], swap["classes"]))),
-        previous=load_onnx(folder / PREVIOUS, None, providers) if is_second else None,
+        first_stage=load_onnx(folder / PREVIOUS, None, providers) if is_second else None,
     )
 
 

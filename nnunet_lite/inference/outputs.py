@@ -1,8 +1,8 @@
 """From averaged windows to label maps on the image's own grid, and to maps of probabilities and uncertainty.
 
-`open_stream` starts the sliding window of an image; its slices are resampled and decided as soon as they are finished.
-Several models vote with the mean of their probabilities on the image's grid, as nnU-Net's ensembles do. They compute
-side by side, slab by slab: the probabilities of a whole image never exist.
+`predict_label_map` runs the sliding windows of an image; their slices are resampled and decided as soon as they are
+finished. Several models vote with the mean of their probabilities on the image's grid, as nnU-Net's ensembles do. They
+compute side by side, slab by slab: the probabilities of a whole image never exist.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.memory import MemoryPlan, PredictionTask
 from nnunet_lite.inference.sliding_window import average_windows
 from nnunet_lite.preprocessing.pipeline import (
-    Placement,
     cropped_shape,
     decode_logits,
     empty_map,
@@ -29,10 +29,13 @@ from nnunet_lite.preprocessing.pipeline import (
 )
 from nnunet_lite.preprocessing.resampling import Block, operand, operators, resampled_rows, run_in_threads
 
+T = TypeVar("T")
+
 PROBABILITIES, ENTROPY, DISAGREEMENT = "probabilities", "uncertainty/entropy", "uncertainty/disagreement"
 STEPS = 255  # maps are stored as uint8, with 255 for 1
 
-NewMap = Callable[[str], np.ndarray]  # folder/name of a map -> zeros (z, y, x), uint8, on the image's grid
+NewMap = Callable[[Sequence[int]], np.ndarray]
+Slab = Callable[[], Iterator[tuple[int, slice, Any]]]  # yields slices, their rows, and logits (logits, rows, x)
 
 
 @dataclass(frozen=True)
@@ -78,155 +81,95 @@ def output_names(labels: Labels) -> tuple[str, ...]:
     return tuple(str(names.get(value, value)) for value in labels.values)
 
 
-# ---------------------------------------------------------------------------------------------------------- label maps
-
-
-@dataclass(frozen=True)
-class LogitStream:
-    """A running prediction on the image's own grid.
-
-    Parameters
-    ----------
-    finished : iterator of list of Block
-        Blocks of slices along the first axis, in order. Use each list before you get the next one.
-    pieces : callable
-        Yields of a block the slice, its rows, and the channels (channels, rows, x), float32.
-    head : ndarray or Tensor, shape (logits, channels), optional
-        As in `SlidingWindow`, on the device of the sums.
-    rounded : bool
-        Round logits to float16 before the decision, as `decode_logits` does.
-    threads : int, optional
-        How many threads may work on blocks at once; by default one for each CPU.
-    """
-
-    finished: Iterator[list[Block]]
-    pieces: Callable[[Block], Iterator[tuple[int, slice, Any]]]
-    head: Any
-    rounded: bool
-    threads: int | None
-
-    def logits(self, piece: Any) -> Any:
-        """Return the logits (logits, rows, x) of a piece."""
-        if self.head is None:
-            return piece
-        return (self.head @ piece.reshape(len(piece), -1)).reshape(-1, *piece.shape[1:])
-
-
-def open_stream(task: PredictionTask, plan: MemoryPlan, *, skip_empty: bool = False) -> LogitStream:
-    """Start the sliding window of an image.
-
-    Parameters
-    ----------
-    task : PredictionTask
-        The image and the networks.
-    plan : MemoryPlan
-        What is computed and kept at once.
-    skip_empty : bool
-        Windows that are zero are background, and are not computed.
-    """
-    window, placement = task.window, task.placement
-    sums = torch.empty(plan.depth, window.channels, *placement.shape[1:], dtype=plan.dtype, device=plan.sums_device)
-    used = sums[:, : window.outputs] if window.head is None else sums
-    data: Any = used.numpy() if sums.is_cpu else used
-    parts, y, x = operators(data, placement.shape, cropped_shape(placement.box), task.orders, plan.slab)
-    return LogitStream(
-        finished=average_windows(window, task.image, plan.tiling, parts, sums, plan.batch_size, skip_empty=skip_empty),
-        pieces=lambda part: resampled_rows(data, part, y, x),
-        head=None if window.head is None else operand(data, window.head),
-        rounded=window.half,
-        threads=None if sums.is_cpu else 1,
-    )
-
-
-def predict_label_map(stream: LogitStream, placement: Placement, labels: Labels) -> np.ndarray:
-    """Return the label map of an image that one model predicts.
-
-    Parameters
-    ----------
-    stream : LogitStream
-        The running prediction.
-    placement : Placement
-        Where the preprocessed array is in the image.
-    labels : Labels
-        What is predicted.
-
-    Returns
-    -------
-    ndarray, shape (z, y, x)
-        Values of the dataset, on the image's own grid. It equals `restore_segmentation` of `predict_logits` but for
-        rounding.
-    """
-    values = output_values(labels)
-    out, inner = empty_map(placement, labels.background, values.dtype)
-
-    def write(part: Block) -> None:
-        for z, rows, piece in stream.pieces(part):
-            inner[z, rows] = values[decode_logits(piece, labels, stream.head, rounded=stream.rounded)]
-
-    for parts in stream.finished:
-        run_in_threads(write, parts, stream.threads)
-    return out
-
-
-# ------------------------------------------------------------------------------------------- several models, and maps
-
-
-def predict_maps(
-    models: Sequence[Sequence[LogitStream]], placement: Placement, labels: Labels, maps: ExtraMaps, new_map: NewMap
-) -> np.ndarray:
-    """Return the label map of an image that several models predict, and write further maps.
+def predict_label_map(
+    models: Sequence[Sequence[PredictionTask]],
+    plans: Sequence[MemoryPlan],
+    labels: Labels,
+    maps: ExtraMaps = ExtraMaps(),
+    new_map: NewMap = partial(np.zeros, dtype=np.uint8),
+    *,
+    skip_empty: bool = False,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the label map of an image, and further maps.
 
     Entropy is that of the mean probabilities, as a share of the largest possible; of regions, the mean over regions.
-    Disagreement is the share of streams that alone would decide otherwise than all together.
+    Disagreement is the share of tasks that alone would decide otherwise than all together.
 
     Parameters
     ----------
-    models : sequence of sequence of LogitStream
-        For each model the streams whose logits are averaged: one for all folds, or one for each fold.
-    placement : Placement
-        Where the image is; that of all models differs only in spacing and shape.
+    models : sequence of sequence of PredictionTask
+        For each model the tasks whose logits are averaged: one for all folds, or one for each fold. Their placements
+        differ only in spacing and shape.
+    plans : sequence of MemoryPlan
+        For each task what is computed and kept at once.
     labels : Labels
         What is predicted.
     maps : ExtraMaps
-        Maps to write besides the label map.
+        Maps to make besides the label map.
     new_map : callable
-        Makes an empty map; called once for each.
+        Returns zeros (z, y, x), uint8, of a shape.
+    skip_empty : bool
+        Windows that are zero are background, and are not computed.
 
     Returns
     -------
-    ndarray, shape (z, y, x)
-        The label map, values of the dataset, on the image's own grid.
+    label_map : ndarray, shape (z, y, x)
+        Values of the dataset, on the image's own grid.
+    extra : dict of str to ndarray, shape (z, y, x)
+        Folder/name of each further map, uint8, with 255 for 1.
     """
-    label_values = output_values(labels)
+    tasks = [task for model in models for task in model]
+    placement, rounded, label_values = tasks[0].placement, tasks[0].window.half, output_values(labels)
     out, inner = empty_map(placement, labels.background, label_values.dtype)
     names = output_names(labels)
     channels = {f"{PROBABILITIES}/{name}": names.index(name) for name in maps.probabilities}
-    views = {}
-    for name in (*channels, *((ENTROPY, DISAGREEMENT) if maps.uncertainty else ())):
-        array = new_map(name)
-        if channels.get(name) == 0 and not labels.has_regions:
-            array[:] = STEPS  # what was cropped away is background
-        views[name] = predicted_part(array, placement)
-    streams = [stream for model in models for stream in model]
+    extra = {name: new_map(out.shape) for name in (*channels, *((ENTROPY, DISAGREEMENT) if maps.uncertainty else ()))}
+    if not labels.has_regions and (background := f"{PROBABILITIES}/{names[0]}") in extra:
+        extra[background][:] = STEPS  # what was cropped away is background
+    views = {name: predicted_part(array, placement) for name, array in extra.items()}
 
-    def write(parts: tuple[Block, ...]) -> None:
-        for pieces in zip(*(stream.pieces(part) for stream, part in zip(streams, parts, strict=True)), strict=True):
-            z, rows, _ = pieces[0]
-            logits = iter([stream.logits(piece) for stream, (_, _, piece) in zip(streams, pieces, strict=True)])
-            by_model = [[next(logits) for _ in model] for model in models]
-            decided, values = _vote(by_model, labels, streams[0].rounded, channels, maps)
+    def write(slabs: tuple[Slab, ...]) -> None:
+        for pieces in zip(*(slab() for slab in slabs), strict=True):
+            z, rows, logits = pieces[0]
+            if len(tasks) == 1 and not maps:
+                inner[z, rows] = label_values[decode_logits(logits, labels, rounded=rounded)]
+                continue
+            of_tasks = iter([logits for _, _, logits in pieces])
+            by_model = [[next(of_tasks) for _ in model] for model in models]
+            decided, values = _vote(by_model, labels, rounded, channels, maps)
             inner[z, rows] = label_values[decided]
             for name, view in views.items():
                 view[z, rows] = values[name]
 
-    for parts in in_step([stream.finished for stream in streams]):
-        run_in_threads(write, parts, streams[0].threads)
-    return out
+    threads = None if plans[0].sums_device.type == "cpu" else 1
+    streams = [_finished_slabs(task, plan, skip_empty) for task, plan in zip(tasks, plans, strict=True)]
+    for slabs in in_step(streams):
+        run_in_threads(write, slabs, threads)
+    return out, extra
 
 
-def in_step(streams: Sequence[Iterator[list[Block]]]) -> Iterator[list[tuple[Block, ...]]]:
-    """Yield the blocks that all streams have finished; a stream continues only after its last blocks were used."""
-    waiting: list[deque[Block]] = [deque() for _ in streams]
+def _finished_slabs(task: PredictionTask, plan: MemoryPlan, skip_empty: bool) -> Iterator[list[Slab]]:
+    """Run the sliding window, and yield slabs of output slices, in order, as soon as they can be computed."""
+    window, shape = task.window, task.placement.shape
+    sums = torch.empty(plan.depth, window.channels, *shape[1:], dtype=plan.dtype, device=plan.sums_device)
+    used = sums[:, : window.outputs] if window.head is None else sums
+    data: Any = used.numpy() if sums.is_cpu else used
+    parts, y, x = operators(data, shape, cropped_shape(task.placement.box), task.orders, plan.slab)
+    head = None if window.head is None else operand(data, window.head)
+
+    def resample(part: Block) -> Iterator[tuple[int, slice, Any]]:
+        for z, rows, piece in resampled_rows(data, part, y, x):
+            flat = None if head is None else head @ piece.reshape(len(piece), -1)
+            yield z, rows, piece if flat is None else flat.reshape(-1, *piece.shape[1:])
+
+    windows = average_windows(window, task.image, plan.tiling, parts, sums, plan.batch_size, skip_empty=skip_empty)
+    for finished in windows:
+        yield [partial(resample, part) for part in finished]
+
+
+def in_step(streams: Sequence[Iterator[list[T]]]) -> Iterator[list[tuple[T, ...]]]:
+    """Yield the slabs that all streams have finished; a stream continues only after its last slabs were used."""
+    waiting: list[deque[T]] = [deque() for _ in streams]
     while True:
         for stream, queue in zip(streams, waiting, strict=True):
             while not queue:

@@ -1,8 +1,8 @@
 """Load a trained model and predict images with it. Read this file from top to bottom.
 
-`load` reads a plan and the networks of some folds. `segment` predicts an image: it preprocesses it for each model
-(`_tasks`), plans the memory (memory.py), runs the networks on overlapping windows (sliding_window.py), and writes a
-label map slab by slab (outputs.py).
+`load` reads a plan and the networks of some folds. `prepare_image` preprocesses an image for them. `segment` predicts
+it: it plans the memory (memory.py), runs the networks on overlapping windows (sliding_window.py), and decides the label
+map slab by slab (outputs.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_lite import log
 from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
-from nnunet_lite.inference.outputs import ExtraMaps, NewMap, open_stream, predict_label_map, predict_maps
-from nnunet_lite.inference.sliding_window import SlidingWindow, build_sliding_window, predict_logits
+from nnunet_lite.inference.outputs import ExtraMaps, NewMap, predict_label_map
+from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.models.bundle import unpacked
 from nnunet_lite.models.checkpoint import load_weights
@@ -33,13 +33,14 @@ from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet,
 from nnunet_lite.models.lookup import find_model, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
-from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_device, pick_fastest, use_allowed_cpus
+from nnunet_lite.networks.devices import pick_device, use_allowed_cpus
+from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_fastest
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of
 from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
-from nnunet_lite.system import GB, free_memory, in_units
+from nnunet_lite.system import GB
 from nnunet_lite.workspace import is_model_of, workspace_folder
 
 
@@ -70,8 +71,8 @@ class Predictor:
         Where the networks are.
     arithmetic : ComputeFormat
         Precision and memory format.
-    previous : Predictor, optional
-        The first stage of a cascade, which predicts an image before this model does.
+    first_stage : Predictor, optional
+        Of a cascade: it predicts an image before this model does.
     swap : LabelSwap, optional
         Labels that change places in mirrored copies.
     partners : tuple of Predictor
@@ -87,12 +88,12 @@ class Predictor:
     settings: InferenceSettings
     device: torch.device
     arithmetic: ComputeFormat
-    previous: Predictor | None = None
+    first_stage: Predictor | None = None
     swap: LabelSwap | None = None
     partners: tuple[Predictor, ...] = ()
 
     def __str__(self) -> str:
-        first = "" if self.previous is None else f"{self.previous}, then "
+        first = "" if self.first_stage is None else f"{self.first_stage}, then "
         partners = "".join(f" and {partner}" for partner in self.partners)
         return f"{first}{self.folder} (fold {', '.join(self.folds)}){partners}"
 
@@ -122,7 +123,7 @@ class Predictor:
             networks compute such values.
         """
         with naming(image) if isinstance(image, str | PathLike) else nullcontext():
-            return segment(self, prepare_image(self, as_image(image, spacing, self.plan)))
+            return segment(self, prepare_image(self, as_image(image, spacing, self.plan)))[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -185,6 +186,20 @@ def load(
     return replace(predictors[0], partners=tuple(predictors[1:]))
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What a model folder contains: its plan, run.json, the header of its weights, and the network of each fold."""
+
+    plan: Plan
+    run: dict[str, Any]
+    networks: dict[str, nn.Module]
+    header: dict[str, Any]
+
+    @property
+    def configuration(self) -> Configuration:
+        return self.plan.configuration(self.run["configuration"])
+
+
 def _load_model(
     path: Path,
     folds: Sequence[str | int] | None,
@@ -192,50 +207,47 @@ def _load_model(
     changes: dict[str, Any],
     checkpoint: Checkpoint,
     trusted: Callable[[Path], bool],
-    first_stage: bool = True,
+    with_first_stage: bool = True,
 ) -> Predictor:
     """Load one model, and the first stage of a cascade. `trusted` says whether a model folder may run code."""
+    first_stage = None
     with unpacked(path, checkpoint) as folder:
-        read = partial(_read_nnunet, checkpoint=checkpoint) if is_nnunet(folder) else partial(_read, trusted=trusted)
-        plan, run, header, networks = read(folder, folds)
-        previous = None
-        if first_stage and plan.configuration(run["configuration"]).previous_stage is not None:
-            first = _first_stage(folder, plan, run, checkpoint)
-            previous = _load_model(first, None, device, changes, checkpoint, trusted)
+        trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
+        if with_first_stage and trained.configuration.previous_stage is not None:
+            first = _find_first_stage(folder, trained, checkpoint)
+            first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
             if folder != path:  # it was unpacked from the same zip
-                previous = replace(previous, folder=path.absolute().with_name(first.name))
-    trained = Settings.model_validate(run["settings"])
+                first_stage = replace(first_stage, folder=path.absolute().with_name(first.name))
+    settings = Settings.model_validate(trained.run["settings"])
+    inference = with_changes(settings, changes, sections=("inference",)).inference
     use_allowed_cpus()
     target = pick_device(device)
-    for network in networks.values():
+    for network in trained.networks.values():
         set_deep_supervision(network, False)
         if target.type == "cpu":
             speed_up_on_cpu(network)
         network.to(target).eval().requires_grad_(False)
-    augmentation = trained.augmentation
+    arithmetic = _choose_arithmetic(trained, inference, target)
+    networks = list(trained.networks.values())
+    for network in networks:
+        network.to(memory_format=arithmetic.memory_format(trained.configuration.dimensions))  # type: ignore[call-overload]
+    if inference.compile:
+        networks = [cast(nn.Module, torch.compile(network)) for network in networks]
+    augmentation = settings.augmentation
     mirror_axes = augmentation.mirror_axes if augmentation.enabled and augmentation.p_mirror > 0 else ()
-    dimensions = plan.configuration(run["configuration"]).dimensions
-    predictor = Predictor(
+    return Predictor(
         folder=path,
-        plan=plan,
-        configuration_name=run["configuration"],
-        folds=tuple(networks),
-        networks=tuple(networks.values()),
-        mirror_axes=tuple(range(dimensions)) if mirror_axes is None else mirror_axes,
-        settings=with_changes(trained, changes, sections=("inference",)).inference,
+        plan=trained.plan,
+        configuration_name=trained.run["configuration"],
+        folds=tuple(trained.networks),
+        networks=tuple(networks),
+        mirror_axes=tuple(range(trained.configuration.dimensions)) if mirror_axes is None else mirror_axes,
+        settings=inference,
         device=target,
-        arithmetic=ComputeFormat(),
-        previous=previous,
-        swap=label_swap(plan, run["configuration"], augmentation),
+        arithmetic=arithmetic,
+        first_stage=first_stage,
+        swap=label_swap(trained.plan, trained.run["configuration"], augmentation),
     )
-    predictor = replace(predictor, arithmetic=_choose_arithmetic(predictor, header))
-    if not predictor.settings.compile:
-        return predictor
-    return replace(predictor, networks=tuple(cast(nn.Module, torch.compile(network)) for network in networks.values()))
-
-
-# plan, run.json, what the header of the weights says, and the network of each fold
-_Trained = tuple[Plan, dict[str, Any], dict[str, Any], dict[str, nn.Module]]
 
 
 def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Path], bool]) -> _Trained:
@@ -259,7 +271,7 @@ def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Pa
     for fold in names:
         networks[fold] = build_network(plan, run["configuration"], factory)
         header = load_weights(folder / f"fold_{fold}" / MODEL, networks[fold])
-    return plan, run, header, networks
+    return _Trained(plan, run, networks, header)
 
 
 def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Checkpoint) -> _Trained:
@@ -267,10 +279,10 @@ def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Ch
     files = nnunet_checkpoints(folder, folds, checkpoint)
     used = trained_folds(folder, checkpoint) if folds is None else files
     read = list(read_nnunet(files[fold] for fold in used))
-    return read[0].plan, read[0].run, {}, dict(zip(used, (fold.network for fold in read), strict=True))
+    return _Trained(read[0].plan, read[0].run, dict(zip(used, (fold.network for fold in read), strict=True)), {})
 
 
-def _first_stage(folder: Path, plan: Plan, run: dict[str, Any], checkpoint: Checkpoint) -> Path:
+def _find_first_stage(folder: Path, second: _Trained, checkpoint: Checkpoint) -> Path:
     """Return the model folder of a cascade's first stage, next to the model folder of the second stage.
 
     Raises
@@ -278,7 +290,7 @@ def _first_stage(folder: Path, plan: Plan, run: dict[str, Any], checkpoint: Chec
     UserError
         It is missing, not trained, or of another configuration.
     """
-    stage, name = plan.configuration(run["configuration"]).previous_stage, run.get("previous")
+    stage, name = second.configuration.previous_stage, second.run.get("previous")
     if name is None:
         raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json", "Train it again.")
     first = folder.absolute().parent / Path(name).name
@@ -287,8 +299,8 @@ def _first_stage(folder: Path, plan: Plan, run: dict[str, Any], checkpoint: Chec
         return first
     if not trained_folds(first):
         raise UserError("contains no trained model", first, fix)
-    found, about = read_model(first)
-    if (about["configuration"], found.labels) != (stage, plan.labels):
+    plan, run = read_model(first)
+    if (run["configuration"], plan.labels) != (stage, second.plan.labels):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
     return first
 
@@ -313,68 +325,55 @@ def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSetting
     return LabelSwap(swap.axis, swap_channels(plan.labels, augmentation.mirror_swap), classes)
 
 
-def _choose_arithmetic(predictor: Predictor, header: dict[str, Any]) -> ComputeFormat:
+def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: torch.device) -> ComputeFormat:
     """Choose what the training chose, so that a model always predicts the same; on another kind of device, time it.
 
     On a CPU the memory format is not timed: our normalisation, upsampling and convolution are made for channels-last.
     But a model of nnU-Net in fp32 decides close races as nnU-Net does only in nnU-Net's memory format.
     """
-    like_nnunet = predictor.settings.sums == "float16" and predictor.settings.precision == "fp32"
-    channels_last = not like_nnunet if predictor.device.type == "cpu" else "auto"
-    options = list_formats(predictor.device, predictor.settings.precision, channels_last)
-    if header.get("device") == predictor.device.type:
-        trained, precision = ComputeFormat(**header["arithmetic"]), predictor.settings.precision
-        best = replace(trained, precision=trained.precision if precision == "auto" else precision)
-        if best.precision in [option.precision for option in options]:
-            _set_memory_format(predictor, best)
-            return best
-    patch, inputs = predictor.configuration.patch_size, predictor.plan.n_inputs(predictor.configuration_name)
-    window = torch.zeros(1, inputs, *patch, device=predictor.device)
+    like_nnunet = settings.sums == "float16" and settings.precision == "fp32"
+    channels_last = not like_nnunet if device.type == "cpu" else "auto"
+    options = list_formats(device, settings.precision, channels_last)
+    if trained.header.get("device") == device.type:
+        same = ComputeFormat(**trained.header["arithmetic"])
+        same = same if settings.precision == "auto" else replace(same, precision=settings.precision)
+        if same.precision in [option.precision for option in options]:
+            return same
+    inputs, patch = trained.plan.n_inputs(trained.run["configuration"]), trained.configuration.patch_size
+    window = torch.zeros(1, inputs, *patch, device=device)
+    network = next(iter(trained.networks.values()))
 
     def prepare(arithmetic: ComputeFormat) -> Callable[[], None]:
         def predict() -> None:
-            with torch.inference_mode(), arithmetic.autocast(predictor.device):
-                predictor.networks[0](arithmetic.arrange(window))
+            with torch.inference_mode(), arithmetic.autocast(device):
+                network(arithmetic.arrange(window))
 
-        _set_memory_format(predictor, arithmetic)
+        network.to(memory_format=arithmetic.memory_format(len(patch)))  # type: ignore[call-overload]
         return predict
 
-    best = pick_fastest(options, prepare, predictor.device)
-    _set_memory_format(predictor, best)
-    return best
-
-
-def _set_memory_format(predictor: Predictor, arithmetic: ComputeFormat) -> None:
-    for network in predictor.networks:
-        network.to(memory_format=arithmetic.memory_format(predictor.configuration.dimensions))  # type: ignore[call-overload]
+    return pick_fastest(options, prepare, device)
 
 
 # ---------------------------------------------------------------------------------------------------------- predicting
 
 
 @dataclass(frozen=True)
-class NetworkInput:
-    """An image, preprocessed for the first network that predicts it.
+class PreparedImage:
+    """An image as the networks of a predictor take it.
 
     Parameters
     ----------
-    preprocessed : Preprocessed
-        The array of the network.
-    plan : Plan
-        The plan that it was preprocessed with.
-    configuration : Configuration
-        The configuration that it was preprocessed for.
+    arrays : tuple of Preprocessed
+        For the model and each of its partners; for a cascade, those of its first stage.
     image : Image, optional
-        The image as it was read, if other networks need it preprocessed in another way.
+        The image as it was read, if a second stage preprocesses it with the classes of the first.
     """
 
-    preprocessed: Preprocessed
-    plan: Plan
-    configuration: Configuration
+    arrays: tuple[Preprocessed, ...]
     image: Image | None
 
 
-def prepare_image(predictor: Predictor, image: Image) -> NetworkInput:
+def prepare_image(predictor: Predictor, image: Image) -> PreparedImage:
     """Check and preprocess an image.
 
     Raises
@@ -383,138 +382,92 @@ def prepare_image(predictor: Predictor, image: Image) -> NetworkInput:
         As `check_image`.
     """
     check_image(image, predictor.plan)
-    first = predictor.previous or predictor
-    preprocessed = preprocess_image(image, None, first.plan, first.configuration)
-    needed = predictor.previous or predictor.partners
-    return NetworkInput(preprocessed, first.plan, first.configuration, image if needed else None)
+    models = (predictor, *predictor.partners)
+    first, *others = (model.first_stage or model for model in models)
+    arrays = [preprocess_image(image, None, first.plan, first.configuration)]
+    for other in others:
+        same = (other.plan, other.configuration) == (first.plan, first.configuration)
+        arrays.append(arrays[0] if same else preprocess_image(image, None, other.plan, other.configuration))
+    return PreparedImage(tuple(arrays), image if any(model.first_stage for model in models) else None)
 
 
 def segment(
     predictor: Predictor,
-    given: NetworkInput,
-    previous: np.ndarray | None = None,
-    maps: ExtraMaps | None = None,
-    new_map: NewMap | None = None,
-) -> np.ndarray:
-    """Predict the label map of an image.
+    prepared: PreparedImage,
+    stage_classes: np.ndarray | None = None,
+    maps: ExtraMaps = ExtraMaps(),
+    new_map: NewMap = partial(np.zeros, dtype=np.uint8),
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Predict the label map of an image, and further maps.
 
     Parameters
     ----------
     predictor : Predictor
         The model, with its partners.
-    given : NetworkInput
+    prepared : PreparedImage
         The image, from `prepare_image`.
-    previous : ndarray, shape (z, y, x), optional
+    stage_classes : ndarray, shape (z, y, x), optional
         Classes that the first stage predicts, on the grid of the network, if the predictor was loaded without it.
-    maps : ExtraMaps, optional
-        Maps to write besides the label map.
-    new_map : callable, optional
-        Makes an empty map, see `predict_maps`.
+    maps : ExtraMaps
+        Maps to make besides the label map.
+    new_map : callable
+        Returns zeros (z, y, x), uint8, of a shape.
 
     Returns
     -------
-    ndarray, shape (z, y, x)
-        Values of the dataset, on the image's own grid.
+    label_map, extra
+        As `predict_label_map`.
 
     Raises
     ------
     UserError
         The image does not fit into memory, or the networks compute values that are NaN or infinite.
     """
-    maps = maps or ExtraMaps()
     settings, labels = predictor.settings, predictor.plan.labels
-    models = [_tasks(model, given, previous, maps.uncertainty) for model in (predictor, *predictor.partners)]
-    tasks = [task for model in models for task in model]
-    placement = tasks[0].placement
-    if any(task.placement.turn != placement.turn for task in tasks):
+    models = []
+    for model, array in zip((predictor, *predictor.partners), prepared.arrays, strict=True):
+        classes = stage_classes
+        if model.first_stage is not None and prepared.image is not None:
+            first, _ = segment(model.first_stage, PreparedImage((array,), None))
+            array = preprocess_image(prepared.image, as_classes(first, labels), model.plan, model.configuration)
+            classes = array.classes
+        models.append(_make_tasks(model, array, classes, by_fold=maps.uncertainty))
+    tasks = [task for of_model in models for task in of_model]
+    if any(task.placement.turn != tasks[0].placement.turn for task in tasks):
         raise UserError("the models turn this image to different orientations", fix="Predict with one of them: -m.")
-
     limit = None if settings.max_memory is None else int(settings.max_memory * GB)
     plans = plan_memory(tasks, labels, settings.step_size, limit)
     for plan in plans:
         _log_once(str(plan))
-
     masked = any(channel.use_mask for channel in predictor.plan.channels)
     skip_empty = masked if settings.skip_empty == "auto" else settings.skip_empty
-    streams = iter([open_stream(task, plan, skip_empty=skip_empty) for task, plan in zip(tasks, plans, strict=True)])
-    if len(tasks) == 1 and not maps:
-        return predict_label_map(next(streams), placement, labels)
-    new_map = new_map or (lambda _: np.zeros(placement.geometry.shape, np.uint8))
-    return predict_maps([[next(streams) for _ in model] for model in models], placement, labels, maps, new_map)
+    return predict_label_map(models, plans, labels, maps, new_map, skip_empty=skip_empty)
 
 
-def _tasks(
-    predictor: Predictor, given: NetworkInput, previous: np.ndarray | None, by_fold: bool
+def _make_tasks(
+    model: Predictor, array: Preprocessed, stage_classes: np.ndarray | None, by_fold: bool
 ) -> list[PredictionTask]:
-    """Preprocess an image for a model, with the classes of its first stage: one task, or one for each fold."""
-    preprocessed = given.preprocessed
-    if predictor.previous is not None and given.image is not None:
-        classes = as_classes(segment(predictor.previous, given), predictor.plan.labels)
-        preprocessed = preprocess_image(given.image, classes, predictor.plan, predictor.configuration)
-        previous = preprocessed.classes
-    elif given.image is not None and (given.plan, given.configuration) != (predictor.plan, predictor.configuration):
-        preprocessed = preprocess_image(given.image, None, predictor.plan, predictor.configuration)
-    image = _stack(preprocessed.image, previous)
-    folds = [(network,) for network in predictor.networks] if by_fold else [predictor.networks]
-    windows = [_sliding_window(replace(predictor, networks=networks), previous is not None) for networks in folds]
-    resampling = predictor.configuration.resampling
-    return [PredictionTask(window, image, preprocessed.placement, resampling) for window in windows]
-
-
-def _stack(image: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
-    """Return the input of a network: a preprocessed image, and the classes of a first stage as its last channel."""
-    channels = image if previous is None else np.concatenate([image, previous[None]], dtype=np.float32)
-    return np.ascontiguousarray(channels, np.float32)
-
-
-def _sliding_window(predictor: Predictor, second: bool, whole: bool = False) -> SlidingWindow:
-    """Build the sliding window of a model; of a `second` stage, whose last channel contains classes."""
-    return build_sliding_window(
-        predictor.networks,
-        predictor.configuration,
-        predictor.plan.labels.n_channels,
-        predictor.arithmetic,
-        predictor.device,
-        mirror_axes=predictor.mirror_axes if predictor.settings.mirroring else (),
-        swap=predictor.swap,
-        n_previous=predictor.plan.labels.n_classes if second else None,
-        whole=whole,
-        half=predictor.settings.sums == "float16",
-        compiled=predictor.settings.compile,
+    """Give an image, and the classes of a first stage as its last channel, to all folds of a model or to each alone."""
+    image = array.image
+    if stage_classes is not None:
+        image = np.concatenate([image, stage_classes[None]], dtype=np.float32)
+    window = SlidingWindow(
+        networks=model.networks,
+        configuration=model.configuration,
+        n_logits=model.plan.labels.n_channels,
+        arithmetic=model.arithmetic,
+        device=model.device,
+        mirror_axes=model.mirror_axes if model.settings.mirroring else (),
+        swap=model.swap,
+        n_classes=None if stage_classes is None else model.plan.labels.n_classes,
+        sums=torch.float16 if model.settings.sums == "float16" else torch.float32,
+        compiled=model.settings.compile,
     )
+    windows = [replace(window, networks=(network,)) for network in model.networks] if by_fold else [window]
+    image = np.ascontiguousarray(image, np.float32)
+    return [PredictionTask(one, image, array.placement, model.configuration.resampling) for one in windows]
 
 
 @lru_cache
 def _log_once(message: str) -> None:
     log.info(message)
-
-
-def predict_preprocessed(predictor: Predictor, image: np.ndarray, previous: np.ndarray | None = None) -> Tensor:
-    """Predict the logits of a preprocessed image.
-
-    Parameters
-    ----------
-    predictor : Predictor
-        The model; its first stage and its partners are not used.
-    image : ndarray, shape (channels, z, y, x)
-        The preprocessed image.
-    previous : ndarray, shape (z, y, x), optional
-        Classes that the first stage of a cascade predicts, on the same grid.
-
-    Returns
-    -------
-    Tensor, shape (logits, z, y, x)
-        float32, the mean over the folds.
-
-    Raises
-    ------
-    UserError
-        The logits do not fit into memory.
-    """
-    outputs = predictor.plan.labels.n_channels
-    needed, free = outputs * image[0].size * 4, free_memory()
-    if needed > free:
-        what = f"its {outputs} logits per voxel need {in_units(needed)}, {in_units(free)} are free"
-        raise UserError(what, fix="Use a machine with more memory.")
-    window = _sliding_window(predictor, previous is not None, whole=True)
-    return predict_logits(window, _stack(image, previous), predictor.settings.step_size)

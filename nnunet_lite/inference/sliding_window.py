@@ -1,8 +1,8 @@
 """Run networks on overlapping windows and average their outputs, in memory that does not grow with the image.
 
-`build_sliding_window` makes one function of the networks of all folds. `average_windows` runs it on the windows of an
-image, row after row along the first axis: slices that no later row reaches are finished, and the caller uses them
-before it asks for the next. What is in memory is as deep as a patch.
+`SlidingWindow` is the networks of all folds as one function. `average_windows` runs it on the windows of an image, row
+after row along the first axis: slices that no later row reaches are finished, and the caller uses them before it asks
+for the next. What is in memory is as deep as a patch.
 
 What is averaged need not be logits. The last layer of a U-Net is linear in each voxel, as are the means over windows,
 mirrored copies and folds, and resampling, so it can be applied last. If there are more classes than features, features
@@ -13,278 +13,193 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_lite.inference.windows import (
-    Flip,
-    LabelSwap,
-    Place,
-    Tiling,
-    cut_window,
-    gaussian_weight,
-    mirror_window,
-    mirrorings,
-    schedule,
-    tile,
-)
+from nnunet_lite.inference.windows import Flip, LabelSwap, Place, Span, gaussian_weight, mirrorings, schedule, tile
 from nnunet_lite.networks.precision import DTYPES, ComputeFormat
 from nnunet_lite.networks.unet import UNet, one_hot
 from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.preprocessing.pipeline import require_finite
-from nnunet_lite.preprocessing.resampling import Block, blocks
-
-Function = Callable[[Tensor], Tensor]
+from nnunet_lite.preprocessing.resampling import Block
 
 _FEATURE_TENSORS = 9  # a U-Net has at most this many tensors of the size of its first stage in memory at once
 _MIN_SAMPLES = 2  # torch upsamples a single small sample on a CPU without oneDNN, which is slower
 _CPU_VOXELS = 1 << 18  # of the windows that a thread computes at once; more does not fit its cache
 _SMALL, _LARGE = 1 << 27, 1 << 30  # bytes that a network needs for a window, below or from which it counts as such
-_SLICES = 16  # of a whole prediction that are finished at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SlidingWindow:
     """The networks of a model as one function of windows, and the mirrored copies that are averaged.
 
     Parameters
     ----------
-    forward : callable
-        Maps windows (batch, inputs, z, y, x) to (batch, outputs, z, y, x), float32, on `device`.
-    outputs : int
-        Number of channels that it returns: the logits or, with a head, the features of all folds.
-    patch : tuple of int
-        Size of a window: three axes, or two for a two-dimensional network, which computes each slice alone.
-    flips : tuple of tuple of int
-        The mirrored copies that are averaged.
+    networks : tuple of Module
+        Of the folds, on `device`, in evaluation mode, without deep supervision.
+    configuration : Configuration
+        Planned patch and network. A two-dimensional network computes each slice of a window alone.
+    n_logits : int
+        Number of output channels of a network.
+    arithmetic : ComputeFormat
+        Precision and memory format.
     device : torch.device
-        Where it computes.
-    at_once : int
-        How many windows and mirrored copies are fastest together.
-    window_bytes : int
-        Memory that a network needs for each of them.
-    head : ndarray, shape (logits, channels), optional
-        The last layers of the networks, float32, if `forward` returns features. Channels are the features, those of
-        swapped copies (with `swap`), and the weight, which the bias multiplies.
+        Where the networks are.
+    mirror_axes : tuple of int
+        Axes of the patch along which mirrored copies are averaged.
     swap : LabelSwap, optional
         Labels that change places in mirrored copies.
-    half : bool
-        Sum logits in float16, as nnU-Net does. The result differs from float32 only in close decisions, but a model of
-        nnU-Net must decide them as nnU-Net does.
-    precision : str
-        Of the networks' arithmetic.
+    n_classes : int, optional
+        Number of classes of a first stage, if the last input channel contains them; networks get them one-hot.
+    sums : torch.dtype
+        Type in which logits are summed over windows, unless memory is short: float32; or float16, as nnU-Net does. The
+        results differ only in close decisions, but a model of nnU-Net must decide them as nnU-Net does.
+    compiled : bool
+        Whether torch.compile made the networks; then one thread calls them.
     """
 
-    forward: Function
-    outputs: int
-    patch: tuple[int, ...]
-    flips: tuple[Flip, ...]
+    networks: tuple[nn.Module, ...]
+    configuration: Configuration
+    n_logits: int
+    arithmetic: ComputeFormat
     device: torch.device
-    at_once: int
-    window_bytes: int
-    head: np.ndarray | None = None
+    mirror_axes: tuple[int, ...] = ()
     swap: LabelSwap | None = None
-    half: bool = False
-    precision: str = "fp32"
+    n_classes: int | None = None
+    sums: torch.dtype = torch.float32
+    compiled: bool = False
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Size of a window: three axes, or two for a two-dimensional network."""
+        return self.configuration.patch_size
+
+    @property
+    def flips(self) -> tuple[Flip, ...]:
+        """The mirrored copies that are averaged, by the axes (of three) that they flip."""
+        return tuple(mirrorings([axis + 3 - len(self.patch) for axis in self.mirror_axes]))
+
+    @cached_property
+    def head(self) -> np.ndarray | None:
+        """The last layers of all folds as one matrix (logits, channels); None if there are fewer logits than features.
+
+        Channels are the features of all folds, those of swapped copies (with `swap`), and the weight, which the bias
+        multiplies. Features of a copy with swapped labels give other logits: those of the label on the other side.
+        """
+        unets = [network for network in self.networks if isinstance(network, UNet)]
+        swapped = 0.0
+        if self.swap is not None:
+            swapped = sum(self.swap.axis in flip for flip in self.flips) / len(self.flips)
+        n_features = sum(network.spec.features[0] for network in unets)
+        if len(unets) < len(self.networks) or (2 if swapped else 1) * n_features + 1 >= self.n_logits:
+            return None
+        layers = [network.heads[-1].state_dict() for network in unets]
+        weight = torch.cat([layer["weight"].flatten(1) for layer in layers], 1).cpu().numpy() / len(layers)
+        bias = torch.stack([layer["bias"] for layer in layers]).mean(0).cpu().numpy()[:, None]
+        if swapped and self.swap is not None:
+            order = list(self.swap.channels)
+            weight, bias = np.hstack([weight, weight[order]]), (1 - swapped) * bias + swapped * bias[order]
+        return np.ascontiguousarray(np.hstack([weight, bias]), np.float32)
+
+    @cached_property
+    def _bodies(self) -> list[nn.Module]:
+        """The networks; with a head, they return the features of their finest decoder stage."""
+        if self.head is None:
+            return list(self.networks)
+        bodies = [copy.copy(network) for network in self.networks]
+        for body, network in zip(bodies, self.networks, strict=True):
+            heads = nn.ModuleList([*network.get_submodule("heads").children()][:-1]).append(nn.Identity())
+            body._modules = {**network._modules, "heads": heads}
+        return bodies
+
+    @property
+    def outputs(self) -> int:
+        """Number of channels that `forward` returns: the logits or, with a head, the features of all folds."""
+        return self.n_logits if self.head is None else len(self.networks) * self.configuration.network.features[0]
 
     @property
     def channels(self) -> int:
         """Number of channels that are summed over windows, the weights as the last one."""
         return self.outputs + 1 if self.head is None else self.head.shape[1]
 
-    def tile(self, shape: Sequence[int], step: float, at_once: int) -> tuple[Tiling, int]:
-        """Return the windows of an image (z, y, x), and how many windows and copies form a batch.
+    @property
+    def half(self) -> bool:
+        """Whether logits are summed and rounded as nnU-Net does it."""
+        return self.sums == torch.float16 and self.head is None
+
+    @property
+    def window_bytes(self) -> int:
+        """Memory that a network needs for a window, or for a slice of one."""
+        item = DTYPES[self.arithmetic.precision].itemsize
+        return _FEATURE_TENSORS * self.configuration.network.features[0] * prod(self.patch) * item
+
+    @property
+    def at_once(self) -> int:
+        """How many windows and mirrored copies are fastest together.
+
+        On a GPU as many as in a training step. On a CPU at least two for each thread, or for all threads together if
+        they are not small.
+        """
+        if self.device.type != "cpu":
+            return self.configuration.batch_size
+        if self.window_bytes < _SMALL:
+            return int(np.clip(_CPU_VOXELS // prod(self.patch), _MIN_SAMPLES, 64)) * torch.get_num_threads()
+        return _MIN_SAMPLES if self.window_bytes < _LARGE else 1
+
+    def tile(self, shape: Sequence[int], step: float, at_once: int) -> tuple[tuple[tuple[Span, ...], ...], int]:
+        """Return the windows of an image (z, y, x) along each axis, and how many windows and copies form a batch.
 
         Windows of a two-dimensional network are `at_once` slices thick, and at most as thick as the image.
         """
         slices = min(at_once, shape[0]) if len(self.patch) == 2 else 1
-        return tile(shape, self.patch, step, self.flips, slices), max(1, at_once // slices)
-
-
-def build_sliding_window(
-    networks: Sequence[nn.Module],
-    configuration: Configuration,
-    n_logits: int,
-    arithmetic: ComputeFormat,
-    device: torch.device,
-    *,
-    mirror_axes: Sequence[int] = (),
-    swap: LabelSwap | None = None,
-    n_previous: int | None = None,
-    whole: bool = False,
-    half: bool = False,
-    compiled: bool = False,
-) -> SlidingWindow:
-    """Make one function of the networks of a model's folds, which averages their logits.
-
-    Parameters
-    ----------
-    networks : sequence of Module
-        On `device`, in evaluation mode, without deep supervision.
-    configuration : Configuration
-        Planned patch and network.
-    n_logits : int
-        Number of output channels.
-    arithmetic : ComputeFormat
-        Precision and memory format.
-    device : torch.device
-        Where the networks are.
-    mirror_axes : sequence of int
-        Axes of the patch along which mirrored copies are averaged.
-    swap : LabelSwap, optional
-        Labels that change places in mirrored copies.
-    n_previous : int, optional
-        Number of classes of the previous stage, if the last input channel contains them; networks get them one-hot.
-    whole : bool
-        Always return logits; otherwise features, if there are fewer of them.
-    half : bool
-        Sum logits in float16, as in `SlidingWindow`.
-    compiled : bool
-        Whether torch.compile made the networks; then one thread calls them.
-    """
-    patch, flat = configuration.patch_size, configuration.dimensions == 2
-    flips = tuple(mirrorings([axis + flat for axis in mirror_axes]))
-    unets = [network for network in networks if isinstance(network, UNet)]
-    head = None if whole or len(unets) < len(networks) else _head(unets, n_logits, flips, swap)
-    bodies: Sequence[nn.Module] = networks if head is None else [_without_head(network) for network in unets]
+        return tile(shape, self.patch, step, slices), max(1, at_once // slices)
 
     @torch.inference_mode()
-    def forward(x: Tensor) -> Tensor:
-        if n_previous is not None:
-            x = torch.cat([x[:, :-1], one_hot(x[:, -1], n_previous).to(x.dtype)], 1)
-        x = arithmetic.arrange(x)
-        with arithmetic.autocast(device):
-            outputs = [network(x).float() for network in bodies]
-        if len(outputs) == 1:
-            return outputs[0]
-        return torch.cat(outputs, 1) if head is not None else torch.stack(outputs).mean(0)
+    def forward(self, windows: Tensor) -> Tensor:
+        """Map windows (batch, inputs, z, y, x) to logits or features (batch, outputs, z, y, x), float32.
 
-    item = DTYPES[arithmetic.precision].itemsize
-    size = _FEATURE_TENSORS * configuration.network.features[0] * prod(patch) * item
-    function = _by_slice(forward) if flat else forward
-    if size < _SMALL and device.type == "cpu" and not compiled:
-        function = _in_shares(function, torch.get_num_threads())
-    return SlidingWindow(
-        forward=function,
-        outputs=n_logits if head is None else sum(network.spec.features[0] for network in unets),
-        patch=patch,
-        flips=flips,
-        device=device,
-        at_once=_windows_at_once(configuration, size, device),
-        window_bytes=size,
-        head=head,
-        swap=swap,
-        half=half and head is None,
-        precision=arithmetic.precision,
-    )
-
-
-def _by_slice(forward: Function) -> Function:
-    """Make a function of (batch, channels, z, y, x) of one of (batch, channels, y, x), which gets each slice alone."""
-
-    def slices(x: Tensor) -> Tensor:
-        batch, channels, depth, *plane = x.shape
-        out = forward(x.transpose(1, 2).reshape(batch * depth, channels, *plane))
-        return out.reshape(batch, depth, *out.shape[1:]).transpose(1, 2)
-
-    return slices
-
-
-def _in_shares(forward: Function, threads: int) -> Function:
-    """Compute the samples of a batch in equal shares, each in threads of its own, on a CPU.
-
-    Threads that share each layer of a small network wait for each other after each layer. Where other programs run too,
-    shares are twice as fast.
-    """
-
-    def shares(x: Tensor) -> Tensor:
+        On a CPU, samples of a small network are computed in equal shares, each in threads of its own: threads that
+        share each layer wait for each other after each layer. Where other programs run too, that is twice as fast.
+        """
+        flat = len(self.patch) == 2
+        x = windows.transpose(1, 2).flatten(0, 1) if flat else windows
+        threads = torch.get_num_threads()
         workers = min(threads, len(x) // _MIN_SAMPLES)
-        if workers < 2:
-            return forward(x)
-        return torch.cat(list(thread_pool(workers, threads // workers).map(forward, x.tensor_split(workers))))
+        if workers < 2 or self.device.type != "cpu" or self.compiled or self.window_bytes >= _SMALL:
+            out = self._mean_of_folds(x)
+        else:
+            pool = thread_pool(workers, threads // workers)
+            out = torch.cat(list(pool.map(self._mean_of_folds, x.tensor_split(workers))))
+        return out.unflatten(0, (len(windows), -1)).transpose(1, 2) if flat else out
 
-    return shares
-
-
-def _windows_at_once(configuration: Configuration, size: int, device: torch.device) -> int:
-    """Return how many windows are fastest together; a network needs `size` bytes for each.
-
-    On a GPU as many as in a training step. On a CPU at least two for each thread, or for all threads together if they
-    are not small.
-    """
-    if device.type != "cpu":
-        return configuration.batch_size
-    few = int(np.clip(_CPU_VOXELS // prod(configuration.patch_size), _MIN_SAMPLES, 64))
-    if size < _SMALL:
-        return few * torch.get_num_threads()
-    return _MIN_SAMPLES if size < _LARGE else 1
-
-
-def _head(unets: Sequence[UNet], n_logits: int, flips: Sequence[Flip], swap: LabelSwap | None) -> np.ndarray | None:
-    """Return the last layers of all folds as one matrix, as in `SlidingWindow`; None if there are fewer logits.
-
-    The features of a copy with swapped labels give other logits: those of the label on the other side.
-    """
-    swapped = 0.0 if swap is None else sum(swap.axis in flip for flip in flips) / len(flips)
-    n_features = sum(network.spec.features[0] for network in unets)
-    if (2 if swapped else 1) * n_features + 1 >= n_logits:
-        return None
-    layers = [network.heads[-1].state_dict() for network in unets]
-    weight = torch.cat([layer["weight"].flatten(1) for layer in layers], 1).cpu().numpy() / len(layers)
-    bias = torch.stack([layer["bias"] for layer in layers]).mean(0).cpu().numpy()[:, None]
-    if swapped and swap is not None:
-        order = list(swap.channels)
-        weight, bias = np.hstack([weight, weight[order]]), (1 - swapped) * bias + swapped * bias[order]
-    return np.ascontiguousarray(np.hstack([weight, bias]), np.float32)
-
-
-def _without_head(network: UNet) -> UNet:
-    """Return the same network, with the same weights, that returns the features of its finest decoder stage."""
-    body = copy.copy(network)
-    body._modules = {**network._modules, "heads": nn.ModuleList([*network.heads[:-1], nn.Identity()])}
-    return body
-
-
-def predict_logits(window: SlidingWindow, image: np.ndarray, step: float = 0.5) -> Tensor:
-    """Predict the logits of a whole preprocessed image.
-
-    Parameters
-    ----------
-    window : SlidingWindow
-        Without a head.
-    image : ndarray, shape (channels, z, y, x)
-        The preprocessed image, float32.
-    step : float
-        Distance of two windows, as a share of the patch.
-
-    Returns
-    -------
-    Tensor, shape (logits, z, y, x)
-        float32, on the CPU.
-    """
-    depth, *plane = image.shape[1:]
-    tiling, batch_size = window.tile(image.shape[1:], step, window.at_once)
-    parts = blocks(depth, depth, 1, _SLICES)
-    out = torch.empty(window.outputs, depth, *plane)
-    dtype = torch.float16 if window.half else torch.float32
-    sums = torch.empty(schedule(tiling.axes[0], parts)[1], window.channels, *plane, dtype=dtype)
-    for finished in average_windows(window, image, tiling, parts, sums, batch_size):
-        for part in finished:
-            out[:, part.start : part.stop] = sums[part.low : part.high, :-1].transpose(0, 1)
-    return out
+    @torch.inference_mode()
+    def _mean_of_folds(self, x: Tensor) -> Tensor:
+        """Compute samples (batch, inputs, *patch); logits are averaged, features of all folds are channels."""
+        if self.n_classes is not None:
+            x = torch.cat([x[:, :-1], one_hot(x[:, -1], self.n_classes).to(x.dtype)], 1)
+        x = self.arithmetic.arrange(x)
+        with self.arithmetic.autocast(self.device):
+            first, *others = (network(x).float() for network in self._bodies)
+        if self.head is not None:
+            return torch.cat([first, *others], 1)
+        for other in others:
+            first += other
+        return first.div_(len(self.networks)) if others else first
 
 
 @torch.inference_mode()
 def average_windows(
     window: SlidingWindow,
     image: np.ndarray,
-    tiling: Tiling,
+    tiling: Sequence[Sequence[Span]],
     parts: Sequence[Block],
     sums: Tensor,
     batch_size: int = 1,
@@ -299,8 +214,8 @@ def average_windows(
         The networks.
     image : ndarray, shape (channels, z, y, x)
         The preprocessed image, float32.
-    tiling : Tiling
-        The windows.
+    tiling : sequence of sequence of Span
+        The windows along each axis, from `SlidingWindow.tile`.
     parts : sequence of Block
         Blocks of output slices along the first axis, in order, with the slices that they need.
     sums : Tensor, shape (slices, channels, y, x)
@@ -324,67 +239,72 @@ def average_windows(
     weight = torch.from_numpy(gaussian_weight(window.patch, sums.dtype == torch.float16)).to(sums.device)
     first, finished = 0, 0
     sums.zero_()
-    for row in schedule(tiling.axes[0], parts)[0]:
-        places = [(row.span, *place) for place in itertools.product(*tiling.axes[1:])]
-        for place, outputs in _window_outputs(window, image, places, tiling.flips, batch_size, skip_empty):
-            z, y, x = place
-            target = sums[z.inside.start - first : z.inside.stop - first, :, y.inside, x.inside]
-            _add_window(target, outputs, weight, [span.within for span in place], len(tiling.flips))
+    for row in schedule(tiling[0], parts)[0]:
+        inside = row.span.inside
+        places = [(row.span, *place) for place in itertools.product(*tiling[1:])]
+        if skip_empty:
+            places = [place for place in places if image[:, *(span.inside for span in place)].any()]
+        slab = torch.from_numpy(image[:, inside]).to(window.device)
+        for place, total in _window_outputs(window, slab, places, batch_size):
+            _, y, x = place
+            within = [span.within for span in place]
+            target = sums[inside.start - first : inside.stop - first, :, y.inside, x.inside]
+            weight_inside = weight[tuple(within[-weight.ndim :])]
+            mean = total.div_(len(window.flips))[(slice(None), *within)].to(sums.device).mul_(weight_inside)
+            target[:, :-1].add_(mean.transpose(0, 1))
+            target[:, -1].add_(weight_inside)
         done = sums[finished - first : row.finished - first]
-        total = done[:, -1:]
-        done[:, :-1].div_(total.where(total > 0, 1))
-        total.copy_(total > 0)
+        covered = done[:, -1:]
+        done[:, :-1].div_(covered.where(covered > 0, 1))
+        covered.copy_(covered > 0)
         require_finite(done, _suggest_wider_type(window, sums.dtype))
         yield [replace(part, low=part.low - first, high=part.high - first) for part in row.parts]
-        stop = row.span.inside.stop
-        for number in range(stop - row.needed):
+        for number in range(inside.stop - row.needed):
             sums[number] = sums[number + row.needed - first]
-        sums[stop - row.needed : stop - first] = 0
+        sums[inside.stop - row.needed : inside.stop - first] = 0
         first, finished = row.needed, row.finished
 
 
 def _window_outputs(
-    window: SlidingWindow,
-    image: np.ndarray,
-    places: Sequence[Place],
-    flips: Sequence[Flip],
-    batch_size: int,
-    skip_empty: bool,
-) -> Iterator[tuple[Place, dict[int, Tensor]]]:
-    """Yield the outputs of each window, summed over its copies: first channel in the sums -> (outputs, z, y, x)."""
-    cut = ((place, cut_window(image, place)) for place in places)
-    kept = ((place, voxels) for place, voxels in cut if not skip_empty or voxels.any())
-    copies = ((place, flip, mirror_window(voxels, flip, window.swap)) for place, voxels in kept for flip in flips)
-    outputs: dict[int, Tensor] = {}
+    window: SlidingWindow, slab: Tensor, places: Sequence[Place], batch_size: int
+) -> Iterator[tuple[Place, Tensor]]:
+    """Yield the outputs of each window in a slab, summed over its mirrored copies: (channels but weight, z, y, x)."""
+    swap, flips, table = window.swap, window.flips, None
+    if swap is not None and swap.classes is not None:
+        table = torch.tensor(swap.classes, dtype=slab.dtype, device=slab.device)
+    total = torch.empty(0)
+    copies = itertools.product(places, flips)
     while batch := list(itertools.islice(copies, batch_size)):
-        computed = window.forward(torch.from_numpy(np.stack([sample for _, _, sample in batch])).to(window.device))
-        for (place, flip, _), output in zip(batch, computed, strict=True):
-            channel, swapped = 0, window.swap is not None and window.swap.axis in flip
-            if swapped and window.head is not None:
-                channel = window.outputs
-            elif swapped and window.swap is not None:
-                output = output[list(window.swap.channels)]
-            output = output.flip([axis + 1 for axis in flip]) if flip else output
-            outputs[channel] = outputs[channel].add_(output) if channel in outputs else output
+        samples = torch.stack([_cut_window(slab, place, flip, swap, table) for place, flip in batch])
+        for (place, flip), output in zip(batch, window.forward(samples), strict=True):
+            channel = 0
+            if swap is not None and swap.axis in flip:  # features of swapped copies are summed apart
+                channel, output = (0, output[list(swap.channels)]) if window.head is None else (window.outputs, output)
+            if flip:
+                output = output.flip([axis + 1 for axis in flip])
+            if flip == flips[0]:
+                total = output.new_zeros(window.channels - 1, *output.shape[1:])
+            total[channel : channel + len(output)] += output
             if flip == flips[-1]:
-                yield place, outputs
-                outputs = {}
+                yield place, total
 
 
-def _add_window(
-    target: Tensor, outputs: Mapping[int, Tensor], weight: Tensor, within: Sequence[slice], n_copies: int
-) -> None:
-    """Add the weighted outputs of one window to its place in the sums, (z, channels, y, x)."""
-    weight = weight[tuple(within[-weight.ndim :])]
-    for channel, total in outputs.items():
-        mean = total.div_(n_copies)[(slice(None), *within)].to(target.device).mul_(weight)
-        target[:, channel : channel + len(mean)].add_(mean.transpose(0, 1))
-    target[:, -1].add_(weight)
+def _cut_window(slab: Tensor, place: Place, flip: Flip, swap: LabelSwap | None, table: Tensor | None) -> Tensor:
+    """Cut a window (channels, z, y, x) out of its slab, with zeros outside of the image, and mirror it."""
+    z, y, x = place
+    window = slab[:, :, y.inside, x.inside]
+    if any((*z.outside, *y.outside, *x.outside)):
+        window = F.pad(window, (*x.outside, *y.outside, *z.outside))
+    if flip:
+        window = window.flip([axis + 1 for axis in flip])
+    if swap is not None and table is not None and swap.axis in flip:
+        window[-1] = table[window[-1].long()]
+    return window
 
 
 def _suggest_wider_type(window: SlidingWindow, sums: torch.dtype) -> str:
     """Return what to do about logits that are NaN or infinite; `sums` is the type of the sums over windows."""
-    wider = ["--precision fp32"] if window.precision != "fp32" else []
+    wider = ["--precision fp32"] if window.arithmetic.precision != "fp32" else []
     if sums == torch.float16:
         wider.append("--set inference.sums=float32" if window.half else "more --max-memory")
     if wider:

@@ -1,8 +1,7 @@
-"""Where sliding windows are, what they contain, how they are weighted, and when slices are finished; without torch.
+"""Where sliding windows are, how they are weighted, and when slices are finished; without torch.
 
-`tile` places windows on an image, `cut_window` and `mirror_window` cut them out, `gaussian_weight` weighs their voxels,
-and `schedule` orders them: windows come in rows along the first axis, and slices that no later row reaches are finished
-and can be dropped.
+`tile` places windows on an image, `gaussian_weight` weighs their voxels, and `schedule` orders them: windows come in
+rows along the first axis, and slices that no later row reaches are finished and can be dropped.
 """
 
 from __future__ import annotations
@@ -71,14 +70,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """The windows of an image, all combinations of the spans along (z, y, x), and the mirrored copies of each."""
-
-    axes: tuple[tuple[Span, ...], tuple[Span, ...], tuple[Span, ...]]
-    flips: tuple[Flip, ...]
-
-
-@dataclass(frozen=True)
 class WindowRow:
     """The windows with the same span along the first axis.
 
@@ -100,25 +91,25 @@ class WindowRow:
     needed: int
 
 
-def tile(shape: Sequence[int], patch: Sequence[int], step: float, flips: Sequence[Flip], slices: int = 1) -> Tiling:
-    """Place overlapping windows on an image.
+def tile(shape: Sequence[int], patch: Sequence[int], step: float, slices: int = 1) -> tuple[tuple[Span, ...], ...]:
+    """Place overlapping windows on an image: all combinations of the spans along (z, y, x).
 
     Parameters
     ----------
     shape : sequence of int
         Of the image (z, y, x).
     patch : sequence of int
-        Of three axes, or of two; windows of a two-dimensional patch are `slices` slices thick.
+        Of three axes, or of two: then windows are `slices` slices thick, and contain each slice once.
     step : float
         Largest distance of two windows, as a share of the patch.
-    flips : sequence of tuple of int
-        The mirrored copies, as `mirrorings` returns them.
     slices : int
         How many slices a two-dimensional network computes at once.
     """
-    first = spans(shape[0], patch[0], step) if len(patch) == 3 else slice_spans(shape[0], slices)
-    y, x = (spans(size, p, step) for size, p in zip(shape[1:], patch[-2:], strict=True))
-    return Tiling((first, y, x), tuple(flips))
+    plane = [spans(size, p, step) for size, p in zip(shape[-len(patch) :], patch, strict=True)]
+    if len(patch) == 3:
+        return tuple(plane)
+    inside = [slice(start, min(start + slices, shape[0])) for start in range(0, shape[0], slices)]
+    return tuple(Span(part.start, part.stop - part.start, part) for part in inside), *plane
 
 
 def spans(size: int, patch: int, step: float) -> tuple[Span, ...]:
@@ -126,12 +117,6 @@ def spans(size: int, patch: int, step: float) -> tuple[Span, ...]:
     missing = max(0, patch - size)
     starts = [start - missing // 2 for start in window_starts(size + missing, patch, step)]
     return tuple(Span(start, patch, slice(max(0, start), min(size, start + patch))) for start in starts)
-
-
-def slice_spans(size: int, slices: int) -> tuple[Span, ...]:
-    """Return the windows along the first axis for a two-dimensional network: each slice once."""
-    inside = [slice(start, min(start + slices, size)) for start in range(0, size, slices)]
-    return tuple(Span(part.start, part.stop - part.start, part) for part in inside)
 
 
 def window_starts(size: int, patch: int, step: float) -> list[int]:
@@ -148,21 +133,6 @@ def window_starts(size: int, patch: int, step: float) -> list[int]:
 def mirrorings(axes: Sequence[int]) -> list[Flip]:
     """Return all combinations of axes to flip, the unflipped one first."""
     return [flips for n in range(len(axes) + 1) for flips in itertools.combinations(axes, n)]
-
-
-def cut_window(image: np.ndarray, place: Place) -> np.ndarray:
-    """Return a window (channels, z, y, x) of an image, with zeros outside of the image."""
-    inside = image[:, *(span.inside for span in place)]
-    outside = [span.outside for span in place]
-    return np.pad(inside, [(0, 0), *outside]) if any(map(any, outside)) else inside
-
-
-def mirror_window(window: np.ndarray, flip: Flip, swap: LabelSwap | None) -> np.ndarray:
-    """Return a window (channels, z, y, x) flipped along some axes, with swapped classes in its last channel."""
-    out = np.flip(window, tuple(axis + 1 for axis in flip))
-    if swap is None or swap.classes is None or swap.axis not in flip:
-        return out
-    return np.concatenate([out[:-1], np.asarray(swap.classes, out.dtype)[out[-1:].astype(np.intp)]])
 
 
 def gaussian_weight(patch: Sequence[int], half: bool = False) -> np.ndarray:

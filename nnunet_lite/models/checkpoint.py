@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from nnunet_lite.models.folder import read_weights_header
 
 def save_weights(file: Path, network: nn.Module, header: dict[str, Any]) -> None:
     """Write the weights of a network atomically, with a header of JSON."""
-    _save(file, dict(network.state_dict()), header)
+    _write(file, _copy_to_cpu(network.state_dict()), json.dumps(header))
 
 
 def load_weights(file: Path, network: nn.Module) -> dict[str, Any]:
@@ -37,14 +39,16 @@ def load_weights(file: Path, network: nn.Module) -> dict[str, Any]:
     return header
 
 
-def save_checkpoint(
+def snapshot_checkpoint(
     file: Path,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     average: dict[str, Tensor] | None = None,
-) -> None:
-    """Write a run in one file, atomically.
+) -> Callable[[], None]:
+    """Copy a run as it is now, and return a function that writes it in one file, atomically.
+
+    A thread may call the function while the training goes on.
 
     Parameters
     ----------
@@ -62,7 +66,7 @@ def save_checkpoint(
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_prefix(optimizer)}{name}.{key}"] = torch.as_tensor(value)
     tensors |= {f"average.{name}": value for name, value in (average or {}).items()}
-    _save(file, tensors, state)
+    return partial(_write, file, _copy_to_cpu(tensors), json.dumps(state))
 
 
 def load_checkpoint(
@@ -71,7 +75,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Restore in place what `save_checkpoint` wrote, and return its `state`.
+    """Restore in place what `snapshot_checkpoint` wrote, and return its `state`.
 
     An optimizer of another kind starts without moments, and so do weights that were frozen. An average that was not
     saved starts from the weights.
@@ -112,12 +116,15 @@ def _prefix(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__name__.lower()}."
 
 
-def _save(file: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # each a copy of its own, because safetensors refuses memory that tied weights share
+    return {k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in tensors.items()}
+
+
+def _write(file: Path, tensors: dict[str, Tensor], state: str) -> None:
     with atomic(file, sum(value.nbytes for value in tensors.values())) as temporary:
         mode = temporary.stat().st_mode
-        # copies, because safetensors refuses memory that tied weights share
-        whole = {k: v.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for k, v in tensors.items()}
-        save_file(whole, temporary, {"state": json.dumps(state), "checksum": _checksum(whole)})
+        save_file(tensors, temporary, {"state": state, "checksum": _checksum(tensors)})
         temporary.chmod(mode)  # safetensors writes files that only their owner may read
 
 

@@ -1,4 +1,4 @@
-"""The device of a run, and the number format and memory format that compute fastest on it: timed, not guessed.
+"""The number format and memory format in which a network computes fastest on a device: timed, not guessed.
 
 On two cores with AVX512-BF16, bf16 in channels-last format is 2-4 times faster than float32, but not for every shape;
 on a GPU it depends on the generation. So each candidate runs a few steps and the fastest is taken.
@@ -11,22 +11,27 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from statistics import median
+from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nnunet_lite.errors import UserError
-from nnunet_lite.system import cpus, free_memory
+from nnunet_lite import log
+from nnunet_lite.errors import describe
+from nnunet_lite.networks.devices import has_bf16
 
 _LONG = 1.0  # s; a longer step is timed once
 _START = 0.5  # s; a first step may take this much longer than the next ones
+_WARM_UPS, _TIMED = 2, 5  # steps of each format on a GPU
+_COMPILE_GAIN = 0.95  # of the time of the fastest other format, which a compiled one may take at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ComputeFormat:
-    """The number format and memory format in which a network computes.
+    """The number format and memory format in which a network computes, and how.
 
     Parameters
     ----------
@@ -34,13 +39,23 @@ class ComputeFormat:
         Number format of autocast: fp32, bf16 or fp16.
     channels_last : bool
         Whether images and weights have the channels-last memory format.
+    compiled : bool
+        Whether torch.compile makes kernels for the network.
+    plain_norm : bool
+        Whether instance norm is `PlainInstanceNorm` instead of torch's own.
     reason : str
         Why this format was chosen, for logs.
     """
 
     precision: str = "fp32"
     channels_last: bool = False
+    compiled: bool = False
+    plain_norm: bool = False
     reason: str = field(default="as set", compare=False)
+
+    def __str__(self) -> str:
+        words = {"channels-last": self.channels_last, "compiled": self.compiled, "plain norm": self.plain_norm}
+        return " ".join([self.precision, *(word for word, used in words.items() if used)])
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
@@ -78,10 +93,10 @@ def list_formats(device: torch.device, precision: str, channels_last: str | bool
     if precision != "auto":
         precisions = [precision]
     elif device.type == "cuda":
-        precisions = ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
+        precisions = ["bf16"] if has_bf16(device) else ["fp16"]
     else:
-        has_bf16 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        precisions = ["bf16", "fp32"] if has_bf16 else ["fp32"]
+        avx512 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        precisions = ["bf16", "fp32"] if avx512 else ["fp32"]
     layouts = [True, False] if channels_last == "auto" else [bool(channels_last)]
     return [ComputeFormat(p, layout) for p in precisions for layout in layouts]
 
@@ -92,10 +107,7 @@ def pick_fastest(
     device: torch.device,
     budget: float = math.inf,
 ) -> ComputeFormat:
-    """Time each format after a warm-up and return the fastest; its reason lists the times.
-
-    A format whose warm-up alone takes much longer than the best so far is not timed again. The others take turns, so
-    that a machine which is slower for a while is so for all of them.
+    """Time each format and return the fastest; its reason lists the times.
 
     Parameters
     ----------
@@ -110,6 +122,25 @@ def pick_fastest(
     """
     if len(formats) == 1:
         return formats[0]
+    one_by_one = device.type == "cuda" or any(candidate.compiled for candidate in formats)
+    times = (_time_one_by_one if one_by_one else _time_in_turns)(formats, prepare, device, budget)
+    if not times:  # the first step of the run says why
+        return formats[0]
+    # a compiled network must be clearly faster, since each start compiles it again
+    fastest = min(times, key=lambda candidate: times[candidate] / (_COMPILE_GAIN if candidate.compiled else 1))
+    return replace(fastest, reason=f"fastest of {', '.join(f'{name} {value:.3g} s' for name, value in times.items())}")
+
+
+def _time_in_turns(
+    formats: list[ComputeFormat],
+    prepare: Callable[[ComputeFormat], Callable[[], None]],
+    device: torch.device,
+    budget: float,
+) -> dict[ComputeFormat, float]:
+    """Time formats on a CPU, where other programs run: turns make a machine that is slower for a while so for all.
+
+    A format whose warm-up alone takes much longer than the best so far is not timed again.
+    """
     times: dict[ComputeFormat, float] = {}
     remaining: list[ComputeFormat] = []
     start = time.perf_counter()
@@ -130,11 +161,36 @@ def pick_fastest(
         times |= {
             candidate: min(turn[candidate], times[candidate]) if number else turn[candidate] for candidate in turn
         }
-    list_of_times = ", ".join(
-        f"{candidate.precision}{' channels-last' if candidate.channels_last else ''} {seconds:.3g} s"
-        for candidate, seconds in times.items()
-    )
-    return replace(min(times, key=times.__getitem__), reason=f"fastest of {list_of_times}")
+    return times
+
+
+def _time_one_by_one(
+    formats: list[ComputeFormat],
+    prepare: Callable[[ComputeFormat], Callable[[], None]],
+    device: torch.device,
+    budget: float,
+) -> dict[ComputeFormat, float]:
+    """Time formats on a GPU: the median of some steps after those in which cuDNN searches and the compiler works.
+
+    A format that needs more memory than there is, or that cannot be compiled, is left out.
+    """
+    times: dict[ComputeFormat, float] = {}
+    start = time.perf_counter()
+    for candidate in formats:
+        if times and time.perf_counter() - start > budget:
+            break
+        try:
+            work = prepare(candidate)
+            for _ in range(_WARM_UPS):
+                work()
+            times[candidate] = median(measure_seconds(work, device) for _ in range(_TIMED))
+        except torch.OutOfMemoryError:
+            log.info(f"{candidate} needs more memory than {device} has")
+        except Exception as error:  # the compiler's own errors, of many kinds
+            if not candidate.compiled:
+                raise
+            log.warn(f"torch.compile failed and is left out: {shorten(describe(error), 300)}")
+    return times
 
 
 def measure_seconds(work: Callable[[], None], device: torch.device) -> float:
@@ -148,51 +204,74 @@ def measure_seconds(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def pick_device(name: str | None) -> torch.device:
-    """Return the device of that name ("cuda:1", "cpu", "mps"); by default a GPU if there is one.
+# ------------------------------------------------------------------------------------------------------ instance norm
 
-    Raises
-    ------
-    UserError
-        This machine has no such device.
+
+class _PlainNorm(torch.autograd.Function):
+    """Instance norm in plain operations with sums in float32; it keeps the memory format of its input.
+
+    torch's own normalizes (1, batch * channels, *positions), for which it copies a channels-last tensor twice. These
+    operations read and write it as it lies; torch.compile fuses them with the activation that follows. Only the input
+    and a mean and a deviation for each sample and channel are kept for the backward pass.
     """
-    if name is None or name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    devices += ["mps"] if torch.backends.mps.is_available() else []
-    devices += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
-    fix = f"This machine has: {', '.join(devices)}."
-    if name not in (*devices, *(device.partition(":")[0] for device in devices)):
-        no_cuda = name.startswith("cuda") and not torch.backends.cuda.is_built()
-        reason = "this PyTorch is built without CUDA" if no_cuda else "there is no such device"
-        raise UserError(f"--device {name}: {reason}", fix=fix)
-    try:
-        torch.empty(1, device=name)
-    except RuntimeError as error:  # the GPU exists, but is taken by others or does not work
-        raise UserError(f"--device {name}: {str(error).splitlines()[0].rstrip('.')}", fix=fix) from None
-    return torch.device(name)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        axes, shape = tuple(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+        mean = x.mean(axes, keepdim=True, dtype=torch.float32)
+        centred = x - mean
+        rstd = (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return (centred * (rstd * weight.view(shape)) + bias.view(shape)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        (grad,) = gradients
+        axes = tuple(range(2, x.ndim))
+        normalized = (x - mean) * rstd
+        sum_grad = grad.sum(axes, keepdim=True, dtype=torch.float32)
+        sum_product = (grad * normalized).sum(axes, keepdim=True)
+        size = x[0, 0].numel()
+        scale = rstd * weight.view(1, -1, *[1] * len(axes))
+        dx = scale * (grad - sum_grad / size - normalized * (sum_product / size))
+        return dx.to(x.dtype), sum_product.sum((0, *axes)), sum_grad.sum((0, *axes)), None
 
 
-def free_device_memory(device: torch.device) -> int:
-    """Return the bytes that this process may still use on a device.
+class PlainInstanceNorm2d(nn.InstanceNorm2d):
+    """`nn.InstanceNorm2d` in plain operations, see `_PlainNorm`."""
 
-    The allocator of torch keeps freed memory for the next tensors, so what it has reserved and not allocated is free
-    too, although the driver counts it as used. On the CPU it is what `free_memory` returns.
+    def forward(self, x: Tensor) -> Tensor:
+        return _PlainNorm.apply(x, self.weight, self.bias, self.eps)
+
+
+class PlainInstanceNorm3d(nn.InstanceNorm3d):
+    """`nn.InstanceNorm3d` in plain operations, see `_PlainNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _PlainNorm.apply(x, self.weight, self.bias, self.eps)
+
+
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.InstanceNorm2d: PlainInstanceNorm2d,
+    nn.InstanceNorm3d: PlainInstanceNorm3d,
+}
+_TORCHS = {plain: torchs for torchs, plain in _PLAIN.items()}
+
+
+def apply_format(network: nn.Module, compute: ComputeFormat, dimensions: int) -> None:
+    """Give a network the memory format and the instance norm of a format, in place; its weights stay.
+
+    Parameters
+    ----------
+    network : nn.Module
+        The network.
+    compute : ComputeFormat
+        The format.
+    dimensions : int
+        Of the images, 2 or 3.
     """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    if device.type == "mps":  # its memory is that of the machine
-        allocated = torch.mps.current_allocated_memory()
-        cached = torch.mps.driver_allocated_memory() - allocated
-        return max(0, min(torch.mps.recommended_max_memory() - allocated, free_memory() + cached))
-    if device.type == "xpu":
-        cached = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
-        return int(torch.xpu.mem_get_info(device)[0]) + cached
-    return free_memory()
-
-
-def use_allowed_cpus() -> None:
-    """Use the CPUs that this process may use (taskset, SLURM, containers), not all that the machine has."""
-    if torch.get_num_threads() > (allowed := cpus()):
-        torch.set_num_threads(allowed)
+    network.to(memory_format=compute.memory_format(dimensions))  # type: ignore[call-overload]
+    classes = _PLAIN if compute.plain_norm else _TORCHS
+    for layer in network.modules():
+        layer.__class__ = classes.get(type(layer), type(layer))

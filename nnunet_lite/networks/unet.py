@@ -92,7 +92,7 @@ class UNet(nn.Module):
     """A U-Net as a plan describes it.
 
     `forward` maps (batch, n_in, *patch) to logits (batch, n_out, *patch). With `deep_supervision` set it returns a list
-    of logits, finest first, each decoder stage at its own resolution.
+    of logits, finest first, each decoder stage at its own resolution, without the coarsest one, which no loss uses.
 
     Parameters
     ----------
@@ -141,9 +141,16 @@ class UNet(nn.Module):
         outputs = []
         for i, (up, decode, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
             x = decode(self.concatenate(up, x, skips.pop()))
-            if self.deep_supervision or i == len(self.heads) - 1:
-                outputs.append(head(x))
+            if i == len(self.heads) - 1 or (self.deep_supervision and i > 0):
+                outputs.append(self.logits(head, x))
         return outputs[::-1] if self.deep_supervision else outputs[0]
+
+    def logits(self, head: nn.Module, x: Tensor) -> Tensor:
+        """Apply a head; training on a GPU does it in float32, because the loss needs more digits than 16 bits have."""
+        if not (self.training and x.is_cuda):
+            return head(x)
+        with torch.autocast("cuda", enabled=False):
+            return head(x.to(next(head.parameters()).dtype))
 
     @staticmethod
     def concatenate(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ each other after every layer. Where other programs run too, that makes it up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from threading import Barrier, local
 from typing import Any, TypeVar
 
@@ -46,23 +47,19 @@ def is_channels_last(x: Tensor) -> bool:
 
 def is_winograd_faster(layer: nn.Conv3d, x: Tensor) -> bool:
     """Return whether `convolve_winograd` can do what the layer does with x, and is faster than torch."""
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return False
+    fast_for_few = torch.is_grad_enabled() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    least = _LEAST_CHANNELS if fast_for_few else _LEAST_FORWARD
     return (
-        x.is_cpu
-        and x.dtype == torch.float32
+        x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and layer.kernel_size == (3, 3, 3)
         and layer.stride == (1, 1, 1)
-        and x.shape[1] >= _least_channels()
+        and x.shape[1] >= least
         and x.shape[2] >= _LEAST_SLICES
         and is_channels_last(x)
-        and not torch.compiler.is_compiling()
     )
-
-
-def _least_channels() -> int:
-    if torch.is_grad_enabled() or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return _LEAST_CHANNELS
-    return _LEAST_FORWARD
 
 
 def convolve_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,26 +106,21 @@ class _Block:
 
 
 @lru_cache(maxsize=64)
-def _blocks(depth: int) -> tuple[_Block, ...]:
-    return tuple(_block(start, min(start + _BLOCK, depth), depth) for start in range(0, depth, _BLOCK))
-
-
-def _block(start: int, stop: int, depth: int) -> _Block:
-    n_tiles = -(-(stop - start) // _TILE)
-    analysis = torch.zeros(_POINTS, n_tiles, _TILE * n_tiles + 2)
-    synthesis = torch.zeros(n_tiles, _TILE, _POINTS, n_tiles)
-    for tile in range(n_tiles):
-        analysis[:, tile, _TILE * tile : _TILE * tile + _POINTS] = torch.tensor(_INPUTS)
-        synthesis[tile, :, :, tile] = torch.tensor(_OUTPUTS)
-    low, high = max(0, start - 1), min(depth, stop + 1)  # slices beyond are zero and need no columns
-    columns = slice(low - start + 1, high - start + 1)
-    return _Block(
-        slice(low, high),
-        slice(start, stop),
-        2 if start else 0,
-        analysis.flatten(0, 1)[:, columns].contiguous(),
-        synthesis.flatten(2).flatten(0, 1)[: stop - start],
-    )
+def _blocks(depth: int) -> list[_Block]:
+    blocks = []
+    for start in range(0, depth, _BLOCK):
+        stop = min(start + _BLOCK, depth)
+        n_tiles = -(-(stop - start) // _TILE)
+        analysis = torch.zeros(_POINTS, n_tiles, _TILE * n_tiles + 2)
+        synthesis = torch.zeros(n_tiles, _TILE, _POINTS, n_tiles)
+        for tile in range(n_tiles):
+            analysis[:, tile, _TILE * tile : _TILE * tile + _POINTS] = torch.tensor(_INPUTS)
+            synthesis[tile, :, :, tile] = torch.tensor(_OUTPUTS)
+        low, high = max(0, start - 1), min(depth, stop + 1)  # slices beyond are zero and need no columns
+        analysis = analysis.flatten(0, 1)[:, low - start + 1 : high - start + 1].contiguous()
+        synthesis = synthesis.flatten(2).flatten(0, 1)[: stop - start]
+        blocks.append(_Block(slice(low, high), slice(start, stop), 2 if start else 0, analysis, synthesis))
+    return blocks
 
 
 def _filters(weight: Tensor) -> list[Tensor]:
@@ -147,11 +139,6 @@ def _images(transformed: Tensor, height: int, width: int) -> Tensor:
     return transformed.view(_POINTS, -1, height, width, transformed.shape[1] // (height * width)).movedim(-1, 2)
 
 
-def _steps(samples: range, depth: int) -> Iterator[tuple[int, _Block]]:
-    """One sample and one block after the other, so that transformed slices stay in the cache."""
-    return ((i, block) for i in samples for block in _blocks(depth))
-
-
 class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,7 +150,7 @@ class _Winograd(torch.autograd.Function):
         out = _slices(result)
 
         def convolve(samples: range) -> None:
-            for i, block in _steps(samples, depth):
+            for i, block in product(samples, _blocks(depth)):  # so that transformed slices stay in the cache
                 inputs = _images(block.analysis @ source[i, block.inputs], height, width)
                 products = x.new_empty(len(block.analysis), out.shape[2])
                 for point, image in enumerate(_images(products, height, width)):
@@ -184,7 +171,7 @@ class _Winograd(torch.autograd.Function):
 
         def differentiate(samples: range) -> tuple[Tensor, Tensor]:
             grad_filters, grad_bias = torch.zeros(_POINTS, *filters[0].shape), torch.zeros(len(weight))
-            for i, block in _steps(samples, depth):
+            for i, block in product(samples, _blocks(depth)):
                 inputs = block.analysis @ source[i, block.inputs]
                 outputs = _images(block.synthesis.t() @ upstream[i, block.outputs], height, width)
                 for point, image in enumerate(_images(inputs, height, width)):
@@ -257,5 +244,5 @@ def map_samples(n: int, work: Callable[[range], T]) -> list[T]:
 
     parts = [range(k * size, (k + 1) * size) for k in range(workers)] if size else []
     results = list(thread_pool(workers, threads // workers).map(work_in_mode, parts)) if parts else []
-    rest = range(size * workers, n) if size else range(n)
+    rest = range(size * workers, n)
     return [*results, work(rest)] if rest else results

@@ -27,8 +27,8 @@ from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation, nonzero_box, slices, turn_between
 from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
-from nnunet_lite.planning.schema import Statistics, first_problem
+from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.planning.schema import Statistics
 
 SAMPLES = 100_000_000  # foreground voxels per channel over the whole dataset
 _MANY = 1 << 22  # distinct values of one channel above which they are rounded: bounds the memory
@@ -179,7 +179,7 @@ def fingerprint_case(
 
 
 class Collector:
-    """Takes one case after the other; its memory does not grow with their number."""
+    """Collects what the cases add to the fingerprint; its memory does not grow with their number."""
 
     def __init__(self, channels: int) -> None:
         self._cases: dict[str, CaseFingerprint] = {}

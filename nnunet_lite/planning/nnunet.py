@@ -18,19 +18,11 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
 from nnunet_lite.data.names import NIFTI, PICTURES
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
+from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.planning import schema
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.planner import PRESETS
-from nnunet_lite.planning.schema import (
-    Channel,
-    Configuration,
-    Network,
-    Plan,
-    Resampling,
-    Statistics,
-    first_problem,
-    inherited,
-)
+from nnunet_lite.planning.schema import Channel, Configuration, Network, Plan, Resampling, Statistics
 
 Json = dict[str, Any]
 
@@ -41,13 +33,7 @@ _PLANNERS = {
     "resenc_l": ("nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"),
     "resenc_xl": ("nnUNetPlannerResEncXL", "nnUNetResEncUNetXLPlans"),
 }
-_SCHEMES = {
-    "ct": "CTNormalization",
-    "zscore": "ZScoreNormalization",
-    "none": "NoNormalization",
-    "rescale_0_1": "RescaleTo01Normalization",
-    "rgb_0_1": "RGBTo01Normalization",
-}
+_NORMALIZATIONS: dict[str, str] = {ours: row.nnunet for ours, row in schema.NORMALIZATIONS.items()}
 _FOR_TIFF = {True: "Tiff3DIO", False: "NaturalImage2DIO"}  # stacks, pictures
 _READ_BY_NNUNET = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 _RESAMPLING = "resample_data_or_seg_to_shape"
@@ -176,7 +162,7 @@ def _configuration_to_nnunet(plan: Plan, c: Configuration, data_identifier: str)
         "patch_size": list(c.patch_size),
         "median_image_size_in_voxels": list(c.median_shape),
         "spacing": list(c.spacing),
-        "normalization_schemes": [_SCHEMES[channel.normalization] for channel in plan.channels],
+        "normalization_schemes": [_NORMALIZATIONS[channel.normalization] for channel in plan.channels],
         "use_mask_for_norm": [channel.use_mask for channel in plan.channels],
         **resampling,
         "architecture": _architecture_to_nnunet(c.network),
@@ -250,7 +236,7 @@ def plan_from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], 
     channels, labels = channels_of(dataset_json, None), labels_of(dataset_json, None)
     configurations = {}
     with _reading(file):
-        resolved = {name: inherited(plans["configurations"], name) for name in plans["configurations"]}
+        resolved = {name: schema.inherited(plans["configurations"], name) for name in plans["configurations"]}
     for name, content in resolved.items():
         with _reading(file, f"configurations.{name}."):
             configurations[name] = _configuration_from_nnunet(content)
@@ -329,7 +315,7 @@ def _channels_from_nnunet(
     return [
         Channel(
             name=name,
-            normalization=_our_name(_SCHEMES, "normalization_schemes", scheme),
+            normalization=_our_name(_NORMALIZATIONS, "normalization_schemes", scheme),
             use_mask=bool(mask),
             statistics=Statistics(**{field: statistics[str(i)][field] for field in Statistics.model_fields}),
         )

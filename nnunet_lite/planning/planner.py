@@ -17,20 +17,11 @@ import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.planning import topology
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.schema import Channel, Configuration, Network, Options, Plan, Scheme
-from nnunet_lite.planning.topology import (
-    Kind,
-    Topology,
-    default_features,
-    default_network,
-    feature_map_count,
-    join_by_x,
-    neighbouring_patches,
-    shorten_patch,
-    topology_of,
-)
+from nnunet_lite.planning.schema import NORMALIZATIONS, Channel, Configuration, Network, Options, Plan
+from nnunet_lite.planning.topology import Kind, Topology, join_by_x
 
 ANISOTROPY = 3  # an axis is coarse when its voxels are this much longer, and this much fewer, than along the others
 SMALL_AFTER_CROP = 0.75  # below this median relative size after cropping, z-scores are taken inside the nonzero mask
@@ -40,13 +31,7 @@ MIN_BATCH = 2
 LOWRES_BELOW = 0.25  # 3d_lowres is planned where a patch covers less than this share of the median image
 LOWRES_STEP = 1.03
 
-_SCHEMES: dict[str, Scheme] = {
-    "ct": "ct",
-    "nonorm": "none",
-    "zscore": "zscore",
-    "rescale_to_0_1": "rescale_0_1",
-    "rgb_to_0_1": "rgb_0_1",
-}
+_SCHEMES = {normalization.channel_name: scheme for scheme, normalization in NORMALIZATIONS.items()}
 _AXIS = "zyx"
 
 
@@ -84,13 +69,13 @@ PRESETS: dict[str, PlannerPreset] = {
 
 
 @dataclass(frozen=True)
-class _PlanInputs:
+class _Task:
     """What all configurations of one plan share."""
 
     preset: PlannerPreset
     memory_gb: float
     n_cases: int
-    inputs: int
+    n_channels: int
     labels: Labels
 
     @property
@@ -143,7 +128,7 @@ def make_plan(
     shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
     if not len(spacings):
         raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
-    task = _PlanInputs(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
+    task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
     target, why = target_spacing(spacings, shapes)
     order = axis_order(target)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
@@ -155,8 +140,8 @@ def make_plan(
         memory_gb=gigabytes,
         orientation=fingerprint.orientation,
         axis_order=order,
-        median_spacing=_triple(np.median(spacings, axis=0), order),
-        median_shape=_triple(np.median(shapes, axis=0), order),
+        median_spacing=np.median(spacings, axis=0)[list(order)].tolist(),
+        median_shape=np.median(shapes, axis=0)[list(order)].tolist(),
         channels=plan_channels(fingerprint, channels),
         labels=labels,
         n_cases=task.n_cases,
@@ -186,11 +171,6 @@ def _preset(name: str) -> PlannerPreset:
     return PRESETS[name]
 
 
-def _triple(values: np.ndarray, order: Sequence[int]) -> tuple[float, float, float]:
-    z, y, x = (float(values[axis]) for axis in order)
-    return z, y, x
-
-
 def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Channel, ...]:
     """Choose the normalisation of each channel: by its name, and inside the nonzero mask where cropping removed much.
 
@@ -200,10 +180,8 @@ def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Chann
         The fingerprint has another number of channels.
     """
     if len(names) != len(fingerprint.intensities):
-        raise UserError(
-            f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}",
-            fix="Take the fingerprint again.",
-        )
+        what = f"the dataset has {len(names)} channels, its fingerprint {len(fingerprint.intensities)}"
+        raise UserError(what, fix="Take the fingerprint again.")
     mask = fingerprint.median_relative_size_after_cropping < SMALL_AFTER_CROP
     schemes = [_SCHEMES.get(name.casefold(), "zscore") for name in names]
     return tuple(
@@ -259,34 +237,33 @@ def axis_order(spacing: np.ndarray) -> tuple[int, int, int]:
 
 
 def _plan_configurations(
-    task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
+    task: _Task, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
 ) -> dict[str, Configuration]:
     """Plan all configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
     data_voxels = float(prod(median)) * task.n_cases
-    planned = {"2d": _plan_configuration(task, spacing[1:], median[1:], data_voxels, True, why)}
+    planned = {"2d": _plan_configuration(task, spacing[1:], median[1:], data_voxels, why)}
     if median[0] == 1:
         return planned
-    full = _plan_configuration(task, spacing, median, data_voxels, False, why)
+    full = _plan_configuration(task, spacing, median, data_voxels, why)
     low, note = _plan_lowres(task, full)
     if low is None:
         return {**planned, "3d_fullres": _with_reason(full, note)}
-    full = full.model_copy(update={"batch_dice": True})
-    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image")
+    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image", batch_dice=True)
     reasons = ("as 3d_fullres, with the segmentation of 3d_lowres as further input channels",)
     cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": reasons})
     return {
         **planned,
         "3d_lowres": low,
         "3d_fullres": full,
-        "3d_cascade_fullres": with_memory(cascade, task.inputs, task.labels),
+        "3d_cascade_fullres": with_memory(cascade, task.n_channels, task.labels),
     }
 
 
-def _with_reason(configuration: Configuration, reason: str) -> Configuration:
-    return configuration.model_copy(update={"reasons": (*configuration.reasons, reason)})
+def _with_reason(configuration: Configuration, reason: str, **fields: object) -> Configuration:
+    return configuration.model_copy(update={**fields, "reasons": (*configuration.reasons, reason)})
 
 
-def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration | None, str]:
+def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
     """Plan 3d_lowres: coarser by 3 % a step until a patch sees a quarter of the image; None and why where not."""
     share = prod(full.patch_size) / prod(full.median_shape)
     if share >= LOWRES_BELOW:
@@ -298,7 +275,7 @@ def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration 
         finer = spacing.max() / spacing > 2
         spacing[finer if finer.any() else slice(None)] *= LOWRES_STEP
         shape = start / spacing * median
-        low = _plan_configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, False, ())
+        low = _plan_configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, ())
     smaller = prod(median) / prod(shape)
     if smaller < 2:
         return None, f"no 3d_lowres: it would be only {smaller:.2g}x smaller than 3d_fullres, less than 2x"
@@ -310,19 +287,14 @@ def _plan_lowres(task: _PlanInputs, full: Configuration) -> tuple[Configuration 
 
 
 def _plan_configuration(
-    task: _PlanInputs,
-    spacing: np.ndarray,
-    median: np.ndarray,
-    data_voxels: float,
-    batch_dice: bool,
-    why: tuple[str, ...],
+    task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, why: tuple[str, ...]
 ) -> Configuration:
     """Find the largest patch that fits the budget, its network, and the largest batch for both."""
     dimensions = len(spacing)
     budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
-    shape, patch_why = _fit_patch(task, spacing, median, budget)
-    maps = feature_map_count(task.preset.kind, shape, task.label_entries)
-    batch, batch_why = _fit_batch(
+    shape, patch_reason = _fit_patch(task, spacing, median, budget)
+    maps = topology.feature_map_count(task.preset.kind, shape, task.label_entries)
+    batch, batch_reason = _fit_batch(
         task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(shape.patch)
     )
     planned = Configuration(
@@ -330,14 +302,14 @@ def _plan_configuration(
         median_shape=tuple(median.tolist()),
         patch_size=shape.patch,
         batch_size=batch,
-        network=default_network(task.preset.kind, shape),
-        batch_dice=batch_dice,
-        reasons=(*why, patch_why, *_network_reasons(shape), batch_why),
+        network=topology.default_network(task.preset.kind, shape),
+        batch_dice=dimensions == 2,
+        reasons=(*why, patch_reason, *_network_reasons(shape), batch_reason),
     )
-    return with_memory(planned, task.inputs, task.labels)
+    return with_memory(planned, task.n_channels, task.labels)
 
 
-def _fit_patch(task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
+def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: float) -> tuple[Topology, str]:
     """Return the largest patch that fits the budget, with its topology, and the reason.
 
     It starts isotropic in mm and clipped to the median image; the relatively longest axis is shortened until it fits.
@@ -345,10 +317,10 @@ def _fit_patch(task: _PlanInputs, spacing: np.ndarray, median: np.ndarray, budge
     dimensions, mm = len(spacing), spacing.tolist()
     density = 1 / spacing
     ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
-    first = shape = topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
+    first = shape = topology.topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
     per_patch = task.preset.least_batch[dimensions] / REFERENCE_BATCH[dimensions]
-    while feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
-        smaller = shorten_patch(shape, mm, median.tolist())
+    while topology.feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
+        smaller = topology.shorten_patch(shape, mm, median.tolist())
         if smaller is None:
             raise UserError(f"{task.memory_gb:g} GB are too few for this dataset", fix="Give more with --memory.")
         shape = smaller
@@ -459,7 +431,7 @@ def override_sizes(
     if batch_size is not None and batch_size != changed.batch_size:
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size} is not possible", fix="Give 1 or more.")
-        changed = _set_by_hand(changed, f"batch {batch_size}", batch_size=batch_size)
+        changed = _with_reason(changed, f"batch {batch_size} was set by hand", batch_size=batch_size)
     changed = with_memory(changed, len(plan.channels), plan.labels)
     return plan.model_copy(update={"configurations": {**plan.configurations, configuration: changed}})
 
@@ -487,9 +459,9 @@ def limit_sizes(
     """
     c = plan.configuration(configuration)
     patch, batch = c.patch_size, c.batch_size
-    shape = topology_of(c.spacing, patch)
+    shape = topology.topology_of(c.spacing, patch)
     while patch_voxels is not None and prod(patch) > patch_voxels:
-        smaller = shorten_patch(shape, c.spacing, c.median_shape)
+        smaller = topology.shorten_patch(shape, c.spacing, c.median_shape)
         if smaller is None or len(smaller.strides) == 1:
             break
         shape, patch = smaller, smaller.patch
@@ -503,24 +475,22 @@ def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configu
     if len(patch) != configuration.dimensions or min(patch) < 1:
         fix = f"Give {configuration.dimensions} positive numbers of voxels."
         raise UserError(f"patch size {size} is no patch", fix=fix)
-    shape = topology_of(configuration.spacing, patch)
+    shape = topology.topology_of(configuration.spacing, patch)
     if shape.patch != patch:
-        below, above = (join_by_x(legal) for legal in neighbouring_patches(configuration.spacing, patch))
-        raise UserError(
-            f"patch size {size} cannot be pooled: it must be a multiple of {'x'.join(map(str, shape.divisor))}",
-            fix=f"The nearest are {below} and {above}.",
-        )
+        below, above = (join_by_x(legal) for legal in topology.neighbouring_patches(configuration.spacing, patch))
+        what = f"patch size {size} cannot be pooled: it must be a multiple of {join_by_x(shape.divisor)}"
+        raise UserError(what, fix=f"The nearest are {below} and {above}.")
     if len(shape.strides) == 1:
         raise UserError(f"patch size {size} is too small to pool", fix="Give at least 8 voxels along an axis.")
     network = _adapt_network(configuration.network, shape)
-    return _set_by_hand(configuration, f"patch {size}", patch_size=patch, network=network)
+    return _with_reason(configuration, f"patch {size} was set by hand", patch_size=patch, network=network)
 
 
 def _adapt_network(network: Network, shape: Topology) -> Network:
     """Keep what the network has for the stages of both topologies, and add deeper stages by nnU-Net's rule."""
     stages, old = len(shape.strides), len(network.features)
-    rule = default_network(network.kind, shape)
-    features = default_features(stages, len(shape.patch), base=network.features[0])
+    rule = topology.default_network(network.kind, shape)
+    features = topology.default_features(stages, len(shape.patch), base=network.features[0])
     return network.model_copy(
         update={
             "features": (network.features + features[old:])[:stages],
@@ -530,7 +500,3 @@ def _adapt_network(network: Network, shape: Topology) -> Network:
             "decoder_convolutions": (rule.decoder_convolutions + network.decoder_convolutions)[-(stages - 1) :],
         }
     )
-
-
-def _set_by_hand(configuration: Configuration, what: str, **fields: object) -> Configuration:
-    return configuration.model_copy(update={**fields, "reasons": (*configuration.reasons, f"{what} was set by hand")})

@@ -23,7 +23,7 @@ from nnunet_lite.files import atomic, read_json, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import read_plan
 from nnunet_lite.planning.planner import PRESETS, apply_options, make_plan
-from nnunet_lite.planning.schema import Options, Plan, configuration_changes, essence
+from nnunet_lite.planning.schema import Options, Plan, configuration_changes, configuration_content
 from nnunet_lite.workspace import Paths
 
 Entry = tuple[str | int, ...]  # the place of a value in plans.json, such as ("channels", 0, "normalization")
@@ -127,11 +127,8 @@ def read_adopted_plan(given: Options, earlier: EarlierPlan, dataset: Dataset) ->
     plan = earlier.planned if given.adopted is None else None
     plan = plan or read_plan(Path(adopted), dataset_to_json(dataset))
     if len(plan.channels) != len(dataset.channels) or plan.labels.n_channels != dataset.labels.n_channels:
-        raise UserError(
-            f"is for {len(plan.channels)} channels and {plan.labels.n_channels} outputs, {dataset.name} has "
-            f"{len(dataset.channels)} and {dataset.labels.n_channels}",
-            adopted,
-        )
+        what = f"is for {len(plan.channels)} channels and {plan.labels.n_channels} outputs"
+        raise UserError(f"{what}, {dataset.name} has {len(dataset.channels)} and {dataset.labels.n_channels}", adopted)
     return plan.model_copy(update={"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)})
 
 
@@ -237,7 +234,7 @@ def _entries(plan: Plan) -> dict[Entry, Any]:
         statistics = channel.pop("statistics")
         entries |= {("channels", number, field): value for field, value in channel.items()}
         entries |= {("channels", number, "statistics", field): value for field, value in statistics.items()}
-    return entries | {("configurations", name): essence(c) for name, c in plan.configurations.items()}
+    return entries | {("configurations", name): configuration_content(c) for name, c in plan.configurations.items()}
 
 
 def _is_set(entry: Entry, given: Options) -> bool:

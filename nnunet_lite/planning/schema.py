@@ -11,52 +11,52 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
+from nnunet_lite.files import first_problem, must_be, read_json
 from nnunet_lite.planning.show import plan_table
 
 FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
 
 
-def _odd(size: int) -> int:
-    if size % 2 == 0:
-        raise ValueError("must be odd, or the kernel would have no centre")
-    return size
-
-
-def _permutation(order: tuple[int, int, int]) -> tuple[int, int, int]:
-    if sorted(order) != [0, 1, 2]:
-        raise ValueError("must be a permutation of 0, 1, 2")
-    return order
-
-
-def _three_sides(letters: str) -> str:
-    if sorted("LR AP SI".index(letter) // 3 for letter in letters if letter in "LRAPSI") != [0, 1, 2]:
-        raise ValueError("must be one letter each of L or R, A or P, S or I, such as LAS")
-    return letters
-
-
-def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
-    if limits[0] >= limits[1]:
-        raise ValueError("must be two numbers, the lower first")
-    return limits
-
-
 Positive = Annotated[int, Field(gt=0)]
-KernelSize = Annotated[int, Field(gt=0), AfterValidator(_odd)]
+KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
 SplineOrder = Annotated[int, Field(ge=0, le=5)]
-Orientation = Annotated[str, AfterValidator(_three_sides)]
-AxisOrder = Annotated[tuple[int, int, int], AfterValidator(_permutation)]
+Orientation = Annotated[
+    str, must_be("one letter each of L or R, A or P, S or I, such as LAS", lambda letters: _sides(letters) == [0, 1, 2])
+]
+AxisOrder = Annotated[tuple[int, int, int], must_be("a permutation of 0, 1, 2", lambda axes: sorted(axes) == [0, 1, 2])]
 Length = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
-Percentiles = Annotated[tuple[Percent, Percent], AfterValidator(_ascending)]
+Percentiles = Annotated[tuple[Percent, Percent], must_be("two numbers, the lower first", lambda p: p[0] < p[1])]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
+
+
+class Normalization(NamedTuple):
+    """A normalisation: the channel name that chooses it (in lower case), nnU-Net's class, words, how it is stored."""
+
+    channel_name: str
+    nnunet: str
+    words: str
+    stored_as: Precision
+
+
+NORMALIZATIONS: dict[Scheme, Normalization] = {  # the arithmetic is in preprocessing/normalization.py
+    "ct": Normalization("ct", "CTNormalization", "CT", "float16"),
+    "zscore": Normalization("zscore", "ZScoreNormalization", "z-score", "float16"),
+    "none": Normalization("nonorm", "NoNormalization", "as it is", "float32"),
+    "rescale_0_1": Normalization("rescale_to_0_1", "RescaleTo01Normalization", "to 0..1", "float32"),
+    "rgb_0_1": Normalization("rgb_to_0_1", "RGBTo01Normalization", "RGB to 0..1", "float16"),
+}
+
+
+def _sides(letters: str) -> list[int]:
+    return sorted("LRAPSI".find(letter) // 2 for letter in letters)
 
 
 class _Model(BaseModel):
@@ -84,6 +84,11 @@ class Channel(_Model):
     clip_percentiles: Percentiles | None = Field(None, description="of each image, before normalisation")
     statistics: Statistics
 
+    def to_text(self) -> str:
+        """Say how the channel is normalised."""
+        inside = " inside the nonzero mask" if self.use_mask else ""
+        return f"{NORMALIZATIONS[self.normalization].words}{inside}"
+
 
 def exact_storage(channels: Iterable[Channel]) -> Precision:
     """Return the type that stores normalised images as exactly as they are needed.
@@ -101,7 +106,8 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
     {"float16", "float32"}
         float32 where a channel is not standardised.
     """
-    return "float32" if any(channel.normalization in ("none", "rescale_0_1") for channel in channels) else "float16"
+    kinds = {NORMALIZATIONS[channel.normalization].stored_as for channel in channels}
+    return "float32" if "float32" in kinds else "float16"
 
 
 class Network(_Model):
@@ -172,16 +178,12 @@ class Configuration(_Model):
             if len(numbers) != axes:
                 raise ValueError(f"{name} = {list(numbers)} must have {axes} numbers, one per axis of the patch")
         if max(first := self.network.strides[0]) > 1:
-            raise ValueError(
-                f"network.strides[0] = {list(first)} must be all 1: the first stage has the resolution of the patch"
-            )
+            what = f"network.strides[0] = {list(first)} must be all 1"
+            raise ValueError(f"{what}: the first stage has the resolution of the patch")
         for axis, (size, d) in enumerate(zip(self.patch_size, self.network.divisor, strict=True)):
             if size % d:
-                below = max(d, size // d * d)
-                raise ValueError(
-                    f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}; "
-                    f"the nearest are {below} and {size // d * d + d}"
-                )
+                what = f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}"
+                raise ValueError(f"{what}; the nearest are {max(d, size // d * d)} and {size // d * d + d}")
         return self
 
 
@@ -225,9 +227,7 @@ class Plan(_Model):
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
     preset: str = "default"
     memory_gb: float = Field(8, gt=0, description="GPU memory budget")
-    orientation: Orientation | None = Field(
-        None, description='where the axes x, y, z point after reading, such as "LAS"; null: as in the file'
-    )
+    orientation: Orientation | None = Field(None, description='where x, y, z point after reading, such as "LAS"')
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
@@ -238,9 +238,7 @@ class Plan(_Model):
         default_factory=lambda data: exact_storage(data.get("channels", ())),
         description="type of preprocessed images on disk; default: float32 where a channel is not standardised",
     )
-    configurations: dict[str, Configuration] = Field(
-        min_length=1, description='one may name another as "inherits_from" and give only what differs'
-    )
+    configurations: dict[str, Configuration] = Field(min_length=1, description='one may have "inherits_from"')
 
     @model_validator(mode="before")
     @classmethod
@@ -268,10 +266,8 @@ class Plan(_Model):
             The plan has none of that name.
         """
         if name not in self.configurations:
-            raise UserError(
-                f"the plan of {self.dataset} has no configuration {name!r}",
-                fix=f"It has: {', '.join(self.configurations)}.",
-            )
+            what = f"the plan of {self.dataset} has no configuration {name!r}"
+            raise UserError(what, fix=f"It has: {', '.join(self.configurations)}.")
         return self.configurations[name]
 
     def n_inputs(self, configuration: str) -> int:
@@ -322,14 +318,14 @@ class Plan(_Model):
             raise UserError(first_problem(error), path, "Correct it, or run `nnlite plan` again.") from None
 
 
-def essence(configuration: Configuration) -> dict[str, Any]:
+def configuration_content(configuration: Configuration) -> dict[str, Any]:
     """Return the content of a configuration without its explanations and its predicted memory."""
     return configuration.model_dump(mode="json", exclude={"reasons", "memory_gb"})
 
 
 def configuration_changes(old: Configuration, new: Configuration) -> list[str]:
     """Return how two configurations differ, such as "batch_size 2 -> 3", by the keys of plans.json."""
-    before, after = ({**essence(c), **essence(c)["network"]} for c in (old, new))
+    before, after = ({**configuration_content(c), **configuration_content(c)["network"]} for c in (old, new))
     changed = [key for key in before if key != "network" and before[key] != after[key]]
     return [f"{key} {before[key]} -> {after[key]}" for key in changed]
 
@@ -366,13 +362,3 @@ def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tu
         return dict(own)
     base = inherited(configurations, own["inherits_from"], (*heirs, name))
     return {**base, **{key: value for key, value in own.items() if key != "inherits_from"}}
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem that pydantic found in a line: its place in the file, what is legal, and the value."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], dict):  # the message says which of its entries is wrong
-        return f"{where}: {message}" if where else message
-    return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"

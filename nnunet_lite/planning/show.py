@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 from textwrap import wrap
 from typing import TYPE_CHECKING
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from nnunet_lite.data.problems import plural
 
 if TYPE_CHECKING:  # schema.py imports this file, so that a plan can show itself
-    from nnunet_lite.planning.schema import Channel, Configuration, Plan
+    from nnunet_lite.planning.schema import Configuration, Plan
 
 WIDTH = 120
 _PICTURES = [1, 1, 999]  # the spacing, sorted, that pictures are read with: they have none
-_SCHEMES = {"ct": "CT", "zscore": "z-score", "none": "as it is", "rescale_0_1": "to 0..1", "rgb_0_1": "RGB to 0..1"}
 
 
 def plan_table(plan: Plan) -> str:
@@ -60,9 +59,9 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            _by(f"{length:.3g}" for length in c.spacing),
-            _by(f"{voxels:g}" for voxels in c.median_shape),
-            _by(map(str, c.patch_size)),
+            " x ".join(f"{length:.3g}" for length in c.spacing),
+            " x ".join(f"{voxels:g}" for voxels in c.median_shape),
+            " x ".join(map(str, c.patch_size)),
             str(c.batch_size),
             str(len(c.network.features)),
             "?" if c.memory_gb is None else f"{c.memory_gb:.1f}",
@@ -75,11 +74,6 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
 def plan_reasons(plan: Plan) -> dict[str, list[str]]:
     """Return why each configuration is as it is."""
     return {name: [*c.reasons, *_over_budget(plan, c)] for name, c in plan.configurations.items()}
-
-
-def normalization(channel: Channel) -> str:
-    """Say how a channel is normalised."""
-    return f"{_SCHEMES[channel.normalization]}{' inside the nonzero mask' if channel.use_mask else ''}"
 
 
 def patch_share(configuration: Configuration) -> float:
@@ -95,7 +89,7 @@ def _align(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _channels(plan: Plan) -> str:
-    return "channels: " + ", ".join(f"{channel.name} ({normalization(channel)})" for channel in plan.channels)
+    return "channels: " + ", ".join(f"{channel.name} ({channel.to_text()})" for channel in plan.channels)
 
 
 def _over_budget(plan: Plan, c: Configuration) -> list[str]:
@@ -106,7 +100,3 @@ def _over_budget(plan: Plan, c: Configuration) -> list[str]:
         f"maps, not parameters, nor the loss over {plural(plan.labels.n_channels, 'output channel')}; "
         "a smaller batch or patch, or a smaller budget, fits"
     ]
-
-
-def _by(parts: Iterable[str]) -> str:
-    return " x ".join(parts)

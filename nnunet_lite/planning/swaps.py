@@ -80,7 +80,7 @@ def check_swaps(labels: Labels, settings: AugmentationSettings, dimensions: int)
 
 
 def make_swap_table(labels: Labels, pairs: Pairs) -> tuple[int, ...]:
-    """Return the class that each class becomes, the ignore class included.
+    """Return the class that each class becomes, the ignore and the outside class included.
 
     Where labels are regions, the classes of swapped regions change places; a class becomes the one that is in the
     swapped regions.
@@ -93,7 +93,7 @@ def make_swap_table(labels: Labels, pairs: Pairs) -> tuple[int, ...]:
     partner = _partners(labels, pairs)
     members = dict(zip(labels.region_names, labels.region_classes, strict=True))
     regions = [frozenset(name for name, inside in members.items() if c in inside) for c in range(labels.n_classes)]
-    table = list(range(labels.n_classes + (labels.ignore is not None)))
+    table = list(range(labels.outside_class + 1))
     for number, names in enumerate(regions):
         swapped = frozenset(partner.get(name, name) for name in names)
         if swapped == names:

@@ -81,20 +81,12 @@ def rgb_0_1(array: np.ndarray, statistics: Statistics, inside: np.ndarray | None
     """Bytes become 0 to 1."""
     low, high = float(array.min()), float(array.max())
     if low < 0 or high > 255:
-        raise UserError(
-            f"the plan takes the image for RGB of 0 to 255, but its values are {low:g} to {high:g}",
-            fix="Give the channel another name in dataset.json and plan again.",
-        )
+        what = f"the plan takes the image for RGB of 0 to 255, but its values are {low:g} to {high:g}"
+        raise UserError(what, fix="Give the channel another name in dataset.json and plan again.")
     array /= 255
 
 
-SCHEMES: dict[str, Scheme] = {
-    "ct": ct,
-    "zscore": zscore,
-    "none": none,
-    "rescale_0_1": rescale_0_1,
-    "rgb_0_1": rgb_0_1,
-}
+SCHEMES: dict[str, Scheme] = {scheme.__name__: scheme for scheme in (ct, zscore, none, rescale_0_1, rgb_0_1)}
 
 
 def moments(array: np.ndarray, inside: np.ndarray | None = None) -> tuple[float, float]:

@@ -107,20 +107,25 @@ def resample_image(
     shape, target = _shape(data.shape[1:]), _shape(new_shape)
     if shape == target:
         return data
-    axis = coarse_axis(spacing, new_spacing, separate_z)
+    axis, clip = coarse_axis(spacing, new_spacing, separate_z), order > 1
+    if axis is not None and order_z > 0:  # slices first, then between them
+        flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
+        data = resample_image(data, flat, spacing, new_spacing, order, 0, separate_z, threads)
+        order, axis, clip = order_z, None, False
+    orders = tuple(order_z if a == axis else order for a in range(3))
     out = np.empty((data.shape[0], *target), np.float32)
     for channel, result in zip(data, out, strict=True):
+        bounds = _bounds(channel, axis, target) if clip else None
 
-        def write(start: int, slab: np.ndarray, result: np.ndarray = result) -> None:
-            result[start : start + len(slab)] = slab
+        def write(start: int, slab: np.ndarray, result: np.ndarray = result, bounds: Any = bounds) -> None:
+            part = slice(start, start + len(slab))
+            if bounds is None:
+                result[part] = slab
+            else:
+                low, high = (bound[part] if axis == 0 else bound for bound in bounds)
+                np.clip(slab, low, high, out=result[part])
 
-        if axis is None or order_z == 0:
-            orders = tuple(order_z if a == axis else order for a in range(3))
-            resample_slabs(channel, target, orders, write, axis, order > 1, threads=threads)
-        else:  # slices first, then between them
-            flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
-            between = resample_image(channel[None], flat, spacing, new_spacing, order, 0, separate_z, threads)
-            resample_slabs(between[0], target, (order_z,) * 3, write, threads=threads)
+        resample_slabs(channel, target, orders, write, threads=threads)
     return out
 
 
@@ -196,8 +201,6 @@ def resample_slabs(
     target: Shape,
     orders: Sequence[int],
     use: Callable[[int, Array], None],
-    axis: int | None = None,
-    clip: bool = False,
     size: int = _SLAB,
     threads: int | None = None,
 ) -> None:
@@ -206,7 +209,7 @@ def resample_slabs(
     Parameters
     ----------
     data : ndarray or Tensor, shape (z, y, x) or (channels, z, y, x)
-        With `clip`, a numpy array (z, y, x).
+        The input.
     target : tuple of int
         Voxels (z, y, x) of the output.
     orders : sequence of int
@@ -214,24 +217,15 @@ def resample_slabs(
     use : callable
         Called with the first output slice of a slab and the slab, float32, in no particular order, from several
         threads where the data is a numpy array.
-    axis : int, optional
-        With `clip`, the axis along which each slice has its own range; None for one range for all.
-    clip : bool
-        Clip the output to the range of the input.
     size : int
         Output slices per slab.
     threads : int, optional
         None for one per CPU that this process may use.
     """
     z, y, x = operators(data, _shape(data.shape[-3:]), target, orders, size)
-    bounds = _bounds(data, axis, target) if clip else None
 
     def work(part: Block) -> None:
-        slab = _product(data, part, y, x)
-        if bounds is not None:
-            low, high = (b[part.start : part.stop] if axis == 0 else b for b in bounds)
-            slab = slab.clip(low, high)
-        use(part.start, slab)
+        use(part.start, _product(data, part, y, x))
 
     run_in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
 

@@ -9,7 +9,7 @@ The name of a case's folder contains a hash of the raw files and of the recipe. 
 again, a changed patch size none, and configurations whose arrays are equal share one copy. A run after a killed one
 continues with the next case.
 
-Read `preprocess_dataset` first, then `case_folder` and `make_case`.
+Read `preprocess_dataset` first, then `recipe_of` and `make_case`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nnunet_lite.data.geometry import Turn
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import SPARE, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
-from nnunet_lite.planning.schema import Configuration, Plan, exact_storage
+from nnunet_lite.planning.schema import Channel, Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing import pipeline
 from nnunet_lite.preprocessing.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.preprocessing.resampling import one_blas_thread
@@ -243,31 +243,27 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
         **outside,
         "version": _VERSION,
         "axis_order": plan.axis_order,
-        "channels": [
-            (
-                c.normalization,
-                c.use_mask,
-                c.clip_percentiles,
-                c.statistics.model_dump() if c.normalization == "ct" else None,
-            )
-            for c in plan.channels
-        ],
+        "channels": [(c.normalization, c.use_mask, c.clip_percentiles, _statistics_used(c)) for c in plan.channels],
         "labels": (labels.values, labels.ignore, labels.region_classes if labels.has_regions else None),
         "spacing": tuple(spacing),
         "resampling": [value for key, value in resampling.items() if not key.startswith("logits")],
     }
 
 
+def _statistics_used(channel: Channel) -> dict[str, float] | None:
+    return channel.statistics.model_dump() if channel.normalization == "ct" else None
+
+
 def _case_folders(dataset: Dataset, plan: Plan, name: str, raw: Mapping[str, RawCase]) -> dict[str, str]:
     """The name of each case's folder: its id, cut to what a name may hold, and a hash of its files and the recipe."""
-    configuration, label_map = plan.configuration(name), sorted((dataset.label_map or {}).items())
+    configuration, value_map = plan.configuration(name), sorted((dataset.value_map or {}).items())
     folders = {}
     for case_id, stamps in raw.items():
         recipe = recipe_of(plan, configuration, _resampled_grid(stamps, plan, configuration)[0])
         if pipeline.turn_for(plan, stamps.orientation) != Turn(plan.axis_order):
             recipe["orientation"] = plan.orientation
         short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
-        folders[case_id] = f"{short}-{_hash([recipe, stamps.digests, label_map, plan.stored_as])}"
+        folders[case_id] = f"{short}-{_hash([recipe, stamps.digests, value_map, plan.stored_as])}"
     return folders
 
 
@@ -397,10 +393,8 @@ def _failure(failed: Mapping[str, Exception], dataset: Dataset) -> UserError:
         what, file = describe(failed[case_id]), str(files[case_id])
         shown.append(f"{case_id}: {what}" if file in what else f"{case_id} ({file}): {what}")
     more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
-    return UserError(
-        f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}".rstrip("."),
-        fix="The others are done. `nnlite check` lists what is wrong with a dataset.",
-    )
+    what = f"{len(failed)} of {len(dataset.cases)} cases could not be preprocessed: {'; '.join(shown)}{more}"
+    return UserError(what.rstrip("."), fix="The others are done. `nnlite check` lists what is wrong with a dataset.")
 
 
 # ------------------------------------------------------------------------------------------------- files of the store

@@ -124,10 +124,11 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """(pixel, text) of each tick; the texts have enough digits to differ."""
         values = tick_values(*self.values, self.n_ticks, self.only_integers) if self.n_ticks else []
-        texts = [f"{value:.4g}" for value in values]
-        digits = 5
-        while len(set(texts)) < len(texts) and digits < 13:
-            texts, digits = [f"{value:.{digits}g}" for value in values], digits + 1
+        texts: list[str] = []
+        for digits in range(4, 13):
+            texts = [f"{value:.{digits}g}" for value in values]
+            if len(set(texts)) == len(texts):
+                break
         return [(self.pixel(value), text) for value, text in zip(values, texts, strict=True)]
 
 

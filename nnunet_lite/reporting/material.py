@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,7 +147,7 @@ def read_material(paths: Paths) -> Material:
     chosen = "+".join(selection.models) if selection else ""
     notes: list[str] = []
     models = list(_read_models(paths, dataset, notes))
-    ensemble = paths.root / "ensembles" / chosen
+    ensemble = paths.ensembles / chosen
     if "+" in chosen and ensemble.is_dir():
         models.append(ModelResults(chosen, {}, None, (), *_read_scores(ensemble, dataset, notes)))
     models.sort(key=lambda model: (model.name != chosen, model.dice is None, -(model.dice or 0.0), model.name))
@@ -250,45 +250,36 @@ class Gallery:
 
 def draw_cases(material: Material) -> Gallery:
     """Read the cases in threads and draw them."""
-    cases, channels = material.dataset.cases, len(material.plan.channels)
-    found = material.fingerprint
+    cases, channels, found = material.dataset.cases, len(material.plan.channels), material.fingerprint
     known = dict(zip(found.case_ids, found.shapes_after_crop, strict=False)) if found else {}
-    shapes = {case.id: known.get(case.id, _UNKNOWN_SHAPE) for case in cases}
-    mean = sum(map(prod, shapes.values())) * channels / max(1, len(shapes))
-    tiles = _evenly(cases, min(TILES, max(4, int(_MAX_VOXELS / 3 / max(1, mean)))))
+    voxels = {case.id: prod(known.get(case.id, _UNKNOWN_SHAPE)) * channels for case in cases}
+    n_tiles = int(_MAX_VOXELS / 3 * len(cases) / max(1, sum(voxels.values())))
+    tiles = _evenly(cases, min(TILES, max(4, n_tiles)))
     scored = {row.case for model in material.scored for row in model.scores.rows}
     unscored = [case for case in cases if case.id not in scored and case.label is not None]
-    voxels = sum(prod(shapes[case.id]) for case in unscored)
-    measured = _evenly(unscored, max(8, int(len(unscored) * min(1, _MAX_LABEL_VOXELS / max(1, voxels)))))
-    overlays, size = _choose_overlays(material, shapes, tiles)
+    share = _MAX_LABEL_VOXELS * channels / max(1, sum(voxels[case.id] for case in unscored))
+    measured = _evenly(unscored, max(8, int(len(unscored) * min(1, share))))
+    overlays = _choose_overlays(material, voxels, tiles)
+    shapes = [known.get(overlay.case_id, _UNKNOWN_SHAPE) for overlay in overlays]
+    size, n_overlays = _size_of_overlays(shapes, min(channels, MAX_CHANNELS))
     predictions: dict[str, dict[str, Path]] = defaultdict(dict)
-    for case_id, model, file in overlays:
-        predictions[case_id][model] = file
+    for overlay in overlays[:n_overlays]:
+        predictions[overlay.case_id][overlay.model] = overlay.file
     draw = partial(draw_case, material.dataset, material.plan, size)
-    contents = [(c.id in tiles, c.id in measured, predictions[c.id]) for c in cases]
-    largest = max(map(prod, shapes.values()), default=0) * channels
-    with ThreadPoolExecutor(system.cases_in_flight(largest * _BYTES_PER_VOXEL, None), "report") as pool:
+    contents = [(case.id in tiles, case.id in measured, predictions[case.id]) for case in cases]
+    at_once = system.cases_in_flight(max(voxels.values(), default=0) * _BYTES_PER_VOXEL, None)
+    with ThreadPoolExecutor(at_once, "report") as pool:
         drawn = list(log.progress(pool.map(draw, cases, *zip(*contents, strict=True)), len(cases), "report"))
-    notes = []
-    if len(tiles) < len(cases):
-        notes.append(f"the montage and the intensities are those of {len(tiles)} of {len(cases)} cases, evenly spaced")
-    if (counted := len(scored | measured)) < len(cases):
-        notes.append(f"volumes are those of {counted} of {len(cases)} cases, evenly spaced")
-    if problems := [found.problem for found in drawn if found.problem]:
+    by_case = {one.case_id: one for one in drawn}
+    shown = _fit_page(material, by_case, overlays[:n_overlays])
+    counts = (("the montage and the intensities are", len(tiles)), ("volumes are", len(scored | measured)))
+    notes = [f"{what} those of {n} of {len(cases)} cases, evenly spaced" for what, n in counts if n < len(cases)]
+    if problems := [one.problem for one in drawn if one.problem]:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
-    by_case = {found.case_id: found for found in drawn}
-    shown: dict[str, dict[str, list[Picture]]] = {model.name: {} for model in material.scored}
-    total = 0
-    for case_id, model, _ in overlays:  # the best cases are left out if the pictures are larger than estimated
-        planes = by_case[case_id].overlays.get(model, [])
-        total += sum(len(json.dumps(plane)) for plane in planes)
-        if planes and total <= PAGE_BYTES * 1.1:
-            shown[model][case_id] = planes
-    for results in material.scored:
-        n, n_cases = len(shown[results.name]), len(results.worst_first)
-        if n < n_cases:
-            notes.append(f"{results.label}: pictures of the {n} worst of {n_cases} cases")
+    for model in material.scored:
+        if (n := len(shown[model.name])) < len(model.worst_first):
+            notes.append(f"{model.label}: pictures of the {n} worst of {len(model.worst_first)} cases")
     return Gallery(by_case, shown, tuple(notes))
 
 
@@ -298,34 +289,54 @@ def _evenly(cases: Sequence[Case], n: int) -> set[str]:
     return {cases[round(i * (len(cases) - 1) / max(1, n - 1))].id for i in range(n)}
 
 
-def _choose_overlays(
-    material: Material, shapes: dict[str, tuple[int, int, int]], tiles: set[str]
-) -> tuple[list[tuple[str, str, Path]], int]:
-    """(case, model, prediction) to show, and pixels along the longer side.
+class Overlay(NamedTuple):
+    """A prediction that is drawn over its case; `rank` is 0 for the worst case of the model."""
 
-    The worst case of each model comes first, then the second worst of each, as far as time and page allow.
-    """
-    ranked = [
-        [(row.case, model.name, Path(row.prediction_file)) for row in model.worst_first if row.prediction_file]
+    rank: int
+    case_id: str
+    model: str
+    file: Path
+
+
+def _choose_overlays(material: Material, voxels: Mapping[str, int], tiles: set[str]) -> list[Overlay]:
+    """The worst case of each model, then the second worst of each, as far as the time to read them allows."""
+    overlays = [
+        Overlay(rank, row.case, model.name, Path(row.prediction_file))
         for model in material.scored
+        for rank, row in enumerate(row for row in model.worst_first if row.prediction_file)
+        if row.prediction_file and row.case in voxels
     ]
-    channels = len(material.plan.channels)
-    read, voxels = set(tiles), float(sum(prod(shapes[case]) * channels for case in tiles))
-    overlays = []
-    for rank in range(max(map(len, ranked), default=0)):
-        for case, model, file in (rows[rank] for rows in ranked if rank < len(rows)):
-            if case not in shapes:
-                continue
-            if case not in read:
-                voxels += prod(shapes[case]) * channels
-                read.add(case)
-            if voxels <= _MAX_VOXELS:
-                overlays.append((case, model, file))
+    read, total, chosen = set(tiles), sum(voxels[case_id] for case_id in tiles), []
+    for overlay in sorted(overlays, key=lambda overlay: overlay.rank):
+        total += 0 if overlay.case_id in read else voxels[overlay.case_id]
+        read.add(overlay.case_id)
+        if total <= _MAX_VOXELS:
+            chosen.append(overlay)
+    return chosen
+
+
+def _size_of_overlays(shapes: Sequence[tuple[int, int, int]], pictures: int) -> tuple[int, int]:
+    """Pixels along the longer side with which all overlays fit the page, or the smallest size and how many then fit."""
+    size, total = _SIZES[0], np.zeros(0)
     for size in _SIZES:
-        total = np.cumsum([_estimate_bytes(shapes[case], size, min(channels, MAX_CHANNELS)) for case, *_ in overlays])
-        if not overlays or total[-1] <= PAGE_BYTES:
+        total = np.cumsum([_estimate_bytes(shape, size, pictures) for shape in shapes])
+        if not shapes or total[-1] <= PAGE_BYTES:
             break
-    return overlays[: int(np.searchsorted(total, PAGE_BYTES, side="right"))], size
+    return size, int(np.searchsorted(total, PAGE_BYTES, side="right"))
+
+
+def _fit_page(
+    material: Material, drawn: Mapping[str, CasePictures], overlays: Sequence[Overlay]
+) -> dict[str, dict[str, list[Picture]]]:
+    """The planes of each model and case, without the best cases if the pictures are larger than estimated."""
+    shown: dict[str, dict[str, list[Picture]]] = {model.name: {} for model in material.scored}
+    total = 0
+    for overlay in overlays:
+        planes = drawn[overlay.case_id].overlays.get(overlay.model, [])
+        total += sum(len(json.dumps(plane)) for plane in planes)
+        if planes and total <= PAGE_BYTES * 1.1:
+            shown[overlay.model][overlay.case_id] = planes
+    return shown
 
 
 def _estimate_bytes(shape: tuple[int, int, int], size: int, pictures: int) -> float:
@@ -364,7 +375,7 @@ def draw_case(
         else:
             out.geometry, label = read_geometry(case.images[0])[0], None
             if volumes and case.label is not None:
-                label = map_labels(read_label(case.label)[0], dataset.label_map)
+                label = map_labels(read_label(case.label)[0], dataset.value_map)
         if volumes and label is not None:
             out.voxels = _count_voxels(label, plan.labels)
     except (UserError, OSError, MemoryError) as error:

@@ -26,20 +26,9 @@ from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
-from nnunet_lite.planning.show import normalization, plan_head, plan_reasons, plan_rows, plan_title
-from nnunet_lite.reporting.figures import (
-    COLOURS,
-    Chart,
-    Column,
-    Curve,
-    Table,
-    Value,
-    plot_curves,
-    plot_dots,
-    plot_histogram,
-    plot_intervals,
-    share_column,
-)
+from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_title
+from nnunet_lite.reporting import figures
+from nnunet_lite.reporting.figures import COLOURS, Chart, Column, Curve, Table, Value, share_column
 from nnunet_lite.reporting.material import FoldHistory, Gallery, Material, ModelResults, draw_cases, read_material
 from nnunet_lite.workspace import Paths
 
@@ -57,6 +46,7 @@ _SEVERITIES = ("error", "warning", "notice")
 _CASE_METRICS = (
     "Dice", "IoU", "reference_ml", "prediction_ml", "volume_error", "NSD", "HD95", "lesion_F1", "TP", "FP", "FN",
 )  # fmt: skip
+_LABEL_METRICS = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")  # of a label, over all cases; Dice is the first
 
 Fact = tuple[str, str]  # what, and its value as text
 Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the reference
@@ -175,7 +165,7 @@ def data_section(material: Material, gallery: Gallery) -> dict[str, Any]:
     return {
         "facts": [
             ("Cases", f"{len(dataset.cases)} with a label map"),
-            ("Channels", ", ".join(f"{c.name} ({normalization(c)})" for c in material.plan.channels)),
+            ("Channels", ", ".join(f"{c.name} ({c.to_text()})" for c in material.plan.channels)),
             ("Regions" if labels.has_regions else "Labels", ", ".join(named)),
             ("Layout", f"{dataset.layout}, {dataset.file_ending}"),
             ("Folder", str(dataset.root)),
@@ -221,15 +211,12 @@ def _spreads(
 ) -> tuple[list[Chart], list[Fact]]:
     """Histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
     known = [found.geometry for found in gallery.cases.values() if found.geometry]
-    if not known:
-        return [], []
     flat = all(geometry.dimensions == 2 for geometry in known)
-    axes = list(enumerate("zyx"))[1 if flat else 0 :]
+    axes, unit = list(enumerate("zyx"))[1 if flat else 0 :], "pixels" if flat else "voxels"
     quantities: list[tuple[str, Sequence[float], str, str]] = []
-    for i, axis in axes:
-        quantities.append((f"Size along {axis}", [g.shape[i] for g in known], "pixels" if flat else "voxels", ""))
-    for i, axis in axes if any(geometry.calibrated for geometry in known) else ():
-        quantities.append((f"Spacing along {axis}", [g.spacing[i] for g in known], "mm", ""))
+    quantities += [(f"Size along {axis}", [g.shape[i] for g in known], unit, "") for i, axis in axes]
+    if any(geometry.calibrated for geometry in known):
+        quantities += [(f"Spacing along {axis}", [g.spacing[i] for g in known], "mm", "") for i, axis in axes]
     for name in material.dataset.labels.region_names[:_VOLUME_LABELS]:
         present = [regions[name] for regions in volumes.values() if regions[name]]
         note = f"; in {len(present)} of {len(volumes)} cases" if len(present) < len(volumes) else ""
@@ -241,7 +228,7 @@ def _spreads(
         low, median, high = (f"{v:.4g}" for v in np.percentile(values, (0, 50, 100)))
         if max(values) - min(values) <= _ROUNDING * max(values):
             facts.append((title, f"{median} {unit} in every case{note}"))
-        elif chart := plot_histogram(title, values, unit, f"median {median} {unit}, {low} to {high}{note}"):
+        elif chart := figures.plot_histogram(title, values, unit, f"median {median} {unit}, {low} to {high}{note}"):
             charts.append(chart)
     return charts, facts
 
@@ -253,7 +240,7 @@ def _intensity_table(material: Material) -> Table:
     for channel in material.plan.channels:
         s = channel.statistics
         values = (s.mean, s.std, s.min, s.percentile_00_5, s.median, s.percentile_99_5, s.max)
-        rows.append([channel.name, normalization(channel), *values])
+        rows.append([channel.name, channel.to_text(), *values])
     columns = (Column("Channel"), Column("normalised"), *(Column(name, ".4g") for name in numbers))
     return Table("Intensities of all labelled voxels", columns, rows)
 
@@ -281,7 +268,7 @@ def _intensity_charts(material: Material, gallery: Gallery) -> list[Chart]:
             shown, style = ("whole image", "dashed") if name == "image" else (name, "solid")
             curves.append(Curve(shown, list(zip(middles, density, strict=True)), colour, style))
         unit = "z-score of the image" if channel.normalization == "zscore" else "intensity"
-        if chart := plot_curves(f"Intensities, {channel.name}", curves, unit, "relative frequency", (0, 1.05)):
+        if chart := figures.plot_curves(f"Intensities, {channel.name}", curves, unit, "relative frequency", (0, 1.05)):
             charts.append(chart)
     return charts
 
@@ -349,7 +336,7 @@ def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
             for i, fold in enumerate(folds)
             for key, what, style in keys
         ]
-        if chart := plot_curves(title, curves, "epoch", "", limits, note):
+        if chart := figures.plot_curves(title, curves, "epoch", "", limits, note):
             charts.append(chart)
     return charts
 
@@ -395,7 +382,7 @@ def scores_section(material: Material, gallery: Gallery) -> list[dict[str, Any]]
                 "cases": len(rows),
                 "folds": sorted(set(model.fold_of.values())),
                 "by_label": _label_table(model),
-                "chart": plot_dots(f"Dice of each case by label, {model.label}", dots, name),
+                "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "table": Table(caption, columns, cells, sorted_by=2, model=name),
                 "worst": [(case, means[case], planes) for case, planes in worst],
@@ -415,7 +402,7 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(model: ModelResults) -> Table:
     """One row for each label, then the mean over them."""
-    shown = [METRICS[name] for name in ("Dice", "IoU", "absolute_volume_error", "lesion_F1")]
+    shown = [METRICS[name] for name in _LABEL_METRICS]
     summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in shown]
     rows: list[list[Value]] = []
     for name, dice in summaries[0].items():
@@ -479,7 +466,7 @@ def comparison_section(material: Material) -> dict[str, Any]:
         "table": Table(
             caption, [*columns, *map(share_column, labels)], rows, sorted_by=2, first_is_best=bool(selection)
         ),
-        "chart": plot_intervals("Dice of the candidates", bars, "mean Dice with 95 % interval"),
+        "chart": figures.plot_intervals("Dice of the candidates", bars, "mean Dice with 95 % interval"),
         "postprocessing": Table("Postprocessing of the predictions", step_columns, steps),
     }
 

@@ -126,7 +126,7 @@ def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[st
     maps: list[LabelMap] = []
     if case.label is not None:
         values, geometry, _ = read_label(case.label, image.geometry)
-        maps.append(("reference", map_labels(values, dataset.label_map), geometry))
+        maps.append(("reference", map_labels(values, dataset.value_map), geometry))
     maps += [(name, *read_label(file, image.geometry)[:2]) for name, file in predictions]
     title, labels = f"{case.id} ({dataset.name})", dataset.labels
     return _make_scene(title, image, dataset.channels, maps, labels, has_reference=case.label is not None)
@@ -324,36 +324,25 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def _refuse_method(self) -> None:
-        self.close_connection = True  # its body is not read
-        self.send_error(HTTPStatus.METHOD_NOT_ALLOWED)
-
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method
-
-    def _answer(self, with_body: bool) -> None:
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or hosts[0].partition(":")[0].lower() not in _HOSTS:
             self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
-        elif with_body and (target := self.redirects.pop(self.path, None)):
+        elif self.command == "GET" and (target := self.redirects.pop(self.path, None)):
             self._respond(HTTPStatus.SEE_OTHER, {"Location": target}, b"")
         elif (contents := self.pages.get(self.path)) is None:
             self.send_error(HTTPStatus.NOT_FOUND)
         else:
-            name = self.path.rpartition("/")[2] or "index.html"
-            headers = {"Content-Type": _TYPES[name.rpartition(".")[2]]}
-            self._respond(HTTPStatus.OK, headers, contents, with_body)
+            ending = (self.path.rpartition("/")[2] or "index.html").rpartition(".")[2]
+            self._respond(HTTPStatus.OK, {"Content-Type": _TYPES[ending]}, contents)
 
-    def _respond(self, status: HTTPStatus, headers: Mapping[str, str], body: bytes, with_body: bool = True) -> None:
+    do_HEAD = do_GET
+
+    def _respond(self, status: HTTPStatus, headers: Mapping[str, str], body: bytes) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if with_body:
+        if self.command == "GET":
             self.wfile.write(body)
 
     def end_headers(self) -> None:

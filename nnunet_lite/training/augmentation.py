@@ -159,10 +159,14 @@ def select_samples(parameters: Parameters, samples: slice) -> Parameters:
     return replace(parameters, **chosen)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor in RAM to a device; to a GPU from pinned memory, so that the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def copy_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Copy small arrays to float32 tensors on a device, in one transfer that the host does not wait for."""
-    flat = torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32))
-    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    flat = to_device(torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32)), device)
     return [part.view(a.shape) for part, a in zip(flat.split([a.size for a in arrays]), arrays, strict=True)]
 
 
@@ -218,8 +222,9 @@ def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Class
     table = np.asarray(swap.table if swap else ())
     swapped, *flipped = copy_to_device([table, *(np.flatnonzero(along) for along in flips.T)], images.device)
     rows = [index.long() for index in flipped]
-    mirror(images, rows)
-    mirror(classes, rows)
+    for axis, index in enumerate(rows, 2):
+        for x in (images, classes) if len(index) else ():
+            x.index_copy_(0, index, x.index_select(0, index).flip(axis))
     if swap and len(rows[swap.axis]):
         index = rows[swap.axis]
         classes[index] = swapped.to(classes.dtype)[classes[index].long()]
@@ -386,10 +391,3 @@ def gamma(x: Tensor, exponent: Tensor) -> Tensor:
 def _rms(x: Tensor) -> Tensor:
     """Root of the mean square of each row; on a CPU several times faster than `std`."""
     return x.square().mean((1, 2, 3), keepdim=True).sqrt()
-
-
-def mirror(x: Tensor, rows: Sequence[Tensor]) -> None:
-    """Flip samples (batch, channels, z, y, x) in place; `rows` are the indices of those flipped along each axis."""
-    for axis, index in enumerate(rows, 2):
-        if len(index):
-            x.index_copy_(0, index, x.index_select(0, index).flip(axis))

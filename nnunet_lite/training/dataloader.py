@@ -25,19 +25,8 @@ from torch import Tensor
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.swaps import check_swaps, swap_of
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augmentation import (
-    Intensity,
-    Shape,
-    apply_intensity,
-    apply_mirror,
-    copy_to_device,
-    draw_intensity,
-    draw_matrix,
-    draw_mirror,
-    select_samples,
-    source_shape,
-    warp_samples,
-)
+from nnunet_lite.training import augmentation
+from nnunet_lite.training.augmentation import Intensity, Shape, copy_to_device, source_shape, to_device
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
 from nnunet_lite.training.cache import CaseArrays
 from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_cascade
@@ -208,14 +197,14 @@ def draw_batch(job: Job, cases: Sequence[CaseArrays], stream: int, iteration: in
     settings = job.settings.augmentation if augment and job.settings.augmentation.enabled else None
     native = settings if settings and settings.pipeline == "native" else None
     locations = draw_locations(cases, job.patch, size, job.settings.training.foreground, native, rng)
-    intensity = draw_intensity(rng, native, size, len(job.plan.channels)) if native else None
-    flips = draw_mirror(rng, settings, size, job.mirror_axes) if settings else None
+    intensity = augmentation.draw_intensity(rng, native, size, len(job.plan.channels)) if native else None
+    flips = augmentation.draw_mirror(rng, settings, size, job.mirror_axes) if settings else None
     cascade = draw_cascade(rng, settings, size, job.plan.labels.n_classes) if job.planned.previous_stage else None
     return BatchDraw(
         locations[mine],
-        intensity and select_samples(intensity, mine),
+        intensity and augmentation.select_samples(intensity, mine),
         None if flips is None else flips[mine],
-        cascade and select_samples(cascade, mine),
+        cascade and augmentation.select_samples(cascade, mine),
         rng.integers(2**62, size=size)[mine],
     )
 
@@ -226,17 +215,17 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
     read = _read_reference if augmented and settings.pipeline == "batchgenerators" else _read_native
     images, classes = read(job, cases, draw)
     if draw.intensity:
-        images = apply_intensity(images, draw.intensity)
+        images = augmentation.apply_intensity(images, draw.intensity)
+    if draw.flips is not None:
+        augmentation.apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
+        if settings.extra:
+            images, classes = apply_transforms(extra_transforms(settings), images, classes, draw.seeds, job.patch)
     if masked := _masked_channels(job):
         outside = classes[:, 0] == job.plan.labels.outside_class
         classes[:, 0].masked_fill_(outside, 0)
         if augmented:  # augmentation and resampling have changed the zeros there
             for channel in masked:
                 images[:, channel].masked_fill_(outside, 0)
-    if draw.flips is not None:
-        apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
-        if settings.extra:
-            images, classes = apply_transforms(extra_transforms(settings), images, classes, draw.seeds, job.patch)
     if draw.cascade:
         images = append_previous(images, classes[:, 1], draw.cascade)
     labels = classes[:, 0]
@@ -258,7 +247,7 @@ def _read_native(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> tupl
         return parts[0]
     matrices = np.stack([location.matrix for location in draw.locations if location.matrix is not None])
     matrix, back = copy_to_device([matrices, np.argsort(order)], job.device)
-    parts[-1] = warp_samples(*parts[-1], matrix, job.patch)
+    parts[-1] = augmentation.warp_samples(*parts[-1], matrix, job.patch)
     images, classes = (torch.cat(part)[back.long()] for part in zip(*parts, strict=True))
     return images, classes
 
@@ -271,7 +260,7 @@ def _read_reference(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> t
     images, classes = read_patches(cases, locations, shape, cpu, _class_beyond(job))
     transforms = reference_transforms(settings, job.patch)
     images, classes = apply_transforms(transforms, images, classes, draw.seeds, job.patch)
-    return images.to(job.device), classes.to(job.device)
+    return to_device(images, job.device), to_device(classes, job.device)
 
 
 def _masked_channels(job: Job) -> list[int]:
@@ -297,7 +286,7 @@ def draw_locations(
     patch: Shape,
     batch_size: int,
     foreground: float,
-    augmentation: AugmentationSettings | None,
+    settings: AugmentationSettings | None,
     rng: np.random.Generator,
 ) -> list[Location]:
     """Draw where the samples of a batch are taken from; cases with replacement, as in nnU-Net.
@@ -312,7 +301,7 @@ def draw_locations(
         Number of samples.
     foreground : float
         Share of samples that are centred on a foreground voxel (oversampling).
-    augmentation : AugmentationSettings, optional
+    settings : AugmentationSettings, optional
         Ranges of rotation and scaling; None for neither.
     rng : numpy.random.Generator
         Generator of the batch.
@@ -321,7 +310,7 @@ def draw_locations(
     for forced in oversample_foreground(batch_size, foreground, rng):
         number = int(rng.integers(len(cases)))
         corner = draw_corner(cases[number], patch, forced, rng)
-        matrix = draw_matrix(rng, augmentation, patch) if augmentation else None
+        matrix = augmentation.draw_matrix(rng, settings, patch) if settings else None
         locations.append(Location(number, corner, matrix))
     return locations
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nnunet_lite import log, system
 from nnunet_lite.errors import Lost, UserError
-from nnunet_lite.networks.precision import pick_device
+from nnunet_lite.networks.devices import pick_device
 
 T = TypeVar("T")
 
@@ -253,7 +253,7 @@ def launch(number: int) -> None:
     """
     if current_ranks().world > 1:
         return
-    if not system.IS_COMMAND:
+    if not system.is_command:
         fix = f"Start your script with `torchrun --nproc-per-node {number}`, or use `nnlite train --gpus {number}`."
         raise UserError(f"gpus={number} needs one process for each GPU", fix=fix)
     processes: list[subprocess.Popen[str]] = []

@@ -48,6 +48,8 @@ class Job:
     passes : mapping of float to int
         How many network passes the final validation takes (windows and mirrored copies), by the window step size
         (see `limits.validation_step_sizes`). Empty without a validation.
+    formats : Path or None
+        File that keeps which number format and memory format is fastest on which GPU; None to keep nothing.
     """
 
     plan: Plan
@@ -60,6 +62,7 @@ class Job:
     validation: Sequence[CaseArrays]
     ranks: Ranks = ALONE
     passes: Mapping[float, int] = field(default_factory=dict)
+    formats: Path | None = None
 
     @cached_property
     def planned(self) -> Configuration:

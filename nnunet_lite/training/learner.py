@@ -1,19 +1,21 @@
 """The network of a run and what trains it, executed in the way that is fastest on this machine.
 
-`make_network` -> `choose_format` (number format and memory layout, timed) -> `make_learner` (optimizer) ->
-`parallelize` (several processes, torch.compile) -> `train_step` for each step. `compute_loss` is the forward pass of
+`make_network` -> `choose_format` (number format, memory format and torch.compile, timed) -> `make_learner` (optimizer)
+-> `parallelize` (torch.compile, several processes) -> `train_step` for each step. `compute_loss` is the forward pass of
 training and validation.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
-from nnunet_lite.networks.precision import ComputeFormat, list_formats, measure_seconds, pick_device, pick_fastest
-from nnunet_lite.networks.unet import build_network, set_deep_supervision
+from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, pick_device, release_memory
+from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
+from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.dataloader import Batch, make_batch
@@ -36,7 +40,6 @@ from nnunet_lite.training.optim import make_optimizer, start_average, update_ave
 
 LOSS_SCALE = 2.0**16  # of fp16, at the start
 _COMPILE_SECONDS = 60.0  # about what torch.compile takes
-_COMPILE_GAIN = 0.95  # a compiled step must take at most this share of the time, since each start compiles again
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Learner:
     scaler : GradScaler
         Scales the loss for fp16; does nothing otherwise.
     compute : ComputeFormat
-        Number format and memory layout.
+        Number format and memory format.
     average : dict of str to Tensor, or None
         Moving average of the weights, which becomes the model; None without `optimizer.ema`.
     """
@@ -77,34 +80,64 @@ def make_network(job: Job) -> nn.Module:
     network = build_network(job.plan, job.configuration, job.settings.network.factory).to(job.device)
     if job.device.type == "cpu":
         speed_up_on_cpu(network)
-    set_deep_supervision(network, job.settings.training.deep_supervision)
+    deep = job.settings.training.deep_supervision
+    set_deep_supervision(network, deep)
+    if isinstance(network, UNet):  # data-parallel training waits for the gradients of all weights that have some
+        n_heads = len(network.heads)
+        network.heads[: min(1, n_heads - 1) if deep else n_heads - 1].requires_grad_(False)
     return network
 
 
 def make_learner(job: Job, network: nn.Module, compute: ComputeFormat, scale: float = LOSS_SCALE) -> Learner:
-    """Lay the network out in memory and give it an optimizer; `scale` is that of the loss, for fp16."""
-    network.to(memory_format=compute.memory_format(job.dimensions))  # type: ignore[call-overload]
+    """Give the network its format and an optimizer; `scale` is that of the loss, for fp16."""
+    apply_format(network, compute, job.dimensions)
     optimizer = make_optimizer(network, job.settings.optimizer, job.device)
     scaler = torch.amp.GradScaler(job.device.type, scale, enabled=compute.precision == "fp16")
     average = None if job.settings.optimizer.ema is None else start_average(network)
     # in the other layout torch computes single samples slowly
     apart = job.device.type == "cpu" and compute.precision == "fp32" and compute.channels_last
-    forward = parallelize_samples(network) if apart and job.settings.training.compile is not True else network
+    apart = apart and not compute.compiled and job.ranks.world == 1
+    forward = parallelize_samples(network) if apart else network
     return Learner(network, forward, optimizer, scaler, compute, average)
 
 
 def parallelize(job: Job, learner: Learner) -> Learner:
-    """Let the processes of a data-parallel run sum their gradients, and compile the network where that pays."""
-    if job.ranks.world > 1:
-        network = learner.network
-        if job.device.type == "cuda":  # batch norm by the statistics of the whole batch
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-            freeze(network, job.settings.training.freeze)  # the layers are new
-        # the coarsest head has no weight in the loss, hence no gradient
-        devices = [job.device] if job.device.type == "cuda" else None
-        forward = DistributedDataParallel(network, device_ids=devices, find_unused_parameters=True)
-        learner = replace(learner, network=network, forward=forward)
-    return _compile(job, learner)
+    """Compile the network if its format says so, and let the processes of a data-parallel run sum their gradients.
+
+    Raises
+    ------
+    UserError
+        The network cannot be compiled, although the settings request it or other processes did it.
+    """
+    network, forward, factory = learner.network, learner.forward, job.settings.network.factory
+    several, on_gpu, compiled = job.ranks.world > 1, job.device.type == "cuda", learner.compute.compiled
+    if several and on_gpu:  # batch norm by the statistics of the whole batch
+        network = forward = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        freeze(network, job.settings.training.freeze)  # the layers are new
+    if compiled:
+        forward = cast(nn.Module, torch.compile(forward, dynamic=False))
+    if several:  # around the compiled network, so that `no_sync` works; in its graph torch cannot accumulate gradients
+        forward = DistributedDataParallel(
+            forward,
+            device_ids=[job.device] if on_gpu else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=factory is not None,  # a user's network may have a head that the loss leaves out
+            static_graph=factory is None and job.settings.training.accumulate == 1,
+        )
+    parallel = replace(learner, network=network, forward=forward)
+    if compiled:
+        try:
+            with _trial(network):
+                _trial_step(job, parallel, make_batch(job, job.training, 0, 0, augment=False))()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler's own errors, of many kinds
+            reason = shorten(describe(error), 300)
+            if several or job.settings.training.compile is True:
+                raise UserError(f"torch.compile failed: {reason}", fix="Use --set training.compile=false.") from error
+            log.warn(f"torch.compile failed and is left out: {reason}")
+            return learner
+    return parallel
 
 
 def compute_loss(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]:
@@ -112,6 +145,8 @@ def compute_loss(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]
     images, classes, _ = batch
     with learner.compute.autocast(job.device):
         outputs = learner.forward(learner.compute.arrange(images))
+    if job.settings.network.factory is not None and isinstance(outputs, list) and len(outputs) > 1:
+        outputs = outputs[:-1]  # as in nnU-Net, the coarsest one has no part in the loss
     reduce = sum_over_ranks if job.ranks.world > 1 else alone
     loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce)
     return loss, outputs
@@ -139,7 +174,8 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
         False for a step with a gradient that is not finite, which changes nothing. With fp16 it is True if the loss is
         finite: a gradient that overflows only lowers the loss scale.
     """
-    torch.manual_seed(job.seed + number)  # for a user's network that draws random numbers
+    if job.settings.network.factory is not None:
+        torch.manual_seed(job.seed + number)  # a user's network may draw random numbers, as for dropout
     for group in learner.optimizer.param_groups:
         group["lr"] = rate
     learner.optimizer.zero_grad(set_to_none=True)
@@ -222,52 +258,87 @@ def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
-    """Time training steps of the network on a real batch, and return the fastest number format and memory layout.
+def list_training_formats(job: Job) -> list[ComputeFormat]:
+    """List the formats in which a job may be trained, likely winners first; compiled ones last.
 
-    With a seed nothing is timed, because what is fastest may change from run to run. Under a time limit the timing ends
-    early, with the fastest of the options that were timed until then.
+    On a GPU whose library computes bf16 convolutions of this size wrongly, fp16 takes the place of bf16, unless the
+    settings name bf16. Networks are compiled on a GPU, if the time limit leaves a minute for it, or on request.
     """
-    training = job.settings.training
-    options = list_formats(job.device, training.precision, training.channels_last)
-    if training.seed is not None:
+    training, network, device = job.settings.training, job.planned.network, job.device
+    formats = list_formats(device, training.precision, training.channels_last)
+    if device.type != "cuda":
+        return [replace(option, compiled=training.compile is True) for option in formats]
+    shape = (job.planned.batch_size, network.features[0], *job.planned.patch_size)
+    if formats[0].precision == "bf16" and not computes_bf16(device, shape, network.kernels[0]):
+        instead = "; it was set, and is used" if training.precision == "bf16" else "; fp16 is used instead"
+        log.warn(f"{device}: {describe_wrong_bf16()}{instead}")
+        if training.precision == "auto":
+            formats = [replace(option, precision="fp16") for option in formats]
+    choices = {False: [False], True: [True], "auto": [False, True]}[training.compile]
+    if training.compile == "auto" and TIMING_SHARE * limit_seconds(job.settings) < _COMPILE_SECONDS:
+        choices = [False]
+    norms = [False, True] if network.norm == "instance" and job.settings.network.factory is None else [False]
+    return [
+        replace(option, compiled=compiled, plain_norm=plain)
+        for compiled in choices
+        for plain in norms
+        for option in formats
+        if compiled or option.channels_last or not plain  # as several kernels, plain norm only saves copies
+    ]
+
+
+def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
+    """Time training steps of the network on a real batch, and return the fastest format.
+
+    What was chosen for the same step on the same kind of GPU is kept in `job.formats`. On a CPU nothing is timed with a
+    seed, because what is fastest may change from run to run. Under a time limit the timing ends early, with the fastest
+    of the options that were timed until then.
+    """
+    options, seed = list_training_formats(job), job.settings.training.seed
+    if seed is not None and job.device.type != "cuda":
         return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, because a seed is set")
+    known, key = from_first(_read_choices(job), job.ranks), _describe_step(job)
+    if known.get(key) in options:
+        return known[key]
     batch = make_batch(job, job.training, 0, 0, augment=False)
     single = replace(job, ranks=ALONE)
 
     def prepare(compute: ComputeFormat) -> Callable[[], None]:
-        learner = make_learner(single, network, compute)
-        return _trial_step(single, learner if job.ranks.world == 1 else replace(learner, forward=network), batch)
+        learner = make_learner(job, network, compute)
+        if compute.compiled:
+            torch._dynamo.reset()  # the same code with other strides would be compiled for any
+            learner = replace(learner, forward=cast(nn.Module, torch.compile(network, dynamic=False)))
+        return _trial_step(single, learner, batch)
 
     with _trial(network):
         best = pick_fastest(options, prepare, job.device, TIMING_SHARE * limit_seconds(job.settings))
-    return from_first(best, job.ranks)
+    best = from_first(best, job.ranks)
+    release_memory(job.device)
+    if job.formats is not None and job.ranks.rank == 0:
+        write_json(job.formats, {name: asdict(value) for name, value in {**_read_choices(job), key: best}.items()})
+    return best
 
 
-def _compile(job: Job, learner: Learner) -> Learner:
-    """The learner with a compiled network: on request, or on a GPU where it proves to be faster."""
-    choice = job.settings.training.compile
-    too_short = TIMING_SHARE * limit_seconds(job.settings) < _COMPILE_SECONDS
-    if choice is False or (choice == "auto" and (job.device.type != "cuda" or too_short)):
-        return learner
-    batch = make_batch(job, job.training, 0, 0, augment=False)
-    compiled = replace(learner, forward=torch.compile(learner.forward))  # type: ignore[arg-type]
-    times = []
+def _read_choices(job: Job) -> dict[str, ComputeFormat]:
+    if job.formats is None or not job.formats.is_file():
+        return {}
     try:
-        with _trial(learner.network):
-            for option in (learner, compiled):
-                step = _trial_step(job, option, batch)
-                step()
-                times.append(min(measure_seconds(step, job.device) for _ in range(3)))
-    except Exception as error:  # the compiler's own errors, of many kinds: the run continues without it
-        reason = shorten(describe(error), 300)
-        if job.ranks.world > 1:  # the others may wait for this process, and cannot continue without it
-            raise UserError(f"torch.compile failed: {reason}", fix="Use --set training.compile=false.") from error
-        log.warn(f"torch.compile failed and is left out: {reason}")
-        return learner
-    pays = choice is True or from_first(times[1] < _COMPILE_GAIN * times[0], job.ranks)
-    log.info(f"{'compiled' if pays else 'not compiled'}: a step takes {times[0]:.3g} s, compiled {times[1]:.3g} s")
-    return compiled if pays else learner
+        return {key: ComputeFormat(**value) for key, value in read_json(job.formats).items()}
+    except (UserError, AttributeError, TypeError):  # it is damaged: formats are timed and written again
+        return {}
+
+
+def _describe_step(job: Job) -> str:
+    """What decides how fast a training step is: the device, and a hash of the plan and the settings."""
+    on_gpu, settings = job.device.type == "cuda", job.settings
+    name = torch.cuda.get_device_name(job.device) if on_gpu else job.device.type
+    training = settings.training.model_dump(mode="json", include={"precision", "channels_last", "compile"})
+    step = [job.planned.model_dump(mode="json", include={"network", "patch_size", "batch_size"}), training,
+            job.plan.n_inputs(job.configuration), job.plan.labels.n_channels, settings.recipe, job.ranks.world,
+            settings.training.deep_supervision, settings.network.factory, settings.loss.model_dump(mode="json"),
+            torch.backends.cudnn.version() if on_gpu else None]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(step).encode()).hexdigest()[:12]
+    return f"{name}, torch {torch.__version__}, {job.configuration} {digest}"
 
 
 def measure_memory(plan: Plan, configuration: str, name: str | None) -> float | None:

@@ -13,7 +13,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -27,10 +28,11 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
-from nnunet_lite.models.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from nnunet_lite.models.checkpoint import load_checkpoint, save_weights, snapshot_checkpoint
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_weights_header, run_length
 from nnunet_lite.networks.cpu import keep_freed_memory
-from nnunet_lite.networks.precision import ComputeFormat, list_formats, use_allowed_cpus
+from nnunet_lite.networks.devices import use_allowed_cpus
+from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training import learner as learning
 from nnunet_lite.training import limits
@@ -84,12 +86,13 @@ def train_fold(job: Job) -> None:
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     if job.ranks.rank == 0:
         sweep(job.folder, alone=True)
+    from_first(None, job.ranks)  # the others write nothing that could be swept away
     with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
         begin = time.monotonic()
         learner, state = _start(job)
         state.seconds += from_first(time.monotonic() - begin, job.ranks)
         compute, training = state.compute, job.settings.training
-        log.info(f"{job.device}, {compute.precision}, channels-last {compute.channels_last}: {compute.reason}")
+        log.info(f"{job.device}, {compute}: {compute.reason}")
         makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
         with closing(prefetch(makers, job.device, training.workers)) as batches:
             _run_epochs(job, learner, batches, state, stop)
@@ -108,7 +111,7 @@ def _start(job: Job) -> tuple[Learner, State]:
 
     with understood(checkpoint, "Use --restart."):
         state = State.model_validate(read_weights_header(checkpoint))
-    allowed = state.compute in list_formats(job.device, training.precision, training.channels_last)
+    allowed = state.compute in learning.list_training_formats(job)
     if not from_first(allowed, job.ranks):  # settings and machine may be others now
         state.compute = learning.choose_format(job, network)
     if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
@@ -128,12 +131,13 @@ def _start(job: Job) -> tuple[Learner, State]:
 def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: limits.StopRequest) -> None:
     """Train to the end of the run, with metrics and a checkpoint after every epoch."""
     training, writes = job.settings.training, job.ranks.rank == 0
-    with record_metrics(job.folder, state.epoch, training.tensorboard) if writes else nullcontext() as recorder:
+    recording = record_metrics(job.folder, state.epoch, training.tensorboard) if writes else nullcontext()
+    with recording as recorder, _save_checkpoints(job, learner, state) as save:
         while not _is_over(job, state):
             begin, before = time.monotonic(), state.seconds
             metrics = _train_epoch(job, learner, batches, state, stop)
             if metrics is None:
-                _save_checkpoint(job, learner, state)
+                save(True)
                 stop.check(f"in epoch {state.epoch + 1} after step {state.iteration}")
                 continue
             allowed = math.inf if training.time_limit is None else limits.PSEUDO_VALIDATION_SHARE * metrics["seconds"]
@@ -147,16 +151,36 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
                 log.info(_describe_epoch(job, metrics, state))
                 if metrics["epoch"] == 1 and (validation := _plan_validation(job, state)) is not None:
                     limits.announce_validation(job.settings, validation, len(job.validation))
-            _save_checkpoint(job, learner, state)
-            if _agree_to_stop(job, stop):
+            stops = _agree_to_stop(job, stop)
+            save(stops)
+            if stops:
                 stop.check(f"after epoch {state.epoch}")
 
 
-def _save_checkpoint(job: Job, learner: Learner, state: State) -> None:
-    if job.ranks.rank == 0:
-        state.scale = learner.scaler.get_scale() if learner.scaler.is_enabled() else state.scale
-        header = state.model_dump(by_alias=True)
-        save_checkpoint(job.folder / CHECKPOINT, learner.network, learner.optimizer, header, learner.average)
+@contextmanager
+def _save_checkpoints(job: Job, learner: Learner, state: State) -> Iterator[Callable[[bool], None]]:
+    """Give a function that saves a checkpoint: it copies the run at once, and a thread writes the file.
+
+    An error of the thread is raised by the next call, by a call that waits for the file, or at the end of the block.
+    """
+    written: list[Future[None]] = []
+
+    def wait() -> None:
+        while written:
+            written.pop().result()
+
+    def save(wait_for_file: bool) -> None:
+        wait()
+        if job.ranks.rank == 0:
+            state.scale = learner.scaler.get_scale() if learner.scaler.is_enabled() else state.scale
+            run = (learner.network, learner.optimizer, state.model_dump(by_alias=True), learner.average)
+            written.append(thread.submit(snapshot_checkpoint(job.folder / CHECKPOINT, *run)))
+        if wait_for_file:
+            wait()
+
+    with ThreadPoolExecutor(1, "checkpoint") as thread:
+        yield save
+        wait()
 
 
 def _save_model(job: Job, learner: Learner, state: State) -> None:
@@ -332,7 +356,8 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     learner.network.eval()
     regions = labels.region_classes if labels.has_regions else None
     total = torch.zeros((), device=job.device)
-    counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.float64)
+    counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.int64)
+    finite = torch.ones((), device=job.device, dtype=torch.int64)
     makers: Iterator[Callable[[], Batch]] = (
         partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches)
     )
@@ -342,14 +367,14 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
             loss, outputs = learning.compute_loss(job, learner, batch)
             finest = outputs[0] if isinstance(outputs, list) else outputs
             total += loss
-            batch_counts = pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
-            counts += batch_counts.where(loss.isfinite(), math.nan)  # such logits would count as background
+            counts += pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+            finite &= loss.isfinite()  # other logits count as background
             done += 1
             if math.isfinite(allowed) and from_first(time.monotonic() - begin > allowed, job.ranks):
                 break
     if job.ranks.world > 1:
         counts = sum_over_ranks(counts)
-    dice = [_finite(2 * tp / (2 * tp + fp + fn), 4) if tp + fn else None for tp, fp, fn in counts.cpu().numpy().T]
+    dice = [round(2 * tp / (2 * tp + fp + fn), 4) if tp + fn and finite else None for tp, fp, fn in counts.T.tolist()]
     shown = [d for d in dice if d is not None]
     state.pass_seconds = from_first((time.monotonic() - begin) / (done * job.planned.batch_size), job.ranks)
     return {

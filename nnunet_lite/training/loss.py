@@ -83,24 +83,21 @@ def deep_supervision_loss(
     labels = plan.labels
     total = outputs[0].new_zeros((), dtype=torch.float32)
     for output, weight in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
-        if weight:
-            total = total + weight * segmentation_loss(
-                output,
-                downsample_classes(classes, output.shape[2:]),
-                settings,
-                batch_dice=plan.configuration(configuration).batch_dice,
-                ignore_class=labels.ignore_class,
-                regions=labels.region_classes if labels.has_regions else None,
-                reduce=reduce,
-            )
+        total = total + weight * segmentation_loss(
+            output,
+            downsample_classes(classes, output.shape[2:]),
+            settings,
+            batch_dice=plan.configuration(configuration).batch_dice,
+            ignore_class=labels.ignore_class,
+            regions=labels.region_classes if labels.has_regions else None,
+            reduce=reduce,
+        )
     return total
 
 
 def deep_supervision_weights(n_outputs: int) -> list[float]:
-    """Return 1, 1/2, 1/4 ... normalized, without the coarsest output."""
+    """Return 1, 1/2, 1/4 ... normalized."""
     weights = [0.5**i for i in range(n_outputs)]
-    if n_outputs > 1:
-        weights[-1] = 0.0
     return [w / sum(weights) for w in weights]
 
 
@@ -221,8 +218,8 @@ class SumByClass(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor, classes: Tensor, n_classes: int) -> Tensor:
         context.save_for_backward(classes)
-        dtype = exact(values.device)
-        return torch.stack([(values * (classes == c)).sum(1, dtype=dtype) for c in range(n_classes)], 1)
+        narrow, dtype = classes.to(torch.uint8 if n_classes <= 256 else torch.int32), exact(values.device)
+        return torch.stack([(values * (narrow == c)).sum(1, dtype=dtype) for c in range(n_classes)], 1)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -391,7 +391,7 @@ def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:
     def measure(case: Case) -> tuple[str, tuple[tuple[int, ...], float]]:
         assert case.label is not None  # every case of a planned dataset has one
         label, geometry, _ = read_label(case.label)
-        label = map_labels(label, dataset.label_map)
+        label = map_labels(label, dataset.value_map)
         values, counts = np.unique(label[np.isin(label, foreground)], return_counts=True)
         return case.id, (tuple(values.tolist()), float(counts.sum() * np.prod(geometry.spacing)))
 

@@ -1,0 +1,265 @@
+"""Training on a GPU never lets the host wait within an epoch: a dry run on a CUDA device that need not exist.
+
+Under torch's FakeTensorMode tensors have a device, a shape and a type, but no values. Whatever needs a value on the
+host (`item`, `bool`, `nonzero`, a mask as index) fails, and so does an operation on tensors of two devices. Copies from
+the device, and copies to it that the host waits for, are refused in addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.networks.precision import ComputeFormat
+from nnunet_lite.networks.unet import build_network, set_deep_supervision
+from nnunet_lite.training import augmentation, dataloader, learner, loss
+from nnunet_lite.training.cache import load_case, move_case
+from nnunet_lite.training.dataloader import make_batch
+from nnunet_lite.training.job import Job
+from nnunet_lite.training.learner import compute_loss, make_learner, train_step
+from nnunet_lite.training.loss import pseudo_dice_counts
+
+CUDA = torch.device("cuda", 0)
+aten = torch.ops.aten
+MakeJob = Callable[..., Job]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuse copies between host and device that the host waits for; constants are copied in the first step."""
+
+    def __init__(self, first_step: bool = False) -> None:
+        super().__init__()
+        self.first_step = first_step
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is aten._pin_memory.default:  # a real one needs a driver
+            return args[0]
+        if function is aten.grid_sampler_2d.default:  # torch replaces it by indexing
+            return args[0].new_empty((*args[0].shape[:2], *args[1].shape[1:3]))
+        if function in (aten._fused_sgd_.default, aten._fused_adamw_.default):  # change values only
+            return None
+        if function is aten._to_copy.default:
+            source, target = args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type
+            if source == "cuda" and target == "cpu":
+                raise RuntimeError("the host reads a tensor of the device")
+            if (source, target) == ("cpu", "cuda") and not kwargs.get("non_blocking") and not self.first_step:
+                raise RuntimeError("the host waits for a copy to the device")
+        return function(*args, **kwargs)
+
+
+class WithoutDriver(TorchFunctionMode):
+    """Do in Python what torch's C++ code does only with a driver: indexing, and the backward pass, as zeros."""
+
+    def __init__(self, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__:
+            return self.index(*args)
+        if function is Tensor.__setitem__:
+            target, key, value = args
+            if isinstance(key, Tensor):
+                return aten.index_put_(target, [key], value)
+            view = self.index(target, key)
+            return aten.copy_(view, value) if isinstance(value, Tensor) else view.fill_(value)
+        same = {Tensor.copy_: aten.copy_, Tensor.contiguous: aten.contiguous, Tensor.__invert__: aten.bitwise_not}
+        function = same.get(function, function)
+        if function is Tensor.backward and self.network is not None:
+            for parameter in self.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            return None
+        return function(*args, **(kwargs or {}))
+
+    def index(self, x: Tensor, key: Any) -> Tensor:
+        keys = list(key) if isinstance(key, tuple) else [key]
+        for i, part in enumerate(keys):
+            if part is Ellipsis:
+                taken = sum(other is not None for other in keys) - 1
+                keys[i : i + 1] = [slice(None)] * (x.ndim - taken)
+                break
+        axis, indices = 0, []
+        for part in keys:
+            if part is None:
+                x = x.unsqueeze(axis)
+            elif isinstance(part, slice):
+                x = aten.slice(x, axis, part.start, part.stop, part.step or 1)
+            elif isinstance(part, Tensor):
+                indices = [None] * axis + [part]
+            else:
+                x, axis = x.select(axis, int(part)), axis - 1
+            axis += 1
+        return aten.index(x, indices) if indices else x
+
+
+@contextmanager
+def dry_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let tensors of the block have no values, on a device "cuda" that this machine need not have."""
+    generator = torch.Generator
+    with monkeypatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        patch.setattr(torch, "Generator", lambda device=None: generator())  # one of CUDA needs a driver
+        patch.setattr(nn.Module, "to", lambda module, *_, **__: module)  # networks are on the device
+        try:
+            yield
+        finally:
+            loss._constant.cache_clear()
+            loss._membership.cache_clear()
+
+
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x[0, 0]),
+    "bool": lambda x: bool((x > 0).any()),
+    "tolist": lambda x: x.tolist(),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "cpu": lambda x: x.cpu(),
+    "two devices": lambda x: x + torch.ones(x.shape),
+    "blocking copy": lambda x: torch.ones(3).to(x.device),
+}
+RIGHT: dict[str, Callable[[Tensor], Any]] = {
+    "where": lambda x: torch.where(x > 0, x, 0).sum(),
+    "pinned": lambda x: torch.ones(x.shape).pin_memory().to(x.device, non_blocking=True) + x,
+    "index": lambda x: x.index_copy_(0, torch.arange(2, device=x.device), x[:2])[..., None, 1:],
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, *RIGHT])
+def test_a_dry_run_finds_what_waits(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with dry_run(monkeypatch), WithoutDriver(), NoWaiting():
+        x = torch.randn(3, 4, device=CUDA)
+        if name in RIGHT:
+            RIGHT[name](x)
+            return
+        with pytest.raises(Exception):  # noqa: B017 - torch has several
+            WRONG[name](x)
+
+
+CHANCES = (
+    "noise",
+    "blur",
+    "brightness",
+    "contrast",
+    "low_resolution",
+    "gamma",
+    "gamma_inverted",
+    "rotation",
+    "scaling",
+)
+ALL = {f"augmentation.p_{name}": 1 for name in CHANCES} | {"augmentation.p_mirror": 0.5}
+REGIONS = Labels(names={"background": 0, "whole": (1, 2), "Posterior": (2,)}, region_order=(1, 2))
+KINDS: dict[str, dict[str, Any]] = {
+    "3d": {},
+    "2d": {"configuration": "2d"},
+    "top-k and weights": {"loss.top_k": 1, "loss.bce": 1, "loss.class_weights": [1, 2, 3]},
+    "regions": {"plan": {"labels": REGIONS}},
+    "ignored voxels": {"plan": {"labels": Labels(names={"background": 0, "Anterior": 1}, ignore=2)}},
+    "swap": {"augmentation.mirror_swap": [["Anterior", "Posterior"]], "optimizer.ema": 0.9},
+    "adamw": {"optimizer.name": "adamw", "training.gradient_clip": None},
+    "cascade": {"augmentation.p_cascade_morphology": 1, "augmentation.p_cascade_removal": 0},
+}
+
+
+def cuda_job(job: MakeJob, tiny_cases: list[Any], kind: str) -> Job:
+    """A job whose cases are on the device; within `dry_run`."""
+    run = job(**{**ALL, **KINDS[kind]})
+    cases = [load_case(case) for case in tiny_cases[:2]]
+    if kind == "cascade":
+        cases = [replace(case, previous=case.label) for case in cases]
+        second = run.planned.model_copy(update={"previous_stage": "3d_lowres"})
+        run = replace(run, plan=run.plan.model_copy(update={"configurations": {"3d_fullres": second}}))
+    on_device = [move_case(case, CUDA) for case in cases]
+    return replace(run, device=CUDA, training=on_device, validation=on_device)
+
+
+def on_device(network: nn.Module) -> nn.Module:
+    """Give a network tensors on the device, without values."""
+    for module in network.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(weight.shape, device=CUDA))
+    return network
+
+
+def train_steps(run: Job) -> Tensor:
+    """Do two steps, of which the second may not wait, and count hits of the pseudo-validation."""
+    network = build_network(run.plan, run.configuration)
+    set_deep_supervision(network, True)
+    own = make_learner(run, on_device(network), ComputeFormat())
+    labels = run.plan.labels
+    with WithoutDriver(network):
+        for i in range(2):
+            with NoWaiting(first_step=i == 0):
+                batch = make_batch(run, run.training, 0, i, augment=True)
+                step_loss, updated = train_step(run, own, [batch], 0.01, i)
+                outputs = compute_loss(run, own, batch)[1]
+                regions = labels.region_classes if labels.has_regions else None
+                counts = pseudo_dice_counts(outputs[0], batch[1], regions, labels.ignore_class)
+    assert {tensor.device for tensor in (*batch[:2], step_loss, updated, counts)} == {CUDA}
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_does_not_wait(
+    job: MakeJob, tiny_cases: list[Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Batches, augmentation, network, loss, optimizer; what a cascade removes, which the host finds, is left out."""
+    with dry_run(monkeypatch):
+        run = cuda_job(job, tiny_cases, kind)
+        assert train_steps(run).shape == (3, len(run.plan.labels.region_names))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (augmentation, "apply_intensity"),
+        (augmentation, "apply_mirror"),
+        (augmentation, "vote"),
+        (dataloader, "read_box"),
+        (loss, "class_sums"),
+        (loss, "downsample_classes"),
+        (learner, "norm_statistics"),
+    ],
+)
+def test_a_step_that_waits_is_found(
+    job: MakeJob, tiny_cases: list[Any], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    """An `item` anywhere in a step fails the test above."""
+    original = getattr(module, name)
+
+    def wait(*arguments: Any, **options: Any) -> Any:
+        torch.ones((), device=CUDA).item()
+        return original(*arguments, **options)
+
+    with dry_run(monkeypatch):
+        run = cuda_job(job, tiny_cases, "3d")
+        monkeypatch.setattr(module, name, wait)
+        with pytest.raises(DataDependentOutputException):
+            train_steps(run)
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d", "top-k and weights", "regions", "ignored voxels"])
+def test_the_backward_pass_does_not_wait(job: MakeJob, kind: str) -> None:
+    """On torch's device "meta", whose tensors have no values either."""
+    run = job(**KINDS[kind])
+    with torch.device("meta"):
+        network = build_network(run.plan, run.configuration)
+        set_deep_supervision(network, True)
+        outputs = network(torch.randn(5, 1, *run.planned.patch_size))
+        classes = torch.zeros((5, *run.planned.patch_size), dtype=torch.uint8)
+        found = loss.deep_supervision_loss(outputs, classes, run.plan, run.configuration, run.settings.loss)
+    found.backward()
+    trained = [parameter for name, parameter in network.named_parameters() if not name.startswith("heads.0")]
+    assert all(parameter.grad is not None for parameter in trained)

@@ -1,0 +1,117 @@
+"""How a network is trained on this machine: which formats are tried, what is kept, and faults of the compiler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.networks import precision
+from nnunet_lite.networks.precision import ComputeFormat
+from nnunet_lite.training import learner
+from nnunet_lite.training.job import Job
+from nnunet_lite.training.learner import (
+    choose_format,
+    list_training_formats,
+    make_learner,
+    make_network,
+    parallelize,
+    train_step,
+)
+
+AUTO = {"training.seed": None, "training.channels_last": "auto", "training.precision": "auto"}
+FP32 = AUTO | {"training.precision": "fp32", "training.patch_size": [8, 8, 8]}
+MakeJob = Callable[..., Job]
+
+
+def on_gpu(job: MakeJob, changes: dict[str, Any] | None = None) -> list[str]:
+    """The formats in which a fold may be trained on a GPU."""
+    run = replace(job(**AUTO | (changes or {})), device=torch.device("cuda"))
+    return [str(one) for one in list_training_formats(run)]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], bool]:
+    """A GPU with bf16, for what asks for its abilities only; the shapes of convolutions that were compared."""
+    compared: dict[tuple[int, ...], bool] = {}
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    monkeypatch.setattr(learner, "computes_bf16", lambda device, shape, kernel: compared.setdefault(shape, True))
+    return compared
+
+
+def test_formats_on_a_gpu(job: MakeJob, gpu: dict[tuple[int, ...], bool]) -> None:
+    """Each memory format with and without the compiler, which comes last; plain norm where it may be faster."""
+    assert on_gpu(job) == [
+        "bf16 channels-last", "bf16", "bf16 channels-last plain norm",
+        "bf16 channels-last compiled", "bf16 compiled", "bf16 channels-last compiled plain norm",
+        "bf16 compiled plain norm",
+    ]  # fmt: skip
+    planned = job(**AUTO).planned
+    assert gpu == {(planned.batch_size, planned.network.features[0], *planned.patch_size): True}
+    few: dict[str, Any] = {"training.channels_last": False, "network.norm": "batch"}
+    assert on_gpu(job, few) == ["bf16", "bf16 compiled"]
+    assert on_gpu(job, few | {"training.compile": True}) == ["bf16 compiled"]
+    assert on_gpu(job, few | {"training.time_limit": "10m"}) == ["bf16"]
+    assert list_training_formats(job(**FP32 | few)) == [ComputeFormat()]
+
+
+def test_fp16_replaces_a_wrong_bf16(job: MakeJob, gpu: dict[Any, bool], capfd: pytest.CaptureFixture[str]) -> None:
+    planned = job(**AUTO).planned
+    gpu[planned.batch_size, planned.network.features[0], *planned.patch_size] = False
+    few = {"training.channels_last": False, "training.compile": False}
+    assert on_gpu(job, few) == ["fp16"]
+    assert "(pytorch#163539); fp16 is used instead" in capfd.readouterr().err
+    assert on_gpu(job, few | {"training.precision": "bf16"}) == ["bf16"]
+    assert "it was set, and is used" in capfd.readouterr().err
+
+
+def test_the_choice_of_a_format_is_kept(job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "formats.json"
+    run = replace(job(**FP32), formats=file)
+    chosen = choose_format(run, make_network(run))
+    (key,) = json.loads(file.read_text())
+    assert key.startswith(f"cpu, torch {torch.__version__}, 3d_fullres ")
+    other = replace(job(**FP32 | {"training.batch_size": 3}), formats=file)
+    choose_format(other, make_network(other))
+    assert len(json.loads(file.read_text())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "pick_fastest", None)  # nothing is timed again
+        again = choose_format(replace(run, seed=6), make_network(run))
+        assert (again, again.reason) == (chosen, chosen.reason)
+    for damaged in ('{"cpu', "[]", '{"cpu": {"precision": 1, "unknown": 2}}'):
+        file.write_text(damaged)
+        choose_format(run, make_network(run))
+        assert list(json.loads(file.read_text())) == [key]
+
+
+def test_a_compiled_network_makes_the_same_step(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner, "speed_up_on_cpu", lambda network: None)  # its kernels are not for the compiler
+    losses = []
+    for compute in (ComputeFormat(), ComputeFormat(channels_last=True, compiled=True, plain_norm=True)):
+        run = job(**FP32)
+        made = parallelize(run, make_learner(run, make_network(run), compute))
+        assert (made.forward is made.network) != compute.compiled
+        batch = learner.make_batch(run, run.training, 0, 0, augment=False)
+        losses.append([float(train_step(run, made, [batch], 0.01, number)[0]) for number in range(3)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and losses[0][2] < losses[0][0]
+
+
+def test_a_compiler_that_fails_is_left_out_or_named(
+    job: MakeJob, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(network: torch.nn.Module, **_: Any) -> torch.nn.Module:
+        return torch.nn.Sequential(network, torch.nn.Linear(1, 1))  # fails at its first call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    run = job(**FP32)
+    made = make_learner(run, make_network(run), ComputeFormat(compiled=True))
+    assert parallelize(run, made).forward is made.network
+    assert "torch.compile failed and is left out: " in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"torch.compile failed: .*training\.compile=false"):
+        parallelize(job(**FP32 | {"training.compile": True}), made)
