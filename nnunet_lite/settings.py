@@ -97,7 +97,9 @@ class TrainingSettings(_Section):
     init: str | None = Field(None, description="model to start from, ours or nnU-Net's: fine-tuning")
     freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that are not trained")
     tensorboard: bool = Field(False, description="write TensorBoard's files too; needs the extra `track`")
-    max_bad_steps: int = Field(20, ge=1, description="steps with a non-finite loss that are skipped before giving up")
+    max_bad_steps: int = Field(
+        20, ge=1, description="steps of an epoch with a non-finite loss that are skipped before giving up"
+    )
 
     @model_validator(mode="after")
     def _early_stop_has_a_score(self) -> TrainingSettings:

@@ -150,7 +150,9 @@ def train_ours(sizes: Sizes, device_name: str, work: Path, configuration: str, c
     from nnunet_lite.training.learner import choose_format, make_learner, make_network, parallelize, train_step
     from nnunet_lite.workspace import planned_paths
 
-    device, settings = torch.device(device_name), load_settings("default", {"training.compile": compiled})
+    # compiled, one memory format is enough: each format is compiled to be timed
+    changes = {"training.compile": compiled, "training.channels_last": True if compiled else "auto"}
+    device, settings = torch.device(device_name), load_settings("default", changes)
     torch.backends.cudnn.benchmark = True
     paths = planned_paths(work / "ws", f"Dataset{NUMBERS[configuration]}_{configuration}")
     plan = configure_plan(Plan.read(paths.plans), configuration, settings)
@@ -168,10 +170,10 @@ def train_ours(sizes: Sizes, device_name: str, work: Path, configuration: str, c
     with FlopCounterMode(display=False) as counter:
         outputs = bare(torch.empty(shape, device="meta"))
         torch.stack([output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])]).sum().backward()
-    compute = f"{learner.compute.precision}{', channels-last' if learner.compute.channels_last else ''}"
     return {
         **found, "gb_predicted": planned.memory_gb, "tflops": counter.get_total_flops() / found["on_device"] / 1e12,
-        "remarks": f"{'x'.join(map(str, planned.patch_size))}, batch {planned.batch_size}, {compute}",
+        "remarks": f"{'x'.join(map(str, planned.patch_size))}, batch {planned.batch_size}, {learner.compute}: "
+                   f"{learner.compute.reason}",
     }  # fmt: skip
 
 
@@ -217,7 +219,7 @@ def predict_volume(sizes: Sizes, device_name: str, work: Path, classes: int) -> 
     shape = " x ".join(map(str, reversed(sizes.volume)))
     return {
         "seconds": seconds[-1], "gb": peak_gb(device), "gb_predicted": planned[-1][0].device / 1e9 or None,
-        "remarks": f"{shape}, {model.arithmetic.precision}, {len(model.mirror_axes)} axes mirrored; the first one "
+        "remarks": f"{shape}, {model.arithmetic}, {len(model.mirror_axes)} axes mirrored; the first one "
                    f"{seconds[0]:.3g} s",
     }  # fmt: skip
 

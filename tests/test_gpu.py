@@ -21,10 +21,13 @@ from safetensors.numpy import load_file, save_file
 from samples import ENVIRONMENT, FAST, as_options, fold_of, sample_plan
 
 import nnunet_lite
+from nnunet_lite.commands.machines import doctor
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_weights_header, write_description
+from nnunet_lite.networks.devices import computes_bf16, find_wrong_gpus, has_bf16
+from nnunet_lite.networks.precision import ComputeFormat, apply_format
 from nnunet_lite.networks.unet import build_network
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.metrics import METRICS
@@ -102,6 +105,13 @@ def share_equal(one: np.ndarray, other: np.ndarray) -> float:
     return float((one == other).mean())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_the_doctor_describes_the_gpu() -> None:
+    about = doctor()
+    assert about.values["gpus"][0]["name"] in about.text and about.values["gpus"][0]["memory_gb"] > 0
+    assert f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" in about.text
+
+
 # ---------------------------------------------------------------------------------------------------------- predicting
 
 
@@ -157,7 +167,6 @@ def test_the_device_learns_what_the_cpu_learns(train: Train) -> None:
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], abs=5e-3)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the convolutions that make CPUs fast cannot be compiled for every shape")
 def test_a_compiled_network_learns_what_the_plain_one_learns(train: Train) -> None:
     plain, compiled = (train(str(choice), {"training.compile": choice}) for choice in (False, True))
     for one, other in zip(plain, compiled, strict=True):
@@ -187,3 +196,45 @@ def test_two_processes_on_one_device_learn_what_one_learns(workspace: Path, trai
     assert done.returncode == 0, done.stderr
     for one, other in zip(alone, metrics(tmp_path, "two"), strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=5e-3)
+
+
+def test_nothing_of_a_training_stays_in_the_memory_of_the_device(train: Train) -> None:
+    train("trained")
+    assert not DEVICE.startswith("cuda") or torch.cuda.memory_allocated(DEVICE) < 1_000_000
+
+
+def test_the_fastest_format_is_timed_once(train: Train, workspace: Path, tmp_path: Path) -> None:
+    """With torch.compile and without, in both memory formats, with torch's instance norm and the plain one."""
+    auto = {"training.precision": "auto", "training.seed": None, "training.channels_last": "auto"}
+    train("first", auto)
+    file = workspace / "Task04_Hippocampus" / "formats.json"
+    reasons = [read_weights_header(fold_of(tmp_path, "first") / MODEL)["arithmetic"]["reason"]]
+    if DEVICE.startswith("cuda"):
+        (kept,) = json.loads(file.read_text()).values()
+        assert reasons == [kept["reason"]] and kept["reason"].count(" s") >= 3
+        train("second", auto)
+        reasons.append(read_weights_header(fold_of(tmp_path, "second") / MODEL)["arithmetic"]["reason"])
+        assert reasons[0] == reasons[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_norm_keeps_the_memory_format_and_computes_what_torchs_does(dtype: torch.dtype) -> None:
+    plain, torchs = (torch.nn.Sequential(torch.nn.InstanceNorm3d(8, affine=True)).to(DEVICE) for _ in range(2))
+    apply_format(plain, ComputeFormat(channels_last=True, plain_norm=True), 3)
+    values = torch.randn(2, 8, 12, 10, 14, device=DEVICE).to(dtype)
+    results = []
+    for network, layout in ((plain, torch.channels_last_3d), (torchs, torch.contiguous_format)):
+        x = values.detach().to(memory_format=layout, copy=True).requires_grad_()
+        y = network(x)
+        y.square().mean().backward()
+        results.append((y, x.grad))
+        assert y.is_contiguous(memory_format=layout)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_convolutions_in_bf16_are_compared() -> None:
+    """Of the size of a patch; a GPU that computes them wrongly is one that `nnlite doctor` names."""
+    if DEVICE.startswith("cuda") and has_bf16(torch.device(DEVICE)):
+        right = computes_bf16(torch.device(DEVICE), (1, 32, 128, 128, 128), (3, 3, 3))
+        assert right == (find_wrong_gpus() == [])

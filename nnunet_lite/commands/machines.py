@@ -41,12 +41,13 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
     folder = workspace_folder(workspace)
     versions = _package_versions()
     problems = [f"{name} is not installed: pip install {name}" for name, version in versions.items() if not version]
-    total = free = instructions = None
+    total = free = instructions = cuda = cudnn = None
     gpus: list[dict[str, Any]] = []
     if psutil := _import("psutil", problems):
         total, free = round(psutil.virtual_memory().total / GB, 1), round(free_memory() / GB, 1)
     if torch := _import("torch", problems):
         instructions = torch.backends.cpu.get_cpu_capability()
+        cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
         found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
         if gpus:
@@ -69,17 +70,19 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
         "memory_gb": total,
         "memory_free_gb": free,
         "gpus": gpus,
+        "cuda": cuda,
+        "cudnn": cudnn,
         "workspace": str(folder),
         "disk_free_gb": round(disk / GB, 1),
         "problems": problems,
     }
-    names = [f"{g['name']} ({g['memory_gb']} GB)" for g in gpus] or ["none: use --recipe cpu, or expect days"]
+    names = ", ".join(f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in gpus)
     lines = [
         f"nnunet_lite {__version__}, Python {values['python']}, {values['system']}",
         ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()),
         f"CPU     {values['cpus']} cores to use, {instructions or 'instruction set unknown'}",
         f"memory  {free} of {total} GB free" if total else "memory  unknown",
-        f"GPU     {', '.join(names)}",
+        f"GPU     {names}; CUDA {cuda}, cuDNN {cudnn}" if gpus else "GPU     none: use --recipe cpu, or expect days",
         f"disk    {in_units(disk)} free for the workspace {folder}",
         *(f"problem: {problem}" for problem in problems),
     ]

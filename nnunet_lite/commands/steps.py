@@ -67,7 +67,17 @@ class Step:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step that was done, or that was kept because it was done before; `seconds` are those of this run."""
+    """The end of a step.
+
+    Parameters
+    ----------
+    step : str
+        Its name.
+    state : {"done", "kept"}
+        Kept: it was done before.
+    seconds : float
+        Its time in this run.
+    """
 
     step: str
     state: Literal["done", "kept"]
@@ -79,12 +89,28 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Journal:
-    """How long the steps of a dataset took."""
+    """How long the steps of a dataset took.
+
+    Parameters
+    ----------
+    file : Path
+        steps.jsonl in the folder of the dataset.
+    """
 
     file: Path
 
     def add(self, step: Step, seconds: float, share: float) -> None:
-        """Record a step; `share` is how much of it remained when it began."""
+        """Record a step that was done.
+
+        Parameters
+        ----------
+        step : Step
+            The step.
+        seconds : float
+            Its time.
+        share : float
+            How much of it remained when it began, 0 to 1.
+        """
         when = datetime.now(UTC).isoformat(timespec="seconds")
         row = {"step": step.name, "kind": step.kind, "seconds": round(seconds, 2), "share": round(share, 4)}
         append(self.file, json.dumps({**row, "when": when}))
@@ -102,7 +128,13 @@ class Journal:
         return {kind: seconds / share for kind, (seconds, share) in sums.items() if share >= _LITTLE}
 
     def seconds_left(self, steps: Sequence[Step]) -> dict[str, float | None]:
-        """Return how long each step that is not done will take, by name; None if that is unknown."""
+        """Return how long each step that is not done will take, by name; None if that is unknown.
+
+        Parameters
+        ----------
+        steps : sequence of Step
+            The steps.
+        """
         typical, left = self.typical_seconds(), {}
         for step in steps:
             if not step.is_done():
@@ -135,7 +167,13 @@ def overview(title: str, steps: Sequence[Step], left: dict[str, float | None]) -
 
 
 def time_left(left: dict[str, float | None]) -> str:
-    """Write how long steps take one after the other, and for which of them that is unknown."""
+    """Write how long steps take one after the other, and for which of them that is unknown.
+
+    Parameters
+    ----------
+    left : dict of str to float or None
+        From `Journal.seconds_left`.
+    """
     if not left:
         return "nothing"
     known, unknown = sum(filter(None, left.values())), [name for name, seconds in left.items() if seconds is None]

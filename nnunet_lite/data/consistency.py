@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +160,12 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
     """
     known = [(case, found.geometry) for case, found in zip(dataset.cases, findings, strict=True) if found.geometry]
     yield from _unlike_most(known, dataset.orientation)
-    yield from _copies(dataset, findings)
+    first_with: dict[bytes, Case] = {}
+    for case, found in zip(dataset.cases, findings, strict=True):
+        first = first_with.setdefault(found.digest, case) if found.digest else case
+        if first is not case:
+            fix = "Remove one: the same patient in training and validation makes scores too good."
+            yield Problem("duplicate_case", str(case.images[0]), f"holds the same image as case {first.id}", "", fix)
     if len(dataset.cases) < FOLDS:
         text, expected = plural(len(dataset.cases), "case"), f"at least {FOLDS} for {FOLDS}-fold cross-validation"
         fix = "Train on all of them (fold `all`), or add cases."
@@ -172,11 +177,11 @@ def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -
 
     `required` is the orientation that dataset.json names.
     """
-    dimensions = Counter(geometry.dimensions for _, geometry in known)
+    most = Counter(geometry.dimensions for _, geometry in known).most_common(1)[0][0] if known else 0
     usual = required or common_orientation(geometry.orientation for _, geometry in known)
     calibrated = sum(geometry.calibrated for _, geometry in known)
     for case, geometry in known:
-        path, most = str(case.images[0]), dimensions.most_common(1)[0][0]
+        path = str(case.images[0])
         if geometry.dimensions != most:
             fix = "All images of a dataset must have the same."
             yield Problem("dimensions", path, f"{geometry.dimensions} dimensions", f"{most} as most", fix)
@@ -189,18 +194,6 @@ def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -
             text = f"states no spacing, and {calibrated} of {plural(len(known), 'image')} do"
             fix = 'For a TIFF file give it in <case>.json: {"spacing": [z, y, x]} in mm.'
             yield Problem("no_spacing", path, text, "", fix)
-
-
-def _copies(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -> Iterator[Problem]:
-    equal: dict[bytes, list[Case]] = defaultdict(list)
-    for case, found in zip(dataset.cases, findings, strict=True):
-        if found.digest:
-            equal[found.digest].append(case)
-    for first, *others in equal.values():
-        for case in others:
-            text = f"holds the same image as case {first.id}"
-            fix = "Remove one: the same patient in training and validation makes scores too good."
-            yield Problem("duplicate_case", str(case.images[0]), text, "", fix)
 
 
 # ------------------------------------------------------------------------------------------------- values of label maps

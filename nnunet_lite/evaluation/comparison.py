@@ -187,7 +187,13 @@ def _candidate_teams(members: Sequence[Member], ensembles: bool, notes: list[str
 
 
 def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
-    """Choose the models that win, from the Dice (cases, labels) of each candidate on the same cases."""
+    """Choose the models that win.
+
+    Parameters
+    ----------
+    dice : mapping of Team to ndarray, shape (cases, labels)
+        The Dice of each candidate, all on the same cases.
+    """
 
     def rank(team: Team) -> tuple[float, list[int]]:
         costs = [_ORDER.index(m.configuration) if m.configuration in _ORDER else len(_ORDER) for m in team]
@@ -221,6 +227,15 @@ def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Se
 
 def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = None) -> tuple[list[Member], list[str]]:
     """Find the models that cross-validation can judge, and note why it cannot judge others.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    dataset : Dataset
+        The planned dataset.
+    only : sequence of str or None
+        Configurations, or names of model folders; None for all.
 
     Raises
     ------
@@ -329,7 +344,15 @@ def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
 
 
 def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
-    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint."""
+    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
+
+    Parameters
+    ----------
+    team : tuple of Member
+        The models.
+    fold : str
+        Name of the fold.
+    """
     return {member.name: weights_fingerprint(member.folder, fold) for member in team}
 
 

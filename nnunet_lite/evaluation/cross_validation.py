@@ -86,7 +86,23 @@ def validate_cases(
     stage_classes: Callable[[str], np.ndarray] | None = None,
     notes: Sequence[str] = (),
 ) -> Scores:
-    """Predict cases of a dataset into a folder, unless their label maps exist, and score them; see `validate_fold`."""
+    """Predict cases of a dataset into a folder, unless their label maps exist, and score them; see `validate_fold`.
+
+    Parameters
+    ----------
+    model : Predictor
+        The networks.
+    out : Path
+        The folder.
+    dataset : Dataset
+        The dataset of the cases.
+    case_ids : sequence of str
+        The cases.
+    stage_classes : callable or None
+        For the second stage of a cascade: case id -> the classes (z, y, x) that the first stage predicted.
+    notes : sequence of str
+        What summary.json notes about how the cases are predicted.
+    """
     cases = _cases(dataset, case_ids)
     _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, stage_classes=stage_classes,
                               accept_geometry=dataset.accept_geometry)  # fmt: skip
@@ -133,12 +149,32 @@ def score_predictions(
 
 
 def missing_cases(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> list[str]:
-    """Return the cases whose label maps are not in a folder."""
+    """Return the cases whose label maps are not in a folder.
+
+    Parameters
+    ----------
+    out : Path
+        The folder.
+    dataset : Dataset
+        The dataset of the cases.
+    case_ids : sequence of str
+        The cases.
+    """
     return [case.id for case in _cases(dataset, case_ids) if not output_file(case, out).is_file()]
 
 
 def read_scores(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> Scores | None:
-    """Read the summary.json of a folder; None if there is none, or if it is not one of exactly these cases."""
+    """Read the summary.json of a folder; None if there is none, or if it is not one of exactly these cases.
+
+    Parameters
+    ----------
+    out : Path
+        The folder.
+    dataset : Dataset
+        The dataset of the cases.
+    case_ids : sequence of str
+        The cases.
+    """
     try:
         scores = read_summaries([out / SUMMARY], dataset.labels)
     except UserError:
@@ -147,7 +183,17 @@ def read_scores(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> Scores 
 
 
 def read_pair(case: Case, out: Path, dataset: Dataset) -> CasePair:
-    """Read the label map of a case in a folder, and its reference."""
+    """Read the label map of a case in a folder, and its reference.
+
+    Parameters
+    ----------
+    case : Case
+        A case with a reference.
+    out : Path
+        The folder.
+    dataset : Dataset
+        The dataset of the case.
+    """
     assert case.label is not None  # every case of a planned dataset has one
     segmentation, geometry, _ = read_label(output_file(case, out))
     reference, _, _ = read_label(case.label, geometry)
@@ -155,7 +201,15 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> CasePair:
 
 
 def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
-    """Read the reference of a case, and the spacing of its image."""
+    """Read the reference of a case, and the spacing of its image.
+
+    Parameters
+    ----------
+    case : Case
+        A case with a reference.
+    dataset : Dataset
+        The dataset of the case.
+    """
     assert case.label is not None  # every case of a planned dataset has one
     array, geometry, _ = read_label(case.label)
     if suffix_of(case.label) in PICTURES:  # its image may be of a format with a spacing

@@ -142,13 +142,32 @@ def number_masks(array: np.ndarray, masks: Sequence[Sequence[int]], mapper: Map 
 
 
 def disjoint_regions(labels: Labels) -> list[list[int]]:
-    """Group the indices of regions (of `labels.region_names`) so that the regions of a group share no value."""
+    """Group the indices of regions so that the regions of a group share no value.
+
+    Parameters
+    ----------
+    labels : Labels
+        Labels of the dataset.
+
+    Returns
+    -------
+    list of list of int
+        Indices of `labels.region_names`.
+    """
     regions = range(len(labels.region_names))
     return [[i] for i in regions] if labels.has_regions else [list(regions)]
 
 
 def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
-    """Whether an array is one slice without a thickness; then spacing[0] is a mark (see `Geometry`), not a length."""
+    """Whether an array is one slice without a thickness; then spacing[0] is a mark (see `Geometry`), not a length.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Its shape (z, y, x).
+    spacing : tuple of float
+        Voxel size (z, y, x) in mm.
+    """
     return shape[0] == 1 and spacing[0] >= 999 * max(spacing[1:])
 
 
@@ -157,6 +176,13 @@ def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
 
 def count_lesions(masks: MaskPair, mapper: Map = map) -> np.ndarray:
     """Count the components of each mask by whether they touch the same mask of the other label map.
+
+    Parameters
+    ----------
+    masks : MaskPair
+        The masks of both label maps.
+    mapper : callable
+        Processes one label map per call.
 
     Returns
     -------

@@ -86,7 +86,13 @@ class Metric:
     unit: Literal["", "voxels", "ml", "length"] = ""
 
     def file_key(self, length_unit: str) -> str:
-        """The name in files, such as "HD95_mm"."""
+        """The name in files, such as "HD95_mm".
+
+        Parameters
+        ----------
+        length_unit : {"mm", "px"}
+            The unit of lengths.
+        """
         return f"{self.name}_{length_unit}" if self.unit == "length" else self.name
 
 

@@ -95,7 +95,15 @@ class Components(NamedTuple):
 
 
 def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) -> Components:
-    """Find the components of masks, each given by its label values."""
+    """Find the components of masks.
+
+    Parameters
+    ----------
+    segmentation : ndarray, shape (z, y, x)
+        Label values.
+    masks : sequence of tuple of int
+        The label values of each mask; no value belongs to two masks.
+    """
     numbered = number_masks(segmentation, masks)
     box = slices(bounding_box(numbered != 0))
     # numbers differ between masks, so their voxels do not connect; those of a mask do over faces, edges and corners
@@ -108,7 +116,21 @@ def find_components(segmentation: np.ndarray, masks: Sequence[tuple[int, ...]]) 
 
 
 def removed_components(components: Components, rules: Sequence[Rule | None], voxel: float) -> np.ndarray:
-    """Return which components (components + 1,) the rule of each mask removes; `voxel` is the size of a voxel."""
+    """Return which components rules remove.
+
+    Parameters
+    ----------
+    components : Components
+        From `find_components`.
+    rules : sequence of Rule or None
+        The rule of each mask.
+    voxel : float
+        The size of a voxel, in the unit of the rules.
+
+    Returns
+    -------
+    ndarray of bool, shape (components + 1,)
+    """
     removed = np.zeros(len(components.sizes), bool)
     for mask, rule in enumerate(rules, 1):
         own = np.flatnonzero(components.mask_of == mask)
@@ -163,7 +185,15 @@ def _replaced(values: np.ndarray, labels: Labels, masks: Sequence[tuple[int, ...
 
 
 def voxel_size(shape: tuple[int, ...], spacing: Spacing) -> float:
-    """Compute the size of a voxel in mm3, for a two-dimensional image in mm2."""
+    """Compute the size of a voxel in mm3, for a two-dimensional image in mm2.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the image (z, y, x).
+    spacing : tuple of float
+        Voxel size (z, y, x) in mm.
+    """
     return float(np.prod(spacing[1:] if is_picture(shape, spacing) else spacing))
 
 
@@ -171,7 +201,15 @@ def voxel_size(shape: tuple[int, ...], spacing: Spacing) -> float:
 
 
 class CasePair(NamedTuple):
-    """A prediction and its reference (z, y, x), label values of the dataset, and the spacing (z, y, x) in mm."""
+    """A prediction and its reference.
+
+    Parameters
+    ----------
+    prediction, reference : ndarray, shape (z, y, x)
+        Label values of the dataset.
+    spacing : tuple of float
+        Voxel size (z, y, x) in mm.
+    """
 
     prediction: np.ndarray
     reference: np.ndarray
@@ -179,9 +217,14 @@ class CasePair(NamedTuple):
 
 
 class Gain(BaseModel):
-    """The mean Dice of a label without and with postprocessing, on `n` cases that did not choose the rule.
+    """The mean Dice of a label without and with postprocessing.
 
-    `n` is None in an inference.json of a version that measured the gain on the cases that chose.
+    Parameters
+    ----------
+    before, after : float
+        Mean Dice on cases that did not choose the rule.
+    n : int or None
+        Number of these cases. None in an inference.json of a version that measured the gain on the cases that chose.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -197,7 +240,15 @@ class Gain(BaseModel):
 
 @dataclass(frozen=True)
 class Decision:
-    """The rules by label or region, the gain of each, and notes on the labels that have none."""
+    """The postprocessing that is chosen.
+
+    Parameters
+    ----------
+    rules, gains : dict
+        Label or region -> rule, and its gain.
+    notes : tuple of str
+        Why other labels have none.
+    """
 
     rules: dict[str, Rule]
     gains: dict[str, Gain]
@@ -245,7 +296,17 @@ def choose_rules(
 
 
 def choosing_cases(folds: Sequence[str]) -> np.ndarray:
-    """Return which cases choose: those of two folds in five, or of a single fold two cases in five."""
+    """Return which cases choose: those of two folds in five, or of a single fold two cases in five.
+
+    Parameters
+    ----------
+    folds : sequence of str
+        The fold of each case.
+
+    Returns
+    -------
+    ndarray of bool, shape (cases,)
+    """
     names = sorted(set(folds))
     places = np.array([names.index(fold) for fold in folds]) if len(names) > 1 else np.arange(len(folds))
     return np.isin(places % 5, (1, 3))
@@ -256,6 +317,13 @@ def candidate_rules(sizes: Sequence[np.ndarray], unit: SizeUnit = "mm3") -> list
 
     A size removes no component of any reference. The largest component is a candidate if no reference loses more than
     10 % by it.
+
+    Parameters
+    ----------
+    sizes : sequence of ndarray, shape (components,)
+        The sizes of the components of each reference.
+    unit : {"mm3", "mm2", "voxels", "px"}
+        Their unit.
     """
     present = [components for components in sizes if len(components)]
     if not present:

@@ -93,18 +93,36 @@ class Scores:
         return "px" if self.rows and not any(row.has_spacing for row in self.rows) else "mm"
 
     def values(self, metric: str = "Dice") -> np.ndarray:
-        """Values of a metric (cases, labels); NaN where it does not apply."""
+        """Values of a metric (cases, labels); NaN where it does not apply.
+
+        Parameters
+        ----------
+        metric : str
+            A name of `METRICS`.
+        """
         names = self.labels.region_names
         table = [[row.metrics[name][metric] for name in names] for row in self.rows]
         return np.array(table, dtype=float).reshape(len(self.rows), len(names))
 
     def by_label(self, metric: str = "Dice") -> dict[str, Statistic]:
-        """A metric over cases, for each label."""
+        """A metric over cases, for each label.
+
+        Parameters
+        ----------
+        metric : str
+            A name of `METRICS`.
+        """
         columns = zip(self.labels.region_names, self.values(metric).T, strict=True)
         return {name: summarize(column[:, None]) for name, column in columns}
 
     def foreground(self, metric: str = "Dice") -> Statistic:
-        """A metric over cases and labels, as nnU-Net averages it: the mean of the means of the labels."""
+        """A metric over cases and labels, as nnU-Net averages it: the mean of the means of the labels.
+
+        Parameters
+        ----------
+        metric : str
+            A name of `METRICS`.
+        """
         return summarize(self.values(metric))
 
     def to_json(self) -> dict[str, Any]:
@@ -177,12 +195,24 @@ class Scores:
 
 
 def label_keys(labels: Labels) -> dict[str, str]:
-    """The name of each region in nnU-Net's summary.json: "1" for a value, "(1, 2)" for several."""
+    """The name of each region in nnU-Net's summary.json: "1" for a value, "(1, 2)" for several.
+
+    Parameters
+    ----------
+    labels : Labels
+        Labels of the dataset.
+    """
     return {name: str(labels.names[name]) for name in labels.region_names}
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """Write a table as plain text: the first column is aligned to the left, the others to the right."""
+    """Write a table as plain text: the first column is aligned to the left, the others to the right.
+
+    Parameters
+    ----------
+    lines : sequence of sequence of str
+        The cells of each line.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = (
         [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
@@ -192,7 +222,13 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def four_digits(value: float | None) -> str:
-    """A number of a table."""
+    """A number of a table.
+
+    Parameters
+    ----------
+    value : float or None
+        None is written as "n/a".
+    """
     return "n/a" if value is None else f"{value:.4f}"
 
 
@@ -208,6 +244,13 @@ def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
     """Read the scores of all cases in some summary.json.
 
     The predictions are expected in the same folder as the summary, since a workspace may have been moved.
+
+    Parameters
+    ----------
+    files : iterable of Path
+        The summaries.
+    labels : Labels
+        What they score.
 
     Raises
     ------

@@ -65,6 +65,8 @@ class Selection(BaseModel):
 
     Parameters
     ----------
+    format : str
+        The format of the file.
     models : tuple of str
         Names of model folders. Two vote with the mean of their probabilities.
     folds : tuple of str
@@ -142,13 +144,26 @@ class Selection(BaseModel):
 
 
 def describe_selection(models: Sequence[str], folds: Sequence[str], rules: Mapping[str, Rule]) -> str:
-    """Models, folds and rules in a line."""
+    """Models, folds and rules in a line.
+
+    Parameters
+    ----------
+    models, folds : sequence of str
+        Names of model folders, and of their folds.
+    rules : dict
+        Label or region -> rule.
+    """
     postprocessing = "; ".join(f"{label}: {rule}" for label, rule in rules.items()) or "none"
     return f"{' and '.join(models)}, fold{'s' * (len(folds) > 1)} {', '.join(folds)}; postprocessing: {postprocessing}"
 
 
 def read_selection(paths: Paths) -> Selection | None:
     """Read what was selected for a dataset; None if nothing was.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
 
     Raises
     ------
@@ -228,7 +243,15 @@ def choose_models(
 
 
 def changed_models(paths: Paths, selection: Selection) -> list[str]:
-    """Return the selected models of which a fold has other weights than when they were selected."""
+    """Return the selected models of which a fold has other weights than when they were selected.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    selection : Selection
+        From `read_selection`.
+    """
     return [
         name
         for name, folds in selection.weights.items()
@@ -240,6 +263,13 @@ def weights_fingerprint(folder: Path, fold: str) -> str:
     """Hash the weights of a fold, of a cascade with those of its first stage; "" if there are none.
 
     The size and the first megabytes of the file differ between any two trainings, and are read in an instant.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    fold : str
+        Name of the fold.
     """
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stages = [folder, *([folder.parent / Path(run["previous"]).name] if run.get("previous") else [])]

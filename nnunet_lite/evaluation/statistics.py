@@ -41,7 +41,12 @@ class Statistic:
 class Margin:
     """The mean difference of two measurements of the same cases, with its 95 % interval.
 
-    The mean is None if a measurement has no value, the interval also below two cases.
+    Parameters
+    ----------
+    mean : float or None
+        None if a measurement has no value.
+    low, high : float or None
+        Ends of the 95 % interval; None below two cases.
     """
 
     mean: float | None
@@ -71,6 +76,11 @@ def compare_paired(ours: np.ndarray, others: np.ndarray) -> Margin:
     """Compute by how much the mean of one table (cases, labels) is above the mean of another one of the same cases.
 
     Each resample draws the same cases of both, so that hard cases do not widen the interval.
+
+    Parameters
+    ----------
+    ours, others : ndarray, shape (cases, labels)
+        NaN where the metric does not apply.
     """
     rows = np.isfinite(ours).any(axis=1) | np.isfinite(others).any(axis=1)
     ours, others = ours[rows], others[rows]
@@ -111,7 +121,13 @@ def p_of_gain(differences: np.ndarray) -> float:
 
 
 def mean_of_labels(table: np.ndarray) -> float:
-    """Compute the mean over labels of their means over cases (cases, labels); NaN if there is no value."""
+    """Compute the mean over labels of their means over cases; NaN if there is no value.
+
+    Parameters
+    ----------
+    table : ndarray, shape (cases, labels)
+        NaN where the metric does not apply.
+    """
     return float(_weighted_means(table, np.ones((1, len(table))))[0])
 
 

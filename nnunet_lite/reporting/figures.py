@@ -49,7 +49,19 @@ Picture = dict[str, Any]  # a plane as tables.html.j2 and report.js draw it, see
 
 
 class Column(NamedTuple):
-    """A column of a table: its name and the format of its numbers, "" for texts; a bar shows a share of one."""
+    """A column of a table.
+
+    Parameters
+    ----------
+    name : str
+        Its heading.
+    number_format : str
+        How its numbers are written; "" for texts.
+    unit : str
+        What follows each number.
+    bar : bool
+        Whether a bar shows each number, a share of one.
+    """
 
     name: str
     number_format: str = ""
@@ -63,6 +75,10 @@ class Table:
 
     Parameters
     ----------
+    caption : str
+        Its title.
+    columns : sequence of Column
+        Its columns.
     rows : sequence
         Values in the order of the columns; None is shown as "n/a". The first one is a name.
     sorted_by : int or None
@@ -98,6 +114,7 @@ def _cell(value: Value, column: Column) -> tuple[str, float | None, float | None
 
 
 def share_column(name: str) -> Column:
+    """A column of shares of one, such as Dice, with bars."""
     return Column(name, ".3f", bar=True)
 
 
@@ -106,7 +123,19 @@ def share_column(name: str) -> Column:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: the values at its ends, the pixels where they are drawn, and about how many ticks to draw."""
+    """An axis of a chart.
+
+    Parameters
+    ----------
+    values, pixels : tuple of float
+        The values at its ends, and the pixels where they are drawn.
+    label : str
+        Its name.
+    n_ticks : int
+        About how many ticks are drawn.
+    only_integers : bool
+        Whether ticks are integers.
+    """
 
     values: tuple[float, float]
     pixels: tuple[float, float]
@@ -134,7 +163,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve over (x, y); y is None at a gap. `colour` is a number of the palette, `style` is "solid" or "dashed"."""
+    """A curve of a chart.
+
+    Parameters
+    ----------
+    name : str
+        What it shows.
+    points : sequence of (x, y)
+        y is None at a gap.
+    colour : int
+        A number of the palette in report.css.
+    style : {"solid", "dashed"}
+        How it is drawn.
+    """
 
     name: str
     points: Sequence[tuple[float, float | None]]
@@ -150,8 +191,16 @@ class Chart:
     ----------
     kind : str
         The macro of charts.html.j2 that draws it.
+    title : str
+        Its heading.
+    x, y : Axis
+        Its axes.
     content : Any
         What this macro draws.
+    width : int
+        In pixels.
+    note : str
+        What stands next to the heading.
     readout : dict or None
         What report.js shows while a pointer moves over the curves.
     """
@@ -178,8 +227,16 @@ def plot_curves(
 
     Parameters
     ----------
+    title : str
+        The heading.
+    curves : sequence of Curve
+        The curves.
+    x_label, y_label : str
+        The names of the axes.
     y_range : tuple of float or None
         The ends of the y axis; None follows from the values.
+    note : str
+        What stands next to the heading.
 
     Returns
     -------
@@ -199,7 +256,24 @@ def plot_curves(
 
 
 def plot_histogram(title: str, values: Sequence[float], unit: str, note: str = "") -> Chart | None:
-    """Draw how often values occur, in at most 20 bins, with a line at the median; None if no value is finite."""
+    """Draw how often values occur, in at most 20 bins, with a line at the median.
+
+    Parameters
+    ----------
+    title : str
+        The heading.
+    values : sequence of float
+        The values.
+    unit : str
+        Their unit.
+    note : str
+        What stands next to the heading.
+
+    Returns
+    -------
+    Chart or None
+        None if no value is finite.
+    """
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return None
@@ -212,7 +286,17 @@ def plot_histogram(title: str, values: Sequence[float], unit: str, note: str = "
 
 
 def plot_dots(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float | None]]]], model: str) -> Chart:
-    """Draw a row for each label: a dot from 0 to 1 for each case, which report.js opens, and a tick at the mean."""
+    """Draw a row for each label: a dot from 0 to 1 for each case, which report.js opens, and a tick at the mean.
+
+    Parameters
+    ----------
+    title : str
+        The heading.
+    rows : sequence of (str, sequence of (str, float or None))
+        The name of each label, and the value of each case.
+    model : str
+        Whose cases they are.
+    """
     known = [(name, [(case, value) for case, value in cases if value is not None]) for name, cases in rows]
     means = [np.mean([value for _, value in cases]) if cases else None for _, cases in known]
     x, y = _row_axes([name for name, _ in known], (0, 1), "Dice")
@@ -221,7 +305,22 @@ def plot_dots(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float | 
 
 
 def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | None:
-    """Draw a mean with its 95 % interval for each row that has a mean; the first one is highlighted."""
+    """Draw a mean with its 95 % interval for each row that has a mean; the first one is highlighted.
+
+    Parameters
+    ----------
+    title : str
+        The heading.
+    rows : sequence of (str, float or None, float or None, float or None)
+        Name, mean, and the ends of the interval.
+    label : str
+        The name of the x axis.
+
+    Returns
+    -------
+    Chart or None
+        None if no row has a mean.
+    """
     known = [row for row in rows if row[1] is not None]
     if not known:
         return None
@@ -244,7 +343,17 @@ def _clean(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, fl
 
 
 def tick_values(low: float, high: float, about: int, only_integers: bool = False) -> list[float]:
-    """Round numbers in a range: multiples of 1, 2 or 5 times a power of ten."""
+    """Round numbers in a range: multiples of 1, 2 or 5 times a power of ten.
+
+    Parameters
+    ----------
+    low, high : float
+        The ends of the range.
+    about : int
+        How many numbers, about.
+    only_integers : bool
+        Whether only integers are allowed.
+    """
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -271,9 +380,18 @@ def _with_margin(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Plane(NamedTuple):
-    """A plane of a turned array: its normal, rows and columns are axes (0, 1, 2).
+    """A plane of a turned array.
 
-    `upwards` says that the first row is at the bottom; `sides` has the letters at the left, right, top and bottom.
+    Parameters
+    ----------
+    name : str
+        Such as "axial".
+    normal, rows, columns : int
+        Axes (0, 1, 2) of the array.
+    upwards : bool
+        Whether the first row is at the bottom.
+    sides : str
+        The letters at the left, right, top and bottom.
     """
 
     name: str
@@ -296,13 +414,25 @@ def planes_of(geometry: Geometry) -> tuple[Turn, tuple[Plane, ...]]:
     """How to turn an array (z, y, x) to the patient's head, back and left, and the planes to show.
 
     An image without a known orientation is shown as it is stored, a picture in its one plane.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Of the image.
+
+    Returns
+    -------
+    Turn
+        The transposition and flips.
+    tuple of Plane
+        The planes.
     """
     if geometry.orientation is None or geometry.shape[0] == 1:
         return Turn(), _STORED_PLANES[: 1 if geometry.shape[0] == 1 else 3]
     return turn_between(geometry.orientation, "LPS"), _PATIENT_PLANES
 
 
-def is_colour(array: np.ndarray, geometry: Geometry) -> bool:
+def _is_colour(array: np.ndarray, geometry: Geometry) -> bool:
     """Whether the three channels of an image are the red, green and blue of a picture."""
     return array.shape[0] == 3 and array.dtype == np.uint8 and geometry.dimensions == 2
 
@@ -322,13 +452,19 @@ class OrientedImage:
 
     def __init__(self, array: np.ndarray, geometry: Geometry, plan: Plan) -> None:
         self.turn, self.planes = planes_of(geometry)
-        self.geometry, self.labels, self.colour = geometry, plan.labels, is_colour(array, geometry)
+        self.geometry, self.labels, self.colour = geometry, plan.labels, _is_colour(array, geometry)
         self.array, self.spacing = self.turn.apply(array), geometry.turned(self.turn).spacing
         channels = zip(array[:MAX_CHANNELS], plan.channels, strict=False)
         self.levels = [(0.0, 255.0) if self.colour else grey_levels(values, about) for values, about in channels]
 
     def tile(self, reference: np.ndarray | None) -> Picture:
-        """The first plane, through most of the labels, in the first channel or in colour."""
+        """The first plane, through most of the labels, in the first channel or in colour.
+
+        Parameters
+        ----------
+        reference : ndarray or None, shape (z, y, x)
+            The turned label map.
+        """
         shape = self.array.shape[1:]
         at = tuple(n // 2 for n in shape)
         if reference is not None:
@@ -428,7 +564,12 @@ class OrientedImage:
 
 
 def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
-    """The slice along each axis that has most of a mask; the middle one if the mask is empty."""
+    """The slice along each axis that has most of a mask; the middle one if the mask is empty.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, shape (z, y, x)
+    """
     if not mask.any():
         return tuple(n // 2 for n in mask.shape)
     by_row = mask.sum(axis=2, dtype=np.int64)
@@ -437,7 +578,16 @@ def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
 
 
 def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box:
-    """The box of a mask, widened by a share of its size on each side and to `smallest` voxels; all if it is empty."""
+    """The box of a mask with a margin; the whole array if the mask is empty.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, shape (z, y, x)
+    margin : float
+        On each side, as a share of the size of the mask.
+    smallest : int
+        The least size of the box in voxels, where the array is that large.
+    """
     box = []
     for axis, n in enumerate(mask.shape):
         inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
@@ -449,7 +599,19 @@ def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box
 
 
 def slice_of(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarray:
-    """A slice (rows, columns) of a turned array (z, y, x), with the rows as they are drawn."""
+    """A slice (rows, columns) of a turned array, with the rows as they are drawn.
+
+    Parameters
+    ----------
+    array : ndarray, shape (z, y, x)
+        The turned array.
+    plane : Plane
+        Which plane.
+    index : int
+        Which slice along its normal.
+    box : Box
+        The part to show.
+    """
     where: list[slice | int] = [*slices(box)]
     where[plane.normal] = index
     picture = array[tuple(where)]
@@ -460,6 +622,13 @@ def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
     """The intensities of black and white.
 
     CT: those of the foreground with a margin. Others: the 1st and 99.5th percentile of all but the darkest value.
+
+    Parameters
+    ----------
+    values : ndarray, shape (z, y, x)
+        A channel of the image.
+    channel : Channel
+        Its normalization and statistics.
     """
     if channel.normalization == "ct":
         low, high = channel.statistics.percentile_00_5, channel.statistics.percentile_99_5
@@ -475,14 +644,29 @@ def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
 
 
 def to_bytes(picture: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
-    """Grey levels 0 to 255; values that are not finite are black or white."""
+    """Grey levels 0 to 255; values that are not finite are black or white.
+
+    Parameters
+    ----------
+    picture : ndarray, shape (y, x)
+        Intensities.
+    levels : tuple of float
+        Those of black and white.
+    """
     low, high = levels
     grey = (np.nan_to_num(picture.astype(np.float32), nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
 
 def webp(picture: np.ndarray, size: int) -> str:
-    """Bytes (y, x) or (y, x, 3) as a WebP file in base64; each axis shrinks to at most `size` pixels."""
+    """Write a picture as a WebP file in base64.
+
+    Parameters
+    ----------
+    picture : ndarray of uint8, shape (y, x) or (y, x, 3)
+    size : int
+        Each axis shrinks to at most so many pixels.
+    """
     image = PillowImage.fromarray(np.ascontiguousarray(picture))
     shown = min(image.width, size), min(image.height, size)
     if shown != image.size:
@@ -493,7 +677,13 @@ def webp(picture: np.ndarray, size: int) -> str:
 
 
 def thin_out(label: np.ndarray, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Every n-th voxel of a label map (y, x), so that at most about `size` remain along an axis, and n (y, x)."""
+    """Take every n-th voxel of a label map, so that at most about `size` remain along an axis; also returns n (y, x).
+
+    Parameters
+    ----------
+    label : ndarray, shape (y, x)
+    size : int
+    """
     down, across = (max(1, -(-n // size)) for n in label.shape)
     return label[down // 2 :: down, across // 2 :: across], (down, across)
 
@@ -505,6 +695,7 @@ def outline_path(mask: np.ndarray, step: tuple[int, int] = (1, 1)) -> str:
 
     Parameters
     ----------
+    mask : ndarray of bool, shape (y, x)
     step : tuple of int
         Size (y, x) of a pixel of the mask in the picture.
     """

@@ -10,7 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -48,7 +48,17 @@ _IMAGE_SAMPLES = 1_000_000  # voxels for the mean and deviation of an image
 
 @dataclass(frozen=True)
 class FoldHistory:
-    """The epochs of one fold (rows of metrics.jsonl), and the state of its finished model, empty while it trains."""
+    """The training of one fold.
+
+    Parameters
+    ----------
+    name : str
+        Of the fold, such as "0".
+    rows : tuple of dict
+        Its epochs, as in metrics.jsonl.
+    state : dict
+        The header of its finished model; empty while it trains.
+    """
 
     name: str
     rows: tuple[dict[str, Any], ...]
@@ -71,6 +81,8 @@ class ModelResults:
         run.json; empty for an ensemble, which has no folds either.
     planned_memory_gb : float or None
         Of a training step, as the plan predicts.
+    folds : tuple of FoldHistory
+        Its trained folds.
     scores : Scores
         Of all validated folds; without rows if there is none.
     fold_of : dict
@@ -100,12 +112,51 @@ class ModelResults:
         return tuple(sorted(self.scores.rows, key=lambda row: (key[row.case] is None, key[row.case] or 0.0, row.case)))
 
 
+@dataclass
+class CasePictures:
+    """What the page shows of one case.
+
+    Parameters
+    ----------
+    case_id : str
+        Case id.
+    geometry : Geometry or None
+        Of its image; None if it could not be read.
+    voxels : dict
+        Region -> its voxels in the reference.
+    tile : dict or None
+        The picture for the montage.
+    intensities : dict
+        "image" or region -> ndarray, shape (channels, samples).
+    overlays : dict
+        Model -> its planes.
+    problem : str
+        Why the case could not be read.
+    """
+
+    case_id: str
+    geometry: Geometry | None = None
+    voxels: dict[str, int] = field(default_factory=dict)
+    tile: Picture | None = None
+    intensities: dict[str, np.ndarray] = field(default_factory=dict)
+    overlays: dict[str, list[Picture]] = field(default_factory=dict)
+    problem: str = ""
+
+
 @dataclass(frozen=True)
 class Material:
     """All that the report is made from.
 
     Parameters
     ----------
+    paths : Paths
+        The workspace of the dataset.
+    dataset : Dataset
+        The planned dataset.
+    plan : Plan
+        Its plan.
+    fingerprint : Fingerprint or None
+        None if its file is gone.
     problems : tuple of dict
         From check.json.
     models : tuple of ModelResults
@@ -113,7 +164,11 @@ class Material:
     selection : Selection or None
         None before `nnlite select`.
     notes : tuple of str
-        What could not be read, and why.
+        What is left out, and why.
+    pictures : dict
+        Case -> its pictures.
+    overlays : dict
+        Model -> case -> its planes, the worst case first.
     """
 
     paths: Paths
@@ -124,6 +179,8 @@ class Material:
     models: tuple[ModelResults, ...]
     selection: Selection | None
     notes: tuple[str, ...]
+    pictures: dict[str, CasePictures] = field(default_factory=dict)
+    overlays: dict[str, dict[str, list[Picture]]] = field(default_factory=dict)
 
     @property
     def scored(self) -> list[ModelResults]:
@@ -139,9 +196,15 @@ class Material:
 def read_material(paths: Paths) -> Material:
     """Read everything about a dataset but its images.
 
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+
     Raises
     ------
-    UserError : the dataset is not planned, or one of its files is broken.
+    UserError
+        The dataset is not planned, or one of its files is broken.
     """
     plan, dataset, selection = Plan.read(paths.plans), stored_dataset(paths.dataset), read_selection(paths)
     chosen = "+".join(selection.models) if selection else ""
@@ -202,54 +265,19 @@ def _read_scores(folder: Path, dataset: Dataset, notes: list[str]) -> tuple[Scor
 # ----------------------------------------------------------------------------------------------- pictures of the cases
 
 
-@dataclass
-class CasePictures:
-    """What the page shows of one case.
+def draw_cases(material: Material) -> Material:
+    """Read the cases in threads and draw them.
 
     Parameters
     ----------
-    voxels : dict
-        Region -> its voxels in the reference.
-    tile : dict or None
-        The picture for the montage.
-    intensities : dict
-        "image" or region -> ndarray, shape (channels, samples).
-    overlays : dict
-        Model -> its planes.
-    problem : str
-        Why the case could not be read.
+    material : Material
+        From `read_material`.
+
+    Returns
+    -------
+    Material
+        The same with pictures, and notes on what has none.
     """
-
-    case_id: str
-    geometry: Geometry | None = None
-    voxels: dict[str, int] = field(default_factory=dict)
-    tile: Picture | None = None
-    intensities: dict[str, np.ndarray] = field(default_factory=dict)
-    overlays: dict[str, list[Picture]] = field(default_factory=dict)
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """The pictures of all cases.
-
-    Parameters
-    ----------
-    cases : dict
-        Case -> its pictures.
-    overlays : dict
-        Model -> case -> its planes, the worst case first.
-    notes : tuple of str
-        What is left out, and why.
-    """
-
-    cases: dict[str, CasePictures]
-    overlays: dict[str, dict[str, list[Picture]]]
-    notes: tuple[str, ...]
-
-
-def draw_cases(material: Material) -> Gallery:
-    """Read the cases in threads and draw them."""
     cases, channels, found = material.dataset.cases, len(material.plan.channels), material.fingerprint
     known = dict(zip(found.case_ids, found.shapes_after_crop, strict=False)) if found else {}
     voxels = {case.id: prod(known.get(case.id, _UNKNOWN_SHAPE)) * channels for case in cases}
@@ -271,16 +299,16 @@ def draw_cases(material: Material) -> Gallery:
     with ThreadPoolExecutor(at_once, "report") as pool:
         drawn = list(log.progress(pool.map(draw, cases, *zip(*contents, strict=True)), len(cases), "report"))
     by_case = {one.case_id: one for one in drawn}
-    shown = _fit_page(material, by_case, overlays[:n_overlays])
+    overlaid = _fit_page(material, by_case, overlays[:n_overlays])
     counts = (("the montage and the intensities are", len(tiles)), ("volumes are", len(scored | measured)))
     notes = [f"{what} those of {n} of {len(cases)} cases, evenly spaced" for what, n in counts if n < len(cases)]
     if problems := [one.problem for one in drawn if one.problem]:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
     for model in material.scored:
-        if (n := len(shown[model.name])) < len(model.worst_first):
+        if (n := len(overlaid[model.name])) < len(model.worst_first):
             notes.append(f"{model.label}: pictures of the {n} worst of {len(model.worst_first)} cases")
-    return Gallery(by_case, shown, tuple(notes))
+    return replace(material, pictures=by_case, overlays=overlaid, notes=(*material.notes, *notes))
 
 
 def _evenly(cases: Sequence[Case], n: int) -> set[str]:
@@ -290,7 +318,17 @@ def _evenly(cases: Sequence[Case], n: int) -> set[str]:
 
 
 class Overlay(NamedTuple):
-    """A prediction that is drawn over its case; `rank` is 0 for the worst case of the model."""
+    """A prediction that is drawn over its case.
+
+    Parameters
+    ----------
+    rank : int
+        0 for the worst case of the model.
+    case_id, model : str
+        The case, and the model folder.
+    file : Path
+        The label map.
+    """
 
     rank: int
     case_id: str
@@ -353,8 +391,14 @@ def draw_case(
 
     Parameters
     ----------
+    dataset : Dataset
+        The planned dataset.
+    plan : Plan
+        Its plan.
     size : int
         Pixels along the longer side of an overlay.
+    case : Case
+        The case.
     tile, volumes : bool
         Whether to draw it for the montage, and to count the voxels of its regions.
     predictions : mapping

@@ -1,6 +1,6 @@
 """The report of a dataset: one HTML page that contains everything it shows and never uses the network.
 
-`write_report` reads the workspace and draws the cases (material.py). Each function `..._section` returns what one
+`write_report` reads the workspace and draws the cases (material.py). Each function `_..._section` returns what one
 section of templates/report.html.j2 shows: tables, charts and pictures (figures.py). `render_page` fills the template.
 """
 
@@ -29,7 +29,7 @@ from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import COLOURS, Chart, Column, Curve, Table, Value, share_column
-from nnunet_lite.reporting.material import FoldHistory, Gallery, Material, ModelResults, draw_cases, read_material
+from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
@@ -55,19 +55,43 @@ Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the referen
 def write_report(paths: Paths, output: Path) -> Path:
     """Write the report of a planned dataset, whatever stage it has reached.
 
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    output : Path
+        The file to write.
+
+    Returns
+    -------
+    Path
+        The file.
+
     Raises
     ------
-    UserError : the dataset is not planned, or one of its files is broken.
+    UserError
+        The dataset is not planned, or one of its files is broken.
     """
     material = read_material(paths)
     for note in material.notes:
         log.warn(note)
-    write_text(output, render_page(material, draw_cases(material)))
+    write_text(output, render_page(draw_cases(material)))
     return output
 
 
-def render_page(material: Material, gallery: Gallery) -> str:
-    """Fill the template. It escapes all that comes from the data; its CSP stops every script but report.js."""
+def render_page(material: Material) -> str:
+    """Fill the template. It escapes all that comes from the data; its CSP stops every script but report.js.
+
+    Parameters
+    ----------
+    material : Material
+        From `draw_cases`.
+
+    Returns
+    -------
+    str
+        The page as HTML.
+    """
     environment = Environment(
         loader=PackageLoader("nnunet_lite.reporting"),
         autoescape=True,
@@ -86,15 +110,15 @@ def render_page(material: Material, gallery: Gallery) -> str:
         version=nnunet_lite.__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         labels=material.dataset.labels.region_names,
-        overview=overview_section(material, gallery),
-        data=data_section(material, gallery),
-        plan=plan_section(material),
-        trainings=training_section(material),
-        models=scores_section(material, gallery),
-        comparison=comparison_section(material),
-        costs=costs_section(material),
-        settings=settings_section(material),
-        page_data=page_data(material, gallery),
+        overview=_overview_section(material),
+        data=_data_section(material),
+        plan=_plan_section(material),
+        trainings=_training_section(material),
+        models=_scores_section(material),
+        comparison=_comparison_section(material),
+        costs=_costs_section(material),
+        settings=_settings_section(material),
+        page_data=_page_data(material),
     )
 
 
@@ -119,15 +143,15 @@ def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
     return None if ends.low is None or ends.high is None else (f"{ends.low:.3f} to {ends.high:.3f}", mean)
 
 
-def _times(values: Sequence[float], form: str = "g") -> str:
+def _times(values: Sequence[float], number_format: str = "g") -> str:
     """40 × 56 × 40"""
-    return " × ".join(f"{value:{form}}" for value in values)
+    return " × ".join(f"{value:{number_format}}" for value in values)
 
 
 # -------------------------------------------------------------------------------------------------------- the overview
 
 
-def overview_section(material: Material, gallery: Gallery) -> dict[str, Any]:
+def _overview_section(material: Material) -> dict[str, Any]:
     """Cards (what, figure, detail), the next command, and what the report leaves out."""
     labels, plan = material.dataset.labels, material.plan
     named = plural(len(labels.region_names), "region" if labels.has_regions else "label")
@@ -148,20 +172,20 @@ def overview_section(material: Material, gallery: Gallery) -> dict[str, Any]:
     following = "nnlite select" if material.selection is None and len(material.scored) > 1 else ""
     if not any(finished.values()):
         following = first_training(material.paths)
-    return {"cards": cards, "next": following, "notes": [*material.notes, *gallery.notes]}
+    return {"cards": cards, "next": following, "notes": material.notes}
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def data_section(material: Material, gallery: Gallery) -> dict[str, Any]:
+def _data_section(material: Material) -> dict[str, Any]:
     """What the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
     dataset, labels = material.dataset, material.dataset.labels
     regions = zip(labels.region_names, labels.region_values, strict=True)
     named = [f"{name} ({', '.join(map(str, values))})" for name, values in regions]
     named += [] if labels.ignore is None else [f"ignore ({labels.ignore})"]
-    unit, volumes = _volumes(material, gallery)
-    charts, constants = _spreads(material, gallery, unit, volumes)
+    unit, volumes = _volumes(material)
+    charts, constants = _spreads(material, unit, volumes)
     return {
         "facts": [
             ("Cases", f"{len(dataset.cases)} with a label map"),
@@ -172,13 +196,13 @@ def data_section(material: Material, gallery: Gallery) -> dict[str, Any]:
             *(("Understood", note) for note in dataset.notes),
         ],
         "problems": _problems(material),
-        "tiles": [(case, found.tile) for case, found in gallery.cases.items() if found.tile],
+        "tiles": [(case, found.tile) for case, found in material.pictures.items() if found.tile],
         "charts": charts,
         "constants": constants,
-        "intensity_charts": _intensity_charts(material, gallery),
+        "intensity_charts": _intensity_charts(material),
         "intensity_labels": labels.region_names[:_INTENSITY_LABELS],
         "intensity_table": _intensity_table(material),
-        "cases": _case_table(material, gallery, unit, volumes),
+        "cases": _case_table(material, unit, volumes),
     }
 
 
@@ -191,11 +215,11 @@ def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
     return list(files.items())
 
 
-def _volumes(material: Material, gallery: Gallery) -> tuple[str, Volumes]:
+def _volumes(material: Material) -> tuple[str, Volumes]:
     """The unit, and case -> region -> volume in the reference: ml, or voxels if no thickness is known."""
-    known = {case: found.geometry for case, found in gallery.cases.items() if found.geometry}
+    known = {case: found.geometry for case, found in material.pictures.items() if found.geometry}
     in_ml = any(geometry.calibrated and geometry.dimensions == 3 for geometry in known.values())
-    voxels = {case: found.voxels for case, found in gallery.cases.items() if found.voxels}
+    voxels = {case: found.voxels for case, found in material.pictures.items() if found.voxels}
     for model in material.scored:
         for row in model.scores.rows:
             voxels.setdefault(row.case, {name: int(values["n_ref"] or 0) for name, values in row.metrics.items()})
@@ -206,11 +230,9 @@ def _volumes(material: Material, gallery: Gallery) -> tuple[str, Volumes]:
     }
 
 
-def _spreads(
-    material: Material, gallery: Gallery, volume_unit: str, volumes: Volumes
-) -> tuple[list[Chart], list[Fact]]:
+def _spreads(material: Material, volume_unit: str, volumes: Volumes) -> tuple[list[Chart], list[Fact]]:
     """Histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
-    known = [found.geometry for found in gallery.cases.values() if found.geometry]
+    known = [found.geometry for found in material.pictures.values() if found.geometry]
     flat = all(geometry.dimensions == 2 for geometry in known)
     axes, unit = list(enumerate("zyx"))[1 if flat else 0 :], "pixels" if flat else "voxels"
     quantities: list[tuple[str, Sequence[float], str, str]] = []
@@ -245,9 +267,9 @@ def _intensity_table(material: Material) -> Table:
     return Table("Intensities of all labelled voxels", columns, rows)
 
 
-def _intensity_charts(material: Material, gallery: Gallery) -> list[Chart]:
+def _intensity_charts(material: Material) -> list[Chart]:
     """For each channel, the densities of the intensities of each label and of the nonzero image."""
-    samples = [found.intensities for found in gallery.cases.values() if found.intensities]
+    samples = [found.intensities for found in material.pictures.values() if found.intensities]
     names = [name for name in material.dataset.labels.region_names if any(s[name].size for s in samples if name in s)]
     charts = []
     for i, channel in enumerate(material.plan.channels if samples else ()):
@@ -273,12 +295,12 @@ def _intensity_charts(material: Material, gallery: Gallery) -> list[Chart]:
     return charts
 
 
-def _case_table(material: Material, gallery: Gallery, unit: str, volumes: Volumes) -> Table:
+def _case_table(material: Material, unit: str, volumes: Volumes) -> Table:
     """Every case with its size and the volumes of its labels."""
     names = material.dataset.labels.region_names
     rows: list[list[Value]] = []
     for case in material.dataset.cases:
-        place = gallery.cases[case.id].geometry
+        place = material.pictures[case.id].geometry
         size: Value = "not read" if place is None else (_times(place.shape), float(prod(place.shape)))
         spacing: Value = None
         if place is not None and place.calibrated:
@@ -292,7 +314,7 @@ def _case_table(material: Material, gallery: Gallery, unit: str, volumes: Volume
 # ------------------------------------------------------------------------------------------- the plan and the training
 
 
-def plan_section(material: Material) -> dict[str, Any]:
+def _plan_section(material: Material) -> dict[str, Any]:
     """The configurations, the reasons for them, and their networks."""
     plan = material.plan
     name, *others = plan_head(plan)
@@ -310,7 +332,7 @@ def plan_section(material: Material) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def training_section(material: Material) -> list[dict[str, Any]]:
+def _training_section(material: Material) -> list[dict[str, Any]]:
     """For each model its curves, a colour for each fold."""
     sections = []
     for model in material.trained:
@@ -341,7 +363,7 @@ def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
     return charts
 
 
-def costs_section(material: Material) -> Table:
+def _costs_section(material: Material) -> Table:
     """Time and memory of every fold."""
     rows: list[list[Value]] = []
     for model, fold in ((m, fold) for m in material.trained for fold in m.folds if fold.rows):
@@ -363,11 +385,11 @@ def costs_section(material: Material) -> Table:
 # ---------------------------------------------------------------------------------------------------------- the scores
 
 
-def scores_section(material: Material, gallery: Gallery) -> list[dict[str, Any]]:
+def _scores_section(material: Material) -> list[dict[str, Any]]:
     """For each model its scores by label, all its held-out cases, and pictures of the worst ones."""
     sections = []
     for model in material.scored:
-        name, rows, worst = model.name, model.worst_first, list(gallery.overlays[model.name].items())[:_STATIC_CASES]
+        name, rows, worst = model.name, model.worst_first, list(material.overlays[model.name].items())[:_STATIC_CASES]
         labels = _hardest_labels(model)
         dice = {row.case: [row.metrics[label]["Dice"] for label in labels] for row in rows}
         means = {row.case: row.mean_dice for row in rows}
@@ -416,7 +438,7 @@ def _label_table(model: ModelResults) -> Table:
     return Table("Scores of held-out cases, by label", columns, rows)
 
 
-def page_data(material: Material, gallery: Gallery) -> dict[str, Any]:
+def _page_data(material: Material) -> dict[str, Any]:
     """What report.js opens cases from: the metrics of every case, and the pictures."""
     names = material.dataset.labels.region_names
     models = {}
@@ -426,7 +448,7 @@ def page_data(material: Material, gallery: Gallery) -> dict[str, Any]:
             for row in model.worst_first
         }
         models[model.name] = {
-            "label": model.label, "fold": model.fold_of, "scores": scores, "pictures": gallery.overlays[model.name]
+            "label": model.label, "fold": model.fold_of, "scores": scores, "pictures": material.overlays[model.name]
         }  # fmt: skip
     return {
         "labels": list(names),
@@ -440,7 +462,7 @@ def page_data(material: Material, gallery: Gallery) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ the comparison
 
 
-def comparison_section(material: Material) -> dict[str, Any]:
+def _comparison_section(material: Material) -> dict[str, Any]:
     """The candidates of `nnlite select` and the postprocessing that it chose; before it, the models."""
     selection = material.selection
     candidates = [_candidate(model) for model in material.scored] if selection is None else selection.candidates
@@ -490,7 +512,7 @@ def _margin(margin: Margin) -> Value:
 # -------------------------------------------------------------------------------------------------------- the settings
 
 
-def settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
+def _settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
     """Seed and versions of the models, and their settings."""
     runs = {model.name: model.run for model in material.trained}
     packages = list(dict.fromkeys(package for run in runs.values() for package in run.get("versions", {})))

@@ -79,6 +79,10 @@ class SceneLayer:
 
     Parameters
     ----------
+    name : str
+        What the page calls it.
+    kind : {"image", "segmentation"}
+        What it is.
     nifti : bytes
         A segmentation has voxels 0 for the background and i for the i-th entry of its legend.
     legend : tuple
@@ -103,6 +107,10 @@ class Scene:
 
     Parameters
     ----------
+    title : str
+        The title of the page.
+    layers : tuple of SceneLayer
+        What it shows.
     to_voxel : list of list of float, shape (3, 4)
         Matrix from RAS mm to the image's voxels (x, y, z).
     flat : bool
@@ -116,11 +124,21 @@ class Scene:
 
 
 def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[str, Path]]) -> Scene:
-    """Read a case with its reference, predictions (name, label map), and where they differ from the reference.
+    """Read a case with its reference, predictions, and where they differ from the reference.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The planned dataset.
+    case : Case
+        One of its cases.
+    predictions : sequence of (str, Path)
+        Names and label maps.
 
     Raises
     ------
-    UserError : a file cannot be read, or contains values that are not labels of the dataset.
+    UserError
+        A file cannot be read, or contains values that are not labels of the dataset.
     """
     image = read_images(case.images, len(dataset.channels), dataset.accept_geometry)
     maps: list[LabelMap] = []
@@ -137,12 +155,17 @@ def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | 
 
     Parameters
     ----------
+    file : Path
+        The image file, or the folder of the DICOM series.
+    segmentations : sequence of Path
+        Its label maps.
     labels : Labels or None
         The names of their values; None numbers them.
 
     Raises
     ------
-    UserError : a file cannot be read, or contains values that are not in `labels`.
+    UserError
+        A file cannot be read, or contains values that are not in `labels`.
     """
     image, names = read_image(file), [path.name for path in segmentations]
     maps: list[LabelMap] = []
@@ -228,7 +251,13 @@ def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
 
 
 def label_colours(n: int) -> list[Colour]:
-    """The colours of n labels; after the first ones, hues by the golden ratio."""
+    """The colours of labels; after the first ones, hues by the golden ratio.
+
+    Parameters
+    ----------
+    n : int
+        Number of labels.
+    """
     more = (colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.15 * (i % 3), 0.95) for i in range(n))
     return [*_COLOURS, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:n]
 
@@ -242,6 +271,10 @@ class View:
 
     Parameters
     ----------
+    url, title : str
+        The address and the title of the page.
+    server : ThreadingHTTPServer
+        Its server, which runs in a thread.
     redirects : dict
         Paths that work once -> their target.
     """
@@ -280,7 +313,13 @@ class View:
 
 
 def serve(scene: Scene) -> View:
-    """Serve a scene on a free port of 127.0.0.1, from a thread."""
+    """Serve a scene on a free port of 127.0.0.1, from a thread.
+
+    Parameters
+    ----------
+    scene : Scene
+        What the page shows.
+    """
     root = f"/{secrets.token_urlsafe(24)}/"
     layers: list[dict[str, Any]] = []
     pages = {path.name: path.read_bytes() for path in _PAGE.iterdir() if path.suffix in (".css", ".js")}
@@ -300,7 +339,18 @@ def serve(scene: Scene) -> View:
 
 
 def open_browser(view: View) -> bool:
-    """Open a view in the user's browser, unless it is one of the terminal, which would take the terminal."""
+    """Open a view in the user's browser, unless it is one of the terminal, which would take the terminal.
+
+    Parameters
+    ----------
+    view : View
+        From `serve`.
+
+    Returns
+    -------
+    bool
+        Whether a browser was opened.
+    """
     try:
         browser = webbrowser.get()
     except webbrowser.Error:

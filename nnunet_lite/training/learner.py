@@ -297,9 +297,10 @@ def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
     options, seed = list_training_formats(job), job.settings.training.seed
     if seed is not None and job.device.type != "cuda":
         return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, because a seed is set")
-    known, key = from_first(_read_choices(job), job.ranks), _describe_step(job)
-    if known.get(key) in options:
-        return known[key]
+    key = _describe_step(job)
+    kept = from_first(_read_choices(job).get(key), job.ranks)
+    if from_first(kept in options, job.ranks):  # GPUs may differ
+        return cast(ComputeFormat, kept)
     batch = make_batch(job, job.training, 0, 0, augment=False)
     single = replace(job, ranks=ALONE)
 
