@@ -89,7 +89,7 @@ def predict_logits(window: SlidingWindow, image: np.ndarray, step: float = 0.5) 
     parts = blocks(depth, depth, 1, 16)
     out = torch.empty(window.n_logits, depth, *plane)
     sums = torch.empty(schedule(tiling[0], parts)[1], window.channels, *plane, dtype=window.sums)
-    for finished in average_windows(window, image, tiling, parts, sums, batch_size):
+    for finished, _ in average_windows(window, image, tiling, parts, sums, batch_size):
         for part in finished:
             out[:, part.start : part.stop] = sums[part.low : part.high, :-1].transpose(0, 1)
     return out

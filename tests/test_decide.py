@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from random_models import predict_preprocessed
 from torch import Tensor, nn
 
 from nnunet_lite.data.cases import Case
@@ -38,7 +36,6 @@ def test_logits_that_are_not_finite_are_no_background(
     model: Predictor,
     scans: list[Path],
     tmp_path: Path,
-    tiny_cases: list[Any],
     value: float,
     counts: Callable[..., None],
 ) -> None:
@@ -49,10 +46,8 @@ def test_logits_that_are_not_finite_are_no_background(
     assert done == [] and sorted(failed) == [case.id for case in cases]
     assert all("NaN or infinite" in why and "\n" not in why for why in failed.values())
     scan = scans[0]
-    with pytest.raises(UserError, match=f"^{scan}: .*NaN or infinite"):
+    with pytest.raises(UserError, match=f"^{scan}: .*NaN or infinite.*computed in float32: look at the values"):
         broken(scan)
-    with pytest.raises(UserError, match="computed in float32: look at the values of the image"):
-        predict_preprocessed(broken, tiny_cases[0].image[:])
     half = replace(broken, arithmetic=ComputeFormat(precision="bf16"))
     with pytest.raises(UserError, match="Predict with --precision fp32"):
         half(scan)

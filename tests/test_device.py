@@ -1,4 +1,4 @@
-"""Training on a GPU never lets the host wait within an epoch: a dry run on a CUDA device that need not exist.
+"""The host never waits for a GPU within an epoch or among windows: a dry run on a CUDA device that need not exist.
 
 Under torch's FakeTensorMode tensors have a device, a shape and a type, but no values. Whatever needs a value on the
 host (`item`, `bool`, `nonzero`, a mask as index) fails, and so does an operation on tensors of two devices. Copies from
@@ -13,16 +13,22 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from random_models import planned, sliding
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.inference.sliding_window import average_windows
+from nnunet_lite.inference.windows import LabelSwap, schedule
 from nnunet_lite.networks.precision import ComputeFormat
-from nnunet_lite.networks.unet import build_network, set_deep_supervision
+from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
+from nnunet_lite.planning.schema import Configuration
+from nnunet_lite.preprocessing.resampling import blocks
 from nnunet_lite.training import augmentation, dataloader, learner, loss
 from nnunet_lite.training.cache import load_case, move_case
 from nnunet_lite.training.dataloader import make_batch
@@ -44,8 +50,11 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is aten._pin_memory.default:  # a real one needs a driver
+        if function in (aten._pin_memory.default, aten.pin_memory.default):  # a real one needs a driver
             return args[0]
+        if torch.is_inference_mode_enabled() and function.namespace == "aten" and function._can_decompose():
+            with self:
+                return function.decompose(*args, **kwargs)
         if function is aten.grid_sampler_2d.default:  # torch replaces it by indexing
             return args[0].new_empty((*args[0].shape[:2], *args[1].shape[1:3]))
         if function in (aten._fused_sgd_.default, aten._fused_adamw_.default):  # change values only
@@ -263,3 +272,41 @@ def test_the_backward_pass_does_not_wait(job: MakeJob, kind: str) -> None:
     found.backward()
     trained = [parameter for name, parameter in network.named_parameters() if not name.startswith("heads.0")]
     assert all(parameter.grad is not None for parameter in trained)
+
+
+# ---------------------------------------------------------------------------------------------------------- predicting
+
+WINDOWS: dict[str, tuple[Configuration, int, dict[str, Any]]] = {
+    "3d": (planned((16, 16, 16)), 4, {"mirror_axes": (0, 1, 2), "swap": LabelSwap(2, (0, 2, 1, 3))}),
+    "2d": (planned((16, 16)), 4, {"mirror_axes": (0, 1)}),
+    "features": (planned((16, 16, 16)), 40, {"mirror_axes": (2,), "swap": LabelSwap(2, (0, 2, 1, *range(3, 40)))}),
+    "cascade": (
+        planned((16, 16, 16)),
+        3,
+        {"n_classes": 3, "mirror_axes": (2,), "swap": LabelSwap(2, *[(0, 2, 1)] * 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("n_folds", [1, 2])
+def test_the_windows_of_an_image_do_not_wait(monkeypatch: pytest.MonkeyPatch, kind: str, n_folds: int) -> None:
+    """Constants go to the device with the first windows; the slices of a row are copied while others are computed."""
+    configuration, n_logits, options = WINDOWS[kind]
+    image = np.ones((2 if kind == "cascade" else 1, 40, 24, 24), np.float32)
+    n_inputs = 3 if kind == "cascade" else 1  # the image, and two classes
+    networks = [UNet(configuration.network, n_inputs, n_logits).eval() for _ in range(n_folds)]
+    head = sliding(networks, configuration, n_logits, **options).head
+    assert (head is not None) == (kind == "features")
+    with dry_run(monkeypatch), WithoutDriver():
+        window = sliding([on_device(network) for network in networks], configuration, n_logits, **options)
+        window = replace(window, device=CUDA)
+        window.__dict__["head"] = head  # from weights on the CPU, as it is made before the first window
+        tiling, batch_size = window.tile(image.shape[1:], 0.5, 4)
+        parts = blocks(40, 60, 1, 8)
+        sums = torch.empty(schedule(tiling[0], parts)[1], window.channels, 24, 24, device=CUDA)
+        rows = average_windows(window, image, tiling, parts, sums, batch_size)
+        for number in range(len(tiling[0])):
+            with NoWaiting(first_step=number == 0):
+                _, finished = next(rows)
+                assert finished.device == CUDA

@@ -138,12 +138,12 @@ def test_classes_of_a_first_stage_change_places_with_their_channels(model: Predi
     stages = {"3d_cascade_fullres": model.configuration.model_copy(update={"previous_stage": "3d_fullres"})}
     plan = model.plan.model_copy(update={"configurations": {**model.plan.configurations, **stages}})
     sides = label_swap(plan, "3d_cascade_fullres", AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),)))
-    assert sides is not None and sides.classes == (0, 2, 1)
+    assert sides is not None and sides.classes == (0, 2, 1, 3)
     mirroring = model.settings.model_copy(update={"mirroring": True})
     second = replace(model, plan=plan, configuration_name="3d_cascade_fullres", settings=mirroring, swap=sides)
     previous = np.random.default_rng(0).integers(0, 3, (30, 33, 26)).astype(np.uint8)
     for wrong in (False, True):
-        seen = replace(sides, classes=(0, 1, 2)) if wrong else sides
+        seen = replace(sides, classes=(0, 1, 2, 3)) if wrong else sides
         copied = replace(second, networks=(Copied(),), swap=seen)
         logits = predict_preprocessed(copied, np.zeros((1, *previous.shape), np.float32), previous)
         assert bool((logits.argmax(0).numpy() == previous).all()) is not wrong

@@ -38,8 +38,8 @@ def test_windows_cover_every_voxel_with_at_most_the_step(step: float) -> None:
 
 def cut(image: np.ndarray, place: Any, flip: tuple[int, ...] = (), swap: LabelSwap | None = None) -> np.ndarray:
     """A window, which is the same of tensors and, for ONNX, of numpy arrays."""
-    table = None if swap is None or swap.classes is None else torch.tensor(swap.classes, dtype=torch.float32)
-    window = _cut_window(torch.from_numpy(image[:, place[0].inside]), place, flip, swap, table).numpy()
+    table = torch.tensor(swap.classes).float() if swap is not None and swap.classes and swap.axis in flip else None
+    window = _cut_window(torch.from_numpy(image[:, place[0].inside]), place, flip, table).numpy()
     np.testing.assert_array_equal(onnx_runner._cut_window(image, place, flip, swap), window)
     return window
 

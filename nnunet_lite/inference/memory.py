@@ -19,14 +19,17 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import Span, schedule
 from nnunet_lite.networks.devices import free_device_memory
+from nnunet_lite.networks.precision import DTYPES
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, output_values
-from nnunet_lite.preprocessing.resampling import blocks, coarse_axis
+from nnunet_lite.preprocessing.resampling import Block, blocks, coarse_axis
 from nnunet_lite.system import cpus, free_memory, in_units
 
 FREE_SHARE = 0.8  # of the free memory that is used by default; the rest is for what is not counted
 _CUDNN_BYTES = 500_000_000  # what cuDNN may need for its fastest algorithms; an allowance, not a count
-_SLAB_VALUES, _SLAB = 1 << 22, 16  # largest size of output slices that are computed at once, and largest number
+_SLAB_VALUES = {"cpu": 1 << 22, "gpu": 1 << 26}  # largest size of output slices that are computed at once
+_SLAB = {"cpu": 16, "gpu": 64}  # and largest number
+_PIECE = 32  # rows that a CPU resamples and decides at once
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class MemoryPlan:
 
 def plan_memory(
     tasks: Sequence[PredictionTask], labels: Labels, step: float, limit: int | None = None
-) -> tuple[MemoryPlan, ...]:
-    """Choose the fastest way that fits to predict an image, with one model or with several side by side.
+) -> list[tuple[MemoryPlan, ...]]:
+    """Choose the ways that fit to predict an image, with one model or with several side by side.
 
     Parameters
     ----------
@@ -115,8 +118,8 @@ def plan_memory(
 
     Returns
     -------
-    tuple of MemoryPlan
-        One for each task.
+    list of tuple of MemoryPlan
+        A plan for each task, the fastest way first; the others need less memory, if there is less than expected.
 
     Raises
     ------
@@ -126,17 +129,22 @@ def plan_memory(
     device = tasks[0].window.device
     free = free_memory(), free_device_memory(device)
     limits = tuple(int(FREE_SHARE * n) if limit is None else limit for n in free)
+    kind = "cpu" if device.type == "cpu" else "gpu"
     plane = max(task.window.channels * prod(task.placement.shape[1:]) for task in tasks)
-    slab = int(np.clip(_SLAB_VALUES // plane, 1, _SLAB))
+    slab = int(np.clip(_SLAB_VALUES[kind] // plane, 1, _SLAB[kind]))
     options = [list(_options(task, labels, step, slab)) for task in tasks]
     host, gpu = (n // len(tasks) for n in limits)
+    plans: list[tuple[MemoryPlan, ...]] = []
     for sums_device in dict.fromkeys((device, torch.device("cpu"))):  # the same for all, so that they can be compared
         fitting = [
             [o for o in found if o.sums_device == sums_device and o.host <= host and o.device <= gpu]
             for found in options
         ]
         if all(fitting):
-            return tuple(found[0] for found in fitting)
+            number = max(map(len, fitting))
+            plans += [tuple(found[min(i, len(found) - 1)] for found in fitting) for i in range(number)]
+    if plans:
+        return plans
     smallest = [found[-1] for found in options]
     host, gpu = (len(tasks) * max(sizes) for sizes in zip(*((o.host, o.device) for o in smallest), strict=True))
     short, number, most = ("memory", host, limits[0]) if host > limits[0] else ("GPU memory", gpu, limits[1])
@@ -151,8 +159,6 @@ def _options(task: PredictionTask, labels: Labels, step: float, slab: int) -> It
     window, placement = task.window, task.placement
     low, high = placement.box[0]
     parts = blocks(placement.shape[0], high - low, task.orders[0], slab)
-    band = max(part.high - part.low for part in parts)
-    plane, voxels = window.channels * prod(placement.shape[1:]), prod(window.patch)
     label_map = prod(placement.geometry.shape) * output_values(labels).itemsize
     dtypes = (torch.float16,) if window.half else (torch.float32, torch.float16)
     for sums_device, dtype in itertools.product(dict.fromkeys((window.device, torch.device("cpu"))), dtypes):
@@ -160,15 +166,44 @@ def _options(task: PredictionTask, labels: Labels, step: float, slab: int) -> It
         while at_once:
             tiling, batch_size = window.tile(placement.shape, step, at_once)
             depth = schedule(tiling[0], parts)[1]
-            threads = cpus() if sums_device.type == "cpu" else 1
-            sums = depth * plane * dtype.itemsize + threads * (slab + band) * plane * 4
-            weighted = 2 * tiling[0][0].size if len(window.patch) == 2 else 2  # outputs that are flipped, weighted
-            computed = at_once * window.window_bytes + (at_once + weighted) * voxels * window.outputs * 4
-            host, device = label_map, 0
+            sums = depth * window.channels * prod(placement.shape[1:]) * dtype.itemsize
+            windows = _windows_bytes(task, at_once, tiling[0][0].size)
+            slabs = _slabs_bytes(task, parts, slab, copied=dtype == torch.float16, on_cpu=sums_device.type == "cpu")
             if window.device.type == "cpu":
-                host += sums + computed
+                host, device = label_map + sums + max(windows, slabs), 0
+            elif sums_device.type == "cpu":
+                host, device = label_map + sums + slabs, windows + _CUDNN_BYTES
             else:
-                device = computed + _CUDNN_BYTES
-                host, device = (host + sums, device) if sums_device.type == "cpu" else (host, device + sums)
+                host, device = label_map, sums + max(windows + _CUDNN_BYTES, slabs)
             yield MemoryPlan(tiling, batch_size, depth, dtype, sums_device, slab, host, device)
             at_once //= 2
+
+
+def _windows_bytes(task: PredictionTask, at_once: int, depth: int) -> int:
+    """Return the bytes to compute a batch of windows, of `depth` slices, and to sum one over its mirrored copies."""
+    window, voxels = task.window, prod(task.window.patch)
+    folds, item = len(window.networks), DTYPES[window.arithmetic.precision].itemsize
+    slices = depth if len(window.patch) == 2 else 1
+    inputs, total = 4 * at_once * len(task.image) * voxels, 4 * (window.channels - 1) * slices * voxels
+    outputs, of_fold = 4 * at_once * window.outputs * voxels, item * at_once * window.outputs * voxels
+    features = item * at_once * window.configuration.network.features[0] * voxels
+    summed = outputs if folds > 1 else 0
+    last = features + of_fold // (folds if window.head is not None else 1)  # the head, after the last norm
+    network = inputs + summed + max(at_once * window.window_bytes, last)
+    converted = 0 if item == 4 or folds > 1 else outputs + of_fold
+    flipped = 4 * window.outputs * slices * voxels if len(window.flips) > 1 else 0
+    on_device = 0 if window.device.type == "cpu" else task.image[:, 0].nbytes * depth
+    return on_device + inputs + total + max(network, converted, outputs + flipped)
+
+
+def _slabs_bytes(task: PredictionTask, parts: Sequence[Block], slab: int, copied: bool, on_cpu: bool) -> int:
+    """Return the bytes to resample and decide slabs of output slices; `copied`: their inputs become float32."""
+    window, (_, *plane) = task.window, task.placement.shape
+    channels = window.channels if window.head is not None else window.outputs
+    (_, (y0, y1), (x0, x1)) = task.placement.box
+    band = max(part.high - part.low for part in parts) if copied or window.head is None else 0
+    resampled = 0 if parts[0].matrix is None else slab
+    logits = 0 if window.head is None else window.n_logits
+    threads, rows, slices = (min(cpus(), len(parts)), _PIECE, 1) if on_cpu else (1, y1 - y0, slab)
+    piece = (2 * channels + logits) * slices * rows * (x1 - x0)
+    return 4 * threads * ((band + resampled) * channels * prod(plane) + piece)

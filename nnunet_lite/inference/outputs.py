@@ -16,16 +16,19 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.memory import MemoryPlan, PredictionTask
-from nnunet_lite.inference.sliding_window import average_windows
+from nnunet_lite.inference.sliding_window import average_windows, suggest_wider_type
+from nnunet_lite.networks.devices import is_out_of_memory, release_memory
 from nnunet_lite.preprocessing.pipeline import (
     cropped_shape,
     decode_logits,
     empty_map,
     output_values,
     predicted_part,
+    require_finite,
 )
 from nnunet_lite.preprocessing.resampling import Block, operand, operators, resampled_rows, run_in_threads
 
@@ -35,7 +38,7 @@ PROBABILITIES, ENTROPY, DISAGREEMENT = "probabilities", "uncertainty/entropy", "
 STEPS = 255  # maps are stored as uint8, with 255 for 1
 
 NewMap = Callable[[Sequence[int]], np.ndarray]
-Slab = Callable[[], Iterator[tuple[int, slice, Any]]]  # yields slices, their rows, and logits (logits, rows, x)
+Slab = Callable[[], Iterator[tuple[slice, slice, Any]]]  # yields slices, rows, and logits (logits, slices, rows, x)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def output_names(labels: Labels) -> tuple[str, ...]:
 
 def predict_label_map(
     models: Sequence[Sequence[PredictionTask]],
-    plans: Sequence[MemoryPlan],
+    plans: Sequence[Sequence[MemoryPlan]],
     labels: Labels,
     maps: ExtraMaps = ExtraMaps(),
     new_map: NewMap = partial(np.zeros, dtype=np.uint8),
@@ -100,8 +103,8 @@ def predict_label_map(
     models : sequence of sequence of PredictionTask
         For each model the tasks whose logits are averaged: one for all folds, or one for each fold. Their placements
         differ only in spacing and shape.
-    plans : sequence of MemoryPlan
-        For each task what is computed and kept at once.
+    plans : sequence of sequence of MemoryPlan
+        For each task what is computed and kept at once; and smaller ones, in case that memory is short.
     labels : Labels
         What is predicted.
     maps : ExtraMaps
@@ -117,9 +120,15 @@ def predict_label_map(
         Values of the dataset, on the image's own grid.
     extra : dict of str to ndarray, shape (z, y, x)
         Folder/name of each further map, uint8, with 255 for 1.
+
+    Raises
+    ------
+    UserError
+        The networks compute values that are NaN or infinite, or memory is too short for the smallest plan.
     """
     tasks = [task for model in models for task in model]
     placement, rounded, label_values = tasks[0].placement, tasks[0].window.half, output_values(labels)
+    are_classes = np.array_equal(label_values, np.arange(len(label_values)))
     out, inner = empty_map(placement, labels.background, label_values.dtype)
     names = output_names(labels)
     channels = {f"{PROBABILITIES}/{name}": names.index(name) for name in maps.probabilities}
@@ -132,7 +141,8 @@ def predict_label_map(
         for pieces in zip(*(slab() for slab in slabs), strict=True):
             z, rows, logits = pieces[0]
             if len(tasks) == 1 and not maps:
-                inner[z, rows] = label_values[decode_logits(logits, labels, rounded=rounded)]
+                decided = decode_logits(logits, labels, rounded=rounded)
+                inner[z, rows] = decided if are_classes else label_values[decided]
                 continue
             of_tasks = iter([logits for _, _, logits in pieces])
             by_model = [[next(of_tasks) for _ in model] for model in models]
@@ -141,15 +151,30 @@ def predict_label_map(
             for name, view in views.items():
                 view[z, rows] = values[name]
 
-    threads = None if plans[0].sums_device.type == "cpu" else 1
-    streams = [_finished_slabs(task, plan, skip_empty) for task, plan in zip(tasks, plans, strict=True)]
-    for slabs in in_step(streams):
-        run_in_threads(write, slabs, threads)
-    return out, extra
+    n_written = 0
+    for number, chosen in enumerate(plans):
+        try:
+            streams = [_finished_slabs(*pair, n_written, skip_empty) for pair in zip(tasks, chosen, strict=True)]
+            for slabs in in_step(streams):
+                run_in_threads(write, slabs, None if chosen[0].sums_device.type == "cpu" else 1)
+                n_written += len(slabs)
+            return out, extra
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            smallest = number + 1 == len(plans)
+        del streams
+        release_memory(tasks[0].window.device)
+        if not smallest:
+            log.warn(f"memory is short; the rest of this image is predicted with {plans[number + 1][0]}")
+    raise UserError("memory is too short for this image", fix="End other programs, or use a machine with more memory.")
 
 
-def _finished_slabs(task: PredictionTask, plan: MemoryPlan, skip_empty: bool) -> Iterator[list[Slab]]:
-    """Run the sliding window, and yield slabs of output slices, in order, as soon as they can be computed."""
+def _finished_slabs(task: PredictionTask, plan: MemoryPlan, n_written: int, skip_empty: bool) -> Iterator[list[Slab]]:
+    """Run the sliding window, and yield slabs of output slices, in order, as soon as they can be computed.
+
+    Those that are written already are left out, and the windows that only they need.
+    """
     window, shape = task.window, task.placement.shape
     sums = torch.empty(plan.depth, window.channels, *shape[1:], dtype=plan.dtype, device=plan.sums_device)
     used = sums[:, : window.outputs] if window.head is None else sums
@@ -157,13 +182,15 @@ def _finished_slabs(task: PredictionTask, plan: MemoryPlan, skip_empty: bool) ->
     parts, y, x = operators(data, shape, cropped_shape(task.placement.box), task.orders, plan.slab)
     head = None if window.head is None else operand(data, window.head)
 
-    def resample(part: Block) -> Iterator[tuple[int, slice, Any]]:
-        for z, rows, piece in resampled_rows(data, part, y, x):
-            flat = None if head is None else head @ piece.reshape(len(piece), -1)
-            yield z, rows, piece if flat is None else flat.reshape(-1, *piece.shape[1:])
+    def resample(part: Block) -> Iterator[tuple[slice, slice, Any]]:
+        for slices, rows, piece in resampled_rows(data, part, y, x):
+            logits = piece if head is None else head @ piece.reshape(len(piece), -1)
+            yield slices, rows, logits.reshape(-1, *piece.shape[1:])
 
-    windows = average_windows(window, task.image, plan.tiling, parts, sums, plan.batch_size, skip_empty=skip_empty)
-    for finished in windows:
+    left = parts[n_written:]
+    windows = average_windows(window, task.image, plan.tiling, left, sums, plan.batch_size, skip_empty=skip_empty)
+    for finished, values in windows:
+        require_finite(values, suggest_wider_type(window, plan.dtype))
         yield [partial(resample, part) for part in finished]
 
 
@@ -198,7 +225,7 @@ def _vote(
 
 
 def _probabilities(logits: Any, regions: bool) -> Any:
-    """Return the probabilities of (channels, rows, x) logits.
+    """Return the probabilities of (channels, *positions) logits.
 
     Where all logits are zero, every window was skipped as empty: that is background for certain.
     """
@@ -209,14 +236,14 @@ def _probabilities(logits: Any, regions: bool) -> Any:
     else:
         shares = logits.sigmoid() if regions else logits.softmax(dim=0)
     skipped = (logits == 0).all(0)
-    shares[:, skipped] = 0
+    shares *= ~skipped
     if not regions:
-        shares[0, skipped] = 1
+        shares[0] += skipped
     return shares
 
 
 def _entropy(shares: np.ndarray, regions: bool) -> np.ndarray:
-    """Return the entropy of (channels, rows, x) probabilities, between 0 and 1."""
+    """Return the entropy of (channels, *positions) probabilities, between 0 and 1."""
     from scipy.special import entr  # slow to load, and needed by few predictions
 
     if regions:

@@ -437,7 +437,7 @@ def segment(
         raise UserError("the models turn this image to different orientations", fix="Predict with one of them: -m.")
     limit = None if settings.max_memory is None else int(settings.max_memory * GB)
     plans = plan_memory(tasks, labels, settings.step_size, limit)
-    for plan in plans:
+    for plan in plans[0]:
         _log_once(str(plan))
     masked = any(channel.use_mask for channel in predictor.plan.channels)
     skip_empty = masked if settings.skip_empty == "auto" else settings.skip_empty

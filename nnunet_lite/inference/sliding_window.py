@@ -28,13 +28,12 @@ from nnunet_lite.networks.precision import DTYPES, ComputeFormat
 from nnunet_lite.networks.unet import UNet, one_hot
 from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
-from nnunet_lite.preprocessing.pipeline import require_finite
 from nnunet_lite.preprocessing.resampling import Block
 
-_FEATURE_TENSORS = 9  # a U-Net has at most this many tensors of the size of its first stage in memory at once
+_FEATURE_TENSORS = 5  # of the size of its first stage, that a U-Net has in memory at once: in its last norm
 _MIN_SAMPLES = 2  # torch upsamples a single small sample on a CPU without oneDNN, which is slower
 _CPU_VOXELS = 1 << 18  # of the windows that a thread computes at once; more does not fit its cache
-_SMALL, _LARGE = 1 << 27, 1 << 30  # bytes that a network needs for a window, below or from which it counts as such
+_SMALL, _LARGE = 75_000_000, 600_000_000  # bytes that a network needs for a window: a small and a large one
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +119,13 @@ class SlidingWindow:
             body._modules = {**network._modules, "heads": heads}
         return bodies
 
+    @cached_property
+    def _swap_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """The `channels` and the `classes` of the swapped labels, on the device; None for nothing to swap."""
+        swap = self.swap or LabelSwap(0, ())
+        channels = None if self.swap is None else torch.tensor(swap.channels).to(self.device)
+        return channels, None if swap.classes is None else torch.tensor(swap.classes).float().to(self.device)
+
     @property
     def outputs(self) -> int:
         """Number of channels that `forward` returns: the logits or, with a head, the features of all folds."""
@@ -137,7 +143,7 @@ class SlidingWindow:
 
     @property
     def window_bytes(self) -> int:
-        """Memory that a network needs for a window, or for a slice of one."""
+        """Memory that the activations of a network need for a window, or for a slice of one."""
         item = DTYPES[self.arithmetic.precision].itemsize
         return _FEATURE_TENSORS * self.configuration.network.features[0] * prod(self.patch) * item
 
@@ -163,17 +169,23 @@ class SlidingWindow:
         return tile(shape, self.patch, step, slices), max(1, at_once // slices)
 
     @torch.inference_mode()
-    def forward(self, windows: Tensor) -> Tensor:
+    def forward(self, windows: Tensor, n_samples: int = 0) -> Tensor:
         """Map windows (batch, inputs, z, y, x) to logits or features (batch, outputs, z, y, x), float32.
 
         On a CPU, samples of a small network are computed in equal shares, each in threads of its own: threads that
-        share each layer wait for each other after each layer. Where other programs run too, that is twice as fast.
+        share each layer wait for each other after each layer. Where other programs run too, that is twice as fast. On a
+        GPU, fewer than `n_samples` are filled up with zeros: cuDNN searches the fastest algorithm for each number.
         """
         flat = len(self.patch) == 2
         x = windows.transpose(1, 2).flatten(0, 1) if flat else windows
-        threads = torch.get_num_threads()
-        workers = min(threads, len(x) // _MIN_SAMPLES)
-        if workers < 2 or self.device.type != "cpu" or self.compiled or self.window_bytes >= _SMALL:
+        n, threads = len(x), torch.get_num_threads()
+        workers = min(threads, n // _MIN_SAMPLES)
+        if self.device.type == "cuda":
+            x = torch.cat([x, x.new_zeros(max(0, n_samples - n), *x.shape[1:])])
+            tf32 = self.arithmetic.precision != "fp32"
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+                out = self._mean_of_folds(x)[:n]
+        elif workers < 2 or self.device.type != "cpu" or self.compiled or self.window_bytes >= _SMALL:
             out = self._mean_of_folds(x)
         else:
             pool = thread_pool(workers, threads // workers)
@@ -187,12 +199,15 @@ class SlidingWindow:
             x = torch.cat([x[:, :-1], one_hot(x[:, -1], self.n_classes).to(x.dtype)], 1)
         x = self.arithmetic.arrange(x)
         with self.arithmetic.autocast(self.device):
-            first, *others = (network(x).float() for network in self._bodies)
-        if self.head is not None:
-            return torch.cat([first, *others], 1)
-        for other in others:
-            first += other
-        return first.div_(len(self.networks)) if others else first
+            if len(self.networks) == 1:
+                output: Tensor = self._bodies[0](x).float()
+                return output
+            total = torch.zeros(len(x), self.outputs, *x.shape[2:], device=x.device)
+            n_each = self.n_logits if self.head is None else self.outputs // len(self.networks)
+            for number, network in enumerate(self._bodies):
+                first = 0 if self.head is None else number * n_each
+                total[:, first : first + n_each] += network(x)  # without a name, it is freed before the next one
+        return total.div_(len(self.networks)) if self.head is None else total
 
 
 @torch.inference_mode()
@@ -205,15 +220,17 @@ def average_windows(
     batch_size: int = 1,
     *,
     skip_empty: bool = False,
-) -> Iterator[list[Block]]:
+) -> Iterator[tuple[list[Block], Tensor]]:
     """Run the networks on all windows, and yield blocks of slices as soon as their weighted means are finished.
+
+    Nothing here waits for a GPU: windows are computed while the ones after them are cut out.
 
     Parameters
     ----------
     window : SlidingWindow
         The networks.
     image : ndarray, shape (channels, z, y, x)
-        The preprocessed image, float32.
+        The preprocessed image, float32. The slices of a row of windows go to the device at once.
     tiling : sequence of sequence of Span
         The windows along each axis, from `SlidingWindow.tile`.
     parts : sequence of Block
@@ -228,24 +245,25 @@ def average_windows(
 
     Yields
     ------
-    list of Block
-        The parts that can be computed now, before the next ones are computed, in terms of the slices of `sums`.
-
-    Raises
-    ------
-    UserError
-        Outputs of the networks are NaN or infinite; a decision between such logits would be background.
+    parts : list of Block
+        Those that can be computed now, before the next ones are computed, in terms of the slices of `sums`.
+    finished : Tensor, shape (slices, channels, y, x)
+        The slices of `sums` that are finished now, and were not before.
     """
     weight = torch.from_numpy(gaussian_weight(window.patch, sums.dtype == torch.float16)).to(sums.device)
-    first, finished = 0, 0
+    n_samples = batch_size * (tiling[0][0].size if len(window.patch) == 2 else 1)
+    rows, _ = schedule(tiling[0], parts)
+    first = finished = rows[0].span.inside.start
     sums.zero_()
-    for row in schedule(tiling[0], parts)[0]:
+    for row in rows:
         inside = row.span.inside
         places = [(row.span, *place) for place in itertools.product(*tiling[1:])]
         if skip_empty:
             places = [place for place in places if image[:, *(span.inside for span in place)].any()]
-        slab = torch.from_numpy(image[:, inside]).to(window.device)
-        for place, total in _window_outputs(window, slab, places, batch_size):
+        slab = torch.from_numpy(image[:, inside])
+        if window.device.type == "cuda":
+            slab = slab.pin_memory().to(window.device, non_blocking=True)
+        for place, total in _window_outputs(window, slab.to(window.device), places, batch_size, n_samples):
             _, y, x = place
             within = [span.within for span in place]
             target = sums[inside.start - first : inside.stop - first, :, y.inside, x.inside]
@@ -257,29 +275,32 @@ def average_windows(
         covered = done[:, -1:]
         done[:, :-1].div_(covered.where(covered > 0, 1))
         covered.copy_(covered > 0)
-        require_finite(done, _suggest_wider_type(window, sums.dtype))
-        yield [replace(part, low=part.low - first, high=part.high - first) for part in row.parts]
-        for number in range(inside.stop - row.needed):
-            sums[number] = sums[number + row.needed - first]
-        sums[inside.stop - row.needed : inside.stop - first] = 0
+        yield [replace(part, low=part.low - first, high=part.high - first) for part in row.parts], done
+        kept, shift = inside.stop - row.needed, row.needed - first
+        for start in range(0, kept if shift else 0, max(1, shift)):  # ranges that do not overlap
+            stop = min(start + shift, kept)
+            sums[start:stop] = sums[start + shift : stop + shift]
+        sums[kept : inside.stop - first] = 0
         first, finished = row.needed, row.finished
 
 
 def _window_outputs(
-    window: SlidingWindow, slab: Tensor, places: Sequence[Place], batch_size: int
+    window: SlidingWindow, slab: Tensor, places: Sequence[Place], batch_size: int, n_samples: int
 ) -> Iterator[tuple[Place, Tensor]]:
     """Yield the outputs of each window in a slab, summed over its mirrored copies: (channels but weight, z, y, x)."""
-    swap, flips, table = window.swap, window.flips, None
-    if swap is not None and swap.classes is not None:
-        table = torch.tensor(swap.classes, dtype=slab.dtype, device=slab.device)
+    (order, table), flips = window._swap_tables, window.flips
     total = torch.empty(0)
     copies = itertools.product(places, flips)
     while batch := list(itertools.islice(copies, batch_size)):
-        samples = torch.stack([_cut_window(slab, place, flip, swap, table) for place, flip in batch])
-        for (place, flip), output in zip(batch, window.forward(samples), strict=True):
-            channel = 0
-            if swap is not None and swap.axis in flip:  # features of swapped copies are summed apart
-                channel, output = (0, output[list(swap.channels)]) if window.head is None else (window.outputs, output)
+        swapped = [window.swap is not None and window.swap.axis in flip for _, flip in batch]
+        samples = [_cut_window(slab, *copy, table if swap else None) for copy, swap in zip(batch, swapped, strict=True)]
+        outputs = window.forward(torch.stack(samples), n_samples)
+        for number, (place, flip) in enumerate(batch):
+            output, channel = outputs[number], 0
+            if swapped[number] and window.head is not None:  # features of swapped copies are summed apart
+                channel = window.outputs
+            elif swapped[number]:
+                output = output[order]
             if flip:
                 output = output.flip([axis + 1 for axis in flip])
             if flip == flips[0]:
@@ -287,22 +308,26 @@ def _window_outputs(
             total[channel : channel + len(output)] += output
             if flip == flips[-1]:
                 yield place, total
+        del output, outputs, samples  # or they would be in memory beside the next ones
 
 
-def _cut_window(slab: Tensor, place: Place, flip: Flip, swap: LabelSwap | None, table: Tensor | None) -> Tensor:
-    """Cut a window (channels, z, y, x) out of its slab, with zeros outside of the image, and mirror it."""
+def _cut_window(slab: Tensor, place: Place, flip: Flip, classes: Tensor | None = None) -> Tensor:
+    """Cut a window (channels, z, y, x) out of its slab, with zeros outside of the image, and mirror it.
+
+    `classes` : for each class in the last channel, the one that takes its place.
+    """
     z, y, x = place
     window = slab[:, :, y.inside, x.inside]
     if any((*z.outside, *y.outside, *x.outside)):
         window = F.pad(window, (*x.outside, *y.outside, *z.outside))
     if flip:
         window = window.flip([axis + 1 for axis in flip])
-    if swap is not None and table is not None and swap.axis in flip:
-        window[-1] = table[window[-1].long()]
+    if classes is not None:
+        window[-1] = classes[window[-1].long()]
     return window
 
 
-def _suggest_wider_type(window: SlidingWindow, sums: torch.dtype) -> str:
+def suggest_wider_type(window: SlidingWindow, sums: torch.dtype) -> str:
     """Return what to do about logits that are NaN or infinite; `sums` is the type of the sums over windows."""
     wider = ["--precision fp32"] if window.arithmetic.precision != "fp32" else []
     if sums == torch.float16:

@@ -168,11 +168,12 @@ def schedule(along: Sequence[Span], parts: Sequence[Block]) -> tuple[tuple[Windo
     Parameters
     ----------
     along : sequence of Span
-        The windows along the first axis.
+        The windows along the first axis; those before the slices that the first part needs are left out.
     parts : sequence of Block
         Blocks of output slices, in order; each contains the range of input slices that it needs.
     """
-    rows, left, first, depth = [], list(parts), 0, 0
+    along = [span for span in along if span.inside.stop > parts[0].low]
+    rows, left, first, depth = [], list(parts), along[0].inside.start, 0
     for number, span in enumerate(along):
         finished = along[number + 1].inside.start if number + 1 < len(along) else span.inside.stop
         n_parts = sum(part.high <= finished for part in left)

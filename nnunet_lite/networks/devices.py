@@ -73,6 +73,13 @@ def use_allowed_cpus() -> None:
         torch.set_num_threads(allowed)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a computation failed for lack of memory, of a device or, with a limit such as ulimit, of a CPU."""
+    texts = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    is_of_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return is_of_torch or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def release_memory(device: torch.device) -> None:
     """Free what finished work has left on a device: tensors in cycles of references, graphs of torch.compile, caches.
 

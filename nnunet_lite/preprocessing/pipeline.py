@@ -330,7 +330,7 @@ def require_finite(logits: Any, fix: str) -> None:
                         "(non-finite logits)", fix=fix)  # fmt: skip
 
 
-def decode_logits(data: Any, labels: Labels, head: Any = None, *, rounded: bool = False) -> np.ndarray:
+def decode_logits(data: Any, labels: Labels, *, rounded: bool = False) -> np.ndarray:
     """Choose the class of each voxel: the highest logit, or the last region above zero.
 
     Parameters
@@ -339,8 +339,6 @@ def decode_logits(data: Any, labels: Labels, head: Any = None, *, rounded: bool 
         float32 logits, on any device.
     labels : Labels
         The dataset's labels.
-    head : ndarray or Tensor, optional, shape (logits, channels)
-        The logits are `head @ data`, computed for few voxels at a time.
     rounded : bool
         Round logits to float16 first, as nnU-Net does: it decides where two logits are nearly equal.
 
@@ -349,29 +347,35 @@ def decode_logits(data: Any, labels: Labels, head: Any = None, *, rounded: bool 
     ndarray, shape `shape`
         Index into `output_values`, in the smallest type.
     """
+    if not isinstance(data, np.ndarray):
+        return _decode_tensor(_round_half(data) if rounded else data, labels.has_regions)
     flat = data.reshape(len(data), -1)
-    out = np.empty(flat.shape[1], smallest_dtype(0, len(data if head is None else head)))
-    at_once = _DECODED if isinstance(data, np.ndarray) else len(out)
-    for start in range(0, len(out), at_once):
-        piece = slice(start, start + at_once)
-        logits = flat[:, piece] if head is None else head @ flat[:, piece]
-        if rounded:  # Veltkamp's splitting: a third of the time of numpy's conversion to float16 and back
-            scaled = logits * _SPLIT
-            logits = scaled - (scaled - logits)
-        if not isinstance(logits, np.ndarray):
-            out[piece] = _decode_tensor(logits, labels.has_regions).cpu().numpy()
-        elif labels.has_regions:
+    out = np.empty(flat.shape[1], smallest_dtype(0, len(data)))
+    for start in range(0, len(out), _DECODED):
+        piece = slice(start, start + _DECODED)
+        logits = _round_half(flat[:, piece]) if rounded else flat[:, piece]
+        if labels.has_regions:
             _last_region(logits, out[piece])
         else:
             _highest(logits, out[piece])
     return out.reshape(data.shape[1:])
 
 
-def _decode_tensor(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    if not regions:
-        return logits.argmax(dim=0)
-    numbers = logits.new_ones(len(logits)).cumsum(0)[:, None]
-    return ((logits > 0) * numbers).amax(dim=0)
+def _round_half(logits: Any) -> Any:
+    """Round to float16 by Veltkamp's splitting: a third of the time of numpy's conversion to float16 and back."""
+    scaled = logits * _SPLIT
+    return scaled - (scaled - logits)
+
+
+def _decode_tensor(logits: torch.Tensor, regions: bool) -> np.ndarray:
+    """Decide on the device of the logits, and copy the result to numpy, from a GPU by pinned memory."""
+    if regions:
+        numbers = logits.new_ones(len(logits)).cumsum(0).view(-1, *[1] * (logits.ndim - 1))
+        decided = ((logits > 0) * numbers).amax(dim=0)
+    else:
+        decided = logits.argmax(dim=0)
+    decided = decided.byte() if len(logits) < 256 else decided.int()
+    return decided.new_empty(decided.shape, device="cpu", pin_memory=decided.is_cuda).copy_(decided).numpy()
 
 
 def _highest(logits: np.ndarray, out: np.ndarray) -> None:

@@ -265,7 +265,7 @@ def operators(
 
 def resampled_rows(
     data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]
-) -> Iterator[tuple[int, slice, Array]]:
+) -> Iterator[tuple[slice, slice, Array]]:
     """Resample one block of output slices, piece by piece.
 
     Parameters
@@ -279,15 +279,17 @@ def resampled_rows(
 
     Yields
     ------
-    tuple of int, slice and array, shape (channels, rows, x)
-        The output slice, its rows, and their values in float32: small enough for the cache.
+    tuple of slice, slice and array, shape (channels, slices, rows, x)
+        The output slices, their rows, and their values in float32: of one slice and few rows, which fit the cache, or
+        of a tensor, of all of them.
     """
     slab = _float(data[part.low : part.high])
     if part.matrix is not None:
         slab = (part.matrix @ slab.reshape(len(slab), -1)).reshape(-1, *slab.shape[1:])
-    for z, plane in enumerate(slab, part.start):
-        for rows, piece in _rows(plane, y, x):
-            yield z, rows, piece
+    size = 1 if isinstance(slab, np.ndarray) else len(slab)
+    for start in range(0, len(slab), size):
+        for rows, piece in _rows(slab[start : start + size], y, x):
+            yield slice(part.start + start, part.start + start + size), rows, piece.swapaxes(0, 1)
 
 
 @lru_cache(maxsize=128)

@@ -26,7 +26,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.swaps import check_swaps, swap_of
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training import augmentation
-from nnunet_lite.training.augmentation import Intensity, Shape, copy_to_device, source_shape, to_device
+from nnunet_lite.training.augmentation import Intensity, Shape, copy_parameters, copy_to_device, source_shape
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
 from nnunet_lite.training.cache import CaseArrays
 from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_cascade
@@ -246,7 +246,7 @@ def _read_native(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> tupl
     if not any(moved):
         return parts[0]
     matrices = np.stack([location.matrix for location in draw.locations if location.matrix is not None])
-    matrix, back = copy_to_device([matrices, np.argsort(order)], job.device)
+    matrix, back = copy_parameters([matrices, np.argsort(order)], job.device)
     parts[-1] = augmentation.warp_samples(*parts[-1], matrix, job.patch)
     images, classes = (torch.cat(part)[back.long()] for part in zip(*parts, strict=True))
     return images, classes
@@ -260,7 +260,7 @@ def _read_reference(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> t
     images, classes = read_patches(cases, locations, shape, cpu, _class_beyond(job))
     transforms = reference_transforms(settings, job.patch)
     images, classes = apply_transforms(transforms, images, classes, draw.seeds, job.patch)
-    return to_device(images, job.device), to_device(classes, job.device)
+    return copy_to_device(images, job.device), copy_to_device(classes, job.device)
 
 
 def _masked_channels(job: Job) -> list[int]:
