@@ -62,7 +62,7 @@ def predicted(case: Case, seed: int, dataset: Dataset, out: Path) -> CaseScore:
     draws = np.random.default_rng(seed)
     assert case.label is not None
     label, geometry, _ = read_label(case.label)
-    reference = map_labels(label, dataset.label_map)
+    reference = map_labels(label, dataset.value_map)
     moved = np.roll(reference, draws.integers(-2, 3, 3), (0, 1, 2))
     edge = moved != np.roll(moved, 1, 2)
     moved = np.where(edge & (draws.random(moved.shape) < 0.1), np.roll(moved, 1, 2), moved)

@@ -65,7 +65,7 @@ def write_prediction(job: tuple[Case, Path, str, int], dataset: Dataset) -> None
     case, out, name, number = job
     assert case.label is not None
     array, geometry, _ = read_label(case.label)
-    array = map_labels(array, dataset.label_map).astype(np.uint8)
+    array = map_labels(array, dataset.value_map).astype(np.uint8)
     write_label(out / f"{case.id}.nii.gz", perturbed(array, name, number), geometry)
 
 

@@ -19,7 +19,7 @@ from nnunet_lite.training.augmentation import (
     apply_mirror,
     blur,
     contrast,
-    copy_to_device,
+    copy_parameters,
     draw_intensity,
     draw_matrix,
     draw_mirror,
@@ -46,7 +46,7 @@ def smooth(shape: tuple[int, ...], sigma: float = 2.0, seed: int = 0) -> np.ndar
 def turned(image: np.ndarray, label: np.ndarray, corner: Any, patch: Any, matrix: Any) -> tuple[Tensor, Tensor]:
     case = LoadedCase("case", image[None], label, {}, None)
     images, classes = read_patches([case], [Location(0, corner, matrix)], patch, CPU)
-    images, classes = warp_samples(images, classes, *copy_to_device([matrix[None]], CPU), patch)
+    images, classes = warp_samples(images, classes, *copy_parameters([matrix[None]], CPU), patch)
     return images[0, 0], classes[0, 0]
 
 

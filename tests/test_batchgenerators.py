@@ -17,7 +17,7 @@ from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augmentation import (
     Shape,
     apply_intensity,
-    copy_to_device,
+    copy_parameters,
     draw_intensity,
     draw_matrix,
     rotation,
@@ -160,7 +160,7 @@ def test_both_pipelines_agree_in_distribution(tiny_cases: list[Any], patch: Shap
     images, classes = read_patches(
         tiny_cases, [Location(p.case, p.corner, m) for p, m in zip(places, whole, strict=True)], patch, CPU
     )
-    images, classes = warp_samples(images, classes, *copy_to_device([np.stack(whole)], CPU), patch)
+    images, classes = warp_samples(images, classes, *copy_parameters([np.stack(whole)], CPU), patch)
     ours = statistics(apply_intensity(images, draw_intensity(rng, settings, n, 1)), classes) - before
 
     wide = oversize(settings, patch)

@@ -137,6 +137,7 @@ def test_without_settings_the_map_is_appended_as_it_is(tiny_cases: list[Any]) ->
         np.testing.assert_array_equal(inputs[:, 1 + number].numpy(), previous.numpy() == number)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_changes_the_map_as_the_cpu_does(tiny_cases: list[Any]) -> None:
     previous = torch.from_numpy(np.stack([case.label[:30, :40, :30] for case in tiny_cases[:4]]))

@@ -498,6 +498,7 @@ def test_an_error_is_raised_after_the_items_before_it(workers: int) -> None:
     assert threads() == []
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_training_stream_sees_finished_batches() -> None:
     device = torch.device("cuda")

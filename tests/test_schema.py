@@ -89,20 +89,6 @@ def test_an_illegal_value_names_its_place(tmp_path: Path, place: str, value: Any
         read_edited(tmp_path, change)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[1]", r"the file: .*valid dictionary.*\(found \[1\]\)"),
-        ("{}", "dataset: Field required"),
-        ('{"format":\n oops}', "line 2, column 2"),
-    ],
-)
-def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "plans.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        Plan.read(tmp_path / "plans.json")
-
-
 def test_the_schema_in_docs_is_current() -> None:
     docs = Path(__file__).parent.parent / "docs" / "plans.schema.json"
     assert json.loads(docs.read_text()) == Plan.model_json_schema()

@@ -131,8 +131,8 @@ def view(
     else:
         paths = select_dataset(workspace, dataset, only_reads=True)
         planned = stored_dataset(paths.dataset)
-        found = _case_of(planned, str(case))
-        page = serve(read_case_scene(planned, found, _predictions(paths, found, options.names_of(model))))
+        planned_case = _case_of(planned, str(case))
+        page = serve(read_case_scene(planned, planned_case, _predictions(paths, planned_case, options.names_of(model))))
     if browser and not open_browser(page):
         log.info("no browser with windows was found; open the address in one")
     return page
@@ -155,12 +155,12 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[
     UserError
         One of the models in `names` has none.
     """
-    found = []
+    predictions = []
     for name in _chosen(paths) if names is None else names:
         folder = paths.ensembles / name if "+" in name else paths.models / name
         maps = (output_file(case, fold / VALIDATION) for fold in sorted(folder.glob("fold_*")))
         if file := next((path for path in maps if path.is_file()), None):
-            found.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))
+            predictions.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))
         elif names is None:
             log.info(f"{name} has not predicted {case.id}: the fold that holds it out is not trained")
         elif not folder.is_dir():
@@ -168,7 +168,7 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[
             raise UserError("there is no such model", folder, f"There are: {', '.join(have) or 'none'}.")
         else:
             raise UserError(f"has not predicted {case.id}: the fold that holds it out is not trained", folder)
-    return found
+    return predictions
 
 
 def _chosen(paths: Paths) -> list[str]:

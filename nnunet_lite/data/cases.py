@@ -183,7 +183,7 @@ def _cases_of(source: Path, channels: int) -> list[Case]:
         what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
         raise UserError(what, source, _ALSO_DICOM)
     if channels == 1 and (numbered := numbered_cases(cases)):
-        names = " and ".join(case.images[0].name for case in numbered[0][:2])
+        names = " and ".join(case.images[0].name for case in numbered[:2])
         log.warn(
             f"{source}: {names} are predicted as two cases, because the model has one channel. If they are channels of "
             "one case, leave only the channel of the model in the folder"
@@ -225,7 +225,7 @@ def _case_folders(parent: Path, channels: int) -> list[Case]:
     for folder in folders_in(parent):
         found = _cases_of_folder(folder, channels)
         if len(found) > 1:
-            names = ", ".join(case.images[0].name for case in found[:3]) + (" ..." if len(found) > 3 else "")
+            names = few([case.images[0].name for case in found])
             fix = "Give the folder of the images itself, or one folder per case."
             raise UserError(f"holds {len(found)} images ({names}) where it should hold one case", folder, fix)
         inside = [] if found else series_folders(folder)
@@ -262,8 +262,8 @@ def split_name(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def numbered_cases(cases: Iterable[Case]) -> list[list[Case]]:
-    """Return groups of cases x_0000, x_0001, ... that could be channels of one case x.
+def numbered_cases(cases: Iterable[Case]) -> list[Case]:
+    """Return the first cases x_0000, x_0001, ... that could be channels of one case x.
 
     Parameters
     ----------
@@ -272,19 +272,16 @@ def numbered_cases(cases: Iterable[Case]) -> list[list[Case]]:
 
     Returns
     -------
-    list of list of Case
-        Groups of at most eight; a longer series is not what a case has as channels.
+    list of Case
+        At most eight, since a longer series is not what a case has as channels; empty if there are none.
     """
     series: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         name, number = split_name(case.id)
         if number is not None:
             series[name].append(case)
-    return [
-        found
-        for name, found in series.items()
-        if 1 < len(found) <= _MOST_CHANNELS and any(case.id == f"{name}_0000" for case in found)
-    ]
+    groups = (found for found in series.values() if 1 < len(found) <= _MOST_CHANNELS)
+    return next((found for found in groups if any(split_name(case.id)[1] == 0 for case in found)), [])
 
 
 def group_files(files: list[Path], channels: int, ids: Collection[str] = ()) -> list[Case]:
@@ -445,7 +442,7 @@ def labelled_cases(
     if by_word:
         notes.append(by_word[0] + (f", and {len(by_word) - 1} more in the same way" if by_word[1:] else ""))
     if channels == 1 and (numbered := numbered_cases(single)):
-        names = " and ".join(case.images[0].name for case in numbered[0][:2])
+        names = " and ".join(case.images[0].name for case in numbered[:2])
         notes.append(f"{names} are two cases and not two channels, since each has a label map")
     return labelled, tuple(notes)
 

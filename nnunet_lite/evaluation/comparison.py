@@ -242,14 +242,14 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     UserError
         There is none, or not what `only` names.
     """
-    members, notes, known = [], [], set[str]()
+    members, notes, names = [], [], set[str]()
     n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
     for folder in model_folders(paths):
         plan, run = read_model(folder)
         configuration, first_stage = run["configuration"], run.get("previous")
         if only is not None and not {folder.name, configuration} & set(only):
             continue
-        known |= {folder.name, configuration}
+        names |= {folder.name, configuration}
         folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
         first = None if first_stage is None else folder.parent / Path(first_stage).name
         member = Member(folder, configuration, first, plan, folds)
@@ -258,7 +258,7 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
         else:
             members.append(member)
     fix = f"Run `{first_training(paths)}`."
-    if missing := [name for name in only or () if name not in known]:
+    if missing := [name for name in only or () if name not in names]:
         raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)
     if not members:
         reasons = f" ({'; '.join(notes)})" if notes else ""

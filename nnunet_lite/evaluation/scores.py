@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import image_files, label_maps
+from nnunet_lite.data.cases import image_files, label_maps, unsupported_files
 from nnunet_lite.data.dataset import labels_of, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
@@ -62,8 +62,8 @@ class CaseScore:
     @property
     def mean_dice(self) -> float | None:
         """The mean over the labels that are in the case or in its prediction; None if there are none."""
-        known = [values["Dice"] for values in self.metrics.values() if values["Dice"] is not None]
-        return sum(known) / len(known) if known else None
+        dice = [values["Dice"] for values in self.metrics.values() if values["Dice"] is not None]
+        return sum(dice) / len(dice) if dice else None
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,13 @@ class Scores:
         A mean over other cases than those of Dice says over how many: HD95 needs both masks. A metric that no case has
         is no column.
         """
-        shown = [
+        metrics = [
             metric for name, metric in METRICS.items()
             if name == "Dice" or (metric.better in ("higher", "lower") and np.isfinite(self.values(name)).any())
         ]  # fmt: skip
-        columns = [{**self.by_label(m.name), "foreground mean": self.foreground(m.name)} for m in shown]
+        columns = [{**self.by_label(m.name), "foreground mean": self.foreground(m.name)} for m in metrics]
         suffixes = {"NSD": f" {self.tolerance:g} {self.unit}", "HD95": f" {self.unit}"}
-        headings = [metric.heading + suffixes.get(metric.name, "") for metric in shown]
+        headings = [metric.heading + suffixes.get(metric.name, "") for metric in metrics]
         head = ("label", "n", "Dice", "95 % interval", "median", *headings[1:])
         return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
 
@@ -380,7 +380,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{files[stem(path)].name} and {path.name} are the same case", folder, "Remove one.")
         files[stem(path)] = path
     if not files:
-        raise UserError("contains no label map of a supported format", folder)
+        raise UserError(f"contains no label map of a supported format{unsupported_files(folder)}", folder)
     return files
 
 
@@ -440,18 +440,19 @@ def _read_pair(
                 f"Resample one to the grid of the other, with nearest neighbour.{accept}",
             )
         more = [*more, (f"another {' and '.join(differing)} than the reference, accepted", prediction.name)]
-    known = grid if grid.calibrated and not true_grid.calibrated else true_grid
-    return predicted, true, known, remarks + more
+    geometry = grid if grid.calibrated and not true_grid.calibrated else true_grid
+    return predicted, true, geometry, remarks + more
 
 
 def _read(path: Path, labels: Labels, like: Geometry | None = None) -> tuple[np.ndarray, Geometry, list[_Remark]]:
     """Read a label map with the values of `labels`, aligned with the geometry `like`, its geometry, and remarks."""
     array, geometry, notes = read_label(path, like)
     remarks = [(note, path.name) for note in notes]
-    found, known = _distinct_values(array), {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
-    if known == {0, 1} and 255 in found and 1 not in found:
+    values = _distinct_values(array)
+    label_values = {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
+    if label_values == {0, 1} and 255 in values and 1 not in values:
         return map_labels(array, {255: 1}), geometry, [*remarks, ("255 read as 1", path.name)]
-    if found - known:
-        unknown = few([str(value) for value in sorted(found - known)], 10)
+    if values - label_values:
+        unknown = few([str(value) for value in sorted(values - label_values)], 10)
         remarks.append((f"no label has the value {unknown}, counted as background", path.name))
     return array, geometry, remarks

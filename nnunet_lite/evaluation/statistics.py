@@ -113,11 +113,11 @@ def p_of_gain(differences: np.ndarray) -> float:
     changed = differences[differences != 0]
     if len(changed) < 2:
         return 0.5 if changed.sum() > 0 else 1.0
-    found = permutation_test(
+    test = permutation_test(
         (changed,), np.sum, permutation_type="samples", n_resamples=_FLIPS, alternative="greater", vectorized=True,
         random_state=_SEED,
     )  # fmt: skip
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def mean_of_labels(table: np.ndarray) -> float:

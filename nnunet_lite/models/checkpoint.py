@@ -48,7 +48,7 @@ def snapshot_checkpoint(
 ) -> Callable[[], None]:
     """Copy a run as it is now, and return a function that writes it in one file, atomically.
 
-    A thread may call the function while the training goes on.
+    A thread may call the function during the next steps.
 
     Parameters
     ----------

@@ -211,8 +211,8 @@ class _PlainNorm(torch.autograd.Function):
     """Instance norm in plain operations with sums in float32; it keeps the memory format of its input.
 
     torch's own normalizes (1, batch * channels, *positions), for which it copies a channels-last tensor twice. These
-    operations read and write it as it lies; torch.compile fuses them with the activation that follows. Only the input
-    and a mean and a deviation for each sample and channel are kept for the backward pass.
+    operations copy nothing, and torch.compile fuses them with the activation that follows. Only the input and a mean
+    and a deviation for each sample and channel are kept for the backward pass.
     """
 
     @staticmethod

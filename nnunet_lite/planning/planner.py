@@ -17,7 +17,7 @@ import numpy as np
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.planning import topology
+from nnunet_lite.planning import topology as rules
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import NORMALIZATIONS, Channel, Configuration, Network, Options, Plan
@@ -123,17 +123,17 @@ def make_plan(
     UserError
         The preset is unknown, no patch fits the budget, or the fingerprint has other channels.
     """
-    rules, gigabytes = _preset(preset), memory_budget(preset, memory_gb)
+    gigabytes = memory_budget(preset, memory_gb)
     spacings = np.asarray(fingerprint.spacings, np.float64)
     shapes = np.asarray(fingerprint.shapes_after_crop, np.float64)
     if not len(spacings):
         raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
-    task = _Task(rules, gigabytes, n_cases or len(spacings), len(channels), labels)
-    target, why = target_spacing(spacings, shapes)
+    task = _Task(PRESETS[preset], gigabytes, n_cases or len(spacings), len(channels), labels)
+    target, reasons = target_spacing(spacings, shapes)
     order = axis_order(target)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
     if order != (0, 1, 2):
-        why.append(f"axes are taken in the order {', '.join(_AXIS[a] for a in order)}: the coarsest comes first")
+        reasons.append(f"axes are taken in the order {', '.join(_AXIS[a] for a in order)}: the coarsest comes first")
     return Plan(
         dataset=dataset_name,
         preset=preset,
@@ -145,7 +145,7 @@ def make_plan(
         channels=plan_channels(fingerprint, channels),
         labels=labels,
         n_cases=task.n_cases,
-        configurations=_plan_configurations(task, target[list(order)], median[list(order)], tuple(why)),
+        configurations=_plan_configurations(task, target[list(order)], median[list(order)], tuple(reasons)),
     )
 
 
@@ -157,18 +157,14 @@ def memory_budget(preset: str, memory_gb: float | None = None) -> float:
     UserError
         The preset is unknown, or the budget is not a positive number.
     """
-    gigabytes = _preset(preset).memory_gb if memory_gb is None else float(memory_gb)
+    if preset not in PRESETS:
+        near = get_close_matches(preset, PRESETS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(PRESETS)}."
+        raise UserError(f"there is no preset {preset!r}", fix=hint)
+    gigabytes = PRESETS[preset].memory_gb if memory_gb is None else float(memory_gb)
     if not gigabytes > 0:
         raise UserError(f"a memory budget of {gigabytes:g} GB is not positive", fix="Give GB of GPU memory, such as 8.")
     return gigabytes
-
-
-def _preset(name: str) -> PlannerPreset:
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(PRESETS)}."
-        raise UserError(f"there is no preset {name!r}", fix=hint)
-    return PRESETS[name]
 
 
 def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Channel, ...]:
@@ -237,20 +233,20 @@ def axis_order(spacing: np.ndarray) -> tuple[int, int, int]:
 
 
 def _plan_configurations(
-    task: _Task, spacing: np.ndarray, median: np.ndarray, why: tuple[str, ...]
+    task: _Task, spacing: np.ndarray, median: np.ndarray, reasons: tuple[str, ...]
 ) -> dict[str, Configuration]:
     """Plan all configurations for a target spacing (mm) and the median shape (voxels) at it, in transposed axes."""
     data_voxels = float(prod(median)) * task.n_cases
-    planned = {"2d": _plan_configuration(task, spacing[1:], median[1:], data_voxels, why)}
+    planned = {"2d": _plan_configuration(task, spacing[1:], median[1:], data_voxels, reasons)}
     if median[0] == 1:
         return planned
-    full = _plan_configuration(task, spacing, median, data_voxels, why)
+    full = _plan_configuration(task, spacing, median, data_voxels, reasons)
     low, note = _plan_lowres(task, full)
     if low is None:
         return {**planned, "3d_fullres": _with_reason(full, note)}
     full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image", batch_dice=True)
-    reasons = ("as 3d_fullres, with the segmentation of 3d_lowres as further input channels",)
-    cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": reasons})
+    reason = "as 3d_fullres, with the segmentation of 3d_lowres as further input channels"
+    cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": (reason,)})
     return {
         **planned,
         "3d_lowres": low,
@@ -287,24 +283,24 @@ def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None
 
 
 def _plan_configuration(
-    task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, why: tuple[str, ...]
+    task: _Task, spacing: np.ndarray, median: np.ndarray, data_voxels: float, reasons: tuple[str, ...]
 ) -> Configuration:
     """Find the largest patch that fits the budget, its network, and the largest batch for both."""
     dimensions = len(spacing)
     budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
-    shape, patch_reason = _fit_patch(task, spacing, median, budget)
-    maps = topology.feature_map_count(task.preset.kind, shape, task.label_entries)
+    topology, patch_reason = _fit_patch(task, spacing, median, budget)
+    maps = rules.feature_map_count(task.preset.kind, topology, task.label_entries)
     batch, batch_reason = _fit_batch(
-        task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(shape.patch)
+        task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(topology.patch)
     )
     planned = Configuration(
         spacing=tuple(spacing.tolist()),
         median_shape=tuple(median.tolist()),
-        patch_size=shape.patch,
+        patch_size=topology.patch,
         batch_size=batch,
-        network=topology.default_network(task.preset.kind, shape),
+        network=rules.default_network(task.preset.kind, topology),
         batch_dice=dimensions == 2,
-        reasons=(*why, patch_reason, *_network_reasons(shape), batch_reason),
+        reasons=(*reasons, patch_reason, *_network_reasons(topology), batch_reason),
     )
     return with_memory(planned, task.n_channels, task.labels)
 
@@ -317,19 +313,19 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
     dimensions, mm = len(spacing), spacing.tolist()
     density = 1 / spacing
     ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
-    first = shape = topology.topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
+    first = topology = rules.topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
     per_patch = task.preset.least_batch[dimensions] / REFERENCE_BATCH[dimensions]
-    while topology.feature_map_count(task.preset.kind, shape, task.label_entries) * per_patch > budget:
-        smaller = topology.shorten_patch(shape, mm, median.tolist())
+    while rules.feature_map_count(task.preset.kind, topology, task.label_entries) * per_patch > budget:
+        smaller = rules.shorten_patch(topology, mm, median.tolist())
         if smaller is None:
             raise UserError(f"{task.memory_gb:g} GB are too few for this dataset", fix="Give more with --memory.")
-        shape = smaller
+        topology = smaller
     fits = f"its feature maps fit {task.memory_gb:g} GB"
-    if shape is first:
-        whole = all(n >= m for n, m in zip(shape.patch, median, strict=True))
+    if topology is first:
+        whole = all(n >= m for n, m in zip(topology.patch, median, strict=True))
         size = "covers the median image" if whole else "has its full size"
-        return shape, f"patch {join_by_x(shape.patch)} {size}: {fits}"
-    return shape, f"patch shrunk from {join_by_x(first.patch)} to {join_by_x(shape.patch)} so that {fits}"
+        return topology, f"patch {join_by_x(topology.patch)} {size}: {fits}"
+    return topology, f"patch shrunk from {join_by_x(first.patch)} to {join_by_x(topology.patch)} so that {fits}"
 
 
 def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tuple[int, str]:
@@ -349,15 +345,15 @@ def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tupl
     return batch, f"batch {batch} is the minimum{short}"
 
 
-def _network_reasons(shape: Topology) -> list[str]:
+def _network_reasons(topology: Topology) -> list[str]:
     """Say what is unusual about the network, and why."""
-    if len(shape.strides) == 1:
+    if len(topology.strides) == 1:
         return ["images are too small to pool: this network has no decoder and cannot be trained"]
-    flat = sum(1 in kernel for kernel in shape.kernels)
+    flat = sum(1 in kernel for kernel in topology.kernels)
     if not flat:
         return []
     stages = "the first stage" if flat == 1 else f"the first {flat} stages"
-    return [f"kernels {join_by_x(shape.kernels[0])} in {stages}: voxels there are over 2x longer along one axis"]
+    return [f"kernels {join_by_x(topology.kernels[0])} in {stages}: voxels there are over 2x longer along one axis"]
 
 
 def _percent(share: float) -> str:
@@ -459,12 +455,12 @@ def limit_sizes(
     """
     c = plan.configuration(configuration)
     patch, batch = c.patch_size, c.batch_size
-    shape = topology.topology_of(c.spacing, patch)
+    topology = rules.topology_of(c.spacing, patch)
     while patch_voxels is not None and prod(patch) > patch_voxels:
-        smaller = topology.shorten_patch(shape, c.spacing, c.median_shape)
+        smaller = rules.shorten_patch(topology, c.spacing, c.median_shape)
         if smaller is None or len(smaller.strides) == 1:
             break
-        shape, patch = smaller, smaller.patch
+        topology, patch = smaller, smaller.patch
     if batch_voxels is not None:
         batch = min(batch, max(2, batch_voxels // prod(patch)))
     return override_sizes(plan, configuration, patch, batch)
@@ -475,27 +471,27 @@ def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configu
     if len(patch) != configuration.dimensions or min(patch) < 1:
         fix = f"Give {configuration.dimensions} positive numbers of voxels."
         raise UserError(f"patch size {size} is no patch", fix=fix)
-    shape = topology.topology_of(configuration.spacing, patch)
-    if shape.patch != patch:
-        below, above = (join_by_x(legal) for legal in topology.neighbouring_patches(configuration.spacing, patch))
-        what = f"patch size {size} cannot be pooled: it must be a multiple of {join_by_x(shape.divisor)}"
+    topology = rules.topology_of(configuration.spacing, patch)
+    if topology.patch != patch:
+        below, above = (join_by_x(legal) for legal in rules.neighbouring_patches(configuration.spacing, patch))
+        what = f"patch size {size} cannot be pooled: it must be a multiple of {join_by_x(topology.divisor)}"
         raise UserError(what, fix=f"The nearest are {below} and {above}.")
-    if len(shape.strides) == 1:
+    if len(topology.strides) == 1:
         raise UserError(f"patch size {size} is too small to pool", fix="Give at least 8 voxels along an axis.")
-    network = _adapt_network(configuration.network, shape)
+    network = _adapt_network(configuration.network, topology)
     return _with_reason(configuration, f"patch {size} was set by hand", patch_size=patch, network=network)
 
 
-def _adapt_network(network: Network, shape: Topology) -> Network:
+def _adapt_network(network: Network, topology: Topology) -> Network:
     """Keep what the network has for the stages of both topologies, and add deeper stages by nnU-Net's rule."""
-    stages, old = len(shape.strides), len(network.features)
-    rule = topology.default_network(network.kind, shape)
-    features = topology.default_features(stages, len(shape.patch), base=network.features[0])
+    stages, old = len(topology.strides), len(network.features)
+    rule = rules.default_network(network.kind, topology)
+    features = rules.default_features(stages, len(topology.patch), base=network.features[0])
     return network.model_copy(
         update={
             "features": (network.features + features[old:])[:stages],
-            "strides": shape.strides,
-            "kernels": shape.kernels,
+            "strides": topology.strides,
+            "kernels": topology.kernels,
             "blocks": (network.blocks + rule.blocks[old:])[:stages],
             "decoder_convolutions": (rule.decoder_convolutions + network.decoder_convolutions)[-(stages - 1) :],
         }

@@ -86,7 +86,7 @@ def _axes_to_pool(edge: Sequence[float], sampling: Sequence[float]) -> list[int]
     return [] if len(pooled) == 1 and edge[pooled[0]] < 3 * MIN_EDGE else pooled
 
 
-def shorten_patch(shape: Topology, spacing: Sequence[float], median: Sequence[float]) -> Topology | None:
+def shorten_patch(topology: Topology, spacing: Sequence[float], median: Sequence[float]) -> Topology | None:
     """Return the topology of the next smaller patch.
 
     The axis that is longest relative to the median image loses its divisor. A shorter axis may be pooled once less and
@@ -94,7 +94,7 @@ def shorten_patch(shape: Topology, spacing: Sequence[float], median: Sequence[fl
 
     Parameters
     ----------
-    shape : Topology
+    topology : Topology
         The patch to shorten.
     spacing : sequence of float
         mm per axis.
@@ -106,12 +106,12 @@ def shorten_patch(shape: Topology, spacing: Sequence[float], median: Sequence[fl
     Topology or None
         None where no voxel would be left.
     """
-    axis = max(range(len(shape.patch)), key=lambda a: (shape.patch[a] / median[a], a))
-    smaller = list(shape.patch)
-    smaller[axis] -= shape.divisor[axis]
+    axis = max(range(len(topology.patch)), key=lambda a: (topology.patch[a] / median[a], a))
+    smaller = list(topology.patch)
+    smaller[axis] -= topology.divisor[axis]
     if smaller[axis] < 1:
         return None
-    smaller[axis] = shape.patch[axis] - topology_of(spacing, smaller).divisor[axis]
+    smaller[axis] = topology.patch[axis] - topology_of(spacing, smaller).divisor[axis]
     return topology_of(spacing, smaller)
 
 
@@ -134,8 +134,8 @@ def neighbouring_patches(spacing: Sequence[float], patch: Sequence[int]) -> tupl
     while above.patch != (padded := topology_of(spacing, above.patch)).patch:
         above = padded
     below = tuple(patch)
-    while (shape := topology_of(spacing, below)).patch != below:
-        below = tuple(n // d * d for n, d in zip(below, shape.divisor, strict=True))
+    while (topology := topology_of(spacing, below)).patch != below:
+        below = tuple(n // d * d for n, d in zip(below, topology.divisor, strict=True))
     return below, above.patch
 
 
@@ -156,14 +156,14 @@ def default_blocks(kind: Kind, stages: int) -> tuple[int, ...]:
     return (RESIDUAL_BLOCKS + RESIDUAL_BLOCKS[-1:] * stages)[:stages]
 
 
-def default_network(kind: Kind, shape: Topology) -> Network:
+def default_network(kind: Kind, topology: Topology) -> Network:
     """Return nnU-Net's network for a topology."""
-    stages = len(shape.strides)
+    stages = len(topology.strides)
     return Network(
         kind=kind,
-        features=default_features(stages, len(shape.patch)),
-        strides=shape.strides,
-        kernels=shape.kernels,
+        features=default_features(stages, len(topology.patch)),
+        strides=topology.strides,
+        kernels=topology.kernels,
         blocks=default_blocks(kind, stages),
         decoder_convolutions=(2 if kind == "plain" else 1,) * (stages - 1),
     )
@@ -178,7 +178,7 @@ def voxels_per_stage(strides: Sequence[Sequence[int]], patch: Sequence[int]) -> 
     return out
 
 
-def feature_map_count(kind: Kind, shape: Topology, outputs: int) -> int:
+def feature_map_count(kind: Kind, topology: Topology, outputs: int) -> int:
     """Count the values in all feature maps of nnU-Net's network for one patch.
 
     nnU-Net's memory budget counts the output of every convolution (also transposed ones and projections) and of the
@@ -188,7 +188,7 @@ def feature_map_count(kind: Kind, shape: Topology, outputs: int) -> int:
     ----------
     kind : {"plain", "residual"}
         The encoder's blocks.
-    shape : Topology
+    topology : Topology
         Patch, strides and kernels.
     outputs : int
         Entries in the labels of the dataset, background and ignore included.
@@ -198,13 +198,13 @@ def feature_map_count(kind: Kind, shape: Topology, outputs: int) -> int:
     int
         The number of values.
     """
-    stages = len(shape.strides)
-    features = default_features(stages, len(shape.patch))
-    sizes = [n * voxels for n, voxels in zip(features, voxels_per_stage(shape.strides, shape.patch), strict=True)]
+    stages = len(topology.strides)
+    features = default_features(stages, len(topology.patch))
+    sizes = [n * voxels for n, voxels in zip(features, voxels_per_stage(topology.strides, topology.patch), strict=True)]
     encoder = sum(n * size for n, size in zip(default_blocks(kind, stages), sizes, strict=True))
     decoder = 3 * sum(sizes[:-1])
     if kind == "residual":
         # The stem; two convolutions per block; a projection wherever a stage changes size or features.
         encoder, decoder = sizes[0] + 2 * encoder + sum(sizes[1:]), 2 * sum(sizes[:-1])
-    head = outputs * prod(shape.patch) if stages > 1 else 0  # heads sit on decoder stages
+    head = outputs * prod(topology.patch) if stages > 1 else 0  # heads sit on decoder stages
     return encoder + decoder + head

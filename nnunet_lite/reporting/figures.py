@@ -244,10 +244,10 @@ def plot_curves(
         None if no value is finite.
     """
     curves = [Curve(curve.name, _clean(curve.points), curve.colour, curve.style) for curve in curves]
-    known = [(x, y) for curve in curves for x, y in curve.points if y is not None]
-    if not known:
+    points = [(x, y) for curve in curves for x, y in curve.points if y is not None]
+    if not points:
         return None
-    xs, ys = zip(*known, strict=True)
+    xs, ys = zip(*points, strict=True)
     low, high = (given if given is not None else end for given, end in zip(y_range, _with_margin(ys), strict=True))
     x = Axis(_not_empty(min(xs), max(xs)), (52, 438), x_label, 6, only_integers=x_label == "epoch")
     series = [dict(zip(("name", "x", "y"), (c.name, *zip(*c.points, strict=True)), strict=True)) for c in curves]
@@ -297,10 +297,10 @@ def plot_dots(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float | 
     model : str
         Whose cases they are.
     """
-    known = [(name, [(case, value) for case, value in cases if value is not None]) for name, cases in rows]
-    means = [np.mean([value for _, value in cases]) if cases else None for _, cases in known]
-    x, y = _row_axes([name for name, _ in known], (0, 1), "Dice")
-    content = {"rows": [(*row, mean) for row, mean in zip(known, means, strict=True)], "model": model}
+    labels = [(name, [(case, value) for case, value in cases if value is not None]) for name, cases in rows]
+    means = [np.mean([value for _, value in cases]) if cases else None for _, cases in labels]
+    x, y = _row_axes([name for name, _ in labels], (0, 1), "Dice")
+    content = {"rows": [(*row, mean) for row, mean in zip(labels, means, strict=True)], "model": model}
     return Chart("dots", title, x, y, content)
 
 
@@ -321,12 +321,12 @@ def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | 
     Chart or None
         None if no row has a mean.
     """
-    known = [row for row in rows if row[1] is not None]
-    if not known:
+    intervals = [row for row in rows if row[1] is not None]
+    if not intervals:
         return None
-    values = [value for _, *numbers in known for value in numbers if value is not None]
-    x, y = _row_axes([name for name, *_ in known], _with_margin(values), label)
-    return Chart("intervals", title, x, y, known)
+    values = [value for _, *numbers in intervals for value in numbers if value is not None]
+    x, y = _row_axes([name for name, *_ in intervals], _with_margin(values), label)
+    return Chart("intervals", title, x, y, intervals)
 
 
 def _row_axes(names: list[str], values: tuple[float, float], label: str) -> tuple[Axis, Axis]:
@@ -534,8 +534,8 @@ class OrientedImage:
             WebP of each channel, outlines in voxels, size in voxels and mm, and the slice as it is stored.
         """
         index, n = at[plane.normal], self.array.shape[1 + plane.normal]
-        shown = zip(self.array[:channels], self.levels, strict=False)
-        pixels = [to_bytes(slice_of(channel, plane, index, box), levels) for channel, levels in shown]
+        visible = zip(self.array[:channels], self.levels, strict=False)
+        pixels = [to_bytes(slice_of(channel, plane, index, box), levels) for channel, levels in visible]
         pictures = [np.stack(pixels, axis=-1)] if self.colour else pixels
         height, width = pixels[0].shape
         outlines = [
@@ -665,12 +665,12 @@ def webp(picture: np.ndarray, size: int) -> str:
     ----------
     picture : ndarray of uint8, shape (y, x) or (y, x, 3)
     size : int
-        Each axis shrinks to at most so many pixels.
+        The most pixels along an axis; a larger picture shrinks.
     """
     image = PillowImage.fromarray(np.ascontiguousarray(picture))
-    shown = min(image.width, size), min(image.height, size)
-    if shown != image.size:
-        image = image.resize(shown, PillowImage.Resampling.BOX)
+    page_size = min(image.width, size), min(image.height, size)
+    if page_size != image.size:
+        image = image.resize(page_size, PillowImage.Resampling.BOX)
     file = io.BytesIO()
     image.save(file, "WEBP", quality=_QUALITY, method=_METHOD)
     return base64.b64encode(file.getvalue()).decode("ascii")

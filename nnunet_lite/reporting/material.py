@@ -207,13 +207,13 @@ def read_material(paths: Paths) -> Material:
         The dataset is not planned, or one of its files is broken.
     """
     plan, dataset, selection = Plan.read(paths.plans), stored_dataset(paths.dataset), read_selection(paths)
-    chosen = "+".join(selection.models) if selection else ""
+    selected = "+".join(selection.models) if selection else ""
     notes: list[str] = []
     models = list(_read_models(paths, dataset, notes))
-    ensemble = paths.ensembles / chosen
-    if "+" in chosen and ensemble.is_dir():
-        models.append(ModelResults(chosen, {}, None, (), *_read_scores(ensemble, dataset, notes)))
-    models.sort(key=lambda model: (model.name != chosen, model.dice is None, -(model.dice or 0.0), model.name))
+    ensemble = paths.ensembles / selected
+    if "+" in selected and ensemble.is_dir():
+        models.append(ModelResults(selected, {}, None, (), *_read_scores(ensemble, dataset, notes)))
+    models.sort(key=lambda model: (model.name != selected, model.dice is None, -(model.dice or 0.0), model.name))
     return Material(
         paths,
         dataset,
@@ -252,13 +252,13 @@ def _read_scores(folder: Path, dataset: Dataset, notes: list[str]) -> tuple[Scor
     fold_of: dict[str, str] = {}
     for file in sorted(folder.glob("fold_*/validation/summary.json")):
         try:
-            found = read_summaries([file], dataset.labels).rows
+            validated = read_summaries([file], dataset.labels).rows
         except UserError as error:
             notes.append(f"scores are left out: {error}")
             continue
-        rows += [row for row in found if row.case not in fold_of]
+        rows += [row for row in validated if row.case not in fold_of]
         fold = file.parent.parent.name.removeprefix("fold_")
-        fold_of = {row.case: fold for row in found} | fold_of
+        fold_of = {row.case: fold for row in validated} | fold_of
     return Scores(tuple(rows), dataset.labels), fold_of
 
 
@@ -278,31 +278,31 @@ def draw_cases(material: Material) -> Material:
     Material
         The same with pictures, and notes on what has none.
     """
-    cases, channels, found = material.dataset.cases, len(material.plan.channels), material.fingerprint
-    known = dict(zip(found.case_ids, found.shapes_after_crop, strict=False)) if found else {}
-    voxels = {case.id: prod(known.get(case.id, _UNKNOWN_SHAPE)) * channels for case in cases}
+    cases, channels, fingerprint = material.dataset.cases, len(material.plan.channels), material.fingerprint
+    known_shapes = dict(zip(fingerprint.case_ids, fingerprint.shapes_after_crop, strict=False)) if fingerprint else {}
+    voxels = {case.id: prod(known_shapes.get(case.id, _UNKNOWN_SHAPE)) * channels for case in cases}
     n_tiles = int(_MAX_VOXELS / 3 * len(cases) / max(1, sum(voxels.values())))
     tiles = _evenly(cases, min(TILES, max(4, n_tiles)))
     scored = {row.case for model in material.scored for row in model.scores.rows}
     unscored = [case for case in cases if case.id not in scored and case.label is not None]
     share = _MAX_LABEL_VOXELS * channels / max(1, sum(voxels[case.id] for case in unscored))
-    measured = _evenly(unscored, max(8, int(len(unscored) * min(1, share))))
+    volume_cases = _evenly(unscored, max(8, int(len(unscored) * min(1, share))))
     overlays = _choose_overlays(material, voxels, tiles)
-    shapes = [known.get(overlay.case_id, _UNKNOWN_SHAPE) for overlay in overlays]
+    shapes = [known_shapes.get(overlay.case_id, _UNKNOWN_SHAPE) for overlay in overlays]
     size, n_overlays = _size_of_overlays(shapes, min(channels, MAX_CHANNELS))
     predictions: dict[str, dict[str, Path]] = defaultdict(dict)
     for overlay in overlays[:n_overlays]:
         predictions[overlay.case_id][overlay.model] = overlay.file
     draw = partial(draw_case, material.dataset, material.plan, size)
-    contents = [(case.id in tiles, case.id in measured, predictions[case.id]) for case in cases]
+    contents = [(case.id in tiles, case.id in volume_cases, predictions[case.id]) for case in cases]
     at_once = system.cases_in_flight(max(voxels.values(), default=0) * _BYTES_PER_VOXEL, None)
     with ThreadPoolExecutor(at_once, "report") as pool:
-        drawn = list(log.progress(pool.map(draw, cases, *zip(*contents, strict=True)), len(cases), "report"))
-    by_case = {one.case_id: one for one in drawn}
+        pictures = list(log.progress(pool.map(draw, cases, *zip(*contents, strict=True)), len(cases), "report"))
+    by_case = {one.case_id: one for one in pictures}
     overlaid = _fit_page(material, by_case, overlays[:n_overlays])
-    counts = (("the montage and the intensities are", len(tiles)), ("volumes are", len(scored | measured)))
+    counts = (("the montage and the intensities are", len(tiles)), ("volumes are", len(scored | volume_cases)))
     notes = [f"{what} those of {n} of {len(cases)} cases, evenly spaced" for what, n in counts if n < len(cases)]
-    if problems := [one.problem for one in drawn if one.problem]:
+    if problems := [one.problem for one in pictures if one.problem]:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
     for model in material.scored:
@@ -364,17 +364,17 @@ def _size_of_overlays(shapes: Sequence[tuple[int, int, int]], pictures: int) -> 
 
 
 def _fit_page(
-    material: Material, drawn: Mapping[str, CasePictures], overlays: Sequence[Overlay]
+    material: Material, pictures: Mapping[str, CasePictures], overlays: Sequence[Overlay]
 ) -> dict[str, dict[str, list[Picture]]]:
     """The planes of each model and case, without the best cases if the pictures are larger than estimated."""
-    shown: dict[str, dict[str, list[Picture]]] = {model.name: {} for model in material.scored}
+    overlaid: dict[str, dict[str, list[Picture]]] = {model.name: {} for model in material.scored}
     total = 0
     for overlay in overlays:
-        planes = drawn[overlay.case_id].overlays.get(overlay.model, [])
+        planes = pictures[overlay.case_id].overlays.get(overlay.model, [])
         total += sum(len(json.dumps(plane)) for plane in planes)
         if planes and total <= PAGE_BYTES * 1.1:
-            shown[overlay.model][overlay.case_id] = planes
-    return shown
+            overlaid[overlay.model][overlay.case_id] = planes
+    return overlaid
 
 
 def _estimate_bytes(shape: tuple[int, int, int], size: int, pictures: int) -> float:
@@ -409,13 +409,13 @@ def draw_case(
         if tile or predictions:
             image, label = read_case(case, dataset)
             out.geometry = image.geometry
-            shown = OrientedImage(image.array, image.geometry, plan)
-            reference = None if label is None else shown.turn.apply(label)
+            oriented = OrientedImage(image.array, image.geometry, plan)
+            reference = None if label is None else oriented.turn.apply(label)
             if tile:
-                out.tile = shown.tile(reference)
+                out.tile = oriented.tile(reference)
                 out.intensities = _sample_intensities(image.array, label, plan)
             for model, file in predictions.items():
-                out.overlays[model] = shown.overlay(reference, file, size)
+                out.overlays[model] = oriented.overlay(reference, file, size)
         else:
             out.geometry, label = read_geometry(case.images[0])[0], None
             if volumes and case.label is not None:
@@ -430,9 +430,9 @@ def draw_case(
 def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
     """The voxels of each region."""
     values, counts = np.unique(label, return_counts=True)
-    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    voxels = dict(zip(values.tolist(), counts.tolist(), strict=True))
     regions = zip(labels.region_names, labels.region_values, strict=True)
-    return {name: sum(found.get(value, 0) for value in members) for name, members in regions}
+    return {name: sum(voxels.get(value, 0) for value in members) for name, members in regions}
 
 
 def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:

@@ -196,7 +196,7 @@ def _data_section(material: Material) -> dict[str, Any]:
             *(("Understood", note) for note in dataset.notes),
         ],
         "problems": _problems(material),
-        "tiles": [(case, found.tile) for case, found in material.pictures.items() if found.tile],
+        "tiles": [(case, pictures.tile) for case, pictures in material.pictures.items() if pictures.tile],
         "charts": charts,
         "constants": constants,
         "intensity_charts": _intensity_charts(material),
@@ -217,28 +217,28 @@ def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
 
 def _volumes(material: Material) -> tuple[str, Volumes]:
     """The unit, and case -> region -> volume in the reference: ml, or voxels if no thickness is known."""
-    known = {case: found.geometry for case, found in material.pictures.items() if found.geometry}
-    in_ml = any(geometry.calibrated and geometry.dimensions == 3 for geometry in known.values())
-    voxels = {case: found.voxels for case, found in material.pictures.items() if found.voxels}
+    geometries = {case: pictures.geometry for case, pictures in material.pictures.items() if pictures.geometry}
+    in_ml = any(geometry.calibrated and geometry.dimensions == 3 for geometry in geometries.values())
+    voxels = {case: pictures.voxels for case, pictures in material.pictures.items() if pictures.voxels}
     for model in material.scored:
         for row in model.scores.rows:
             voxels.setdefault(row.case, {name: int(values["n_ref"] or 0) for name, values in row.metrics.items()})
     return "ml" if in_ml else "voxels", {
-        case: {name: n * (prod(known[case].spacing) / 1000 if in_ml else 1) for name, n in regions.items()}
+        case: {name: n * (prod(geometries[case].spacing) / 1000 if in_ml else 1) for name, n in regions.items()}
         for case, regions in voxels.items()
-        if case in known
+        if case in geometries
     }
 
 
 def _spreads(material: Material, volume_unit: str, volumes: Volumes) -> tuple[list[Chart], list[Fact]]:
     """Histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
-    known = [found.geometry for found in material.pictures.values() if found.geometry]
-    flat = all(geometry.dimensions == 2 for geometry in known)
+    geometries = [pictures.geometry for pictures in material.pictures.values() if pictures.geometry]
+    flat = all(geometry.dimensions == 2 for geometry in geometries)
     axes, unit = list(enumerate("zyx"))[1 if flat else 0 :], "pixels" if flat else "voxels"
     quantities: list[tuple[str, Sequence[float], str, str]] = []
-    quantities += [(f"Size along {axis}", [g.shape[i] for g in known], unit, "") for i, axis in axes]
-    if any(geometry.calibrated for geometry in known):
-        quantities += [(f"Spacing along {axis}", [g.spacing[i] for g in known], "mm", "") for i, axis in axes]
+    quantities += [(f"Size along {axis}", [g.shape[i] for g in geometries], unit, "") for i, axis in axes]
+    if any(geometry.calibrated for geometry in geometries):
+        quantities += [(f"Spacing along {axis}", [g.spacing[i] for g in geometries], "mm", "") for i, axis in axes]
     for name in material.dataset.labels.region_names[:_VOLUME_LABELS]:
         present = [regions[name] for regions in volumes.values() if regions[name]]
         note = f"; in {len(present)} of {len(volumes)} cases" if len(present) < len(volumes) else ""
@@ -269,7 +269,7 @@ def _intensity_table(material: Material) -> Table:
 
 def _intensity_charts(material: Material) -> list[Chart]:
     """For each channel, the densities of the intensities of each label and of the nonzero image."""
-    samples = [found.intensities for found in material.pictures.values() if found.intensities]
+    samples = [pictures.intensities for pictures in material.pictures.values() if pictures.intensities]
     names = [name for name in material.dataset.labels.region_names if any(s[name].size for s in samples if name in s)]
     charts = []
     for i, channel in enumerate(material.plan.channels if samples else ()):
@@ -284,11 +284,11 @@ def _intensity_charts(material: Material) -> list[Chart]:
         edges = np.linspace(low, high if high > low else low + (abs(low) or 1), _INTENSITY_BINS + 1)
         middles = [float(f"{v:.8g}") for v in (edges[:-1] + edges[1:]) / 2]
         curves = []
-        for colour, (name, found) in enumerate(values.items(), -1):
-            counts = np.histogram(found, edges)[0]
+        for colour, (name, intensities) in enumerate(values.items(), -1):
+            counts = np.histogram(intensities, edges)[0]
             density = [round(float(v), 3) for v in counts / max(counts.max(), 1)]
-            shown, style = ("whole image", "dashed") if name == "image" else (name, "solid")
-            curves.append(Curve(shown, list(zip(middles, density, strict=True)), colour, style))
+            curve_name, style = ("whole image", "dashed") if name == "image" else (name, "solid")
+            curves.append(Curve(curve_name, list(zip(middles, density, strict=True)), colour, style))
         unit = "z-score of the image" if channel.normalization == "zscore" else "intensity"
         if chart := figures.plot_curves(f"Intensities, {channel.name}", curves, unit, "relative frequency", (0, 1.05)):
             charts.append(chart)
@@ -424,8 +424,8 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(model: ModelResults) -> Table:
     """One row for each label, then the mean over them."""
-    shown = [METRICS[name] for name in _LABEL_METRICS]
-    summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in shown]
+    metrics = [METRICS[name] for name in _LABEL_METRICS]
+    summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in metrics]
     rows: list[list[Value]] = []
     for name, dice in summaries[0].items():
         others = [summary[name].mean for summary in summaries[1:]]
@@ -433,7 +433,7 @@ def _label_table(model: ModelResults) -> Table:
     columns = [Column("Label"), Column("cases", "d"), share_column("mean Dice"), Column("95 % interval", "g")]
     columns += [
         share_column("median"),
-        *(Column(m.heading, m.number_format, bar=m.better == "higher") for m in shown[1:]),
+        *(Column(m.heading, m.number_format, bar=m.better == "higher") for m in metrics[1:]),
     ]
     return Table("Scores of held-out cases, by label", columns, rows)
 

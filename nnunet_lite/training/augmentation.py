@@ -159,14 +159,14 @@ def select_samples(parameters: Parameters, samples: slice) -> Parameters:
     return replace(parameters, **chosen)
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor in RAM to a device; to a GPU from pinned memory, so that the host does not wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def copy_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copy small arrays to float32 tensors on a device, in one transfer that the host does not wait for."""
-    flat = to_device(torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32)), device)
+def copy_parameters(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copy small arrays of parameters to a device as float32 tensors, in one transfer."""
+    flat = copy_to_device(torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32)), device)
     return [part.view(a.shape) for part, a in zip(flat.split([a.size for a in arrays]), arrays, strict=True)]
 
 
@@ -187,7 +187,7 @@ def apply_intensity(images: Tensor, draw: Intensity) -> Tensor:
     x = images.flatten(0, 1)  # from here on every channel of every sample is a row of its own
     rows = [values.reshape(len(x), -1) for values, _ in steps]
     chosen = [np.flatnonzero(~np.isnan(values[:, 0])) for values in rows]
-    copies = copy_to_device([*chosen, *(values[i] for values, i in zip(rows, chosen, strict=True))], images.device)
+    copies = copy_parameters([*chosen, *(values[i] for values, i in zip(rows, chosen, strict=True))], images.device)
     for (_, transform), index, parameter in zip(steps, copies[: len(steps)], copies[len(steps) :], strict=True):
         if len(index):
             row = index.long()
@@ -220,7 +220,7 @@ def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Class
         Classes that change places when left and right do.
     """
     table = np.asarray(swap.table if swap else ())
-    swapped, *flipped = copy_to_device([table, *(np.flatnonzero(along) for along in flips.T)], images.device)
+    swapped, *flipped = copy_parameters([table, *(np.flatnonzero(along) for along in flips.T)], images.device)
     rows = [index.long() for index in flipped]
     for axis, index in enumerate(rows, 2):
         for x in (images, classes) if len(index) else ():

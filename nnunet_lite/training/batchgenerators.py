@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augmentation import Shape, is_in_plane, rotation, rotation_limit, source_shape, to_device
+from nnunet_lite.training.augmentation import Shape, copy_to_device, is_in_plane, rotation, rotation_limit, source_shape
 
 P_ELASTIC = 0.2  # nnU-Net v1's; not a setting, since the native pipeline has no elastic deformation
 _KEY = "augmentation.extra"
@@ -169,8 +169,8 @@ def apply_transforms(
         A transform fails, or returns another shape.
     """
     parts = [_apply_to_sample(transforms, *sample, patch) for sample in zip(images, classes, seeds, strict=True)]
-    changed, moved = (torch.stack(part) for part in zip(*parts, strict=True))
-    return to_device(changed.to(images.dtype), images.device), to_device(moved.to(classes.dtype), classes.device)
+    changed, moved = (copy_to_device(torch.stack(part), images.device) for part in zip(*parts, strict=True))
+    return changed.to(images.dtype), moved.to(classes.dtype)
 
 
 def _apply_to_sample(

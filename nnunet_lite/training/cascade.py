@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nnunet_lite.networks.unet import one_hot
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augmentation import to_device
+from nnunet_lite.training.augmentation import copy_to_device
 
 P_LABEL = 0.5  # probability of a label to change, in a sample that is changed
 LARGEST_RADIUS = 7  # voxels
@@ -103,7 +103,7 @@ def _change_labels(classes: Tensor, draw: CascadeDraw, sample: int) -> Tensor:
         return classes
     # components are found on the host; one sample in five waits for it
     changed = _remove_components(classes.cpu().numpy().copy(), draw.removed[sample])
-    return to_device(torch.from_numpy(changed), classes.device)
+    return copy_to_device(torch.from_numpy(changed), classes.device)
 
 
 def _change_shape(classes: Tensor, label: int, steps: Sequence[bool], radius: int) -> Tensor:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.swaps import check_swaps, swap_of
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training import augmentation
-from nnunet_lite.training.augmentation import Intensity, Shape, copy_to_device, source_shape, to_device
+from nnunet_lite.training.augmentation import Intensity, Shape, copy_parameters, copy_to_device, source_shape
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
 from nnunet_lite.training.cache import CaseArrays
 from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_cascade
@@ -125,7 +125,7 @@ def prefetch(
     if workers == 0:
         yield from (make() for make in makers)
         return
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = side_stream(device) if device.type == "cuda" else None
     if side:
         side.wait_stream(torch.cuda.current_stream(device))  # data may still be on its way to the device
 
@@ -151,6 +151,12 @@ def prefetch(
         finally:
             for future in queue:
                 future.cancel()
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU on which batches are made; the allocator keeps freed memory apart for each stream."""
+    return torch.cuda.Stream(device)
 
 
 # ------------------------------------------------------------------------------------------------ one batch
@@ -246,7 +252,7 @@ def _read_native(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> tupl
     if not any(moved):
         return parts[0]
     matrices = np.stack([location.matrix for location in draw.locations if location.matrix is not None])
-    matrix, back = copy_to_device([matrices, np.argsort(order)], job.device)
+    matrix, back = copy_parameters([matrices, np.argsort(order)], job.device)
     parts[-1] = augmentation.warp_samples(*parts[-1], matrix, job.patch)
     images, classes = (torch.cat(part)[back.long()] for part in zip(*parts, strict=True))
     return images, classes
@@ -260,7 +266,7 @@ def _read_reference(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> t
     images, classes = read_patches(cases, locations, shape, cpu, _class_beyond(job))
     transforms = reference_transforms(settings, job.patch)
     images, classes = apply_transforms(transforms, images, classes, draw.seeds, job.patch)
-    return to_device(images, job.device), to_device(classes, job.device)
+    return copy_to_device(images, job.device), copy_to_device(classes, job.device)
 
 
 def _masked_channels(job: Job) -> list[int]:

@@ -129,6 +129,9 @@ def parallelize(job: Job, learner: Learner) -> Learner:
         try:
             with _trial(network):
                 _trial_step(job, parallel, make_batch(job, job.training, 0, 0, augment=False))()
+            network.eval()
+            with torch.inference_mode():  # as the pseudo-validation, whose duration is that of windows later
+                compute_loss(job, parallel, make_batch(job, job.training, 0, 0, augment=False))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's own errors, of many kinds
@@ -274,7 +277,7 @@ def list_training_formats(job: Job) -> list[ComputeFormat]:
         log.warn(f"{device}: {describe_wrong_bf16()}{instead}")
         if training.precision == "auto":
             formats = [replace(option, precision="fp16") for option in formats]
-    choices = {False: [False], True: [True], "auto": [False, True]}[training.compile]
+    choices = [False, True] if training.compile == "auto" else [training.compile]
     if training.compile == "auto" and TIMING_SHARE * limit_seconds(job.settings) < _COMPILE_SECONDS:
         choices = [False]
     norms = [False, True] if network.norm == "instance" and job.settings.network.factory is None else [False]
@@ -292,12 +295,12 @@ def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
 
     What was chosen for the same step on the same kind of GPU is kept in `job.formats`. On a CPU nothing is timed with a
     seed, because what is fastest may change from run to run. Under a time limit the timing ends early, with the fastest
-    of the options that were timed until then.
+    of the options that were timed until then, and is not kept.
     """
     options, seed = list_training_formats(job), job.settings.training.seed
     if seed is not None and job.device.type != "cuda":
         return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, because a seed is set")
-    key = _describe_step(job)
+    key, budget = _describe_step(job, options), TIMING_SHARE * limit_seconds(job.settings)
     kept = from_first(_read_choices(job).get(key), job.ranks)
     if from_first(kept in options, job.ranks):  # GPUs may differ
         return cast(ComputeFormat, kept)
@@ -312,10 +315,10 @@ def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
         return _trial_step(single, learner, batch)
 
     with _trial(network):
-        best = pick_fastest(options, prepare, job.device, TIMING_SHARE * limit_seconds(job.settings))
+        best = pick_fastest(options, prepare, job.device, budget)
     best = from_first(best, job.ranks)
     release_memory(job.device)
-    if job.formats is not None and job.ranks.rank == 0:
+    if job.formats is not None and job.ranks.rank == 0 and math.isinf(budget):
         write_json(job.formats, {name: asdict(value) for name, value in {**_read_choices(job), key: best}.items()})
     return best
 
@@ -329,16 +332,15 @@ def _read_choices(job: Job) -> dict[str, ComputeFormat]:
         return {}
 
 
-def _describe_step(job: Job) -> str:
-    """What decides how fast a training step is: the device, and a hash of the plan and the settings."""
-    on_gpu, settings = job.device.type == "cuda", job.settings
-    name = torch.cuda.get_device_name(job.device) if on_gpu else job.device.type
-    training = settings.training.model_dump(mode="json", include={"precision", "channels_last", "compile"})
-    step = [job.planned.model_dump(mode="json", include={"network", "patch_size", "batch_size"}), training,
-            job.plan.n_inputs(job.configuration), job.plan.labels.n_channels, settings.recipe, job.ranks.world,
-            settings.training.deep_supervision, settings.network.factory, settings.loss.model_dump(mode="json"),
-            torch.backends.cudnn.version() if on_gpu else None]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(step).encode()).hexdigest()[:12]
+def _describe_step(job: Job, options: list[ComputeFormat]) -> str:
+    """What decides which format is fastest: the device, and a hash of the plan, the settings and the candidates."""
+    name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type
+    planned = job.planned.model_dump(mode="json", include={"network", "patch_size", "batch_size"})
+    training = job.settings.training.model_dump(mode="json", include={"deep_supervision", "freeze"})
+    model = [job.plan.n_inputs(job.configuration), job.plan.labels.n_channels, job.settings.network.factory]
+    loss = job.settings.loss.model_dump(mode="json")
+    step = [planned, training, model, loss, job.settings.recipe, job.ranks.world, list(map(str, options))]
+    digest = hashlib.sha256(json.dumps([*step, torch.backends.cudnn.version()]).encode()).hexdigest()[:12]
     return f"{name}, torch {torch.__version__}, {job.configuration} {digest}"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -192,12 +192,12 @@ class StopRequest:
             raise Stopped(f"stopped by {name} {where}; the same command resumes from there", self.signal)
 
 
-_in_threads: list[StopRequest] = []
+_requests: list[StopRequest] = []  # of the runs of this process
 
 
 def stop_threads() -> None:
-    """Request the runs in other threads of this process to stop, as SIGTERM would."""
-    for request in _in_threads:
+    """Request the runs of this process to stop, as SIGTERM would: those in threads receive no signal."""
+    for request in _requests:
         request.signal = signal.SIGTERM
 
 
@@ -207,15 +207,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
     Only the main thread receives signals. A run in another thread is stopped with `stop_threads`.
     """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        _in_threads.append(request)
-        try:
-            yield request
-        finally:
-            _in_threads.remove(request)
-        return
-    handlers: dict[int, Any] = {}
+    request, in_main = StopRequest(), threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
 
     def restore() -> None:
         for number, handler in handlers.items():
@@ -226,10 +219,13 @@ def stop_on_signal() -> Iterator[StopRequest]:
         restore()
         log.info(f"{signal.Signals(number).name}: writing a checkpoint after this step; once more stops at once")
 
-    handlers |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, handle)
+    _requests.append(request)
     try:
         yield request
     finally:
+        _requests.remove(request)
         restore()
 
 

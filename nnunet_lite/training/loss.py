@@ -177,7 +177,7 @@ def _over_positions(weights: Tensor, logits: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor, reduce: Reduce) -> Tensor:
     """Quotient of the sums of two tensors over the whole batch; 0 where nothing counts."""
-    above, below = reduce(torch.stack([x.sum(dtype=exact(x.device)) for x in (numerator, denominator)]))
+    above, below = reduce(torch.stack([x.sum(dtype=sum_dtype(x.device)) for x in (numerator, denominator)]))
     return (above / below.clamp_min(1e-8)).float()
 
 
@@ -205,7 +205,7 @@ def class_sums(probabilities: Tensor, classes: Tensor, valid: Tensor | None = No
         overlap, n_target = (base.scatter_add(1, y, values.double()) for values in (at_y, ones))
     else:
         overlap, n_target = (SumByClass.apply(values, y, p.shape[1]) for values in (at_y, ones))
-    return overlap, n_target + p.sum(2, dtype=exact(p.device))
+    return overlap, n_target + p.sum(2, dtype=sum_dtype(p.device))
 
 
 class SumByClass(torch.autograd.Function):
@@ -218,7 +218,7 @@ class SumByClass(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor, classes: Tensor, n_classes: int) -> Tensor:
         context.save_for_backward(classes)
-        narrow, dtype = classes.to(torch.uint8 if n_classes <= 256 else torch.int32), exact(values.device)
+        narrow, dtype = classes.to(torch.uint8 if n_classes <= 256 else torch.int32), sum_dtype(values.device)
         return torch.stack([(values * (narrow == c)).sum(1, dtype=dtype) for c in range(n_classes)], 1)
 
     @staticmethod
@@ -227,7 +227,7 @@ class SumByClass(torch.autograd.Function):
         return gradient.float().gather(1, classes), None, None
 
 
-def exact(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
     """Return the type of large sums: float64, but on MPS, which has none and adds float32 in pairs."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -238,7 +238,7 @@ def region_sums(probabilities: Tensor, target: Tensor, valid: Tensor | None = No
     if valid is not None:
         ones = valid.flatten(1)[:, None].to(p.dtype)
         p, y = p * ones, y * ones
-    return (p * y).sum(2, dtype=exact(p.device)), (p + y).sum(2, dtype=exact(p.device))
+    return (p * y).sum(2, dtype=sum_dtype(p.device)), (p + y).sum(2, dtype=sum_dtype(p.device))
 
 
 def _dice(overlap: Tensor, total: Tensor, weights: Tensor | None, batch_dice: bool, reduce: Reduce) -> Tensor:
@@ -255,7 +255,8 @@ def _dice(overlap: Tensor, total: Tensor, weights: Tensor | None, batch_dice: bo
 def _top_k(entropy: Tensor, weights: Tensor, share: float, reduce: Reduce) -> Tensor:
     """Mean of the largest `share` of all values of the batch, ignored voxels counted as 0 as nnU-Net counts them."""
     values = entropy.flatten()
-    k = (reduce(values.new_full((), values.numel(), dtype=exact(values.device))) * share + 1e-6).floor().clamp_min(1)
+    n_values = reduce(values.new_full((), values.numel(), dtype=sum_dtype(values.device)))
+    k = (n_values * share + 1e-6).floor().clamp_min(1)
     least = _kth_largest(values, k, reduce)
     above, equal = values > least, values == least
     n_above, n_equal = reduce(torch.stack((above.sum(), equal.sum())))
@@ -284,7 +285,7 @@ def _binary_of_classes(
     every = _over_positions(of_class, logits)
     entropy = (F.softplus(logits) * every).sum(1) - logits.gather(1, classes[:, None])[:, 0] * of_class[classes]
     counted = torch.ones_like(entropy) if valid is None else valid.float()
-    return _ratio(entropy * counted, counted.sum(dtype=exact(logits.device)) * of_class.sum(), reduce)
+    return _ratio(entropy * counted, counted.sum(dtype=sum_dtype(logits.device)) * of_class.sum(), reduce)
 
 
 @lru_cache(maxsize=16)
