@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -63,7 +64,7 @@ FULL = Sizes(
     batches={"3d_fullres": 2, "2d": 12},
     volume=(300, 512, 512),
     features=(32, 64, 128, 256, 320, 320),
-    steps=20,
+    steps=12,
 )
 TINY = Sizes(
     images={"3d_fullres": (24, 24, 24), "2d": (4, 32, 32)},
@@ -333,8 +334,11 @@ class Bench:
         paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
         self.environment = {**os.environ, **folders, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
-    def run(self, title: str, needed: float, command: list[str]) -> str | None:
-        """Run a command that needs about so many seconds; return what it printed, None if it failed or was skipped."""
+    def run(self, title: str, needed: float, command: list[str], most: float = math.inf) -> str | None:
+        """Run a command that needs about so many seconds; return what it printed, None if it failed or was skipped.
+
+        After `most` seconds it is stopped, and at the end of the budget.
+        """
         left = self.o.budget - (time.monotonic() - self.start)
         if left < needed:
             self.add(title, remarks=f"skipped: {left:.0f} s of {self.o.budget:.0f} are left, it needs about {needed:g}")
@@ -344,7 +348,7 @@ class Bench:
             process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors,
                                        text=True, start_new_session=True)  # fmt: skip
             try:
-                out, _ = process.communicate(timeout=left)
+                out, _ = process.communicate(timeout=min(left, most))
                 said = "failed"
             except subprocess.TimeoutExpired:
                 out, said = "", "stopped, the time is over"
@@ -415,7 +419,8 @@ def main() -> None:
         bench = Bench(o, Path(work))
         bench.part("card", 0, sys.executable, "describe_card")
         if not o.skip_tests:
-            out = bench.run("tests", seconds, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"])
+            pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+            out = bench.run("tests", seconds, pytest, most=o.budget / 2)
             if out is not None:
                 bench.add("tests", remarks=out.strip().splitlines()[-1])
         bench.part("data", seconds, sys.executable, "make_data", theirs)

@@ -142,6 +142,7 @@ COLOURS = np.zeros((35, 51, 35), [("R", "u1"), ("G", "u1"), ("B", "u1")])
 COLOURS["R"] = 1
 NRRD = b"NRRD0004\ntype: short\ndimension: 3\nsizes: %s\nencoding: raw\nendian: little\n%s\n"
 MHA = b"ObjectType = Image\nNDims = 3\nDimSize = %s\nElementType = MET_SHORT\nElementDataFile = %s\n"
+NIFTI_BYTES = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)).to_bytes()
 TIFF_IN_CIRCLES = b"II*\0\x08\0\0\0" + b"\0\0" + b"\x08\0\0\0"
 
 FILES = {
@@ -183,8 +184,10 @@ FILES = {
     "compressed twice": changed(lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
     "a flipped byte": flipped(5000),
     "a wrong checksum": flipped(-6),
+    "a wrong size": flipped(-1),
+    "cut in its compressed data": changed(lambda path: path.write_bytes(path.read_bytes()[:-3]), IMAGE, "truncated"),
     "a zip called .nii.gz": instead(zipped),
-    "gzip of nothing": with_content(gzip.compress(b"")),
+    "gzip of nothing": with_content(gzip.compress(b""), IMAGE, "no .nii.gz file"),
     "gzip's first bytes": with_content(b"\x1f\x8b\x08\0"),
     "a web page": with_content(b"<!DOCTYPE html><html><body>404</body></html>\n"),
     "text of 348 bytes": with_content(b"\\x5c" * 87),
@@ -224,6 +227,10 @@ FILES = {
     "no supported ending": named("a.xyz", b"scan", "supported"),
     "voxels (.img) without a header": named("a.img", bytes(1000), "needs its header"),
     "compressed voxels without a header": named("a.img.gz", gzip.compress(bytes(1000)), "needs its header"),
+    "a whole NIfTI called .img": named("a.img", NIFTI_BYTES, "Rename it to a.nii."),
+    "a whole NIfTI called .hdr": named("a.hdr", gzip.compress(NIFTI_BYTES), "Rename it to a.nii.gz."),
+    "a JPEG called .png": named("a.png", b"\xff\xd8\xff\xe0\0\x10JFIF" + bytes(99), "no .png file"),
+    "MHA that ends": named("a.mha", MHA % (b"10 10 10", b"LOCAL") + bytes(1500), "truncated"),
     "a compressed header without voxels": named("a.hdr.gz", gzip.compress(bytes(348)), "needs the file of its voxels"),
     "REC without PAR": named("a.rec", b"voxels", "give the header"),
     "BRIK without HEAD": named("a+orig.BRIK.gz", b"voxels", "give the header"),

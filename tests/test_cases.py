@@ -56,6 +56,7 @@ ARRAYS: dict[str, tuple[Any, Any, str]] = {
     "numbers beyond float32": (np.full((4, 4, 4), 1e300), (1.0, 1.0, 1.0), "as float32"),
     "infinite voxels": (np.full((4, 4, 4), np.inf, np.float16), (1.0, 1.0, 1.0), "64 voxels of channel MRI"),
     "channels too many": (np.zeros((2, 4, 4, 4)), (1.0, 1.0, 1.0), "2 channels"),
+    "voxels of a kilometre": (NUMBERS, (1e6, 1e6, 1e6), "more than fit into memory"),
     "an image without voxels": (Image(np.zeros((1, 0, 4, 4)), Geometry((0, 4, 4), (1.0, 1.0, 1.0))), None, "shape"),
     "an image of spacing 0": (Image(np.zeros((1, 4, 4, 4)), Geometry((4, 4, 4), (0.0, 1.0, 1.0))), None, "positive"),
     "another geometry": (Image(np.zeros((1, 4, 4, 4)), Geometry((4, 4, 5), (1.0, 1.0, 1.0))), None, "geometry"),
@@ -119,6 +120,7 @@ TWO, ONE = copies_of_scan("in/a.nii.gz", "in/b.nii.gz"), copies_of_scan("in/a_00
 NESTED = copies_of_scan("in/a/t1.nii.gz")
 
 OUTPUTS = {
+    "a name that no label map has": bad_output("-i scan.nii.gz -o seg.npy", "seg.npy", "cannot be written as .npy"),
     "one file for two images": bad_output("-i in -o seg.nii.gz", "seg.nii.gz", "2 images", "Give a folder", make=TWO),
     "a format that label maps do not have": bad_output("-i scan.nii.gz -o new/seg.jpg", "seg.jpg", "Use .png"),
     "a header alone": bad_output("-i scan.nii.gz -o seg.mhd", "Use .mha"),
@@ -232,6 +234,12 @@ def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, co
         process.kill()
         process.wait()
         assert not [path for path in (place / "out").glob(".tmp*") if path.is_dir()]
+    (place / "out/uncertainty/.tmp-01234567-a_entropy.nii.gz").touch()
+    no_maps = [argument for argument in arguments if not argument.startswith("--save")]
+    subprocess.run(no_maps, cwd=place, env=environment, check=True)
+    assert not list(place.rglob(".tmp*"))
+    for file in place.glob("out/*.nii.gz"):
+        file.unlink()
     done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(list(place.glob("out/*.nii.gz"))) == 8, done.stderr
     assert len(list(place.glob("out/probabilities/*_Posterior.nii.gz"))) == 8

@@ -89,11 +89,11 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
-        (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder"),
+        (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder (it does not exist)"),
         (["predict", "-i", "in", "-o", "out", "-m", "nowhere"], "in: there is no such file or folder"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
-        (["info", "nowhere"], "nowhere: is no model folder"),
+        (["info", "nowhere"], "nowhere: is no model folder (it does not exist)"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(command: Run, tmp_path: Path, arguments: list[str], says: str) -> None:

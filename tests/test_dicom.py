@@ -263,7 +263,7 @@ def test_find_cases_in_series_and_case_folders(
     assert "the DICOM series in b_0000, b_0001, patient are not read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["no preamble", "no meta header, explicit", "no meta header, implicit"])
+@pytest.mark.parametrize("kind", ["no preamble", "no meta header, explicit", "no meta header, implicit", "no class"])
 def test_files_without_the_preamble(series: Path, kind: str) -> None:
     expected = read_image(series)
     for path in list(series.iterdir()):
@@ -273,6 +273,8 @@ def test_files_without_the_preamble(series: Path, kind: str) -> None:
         d = dcmread(path)
         plain = Dataset()
         plain.update(d)
+        if kind == "no class":  # anonymised
+            plain.SOPClassUID = ""
         buffer = DicomBytesIO()
         buffer.is_little_endian, buffer.is_implicit_VR = True, kind.endswith("implicit")
         write_dataset(buffer, plain)

@@ -45,7 +45,7 @@ from nnunet_lite import cli
 from nnunet_lite.training import distributed
 connect = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend, **options: connect("gloo", **options)
-distributed.rank_device = lambda ranks, device: device
+distributed.rank_device = lambda ranks, device: torch.device(device.type, 0)
 cli.main()
 """
 
@@ -64,7 +64,7 @@ def train(workspace: Path, tiny_settings: dict[str, Any]) -> Train:
     """Train fold 0 on the device, and return the metrics of its epochs: train("name", {"training.epochs": 1})."""
 
     def run(name: str, changes: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
-        settings = {**tiny_settings, "training.patch_size": [16, 32, 16], **(changes or {})}
+        settings = {**tiny_settings, "training.patch_size": [16, 32, 16], "training.compile": False, **(changes or {})}
         options = {"device": DEVICE, "workspace": workspace, "name": name, **options}
         nnunet_lite.train("3d_fullres", 0, settings=settings, **options)
         return metrics(workspace.parent, name)
@@ -91,9 +91,9 @@ def little_memory() -> Iterator[None]:
         yield
         return
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(LITTLE_MEMORY / torch.cuda.mem_get_info(DEVICE)[1], DEVICE)
+    torch.cuda.set_per_process_memory_fraction(LITTLE_MEMORY / torch.cuda.mem_get_info()[1])
     yield
-    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def metrics(root: Path, name: str) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def test_two_images_in_a_row_fit_where_one_does(many_labels: Path, little_memory
     model = load(many_labels, device=DEVICE, settings=FAST)
     alone = [load(many_labels, device="cpu", settings=FAST)(image, (1.0, 1.0, 1.0)) for image in images]
     for image, expected in zip(images, alone, strict=True):
-        assert share_equal(expected, model(image, (1.0, 1.0, 1.0))) > 0.99
+        assert share_equal(expected, model(image, (1.0, 1.0, 1.0))) > 0.95  # sums may be in float16
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -206,6 +206,7 @@ def test_nothing_of_a_training_stays_in_the_memory_of_the_device(train: Train) -
 def test_the_fastest_format_is_timed_once(train: Train, workspace: Path, tmp_path: Path) -> None:
     """With torch.compile and without, in both memory formats, with torch's instance norm and the plain one."""
     auto = {"training.precision": "auto", "training.seed": None, "training.channels_last": "auto"}
+    auto |= {"training.compile": "auto"}
     train("first", auto)
     file = workspace / "Task04_Hippocampus" / "formats.json"
     reasons = [read_weights_header(fold_of(tmp_path, "first") / MODEL)["arithmetic"]["reason"]]

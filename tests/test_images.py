@@ -144,6 +144,10 @@ def test_pairs_of_header_and_voxels(tmp_path: Path, kind: type) -> None:
     (case,) = find_cases([tmp_path / "a.img"], 1)
     assert (case.id, case.images[0].name) == ("a", "a.hdr")
     assert {label_suffix(ending_of(tmp_path / name)) for name in names[:4]} == {".nii.gz"}
+    (tmp_path / "b.hdr.gz").unlink()
+    (tmp_path / "a.hdr").rename(tmp_path / "b.hdr")
+    with pytest.raises(UserError, match=r"b.img.gz is compressed. Compress both"):
+        read_image(tmp_path / "b.hdr")
 
 
 @pytest.mark.parametrize("codes", [(1, 1), (0, 4), (2, 0)])

@@ -248,7 +248,7 @@ def _described(root: Path, table: Path) -> Dataset:
     pairing: tuple[str, ...] = ()
     training = content.get("training")
     if isinstance(content.get("dataset"), dict):
-        layout, cases = "explicit", _explicit_cases(root, content["dataset"], table)
+        layout, cases = "explicit", _explicit_cases(root, content["dataset"], len(channels), table)
     elif isinstance(training, list) and any(isinstance(entry, dict) for entry in training):
         layout, cases = _training_cases(root, training, len(channels), table)
     else:
@@ -352,7 +352,7 @@ def _first_message(error: ValidationError) -> str:
     return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 
 
-def _explicit_cases(root: Path, entries: dict[str, Any], table: Path) -> list[Case]:
+def _explicit_cases(root: Path, entries: dict[str, Any], channels: int, table: Path) -> list[Case]:
     """Return the cases of nnU-Net v2's list: id -> {"images": [one per channel], "label": file}.
 
     Paths are relative to the dataset, and may begin with environment variables, as $DATA/a.nii.gz.
@@ -366,7 +366,10 @@ def _explicit_cases(root: Path, entries: dict[str, Any], table: Path) -> list[Ca
         if "/" in name:
             raise UserError(f"the id {name!r} holds a /, and cases give files their names", table, "Write _ instead.")
         label, *images = [os.path.expandvars(file) for file in files]
-        cases.append(Case(name, tuple(root / file for file in images), root / label if label else None))
+        paths = tuple(root / file for file in images)
+        if len(paths) == 1:  # x_0000 alone: its other channels are x_0001, ...
+            _, paths = _channel_files(paths[0], channels, ())
+        cases.append(Case(name, paths, root / label if label else None))
     return cases
 
 

@@ -61,6 +61,7 @@ _NO_SCANS = (  # classes of files that are exported with scans, by the beginning
 _CLASS = re.compile(  # (0002,0002) or (0008,0016), the class: explicit, then implicit little endian
     rb"(?:\x02\x00\x02\x00|\x08\x00\x16\x00)(?:UI.\x00|.\x00\x00\x00)(1\.2\.840\.10008\.[0-9.]+)", re.DOTALL
 )
+_BARE = re.compile(rb"[\x02\x08]\0[\0-\x18]\0(?:[A-Z]{2}.\0|[\0-\x40]\0\0\0)", re.DOTALL)  # a first tag and its length
 _DEPTH = 4  # levels of folders that are searched: patient, study, series, and one more
 _READERS = 4  # threads; more do not help GDCM
 _COSINE_TOLERANCE = 1e-3
@@ -239,10 +240,9 @@ def _dicom_class(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         head = file.read(1024)
-    found = _CLASS.search(head)
-    bare = found is not None and head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0"
-    if head[128:132] != b"DICM" and not bare:
+    if head[128:132] != b"DICM" and not _BARE.match(head):
         return None
+    found = _CLASS.search(head)
     return found[1].decode("ascii") if found else ""
 
 

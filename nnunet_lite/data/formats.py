@@ -19,34 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
+from nnunet_lite.data import names, nifti
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image
 from nnunet_lite.data.labels import smallest_dtype
-from nnunet_lite.data.names import (
-    AGAIN,
-    GIPL,
-    NIBABEL_ONLY,
-    NIFTI,
-    PICTURES,
-    TIFF,
-    gzip_defect,
-    require_bytes,
-    require_readable,
-    suffix_of,
-    usual_name,
-    voxel_file,
-)
-from nnunet_lite.data.nifti import (
-    has_forms,
-    millimetres,
-    nib,
-    ras_affine,
-    read_nifti,
-    read_nifti_header,
-    require_voxel_sizes,
-    write_nifti,
-)
 from nnunet_lite.errors import UserError
 
+_SAYS_NOTHING = re.compile("ImageIO reader|file type|Error while reading|^Reason:|identify image file")
 Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
 
 
@@ -70,21 +48,21 @@ def read_file(path: Path, resolve_palette: bool = True) -> Image:
     UserError
         The file is missing, truncated or unreadable, has more than three dimensions and channels, or complex numbers.
     """
-    require_readable(path)
-    plain = read_nifti(path) if suffix_of(path) in NIFTI else None
+    names.require_readable(path)
+    plain = nifti.read_nifti(path) if names.suffix_of(path) in names.NIFTI else None
     if plain and plain[1]:
         return Image(plain[0], plain[1])
     notes: tuple[str, ...] = ()
     header = read_file_header(path)
     if plain and header:
         array, geometry = plain[0], header[0]
-    elif header is None or suffix_of(path) in NIFTI:
+    elif header is None or names.suffix_of(path) in names.NIFTI:
         array, from_affine = _read_nibabel(path)
         geometry = header[0] if header else from_affine
     else:
         geometry, channels = header
-        if not voxel_file(path):
-            require_bytes(path, channels * math.prod(geometry.shape), suffix_of(path) in PICTURES)
+        if not names.voxel_file(path):
+            names.require_bytes(path, channels * math.prod(geometry.shape), names.suffix_of(path) in names.PICTURES)
         array = _read_pillow(path, resolve_palette) if _needs_pillow(path) else _read_itk(path, *header)
         if not resolve_palette and _picture_mode(path) in ("P", "PA"):
             notes = ("palette picture read as the numbers of its colours",)
@@ -92,7 +70,7 @@ def read_file(path: Path, resolve_palette: bool = True) -> Image:
         raise UserError("holds complex numbers", path, "Store the magnitude.")
     if array.shape[1:] != geometry.shape:
         raise UserError(f"has {array.shape[1:]} voxels where its header says {geometry.shape}", path)
-    return Image(array, geometry, notes, has_alpha=suffix_of(path) in PICTURES)
+    return Image(array, geometry, notes, has_alpha=names.suffix_of(path) in names.PICTURES)
 
 
 def read_file_header(path: Path) -> tuple[Geometry, int] | None:
@@ -117,19 +95,19 @@ def read_file_header(path: Path) -> tuple[Geometry, int] | None:
         with _open_pillow(path) as picture:
             channels = 3 if picture.mode in ("P", "PA") else len(picture.getbands())
             return _picture_geometry(*picture.size), channels
-    if suffix_of(path) in NIBABEL_ONLY:
+    if names.suffix_of(path) in names.NIBABEL_ONLY:
         return None
-    if suffix_of(path) in NIFTI and (plain := read_nifti_header(path)):
+    if names.suffix_of(path) in names.NIFTI and (plain := nifti.read_nifti_header(path)):
         return plain
     reader = sitk().ImageFileReader()
     try:
-        with usual_name(path) as usual:
+        with names.usual_name(path) as usual:
             reader.SetFileName(str(usual))
             reader.ReadImageInformation()
     except RuntimeError as error:
-        if suffix_of(path) in NIFTI:
+        if names.suffix_of(path) in names.NIFTI:
             return None
-        raise UserError(f"cannot be read ({_reason(error)})", path) from None
+        raise UserError(_reason(error, path), path, names.AGAIN) from None
     return _itk_geometry(reader, path)
 
 
@@ -158,7 +136,7 @@ def _itk_geometry(reader: Any, path: Path) -> tuple[Geometry, int]:
     if n == 1 or len(more) + (channels > 1) > 1:
         raise UserError(f"has {n} dimensions {size}", path, "Images have 2 or 3, and a 4th for channels.")
     channels = more[0] if more else channels
-    if suffix_of(path) in PICTURES:
+    if names.suffix_of(path) in names.PICTURES:
         return _picture_geometry(*size[:2]), channels
     direction = reader.GetDirection()
     cosines = [direction[i * n + j] if max(i, j) < axes else float(i == j) for i in range(3) for j in range(3)]
@@ -169,30 +147,30 @@ def _itk_geometry(reader: Any, path: Path) -> tuple[Geometry, int]:
         origin=(*reader.GetOrigin()[:axes], 0.0)[:3],
         direction=tuple(cosines),
         dimensions=axes,
-        oriented=_states_orientation(reader, suffix_of(path)),
+        oriented=_states_orientation(reader, names.suffix_of(path)),
     )
     numbers = (*geometry.spacing, *geometry.origin, *geometry.direction)
     if not np.isfinite(numbers).all() or min(geometry.spacing) <= 0:
-        raise UserError(f"has impossible voxels: {geometry.describe()}", path, AGAIN)
+        raise UserError(f"has impossible voxels: {geometry.describe()}", path, names.AGAIN)
     return geometry, channels
 
 
 def _states_orientation(reader: Any, suffix: str) -> bool:
     """Return whether a header states the orientation; ITK assumes LPS if it does not."""
-    if suffix in NIFTI:
+    if suffix in names.NIFTI:
         forms = [key for key in ("qform_code", "sform_code") if reader.HasMetaDataKey(key)]
         return not forms or any(int(reader.GetMetaData(key)) > 0 for key in forms)
     if suffix in (".nrrd", ".nhdr"):
         return bool(reader.HasMetaDataKey("NRRD_space"))
-    return suffix not in GIPL
+    return suffix not in names.GIPL
 
 
 def _read_itk(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
     try:
-        with usual_name(path) as usual:
+        with names.usual_name(path) as usual:
             image = sitk().ReadImage(str(usual))
     except RuntimeError as error:
-        raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
+        raise UserError(_reason(error, path), path, names.AGAIN) from None
     array = sitk().GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
@@ -201,11 +179,13 @@ def _read_itk(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(channels, *geometry.shape))
 
 
-def _reason(error: BaseException) -> str:
-    """Return the last line of a library's error that says something."""
+def _reason(error: BaseException, path: Path) -> str:
+    """Say why a library cannot read a file: the last line of its error, if that says something."""
     lines = [re.sub(r"^.*?ITK ERROR: (\w+\(0x\w+\): )?|sitk::ERROR: ", "", line) for line in str(error).splitlines()]
     lines = [line.strip(" .").replace(". ", "; ") for line in lines if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines or _SAYS_NOTHING.search(lines[-1]):
+        return f"is damaged, truncated or no {names.suffix_of(path)} file"
+    return f"cannot be read ({lines[-1]})"
 
 
 # -------------------------------------------------------------------------------------------------------------- nibabel
@@ -214,19 +194,19 @@ def _reason(error: BaseException) -> str:
 def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     """Read array (channels, z, y, x) and geometry, converted from RAS to LPS."""
     try:
-        with usual_name(path) as usual:
-            image = nib().load(usual)
+        with names.usual_name(path) as usual:
+            image = nifti.nib().load(usual)
             stored = image.dataobj
-            require_bytes(Path(image.file_map["image"].filename), math.prod(stored.shape) * stored.dtype.itemsize)
-            require_voxel_sizes(image, path)
+            names.require_bytes(Path(image.file_map["image"].filename), math.prod(stored.shape) * stored.dtype.itemsize)
+            nifti.require_voxel_sizes(image, path)
             array = np.asanyarray(stored)
     except (MemoryError, UserError):
         raise
     except Exception as error:  # a parser of damaged bytes raises any exception
-        problem = gzip_defect(path) if path.suffix.lower() in (".gz", ".mgz") else None
+        problem = names.gzip_defect(path) if path.suffix.lower() in (".gz", ".mgz") else None
         if short := re.search(r"Expected (\d+) bytes, got (\d+)", str(error)):
             problem = f"is truncated: it holds {short[2]} of {short[1]} bytes of voxels"
-        raise UserError(problem or f"cannot be read ({_reason(error)})", path, AGAIN) from None
+        raise UserError(problem or _reason(error, path), path, names.AGAIN) from None
     if array.dtype.names:  # an RGB NIfTI: the channels are fields of a record
         array = np.stack([array[name] for name in array.dtype.names], axis=-1)
     array = array.reshape(array.shape + (1,) * (2 - array.ndim))
@@ -241,8 +221,8 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     widened = array.dtype == np.float64 and stored.dtype != np.float64  # by scl_slope
     array = np.ascontiguousarray(array, dtype=np.float32 if widened else array.dtype.newbyteorder("="))
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(image.affine, np.float64)
-    if isinstance(image.header, nib().Nifti1Header):
-        affine[:3] *= millimetres(image.header)
+    if isinstance(image.header, nifti.nib().Nifti1Header):
+        affine[:3] *= nifti.millimetres(image.header)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and np.isfinite(lengths).all() and (lengths > 0).all()):
         raise UserError("has an affine matrix without volume", path)
@@ -253,7 +233,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
         origin=tuple(affine[:3, 3].tolist()),
         direction=tuple((affine[:3, :3] / lengths).ravel().tolist()),
         dimensions=dimensions,
-        oriented=not isinstance(image.header, nib().AnalyzeHeader) or has_forms(image.header),
+        oriented=not isinstance(image.header, nifti.nib().AnalyzeHeader) or nifti.has_forms(image.header),
     )
 
 
@@ -267,24 +247,24 @@ def _picture_geometry(columns: int, rows: int) -> Geometry:
 
 def _picture_mode(path: Path) -> str:
     """Return how a picture stores its pixels, as Pillow names it where that matters: P for palette, LA, and so on."""
-    if suffix_of(path) == ".png":
+    if names.suffix_of(path) == ".png":
         with path.open("rb") as file:
             return {b"\x03": "P", b"\x04": "LA"}.get(file.read(26)[25:], "RGB")
-    if suffix_of(path) == ".bmp":
+    if names.suffix_of(path) == ".bmp":
         with _open_pillow(path) as picture:
             return str(picture.mode)
     return "RGB"
 
 
 def _needs_pillow(path: Path) -> bool:
-    return suffix_of(path) == ".bmp" or _picture_mode(path) in ("1", "P", "PA", "LA")
+    return names.suffix_of(path) == ".bmp" or _picture_mode(path) in ("1", "P", "PA", "LA")
 
 
 def _open_pillow(path: Path) -> Any:
     try:
         return Pillow.open(path)
     except OSError:
-        raise UserError(f"is not a {suffix_of(path)} file", path, AGAIN) from None
+        raise UserError(f"is not a {names.suffix_of(path)} file", path, names.AGAIN) from None
 
 
 def _read_pillow(path: Path, resolve_palette: bool) -> np.ndarray:
@@ -296,7 +276,7 @@ def _read_pillow(path: Path, resolve_palette: bool) -> np.ndarray:
                 pixels = picture.convert("L") if picture.mode == "1" else picture
             array = np.asarray(pixels)
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot be read ({_reason(error)})", path, AGAIN) from None
+        raise UserError(_reason(error, path), path, names.AGAIN) from None
     return np.ascontiguousarray(np.moveaxis(array, 2, 0))[:, None] if array.ndim == 3 else array[None, None]
 
 
@@ -320,10 +300,10 @@ def require_picture_values(path: Path, array: np.ndarray, geometry: Geometry) ->
     UserError
         The array is a volume, or its values do not fit.
     """
-    suffix = suffix_of(path)
+    suffix = names.suffix_of(path)
     top = 255 if suffix == ".bmp" else 65535
     low, high = int(array.min(initial=0)), int(array.max(initial=0))
-    if geometry.dimensions == 3 and suffix not in TIFF:
+    if geometry.dimensions == 3 and suffix not in names.TIFF:
         raise UserError(f"a volume of shape {geometry.shape} cannot be written as {suffix}", path, "Use .nii.gz.")
     if low < 0 or high > top:
         raise UserError(f"label values {low}..{high} do not fit into {suffix}", path, "Use .nii.gz.")
@@ -341,24 +321,24 @@ def write_file(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     geometry : Geometry
         Of the array.
     """
-    suffix = suffix_of(path)
-    if suffix in NIFTI:
-        write_nifti(path, array, geometry)
+    suffix = names.suffix_of(path)
+    if suffix in names.NIFTI:
+        nifti.write_nifti(path, array, geometry)
     elif suffix in (".mgz", ".mgh"):
         high = array.max()
         kind = np.uint8 if array.min() >= 0 and high <= 255 else np.int16 if high < 1 << 15 else np.int32
-        nib().save(nib().MGHImage(array.transpose(2, 1, 0).astype(kind), ras_affine(geometry)), path)
+        nifti.nib().save(nifti.nib().MGHImage(array.transpose(2, 1, 0).astype(kind), nifti.ras_affine(geometry)), path)
     else:
         _write_itk(path, array, geometry)
 
 
 def _write_itk(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     flat = geometry.dimensions == 2
-    if suffix_of(path) in PICTURES:
+    if names.suffix_of(path) in names.PICTURES:
         array = array.astype(smallest_dtype(0, int(array.max(initial=0))))
     image = sitk().GetImageFromArray(array[0] if flat else array)
     matrix = np.reshape(geometry.direction, (3, 3))
     image.SetSpacing(geometry.spacing[::-1][:2] if flat else geometry.spacing[::-1])
     image.SetOrigin(geometry.origin[:2] if flat else geometry.origin)
     image.SetDirection((matrix[:2, :2] if flat else matrix).ravel().tolist())
-    sitk().WriteImage(image, str(path), useCompression=suffix_of(path) != ".bmp")
+    sitk().WriteImage(image, str(path), useCompression=names.suffix_of(path) != ".bmp")

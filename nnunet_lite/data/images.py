@@ -7,20 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_lite.data import names
 from nnunet_lite.data.dicom import is_series, read_series, series_geometry
 from nnunet_lite.data.formats import read_file, read_file_header, require_picture_values, write_file
 from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Image
 from nnunet_lite.data.labels import smallest_dtype
-from nnunet_lite.data.names import (
-    GIPL,
-    NIFTI,
-    PAIRS,
-    PICTURES,
-    TIFF,
-    require_readable,
-    stem,
-    suffix_of,
-)
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.tiff import read_tiff
 from nnunet_lite.errors import UserError
@@ -43,7 +34,7 @@ def is_image(path: Path) -> bool:
     bool
         False for DICOM files, which have no fixed ending.
     """
-    return not path.name.startswith(".") and suffix_of(path) != ""
+    return not path.name.startswith(".") and names.suffix_of(path) != ""
 
 
 def is_dicom(path: Path) -> bool:
@@ -59,7 +50,7 @@ def is_dicom(path: Path) -> bool:
     bool
         Whether `read_image` reads it as a series.
     """
-    return not suffix_of(path) and is_series(path)
+    return not names.suffix_of(path) and is_series(path)
 
 
 def label_suffix(suffix: str) -> str:
@@ -76,7 +67,7 @@ def label_suffix(suffix: str) -> str:
         Such as ".png" for ".jpg".
     """
     others = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha", ".nhdr": ".nrrd"}
-    return others.get(suffix, ".nii.gz" if suffix in ("", *PAIRS) else suffix)
+    return others.get(suffix, ".nii.gz" if suffix in ("", *names.PAIRS) else suffix)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -108,7 +99,7 @@ def read_image(path: str | Path, channels: int | None = None) -> Image:
         return Image(*read_series(path))
     image, alpha_notes = _without_alpha(_read(path), channels)
     n, notes = image.array.shape[0], [*image.notes, *alpha_notes]
-    if suffix_of(path) in TIFF and image.geometry.dimensions == 3 and not image.geometry.calibrated:
+    if names.suffix_of(path) in names.TIFF and image.geometry.dimensions == 3 and not image.geometry.calibrated:
         notes.append("no spacing known, 1x1x1 mm taken")
     return replace(image, notes=(*notes, *([f"{n} channels in one file"] if n > 1 else [])))
 
@@ -208,7 +199,7 @@ def read_label_image(path: str | Path, like: Geometry | None = None) -> Image:
     array, notes = image.array, [*image.notes, *alpha_notes]
     if array.shape[0] > 1:
         if any(not np.array_equal(array[0], channel) for channel in array[1:]):
-            flat = suffix_of(path) in PICTURES and array.shape[1] == 1
+            flat = names.suffix_of(path) in names.PICTURES and array.shape[1] == 1
             what = "a colour picture" if flat else "not a label map: it has a fourth dimension"
             fix = "Store one integer per voxel: 0 for background, 1, 2, ... for the labels."
             raise UserError(f"is {what} ({array.shape[0]} different channels)", path, fix)
@@ -242,12 +233,12 @@ def read_geometry(path: str | Path, channels: int | None = None) -> tuple[Geomet
     path = Path(path)
     if is_dicom(path):
         return series_geometry(path), 1
-    require_readable(path)
-    if suffix_of(path) in TIFF:
+    names.require_readable(path)
+    if names.suffix_of(path) in names.TIFF:
         image = read_tiff(path, pixels=False)
         geometry, found, has_alpha = image.geometry, image.array.shape[0], image.has_alpha
     elif header := read_file_header(path):
-        geometry, found, has_alpha = *header, suffix_of(path) in PICTURES
+        geometry, found, has_alpha = *header, names.suffix_of(path) in names.PICTURES
     else:
         image = read_image(path)
         return image.geometry, image.array.shape[0]
@@ -255,7 +246,7 @@ def read_geometry(path: str | Path, channels: int | None = None) -> tuple[Geomet
 
 
 def _read(path: Path, resolve_palette: bool = True) -> Image:
-    return read_tiff(path, resolve_palette) if suffix_of(path) in TIFF else read_file(path, resolve_palette)
+    return read_tiff(path, resolve_palette) if names.suffix_of(path) in names.TIFF else read_file(path, resolve_palette)
 
 
 def _without_alpha(image: Image, channels: int | None) -> tuple[Image, list[str]]:
@@ -317,18 +308,18 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
         raise ValueError(f"array of shape {array.shape} for a geometry of shape {geometry.shape}")
     if array.dtype == bool or array.dtype.itemsize > 2:
         array = array.astype(smallest_dtype(int(array.min(initial=0)), int(array.max(initial=0))))
-    suffix = suffix_of(path)
+    suffix = names.suffix_of(path)
     if label_suffix(suffix) != suffix:
         what = f"label maps cannot be written as {suffix or path.suffix}"
         raise UserError(what, path, f"Use {label_suffix(suffix)}.")
-    if suffix in PICTURES:
+    if suffix in names.PICTURES:
         require_picture_values(path, array, geometry)
-    if suffix in GIPL and not np.allclose(geometry.direction, IDENTITY, atol=1e-6):
-        raise UserError("GIPL cannot store directions, and the image has some", path, "Use .nii.gz.")
+    if suffix in names.GIPL and not np.allclose(geometry.direction, IDENTITY, atol=1e-6):
+        raise UserError("names.GIPL cannot store directions, and the image has some", path, "Use .nii.gz.")
     with atomic(path) as temporary:
-        usual = temporary.with_name(stem(temporary) + suffix)  # libraries do not know `.Nii.gz`
+        usual = temporary.with_name(names.stem(temporary) + suffix)  # libraries do not know `.Nii.gz`
         try:
-            copies_header = like is not None and suffix_of(like) in NIFTI and suffix in NIFTI
+            copies_header = like is not None and names.suffix_of(like) in names.NIFTI and suffix in names.NIFTI
             if copies_header:
                 write_nifti(usual, array, geometry, like=like)
             if not copies_header or read_geometry(usual)[0].differences(geometry):  # such as a header without sizes
@@ -336,5 +327,5 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
             usual.replace(temporary)
         finally:
             usual.unlink(missing_ok=True) if usual != temporary else None
-    if suffix in TIFF and geometry.calibrated:
-        write_json(path.with_name(stem(path) + ".json"), {"spacing": list(geometry.spacing)})
+    if suffix in names.TIFF and geometry.calibrated:
+        write_json(path.with_name(names.stem(path) + ".json"), {"spacing": list(geometry.spacing)})

@@ -12,7 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +32,8 @@ AGAIN = "Copy or export it again."
 DEFLATE_LIMIT = 1032  # largest factor by which deflate compresses
 _PICTURE_LIMIT = 100_000  # larger than the factor of any picture format
 _VOXELS_NAMED = re.compile(rb"^(?:ElementDataFile *=|data ?file:)([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
+_NIFTI_HEADER = 348  # bytes, the last four are the magic
+_META_BYTES = {b"CHAR": 1, b"SHORT": 2, b"INT": 4, b"FLOAT": 4, b"DOUBLE": 8}  # of a voxel of MetaImage
 _GIPL_HEADER = 256
 _GIPL_BYTES = {7: 1, 8: 1, 15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}  # of a voxel, by the number of the type
 
@@ -200,6 +202,8 @@ def require_readable(path: Path) -> None:
     """
     if not suffix_of(path):
         raise UserError("is of no supported format", path, f"{SUPPORTED}. Of header and voxels, give the header.")
+    if suffix_of(path) in PAIRS and path.is_file():
+        _require_pair(path)
     if problem := _defect(path):
         raise UserError(problem, path, AGAIN if path.exists() else "")
 
@@ -286,8 +290,25 @@ def _defect(path: Path) -> str | None:
         return "needs the file of its voxels with it, which is not there"
     if suffix in _VOXELS and not header_of(path):
         return "needs its header (.hdr) with it, which is not there"
-    truncated = _is_cut_picture(path) if suffix in PICTURES else suffix in GIPL and not _holds_gipl(path)
+    truncated = (
+        _is_cut_picture(path)
+        if suffix in PICTURES
+        else (suffix in GIPL and not _holds_gipl(path)) or (suffix == ".mha" and _is_cut_metaimage(path))
+    )
     return f"is truncated: it ends after {size} bytes" if truncated else None
+
+
+def _require_pair(path: Path) -> None:
+    """Refuse a file that needs no other one, and files of which only one is compressed: nibabel reads neither."""
+    compressed, head = is_gzip(path), b""
+    with gzip.open(path) if compressed else path.open("rb") as file, suppress(EOFError, gzip.BadGzipFile, zlib.error):
+        head = file.read(_NIFTI_HEADER)
+    if head[344:] == b"n+1\0":
+        fix = f"Rename it to {stem(path)}.nii{'.gz' if compressed else ''}."
+        raise UserError("is a NIfTI file with header and voxels", path, fix)
+    others = [other for other in (*companions(path), header_of(path)) if other]
+    if others and all(is_gzip(other) != compressed for other in others):
+        raise UserError(f"one of it and {others[0].name} is compressed", path, "Compress both with gzip, or neither.")
 
 
 def _is_cut_picture(path: Path) -> bool:
@@ -302,6 +323,18 @@ def _is_cut_picture(path: Path) -> bool:
     if suffix in (".jpg", ".jpeg"):
         return head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail
     return suffix == ".bmp" and head.startswith(b"BM") and size < int.from_bytes(head[2:6].ljust(4, b"\0"), "little")
+
+
+def _is_cut_metaimage(path: Path) -> bool:
+    """Return whether voxels that are not compressed are too few; ITK finds it too, and prints lines of its own."""
+    with path.open("rb") as file:
+        head, _, _ = file.read(4096).partition(b"LOCAL")
+    fields = dict(re.findall(rb"^(\w+) *= *([^\r\n]*)", head, re.MULTILINE))
+    size = _META_BYTES.get(fields.get(b"ElementType", b"").removeprefix(b"MET_").removeprefix(b"U"), 0)
+    counts = (fields.get(name, b"").split() for name in (b"DimSize", b"ElementNumberOfChannels"))
+    values = math.prod(int(n) for found in counts for n in found if n.isdigit())
+    is_raw = fields.get(b"CompressedData", b"False").lower() == b"false"
+    return is_raw and size * values > path.stat().st_size - len(head)
 
 
 def _holds_gipl(path: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import image_files, label_maps
+from nnunet_lite.data.cases import image_files, label_maps, unsupported_files
 from nnunet_lite.data.dataset import labels_of, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
@@ -380,7 +380,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{files[stem(path)].name} and {path.name} are the same case", folder, "Remove one.")
         files[stem(path)] = path
     if not files:
-        raise UserError("contains no label map of a supported format", folder)
+        raise UserError(f"contains no label map of a supported format{unsupported_files(folder)}", folder)
     return files
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from mimetypes import guess_type
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,8 @@ def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labe
     """
     if names_file(out):
         _check_file(cases, out, labels, dicom_seg)
+    elif not out.exists() and (any(guess_type(out.name)) or out.suffix.lower() in (".npy", ".npz")):
+        raise UserError(f"label maps cannot be written as {out.suffix}", out, "Give a folder, or a name with .nii.gz.")
     folder = (out.parent if names_file(out) else out).resolve()
     given = {identify(source) for source in sources if source.is_dir()}
     parents = {path if path.is_dir() else path.parent for case in cases for path in case.images}

@@ -280,7 +280,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     file = folder / _RUN
     if not file.is_file():
         fix = suggest_models(folder) or "Train one with `nnlite train`."
-        raise UserError("is no model folder (no run.json)", folder, fix)
+        why = "no run.json" if folder.exists() else "it does not exist"
+        raise UserError(f"is no model folder ({why})", folder, fix)
     with understood(file):
         run = dict(read_json(file))
         must_be_known(str(run["format"]), FORMAT, file)

@@ -18,13 +18,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from nnunet_lite.data.geometry import Box, Geometry, Turn, bounding_box, nonzero_box, nonzero_mask, slices, turn_between
+from nnunet_lite.data.geometry import (
+    Box,
+    Geometry,
+    Turn,
+    bounding_box,
+    in_brackets,
+    nonzero_box,
+    nonzero_mask,
+    slices,
+    turn_between,
+)
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels, smallest_dtype
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Configuration, Plan, Resampling
 from nnunet_lite.preprocessing.normalization import normalize
 from nnunet_lite.preprocessing.resampling import coarse_axis, resample_image, resample_labels, resample_slabs
+from nnunet_lite.system import free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -172,10 +183,21 @@ def resample(case: Preprocessed, configuration: Configuration, threads: int | No
     -------
     Preprocessed
         The arrays.
+
+    Raises
+    ------
+    UserError
+        They do not fit into memory.
     """
     spacing, orders, classes = case.placement.spacing, configuration.resampling, case.classes
     target = resampled_spacing(configuration, spacing)
     shape = resampled_shape(case.placement.shape, spacing, target)
+    if 4 * len(case.image) * math.prod(shape) > free_memory():
+        raise UserError(
+            f"its voxels of {in_brackets(spacing)} mm would become {' x '.join(map(str, shape))} of "
+            f"{in_brackets(target)} mm, more than fit into memory",
+            fix="Is the size of its voxels right?",
+        )
     how = (shape, spacing, target)
     image = resample_image(case.image, *how, orders.image_order, orders.image_order_z, orders.separate_z, threads)
     if classes is not None:
