@@ -32,19 +32,15 @@ def held_out(tiny_workspace: Path, dataset: Dataset) -> tuple[str, ...]:
     return read_split(planned_paths(tiny_workspace).splits, dataset, "0").validation
 
 
-@pytest.fixture
-def model(tmp_path: Path, tiny_model: Path) -> Path:
-    shutil.copytree(tiny_model, tmp_path / "model")
-    return tmp_path / "model"
-
-
-def test_held_out_cases_are_predicted_once_and_scored(model: Path, dataset: Dataset, held_out: tuple[str, ...]) -> None:
-    out = model / "fold_0" / "validation"
+def test_held_out_cases_are_predicted_once_and_scored(
+    model_copy: Path, dataset: Dataset, held_out: tuple[str, ...]
+) -> None:
+    out = model_copy / "fold_0" / "validation"
     assert {p.name for p in out.glob("*.nii.gz")} == {f"{case_id}.nii.gz" for case_id in held_out}
     first, second = (out / f"{case_id}.nii.gz" for case_id in held_out)
     before, content = first.stat().st_mtime_ns, read_label(second)[0]
     second.unlink()
-    scores = validate_fold(model, "0", dataset, held_out, "cpu")
+    scores = validate_fold(model_copy, "0", dataset, held_out, "cpu")
     assert first.stat().st_mtime_ns == before
     np.testing.assert_array_equal(read_label(second)[0], content)
     assert [row.case for row in scores.rows] == sorted(held_out)
@@ -60,29 +56,29 @@ def test_held_out_cases_are_predicted_once_and_scored(model: Path, dataset: Data
 
 
 def test_a_case_that_cannot_be_predicted_is_named(
-    model: Path, dataset: Dataset, held_out: tuple[str, ...], tmp_path: Path
+    model_copy: Path, dataset: Dataset, held_out: tuple[str, ...], tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"no image")
-    shutil.rmtree(model / "fold_0" / "validation")
+    shutil.rmtree(model_copy / "fold_0" / "validation")
     cases = tuple(replace(case, images=(bad,)) if case.id == held_out[0] else case for case in dataset.cases)
     broken = replace(dataset, cases=cases)
     with pytest.raises(UserError, match=rf"1 of 2 cases could not be predicted; {held_out[0]}: .*bad\.nii\.gz"):
-        validate_fold(model, "0", broken, held_out, "cpu")
+        validate_fold(model_copy, "0", broken, held_out, "cpu")
 
 
 def test_logits_that_are_not_finite_are_no_validation(
-    model: Path, dataset: Dataset, held_out: tuple[str, ...], counts: Callable[..., None]
+    model_copy: Path, dataset: Dataset, held_out: tuple[str, ...], counts: Callable[..., None]
 ) -> None:
     """They would be scored as background."""
     counts("bad inputs refused in one line")
-    file = model / "fold_0" / "model.safetensors"
+    file = model_copy / "fold_0" / "model.safetensors"
     tensors, about = load_file(file), read_weights_header(file)
     for name in tensors:
         if name.startswith("heads."):
             tensors[name] = np.full_like(tensors[name], 3e38)
     save_file(tensors, file, {"state": json.dumps(about)})
-    shutil.rmtree(model / "fold_0" / "validation")
+    shutil.rmtree(model_copy / "fold_0" / "validation")
     with pytest.raises(UserError, match=rf"2 of 2 cases could not be predicted; {held_out[0]}: .*NaN or infinite"):
-        validate_fold(model, "0", dataset, held_out, "cpu")
-    assert not [*(model / "fold_0" / "validation").iterdir()]
+        validate_fold(model_copy, "0", dataset, held_out, "cpu")
+    assert not [*(model_copy / "fold_0" / "validation").iterdir()]

@@ -400,30 +400,23 @@ def handwritten(rules: dict[str, Any] | None = None, gains: dict[str, Any] | Non
             "postprocessing_gain": gains or {}, "candidates": [], "made": "2026-01-01", "version": "1"}  # fmt: skip
 
 
+BAD_RULES: dict[str, tuple[dict[str, Any], str]] = {
+    "size_is_text": ({"min_size_mm3": "30"}, "min_size_mm3: Input should be a valid number"),
+    "size_is_negative": ({"min_size_mm3": -1}, "min_size_mm3: Input should be greater than or equal to 0"),
+    "size_is_endless": ({"min_size_mm3": float("inf")}, "min_size_mm3: Input should be a finite number"),
+    "size_is_nan": ({"min_size_mm3": float("nan")}, "min_size_mm3: Input should be a finite number"),
+    "largest_is_text": ({"largest_component": "no"}, "largest_component: Input should be a valid boolean"),
+    "unknown_unit": ({"unit": "ml"}, "unit: Input should be 'mm3', 'mm2', 'voxels' or 'px'"),
+    "unknown_key": ({"hole": 3}, "hole: Extra inputs are not permitted"),
+}
+BAD_GAINS = ({"before": "0.5", "after": 1.0}, {"before": 0.5}, {"before": 0.5, "after": None})  # text, half, null
+KEEP = {"largest_component": True}
 BROKEN: dict[str, tuple[Any, str]] = {
     "no_object": ([], "valid dictionary"),
     "another_format": ({"format": "nnlite-inference-0"}, "format: Input should be 'nnlite-inference-1'"),
     "nothing_else": ({"format": "nnlite-inference-1"}, "models: Field required"),
-    **{
-        name: (handwritten({"Anterior": {"largest_component": True} | rule}), f"postprocessing.Anterior.{why}")
-        for name, rule, why in (
-            ("size_is_text", {"min_size_mm3": "30"}, "min_size_mm3: Input should be a valid number"),
-            ("size_is_negative", {"min_size_mm3": -1}, "min_size_mm3: Input should be greater than or equal to 0"),
-            ("size_is_endless", {"min_size_mm3": float("inf")}, "min_size_mm3: Input should be a finite number"),
-            ("size_is_nan", {"min_size_mm3": float("nan")}, "min_size_mm3: Input should be a finite number"),
-            ("largest_is_text", {"largest_component": "no"}, "largest_component: Input should be a valid boolean"),
-            ("unknown_unit", {"unit": "ml"}, "unit: Input should be 'mm3', 'mm2', 'voxels' or 'px'"),
-            ("unknown_key", {"hole": 3}, "hole: Extra inputs are not permitted"),
-        )
-    },
-    **{
-        name: (handwritten({"Anterior": {"largest_component": True}}, {"Anterior": gain}), "postprocessing_gain.Anter")
-        for name, gain in (
-            ("gain_is_text", {"before": "0.5", "after": 1.0}),
-            ("gain_is_half", {"before": 0.5}),
-            ("gain_is_null", {"before": 0.5, "after": None}),
-        )
-    },
+    **{k: (handwritten({"Anterior": KEEP | r}), f"postprocessing.Anterior.{why}") for k, (r, why) in BAD_RULES.items()},
+    **{str(g): (handwritten({"Anterior": KEEP}, {"Anterior": g}), "postprocessing_gain.Anter") for g in BAD_GAINS},
 }
 
 

@@ -367,7 +367,7 @@ def _explicit_cases(root: Path, entries: dict[str, Any], channels: int, table: P
             raise UserError(f"the id {name!r} holds a /, and cases give files their names", table, "Write _ instead.")
         label, *images = [os.path.expandvars(file) for file in files]
         paths = tuple(root / file for file in images)
-        if len(paths) == 1:  # x_0000 alone stands for x_0000, x_0001, ...
+        if len(paths) == 1:  # x_0000 alone: its other channels are x_0001, ...
             _, paths = _channel_files(paths[0], channels, ())
         cases.append(Case(name, paths, root / label if label else None))
     return cases
