@@ -51,6 +51,8 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function in (aten._pin_memory.default, aten.pin_memory.default):  # a real one needs a driver
+            if not args[0].is_contiguous():
+                raise RuntimeError("the host waits for a copy that is not contiguous")
             return args[0]
         if torch.is_inference_mode_enabled() and function.namespace == "aten" and function._can_decompose():
             with self:
@@ -137,6 +139,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
     "cpu": lambda x: x.cpu(),
     "two devices": lambda x: x + torch.ones(x.shape),
     "blocking copy": lambda x: torch.ones(3).to(x.device),
+    "copy with gaps": lambda x: torch.ones(3, 4)[:, 1:].pin_memory().to(x.device, non_blocking=True),
 }
 RIGHT: dict[str, Callable[[Tensor], Any]] = {
     "where": lambda x: torch.where(x > 0, x, 0).sum(),

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor
 from nnunet_lite.data.images import read_image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.inference import outputs
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
 from nnunet_lite.inference.outputs import (
     ExtraMaps,
@@ -278,6 +280,25 @@ def test_out_of_memory_continues_with_a_smaller_batch(maps: ExtraMaps, capfd: py
     assert "memory is short; the rest of this image is predicted with 2 windows at once" in capfd.readouterr().err
     with pytest.raises(UserError, match="memory is too short for this image"):
         predict(9, 0)
+
+
+def test_out_of_memory_frees_the_sums_before_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may fill the device; slabs that are written already must not keep them."""
+    configuration, place, (network,) = planned((8, 8, 8)), placed((60, 12, 12), (90, 12, 12)), random_networks(CUBE, 4)
+    task = PredictionTask(sliding([network], configuration, 4), noise(place.shape), place, Resampling())
+    network.register_forward_pre_hook(stop_at(9, 2))
+    used: list[weakref.ref[Any]] = []
+    kept: list[Any] = []
+
+    def watch(streams: Any) -> Iterator[Any]:
+        for slabs in in_step(streams):
+            used.append(weakref.ref(slabs[0][0].func))  # its closure has the sums
+            yield slabs
+
+    monkeypatch.setattr(outputs, "in_step", watch)
+    monkeypatch.setattr(outputs, "release_memory", lambda _: kept.append([ref() for ref in used]))
+    predict_label_map([[task]], plan_memory([task], labels_of(4), 0.5), labels_of(4))
+    assert kept[0] and not any(any(functions) for functions in kept)
 
 
 def test_other_errors_of_a_network_are_not_taken_for_lack_of_memory() -> None:

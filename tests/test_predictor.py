@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,27 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import edit
-from random_models import predict_preprocessed
-from samples import FAST
+from random_models import labels_of, placed, predict_preprocessed
+from samples import FAST, sample_plan
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference.folder import _read_ahead, predict_cases
 from nnunet_lite.inference.predictor import (
     Predictor,
+    PreparedImage,
+    _choose_arithmetic,
+    _Trained,
     label_swap,
     load,
     trained_folds,
 )
-from nnunet_lite.preprocessing.pipeline import preprocess_image
-from nnunet_lite.settings import AugmentationSettings
+from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
+from nnunet_lite.settings import AugmentationSettings, InferenceSettings
 
 
 @pytest.fixture
@@ -194,6 +200,46 @@ def test_one_unreadable_file_does_not_stop_the_others(
     assert bad.name in failed[cases[1].id]
     assert "\n" not in failed[cases[1].id]
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("most", "nbytes", "expected"), [(1, 10, 2), (3, 10, 4), (3, 10**15, 2)])
+def test_images_are_read_ahead_as_memory_allows(most: int, nbytes: int, expected: int) -> None:
+    """The one that is predicted, and the next ones; after an unreadable one too."""
+    begun: list[int] = []
+
+    def read(number: int) -> PreparedImage:
+        begun.append(number)
+        if number == 2:
+            raise UserError("unreadable")
+        array = np.broadcast_to(np.zeros(1, np.uint8), nbytes)  # which takes no memory
+        return PreparedImage((Preprocessed(array, None, placed((1, 1, 1), (1, 1, 1))),), None)
+
+    with ThreadPoolExecutor(most) as reader:
+        found = []
+        for source in _read_ahead(reader, read, range(8), most):  # type: ignore[arg-type]
+            found.append(source.exception() is None)
+            wait(reader.submit(int) for _ in range(most))
+            assert len(begun) <= min(8, len(found) - 1 + expected)
+        assert found == [number != 2 for number in range(8)] and sorted(begun) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("computes_right", "sums", "expected"),
+    [(True, "float32", "bf16"), (False, "float32", "fp16"), (True, "float16", "fp16")],
+)
+def test_the_number_format_on_a_gpu(
+    computes_right: bool, sums: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the training, unless cuDNN computes it wrongly; a model of nnU-Net computes in fp16, as there."""
+    plan = sample_plan(labels_of(3))
+    header = {"device": "cuda", "arithmetic": {"precision": "bf16"}}
+    trained = _Trained(plan, {"configuration": "3d_fullres"}, {"0": Brightness()}, header)
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: True)
+    monkeypatch.setattr("nnunet_lite.inference.predictor.computes_bf16", lambda *_: computes_right)
+    monkeypatch.setattr("nnunet_lite.inference.predictor.pick_fastest", lambda formats, *_: formats[0])
+    settings = InferenceSettings.model_validate({"sums": sums})
+    with FakeTensorMode():
+        assert _choose_arithmetic(trained, settings, torch.device("cuda")).precision == expected
 
 
 def test_fold_all_is_used_if_there_is_no_other(model_copy: Path) -> None:

@@ -26,10 +26,13 @@ from nnunet_lite.files import atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import ENTROPY, PROBABILITIES, STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
+from nnunet_lite.system import cases_in_flight, cpus
 
 # changes a label map (z, y, x) of some spacing before it is written
 Postprocess = Callable[[np.ndarray, tuple[float, float, float]], np.ndarray]
 
+_MOST_READERS = 4  # images that are read, cropped, normalised and resampled at once while a GPU computes
+_READING = 4  # times the size of a preprocessed image: what reading and preprocessing one takes
 _MOST_WRITING = 2  # label maps that wait to be written
 _NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 
@@ -133,8 +136,9 @@ def predict_cases(
         except Exception as error:  # whatever is wrong with one case, the others are predicted
             fail(case, error)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        sources, queue = _read_ahead(reader, read, todo), deque[tuple[Case, Future[None]]]()
+    n_readers = 1 if predictor.device.type == "cpu" else min(cpus(), _MOST_READERS)  # a CPU computes at the same time
+    with ThreadPoolExecutor(n_readers) as reader, ThreadPoolExecutor(1) as writer:
+        sources, queue = _read_ahead(reader, read, todo, n_readers), deque[tuple[Case, Future[None]]]()
         for case, source in zip(progress(todo, len(todo), "predict"), sources, strict=True):
             try:
                 prepared = source.result()
@@ -147,6 +151,7 @@ def predict_cases(
             own = geometry.orientation
             if own is not None and own != (predictor.plan.orientation or own):
                 turned[own].append(case.id)
+            del prepared  # or it would be in memory until the next image is read
             queue.append((case, writer.submit(write, case, geometry, label_map, arrays)))
             if len(queue) > _MOST_WRITING:
                 finish(*queue.popleft())
@@ -159,14 +164,20 @@ def predict_cases(
 
 
 def _read_ahead(
-    reader: ThreadPoolExecutor, read: Callable[[Case], PreparedImage], cases: Iterable[Case]
+    reader: ThreadPoolExecutor, read: Callable[[Case], PreparedImage], cases: Iterable[Case], most: int
 ) -> Iterator[Future[PreparedImage]]:
-    """Yield the image of each case, in order, while the next one is read."""
+    """Yield the image of each case, in order, while the next ones are read: one, or as many as fit into memory."""
     waiting: deque[Future[PreparedImage]] = deque()
+    n_ahead = 1
     for case in cases:
         waiting.append(reader.submit(read, case))
-        if len(waiting) > 1:
-            yield waiting.popleft()
+        if len(waiting) <= n_ahead:
+            continue
+        source = waiting.popleft()
+        yield source
+        if source.exception() is None:
+            n_ahead = cases_in_flight(_READING * source.result().nbytes, most)
+        del source
     while waiting:
         yield waiting.popleft()
 

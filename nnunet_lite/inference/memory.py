@@ -19,7 +19,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import Span, schedule
 from nnunet_lite.networks.devices import free_device_memory
-from nnunet_lite.networks.precision import DTYPES
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, output_values
 from nnunet_lite.preprocessing.resampling import Block, blocks, coarse_axis
@@ -181,19 +180,13 @@ def _options(task: PredictionTask, labels: Labels, step: float, slab: int) -> It
 
 def _windows_bytes(task: PredictionTask, at_once: int, depth: int) -> int:
     """Return the bytes to compute a batch of windows, of `depth` slices, and to sum one over its mirrored copies."""
-    window, voxels = task.window, prod(task.window.patch)
-    folds, item = len(window.networks), DTYPES[window.arithmetic.precision].itemsize
-    slices = depth if len(window.patch) == 2 else 1
-    inputs, total = 4 * at_once * len(task.image) * voxels, 4 * (window.channels - 1) * slices * voxels
-    outputs, of_fold = 4 * at_once * window.outputs * voxels, item * at_once * window.outputs * voxels
-    features = item * at_once * window.configuration.network.features[0] * voxels
-    summed = outputs if folds > 1 else 0
-    last = features + of_fold // (folds if window.head is not None else 1)  # the head, after the last norm
-    network = inputs + summed + max(at_once * window.window_bytes, last)
-    converted = 0 if item == 4 or folds > 1 else outputs + of_fold
-    flipped = 4 * window.outputs * slices * voxels if len(window.flips) > 1 else 0
-    on_device = 0 if window.device.type == "cpu" else task.image[:, 0].nbytes * depth
-    return on_device + inputs + total + max(network, converted, outputs + flipped)
+    window, voxels = task.window, 4 * prod(task.window.patch)
+    of_window = voxels * (depth if len(window.patch) == 2 else 1)
+    inputs, outputs = (at_once * voxels * n for n in (len(task.image), window.outputs))
+    network = at_once * window.window_bytes + (outputs if len(window.networks) > 1 else 0)
+    copies = outputs + (window.outputs * of_window if window.flips != ((),) else 0)
+    slices = 0 if window.device.type == "cpu" else task.image[:, 0].nbytes * depth
+    return slices + inputs + (window.channels - 1) * of_window + max(network, copies)
 
 
 def _slabs_bytes(task: PredictionTask, parts: Sequence[Block], slab: int, copied: bool, on_cpu: bool) -> int:

@@ -163,7 +163,7 @@ def predict_label_map(
             if not is_out_of_memory(error):
                 raise
             smallest = number + 1 == len(plans)
-        del streams
+        streams, slabs = [], []  # both refer to the sums, which may fill the device
         release_memory(tasks[0].window.device)
         if not smallest:
             log.warn(f"memory is short; the rest of this image is predicted with {plans[number + 1][0]}")

@@ -33,8 +33,8 @@ from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet,
 from nnunet_lite.models.lookup import find_model, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
-from nnunet_lite.networks.devices import pick_device, use_allowed_cpus
-from nnunet_lite.networks.precision import ComputeFormat, list_formats, pick_fastest
+from nnunet_lite.networks.devices import computes_bf16, pick_device, use_allowed_cpus
+from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of
@@ -230,7 +230,7 @@ def _load_model(
     arithmetic = _choose_arithmetic(trained, inference, target)
     networks = list(trained.networks.values())
     for network in networks:
-        network.to(memory_format=arithmetic.memory_format(trained.configuration.dimensions))  # type: ignore[call-overload]
+        apply_format(network, arithmetic, trained.configuration.dimensions)
     if inference.compile:
         networks = [cast(nn.Module, torch.compile(network)) for network in networks]
     augmentation = settings.augmentation
@@ -329,18 +329,22 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
     """Choose what the training chose, so that a model always predicts the same; on another kind of device, time it.
 
     On a CPU the memory format is not timed: our normalisation, upsampling and convolution are made for channels-last.
-    But a model of nnU-Net in fp32 decides close races as nnU-Net does only in nnU-Net's memory format.
+    But a model of nnU-Net in fp32 decides close races as nnU-Net does only in nnU-Net's memory format. On a GPU it
+    computes in fp16, as there.
     """
-    like_nnunet = settings.sums == "float16" and settings.precision == "fp32"
-    channels_last = not like_nnunet if device.type == "cpu" else "auto"
-    options = list_formats(device, settings.precision, channels_last)
+    precision, of_nnunet, planned = settings.precision, settings.sums == "float16", trained.configuration
+    channels_last = not (of_nnunet and precision == "fp32") if device.type == "cpu" else "auto"
+    if device.type == "cuda" and precision == "auto":
+        shape = (planned.batch_size, planned.network.features[0], *planned.patch_size)
+        if of_nnunet or not computes_bf16(device, shape, planned.network.kernels[0]):
+            precision = "fp16"
+    options = list_formats(device, precision, channels_last)
     if trained.header.get("device") == device.type:
         same = ComputeFormat(**trained.header["arithmetic"])
-        same = same if settings.precision == "auto" else replace(same, precision=settings.precision)
+        same = same if settings.precision == "auto" else replace(same, precision=precision)
         if same.precision in [option.precision for option in options]:
             return same
-    inputs, patch = trained.plan.n_inputs(trained.run["configuration"]), trained.configuration.patch_size
-    window = torch.zeros(1, inputs, *patch, device=device)
+    window = torch.zeros(1, trained.plan.n_inputs(trained.run["configuration"]), *planned.patch_size, device=device)
     network = next(iter(trained.networks.values()))
 
     def prepare(arithmetic: ComputeFormat) -> Callable[[], None]:
@@ -348,7 +352,7 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
             with torch.inference_mode(), arithmetic.autocast(device):
                 network(arithmetic.arrange(window))
 
-        network.to(memory_format=arithmetic.memory_format(len(patch)))  # type: ignore[call-overload]
+        apply_format(network, arithmetic, planned.dimensions)
         return predict
 
     return pick_fastest(options, prepare, device)
@@ -371,6 +375,10 @@ class PreparedImage:
 
     arrays: tuple[Preprocessed, ...]
     image: Image | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.image.nbytes for array in self.arrays) + (0 if self.image is None else self.image.array.nbytes)
 
 
 def prepare_image(predictor: Predictor, image: Image) -> PreparedImage:
@@ -439,8 +447,10 @@ def segment(
     plans = plan_memory(tasks, labels, settings.step_size, limit)
     for plan in plans[0]:
         _log_once(str(plan))
-    masked = any(channel.use_mask for channel in predictor.plan.channels)
-    skip_empty = masked if settings.skip_empty == "auto" else settings.skip_empty
+    skip_empty = settings.skip_empty
+    if skip_empty == "auto":  # nnU-Net computes them, and on a GPU they take little time
+        as_nnunet = settings.sums == "float16" and predictor.device.type != "cpu"
+        skip_empty = any(channel.use_mask for channel in predictor.plan.channels) and not as_nnunet
     return predict_label_map(models, plans, labels, maps, new_map, skip_empty=skip_empty)
 
 

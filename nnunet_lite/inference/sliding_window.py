@@ -261,8 +261,8 @@ def average_windows(
         if skip_empty:
             places = [place for place in places if image[:, *(span.inside for span in place)].any()]
         slab = torch.from_numpy(image[:, inside])
-        if window.device.type == "cuda":
-            slab = slab.pin_memory().to(window.device, non_blocking=True)
+        if window.device.type == "cuda":  # the host waits where a copy is not contiguous, as of several channels
+            slab = slab.contiguous().pin_memory().to(window.device, non_blocking=True)
         for place, total in _window_outputs(window, slab.to(window.device), places, batch_size, n_samples):
             _, y, x = place
             within = [span.within for span in place]

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,7 +125,7 @@ def prefetch(
     if workers == 0:
         yield from (make() for make in makers)
         return
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = side_stream(device) if device.type == "cuda" else None
     if side:
         side.wait_stream(torch.cuda.current_stream(device))  # data may still be on its way to the device
 
@@ -151,6 +151,12 @@ def prefetch(
         finally:
             for future in queue:
                 future.cancel()
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU on which batches are made; the allocator keeps freed memory apart for each stream."""
+    return torch.cuda.Stream(device)
 
 
 # ------------------------------------------------------------------------------------------------ one batch
