@@ -219,7 +219,7 @@ def predict_volume(sizes: Sizes, device_name: str, work: Path, classes: int) -> 
         seconds.append(timed(lambda: model(image, (1.0, 0.8, 0.8)), device))
     shape = " x ".join(map(str, reversed(sizes.volume)))
     return {
-        "seconds": seconds[-1], "gb": peak_gb(device), "gb_predicted": planned[-1][0].device / 1e9 or None,
+        "seconds": seconds[-1], "gb": peak_gb(device), "gb_predicted": planned[-1][0][0].device / 1e9 or None,
         "remarks": f"{shape}, {model.arithmetic}, {len(model.mirror_axes)} axes mirrored; the first one "
                    f"{seconds[0]:.3g} s",
     }  # fmt: skip

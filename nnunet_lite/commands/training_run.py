@@ -157,8 +157,7 @@ def plan_runs(
         split = read_split(paths.splits, dataset, fold, rule)
         first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
         run = TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
-        if restart or not models.is_finished(fold_folder):
-            _check_trainable(run)
+        _check_trainable(run)
         if first is not None:
             refuse_other_cases(first.folder, split, paths.splits)
             # a model to start from fits only one of the two networks

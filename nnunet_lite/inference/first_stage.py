@@ -67,11 +67,6 @@ class FirstStage:
     def folds(self) -> list[str]:
         return sorted(set(self.holders.values()))
 
-    @property
-    def missing(self) -> list[str]:
-        """The folds that are needed and not trained yet."""
-        return [fold for fold in self.folds if not is_finished(self.folder / f"fold_{fold}")]
-
 
 def find_first_stage(
     paths: Paths, plan: Plan, configuration: str, split: Split, folder: Path, recipe: str, name: str | None
