@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
@@ -257,8 +258,17 @@ def stop_at(n: int, batch: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("maps", [ExtraMaps(), ExtraMaps(("label 1",))])
-def test_out_of_memory_continues_with_a_smaller_batch(maps: ExtraMaps, capfd: pytest.CaptureFixture[str]) -> None:
-    """From the slabs that are finished; only the smallest way that fails is an error."""
+def test_out_of_memory_continues_with_a_smaller_batch(
+    maps: ExtraMaps, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the slabs that are finished, without the sums of before; only the smallest way that fails is an error."""
+    in_use: list[int] = []
+
+    def count_sums(_: torch.device) -> None:
+        gc.collect()
+        in_use.append(sum(type(item) is Tensor and item.shape[1:] == (5, 12, 12) for item in gc.get_objects()))
+
+    monkeypatch.setattr("nnunet_lite.inference.outputs.release_memory", count_sums)
     configuration, labels, place = planned((8, 8, 8)), labels_of(4), placed((60, 12, 12), (90, 12, 12))
     calls: list[int] = []
 
@@ -280,6 +290,7 @@ def test_out_of_memory_continues_with_a_smaller_batch(maps: ExtraMaps, capfd: py
     assert "memory is short; the rest of this image is predicted with 2 windows at once" in capfd.readouterr().err
     with pytest.raises(UserError, match="memory is too short for this image"):
         predict(9, 0)
+    assert len(in_use) > 3 and not any(in_use)
 
 
 def test_out_of_memory_frees_the_sums_before_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,21 +152,24 @@ def predict_label_map(
                 view[z, rows] = values[name]
 
     n_written = 0
-    for number, chosen in enumerate(plans):
+
+    def run(chosen: Sequence[MemoryPlan]) -> None:
+        nonlocal n_written
+        streams = [_finished_slabs(*pair, n_written, skip_empty) for pair in zip(tasks, chosen, strict=True)]
+        for slabs in in_step(streams):
+            run_in_threads(write, slabs, None if chosen[0].sums_device.type == "cpu" else 1)
+            n_written += len(slabs)
+
+    for chosen, smaller in zip(plans, [*plans[1:], None], strict=True):
         try:
-            streams = [_finished_slabs(*pair, n_written, skip_empty) for pair in zip(tasks, chosen, strict=True)]
-            for slabs in in_step(streams):
-                run_in_threads(write, slabs, None if chosen[0].sums_device.type == "cpu" else 1)
-                n_written += len(slabs)
+            run(chosen)
             return out, extra
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            smallest = number + 1 == len(plans)
-        streams, slabs = [], []  # both refer to the sums, which may fill the device
-        release_memory(tasks[0].window.device)
-        if not smallest:
-            log.warn(f"memory is short; the rest of this image is predicted with {plans[number + 1][0]}")
+        release_memory(tasks[0].window.device)  # here, since the error refers to what it was raised in
+        if smaller is not None:
+            log.warn(f"memory is short; the rest of this image is predicted with {smaller[0]}")
     raise UserError("memory is too short for this image", fix="End other programs, or use a machine with more memory.")
 
 
