@@ -42,7 +42,7 @@ SHORTER = (
 # These are only parsed: they take minutes, change the environment, or need GPUs, nnU-Net, a cluster or its queue. The
 # small images need no low-resolution stage.
 NOT_RUN = re.compile(
-    r"scripts/(demo|test)\.sh|pip install .*|.*--gpus \d+.*|torchrun .*|nnlite plan .*--measure.*|ssh .*"
+    r"scripts/(demo|test)\.sh|pip install .*|.*--gpus \d+.*|torchrun .*|ssh .*"
     r"|nnlite train 3d_(lowres|cascade_fullres) .*|python scripts/compare_(preprocessed|training)\.py .*"
     r"|nnlite cluster .*|nnlite .*--scheduler .*"
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -17,15 +16,13 @@ import torch
 from samples import TINIEST
 
 import nnunet_lite
-from nnunet_lite.errors import Stopped, UserError
+from nnunet_lite.errors import Stopped
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, read_weights_header
-from nnunet_lite.planning.nnunet import plan_from_nnunet
-from nnunet_lite.planning.planner import limit_sizes, override_sizes
+from nnunet_lite.planning.planner import override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.job import Job, configure_plan
-from nnunet_lite.training.learner import measure_memory
 from nnunet_lite.training.limits import (
     EarlyStopping,
     StopRequest,
@@ -173,23 +170,3 @@ def test_a_batch_and_a_patch_that_fit_are_suggested(tiny_workspace: Path) -> Non
         fits = override_sizes(plan, "3d_fullres", size, number).configuration("3d_fullres")
         assert (fits.memory_gb or 9) <= 0.7 * planned.memory_gb
     assert suggest_smaller(plan, "3d_fullres", 0.001) == ""
-
-
-@pytest.fixture
-def small_plan() -> Plan:
-    plans = json.loads((Path(__file__).parent / "data" / "nnunet_plans.json").read_text())
-    about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "A": 1, "B": 2}, "numTraining": 200}
-    return limit_sizes(plan_from_nnunet(plans, about), "3d_fullres", 8_000, 16_000)
-
-
-def test_memory_is_measured_on_a_gpu_alone(small_plan: Plan) -> None:
-    with pytest.raises(UserError, match="--measure needs a GPU"):
-        measure_memory(small_plan, "3d_fullres", "cpu")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU memory")
-def test_measured_memory_is_near_the_prediction(small_plan: Plan) -> None:
-    predicted = small_plan.configuration("2d").memory_gb
-    measured = measure_memory(small_plan, "2d", "cuda")
-    assert predicted is not None and measured is not None
-    assert measured < predicted * 1.15

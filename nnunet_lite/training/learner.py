@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
 
@@ -25,11 +24,9 @@ from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
-from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, pick_device, release_memory
+from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, release_memory
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
-from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings
 from nnunet_lite.training.dataloader import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
 from nnunet_lite.training.finetune import freeze
@@ -342,47 +339,3 @@ def _describe_step(job: Job, options: list[ComputeFormat]) -> str:
     step = [planned, training, model, loss, job.settings.recipe, job.ranks.world, list(map(str, options))]
     digest = hashlib.sha256(json.dumps([*step, torch.backends.cudnn.version()]).encode()).hexdigest()[:12]
     return f"{name}, torch {torch.__version__}, {job.configuration} {digest}"
-
-
-def measure_memory(plan: Plan, configuration: str, name: str | None) -> float | None:
-    """Measure the GPU memory of two training steps of the default recipe on random data, for `nnlite plan --measure`.
-
-    The first step creates the state of the optimizer, the second one needs it.
-
-    Parameters
-    ----------
-    plan : Plan
-        The plan.
-    configuration : str
-        Name of a configuration of the plan.
-    name : str or None
-        Name of the GPU, such as "cuda:1"; None for the first one.
-
-    Returns
-    -------
-    float or None
-        Peak in GB (1e9 bytes); None if it does not fit.
-
-    Raises
-    ------
-    UserError
-        The device is no GPU.
-    """
-    device = pick_device(name)
-    if device.type != "cuda":
-        raise UserError("--measure needs a GPU", fix="Leave it out, or run it where there is one.")
-    job = Job(plan, configuration, Settings(), 0, Path(), device, [], [])
-    shape = (job.planned.batch_size, *job.planned.patch_size)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        learner = make_learner(job, make_network(job), list_formats(device, "auto", True)[0])
-        images = torch.randn(shape[0], plan.n_inputs(configuration), *shape[1:], device=device)
-        classes = torch.randint(0, plan.labels.n_classes, shape, device=device, dtype=torch.uint8)
-        for number in range(2):
-            train_step(job, learner, [(images, classes, ())], 0.01, number)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 1e9
