@@ -67,5 +67,7 @@ def naming(file: str | PathLike[str]) -> Iterator[None]:
 
 def describe(problem: BaseException) -> str:
     """Return an exception as one line, for reports that continue with the next case."""
+    if isinstance(problem, OSError) and problem.filename is not None:
+        return f"{problem.filename}: {problem.strerror}"
     text = " ".join(str(problem).split())
     return text if isinstance(problem, UserError) else f"{type(problem).__name__}: {text}"

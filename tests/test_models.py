@@ -220,7 +220,7 @@ def test_predict_with_all_options(
     (tmp_path / "more").mkdir()
     shutil.copy(scans[2], tmp_path / "more" / scans[0].name)
     code, _, err = command(*predict, "-i", tmp_path / "more", "-o", tmp_path / "o", cwd=tmp_path)
-    assert code == 2 and f"holds case '{names[0]}', and so does" in err
+    assert code == 2 and f"are the same case '{names[0]}'" in err
     code, _, err = command(*predict, *common, "0.0001", "-o", tmp_path / "o2", cwd=tmp_path)
     assert code == 2 and "B of memory at least, 100 kB may be used. Raise --max-memory" in err
     assert not any((tmp_path / "o2").iterdir())

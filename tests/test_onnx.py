@@ -146,7 +146,7 @@ def test_inputs_are_examined_as_with_torch(pair: Pair, counts: Callable[..., Non
     for same in (array.tolist(), torch.from_numpy(array), array.astype(np.float64)):
         np.testing.assert_array_equal(exported(same, cubic), expected)
     for bad, spacing, says in (
-        (np.full((8, 8, 8), np.nan), cubic, "NaN or infinite: 512 voxels"),
+        (np.full((8, 8, 8), np.nan), cubic, "NaN or infinite, as float32: 512 voxels"),
         (np.zeros((0, 8, 8)), cubic, "shape"),
         (array * 1j, cubic, "complex64"),
         (array, (0.0, 1.0, 1.0), "spacing"),
@@ -244,7 +244,7 @@ def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: 
     assert list(differences) == ["fold_0.onnx", "previous/fold_0.onnx"]
     model = load_fp32(second)
     exported = runner.load_onnx(tmp_path / "out")
-    assert exported.first_stage is not None and exported.swap is not None and exported.swap.classes == (0, 2, 1)
+    assert exported.first_stage is not None and exported.swap is not None and exported.swap.classes == (0, 2, 1, 3)
     array = np.random.default_rng(0).normal(size=(18, 21, 24)).astype(np.float32)
     agree(model, exported, array, (1.5, 1.5, 1.5))
     classes = np.zeros((18, 21, 24), np.uint8)

@@ -175,6 +175,14 @@ def test_a_missing_file_is_a_line_of_the_report(
     counts("bad inputs refused in one line")
 
 
+def test_preprocessing_without_a_raw_file_names_it(planned: Planned) -> None:
+    raw, paths = planned
+    image = read_dataset(raw).cases[0].images[0]
+    image.unlink()
+    with pytest.raises(UserError, match=f"{image}: does not exist any more. Restore it"):
+        nnunet_lite.preprocess("2d", workspace=paths.root.parent, workers=0)
+
+
 def test_the_reason_to_plan_again_names_the_cases(planned: Planned, copy_dataset: Callable[..., Path]) -> None:
     raw, paths = planned
     assert reason(raw, Paths(raw.parent / "new" / "data")) == "is not planned yet"

@@ -296,6 +296,8 @@ def _scan(case: Case, known: RawCase | None) -> RawCase:
 
 
 def _stamp(path: Path, known: RawFile | None) -> RawFile:
+    if not path.exists():
+        raise UserError("does not exist any more", path, "Restore it, or plan the dataset without this case.")
     stat = path.stat()
     if known and (stat.st_size, stat.st_mtime_ns) == (known.size, known.changed):
         return known
