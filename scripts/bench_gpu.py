@@ -39,8 +39,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 # dense bf16 (fp16 before Ampere) with sums in float32, TFLOP/s, as in the data sheets; other cards are measured
-PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
-         "A10": 125, "RTX 4090": 165, "V100": 125, "T4": 65}  # fmt: skip
+PEAKS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+         "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "RTX 4090": 165, "V100": 125, "T4": 65}  # fmt: skip
 HEAD = ("part", "seconds", "on the device", "waiting", "GB", "GB predicted", "TFLOP/s", "of the peak", "remarks")
 NUMBERS = {"3d_fullres": 900, "2d": 901}  # of the data sets in nnU-Net's folders
 RANDOM_SEED = 0

@@ -161,7 +161,8 @@ def test_a_fold_is_trained_and_validated(train: Train, tmp_path: Path, scans: li
 
 
 def test_the_device_learns_what_the_cpu_learns(train: Train) -> None:
-    on_device, on_cpu = train("device"), train("cpu", device="cpu")
+    no_noise = {"augmentation.p_noise": 0}  # a GPU draws other numbers
+    on_device, on_cpu = train("device", no_noise), train("cpu", no_noise, device="cpu")
     for one, other in zip(on_device, on_cpu, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=5e-3)
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], abs=5e-3)
@@ -200,7 +201,9 @@ def test_two_processes_on_one_device_learn_what_one_learns(workspace: Path, trai
 
 def test_nothing_of_a_training_stays_in_the_memory_of_the_device(train: Train) -> None:
     train("trained")
-    assert not DEVICE.startswith("cuda") or torch.cuda.memory_allocated(DEVICE) < 1_000_000
+    if DEVICE.startswith("cuda"):
+        torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each stream
+        assert torch.cuda.memory_allocated(DEVICE) < 1_000_000
 
 
 def test_the_fastest_format_is_timed_once(train: Train, workspace: Path, tmp_path: Path) -> None:

@@ -224,22 +224,37 @@ def test_images_are_read_ahead_as_memory_allows(most: int, nbytes: int, expected
 
 
 @pytest.mark.parametrize(
-    ("computes_right", "sums", "expected"),
-    [(True, "float32", "bf16"), (False, "float32", "fp16"), (True, "float16", "fp16")],
+    ("has_it", "computes_right", "sums", "expected"),
+    [
+        (True, True, "float32", "bf16"),
+        (True, False, "float32", "fp16"),
+        (True, True, "float16", "fp16"),
+        (False, None, "float32", "fp16"),
+    ],
 )
 def test_the_number_format_on_a_gpu(
-    computes_right: bool, sums: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    has_it: bool, computes_right: bool | None, sums: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of the training, unless cuDNN computes it wrongly; a model of nnU-Net computes in fp16, as there."""
+    """That of the training, if the GPU has it and cuDNN computes it right; a model of nnU-Net in fp16, as there.
+
+    On a GPU without bf16 nothing is computed in it, which could fail.
+    """
     plan = sample_plan(labels_of(3))
-    header = {"device": "cuda", "arithmetic": {"precision": "bf16"}}
+    header = {"device": "cuda", "arithmetic": {"precision": "bf16", "compiled": True, "plain_norm": True}}
     trained = _Trained(plan, {"configuration": "3d_fullres"}, {"0": Brightness()}, header)
-    monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: True)
-    monkeypatch.setattr("nnunet_lite.inference.predictor.computes_bf16", lambda *_: computes_right)
+
+    def compute(*_: Any) -> bool:
+        assert computes_right is not None, "there is no bf16"
+        return computes_right
+
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: has_it)
+    monkeypatch.setattr("nnunet_lite.inference.predictor.has_bf16", lambda _: has_it)
+    monkeypatch.setattr("nnunet_lite.inference.predictor.computes_bf16", compute)
     monkeypatch.setattr("nnunet_lite.inference.predictor.pick_fastest", lambda formats, *_: formats[0])
     settings = InferenceSettings.model_validate({"sums": sums})
     with FakeTensorMode():
-        assert _choose_arithmetic(trained, settings, torch.device("cuda")).precision == expected
+        found = _choose_arithmetic(trained, settings, torch.device("cuda"))
+    assert found.precision == expected and not found.plain_norm, "which is made for compiled networks"
 
 
 def test_fold_all_is_used_if_there_is_no_other(model_copy: Path) -> None:

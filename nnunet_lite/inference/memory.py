@@ -198,5 +198,5 @@ def _slabs_bytes(task: PredictionTask, parts: Sequence[Block], slab: int, copied
     resampled = 0 if parts[0].matrix is None else slab
     logits = 0 if window.head is None else window.n_logits
     threads, rows, slices = (min(cpus(), len(parts)), _PIECE, 1) if on_cpu else (1, y1 - y0, slab)
-    piece = (2 * channels + logits) * slices * rows * (x1 - x0)
+    piece = (3 * channels + logits) * slices * rows * (x1 - x0)  # two products, and a copy for the head or the rounding
     return 4 * threads * ((band + resampled) * channels * prod(plane) + piece)

@@ -33,7 +33,7 @@ from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet,
 from nnunet_lite.models.lookup import find_model, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
-from nnunet_lite.networks.devices import computes_bf16, pick_device, use_allowed_cpus
+from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
@@ -336,12 +336,13 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
     channels_last = not (of_nnunet and precision == "fp32") if device.type == "cpu" else "auto"
     if device.type == "cuda" and precision == "auto":
         shape = (planned.batch_size, planned.network.features[0], *planned.patch_size)
-        if of_nnunet or not computes_bf16(device, shape, planned.network.kernels[0]):
+        if of_nnunet or not (has_bf16(device) and computes_bf16(device, shape, planned.network.kernels[0])):
             precision = "fp16"
     options = list_formats(device, precision, channels_last)
     if trained.header.get("device") == device.type:
         same = ComputeFormat(**trained.header["arithmetic"])
         same = same if settings.precision == "auto" else replace(same, precision=precision)
+        same = same if settings.compile else replace(same, plain_norm=False)  # it would need twice the memory
         if same.precision in [option.precision for option in options]:
             return same
     window = torch.zeros(1, trained.plan.n_inputs(trained.run["configuration"]), *planned.patch_size, device=device)

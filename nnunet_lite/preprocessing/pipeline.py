@@ -348,7 +348,7 @@ def decode_logits(data: Any, labels: Labels, *, rounded: bool = False) -> np.nda
         Index into `output_values`, in the smallest type.
     """
     if not isinstance(data, np.ndarray):
-        return _decode_tensor(_round_half(data) if rounded else data, labels.has_regions)
+        return _decode_tensor(data.half() if rounded else data, labels.has_regions)
     flat = data.reshape(len(data), -1)
     out = np.empty(flat.shape[1], smallest_dtype(0, len(data)))
     for start in range(0, len(out), _DECODED):
