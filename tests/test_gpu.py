@@ -117,8 +117,9 @@ def test_the_doctor_describes_the_gpu() -> None:
 
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.9995), ("auto", 0.99)])
 def test_label_maps_equal_those_of_the_cpu(tiny_model: Path, scans: list[Path], precision: str, share: float) -> None:
-    on_cpu = load(tiny_model, device="cpu", settings={**FAST, "inference.mirroring": True})
-    on_device = load(tiny_model, device=DEVICE, settings={"inference.precision": precision})
+    mirrored = {**FAST, "inference.mirroring": True}
+    on_cpu = load(tiny_model, device="cpu", settings=mirrored)
+    on_device = load(tiny_model, device=DEVICE, settings={**mirrored, "inference.precision": precision})
     for scan in scans:
         assert share_equal(on_cpu(scan), on_device(scan)) > share
 
