@@ -95,10 +95,14 @@ def load_cases(
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         cases = [open_case(case_id) for case_id in case_ids]
         return map_cases(cases) if device.type != "cpu" or processes > 1 else cases
+
+    def load(case_id: str) -> LoadedCase:
+        case = load_case(open_case(case_id))
+        return move_case(case, device) if cache == "device" else case  # at once: RAM may not hold all of them
+
     with ThreadPoolExecutor(cpus()) as pool:
-        loaded = pool.map(lambda case_id: load_case(open_case(case_id)), case_ids)
         try:
-            return [move_case(case, device) if cache == "device" else case for case in loaded]
+            return list(pool.map(load, case_ids))
         except torch.OutOfMemoryError:
             raise UserError(f"the memory of {device} is too small for the cases", fix="Use --cache ram.") from None
 
