@@ -315,7 +315,11 @@ def test_out_of_memory_frees_the_sums_before_it_continues(monkeypatch: pytest.Mo
 
 
 def test_other_errors_of_a_network_are_not_taken_for_lack_of_memory() -> None:
-    for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    texts = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "GET was unable to find an engine to execute this computation",
+    )
+    for error in (MemoryError(), torch.OutOfMemoryError(), *map(RuntimeError, texts)):
         assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 

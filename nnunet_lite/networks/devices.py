@@ -75,7 +75,8 @@ def use_allowed_cpus() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a computation failed for lack of memory, of a device or, with a limit such as ulimit, of a CPU."""
-    texts = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    # cuDNN finds no engine where there is no memory for the working space of any
+    texts = ("out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine")
     is_of_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return is_of_torch or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
