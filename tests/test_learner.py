@@ -111,7 +111,8 @@ def test_a_compiler_that_fails_is_left_out_or_named(
     monkeypatch.setattr(torch, "compile", broken)
     run = job(**FP32)
     made = make_learner(run, make_network(run), ComputeFormat(compiled=True))
-    assert parallelize(run, made).forward is made.network
+    plain = parallelize(run, made)
+    assert plain.forward is made.network and not plain.compute.compiled, "which the checkpoint says too"
     assert "torch.compile failed and is left out: " in capfd.readouterr().err
     with pytest.raises(UserError, match=r"torch.compile failed: .*training\.compile=false"):
         parallelize(job(**FP32 | {"training.compile": True}), made)

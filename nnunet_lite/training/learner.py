@@ -136,7 +136,9 @@ def parallelize(job: Job, learner: Learner) -> Learner:
             if several or job.settings.training.compile is True:
                 raise UserError(f"torch.compile failed: {reason}", fix="Use --set training.compile=false.") from error
             log.warn(f"torch.compile failed and is left out: {reason}")
-            return learner
+            compute = replace(learner.compute, compiled=False, plain_norm=False, reason="torch.compile failed")
+            apply_format(network, compute, job.dimensions)
+            return replace(learner, compute=compute)
     return parallel
 
 

@@ -90,6 +90,7 @@ def train_fold(job: Job) -> None:
     with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
         begin = time.monotonic()
         learner, state = _start(job)
+        state.compute = learner.compute  # torch.compile may have failed
         if job.device.type == "cuda":  # candidates of other formats may have needed more
             torch.cuda.reset_peak_memory_stats(job.device)
         state.seconds += from_first(time.monotonic() - begin, job.ranks)
