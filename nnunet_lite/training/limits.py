@@ -252,6 +252,8 @@ def explain_out_of_memory(job: Job) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
+        if job.device.type != "cuda":
+            raise
         planned = job.planned
         free, total = torch.cuda.mem_get_info(job.device)
         usable = free + torch.cuda.memory_reserved(job.device) - cases

@@ -152,7 +152,7 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
             if recorder is not None:
                 recorder.add(metrics)
                 log.info(_describe_epoch(job, metrics, state))
-                if metrics["epoch"] == 1 and (validation := _plan_validation(job, state)) is not None:
+                if metrics["epoch"] == 1 < training.epochs and (validation := _plan_validation(job, state)) is not None:
                     limits.announce_validation(job.settings, validation, len(job.validation))
             stops = _agree_to_stop(job, stop)
             save(stops)
