@@ -29,12 +29,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.errors import Busy, UserError, WorkersDied, describe
-from nnunet_lite.files import scratch
+from nnunet_lite.files import first_problem, scratch
 from nnunet_lite.settings import recipe_folder
 
 _INSTALL = "`pip install 'nnunet-lite[cluster]'`, here and on the workers."
@@ -375,7 +375,9 @@ def read_cluster_config(name: str) -> ClusterConfig:
         raise UserError(f"there is no cluster {name!r}", fix=f"There are: {', '.join(known)}; or give a TOML file.")
     try:
         return ClusterConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:  # no text, no TOML, or another form
+    except ValidationError as error:
+        reason = first_problem(error)
+    except ValueError as error:  # no text, or no TOML
         reason = " ".join(str(error).split())
     raise UserError(f"must be TOML with kind, workers and options ({reason:.200})", file)
 

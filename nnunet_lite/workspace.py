@@ -4,6 +4,8 @@ workspace/
   current.json                 the dataset that was planned last
   Task04_Hippocampus/
     dataset.json  fingerprint.json  plans.json  planned.json  check.json  raw.json  splits.json
+    splits_made.json           how the folds were made
+    formats.json               which number format and memory format is fastest on which GPU
     preprocessed/              see preprocessing/store.py
     models/3d_fullres-cpu/     a model folder: plans.json dataset.json run.json fold_0/ ...
     ensembles/A+B/fold_0/      held-out cases that two models predict together
@@ -46,6 +48,7 @@ class Paths:
     check = _PathOf("check.json")
     raw = _PathOf("raw.json")  # size, time and hash of each raw file when the dataset was planned
     splits = _PathOf("splits.json")
+    formats = _PathOf("formats.json")
     preprocessed = _PathOf("preprocessed")
     models = _PathOf("models")
     ensembles = _PathOf("ensembles")

@@ -96,7 +96,7 @@ def describe_card(sizes: Sizes, device_name: str, work: Path) -> dict[str, Any]:
     product = 2 * n**3 / best / 1e12
     peak = next((value for name, value in PEAKS.items() if re.search(rf"\b{name}\b", about["card"])), product)
     remarks = f"product of two {n} x {n} matrices; the peak is {'measured' if peak == product else 'the data sheet'}"
-    return {**about, "peak": peak, "seconds": best, "tflops": product, "remarks": remarks}
+    return {"about": {**about, "peak": peak}, "seconds": best, "tflops": product, "remarks": remarks}
 
 
 def make_data(sizes: Sizes, device_name: str, work: Path, nnunet_python: str | None) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def random_model(
 
 
 def draw(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image of noise (z, y, x) with a bright ellipsoid and a brighter one in it, and their label map."""
+    """Draw an image of noise (z, y, x) with a bright ellipsoid and a brighter one in it, and their label map."""
     rng = np.random.default_rng(seed)
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
     centre = rng.uniform(-0.2, 0.2, 3)
@@ -274,7 +274,7 @@ def draw(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def time_steps(step: Callable[[Any], Any], batches: Iterator[Any], device: Any, n: int) -> dict[str, Any]:
-    """Seconds of a training step with loading, and on one batch again and again: the least of three rounds."""
+    """Measure the seconds of a training step with loading, and on one batch: the least of three rounds."""
     batch = next(batches)
     for _ in range(3):
         step(batch)
@@ -289,7 +289,7 @@ def time_steps(step: Callable[[Any], Any], batches: Iterator[Any], device: Any, 
 
 
 def timed(work: Callable[[], Any], device: Any) -> float:
-    """Seconds of some work, and of what it started on the GPU."""
+    """Measure the seconds of some work, and of what it started on the GPU."""
     import torch
 
     def wait() -> None:
@@ -370,9 +370,8 @@ class Bench:
         out = self.run(title, needed, [python, __file__, "--part", given])
         found = None if out is None else json.loads(out.splitlines()[-1])
         if found is not None:
-            self.about |= {key: found[key] for key in ("card", "peak", "gb", "torch", "cuda", "cudnn")
-                           if name == "describe_card" and key in found}  # fmt: skip
-            self.add(title, **{**found, "gb": None if name == "describe_card" else found.get("gb")})
+            self.about |= found.pop("about", {})
+            self.add(title, **found)
         return found
 
     def add(self, title: str, **found: Any) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them, a process for each core; arguments go to pytest (-m slow: the long ones).
+# Installs what the tests need and runs them, a process for each of up to four cores; arguments go to pytest (-m slow: the long ones).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" test
 cores=$(env -u OMP_NUM_THREADS nproc) # which would count the threads of this variable

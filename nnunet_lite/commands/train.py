@@ -360,11 +360,12 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
     if ranks.rank == 0:
         record_cases(run.fold_folder, split)
-    job = Job(run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks)
+    job = Job(
+        run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks,
+        formats=run.paths.formats if device.type == "cuda" else None,
+    )  # fmt: skip
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))
-    if device.type == "cuda":
-        job = replace(job, formats=run.paths.root / "formats.json")
     if preview and ranks.rank == 0:
         draw_preview(job, job.folder / "preview.png")
     train_fold(job)

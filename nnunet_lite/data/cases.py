@@ -11,8 +11,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from operator import eq
 from pathlib import Path
 
 from nnunet_lite import log
@@ -523,12 +521,24 @@ def likely_pairs(images: Sequence[Path], maps: Sequence[Path]) -> dict[Path, lis
         Label map -> images, several if they may be channels of a case. An image that fits two label maps is left out.
     """
     parts = {path: _parts(split_name(stem(path))[0]) for path in (*images, *maps)}
+    beginnings: dict[tuple[str, ...], list[Path]] = {(): list(images)}
+    containing: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        for end in range(1, len(parts[image]) + 1):
+            beginnings.setdefault(tuple(parts[image][:end]), []).append(image)
+        for part in set(parts[image]):
+            containing[part].append(image)
+    order = {image: number for number, image in enumerate(images)}
     pairs: dict[Path, list[Path]] = {}
     for label in maps:
-        scores = {image: _likeness(parts[image], parts[label]) for image in images}
-        best = max(scores.values(), default=(0, 0))
-        found = [image for image, score in scores.items() if score == best]
-        if best > (0, 0) and (len(found) < len(images) or len(images) == len(maps) == 1):
+        own, start = set(parts[label]), tuple(parts[label])
+        while start not in beginnings:
+            start = start[:-1]
+        near = beginnings[start] if start else {image for part in own for image in containing.get(part, ())}
+        shared = {image: len(own.intersection(parts[image])) for image in near}
+        most = max(shared.values(), default=0)
+        found = sorted((image for image, number in shared.items() if number == most), key=order.__getitem__)
+        if most and (len(found) < len(images) or len(images) == len(maps) == 1):
             pairs[label] = found
     uses = Counter(image for found in pairs.values() for image in found)
     return {label: found for label, found in pairs.items() if all(uses[image] == 1 for image in found)}
@@ -537,11 +547,6 @@ def likely_pairs(images: Sequence[Path], maps: Sequence[Path]) -> dict[Path, lis
 def _parts(name: str) -> list[str]:
     """Split a name into words and numbers: "P001_T1" -> p, 1, t, 1."""
     return [str(int(part)) if part.isdecimal() else part.lower() for part in _PART.findall(name)]
-
-
-def _likeness(a: list[str], b: list[str]) -> tuple[int, int]:
-    """Return how many parts of two names are equal at their beginnings, and anywhere."""
-    return sum(takewhile(bool, map(eq, a, b))), len(set(a) & set(b))
 
 
 def common_ending(cases: Iterable[Case]) -> str:

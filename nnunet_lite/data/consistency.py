@@ -85,7 +85,8 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
         yield Problem("n_cases", str(table), text, "", fix)
     if dataset.layout != "explicit":  # a dataset that lists its files may leave some out
         images = _unused(dataset, [case.images[0] for case in dataset.cases], IMAGE_FOLDERS)
-        yield from (_unused_image(dataset, path) for path in images)
+        ids = {case.id for case in dataset.cases}
+        yield from (_unused_image(dataset, path, ids) for path in images)
         yield from _unused_labels(dataset, {name for path in images for name in names_of_image(path)})
     for case_id, n in Counter(case.id for case in dataset.cases).items():
         if n > 1:
@@ -102,11 +103,11 @@ def _unused(dataset: Dataset, files: Sequence[Path], usual: Sequence[str]) -> li
     return [path for folder in sorted(folders) for path in image_files(folder) if path not in used]
 
 
-def _unused_image(dataset: Dataset, path: Path) -> Problem:
+def _unused_image(dataset: Dataset, path: Path, ids: set[str]) -> Problem:
     case_id, number = split_name(stem(path))
     if dataset.layout == "nnunet_v2" and not path.name.lower().endswith(dataset.file_ending.lower()):
         text, fix = f"does not end with {dataset.file_ending}, and is left out", "Convert it, or remove it."
-    elif number is not None and any(case.id == case_id for case in dataset.cases):
+    elif number is not None and case_id in ids:
         expected = f"{plural(len(dataset.channels), 'channel')} ({', '.join(dataset.channels)})"
         fix = "Name the channel in dataset.json, or remove the file."
         return Problem("extra_channel", str(path), f"a file for channel {number} of case {case_id}", expected, fix)

@@ -184,11 +184,31 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         del value["orientation"]
     if not dataset.accept_geometry:
         del value["accept_geometry"]
-    if dataset.labels.region_order:
-        value["regions_class_order"] = list(dataset.labels.region_order)
-    names = {str(i): name for i, name in enumerate(dataset.channels)}
-    labels = dataset.labels.to_json()
-    return value | {"channel_names": names, "labels": labels, "numTraining": len(dataset.cases)}
+    return value | describe_dataset(dataset)
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Return the part of dataset.json that may travel with a model: no paths, no case ids.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The dataset.
+
+    Returns
+    -------
+    dict
+        With keys of nnU-Net's dataset.json only.
+    """
+    order = dataset.labels.region_order
+    return {
+        "name": dataset.name,
+        "channel_names": {str(i): name for i, name in enumerate(dataset.channels)},
+        "labels": dataset.labels.to_json(),
+        **({"regions_class_order": list(order)} if order else {}),
+        "file_ending": dataset.file_ending,
+        "numTraining": len(dataset.cases),
+    }
 
 
 def dataset_from_json(value: dict[str, Any]) -> Dataset:

@@ -315,7 +315,7 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
     if suffix in names.PICTURES:
         require_picture_values(path, array, geometry)
     if suffix in names.GIPL and not np.allclose(geometry.direction, IDENTITY, atol=1e-6):
-        raise UserError("names.GIPL cannot store directions, and the image has some", path, "Use .nii.gz.")
+        raise UserError("GIPL cannot store directions, and the image has some", path, "Use .nii.gz.")
     with atomic(path) as temporary:
         usual = temporary.with_name(names.stem(temporary) + suffix)  # libraries do not know `.Nii.gz`
         try:

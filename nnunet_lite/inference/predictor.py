@@ -334,10 +334,12 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
     """
     precision, of_nnunet, planned = settings.precision, settings.sums == "float16", trained.configuration
     channels_last = not (of_nnunet and precision == "fp32") if device.type == "cpu" else "auto"
-    if device.type == "cuda" and precision == "auto":
-        shape = (planned.batch_size, planned.network.features[0], *planned.patch_size)
-        if of_nnunet or not (has_bf16(device) and computes_bf16(device, shape, planned.network.kernels[0])):
-            precision = "fp16"
+    if (
+        device.type == "cuda"
+        and precision == "auto"
+        and (of_nnunet or not (has_bf16(device) and computes_bf16(device, *planned.first_convolution)))
+    ):
+        precision = "fp16"
     options = list_formats(device, precision, channels_last)
     if trained.header.get("device") == device.type:
         same = ComputeFormat(**trained.header["arithmetic"])

@@ -159,7 +159,7 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
         settings["training"]["init"] = Path(start).name
     run.pop("changed", None)  # the history of the run may name folders too
     dataset = {key: value for key, value in read_json(folder / "dataset.json").items() if key in _PUBLIC}
-    for name, value in (("plans", json.loads(plan.to_json())), ("dataset", dataset), ("run", run)):
+    for name, value in (("plans", plan.as_dict()), ("dataset", dataset), ("run", run)):
         yield f"{folder.name}/{name}.json", f"{json.dumps(value, indent=1)}\n".encode()
     for fold, file in weights.items():
         yield f"{folder.name}/fold_{fold}/{MODEL}", file.read_bytes()

@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.dataset import Dataset, describe_dataset
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
@@ -101,7 +101,7 @@ def open_run(
             seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
             new = {"configuration": configuration, "seed": seed, "settings": settings.model_dump(mode="json")}
             new |= {} if previous is None else {"previous": previous}
-            write_description(folder, plan, _describe_dataset(dataset), new)
+            write_description(folder, plan, describe_dataset(dataset), new)
             return seed
         run = read_run(folder)
         changes = check_resume(folder, plan, configuration, settings, fold, force)
@@ -230,19 +230,6 @@ def fold_seed(seed: int, fold: str) -> int:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """The part of a dataset's description that may travel with a model: no paths, no case ids."""
-    order = dataset.labels.region_order
-    return {
-        "name": dataset.name,
-        "channel_names": {str(i): name for i, name in enumerate(dataset.channels)},
-        "labels": dataset.labels.to_json(),
-        **({"regions_class_order": list(order)} if order else {}),
-        "file_ending": dataset.file_ending,
-        "numTraining": len(dataset.cases),
-    }
 
 
 # ------------------------------------------------------------------------------------------------- models and runs

@@ -137,7 +137,7 @@ def _time_in_turns(
     device: torch.device,
     budget: float,
 ) -> dict[ComputeFormat, float]:
-    """Time formats on a CPU, where other programs run: turns make a machine that is slower for a while so for all.
+    """Time formats on a CPU in turns, so that other programs, which slow it down for a while, slow down all formats.
 
     A format whose warm-up alone takes much longer than the best so far is not timed again.
     """

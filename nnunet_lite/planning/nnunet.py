@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import channels_of, labels_of, orientation_of_reader
-from nnunet_lite.data.names import NIFTI, PICTURES
+from nnunet_lite.data.names import NIFTI, PICTURES, TIFF
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, read_json
 from nnunet_lite.planning import schema
@@ -141,7 +141,7 @@ def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
         return "NibabelIOWithReorient" if ending in NIFTI else "SimpleITKIOWithReorient"
     if plan.orientation is not None:
         log.info(f"nnU-Net does not turn images as nnlite does: give it images stored as {plan.orientation}")
-    if ending in (".tif", ".tiff"):
+    if ending in TIFF:
         return _FOR_TIFF[round(plan.median_shape[0]) > 1]
     if ending in PICTURES:
         return "NaturalImage2DIO"

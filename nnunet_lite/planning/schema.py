@@ -20,9 +20,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, must_be, read_json
 from nnunet_lite.planning.show import plan_table
 
-FORMAT: Literal["nnlite-plan-1"] = "nnlite-plan-1"
-
-
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
 SplineOrder = Annotated[int, Field(ge=0, le=5)]
@@ -166,6 +163,11 @@ class Configuration(_Model):
     def dimensions(self) -> int:
         return len(self.patch_size)
 
+    @property
+    def first_convolution(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape (batch, channels, *patch) of the first convolutions, and the size of their kernel."""
+        return (self.batch_size, self.network.features[0], *self.patch_size), self.network.kernels[0]
+
     @model_validator(mode="after")
     def _fits_its_network(self) -> Configuration:
         axes = len(self.patch_size)
@@ -222,7 +224,7 @@ class Options(_Model):
 class Plan(_Model):
     """Everything that preprocessing, training and inference need to know of a dataset."""
 
-    format: Literal["nnlite-plan-1"] = FORMAT
+    format: Literal["nnlite-plan-1"] = "nnlite-plan-1"
     dataset: str
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
     preset: str = "default"
@@ -285,7 +287,6 @@ class Plan(_Model):
 
     def trains_as(self, other: Plan) -> bool:
         """Compare without explanations and predicted memory: both plans give the same arrays and networks."""
-
         mine, theirs = (
             plan.model_dump(exclude={"options": True, "configurations": {"__all__": {"reasons", "memory_gb"}}})
             for plan in (self, other)

@@ -296,9 +296,11 @@ def _scan(case: Case, known: RawCase | None) -> RawCase:
 
 
 def _stamp(path: Path, known: RawFile | None) -> RawFile:
-    if not path.exists():
-        raise UserError("does not exist any more", path, "Restore it, or plan the dataset without this case.")
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        fix = "Restore it, or plan the dataset without this case."
+        raise UserError("does not exist any more", path, fix) from None
     if known and (stat.st_size, stat.st_mtime_ns) == (known.size, known.changed):
         return known
     with path.open("rb") as file:

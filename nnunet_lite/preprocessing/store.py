@@ -307,12 +307,11 @@ def _make_cases(
         return {}
     work = partial(make_case, dataset=replace(dataset, cases=()), plan=plan)
     failed = {}
-    with one_blas_thread():  # once for all cases: setting the limit takes threads of its own
-        for item, result in (spread or partial(_make_here, workers, len(plan.channels)))(work, missing, "preprocess"):
-            if isinstance(result, Exception):
-                failed[item.case.id] = result
-            if lacks_space(result):
-                break  # every other case would fail too
+    for item, result in (spread or partial(_make_here, workers, len(plan.channels)))(work, missing, "preprocess"):
+        if isinstance(result, Exception):
+            failed[item.case.id] = result
+        if lacks_space(result):
+            break  # every other case would fail too
     return failed
 
 
@@ -335,15 +334,16 @@ def _make_here(
             return case, error
         return case, None
 
-    if not at_once:
-        yield from log.progress(map(attempt, missing), len(missing), what)
-        return
-    pool = ThreadPoolExecutor(at_once, what)
-    try:
-        futures = as_completed([pool.submit(attempt, case) for case in missing])
-        yield from log.progress((future.result() for future in futures), len(missing), what)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with one_blas_thread():  # once for all cases: setting the limit takes threads of its own
+        if not at_once:
+            yield from log.progress(map(attempt, missing), len(missing), what)
+            return
+        pool = ThreadPoolExecutor(at_once, what)
+        try:
+            futures = as_completed([pool.submit(attempt, case) for case in missing])
+            yield from log.progress((future.result() for future in futures), len(missing), what)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def make_case(missing: MissingCase, dataset: Dataset, plan: Plan, threads: int = 1) -> None:

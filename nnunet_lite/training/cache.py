@@ -9,7 +9,7 @@ keeps as many of their pages in RAM as fit, once for all processes.
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -85,7 +85,7 @@ def load_cases(
     UserError
         The memory of the device is too small.
     """
-    needed = sum(_bytes(open_case(case_id)) for case_id in case_ids) if cache != "disk" else 0
+    needed = sum(_bytes(_arrays_of(open_case(case_id))) for case_id in case_ids) if cache != "disk" else 0
     if cache != "disk":
         cache, reason = choose_cache(needed, device, reserve_gb) if cache == "auto" else (cache, "as set")
         log.info(f"{len(case_ids)} cases, {in_units(needed)}, {_PLACES[cache].format(device=device)}: {reason}")
@@ -125,13 +125,13 @@ def map_cases(cases: Sequence[StoredCase]) -> Sequence[CaseArrays]:
 
     Where the disk has no space for them, a warning says so, and the cases are read as they are.
     """
-    arrays = [array for case in cases for array in (case.image, case.label, case.previous) if array is not None]
+    arrays = [array for case in cases for array in _arrays_of(case)]
     if not arrays:
         return cases
     folder = Path(arrays[0].urlpath).parents[1]
     with locked(folder, "unpacking cases"):
         missing = [array for array in arrays if not _is_current(_copy_of(array), Path(array.urlpath))]
-        needed = sum(prod(array.shape) * array.dtype.itemsize for array in missing)
+        needed = _bytes(missing)
         if needed > _SHARE * (free := disk_usage(folder).free):
             what = f"uncompressed copies need {in_units(needed)} and {in_units(free)} are free"
             log.warn(f"{folder}: {what}, so that each patch is decompressed, which may let the GPU wait")
@@ -177,6 +177,9 @@ def move_case(case: LoadedCase, device: torch.device) -> LoadedCase:
     return replace(case, image=tensor(case.image), label=tensor(case.label), previous=previous)
 
 
-def _bytes(case: StoredCase) -> int:
-    arrays = [array for array in (case.image, case.label, case.previous) if array is not None]
+def _arrays_of(case: StoredCase) -> list[Any]:
+    return [array for array in (case.image, case.label, case.previous) if array is not None]
+
+
+def _bytes(arrays: Iterable[Any]) -> int:
     return sum(prod(array.shape) * array.dtype.itemsize for array in arrays)

@@ -49,7 +49,7 @@ class Job:
         How many network passes the final validation takes (windows and mirrored copies), by the window step size
         (see `limits.validation_step_sizes`). Empty without a validation.
     formats : Path or None
-        File that keeps which number format and memory format is fastest on which GPU; None to keep nothing.
+        File that keeps which `ComputeFormat` is fastest on which GPU; None to keep nothing.
     """
 
     plan: Plan

@@ -54,7 +54,7 @@ class Learner:
     scaler : GradScaler
         Scales the loss for fp16; does nothing otherwise.
     compute : ComputeFormat
-        Number format and memory format.
+        How the network computes.
     average : dict of str to Tensor, or None
         Moving average of the weights, which becomes the model; None without `optimizer.ema`.
     """
@@ -124,11 +124,12 @@ def parallelize(job: Job, learner: Learner) -> Learner:
     parallel = replace(learner, network=network, forward=forward)
     if compiled:
         try:
+            batch = make_batch(job, job.training, 0, 0, augment=False)
             with _trial(network):
-                _trial_step(job, parallel, make_batch(job, job.training, 0, 0, augment=False))()
+                _trial_step(job, parallel, batch)()
             network.eval()
             with torch.inference_mode():  # as the pseudo-validation, whose duration is that of windows later
-                compute_loss(job, parallel, make_batch(job, job.training, 0, 0, augment=False))
+                compute_loss(job, parallel, batch)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's own errors, of many kinds
@@ -250,7 +251,7 @@ def _trial(network: nn.Module) -> Iterator[None]:
 
 
 def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
-    """A step that changes no weights: forward and backward."""
+    """Return a step that changes no weights: forward and backward."""
 
     def step() -> None:
         learner.network.zero_grad()
@@ -270,8 +271,7 @@ def list_training_formats(job: Job) -> list[ComputeFormat]:
     formats = list_formats(device, training.precision, training.channels_last)
     if device.type != "cuda":
         return [replace(option, compiled=training.compile is True) for option in formats]
-    shape = (job.planned.batch_size, network.features[0], *job.planned.patch_size)
-    if formats[0].precision == "bf16" and not computes_bf16(device, shape, network.kernels[0]):
+    if formats[0].precision == "bf16" and not computes_bf16(device, *job.planned.first_convolution):
         instead = "; it was set, and is used" if training.precision == "bf16" else "; fp16 is used instead"
         log.warn(f"{device}: {describe_wrong_bf16()}{instead}")
         if training.precision == "auto":
@@ -289,15 +289,24 @@ def list_training_formats(job: Job) -> list[ComputeFormat]:
     ]
 
 
-def choose_format(job: Job, network: nn.Module) -> ComputeFormat:
-    """Time training steps of the network on a real batch, and return the fastest format.
+def choose_format(job: Job, network: nn.Module, options: list[ComputeFormat] | None = None) -> ComputeFormat:
+    """Time training steps of the network on a real batch, and return the fastest of some formats.
 
     What was chosen for the same step on the same kind of GPU is kept in `job.formats`. On a CPU nothing is timed with a
     seed, because what is fastest may change from run to run. Under a time limit the timing ends early, with the fastest
     of the options that were timed until then, and is not kept.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    network : Module
+        Its network, whose weights stay.
+    options : list of ComputeFormat, optional
+        By default those of `list_training_formats`.
     """
-    options, seed = list_training_formats(job), job.settings.training.seed
-    if seed is not None and job.device.type != "cuda":
+    options = options or list_training_formats(job)
+    if job.settings.training.seed is not None and job.device.type != "cuda":
         return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, because a seed is set")
     key, budget = _describe_step(job, options), TIMING_SHARE * limit_seconds(job.settings)
     kept = from_first(_read_choices(job).get(key), job.ranks)
@@ -332,7 +341,7 @@ def _read_choices(job: Job) -> dict[str, ComputeFormat]:
 
 
 def _describe_step(job: Job, options: list[ComputeFormat]) -> str:
-    """What decides which format is fastest: the device, and a hash of the plan, the settings and the candidates."""
+    """Return the key of a choice in formats.json: the device, and a hash of what else decides it."""
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type
     planned = job.planned.model_dump(mode="json", include={"network", "patch_size", "batch_size"})
     training = job.settings.training.model_dump(mode="json", include={"deep_supervision", "freeze"})

@@ -248,12 +248,13 @@ def explain_out_of_memory(job: Job) -> Iterator[None]:
     UserError
         The memory of the GPU is too small.
     """
-    cases = torch.cuda.memory_allocated(job.device) if job.device.type == "cuda" else 0
+    if job.device.type != "cuda":
+        yield
+        return
+    cases = torch.cuda.memory_allocated(job.device)
     try:
         yield
     except torch.OutOfMemoryError:
-        if job.device.type != "cuda":
-            raise
         planned = job.planned
         free, total = torch.cuda.mem_get_info(job.device)
         usable = free + torch.cuda.memory_reserved(job.device) - cases

@@ -104,19 +104,19 @@ def train_fold(job: Job) -> None:
 
 
 def _start(job: Job) -> tuple[Learner, State]:
-    """The network as the last checkpoint left it, otherwise as it starts; settings may have changed since."""
+    """Return the network as the last checkpoint left it, otherwise as it starts; settings may have changed since."""
     network, checkpoint, training = learning.make_network(job), job.folder / CHECKPOINT, job.settings.training
+    formats = learning.list_training_formats(job)
     if not checkpoint.is_file():
         start_from(network, job)
         freeze(network, training.freeze)
-        state = State(compute=learning.choose_format(job, network))
+        state = State(compute=learning.choose_format(job, network, formats))
         return learning.parallelize(job, learning.make_learner(job, network, state.compute)), state
 
     with understood(checkpoint, "Use --restart."):
         state = State.model_validate(read_weights_header(checkpoint))
-    allowed = state.compute in learning.list_training_formats(job)
-    if not from_first(allowed, job.ranks):  # settings and machine may be others now
-        state.compute = learning.choose_format(job, network)
+    if not from_first(state.compute in formats, job.ranks):  # settings and machine may be others now
+        state.compute = learning.choose_format(job, network, formats)
     if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
         state.early_stopping = replace(state.early_stopping, since=0)
     freeze(network, training.freeze)
@@ -393,7 +393,7 @@ def _finite(value: float, digits: int = 5) -> float | None:
 
 
 def _describe_epoch(job: Job, metrics: dict[str, Any], state: State) -> str:
-    """One epoch as a line."""
+    """Write one epoch as a line."""
     done, validation = max(_progress(job, state), 1e-9), _plan_validation(job, state)
     left = state.seconds / done * max(0.0, 1 - done) + (0.0 if validation is None else validation.seconds)
     mean_dice = metrics.get("mean_dice")

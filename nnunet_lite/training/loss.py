@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.networks.unet import one_hot
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import LossSettings
 
@@ -314,8 +315,8 @@ def pseudo_dice_counts(
 ) -> Tensor:
     """Return true positives, false positives and false negatives of hard labels: (3, foreground channels)."""
     if regions is None:
-        predicted, regions = logits.argmax(1), [(c,) for c in range(1, logits.shape[1])]
-        hits = torch.stack([predicted == c for (c,) in regions], 1)
+        n_classes = logits.shape[1]
+        hits, regions = one_hot(logits.argmax(1), n_classes), [(c,) for c in range(1, n_classes)]
     else:
         hits = logits > 0
     truth = torch.stack([torch.stack([classes == c for c in region]).any(0) for region in regions], 1)

@@ -153,7 +153,7 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
 
 
 def _default_rule(dataset: Dataset) -> FoldRule:
-    """The rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
+    """Return the rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
     preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
     folders = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
     return FoldRule(splits=next((f for d in folders if (f := d / "splits_final.json").is_file()), None))
@@ -306,7 +306,7 @@ def divide(
 
 
 def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
-    """A fold for each part of the cases, which it holds out."""
+    """Make a fold for each part of the cases, which it holds out."""
     return [
         Split(str(k), tuple(i for i in ids if i not in part), tuple(i for i in ids if i in part))
         for k, part in enumerate(parts)
@@ -551,7 +551,7 @@ def record_cases(fold_folder: Path, split: Split) -> None:
 
 
 def _fingerprint(split: Split) -> dict[str, Any]:
-    """Numbers of cases and a hash of their ids; a model that is passed on does not contain the ids."""
+    """Count the cases and hash their ids; a model that is passed on does not contain the ids."""
     sides = [sorted(split.training), sorted(split.validation)]
     return {"training": len(sides[0]), "validation": len(sides[1]), "sha256": _hash(sides)}
 
