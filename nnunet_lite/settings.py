@@ -192,6 +192,12 @@ class AugmentationSettings(_Section):
     p_cascade_morphology: float = Field(0.4, ge=0, le=1, description="cascade: dilate, erode, open or close a label")
     p_cascade_removal: float = Field(0.2, ge=0, le=1, description="cascade: remove a component of a label")
 
+    def mirrored_axes(self, dimensions: int) -> tuple[int, ...]:
+        """Return the axes of a patch with two or three dimensions that training mirrors."""
+        if not self.enabled or self.p_mirror == 0:
+            return ()
+        return tuple(range(dimensions)) if self.mirror_axes is None else tuple(self.mirror_axes)
+
 
 class InferenceSettings(_Section):
     step_size: float = Field(0.5, gt=0, le=1, description="distance of two windows as a share of the patch")

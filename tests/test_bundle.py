@@ -230,6 +230,14 @@ def test_only_listed_files_are_accepted(files: Files, refused: Refuse, path: str
     refused([*others, (odd, b"../../secret")], f"manifest.json lists: '{path}' differs")
 
 
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFDIR])
+def test_a_listed_file_is_a_plain_file(files: Files, refused: Refuse, kind: int) -> None:
+    odd = ZipInfo("tiny/dataset.json")
+    odd.external_attr = kind << 16
+    others = [(name, content) for name, content in files.items() if name != odd.filename]
+    refused([*others, (odd, files[odd.filename])], "'tiny/dataset.json', which is no plain file")
+
+
 def test_changed_and_damaged_files_are_refused(bundle: Path, files: Files, refused: Refuse) -> None:
     weights = bytearray(files[WEIGHTS])
     weights[-1] ^= 1

@@ -24,7 +24,7 @@ from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import identify, names_file, output_file, read_case_image
-from nnunet_lite.inference.outputs import ENTROPY, PROBABILITIES, STEPS, ExtraMaps
+from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
 from nnunet_lite.system import cases_in_flight, cpus
 
@@ -100,8 +100,8 @@ def predict_cases(
             raise UserError("is no DICOM series, so it can have no DICOM segmentation", other)
     out = out.parent if names_file(out) else out
     out.mkdir(parents=True, exist_ok=True)
-    for name in (PROBABILITIES, ENTROPY):  # of a killed run; this one may write no such maps
-        sweep(out / name.partition("/")[0])
+    for name in ("probabilities", "uncertainty"):  # of a killed run; this one may write no such maps
+        sweep(out / name)
     files = [path for path in targets.values() if skip_existing and path.is_file()]
     todo = [case for case in cases if targets[case.id] not in files]
     failed: dict[str, str] = {}

@@ -214,7 +214,7 @@ def _load_model(
     with unpacked(path, checkpoint) as folder:
         trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
         if with_first_stage and trained.configuration.previous_stage is not None:
-            first = _find_first_stage(folder, trained, checkpoint)
+            first = _find_first_stage(folder, trained)
             first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
             if folder != path:  # it was unpacked from the same zip
                 first_stage = replace(first_stage, folder=path.absolute().with_name(first.name))
@@ -234,14 +234,13 @@ def _load_model(
     if inference.compile:
         networks = [cast(nn.Module, torch.compile(network)) for network in networks]
     augmentation = settings.augmentation
-    mirror_axes = augmentation.mirror_axes if augmentation.enabled and augmentation.p_mirror > 0 else ()
     return Predictor(
         folder=path,
         plan=trained.plan,
         configuration_name=trained.run["configuration"],
         folds=tuple(trained.networks),
         networks=tuple(networks),
-        mirror_axes=tuple(range(trained.configuration.dimensions)) if mirror_axes is None else mirror_axes,
+        mirror_axes=augmentation.mirrored_axes(trained.configuration.dimensions),
         settings=inference,
         device=target,
         arithmetic=arithmetic,
@@ -282,7 +281,7 @@ def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Ch
     return _Trained(read[0].plan, read[0].run, dict(zip(used, (fold.network for fold in read), strict=True)), {})
 
 
-def _find_first_stage(folder: Path, second: _Trained, checkpoint: Checkpoint) -> Path:
+def _find_first_stage(folder: Path, second: _Trained) -> Path:
     """Return the model folder of a cascade's first stage, next to the model folder of the second stage.
 
     Raises

@@ -309,6 +309,9 @@ def _open(file: Path) -> Iterator[tuple[ZipFile, Manifest]]:
             if differing := min((sizes - listed) + (listed - sizes), default=None):
                 what = f"is not what its {MANIFEST} lists: {differing[0]!r:.80} differs; nothing was unpacked"
                 raise UserError(what, file, "Get the file again.")
+            kinds = {entry.filename: stat.S_IFMT(entry.external_attr >> 16) for entry in archive.infolist()}
+            if odd := next((name for name, kind in kinds.items() if kind not in (0, stat.S_IFREG)), None):
+                raise UserError(f"contains {odd!r:.80}, which is no plain file; nothing was unpacked", file)
             yield archive, manifest
     except (BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
         raise UserError(f"is no zip file, or a damaged one ({error})", file, "Get it again.") from None

@@ -13,7 +13,9 @@ from nnunet_lite.models.folder import (
     MODEL,
     Checkpoint,
     first_training,
+    is_finished,
     model_folders,
+    other_folds,
     read_run,
     read_weights_header,
     trained_folds,
@@ -63,9 +65,9 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "batch_size": planned.batch_size,
         "network": planned.network.model_dump(),
         "folds": folds,
-        "unfinished_folds": sorted(
-            path.name.removeprefix("fold_") for path in folder.glob("fold_*") if not (path / MODEL).is_file()
-        ),
+        "unfinished_folds": [
+            name.removeprefix("fold_") for name in other_folds(folder, "") if not is_finished(folder / name)
+        ],
         **{key: run[key] for key in ("seed", "versions", "settings")},
     }
 

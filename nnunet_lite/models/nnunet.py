@@ -158,17 +158,8 @@ def read_nnunet_fold(file: Path) -> NnunetFold:
     """
     checkpoint = read_checkpoint(file)
     trainer, configuration, axes = _origin(checkpoint, file)
-    folder, arguments = file.absolute().parents[1], checkpoint["init_args"]  # the arguments of nnU-Net's trainer
-    if (source := folder / "plans.json").is_file():
-        plans, dataset = read_json(source), read_json(folder / "dataset.json")
-    else:
-        source = file
-        with understood(file, "Put it back into its model folder."):
-            plans, dataset = arguments["plans"], arguments["dataset_json"]
-    for what, value in (("dataset.json", dataset), ("plans.json", plans)):
-        if not isinstance(value, dict):
-            raise UserError(f"{what} is not a JSON object", source)
-    plan = _plan(plans, dataset, configuration, source)
+    source, plans, dataset = _read_descriptions(file, checkpoint)
+    plan = _plan(source, plans, dataset, configuration)
     planned = plan.configuration(configuration)
     spec = planned.network.model_copy(update={"norm": _norm_of(checkpoint[_WEIGHTS])})
     planned = planned.model_copy(update={"network": spec})
@@ -180,9 +171,9 @@ def read_nnunet_fold(file: Path) -> NnunetFold:
     )
     run = {"configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
     if planned.previous_stage is not None:  # nnU-Net calls a model folder trainer__plans__configuration
-        run["previous"] = f"{folder.name.rpartition('__')[0]}__{planned.previous_stage}"
+        run["previous"] = f"{file.absolute().parents[1].name.rpartition('__')[0]}__{planned.previous_stage}"
     return NnunetFold(
-        name=str(arguments.get("fold", "0")),
+        name=str(checkpoint["init_args"].get("fold", "0")),
         plan=plan,
         dataset=dataset,
         run={**run, "imported_from": "nnU-Net"},
@@ -251,7 +242,22 @@ def _origin(checkpoint: Json, file: Path) -> tuple[str, str, tuple[int, ...]]:
     return trainer, configuration, tuple(axes)
 
 
-def _plan(plans: Json, dataset: Json, configuration: str, file: Path) -> Plan:
+def _read_descriptions(file: Path, checkpoint: Json) -> tuple[Path, Json, Json]:
+    """Return plans.json and dataset.json next to a checkpoint, otherwise in it, and the file that they are from."""
+    folder, arguments = file.absolute().parents[1], checkpoint["init_args"]  # the arguments of nnU-Net's trainer
+    if (source := folder / "plans.json").is_file():
+        plans, dataset = read_json(source), read_json(folder / "dataset.json")
+    else:
+        source = file
+        with understood(file, "Put it back into its model folder."):
+            plans, dataset = arguments["plans"], arguments["dataset_json"]
+    for what, value in (("dataset.json", dataset), ("plans.json", plans)):
+        if not isinstance(value, dict):
+            raise UserError(f"{what} is not a JSON object", source)
+    return source, plans, dataset
+
+
+def _plan(file: Path, plans: Json, dataset: Json, configuration: str) -> Plan:
     """Read the plan of a configuration and of the previous stages that it needs; nnlite may lack what others need."""
     needed: dict[str, Json] = {}
     stage: str | None = configuration
@@ -278,14 +284,16 @@ def nnunet_model_name(folder: Path, checkpoint: Checkpoint = "final") -> tuple[s
     Raises
     ------
     UserError
-        One of them cannot be the name of a folder, or as `nnunet_checkpoints`.
+        The dataset's name cannot be that of a folder, or as `nnunet_checkpoints`.
     """
     file = next(iter(nnunet_checkpoints(folder, None, checkpoint).values()))
-    fold, plans = read_nnunet_fold(file), read_json(folder / "plans.json")
-    if Path(fold.plan.dataset).name != fold.plan.dataset or fold.plan.dataset.startswith("."):
-        raise UserError(f"dataset_name {fold.plan.dataset!r} is no name for a folder", folder / "plans.json")
-    plans_name = plans.get("plans_name", "nnUNetPlans")
-    return fold.plan.dataset, f"{fold.run['settings']['recipe']}__{plans_name}__{fold.run['configuration']}"
+    content = read_checkpoint(file)
+    trainer, configuration, _ = _origin(content, file)
+    source, plans, table = _read_descriptions(file, content)
+    dataset = _plan(source, plans, table, configuration).dataset
+    if Path(dataset).name != dataset or dataset.startswith("."):
+        raise UserError(f"dataset_name {dataset!r} is no name for a folder", source)
+    return dataset, f"{trainer}__{plans.get('plans_name', 'nnUNetPlans')}__{configuration}"
 
 
 def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, replace: bool = False) -> None:
@@ -403,10 +411,8 @@ def _labels_for_nnunet(labels: Labels) -> Json:
 
 def _mirror_axes(settings: AugmentationSettings, plan: Plan, configuration: str) -> tuple[int, ...] | None:
     """Return the axes that were mirrored in training; None, as nnU-Net writes it, if there were none."""
-    if not settings.enabled or settings.p_mirror == 0:
-        return None
     dimensions = plan.configuration(configuration).dimensions
-    axes = tuple(range(dimensions)) if settings.mirror_axes is None else settings.mirror_axes
+    axes = settings.mirrored_axes(dimensions)
     swap = swap_of(plan, settings, dimensions)
     if swap is not None and (sideways := swap.axis - 3 + dimensions) in axes:
         log.info(f"nnU-Net would confuse left and right, and will not mirror along axis {sideways} when it predicts")
