@@ -6,6 +6,7 @@ that uses nnunet_lite as a library keeps its own streams and signals.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import shutil
@@ -34,6 +35,16 @@ def _open_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _discard_messages() -> None:
+    """Drop messages that standard error does not take, as on a full disk: Python would end with exit code 120."""
+    if sys.stderr is None or sys.stderr.closed:
+        return
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _stop_at_once(number: int, frame: object) -> None:
@@ -71,6 +82,7 @@ def start_as_command() -> None:
     global is_command
     is_command = True
     _open_streams()
+    atexit.register(_discard_messages)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # in the background and under nohup, signals are ignored, and stay so
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):

@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import SimpleITK as sitk
 
-from nnunet_lite.data.dataset import Dataset, describe_dataset, read_dataset
+from nnunet_lite.data.dataset import Dataset, read_dataset, summarize_dataset
 from nnunet_lite.data.images import read_images
 from nnunet_lite.data.names import PICTURES
 
@@ -101,7 +101,7 @@ def nnunet_layout(dataset: Dataset, number: int, raw: Path) -> None:
                 sitk.WriteImage(single, str(root / "imagesTr" / f"{case.id}_{channel:04d}{dataset.file_ending}"))
         assert case.label is not None
         (root / "labelsTr" / f"{case.id}{dataset.file_ending}").symlink_to(case.label.absolute())
-    (root / "dataset.json").write_text(json.dumps(describe_dataset(dataset)))
+    (root / "dataset.json").write_text(json.dumps(summarize_dataset(dataset)))
 
 
 def make_ct(image: Path, label: Path, root: Path) -> Path:

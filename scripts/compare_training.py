@@ -35,7 +35,7 @@ from bench_preprocess import nnunet_layout
 
 import nnunet_lite
 from nnunet_lite.commands.train import fold_names
-from nnunet_lite.data.dataset import Dataset, describe_dataset, read_case, read_dataset
+from nnunet_lite.data.dataset import Dataset, read_case, read_dataset, summarize_dataset
 from nnunet_lite.evaluation.scores import score_files
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.planning.nnunet import plan_to_nnunet
@@ -229,7 +229,7 @@ def cut_into_slices(dataset: Dataset, every: int, folder: Path) -> tuple[Path, P
             _write_slice(root / "labelsTr" / f"{name}.nii.gz", values[z].astype(np.uint8), spacing)
             slices.setdefault(case.id, []).append(name)
     every_slice = [name for names in slices.values() for name in names]
-    about = describe_dataset(dataset) | {"numTraining": len(every_slice), "file_ending": ".nii.gz"}
+    about = summarize_dataset(dataset) | {"numTraining": len(every_slice), "file_ending": ".nii.gz"}
     write_json(root / "dataset.json", about)
     folds = [{"train": [n for n in every_slice if n not in held_out], "val": held_out} for held_out in slices.values()]
     write_json(splits, folds)

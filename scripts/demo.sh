@@ -35,4 +35,5 @@ for value, name in scores["labels"].items():
     print(f"Dice {name:12} {scores['mean'][value]['Dice']:.4f}")
 print(f"Dice {'mean':12} {scores['foreground_mean']['Dice']:.4f}")
 PY
+echo "next         source .venv/bin/activate, and nnlite --help"
 echo "time         $SECONDS s from check to score, of which training with validation $training s"

@@ -121,13 +121,13 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[s
 def start_two(
     tmp_path: Path, train_three: list[str]
 ) -> Iterator[Callable[[str], tuple[subprocess.Popen[str], list[psutil.Process]]]]:
-    """Starts a long training in two processes and waits for its first epoch: the command, and its processes."""
+    """Starts a long training in two processes and waits for its first checkpoint: the command, and its processes."""
     started: list[subprocess.Popen[str]] = []
     log = tmp_path / "stderr.log"
 
     def start(name: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
         started.append(start_nnlite(*train_three, *LONG, "--gpus", "2", "--name", name, stderr=log.open("w")))
-        wait_until(has_content(fold_of(tmp_path, name) / METRICS), *started)
+        wait_until(has_content(fold_of(tmp_path, name) / CHECKPOINT), *started)  # a thread writes it after the metrics
         children = psutil.Process(started[-1].pid).children()
         return started[-1], sorted(children, key=lambda child: int(child.environ()["RANK"]))
 

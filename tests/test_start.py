@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
+NOT_OF_USERS = ("NNLITE_WORKSPACE", "nnUNet_raw", "PYTHONUNBUFFERED")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in NOT_OF_USERS}
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 NNLITE = shlex.quote(str(Path(sysconfig.get_path("scripts")) / "nnlite"))
 AS_MODULE = f"{shlex.quote(sys.executable)} -m nnunet_lite"

@@ -184,10 +184,10 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
         del value["orientation"]
     if not dataset.accept_geometry:
         del value["accept_geometry"]
-    return value | describe_dataset(dataset)
+    return value | summarize_dataset(dataset)
 
 
-def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+def summarize_dataset(dataset: Dataset) -> dict[str, Any]:
     """Return the part of dataset.json that may travel with a model: no paths, no case ids.
 
     Parameters

@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Dataset, describe_dataset
+from nnunet_lite.data.dataset import Dataset, summarize_dataset
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
@@ -101,7 +101,7 @@ def open_run(
             seed = secrets.randbelow(2**31) if settings.training.seed is None else settings.training.seed
             new = {"configuration": configuration, "seed": seed, "settings": settings.model_dump(mode="json")}
             new |= {} if previous is None else {"previous": previous}
-            write_description(folder, plan, describe_dataset(dataset), new)
+            write_description(folder, plan, summarize_dataset(dataset), new)
             return seed
         run = read_run(folder)
         changes = check_resume(folder, plan, configuration, settings, fold, force)
