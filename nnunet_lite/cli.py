@@ -57,12 +57,12 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            is_argument = parameter.param_type_name == "argument"
-            panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
-            names, text = parameter.get_help_record(ctx)
-            names = re.sub(r"list\[(\w+)\]", r"\1", names)
-            text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", text)  # typer encloses descriptions of defaults
-            panels.setdefault(panel, []).append((names, text))
+            if record := parameter.get_help_record(ctx):  # a hidden one has none
+                names = re.sub(r"list\[(\w+)\]", r"\1", record[0])
+                text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", record[1])  # typer encloses descriptions
+                is_argument = parameter.param_type_name == "argument"
+                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
+                panels.setdefault(panel, []).append((names, text))
         for panel in sorted(panels, key=options.PANELS.index):
             with formatter.section(panel):
                 formatter.write_dl(panels[panel])

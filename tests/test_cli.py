@@ -51,7 +51,8 @@ def test_help_of_every_command(nnlite: Run, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_option_is_in_one_panel_and_its_default_in_one_notation(command: Run, tmp_path: Path, name: str) -> None:
-    parameters = [parameter for parameter in subcommand(name).params if parameter.param_type_name == "option"]
+    every = subcommand(name).params
+    parameters = [parameter for parameter in every if parameter.param_type_name == "option" and not parameter.hidden]
     lost = [parameter.opts[-1] for parameter in parameters if parameter.rich_help_panel not in options.PANELS]
     how = "declare it with options.length(help=...) or with another panel of commands/options.py, not with typer.Option"
     assert not lost, f"nnlite {name} {' '.join(lost)}: in no panel of --help; {how}"
