@@ -6,6 +6,7 @@ validate. What a fold needs is found in training_run.py.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -342,6 +343,8 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
             _preprocess_and_train(run, seed, ranks, device, preview)
     release_memory(device)  # of the training; the validation plans with what is free
     scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
+    while ranks.rank and not run.is_done():  # a collective operation would end after its timeout
+        time.sleep(1)
     release_memory(device)
     return scores
 
