@@ -5,26 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, common_ending
-from nnunet_lite.data.dataset import MASK_NOTE, labels_in, labels_of, name_channels
+from nnunet_lite.data.dataset import MASK_NOTE, labels_in, name_channels
 from nnunet_lite.data.dicom import require_dicom
 from nnunet_lite.data.discovery import cases_by_name, cases_in_table, files_below
-from nnunet_lite.data.labels import BACKGROUND
 from nnunet_lite.data.names import PICTURES
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import write_json
 from nnunet_lite.workspace import RAW, workspace_folder
 
-if TYPE_CHECKING:
-    from nnunet_lite.data.dicom_masks import MaskedSeries
-
-LABELS = "labels"  # the folder of label maps that are made of DICOM masks
 _CASES_SHOWN = 3
 
 
@@ -98,23 +93,16 @@ def init(
         raise UserError("is a dataset already", source, f"Run `nnlite plan {_for_shell(source)}`.")
     images, chosen = ([value] if isinstance(value, str) else list(value or ()) for value in (image, label))
     files = None if source.is_file() else files_below(source, (place, root))
-    series: list[MaskedSeries] = []
-    notes: list[str] = []
     if files is not None and files.masks:
         require_dicom()
-        from nnunet_lite.data.dicom_masks import find_masked_series, write_label_maps  # pydicom and highdicom
+        from nnunet_lite.data.dicom_masks import convert_masks  # pydicom and highdicom
 
-        series, found, counts = find_masked_series(files, root / LABELS, chosen)
-        labels = {BACKGROUND: 0} | {structure: value for value, structure in enumerate(counts, 1)}
-        labels_of({"labels": labels}, root / "dataset.json")
-        notes += [f"{name} is in {n} of {len(series)} cases" for name, n in counts.items() if n < len(series)]
+        found, labels, notes = convert_masks(files, root / "labels", chosen)
     else:
         found = cases_by_name(files, images, chosen) if files is not None else cases_in_table(source)
         known, value_map = labels_in([case.label for case in found.cases if case.label])
-        labels = known.to_json()
-        notes += [MASK_NOTE] if value_map else []
-    channels = name_channels(found.cases, found.channels)
-    ending = common_ending(found.cases) or ".nii.gz"
+        labels, notes = known.to_json(), [MASK_NOTE] if value_map else []
+    channels, ending = name_channels(found.cases, found.channels), common_ending(found.cases)
     if ending not in PICTURES and "ct" not in map(str.lower, channels):
         notes.append("name a channel CT in dataset.json if it is one: it is normalised by its Hounsfield units")
     content = {
@@ -127,12 +115,10 @@ def init(
             for case in found.cases
         },
     }
-    if series:
-        notes += write_label_maps(series, labels, root / LABELS)
     write_json(root / "dataset.json", content)
-    left_out = dict(found.left_out)
-    if files is not None and files.others:
-        left_out["no image"] = [_relative(path, source) for path in files.others]
+    others = [_relative(path, source) for path in files.others] if files else []
+    left_out = {**found.left_out, "files of no supported format": others}
+    left_out = {reason: names for reason, names in left_out.items() if names}
     values = {"path": str(root), **content, "notes": notes, "left_out": left_out, "next": then}
     return options.About(values, _summary(source, found.cases, values))
 
@@ -150,7 +136,7 @@ def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any]) -> str
         ("labels", few([f"{name} {value}" for name, value in values["labels"].items()], 9)),
         *(("cases", text) for text in [*shown, *rest]),
         *(("note", note) for note in values["notes"]),
-        *(("left out", f"{len(names)} ({reason}): {few(names)}") for reason, names in values["left_out"].items()),
+        *(("left out", f"{reason}: {few(names)}") for reason, names in values["left_out"].items()),
         ("written", f"{values['path']}/dataset.json"),
         ("next", values["next"]),
     ]
