@@ -123,7 +123,7 @@ def _masks_of_series(
         relative = path.relative_to(files.root)
         with _readable(path):
             header = _header(path)
-            names = _structure_names(header)
+            names = [name for name in _structure_names(header) if name.lower() != BACKGROUND]
         series = {str(element.value) for element in header.iterall() if element.keyword == _SERIES} & scans.keys()
         used = [n for n in names if not patterns or any(fnmatchcase(n, p) or relative.match(p) for p in patterns)]
         left_out["structures that were not chosen"] += set(names) - set(used)
