@@ -78,7 +78,7 @@ def init(
     Examples
     --------
     nnlite init patients
-    nnlite init scans --image '*_t1.nii.gz' --image '*_t2.nii.gz' --label '*_lesion.nii.gz'
+    nnlite init scans --image '*_t1.nii.gz' --label '*_lesion.nii.gz'
     """
     source, place = Path(data).expanduser().absolute(), workspace_folder(workspace)
     source = source.resolve() if ".." in source.parts else source
