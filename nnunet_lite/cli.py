@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -23,6 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from nnunet_lite import __version__, log, system
+from nnunet_lite.commands.nnunet_options import translate_arguments
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -40,6 +40,8 @@ COMMANDS = {
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
+    "list": ("inventory.list_workspace", "List the datasets of a workspace, their models, folds and scores."),
+    "clean": ("inventory.clean", "Delete preprocessed cases and leftover temporary files, which can be made again."),
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
@@ -62,6 +64,10 @@ class CommandGroup(TyperGroup):
         module, _, function = COMMANDS[cmd_name][0].partition(".")
         return command_of(getattr(import_module(f"nnunet_lite.commands.{module}"), function), cmd_name)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
@@ -82,7 +88,7 @@ def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user (one line, no traceback)."""
     try:
         system.raise_on_interrupt()
-        code = app(_with_optional_values(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
@@ -181,14 +187,6 @@ def _as_json(result: Any) -> str:
         return json.dumps({"path": str(result)})
     value = result.to_json() if hasattr(result, "to_json") else asdict(result)
     return value if isinstance(value, str) else json.dumps(value, indent=1, default=str)
-
-
-def _with_optional_values(arguments: list[str]) -> list[str]:
-    """Add "all" to `--save-probabilities` without labels: typer knows no optional values."""
-    out = []
-    for argument, after in pairwise([*arguments, "-"]):
-        out += [argument, "all"] if argument == "--save-probabilities" and after.startswith("-") else [argument]
-    return out
 
 
 def _fail(message: str, code: int) -> int:

@@ -28,7 +28,9 @@ Workspace = Annotated[
     str | Path | None,
     typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
 ]
-DatasetName = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned dataset [the only one].")]
+DatasetName = Annotated[
+    str | None, typer.Option("-d", "--dataset", help="Planned dataset, or its number [the only one].")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [a GPU if there is one].")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Threads; 0: none, all work in the main thread [as fits the machine].")

@@ -102,13 +102,19 @@ def predict(
         typer.Option(metavar="GB", help="Besides the image; of the GPU's as well [80 % of what is free]."),
     ] = None,
     save_probabilities: Annotated[
-        str | None,
-        typer.Option(metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),  # see cli.py
+        str | None,  # without a value: see nnunet_options.py
+        typer.Option(metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),
     ] = None,
     save_uncertainty: Annotated[
         bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
+    num_parts: Annotated[
+        int, typer.Option("-num_parts", "--num-parts", min=1, help="Share the images between so many calls.")
+    ] = 1,
+    part_id: Annotated[
+        int | None, typer.Option("-part_id", "--part-id", min=0, help="Which of these calls it is, from 0.")
+    ] = None,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
     skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that exist already.")] = False,
@@ -153,6 +159,9 @@ def predict(
         Write maps of entropy and of the folds' disagreement too.
     dicom_seg : bool
         Write DICOM segmentations of DICOM series.
+    num_parts, part_id : int
+        Predict only image part_id, part_id + num_parts, ... of the sorted images; other calls, which may write into the
+        same folder at the same time, predict the others.
     scheduler : str, optional
         Address of a Dask scheduler, whose workers do it.
     device : str, optional
@@ -193,6 +202,8 @@ def predict(
     sources = [Path(path) for path in _as_list(input)]
     if not sources:
         raise UserError("no image is given to predict")
+    if part_id not in range(num_parts) and (part_id, num_parts) != (None, 1):
+        raise UserError(f"--num-parts {num_parts} needs a --part-id from 0 to {num_parts - 1}")
     models = [find_model(path, root, dataset) for path in _as_list(model or ())]
     paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
     configurations = options.names_of(configuration) or []
@@ -213,6 +224,7 @@ def predict(
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
     cases = find_cases(sources, len(plan.channels))
     check_output(sources, cases, out, plan.labels, dicom_seg)
+    cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")

@@ -1,0 +1,296 @@
+"""`nnlite list` and `nnlite clean`: what a workspace holds, and which of it can be made again; without torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from nnunet_lite import log
+from nnunet_lite.commands import options
+from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import is_locked, leftovers, locked, remove, size_of
+from nnunet_lite.models import folder as models
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.settings import Settings, differences, load_settings
+from nnunet_lite.system import in_units
+from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
+from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
+
+_OWN_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings that `train` names
+
+
+@dataclass(frozen=True)
+class FoldState:
+    """How far a fold is.
+
+    Parameters
+    ----------
+    configuration : str
+        What is trained.
+    model : str or None
+        Name of the model folder; None if no model of the configuration exists.
+    fold : str
+        Such as "0" or "all".
+    state : {"not started", "training", "interrupted", "finished"}
+        Training: a process trains it now.
+    epoch, epochs : int
+        Epochs that are done, and of how many.
+    mean_dice : float or None
+        Of the held-out cases, once they are scored.
+    """
+
+    configuration: str
+    model: str | None
+    fold: str
+    state: Literal["not started", "training", "interrupted", "finished"] = "not started"
+    epoch: int = 0
+    epochs: int = 0
+    mean_dice: float | None = None
+
+    def to_text(self) -> str:
+        if self.state == "finished":
+            scores = "not scored" if self.mean_dice is None else f"mean Dice {self.mean_dice:.4f}"
+            return f"finished, {scores}" if self.fold != ALL else "finished"
+        return self.state + f", epoch {self.epoch} of {self.epochs}" * (self.state != "not started")
+
+    def is_done(self) -> bool:
+        """Whether no training is left to do."""
+        return self.state == "finished" and (self.mean_dice is not None or self.fold == ALL)
+
+
+def read_fold_states(folder: Path, folds: Sequence[str] = ()) -> list[FoldState]:
+    """Return how far the folds of a model folder are; a folder that cannot be read gives a warning.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    folds : sequence of str
+        Folds to return although they have no folder.
+    """
+    try:
+        run = models.read_run(folder)
+        names = sorted({*folds, *(path.name.removeprefix("fold_") for path in folder.glob("fold_*"))})
+        return [_read_fold_state(folder, run, name) for name in names]
+    except UserError as error:
+        log.warn(str(error))
+        return []
+
+
+def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
+    place = folder / f"fold_{fold}"
+    trained, checkpoint = place / models.MODEL, place / models.CHECKPOINT
+    length = models.read_weights_header(trained).get("epochs") or 0 if trained.is_file() else 0
+    epoch = models.read_weights_header(checkpoint).get("epoch", 0) if checkpoint.is_file() else length
+    state: Literal["not started", "training", "interrupted", "finished"] = "not started"
+    if is_locked(place):
+        state = "training"
+    elif trained.is_file() and epoch <= length:  # a finished run may be made longer
+        state = "finished"
+    elif checkpoint.is_file():
+        state = "interrupted"
+    epochs = run["settings"]["training"]["epochs"]
+    return FoldState(
+        run["configuration"], folder.name, fold, state, epoch, epochs, models.validation_dice(folder, fold)
+    )
+
+
+# --------------------------------------------------------------------------------------------------- train without fold
+
+
+def describe_training(paths: Paths, configuration: str | None, workspace: str | Path | None) -> options.About:
+    """List the folds of a planned dataset with their state, and the command to type next.
+
+    Parameters
+    ----------
+    paths : Paths
+        Of the planned dataset.
+    configuration : str, optional
+        Only folds of this one.
+    workspace : str or Path, optional
+        The workspace, if the user gave one.
+
+    Raises
+    ------
+    UserError
+        The plan has no such configuration.
+    """
+    plan = Plan.read(paths.plans)
+    names = list(plan.configurations)
+    if configuration is not None:
+        plan.configuration(configuration)
+        names = [configuration]
+    folds = [str(fold) for fold in range(N_FOLDS)] if plan.n_cases >= N_FOLDS else [ALL]
+    if paths.splits.is_file():
+        folds = [split.name for split in read_splits(paths.splits, stored_dataset(paths.dataset))]
+    trained = [state for folder in models.model_folders(paths) for state in read_fold_states(folder, folds)]
+    states: list[FoldState] = []
+    for name in names:
+        own = [state for state in trained if state.configuration == name]
+        states += own or [FoldState(name, None, fold) for fold in folds]
+    todo = [state for state in states if state.state != "training" and not state.is_done()]
+    first = min(todo, key=_urgency, default=None)
+    where = paths.option + ("" if workspace is None else f" -w {shlex.quote(str(workspace))}")
+    command = f"nnlite select{where}" if first is None else f"{_training_command(paths, first)}{where}"
+    lines = [(state.configuration, state.model or "-", state.fold, state.to_text()) for state in states]
+    values = {"dataset": paths.name, "folds": [asdict(state) for state in states], "next": command}
+    return options.About(values, f"{_table(('configuration', 'model', 'fold', 'state'), lines)}\nnext: {command}")
+
+
+def _urgency(state: FoldState) -> tuple[bool, bool, bool]:
+    """Sort first what was begun, then the configuration that most datasets need."""
+    return state.model is None, state.state == "not started", state.configuration != "3d_fullres"
+
+
+def _training_command(paths: Paths, state: FoldState) -> str:
+    """Return the command that trains a fold, with the settings that its model has."""
+    words = ["nnlite", "train", state.configuration, state.fold]
+    if state.model is None:
+        return shlex.join(words)
+    settings = Settings.model_validate(models.read_run(paths.models / state.model)["settings"])
+    words += [] if settings.recipe == "default" else ["--recipe", settings.recipe]
+    try:
+        changes = differences(load_settings(settings.recipe), settings)
+    except UserError:  # a recipe of the user, whose file may be anywhere
+        words[-1] += ".toml"
+        changes = []
+    for key in (change.partition(":")[0] for change in changes):
+        section, _, name = key.partition(".")
+        value = settings.model_dump(mode="json")[section][name]
+        text = value if isinstance(value, str) else json.dumps(value)
+        words += [f"--{name.replace('_', '-')}", text] if name in _OWN_OPTIONS else ["--set", f"{key}={text}"]
+    words += [] if state.model == f"{state.configuration}-{settings.recipe}" else ["--name", state.model]
+    return shlex.join(words)
+
+
+# ----------------------------------------------------------------------------------------------------------------- list
+
+
+def list_workspace(*, dataset: options.DatasetName = None, workspace: options.Workspace = None) -> options.About:
+    """List the datasets of a workspace, their models, folds and scores.
+
+    Parameters
+    ----------
+    dataset : str, optional
+        Only this dataset.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
+
+    Returns
+    -------
+    About
+        The list.
+
+    Raises
+    ------
+    UserError
+        There is no such dataset.
+    """
+    place = workspace_folder(workspace)
+    values: list[dict[str, Any]] = []
+    lines = []
+    for paths in _datasets(place, dataset):
+        found = {folder.name: read_fold_states(folder) for folder in models.model_folders(paths)}
+        values.append({
+            "dataset": paths.name,
+            "planned": paths.plans.is_file(),
+            "models": [{"model": model, "folds": [asdict(s) for s in states]} for model, states in found.items()],
+        })  # fmt: skip
+        lines += [(paths.name, model, *_summary(states)) for model, states in found.items()]
+        lines += [] if found else [(paths.name, "-", "no model yet", "")]
+    text = _table(("dataset", "model", "folds", "mean Dice"), lines) if lines else f"{place}: nothing is planned here"
+    return options.About({"workspace": str(place), "datasets": values}, text)
+
+
+def _datasets(workspace: Path, dataset: str | None) -> list[Paths]:
+    """Return the dataset that is given, or all that are planned or have models."""
+    if dataset is not None:
+        return [select_dataset(workspace, dataset, needs_plan=False)]
+    with_models = {file.parents[2].name for file in workspace.glob("*/models/*/run.json")}
+    return [Paths(workspace / name) for name in sorted({*planned_datasets(workspace), *with_models})]
+
+
+def _summary(states: Sequence[FoldState]) -> tuple[str, str]:
+    """Return the folds of a model by their state, and the mean of their scores."""
+    by_state = defaultdict(list)
+    for state in states:
+        by_state[state.state].append(state.fold)
+    scores = [state.mean_dice for state in states if state.mean_dice is not None]
+    folds = "; ".join(f"{', '.join(names)} {state}" for state, names in by_state.items())
+    return folds or "none", f"{sum(scores) / len(scores):.4f}" if scores else ""
+
+
+def _table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Write a table; a cell that repeats the one above it in the first columns is left out."""
+    widths = [max(map(len, column)) for column in zip(heading, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (heading, *lines)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- clean
+
+
+def clean(
+    *,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Delete it; otherwise it is only listed.")] = False,
+    dataset: options.DatasetName = None,
+    workspace: options.Workspace = None,
+) -> options.About:
+    """Delete preprocessed cases and leftover temporary files, which can be made again.
+
+    Models, plans, scores, predictions and raw data stay, and so do runs that were moved aside.
+
+    Parameters
+    ----------
+    yes : bool
+        Delete; otherwise list only.
+    dataset : str, optional
+        Only of this dataset.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
+
+    Returns
+    -------
+    About
+        The files and folders, with their sizes.
+
+    Raises
+    ------
+    Busy
+        A process trains or preprocesses one of the datasets; nothing is deleted.
+    """
+    place = workspace_folder(workspace)
+    datasets = _datasets(place, dataset)
+    with ExitStack() as stack:
+        if yes:
+            for paths in datasets:
+                for fold in paths.models.glob("*/fold_*"):
+                    stack.enter_context(models.lock_fold(fold))
+                if paths.preprocessed.is_dir():
+                    stack.enter_context(locked(paths.preprocessed, "deleting what can be made again", wait=False))
+        found = [path for paths in datasets for path in _removable(paths)]
+        sizes = {path: size_of(path) for path in found}
+        for path in found if yes else ():
+            remove(path)
+    total, did = in_units(sum(sizes.values())), "deleted" if yes else "can be made again; `--yes` deletes them"
+    lines = [(str(path.relative_to(place)), in_units(size)) for path, size in sizes.items()]
+    values = {"workspace": str(place), "deleted": yes, "files": {str(path): size for path, size in sizes.items()}}
+    return options.About(values, f"{_table(('path', 'size'), lines)}\n{total} {did}" if lines else "nothing to delete")
+
+
+def _removable(paths: Paths) -> list[Path]:
+    """Return what can be made again of a dataset."""
+    store = paths.preprocessed
+    arrays = [path for path in (store / "cases", store / "raw.json", *store.glob("*-*.json")) if path.exists()]
+    return arrays + [path for path in leftovers(paths.root, "**/.tmp*") if store / "cases" not in path.parents]
