@@ -177,7 +177,7 @@ def test_boxes_of_several_sizes_lie_in_the_middle_of_one(resident: bool) -> None
     images, classes = read_patches(cases, places, patch, CPU)
     wide = source_shape(1.3 * np.eye(3), patch)
     assert images.shape == (3, 2, *wide)
-    assert (images.dtype, classes.dtype) == (torch.float32, torch.uint8)
+    assert (images.dtype, classes.dtype) == (torch.float16, torch.uint8)
     for i, place in enumerate(places):
         size = patch if place.matrix is None else source_shape(place.matrix, patch)
         margin = [(w - s) // 2 for w, s in zip(wide, size, strict=True)]

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
@@ -25,6 +23,7 @@ from nnunet_lite.system import in_units
 from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
 from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
 
+_OnlyDataset = Annotated[str | None, options.data("-d", "--dataset", help="Only this dataset, a name or number.")]
 _OWN_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings that `train` names
 
 
@@ -175,7 +174,7 @@ def _training_command(paths: Paths, state: FoldState) -> str:
 # ----------------------------------------------------------------------------------------------------------------- list
 
 
-def list_workspace(*, dataset: options.DatasetName = None, workspace: options.Workspace = None) -> options.About:
+def list_workspace(*, dataset: _OnlyDataset = None, workspace: options.Workspace = None) -> options.About:
     """List the datasets of a workspace, their models, folds and scores.
 
     Parameters
@@ -194,6 +193,11 @@ def list_workspace(*, dataset: options.DatasetName = None, workspace: options.Wo
     ------
     UserError
         There is no such dataset.
+
+    Examples
+    --------
+    nnlite list
+    nnlite list --json
     """
     place = workspace_folder(workspace)
     values: list[dict[str, Any]] = []
@@ -243,8 +247,8 @@ def _table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def clean(
     *,
-    yes: Annotated[bool, typer.Option("-y", "--yes", help="Delete it; otherwise it is only listed.")] = False,
-    dataset: options.DatasetName = None,
+    yes: Annotated[bool, options.general("-y", "--yes", help="Delete it, otherwise only list it.")] = False,
+    dataset: _OnlyDataset = None,
     workspace: options.Workspace = None,
 ) -> options.About:
     """Delete preprocessed cases and leftover temporary files, which can be made again.
@@ -269,6 +273,11 @@ def clean(
     ------
     Busy
         A process trains or preprocesses one of the datasets; nothing is deleted.
+
+    Examples
+    --------
+    nnlite clean
+    nnlite clean --yes
     """
     place = workspace_folder(workspace)
     datasets = _datasets(place, dataset)

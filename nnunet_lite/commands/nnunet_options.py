@@ -99,8 +99,10 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
         if word == "--":
             rest = [word, *left]
             break
-        if name in own and not own[name].is_flag:
-            left.extendleft([value] if equals else [])
+        has_values = name in own and not own[name].is_flag
+        if equals and (has_values or name in _SKIPPED or name in _ANSWERS):
+            left.appendleft(value)
+        if has_values:
             options += _with_values(name, own[name], left, has_words=bool(places))
         elif name in _SKIPPED:
             n_values, reason = _SKIPPED[name]

@@ -24,7 +24,7 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, locked
-from nnunet_lite.networks.devices import free_device_memory
+from nnunet_lite.networks.devices import free_device_memory, is_out_of_memory
 from nnunet_lite.preprocessing.stored_case import StoredCase
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 
@@ -103,7 +103,9 @@ def load_cases(
     with ThreadPoolExecutor(cpus()) as pool:
         try:
             return list(pool.map(load, case_ids))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if device.type == "cpu" or not is_out_of_memory(error):
+                raise
             raise UserError(f"the memory of {device} is too small for the cases", fix="Use --cache ram.") from None
 
 
