@@ -68,7 +68,7 @@ def test_the_states_of_a_fold(models: Path, capfd: pytest.CaptureFixture[str]) -
     with lock_fold(fold):
         assert state() == "training, epoch 2 of 2"
     shutil.rmtree(fold / "validation")
-    assert state() == "finished, not scored"
+    assert state() == "not scored"
     (fold / "model.safetensors").unlink()
     assert state() == "interrupted, epoch 2 of 2"
     (fold / "checkpoint.safetensors").write_bytes(b"cut off")

@@ -23,6 +23,7 @@ from nnunet_lite.system import in_units
 from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
 from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
 
+State = Literal["not started", "training", "interrupted", "not scored", "finished"]
 _OnlyDataset = Annotated[str | None, options.data("-d", "--dataset", help="Only this dataset, a name or number.")]
 _OWN_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings that `train` names
 
@@ -39,31 +40,27 @@ class FoldState:
         Name of the model folder; None if no model of the configuration exists.
     fold : str
         Such as "0" or "all".
-    state : {"not started", "training", "interrupted", "finished"}
-        Training: a process trains it now.
+    state : {"not started", "training", "interrupted", "not scored", "finished"}
+        Training: a process trains it now. Not scored: it is trained, its held-out cases are not scored.
     epoch, epochs : int
         Epochs that are done, and of how many.
     mean_dice : float or None
-        Of the held-out cases, once they are scored.
+        Of the held-out cases.
     """
 
     configuration: str
     model: str | None
     fold: str
-    state: Literal["not started", "training", "interrupted", "finished"] = "not started"
+    state: State = "not started"
     epoch: int = 0
     epochs: int = 0
     mean_dice: float | None = None
 
     def to_text(self) -> str:
-        if self.state == "finished":
-            scores = "not scored" if self.mean_dice is None else f"mean Dice {self.mean_dice:.4f}"
-            return f"finished, {scores}" if self.fold != ALL else "finished"
-        return self.state + f", epoch {self.epoch} of {self.epochs}" * (self.state != "not started")
-
-    def is_done(self) -> bool:
-        """Whether no training is left to do."""
-        return self.state == "finished" and (self.mean_dice is not None or self.fold == ALL)
+        if self.state in ("training", "interrupted"):
+            return f"{self.state}, epoch {self.epoch} of {self.epochs}"
+        scores = "" if self.mean_dice is None else f", mean Dice {self.mean_dice:.4f}"
+        return f"{self.state}{scores}"
 
 
 def read_fold_states(folder: Path, folds: Sequence[str] = ()) -> list[FoldState]:
@@ -87,20 +84,18 @@ def read_fold_states(folder: Path, folds: Sequence[str] = ()) -> list[FoldState]
 
 def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
     place = folder / f"fold_{fold}"
-    trained, checkpoint = place / models.MODEL, place / models.CHECKPOINT
-    length = models.read_weights_header(trained).get("epochs") or 0 if trained.is_file() else 0
-    epoch = models.read_weights_header(checkpoint).get("epoch", 0) if checkpoint.is_file() else length
-    state: Literal["not started", "training", "interrupted", "finished"] = "not started"
+    files = (place / models.MODEL, place / models.CHECKPOINT)
+    model, checkpoint = (models.read_weights_header(file) if file.is_file() else {} for file in files)
+    trained, reached = model.get("epochs") or 0, checkpoint.get("epoch", 0)
+    dice, epochs = models.validation_dice(folder, fold), run["settings"]["training"]["epochs"]
+    state: State = "not started"
     if is_locked(place):
         state = "training"
-    elif trained.is_file() and epoch <= length:  # a finished run may be made longer
-        state = "finished"
-    elif checkpoint.is_file():
+    elif model and reached <= trained:  # otherwise a finished run is made longer
+        state = "not scored" if dice is None and fold != ALL else "finished"
+    elif checkpoint:
         state = "interrupted"
-    epochs = run["settings"]["training"]["epochs"]
-    return FoldState(
-        run["configuration"], folder.name, fold, state, epoch, epochs, models.validation_dice(folder, fold)
-    )
+    return FoldState(run["configuration"], folder.name, fold, state, max(trained, reached), epochs, dice)
 
 
 # --------------------------------------------------------------------------------------------------- train without fold
@@ -124,10 +119,8 @@ def describe_training(paths: Paths, configuration: str | None, workspace: str | 
         The plan has no such configuration.
     """
     plan = Plan.read(paths.plans)
-    names = list(plan.configurations)
-    if configuration is not None:
-        plan.configuration(configuration)
-        names = [configuration]
+    names = list(plan.configurations) if configuration is None else [configuration]
+    plan.configuration(names[0])
     folds = [str(fold) for fold in range(N_FOLDS)] if plan.n_cases >= N_FOLDS else [ALL]
     if paths.splits.is_file():
         folds = [split.name for split in read_splits(paths.splits, stored_dataset(paths.dataset))]
@@ -136,18 +129,13 @@ def describe_training(paths: Paths, configuration: str | None, workspace: str | 
     for name in names:
         own = [state for state in trained if state.configuration == name]
         states += own or [FoldState(name, None, fold) for fold in folds]
-    todo = [state for state in states if state.state != "training" and not state.is_done()]
-    first = min(todo, key=_urgency, default=None)
-    where = paths.option + ("" if workspace is None else f" -w {shlex.quote(str(workspace))}")
-    command = f"nnlite select{where}" if first is None else f"{_training_command(paths, first)}{where}"
+    todo = [state for state in states if state.state not in ("training", "finished")]
+    todo.sort(key=lambda one: (one.model is None, one.state == "not started", one.configuration != "3d_fullres"))
+    command = _training_command(paths, todo[0]) if todo else "nnlite select"
+    command += paths.option + ("" if workspace is None else f" -w {shlex.quote(str(workspace))}")
     lines = [(state.configuration, state.model or "-", state.fold, state.to_text()) for state in states]
     values = {"dataset": paths.name, "folds": [asdict(state) for state in states], "next": command}
-    return options.About(values, f"{_table(('configuration', 'model', 'fold', 'state'), lines)}\nnext: {command}")
-
-
-def _urgency(state: FoldState) -> tuple[bool, bool, bool]:
-    """Sort first what was begun, then the configuration that most datasets need."""
-    return state.model is None, state.state == "not started", state.configuration != "3d_fullres"
+    return options.About(values, f"{_table(('configuration', 'model', 'fold', 'state'), *lines)}\nnext: {command}")
 
 
 def _training_command(paths: Paths, state: FoldState) -> str:
@@ -156,13 +144,12 @@ def _training_command(paths: Paths, state: FoldState) -> str:
     if state.model is None:
         return shlex.join(words)
     settings = Settings.model_validate(models.read_run(paths.models / state.model)["settings"])
-    words += [] if settings.recipe == "default" else ["--recipe", settings.recipe]
     try:
-        changes = differences(load_settings(settings.recipe), settings)
+        base, recipe = load_settings(settings.recipe), settings.recipe
     except UserError:  # a recipe of the user, whose file may be anywhere
-        words[-1] += ".toml"
-        changes = []
-    for key in (change.partition(":")[0] for change in changes):
+        base, recipe = settings, f"{settings.recipe}.toml"
+    words += ["--recipe", recipe] if recipe != "default" else []
+    for key in (change.partition(":")[0] for change in differences(base, settings)):
         section, _, name = key.partition(".")
         value = settings.model_dump(mode="json")[section][name]
         text = value if isinstance(value, str) else json.dumps(value)
@@ -200,18 +187,14 @@ def list_workspace(*, dataset: _OnlyDataset = None, workspace: options.Workspace
     nnlite list --json
     """
     place = workspace_folder(workspace)
-    values: list[dict[str, Any]] = []
-    lines = []
+    values, lines = [], []
     for paths in _datasets(place, dataset):
         found = {folder.name: read_fold_states(folder) for folder in models.model_folders(paths)}
-        values.append({
-            "dataset": paths.name,
-            "planned": paths.plans.is_file(),
-            "models": [{"model": model, "folds": [asdict(s) for s in states]} for model, states in found.items()],
-        })  # fmt: skip
+        folds = [{"model": model, "folds": [asdict(state) for state in states]} for model, states in found.items()]
+        values.append({"dataset": paths.name, "planned": paths.plans.is_file(), "models": folds})
         lines += [(paths.name, model, *_summary(states)) for model, states in found.items()]
         lines += [] if found else [(paths.name, "-", "no model yet", "")]
-    text = _table(("dataset", "model", "folds", "mean Dice"), lines) if lines else f"{place}: nothing is planned here"
+    text = _table(("dataset", "model", "folds", "mean Dice"), *lines) if lines else f"{place}: nothing is planned here"
     return options.About({"workspace": str(place), "datasets": values}, text)
 
 
@@ -233,13 +216,10 @@ def _summary(states: Sequence[FoldState]) -> tuple[str, str]:
     return folds or "none", f"{sum(scores) / len(scores):.4f}" if scores else ""
 
 
-def _table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Write a table; a cell that repeats the one above it in the first columns is left out."""
-    widths = [max(map(len, column)) for column in zip(heading, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (heading, *lines)
-    )
+def _table(*lines: Sequence[str]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- clean
@@ -295,7 +275,7 @@ def clean(
     total, did = in_units(sum(sizes.values())), "deleted" if yes else "can be made again; `--yes` deletes them"
     lines = [(str(path.relative_to(place)), in_units(size)) for path, size in sizes.items()]
     values = {"workspace": str(place), "deleted": yes, "files": {str(path): size for path, size in sizes.items()}}
-    return options.About(values, f"{_table(('path', 'size'), lines)}\n{total} {did}" if lines else "nothing to delete")
+    return options.About(values, f"{_table(('path', 'size'), *lines)}\n{total} {did}" if lines else "nothing to delete")
 
 
 def _removable(paths: Paths) -> list[Path]:

@@ -16,19 +16,11 @@ from nnunet_lite.errors import UserError
 
 # an option of nnU-Net: ours that takes the same values
 _OURS = {
-    "-device": "--device",
-    "-gpu_memory_target": "--memory",
-    "-np": "--workers",
-    "-npfp": "--workers",
-    "-num_gpus": "--gpus",
-    "-o": "--output",
-    "-pretrained_weights": "--init",
-    "-step_size": "--step-size",
-    "--continue_prediction": "--continue",
-    "--disable_ensembling": "--no-ensembles",
-    "--disable_tta": "--no-mirroring",
+    "-device": "--device", "-gpu_memory_target": "--memory", "-np": "--workers", "-npfp": "--workers",
+    "-num_gpus": "--gpus", "-o": "--output", "-pretrained_weights": "--init", "-step_size": "--step-size",
+    "--continue_prediction": "--continue", "--disable_ensembling": "--no-ensembles", "--disable_tta": "--no-mirroring",
     "--save_probabilities": "--save-probabilities",
-}
+}  # fmt: skip
 # an option of nnU-Net that nothing depends on here: how many values it has, and why it is skipped
 _SKIPPED = {
     "--c": (0, "the same command resumes"),
