@@ -31,6 +31,7 @@ from nnunet_lite.planning.schema import Channel, Plan
 
 _MAX_POINTS = 400  # of a curve, about one per pixel
 _MIN_RANGE = 1e-9  # of the values; smaller differences are rounding
+_MARGIN = 0.05  # of the range of values, on each side of it
 _ROW_HEIGHT = 26  # of charts with one row for each label or model
 _LETTER_WIDTH = 6.6  # of the names of the rows
 MAX_CHANNELS = 4  # of a case that are shown
@@ -247,8 +248,8 @@ def plot_curves(
     if not points:
         return None
     xs, ys = zip(*points, strict=True)
-    low, high = (given if given is not None else end for given, end in zip(y_range, _with_margin(ys), strict=True))
-    x = Axis(_not_empty(min(xs), max(xs)), (52, 438), x_label, 6, only_integers=x_label == "epoch")
+    low, high = (given if given is not None else end for given, end in zip(y_range, _range(ys, _MARGIN), strict=True))
+    x = Axis(_range(xs), (52, 438), x_label, 6, only_integers=x_label == "epoch")
     series = [dict(zip(("name", "x", "y"), (c.name, *zip(*c.points, strict=True)), strict=True)) for c in curves]
     readout = {"x": [*x.values, *x.pixels], "label": x_label, "series": series}
     return Chart("curves", title, x, Axis((low, high), (196, 10), y_label, 4), curves, 460, note, readout)
@@ -324,7 +325,7 @@ def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | 
     if not intervals:
         return None
     values = [value for _, *numbers in intervals for value in numbers if value is not None]
-    x, y = _row_axes([name for name, *_ in intervals], _with_margin(values), label)
+    x, y = _row_axes([name for name, *_ in intervals], _range(values, _MARGIN), label)
     return Chart("intervals", title, x, y, intervals)
 
 
@@ -361,18 +362,13 @@ def tick_values(low: float, high: float, about: int, only_integers: bool = False
     return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _not_empty(low: float, high: float) -> tuple[float, float]:
-    """Widen a range that is empty: a constant value gets a range of its own order of magnitude."""
+def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+    """Return the range of values with a margin, a share of it; a constant gets a range of its order of magnitude."""
+    low, high = min(values), max(values)
     size = max(abs(low), abs(high))
-    if high - low > _MIN_RANGE * size:
-        return low, high
-    margin = size / 2 or 0.5
-    return low - margin, high + margin
-
-
-def _with_margin(values: Sequence[float]) -> tuple[float, float]:
-    low, high = _not_empty(min(values), max(values))
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+    if high - low <= _MIN_RANGE * size:
+        low, high = low - (size / 2 or 0.5), high + (size / 2 or 0.5)
+    return low - margin * (high - low), high + margin * (high - low)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
