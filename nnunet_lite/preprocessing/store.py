@@ -28,11 +28,11 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_case
 from nnunet_lite.data.geometry import Turn
 from nnunet_lite.data.problems import plural
+from nnunet_lite.data.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import SPARE, hash_of, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
 from nnunet_lite.planning.schema import Channel, Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing import pipeline
-from nnunet_lite.preprocessing.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.preprocessing.resampling import one_blas_thread
 from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored_case, write_stored_case
 
