@@ -36,7 +36,7 @@ _TIMEOUT = timedelta(minutes=30)  # of a collective operation; another process m
 _RENDEZVOUS = "NNLITE_RENDEZVOUS"  # environment variable: where processes that `launch` started meet
 _GRACE = 20.0  # seconds in which the others may end by themselves after one process failed
 _POLL = 0.2
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = system.signals_of("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
 @dataclass(frozen=True)
