@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
-    "UserError", "check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "report", "run",
-    "select", "train", "view",
+    "UserError", "check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "report",
+    "run", "select", "train", "view",
 ]  # fmt: skip
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",
