@@ -107,7 +107,7 @@ class CommandGroup(TyperGroup):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
         Command.format_options(self, ctx, formatter)  # type: ignore[arg-type]
 
-    format_epilog = Command.format_epilog  # type: ignore[assignment]
+    format_epilog = Command.format_epilog
 
 
 app = typer.Typer(
@@ -225,7 +225,9 @@ def _set_verbosity(quiet: bool, verbose: bool) -> None:
         warnings.simplefilter("default")  # of libraries too, which Python hides
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
     """Print a warning of a library as ours, in one line."""
     log.warn(f"{' '.join(str(message).split())} ({category.__name__}, {filename}:{lineno})")
 
