@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnunet_lite import files
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.nifti import write_nifti
