@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.data.problems import align
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import is_locked, leftovers, locked, remove, size_of
 from nnunet_lite.models import folder as models
@@ -24,7 +25,6 @@ from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
 from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
 
 State = Literal["not started", "training", "interrupted", "not scored", "finished"]
-_OnlyDataset = Annotated[str | None, options.data("-d", "--dataset", help="Only this dataset, a name or number.")]
 _OWN_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings that `train` names
 
 
@@ -133,9 +133,10 @@ def describe_training(paths: Paths, configuration: str | None, workspace: str | 
     todo.sort(key=lambda one: (one.model is None, one.state == "not started", one.configuration != "3d_fullres"))
     command = _training_command(paths, todo[0]) if todo else "nnlite select"
     command += paths.option + ("" if workspace is None else f" -w {shlex.quote(str(workspace))}")
-    lines = [(state.configuration, state.model or "-", state.fold, state.to_text()) for state in states]
+    lines = [("configuration", "model", "fold", "state")]
+    lines += [(state.configuration, state.model or "-", state.fold, state.to_text()) for state in states]
     values = {"dataset": paths.name, "folds": [asdict(state) for state in states], "next": command}
-    return options.About(values, f"{_table(('configuration', 'model', 'fold', 'state'), *lines)}\nnext: {command}")
+    return options.About(values, f"{align(lines, left=4)}\nnext: {command}")
 
 
 def _training_command(paths: Paths, state: FoldState) -> str:
@@ -161,7 +162,7 @@ def _training_command(paths: Paths, state: FoldState) -> str:
 # ----------------------------------------------------------------------------------------------------------------- list
 
 
-def list_workspace(*, dataset: _OnlyDataset = None, workspace: options.Workspace = None) -> options.About:
+def list_workspace(*, dataset: options.OnlyDataset = None, workspace: options.Workspace = None) -> options.About:
     """List the datasets of a workspace, their models, folds and scores.
 
     Parameters
@@ -187,14 +188,14 @@ def list_workspace(*, dataset: _OnlyDataset = None, workspace: options.Workspace
     nnlite list --json
     """
     place = workspace_folder(workspace)
-    values, lines = [], []
+    values, lines = [], [("dataset", "model", "folds", "mean Dice")]
     for paths in _datasets(place, dataset):
         found = {folder.name: read_fold_states(folder) for folder in models.model_folders(paths)}
         folds = [{"model": model, "folds": [asdict(state) for state in states]} for model, states in found.items()]
         values.append({"dataset": paths.name, "planned": paths.plans.is_file(), "models": folds})
         lines += [(paths.name, model, *_summary(states)) for model, states in found.items()]
         lines += [] if found else [(paths.name, "-", "no model yet", "")]
-    text = _table(("dataset", "model", "folds", "mean Dice"), *lines) if lines else f"{place}: nothing is planned here"
+    text = align(lines, left=3) if values else f"{place}: nothing is planned here"
     return options.About({"workspace": str(place), "datasets": values}, text)
 
 
@@ -216,19 +217,13 @@ def _summary(states: Sequence[FoldState]) -> tuple[str, str]:
     return folds or "none", f"{sum(scores) / len(scores):.4f}" if scores else ""
 
 
-def _table(*lines: Sequence[str]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(row).rstrip() for row in rows)
-
-
 # ---------------------------------------------------------------------------------------------------------------- clean
 
 
 def clean(
     *,
     yes: Annotated[bool, options.general("-y", "--yes", help="Delete it, otherwise only list it.")] = False,
-    dataset: _OnlyDataset = None,
+    dataset: options.OnlyDataset = None,
     workspace: options.Workspace = None,
 ) -> options.About:
     """Delete preprocessed cases and leftover temporary files, which can be made again.
@@ -275,7 +270,7 @@ def clean(
     total, did = in_units(sum(sizes.values())), "deleted" if yes else "can be made again; `--yes` deletes them"
     lines = [(str(path.relative_to(place)), in_units(size)) for path, size in sizes.items()]
     values = {"workspace": str(place), "deleted": yes, "files": {str(path): size for path, size in sizes.items()}}
-    return options.About(values, f"{_table(('path', 'size'), *lines)}\n{total} {did}" if lines else "nothing to delete")
+    return options.About(values, f"{align(lines)}\n{total} {did}" if lines else "nothing to delete")
 
 
 def _removable(paths: Paths) -> list[Path]:

@@ -37,7 +37,6 @@ _SKIPPED = {
     "--npz": (0, "`select` computes the probabilities that it needs"),
     "-prev_stage_predictions": (1, "the first stage of a cascade is predicted too"),
     "--use_compressed": (0, "compressed cases are unpacked where that is faster"),
-    "--verbose": (0, "the messages are the same"),
     "--verify_dataset_integrity": (0, "`plan` always checks the dataset"),
 }
 _LABELS = "The labels are those of the files. Give `nnlite evaluate PREDICTIONS REFERENCES`, in this order."

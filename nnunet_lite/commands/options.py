@@ -51,6 +51,7 @@ Workspace = Annotated[
 DatasetName = Annotated[
     str | None, data("-d", "--dataset", help="Planned dataset, or its number.", show_default="the only one")
 ]
+OnlyDataset = Annotated[str | None, data("-d", "--dataset", help="Only this dataset, a name or number.")]
 Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
 Workers = Annotated[
     int | None,

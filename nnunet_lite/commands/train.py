@@ -429,9 +429,7 @@ def _announce(run: TrainingRun) -> None:
 
 def _count_passes(job: Job) -> dict[float, int]:
     """Count the network passes of the validation (windows and mirrored copies), by step size."""
-    augmentation, inference = job.settings.augmentation, job.settings.inference
-    mirrored = inference.mirroring and augmentation.enabled and augmentation.p_mirror > 0
-    copies = 2 ** len(job.mirror_axes) if mirrored else 1
+    copies = 2 ** len(job.mirror_axes) if job.settings.inference.mirroring else 1
 
     def count_windows(step: float) -> int:
         axes = (zip(case.label.shape, job.patch, strict=True) for case in job.validation)
