@@ -45,15 +45,17 @@ if TYPE_CHECKING:
     from nnunet_lite.commands.run import run
     from nnunet_lite.commands.select import report, select
     from nnunet_lite.commands.train import train
+    from nnunet_lite.errors import UserError
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
-    "check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "report", "run",
-    "select", "train", "view",
+    "UserError", "check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "report",
+    "run", "select", "train", "view",
 ]  # fmt: skip
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",
     "export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor",
+    "UserError": "errors",
 }  # fmt: skip
 
 

@@ -139,7 +139,8 @@ def command_of(function: Callable[..., Any], name: str) -> Any:
         raise typer.Exit(getattr(result, "exit_code", 0))
 
     hints = {**get_type_hints(function, include_extras=True), "as_json": _AS_JSON}
-    parameters = [*inspect.signature(function).parameters.values()]
+    given = inspect.signature(function).parameters.values()
+    parameters = [one for one in given if get_origin(hints[one.name]) is Annotated]  # others are for Python alone
     parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False))
     kinds = {parameter.name: _command_line_type(hints[parameter.name]) for parameter in parameters}
     run.__annotations__ = kinds

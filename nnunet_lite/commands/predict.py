@@ -13,6 +13,7 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
+from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.postprocessing import apply_rules
@@ -25,6 +26,7 @@ from nnunet_lite.models.bundle import as_model_folder
 from nnunet_lite.models.folder import trained_folds
 from nnunet_lite.models.lookup import find_model, first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.tables import html_table
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
 # --speed: changes of the settings; "fast" also uses one fold
@@ -67,6 +69,15 @@ class Predictions:
 
     def to_text(self) -> str:
         return f"{plural(len(self.files), 'label map')} in {self.output}"
+
+    def __repr__(self) -> str:
+        failed = f"; {plural(len(self.failed), 'case')} failed" if self.failed else ""
+        return f"{self.to_text()}, by {' + '.join(model.name for model in self.models)}{failed}"
+
+    def _repr_html_(self) -> str:
+        failed = [(case, f"failed: {reason}") for case, reason in self.failed.items()]
+        written = [(stem(file), str(file)) for file in self.files]
+        return html_table([("case", "label map"), *failed, *written], [repr(self)])
 
 
 def predict(

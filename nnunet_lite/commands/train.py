@@ -29,7 +29,7 @@ from nnunet_lite.commands.training_run import (
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
-from nnunet_lite.evaluation.scores import Scores, read_summaries
+from nnunet_lite.evaluation.scores import Scores, four_digits, read_summaries
 from nnunet_lite.inference.first_stage import predict_first_stage, read_stage_map
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
@@ -38,6 +38,7 @@ from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.cache import load_cases
+from nnunet_lite.training.callbacks import Callback
 from nnunet_lite.training.distributed import Ranks, from_first, join_group, launch, leave_group, report_lost_peer
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
@@ -58,6 +59,10 @@ class TrainedFolds:
 
     def to_text(self) -> str:
         return "\n".join(f"fold {fold}, whole images:\n{scores.to_text()}" for fold, scores in self.scores.items())
+
+    def __repr__(self) -> str:
+        dice = [f"fold {fold} {four_digits(scores.foreground().mean)}" for fold, scores in self.scores.items()]
+        return f"Dice of held-out cases: {', '.join(dice) or 'there are none'}"
 
     def finish(self) -> None:
         """Leave the processes that trained together; the command ends here."""
@@ -104,6 +109,7 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Start again; the earlier run is moved aside.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Draw augmented samples to preview.png first.")] = False,
     settings: options.SettingOverrides = None,
+    callbacks: Sequence[Callback] = (),
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> TrainedFolds:
@@ -170,6 +176,10 @@ def train(
         Draw augmented samples to preview.png first.
     settings : mapping, optional
         Key to value, on top of the recipe and the other options, such as {"optimizer.momentum": 0.9}.
+    callbacks : sequence of callable
+        Each is called after every epoch, when its checkpoint is being written, with a dict of its own: `configuration`,
+        `fold`, and the line of metrics.jsonl. What one raises ends the training, which the same call resumes. Of
+        processes that train together only the first calls them. Not an option of the command.
     dataset : str, optional
         Planned dataset; default: the only one.
     workspace : str or Path, optional
@@ -201,6 +211,8 @@ def train(
     all_folds = fold == "all-folds"
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
+    if scheduler is not None and callbacks:
+        raise UserError("callbacks are called in this process: they go without --scheduler")
     if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
         raise UserError(f"{what} --force and --preview")
@@ -224,10 +236,10 @@ def train(
         for run in own:
             run.check_resume(force)
     for run in first_stage:
-        train_and_validate(run, force=force)
+        train_and_validate(run, force=force, callbacks=callbacks)
     scores = {}
     for run in own:
-        found = train_and_validate(run, force=force, preview=preview)
+        found = train_and_validate(run, force=force, preview=preview, callbacks=callbacks)
         if found is not None:
             scores[run.split.name] = found
             if all_folds:
@@ -291,15 +303,21 @@ def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ one fold
 
 
-def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool = False) -> Scores | None:
+def train_and_validate(
+    run: TrainingRun,
+    *,
+    force: bool = False,
+    preview: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Scores | None:
     """Train a fold, or resume it, then predict and score its held-out cases.
 
     Parameters
     ----------
     run : TrainingRun
         See `plan_runs`.
-    force, preview : bool
-        As in the command `train`.
+    force, preview, callbacks
+        As for `train`.
 
     Returns
     -------
@@ -321,7 +339,7 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
         if models.is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
         else:
-            _preprocess_and_train(run, seed, ranks, device, preview)
+            _preprocess_and_train(run, seed, ranks, device, preview, callbacks)
     release_memory(device)  # of the training; the validation plans with what is free
     scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
     release_memory(device)
@@ -337,7 +355,14 @@ def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torc
     )  # fmt: skip
 
 
-def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
+def _preprocess_and_train(
+    run: TrainingRun,
+    seed: int,
+    ranks: Ranks,
+    device: torch.device,
+    preview: bool,
+    callbacks: Sequence[Callback],
+) -> None:
     """Preprocess and load the cases, and train on them."""
     _announce(run)
     split, training = run.split, run.settings.training
@@ -362,7 +387,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         record_cases(run.fold_folder, split)
     job = Job(
         run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks,
-        formats=run.paths.formats if device.type == "cuda" else None,
+        formats=run.paths.formats if device.type == "cuda" else None, callbacks=callbacks,
     )  # fmt: skip
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))

@@ -26,6 +26,7 @@ from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.callbacks import require_logger
 from nnunet_lite.training.dataloader import check_augmentation
 from nnunet_lite.training.distributed import current_ranks
 from nnunet_lite.training.finetune import adopt_plan, find_source
@@ -173,15 +174,16 @@ def plan_runs(
 
 
 def _check_trainable(run: TrainingRun) -> None:
-    """Refuse settings that the loss, the augmentation or the network cannot use.
+    """Refuse settings that the logger, the loss, the augmentation or the network cannot use.
 
     Raises
     ------
     UserError
-        Class weights or swaps of other labels, no such transform, a network that cannot be built, or one that
-        normalizes each process's part of a batch alone.
+        The logger's package is not installed, class weights or swaps of other labels, no such transform, a network
+        that cannot be built, or one that normalizes each process's part of a batch alone.
     """
     settings, cpu = run.settings, torch.device("cpu")
+    require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
     check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"

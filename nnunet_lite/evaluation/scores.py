@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.problems import few
+from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
+from nnunet_lite.tables import align, html_table
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
@@ -64,6 +64,10 @@ class CaseScore:
         """The mean over the labels that are in the case or in its prediction; None if there are none."""
         dice = [values["Dice"] for values in self.metrics.values() if values["Dice"] is not None]
         return sum(dice) / len(dice) if dice else None
+
+    def __repr__(self) -> str:
+        by_label = few([f"{name} {four_digits(values['Dice'])}" for name, values in self.metrics.items()], 8)
+        return f"{self.case}: Dice {four_digits(self.mean_dice)} ({by_label})"
 
 
 @dataclass(frozen=True)
@@ -161,13 +165,33 @@ class Scores:
     def to_csv(self) -> str:
         """One line per case and label; a metric that does not apply is empty."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "label", "value", *(metric.file_key(self.unit) for metric in METRICS.values())])
-        keys = label_keys(self.labels)
-        for row in self.rows:
-            for name, values in row.metrics.items():
-                writer.writerow([row.case, name, keys[name], *(values[metric] for metric in METRICS)])
+        csv.writer(text, lineterminator="\n").writerows(self._table())
         return text.getvalue()
+
+    def to_dataframe(self) -> Any:
+        """The table of `to_csv` as a DataFrame of pandas; a metric that does not apply is NaN.
+
+        Raises
+        ------
+        UserError
+            pandas is not installed.
+        """
+        try:
+            import pandas  # not needed by the commands
+        except ImportError:
+            raise UserError("pandas is not installed", fix="pip install pandas.") from None
+        head, *rows = self._table()
+        return pandas.DataFrame(rows, columns=head)
+
+    def _table(self) -> list[list[Any]]:
+        """The headings, then a line per case and label."""
+        keys = label_keys(self.labels)
+        head = ["case", "label", "value", *(metric.file_key(self.unit) for metric in METRICS.values())]
+        return [head] + [
+            [row.case, name, keys[name], *(values[metric] for metric in METRICS)]
+            for row in self.rows
+            for name, values in row.metrics.items()
+        ]
 
     def lines(self) -> list[tuple[str, ...]]:
         """The cells of a table: the headings, a line per label, then the foreground mean.
@@ -189,9 +213,12 @@ class Scores:
         """`lines` as plain text, then the notes."""
         return "\n".join([align(self.lines()), *(f"note: {note}" for note in self.notes)])
 
+    def __repr__(self) -> str:
+        by_label = few([f"{name} {four_digits(dice.mean)}" for name, dice in self.by_label().items()], 8)
+        return f"Scores of {plural(len(self.rows), 'case')}: Dice {four_digits(self.foreground().mean)} ({by_label})"
+
     def _repr_html_(self) -> str:
-        """The table as text, for a notebook."""
-        return f"<pre>{escape(self.to_text())}</pre>"
+        return html_table(self.lines(), self.notes)
 
 
 def label_keys(labels: Labels) -> dict[str, str]:
@@ -203,22 +230,6 @@ def label_keys(labels: Labels) -> dict[str, str]:
         Labels of the dataset.
     """
     return {name: str(labels.names[name]) for name in labels.region_names}
-
-
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Write a table as plain text: the first column is aligned to the left, the others to the right.
-
-    Parameters
-    ----------
-    lines : sequence of sequence of str
-        The cells of each line.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = (
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        for first, *rest in lines
-    )
-    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def four_digits(value: float | None) -> str:

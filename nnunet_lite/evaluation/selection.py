@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
-from nnunet_lite.evaluation.scores import align, four_digits
+from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, is_finished
 from nnunet_lite.models.lookup import choose_model
+from nnunet_lite.tables import align, html_table
 from nnunet_lite.workspace import Paths
 
 _FINGERPRINT_BYTES = 1 << 22  # of a file of weights: its header says how they were trained, and all weights differ
@@ -117,16 +117,20 @@ class Selection(BaseModel):
 
     def to_text(self) -> str:
         """The candidates as plain text, the winner first; then the postprocessing and the notes."""
+        return "\n".join([align(self._lines()), *self._remarks()])
+
+    def _remarks(self) -> list[str]:
         rules = [
             f"postprocessing of {label}: {rule}, {self.postprocessing_gain.get(label, 'gain unknown')}"
             for label, rule in self.postprocessing.items()
         ]
-        notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([align(self._lines()), *(rules or ["postprocessing: none"]), *notes])
+        return [*(rules or ["postprocessing: none"]), *(f"note: {note}" for note in self.notes)]
+
+    def __repr__(self) -> str:
+        return f"Selection: {self.summary}"
 
     def _repr_html_(self) -> str:
-        """The table as text, for a notebook."""
-        return f"<pre>{escape(self.to_text())}</pre>"
+        return html_table(self._lines(), self._remarks())
 
     def _lines(self) -> list[tuple[str, ...]]:
         """The cells of the table, after the headings."""

@@ -21,10 +21,12 @@ from torch import nn
 
 from nnunet_lite import log
 from nnunet_lite.data.images import Image
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
-from nnunet_lite.inference.outputs import ExtraMaps, NewMap, predict_label_map
+from nnunet_lite.inference.outputs import ExtraMaps, NewMap, parse_label_names, predict_label_map
+from nnunet_lite.inference.segmentation import Segmentation
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.models.bundle import unpacked
@@ -41,6 +43,7 @@ from nnunet_lite.planning.swaps import swap_channels, swap_of
 from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB
+from nnunet_lite.tables import html_table
 from nnunet_lite.workspace import is_model_of, workspace_folder
 
 
@@ -48,8 +51,7 @@ from nnunet_lite.workspace import is_model_of, workspace_folder
 class Predictor:
     """A trained configuration with the networks of one or more folds, ready to predict.
 
-    `predictor(array, spacing)` or `predictor("scan.nii.gz")` returns the label map (z, y, x), with the values of the
-    dataset.
+    `predictor(array, spacing)` or `predictor("scan.nii.gz")` returns the label map (z, y, x), a `Segmentation`.
 
     Parameters
     ----------
@@ -97,11 +99,26 @@ class Predictor:
         partners = "".join(f" and {partner}" for partner in self.partners)
         return f"{first}{self.folder} (fold {', '.join(self.folds)}){partners}"
 
+    def __repr__(self) -> str:
+        return "\n".join(f"{what}: {value}" for what, value in self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        return [
+            ("model", f"{self}, {self.configuration_name} of {self.plan.dataset} on {self.device}"),
+            ("channels", few([channel.name for channel in self.plan.channels], 8)),
+            ("labels", few(self.plan.labels.region_names, 8)),
+        ]
+
     @property
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
 
-    def __call__(self, image: Any, spacing: Sequence[float] | None = None) -> np.ndarray:
+    def __call__(
+        self, image: Any, spacing: Sequence[float] | None = None, *, probabilities: str | None = None
+    ) -> Segmentation:
         """Segment an image.
 
         Parameters
@@ -110,11 +127,13 @@ class Predictor:
             A file, an image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
         spacing : sequence of float, optional
             Voxel size (z, y, x) of an array in mm; by default 1 mm, which is logged once.
+        probabilities : str, optional
+            Labels whose probabilities are kept: "all", or names with commas.
 
         Returns
         -------
-        ndarray, shape (z, y, x)
-            The label map, with the values of the dataset.
+        Segmentation, shape (z, y, x)
+            The label map, with the values of the dataset; a numpy array.
 
         Raises
         ------
@@ -122,8 +141,12 @@ class Predictor:
             The image cannot be read, has other channels than the model, or contains NaN or infinite voxels; or the
             networks compute such values.
         """
-        with naming(image) if isinstance(image, str | PathLike) else nullcontext():
-            return segment(self, prepare_image(self, as_image(image, spacing, self.plan)))[0]
+        file = Path(image) if isinstance(image, str | PathLike) else None
+        with nullcontext() if file is None else naming(file):
+            names = () if probabilities is None else parse_label_names(probabilities, self.plan.labels)
+            given = as_image(image, spacing, self.plan)
+            label_map, maps = segment(self, prepare_image(self, given), maps=ExtraMaps(names))
+        return Segmentation(label_map, given.geometry, maps, partial(self, image, spacing), file)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

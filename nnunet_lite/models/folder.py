@@ -44,7 +44,7 @@ Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and a
 _N_FOLDS = 5  # by default; fewer cases are trained without folds
 # settings that may differ between two calls of `train` without making it another run
 _INCIDENTAL = (
-    "training.workers", "training.cache", "training.compile", "training.tensorboard", "training.limit_validation",
+    "training.workers", "training.cache", "training.compile", "training.logger", "training.limit_validation",
     "inference.",
 )  # fmt: skip
 _LENGTH = ("training.epochs", "training.time_limit")

@@ -293,6 +293,8 @@ class View:
     def to_text(self) -> str:
         return self.url
 
+    __repr__ = to_text
+
     def to_json(self) -> dict[str, str]:
         return {"url": self.url, "title": self.title}
 
