@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,10 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from nnunet_lite import __version__, log, system
+from nnunet_lite.commands import options
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -43,10 +45,31 @@ COMMANDS = {
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
-_AS_JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_AS_JSON = Annotated[bool, options.output("--json", help="Print the result as JSON.")]
 
 # an OSError of these kinds is a mistake of the user; any other one is a failure of the machine
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+class Command(TyperCommand):
+    """A subcommand: its help shows the options in panels, and examples."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):  # a hidden one has none
+                names = re.sub(r"list\[(\w+)\]", r"\1", record[0])
+                text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", record[1])  # typer encloses descriptions
+                is_argument = parameter.param_type_name == "argument"
+                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
+                panels.setdefault(panel, []).append((names, text))
+        for panel in sorted(panels, key=options.PANELS.index):
+            with formatter.section(panel):
+                formatter.write_dl(panels[panel])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {line}\n" for line in str(self.epilog).splitlines()))
 
 
 class CommandGroup(TyperGroup):
@@ -74,7 +97,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -115,9 +138,9 @@ def main() -> None:
 def command_of(function: Callable[..., Any], name: str) -> Any:
     """Make a subcommand of a function whose parameters are annotated with typer's options.
 
-    Its help is the beginning of the docstring. Its result is the path of a written file, or has `to_text()`; it may
-    have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with `wait()` and `close()` is a
-    service, which runs until Ctrl-C.
+    Its help is the beginning of the docstring, with the examples at its end. Its result is the path of a written file,
+    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with
+    `wait()` and `close()` is a service, which runs until Ctrl-C.
 
     Parameters
     ----------
@@ -148,7 +171,9 @@ def command_of(function: Callable[..., Any], name: str) -> Any:
         [parameter.replace(annotation=kinds[parameter.name], kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(name, help=str(inspect.getdoc(function)).partition("\n\n")[0])(run)
+    text = str(inspect.getdoc(function))
+    examples = text.partition("\nExamples\n--------\n")[2]
+    single.command(name, cls=Command, help=text.partition("\n\n")[0], epilog=examples)(run)
     return typer.main.get_command(single)
 
 

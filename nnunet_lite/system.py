@@ -92,7 +92,7 @@ def start_as_command() -> None:
 # ------------------------------------------------------------------------------------------------ CPUs, memory and disk
 
 GB = 1e9
-_SHARE = 0.8  # of the free memory: the rest is for what is not counted
+FREE_SHARE = 0.8  # of the free memory: the rest is for what is not counted
 _MOST_PAIRS = 8  # a large CT and its reference take about 1 GB
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -133,7 +133,7 @@ def cases_in_flight(largest: int, workers: int | None) -> int:
     workers : int or None
         The most cases at once; None for the number of CPUs.
     """
-    fitting = int(_SHARE * free_memory() // max(1, largest))
+    fitting = int(FREE_SHARE * free_memory() // max(1, largest))
     return max(1, min(cpus() if workers is None else workers, fitting))
 
 

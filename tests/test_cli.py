@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from samples import subcommand
 
 import nnunet_lite
 from nnunet_lite import cli
+from nnunet_lite.commands import options
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -43,6 +47,43 @@ def test_help_of_every_command(nnlite: Run, tmp_path: Path, name: str) -> None:
     assert (code, err) == (0, "") and out.startswith(f"Usage: nnlite {name} ")
     assert "--json" in out and "-h, --help" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_in_one_panel_and_its_default_in_one_notation(command: Run, tmp_path: Path, name: str) -> None:
+    every = subcommand(name).params
+    parameters = [parameter for parameter in every if parameter.param_type_name == "option" and not parameter.hidden]
+    lost = [parameter.opts[-1] for parameter in parameters if parameter.rich_help_panel not in options.PANELS]
+    how = "declare it with options.length(help=...) or with another panel of commands/options.py, not with typer.Option"
+    assert not lost, f"nnlite {name} {' '.join(lost)}: in no panel of --help; {how}"
+    _, out, _ = command(name, "--help", cwd=tmp_path)
+    headings = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+    assert headings == [*sorted(set(headings) - {"Examples"}, key=options.PANELS.index), "Examples"]
+    for parameter in parameters:
+        shown = re.findall(rf"^  (?:-\w+, )?{parameter.opts[-1]}\b(?!-)", out, re.MULTILINE)
+        assert len(shown) == 1, f"nnlite {name} {parameter.opts[-1]}: {len(shown)} times in --help"
+        how = 'write a default as show_default="...", not as [...]'
+        assert "[" not in str(parameter.help), f"nnlite {name} {parameter.opts[-1]}: {how}"
+    assert "[default: (" not in out and ")]" not in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_two_examples_which_exist(name: str) -> None:
+    examples = str(subcommand(name).epilog).splitlines()
+    how = 'the docstring of the function ends with a section "Examples" of at least two lines `nnlite ...`'
+    assert len(examples) >= 2 and all(example.startswith(f"nnlite {name}") for example in examples), f"{name}: {how}"
+    for example in examples:
+        subcommand(name).make_context(f"nnlite {name}", shlex.split(example)[2:])
+
+
+@pytest.mark.parametrize("columns", [60, 100, 200])
+def test_help_is_as_wide_as_the_terminal(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = command("plan", "--help", cwd=tmp_path)
+    widest = max(map(len, out.partition("Examples:")[0].splitlines()))
+    assert min(columns, 120) * 0.8 < widest <= min(columns, 120)
 
 
 def test_version_and_module(nnlite: Run, tmp_path: Path) -> None:

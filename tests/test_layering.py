@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "nnunet_lite"
 LAYERS = (
     "cli", "commands", "reporting", "evaluation", "inference", "training", "models", "networks",
     "preprocess",  # the import path of older scripts
-    "preprocessing", "planning", "data", "cluster", "settings", "workspace", "files", "system", "errors", "log", "tables",
+    "preprocessing", "planning", "data", "cluster", "settings", "workspace", "files", "system", "errors", "log",
 )  # fmt: skip
 MOST_LOCAL_IMPORTS = 40
 # What is left of the old layout; these become empty.

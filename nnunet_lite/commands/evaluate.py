@@ -27,11 +27,11 @@ def evaluate(
     prediction: Annotated[str | Path, typer.Argument(help="Label map, or folder of label maps.")],
     reference: Annotated[str | Path, typer.Argument(help="Its reference, or their folder.")],
     *,
-    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
-    surface: Annotated[bool, typer.Option(help="Surface distances too.")] = True,
+    tolerance: Annotated[float, options.setting(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
+    surface: Annotated[bool, options.setting(help="Surface distances too.")] = True,
     accept_geometry: options.AcceptGeometry = False,
     output: Annotated[
-        str | Path | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")
+        str | Path | None, options.output(help="Write JSON (.json) or one row per case and label (.csv).")
     ] = None,
     workers: options.Workers = None,
 ) -> Scores:
@@ -63,6 +63,11 @@ def evaluate(
     ------
     UserError
         No names match, a pair has two grids, or a file cannot be read.
+
+    Examples
+    --------
+    nnlite evaluate labels references
+    nnlite evaluate labels references --no-surface --output scores.csv
     """
     scores = score_files(
         Path(prediction), Path(reference), tolerance=tolerance, surface=surface, workers=workers,
@@ -83,9 +88,11 @@ def view(
     *,
     model: Annotated[
         str | Sequence[str] | None,
-        typer.Option("-m", "--model", help="Whose cross-validation to show, a+b for an ensemble [the selected]."),
+        options.model(
+            "-m", "--model", help="Whose cross-validation to show, a+b for an ensemble.", show_default="the selected"
+        ),
     ] = None,
-    browser: Annotated[bool, typer.Option(help="Open the page; otherwise only its address is printed.")] = True,
+    browser: Annotated[bool, options.output(help="Open the page; otherwise only its address is printed.")] = True,
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> View:
@@ -117,6 +124,11 @@ def view(
     ------
     UserError
         There is no such case, file or prediction, or one cannot be read.
+
+    Examples
+    --------
+    nnlite view hippocampus_001
+    nnlite view scan.nii.gz label.nii.gz
     """
     file = Path(case)
     maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())

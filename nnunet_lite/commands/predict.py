@@ -8,13 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import html_table, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
@@ -26,7 +24,6 @@ from nnunet_lite.models.bundle import as_model_folder
 from nnunet_lite.models.folder import trained_folds
 from nnunet_lite.models.lookup import find_model, first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
-from nnunet_lite.tables import html_table
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
 # --speed: changes of the settings; "fast" also uses one fold
@@ -83,48 +80,61 @@ class Predictions:
 def predict(
     input: Annotated[
         str | Path | Sequence[str | Path],
-        typer.Option("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
+        options.data("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
     ],
-    output: Annotated[str | Path, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
+    output: Annotated[
+        str | Path, options.output("-o", "--output", help="Folder for the label maps, or a file for one.")
+    ],
     *,
     model: Annotated[
         str | Path | Sequence[str | Path] | None,
-        typer.Option(
-            "-m", "--model", help="Model folder, nnU-Net's too, zip, or name [as selected, or trained]; several vote."
+        options.model(
+            "-m",
+            "--model",
+            help="Model folder, nnU-Net's too, zip, or name; several vote.",
+            show_default="as selected, or trained",
         ),
     ] = None,
     configuration: Annotated[
         str | Sequence[str] | None,
-        typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together."),
+        options.model("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together."),
     ] = None,
     fold: Annotated[
         int | str | Sequence[int | str] | None,
-        typer.Option("-f", "--fold", help="Networks to average [selected, or all]."),
+        options.model("-f", "--fold", help="Networks to average.", show_default="selected, or all"),
     ] = None,
     speed: Annotated[
         Literal["fast", "balanced", "best"] | None,
-        typer.Option(help="balanced: no mirrored copies; fast: one fold, fewer windows, too [best]."),
+        options.setting(help="balanced: no mirrored copies; fast: one fold, fewer windows, too.", show_default="best"),
     ] = None,
-    mirroring: Annotated[bool | None, typer.Option(help="Average over mirrored copies: 4 to 8 times slower.")] = None,
-    step_size: Annotated[float | None, typer.Option(help="Distance of windows as a share of the patch.")] = None,
+    mirroring: Annotated[
+        bool | None, options.setting(help="Average over mirrored copies: 4 to 8 times slower.")
+    ] = None,
+    step_size: Annotated[float | None, options.setting(help="Distance of windows as a share of the patch.")] = None,
     precision: options.Precision = None,
     max_memory: Annotated[
         float | None,
-        typer.Option(metavar="GB", help="Besides the image; of the GPU's as well [80 % of what is free]."),
+        options.hardware(
+            metavar="GB", help="Besides the image; of the GPU's as well.", show_default="80 % of what is free"
+        ),
     ] = None,
     save_probabilities: Annotated[
         str | None,
-        typer.Option(metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),  # see cli.py
+        options.output(
+            metavar="[LABELS]", help="Maps of them too, of all labels or of these names with commas."
+        ),  # see cli.py
     ] = None,
     save_uncertainty: Annotated[
-        bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
+        bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
+    dicom_seg: Annotated[
+        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
+    ] = False,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that exist already.")] = False,
+    skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
     postprocess: Annotated[
-        bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
+        bool, options.setting("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
     ] = True,
     accept_geometry: options.AcceptGeometry = False,
     settings: options.SettingOverrides = None,
@@ -194,6 +204,11 @@ def predict(
     ------
     UserError
         There is no such image or model, or an option is illegal.
+
+    Examples
+    --------
+    nnlite predict -i scan.nii.gz -o label.nii.gz
+    nnlite predict -i images -o labels -m model.zip --speed fast --continue
     """
     settings = options.overrides_of(
         settings, inference__mirroring=mirroring, inference__step_size=step_size, inference__precision=precision,

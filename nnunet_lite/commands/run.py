@@ -96,16 +96,18 @@ def run(
     recipe: options.Recipe = "default",
     configurations: Annotated[
         str | Sequence[str] | None,
-        typer.Option("-c", "--configurations", help="Which to train, as in 2d,3d_fullres [all of the plan]."),
+        options.setting(
+            "-c", "--configurations", help="Which to train, as in 2d,3d_fullres.", show_default="all of the plan"
+        ),
     ] = None,
     fold: Annotated[
         int | str | Sequence[int | str] | None,
-        typer.Option("-f", "--fold", help='Which folds, as in 0,1; "all": on every case [each].'),
+        options.setting("-f", "--fold", help='Which folds, as in 0,1; "all": on every case.', show_default="each"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Length of a fold [the recipe's, as what follows].")] = None,
+    epochs: Annotated[int | None, options.length(help="Length of a fold.", show_default="the recipe's")] = None,
     time_limit: Annotated[
         str | float | None,
-        typer.Option(help="Of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
+        options.length(help="Of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
     ] = None,
     seed: options.Seed = None,
     folds: options.Folds = None,
@@ -166,6 +168,11 @@ def run(
         The data have errors, a setting is illegal, or an earlier run has other settings.
     Stopped
         A signal ended the run; the same call resumes it.
+
+    Examples
+    --------
+    nnlite run Task04_Hippocampus
+    nnlite run Task04_Hippocampus -c 2d,3d_fullres -f 0 --recipe cpu
     """
     begin = time.monotonic()
     changed = options.overrides_of(

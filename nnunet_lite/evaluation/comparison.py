@@ -99,7 +99,7 @@ class HeldOut:
     def fold_of(self) -> dict[str, Split]:
         """Case id -> the fold that holds it out, in the order of the ids."""
         fold_of = {case_id: split for split in self.splits for case_id in split.validation}
-        return dict(sorted(fold_of.items(), key=lambda item: item[0]))
+        return {case_id: fold_of[case_id] for case_id in sorted(fold_of)}
 
 
 def select_models(
@@ -209,15 +209,10 @@ def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
 
 def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Sequence[str]) -> tuple[Candidate, ...]:
     """The winner, then the others from the best on."""
-    candidates = []
-    for team, table in dice.items():
-        overall = summarize(table)
-        by_label = {name: summarize(column[:, None]).mean for name, column in zip(labels, table.T, strict=True)}
-        models, margin = tuple(member.name for member in team), compare_paired(dice[winner], table)
-        candidates.append(
-            Candidate(models=models, n_cases=len(table), dice=overall.mean, low=overall.low, high=overall.high,
-                      by_label=by_label, margin=margin)
-        )  # fmt: skip
+    candidates = [
+        Candidate.of([member.name for member in team], table, labels, compare_paired(dice[winner], table))
+        for team, table in dice.items()
+    ]
     selected = tuple(member.name for member in winner)
     return tuple(sorted(candidates, key=lambda c: (c.models != selected, -(c.dice or 0.0), len(c.models), c.models)))
 

@@ -24,14 +24,13 @@ from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.problems import few, plural
+from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
-from nnunet_lite.tables import align, html_table
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map

@@ -11,17 +11,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nnunet_lite import log
+from nnunet_lite.data.problems import align, html_table
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
-from nnunet_lite.evaluation.statistics import Margin
-from nnunet_lite.files import read_json
+from nnunet_lite.evaluation.statistics import Margin, summarize
+from nnunet_lite.files import first_problem, read_json
 from nnunet_lite.models.folder import MODEL, is_finished
 from nnunet_lite.models.lookup import choose_model
-from nnunet_lite.tables import align, html_table
 from nnunet_lite.workspace import Paths
 
 _FINGERPRINT_BYTES = 1 << 22  # of a file of weights: its header says how they were trained, and all weights differ
@@ -54,6 +55,14 @@ class Candidate(BaseModel):
     high: float | None
     by_label: dict[str, float | None]
     margin: Margin
+
+    @classmethod
+    def of(cls, models: Sequence[str], dice: np.ndarray, labels: Sequence[str], margin: Margin) -> Candidate:
+        """Sum up the Dice of models (cases, labels)."""
+        mean, by_label = summarize(dice), zip(labels, dice.T, strict=True)
+        means = {name: summarize(column[:, None]).mean for name, column in by_label}
+        return cls(models=tuple(models), n_cases=len(dice), dice=mean.mean, low=mean.low, high=mean.high,
+                   by_label=means, margin=margin)  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -179,8 +188,7 @@ def read_selection(paths: Paths) -> Selection | None:
     try:
         return Selection.model_validate(read_json(paths.inference))
     except ValidationError as error:
-        first = error.errors()[0]
-        what = f"is no selection of the form nnlite-inference-1 ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        what = f"is no selection of the form nnlite-inference-1 ({first_problem(error)})"
         raise UserError(what, paths.inference, _SELECT_AGAIN) from None
 
 

@@ -147,9 +147,9 @@ class UNet(nn.Module):
 
     def logits(self, head: nn.Module, x: Tensor) -> Tensor:
         """Apply a head; training on a GPU does it in float32, because the loss needs more digits than 16 bits have."""
-        if not (self.training and x.is_cuda):
+        if not self.training or x.device.type == "cpu":
             return head(x)
-        with torch.autocast("cuda", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return head(x.to(next(head.parameters()).dtype))
 
     @staticmethod

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.problems import html_table
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, must_be, read_json
 from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_table, plan_title
-from nnunet_lite.tables import html_table
 
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]

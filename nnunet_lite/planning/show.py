@@ -6,8 +6,7 @@ from math import prod
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from nnunet_lite.data.problems import plural
-from nnunet_lite.tables import align
+from nnunet_lite.data.problems import align, plural
 
 if TYPE_CHECKING:  # schema.py imports this file, so that a plan can show itself
     from nnunet_lite.planning.schema import Configuration, Plan

@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image as PillowImage
 
-from nnunet_lite.data.geometry import Box, Geometry, Turn, slices, turn_between
+from nnunet_lite.data.geometry import Box, Geometry, Image, Turn, bounding_box, slices, turn_between
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Plan
 
-COLOURS = 10  # of the palette in report.css
 _MAX_POINTS = 400  # of a curve, about one per pixel
 _MIN_RANGE = 1e-9  # of the values; smaller differences are rounding
 _ROW_HEIGHT = 26  # of charts with one row for each label or model
@@ -432,29 +431,22 @@ def planes_of(geometry: Geometry) -> tuple[Turn, tuple[Plane, ...]]:
     return turn_between(geometry.orientation, "LPS"), _PATIENT_PLANES
 
 
-def _is_colour(array: np.ndarray, geometry: Geometry) -> bool:
-    """Whether the three channels of an image are the red, green and blue of a picture."""
-    return array.shape[0] == 3 and array.dtype == np.uint8 and geometry.dimensions == 2
-
-
 class OrientedImage:
     """An image turned to the patient's axes, with its planes and the grey levels of its channels.
 
     Parameters
     ----------
-    array : ndarray, shape (channels, z, y, x)
+    image : Image
         The image as it is stored.
-    geometry : Geometry
-        Its geometry.
     plan : Plan
         Its labels and the statistics of its channels.
     """
 
-    def __init__(self, array: np.ndarray, geometry: Geometry, plan: Plan) -> None:
-        self.turn, self.planes = planes_of(geometry)
-        self.geometry, self.labels, self.colour = geometry, plan.labels, _is_colour(array, geometry)
-        self.array, self.spacing = self.turn.apply(array), geometry.turned(self.turn).spacing
-        channels = zip(array[:MAX_CHANNELS], plan.channels, strict=False)
+    def __init__(self, image: Image, plan: Plan) -> None:
+        self.turn, self.planes = planes_of(image.geometry)
+        self.geometry, self.labels, self.colour = image.geometry, plan.labels, image.is_colour
+        self.array, self.spacing = self.turn.apply(image.array), self.geometry.turned(self.turn).spacing
+        channels = zip(image.array[:MAX_CHANNELS], plan.channels, strict=False)
         self.levels = [(0.0, 255.0) if self.colour else grey_levels(values, about) for values, about in channels]
 
     def tile(self, reference: np.ndarray | None) -> Picture:
@@ -589,9 +581,7 @@ def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box
         The least size of the box in voxels, where the array is that large.
     """
     box = []
-    for axis, n in enumerate(mask.shape):
-        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        low, high = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, n)
+    for (low, high), n in zip(bounding_box(mask), mask.shape, strict=True):
         size = max(high - low + 2 * int(np.ceil(margin * (high - low))), smallest)
         low = max(0, min((low + high - size) // 2, n - size))
         box.append((low, min(n, low + size)))

@@ -409,7 +409,7 @@ def draw_case(
         if tile or predictions:
             image, label = read_case(case, dataset)
             out.geometry = image.geometry
-            oriented = OrientedImage(image.array, image.geometry, plan)
+            oriented = OrientedImage(image, plan)
             reference = None if label is None else oriented.turn.apply(label)
             if tile:
                 out.tile = oriented.tile(reference)

@@ -28,7 +28,7 @@ from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
-from nnunet_lite.reporting.figures import COLOURS, Chart, Column, Curve, Table, Value, share_column
+from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
 from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
 from nnunet_lite.workspace import Paths
 
@@ -168,7 +168,9 @@ def _overview_section(material: Material) -> dict[str, Any]:
     if material.scored and (dice := material.scored[0].scores.foreground()).mean is not None:
         interval = _interval(dice.mean, dice)
         ends = f", 95 % interval {interval[0]}" if isinstance(interval, tuple) else ""
-        cards.append(("Dice, held-out", f"{dice.mean:.3f}", f"{material.scored[0].label}, {dice.n} cases{ends}"))
+        cards.append(
+            ("Dice, held-out", f"{dice.mean:.3f}", f"{material.scored[0].label}, {plural(dice.n, 'case')}{ends}")
+        )
     following = "nnlite select" if material.selection is None and len(material.scored) > 1 else ""
     if not any(finished.values()):
         following = first_training(material.paths)
@@ -339,8 +341,7 @@ def _training_section(material: Material) -> list[dict[str, Any]]:
         folds = [fold for fold in model.folds if fold.rows]
         if folds:
             names = [f"fold {fold.name}{'' if fold.state else ' (not finished)'}" for fold in folds]
-            legend = [(i % COLOURS, name) for i, name in enumerate(names)]
-            sections.append({"model": model.name, "charts": _training_charts(folds), "legend": legend})
+            sections.append({"model": model.name, "charts": _training_charts(folds), "legend": names})
     return sections
 
 
@@ -401,7 +402,7 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "label": model.label,
-                "cases": len(rows),
+                "cases": plural(len(rows), "held-out case"),
                 "folds": sorted(set(model.fold_of.values())),
                 "by_label": _label_table(model),
                 "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, name),
@@ -465,8 +466,10 @@ def _page_data(material: Material) -> dict[str, Any]:
 def _comparison_section(material: Material) -> dict[str, Any]:
     """The candidates of `nnlite select` and the postprocessing that it chose; before it, the models."""
     selection = material.selection
-    candidates = [_candidate(model) for model in material.scored] if selection is None else selection.candidates
-    labels = list(dict.fromkeys(name for candidate in candidates for name in candidate.by_label))
+    labels = material.dataset.labels.region_names
+    candidates = selection.candidates if selection else [
+        Candidate.of([model.label], model.scores.values(), labels, Margin(None)) for model in material.scored
+    ]  # fmt: skip
     rows: list[list[Value]] = []
     for c in candidates:
         margin = () if selection is None else (_margin(c.margin) if rows else ("", 0.0),)
@@ -491,14 +494,6 @@ def _comparison_section(material: Material) -> dict[str, Any]:
         "chart": figures.plot_intervals("Dice of the candidates", bars, "mean Dice with 95 % interval"),
         "postprocessing": Table("Postprocessing of the predictions", step_columns, steps),
     }
-
-
-def _candidate(model: ModelResults) -> Candidate:
-    """A model that was not compared with the others."""
-    dice = model.scores.foreground()
-    by_label = {name: statistic.mean for name, statistic in model.scores.by_label().items()}
-    return Candidate(models=(model.label,), n_cases=dice.n, dice=dice.mean, low=dice.low, high=dice.high,
-                     by_label=by_label, margin=Margin(None))  # fmt: skip
 
 
 def _margin(margin: Margin) -> Value:

@@ -207,7 +207,7 @@ def _make_scene(
 def _image_layers(image: Image, names: Sequence[str]) -> list[SceneLayer]:
     """A layer for each channel, the first one visible; a colour picture is one layer."""
     array, geometry = image.array, image.geometry
-    if array.shape[0] == 3 and array.dtype == np.uint8 and geometry.dimensions == 2:
+    if image.is_colour:
         return [SceneLayer("colours", "image", nifti_bytes(array, geometry))]
     layers: list[SceneLayer] = []
     for name, channel in zip(names, array, strict=True):

@@ -32,7 +32,7 @@ from nnunet_lite.networks.devices import pick_device
 T = TypeVar("T")
 
 SYNC_EVERY = 20  # steps between two points at which all processes compare signals and clocks
-_TIMEOUT = timedelta(hours=3)  # of a collective operation: the first process may validate a fold meanwhile
+_TIMEOUT = timedelta(minutes=30)  # of a collective operation; another process may read or compile meanwhile
 _RENDEZVOUS = "NNLITE_RENDEZVOUS"  # environment variable: where processes that `launch` started meet
 _GRACE = 20.0  # seconds in which the others may end by themselves after one process failed
 _POLL = 0.2

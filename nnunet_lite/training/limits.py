@@ -22,6 +22,7 @@ from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import Stopped, UserError
 from nnunet_lite.models.folder import CHECKPOINT, read_weights_header
+from nnunet_lite.networks.devices import is_out_of_memory
 from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.topology import join_by_x
@@ -254,7 +255,9 @@ def explain_out_of_memory(job: Job) -> Iterator[None]:
     cases = torch.cuda.memory_allocated(job.device)
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         planned = job.planned
         free, total = torch.cuda.mem_get_info(job.device)
         usable = free + torch.cuda.memory_reserved(job.device) - cases

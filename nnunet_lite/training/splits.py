@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,7 @@ class FoldRule:
 
 
 DEFAULT_RULE = FoldRule()
+_warn_once = cache(log.warn)  # `run` reads the folds for each that it trains
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     except UserError:
         if given:
             raise
-        log.warn(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
+        _warn_once(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
     return False
 
 
