@@ -104,11 +104,11 @@ class TrainingSettings(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_older_runs(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "tensorboard" not in values:
-            return values
-        others = {key: value for key, value in values.items() if key != "tensorboard"}
-        return {"logger": "tensorboard" if values["tensorboard"] else "none", **others}
+    def _replace_old_key(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "tensorboard" in values:  # of older runs and recipes
+            others = {key: value for key, value in values.items() if key != "tensorboard"}
+            return {**others, "logger": "tensorboard"} if values["tensorboard"] else others
+        return values
 
     @model_validator(mode="after")
     def _early_stop_has_a_score(self) -> TrainingSettings:
@@ -351,7 +351,7 @@ def _parse(key: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lower() in ("none", "null"):
-        return "none" if key == "network.norm" else None  # there it is the name of a choice
+        return "none" if key in ("network.norm", "training.logger") else None  # there it is the name of a choice
     try:
         return tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
@@ -363,7 +363,7 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
     known = keys()
     tree = base.model_dump()
     for key, value in values.items():
-        if key not in known:
+        if key not in known and key != "training.tensorboard":
             near = difflib.get_close_matches(key, known, 1, 0.4) or [k for k in known if k.split(".")[1] == key][:1]
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
             raise UserError(f"unknown setting {key!r}", file, hint)

@@ -180,7 +180,7 @@ class Scores:
         except ImportError:
             raise UserError("pandas is not installed", fix="pip install pandas.") from None
         head, *rows = self._table()
-        return pandas.DataFrame(rows, columns=head)
+        return pandas.DataFrame([[np.nan if cell is None else cell for cell in row] for row in rows], columns=head)
 
     def _table(self) -> list[list[Any]]:
         """The headings, then a line per case and label."""

@@ -160,8 +160,9 @@ def _write_mlflow(mlflow: Any, job: Job, epochs: Iterator[Metrics]) -> None:
         number = client.create_experiment(name) if experiment is None else experiment.experiment_id
     if not file.is_file():
         run = client.create_run(number, run_name=f"{job.folder.parent.name} fold {_fold(job)}")
-        for key, value in flatten(job.settings.model_dump(mode="json")):
-            client.log_param(run.info.run_id, key, str(value)[:250])
+        for section, values in job.settings.model_dump(mode="json").items():  # a batch has at most 100 parameters
+            params = [mlflow.entities.Param(key, str(value)[:250]) for key, value in flatten({section: values})]
+            client.log_batch(run.info.run_id, params=params)
         write_text(file, run.info.run_id)
     run_id = read_text(file)
     log.info(f"mlflow: mlflow ui --backend-store-uri {uri}" if uri == own else f"mlflow: {uri}")
