@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import threading
@@ -16,6 +17,7 @@ import pytest
 from samples import TINIEST, wait_until
 
 import nnunet_lite
+from nnunet_lite.cli import command_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_weights_header
 from nnunet_lite.training import callbacks
@@ -83,9 +85,11 @@ def test_only_the_first_process_calls_them(job: Callable[..., Any]) -> None:
     assert [metrics["epoch"] for metrics in found] == [0]
 
 
-def test_they_come_with_train_and_not_with_a_cluster(tiny_workspace: Path, tiny_settings: dict[str, Any]) -> None:
+def test_they_come_from_python_and_not_with_a_cluster(tiny_workspace: Path) -> None:
     with pytest.raises(UserError, match="callbacks are called in this process: they go without --scheduler"):
         nnunet_lite.train("2d", "all-folds", callbacks=[print], scheduler="tcp://x:1", workspace=tiny_workspace)
+    options = {parameter.name for parameter in command_of(nnunet_lite.train, "train").params}
+    assert {*inspect.signature(nnunet_lite.train).parameters} - options == {"callbacks"}
 
 
 # ------------------------------------------------------------------------------------------------------------- loggers
