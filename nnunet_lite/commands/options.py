@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +54,7 @@ Workers = Annotated[
     int | None,
     hardware(min=0, help="Threads; 0: none, all work in the main thread.", show_default="as fits the machine"),
 ]
+Callbacks = Sequence[Callable[[dict[str, Any]], Any]]  # from Python alone
 Recipe = Annotated[str, setting(help="Name of a recipe, or a TOML file.")]
 SettingOverrides = Annotated[
     Mapping[str, Any] | None,

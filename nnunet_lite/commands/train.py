@@ -39,7 +39,6 @@ from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.cache import load_cases
-from nnunet_lite.training.callbacks import Callback
 from nnunet_lite.training.distributed import Ranks, from_first, join_group, launch, leave_group, report_lost_peer
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
@@ -123,7 +122,7 @@ def train(
     ] = False,
     preview: Annotated[bool, options.output("--preview", help="Draw augmented samples to preview.png first.")] = False,
     settings: options.SettingOverrides = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: options.Callbacks = (),
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> TrainedFolds:
@@ -327,7 +326,7 @@ def train_and_validate(
     *,
     force: bool = False,
     preview: bool = False,
-    callbacks: Sequence[Callback] = (),
+    callbacks: options.Callbacks = (),
 ) -> Scores | None:
     """Train a fold, or resume it, then predict and score its held-out cases.
 
@@ -382,7 +381,7 @@ def _preprocess_and_train(
     ranks: Ranks,
     device: torch.device,
     preview: bool,
-    callbacks: Sequence[Callback],
+    callbacks: options.Callbacks,
 ) -> None:
     """Preprocess and load the cases, and train on them."""
     _announce(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from nnunet_lite.data.names import stem
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import atomic, lacks_space, no_space, sweep
+from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
@@ -199,7 +198,7 @@ def _array_on_disk(folder: Path, shape: Sequence[int]) -> np.ndarray:
     """
     with TemporaryFile(dir=folder) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, prod(shape))  # otherwise a full disk ends the process by SIGBUS
+            allocate(file, prod(shape), folder)  # otherwise a full disk ends the process by SIGBUS
         except OSError as error:
             if lacks_space(error):
                 raise no_space(folder, "each map needs", prod(shape), error.errno) from None
