@@ -97,9 +97,7 @@ def predict(
         Literal["fast", "balanced", "best"] | None,
         options.setting(help="balanced: no mirrored copies; fast: one fold, fewer windows, too.", show_default="best"),
     ] = None,
-    mirroring: Annotated[
-        bool | None, options.setting(help="Average over mirrored copies: 4 to 8 times slower.")
-    ] = None,
+    mirroring: Annotated[bool | None, options.setting(help="Average over mirrored copies: 4-8 times slower.")] = None,
     step_size: Annotated[float | None, options.setting(help="Distance of windows as a share of the patch.")] = None,
     precision: options.Precision = None,
     max_memory: Annotated[
@@ -110,16 +108,12 @@ def predict(
     ] = None,
     save_probabilities: Annotated[
         str | None,
-        options.output(
-            metavar="[LABELS]", help="Maps of them too, of all labels or of these names with commas."
-        ),  # see cli.py
+        options.output(metavar="[LABELS]", help="Maps of them too, of all labels or of these."),  # see cli.py
     ] = None,
     save_uncertainty: Annotated[
         bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[
-        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
-    ] = False,
+    dicom_seg: Annotated[bool, options.output("--dicom-seg", help="DICOM segmentations of DICOM series.")] = False,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
     skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
