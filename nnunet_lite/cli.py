@@ -220,8 +220,7 @@ def _set_verbosity(quiet: bool, verbose: bool) -> None:
     """Do what --quiet and --verbose say, which stand before or after the name of the subcommand."""
     if quiet or verbose:
         log.set_verbosity(verbose - quiet)
-    if verbose:
-        warnings.simplefilter("default")  # of libraries too, which Python hides
+        warnings.simplefilter("default" if verbose else "ignore")  # those of libraries
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
