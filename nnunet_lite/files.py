@@ -7,6 +7,7 @@ first writes to their folder: a living process holds a lock on its own.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -192,6 +193,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def hash_of(value: Any) -> str:
+    """Hash what JSON can hold: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def append(path: Path, line: str) -> None:

@@ -14,6 +14,7 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.problems import Report, plural
+from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import model_folders
@@ -22,7 +23,6 @@ from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.planner import apply_options, make_plan, memory_budget
 from nnunet_lite.planning.schema import Options, Plan, Precision
-from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.settings import Preset

@@ -26,9 +26,9 @@ from nnunet_lite.commands.training_run import (
     training_step,
 )
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
+from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, check_folds

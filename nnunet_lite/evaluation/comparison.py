@@ -164,7 +164,7 @@ def select_models(
 
 
 def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...]:
-    """The folds that all models have trained; a note names the others."""
+    """Return the folds that all models have trained; a note names the others."""
     folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
     if not folds:
         have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
@@ -176,7 +176,7 @@ def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...
 
 
 def _candidate_teams(members: Sequence[Member], ensembles: bool, notes: list[str]) -> list[Team]:
-    """The models and the pairs that can vote; a note names the others."""
+    """Return the models and the pairs that can vote; a note names the others."""
     teams: list[Team] = [(member,) for member in members]
     for a, b in combinations(members, 2) if ensembles else ():
         if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
@@ -208,7 +208,7 @@ def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
 
 
 def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Sequence[str]) -> tuple[Candidate, ...]:
-    """The winner, then the others from the best on."""
+    """Return the winner, then the others from the best on."""
     candidates = [
         Candidate.of([member.name for member in team], table, labels, compare_paired(dice[winner], table))
         for team, table in dice.items()
@@ -262,7 +262,7 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
 
 
 def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:
-    """Why a model cannot be judged on the dataset; None if it can."""
+    """Return why a model cannot be judged on the dataset; None if it can."""
     if not trained_folds(member.folder):
         return "no fold of it is trained"
     if member.plan.labels != dataset.labels or len(member.plan.channels) != len(dataset.channels):
@@ -280,7 +280,7 @@ def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | Non
 
 
 def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
-    """The folder of the label maps of the held-out cases of a fold."""
+    """Return the folder of the label maps of the held-out cases of a fold."""
     folder = team[0].folder if len(team) == 1 else held_out.paths.ensembles / "+".join(member.name for member in team)
     return folder / f"fold_{fold}" / VALIDATION
 
@@ -302,7 +302,7 @@ def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
 
 
 def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
-    """Dice (cases, labels) of a candidate, the cases in the order of their ids; predicts and scores what is missing."""
+    """Return Dice (cases in the order of their ids, labels) of a candidate; predict and score what is missing."""
     dataset, workers, device = held_out.dataset, held_out.workers, held_out.device
     by_case: dict[str, np.ndarray] = {}
     for split in held_out.splits:
@@ -339,7 +339,7 @@ def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
 
 
 def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
-    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
+    """Return the content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
 
     Parameters
     ----------

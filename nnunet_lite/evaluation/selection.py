@@ -111,7 +111,7 @@ class Selection(BaseModel):
     version: str
 
     def to_json(self) -> dict[str, Any]:
-        """The content of inference.json."""
+        """Return the content of inference.json."""
         return self.model_dump(mode="json")
 
     @property
@@ -126,7 +126,7 @@ class Selection(BaseModel):
         return describe_selection(self.models, self.folds, self.postprocessing)
 
     def to_text(self) -> str:
-        """The candidates as plain text, the winner first; then the postprocessing and the notes."""
+        """Write the candidates as plain text, the winner first; then the postprocessing and the notes."""
         rules = [
             f"postprocessing of {label}: {rule}, {self.postprocessing_gain.get(label, 'gain unknown')}"
             for label, rule in self.postprocessing.items()
@@ -135,11 +135,11 @@ class Selection(BaseModel):
         return "\n".join([align(self._lines()), *(rules or ["postprocessing: none"]), *notes])
 
     def _repr_html_(self) -> str:
-        """The table as text, for a notebook."""
+        """Return the table as text, for a notebook."""
         return f"<pre>{escape(self.to_text())}</pre>"
 
     def _lines(self) -> list[tuple[str, ...]]:
-        """The cells of the table, after the headings."""
+        """Return the cells of the table, after the headings."""
         labels = list(self.candidates[0].by_label) if self.candidates else []
         shown = labels if 1 < len(labels) <= 5 else []  # more would not fit a terminal
         lines: list[tuple[str, ...]] = [("candidate", "n", "Dice", "95 % interval", *shown, "winner's margin", "95 %")]
@@ -154,7 +154,7 @@ class Selection(BaseModel):
 
 
 def describe_selection(models: Sequence[str], folds: Sequence[str], rules: Mapping[str, Rule]) -> str:
-    """Models, folds and rules in a line.
+    """Write models, folds and rules in a line.
 
     Parameters
     ----------
