@@ -90,7 +90,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
         (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder (it does not exist)"),
-        (["predict", "-i", "in", "-o", "out", "-m", "nowhere"], "in: there is no such file or folder"),
+        (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no run.json, and no plans.json with"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
         (["info", "nowhere"], "nowhere: is no model folder (it does not exist)"),
