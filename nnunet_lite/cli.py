@@ -1,28 +1,34 @@
 """The `nnlite` command: every function of commands/ as a subcommand.
 
-`main` runs the command line and turns exceptions into exit codes. `CommandGroup` imports the module of a subcommand
-when it is used, so that `nnlite --help` answers at once. `command_of` makes a subcommand from a function: its
-parameters are the options, and its result is printed as text or, with `--json`, as JSON.
+`main` runs the command line and turns exceptions into exit codes. `command_of` makes a subcommand from a function: its
+parameters are the options, and its result is printed as text or, with `--json`, as JSON. The module of the function,
+and with it torch, is imported when the command runs: `--help`, completion and mistakes in options answer at once.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from nnunet_lite import __version__, log, system
+from nnunet_lite.commands import options
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -43,10 +49,47 @@ COMMANDS = {
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
-_AS_JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_AS_JSON = Annotated[bool, options.output("--json", help="Print the result as JSON.")]
+_QUIET = Annotated[bool, options.general("-q", "--quiet", help="Print only results, warnings and errors.")]
+_VERBOSE = Annotated[
+    bool, options.general("-v", "--verbose", help="Print times, all warnings, and where errors arise.")
+]
+_EXAMPLES = """\
+nnlite run Task04_Hippocampus --recipe cpu
+nnlite predict -i scan.nii.gz -o label.nii.gz"""
+_LICENCE = f"""\
+nnunet_lite {__version__} is licensed under the Apache License 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
+With it come NiiVue (BSD-2-Clause) and, in tests/data of its repository, MRIs of the hippocampus from the Medical
+Segmentation Decathlon (CC BY-SA 4.0).
+The method is nnU-Net's. Cite its authors if you use it:
+  Isensee F, Jaeger PF, Kohl SAA, Petersen J, Maier-Hein KH. nnU-Net: a self-configuring method for deep
+  learning-based biomedical image segmentation. Nature Methods 18, 203-211 (2021). doi:10.1038/s41592-020-01008-z"""
+
+_FRAMES = -8  # of a traceback with --verbose: the last ones, not those of typer
 
 # an OSError of these kinds is a mistake of the user; any other one is a failure of the machine
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+class Command(TyperCommand):
+    """A subcommand: its help shows the options in panels, and examples."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):  # a hidden one has none
+                names = re.sub(r"list\[(\w+)\]", r"\1", record[0])
+                text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", record[1])  # typer encloses descriptions
+                is_argument = parameter.param_type_name == "argument"
+                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
+                panels.setdefault(panel, []).append((names, text))
+        for panel in sorted(panels, key=options.PANELS.index):
+            with formatter.section(panel):
+                formatter.write_dl(panels[panel])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {line}\n" for line in str(self.epilog).splitlines()))
 
 
 class CommandGroup(TyperGroup):
@@ -57,24 +100,24 @@ class CommandGroup(TyperGroup):
         self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment]  # typer suggests one of these names
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, function = COMMANDS[cmd_name][0].partition(".")
-        return command_of(getattr(import_module(f"nnunet_lite.commands.{module}"), function), cmd_name)
+        return command_of(cmd_name) if cmd_name in COMMANDS else None
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+        Command.format_options(self, ctx, formatter)  # type: ignore[arg-type]
+
+    format_epilog = Command.format_epilog
 
 
 app = typer.Typer(
     name="nnlite",
     cls=CommandGroup,
     help="Self-configuring medical image segmentation: plan, train, predict.",
-    add_completion=False,
+    epilog=_EXAMPLES,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -82,6 +125,7 @@ def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user (one line, no traceback)."""
     try:
         system.raise_on_interrupt()
+        warnings.showwarning = _show_warning
         code = app(_with_optional_values(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
@@ -112,43 +156,80 @@ def main() -> None:
         sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
 
 
-def command_of(function: Callable[..., Any], name: str) -> Any:
-    """Make a subcommand of a function whose parameters are annotated with typer's options.
+def command_of(name: str) -> Any:
+    """Make a subcommand of its function in commands/, whose parameters are annotated with typer's options.
 
-    Its help is the beginning of the docstring. Its result is the path of a written file, or has `to_text()`; it may
-    have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with `wait()` and `close()` is a
-    service, which runs until Ctrl-C.
+    Its help is the beginning of the docstring, with the examples at its end. Its result is the path of a written file,
+    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with
+    `wait()` and `close()` is a service, which runs until Ctrl-C.
 
     Parameters
     ----------
-    function : callable
-        A function of commands/.
     name : str
         Of the subcommand.
     """
+    path, function_name = COMMANDS[name][0].split(".")
+    module = f"nnunet_lite.commands.{path}"
 
-    def run(as_json: bool, **arguments: Any) -> None:
+    def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        _set_verbosity(quiet, verbose)
+        function = getattr(import_module(module), function_name)
         result = function(**{key: value for key, value in arguments.items() if value != []})  # an empty list: default
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
         else:
             log.answer(text)
+        log.detail("done")
         if hasattr(result, "finish"):
             result.finish()
         raise typer.Exit(getattr(result, "exit_code", 0))
 
-    hints = {**get_type_hints(function, include_extras=True), "as_json": _AS_JSON}
-    parameters = [*inspect.signature(function).parameters.values()]
-    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False))
+    declared = _declaration(module, function_name)
+    hints = get_type_hints(declared, include_extras=True)
+    parameters = [*inspect.signature(declared).parameters.values()]
+    for added, hint in {"as_json": _AS_JSON, "quiet": _QUIET, "verbose": _VERBOSE}.items():
+        hints[added] = hint
+        parameters.append(inspect.Parameter(added, inspect.Parameter.KEYWORD_ONLY, default=False))
     kinds = {parameter.name: _command_line_type(hints[parameter.name]) for parameter in parameters}
     run.__annotations__ = kinds
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(annotation=kinds[parameter.name], kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(name, help=str(inspect.getdoc(function)).partition("\n\n")[0])(run)
+    text = str(inspect.getdoc(declared))
+    examples = text.partition("\nExamples\n--------\n")[2]
+    single.command(name, cls=Command, help=text.partition("\n\n")[0], epilog=examples)(run)
     return typer.main.get_command(single)
+
+
+def _declaration(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module without its body, and without the imports that its parameters do not need."""
+    spec: Any = find_spec(module)
+    statements = ast.parse(spec.loader.get_source(module)).body
+    declared = next(one for one in statements if isinstance(one, ast.FunctionDef) and one.name == name)
+    declared.body, declared.returns = declared.body[:1], None  # the docstring
+    needed = {one.id for one in ast.walk(declared.args) if isinstance(one, ast.Name)}
+    imports = [one for one in statements if isinstance(one, ast.ImportFrom | ast.Import)]
+    imports = [one for one in imports if needed & {alias.asname or alias.name for alias in one.names}]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module([*imports, declared], []), spec.origin, "exec"), names)
+    return names[name]
+
+
+def _set_verbosity(quiet: bool, verbose: bool) -> None:
+    """Do what --quiet and --verbose say, which stand before or after the name of the subcommand."""
+    if quiet or verbose:
+        log.set_verbosity(verbose - quiet)
+    if verbose:
+        warnings.simplefilter("default")  # of libraries too, which Python hides
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Print a warning of a library as ours, in one line."""
+    log.warn(f"{' '.join(str(message).split())} ({category.__name__}, {filename}:{lineno})")
 
 
 def _serve(service: Any, text: str) -> None:
@@ -192,16 +273,40 @@ def _with_optional_values(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> int:
+    log.detail(traceback.format_exc(limit=_FRAMES).rstrip())
     log.last(message)
     return code
 
 
-def _version(shown: bool) -> None:
-    if shown:
-        print(__version__)
-        raise typer.Exit
+def _print_and_exit(text: str) -> Callable[[bool], None]:
+    """Return what typer calls for an option that only prints a text."""
+
+    def answer(given: bool) -> None:
+        if given:
+            log.answer(text)
+            raise typer.Exit
+
+    return answer
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _options(
+    quiet: _QUIET = False,
+    verbose: _VERBOSE = False,
+    version: Annotated[
+        bool,
+        options.general("--version", callback=_print_and_exit(__version__), is_eager=True, help="Print the version."),
+    ] = False,
+    licence: Annotated[
+        bool,
+        options.general(
+            "--license",
+            "--licence",
+            callback=_print_and_exit(_LICENCE),
+            is_eager=True,
+            help="Print them, and whom to cite.",
+        ),
+    ] = False,
+) -> None:
     """Self-configuring medical image segmentation: plan, train, predict."""
+    _set_verbosity(quiet, verbose)

@@ -31,10 +31,11 @@ from nnunet_lite.files import read_json
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
+from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.augmentation import is_in_plane, rotation_limit
 from nnunet_lite.training.batchgenerators import oversize
-from nnunet_lite.training.cache import LoadedCase, load_case
+from nnunet_lite.training.cache import load_case
 from nnunet_lite.training.dataloader import draw_locations, enlarge, make_batch, read_patches, rng_for
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.workspace import planned_paths
@@ -90,7 +91,7 @@ def jobs(workspace: Path) -> dict[str, Job]:
     for i in range(3):
         image = rng.normal(size=(1, 220, 240, 240)).astype(np.float16)
         label = (zoom(rng.normal(size=(22, 24, 24)), 10, order=1) > 0.3).astype(np.uint8)
-        noise.append(LoadedCase(str(i), image, label, {1: np.argwhere(label)[::1000]}, None))
+        noise.append(CaseArrays(str(i), image, label, {1: np.argwhere(label)[::1000]}, None))
     large: dict[str, Any] = {"training.patch_size": [128, 128, 128], "training.batch_size": 2}
     planned = {
         f"{plan.dataset} {c}": job(c, [open_case(paths.preprocessed, plan, c, case.id) for case in cases])

@@ -14,8 +14,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import typer
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from nnunet_lite import cli
 from nnunet_lite.data.dataset import channels_of, labels_of
 from nnunet_lite.data.formats import sitk
 from nnunet_lite.data.labels import Labels
@@ -228,3 +230,10 @@ def save_maps(
         save_arrays(root, {f"images/c{i}{ending}": scan(i), f"labels/c{i}{ending}": label})
     if table is not None:
         (root / "dataset.json").write_text(json.dumps(table))
+
+
+def subcommand(name: str) -> Any:
+    """The command of typer for a name of `nnlite`."""
+    found = typer.main.get_command(cli.app).get_command(None, name)  # type: ignore[attr-defined]
+    assert found is not None, f"there is no command nnlite {name}"
+    return found

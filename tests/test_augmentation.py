@@ -12,6 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunet_lite.planning.swaps import ClassSwap
+from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augmentation import (
     Intensity,
@@ -32,7 +33,6 @@ from nnunet_lite.training.augmentation import (
     warp,
     warp_samples,
 )
-from nnunet_lite.training.cache import LoadedCase
 from nnunet_lite.training.dataloader import Location, read_patches, rng_for
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def smooth(shape: tuple[int, ...], sigma: float = 2.0, seed: int = 0) -> np.ndar
 
 
 def turned(image: np.ndarray, label: np.ndarray, corner: Any, patch: Any, matrix: Any) -> tuple[Tensor, Tensor]:
-    case = LoadedCase("case", image[None], label, {}, None)
+    case = CaseArrays("case", image[None], label, {}, None)
     images, classes = read_patches([case], [Location(0, corner, matrix)], patch, CPU)
     images, classes = warp_samples(images, classes, *copy_parameters([matrix[None]], CPU), patch)
     return images[0, 0], classes[0, 0]

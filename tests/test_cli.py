@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from samples import subcommand
 
 import nnunet_lite
-from nnunet_lite import cli
+from nnunet_lite import cli, log
+from nnunet_lite.commands import options
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -31,7 +36,7 @@ def one_line(err: str) -> str:
 def test_help_lists_every_command(nnlite: Run, tmp_path: Path) -> None:
     code, out, err = nnlite("--help", cwd=tmp_path)
     assert (code, err) == (0, "")
-    listed = out.partition("Commands:")[2].split("\n  ")
+    listed = out.partition("Commands:")[2].partition("\n\n")[0].split("\n  ")
     assert {line.split()[0] for line in listed if line[:1].strip()} == set(cli.COMMANDS)
     assert nnlite(cwd=tmp_path) == (0, out, ""), "no argument at all asks for help"
     assert list(tmp_path.iterdir()) == []
@@ -45,17 +50,122 @@ def test_help_of_every_command(nnlite: Run, tmp_path: Path, name: str) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_in_one_panel_and_its_default_in_one_notation(command: Run, tmp_path: Path, name: str) -> None:
+    every = subcommand(name).params
+    parameters = [parameter for parameter in every if parameter.param_type_name == "option" and not parameter.hidden]
+    lost = [parameter.opts[-1] for parameter in parameters if parameter.rich_help_panel not in options.PANELS]
+    how = "declare it with options.length(help=...) or with another panel of commands/options.py, not with typer.Option"
+    assert not lost, f"nnlite {name} {' '.join(lost)}: in no panel of --help; {how}"
+    _, out, _ = command(name, "--help", cwd=tmp_path)
+    headings = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+    assert headings == [*sorted(set(headings) - {"Examples"}, key=options.PANELS.index), "Examples"]
+    for parameter in parameters:
+        shown = re.findall(rf"^  (?:-\w+, )?{parameter.opts[-1]}\b(?!-)", out, re.MULTILINE)
+        assert len(shown) == 1, f"nnlite {name} {parameter.opts[-1]}: {len(shown)} times in --help"
+        how = 'write a default as show_default="...", not as [...]'
+        assert "[" not in str(parameter.help), f"nnlite {name} {parameter.opts[-1]}: {how}"
+    assert "[default: (" not in out and ")]" not in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_two_examples_which_exist(name: str) -> None:
+    examples = str(subcommand(name).epilog).splitlines()
+    how = 'the docstring of the function ends with a section "Examples" of at least two lines `nnlite ...`'
+    assert len(examples) >= 2 and all(example.startswith(f"nnlite {name}") for example in examples), f"{name}: {how}"
+    for example in examples:
+        subcommand(name).make_context(f"nnlite {name}", shlex.split(example)[2:])
+
+
+@pytest.mark.parametrize("columns", [60, 100, 200])
+def test_help_is_as_wide_as_the_terminal(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = command("plan", "--help", cwd=tmp_path)
+    widest = max(map(len, out.partition("Examples:")[0].splitlines()))
+    assert min(columns, 120) * 0.8 < widest <= min(columns, 120)
+
+
 def test_version_and_module(nnlite: Run, tmp_path: Path) -> None:
     assert nnlite("--version", cwd=tmp_path) == (0, f"{nnunet_lite.__version__}\n", "")
     as_module = [sys.executable, "-m", "nnunet_lite", "--version"]
     assert subprocess.check_output(as_module, cwd=tmp_path, text=True) == f"{nnunet_lite.__version__}\n"
 
 
-def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "-i", "in"]])
+def test_help_and_mistakes_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     """What `nnlite --help` costs is what it imports; the time itself is measured by a benchmark."""
-    code = "import sys; from nnunet_lite import cli; print(*sys.modules)"
-    loaded = set(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).split())
-    assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "pydantic", "nnunet_lite.planning.schema"}
+    code = f"import atexit, sys; sys.argv[1:] = {arguments}; atexit.register(lambda: print('loaded', *sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; from nnunet_lite import cli; cli.main()"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    loaded = set(done.stdout.partition("loaded")[2].split())
+    assert "nnunet_lite.cli" in loaded
+    assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "rich", "nnunet_lite.planning.schema"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tr"], {"train"}),
+        ([""], set(cli.COMMANDS)),
+        (["train", "3d_fullres", "0", "--re"], {"--recipe", "--resume", "--restart"}),
+        (["predict", "--speed", "b"], {"balanced", "best"}),
+        (["--v"], {"--version", "--verbose"}),
+    ],
+)
+def test_bash_completes_commands_options_and_choices(tmp_path: Path, words: list[str], expected: set[str]) -> None:
+    """The script that `--show-completion` prints, in a real bash, which `complete` would call as here."""
+    program = Path(sysconfig.get_path("scripts")) / "nnlite"
+    script = (
+        f'PATH={program.parent}:$PATH; eval "$(nnlite --show-completion)"; complete -p nnlite >&2;'
+        f"COMP_WORDS=(nnlite {shlex.join(words)}); COMP_CWORD={len(words)}; _nnlite_completion nnlite;"
+        'echo "${COMPREPLY[@]}"; true'  # bash without a second command would run nnlite in its own place
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "complete -o default -F _nnlite_completion nnlite" in done.stderr
+    assert set(done.stdout.split()) == expected
+
+
+def test_licence(command: Run, tmp_path: Path) -> None:
+    code, out, err = command("--licence", cwd=tmp_path)
+    assert (code, err) == (0, "") and command("--license", cwd=tmp_path) == (0, out, "")
+    assert len(out.splitlines()) < 10
+    for named in ("Apache License", "NiiVue", "CC BY-SA 4.0", "Isensee", "10.1038/s41592-020-01008-z"):
+        assert named in out
+
+
+@pytest.fixture
+def _normal() -> Iterator[None]:
+    """Undo --quiet and --verbose, which hold for a process."""
+    yield
+    log.set_verbosity(log.NORMAL)
+
+
+@pytest.mark.usefixtures("_normal")
+@pytest.mark.parametrize("before", [True, False])
+def test_quiet_and_verbose_before_and_after_the_command(
+    command: Run, tmp_path: Path, hippocampus: Path, before: bool
+) -> None:
+    def run(option: str, *arguments: object) -> tuple[int, str, str]:
+        log.set_verbosity(log.NORMAL)
+        return command(*([option, *arguments] if before else [*arguments, option]), cwd=tmp_path)
+
+    _, printed, said = command("plan", hippocampus, cwd=tmp_path)
+    assert said
+    assert run("-q", "plan", hippocampus) == (0, printed, "")
+    code, out, err = run("--verbose", "plan", hippocampus)
+    assert (code, out) == (0, printed)
+    assert [line for line in err.splitlines() if not re.match(r"\[\d+\.\d s\] |warning: ", line)] == []
+    code, out, err = run("-q", "info", "nowhere")
+    assert code == 2 and "nowhere" in one_line(err)
+    code, out, err = run("-v", "info", "nowhere")
+    assert code == 2 and "Traceback" in err and "argument.py" in err
+    assert err.splitlines()[-1].startswith("error: nowhere: is no model folder")
 
 
 def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,8 @@ def test_its_model_predicts_the_same_label_map(
     assert made.GetOrigin() == expected.GetOrigin() and made.GetDirection() == expected.GetDirection()
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1], indirect=True)  # others round sums differently
 def test_its_training_is_extended_to_the_same_weights(
     old_workspace: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -78,9 +81,16 @@ def test_its_results_are_shown(old_workspace: Path, command: Callable[..., tuple
 
 def test_its_plan_is_kept(old_workspace: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     plan = old_workspace / "Task04_Hippocampus" / "plans.json"
-    before = json.loads(plan.read_text().replace("data set", "dataset"))  # of a reason
+
+    def read() -> dict[str, Any]:
+        """The plan without its predictions of memory, which count more than they did."""
+        value = json.loads(plan.read_text().replace("data set", "dataset"))  # of a reason
+        return {**value, "configurations": {k: {**v, "memory_gb": 0} for k, v in value["configurations"].items()}}
+
+    before = read()
     shutil.copy(plan, old_workspace.parent)
     raw = old_workspace.parent / "Task04_Hippocampus"
     code, _, err = command("plan", raw, "-w", old_workspace, cwd=raw.parent)
     assert code == 0, err
-    assert json.loads(plan.read_text()) == before
+    assert read() == before
+    assert not plan.with_name("plans_1.json").exists()

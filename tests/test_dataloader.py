@@ -22,9 +22,9 @@ from matplotlib.image import imread
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.windows import spans
-from nnunet_lite.preprocessing.stored_case import is_whole, read_stored_case, sample_voxels
+from nnunet_lite.preprocessing.stored_case import CaseArrays, is_whole, read_stored_case, sample_voxels
 from nnunet_lite.training import cache as cache_module
-from nnunet_lite.training.cache import LoadedCase, load_case, load_cases, move_case
+from nnunet_lite.training.cache import load_case, load_cases, move_case
 from nnunet_lite.training.dataloader import (
     Location,
     Shape,
@@ -56,7 +56,7 @@ MakeJob = Callable[..., Job]
 Makers = Iterator[Callable[[], tuple[int]]]
 
 
-def make_case(shape: Shape, labels: Labels = LABELS, case_id: str = "case", previous: bool = False) -> LoadedCase:
+def make_case(shape: Shape, labels: Labels = LABELS, case_id: str = "case", previous: bool = False) -> CaseArrays:
     """Noise, with one voxel of class 2 in a corner and a block of class 1."""
     rng = np.random.default_rng(sum(shape))
     label = np.zeros(shape, np.uint8)
@@ -64,7 +64,7 @@ def make_case(shape: Shape, labels: Labels = LABELS, case_id: str = "case", prev
     label[0, -1, -1] = 2
     voxels = dict(sample_voxels(label, labels))
     before = rng.integers(0, 3, shape).astype(np.uint8) if previous else None
-    return LoadedCase(case_id, rng.normal(size=(2, *shape)).astype(np.float16), label, voxels, None, before)
+    return CaseArrays(case_id, rng.normal(size=(2, *shape)).astype(np.float16), label, voxels, None, before)
 
 
 def box(array: Any, corner: Sequence[int], shape: Sequence[int]) -> np.ndarray:
@@ -116,7 +116,7 @@ def test_unforced_patches_reach_every_place_inside() -> None:
 def test_foreground_patches_lie_where_nnunet_puts_them(voxel: Shape, shape: Shape, corner: Shape) -> None:
     label = np.zeros(shape, np.uint8)
     label[voxel] = 1
-    case = LoadedCase("case", label[None].astype(np.float16), label, {1: np.array([voxel])}, None)
+    case = CaseArrays("case", label[None].astype(np.float16), label, {1: np.array([voxel])}, None)
     assert draw_corner(case, (12, 12, 12), True, rng_for(0, 0, 0)) == corner
 
 
@@ -135,7 +135,7 @@ def test_patches_of_partly_annotated_cases_are_centred_on_annotated_voxels() -> 
     label = np.full((20, 20, 20), labels.ignore_class, np.uint8)
     label[3:6, 10, 10] = 0
     voxels = dict(sample_voxels(label, labels))
-    case = LoadedCase("case", np.zeros((1, 20, 20, 20), np.float16), label, {}, voxels[-1])
+    case = CaseArrays("case", np.zeros((1, 20, 20, 20), np.float16), label, {}, voxels[-1])
     for i in range(30):
         corner = draw_corner(case, (4, 4, 4), i % 2 == 0, rng_for(0, 0, i))
         assert (box(label, corner, (4, 4, 4)) == 0).any()
@@ -177,7 +177,7 @@ def test_boxes_of_several_sizes_lie_in_the_middle_of_one(resident: bool) -> None
     images, classes = read_patches(cases, places, patch, CPU)
     wide = source_shape(1.3 * np.eye(3), patch)
     assert images.shape == (3, 2, *wide)
-    assert (images.dtype, classes.dtype) == (torch.float32, torch.uint8)
+    assert (images.dtype, classes.dtype) == (torch.float16, torch.uint8)
     for i, place in enumerate(places):
         size = patch if place.matrix is None else source_shape(place.matrix, patch)
         margin = [(w - s) // 2 for w, s in zip(wide, size, strict=True)]
@@ -193,7 +193,7 @@ def test_boxes_of_several_sizes_lie_in_the_middle_of_one(resident: bool) -> None
 
 def test_a_case_stored_more_precisely_keeps_its_precision() -> None:
     narrow = make_case((9, 9, 9))
-    wide = LoadedCase("wide", np.full((2, 9, 9, 9), 1e6, np.float32), narrow.label, {}, None)
+    wide = CaseArrays("wide", np.full((2, 9, 9, 9), 1e6, np.float32), narrow.label, {}, None)
     places = [Location(0, (0, 0, 0), None), Location(1, (0, 0, 0), None)]
     images, _ = read_patches([narrow, wide], places, (9, 9, 9), CPU)
     np.testing.assert_array_equal(images[0], narrow.image)
@@ -265,7 +265,7 @@ def test_left_and_right_are_swapped_in_mirrored_samples(job: MakeJob) -> None:
     """One label on each side of the middle: after mirroring with a swap, each is still on its own side."""
     label = np.zeros((24, 32, 24), np.uint8)
     label[:, :, 2:8], label[:, :, 16:22] = 1, 2
-    case = LoadedCase("sides", np.zeros((1, *label.shape), np.float16), label, {}, None)
+    case = CaseArrays("sides", np.zeros((1, *label.shape), np.float16), label, {}, None)
     swap = {"augmentation.mirror_swap": [["Anterior", "Posterior"]], "augmentation.p_mirror": 0.5}
     swapped, plain = job(cases=[case], **OFF, **swap), job(cases=[case], **OFF)
     batches = [make_batch(run, run.training, 0, i, augment=True)[1] for run in (swapped, plain) for i in range(4)]
@@ -277,7 +277,7 @@ def test_left_and_right_are_swapped_in_mirrored_samples(job: MakeJob) -> None:
 def test_a_second_stage_sees_the_first_ones_labels_moved_with_its_own(job: MakeJob, tiny_cases: list[Any]) -> None:
     """With the label itself as prediction and no damage, the further channels are the label in one-hot form."""
     loaded = [load_case(case) for case in tiny_cases[:4]]
-    cases = [LoadedCase(c.case_id, c.image, c.label, c.foreground, c.annotated, c.label) for c in loaded]
+    cases = [CaseArrays(c.case_id, c.image, c.label, c.foreground, c.annotated, c.label) for c in loaded]
     calm = {**ALL, "augmentation.p_cascade_morphology": 0, "augmentation.p_cascade_removal": 0}
     run = job(cases=cases, **calm)
     second = run.planned.model_copy(update={"previous_stage": "3d_lowres"})

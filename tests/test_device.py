@@ -7,9 +7,13 @@ the device, and copies to it that the host waits for, are refused in addition.
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +31,7 @@ from nnunet_lite.inference.sliding_window import average_windows
 from nnunet_lite.inference.windows import LabelSwap, schedule
 from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
+from nnunet_lite.planning.memory import BATCHES, training_memory
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.preprocessing.resampling import blocks
 from nnunet_lite.training import augmentation, dataloader, learner, loss
@@ -260,6 +265,52 @@ def test_a_step_that_waits_is_found(
         monkeypatch.setattr(module, name, wait)
         with pytest.raises(DataDependentOutputException):
             train_steps(run)
+
+
+class Peak(TorchDispatchMode):
+    """Sum the bytes of the tensors of a device that exist at the same time, each memory once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.bytes, self.peak = Counter[int](), 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor) and tensor.device == CUDA:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.bytes += 0 if self.users[key] else size
+                self.users[key] += 1
+                weakref.finalize(tensor, self.release, key, size)
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def release(self, key: int, size: int) -> None:
+        self.users[key] -= 1
+        self.bytes -= 0 if self.users[key] else size
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("3d", 1), ("3d", 4), ("2d", 1), ("cascade", 1)])
+def test_the_memory_of_a_batch_is_counted(
+    job: MakeJob, tiny_cases: list[Any], monkeypatch: pytest.MonkeyPatch, kind: str, channels: int
+) -> None:
+    """In the making, all its samples rotated and scaled; the other batches of the plan are finished ones."""
+    with dry_run(monkeypatch), WithoutDriver(), NoWaiting(first_step=True), Peak() as peak:
+        run = cuda_job(job, tiny_cases, kind)
+        cases = [replace(case, image=case.image.expand(channels, -1, -1, -1)) for case in run.training]
+        run = replace(run, plan=run.plan.model_copy(update={"channels": run.plan.channels * channels}))
+        before, taken = peak.bytes, []
+        for i in range(5):
+            peak.peak = before
+            make_batch(run, cases, 0, i, augment=True)
+            taken.append(peak.peak - before)
+    previous = run.plan.labels.n_classes - 1 if kind == "cascade" else 0
+    c, finished = run.planned, (BATCHES - 1) * (4 * (channels + previous) + 1)
+    predicted = training_memory(c.network, c.patch_size, c.batch_size, channels, 3, previous)["batches"]
+    counted = predicted - finished * c.batch_size * prod(c.patch_size)
+    least = 0.4 if kind == "2d" else 0.6  # in two dimensions four neighbours vote, not eight
+    assert least * counted < median(taken) < 1.15 * counted
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d", "top-k and weights", "regions", "ignored voxels"])

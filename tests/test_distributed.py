@@ -224,6 +224,38 @@ def test_two_nodes_learn_what_one_process_learns(tmp_path: Path, train_three: li
     assert_same_weights(tmp_path, "one", "two")
 
 
+PATIENT = """
+import time
+from datetime import timedelta
+from nnunet_lite import cli
+from nnunet_lite.commands import train
+from nnunet_lite.training import distributed
+
+distributed._TIMEOUT = timedelta(seconds=5)
+validate_fold = train.validate_fold
+
+def validate_slowly(*arguments, **options):
+    time.sleep(8)
+    return validate_fold(*arguments, **options)
+
+train.validate_fold = validate_slowly
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_others_wait_longer_for_a_validation_than_for_an_answer(
+    tmp_path: Path, train_three: list[str], start_nodes: Nodes
+) -> None:
+    """The first process validates each fold alone; the next fold begins after that, whatever the timeout is."""
+    script = tmp_path / "nnlite.py"
+    script.write_text(PATIENT)
+    folds = ["all-folds", "--folds", "2", "--epochs", "1", "--name", "two"]
+    nodes = start_nodes([str(script), *train_three[:2], *folds, *train_three[3:]])
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0], node_logs(tmp_path)
+    assert all((fold_of(tmp_path, "two").with_name(f"fold_{fold}") / MODEL).is_file() for fold in range(2))
+
+
 @pytest.mark.parametrize(
     ("lost", "how"),
     [

@@ -13,11 +13,10 @@ import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import typer
+from samples import subcommand
 
 import nnunet_lite
 from nnunet_lite import cli
@@ -106,12 +105,6 @@ def test_python_of_a_page(page: Path, place: Path, command: Run, monkeypatch: py
     for line, block in blocks(page, "python"):
         code = block.replace('time_limit="10m"', f"settings={tiny}")
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), known)
-
-
-def subcommand(name: str) -> Any:
-    found = typer.main.get_command(cli.app).get_command(None, name)  # type: ignore[attr-defined]
-    assert found is not None, f"there is no command nnlite {name}"
-    return found
 
 
 def parse(words: list[str]) -> None:

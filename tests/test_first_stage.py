@@ -29,7 +29,7 @@ from nnunet_lite.inference.first_stage import predict_on_grid, read_stage_map, s
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.pipeline import Placement, preprocess_image, restore_segmentation
+from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.job import Job, configure_plan
@@ -327,7 +327,7 @@ def test_logits_are_decided_on_the_grid_of_the_second_stage(model: Predictor, re
     plan = model.plan.model_copy(update={"labels": labels, "configurations": stages})
     network = Function(lambda x: torch.from_numpy(logits)[None])
     stage = replace(model, plan=plan, configuration_name="3d_lowres", networks=(network,))
-    found = predict_on_grid(stage, np.ones((1, *coarse), np.float32), first, second)
+    found = predict_on_grid(stage, Preprocessed(np.ones((1, *coarse), np.float32), None, first), second)
     factors = [n / m for n, m in zip(fine, coarse, strict=True)]
     fine_logits = np.stack([zoom(x.astype(float), factors, order=1, mode="nearest", grid_mode=True) for x in logits])
     expected = fine_logits.argmax(0)

@@ -24,10 +24,10 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_weights_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.preprocessing.stored_case import sample_voxels
+from nnunet_lite.preprocessing.stored_case import CaseArrays, sample_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
-from nnunet_lite.training.cache import LoadedCase, load_case
+from nnunet_lite.training.cache import load_case
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.learner import choose_format, make_network
@@ -97,22 +97,22 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert same_weights(one, other) and without_clock(one) == without_clock(other)
 
 
-def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], None]) -> list[LoadedCase]:
+def relabelled(cases: list[Any], labels: Labels, change: Callable[[np.ndarray], None]) -> list[CaseArrays]:
     """The cases with other classes, and the voxels that belong to them."""
 
-    def relabel(case: LoadedCase) -> LoadedCase:
+    def relabel(case: CaseArrays) -> CaseArrays:
         label = case.label.copy()
         change(label)
         voxels = dict(sample_voxels(label, labels))
-        return LoadedCase(case.case_id, case.image, label, voxels, voxels.pop(-1, None))
+        return CaseArrays(case.case_id, case.image, label, voxels, voxels.pop(-1, None))
 
     return [relabel(load_case(case)) for case in cases]
 
 
-def spoiled(case: Any) -> LoadedCase:
+def spoiled(case: Any) -> CaseArrays:
     loaded = load_case(case)
     image = np.full_like(loaded.image, math.nan)
-    return LoadedCase("spoiled", image, loaded.label, loaded.foreground, loaded.annotated)
+    return CaseArrays("spoiled", image, loaded.label, loaded.foreground, loaded.annotated)
 
 
 # --------------------------------------------------------------------------------------------------------- learning

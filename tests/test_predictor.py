@@ -212,7 +212,7 @@ def test_images_are_read_ahead_as_memory_allows(most: int, nbytes: int, expected
         if number == 2:
             raise UserError("unreadable")
         array = np.broadcast_to(np.zeros(1, np.uint8), nbytes)  # which takes no memory
-        return PreparedImage((Preprocessed(array, None, placed((1, 1, 1), (1, 1, 1))),), None)
+        return PreparedImage((Preprocessed(array, None, placed((1, 1, 1), (1, 1, 1))),))
 
     with ThreadPoolExecutor(most) as reader:
         found = []

@@ -31,13 +31,13 @@ def evaluate(
     reference: Annotated[str | Path, typer.Argument(help="Its reference, or their folder.")],
     *,
     model: Annotated[
-        str | Path | None, typer.Option("-m", "--model", help="Predict the images with this model first.")
+        str | Path | None, options.model("-m", "--model", help="Predict the images with this model first.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
-    surface: Annotated[bool, typer.Option(help="Surface distances too.")] = True,
+    tolerance: Annotated[float, options.setting(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
+    surface: Annotated[bool, options.setting(help="Surface distances too.")] = True,
     accept_geometry: options.AcceptGeometry = False,
     output: Annotated[
-        str | Path | None, typer.Option(help="Write JSON (.json) or one row per case and label (.csv).")
+        str | Path | None, options.output(help="Write JSON (.json) or one row per case and label (.csv).")
     ] = None,
     workers: options.Workers = None,
     device: options.Device = None,
@@ -77,6 +77,11 @@ def evaluate(
     ------
     UserError
         No names match, a pair has two grids, or a file cannot be read.
+
+    Examples
+    --------
+    nnlite evaluate labels references
+    nnlite evaluate images references -m model.zip --output scores.csv
     """
     with ExitStack() as stack:
         predicted, expected = Path(prediction), Path(reference)
@@ -105,13 +110,14 @@ def view(
     *,
     model: Annotated[
         str | Sequence[str] | None,
-        typer.Option(
+        options.model(
             "-m",
             "--model",
-            help="Whose cross-validation to show, a+b for an ensemble [the selected]; or a model that predicts it now.",
+            help="Whose cross-validation to show, a+b for an ensemble; or a model that predicts now.",
+            show_default="the selected",
         ),
     ] = None,
-    browser: Annotated[bool, typer.Option(help="Open the page; otherwise only its address is printed.")] = True,
+    browser: Annotated[bool, options.output(help="Open the page; otherwise only its address is printed.")] = True,
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> View:
@@ -144,6 +150,11 @@ def view(
     ------
     UserError
         There is no such case, file or prediction, or one cannot be read.
+
+    Examples
+    --------
+    nnlite view hippocampus_001
+    nnlite view scan.nii.gz label.nii.gz -m model.zip
     """
     file, names, root = Path(case), options.names_of(model) or [], workspace_folder(workspace)
     maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())

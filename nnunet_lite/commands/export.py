@@ -25,9 +25,13 @@ _GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --f
 def import_model(
     source: Annotated[str | Path, typer.Argument(help="Zip, ours or nnU-Net's, or model folder of nnU-Net v2.")],
     *,
-    name: Annotated[str | None, typer.Option(help="Of the new folder [CONFIGURATION-nnunet, or as exported].")] = None,
-    output: Annotated[str | Path | None, typer.Option("-o", "--output", help="New folder [in the workspace].")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Set a model of that name aside.")] = False,
+    name: Annotated[
+        str | None, options.output(help="Of the new folder.", show_default="CONFIGURATION-nnunet, or as exported")
+    ] = None,
+    output: Annotated[
+        str | Path | None, options.output("-o", "--output", help="New folder.", show_default="in the workspace")
+    ] = None,
+    replace: Annotated[bool, options.output("--replace", help="Set a model of that name aside.")] = False,
     checkpoint: options.WhichCheckpoint = "final",
     workspace: options.Workspace = None,
 ) -> Path:
@@ -60,6 +64,11 @@ def import_model(
     ------
     UserError
         The source is neither, or damaged, or the model exists already.
+
+    Examples
+    --------
+    nnlite import model.zip
+    nnlite import nnUNetTrainer__nnUNetPlans__3d_fullres --name mine
     """
     place, made = workspace_folder(workspace), list[Path]()
     found = find_models(source, place)
@@ -97,16 +106,18 @@ def export_model(
         typer.Argument(metavar="[MODEL] [TARGET]", help="Model folder, zip or name; zip or folder to write."),
     ] = None,
     *,
-    output: Annotated[str | Path | None, typer.Option("-o", "--output", help="Zip or folder to write.")] = None,
-    model: Annotated[str | Path | None, typer.Option("-m", "--model", help="Model [the trained one].")] = None,
-    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
+    output: Annotated[str | Path | None, options.output("-o", "--output", help="Zip or folder to write.")] = None,
+    model: Annotated[
+        str | Path | None, options.model("-m", "--model", help="Model.", show_default="the trained one")
+    ] = None,
+    configuration: Annotated[str | None, options.model("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
     format: Annotated[
-        Literal["zip", "onnx", "nnunet"], typer.Option(help="What to make; onnx and nnunet are folders.")
+        Literal["zip", "onnx", "nnunet"], options.output(help="What to make; onnx and nnunet are folders.")
     ] = "zip",
     checkpoint: options.WhichCheckpoint = "final",
     trust_code: options.TrustCode = False,
-    licence: Annotated[str | None, typer.Option(help="SPDX identifier, text or file; for zip.")] = None,
-    note: Annotated[str | None, typer.Option(help="On the training data; for zip.")] = None,
+    licence: Annotated[str | None, options.output(help="SPDX identifier, text or file; for zip.")] = None,
+    note: Annotated[str | None, options.output(help="On the training data; for zip.")] = None,
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> Path:
@@ -146,6 +157,11 @@ def export_model(
     ------
     UserError
         There is no such model, the target exists, or the format cannot represent the model.
+
+    Examples
+    --------
+    nnlite export model.zip
+    nnlite export -c 3d_fullres --format onnx -o onnx_model
     """
     root = workspace_folder(workspace)
     source, target = _source_and_target(paths, model, output, root)

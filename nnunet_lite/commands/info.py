@@ -23,11 +23,12 @@ from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 def show_info(
     model: Annotated[
-        str | Path | None, typer.Argument(help="Model folder, nnU-Net's too, or zip [all models of a planned dataset].")
+        str | Path | None,
+        typer.Argument(help="Model folder, nnU-Net's too, or zip.", show_default="all models of a planned dataset"),
     ] = None,
     *,
     model_option: Annotated[
-        str | Path | None, typer.Option("-m", "--model", help="The same, as for `nnlite predict`.")
+        str | Path | None, options.model("-m", "--model", help="The same, as for `nnlite predict`.")
     ] = None,
     checkpoint: options.WhichCheckpoint = "final",
     dataset: options.DatasetName = None,
@@ -57,6 +58,11 @@ def show_info(
     ------
     UserError
         There is no such model, or no dataset is planned.
+
+    Examples
+    --------
+    nnlite info
+    nnlite info model.zip --json
     """
     if model is not None and model_option is not None:
         raise UserError(f"two models are given: {model} and, with -m, {model_option}", fix="Give one of them.")

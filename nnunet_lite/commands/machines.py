@@ -37,6 +37,11 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
     -------
     About
         The description. The command exits with code 1 if there is a problem.
+
+    Examples
+    --------
+    nnlite doctor
+    nnlite doctor --json
     """
     folder = workspace_folder(workspace)
     versions = _package_versions()
@@ -149,8 +154,8 @@ def cluster(
         str | Path, typer.Argument(help="local, slurm, lsf, pbs, or a TOML file like configs/cluster/*.toml.")
     ],
     *,
-    workers: Annotated[int | None, typer.Option(min=1, help="How many, instead of the file's number.")] = None,
-    script: Annotated[bool, typer.Option("--script", help="Only print the script of a worker's job.")] = False,
+    workers: Annotated[int | None, options.hardware(min=1, help="How many.", show_default="the file's number")] = None,
+    script: Annotated[bool, options.output("--script", help="Only print the script of a worker's job.")] = False,
 ) -> RunningCluster | options.About:
     """Start a Dask scheduler and workers; run, train, preprocess and predict take its address with --scheduler.
 
@@ -172,6 +177,11 @@ def cluster(
     ------
     UserError
         There is no such cluster, Dask is not installed, or its scheduler cannot be started.
+
+    Examples
+    --------
+    nnlite cluster local --workers 4
+    nnlite cluster slurm --script
     """
     from nnunet_lite.cluster import read_cluster_config, start_cluster  # an optional extra
 

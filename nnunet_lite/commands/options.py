@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +15,20 @@ from nnunet_lite.errors import UserError
 
 if TYPE_CHECKING:
     from nnunet_lite.cluster import Cluster
+
+
+# Panels of `--help`, in the order in which it shows them. `options.length(help=...)` declares an option of the panel
+# Length, as `typer.Option` does without a panel.
+data = partial(typer.Option, rich_help_panel="Data")
+model = partial(typer.Option, rich_help_panel="Model")
+setting = partial(typer.Option, rich_help_panel="Settings")
+length = partial(typer.Option, rich_help_panel="Length")
+hardware = partial(typer.Option, rich_help_panel="Hardware")
+resuming = partial(typer.Option, rich_help_panel="Resuming")
+output = partial(typer.Option, rich_help_panel="Output")
+nnunet = partial(typer.Option, rich_help_panel="nnU-Net")
+general = partial(typer.Option, rich_help_panel="General")
+PANELS = ("Arguments", "Data", "Model", "Settings", "Length", "Hardware", "Resuming", "Output", "nnU-Net", "General")
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -26,47 +41,53 @@ def _setting(text: str) -> tuple[str, str]:
 
 Workspace = Annotated[
     str | Path | None,
-    typer.Option("-w", "--workspace", help="Folder that holds everything [$NNLITE_WORKSPACE or ./nnlite_workspace]."),
+    general(
+        "-w",
+        "--workspace",
+        help="Folder that holds everything.",
+        show_default="$NNLITE_WORKSPACE or ./nnlite_workspace",
+    ),
 ]
-DatasetName = Annotated[str | None, typer.Option("-d", "--dataset", help="Planned dataset [the only one].")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [a GPU if there is one].")]
+DatasetName = Annotated[str | None, data("-d", "--dataset", help="Planned dataset.", show_default="the only one")]
+Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Threads; 0: none, all work in the main thread [as fits the machine].")
+    int | None,
+    hardware(min=0, help="Threads; 0: none, all work in the main thread.", show_default="as fits the machine"),
 ]
-Recipe = Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")]
+Recipe = Annotated[str, setting(help="Name of a recipe, or a TOML file.")]
 SettingOverrides = Annotated[
     Mapping[str, Any] | None,
-    typer.Option("--set", parser=_setting, metavar="KEY=VALUE", help="Any setting; may be repeated."),
+    setting("--set", parser=_setting, metavar="KEY=VALUE", help="Any setting; may be repeated."),
 ]
 Scheduler = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://host:8786, or its file."),
+    hardware(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://host:8786, or its file."),
 ]
 WhichCheckpoint = Annotated[
     Literal["final", "best"],
-    typer.Option("-chk", "--checkpoint", help="Of nnU-Net's models: of the last epoch, or of the best."),
+    nnunet("-chk", "--checkpoint", help="Of nnU-Net's models: of the last epoch, or of the best."),
 ]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Run code that the model names, although it is not in your workspace.")
+    bool, model("--trust-code", help="Run code that the model names, although it is not in your workspace.")
 ]
-Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
-Seed = Annotated[int | None, typer.Option(help="Makes two runs identical on the CPU.")]
+Precision = Annotated[str | None, hardware(help="auto, fp32, bf16 or fp16.", show_default="the recipe's")]
+Seed = Annotated[int | None, setting(help="Makes two runs identical on the CPU.")]
 AcceptGeometry = Annotated[
     bool,
-    typer.Option("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),
+    data("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),
 ]
-Folds = Annotated[int | None, typer.Option("--folds", min=2, metavar="N", help="Number of folds [5].")]
+Folds = Annotated[int | None, data("--folds", min=2, metavar="N", help="Number of folds.", show_default="5")]
 GroupBy = Annotated[
     str | Path | None,
-    typer.Option(metavar="REGEX|CSV", help="Cases of a group, such as a patient, are never on both sides of a fold."),
+    data(metavar="REGEX|CSV", help="Cases of a group, such as a patient, are never on both sides of a fold."),
 ]
-Stratify = Annotated[bool, typer.Option("--stratify", help="Folds with equal shares of labels and their volumes.")]
+Stratify = Annotated[bool, data("--stratify", help="Folds with equal shares of labels and their volumes.")]
 StratifyBy = Annotated[
-    str | Path | None, typer.Option(metavar="CSV", help="Folds with equal shares of strata: columns case, stratum.")
+    str | Path | None, data(metavar="CSV", help="Folds with equal shares of strata: columns case, stratum.")
 ]
 Splits = Annotated[
     str | Path | None,
-    typer.Option(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold."),
+    data(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold."),
 ]
 
 

@@ -14,6 +14,7 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.problems import Report, plural
+from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import model_folders
@@ -22,7 +23,6 @@ from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.planner import apply_options, make_plan, memory_budget
 from nnunet_lite.planning.schema import Options, Plan, Precision
-from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.settings import Preset
@@ -59,6 +59,11 @@ def check(
     -------
     Report
         The problems. The command exits with code 2 if one of them is an error.
+
+    Examples
+    --------
+    nnlite check Task04_Hippocampus
+    nnlite check /data/Dataset004_Liver --accept-geometry --json
     """
     root = find_raw(str(data), workspace_folder(workspace))
     try:
@@ -72,32 +77,41 @@ def check(
 def plan(
     data: Annotated[str | Path | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
     *,
-    preset: Annotated[Preset | None, typer.Option(help="Kind of U-Net [as planned before, otherwise default].")] = None,
-    memory: Annotated[float | None, typer.Option(help="GPU memory budget in GB [the preset's: 8, 8, 24, 40].")] = None,
-    plans: Annotated[str | Path | None, typer.Option(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
+    preset: Annotated[
+        Preset | None, options.setting(help="Kind of U-Net.", show_default="as planned before, otherwise default")
+    ] = None,
+    memory: Annotated[
+        float | None, options.setting(help="GPU memory budget in GB.", show_default="the preset's: 8, 8, 24, 40")
+    ] = None,
+    plans: Annotated[str | Path | None, options.setting(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
-        typer.Option(parser=str, metavar="TEXT", help="Such as 40x56x40, instead of the planned one."),
+        options.setting(parser=str, metavar="SIZE", help="Such as 40x56x40, instead of the planned one."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Instead of the planned one.")] = None,
+    batch_size: Annotated[int | None, options.setting(help="Instead of the planned one.")] = None,
     configuration: Annotated[
         str | None,
-        typer.Option("-c", "--configuration", help="Which gets these sizes [3d_fullres, or 2d for a flat patch]."),
+        options.setting(
+            "-c", "--configuration", help="Which gets these sizes.", show_default="3d_fullres, or 2d for a flat patch"
+        ),
     ] = None,
     clip_percentiles: Annotated[
-        tuple[float, float] | None, typer.Option(min=0, max=100, help="Clip each image to these before normalisation.")
+        tuple[float, float] | None,
+        options.setting(min=0, max=100, help="Clip each image to these before normalisation."),
     ] = None,
     folds: options.Folds = None,
     group_by: options.GroupBy = None,
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
-    store: Annotated[Precision | None, typer.Option(help="Type of stored images [as planned before].")] = None,
+    store: Annotated[
+        Precision | None, options.setting(help="Type of stored images.", show_default="as planned before")
+    ] = None,
     accept_geometry: options.AcceptGeometry = False,
-    from_fingerprint: Annotated[str | Path | None, typer.Option(help="Plan from this file, not from data.")] = None,
-    dataset_json: Annotated[str | Path | None, typer.Option(help="dataset.json, with --from-fingerprint.")] = None,
-    format: Annotated[Literal["nnlite", "nnunet"], typer.Option(help="Of --output.")] = "nnlite",
-    output: Annotated[str | Path | None, typer.Option(help="Write the plan to this file too.")] = None,
+    from_fingerprint: Annotated[str | Path | None, options.data(help="Plan from this file, not from data.")] = None,
+    dataset_json: Annotated[str | Path | None, options.data(help="dataset.json, with --from-fingerprint.")] = None,
+    format: Annotated[Literal["nnlite", "nnunet"], options.output(help="Of --output.")] = "nnlite",
+    output: Annotated[str | Path | None, options.output(help="Write the plan to this file too.")] = None,
     workers: options.Workers = None,
     workspace: options.Workspace = None,
 ) -> Plan:
@@ -159,6 +173,11 @@ def plan(
     ------
     UserError
         The dataset has errors, which are all logged, or an option is illegal. Nothing is written in these cases.
+
+    Examples
+    --------
+    nnlite plan Task04_Hippocampus
+    nnlite plan /data/Dataset004_Liver --preset resenc_m --memory 16
     """
     # A mistake in the options is reported before minutes of reading.
     memory_budget(preset or "default", memory)
@@ -240,10 +259,12 @@ def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
 
 
 def preprocess(
-    configuration: Annotated[str | Sequence[str] | None, typer.Argument(help="Which [all of the plan].")] = None,
+    configuration: Annotated[
+        str | Sequence[str] | None, typer.Argument(help="Which.", show_default="all of the plan")
+    ] = None,
     *,
     dataset: options.DatasetName = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Delete what the plan no longer needs.")] = False,
+    prune: Annotated[bool, options.output("--prune", help="Delete what the plan no longer needs.")] = False,
     scheduler: options.Scheduler = None,
     workers: options.Workers = None,
     workspace: options.Workspace = None,
@@ -276,6 +297,11 @@ def preprocess(
     ------
     UserError
         No dataset is planned, or a case cannot be read.
+
+    Examples
+    --------
+    nnlite preprocess
+    nnlite preprocess 3d_fullres -d Task04_Hippocampus --workers 4
     """
     paths = select_dataset(workspace, dataset)
     plan = Plan.read(paths.plans)

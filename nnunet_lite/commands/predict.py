@@ -9,8 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
@@ -73,48 +71,61 @@ class Predictions:
 def predict(
     input: Annotated[
         str | Path | Sequence[str | Path],
-        typer.Option("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
+        options.data("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
     ],
-    output: Annotated[str | Path, typer.Option("-o", "--output", help="Folder for the label maps, or a file for one.")],
+    output: Annotated[
+        str | Path, options.output("-o", "--output", help="Folder for the label maps, or a file for one.")
+    ],
     *,
     model: Annotated[
         str | Path | Sequence[str | Path] | None,
-        typer.Option(
-            "-m", "--model", help="Model folder, nnU-Net's too, zip, or name [as selected, or trained]; several vote."
+        options.model(
+            "-m",
+            "--model",
+            help="Model folder, nnU-Net's too, zip, or name; several vote.",
+            show_default="as selected, or trained",
         ),
     ] = None,
     configuration: Annotated[
         str | Sequence[str] | None,
-        typer.Option("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together."),
+        options.model("-c", "--configuration", help="2d, 3d_fullres, ...; several vote together."),
     ] = None,
     fold: Annotated[
         int | str | Sequence[int | str] | None,
-        typer.Option("-f", "--fold", help="Networks to average [selected, or all]."),
+        options.model("-f", "--fold", help="Networks to average.", show_default="selected, or all"),
     ] = None,
     speed: Annotated[
         Literal["fast", "balanced", "best"] | None,
-        typer.Option(help="balanced: no mirrored copies; fast: one fold, fewer windows, too [best]."),
+        options.setting(help="balanced: no mirrored copies; fast: one fold, fewer windows, too.", show_default="best"),
     ] = None,
-    mirroring: Annotated[bool | None, typer.Option(help="Average over mirrored copies: 4 to 8 times slower.")] = None,
-    step_size: Annotated[float | None, typer.Option(help="Distance of windows as a share of the patch.")] = None,
+    mirroring: Annotated[
+        bool | None, options.setting(help="Average over mirrored copies: 4 to 8 times slower.")
+    ] = None,
+    step_size: Annotated[float | None, options.setting(help="Distance of windows as a share of the patch.")] = None,
     precision: options.Precision = None,
     max_memory: Annotated[
         float | None,
-        typer.Option(metavar="GB", help="Besides the image; of the GPU's as well [80 % of what is free]."),
+        options.hardware(
+            metavar="GB", help="Besides the image; of the GPU's as well.", show_default="80 % of what is free"
+        ),
     ] = None,
     save_probabilities: Annotated[
         str | None,
-        typer.Option(metavar="[LABELS]", help="Maps of them too: all, or names with commas [all]."),  # see cli.py
+        options.output(
+            metavar="[LABELS]", help="Maps of them too, of all labels or of these names with commas."
+        ),  # see cli.py
     ] = None,
     save_uncertainty: Annotated[
-        bool, typer.Option("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
+        bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM segmentations of DICOM series.")] = False,
+    dicom_seg: Annotated[
+        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
+    ] = False,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    skip_existing: Annotated[bool, typer.Option("--continue", help="Keep label maps that exist already.")] = False,
+    skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
     postprocess: Annotated[
-        bool, typer.Option("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
+        bool, options.setting("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
     ] = True,
     accept_geometry: options.AcceptGeometry = False,
     settings: options.SettingOverrides = None,
@@ -184,6 +195,11 @@ def predict(
     ------
     UserError
         There is no such image or model, or an option is illegal.
+
+    Examples
+    --------
+    nnlite predict -i scan.nii.gz -o label.nii.gz
+    nnlite predict -i images -o labels -m model.zip --speed fast --continue
     """
     settings = options.overrides_of(
         settings, inference__mirroring=mirroring, inference__step_size=step_size, inference__precision=precision,

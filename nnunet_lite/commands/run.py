@@ -26,9 +26,9 @@ from nnunet_lite.commands.training_run import (
     training_step,
 )
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
+from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, check_folds
@@ -94,16 +94,18 @@ def run(
     recipe: options.Recipe = "default",
     configurations: Annotated[
         str | Sequence[str] | None,
-        typer.Option("-c", "--configurations", help="Which to train, as in 2d,3d_fullres [all of the plan]."),
+        options.setting(
+            "-c", "--configurations", help="Which to train, as in 2d,3d_fullres.", show_default="all of the plan"
+        ),
     ] = None,
     fold: Annotated[
         int | str | Sequence[int | str] | None,
-        typer.Option("-f", "--fold", help='Which folds, as in 0,1; "all": on every case [each].'),
+        options.setting("-f", "--fold", help='Which folds, as in 0,1; "all": on every case.', show_default="each"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Length of a fold [the recipe's, as what follows].")] = None,
+    epochs: Annotated[int | None, options.length(help="Length of a fold.", show_default="the recipe's")] = None,
     time_limit: Annotated[
         str | float | None,
-        typer.Option(help="Of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
+        options.length(help="Of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
     ] = None,
     seed: options.Seed = None,
     folds: options.Folds = None,
@@ -164,6 +166,11 @@ def run(
         The data have errors, a setting is illegal, or an earlier run has other settings.
     Stopped
         A signal ended the run; the same call resumes it.
+
+    Examples
+    --------
+    nnlite run Task04_Hippocampus
+    nnlite run Task04_Hippocampus -c 2d,3d_fullres -f 0 --recipe cpu
     """
     begin = time.monotonic()
     changed = options.overrides_of(

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.comparison import select_models
@@ -19,12 +17,14 @@ from nnunet_lite.workspace import select_dataset
 def select(
     configuration: Annotated[
         str | Sequence[str] | None,
-        typer.Option("-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated [all]."),
+        options.model(
+            "-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated.", show_default="all"
+        ),
     ] = None,
     *,
-    ensembles: Annotated[bool, typer.Option("--ensembles/--no-ensembles", help="Try all pairs.")] = True,
+    ensembles: Annotated[bool, options.setting("--ensembles/--no-ensembles", help="Try all pairs.")] = True,
     postprocess: Annotated[
-        bool, typer.Option("--postprocess/--no-postprocess", help="Try rules for components.")
+        bool, options.setting("--postprocess/--no-postprocess", help="Try rules for components.")
     ] = True,
     device: options.Device = None,
     workers: options.Workers = None,
@@ -61,6 +61,11 @@ def select(
     ------
     UserError
         No trained models can be compared, or a case cannot be predicted.
+
+    Examples
+    --------
+    nnlite select
+    nnlite select -c 2d -c 3d_fullres --no-ensembles
     """
     paths = select_dataset(workspace, dataset)
     return select_models(
@@ -71,7 +76,8 @@ def select(
 
 def report(
     output: Annotated[
-        str | Path | None, typer.Option("-o", "--output", help="File to write [report.html in the dataset's folder].")
+        str | Path | None,
+        options.output("-o", "--output", help="File to write.", show_default="report.html in the dataset's folder"),
     ] = None,
     *,
     dataset: options.DatasetName = None,
@@ -97,6 +103,11 @@ def report(
     ------
     UserError
         No dataset is planned, or one of its files is broken.
+
+    Examples
+    --------
+    nnlite report
+    nnlite report -d Task04_Hippocampus -o report.html
     """
     paths = select_dataset(workspace, dataset)
     target = paths.root / PAGE if output is None else Path(output).expanduser().absolute()

@@ -6,6 +6,7 @@ validate. What a fold needs is found in training_run.py.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -71,38 +72,51 @@ def train(
     ],
     *,
     recipe: options.Recipe = "default",
-    epochs: Annotated[int | None, typer.Option(help="Length of the run [the recipe's, as all that follows].")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Per epoch.")] = None,
+    epochs: Annotated[int | None, options.length(help="Length of the run.", show_default="the recipe's")] = None,
+    iterations: Annotated[int | None, options.length(help="Per epoch.", show_default="the recipe's")] = None,
     time_limit: Annotated[
         str | float | None,
-        typer.Option(help="Such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
+        options.length(help="Such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Patches per step.")] = None,
+    batch_size: Annotated[int | None, options.setting(help="Patches per step.", show_default="the recipe's")] = None,
     patch_size: Annotated[
-        str | Sequence[int] | None, typer.Option(parser=str, metavar="TEXT", help="Such as 40x56x40.")
+        str | Sequence[int] | None,
+        options.setting(parser=str, metavar="SIZE", help="Such as 40x56x40.", show_default="the recipe's"),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    lr: Annotated[float | None, options.setting(help="Initial learning rate.", show_default="the recipe's")] = None,
     precision: options.Precision = None,
     seed: options.Seed = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Threads that prepare batches ahead; 0: none.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Where cases are kept: auto, device, ram or disk.")] = None,
-    init: Annotated[
-        str | Path | None, typer.Option(help="Model to start from, ours or nnU-Net's: fine-tuning.")
+    workers: Annotated[
+        int | None,
+        options.hardware(min=0, help="Threads that prepare batches ahead; 0: none.", show_default="the recipe's"),
     ] = None,
-    freeze: Annotated[str | None, typer.Option(help="Weights that stay: encoder or all-but-head.")] = None,
+    cache: Annotated[
+        str | None,
+        options.hardware(help="Where cases are kept: auto, device, ram or disk.", show_default="the recipe's"),
+    ] = None,
+    init: Annotated[
+        str | Path | None, options.model(help="Model to start from, ours or nnU-Net's: fine-tuning.")
+    ] = None,
+    freeze: Annotated[str | None, options.model(help="Weights that stay: encoder or all-but-head.")] = None,
     folds: options.Folds = None,
     group_by: options.GroupBy = None,
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Train on this many GPUs of this machine.")] = 1,
+    gpus: Annotated[int, options.hardware(min=1, help="Train on this many GPUs of this machine.")] = 1,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    name: Annotated[str | None, typer.Option(help="Of the model folder [CONFIGURATION-RECIPE].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Only resume; an error if there is no earlier run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Resume although settings were changed.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Start again; the earlier run is moved aside.")] = False,
-    preview: Annotated[bool, typer.Option("--preview", help="Draw augmented samples to preview.png first.")] = False,
+    name: Annotated[
+        str | None, options.output(help="Of the model folder.", show_default="CONFIGURATION-RECIPE")
+    ] = None,
+    resume: Annotated[
+        bool, options.resuming("--resume", help="Only resume; an error if there is no earlier run.")
+    ] = False,
+    force: Annotated[bool, options.resuming("--force", help="Resume although settings were changed.")] = False,
+    restart: Annotated[
+        bool, options.resuming("--restart", help="Start again; the earlier run is moved aside.")
+    ] = False,
+    preview: Annotated[bool, options.output("--preview", help="Draw augmented samples to preview.png first.")] = False,
     settings: options.SettingOverrides = None,
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
@@ -188,6 +202,11 @@ def train(
         A signal ended the run; its checkpoint is written.
     Lost
         Another process of those that torchrun started is gone; the last checkpoint is complete.
+
+    Examples
+    --------
+    nnlite train 3d_fullres 0
+    nnlite train 2d all-folds --recipe cpu --time-limit 30m
     """
     if gpus > 1:
         launch(gpus)
@@ -324,6 +343,8 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
             _preprocess_and_train(run, seed, ranks, device, preview)
     release_memory(device)  # of the training; the validation plans with what is free
     scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
+    while ranks.rank and not run.is_done():  # a collective operation would end after its timeout
+        time.sleep(1)
     release_memory(device)
     return scores
 
@@ -389,9 +410,7 @@ def _announce(run: TrainingRun) -> None:
 
 def _count_passes(job: Job) -> dict[float, int]:
     """Count the network passes of the validation (windows and mirrored copies), by step size."""
-    augmentation, inference = job.settings.augmentation, job.settings.inference
-    mirrored = inference.mirroring and augmentation.enabled and augmentation.p_mirror > 0
-    copies = 2 ** len(job.mirror_axes) if mirrored else 1
+    copies = 2 ** len(job.mirror_axes) if job.settings.inference.mirroring else 1
 
     def count_windows(step: float) -> int:
         axes = (zip(case.label.shape, job.patch, strict=True) for case in job.validation)

@@ -246,14 +246,11 @@ def _picture_geometry(columns: int, rows: int) -> Geometry:
 
 
 def _picture_mode(path: Path) -> str:
-    """Return how a picture stores its pixels, as Pillow names it where that matters: P for palette, LA, and so on."""
-    if names.suffix_of(path) == ".png":
-        with path.open("rb") as file:
-            return {b"\x03": "P", b"\x04": "LA"}.get(file.read(26)[25:], "RGB")
-    if names.suffix_of(path) == ".bmp":
-        with _open_pillow(path) as picture:
-            return str(picture.mode)
-    return "RGB"
+    """Return how a PNG or BMP file stores its pixels, as Pillow names it: P for palette, LA, and so on."""
+    if names.suffix_of(path) not in (".png", ".bmp"):
+        return ""
+    with _open_pillow(path) as picture:
+        return str(picture.mode)
 
 
 def _needs_pillow(path: Path) -> bool:
@@ -264,7 +261,7 @@ def _open_pillow(path: Path) -> Any:
     try:
         return Pillow.open(path)
     except OSError:
-        raise UserError(f"is not a {names.suffix_of(path)} file", path, names.AGAIN) from None
+        raise UserError(f"is damaged or no {names.suffix_of(path)} file", path, names.AGAIN) from None
 
 
 def _read_pillow(path: Path, resolve_palette: bool) -> np.ndarray:

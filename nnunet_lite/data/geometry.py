@@ -75,18 +75,14 @@ class Geometry:
         Geometry
             Shape, spacing, origin and direction after the turn.
         """
-        cosines = np.reshape(self.direction, (3, 3))[:, ::-1]  # columns z, y, x
-        origin = np.array(self.origin, np.float64)
-        columns = []
-        for axis, is_reversed in zip(turn.order, turn.reversed, strict=True):
-            column = cosines[:, axis]
-            if is_reversed:
-                origin += column * self.spacing[axis] * (self.shape[axis] - 1)
-                column = -column
-            columns.append(column)
-        direction = tuple(np.stack(columns[::-1], axis=1).ravel().tolist())
         z, y, x = (self.shape[axis] for axis in turn.order)
         sz, sy, sx = (self.spacing[axis] for axis in turn.order)
+        cosines = np.reshape(self.direction, (3, 3))[:, ::-1][:, turn.order]  # columns z, y, x
+        origin = np.array(self.origin, np.float64)
+        for axis in np.flatnonzero(turn.reversed):
+            origin += cosines[:, axis] * (sz, sy, sx)[axis] * ((z, y, x)[axis] - 1)
+            cosines[:, axis] *= -1
+        direction = tuple(cosines[:, ::-1].ravel().tolist())
         return replace(self, shape=(z, y, x), spacing=(sz, sy, sx), origin=tuple(origin.tolist()), direction=direction)
 
     def differences(self, other: Geometry) -> list[tuple[str, str, str]]:
@@ -280,6 +276,11 @@ class Image:
     notes: tuple[str, ...] = ()
     has_alpha: bool = False
     orientation_tag: int = 1
+
+    @property
+    def is_colour(self) -> bool:
+        """Whether the three channels are the red, green and blue of a picture."""
+        return self.array.shape[0] == 3 and self.array.dtype == np.uint8 and self.geometry.dimensions == 2
 
     def aligned(self, other: Geometry) -> Image:
         """Turn the axes to those of another image.

@@ -21,27 +21,7 @@ from nnunet_lite.data.names import AGAIN, DEFLATE_LIMIT, NIFTI, gzip_defect, suf
 from nnunet_lite.errors import UserError
 
 _BYTES, _BYTES_2 = 348, 540  # of a header of NIfTI-1, and of NIfTI-2
-_FIELDS: dict[str, tuple[str, int]] = {  # type and byte, from nifti1.h
-    "sizeof_hdr": ("i4", 0),
-    "dim": ("8i2", 40),
-    "datatype": ("i2", 70),
-    "pixdim": ("8f4", 76),
-    "vox_offset": ("f4", 108),
-    "scl_slope": ("f4", 112),
-    "scl_inter": ("f4", 116),
-    "xyzt_units": ("u1", 123),
-    "qform_code": ("i2", 252),
-    "sform_code": ("i2", 254),
-    "quatern": ("3f4", 256),
-    "qoffset": ("3f4", 268),
-    "srow": ("(3,4)f4", 280),
-    "magic": ("S4", 344),
-}
-_KINDS, _OFFSETS = zip(*_FIELDS.values(), strict=True)
-_HEADER = np.dtype({"names": [*_FIELDS], "formats": [*_KINDS], "offsets": [*_OFFSETS], "itemsize": _BYTES})
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
-_SIZES = {kind: np.dtype(name).itemsize for kind, name in _TYPES.items()}
-_SIZES |= {32: 8, 128: 3, 1024: 8, 1280: 8, 1536: 16, 1792: 16, 2048: 32, 2304: 4}  # of types that nibabel reads
 _MILLIMETRES = (0, 2)  # of xyzt_units' low three bits: unknown, mm
 _LPS = np.array([-1.0, -1.0, 1.0])  # the axes of ITK in those of NIfTI, RAS
 _TOLERANCE = 1e-6  # of float32 matrices, relative
@@ -141,8 +121,18 @@ def _fields(head: bytes) -> np.void | None:
     if len(head) < _BYTES:
         return None
     is_little = int.from_bytes(head[:4], "little") == _BYTES
-    fields = np.frombuffer(head, _HEADER.newbyteorder("<" if is_little else ">"), 1)[0]
+    fields = np.frombuffer(head, nib().nifti1.header_dtype.newbyteorder("<" if is_little else ">"), 1)[0]
     return fields if fields["sizeof_hdr"] == _BYTES else None
+
+
+def _vector(fields: np.void, name: str, letters: str = "xyz") -> np.ndarray:
+    """Return the numbers of fields whose names differ in their last letter."""
+    return np.array([fields[name + letter] for letter in letters])
+
+
+def _srow(fields: np.void) -> np.ndarray:
+    """Return the rows (3, 4) of the sform."""
+    return _vector(fields, "srow_")
 
 
 def _require_sound_header(head: bytes, size: int, path: Path) -> None:
@@ -158,16 +148,17 @@ def _require_sound_header(head: bytes, size: int, path: Path) -> None:
     if not 1 <= dimensions <= 7 or min(shape) < 1:
         what = f"{dimensions} dimensions" if not 1 <= dimensions <= 7 else f"{' x '.join(map(str, shape))} voxels"
         raise UserError(f"is damaged: its header states {what}", path, AGAIN)
-    if kind not in _SIZES:
-        raise UserError(f"has voxels of type {kind}, which NIfTI does not have", path, AGAIN)
-    placement = [*fields["srow"].ravel()] if fields["sform_code"] > 0 else []
-    placement += [*fields["quatern"], *fields["qoffset"]] if fields["qform_code"] > 0 else []
+    sizes_of_kinds = nib().nifti1.data_type_codes.dtype
+    if kind not in sizes_of_kinds or not sizes_of_kinds[kind].itemsize:
+        raise UserError(f"has voxels of type {kind}, which cannot be read", path, AGAIN)
+    placement = [*_srow(fields).ravel()] if fields["sform_code"] > 0 else []
+    placement += [*_vector(fields, "quatern_", "bcd"), *_vector(fields, "qoffset_")] if fields["qform_code"] > 0 else []
     if not np.isfinite(placement).all():
         raise UserError("is damaged: its header places it at NaN or infinity", path, AGAIN)
     sizes = fields["pixdim"][1 : min(dimensions, 3) + 1]
     if not _are_sizes(sizes, shape) and not (dimensions > 2 and _sform_columns(fields) is not None):
         raise _no_voxel_size(sizes, path)
-    needed = prod(shape) * _SIZES[kind]
+    needed = prod(shape) * sizes_of_kinds[kind].itemsize
     if fields["magic"] == b"n+1" and needed + _BYTES > size:
         found = max(0, size - _BYTES - 4)
         raise UserError(f"is truncated: it holds {found} of {needed} bytes of voxels", path, AGAIN)
@@ -210,7 +201,7 @@ def _are_sizes(sizes: np.ndarray, shape: Sequence[int]) -> bool:
 
 def _sform_columns(fields: np.void) -> np.ndarray | None:
     """Return the matrix (3, 3) of an sform that is valid without pixdim: finite, of right angles, with volume."""
-    matrix = fields["srow"][:, :3].astype(np.float64)
+    matrix = _srow(fields)[:, :3].astype(np.float64)
     lengths = np.linalg.norm(matrix, axis=0)
     if fields["sform_code"] <= 0 or not (np.isfinite(matrix).all() and lengths.all()):
         return None
@@ -248,7 +239,7 @@ def _geometry(fields: np.void) -> tuple[Geometry, int] | None:
         return None
     by_sform = _uses_sform(fields)
     if by_sform:
-        unit, matrix, origin = millimetres(fields), *np.split(fields["srow"].astype(np.float64), [3], axis=1)
+        unit, matrix, origin = millimetres(fields), *np.split(_srow(fields).astype(np.float64), [3], axis=1)
         spacing = np.linalg.norm(matrix, axis=0)
     else:
         unit, spacing = 1.0, fields["pixdim"][1:4].astype(np.float64)
@@ -278,9 +269,10 @@ def _equal_forms(fields: np.void, spacing: np.ndarray) -> tuple[np.ndarray, np.n
         return None
     forms = []
     if fields["qform_code"] > 0:
-        forms.append((_rotation(fields["quatern"], fields["pixdim"][0]) * spacing, fields["qoffset"]))
+        turn = _rotation(_vector(fields, "quatern_", "bcd"), fields["pixdim"][0])
+        forms.append((turn * spacing, _vector(fields, "qoffset_")))
     if fields["sform_code"] > 0:
-        forms.append((fields["srow"][:, :3], fields["srow"][:, 3]))
+        forms.append((_srow(fields)[:, :3], _srow(fields)[:, 3]))
     if not forms:
         return None
     matrix, origin = (part.astype(np.float32).astype(np.float64) for part in forms[0])  # float32, as in ITK

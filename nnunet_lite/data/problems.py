@@ -180,6 +180,27 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table as plain text: the first column is aligned to the left, the others to the right.
+
+    Parameters
+    ----------
+    lines : sequence of sequence of str
+        The cells of each line.
+
+    Returns
+    -------
+    str
+        A line of text for each.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = (
+        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        for first, *rest in lines
+    )
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
 def plural(n: int, what: str) -> str:
     """Return a number with a noun.
 

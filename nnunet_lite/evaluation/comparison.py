@@ -99,7 +99,7 @@ class HeldOut:
     def fold_of(self) -> dict[str, Split]:
         """Case id -> the fold that holds it out, in the order of the ids."""
         fold_of = {case_id: split for split in self.splits for case_id in split.validation}
-        return dict(sorted(fold_of.items(), key=lambda item: item[0]))
+        return {case_id: fold_of[case_id] for case_id in sorted(fold_of)}
 
 
 def select_models(
@@ -164,7 +164,7 @@ def select_models(
 
 
 def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...]:
-    """The folds that all models have trained; a note names the others."""
+    """Return the folds that all models have trained; a note names the others."""
     folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
     if not folds:
         have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
@@ -176,7 +176,7 @@ def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...
 
 
 def _candidate_teams(members: Sequence[Member], ensembles: bool, notes: list[str]) -> list[Team]:
-    """The models and the pairs that can vote; a note names the others."""
+    """Return the models and the pairs that can vote; a note names the others."""
     teams: list[Team] = [(member,) for member in members]
     for a, b in combinations(members, 2) if ensembles else ():
         if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
@@ -208,16 +208,11 @@ def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
 
 
 def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Sequence[str]) -> tuple[Candidate, ...]:
-    """The winner, then the others from the best on."""
-    candidates = []
-    for team, table in dice.items():
-        overall = summarize(table)
-        by_label = {name: summarize(column[:, None]).mean for name, column in zip(labels, table.T, strict=True)}
-        models, margin = tuple(member.name for member in team), compare_paired(dice[winner], table)
-        candidates.append(
-            Candidate(models=models, n_cases=len(table), dice=overall.mean, low=overall.low, high=overall.high,
-                      by_label=by_label, margin=margin)
-        )  # fmt: skip
+    """Return the winner, then the others from the best on."""
+    candidates = [
+        Candidate.of([member.name for member in team], table, labels, compare_paired(dice[winner], table))
+        for team, table in dice.items()
+    ]
     selected = tuple(member.name for member in winner)
     return tuple(sorted(candidates, key=lambda c: (c.models != selected, -(c.dice or 0.0), len(c.models), c.models)))
 
@@ -266,7 +261,7 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
 
 
 def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:
-    """Why a model cannot be judged on the dataset; None if it can."""
+    """Return why a model cannot be judged on the dataset; None if it can."""
     if not trained_folds(member.folder):
         return "no fold of it is trained"
     if member.plan.labels != dataset.labels or len(member.plan.channels) != len(dataset.channels):
@@ -284,7 +279,7 @@ def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | Non
 
 
 def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
-    """The folder of the label maps of the held-out cases of a fold."""
+    """Return the folder of the label maps of the held-out cases of a fold."""
     folder = team[0].folder if len(team) == 1 else held_out.paths.ensembles / "+".join(member.name for member in team)
     return folder / f"fold_{fold}" / VALIDATION
 
@@ -306,7 +301,7 @@ def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
 
 
 def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
-    """Dice (cases, labels) of a candidate, the cases in the order of their ids; predicts and scores what is missing."""
+    """Return Dice (cases in the order of their ids, labels) of a candidate; predict and score what is missing."""
     dataset, workers, device = held_out.dataset, held_out.workers, held_out.device
     by_case: dict[str, np.ndarray] = {}
     for split in held_out.splits:
@@ -343,7 +338,7 @@ def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
 
 
 def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
-    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
+    """Return the content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ def validate_fold(
     dataset: Dataset,
     case_ids: Sequence[str],
     device: str | None,
-    previous: Mapping[str, Path] | None = None,
+    stage_maps: Mapping[str, Path] | None = None,
     step_size: float | None = None,
     *,
     trust_code: bool = False,
@@ -55,7 +55,7 @@ def validate_fold(
         The held-out cases.
     device : str or None
         Where to predict; None for a GPU if there is one.
-    previous : mapping or None
+    stage_maps : mapping or None
         For the second stage of a cascade: case id -> the file that the first stage predicted.
     step_size : float or None
         Distance of two windows, as a share of the patch; None for that of the settings. Another one is noted in
@@ -71,11 +71,11 @@ def validate_fold(
     changes = None if step_size is None else {"inference.step_size": step_size}
     workspace = folder.absolute().parents[2]
     model = load(
-        folder, [fold], device, changes, first_stage=previous is None, trust_code=trust_code, workspace=workspace
+        folder, [fold], device, changes, first_stage=stage_maps is None, trust_code=trust_code, workspace=workspace
     )
-    read_previous = None if previous is None else lambda case_id: read_stage_map(previous[case_id])[:]
+    stage_classes = None if stage_maps is None else lambda case_id: read_stage_map(stage_maps[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
-    return validate_cases(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, read_previous, notes)
+    return validate_cases(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, stage_classes, notes)
 
 
 def validate_cases(

@@ -25,7 +25,7 @@ from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.problems import few
+from nnunet_lite.data.problems import align, few
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
@@ -203,22 +203,6 @@ def label_keys(labels: Labels) -> dict[str, str]:
         Labels of the dataset.
     """
     return {name: str(labels.names[name]) for name in labels.region_names}
-
-
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Write a table as plain text: the first column is aligned to the left, the others to the right.
-
-    Parameters
-    ----------
-    lines : sequence of sequence of str
-        The cells of each line.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = (
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        for first, *rest in lines
-    )
-    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def four_digits(value: float | None) -> str:

@@ -12,14 +12,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nnunet_lite import log
+from nnunet_lite.data.problems import align
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
-from nnunet_lite.evaluation.scores import align, four_digits
-from nnunet_lite.evaluation.statistics import Margin
-from nnunet_lite.files import read_json
+from nnunet_lite.evaluation.scores import four_digits
+from nnunet_lite.evaluation.statistics import Margin, summarize
+from nnunet_lite.files import first_problem, read_json
 from nnunet_lite.models.folder import MODEL, is_finished, read_run, stage_path
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.workspace import Paths
@@ -54,6 +56,14 @@ class Candidate(BaseModel):
     high: float | None
     by_label: dict[str, float | None]
     margin: Margin
+
+    @classmethod
+    def of(cls, models: Sequence[str], dice: np.ndarray, labels: Sequence[str], margin: Margin) -> Candidate:
+        """Sum up the Dice of models (cases, labels)."""
+        mean, by_label = summarize(dice), zip(labels, dice.T, strict=True)
+        means = {name: summarize(column[:, None]).mean for name, column in by_label}
+        return cls(models=tuple(models), n_cases=len(dice), dice=mean.mean, low=mean.low, high=mean.high,
+                   by_label=means, margin=margin)  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -101,7 +111,7 @@ class Selection(BaseModel):
     version: str
 
     def to_json(self) -> dict[str, Any]:
-        """The content of inference.json."""
+        """Return the content of inference.json."""
         return self.model_dump(mode="json")
 
     @property
@@ -116,7 +126,7 @@ class Selection(BaseModel):
         return describe_selection(self.models, self.folds, self.postprocessing)
 
     def to_text(self) -> str:
-        """The candidates as plain text, the winner first; then the postprocessing and the notes."""
+        """Write the candidates as plain text, the winner first; then the postprocessing and the notes."""
         rules = [
             f"postprocessing of {label}: {rule}, {self.postprocessing_gain.get(label, 'gain unknown')}"
             for label, rule in self.postprocessing.items()
@@ -125,11 +135,11 @@ class Selection(BaseModel):
         return "\n".join([align(self._lines()), *(rules or ["postprocessing: none"]), *notes])
 
     def _repr_html_(self) -> str:
-        """The table as text, for a notebook."""
+        """Return the table as text, for a notebook."""
         return f"<pre>{escape(self.to_text())}</pre>"
 
     def _lines(self) -> list[tuple[str, ...]]:
-        """The cells of the table, after the headings."""
+        """Return the cells of the table, after the headings."""
         labels = list(self.candidates[0].by_label) if self.candidates else []
         shown = labels if 1 < len(labels) <= 5 else []  # more would not fit a terminal
         lines: list[tuple[str, ...]] = [("candidate", "n", "Dice", "95 % interval", *shown, "winner's margin", "95 %")]
@@ -144,7 +154,7 @@ class Selection(BaseModel):
 
 
 def describe_selection(models: Sequence[str], folds: Sequence[str], rules: Mapping[str, Rule]) -> str:
-    """Models, folds and rules in a line.
+    """Write models, folds and rules in a line.
 
     Parameters
     ----------
@@ -175,8 +185,7 @@ def read_selection(paths: Paths) -> Selection | None:
     try:
         return Selection.model_validate(read_json(paths.inference))
     except ValidationError as error:
-        first = error.errors()[0]
-        what = f"is no selection of the form nnlite-inference-1 ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        what = f"is no selection of the form nnlite-inference-1 ({first_problem(error)})"
         raise UserError(what, paths.inference, _SELECT_AGAIN) from None
 
 

@@ -26,6 +26,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import output_values
 
 _MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
+_OTHER_UNIT = 100  # the unit of voxels that are 100 times smaller or larger than those of the training may be wrong
 
 
 def read_case_image(plan: Plan, case: Case, accept_geometry: bool = False) -> Image:
@@ -83,6 +84,11 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
     if geometry.calibrated:
         if suffix_of(path) not in TIFF or max(stated) > _MICROSCOPIC or not any(set(s) == {1.0} for s in planned):
+            own, trained = min(stated), min(plan.median_spacing)
+            if max(own / trained, trained / own) > _OTHER_UNIT:
+                log.warn(
+                    f"{path}: has voxels of {own:.3g} mm, the training images of {trained:.3g} mm; is its unit right?"
+                )
             return image
         log.info(f"{path}: its spacing is not used: the model was trained on images without one")
         pixels = PICTURE_SPACING if geometry.dimensions == 2 else (1.0, 1.0, 1.0)

@@ -24,15 +24,13 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import atomic, locked, sweep
-from nnunet_lite.inference.cases import as_classes
-from nnunet_lite.inference.predictor import Predictor, PreparedImage, load, segment
+from nnunet_lite.inference.predictor import load, predict_on_grid
 from nnunet_lite.models.folder import MODEL, is_finished, model_folder, read_run
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
+from nnunet_lite.preprocessing.pipeline import Preprocessed
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.training.splits import ALL, Split, load_splits
 from nnunet_lite.workspace import Paths
@@ -195,29 +193,10 @@ def predict_first_stage(
             for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
                 source, target = open_first(case_id), open_second(case_id)
                 with naming(case_id):
-                    classes = predict_on_grid(model, source.image[:], source.placement, target.placement)
+                    array = Preprocessed(source.image[:], None, source.placement)
+                    classes = predict_on_grid(model, array, target.placement)
                 write_stage_map(files[case_id], classes, target.label, keys[case_id])
     return files
-
-
-def predict_on_grid(model: Predictor, image: np.ndarray, first: Placement, second: Placement) -> np.ndarray:
-    """Predict classes (z, y, x) on the grid of the second stage's array of a case.
-
-    Parameters
-    ----------
-    model : Predictor
-        The first stage.
-    image : ndarray, shape (channels, z, y, x)
-        Its preprocessed array.
-    first, second : Placement
-        Of both arrays in the image; both show the same box of it.
-    """
-    z, y, x = second.shape
-    grid, box = Geometry(second.shape, second.new_spacing), ((0, z), (0, y), (0, x))
-    # as in nnU-Net, the spacing of the first stage alone decides whether slices are resampled one by one
-    place = Placement(grid, Turn(), box, first.new_spacing, first.new_spacing, first.shape)
-    label_map, _ = segment(model, PreparedImage((Preprocessed(image, None, place),), None))
-    return as_classes(label_map, model.plan.labels)
 
 
 def _describe_fold(folder: Path, fold: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from nnunet_lite.data.names import stem
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import atomic, lacks_space, no_space, sweep
+from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
@@ -34,6 +33,7 @@ Postprocess = Callable[[np.ndarray, tuple[float, float, float]], np.ndarray]
 _MOST_READERS = 4  # images that are read, cropped, normalised and resampled at once while a GPU computes
 _READING = 4  # times the size of a preprocessed image: what reading and preprocessing one takes
 _MOST_WRITING = 2  # label maps that wait to be written
+_NAME_BYTES = 255
 _NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 
 
@@ -86,7 +86,8 @@ def predict_cases(
     Raises
     ------
     UserError
-        A label map would overwrite an image, or an image of a DICOM segmentation is no DICOM series.
+        A label map would overwrite an image, the name of a map would be too long, or an image of a DICOM segmentation
+        is no DICOM series.
     OSError
         The disk is full.
     """
@@ -94,6 +95,10 @@ def predict_cases(
     images = {identify(path) for case in cases for path in case.images}
     if overwritten := next((path for path in targets.values() if identify(path) in images), None):
         raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
+    map_files = [_map_file(path, name) for path in targets.values() for name in maps.names]
+    if too_long := next((path for path in map_files if len(path.name.encode()) > _NAME_BYTES), None):
+        what = f"has a longer name than file systems allow ({_NAME_BYTES} bytes)"
+        raise UserError(what, too_long, "Rename the image, or leave out its maps.")
     if dicom_seg:
         require_dicom()
         if other := next((case.images[0] for case in cases if not is_dicom(case.images[0])), None):
@@ -113,9 +118,7 @@ def predict_cases(
     def write(case: Case, geometry: Geometry, label_map: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
         target = targets[case.id]
         for name, array in arrays.items():
-            folder, _, of = name.partition("/")
-            file = target.parent / folder / f"{stem(target)}_{of.translate(_NOT_IN_NAMES)}.nii.gz"
-            with atomic(file) as temporary:
+            with atomic(_map_file(target, name)) as temporary:
                 write_nifti(temporary, array, geometry, 1 / STEPS, case.images[0])
         if postprocess is not None:
             label_map = postprocess(label_map, geometry.spacing)
@@ -163,6 +166,12 @@ def predict_cases(
     return sorted(files), failed
 
 
+def _map_file(target: Path, name: str) -> Path:
+    """Return the file of a map, by its name in `ExtraMaps`, of the image with a label map."""
+    folder, _, of = name.partition("/")
+    return target.parent / folder / f"{stem(target)}_{of.translate(_NOT_IN_NAMES)}.nii.gz"
+
+
 def _read_ahead(
     reader: ThreadPoolExecutor, read: Callable[[Case], PreparedImage], cases: Iterable[Case], most: int
 ) -> Iterator[Future[PreparedImage]]:
@@ -189,7 +198,7 @@ def _array_on_disk(folder: Path, shape: Sequence[int]) -> np.ndarray:
     """
     with TemporaryFile(dir=folder) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, prod(shape))  # otherwise a full disk ends the process by SIGBUS
+            allocate(file, prod(shape), folder)  # otherwise a full disk ends the process by SIGBUS
         except OSError as error:
             if lacks_space(error):
                 raise no_space(folder, "each map needs", prod(shape), error.errno) from None

@@ -22,9 +22,8 @@ from nnunet_lite.networks.devices import free_device_memory
 from nnunet_lite.planning.schema import Resampling
 from nnunet_lite.preprocessing.pipeline import Placement, output_values
 from nnunet_lite.preprocessing.resampling import Block, blocks, coarse_axis
-from nnunet_lite.system import cpus, free_memory, in_units
+from nnunet_lite.system import FREE_SHARE, cpus, free_memory, in_units
 
-FREE_SHARE = 0.8  # of the free memory that is used by default; the rest is for what is not counted
 _CUDNN_BYTES = 500_000_000  # what cuDNN may need for its fastest algorithms; an allowance, not a count
 _SLAB_VALUES = {"cpu": 1 << 22, "gpu": 1 << 26}  # largest size of output slices that are computed at once
 _SLAB = {"cpu": 16, "gpu": 64}  # and largest number

@@ -87,6 +87,7 @@ def _write(predictor: Predictor, out: Path) -> dict[str, float]:
         "folds": predictor.folds,
         "step_size": predictor.settings.step_size,
         "mirror_axes": predictor.mirror_axes if predictor.settings.mirroring else (),
+        "of_nnunet": predictor.of_nnunet,
         "sides": None if predictor.swap is None else asdict(predictor.swap),
     }
     write_text(out / "plans.json", predictor.plan.to_json())

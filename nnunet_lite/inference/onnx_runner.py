@@ -26,7 +26,7 @@ from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
 from nnunet_lite.inference.windows import Flip, LabelSwap, Place, gaussian_weight, mirrorings, tile
 from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.preprocessing.pipeline import preprocess_image, require_finite, restore_segmentation
+from nnunet_lite.preprocessing.pipeline import Placement, preprocess_image, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
 
 FORMAT = "nnlite-onnx-1"
@@ -60,6 +60,8 @@ class OnnxPredictor:
         Axes of the patch along which mirrored copies are averaged; () for none.
     swap : LabelSwap, optional
         Labels that change places in mirrored copies.
+    of_nnunet : bool
+        The classes of a first stage go by way of the image's own grid, as in nnU-Net.
     first_stage : OnnxPredictor, optional
         The first stage of a cascade.
     """
@@ -71,6 +73,7 @@ class OnnxPredictor:
     step_size: float
     mirror_axes: tuple[int, ...]
     swap: LabelSwap | None = None
+    of_nnunet: bool = False
     first_stage: OnnxPredictor | None = None
 
     @property
@@ -84,11 +87,17 @@ class OnnxPredictor:
             check_image(given, self.plan)
             return self._segment(given)
 
-    def _segment(self, image: Image) -> np.ndarray:
-        classes = None if self.first_stage is None else as_classes(self.first_stage._segment(image), self.plan.labels)
-        preprocessed = preprocess_image(image, classes, self.plan, self.configuration)
-        logits = self.logits(preprocessed.image, preprocessed.classes)
-        return restore_segmentation(logits, preprocessed.placement, self.plan.labels, self.configuration.resampling)
+    def _segment(self, image: Image, second: Placement | None = None) -> np.ndarray:
+        """Return the label map of an image; of a first stage, on the grid of the second if its placement is given."""
+        first, classes = self.first_stage, None
+        if first is not None and self.of_nnunet:
+            classes = as_classes(first._segment(image), self.plan.labels)
+        array = preprocess_image(image, classes, self.plan, self.configuration)
+        if first is not None and not self.of_nnunet:
+            classes = as_classes(first._segment(image, array.placement), first.plan.labels)
+        logits = self.logits(array.image, classes if array.classes is None else array.classes)
+        place = array.placement if second is None else array.placement.on_grid(second)
+        return restore_segmentation(logits, place, self.plan.labels, self.configuration.resampling)
 
     def logits(self, image: np.ndarray, stage_classes: np.ndarray | None = None) -> np.ndarray:
         """Predict the logits of a preprocessed image.
@@ -196,6 +205,7 @@ def load_onnx(
         step_size=about["step_size"],
         mirror_axes=tuple(about["mirror_axes"]),
         swap=swap and LabelSwap(swap["axis"], *(v and tuple(v) for v in (swap["channels"], swap["classes"]))),
+        of_nnunet=about.get("of_nnunet", True),
         first_stage=load_onnx(folder / PREVIOUS, None, providers) if is_second else None,
     )
 

@@ -56,8 +56,14 @@ class ExtraMaps:
     probabilities: tuple[str, ...] = ()
     uncertainty: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the maps, such as "probabilities/liver"."""
+        uncertainty = (ENTROPY, DISAGREEMENT) if self.uncertainty else ()
+        return (*(f"{PROBABILITIES}/{name}" for name in self.probabilities), *uncertainty)
+
     def __bool__(self) -> bool:
-        return bool(self.probabilities) or self.uncertainty
+        return bool(self.names)
 
 
 def parse_label_names(text: str, labels: Labels) -> tuple[str, ...]:
@@ -132,7 +138,7 @@ def predict_label_map(
     out, inner = empty_map(placement, labels.background, label_values.dtype)
     names = output_names(labels)
     channels = {f"{PROBABILITIES}/{name}": names.index(name) for name in maps.probabilities}
-    extra = {name: new_map(out.shape) for name in (*channels, *((ENTROPY, DISAGREEMENT) if maps.uncertainty else ()))}
+    extra = {name: new_map(out.shape) for name in maps.names}
     if not labels.has_regions and (background := f"{PROBABILITIES}/{names[0]}") in extra:
         extra[background][:] = STEPS  # what was cropped away is background
     views = {name: predicted_part(array, placement) for name, array in extra.items()}

@@ -38,7 +38,7 @@ from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_for
 from nnunet_lite.networks.unet import build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of
-from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
+from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB
 from nnunet_lite.workspace import is_model_of, workspace_folder
@@ -100,6 +100,11 @@ class Predictor:
     @property
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
+
+    @property
+    def of_nnunet(self) -> bool:
+        """Whether nnU-Net trained it, so that it predicts as it does there."""
+        return self.settings.sums == "float16"
 
     def __call__(self, image: Any, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Segment an image.
@@ -370,16 +375,20 @@ class PreparedImage:
     ----------
     arrays : tuple of Preprocessed
         For the model and each of its partners; for a cascade, those of its first stage.
+    second_arrays : tuple of (Preprocessed or None)
+        For the second stage of each cascade.
     image : Image, optional
-        The image as it was read, if a second stage preprocesses it with the classes of the first.
+        The image as it was read, if a cascade of nnU-Net preprocesses it with the label map of the first stage.
     """
 
     arrays: tuple[Preprocessed, ...]
-    image: Image | None
+    second_arrays: tuple[Preprocessed | None, ...] = (None,)
+    image: Image | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(array.image.nbytes for array in self.arrays) + (0 if self.image is None else self.image.array.nbytes)
+        arrays = (array.image for array in (*self.arrays, *self.second_arrays) if array is not None)
+        return sum(array.nbytes for array in arrays) + (0 if self.image is None else self.image.array.nbytes)
 
 
 def prepare_image(predictor: Predictor, image: Image) -> PreparedImage:
@@ -391,13 +400,20 @@ def prepare_image(predictor: Predictor, image: Image) -> PreparedImage:
         As `check_image`.
     """
     check_image(image, predictor.plan)
+    made: list[tuple[Predictor, Preprocessed]] = []
+
+    def preprocess(model: Predictor) -> Preprocessed:
+        for other, array in made:
+            if (other.plan, other.configuration) == (model.plan, model.configuration):
+                return array
+        made.append((model, preprocess_image(image, None, model.plan, model.configuration)))
+        return made[-1][1]
+
     models = (predictor, *predictor.partners)
-    first, *others = (model.first_stage or model for model in models)
-    arrays = [preprocess_image(image, None, first.plan, first.configuration)]
-    for other in others:
-        same = (other.plan, other.configuration) == (first.plan, first.configuration)
-        arrays.append(arrays[0] if same else preprocess_image(image, None, other.plan, other.configuration))
-    return PreparedImage(tuple(arrays), image if any(model.first_stage for model in models) else None)
+    arrays = tuple(preprocess(model.first_stage or model) for model in models)
+    seconds = tuple(preprocess(model) if model.first_stage and not model.of_nnunet else None for model in models)
+    needs_image = any(model.first_stage and model.of_nnunet for model in models)
+    return PreparedImage(arrays, seconds, image if needs_image else None)
 
 
 def segment(
@@ -434,10 +450,13 @@ def segment(
     """
     settings, labels = predictor.settings, predictor.plan.labels
     models = []
-    for model, array in zip((predictor, *predictor.partners), prepared.arrays, strict=True):
+    each = zip((predictor, *predictor.partners), prepared.arrays, prepared.second_arrays, strict=True)
+    for model, array, second in each:
         classes = stage_classes
-        if model.first_stage is not None and prepared.image is not None:
-            first, _ = segment(model.first_stage, PreparedImage((array,), None))
+        if model.first_stage is not None and second is not None:
+            classes, array = predict_on_grid(model.first_stage, array, second.placement), second
+        elif model.first_stage is not None and prepared.image is not None:  # as nnU-Net does
+            first, _ = segment(model.first_stage, PreparedImage((array,)))
             array = preprocess_image(prepared.image, as_classes(first, labels), model.plan, model.configuration)
             classes = array.classes
         models.append(_make_tasks(model, array, classes, by_fold=maps.uncertainty))
@@ -450,9 +469,31 @@ def segment(
         _log_once(str(plan))
     skip_empty = settings.skip_empty
     if skip_empty == "auto":  # nnU-Net computes them, and on a GPU they take little time
-        as_nnunet = settings.sums == "float16" and predictor.device.type != "cpu"
+        as_nnunet = predictor.of_nnunet and predictor.device.type != "cpu"
         skip_empty = any(channel.use_mask for channel in predictor.plan.channels) and not as_nnunet
     return predict_label_map(models, plans, labels, maps, new_map, skip_empty=skip_empty)
+
+
+def predict_on_grid(first_stage: Predictor, array: Preprocessed, second: Placement) -> np.ndarray:
+    """Predict classes (z, y, x) with the first stage of a cascade on the grid of its second stage, as in its training.
+
+    Parameters
+    ----------
+    first_stage : Predictor
+        The first stage.
+    array : Preprocessed
+        An image as the first stage takes it.
+    second : Placement
+        The same image as the second stage takes it.
+
+    Raises
+    ------
+    UserError
+        As `Placement.on_grid`.
+    """
+    place = array.placement.on_grid(second)
+    label_map, _ = segment(first_stage, PreparedImage((Preprocessed(array.image, None, place),)))
+    return as_classes(label_map, first_stage.plan.labels)
 
 
 def _make_tasks(

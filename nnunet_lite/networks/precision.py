@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import describe
-from nnunet_lite.networks.devices import has_bf16
+from nnunet_lite.networks.devices import has_bf16, is_out_of_memory
 
 _LONG = 1.0  # s; a longer step is timed once
 _START = 0.5  # s; a first step may take this much longer than the next ones
@@ -184,9 +184,10 @@ def _time_one_by_one(
             for _ in range(_WARM_UPS):
                 work()
             times[candidate] = median(measure_seconds(work, device) for _ in range(_TIMED))
-        except torch.OutOfMemoryError:
-            log.info(f"{candidate} needs more memory than {device} has")
-        except Exception as error:  # the compiler's own errors, of many kinds
+        except Exception as error:  # the compiler's own errors are of many kinds
+            if is_out_of_memory(error):
+                log.info(f"{candidate} needs more memory than {device} has")
+                continue
             if not candidate.compiled:
                 raise
             log.warn(f"torch.compile failed and is left out: {shorten(describe(error), 300)}")

@@ -1,8 +1,8 @@
 """Predict the GPU memory of one training step by arithmetic over the layers of a configuration's network.
 
 Counted: what autograd keeps for the backward pass under float16 or bfloat16 autocast, the loss, the parameters with
-their gradients and momentum, and the temporary arrays of the backward pass. Not counted: the CUDA context of the
-process (0.3 to 0.6 GB, depending on driver and card).
+their gradients and momentum, the temporary arrays of the backward pass, and the batches that are made meanwhile. Not
+counted: the CUDA context of the process (0.3 to 0.6 GB, depending on driver and card).
 
 `with_memory` is what planning calls; it sums `training_memory`, which counts over `network_layers`.
 """
@@ -18,11 +18,17 @@ from nnunet_lite.planning.schema import Configuration, Network
 from nnunet_lite.planning.topology import voxels_per_stage
 
 HALF = 2  # bytes of an activation under autocast
+SINGLE = 4  # bytes of what stays in float32: the input and the output of a head
 # What the loss keeps: log-softmax and softmax in float32; per voxel the target as int64 and its weight.
 LOSS_BYTES_PER_LOGIT = 4 + 4
 LOSS_BYTES_PER_VOXEL = 8 + 4
 # Two float32 gradients of the logits, one per term of the loss, exist before anything is freed.
 LOSS_GRADIENT_BYTES = 4 + 4
+# One batch is trained on, three are ready or being made.
+BATCHES = 4
+SOURCE_SHARE = 6  # voxels of the boxes that contain the rotated patches of a batch, per voxel; 99 of 100 have less
+WARPED_VOXELS = 2**21  # so many voxels of patches are rotated and scaled together on a GPU
+WARP_BYTES = 170  # what that takes for each of them and each label map, measured: mostly the votes of 8 neighbours
 CUDNN_BYTES = 500_000_000  # what cuDNN may take for its fastest algorithms; an allowance, not a count
 
 
@@ -113,8 +119,8 @@ def network_layers(network: Network, patch: tuple[int, ...], inputs: int, output
     return layers
 
 
-def activation_values(network: Network, patch: tuple[int, ...], inputs: int, outputs: int) -> int:
-    """Count the values that autograd keeps for the backward pass of one patch, heads included, without the loss.
+def activation_values(network: Network, patch: tuple[int, ...], inputs: int) -> int:
+    """Count the 16-bit values that autograd keeps for the backward pass of one patch, without heads and loss.
 
     A convolution keeps its input, a normalisation its input, an in-place activation its output. So each convolution
     leaves its own output and, where an activation follows, the activated one, which is also the next one's input.
@@ -122,7 +128,7 @@ def activation_values(network: Network, patch: tuple[int, ...], inputs: int, out
     """
     per_convolution = 2 if network.norm != "none" else 1
     kept = inputs * prod(patch)
-    for layer in network_layers(network, patch, inputs, outputs):
+    for layer in network_layers(network, patch, inputs, outputs=0):
         if layer.kind == "conv":
             kept += per_convolution * layer.values
         elif layer.kind == "project":
@@ -130,41 +136,52 @@ def activation_values(network: Network, patch: tuple[int, ...], inputs: int, out
             kept += layer.inputs * layer.voxels * layer.pools + layer.values * layer.normalized
         elif layer.kind == "up":
             kept += 2 * layer.values  # upsampled and skip, concatenated
-        else:
-            kept += layer.values  # logits
     return kept
 
 
 def training_memory(
-    network: Network, patch: tuple[int, ...], batch_size: int, inputs: int, outputs: int
+    network: Network, patch: tuple[int, ...], batch_size: int, channels: int, outputs: int, previous: int = 0
 ) -> dict[str, int]:
     """Predict the memory of one training step with deep supervision and SGD with momentum under autocast.
 
     Parameters
     ----------
-    network, patch, inputs, outputs
+    network, patch, outputs
         As in `network_layers`.
     batch_size : int
         Patches per step.
+    channels : int
+        Of the images.
+    previous : int
+        Channels of a cascade's one-hot previous segmentation.
 
     Returns
     -------
     dict of str to int
-        Bytes of activations, loss, weights, gradients, optimizer and workspace.
+        Bytes of activations, heads, loss, weights, gradients, optimizer, workspace and batches.
     """
+    inputs, voxels = channels + previous, prod(patch)
     layers = network_layers(network, patch, inputs, outputs)
     parameters = sum(layer.parameters for layer in layers)
     heads = [layer for layer in layers if layer.kind == "head"]
-    logits = sum(head.values for head in heads)
+    heads = heads[1:] or heads  # the coarsest one is not trained
     # Going back, the widest point is the gradient of a convolution's output together with that of its input.
     widest = max(layer.values + layer.inputs * layer.voxels for layer in layers if not layer.pools)
+    at_heads = LOSS_GRADIENT_BYTES * sum(h.values for h in heads) + SINGLE * heads[-1].inputs * voxels
+    ready = BATCHES * (SINGLE * inputs + 1)  # float32 images, uint8 classes
+    maps = 2 if previous else 1
+    read = SOURCE_SHARE * (HALF * channels + maps)
+    together = min(batch_size, max(1, WARPED_VOXELS // voxels))
+    warped = maps * WARP_BYTES + SOURCE_SHARE * SINGLE * channels
     return {
-        "activations": HALF * batch_size * activation_values(network, patch, inputs, outputs),
+        "activations": HALF * batch_size * activation_values(network, patch, inputs),
+        "heads": SINGLE * batch_size * sum((h.inputs + h.outputs) * h.voxels for h in heads),
         "loss": batch_size * sum(LOSS_BYTES_PER_LOGIT * h.values + LOSS_BYTES_PER_VOXEL * h.voxels for h in heads),
         "weights": parameters * (4 + HALF),  # autocast keeps a copy
         "gradients": 4 * parameters,
         "optimizer": 4 * parameters,
-        "workspace": max(HALF * batch_size * widest, LOSS_GRADIENT_BYTES * batch_size * logits) + CUDNN_BYTES,
+        "workspace": batch_size * max(HALF * widest, at_heads) + CUDNN_BYTES,
+        "batches": voxels * (batch_size * (ready + read) + together * warped),
     }
 
 
@@ -186,6 +203,6 @@ def with_memory(configuration: Configuration, channels: int, labels: Labels) -> 
         With `memory_gb`.
     """
     c = configuration
-    inputs = channels + (labels.n_classes - 1 if c.previous_stage else 0)
-    memory = training_memory(c.network, c.patch_size, c.batch_size, inputs, labels.n_channels)
+    previous = labels.n_classes - 1 if c.previous_stage else 0
+    memory = training_memory(c.network, c.patch_size, c.batch_size, channels, labels.n_channels, previous)
     return c.model_copy(update={"memory_gb": round(sum(memory.values()) / 1e9, 3)})

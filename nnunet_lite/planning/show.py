@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import align, plural
 
 if TYPE_CHECKING:  # schema.py imports this file, so that a plan can show itself
     from nnunet_lite.planning.schema import Configuration, Plan
@@ -22,10 +21,8 @@ def plan_table(plan: Plan) -> str:
     Lengths are in mm, of pictures in pixels; GB are 1e9 bytes of a training step; "patch sees" is the share of the
     median image in one patch.
     """
-    rows = [plan_head(plan), *plan_rows(plan)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [*wrap(plan_title(plan), WIDTH), *wrap(_channels(plan), WIDTH, subsequent_indent="  "), ""]
-    lines += [_align(row, widths) for row in rows]
+    lines.append(align([plan_head(plan), *plan_rows(plan)]))
     for name, reasons in plan_reasons(plan).items():
         lines += ["", name]
         for reason in reasons:
@@ -80,12 +77,6 @@ def patch_share(configuration: Configuration) -> float:
     """Return the share of the median image that one patch sees, 0 to 1."""
     axes = zip(configuration.patch_size, configuration.median_shape, strict=True)
     return prod(min(1.0, size / whole) for size, whole in axes)
-
-
-def _align(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Names to the left, numbers to the right."""
-    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-    return "  ".join(cells)
 
 
 def _channels(plan: Plan) -> str:

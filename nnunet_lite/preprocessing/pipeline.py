@@ -82,6 +82,22 @@ class Placement:
             value = {**value, "turn": turn}
         return _PLACEMENT.validate_python(value)
 
+    def on_grid(self, second: Placement) -> Placement:
+        """Return the placement of this array in another array of the same image, as if that were the image.
+
+        As in nnU-Net, the spacing of this array alone then decides whether slices are resampled one by one.
+
+        Raises
+        ------
+        UserError
+            The arrays do not show the same box of the image in the same orientation.
+        """
+        if (self.turn, self.box) != (second.turn, second.box):
+            raise UserError("the stages of the cascade turn or crop this image differently", fix="Train both again.")
+        z, y, x = second.shape
+        grid = Geometry(second.shape, second.new_spacing)
+        return Placement(grid, Turn(), ((0, z), (0, y), (0, x)), self.new_spacing, self.new_spacing, self.shape)
+
 
 _PLACEMENT = TypeAdapter(Placement)
 

@@ -38,25 +38,21 @@ _SLAB = 1 << 20  # voxels searched at a time
 
 
 @dataclass(frozen=True)
-class StoredCase:
-    """A preprocessed case on disk; opening it reads no voxels, and any number of threads may read it.
+class CaseArrays:
+    """A preprocessed case: numpy arrays, tensors on a device, or arrays on disk.
 
     Parameters
     ----------
     case_id : str
         Its id.
-    image : blosc2.NDArray, shape (channels, z, y, x)
-        float16 or float32, memory-mapped; `image[:, z0:z1, y0:y1, x0:x1]` reads that box as a numpy array.
-    label : blosc2.NDArray or None, shape (z, y, x)
-        Classes, likewise; None for a case without label.
+    image : array, shape (channels, z, y, x)
+        float16 or float32.
+    label : array or None, shape (z, y, x)
+        Classes; None for a case without label.
     foreground : dict of int to ndarray, shape (n, 3)
         Voxels of each class but the background, or of each region counted from 1; see `sample_voxels`.
     annotated : ndarray or None, shape (n, 3)
         Voxels that are not ignored; None for a dataset without ignore label.
-    placement : Placement
-        Where the array is in its image.
-    key : str
-        Name of the case's folder, which contains a hash of what it was made of.
     previous : array or None, shape (z, y, x)
         Classes that the previous stage of a cascade predicted on this grid; see training/cascade.py.
     """
@@ -66,9 +62,25 @@ class StoredCase:
     label: Any
     foreground: dict[int, np.ndarray]
     annotated: np.ndarray | None
+    previous: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCase(CaseArrays):
+    """A case on disk; opening it reads no voxels, and any number of threads may read it.
+
+    Its arrays are of blosc2, memory-mapped: `image[:, z0:z1, y0:y1, x0:x1]` reads that box as a numpy array.
+
+    Parameters
+    ----------
+    placement : Placement
+        Where the array is in its image.
+    key : str
+        Name of the case's folder, which contains a hash of what it was made of.
+    """
+
     placement: Placement
     key: str
-    previous: Any = None
 
 
 def is_whole(folder: Path) -> bool:
@@ -104,8 +116,8 @@ def read_stored_case(folder: Path, case_id: str) -> StoredCase:
             start += count
     annotated = foreground.pop(_ANNOTATED, None)
     label = _open(folder / "label.b2nd") if description["labelled"] else None
-    placement = Placement.from_json(description["placement"])
-    return StoredCase(case_id, _open(folder / "image.b2nd"), label, foreground, annotated, placement, folder.name)
+    placement, image = Placement.from_json(description["placement"]), _open(folder / "image.b2nd")
+    return StoredCase(case_id, image, label, foreground, annotated, placement=placement, key=folder.name)
 
 
 def write_stored_case(

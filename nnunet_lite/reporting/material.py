@@ -248,7 +248,7 @@ def _read_fold(folder: Path) -> FoldHistory:
 
 
 def _read_scores(folder: Path, dataset: Dataset, notes: list[str]) -> tuple[Scores, dict[str, str]]:
-    """The scores of all validated folds, and the fold of each case."""
+    """Read the scores of all validated folds, and the fold of each case."""
     rows: list[CaseScore] = []
     fold_of: dict[str, str] = {}
     for file in sorted(folder.glob("fold_*/validation/summary.json")):
@@ -313,7 +313,7 @@ def draw_cases(material: Material) -> Material:
 
 
 def _evenly(cases: Sequence[Case], n: int) -> set[str]:
-    """The names of n evenly spaced cases."""
+    """Return the names of n evenly spaced cases."""
     n = min(n, len(cases))
     return {cases[round(i * (len(cases) - 1) / max(1, n - 1))].id for i in range(n)}
 
@@ -338,7 +338,7 @@ class Overlay(NamedTuple):
 
 
 def _choose_overlays(material: Material, voxels: Mapping[str, int], tiles: set[str]) -> list[Overlay]:
-    """The worst case of each model, then the second worst of each, as far as the time to read them allows."""
+    """Choose the worst case of each model, then the second worst of each, as far as the time to read them allows."""
     overlays = [
         Overlay(rank, row.case, model.name, Path(row.prediction_file))
         for model in material.scored
@@ -355,7 +355,7 @@ def _choose_overlays(material: Material, voxels: Mapping[str, int], tiles: set[s
 
 
 def _size_of_overlays(shapes: Sequence[tuple[int, int, int]], pictures: int) -> tuple[int, int]:
-    """Pixels along the longer side with which all overlays fit the page, or the smallest size and how many then fit."""
+    """Return the side (pixels) with which all overlays fit the page, or the smallest one, and how many fit."""
     size, total = _SIZES[0], np.zeros(0)
     for size in _SIZES:
         total = np.cumsum([_estimate_bytes(shape, size, pictures) for shape in shapes])
@@ -367,7 +367,7 @@ def _size_of_overlays(shapes: Sequence[tuple[int, int, int]], pictures: int) -> 
 def _fit_page(
     material: Material, pictures: Mapping[str, CasePictures], overlays: Sequence[Overlay]
 ) -> dict[str, dict[str, list[Picture]]]:
-    """The planes of each model and case, without the best cases if the pictures are larger than estimated."""
+    """Return the planes of each model and case, without the best cases if the pictures are larger than estimated."""
     overlaid: dict[str, dict[str, list[Picture]]] = {model.name: {} for model in material.scored}
     total = 0
     for overlay in overlays:
@@ -379,7 +379,7 @@ def _fit_page(
 
 
 def _estimate_bytes(shape: tuple[int, int, int], size: int, pictures: int) -> float:
-    """Bytes of the overlays of one case and model: a WebP in base64 and some outlines for each plane."""
+    """Estimate the bytes of the overlays of one case and model: a WebP in base64 and some outlines for each plane."""
     z, y, x = (min(n, size) for n in shape)
     areas = [y * x] if z == 1 else [y * x, z * x, z * y]
     return sum(700 + pictures * 4 / 3 * (200 + 0.2 * area) for area in areas)
@@ -410,7 +410,7 @@ def draw_case(
         if tile or predictions:
             image, label = read_case(case, dataset)
             out.geometry = image.geometry
-            oriented = OrientedImage(image.array, image.geometry, plan)
+            oriented = OrientedImage(image, plan)
             reference = None if label is None else oriented.turn.apply(label)
             if tile:
                 out.tile = oriented.tile(reference)
@@ -429,7 +429,7 @@ def draw_case(
 
 
 def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
-    """The voxels of each region."""
+    """Count the voxels of each region."""
     values, counts = np.unique(label, return_counts=True)
     voxels = dict(zip(values.tolist(), counts.tolist(), strict=True))
     regions = zip(labels.region_names, labels.region_values, strict=True)
@@ -437,7 +437,7 @@ def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
 
 
 def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
-    """Evenly spaced voxels of each region and of the nonzero image; z-scores where the plan normalizes so."""
+    """Take evenly spaced voxels of each region and of the nonzero image; z-scores where the plan normalizes so."""
     flat = image.reshape(len(image), -1)
     nonzero = (flat != 0).any(axis=0)
     masks = {"image": nonzero}

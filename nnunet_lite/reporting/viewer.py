@@ -193,7 +193,7 @@ def read_file_scene(
 def _make_scene(
     title: str, image: Image, channels: Sequence[str], maps: list[LabelMap], labels: Labels, has_reference: bool
 ) -> Scene:
-    """Layers of everything; if the first map is the reference, the others are compared with it."""
+    """Make layers of everything; if the first map is the reference, the others are compared with it."""
     layers, names = _image_layers(image, channels), _label_names(labels)
     legend, reference = tuple(zip(names, label_colours(len(names)), strict=True)), None
     errors = []
@@ -218,9 +218,9 @@ def _make_scene(
 
 
 def _image_layers(image: Image, names: Sequence[str]) -> list[SceneLayer]:
-    """A layer for each channel, the first one visible; a colour picture is one layer."""
+    """Make a layer for each channel, the first one visible; a colour picture is one layer."""
     array, geometry = image.array, image.geometry
-    if array.shape[0] == 3 and array.dtype == np.uint8 and geometry.dimensions == 2:
+    if image.is_colour:
         return [SceneLayer("colours", "image", nifti_bytes(array, geometry))]
     layers: list[SceneLayer] = []
     for name, channel in zip(names, array, strict=True):
@@ -239,21 +239,21 @@ def _image_layers(image: Image, names: Sequence[str]) -> list[SceneLayer]:
 
 
 def _compare(reference: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """0 where both are equal, otherwise 1, 2, 3 as in `_ERRORS`."""
+    """Return 0 where both are equal, otherwise 1, 2, 3 as in `_ERRORS`."""
     out = np.where(classes == 0, np.uint8(1), np.where(reference == 0, np.uint8(2), np.uint8(3)))
     out[classes == reference] = 0
     return out
 
 
 def _label_names(labels: Labels) -> list[str]:
-    """The name of each foreground class: its label, or the regions that contain it."""
+    """Return the name of each foreground class: its label, or the regions that contain it."""
     regions = list(zip(labels.region_names, labels.region_values, strict=True))
     names = [" + ".join(name for name, values in regions if value in values) for value in labels.values[1:]]
     return names if labels.ignore is None else [*names, IGNORE]
 
 
 def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
-    """Labels with their numbers as names."""
+    """Return labels with their numbers as names."""
     found = sorted({int(value) for array in maps for value in np.unique(array)} - {0})
     if len(found) > _MAX_LABELS:
         raise UserError(f"{len(found)} different values are too many for label maps", fix="The image comes first.")
@@ -264,7 +264,7 @@ def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
 
 
 def label_colours(n: int) -> list[Colour]:
-    """The colours of labels; after the first ones, hues by the golden ratio.
+    """Return the colours of labels; after the first ones, hues by the golden ratio.
 
     Parameters
     ----------
@@ -298,7 +298,7 @@ class View:
     redirects: dict[str, str]
 
     def one_time_url(self) -> str:
-        """An address that leads to `url` the first time that it is opened."""
+        """Return an address that leads to `url` the first time that it is opened."""
         root, path = self.url.rsplit("/", 2)[0], f"/{secrets.token_urlsafe(24)}"
         self.redirects[path] = self.url
         return root + path
@@ -310,7 +310,7 @@ class View:
         return {"url": self.url, "title": self.title}
 
     def wait(self) -> None:
-        """Block; the page is served from a thread."""
+        """Wait until Ctrl-C; the page is served from a thread."""
         log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
         threading.Event().wait()
 

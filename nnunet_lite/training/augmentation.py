@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_lite.planning.memory import WARPED_VOXELS
 from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.settings import AugmentationSettings
 
@@ -241,18 +242,37 @@ def warp(images: Tensor, classes: Tensor, matrices: Tensor, patch: Sequence[int]
     Parameters
     ----------
     images : Tensor, shape (n, channels, *source)
-        Boxes with two or three axes that contain what the matrices map the patch to.
+        float16 or float32 boxes with two or three axes that contain what the matrices map the patch to.
     classes : Tensor, shape (n, maps, *source)
         Label maps.
     matrices : Tensor, shape (n, axes, axes)
         From offsets in the patch to offsets in the source, in voxels.
     patch : sequence of int
         Shape of the result.
+
+    Returns
+    -------
+    images : Tensor, shape (n, channels, *patch)
+        float32.
+    classes : Tensor, shape (n, maps, *patch)
+        Of the same type.
     """
+    if images.device.type == "cpu":  # its cores share the samples
+        return _warp_together(images.float(), classes, matrices, patch)
+    size = max(1, WARPED_VOXELS // math.prod(patch))
+    parts = zip(images.split(size), classes.split(size), matrices.split(size), strict=True)
+    warped = [_warp_together(part.float(), maps, matrix, patch) for part, maps, matrix in parts]
+    moved_images, moved_classes = zip(*warped, strict=True)
+    return torch.cat(moved_images), torch.cat(moved_classes)
+
+
+def _warp_together(images: Tensor, classes: Tensor, matrices: Tensor, patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Do what `warp` does for samples that fit memory together."""
     moved = [_move(factors, patch) for factors in matrices.unbind(1)]
     source = images.shape[2:]
     grid = torch.stack([m / (max(n - 1, 1) / 2) for m, n in zip(moved, source, strict=True)][::-1], -1)
     warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    del grid
     positions = [m + (n - 1) / 2 for m, n in zip(moved, source, strict=True)]
     return warped, vote(classes, positions, everywhere=images.device.type != "cpu")
 

@@ -8,10 +8,9 @@ keeps as many of their pages in RAM as fit, once for all processes.
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from shutil import disk_usage
@@ -24,28 +23,13 @@ from torch import Tensor
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, locked
-from nnunet_lite.networks.devices import free_device_memory
-from nnunet_lite.preprocessing.stored_case import StoredCase
-from nnunet_lite.system import GB, cpus, free_memory, in_units
+from nnunet_lite.networks.devices import free_device_memory, is_out_of_memory
+from nnunet_lite.preprocessing.stored_case import CaseArrays, StoredCase
+from nnunet_lite.system import GB, allow_open_files, cpus, free_memory, in_units
 
 Cache = Literal["auto", "device", "ram", "disk"]
 _SHARE = 0.5  # of the free memory, at most, is used for cases
 _PLACES = {"device": "kept on {device}", "ram": "kept in RAM", "disk": "read from disk"}
-
-
-@dataclass(frozen=True)
-class LoadedCase:
-    """A case without compression: arrays in RAM, memory maps, or tensors on a device; fields as in `StoredCase`."""
-
-    case_id: str
-    image: np.ndarray | Tensor
-    label: np.ndarray | Tensor
-    foreground: Mapping[int, np.ndarray]
-    annotated: np.ndarray | None
-    previous: np.ndarray | Tensor | None = None
-
-
-CaseArrays = StoredCase | LoadedCase
 
 
 def load_cases(
@@ -91,19 +75,20 @@ def load_cases(
         log.info(f"{len(case_ids)} cases, {in_units(needed)}, {_PLACES[cache].format(device=device)}: {reason}")
     if cache == "disk" or (cache == "ram" and processes > 1):
         # a case holds up to four open files, so the limit of this process is raised
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        allow_open_files()
         cases = [open_case(case_id) for case_id in case_ids]
         return map_cases(cases) if device.type != "cpu" or processes > 1 else cases
 
-    def load(case_id: str) -> LoadedCase:
+    def load(case_id: str) -> CaseArrays:
         case = load_case(open_case(case_id))
         return move_case(case, device) if cache == "device" else case  # at once: RAM may not hold all of them
 
     with ThreadPoolExecutor(cpus()) as pool:
         try:
             return list(pool.map(load, case_ids))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if device.type == "cpu" or not is_out_of_memory(error):
+                raise
             raise UserError(f"the memory of {device} is too small for the cases", fix="Use --cache ram.") from None
 
 
@@ -143,10 +128,7 @@ def map_cases(cases: Sequence[StoredCase]) -> Sequence[CaseArrays]:
     def mapped(array: Any) -> Any:
         return None if array is None else np.load(_copy_of(array), mmap_mode="r")
 
-    return [
-        LoadedCase(c.case_id, mapped(c.image), mapped(c.label), c.foreground, c.annotated, mapped(c.previous))
-        for c in cases
-    ]
+    return [replace(c, image=mapped(c.image), label=mapped(c.label), previous=mapped(c.previous)) for c in cases]
 
 
 def _copy_of(array: Any) -> Path:
@@ -158,15 +140,15 @@ def _is_current(copy: Path, original: Path) -> bool:
     return copy.is_file() and copy.stat().st_mtime_ns >= original.stat().st_mtime_ns
 
 
-def load_case(case: StoredCase) -> LoadedCase:
+def load_case(case: StoredCase) -> CaseArrays:
     """Read a case into RAM and leave none of its files open."""
     voxels = {number: np.array(v) for number, v in case.foreground.items()}
     annotated = None if case.annotated is None else np.array(case.annotated)
     previous = None if case.previous is None else case.previous[:]
-    return LoadedCase(case.case_id, case.image[:], case.label[:], voxels, annotated, previous)
+    return CaseArrays(case.case_id, case.image[:], case.label[:], voxels, annotated, previous)
 
 
-def move_case(case: LoadedCase, device: torch.device) -> LoadedCase:
+def move_case(case: CaseArrays, device: torch.device) -> CaseArrays:
     """Copy the arrays of a case to a device: images as stored, labels uint8 (int32 for more than 256 classes)."""
 
     def tensor(array: Any) -> Tensor:

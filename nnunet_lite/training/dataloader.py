@@ -14,8 +14,10 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,11 +26,11 @@ from torch import Tensor
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.swaps import check_swaps, swap_of
+from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training import augmentation
 from nnunet_lite.training.augmentation import Intensity, Shape, copy_parameters, copy_to_device, source_shape
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
-from nnunet_lite.training.cache import CaseArrays
 from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_cascade
 from nnunet_lite.training.distributed import rank_share
 from nnunet_lite.training.job import Job
@@ -36,6 +38,7 @@ from nnunet_lite.training.job import Job
 Batch = tuple[Tensor, Tensor, tuple[str, ...]]  # images (batch, inputs, *patch), classes (batch, *patch), case ids
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
+_AUGMENTING = Lock()
 _GPU_WORKERS = 2  # one thread reads while the other waits for the disk or for the interpreter
 
 
@@ -221,7 +224,8 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
     read = _read_reference if augmented and settings.pipeline == "batchgenerators" else _read_native
     images, classes = read(job, cases, draw)
     if draw.intensity:
-        images = augmentation.apply_intensity(images, draw.intensity)
+        with _one_at_a_time(job.device):
+            images = augmentation.apply_intensity(images, draw.intensity)
     if draw.flips is not None:
         augmentation.apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
         if settings.extra:
@@ -250,12 +254,18 @@ def _read_native(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> tupl
         locations = [draw.locations[i] for i in group]
         parts.append(read_patches(cases, locations, job.patch, job.device, _class_beyond(job)))
     if not any(moved):
-        return parts[0]
+        return parts[0][0].float(), parts[0][1]
     matrices = np.stack([location.matrix for location in draw.locations if location.matrix is not None])
     matrix, back = copy_parameters([matrices, np.argsort(order)], job.device)
-    parts[-1] = augmentation.warp_samples(*parts[-1], matrix, job.patch)
+    with _one_at_a_time(job.device):
+        parts[-1] = augmentation.warp_samples(*parts[-1], matrix, job.patch)
     images, classes = (torch.cat(part)[back.long()] for part in zip(*parts, strict=True))
     return images, classes
+
+
+def _one_at_a_time(device: torch.device) -> AbstractContextManager[Any]:
+    """Let one thread at a time take a GPU's memory for temporary arrays, which are larger than a batch."""
+    return _AUGMENTING if device.type == "cuda" else nullcontext()
 
 
 def _read_reference(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> tuple[Tensor, Tensor]:
@@ -265,7 +275,7 @@ def _read_reference(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> t
     locations = [enlarge(location, job.patch, shape) for location in draw.locations]
     images, classes = read_patches(cases, locations, shape, cpu, _class_beyond(job))
     transforms = reference_transforms(settings, job.patch)
-    images, classes = apply_transforms(transforms, images, classes, draw.seeds, job.patch)
+    images, classes = apply_transforms(transforms, images.float(), classes, draw.seeds, job.patch)
     return copy_to_device(images, job.device), copy_to_device(classes, job.device)
 
 
@@ -385,7 +395,7 @@ def read_patches(
     Returns
     -------
     images : Tensor, shape (n, channels, z, y, x)
-        float32.
+        float16, or float32 where a case is stored so.
     classes : Tensor, shape (n, maps, z, y, x)
         Classes of the label and, in the second stage of a cascade, those that the first stage predicted.
     """
@@ -404,8 +414,8 @@ def read_patches(
         read_box(case.label, corner, maps[0], beyond)
         if case.previous is not None:
             read_box(case.previous, corner, maps[1])
-    images, classes = (x.to(device, non_blocking=device.type == "cuda") for x in (images, classes))
-    return images.float(), classes
+    non_blocking = device.type == "cuda"
+    return images.to(device, non_blocking=non_blocking), classes.to(device, non_blocking=non_blocking)
 
 
 def _empty_patches(cases: Sequence[CaseArrays], shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

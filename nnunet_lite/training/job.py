@@ -12,13 +12,12 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan
+from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.distributed import ALONE, Ranks
 
 if TYPE_CHECKING:
     import torch
-
-    from nnunet_lite.training.dataloader import CaseArrays
 
 _LARGEST_GB = 2000  # no machine has more; a larger step is a typing error that would only fill the memory
 
@@ -81,9 +80,8 @@ class Job:
     @property
     def mirror_axes(self) -> tuple[int, ...]:
         """The axes of (z, y, x) that augmentation mirrors."""
-        offset = 3 - self.dimensions
-        axes = self.settings.augmentation.mirror_axes
-        return tuple(axis + offset for axis in (range(self.dimensions) if axes is None else axes))
+        axes = self.settings.augmentation.mirrored_axes(self.dimensions)
+        return tuple(axis + 3 - self.dimensions for axis in axes)
 
 
 def configure_plan(plan: Plan, configuration: str, settings: Settings) -> Plan:

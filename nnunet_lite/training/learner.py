@@ -24,7 +24,7 @@ from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
-from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, release_memory
+from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, is_out_of_memory, release_memory
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
 from nnunet_lite.training.dataloader import Batch, make_batch
@@ -130,9 +130,9 @@ def parallelize(job: Job, learner: Learner) -> Learner:
             network.eval()
             with torch.inference_mode():  # as the pseudo-validation, whose duration is that of windows later
                 compute_loss(job, parallel, batch)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # the compiler's own errors, of many kinds
+            if is_out_of_memory(error):
+                raise
             reason = shorten(describe(error), 300)
             if several or job.settings.training.compile is True:
                 raise UserError(f"torch.compile failed: {reason}", fix="Use --set training.compile=false.") from error

@@ -7,7 +7,6 @@ of the held-out cases in whole images, whose windows are then further apart if i
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,11 +21,12 @@ from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import Stopped, UserError
 from nnunet_lite.models.folder import CHECKPOINT, read_weights_header
+from nnunet_lite.networks.devices import is_out_of_memory
 from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import Settings
-from nnunet_lite.system import GB, in_units
+from nnunet_lite.system import GB, in_units, peak_memory
 
 if TYPE_CHECKING:
     from nnunet_lite.training.job import Job
@@ -236,7 +236,7 @@ def memory_peak(device: torch.device) -> float:
     """Return the peak memory in GB (1e9 bytes): of the GPU since the run began, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return peak_memory() / GB
 
 
 @contextmanager
@@ -254,7 +254,9 @@ def explain_out_of_memory(job: Job) -> Iterator[None]:
     cases = torch.cuda.memory_allocated(job.device)
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         planned = job.planned
         free, total = torch.cuda.mem_get_info(job.device)
         usable = free + torch.cuda.memory_reserved(job.device) - cases

@@ -12,8 +12,6 @@ folds, `read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratif
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import os
 import re
 import warnings
@@ -21,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +32,7 @@ from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, read_text, understood, write_json
+from nnunet_lite.files import hash_of, read_json, read_text, understood, write_json
 from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
@@ -71,6 +70,7 @@ class FoldRule:
 
 
 DEFAULT_RULE = FoldRule()
+_warn_once = cache(log.warn)  # `run` reads the folds for each that it trains
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     except UserError:
         if given:
             raise
-        log.warn(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
+        _warn_once(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
     return False
 
 
@@ -489,7 +489,7 @@ def _check_cases(split: Split, ids: Collection[str] | None) -> None:
 def write_splits(file: Path, splits: Sequence[Split], record: SplitsRecord) -> None:
     """Write splits.json and its record, and log what it holds."""
     content = [{"train": list(split.training), "val": list(split.validation)} for split in splits]
-    record = record.model_copy(update={"sha256": _hash(content)})
+    record = record.model_copy(update={"sha256": hash_of(content)})
     write_json(_record_file(file), record.model_dump(exclude_none=True))  # before splits.json, which needs it
     write_json(file, content)
     held_out = ", ".join(str(len(split.validation)) for split in splits)
@@ -502,7 +502,7 @@ def read_record(file: Path) -> SplitsRecord | None:
         return None
     with understood(_record_file(file), "Delete it."):
         record = SplitsRecord.model_validate(read_json(_record_file(file)))
-    return record if record.sha256 == _hash(read_json(file)) else None
+    return record if record.sha256 == hash_of(read_json(file)) else None
 
 
 def _summarize(splits: Sequence[Split], record: SplitsRecord | None) -> str:
@@ -553,11 +553,7 @@ def record_cases(fold_folder: Path, split: Split) -> None:
 def _fingerprint(split: Split) -> dict[str, Any]:
     """Count the cases and hash their ids; a model that is passed on does not contain the ids."""
     sides = [sorted(split.training), sorted(split.validation)]
-    return {"training": len(sides[0]), "validation": len(sides[1]), "sha256": _hash(sides)}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return {"training": len(sides[0]), "validation": len(sides[1]), "sha256": hash_of(sides)}
 
 
 def _record_file(file: Path) -> Path:

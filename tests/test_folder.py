@@ -1,7 +1,8 @@
-"""Logits that are NaN or infinite are a mistake with a name and a remedy, wherever labels are decided from them."""
+"""Images are predicted into a folder, or refused: logits that are not finite, names, voxels of another unit."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lite.data.cases import Case
+from nnunet_lite.data.images import read_image, write_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.inference.cases import read_case_image
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps
 from nnunet_lite.inference.predictor import Predictor
@@ -65,3 +68,29 @@ def test_sums_that_are_too_large_for_float16_are_no_background(model: Predictor,
     large = replace(model, networks=(Overflowing(60000.0, None),), settings=settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"Predict with --set inference\.sums=float32"):
         large(scans[0])
+
+
+def test_maps_whose_names_are_too_long_are_refused_before_the_prediction(
+    model: Predictor, scans: list[Path], tmp_path: Path, counts: Callable[..., None]
+) -> None:
+    counts("bad inputs refused in one line")
+    scan = shutil.copy(scans[0], tmp_path / f"{'n' * 240}.nii.gz")
+    cases = [Case("n" * 240, (scan,), None)]
+    with pytest.raises(UserError, match=r"n_Posterior\.nii\.gz: has a longer name than file systems allow"):
+        predict_cases(model, cases, tmp_path / "out", maps=ExtraMaps(("Posterior",)))
+    assert not (tmp_path / "out").exists()
+    (file,), failed = predict_cases(model, cases, tmp_path / "out")
+    assert file.is_file() and not failed
+
+
+def test_voxels_of_another_unit_are_reported(
+    model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Voxels of 1e-6 mm, for a model of voxels of 1 mm: micrometres or metres that were taken for millimetres."""
+    image = read_image(scans[0])
+    for size, reported in ((1e-6, True), (0.3, False)):
+        geometry = replace(image.geometry, spacing=(size, size, size), shape=(2, 2, 2))
+        write_label(tmp_path / "scan.nii.gz", image.array[0, :2, :2, :2], geometry)
+        read_case_image(model.plan, Case("scan", (tmp_path / "scan.nii.gz",), None))
+        said = f"has voxels of {size:.3g} mm, the training images of 1 mm; is its unit right?"
+        assert (said in capsys.readouterr().err) is reported
