@@ -41,18 +41,12 @@ def _setting(text: str) -> tuple[str, str]:
 
 Workspace = Annotated[
     str | Path | None,
-    general(
-        "-w",
-        "--workspace",
-        help="Folder that holds everything.",
-        show_default="$NNLITE_WORKSPACE or ./nnlite_workspace",
-    ),
+    general("-w", "--workspace", help="Folder of all files.", show_default="$NNLITE_WORKSPACE or ./nnlite_workspace"),
 ]
 DatasetName = Annotated[str | None, data("-d", "--dataset", help="Planned dataset.", show_default="the only one")]
 Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
 Workers = Annotated[
-    int | None,
-    hardware(min=0, help="Threads; 0: none, all work in the main thread.", show_default="as fits the machine"),
+    int | None, hardware(min=0, help="Threads; 0: only the main thread.", show_default="as fits the machine")
 ]
 Callbacks = Sequence[Callable[[dict[str, Any]], Any]]  # from Python alone
 Recipe = Annotated[str, setting(help="Name of a recipe, or a TOML file.")]

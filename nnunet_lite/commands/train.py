@@ -91,12 +91,10 @@ def train(
     precision: options.Precision = None,
     seed: options.Seed = None,
     workers: Annotated[
-        int | None,
-        options.hardware(min=0, help="Threads that prepare batches ahead; 0: none.", show_default="the recipe's"),
+        int | None, options.hardware(min=0, help="Threads that prepare batches ahead.", show_default="the recipe's")
     ] = None,
     cache: Annotated[
-        str | None,
-        options.hardware(help="Where cases are kept: auto, device, ram or disk.", show_default="the recipe's"),
+        str | None, options.hardware(help="Keep cases: auto, device, ram or disk.", show_default="the recipe's")
     ] = None,
     init: Annotated[
         str | Path | None, options.model(help="Model to start from, ours or nnU-Net's: fine-tuning.")
@@ -110,16 +108,10 @@ def train(
     gpus: Annotated[int, options.hardware(min=1, help="Train on this many GPUs of this machine.")] = 1,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    name: Annotated[
-        str | None, options.output(help="Of the model folder.", show_default="CONFIGURATION-RECIPE")
-    ] = None,
-    resume: Annotated[
-        bool, options.resuming("--resume", help="Only resume; an error if there is no earlier run.")
-    ] = False,
+    name: Annotated[str | None, options.output(help="Of the model.", show_default="CONFIGURATION-RECIPE")] = None,
+    resume: Annotated[bool, options.resuming("--resume", help="Only resume an earlier run; begin none.")] = False,
     force: Annotated[bool, options.resuming("--force", help="Resume although settings were changed.")] = False,
-    restart: Annotated[
-        bool, options.resuming("--restart", help="Start again; the earlier run is moved aside.")
-    ] = False,
+    restart: Annotated[bool, options.resuming("--restart", help="Move the earlier run aside, start again.")] = False,
     preview: Annotated[bool, options.output("--preview", help="Draw augmented samples to preview.png first.")] = False,
     settings: options.SettingOverrides = None,
     callbacks: options.Callbacks = (),

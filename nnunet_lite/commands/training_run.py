@@ -29,7 +29,7 @@ from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.callbacks import require_logger
 from nnunet_lite.training.dataloader import check_augmentation
 from nnunet_lite.training.distributed import current_ranks
-from nnunet_lite.training.finetune import adopt_plan, find_source
+from nnunet_lite.training.finetune import adopt_plan, open_source
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
 from nnunet_lite.training.loss import check_weights
@@ -233,7 +233,9 @@ def _starting_plan(
     if init is None:
         return plan
     try:
-        source = find_source(Path(init), dataset, fold_folder.name.removeprefix("fold_"))
+        fold = fold_folder.name.removeprefix("fold_")
+        with open_source(init, paths.root.parent, dataset, fold, configuration) as found:
+            source = found
     except UserError:
         if restart or not models.is_begun(fold_folder):
             raise

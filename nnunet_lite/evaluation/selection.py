@@ -21,7 +21,7 @@ from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
 from nnunet_lite.files import first_problem, read_json
-from nnunet_lite.models.folder import MODEL, is_finished
+from nnunet_lite.models.folder import MODEL, is_finished, read_run, stage_path
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.workspace import Paths
 
@@ -283,8 +283,8 @@ def weights_fingerprint(folder: Path, fold: str) -> str:
     fold : str
         Name of the fold.
     """
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    stages = [folder, *([folder.parent / Path(run["previous"]).name] if run.get("previous") else [])]
+    run = read_run(folder) if (folder / "run.json").is_file() else {}
+    stages = filter(None, (folder, stage_path(folder, run)))
     digest = hashlib.sha256()
     for stage in stages:
         file = stage / f"fold_{fold}" / MODEL

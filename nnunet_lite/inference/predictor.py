@@ -29,10 +29,10 @@ from nnunet_lite.inference.outputs import ExtraMaps, NewMap, parse_label_names, 
 from nnunet_lite.inference.segmentation import Segmentation
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
-from nnunet_lite.models.bundle import unpacked
+from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, trained_folds
-from nnunet_lite.models.lookup import find_model, read_model
+from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus
@@ -172,8 +172,8 @@ def load(
     Parameters
     ----------
     model : str, Path or sequence of them
-        A model folder, a zip, or the name of a model in the workspace. Several models vote with the mean of their
-        probabilities.
+        A model folder, a zip, or the name of a model in the workspace, as for `find_model`. Several models vote with
+        the mean of their probabilities.
     folds : str, int or sequence of them, optional
         By default all that are trained. All folds of a cascade's first stage are always used.
     device : str, optional
@@ -316,10 +316,9 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     UserError
         It is missing, not trained, or of another configuration.
     """
-    stage, name = second.configuration.previous_stage, second.run.get("previous")
-    if name is None:
+    stage, first = second.configuration.previous_stage, stage_path(folder, second.run)
+    if first is None:
         raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json", "Train it again.")
-    first = folder.absolute().parent / Path(name).name
     fix = f"It is the first stage of {folder.name}: put it back next to it, or train it with `nnlite train {stage}`."
     if is_nnunet(first):
         return first
