@@ -197,8 +197,8 @@ def planned_paths(
         There is no such dataset, or there are several and none is given.
     """
     planned = planned_datasets(workspace)
-    if not needs_plan and (imported := _only_models(workspace, given, planned)) is not None:
-        return imported
+    if not needs_plan and (found_models := _with_models(workspace, given, planned, only_reads)) is not None:
+        return found_models
     if given is None:
         if not planned:
             raise UserError(f"no dataset is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
@@ -216,13 +216,12 @@ def planned_paths(
     return paths
 
 
-def _only_models(workspace: Path, given: str | None, planned: list[str]) -> Paths | None:
-    """Return the dataset called `given`, or the only one of the workspace, if it has models and no plan."""
+def _with_models(workspace: Path, given: str | None, planned: list[str], only_reads: bool) -> Paths | None:
+    """Return the dataset called `given` if it has models and no plan; without `given`, the only one with models."""
     found = {file.parents[2] for file in workspace.glob("*/models/*/run.json")}
-    found = {root for root in found if root.name not in planned}
     if given is not None:
-        found &= set(_named(workspace, Path(given).name))
-    elif planned:
+        found = {root for root in found if root.name not in planned} & set(_named(workspace, Path(given).name))
+    elif planned and (only_reads or len(found) > 1):
         return None
     elif len(found) > 1:
         names = ", ".join(sorted(root.name for root in found))

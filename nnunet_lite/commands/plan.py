@@ -96,17 +96,14 @@ def plan(
         ),
     ] = None,
     clip_percentiles: Annotated[
-        tuple[float, float] | None,
-        options.setting(min=0, max=100, help="Clip each image to these before normalisation."),
+        tuple[float, float] | None, options.setting(min=0, max=100, help="Clip each image to these first.")
     ] = None,
     folds: options.Folds = None,
     group_by: options.GroupBy = None,
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
-    store: Annotated[
-        Precision | None, options.setting(help="Type of stored images.", show_default="as planned before")
-    ] = None,
+    store: Annotated[Precision | None, options.setting(help="Of images.", show_default="as planned before")] = None,
     accept_geometry: options.AcceptGeometry = False,
     from_fingerprint: Annotated[str | Path | None, options.data(help="Plan from this file, not from data.")] = None,
     dataset_json: Annotated[str | Path | None, options.data(help="dataset.json, with --from-fingerprint.")] = None,
@@ -260,7 +257,7 @@ def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
 
 def preprocess(
     configuration: Annotated[
-        str | Sequence[str] | None, typer.Argument(help="Which.", show_default="all of the plan")
+        str | Sequence[str] | None, typer.Argument(help="2d, 3d_fullres, ...", show_default="all")
     ] = None,
     *,
     dataset: options.DatasetName = None,

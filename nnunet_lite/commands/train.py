@@ -30,7 +30,7 @@ from nnunet_lite.commands.training_run import (
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
-from nnunet_lite.evaluation.scores import Scores, read_summaries
+from nnunet_lite.evaluation.scores import Scores, four_digits, read_summaries
 from nnunet_lite.inference.first_stage import predict_first_stage, read_stage_map
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
@@ -60,6 +60,10 @@ class TrainedFolds:
     def to_text(self) -> str:
         return "\n".join(f"fold {fold}, whole images:\n{scores.to_text()}" for fold, scores in self.scores.items())
 
+    def __repr__(self) -> str:
+        dice = [f"fold {fold} {four_digits(scores.foreground().mean)}" for fold, scores in self.scores.items()]
+        return f"Dice of held-out cases: {', '.join(dice) or 'there are none'}"
+
     def finish(self) -> None:
         """Leave the processes that trained together; the command ends here."""
         leave_group()
@@ -87,12 +91,10 @@ def train(
     precision: options.Precision = None,
     seed: options.Seed = None,
     workers: Annotated[
-        int | None,
-        options.hardware(min=0, help="Threads that prepare batches ahead; 0: none.", show_default="the recipe's"),
+        int | None, options.hardware(min=0, help="Threads that prepare batches ahead.", show_default="the recipe's")
     ] = None,
     cache: Annotated[
-        str | None,
-        options.hardware(help="Where cases are kept: auto, device, ram or disk.", show_default="the recipe's"),
+        str | None, options.hardware(help="Keep cases: auto, device, ram or disk.", show_default="the recipe's")
     ] = None,
     init: Annotated[
         str | Path | None, options.model(help="Model to start from, ours or nnU-Net's: fine-tuning.")
@@ -106,18 +108,13 @@ def train(
     gpus: Annotated[int, options.hardware(min=1, help="Train on this many GPUs of this machine.")] = 1,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    name: Annotated[
-        str | None, options.output(help="Of the model folder.", show_default="CONFIGURATION-RECIPE")
-    ] = None,
-    resume: Annotated[
-        bool, options.resuming("--resume", help="Only resume; an error if there is no earlier run.")
-    ] = False,
+    name: Annotated[str | None, options.output(help="Of the model.", show_default="CONFIGURATION-RECIPE")] = None,
+    resume: Annotated[bool, options.resuming("--resume", help="Only resume an earlier run; begin none.")] = False,
     force: Annotated[bool, options.resuming("--force", help="Resume although settings were changed.")] = False,
-    restart: Annotated[
-        bool, options.resuming("--restart", help="Start again; the earlier run is moved aside.")
-    ] = False,
+    restart: Annotated[bool, options.resuming("--restart", help="Move the earlier run aside, start again.")] = False,
     preview: Annotated[bool, options.output("--preview", help="Draw augmented samples to preview.png first.")] = False,
     settings: options.SettingOverrides = None,
+    callbacks: options.Callbacks = (),
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> TrainedFolds:
@@ -184,6 +181,10 @@ def train(
         Draw augmented samples to preview.png first.
     settings : mapping, optional
         Key to value, on top of the recipe and the other options, such as {"optimizer.momentum": 0.9}.
+    callbacks : sequence of callable
+        Each is called after every epoch, when its checkpoint is being written, with a dict of its own: `configuration`,
+        `fold`, and the line of metrics.jsonl. What one raises ends the training, which the same call resumes. Of
+        processes that train together only the first calls them. Not an option of the command.
     dataset : str, optional
         Planned dataset; default: the only one.
     workspace : str or Path, optional
@@ -220,6 +221,8 @@ def train(
     all_folds = fold == "all-folds"
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
+    if scheduler is not None and callbacks:
+        raise UserError("callbacks are called in this process: they go without --scheduler")
     if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
         raise UserError(f"{what} --force and --preview")
@@ -243,10 +246,10 @@ def train(
         for run in own:
             run.check_resume(force)
     for run in first_stage:
-        train_and_validate(run, force=force)
+        train_and_validate(run, force=force, callbacks=callbacks)
     scores = {}
     for run in own:
-        found = train_and_validate(run, force=force, preview=preview)
+        found = train_and_validate(run, force=force, preview=preview, callbacks=callbacks)
         if found is not None:
             scores[run.split.name] = found
             if all_folds:
@@ -310,15 +313,21 @@ def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ one fold
 
 
-def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool = False) -> Scores | None:
+def train_and_validate(
+    run: TrainingRun,
+    *,
+    force: bool = False,
+    preview: bool = False,
+    callbacks: options.Callbacks = (),
+) -> Scores | None:
     """Train a fold, or resume it, then predict and score its held-out cases.
 
     Parameters
     ----------
     run : TrainingRun
         See `plan_runs`.
-    force, preview : bool
-        As in the command `train`.
+    force, preview, callbacks
+        As for `train`.
 
     Returns
     -------
@@ -340,7 +349,7 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
         if models.is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
         else:
-            _preprocess_and_train(run, seed, ranks, device, preview)
+            _preprocess_and_train(run, seed, ranks, device, preview, callbacks)
     release_memory(device)  # of the training; the validation plans with what is free
     scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
     while ranks.rank and not run.is_done():  # a collective operation would end after its timeout
@@ -358,7 +367,14 @@ def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torc
     )  # fmt: skip
 
 
-def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
+def _preprocess_and_train(
+    run: TrainingRun,
+    seed: int,
+    ranks: Ranks,
+    device: torch.device,
+    preview: bool,
+    callbacks: options.Callbacks,
+) -> None:
     """Preprocess and load the cases, and train on them."""
     _announce(run)
     split, training = run.split, run.settings.training
@@ -383,7 +399,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         record_cases(run.fold_folder, split)
     job = Job(
         run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks,
-        formats=run.paths.formats if device.type == "cuda" else None,
+        formats=run.paths.formats if device.type == "cuda" else None, callbacks=callbacks,
     )  # fmt: skip
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from html import escape
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
@@ -26,6 +27,7 @@ KINDS: dict[str, Severity] = {
     **dict.fromkeys(_WARNINGS, "warning"),
     **dict.fromkeys(("orientation", "understood"), "notice"),
 }
+_MOST_ROWS = 50  # of a table in a notebook
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
@@ -57,6 +59,11 @@ class Problem:
     def severity(self) -> Severity:
         """Of its kind."""
         return KINDS[self.kind]
+
+    @property
+    def text(self) -> str:
+        """What is wrong, and what it should be."""
+        return self.found + (f", expected {self.expected}" if self.expected else "")
 
     def stops(self, accept_geometry: bool) -> bool:
         """Return whether the problem prevents planning.
@@ -140,26 +147,35 @@ class Report:
 
     def to_text(self) -> str:
         """Return a headline and a line per problem; equal problems of several files share a line."""
-        counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
-        lines = [f"{self.dataset}: {plural(self.cases, 'case')}, {', '.join(counts)}"]
-        files: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
-        for p in self.problems:
-            files[p.kind, p.found, p.expected, p.fix].append(p.file)
+        lines = [repr(self)]
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
-        order = list(_LINES_SHOWN)
-        by_severity = sorted(files.items(), key=lambda entry: order.index(KINDS[entry[0][0]]))
-        for (kind, found, expected, fix), names in by_severity:
-            severity = KINDS[kind]
+        for problem, names in self._by_severity():
+            kind = problem.kind
             shown[kind] += 1
-            if shown[kind] > _LINES_SHOWN[severity]:
+            if shown[kind] > _LINES_SHOWN[problem.severity]:
                 hidden[kind] += len(names)
                 continue
-            text = found + (f", expected {expected}" if expected else "")
-            lines.append(f"{severity}: {few(names)}: {text}. {fix}".rstrip() + f" [{kind}]")
+            lines.append(f"{problem.severity}: {few(names)}: {problem.text}. {problem.fix}".rstrip() + f" [{kind}]")
         for kind, n in hidden.items():
             lines.append(f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
+        return f"{self.dataset}: {plural(self.cases, 'case')}, {', '.join(counts)}"
+
+    def _repr_html_(self) -> str:
+        rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
+        return html_table([("", "files", "problem", "fix"), *rows], [repr(self)])
+
+    def _by_severity(self) -> list[tuple[Problem, list[str]]]:
+        """Return equal problems once, with their files; errors first."""
+        files: dict[Problem, list[str]] = defaultdict(list)
+        for problem in self.problems:
+            files[replace(problem, file="")].append(problem.file)
+        order = list(_LINES_SHOWN)
+        return sorted(files.items(), key=lambda entry: order.index(entry[0].severity))
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
@@ -199,6 +215,26 @@ def align(lines: Sequence[Sequence[str]]) -> str:
         for first, *rest in lines
     )
     return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def html_table(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Write a table as HTML, of which a notebook shows the first rows.
+
+    Parameters
+    ----------
+    lines : sequence of sequence of str
+        The cells of each line; those of the first are headings.
+    notes : sequence of str
+        A paragraph for each, below the table.
+    """
+    rows = [
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line)
+        for tag, line in zip(("th", *("td" for _ in lines[1:])), lines, strict=True)
+    ]
+    left_out = len(rows[1 + _MOST_ROWS :])
+    below = [f"... and {left_out} more rows"] * bool(left_out) + [*notes]
+    shown = "</tr><tr>".join(rows[: 1 + _MOST_ROWS])
+    return f"<table><tr>{shown}</tr></table>" + "".join(f"<p>{escape(note)}</p>" for note in below)
 
 
 def plural(n: int, what: str) -> str:

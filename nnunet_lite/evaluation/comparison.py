@@ -29,7 +29,7 @@ from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
 from nnunet_lite.inference.predictor import Predictor, load
-from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
+from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, stage_path, trained_folds
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import Split, load_splits, read_split, refuse_other_cases
@@ -241,13 +241,12 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
     for folder in model_folders(paths):
         plan, run = read_model(folder)
-        configuration, first_stage = run["configuration"], run.get("previous")
+        configuration = run["configuration"]
         if only is not None and not {folder.name, configuration} & set(only):
             continue
         names |= {folder.name, configuration}
         folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
-        first = None if first_stage is None else folder.parent / Path(first_stage).name
-        member = Member(folder, configuration, first, plan, folds)
+        member = Member(folder, configuration, stage_path(folder, run), plan, folds)
         if reason := _reason_to_omit(member, paths, dataset):
             notes.append(f"{member.name} is left out: {reason}")
         else:

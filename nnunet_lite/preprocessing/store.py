@@ -76,6 +76,8 @@ class PreprocessingSummary:
         estimate = f" ({system.in_units(self.estimate)} were estimated)" if self.made else ""
         return f"cases: {counts}; {self.made} arrays made, {self.kept} kept\n{size}{estimate}"
 
+    __repr__ = to_text
+
 
 @dataclass(frozen=True)
 class MissingCase:

@@ -29,6 +29,7 @@ from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, model_folders, read_weights_header
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.figures import MAX_CHANNELS, OrientedImage, Picture
@@ -229,12 +230,12 @@ def read_material(paths: Paths) -> Material:
 def _read_models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[ModelResults]:
     for folder in model_folders(paths):
         try:
-            run, plan = read_json(folder / "run.json"), Plan.read(folder / "plans.json")
+            plan, run = read_model(folder)
+            memory = plan.configuration(run["configuration"]).memory_gb
         except UserError as error:
             notes.append(f"model {folder.name} is left out: {error}")
             continue
         folds = tuple(_read_fold(path) for path in sorted(folder.glob("fold_*")) if path.is_dir())
-        memory = plan.configuration(run["configuration"]).memory_gb
         yield ModelResults(folder.name, run, memory, folds, *_read_scores(folder, dataset, notes))
 
 

@@ -16,7 +16,7 @@ import json
 import secrets
 import threading
 import webbrowser
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,7 +123,12 @@ class Scene:
     flat: bool
 
 
-def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[str, Path]]) -> Scene:
+Model = Callable[[Image], np.ndarray]  # makes a label map of an image, such as one of `nnunet_lite.load`
+
+
+def read_case_scene(
+    dataset: Dataset, case: Case, predictions: Sequence[tuple[str, Path]], models: Sequence[tuple[str, Model]] = ()
+) -> Scene:
     """Read a case with its reference, predictions, and where they differ from the reference.
 
     Parameters
@@ -134,6 +139,8 @@ def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[st
         One of its cases.
     predictions : sequence of (str, Path)
         Names and label maps.
+    models : sequence of (str, callable)
+        Names and models whose predictions are shown too.
 
     Raises
     ------
@@ -146,11 +153,14 @@ def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[st
         values, geometry, _ = read_label(case.label, image.geometry)
         maps.append(("reference", map_labels(values, dataset.value_map), geometry))
     maps += [(name, *read_label(file, image.geometry)[:2]) for name, file in predictions]
+    maps += [(name, np.asarray(model(image)), image.geometry) for name, model in models]
     title, labels = f"{case.id} ({dataset.name})", dataset.labels
     return _make_scene(title, image, dataset.channels, maps, labels, has_reference=case.label is not None)
 
 
-def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | None = None) -> Scene:
+def read_file_scene(
+    file: Path, segmentations: Sequence[Path], labels: Labels | None = None, models: Sequence[tuple[str, Model]] = ()
+) -> Scene:
     """Read an image file or DICOM series with label maps.
 
     Parameters
@@ -161,6 +171,8 @@ def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | 
         Its label maps.
     labels : Labels or None
         The names of their values; None numbers them.
+    models : sequence of (str, callable)
+        Names and models whose predictions are shown too.
 
     Raises
     ------
@@ -172,6 +184,7 @@ def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | 
     for path in segmentations:
         name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         maps.append((name, *read_label(path, image.geometry)[:2]))
+    maps += [(name, np.asarray(model(image)), image.geometry) for name, model in models]
     channels = [f"channel {i}" for i in range(image.array.shape[0])]
     labels = labels or _numbered_labels([values for _, values, _ in maps])
     return _make_scene(file.name, image, channels, maps, labels, has_reference=False)
@@ -292,6 +305,8 @@ class View:
 
     def to_text(self) -> str:
         return self.url
+
+    __repr__ = to_text
 
     def to_json(self) -> dict[str, str]:
         return {"url": self.url, "title": self.title}
