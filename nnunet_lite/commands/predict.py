@@ -268,7 +268,7 @@ def predict(
     else:
         files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
     for case, reason in failed.items():
-        log.info(f"failed: {case}: {reason}")
+        log.error(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
 
