@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
+Shape = tuple[int, int, int]  # voxels along (z, y, x)
+Spacing = tuple[float, float, float]  # mm along (z, y, x)
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 TOLERANCE = 0.005  # of a voxel: largest offset of the origin, and largest shift of the last voxel by the direction
@@ -49,8 +51,8 @@ class Geometry:
         Python, stacks of pictures, and files that state none.
     """
 
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    shape: Shape
+    spacing: Spacing
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     direction: tuple[float, ...] = IDENTITY
     dimensions: int = 3

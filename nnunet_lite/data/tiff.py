@@ -18,12 +18,11 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image
+from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image, Spacing
 from nnunet_lite.data.names import AGAIN, companions, require_bytes, require_readable
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 
-Spacing = tuple[float, float, float]
 Size = tuple[float, float | None]  # of a voxel along an axis, and its unit in mm if that is known
 
 _UNITS = {  # in mm

@@ -11,10 +11,10 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.geometry import Spacing
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.names import PICTURES, suffix_of
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.masks import Spacing
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import CasePair
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries

@@ -21,6 +21,8 @@ from pydantic import TypeAdapter
 from nnunet_lite.data.geometry import (
     Box,
     Geometry,
+    Shape,
+    Spacing,
     Turn,
     bounding_box,
     in_brackets,
@@ -40,8 +42,6 @@ from nnunet_lite.system import free_memory
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, int, int]
-Spacing = tuple[float, float, float]
 
 _SAME_SPACING = 1e-5  # relative; spacings this close give the same shape, so nothing is resampled
 _DECODED = 1 << 14  # voxels decoded at once on a CPU: their logits stay in its cache

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
-from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.geometry import Shape, bounding_box, slices
 from nnunet_lite.system import cpus
 
 ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
@@ -33,7 +33,6 @@ _TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 r
 _FEW = 4  # labels whose boxes numpy finds as fast as scipy, which takes a fifth of a second to load
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
 
-Shape = tuple[int, int, int]
 T = TypeVar("T")
 Array = Any  # numpy array or torch tensor: both know `@`
 

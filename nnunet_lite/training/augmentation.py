@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_lite.data.geometry import Shape
 from nnunet_lite.planning.memory import WARPED_VOXELS
 from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.settings import AugmentationSettings
 
-Shape = tuple[int, int, int]
 Parameters = TypeVar("Parameters", bound=Any)
 
 ANISOTROPY = 3.0  # a patch this much longer in plane than across is rotated and scaled in plane only

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_lite.data.geometry import Shape
 from nnunet_lite.errors import UserError, describe, suggest
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augmentation import Shape, copy_to_device, is_in_plane, rotation, rotation_limit, source_shape
+from nnunet_lite.training.augmentation import copy_to_device, is_in_plane, rotation, rotation_limit, source_shape
 
 P_ELASTIC = 0.2  # nnU-Net v1's; not a setting, since the native pipeline has no elastic deformation
 _KEY = "augmentation.extra"

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_lite.data.geometry import Shape
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.swaps import check_swaps, swap_of
 from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training import augmentation
-from nnunet_lite.training.augmentation import Intensity, Shape, copy_parameters, copy_to_device, source_shape
+from nnunet_lite.training.augmentation import Intensity, copy_parameters, copy_to_device, source_shape
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
 from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_cascade
 from nnunet_lite.training.distributed import rank_share
