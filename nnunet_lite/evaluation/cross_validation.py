@@ -104,7 +104,7 @@ def validate_cases(
         What summary.json notes about how the cases are predicted.
     """
     cases = _cases(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, stage_classes=stage_classes,
+    _, failed = predict_cases(model, cases, out, skip_existing=True, stage_classes=stage_classes,
                               accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
