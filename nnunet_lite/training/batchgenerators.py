@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_lite.data.geometry import Shape
+from nnunet_lite.data.geometry import Shape, triple
 from nnunet_lite.errors import UserError, describe, suggest
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augmentation import copy_to_device, is_in_plane, rotation, rotation_limit, source_shape
@@ -140,8 +140,7 @@ def oversize(settings: AugmentationSettings, patch: Shape) -> Shape:
     if is_in_plane(patch):
         scaling[0, 0] = 1.0
     turns = (rotation(0, a) @ rotation(1, b) @ rotation(2, c) for a, b, c in itertools.product(*angles))
-    z, y, x = np.max([patch, *(source_shape(turn @ scaling, patch) for turn in turns)], axis=0).tolist()
-    return z, y, x
+    return triple(np.max([patch, *(source_shape(turn @ scaling, patch) for turn in turns)], axis=0).tolist())
 
 
 def apply_transforms(
