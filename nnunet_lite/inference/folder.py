@@ -9,6 +9,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
+from traceback import format_exception
 
 import numpy as np
 
@@ -117,6 +118,7 @@ def predict_cases(
     def fail(case: Case, error: Exception) -> None:
         if lacks_space(error):  # then no other case can be written either
             raise error
+        log.detail("".join(format_exception(error)).rstrip())
         failed[case.id] = describe(error)
 
     def finish(case: Case, writing: Future[None]) -> None:
