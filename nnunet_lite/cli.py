@@ -20,7 +20,6 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -30,6 +29,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nnunet_lite import __version__, log, system
 from nnunet_lite.commands import options
+from nnunet_lite.commands.nnunet_options import translate_arguments
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -47,6 +47,8 @@ COMMANDS = {
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
+    "list": ("inventory.list_workspace", "List the datasets of a workspace, their models, folds and scores."),
+    "clean": ("inventory.clean", "Delete preprocessed cases and leftover temporary files, which can be made again."),
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
@@ -101,6 +103,10 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return command_of(cmd_name) if cmd_name in COMMANDS else None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
@@ -125,7 +131,7 @@ def main() -> None:
     try:
         system.raise_on_interrupt()
         warnings.showwarning = _show_warning
-        code = app(_with_optional_values(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
@@ -261,17 +267,9 @@ def _as_json(result: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, indent=1, default=str)
 
 
-def _with_optional_values(arguments: list[str]) -> list[str]:
-    """Add "all" to `--save-probabilities` without labels: typer knows no optional values."""
-    out = []
-    for argument, after in pairwise([*arguments, "-"]):
-        out += [argument, "all"] if argument == "--save-probabilities" and after.startswith("-") else [argument]
-    return out
-
-
 def _fail(message: str, code: int) -> int:
     log.detail(traceback.format_exc(limit=_FRAMES).rstrip())
-    log.last(message)
+    log.error(message)
     return code
 
 

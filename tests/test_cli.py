@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL import Image
 from samples import subcommand
 
 import nnunet_lite
-from nnunet_lite import cli, log
+from nnunet_lite import cli
 from nnunet_lite.commands import options
 
 Run = Callable[..., tuple[int, str, str]]
@@ -139,20 +139,11 @@ def test_licence(command: Run, tmp_path: Path) -> None:
         assert named in out
 
 
-@pytest.fixture
-def _normal() -> Iterator[None]:
-    """Undo --quiet and --verbose, which hold for a process."""
-    yield
-    log.set_verbosity(log.NORMAL)
-
-
-@pytest.mark.usefixtures("_normal")
 @pytest.mark.parametrize("before", [True, False])
 def test_quiet_and_verbose_before_and_after_the_command(
     command: Run, tmp_path: Path, hippocampus: Path, before: bool
 ) -> None:
     def run(option: str, *arguments: object) -> tuple[int, str, str]:
-        log.set_verbosity(log.NORMAL)
         return command(*([option, *arguments] if before else [*arguments, option]), cwd=tmp_path)
 
     _, printed, said = command("plan", hippocampus, cwd=tmp_path)
@@ -186,7 +177,8 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
     [
         (["--bogus"], "--bogus"),
         (["trane"], "Did you mean 'train'"),
-        (["train"], "configuration"),
+        (["train"], "Run `nnlite plan DATA` first."),
+        (["train", "3d_fullres", "0", "4"], "0 is no configuration. Give `nnlite train [DATASET] CONFIGURATION FOLD`"),
         (["train", "3d_fullres", "0", "--epochs", "many"], "'--epochs': Input should be a valid integer"),
         (["train", "3d_fullres", "0", "--workers", "-1"], "'--workers': Input should be greater"),
         (["train", "3d_fullres", "0", "--lr", "-1"], "optimizer.lr = -1.0"),

@@ -43,7 +43,10 @@ Workspace = Annotated[
     str | Path | None,
     general("-w", "--workspace", help="Folder of all files.", show_default="$NNLITE_WORKSPACE or ./nnlite_workspace"),
 ]
-DatasetName = Annotated[str | None, data("-d", "--dataset", help="Planned dataset.", show_default="the only one")]
+DatasetName = Annotated[
+    str | None, data("-d", "--dataset", help="Planned dataset, or its number.", show_default="the only one")
+]
+OnlyDataset = Annotated[str | None, data("-d", "--dataset", help="Only this dataset, a name or number.")]
 Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
 Workers = Annotated[
     int | None, hardware(min=0, help="Threads; 0: only the main thread.", show_default="as fits the machine")

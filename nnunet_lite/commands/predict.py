@@ -118,13 +118,19 @@ def predict(
         ),
     ] = None,
     save_probabilities: Annotated[
-        str | None,
-        options.output(metavar="[LABELS]", help="Maps of them too, of all labels or of these."),  # see cli.py
+        str | None,  # without a value: see nnunet_options.py
+        options.output(metavar="[LABELS]", help="Maps of them too, of all labels or of these."),
     ] = None,
     save_uncertainty: Annotated[
         bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
     dicom_seg: Annotated[bool, options.output("--dicom-seg", help="DICOM segmentations of DICOM series.")] = False,
+    num_parts: Annotated[
+        int, options.data("-num_parts", "--num-parts", min=1, help="Share the images between this many calls.")
+    ] = 1,
+    part_id: Annotated[
+        int | None, options.data("-part_id", "--part-id", min=0, help="Which of these calls it is, from 0.")
+    ] = None,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
     skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
@@ -169,6 +175,9 @@ def predict(
         Write maps of entropy and of the folds' disagreement too.
     dicom_seg : bool
         Write DICOM segmentations of DICOM series.
+    num_parts, part_id : int
+        Predict only image part_id, part_id + num_parts, ... of the sorted images; other calls, which may write into the
+        same folder at the same time, predict the others.
     scheduler : str, optional
         Address of a Dask scheduler, whose workers do it.
     device : str, optional
@@ -214,6 +223,8 @@ def predict(
     sources = [Path(path) for path in _as_list(input)]
     if not sources:
         raise UserError("no image is given to predict")
+    if part_id not in range(num_parts) and (part_id, num_parts) != (None, 1):
+        raise UserError(f"--num-parts {num_parts} needs a --part-id from 0 to {num_parts - 1}")
     configurations = options.names_of(configuration) or []
     pairs = product(_as_list(model or ()), configurations or [None])  # type: ignore[list-item]
     given = [find_model(path, root, dataset, name) for path, name in pairs]
@@ -236,6 +247,7 @@ def predict(
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
     cases = find_cases(sources, len(plan.channels))
     check_output(sources, cases, out, plan.labels, dicom_seg)
+    cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
@@ -252,11 +264,11 @@ def predict(
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **writing)
+        files, failed = predict_cases(predictor, cases, out, **writing)
     else:
         files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
     for case, reason in failed.items():
-        log.info(f"failed: {case}: {reason}")
+        log.error(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
 

@@ -19,6 +19,7 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
+from nnunet_lite.commands.inventory import describe_training
 from nnunet_lite.commands.steps import JOURNAL, Journal, run_steps
 from nnunet_lite.commands.training_run import (
     TrainingRun,
@@ -70,10 +71,18 @@ class TrainedFolds:
 
 
 def train(
-    configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres, ...")],
+    configuration: Annotated[
+        str | None, typer.Argument(metavar="CONFIGURATION", help="2d, 3d_fullres, ...", show_default="list them all")
+    ] = None,
     fold: Annotated[
-        int | str, typer.Argument(help='0 to 4, "all-folds" for each of them, "all" to train on every case.')
-    ],
+        int | str | Sequence[int | str] | None,
+        typer.Argument(
+            parser=str,
+            metavar="FOLD",
+            help='0 to 4, or several as in 0,1; "all-folds" for each of them, "all" to train on every case.',
+            show_default="list them all",
+        ),
+    ] = None,
     *,
     recipe: options.Recipe = "default",
     epochs: Annotated[int | None, options.length(help="Length of the run.", show_default="the recipe's")] = None,
@@ -117,18 +126,21 @@ def train(
     callbacks: options.Callbacks = (),
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
-) -> TrainedFolds:
+) -> TrainedFolds | options.About:
     """Train a fold and score its held-out cases. The same command again resumes where it stopped.
+
+    Without a fold, the configurations and folds are listed with their state, and nothing is trained.
 
     The second stage of a cascade learns from what the first one predicts of cases that it held out: the folds of the
     first stage that this needs are trained before, with the same recipe and settings, where they are missing.
 
     Parameters
     ----------
-    configuration : str
-        Of the plan, such as "3d_fullres".
-    fold : int or str
-        A fold, "all-folds", or "all" to train on every case; nothing is held out then, and there are no scores.
+    configuration : str, optional
+        Of the plan, such as "3d_fullres"; default: list all.
+    fold : int, str or sequence of them, optional
+        Folds, "all-folds", or "all" to train on every case; nothing is held out then, and there are no scores. Default:
+        list all.
     recipe : str
         Name of a recipe, or a TOML file. It has the defaults of all options up to `freeze`.
     epochs, iterations : int, optional
@@ -192,8 +204,8 @@ def train(
 
     Returns
     -------
-    TrainedFolds
-        The scores of the held-out cases of each fold.
+    TrainedFolds or About
+        The scores of the held-out cases of each fold; or the list.
 
     Raises
     ------
@@ -218,7 +230,8 @@ def train(
         optimizer__lr=lr, training__precision=precision, training__seed=seed, training__workers=workers,
         training__cache=cache, training__init=None if init is None else str(init), training__freeze=freeze,
     )  # fmt: skip
-    all_folds = fold == "all-folds"
+    given = options.names_of(fold)
+    all_folds = given == ["all-folds"]
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
     if scheduler is not None and callbacks:
@@ -227,16 +240,21 @@ def train(
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
         raise UserError(f"{what} --force and --preview")
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
+    if configuration is None or given is None:
+        return describe_training(select_dataset(workspace, dataset, only_reads=True), configuration, workspace)
+    if configuration.isdecimal():  # the number of a fold or dataset
+        order = "nnlite train [DATASET] CONFIGURATION FOLD"
+        raise UserError(f"{configuration} is no configuration", fix=f"Give `{order}`; several folds are -f 0 1.")
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     paths = select_dataset(workspace, dataset)
-    names = fold_names(paths, rule) if all_folds else [str(fold)]
+    names = fold_names(paths, rule) if all_folds else given
     runs = plan_runs(paths, resolved, [configuration], names, rule=rule, name=name, device=device, restart=restart)
     runs = [replace(run, callbacks=tuple(callbacks)) for run in runs]
     own = [run for run in runs if run.configuration == configuration]
     if scheduler is not None:
         return _train_on_cluster(scheduler, paths, runs, own)
 
-    if resume and not models.is_begun(own[0].fold_folder):
+    if resume and not any(models.is_begun(run.fold_folder) for run in own):
         raise UserError("there is nothing to resume", own[0].fold_folder, "Leave out --resume to begin.")
     first_stage = _missing_first_stage(runs, own, restart)
     for run in first_stage:
@@ -253,7 +271,7 @@ def train(
         found = train_and_validate(run, force=force, preview=preview)
         if found is not None:
             scores[run.split.name] = found
-            if all_folds:
+            if len(own) > 1:
                 log.info(f"fold {run.split.name}, whole images:\n{found.to_text()}")
     return TrainedFolds(scores)
 
@@ -288,14 +306,15 @@ def _missing_first_stage(runs: Sequence[TrainingRun], own: Sequence[TrainingRun]
 
 
 def _set_aside(own: Sequence[TrainingRun], all_folds: bool, force: bool) -> None:
-    """Move the earlier run of some folds aside: the fold if others of the model stay, otherwise the model folder."""
-    run = own[0]
-    whole = all_folds or not models.other_folds(run.folder, run.split.name)
-    if not whole:
+    """Move the earlier runs of some folds aside: the folds if others of the model stay, otherwise the model folder."""
+    folder, folds = own[0].folder, {run.fold_folder.name for run in own}
+    whole = all_folds or folds.issuperset(models.other_folds(folder, ""))
+    for run in () if whole else own:
         run.check_resume(force, restart=True)
-    ranks, _ = join_group(run.device)  # from here on no process looks at the old folder
+    ranks, _ = join_group(own[0].device)  # from here on no process looks at the old folder
     if ranks.rank == 0:
-        models.set_aside(run.folder if whole else run.fold_folder)
+        for path in [folder] if whole else [run.fold_folder for run in own]:
+            models.set_aside(path)
 
 
 def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:

@@ -196,13 +196,15 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Return a table as plain text: the first column is aligned to the left, the others to the right.
+def align(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a table as plain text: the first columns are aligned to the left, the others to the right.
 
     Parameters
     ----------
     lines : sequence of sequence of str
         The cells of each line.
+    left : int
+        How many columns are aligned to the left.
 
     Returns
     -------
@@ -210,10 +212,8 @@ def align(lines: Sequence[Sequence[str]]) -> str:
         A line of text for each.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = (
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        for first, *rest in lines
-    )
+    sides = [str.ljust] * left + [str.rjust] * len(widths)
+    rows = ([side(cell, n) for side, cell, n in zip(sides, line, widths, strict=False)] for line in lines)
     return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
