@@ -182,7 +182,7 @@ def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
             is_free = True
         if not is_free:
             what = f"another process is {doing} here"
-            with suppress(OSError):  # Windows shows nobody the content of a locked file
+            with suppress(OSError):  # Windows does not show the content of a locked file
                 file.seek(0)
                 what = f"{what} {file.read()}".rstrip()
             if not wait:

@@ -264,7 +264,7 @@ def predict(
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **writing)
+        files, failed = predict_cases(predictor, cases, out, **writing)
     else:
         files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
     for case, reason in failed.items():
