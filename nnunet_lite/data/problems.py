@@ -1,13 +1,15 @@
-"""Problems of a dataset, the report of all of them as text and JSON, and words for messages."""
+"""Problems of a dataset, the kinds that a user may accept, the report as text and JSON, and words for messages."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
+from nnunet_lite.errors import UserError
 
 Severity = Literal["error", "warning", "notice"]
 
@@ -21,11 +23,14 @@ _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
     *("label_absent", "constant", "duplicate_case", "few_cases", "orientation_tag"),
 )
+_NOTICES = ("orientation", "understood")
 KINDS: dict[str, Severity] = {
     **dict.fromkeys(_ERRORS, "error"),
     **dict.fromkeys(_WARNINGS, "warning"),
-    **dict.fromkeys(("orientation", "understood"), "notice"),
+    **dict.fromkeys(_NOTICES, "notice"),
 }
+_GUESSES = ("extra_channel", "label_void", "label_levels", "instances")  # errors about files that can be trained on
+ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
@@ -58,20 +63,20 @@ class Problem:
         """Of its kind."""
         return KINDS[self.kind]
 
-    def stops(self, accept_geometry: bool) -> bool:
+    def stops(self, accept: Sequence[str]) -> bool:
         """Return whether the problem prevents planning.
 
         Parameters
         ----------
-        accept_geometry : bool
-            Whether files may differ in origin and direction.
+        accept : sequence of str
+            Kinds that are accepted.
 
         Returns
         -------
         bool
-            True for errors, and for a different geometry that is not accepted.
+            True for errors, and for a different geometry, whose kind is not accepted.
         """
-        return self.severity == "error" or (self.kind in ACCEPTABLE and not accept_geometry)
+        return self.kind not in accept and (self.severity == "error" or self.kind in ACCEPTABLE)
 
 
 @dataclass(frozen=True)
@@ -83,20 +88,23 @@ class Report:
     dataset : str
         Name of the dataset.
     cases : int
-        Number of cases.
+        Number of cases that are not left out.
     channels : tuple of str
         Names of the channels.
     problems : tuple of Problem
         All problems.
-    accept_geometry : bool
-        Whether files may differ in origin and direction.
+    accept : tuple of str
+        Kinds of problems that are accepted: they count as notices.
+    excluded : tuple of str
+        Ids of the cases that are left out.
     """
 
     dataset: str
     cases: int
     channels: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
-    accept_geometry: bool = False
+    accept: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -105,8 +113,8 @@ class Report:
 
     @property
     def can_be_planned(self) -> bool:
-        """Whether there is no error, and no geometry to accept."""
-        return not any(problem.stops(self.accept_geometry) for problem in self.problems)
+        """Whether there is no error, and no geometry, that is not accepted."""
+        return not any(problem.stops(self.accept) for problem in self.problems)
 
     def count(self, severity: Severity) -> int:
         """Count the problems of a severity.
@@ -121,7 +129,10 @@ class Report:
         int
             How many there are.
         """
-        return sum(problem.severity == severity for problem in self.problems)
+        return sum(self._severity(problem.kind) == severity for problem in self.problems)
+
+    def _severity(self, kind: str) -> Severity:
+        return "notice" if kind in self.accept else KINDS[kind]
 
     @property
     def exit_code(self) -> int:
@@ -135,22 +146,24 @@ class Report:
             "ok": self.ok,
             "cases": self.cases,
             "channels": list(self.channels),
-            "problems": [{"severity": p.severity, **asdict(p)} for p in self.problems],
+            "excluded": list(self.excluded),
+            "problems": [{"severity": self._severity(p.kind), **asdict(p)} for p in self.problems],
         }
 
     def to_text(self) -> str:
         """Return a headline and a line per problem; equal problems of several files share a line."""
         counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
-        lines = [f"{self.dataset}: {plural(self.cases, 'case')}, {', '.join(counts)}"]
+        cases = plural(self.cases, "case") + (f" ({len(self.excluded)} left out)" if self.excluded else "")
+        lines = [f"{self.dataset}: {cases}, {', '.join(counts)}"]
         files: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
         for p in self.problems:
             files[p.kind, p.found, p.expected, p.fix].append(p.file)
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
         order = list(_LINES_SHOWN)
-        by_severity = sorted(files.items(), key=lambda entry: order.index(KINDS[entry[0][0]]))
+        by_severity = sorted(files.items(), key=lambda entry: order.index(self._severity(entry[0][0])))
         for (kind, found, expected, fix), names in by_severity:
-            severity = KINDS[kind]
+            severity = self._severity(kind)
             shown[kind] += 1
             if shown[kind] > _LINES_SHOWN[severity]:
                 hidden[kind] += len(names)
@@ -159,7 +172,31 @@ class Report:
             lines.append(f"{severity}: {few(names)}: {text}. {fix}".rstrip() + f" [{kind}]")
         for kind, n in hidden.items():
             lines.append(f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all")
+        left = {problem.kind for problem in self.problems if self._severity(problem.kind) != "notice"}
+        if self.cases and left:
+            kinds = ", ".join(sorted(left.intersection(ACCEPTED_KINDS)))
+            accept = f"--accept KIND accepts {kinds}" if kinds else "none of these kinds can be accepted"
+            lines.append(f"hint: --exclude CASE leaves out a case; {accept}")
         return "\n".join(lines)
+
+
+def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return kinds of problems that a user accepts.
+
+    Raises
+    ------
+    UserError
+        There is no such kind, or it cannot be accepted.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            near = get_close_matches(kind, KINDS, 1)
+            fix = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ACCEPTED_KINDS)}."
+            raise UserError(f"--accept {kind!r} is no kind of problem", fix=fix)
+        if kind not in (*ACCEPTED_KINDS, *_NOTICES):
+            what = f"--accept {kind}: such cases cannot be trained on, or the network would learn what is wrong"
+            raise UserError(what, fix="Correct the files, or leave out their cases with --exclude CASE.")
+    return tuple(kinds)
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
