@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from nnunet_lite.commands.run import run
     from nnunet_lite.commands.select import report, select
     from nnunet_lite.commands.train import train
+    from nnunet_lite.errors import UserError
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",
     "export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor",
+    "UserError": "errors",
 }  # fmt: skip
 
 

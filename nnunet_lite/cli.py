@@ -17,9 +17,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -29,6 +29,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nnunet_lite import __version__, log, system
 from nnunet_lite.commands import options
+from nnunet_lite.commands.nnunet_options import translate_arguments
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -46,14 +47,14 @@ COMMANDS = {
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
+    "list": ("inventory.list_workspace", "List the datasets of a workspace, their models, folds and scores."),
+    "clean": ("inventory.clean", "Delete preprocessed cases and leftover temporary files, which can be made again."),
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
 _AS_JSON = Annotated[bool, options.output("--json", help="Print the result as JSON.")]
 _QUIET = Annotated[bool, options.general("-q", "--quiet", help="Print only results, warnings and errors.")]
-_VERBOSE = Annotated[
-    bool, options.general("-v", "--verbose", help="Print times, all warnings, and where errors arise.")
-]
+_VERBOSE = Annotated[bool, options.general("-v", "--verbose", help="Print times, all warnings and tracebacks.")]
 _EXAMPLES = """\
 nnlite run Task04_Hippocampus --recipe cpu
 nnlite predict -i scan.nii.gz -o label.nii.gz"""
@@ -102,6 +103,10 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return command_of(cmd_name) if cmd_name in COMMANDS else None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
@@ -126,7 +131,7 @@ def main() -> None:
     try:
         system.raise_on_interrupt()
         warnings.showwarning = _show_warning
-        code = app(_with_optional_values(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
@@ -187,7 +192,8 @@ def command_of(name: str) -> Any:
 
     declared = _declaration(module, function_name)
     hints = get_type_hints(declared, include_extras=True)
-    parameters = [*inspect.signature(declared).parameters.values()]
+    given = inspect.signature(declared).parameters.values()
+    parameters = [one for one in given if get_origin(hints[one.name]) is Annotated]  # others are for Python alone
     for added, hint in {"as_json": _AS_JSON, "quiet": _QUIET, "verbose": _VERBOSE}.items():
         hints[added] = hint
         parameters.append(inspect.Parameter(added, inspect.Parameter.KEYWORD_ONLY, default=False))
@@ -210,10 +216,10 @@ def _declaration(module: str, name: str) -> Callable[..., Any]:
     declared = next(one for one in statements if isinstance(one, ast.FunctionDef) and one.name == name)
     declared.body, declared.returns = declared.body[:1], None  # the docstring
     needed = {one.id for one in ast.walk(declared.args) if isinstance(one, ast.Name)}
-    imports = [one for one in statements if isinstance(one, ast.ImportFrom | ast.Import)]
-    imports = [one for one in imports if needed & {alias.asname or alias.name for alias in one.names}]
+    imports = (one for one in statements if isinstance(one, ast.ImportFrom | ast.Import))
+    kept = [one for one in imports if needed & {alias.asname or alias.name for alias in one.names}]
     names: dict[str, Any] = {}
-    exec(compile(ast.Module([*imports, declared], []), spec.origin, "exec"), names)
+    exec(compile(ast.Module([*kept, declared], []), spec.origin, "exec"), names)
     return names[name]
 
 
@@ -221,13 +227,10 @@ def _set_verbosity(quiet: bool, verbose: bool) -> None:
     """Do what --quiet and --verbose say, which stand before or after the name of the subcommand."""
     if quiet or verbose:
         log.set_verbosity(verbose - quiet)
-    if verbose:
-        warnings.simplefilter("default")  # of libraries too, which Python hides
+        warnings.simplefilter("default" if verbose else "ignore")  # those of libraries
 
 
-def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
-) -> None:
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
     """Print a warning of a library as ours, in one line."""
     log.warn(f"{' '.join(str(message).split())} ({category.__name__}, {filename}:{lineno})")
 
@@ -264,49 +267,27 @@ def _as_json(result: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, indent=1, default=str)
 
 
-def _with_optional_values(arguments: list[str]) -> list[str]:
-    """Add "all" to `--save-probabilities` without labels: typer knows no optional values."""
-    out = []
-    for argument, after in pairwise([*arguments, "-"]):
-        out += [argument, "all"] if argument == "--save-probabilities" and after.startswith("-") else [argument]
-    return out
-
-
 def _fail(message: str, code: int) -> int:
     log.detail(traceback.format_exc(limit=_FRAMES).rstrip())
     log.last(message)
     return code
 
 
-def _print_and_exit(text: str) -> Callable[[bool], None]:
-    """Return what typer calls for an option that only prints a text."""
+def _print_and_exit(option: typer.CallbackParam, given: bool) -> None:
+    if given:
+        log.answer(_LICENCE if option.name == "licence" else __version__)
+        raise typer.Exit
 
-    def answer(given: bool) -> None:
-        if given:
-            log.answer(text)
-            raise typer.Exit
 
-    return answer
+_about = partial(options.general, callback=_print_and_exit, is_eager=True)
 
 
 @app.callback()
 def _options(
     quiet: _QUIET = False,
     verbose: _VERBOSE = False,
-    version: Annotated[
-        bool,
-        options.general("--version", callback=_print_and_exit(__version__), is_eager=True, help="Print the version."),
-    ] = False,
-    licence: Annotated[
-        bool,
-        options.general(
-            "--license",
-            "--licence",
-            callback=_print_and_exit(_LICENCE),
-            is_eager=True,
-            help="Print them, and whom to cite.",
-        ),
-    ] = False,
+    version: Annotated[bool, _about("--version", help="Print the version.")] = False,
+    licence: Annotated[bool, _about("--license", "--licence", help="Print licences and whom to cite.")] = False,
 ) -> None:
     """Self-configuring medical image segmentation: plan, train, predict."""
     _set_verbosity(quiet, verbose)

@@ -7,6 +7,7 @@ first writes to their folder: a living process holds a lock on its own.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -114,10 +115,22 @@ def sweep(folder: Path, alone: bool = False) -> None:
     alone : bool
         No other process can work in this folder: delete everything that is temporary.
     """
-    for leftover in folder.glob(".tmp*") if folder.is_dir() else ():
-        if alone or (_TEMPORARY.fullmatch(leftover.name) and not _is_held(leftover)):
-            with suppress(OSError):  # another process sweeps too, or it is another user's
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in folder.glob(".tmp*") if alone else leftovers(folder):
+        with suppress(OSError):  # another process sweeps too, or it is another user's
+            remove(leftover)
+
+
+def leftovers(folder: Path, pattern: str = ".tmp*") -> list[Path]:
+    """Return the temporary files and folders of killed processes in a folder; with "**/.tmp*" those below it too."""
+    if _IS_WINDOWS:  # where they are not locked
+        return []
+    found = [path for path in folder.glob(pattern) if _TEMPORARY.fullmatch(path.name)]
+    return [path for path in found if not _is_held(path / _LOCK if path.is_dir() else path, unknown=True)]
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @cache
@@ -126,15 +139,18 @@ def _sweep_once(folder: Path) -> None:
     sweep(folder)
 
 
-def _is_held(temporary: Path) -> bool:
-    """Whether the process that made a temporary file or folder still runs, or this is unknown, as on Windows."""
-    if _IS_WINDOWS:
-        return True
+def is_locked(folder: Path) -> bool:
+    """Whether a process works in a folder that it `locked`; False where that cannot be known."""
+    return _is_held(folder / _LOCK, unknown=False)
+
+
+def _is_held(file: Path, unknown: bool) -> bool:
+    """Whether a process holds a lock on a file; `unknown` if that cannot be known."""
     try:
-        with (temporary / _LOCK if temporary.is_dir() else temporary).open("r+b") as file:
-            return not lock_descriptor(file.fileno(), blocking=False)
+        with file.open("r+b") as opened:
+            return not lock_descriptor(opened.fileno(), blocking=False)
     except OSError:  # of another user, not locked yet, or on a file system without locks
-        return True
+        return unknown
 
 
 @contextmanager
@@ -193,6 +209,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def hash_of(value: Any) -> str:
+    """Hash what JSON can hold: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def append(path: Path, line: str) -> None:

@@ -15,6 +15,7 @@ workspace/
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def is_model_of(workspace: Path, folder: Path) -> bool:
 
 
 def find_raw(given: str, workspace: Path) -> Path:
-    """Return the folder of a raw dataset from a path or a name; `Task04` finds `Task04_Hippocampus`.
+    """Return the folder of a raw dataset from a path or a name; `Task04` and `4` find `Task04_Hippocampus`.
 
     Names are looked up in the current folder, ./data, the workspace and (if set) nnUNet_raw.
 
@@ -111,10 +112,12 @@ def find_raw(given: str, workspace: Path) -> Path:
 
 
 def _named(place: Path, name: str) -> list[Path]:
-    """Return the folder called `name`, otherwise those whose names begin with it, as Task04 or Dataset004."""
+    """Return the folder called `name`, otherwise those whose names begin with it, as Task04 or the number 4 do."""
     if (place / name).is_dir():
         return [place / name]
-    return [entry for entry in place.glob("*") if entry.is_dir() and entry.name.startswith(f"{name}_")]
+    number = rf"|(Task|Dataset)0*{int(name)}" if name.isdecimal() else ""
+    beginning = re.compile(f"({re.escape(name)}{number})_")
+    return [entry for entry in place.glob("*") if entry.is_dir() and beginning.match(entry.name)]
 
 
 def _is_raw(folder: Path) -> bool:
@@ -159,7 +162,7 @@ def select_dataset(
     workspace : str or Path, optional
         The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
     dataset : str, optional
-        A name, the start of one, or a path to the raw data; default: the only planned dataset.
+        A name, the start of one, nnU-Net's number, or a path to the raw data; default: the only planned dataset.
     only_reads, needs_plan : bool
         As for `planned_paths`.
 
@@ -185,7 +188,7 @@ def planned_paths(
     workspace : Path
         The workspace.
     given : str, optional
-        A name, the start of one, or a path to the raw data; default: the only planned dataset.
+        A name, the start of one, nnU-Net's number, or a path to the raw data; default: the only planned dataset.
     only_reads : bool
         Nothing will be written: of several datasets, the one planned last is taken.
     needs_plan : bool
@@ -197,8 +200,8 @@ def planned_paths(
         There is no such dataset, or there are several and none is given.
     """
     planned = planned_datasets(workspace)
-    if not needs_plan and (imported := _only_models(workspace, given, planned)) is not None:
-        return imported
+    if not needs_plan and (found_models := _with_models(workspace, given, planned, only_reads)) is not None:
+        return found_models
     if given is None:
         if not planned:
             raise UserError(f"no dataset is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
@@ -216,13 +219,12 @@ def planned_paths(
     return paths
 
 
-def _only_models(workspace: Path, given: str | None, planned: list[str]) -> Paths | None:
-    """Return the dataset called `given`, or the only one of the workspace, if it has models and no plan."""
+def _with_models(workspace: Path, given: str | None, planned: list[str], only_reads: bool) -> Paths | None:
+    """Return the dataset called `given` if it has models and no plan; without `given`, the only one with models."""
     found = {file.parents[2] for file in workspace.glob("*/models/*/run.json")}
-    found = {root for root in found if root.name not in planned}
     if given is not None:
-        found &= set(_named(workspace, Path(given).name))
-    elif planned:
+        found = {root for root in found if root.name not in planned} & set(_named(workspace, Path(given).name))
+    elif planned and (only_reads or len(found) > 1):
         return None
     elif len(found) > 1:
         names = ", ".join(sorted(root.name for root in found))

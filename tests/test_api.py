@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,8 +86,15 @@ def test_from_raw_data_to_a_score(copy_dataset: Callable[..., Path], hippocampus
     with pytest.raises(UserError, match="has 2 channels, the model expects 1"):
         model(np.stack([array, array]), spacing)
 
-    found = nnunet_lite.evaluate(tmp_path / "out", hippocampus / "labelsTs", surface=False).to_json()
-    assert [case["prediction_file"] for case in found["metric_per_case"]] == [str(tmp_path / "out" / scan.name)]
+    found = nnunet_lite.evaluate(tmp_path / "out", hippocampus / "labelsTs", surface=False)
+    assert [row.prediction_file for row in found.rows] == [tmp_path / "out" / scan.name]
+
+    report = nnunet_lite.check(root)
+    for shown in (report, plan, summary, scores, done, model, model(array, spacing), found, found.rows[0]):
+        text = repr(shown)
+        assert len(text) < 500 and text.count("\n") < 3 and "object at 0x" not in text, text
+    for table in (report, plan, done, model, found):
+        assert re.match(r"<table><tr><th>.*</th></tr>.*</table>", table._repr_html_())
 
 
 def test_mistakes_are_exceptions_with_the_same_words(tmp_path: Path) -> None:

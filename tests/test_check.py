@@ -205,7 +205,7 @@ def test_every_problem_is_in_one_report(command: Command, copy_dataset: Copy, tm
     assert (code, err, report["ok"], len(report["problems"])) == (2, "", False, 16)
     assert {p["kind"] for p in report["problems"]} == {"missing_image", "unreadable", "missing_label", "label_value"}
     assert all(p["severity"] == "error" and p["file"] and p["found"] and p["fix"] for p in report["problems"])
-    assert set(report["problems"][0]) == {"severity", "kind", "file", "found", "expected", "fix"}
+    assert set(report["problems"][0]) == {"severity", "kind", "file", "found", "expected", "fix", "accepted"}
 
 
 def test_excluded_cases(command: Command, copy_dataset: Copy, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_excluded_cases(command: Command, copy_dataset: Copy, tmp_path: Path) ->
     (root / "splits_final.json").write_text(json.dumps([{"train": [first, *others[:-1]], "val": others[-1:]}]))
     assert command("plan", "broken", cwd=tmp_path)[0] == 0
     (root / LABEL).write_bytes(b"")
-    code, out, err = command("plan", "broken", cwd=tmp_path)
+    code, _, err = command("plan", "broken", cwd=tmp_path)
     assert code == 2 and "hint: --exclude CASE leaves out a case; none of these kinds can be accepted" in err
     for words in (("--exclude", "hippocampus_001"), ()):
         code, _, err = command("plan", "broken", *words, cwd=tmp_path)

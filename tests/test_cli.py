@@ -164,7 +164,7 @@ def test_quiet_and_verbose_before_and_after_the_command(
     code, out, err = run("-q", "info", "nowhere")
     assert code == 2 and "nowhere" in one_line(err)
     code, out, err = run("-v", "info", "nowhere")
-    assert code == 2 and "Traceback" in err and "lookup.py" in err
+    assert code == 2 and "Traceback" in err and "argument.py" in err
     assert err.splitlines()[-1].startswith("error: nowhere: is no model folder")
 
 
@@ -186,7 +186,8 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
     [
         (["--bogus"], "--bogus"),
         (["trane"], "Did you mean 'train'"),
-        (["train"], "configuration"),
+        (["train"], "Run `nnlite plan DATA` first."),
+        (["train", "3d_fullres", "0", "4"], "0 is no configuration. Give `nnlite train [DATASET] CONFIGURATION FOLD`"),
         (["train", "3d_fullres", "0", "--epochs", "many"], "'--epochs': Input should be a valid integer"),
         (["train", "3d_fullres", "0", "--workers", "-1"], "'--workers': Input should be greater"),
         (["train", "3d_fullres", "0", "--lr", "-1"], "optimizer.lr = -1.0"),
@@ -200,7 +201,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
         (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder (it does not exist)"),
-        (["predict", "-i", "in", "-o", "out", "-m", "nowhere"], "in: there is no such file or folder"),
+        (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no run.json, and no plans.json with"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
         (["info", "nowhere"], "nowhere: is no model folder (it does not exist)"),

@@ -273,4 +273,4 @@ def test_names_are_text_in_a_notebook(tiny_model: Path) -> None:
     plan = Plan.read(tiny_model / "plans.json").model_copy(update={"dataset": evil})
     for shown in (plan, Scores((), Labels(names={"background": 0, evil: 1}))):
         text = shown._repr_html_()
-        assert text.startswith("<pre>") and "<script" not in text and "&lt;script&gt;" in text
+        assert text.startswith("<table>") and "<script" not in text and "&lt;script&gt;" in text

@@ -145,22 +145,6 @@ def test_cases_without_a_fold_are_named(splits: Path, capsys: pytest.CaptureFixt
     assert "leaves out case case_5; edit or delete the file to include them" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([{"training": ["case_001"]}], "must be a list of"),
-        ([{"train": "case_001", "val": ["case_002"]}], "must be a list of"),
-        ([{"train": ["case_001"], "val": [2]}], "must be a list of"),
-        ([{"train": IDS[1:], "val": IDS[:1]}, {"train": IDS, "val": IDS[:1]}], "fold 1 has case_007 on both sides"),
-    ],
-)
-def test_a_wrong_file_is_named(splits: Path, content: Any, message: str) -> None:
-    """tests/test_bad_plans.py has more of them."""
-    write_json(splits, content)
-    with pytest.raises(UserError, match=rf"splits\.json: .*{message}.* Correct or remove it"):
-        read_split(splits, dataset_of(IDS), "0")
-
-
 # ------------------------------------------------------------------------------------------------ options
 
 

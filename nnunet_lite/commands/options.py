@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,19 +41,17 @@ def _setting(text: str) -> tuple[str, str]:
 
 Workspace = Annotated[
     str | Path | None,
-    general(
-        "-w",
-        "--workspace",
-        help="Folder that holds everything.",
-        show_default="$NNLITE_WORKSPACE or ./nnlite_workspace",
-    ),
+    general("-w", "--workspace", help="Folder of all files.", show_default="$NNLITE_WORKSPACE or ./nnlite_workspace"),
 ]
-DatasetName = Annotated[str | None, data("-d", "--dataset", help="Planned dataset.", show_default="the only one")]
+DatasetName = Annotated[
+    str | None, data("-d", "--dataset", help="Planned dataset, or its number.", show_default="the only one")
+]
+OnlyDataset = Annotated[str | None, data("-d", "--dataset", help="Only this dataset, a name or number.")]
 Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
 Workers = Annotated[
-    int | None,
-    hardware(min=0, help="Threads; 0: none, all work in the main thread.", show_default="as fits the machine"),
+    int | None, hardware(min=0, help="Threads; 0: only the main thread.", show_default="as fits the machine")
 ]
+Callbacks = Sequence[Callable[[dict[str, Any]], Any]]  # from Python alone
 Recipe = Annotated[str, setting(help="Name of a recipe, or a TOML file.")]
 SettingOverrides = Annotated[
     Mapping[str, Any] | None,

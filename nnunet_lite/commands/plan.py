@@ -15,6 +15,7 @@ from nnunet_lite.data.check import broken_dataset, check_dataset, exclude_cases
 from nnunet_lite.data.dataset import Dataset, channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.geometry import ACCEPTABLE
 from nnunet_lite.data.problems import Report, check_kinds, plural
+from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import model_folders
@@ -23,7 +24,6 @@ from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.planner import apply_options, make_plan, memory_budget
 from nnunet_lite.planning.schema import Options, Plan, Precision
-from nnunet_lite.preprocessing.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.settings import Preset
@@ -143,17 +143,14 @@ def plan(
         ),
     ] = None,
     clip_percentiles: Annotated[
-        tuple[float, float] | None,
-        options.setting(min=0, max=100, help="Clip each image to these before normalisation."),
+        tuple[float, float] | None, options.setting(min=0, max=100, help="Clip each image to these first.")
     ] = None,
     folds: options.Folds = None,
     group_by: options.GroupBy = None,
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
-    store: Annotated[
-        Precision | None, options.setting(help="Type of stored images.", show_default="as planned before")
-    ] = None,
+    store: Annotated[Precision | None, options.setting(help="Of images.", show_default="as planned before")] = None,
     exclude: options.Exclude = None,
     accept: options.Accept = None,
     accept_geometry: options.AcceptGeometry = False,
@@ -314,7 +311,7 @@ def _described_for_nnunet(paths: Paths) -> dict[str, Any]:
 
 def preprocess(
     configuration: Annotated[
-        str | Sequence[str] | None, typer.Argument(help="Which.", show_default="all of the plan")
+        str | Sequence[str] | None, typer.Argument(help="2d, 3d_fullres, ...", show_default="all")
     ] = None,
     *,
     dataset: options.DatasetName = None,

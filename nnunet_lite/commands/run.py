@@ -26,9 +26,9 @@ from nnunet_lite.commands.training_run import (
     training_step,
 )
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
+from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, check_folds
@@ -80,12 +80,14 @@ class RunResult:
         }
 
     def to_text(self) -> str:
+        table = [] if self.selection is None else [self.selection.to_text(), ""]
+        return "\n".join([*table, repr(self), "what comes next:", *(f"  {command}" for command in self.commands)])
+
+    def __repr__(self) -> str:
         done = sum(step.state == "done" for step in self.steps)
         kept = f", {len(self.steps) - done} were done before" if done < len(self.steps) else ""
-        report = [] if self.report is None else [f"report: {self.report}"]
-        table = [] if self.selection is None else [self.selection.to_text(), ""]
-        head = f"{self.dataset}: {done} steps done in {log.duration(self.seconds)}{kept}"
-        return "\n".join([*table, head, *report, "what comes next:", *(f"  {command}" for command in self.commands)])
+        report = "" if self.report is None else f"\nreport: {self.report}"
+        return f"{self.dataset}: {done} steps done in {log.duration(self.seconds)}{kept}{report}"
 
 
 def run(

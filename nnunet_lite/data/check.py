@@ -87,9 +87,9 @@ def check_dataset(
         p for found in findings for p in found.problems if not ("instances" in kinds and p.kind == "label_value")
     ]
     problems += [*of_labels, *check_consistency(dataset, findings)]
-    problems = [_relative(problem, dataset.root) for problem in problems]
+    problems = [_relative(replace(p, accepted=p.kind in dataset.accept), dataset.root) for p in problems]
     excluded = tuple(case.id for case in dataset.excluded)
-    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), dataset.accept, excluded)
+    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), excluded)
 
 
 def exclude_cases(dataset: Dataset, case_ids: Sequence[str]) -> Dataset:
@@ -174,7 +174,7 @@ def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFin
     if image is None or label is None:
         return found
     found.problems += _compare(case, images, label)
-    if visit is not None and not any(problem.stops(dataset.accept) for problem in found.problems):
+    if visit is not None and not any(p.stops and p.kind not in dataset.accept for p in found.problems):
         found.visited = visit(image.array, image.geometry, label.array[0] != dataset.labels.background)
     return found
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from html import escape
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
@@ -31,6 +32,7 @@ KINDS: dict[str, Severity] = {
 }
 _GUESSES = ("extra_channel", "label_void", "label_levels", "instances")  # errors about files that can be trained on
 ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
+_MOST_ROWS = 50  # of a table in a notebook
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
@@ -50,6 +52,8 @@ class Problem:
         What it should be.
     fix : str
         What to do.
+    accepted : bool
+        Whether the user accepts its kind: it counts as a notice.
     """
 
     kind: str
@@ -57,26 +61,22 @@ class Problem:
     found: str
     expected: str = ""
     fix: str = ""
+    accepted: bool = False
 
     @property
     def severity(self) -> Severity:
-        """Of its kind."""
-        return KINDS[self.kind]
+        """Of its kind, unless it is accepted."""
+        return "notice" if self.accepted else KINDS[self.kind]
 
-    def stops(self, accept: Sequence[str]) -> bool:
-        """Return whether the problem prevents planning.
+    @property
+    def text(self) -> str:
+        """What is wrong, and what it should be."""
+        return self.found + (f", expected {self.expected}" if self.expected else "")
 
-        Parameters
-        ----------
-        accept : sequence of str
-            Kinds that are accepted.
-
-        Returns
-        -------
-        bool
-            True for errors, and for a different geometry, whose kind is not accepted.
-        """
-        return self.kind not in accept and (self.severity == "error" or self.kind in ACCEPTABLE)
+    @property
+    def stops(self) -> bool:
+        """Whether it prevents planning: an error, or a different geometry, that is not accepted."""
+        return not self.accepted and (self.severity == "error" or self.kind in ACCEPTABLE)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,6 @@ class Report:
         Names of the channels.
     problems : tuple of Problem
         All problems.
-    accept : tuple of str
-        Kinds of problems that are accepted: they count as notices.
     excluded : tuple of str
         Ids of the cases that are left out.
     """
@@ -103,7 +101,6 @@ class Report:
     cases: int
     channels: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
-    accept: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
 
     @property
@@ -113,8 +110,8 @@ class Report:
 
     @property
     def can_be_planned(self) -> bool:
-        """Whether there is no error, and no geometry, that is not accepted."""
-        return not any(problem.stops(self.accept) for problem in self.problems)
+        """Whether there is no error, and no geometry to accept."""
+        return not any(problem.stops for problem in self.problems)
 
     def count(self, severity: Severity) -> int:
         """Count the problems of a severity.
@@ -129,10 +126,7 @@ class Report:
         int
             How many there are.
         """
-        return sum(self._severity(problem.kind) == severity for problem in self.problems)
-
-    def _severity(self, kind: str) -> Severity:
-        return "notice" if kind in self.accept else KINDS[kind]
+        return sum(problem.severity == severity for problem in self.problems)
 
     @property
     def exit_code(self) -> int:
@@ -147,37 +141,46 @@ class Report:
             "cases": self.cases,
             "channels": list(self.channels),
             "excluded": list(self.excluded),
-            "problems": [{"severity": self._severity(p.kind), **asdict(p)} for p in self.problems],
+            "problems": [{"severity": p.severity, **asdict(p)} for p in self.problems],
         }
 
     def to_text(self) -> str:
         """Return a headline and a line per problem; equal problems of several files share a line."""
-        counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
-        cases = plural(self.cases, "case") + (f" ({len(self.excluded)} left out)" if self.excluded else "")
-        lines = [f"{self.dataset}: {cases}, {', '.join(counts)}"]
-        files: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
-        for p in self.problems:
-            files[p.kind, p.found, p.expected, p.fix].append(p.file)
+        lines = [repr(self)]
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
-        order = list(_LINES_SHOWN)
-        by_severity = sorted(files.items(), key=lambda entry: order.index(self._severity(entry[0][0])))
-        for (kind, found, expected, fix), names in by_severity:
-            severity = self._severity(kind)
+        for problem, names in self._by_severity():
+            kind = problem.kind
             shown[kind] += 1
-            if shown[kind] > _LINES_SHOWN[severity]:
+            if shown[kind] > _LINES_SHOWN[problem.severity]:
                 hidden[kind] += len(names)
                 continue
-            text = found + (f", expected {expected}" if expected else "")
-            lines.append(f"{severity}: {few(names)}: {text}. {fix}".rstrip() + f" [{kind}]")
+            lines.append(f"{problem.severity}: {few(names)}: {problem.text}. {problem.fix}".rstrip() + f" [{kind}]")
         for kind, n in hidden.items():
             lines.append(f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all")
-        left = {problem.kind for problem in self.problems if self._severity(problem.kind) != "notice"}
+        left = {problem.kind for problem in self.problems if problem.severity != "notice"}
         if self.cases and left:
             kinds = ", ".join(sorted(left.intersection(ACCEPTED_KINDS)))
             accept = f"--accept KIND accepts {kinds}" if kinds else "none of these kinds can be accepted"
             lines.append(f"hint: --exclude CASE leaves out a case; {accept}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
+        left_out = f" ({len(self.excluded)} left out)" if self.excluded else ""
+        return f"{self.dataset}: {plural(self.cases, 'case')}{left_out}, {', '.join(counts)}"
+
+    def _repr_html_(self) -> str:
+        rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
+        return html_table([("", "files", "problem", "fix"), *rows], [repr(self)])
+
+    def _by_severity(self) -> list[tuple[Problem, list[str]]]:
+        """Return equal problems once, with their files; errors first."""
+        files: dict[Problem, list[str]] = defaultdict(list)
+        for problem in self.problems:
+            files[replace(problem, file="")].append(problem.file)
+        order = list(_LINES_SHOWN)
+        return sorted(files.items(), key=lambda entry: order.index(entry[0].severity))
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -217,13 +220,15 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Return a table as plain text: the first column is aligned to the left, the others to the right.
+def align(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a table as plain text: the first columns are aligned to the left, the others to the right.
 
     Parameters
     ----------
     lines : sequence of sequence of str
         The cells of each line.
+    left : int
+        How many columns are aligned to the left.
 
     Returns
     -------
@@ -231,11 +236,29 @@ def align(lines: Sequence[Sequence[str]]) -> str:
         A line of text for each.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = (
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        for first, *rest in lines
-    )
+    sides = [str.ljust] * left + [str.rjust] * len(widths)
+    rows = ([side(cell, n) for side, cell, n in zip(sides, line, widths, strict=False)] for line in lines)
     return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def html_table(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Write a table as HTML, of which a notebook shows the first rows.
+
+    Parameters
+    ----------
+    lines : sequence of sequence of str
+        The cells of each line; those of the first are headings.
+    notes : sequence of str
+        A paragraph for each, below the table.
+    """
+    rows = [
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line)
+        for tag, line in zip(("th", *("td" for _ in lines[1:])), lines, strict=True)
+    ]
+    left_out = len(rows[1 + _MOST_ROWS :])
+    below = [f"... and {left_out} more rows"] * bool(left_out) + [*notes]
+    shown = "</tr><tr>".join(rows[: 1 + _MOST_ROWS])
+    return f"<table><tr>{shown}</tr></table>" + "".join(f"<p>{escape(note)}</p>" for note in below)
 
 
 def plural(n: int, what: str) -> str:

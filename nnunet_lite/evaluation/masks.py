@@ -159,7 +159,7 @@ def disjoint_regions(labels: Labels) -> list[list[int]]:
 
 
 def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
-    """Whether an array is one slice without a thickness; then spacing[0] is a mark (see `Geometry`), not a length.
+    """Return whether an array is a slice without a thickness; its spacing[0] is a mark (see `Geometry`), no length.
 
     Parameters
     ----------

@@ -86,7 +86,7 @@ class Metric:
     unit: Literal["", "voxels", "ml", "length"] = ""
 
     def file_key(self, length_unit: str) -> str:
-        """The name in files, such as "HD95_mm".
+        """Return the name in files, such as "HD95_mm".
 
         Parameters
         ----------

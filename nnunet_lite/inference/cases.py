@@ -26,7 +26,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import output_values
 
 _MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
-_OTHER_UNIT = 100  # voxels so many times smaller or larger than those of the training: their unit may be wrong
+_OTHER_UNIT = 100  # the unit of voxels that are 100 times smaller or larger than those of the training may be wrong
 
 
 def read_case_image(plan: Plan, case: Case, accept_geometry: bool = False) -> Image:

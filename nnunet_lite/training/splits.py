@@ -12,8 +12,6 @@ folds, `read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratif
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import os
 import re
 import warnings
@@ -34,7 +32,7 @@ from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, read_text, understood, write_json
+from nnunet_lite.files import hash_of, read_json, read_text, understood, write_json
 from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
@@ -502,7 +500,7 @@ def write_splits(file: Path, splits: Sequence[Split], record: SplitsRecord | Non
     """Write splits.json and its record, if nnlite made the folds, and log what it holds."""
     content = [{"train": list(split.training), "val": list(split.validation)} for split in splits]
     if record is not None:
-        record = record.model_copy(update={"sha256": _hash(content)})
+        record = record.model_copy(update={"sha256": hash_of(content)})
         write_json(_record_file(file), record.model_dump(exclude_none=True))  # before splits.json, which needs it
     write_json(file, content)
     held_out = ", ".join(str(len(split.validation)) for split in splits)
@@ -515,7 +513,7 @@ def read_record(file: Path) -> SplitsRecord | None:
         return None
     with understood(_record_file(file), "Delete it."):
         record = SplitsRecord.model_validate(read_json(_record_file(file)))
-    return record if record.sha256 == _hash(read_json(file)) else None
+    return record if record.sha256 == hash_of(read_json(file)) else None
 
 
 def _summarize(splits: Sequence[Split], record: SplitsRecord | None) -> str:
@@ -566,11 +564,7 @@ def record_cases(fold_folder: Path, split: Split) -> None:
 def _fingerprint(split: Split) -> dict[str, Any]:
     """Count the cases and hash their ids; a model that is passed on does not contain the ids."""
     sides = [sorted(split.training), sorted(split.validation)]
-    return {"training": len(sides[0]), "validation": len(sides[1]), "sha256": _hash(sides)}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return {"training": len(sides[0]), "validation": len(sides[1]), "sha256": hash_of(sides)}
 
 
 def _record_file(file: Path) -> Path:
