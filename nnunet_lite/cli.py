@@ -269,7 +269,7 @@ def _as_json(result: Any) -> str:
 
 def _fail(message: str, code: int) -> int:
     log.detail(traceback.format_exc(limit=_FRAMES).rstrip())
-    log.last(message)
+    log.error(message)
     return code
 
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
 
-_COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m"}  # red, yellow
+_COLOURS = {"error": "\x1b[31m", "failed": "\x1b[31m", "warning": "\x1b[33m"}  # red, red, yellow
 
 # what is printed: nothing, results and warnings, messages as well, details as well
 SILENT, QUIET, NORMAL, VERBOSE = -2, -1, 0, 1
@@ -48,8 +48,8 @@ def warn(message: str) -> None:
         _print(f"warning: {message}", sys.stderr)
 
 
-def last(message: str) -> None:
-    """Print the reason why this process ends, whatever the verbosity."""
+def error(message: str) -> None:
+    """Print why this process ends, or what it could not do, whatever the verbosity."""
     _print(message, sys.stderr)
 
 
@@ -76,13 +76,15 @@ def _print(text: str, stream: TextIO | None) -> None:
 
 
 def _coloured(text: str, stream: TextIO) -> str:
-    """Return a text for a stream: `error:` and `warning:` at the beginning of a line are coloured on a terminal.
+    """Return a text as a stream shows it: on a terminal, `error:` and the like at the start of a line have a colour.
 
     Not if NO_COLOR is set (no-color.org), nor on Windows, whose older consoles print the codes as text.
     """
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt" or not stream.isatty():
         return text
-    return re.sub("^(error|warning):", lambda found: f"{_COLOURS[found[1]]}{found[0]}\x1b[0m", text, flags=re.MULTILINE)
+    return re.sub(
+        rf"^({'|'.join(_COLOURS)}):", lambda found: f"{_COLOURS[found[1]]}{found[0]}\x1b[0m", text, flags=re.M
+    )
 
 
 def duration(seconds: float) -> str:
