@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from re import sub
 from secrets import token_hex
+from shlex import quote
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def follow_epochs(job: Job) -> Iterator[Callback]:
         What is trained.
     """
     name, is_first = job.settings.training.logger, job.ranks.rank == 0
-    context = {"configuration": job.configuration, "fold": _fold(job)}
+    context = {"configuration": job.configuration, "fold": job.folder.name.removeprefix("fold_")}
     with _log_epochs(job, name) if is_first and name != "none" else nullcontext() as logger:
         callbacks = [one for one in (*job.callbacks, logger) if one is not None and is_first]
 
@@ -72,10 +73,6 @@ def follow_epochs(job: Job) -> Iterator[Callback]:
                 callback(context | deepcopy(metrics))
 
         yield call
-
-
-def _fold(job: Job) -> str:
-    return job.folder.name.removeprefix("fold_")
 
 
 @contextmanager
@@ -99,6 +96,10 @@ def _log_epochs(job: Job, name: str) -> Iterator[Callback]:
         thread.join(_PATIENCE)
         if thread.is_alive():
             log.warn(f"{name} has not answered for {_PATIENCE} s; its log lacks the last epochs")
+
+
+def _run_name(job: Job) -> str:
+    return f"{job.folder.parent.name} {job.folder.name}"
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:
@@ -125,16 +126,11 @@ def _write_wandb(wandb: Any, job: Job, epochs: Iterator[Metrics]) -> None:
 
     def start(mode: str | None) -> Any:
         return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", job.plan.dataset),
-            group=job.folder.parent.name,
-            name=f"{job.folder.parent.name} fold {_fold(job)}",
-            id=read_text(file),
-            resume="allow",
-            dir=job.folder,
+            project=os.environ.get("WANDB_PROJECT", job.plan.dataset), group=job.folder.parent.name,
+            name=_run_name(job), id=read_text(file), resume="allow", dir=job.folder, mode=mode,
             config=job.settings.model_dump(mode="json"),
-            mode=mode,
             settings=wandb.Settings(init_timeout=_CONNECT, silent=True, console="off"),  # it would ask for an account
-        )
+        )  # fmt: skip
 
     try:
         run = start(None)  # as WANDB_MODE says, otherwise online
@@ -142,7 +138,8 @@ def _write_wandb(wandb: Any, job: Job, epochs: Iterator[Metrics]) -> None:
         log.warn(f"wandb works offline: {describe(error)}")
         wandb.teardown()  # it still tries to open this run
         run = start("offline")
-    log.info(f"wandb: {f'wandb sync {Path(run.dir).parent}' if run.offline else run.url or 'disabled'}")
+    synced = f"wandb sync {quote(str(Path(run.dir).parent))}"
+    log.info(f"wandb: {synced if run.offline else run.url or 'disabled'}")
     for metrics in epochs:
         run.log(_scalars(metrics), step=metrics["epoch"])
     run.finish()
@@ -159,13 +156,13 @@ def _write_mlflow(mlflow: Any, job: Job, epochs: Iterator[Metrics]) -> None:
         experiment = client.get_experiment_by_name(name)
         number = client.create_experiment(name) if experiment is None else experiment.experiment_id
     if not file.is_file():
-        run = client.create_run(number, run_name=f"{job.folder.parent.name} fold {_fold(job)}")
+        run = client.create_run(number, run_name=_run_name(job))
         for section, values in job.settings.model_dump(mode="json").items():  # a batch has at most 100 parameters
             params = [mlflow.entities.Param(key, str(value)[:250]) for key, value in flatten({section: values})]
             client.log_batch(run.info.run_id, params=params)
         write_text(file, run.info.run_id)
     run_id = read_text(file)
-    log.info(f"mlflow: mlflow ui --backend-store-uri {uri}" if uri == own else f"mlflow: {uri}")
+    log.info(f"mlflow: mlflow ui --backend-store-uri {quote(uri)}" if uri == own else f"mlflow: {uri}")
     for metrics in epochs:
         for metric, value in _scalars(metrics).items():
             client.log_metric(run_id, sub(r"[^\w\-./ ]", "_", metric), value, step=metrics["epoch"])
