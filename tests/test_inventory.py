@@ -88,6 +88,13 @@ def test_an_interrupted_fold_comes_first(models: Path) -> None:
     assert about.values["next"].startswith("nnlite train 3d_fullres 1 "), "a running fold is not to be trained"
 
 
+def test_an_imported_model_is_finished(models: Path) -> None:
+    run = json.loads((models / "tiny" / "run.json").read_text())
+    (models / "tiny" / "run.json").write_text(json.dumps(run | {"imported_from": "nnU-Net"}))
+    shutil.rmtree(models / "tiny" / "fold_0" / "validation")
+    assert [state.to_text() for state in read_fold_states(models / "tiny", ["0", "1"])] == ["finished"]
+
+
 def test_list(command: Run, models: Path) -> None:
     code, out, err = command("list", cwd=models.parents[2])
     assert (code, err) == (0, "") and out.splitlines()[1].split()[:4] == ["Task04_Hippocampus", "tiny", "0", "finished"]
