@@ -234,11 +234,10 @@ def train(
     all_folds = given == ["all-folds"]
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
-    if scheduler is not None and callbacks:
-        raise UserError("callbacks are called in this process: they go without --scheduler")
-    if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
+    here = bool(name or restart or resume or force or preview or callbacks or gpus > 1)  # not on workers
+    if scheduler is not None and (not all_folds or here):
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
-        raise UserError(f"{what} --force and --preview")
+        raise UserError(f"{what} --force, --preview and callbacks")
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
     if configuration is None or given is None:
         return describe_training(select_dataset(workspace, dataset, only_reads=True), configuration, workspace)
