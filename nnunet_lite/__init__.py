@@ -20,7 +20,7 @@ def _is_command() -> bool:
     started = sys.argv[0] if sys.argv else ""
     if started == "-m":  # Python has not found the module to run yet; it adds it to sys.argv later
         return "nnunet_lite" in sys.orig_argv[sys.orig_argv.index("-m") :][1:2]
-    return started.rpartition("/")[2] == "nnlite"
+    return started.replace("\\", "/").rpartition("/")[2] in ("nnlite", "nnlite.exe")
 
 
 _IS_COMMAND = _is_command()
@@ -31,6 +31,7 @@ from importlib import import_module  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from nnunet_lite import system  # noqa: E402
+from nnunet_lite.errors import UserError  # noqa: E402
 
 if _IS_COMMAND:  # first, so that signals are handled during the other imports
     system.start_as_command()
@@ -46,15 +47,17 @@ if TYPE_CHECKING:
     from nnunet_lite.commands.run import run
     from nnunet_lite.commands.select import report, select
     from nnunet_lite.commands.train import train
+    from nnunet_lite.errors import UserError
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
-    "check", "evaluate", "export_model", "import_model", "init", "load", "plan", "predict", "preprocess", "report",
-    "run", "select", "train", "view",
+    "UserError", "check", "evaluate", "export_model", "import_model", "init", "load", "plan", "predict", "preprocess",
+    "report", "run", "select", "train", "view",
 ]  # fmt: skip
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",
     "export_model": "commands.export", "import_model": "commands.export", "load": "inference.predictor",
+    "UserError": "errors",
 }  # fmt: skip
 
 

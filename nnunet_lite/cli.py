@@ -1,21 +1,25 @@
 """The `nnlite` command: every function of commands/ as a subcommand.
 
-`main` runs the command line and turns exceptions into exit codes. `CommandGroup` imports the module of a subcommand
-when it is used, so that `nnlite --help` answers at once. `command_of` makes a subcommand from a function: its
-parameters are the options, and its result is printed as text or, with `--json`, as JSON.
+`main` runs the command line and turns exceptions into exit codes. `command_of` makes a subcommand from a function: its
+parameters are the options, and its result is printed as text or, with `--json`, as JSON. The module of the function,
+and with it torch, is imported when the command runs: `--help`, completion and mistakes in options answer at once.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
-from itertools import pairwise
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -25,6 +29,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nnunet_lite import __version__, log, system
 from nnunet_lite.commands import options
+from nnunet_lite.commands.nnunet_options import translate_arguments
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -43,10 +48,26 @@ COMMANDS = {
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
+    "list": ("inventory.list_workspace", "List the datasets of a workspace, their models, folds and scores."),
+    "clean": ("inventory.clean", "Delete preprocessed cases and leftover temporary files, which can be made again."),
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
 _AS_JSON = Annotated[bool, options.output("--json", help="Print the result as JSON.")]
+_QUIET = Annotated[bool, options.general("-q", "--quiet", help="Print only results, warnings and errors.")]
+_VERBOSE = Annotated[bool, options.general("-v", "--verbose", help="Print times, all warnings and tracebacks.")]
+_EXAMPLES = """\
+nnlite run Task04_Hippocampus --recipe cpu
+nnlite predict -i scan.nii.gz -o label.nii.gz"""
+_LICENCE = f"""\
+nnunet_lite {__version__} is licensed under the Apache License 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
+With it come NiiVue (BSD-2-Clause) and, in tests/data of its repository, MRIs of the hippocampus from the Medical
+Segmentation Decathlon (CC BY-SA 4.0).
+The method is nnU-Net's. Cite its authors if you use it:
+  Isensee F, Jaeger PF, Kohl SAA, Petersen J, Maier-Hein KH. nnU-Net: a self-configuring method for deep
+  learning-based biomedical image segmentation. Nature Methods 18, 203-211 (2021). doi:10.1038/s41592-020-01008-z"""
+
+_FRAMES = -8  # of a traceback with --verbose: the last ones, not those of typer
 
 # an OSError of these kinds is a mistake of the user; any other one is a failure of the machine
 _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
@@ -59,7 +80,7 @@ class Command(TyperCommand):
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):  # a hidden one has none
-                names = re.sub(r"list\[(\w+)\]", r"\1", record[0])
+                names = re.sub(r"<list\[(\w+)\]>", lambda kind: f"<{kind[1].lower()}>", record[0])
                 text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", record[1])  # typer encloses descriptions
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
@@ -81,21 +102,25 @@ class CommandGroup(TyperGroup):
         self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment]  # typer suggests one of these names
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, function = COMMANDS[cmd_name][0].partition(".")
-        return command_of(getattr(import_module(f"nnunet_lite.commands.{module}"), function), cmd_name)
+        return command_of(cmd_name) if cmd_name in COMMANDS else None
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+        Command.format_options(self, ctx, formatter)  # type: ignore[arg-type]
+
+    format_epilog = Command.format_epilog
 
 
 app = typer.Typer(
     name="nnlite",
     cls=CommandGroup,
     help="Self-configuring medical image segmentation: plan, train, predict.",
-    add_completion=False,
+    epilog=_EXAMPLES,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -106,7 +131,8 @@ def main() -> None:
     """Run a command: exit code 0, 1 for a failure, 2 for a mistake of the user (one line, no traceback)."""
     try:
         system.raise_on_interrupt()
-        code = app(_with_optional_values(sys.argv[1:]) or ["--help"], prog_name="nnlite", standalone_mode=False)
+        warnings.showwarning = _show_warning
+        code = app(sys.argv[1:] or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)
@@ -136,8 +162,8 @@ def main() -> None:
         sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
 
 
-def command_of(function: Callable[..., Any], name: str) -> Any:
-    """Make a subcommand of a function whose parameters are annotated with typer's options.
+def command_of(name: str) -> Any:
+    """Make a subcommand of its function in commands/, whose parameters are annotated with typer's options.
 
     Its help is the beginning of the docstring, with the examples at its end. Its result is the path of a written file,
     or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with
@@ -145,36 +171,69 @@ def command_of(function: Callable[..., Any], name: str) -> Any:
 
     Parameters
     ----------
-    function : callable
-        A function of commands/.
     name : str
         Of the subcommand.
     """
+    path, function_name = COMMANDS[name][0].split(".")
+    module = f"nnunet_lite.commands.{path}"
 
-    def run(as_json: bool, **arguments: Any) -> None:
+    def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        _set_verbosity(quiet, verbose)
+        function = getattr(import_module(module), function_name)
         result = function(**{key: value for key, value in arguments.items() if value != []})  # an empty list: default
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
         else:
             log.answer(text)
+        log.detail("done")
         if hasattr(result, "finish"):
             result.finish()
         raise typer.Exit(getattr(result, "exit_code", 0))
 
-    hints = {**get_type_hints(function, include_extras=True), "as_json": _AS_JSON}
-    parameters = [*inspect.signature(function).parameters.values()]
-    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False))
+    declared = _declaration(module, function_name)
+    hints = get_type_hints(declared, include_extras=True)
+    given = inspect.signature(declared).parameters.values()
+    parameters = [one for one in given if get_origin(hints[one.name]) is Annotated]  # others are for Python alone
+    for added, hint in {"as_json": _AS_JSON, "quiet": _QUIET, "verbose": _VERBOSE}.items():
+        hints[added] = hint
+        parameters.append(inspect.Parameter(added, inspect.Parameter.KEYWORD_ONLY, default=False))
     kinds = {parameter.name: _command_line_type(hints[parameter.name]) for parameter in parameters}
     run.__annotations__ = kinds
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(annotation=kinds[parameter.name], kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    text = str(inspect.getdoc(function))
+    text = str(inspect.getdoc(declared))
     examples = text.partition("\nExamples\n--------\n")[2]
     single.command(name, cls=Command, help=text.partition("\n\n")[0], epilog=examples)(run)
     return typer.main.get_command(single)
+
+
+def _declaration(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module without its body, and without the imports that its parameters do not need."""
+    spec: Any = find_spec(module)
+    statements = ast.parse(spec.loader.get_source(module)).body
+    declared = next(one for one in statements if isinstance(one, ast.FunctionDef) and one.name == name)
+    declared.body, declared.returns = declared.body[:1], None  # the docstring
+    needed = {one.id for one in ast.walk(declared.args) if isinstance(one, ast.Name)}
+    imports = (one for one in statements if isinstance(one, ast.ImportFrom | ast.Import))
+    kept = [one for one in imports if needed & {alias.asname or alias.name for alias in one.names}]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module([*kept, declared], []), spec.origin, "exec"), names)
+    return names[name]
+
+
+def _set_verbosity(quiet: bool, verbose: bool) -> None:
+    """Do what --quiet and --verbose say, which stand before or after the name of the subcommand."""
+    if quiet or verbose:
+        log.set_verbosity(verbose - quiet)
+        warnings.simplefilter("default" if verbose else "ignore")  # those of libraries
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+    """Print a warning of a library as ours, in one line."""
+    log.warn(f"{' '.join(str(message).split())} ({category.__name__}, {filename}:{lineno})")
 
 
 def _serve(service: Any, text: str) -> None:
@@ -209,25 +268,27 @@ def _as_json(result: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, indent=1, default=str)
 
 
-def _with_optional_values(arguments: list[str]) -> list[str]:
-    """Add "all" to `--save-probabilities` without labels: typer knows no optional values."""
-    out = []
-    for argument, after in pairwise([*arguments, "-"]):
-        out += [argument, "all"] if argument == "--save-probabilities" and after.startswith("-") else [argument]
-    return out
-
-
 def _fail(message: str, code: int) -> int:
-    log.last(message)
+    log.detail(traceback.format_exc(limit=_FRAMES).rstrip())
+    log.error(message)
     return code
 
 
-def _version(shown: bool) -> None:
-    if shown:
-        print(__version__)
+def _print_and_exit(option: typer.CallbackParam, given: bool) -> None:
+    if given:
+        log.answer(_LICENCE if option.name == "licence" else __version__)
         raise typer.Exit
 
 
+_about = partial(options.general, callback=_print_and_exit, is_eager=True)
+
+
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _options(
+    quiet: _QUIET = False,
+    verbose: _VERBOSE = False,
+    version: Annotated[bool, _about("--version", help="Print the version.")] = False,
+    licence: Annotated[bool, _about("--license", "--licence", help="Print licences and whom to cite.")] = False,
+) -> None:
     """Self-configuring medical image segmentation: plan, train, predict."""
+    _set_verbosity(quiet, verbose)

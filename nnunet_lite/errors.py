@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ def naming(file: str | PathLike[str]) -> Iterator[None]:
         if error.file is not None:
             raise
         raise UserError(error.what, str(file), error.fix) from error
+
+
+def suggest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """Return what to do about an unknown name: the known name that is most like it, otherwise all of them."""
+    names = list(known)
+    near = get_close_matches(name, names, 1, likeness)
+    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
 
 
 def describe(problem: BaseException) -> str:

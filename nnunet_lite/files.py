@@ -7,11 +7,12 @@ first writes to their folder: a living process holds a lock on its own.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import math
 import os
 import platform
 import re
-import resource
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,20 +20,21 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 from filelock import lock_descriptor
 from pydantic import AfterValidator, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.errors import Busy, UserError
-from nnunet_lite.system import in_units, temporary_paths
+from nnunet_lite.system import file_size_limit, in_units, temporary_paths
 
 SPARE = 1 << 16  # bytes that must be free after a write: one that was cut short leaves less
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full; a quota is used up; a ulimit for files
 _TAIL = 40  # letters of a name that its temporary name keeps: 255 bytes hold them, of up to 4 bytes each
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}(-.*)?")
 _LOCK = ".lock"
+_IS_WINDOWS = os.name == "nt"  # where a file that one handle has locked or open cannot be written or renamed by others
 
 
 # -------------------------------------------------------------------------------------------------- temporary paths
@@ -92,7 +94,11 @@ def _temporary_path(folder: Path, tail: str = "") -> Path:
 
 @contextmanager
 def _held(file: Path) -> Iterator[None]:
-    """Make a file and lock it while the block runs."""
+    """Make a file and lock it while the block runs; on Windows only make it."""
+    if _IS_WINDOWS:
+        file.touch()
+        yield
+        return
     with file.open("ab") as lock:
         with suppress(OSError):  # a file system without locks
             lock_descriptor(lock.fileno())
@@ -109,10 +115,22 @@ def sweep(folder: Path, alone: bool = False) -> None:
     alone : bool
         No other process can work in this folder: delete everything that is temporary.
     """
-    for leftover in folder.glob(".tmp*") if folder.is_dir() else ():
-        if alone or (_TEMPORARY.fullmatch(leftover.name) and not _is_held(leftover)):
-            with suppress(OSError):  # another process sweeps too, or it is another user's
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in folder.glob(".tmp*") if alone else leftovers(folder):
+        with suppress(OSError):  # another process sweeps too, or it is another user's
+            remove(leftover)
+
+
+def leftovers(folder: Path, pattern: str = ".tmp*") -> list[Path]:
+    """Return the temporary files and folders of killed processes in a folder; with "**/.tmp*" those below it too."""
+    if _IS_WINDOWS:  # where they are not locked
+        return []
+    found = [path for path in folder.glob(pattern) if _TEMPORARY.fullmatch(path.name)]
+    return [path for path in found if not _is_held(path / _LOCK if path.is_dir() else path, unknown=True)]
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @cache
@@ -121,13 +139,18 @@ def _sweep_once(folder: Path) -> None:
     sweep(folder)
 
 
-def _is_held(temporary: Path) -> bool:
-    """Whether the process that made a temporary file or folder still runs."""
+def is_locked(folder: Path) -> bool:
+    """Whether a process works in a folder that it `locked`; False where that cannot be known."""
+    return _is_held(folder / _LOCK, unknown=False)
+
+
+def _is_held(file: Path, unknown: bool) -> bool:
+    """Whether a process holds a lock on a file; `unknown` if that cannot be known."""
     try:
-        with (temporary / _LOCK if temporary.is_dir() else temporary).open("r+b") as file:
-            return not lock_descriptor(file.fileno(), blocking=False)
+        with file.open("r+b") as opened:
+            return not lock_descriptor(opened.fileno(), blocking=False)
     except OSError:  # of another user, not locked yet, or on a file system without locks
-        return True
+        return unknown
 
 
 @contextmanager
@@ -152,9 +175,17 @@ def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("a+") as file:
-        if not lock_descriptor(file.fileno(), blocking=False):
-            file.seek(0)
-            what = f"another process is {doing} here {file.read()}".rstrip()
+        try:
+            is_free = lock_descriptor(file.fileno(), blocking=False)
+        except OSError as error:
+            log.warn(f"{folder}: this file system has no locks ({error.strerror}); start nothing else that writes here")
+            is_free = True
+        if not is_free:
+            holder = ""
+            with suppress(OSError):  # on Windows, no other process can read a locked file
+                file.seek(0)
+                holder = file.read()
+            what = f"another process is {doing} here {holder}".rstrip()
             if not wait:
                 raise Busy(what, folder, "Wait for it, or stop it.")
             log.info(f"{folder}: {what}, waiting for it")
@@ -178,6 +209,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def hash_of(value: Any) -> str:
+    """Hash what JSON can hold: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def append(path: Path, line: str) -> None:
@@ -368,16 +404,32 @@ def cut_short(written: Path) -> int:
     Libraries hide the system's error behind one of their own (safetensors, blosc2), or report none and leave a file
     that is cut off (ITK). Each leaves a full disk, or a file as large as the limit allows.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY and max((path.stat().st_size for path in _files(written)), default=0) >= limit:
+    limit = file_size_limit()
+    if limit < math.inf and max((path.stat().st_size for path in _files(written)), default=0) >= limit:
         return errno.EFBIG
     try:
         with TemporaryFile(dir=written.parent) as file:
-            os.posix_fallocate(file.fileno(), 0, SPARE)
+            allocate(file, SPARE, written.parent)
     except OSError as error:
         if error.errno in _NO_SPACE:
             return error.errno
     return 0
+
+
+def allocate(file: IO[bytes], size: int, folder: Path) -> None:
+    """Reserve bytes for an open file in a folder; macOS and Windows cannot, so there the free space is compared.
+
+    Raises
+    ------
+    OSError
+        There is no space.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    elif size > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    else:
+        file.truncate(size)
 
 
 def size_of(path: Path) -> int:

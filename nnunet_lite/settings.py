@@ -53,6 +53,7 @@ Minutes = Annotated[float, BeforeValidator(_to_minutes)]
 Preset = Literal["default", "resenc_m", "resenc_l", "resenc_xl"]
 NumberFormat = Literal["auto", "fp32", "bf16", "fp16"]
 Auto = Literal["auto"] | bool
+Logger = Literal["none", "tensorboard", "wandb", "mlflow"]
 Factory = Annotated[str, AfterValidator(_to_absolute)]
 
 
@@ -96,10 +97,18 @@ class TrainingSettings(_Section):
     seed: int | None = Field(None, ge=0, description="makes two runs identical on the CPU, without a time limit")
     init: str | None = Field(None, description="model to start from, ours or nnU-Net's: fine-tuning")
     freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that are not trained")
-    tensorboard: bool = Field(False, description="write TensorBoard's files too; needs the extra `track`")
+    logger: Logger = Field("none", description="where metrics go too; needs the extra of that name")
     max_bad_steps: int = Field(
         20, ge=1, description="steps of an epoch with a non-finite loss that are skipped before giving up"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_old_key(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "tensorboard" in values:  # of older runs and recipes
+            others = {key: value for key, value in values.items() if key != "tensorboard"}
+            return {**others, "logger": "tensorboard"} if values["tensorboard"] else others
+        return values
 
     @model_validator(mode="after")
     def _early_stop_has_a_score(self) -> TrainingSettings:
@@ -290,13 +299,13 @@ def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple
 
 def differences(old: Settings, new: Settings) -> list[str]:
     """Return the differences of two runs' settings, one `key: old -> new` for each key."""
-    before, after = (dict(_flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
+    before, after = (dict(flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
     return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]
 
 
 def keys() -> list[str]:
     """Return every key that a recipe or `--set` may name."""
-    return [key for key, _ in _flatten(Settings().model_dump(exclude={"recipe"}))]
+    return [key for key, _ in flatten(Settings().model_dump(exclude={"recipe"}))]
 
 
 def _recipe_path(recipe: str, folder: Path | None = None) -> Path:
@@ -325,14 +334,14 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
         raise UserError(f"invalid TOML: {error}", path) from None
     base = tree.pop("base", None)
     start = Settings() if base is None else _read_recipe(_recipe_path(str(base), path.parent), (*above, path))
-    return _validated(start.model_copy(update={"recipe": path.stem}), dict(_flatten(tree)), path)
+    return _validated(start.model_copy(update={"recipe": path.stem}), dict(flatten(tree)), path)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Iterate over the values of a tree with their dotted keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -342,7 +351,7 @@ def _parse(key: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lower() in ("none", "null"):
-        return "none" if key == "network.norm" else None  # there it is the name of a choice
+        return "none" if key in ("network.norm", "training.logger") else None  # there it is the name of a choice
     try:
         return tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
@@ -354,7 +363,7 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
     known = keys()
     tree = base.model_dump()
     for key, value in values.items():
-        if key not in known:
+        if key not in known and key != "training.tensorboard":
             near = difflib.get_close_matches(key, known, 1, 0.4) or [k for k in known if k.split(".")[1] == key][:1]
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
             raise UserError(f"unknown setting {key!r}", file, hint)

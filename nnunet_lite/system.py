@@ -1,5 +1,8 @@
 """This process and its machine: standard streams and signals, then CPUs, memory and disk.
 
+What only some systems have is used here and in files.py alone: macOS has no affinity and no cgroups, Windows no limits
+of resources and fewer signals.
+
 `nnunet_lite/__init__.py` imports this module first, so that a signal during the other imports is handled too. A program
 that uses nnunet_lite as a library keeps its own streams and signals.
 """
@@ -16,6 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nnunet_lite.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # -------------------------------------------------------------------------------------------------- streams and signals
 
@@ -77,13 +85,18 @@ def _unraisable(problem: sys.UnraisableHookArgs) -> None:
     sys.__unraisablehook__(problem)
 
 
+def signals_of(*names: str) -> list[signal.Signals]:
+    """Return the signals of these names that the system has: Windows has no SIGHUP and no SIGQUIT."""
+    return [signal.Signals[name] for name in names if hasattr(signal, name)]
+
+
 def start_as_command() -> None:
     """Open closed streams and handle signals: this process is `nnlite`, not a program that uses nnunet_lite."""
     global is_command
     is_command = True
     _open_streams()
     atexit.register(_discard_messages)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in signals_of("SIGINT", "SIGTERM", "SIGHUP"):
         # in the background and under nohup, signals are ignored, and stay so
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, _stop_at_once)
@@ -95,6 +108,7 @@ GB = 1e9
 FREE_SHARE = 0.8  # of the free memory: the rest is for what is not counted
 _MOST_PAIRS = 8  # a large CT and its reference take about 1 GB
 _CGROUP = Path("/sys/fs/cgroup")
+_MACOS_FILES = 10240  # open files that macOS grants where it states no limit
 
 
 def in_units(number: float) -> str:
@@ -108,7 +122,8 @@ def in_units(number: float) -> str:
 
 def cpus() -> int:
     """Return the CPUs that this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
-    return max(1, min([len(os.sched_getaffinity(0)), *_cgroup_cpus(_membership())]))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([usable, *_cgroup_cpus(_membership())]))
 
 
 def free_memory() -> int:
@@ -117,10 +132,36 @@ def free_memory() -> int:
 
     process = psutil.Process()
     limits = [int(psutil.virtual_memory().available), *_cgroup_memory(_membership())]
-    address_space, _ = process.rlimit(psutil.RLIMIT_AS)
-    if address_space != psutil.RLIM_INFINITY:
-        limits.append(address_space - process.memory_info().vms)
+    if hasattr(psutil, "RLIMIT_AS"):  # on Linux
+        address_space, _ = process.rlimit(psutil.RLIMIT_AS)
+        if address_space != psutil.RLIM_INFINITY:
+            limits.append(address_space - process.memory_info().vms)
     return max(0, min(limits))
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has had."""
+    import psutil
+
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as the system allows."""
+    if resource is not None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        soft = min(hard, _MACOS_FILES) if sys.platform == "darwin" else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def file_size_limit() -> float:
+    """Return the most bytes of a file that this process may write (`ulimit -f`), infinite without a limit."""
+    limit = -1 if resource is None else resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return math.inf if resource is None or limit == resource.RLIM_INFINITY else limit
 
 
 def cases_in_flight(largest: int, workers: int | None) -> int:
@@ -168,9 +209,11 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def _membership() -> str:
-    """Return the cgroups of this process; nothing if the kernel has no cgroups."""
-    file = Path("/proc/self/cgroup")
-    return file.read_text() if file.is_file() else ""
+    """Return the cgroups of this process; nothing if the system has no cgroups."""
+    try:
+        return Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return ""
 
 
 def _cgroups(membership: str, controller: str, root: Path) -> Iterator[tuple[Path, bool]]:

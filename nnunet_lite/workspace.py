@@ -16,6 +16,7 @@ workspace/
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def is_model_of(workspace: Path, folder: Path) -> bool:
 
 
 def find_raw(given: str, workspace: Path) -> Path:
-    """Return the folder of a raw dataset from a path or a name; `Task04` finds `Task04_Hippocampus`.
+    """Return the folder of a raw dataset from a path or a name; `Task04` and `4` find `Task04_Hippocampus`.
 
     Names are looked up in the current folder, ./data, the workspace, its raw/ and (if set) nnUNet_raw.
 
@@ -113,10 +114,12 @@ def find_raw(given: str, workspace: Path) -> Path:
 
 
 def _named(place: Path, name: str) -> list[Path]:
-    """Return the folder called `name`, otherwise those whose names begin with it, as Task04 or Dataset004."""
+    """Return the folder called `name`, otherwise those whose names begin with it, as Task04 or the number 4 do."""
     if (place / name).is_dir():
         return [place / name]
-    return [entry for entry in place.glob("*") if entry.is_dir() and entry.name.startswith(f"{name}_")]
+    number = rf"|(Task|Dataset)0*{int(name)}" if name.isdecimal() else ""
+    beginning = re.compile(f"({re.escape(name)}{number})_")
+    return [entry for entry in place.glob("*") if entry.is_dir() and beginning.match(entry.name)]
 
 
 def _is_raw(folder: Path) -> bool:
@@ -131,6 +134,12 @@ def _is_raw(folder: Path) -> bool:
 def planned_datasets(workspace: Path) -> list[str]:
     """Return the names of the datasets that are planned in a workspace."""
     return sorted(path.parent.name for path in workspace.glob("*/plans.json"))
+
+
+def datasets_of(workspace: Path) -> list[str]:
+    """Return the names of the datasets that are planned in a workspace or have models there."""
+    with_models = {file.parents[2].name for file in workspace.glob("*/models/*/run.json")}
+    return sorted({*planned_datasets(workspace), *with_models})
 
 
 def use(workspace: Path, name: str) -> None:
@@ -161,7 +170,7 @@ def select_dataset(
     workspace : str or Path, optional
         The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
     dataset : str, optional
-        A name, the start of one, or a path to the raw data; default: the only planned dataset.
+        A name, the start of one, nnU-Net's number, or a path to the raw data; default: the only planned dataset.
     only_reads, needs_plan : bool
         As for `planned_paths`.
 
@@ -187,7 +196,7 @@ def planned_paths(
     workspace : Path
         The workspace.
     given : str, optional
-        A name, the start of one, or a path to the raw data; default: the only planned dataset.
+        A name, the start of one, nnU-Net's number, or a path to the raw data; default: the only planned dataset.
     only_reads : bool
         Nothing will be written: of several datasets, the one planned last is taken.
     needs_plan : bool
@@ -199,34 +208,33 @@ def planned_paths(
         There is no such dataset, or there are several and none is given.
     """
     planned = planned_datasets(workspace)
-    if not needs_plan and (imported := _only_models(workspace, given, planned)) is not None:
-        return imported
+    names = planned if needs_plan else datasets_of(workspace)
     if given is None:
+        if not needs_plan and (found_models := _with_models(workspace, planned, only_reads)) is not None:
+            return found_models
         if not planned:
             raise UserError(f"no dataset is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
         given = planned[0] if len(planned) == 1 else _planned_last(workspace) if only_reads else None
         if given not in planned:
             what = f"the workspace {workspace} has {len(planned)} planned datasets: {', '.join(planned)}"
             raise UserError(what, fix="Say which one with -d NAME (from Python: dataset=NAME).")
-    found = [match for match in _named(workspace, Path(given).name) if match.name in planned]
+    found = [match for match in _named(workspace, Path(given).name) if match.name in names]
     if len(found) != 1:
-        what = "several planned datasets" if found else "no planned dataset"
-        have = f"It holds: {', '.join(planned)}." if planned else "Run `nnlite plan DATA` first."
+        what = "several datasets" if found else "no planned dataset"
+        have = f"It holds: {', '.join(names)}." if names else "Run `nnlite plan DATA` first."
         raise UserError(f"the workspace {workspace} has {what} called {given!r}", fix=have)
     paths = Paths(found[0])
-    _refuse_other_root(paths, Path(given).expanduser())
+    if paths.name in planned:
+        _refuse_other_root(paths, Path(given).expanduser())
     return paths
 
 
-def _only_models(workspace: Path, given: str | None, planned: list[str]) -> Paths | None:
-    """Return the dataset called `given`, or the only one of the workspace, if it has models and no plan."""
+def _with_models(workspace: Path, planned: list[str], only_reads: bool) -> Paths | None:
+    """Return the only dataset with models; None where a planned dataset is to be chosen."""
     found = {file.parents[2] for file in workspace.glob("*/models/*/run.json")}
-    found = {root for root in found if root.name not in planned}
-    if given is not None:
-        found &= set(_named(workspace, Path(given).name))
-    elif planned:
+    if planned and (only_reads or len(found) > 1):
         return None
-    elif len(found) > 1:
+    if len(found) > 1:
         names = ", ".join(sorted(root.name for root in found))
         raise UserError(f"the workspace {workspace} has models of several datasets", fix=f"Choose with -d: {names}.")
     return Paths(found.pop()) if len(found) == 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,8 +50,9 @@ def test_steps_keep_their_names_beside_the_packages(first: str) -> None:
 
 def test_every_step_says_what_it_takes() -> None:
     functions = {path.partition(".")[2] for path, _ in cli.COMMANDS.values()}
-    assert set(nnunet_lite.__all__) == functions - {"show_info", "doctor", "cluster"} | {"load"}
-    for name in nnunet_lite.__all__:
+    for_people = {"show_info", "list_workspace", "clean", "doctor", "cluster"}
+    assert set(nnunet_lite.__all__) == functions - for_people | {"load", "UserError"}
+    for name in set(nnunet_lite.__all__) - {"UserError"}:
         step = getattr(nnunet_lite, name)
         assert step.__doc__ and inspect.signature(step).return_annotation is not inspect.Signature.empty
 
@@ -85,8 +87,15 @@ def test_from_raw_data_to_a_score(copy_dataset: Callable[..., Path], hippocampus
     with pytest.raises(UserError, match="has 2 channels, the model expects 1"):
         model(np.stack([array, array]), spacing)
 
-    found = nnunet_lite.evaluate(tmp_path / "out", hippocampus / "labelsTs", surface=False).to_json()
-    assert [case["prediction_file"] for case in found["metric_per_case"]] == [str(tmp_path / "out" / scan.name)]
+    found = nnunet_lite.evaluate(tmp_path / "out", hippocampus / "labelsTs", surface=False)
+    assert [row.prediction_file for row in found.rows] == [tmp_path / "out" / scan.name]
+
+    report = nnunet_lite.check(root)
+    for shown in (report, plan, summary, scores, done, model, model(array, spacing), found, found.rows[0]):
+        text = repr(shown)
+        assert len(text) < 500 and text.count("\n") < 3 and "object at 0x" not in text, text
+    for table in (report, plan, done, model, found):
+        assert re.match(r"<table><tr><th>.*</th></tr>.*</table>", table._repr_html_())
 
 
 def test_mistakes_are_exceptions_with_the_same_words(tmp_path: Path) -> None:

@@ -74,20 +74,6 @@ def test_image_and_label_stay_aligned(in_plane: bool) -> None:
         assert torch.equal(images[0, 0] > 0.5, labels[0, 0] == 1)
 
 
-def test_in_plane_transforms_leave_the_first_axis_alone() -> None:
-    image = np.arange(12, dtype=np.float32)[:, None, None].repeat(40, 1).repeat(40, 2)
-    settings, patch = AugmentationSettings(p_rotation=1, p_scaling=1, scaling=(0.7, 0.9)), (4, 16, 16)
-    for i in range(5):
-        matrix = draw_matrix(rng_for(1, 0, i), settings, patch)
-        assert matrix is not None
-        np.testing.assert_array_equal(matrix[0], [1, 0, 0])
-        np.testing.assert_array_equal(matrix[:, 0], [1, 0, 0])
-        found, labels = turned(image, image.astype(np.uint8), (3, 12, 12), patch, matrix)
-        expected = torch.arange(3.0, 7.0)[:, None, None].expand(patch)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-        assert torch.equal(labels, expected.to(torch.uint8))
-
-
 def test_anisotropic_and_flat_patches_are_transformed_in_plane() -> None:
     assert is_in_plane((1, 56, 40))
     assert is_in_plane((16, 64, 32))

@@ -111,6 +111,14 @@ def checkpoint_of(folder: Path) -> Path:
     return folder / "fold_0" / "checkpoint_final.pth"
 
 
+def two_models(folder: Path) -> Path:
+    """nnU-Net's folder of a dataset with two models."""
+    results = folder.with_name("Dataset004")
+    for name in ("a__b__2d", "a__b__3d"):
+        shutil.copytree(folder, results / name)
+    return results
+
+
 def with_code(folder: Path) -> None:
     torch.save({"network_weights": Evil()}, checkpoint_of(folder))
 
@@ -204,13 +212,46 @@ REFUSED = {
     "an import of one checkpoint": theirs(
         lambda f: None, "checkpoint_final.pth", command="import theirs/fold_0/checkpoint_final.pth"
     ),
-    "an import of nnU-Net's folder of models": theirs(
-        lambda f: (f.with_name("Dataset004").mkdir(), f.rename(f.with_name("Dataset004") / "trainer__plans__3d")),
-        "Dataset004", "trainer__plans__3d", command="import Dataset004",
+    "an import of two models to one place": theirs(
+        lambda f: two_models(f), "Dataset004", "2 models", "Dataset004/a__b__3d", command="import Dataset004 -o new"
     ),
-    "an import of nnU-Net's zip": theirs(
-        lambda f: shutil.make_archive(str(f.with_name("model")), "zip", f), "model.zip", "Unpack it", command=IMPORT
+    "a folder of two models": theirs(
+        lambda f: two_models(f), "Dataset004", "2 models", "Dataset004/a__b__2d", command=f"{FOLDER[:-5]}Dataset004"
     ),
+    "a configuration that no model has": theirs(
+        lambda f: two_models(f), "2 models", command="predict -i scan.nii.gz -o out -m Dataset004 -c 3d_lowres"
+    ),
+    "a zip of two models": theirs(
+        lambda f: shutil.make_archive(str(f.parent / "model"), "zip", two_models(f)), "model.zip/a__b__3d",
+        command=f"{PREDICT}.zip",
+    ),
+    "a model that is not in the zip": theirs(
+        lambda f: shutil.make_archive(str(f.parent / "model"), "zip", two_models(f)), "model.zip/c", "plans.json",
+        command=f"{PREDICT}.zip/c",
+    ),
+    "a zip of what is in a model folder": theirs(
+        lambda f: shutil.make_archive(str(f.with_name("model")), "zip", f), "MODEL/plans.json", command=IMPORT
+    ),
+    "a zip of nnU-Net without plans": theirs(
+        lambda f: ((f / "plans.json").unlink(),
+                   shutil.make_archive(str(f.with_name("model")), "zip", f.parent, f.name)),
+        "MODEL/plans.json", command=IMPORT,
+    ),
+    "a zip of nnU-Net with damaged weights": theirs(
+        lambda f: (os.truncate(checkpoint_of(f), 5000),
+                   shutil.make_archive(str(f.with_name("model")), "zip", f.parent, f.name)),
+        "checkpoint_final.pth", command="info model.zip",
+    ),
+    "a folder with nothing but a checkpoint": theirs(
+        lambda f: (f.with_name("alone").mkdir(), checkpoint_of(f).rename(f.with_name("alone") / "checkpoint_best.pth")),
+        "alone", "plans.json and fold_0/checkpoint_final.pth", command="predict -i scan.nii.gz -o out -m alone",
+    ),
+    "a checkpoint for a model": theirs(
+        lambda f: None, "theirs, the model folder", command=f"{FOLDER[:-5]}theirs/fold_0/checkpoint_final.pth"
+    ),
+    "images and a model without references": given("evaluate scan.nii.gz nowhere -m model", "nowhere"),
+    "a model that is none, to evaluate": given("evaluate scan.nii.gz scan.nii.gz -m scan.nii.gz", "it is a file"),
+    "an empty folder for a model": Bad(lambda place: (place / "none").mkdir(), "info none", ("none: ", "plans.json")),
     "no best checkpoint": theirs(
         lambda f: None, "checkpoint_best.pth", "--checkpoint final", command="import theirs -o new -chk best"
     ),
@@ -256,9 +297,8 @@ REFUSED = {
     ),
     "info of nothing": given("info nowhere", "nowhere"),
     "info of an image": given("info scan.nii.gz", "scan.nii.gz"),
-    "info of a fold": given("info model/fold_0", "model/fold_0", "Give model,"),
+    "info of a fold": given("info model/fold_0", "model/fold_0", "model, the model folder"),
     "info of two models": given("info model -m model", "two models"),
-    "info of a folder of models": given("info .", "model"),
 }  # fmt: skip
 
 IMAGES = {
@@ -293,3 +333,10 @@ def test_image(command: Command, place: Path, counts: Callable[..., None], name:
     assert err.splitlines()[-1] == failed[0] and failed[0].startswith("failed: scan: ")
     assert all(word in failed[0] for word in bad.says), failed
     assert contents(place) == before
+
+
+def test_verbose_shows_where_a_case_failed(command: Command, place: Path) -> None:
+    (place / "scan.nii.gz").write_bytes(b"no image")
+    code, _, err = command(*PREDICT.split(), "-v", cwd=place)
+    shown, _, failed = err.partition("failed: scan: ")
+    assert code == 2 and failed and "Traceback" in shown and 'nifti.py", line ' in shown

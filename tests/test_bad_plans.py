@@ -293,7 +293,11 @@ SETTINGS = {
     "nothing to plan": asked("plan", "nnlite plan"),
     "an option that is not there": asked("train 3d_fullres 0 --epoch 3", "--epoch"),
     "no such command": asked("trian 3d_fullres 0", "trian"),
-    "no fold": asked("train 3d_fullres", "fold"),
+    "a fold before its configuration": asked("train 0 3d_fullres", "no planned dataset called '0'"),
+    "a dataset after its configuration": asked("train 3d_fullres 4 0", "4 is no configuration"),
+    "two configurations to train": asked("train -c 2d 3d_fullres -f 0", "no planned dataset called '2d'"),
+    "a number of no dataset": asked("train 5 3d_fullres 0", "no planned dataset called '5'"),
+    "a trainer of nnU-Net": asked("train 4 3d_fullres 0 -tr nnUNetTrainer_100epochs", "-tr is an option", "--epochs"),
 }  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models import bundle as bundles
-from nnunet_lite.models.bundle import MANIFEST, pack, read_manifest, unpack, unpacked
+from nnunet_lite.models.argument import unpacked
+from nnunet_lite.models.bundle import MANIFEST, pack, read_manifest, unpack
 from nnunet_lite.models.folder import MODEL
 
 WEIGHTS = f"tiny/fold_0/{MODEL}"

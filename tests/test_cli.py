@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +36,7 @@ def one_line(err: str) -> str:
 def test_help_lists_every_command(nnlite: Run, tmp_path: Path) -> None:
     code, out, err = nnlite("--help", cwd=tmp_path)
     assert (code, err) == (0, "")
-    listed = out.partition("Commands:")[2].split("\n  ")
+    listed = out.partition("Commands:")[2].partition("\n\n")[0].split("\n  ")
     assert {line.split()[0] for line in listed if line[:1].strip()} == set(cli.COMMANDS)
     assert nnlite(cwd=tmp_path) == (0, out, ""), "no argument at all asks for help"
     assert list(tmp_path.iterdir()) == []
@@ -92,11 +93,70 @@ def test_version_and_module(nnlite: Run, tmp_path: Path) -> None:
     assert subprocess.check_output(as_module, cwd=tmp_path, text=True) == f"{nnunet_lite.__version__}\n"
 
 
-def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "-i", "in"]])
+def test_help_and_mistakes_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     """What `nnlite --help` costs is what it imports; the time itself is measured by a benchmark."""
-    code = "import sys; from nnunet_lite import cli; print(*sys.modules)"
-    loaded = set(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).split())
-    assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "pydantic", "nnunet_lite.planning.schema"}
+    code = f"import atexit, sys; sys.argv[1:] = {arguments}; atexit.register(lambda: print('loaded', *sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; from nnunet_lite import cli; cli.main()"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    loaded = set(done.stdout.partition("loaded")[2].split())
+    assert "nnunet_lite.cli" in loaded
+    assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "rich", "nnunet_lite.planning.schema"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tr"], {"train"}),
+        ([""], set(cli.COMMANDS)),
+        (["train", "3d_fullres", "0", "--re"], {"--recipe", "--resume", "--restart"}),
+        (["predict", "--speed", "b"], {"balanced", "best"}),
+        (["--v"], {"--version", "--verbose"}),
+    ],
+)
+def test_bash_completes_commands_options_and_choices(tmp_path: Path, words: list[str], expected: set[str]) -> None:
+    """The script that `--show-completion` prints, in a real bash, which `complete` would call as here."""
+    program = Path(sysconfig.get_path("scripts")) / "nnlite"
+    script = (
+        f'PATH={program.parent}:$PATH; eval "$(nnlite --show-completion)"; complete -p nnlite >&2;'
+        f"COMP_WORDS=(nnlite {shlex.join(words)}); COMP_CWORD={len(words)}; _nnlite_completion nnlite;"
+        'echo "${COMPREPLY[@]}"; true'  # bash without a second command would run nnlite in its own place
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "complete -o default -F _nnlite_completion nnlite" in done.stderr
+    assert set(done.stdout.split()) == expected
+
+
+def test_licence(command: Run, tmp_path: Path) -> None:
+    code, out, err = command("--licence", cwd=tmp_path)
+    assert (code, err) == (0, "") and command("--license", cwd=tmp_path) == (0, out, "")
+    assert len(out.splitlines()) < 10
+    for named in ("Apache License", "NiiVue", "CC BY-SA 4.0", "Isensee", "10.1038/s41592-020-01008-z"):
+        assert named in out
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_quiet_and_verbose_before_and_after_the_command(
+    command: Run, tmp_path: Path, hippocampus: Path, before: bool
+) -> None:
+    def run(option: str, *arguments: object) -> tuple[int, str, str]:
+        return command(*([option, *arguments] if before else [*arguments, option]), cwd=tmp_path)
+
+    _, printed, said = command("plan", hippocampus, cwd=tmp_path)
+    assert said
+    assert run("-q", "plan", hippocampus) == (0, printed, "")
+    code, out, err = run("--verbose", "plan", hippocampus)
+    assert (code, out) == (0, printed)
+    assert [line for line in err.splitlines() if not re.match(r"\[\d+\.\d s\] |warning: ", line)] == []
+    code, out, err = run("-q", "info", "nowhere")
+    assert code == 2 and "nowhere" in one_line(err)
+    code, out, err = run("-v", "info", "nowhere")
+    assert code == 2 and "Traceback" in err and "argument.py" in err
+    assert err.splitlines()[-1].startswith("error: nowhere: is no model folder")
 
 
 def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> None:
@@ -117,7 +177,8 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
     [
         (["--bogus"], "--bogus"),
         (["trane"], "Did you mean 'train'"),
-        (["train"], "configuration"),
+        (["train"], "Run `nnlite plan DATA` first."),
+        (["train", "3d_fullres", "0", "4"], "0 is no configuration. Give `nnlite train [DATASET] CONFIGURATION FOLD`"),
         (["train", "3d_fullres", "0", "--epochs", "many"], "'--epochs': Input should be a valid integer"),
         (["train", "3d_fullres", "0", "--workers", "-1"], "'--workers': Input should be greater"),
         (["train", "3d_fullres", "0", "--lr", "-1"], "optimizer.lr = -1.0"),
@@ -131,7 +192,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
         (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder (it does not exist)"),
-        (["predict", "-i", "in", "-o", "out", "-m", "nowhere"], "in: there is no such file or folder"),
+        (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no run.json, and no plans.json with"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
         (["info", "nowhere"], "nowhere: is no model folder (it does not exist)"),

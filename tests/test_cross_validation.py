@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from nnunet_lite.data.dataset import Dataset, dataset_from_json
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.files import read_json
-from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import planned_paths
 
@@ -65,20 +61,3 @@ def test_a_case_that_cannot_be_predicted_is_named(
     broken = replace(dataset, cases=cases)
     with pytest.raises(UserError, match=rf"1 of 2 cases could not be predicted; {held_out[0]}: .*bad\.nii\.gz"):
         validate_fold(model_copy, "0", broken, held_out, "cpu")
-
-
-def test_logits_that_are_not_finite_are_no_validation(
-    model_copy: Path, dataset: Dataset, held_out: tuple[str, ...], counts: Callable[..., None]
-) -> None:
-    """They would be scored as background."""
-    counts("bad inputs refused in one line")
-    file = model_copy / "fold_0" / "model.safetensors"
-    tensors, about = load_file(file), read_weights_header(file)
-    for name in tensors:
-        if name.startswith("heads."):
-            tensors[name] = np.full_like(tensors[name], 3e38)
-    save_file(tensors, file, {"state": json.dumps(about)})
-    shutil.rmtree(model_copy / "fold_0" / "validation")
-    with pytest.raises(UserError, match=rf"2 of 2 cases could not be predicted; {held_out[0]}: .*NaN or infinite"):
-        validate_fold(model_copy, "0", dataset, held_out, "cpu")
-    assert not [*(model_copy / "fold_0" / "validation").iterdir()]

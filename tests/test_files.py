@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnunet_lite import files
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.nifti import write_nifti
@@ -255,3 +256,19 @@ def test_maps_have_no_name_while_they_are_made(tmp_path: Path, counts: Any) -> N
     assert list(tmp_path.iterdir()) == [] and array.shape == (3, 4, 5) and not array.any()
     array[1] = 7
     assert int(array.sum()) == 7 * 20 and torch.from_numpy(array).sum() == 140
+
+
+def test_files_are_written_without_locks_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A locked file could not be written there; what a killed process left is deleted only by whoever is alone."""
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    with files.atomic(tmp_path / "a.json") as temporary, files.scratch(tmp_path) as folder:
+        temporary.write_text("1")
+        (folder / "b").write_text("2")
+        files.sweep(tmp_path)
+        assert temporary.exists() and (folder / "b").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / ".tmp-01234567").mkdir()
+    files.sweep(tmp_path)
+    assert (tmp_path / ".tmp-01234567").exists()
+    files.sweep(tmp_path, alone=True)
+    assert not (tmp_path / ".tmp-01234567").exists()

@@ -26,9 +26,9 @@ from nnunet_lite.training.finetune import (
     Source,
     adopt_plan,
     adopt_weights,
-    find_source,
     freeze,
     input_names,
+    open_source,
 )
 from nnunet_lite.workspace import planned_paths
 
@@ -244,24 +244,30 @@ def test_inputs_of_a_second_stage_have_names(cascade: Plan) -> None:
 # ---------------------------------------------------------------------------------------------------- the fold
 
 
+def source_of(model: Path, dataset: str, fold: str) -> Source:
+    with open_source(str(model), Path("nowhere"), dataset, fold, "3d_fullres") as source:
+        return source
+
+
 def test_the_fold_to_start_from(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     name = read_json(model / "plans.json")["dataset"]
 
     def fold(dataset: str, wanted: str) -> str:
-        return find_source(model, dataset, wanted).file.parent.name
+        return source_of(model, dataset, wanted).file.parent.name
 
     assert fold(name, "0") == fold("Other", "3") == "fold_0"
     for copy in ("fold_3", "fold_all"):
         shutil.copytree(model / "fold_0", model / copy)
     assert (fold("Other", "3"), fold(name, "3"), fold(name, "2")) == ("fold_all", "fold_3", "fold_all")
     file = model / "fold_3" / "model.safetensors"
-    assert find_source(file, name, "0").file == file
-    with pytest.raises(UserError, match=r"is no model folder, nor .* `nnlite import`"):
-        find_source(tmp_path, name, "0")
+    assert source_of(file, name, "0").file == file
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"is no model folder \(no run\.json, .*A model is a folder"):
+        source_of(tmp_path / "none", name, "0")
     (model / "run.json").unlink()
     with pytest.raises(UserError, match="is no model folder"):
-        find_source(file, name, "0")
+        source_of(file, name, "0")
 
 
 def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
@@ -274,19 +280,19 @@ def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
     for copy in (best, tmp_path / "pretrained.pth"):
         shutil.copy(final, copy)
     name = read_json(theirs / "plans.json")["dataset_name"]
-    assert find_source(theirs, name, "3").file == final
-    assert find_source(theirs, "Other", "3").file.parent.name == "fold_all"
+    assert source_of(theirs, name, "3").file == final
+    assert source_of(theirs, "Other", "3").file.parent.name == "fold_all"
     for given in (final, best, tmp_path / "pretrained.pth"):
-        source = find_source(given, name, "2")
+        source = source_of(given, name, "2")
         assert source.file == given and source.configuration == "3d_fullres"
         assert source.plan.configuration("3d_fullres").network.features == (2, 4, 6)
     for fold in ("fold_3", "fold_all"):
         shutil.rmtree(theirs / fold)
     with pytest.raises(UserError, match=r"has no trained fold to start from\. Give the file of another checkpoint"):
-        find_source(theirs, name, "0")
+        source_of(theirs, name, "0")
     (tmp_path / "none.pth").write_bytes(b"none")
     with pytest.raises(UserError, match=r"none\.pth: is no checkpoint"):
-        find_source(tmp_path / "none.pth", name, "0")
+        source_of(tmp_path / "none.pth", name, "0")
 
 
 class Evil:
@@ -303,7 +309,7 @@ def test_code_in_a_checkpoint_to_start_from_is_not_run(
     monkeypatch.chdir(tmp_path)
     torch.save({"network_weights": Evil()}, "pretrained.pth")
     with pytest.raises(UserError, match=r"pretrained\.pth: names posix\.mkdir, .* it was not run"):
-        find_source(Path("pretrained.pth"), "Other", "0")
+        source_of(Path("pretrained.pth"), "Other", "0")
     assert not Path("was_run").exists()
 
 

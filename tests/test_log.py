@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -33,23 +34,33 @@ for i in log.progress(range(3), 3, 'outer'):
     for _ in log.progress(range(5), 5, 'inner'): time.sleep(0.05)
 thread.join()
 """
+EVERY_KIND = """
+import sys, warnings
+from nnunet_lite import cli, log
+log.set_verbosity({verbosity})
+warnings.showwarning = cli._show_warning
+log.info('a message'); log.detail('a detail'); log.warn('this: warning: stays'); warnings.warn('of a\\nlibrary')
+for i in log.progress(range(2), 2, 'steps'): pass
+log.answer('case: fine\\nwarning: case_1: thin\\nerror: case_2: no label'); log.error('failed: case_3\\nerror: the end')
+"""
 WITHOUT_STREAMS = """
 import os, sys; sys.stderr = {stream}; stream = sys.stderr
 if stream is not None: stream.close()
 import nnunet_lite, tempfile
 from nnunet_lite import log
 found = nnunet_lite.predict({image!r}, tempfile.mkdtemp(), model={model!r}, device='cpu')
-assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.last('x')
+assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.error('x')
 print(len(found.files), found.failed)
 sys.stdout = None; log.answer('x')
 """
 
 
-def run_on_a_terminal(code: str) -> tuple[str, list[str]]:
+def run_on_a_terminal(code: str, **variables: str) -> tuple[str, list[str]]:
     """What a program writes to a terminal, and the lines that it shows: text after a carriage return overwrites."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=ENVIRONMENT)
+    environment = ENVIRONMENT | {"TERM": "xterm", "NO_COLOR": ""} | variables
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     written = b""
     try:
@@ -71,7 +82,7 @@ def run_on_a_terminal(code: str) -> tuple[str, list[str]]:
 def test_a_message_is_on_a_line_of_its_own_above_the_bar() -> None:
     written, lines = run_on_a_terminal(ABOVE_A_BAR)
     assert "predict:  50%" in written and "6/6" in written
-    long = "warning: case_003: " + ("a long line " * 12).rstrip()
+    long = "\x1b[33mwarning:\x1b[0m case_003: " + ("a long line " * 12).rstrip()
     assert lines == ["sums in float32", long, '{"result": 1}', "done"]
 
 
@@ -87,3 +98,41 @@ def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hip
     code = WITHOUT_STREAMS.format(stream=stream, image=str(image), model=str(tiny_model))
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 {}\n", "")
+
+
+def test_errors_are_red_and_warnings_yellow_on_a_terminal_only() -> None:
+    code = EVERY_KIND.format(verbosity=0)
+    _, lines = run_on_a_terminal(code)
+    library = "warning: of a library (UserWarning, <string>:6)"
+    plain = ["a message", "warning: this: warning: stays", library, "case: fine", "warning: case_1: thin",
+             "error: case_2: no label", "failed: case_3", "error: the end"]  # fmt: skip
+    red, yellow, end = "\x1b[31m", "\x1b[33m", "\x1b[0m"
+    coloured = {"warning:": f"{yellow}warning:{end}", "error:": f"{red}error:{end}", "failed:": f"{red}failed:{end}"}
+    first = [line.split(" ", 1) for line in plain]
+    assert lines == [f"{coloured.get(word, word)} {rest}" for word, rest in first]
+    for variables in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert run_on_a_terminal(code, **variables)[1] == plain
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT)
+    assert done.stdout.decode().splitlines() == plain
+
+
+@pytest.mark.parametrize("verbosity", ["SILENT", "QUIET", "VERBOSE"])
+def test_verbosity(verbosity: str) -> None:
+    written, lines = run_on_a_terminal(EVERY_KIND.format(verbosity=f"log.{verbosity}"), NO_COLOR="1")
+    assert ("steps" in written) == (verbosity == "VERBOSE")
+    end = ["failed: case_3", "error: the end"]
+    results = ["case: fine", "warning: case_1: thin", "error: case_2: no label"]
+    quiet = ["warning: this: warning: stays", "warning: of a library (UserWarning, <string>:6)", *results]
+    if verbosity == "VERBOSE":
+        assert [re.sub(r"^\[\d+\.\d s\] ", "", line) for line in lines[:2]] == ["a message", "a detail"]
+        assert lines[0] != "a message" and lines[2:] == [*quiet, *end]
+    else:
+        assert lines == (quiet if verbosity == "QUIET" else []) + end
+
+
+def test_processes_that_a_process_starts_are_as_quiet() -> None:
+    child = "from nnunet_lite import log; log.info('message'); log.warn('careful')"
+    start = f"subprocess.run([sys.executable, '-c', {child!r}])"
+    code = f"import subprocess, sys; from nnunet_lite import log; log.set_verbosity(log.QUIET); {start}"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "warning: careful\n")

@@ -22,7 +22,7 @@ from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.models.lookup import first_common_fold, read_model
-from nnunet_lite.training.finetune import find_source
+from nnunet_lite.training.finetune import open_source
 
 
 @pytest.fixture
@@ -157,7 +157,8 @@ def test_code_of_other_models_is_not_run(
     for arguments in ((*export, "m.zip"), (*export, "theirs", "--format", "nnunet")):
         assert command(*arguments, cwd=tmp_path)[0] == 2
     assert command("info", model, "-w", "w", cwd=tmp_path)[0] == 0
-    find_source(model, "Other", "0")
+    with open_source(str(model), tmp_path / "w", "Other", "0", "3d_fullres"):
+        pass
     assert not mark.exists() and not (tmp_path / "out").exists()
     assert command(*predict, "--trust-code", cwd=tmp_path)[0] == 0
     assert mark.is_file() and (tmp_path / "out" / scan.name).is_file()

@@ -381,7 +381,7 @@ def test_what_nnunet_lacks_is_not_exported(model_copy: Path, tmp_path: Path, fil
 def test_commands_import_predict_and_export(command: Command, theirs: Copy, scans: list[Path], tmp_path: Path) -> None:
     """In a workspace without a planned dataset; the imported model predicts what nnU-Net's own folder does."""
     folder = theirs().rename(tmp_path / "theirs" / "model")
-    place, name = tmp_path / "nnlite_workspace" / "Dataset004_Hippocampus", "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    place, name = tmp_path / "nnlite_workspace" / "Dataset004_Hippocampus", "3d_fullres-nnunet"
     made = place / "models" / name
 
     def run(*arguments: object, code: int = 0) -> tuple[str, str]:

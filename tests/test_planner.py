@@ -148,7 +148,7 @@ def test_more_memory_gives_a_larger_patch_and_more_predicted_memory() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "resenc_k"}, "there is no preset 'resenc_k'. Did you mean resenc_"),
+        ({"preset": "resenc_k"}, "there is no preset 'resenc_k'. Did you mean 'resenc_"),
         ({"preset": "large", "memory_gb": 8}, "there is no preset 'large'. There are: default, resenc_m"),
         ({"memory_gb": 0}, "a memory budget of 0 GB is not positive"),
         ({"memory_gb": 1e-6}, "1e-06 GB are too few for this dataset"),

@@ -20,6 +20,8 @@ from samples import FAST, sample_plan
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import nnunet_lite
+from nnunet_lite.commands.predict import Predictions
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
@@ -171,20 +173,30 @@ def test_existing_label_maps_are_skipped_with_the_option(model: Predictor, folde
     cases, out = find_cases([folder], 1), tmp_path / "out"
     files, _ = predict_cases(model, cases[:1], out)
     before = files[0].stat().st_mtime_ns
-    seen: list[str] = []
-
-    def show(todo: Any, total: int, what: str) -> Any:
-        assert total == len(cases) - 1
-        for case in todo:
-            seen.append(case.id)
-            yield case
-
-    files, failed = predict_cases(model, cases, out, skip_existing=True, progress=show)
-    assert seen == [case.id for case in cases[1:]]
+    files, failed = predict_cases(model, cases, out, skip_existing=True)
     assert (len(files), failed) == (3, {})
     assert files[0].stat().st_mtime_ns == before
     predict_cases(model, cases[:1], out)
     assert files[0].stat().st_mtime_ns > before
+
+
+def test_parts_share_the_images_and_one_output(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    def predict(part: int | None, parts: int) -> list[str]:
+        done = nnunet_lite.predict(
+            folder, tmp_path / "out", model=tiny_model, settings=FAST, device="cpu", num_parts=parts, part_id=part
+        )
+        assert isinstance(done, Predictions)
+        return [file.name for file in done.files]
+
+    names = sorted(path.name for path in folder.iterdir())
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(predict, (0, 1), (2, 2)))
+    assert found == [names[0::2], names[1::2]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert predict(3, 4) == [] and predict(0, 1) == names
+    for part in (None, 2, -1):
+        with pytest.raises(UserError, match="--num-parts 2 needs a --part-id from 0 to 1"):
+            predict(part, 2)
 
 
 @pytest.mark.parametrize("kind", ["cut", "text", "empty"])

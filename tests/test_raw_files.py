@@ -15,11 +15,11 @@ from samples import TINIEST
 import nnunet_lite
 from nnunet_lite.commands.run import next_commands
 from nnunet_lite.data.dataset import read_dataset
+from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning import fingerprint
-from nnunet_lite.preprocessing.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.workspace import Paths, planned_paths
 
 SHORT = {"training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16]}

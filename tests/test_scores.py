@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_csv_and_table(folders: tuple[Path, Path]) -> None:
     assert json.loads(text)["statistics"]["foreground"]["Dice"]["n"] == 8
     # what was not measured has no column
     assert without.lines()[1] == tuple(cell for i, cell in enumerate(scores.lines()[1]) if i not in (6, 7))
+
+
+def test_a_dataframe_is_the_csv(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    scores = score_files(*folders, TWO, surface=False)
+    table, written = scores.to_dataframe(), pandas.read_csv(io.StringIO(scores.to_csv()), dtype={"value": str})
+    assert list(table.columns) == list(written.columns) and list(table["case"]) == list(written["case"])
+    assert table.groupby("label")["Dice"].mean()["Anterior"] == pytest.approx(scores.by_label()["Anterior"].mean)
+    assert table["HD95_mm"].isna().all() and table["HD95_mm"].dtype.kind == "f"
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match=r"pandas is not installed\. pip install pandas\.$"):
+        scores.to_dataframe()
 
 
 def test_volume_errors_do_not_cancel() -> None:

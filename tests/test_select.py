@@ -464,4 +464,4 @@ def test_how_a_selection_reads() -> None:
     gain = "Dice 0.9000 -> 0.9300 on 1 case that did not choose it"
     assert lines[3:] == [f"postprocessing of left: the largest component, {gain}", "note: x"]
     html = found._repr_html_()
-    assert "a&lt;b + c" in html and "a<b" not in html and html.startswith("<pre>")
+    assert "a&lt;b + c" in html and "a<b" not in html and html.startswith("<table>")

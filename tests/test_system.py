@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from samples import ENVIRONMENT, TINIEST, as_options, first_cases
 
 from nnunet_lite import system
 from nnunet_lite.errors import UserError
@@ -24,6 +26,24 @@ def test_cases_in_flight_follow_memory_and_cpus() -> None:
     assert system.cases_in_flight(1, None) == cpus and system.cases_in_flight(1, 3) == 3
     assert system.cases_in_flight(10**15, None) == system.cases_in_flight(1, 0) == 1
     assert system.cases_in_flight(int(system.free_memory() * 0.5), None) == 1
+
+
+def test_a_model_is_made_without_what_only_posix_has(hippocampus: Path, tmp_path: Path) -> None:
+    """Every module is imported, and help, check, plan, train and predict work, with threads and without."""
+    data, images = first_cases(tmp_path / "data", 5), tmp_path / "images"
+    images.mkdir()
+    for name in ("hippocampus_025.nii.gz", "hippocampus_074.nii.gz"):
+        shutil.copy(hippocampus / "imagesTs" / name, images)
+    (images / "hippocampus_074.nii.gz").rename(images / "other.NII.GZ")  # is read under another name
+    settings = " ".join(as_options(TINIEST | {"training.epochs": 1, "training.iterations": 2}))
+    train = f"train 3d_fullres --recipe cpu {settings}"
+    commands = f"--help then check {data} then plan {data} --workers 0 then {train} 0 --workers 0 then {train} 1"
+    commands += f" then predict -i {images} -o out --save-uncertainty then doctor"
+    launcher = [sys.executable, Path(__file__).with_name("without_posix.py"), *commands.split()]
+    ended = subprocess.run(launcher, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"hippocampus_025.nii.gz", "other.nii.gz"}
+    assert not [path for path in tmp_path.rglob("*") if set(path.name) & set('<>:"|?*\\')], "Windows has no such names"
 
 
 def test_a_ulimit_counts_as_memory() -> None:

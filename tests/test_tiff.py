@@ -18,7 +18,7 @@ from samples import described, save_cases
 import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
-from nnunet_lite.preprocessing.raw_files import scan_raw_cases
+from nnunet_lite.data.raw_files import scan_raw_cases
 
 UM = 1e-3  # mm
 GREY: dict[str, Any] = {"photometric": "minisblack"}

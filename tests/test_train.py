@@ -81,6 +81,16 @@ def test_a_fold_that_is_alone_restarts_with_its_model_folder(workspace: Path, mo
     assert (models / "3d_fullres-default" / "fold_0" / "model.safetensors").read_bytes() != before
 
 
+def test_several_folds_are_trained_and_restarted(workspace: Path, models: Path) -> None:
+    folder = models / "3d_fullres-default"
+    result = nnunet_lite.train("3d_fullres", [1, 2], settings=SETTINGS, device="cpu", workspace=workspace)
+    assert list(result.scores) == ["1", "2"] and (folder / "fold_2" / "model.safetensors").is_file()
+    train(workspace, "1,2", restart=True)
+    assert [path.name for path in sorted(folder.glob("old_*"))] == ["old_fold_1_1", "old_fold_2_1"]
+    train(workspace, "0,1,2", restart=True)
+    assert (models / "old_3d_fullres-default_1" / "old_fold_1_1").is_dir(), "no other fold stays"
+
+
 def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
     with pytest.raises(UserError, match="would keep random weights"):
         train(workspace, name="new", settings={"training.freeze": "encoder"})

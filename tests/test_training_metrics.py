@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from nnunet_lite.errors import UserError
 from nnunet_lite.training.metrics import (
     METRICS,
     PICTURE,
@@ -29,7 +28,7 @@ def metrics(epoch: int, dice: float | None = 0.5) -> Metrics:
 
 
 def test_metrics_become_json_csv_and_a_picture(tmp_path: Path) -> None:
-    with record_metrics(tmp_path, 0, tensorboard=False) as recorder:
+    with record_metrics(tmp_path, 0) as recorder:
         recorder.add(metrics(1))
         recorder.add(metrics(2, None))
         assert len((tmp_path / METRICS).read_text().splitlines()) == 2  # at once, not at the end
@@ -45,21 +44,9 @@ def test_a_column_that_comes_later_is_empty_before() -> None:
     assert lines == ["epoch,mean_dice", "1,", "2,0.5"]
 
 
-def test_tensorboard_is_written_or_named_as_missing(tmp_path: Path) -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"TensorBoard is not installed.*track"), record_metrics(tmp_path, 0, True):
-            pass
-        return
-    with record_metrics(tmp_path, 0, tensorboard=True) as recorder:
-        recorder.add(metrics(1))
-    assert list((tmp_path / "tensorboard").glob("events*"))
-
-
 def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / PICTURE).mkdir()
-    with record_metrics(tmp_path, 0, tensorboard=False) as recorder:
+    with record_metrics(tmp_path, 0) as recorder:
         recorder.add(metrics(1))
     assert len((tmp_path / METRICS).read_text().splitlines()) == 1
     assert f"{PICTURE} could not be drawn: " in capfd.readouterr().err

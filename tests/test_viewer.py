@@ -168,7 +168,7 @@ def test_which_models(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp
         assert list(layers_of(shown)) == ["MRI", "reference"], "no prediction of a case that was trained on"
     with pytest.raises(UserError, match=f"tiny: has not predicted {learnt}: the fold that holds it out is not trained"):
         nnunet_lite.view(learnt, model="tiny", workspace=tiny_workspace, browser=False)
-    with pytest.raises(UserError, match=r"there is no such model. There are: tiny"):
+    with pytest.raises(UserError, match=r"tinier: is no model folder .* The models in .* are tiny\."):
         nnunet_lite.view(learnt, model="tinier", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=rf"no case of that name in Task04_Hippocampus. Did you mean .*{learnt}"):
         nnunet_lite.view(learnt[:-1], workspace=tiny_workspace, browser=False)
@@ -228,8 +228,8 @@ def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path
     write_label(tmp_path / "many.nii.gz", many, Geometry(many.shape, (1.0, 1.0, 1.0)))
     with pytest.raises(UserError, match="are too many for label maps"):
         read_file_scene(image, [tmp_path / "many.nii.gz"])
-    with pytest.raises(UserError, match="predictions are shown of a case, not of a file"):
-        nnunet_lite.view(image, model="tiny", browser=False)
+    with nnunet_lite.view(image, model="tiny", workspace=tiny_workspace, browser=False) as shown:
+        assert [entry["name"] for entry in layers_of(shown)["tiny"]["legend"]] == ["Anterior", "Posterior"]
     regions = Labels(
         names={"background": 0, "whole": (1, 2), "core": (2,), "edge": 3}, ignore=4, region_order=(1, 2, 3)
     )

@@ -48,6 +48,27 @@ def test_the_beginning_of_a_name_finds_raw_data(here: Path, monkeypatch: pytest.
         assert find_raw(name, here / "workspace") == raw.resolve()
 
 
+def test_numbers_of_nnunet_find_raw_and_planned_data(here: Path) -> None:
+    raw = make_raw(here / "data", "Task04_Hippocampus")
+    nuclei = make_raw(here, "Dataset018_Nuclei2D")
+    make_raw(here, "Dataset104_Other")
+    for number, folder in (("4", raw), ("04", raw), ("004", raw), ("18", nuclei), ("018", nuclei)):
+        assert find_raw(number, here / "workspace") == folder.resolve()
+    make_planned(here / "workspace", "Task04_Hippocampus")
+    make_planned(here / "workspace", "Dataset104_Other")
+    assert planned_paths(here / "workspace", "4").name == "Task04_Hippocampus"
+    with pytest.raises(UserError, match="no planned dataset called '1'"):
+        planned_paths(here / "workspace", "1")
+    write_json(here / "workspace" / "Dataset004_Liver" / "models" / "imported" / "run.json", {})
+    assert planned_paths(here / "workspace", "4").name == "Task04_Hippocampus", "the other one is not planned"
+    with pytest.raises(UserError, match=r"several datasets called '4'\. It holds: Dataset004_Liver"):
+        planned_paths(here / "workspace", "4", needs_plan=False)
+    make_raw(here, "Dataset004_Liver")
+    with pytest.raises(UserError, match=r"'4' could be .*Dataset004_Liver, .*Task04_Hippocampus"):
+        find_raw("4", here / "workspace")
+    assert find_raw(str(make_raw(here, "4").name), here / "workspace") == here / "4", "a folder of that name"
+
+
 def test_raw_data_that_cannot_be_found(here: Path) -> None:
     first, second = make_raw(here, "Task04_One"), make_raw(here / "data", "Task04_Other")
     make_raw(here, "Task055_Other")

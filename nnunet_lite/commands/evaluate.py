@@ -1,32 +1,38 @@
-"""`nnlite evaluate` and `nnlite view`: score label maps, and look at them. Neither needs a network."""
+"""`nnlite evaluate` and `nnlite view`: score label maps, and look at them. Only predicting them needs torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Annotated
 
 import typer
 
+import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores, score_files
-from nnunet_lite.files import read_json, write_json, write_text
+from nnunet_lite.files import read_json, scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
-from nnunet_lite.workspace import Paths, select_dataset
+from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 
 def evaluate(
-    prediction: Annotated[str | Path, typer.Argument(help="Label map, or folder of label maps.")],
+    prediction: Annotated[str | Path, typer.Argument(help="Label map, or folder of them; with --model, images.")],
     reference: Annotated[str | Path, typer.Argument(help="Its reference, or their folder.")],
     *,
+    model: Annotated[
+        str | Path | None, options.model("-m", "--model", help="Predict the images with this model first.")
+    ] = None,
     tolerance: Annotated[float, options.setting(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
     surface: Annotated[bool, options.setting(help="Surface distances too.")] = True,
     accept_geometry: options.AcceptGeometry = False,
@@ -34,6 +40,8 @@ def evaluate(
         str | Path | None, options.output(help="Write JSON (.json) or one row per case and label (.csv).")
     ] = None,
     workers: options.Workers = None,
+    device: options.Device = None,
+    workspace: options.Workspace = None,
 ) -> Scores:
     """Score label maps against references: Dice, surface distances, volumes, lesions.
 
@@ -42,7 +50,9 @@ def evaluate(
     Parameters
     ----------
     prediction, reference : str or Path
-        Two label maps, or two folders of label maps.
+        Two label maps, or two folders of label maps; with `model`, images and their references.
+    model : str or Path, optional
+        Predict the images with it, as `predict` does; `predict` keeps the label maps and has all options.
     tolerance : float
         How far apart surfaces may be for the surface Dice, in mm, or in pixels if no file has a spacing.
     surface : bool
@@ -53,6 +63,10 @@ def evaluate(
         A .json or .csv file to write the scores to.
     workers : int, optional
         Threads, 0 for none; default: as fits the machine.
+    device : str, optional
+        Where the model predicts; default: a GPU if there is one.
+    workspace : str or Path, optional
+        Where a model is looked up by its name.
 
     Returns
     -------
@@ -67,12 +81,20 @@ def evaluate(
     Examples
     --------
     nnlite evaluate labels references
-    nnlite evaluate labels references --no-surface --output scores.csv
+    nnlite evaluate images references -m model.zip --output scores.csv
     """
-    scores = score_files(
-        Path(prediction), Path(reference), tolerance=tolerance, surface=surface, workers=workers,
-        accept_geometry=accept_geometry,
-    )  # fmt: skip
+    with ExitStack() as stack:
+        predicted, expected = Path(prediction), Path(reference)
+        if model is not None:
+            if not expected.exists():  # predicting may take long
+                raise UserError("there is no such file or folder", expected)
+            predicted = stack.enter_context(scratch(Path(gettempdir()))) / expected.name
+            nnunet_lite.predict(
+                prediction, predicted, model=model, device=device, workspace=workspace, accept_geometry=accept_geometry
+            )
+        scores = score_files(
+            predicted, expected, tolerance=tolerance, surface=surface, workers=workers, accept_geometry=accept_geometry
+        )
     if output is not None and Path(output).suffix == ".csv":
         write_text(Path(output), scores.to_csv())
     elif output is not None:
@@ -89,7 +111,10 @@ def view(
     model: Annotated[
         str | Sequence[str] | None,
         options.model(
-            "-m", "--model", help="Whose cross-validation to show, a+b for an ensemble.", show_default="the selected"
+            "-m",
+            "--model",
+            help="Whose cross-validation to show, a+b for an ensemble; or a model that predicts now.",
+            show_default="the selected",
         ),
     ] = None,
     browser: Annotated[bool, options.output(help="Open the page; otherwise only its address is printed.")] = True,
@@ -107,7 +132,8 @@ def view(
     segmentations : str, Path or sequence of them, optional
         Label maps of that file.
     model : str or sequence of str, optional
-        Whose cross-validation to show, "a+b" for an ensemble; default: the selected one.
+        Models of the dataset whose cross-validation to show, "a+b" for an ensemble; default: the selected one. Other
+        models, and those that are given with a file, predict the image now.
     browser : bool
         Open the page.
     dataset : str, optional
@@ -128,23 +154,26 @@ def view(
     Examples
     --------
     nnlite view hippocampus_001
-    nnlite view scan.nii.gz label.nii.gz
+    nnlite view scan.nii.gz label.nii.gz -m model.zip
     """
-    file = Path(case)
+    file, names, root = Path(case), options.names_of(model) or [], workspace_folder(workspace)
     maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())
     if file.exists() or maps:
-        if model:
-            what = "a model's predictions are shown of a case, not of a file"
-            raise UserError(what, file, "Give label maps after it.")
-        labels = None
+        models = [(name, nnunet_lite.load(name, workspace=root)) for name in names]
+        labels = models[0][1].plan.labels if models else None
         if dataset:
             labels = stored_dataset(select_dataset(workspace, dataset, only_reads=True).dataset).labels
-        page = serve(read_file_scene(file, [Path(path) for path in maps], labels))
+        page = serve(read_file_scene(file, [Path(path) for path in maps], labels, models))
     else:
         paths = select_dataset(workspace, dataset, only_reads=True)
         planned = stored_dataset(paths.dataset)
         planned_case = _case_of(planned, str(case))
-        page = serve(read_case_scene(planned, planned_case, _predictions(paths, planned_case, options.names_of(model))))
+        in_dataset = [name for name in names if any((f / name).is_dir() for f in (paths.models, paths.ensembles))]
+        models = [(name, nnunet_lite.load(name, workspace=root)) for name in names if name not in in_dataset]
+        for name, _ in models:
+            log.warn(f"{name} predicts {planned_case.id} now; it may have been trained on this case")
+        predictions = _predictions(paths, planned_case, in_dataset if names else None)
+        page = serve(read_case_scene(planned, planned_case, predictions, models))
     if browser and not open_browser(page):
         log.info("no browser with windows was found; open the address in one")
     return page
@@ -175,9 +204,6 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[
             predictions.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))
         elif names is None:
             log.info(f"{name} has not predicted {case.id}: the fold that holds it out is not trained")
-        elif not folder.is_dir():
-            have = sorted(path.name for path in (*paths.models.glob("*"), *paths.ensembles.glob("*")))
-            raise UserError("there is no such model", folder, f"There are: {', '.join(have) or 'none'}.")
         else:
             raise UserError(f"has not predicted {case.id}: the fold that holds it out is not trained", folder)
     return predictions

@@ -12,18 +12,22 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.onnx import export_onnx
-from nnunet_lite.models.bundle import as_model_folder, is_bundle, pack, read_manifest, unpack
-from nnunet_lite.models.folder import is_model, model_folder
-from nnunet_lite.models.lookup import choose_model, find_model
-from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, nnunet_model_name
+from nnunet_lite.models.argument import as_model_folder, find_model, find_models, unpacked
+from nnunet_lite.models.bundle import is_zip, pack, read_manifest, unpack
+from nnunet_lite.models.folder import model_folder
+from nnunet_lite.models.lookup import choose_model
+from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, nnunet_names
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 _GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --format nnunet -o FOLDER` (or onnx)."
 
 
 def import_model(
-    source: Annotated[str | Path, typer.Argument(help="Zip of `nnlite export`, or model folder of nnU-Net v2.")],
+    source: Annotated[str | Path, typer.Argument(help="Zip, ours or nnU-Net's, or model folder of nnU-Net v2.")],
     *,
+    name: Annotated[
+        str | None, options.output(help="Of the new folder.", show_default="CONFIGURATION-nnunet, or as exported")
+    ] = None,
     output: Annotated[
         str | Path | None, options.output("-o", "--output", help="New folder.", show_default="in the workspace")
     ] = None,
@@ -33,13 +37,15 @@ def import_model(
 ) -> Path:
     """Make a model folder of a zip or of a model that nnU-Net wrote; none of its code is run.
 
-    In the workspace the model has the name that it was exported with; a model of nnU-Net is called
-    trainer__plans__configuration. Folds without the checkpoint are left out, which is logged.
+    In the workspace its dataset needs no raw data and no plan: `predict`, `info`, `export` and `--init` find the model.
+    Folds without the checkpoint are left out, which is logged.
 
     Parameters
     ----------
     source : str or Path
-        A zip of `export_model`, or a model folder of nnU-Net v2.
+        A zip of `export_model` or of nnU-Net, or a folder of nnU-Net v2. All models in it are imported.
+    name : str, optional
+        Of the model folder; default: the name that it was exported with, CONFIGURATION-nnunet for one of nnU-Net.
     output : str or Path, optional
         The new folder; default: in the workspace.
     replace : bool
@@ -52,7 +58,7 @@ def import_model(
     Returns
     -------
     Path
-        The new model folder.
+        The new model folder; of several, the folder that contains them.
 
     Raises
     ------
@@ -62,23 +68,36 @@ def import_model(
     Examples
     --------
     nnlite import model.zip
-    nnlite import nnUNetTrainer__nnUNetPlans__3d_fullres --checkpoint best
+    nnlite import nnUNetTrainer__nnUNetPlans__3d_fullres --name mine
     """
-    path, place = Path(source).absolute(), workspace_folder(workspace)
-    if not path.exists():
-        raise UserError("there is no such file or folder", path)
-    if is_bundle(path):
-        about = read_manifest(path)
-        target = Path(output) if output else model_folder(Paths(place / about.dataset), about.models[0])
-        target = unpack(path, target, replace=replace)
-    elif (path / "run.json").is_file():
-        raise UserError("is a model folder of nnlite already", path, "Use it with -m, or pack it with `nnlite export`.")
-    else:
-        dataset, name = ("", "") if output else nnunet_model_name(path, checkpoint)
-        target = Path(output) if output else model_folder(Paths(place / dataset), name)
-        import_nnunet(path, target, checkpoint, replace=replace)
-    log.info(f"predict with: nnlite predict -m {target}")
-    return target
+    place, made = workspace_folder(workspace), list[Path]()
+    found = find_models(source, place)
+    if len(found) > 1 and (name or output):
+        what = f"contains {len(found)} models, and --name and --output are for one"
+        raise UserError(what, Path(source), f"Give one of them: {', '.join(map(str, found))}.")
+    for path in found:
+        if (path / "run.json").is_file():
+            fix = "Use it with -m, or pack it with `nnlite export`."
+            raise UserError("is a model folder of nnlite already", path, fix)
+        if is_zip(path):
+            manifest = read_manifest(path)
+            target = Path(output or model_folder(Paths(place / manifest.dataset), name or manifest.models[0]))
+            target = unpack(path, target, replace=replace)
+            made += [target, *(target.with_name(stage) for stage in manifest.models[1:])]
+            continue
+        with unpacked(path) as folder:
+            dataset, configuration = nnunet_names(folder, checkpoint)
+            target = Path(output or model_folder(Paths(place / dataset), name or f"{configuration}-nnunet")).absolute()
+            if target not in made:  # as the first stage of a cascade, which the alphabet has before it
+                stage_name = None if output else name or "nnunet"
+                made += import_nnunet(folder, target, checkpoint, name=stage_name, replace=replace)
+    for path in made:
+        log.info(f"imported {path}")
+    option = f" -w {workspace}" if workspace else ""
+    if output or {run.parent for run in place.glob("*/models/*/run.json")} - set(made):
+        option = f" -m {made[0]}"
+    log.info(f"predict with: nnlite predict -i IMAGES -o OUT{option}")
+    return made[0] if len(found) == 1 else made[0].parent
 
 
 def export_model(
@@ -150,7 +169,7 @@ def export_model(
         what = "a zip ends in .zip; a folder is written with --format nnunet or --format onnx"
         raise UserError(f"cannot be written as {format}: {what}", target)
     if source is not None:
-        folder = find_model(source, root, dataset)
+        folder = find_model(source, root, dataset, configuration)
     else:
         folder = choose_model(select_dataset(workspace, dataset, needs_plan=False), configuration)
     if format == "onnx":
@@ -180,7 +199,8 @@ def _source_and_target(
         One of them is given twice, or there is no target.
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths or [])]
-    names_model = len(given) == 1 and model is None and output is None and is_model(find_model(given[0], workspace))
+    names_model = len(given) == 1 and model is None and output is None and not is_zip(given[0])
+    names_model = names_model and bool(find_models(given[0], workspace, required=False))
     n_models = int(names_model or len(given) > 1 or (output is not None and bool(given)))
     sources = [Path(path) for path in (*given[:n_models], model) if path is not None]
     targets = [Path(path) for path in (*given[n_models:], output) if path is not None]

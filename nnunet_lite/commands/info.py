@@ -12,9 +12,9 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.selection import changed_models, read_selection
-from nnunet_lite.models.bundle import as_model_folder
+from nnunet_lite.models.argument import as_model_folder, find_models
 from nnunet_lite.models.folder import Checkpoint, first_training, model_folders
-from nnunet_lite.models.lookup import describe_folder, find_model, read_model
+from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.planning.topology import join_by_x
@@ -39,7 +39,7 @@ def show_info(
     Parameters
     ----------
     model : str or Path, optional
-        Model folder, ours or nnU-Net's, zip or name; default: describe the dataset.
+        Model folder, ours or nnU-Net's, zip or name, or a folder of several; default: describe the dataset.
     model_option : str or Path, optional
         The same, as for `nnlite predict`.
     checkpoint : {"final", "best"}
@@ -67,7 +67,10 @@ def show_info(
     if model is not None and model_option is not None:
         raise UserError(f"two models are given: {model} and, with -m, {model_option}", fix="Give one of them.")
     if (given := model or model_option) is not None:
-        return describe_model(find_model(given, workspace_folder(workspace), dataset), checkpoint)
+        found = find_models(given, workspace_folder(workspace), dataset)
+        models = [describe_model(path, checkpoint) for path in found]
+        values = models[0].values if len(models) == 1 else {"models": [one.values for one in models]}
+        return options.About(values, "\n\n".join(one.text for one in models))
     return describe_dataset(select_dataset(workspace, dataset, only_reads=True, needs_plan=False))
 
 
@@ -130,6 +133,7 @@ def describe_dataset(paths: Paths) -> options.About:
         values["selection"] = {**selection.to_json(), "changed_since": changed}
         stale = f"; {' and '.join(changed)} changed since: run `nnlite select` again" if changed else ""
         selected = [f"selected  {selection.summary}, on {selection.made}{stale}"]
-    head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
+    left_out = f" ({len(dataset.excluded)} left out)" if dataset.excluded else ""
+    head = f"{paths.name}: {values['cases']} cases{left_out} in {dataset.root} ({dataset.layout})"
     texts = [model.text for model in models] or [f"no model yet: {first_training(paths)}"]
     return options.About(values, "\n\n".join([head, plan_table(plan), *texts, *selected]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,19 +41,17 @@ def _setting(text: str) -> tuple[str, str]:
 
 Workspace = Annotated[
     str | Path | None,
-    general(
-        "-w",
-        "--workspace",
-        help="Folder that holds everything.",
-        show_default="$NNLITE_WORKSPACE or ./nnlite_workspace",
-    ),
+    general("-w", "--workspace", help="Folder of all files.", show_default="$NNLITE_WORKSPACE or ./nnlite_workspace"),
 ]
-DatasetName = Annotated[str | None, data("-d", "--dataset", help="Planned dataset.", show_default="the only one")]
+DatasetName = Annotated[
+    str | None, data("-d", "--dataset", help="Planned dataset, or its number.", show_default="the only one")
+]
+OnlyDataset = Annotated[str | None, data("-d", "--dataset", help="Only this dataset, a name or number.")]
 Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
 Workers = Annotated[
-    int | None,
-    hardware(min=0, help="Threads; 0: none, all work in the main thread.", show_default="as fits the machine"),
+    int | None, hardware(min=0, help="Threads; 0: only the main thread.", show_default="as fits the machine")
 ]
+Callbacks = Sequence[Callable[[dict[str, Any]], Any]]  # from Python alone
 Recipe = Annotated[str, setting(help="Name of a recipe, or a TOML file.")]
 SettingOverrides = Annotated[
     Mapping[str, Any] | None,
@@ -75,6 +73,11 @@ Seed = Annotated[int | None, setting(help="Makes two runs identical on the CPU."
 AcceptGeometry = Annotated[
     bool,
     data("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),
+]
+Exclude = Annotated[str | Sequence[str] | None, data(metavar="CASE", help="Leave out this case; may be repeated.")]
+Accept = Annotated[
+    str | Sequence[str] | None,
+    data(metavar="KIND", help="Accept problems of this kind, as check names them; may be repeated."),
 ]
 Folds = Annotated[int | None, data("--folds", min=2, metavar="N", help="Number of folds.", show_default="5")]
 GroupBy = Annotated[

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.names import stem
+from nnunet_lite.data.problems import html_table, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
@@ -19,9 +21,9 @@ from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
-from nnunet_lite.models.bundle import as_model_folder
+from nnunet_lite.models.argument import as_model_folder, find_model
 from nnunet_lite.models.folder import trained_folds
-from nnunet_lite.models.lookup import find_model, first_common_fold, read_model
+from nnunet_lite.models.lookup import first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
@@ -66,15 +68,22 @@ class Predictions:
     def to_text(self) -> str:
         return f"{plural(len(self.files), 'label map')} in {self.output}"
 
+    def __repr__(self) -> str:
+        failed = f"; {plural(len(self.failed), 'case')} failed" if self.failed else ""
+        return f"{self.to_text()}, by {' + '.join(model.name for model in self.models)}{failed}"
+
+    def _repr_html_(self) -> str:
+        failed = [(case, f"failed: {reason}") for case, reason in self.failed.items()]
+        written = [(stem(file), str(file)) for file in self.files]
+        return html_table([("case", "label map"), *failed, *written], [repr(self)])
+
 
 def predict(
     input: Annotated[
         str | Path | Sequence[str | Path],
         options.data("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
     ],
-    output: Annotated[
-        str | Path, options.output("-o", "--output", help="Folder for the label maps, or a file for one.")
-    ],
+    output: Annotated[str | Path, options.data("-o", "--output", help="Folder for the label maps, or a file for one.")],
     *,
     model: Annotated[
         str | Path | Sequence[str | Path] | None,
@@ -97,9 +106,7 @@ def predict(
         Literal["fast", "balanced", "best"] | None,
         options.setting(help="balanced: no mirrored copies; fast: one fold, fewer windows, too.", show_default="best"),
     ] = None,
-    mirroring: Annotated[
-        bool | None, options.setting(help="Average over mirrored copies: 4 to 8 times slower.")
-    ] = None,
+    mirroring: Annotated[bool | None, options.setting(help="Average over mirrored copies: 4-8 times slower.")] = None,
     step_size: Annotated[float | None, options.setting(help="Distance of windows as a share of the patch.")] = None,
     precision: options.Precision = None,
     max_memory: Annotated[
@@ -109,17 +116,19 @@ def predict(
         ),
     ] = None,
     save_probabilities: Annotated[
-        str | None,
-        options.output(
-            metavar="[LABELS]", help="Maps of them too, of all labels or of these names with commas."
-        ),  # see cli.py
+        str | None,  # without a value: see nnunet_options.py
+        options.output(metavar="[LABELS]", help="Maps of them too, of all labels or of these."),
     ] = None,
     save_uncertainty: Annotated[
         bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[
-        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
-    ] = False,
+    dicom_seg: Annotated[bool, options.output("--dicom-seg", help="DICOM segmentations of DICOM series.")] = False,
+    num_parts: Annotated[
+        int, options.data("-num_parts", "--num-parts", min=1, help="Share the images between this many calls.")
+    ] = 1,
+    part_id: Annotated[
+        int | None, options.data("-part_id", "--part-id", min=0, help="Which of these calls it is, from 0.")
+    ] = None,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
     skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
@@ -142,10 +151,10 @@ def predict(
     output : str or Path
         The folder for their label maps, or for a single image its file.
     model : str, Path or sequence of them
-        A model folder, ours or nnU-Net's, its name in the workspace, or an exported zip. Several vote with the mean
-        of their probabilities. By default what `select` chose for the dataset, otherwise the trained model.
+        A model folder, ours or nnU-Net's, its name in the workspace, or a zip. Several vote with the mean of their
+        probabilities. By default what `select` chose for the dataset, otherwise the trained model.
     configuration : str or sequence of str, optional
-        Predict with the trained models of these configurations.
+        Predict with the trained models of these configurations; or with those in a folder or zip that `model` names.
     fold : int, str or sequence of them, optional
         Networks to average; default: the selected ones, or all.
     speed : {"fast", "balanced", "best"}, optional
@@ -164,6 +173,9 @@ def predict(
         Write maps of entropy and of the folds' disagreement too.
     dicom_seg : bool
         Write DICOM segmentations of DICOM series.
+    num_parts, part_id : int
+        Predict only image part_id, part_id + num_parts, ... of the sorted images; other calls, which may write into the
+        same folder at the same time, predict the others.
     scheduler : str, optional
         Address of a Dask scheduler, whose workers do it.
     device : str, optional
@@ -209,9 +221,13 @@ def predict(
     sources = [Path(path) for path in _as_list(input)]
     if not sources:
         raise UserError("no image is given to predict")
-    models = [find_model(path, root, dataset) for path in _as_list(model or ())]
-    paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
+    if part_id not in range(num_parts) and (part_id, num_parts) != (None, 1):
+        raise UserError(f"--num-parts {num_parts} needs a --part-id from 0 to {num_parts - 1}")
     configurations = options.names_of(configuration) or []
+    pairs = product(_as_list(model or ()), configurations or [None])  # type: ignore[list-item]
+    given = [find_model(path, root, dataset, name) for path, name in pairs]
+    models = list(dict.fromkeys(given))
+    paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
     folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
         raise UserError("there is no such file or folder", missing)
@@ -229,6 +245,7 @@ def predict(
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
     cases = find_cases(sources, len(plan.channels))
     check_output(sources, cases, out, plan.labels, dicom_seg)
+    cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
@@ -245,11 +262,11 @@ def predict(
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **writing)
+        files, failed = predict_cases(predictor, cases, out, **writing)
     else:
         files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
     for case, reason in failed.items():
-        log.info(f"failed: {case}: {reason}")
+        log.error(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
 

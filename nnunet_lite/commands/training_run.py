@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnunet_lite import log
+from nnunet_lite.commands import options
 from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
@@ -26,9 +27,10 @@ from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training.callbacks import require_logger
 from nnunet_lite.training.dataloader import check_augmentation
 from nnunet_lite.training.distributed import current_ranks
-from nnunet_lite.training.finetune import adopt_plan, find_source
+from nnunet_lite.training.finetune import adopt_plan, open_source
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
 from nnunet_lite.training.loss import check_weights
@@ -57,6 +59,8 @@ class TrainingRun:
         Of a cascade.
     device : str or None
         Where to train.
+    callbacks : sequence of callable
+        Called after each epoch.
     """
 
     paths: Paths
@@ -69,6 +73,7 @@ class TrainingRun:
     folder: Path
     first: FirstStage | None
     device: str | None
+    callbacks: options.Callbacks = ()
 
     @property
     def fold_folder(self) -> Path:
@@ -173,15 +178,16 @@ def plan_runs(
 
 
 def _check_trainable(run: TrainingRun) -> None:
-    """Refuse settings that the loss, the augmentation or the network cannot use.
+    """Refuse settings that the logger, the loss, the augmentation or the network cannot use.
 
     Raises
     ------
     UserError
-        Class weights or swaps of other labels, no such transform, a network that cannot be built, or one that
-        normalizes each process's part of a batch alone.
+        The logger's package is not installed, class weights or swaps of other labels, no such transform, a network
+        that cannot be built, or one that normalizes each process's part of a batch alone.
     """
     settings, cpu = run.settings, torch.device("cpu")
+    require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
     check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
@@ -231,7 +237,9 @@ def _starting_plan(
     if init is None:
         return plan
     try:
-        source = find_source(Path(init), dataset, fold_folder.name.removeprefix("fold_"))
+        fold = fold_folder.name.removeprefix("fold_")
+        with open_source(init, paths.root.parent, dataset, fold, configuration) as found:
+            source = found
     except UserError:
         if restart or not models.is_begun(fold_folder):
             raise

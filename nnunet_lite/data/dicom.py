@@ -166,15 +166,9 @@ def read_series(path: Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
         There are several series, or the files are not a volume on a regular grid, or cannot be read.
     """
     slices = series_slices(path)
-    volume = np.empty((1, len(slices), 0, 0))
     with ThreadPoolExecutor(min(cpus(), _READERS)) as pool:
-        for i, plane in enumerate(pool.map(_pixels, slices)):
-            if i == 0:
-                volume = np.empty((1, len(slices), *plane.shape), plane.dtype)
-            elif (common := np.result_type(volume, plane)) != volume.dtype:  # each file has a slope of its own
-                volume = volume.astype(common)
-            volume[0, i] = plane
-    return volume, _geometry(slices), (f"DICOM series of {plural(len(slices), 'slice')}",)
+        planes = list(pool.map(_pixels, slices))  # of the type that holds all: each file has a slope of its own
+    return np.stack(planes)[None], _geometry(slices), (f"DICOM series of {plural(len(slices), 'slice')}",)
 
 
 def series_geometry(path: Path) -> Geometry:

@@ -261,7 +261,7 @@ def _open_pillow(path: Path) -> Any:
     try:
         return Pillow.open(path)
     except OSError:
-        raise UserError(f"is not a {names.suffix_of(path)} file", path, names.AGAIN) from None
+        raise UserError(f"is damaged or no {names.suffix_of(path)} file", path, names.AGAIN) from None
 
 
 def _read_pillow(path: Path, resolve_palette: bool) -> np.ndarray:

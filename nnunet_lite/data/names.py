@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import re
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -176,12 +177,20 @@ def usual_name(path: Path) -> Iterator[Path]:
     others = [other for other in (*companions(path), header_of(path)) if other and suffix not in TIFF]
     with TemporaryDirectory() as folder:
         link = Path(folder) / f"image{suffix}"
-        link.symlink_to(path.resolve())
+        _link(link, path.resolve())
         for other in others:  # a header names its voxels, or shares their name
             name = voxel_file(path) or "image" + other.name[len(stem(path)) :].lower()
             (link.parent / name).parent.mkdir(parents=True, exist_ok=True)
-            (link.parent / name).symlink_to(other.resolve())
+            _link(link.parent / name, other.resolve())
         yield link
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make a link to a file, or a copy where the system refuses links, as Windows does to most users."""
+    try:
+        link.symlink_to(target)
+    except (OSError, NotImplementedError):
+        shutil.copyfile(target, link)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole files

@@ -1,13 +1,16 @@
-"""Problems of a dataset, the report of all of them as text and JSON, and words for messages."""
+"""Problems of a dataset, the kinds that a user may accept, the report as text and JSON, and words for messages."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from html import escape
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
+from nnunet_lite.errors import UserError
 
 Severity = Literal["error", "warning", "notice"]
 
@@ -21,11 +24,15 @@ _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
     *("label_absent", "constant", "duplicate_case", "few_cases", "orientation_tag"),
 )
+_NOTICES = ("orientation", "understood")
 KINDS: dict[str, Severity] = {
     **dict.fromkeys(_ERRORS, "error"),
     **dict.fromkeys(_WARNINGS, "warning"),
-    **dict.fromkeys(("orientation", "understood"), "notice"),
+    **dict.fromkeys(_NOTICES, "notice"),
 }
+_GUESSES = ("extra_channel", "label_void", "label_levels", "instances")  # errors about files that can be trained on
+ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
+_MOST_ROWS = 50  # of a table in a notebook
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
@@ -45,6 +52,8 @@ class Problem:
         What it should be.
     fix : str
         What to do.
+    accepted : bool
+        Whether the user accepts its kind: it counts as a notice.
     """
 
     kind: str
@@ -52,26 +61,22 @@ class Problem:
     found: str
     expected: str = ""
     fix: str = ""
+    accepted: bool = False
 
     @property
     def severity(self) -> Severity:
-        """Of its kind."""
-        return KINDS[self.kind]
+        """Of its kind, unless it is accepted."""
+        return "notice" if self.accepted else KINDS[self.kind]
 
-    def stops(self, accept_geometry: bool) -> bool:
-        """Return whether the problem prevents planning.
+    @property
+    def text(self) -> str:
+        """What is wrong, and what it should be."""
+        return self.found + (f", expected {self.expected}" if self.expected else "")
 
-        Parameters
-        ----------
-        accept_geometry : bool
-            Whether files may differ in origin and direction.
-
-        Returns
-        -------
-        bool
-            True for errors, and for a different geometry that is not accepted.
-        """
-        return self.severity == "error" or (self.kind in ACCEPTABLE and not accept_geometry)
+    @property
+    def stops(self) -> bool:
+        """Whether it prevents planning: an error, or a different geometry, that is not accepted."""
+        return not self.accepted and (self.severity == "error" or self.kind in ACCEPTABLE)
 
 
 @dataclass(frozen=True)
@@ -83,20 +88,20 @@ class Report:
     dataset : str
         Name of the dataset.
     cases : int
-        Number of cases.
+        Number of cases that are not left out.
     channels : tuple of str
         Names of the channels.
     problems : tuple of Problem
         All problems.
-    accept_geometry : bool
-        Whether files may differ in origin and direction.
+    excluded : tuple of str
+        Ids of the cases that are left out.
     """
 
     dataset: str
     cases: int
     channels: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
-    accept_geometry: bool = False
+    excluded: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -106,7 +111,7 @@ class Report:
     @property
     def can_be_planned(self) -> bool:
         """Whether there is no error, and no geometry to accept."""
-        return not any(problem.stops(self.accept_geometry) for problem in self.problems)
+        return not any(problem.stops for problem in self.problems)
 
     def count(self, severity: Severity) -> int:
         """Count the problems of a severity.
@@ -135,31 +140,66 @@ class Report:
             "ok": self.ok,
             "cases": self.cases,
             "channels": list(self.channels),
+            "excluded": list(self.excluded),
             "problems": [{"severity": p.severity, **asdict(p)} for p in self.problems],
         }
 
     def to_text(self) -> str:
         """Return a headline and a line per problem; equal problems of several files share a line."""
-        counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
-        lines = [f"{self.dataset}: {plural(self.cases, 'case')}, {', '.join(counts)}"]
-        files: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
-        for p in self.problems:
-            files[p.kind, p.found, p.expected, p.fix].append(p.file)
+        lines = [repr(self)]
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
-        order = list(_LINES_SHOWN)
-        by_severity = sorted(files.items(), key=lambda entry: order.index(KINDS[entry[0][0]]))
-        for (kind, found, expected, fix), names in by_severity:
-            severity = KINDS[kind]
+        for problem, names in self._by_severity():
+            kind = problem.kind
             shown[kind] += 1
-            if shown[kind] > _LINES_SHOWN[severity]:
+            if shown[kind] > _LINES_SHOWN[problem.severity]:
                 hidden[kind] += len(names)
                 continue
-            text = found + (f", expected {expected}" if expected else "")
-            lines.append(f"{severity}: {few(names)}: {text}. {fix}".rstrip() + f" [{kind}]")
+            lines.append(f"{problem.severity}: {few(names)}: {problem.text}. {problem.fix}".rstrip() + f" [{kind}]")
         for kind, n in hidden.items():
             lines.append(f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all")
+        left = {problem.kind for problem in self.problems if problem.severity != "notice"}
+        if self.cases and left:
+            kinds = ", ".join(sorted(left.intersection(ACCEPTED_KINDS)))
+            accept = f"--accept KIND accepts {kinds}" if kinds else "none of these kinds can be accepted"
+            lines.append(f"hint: --exclude CASE leaves out a case; {accept}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
+        left_out = f" ({len(self.excluded)} left out)" if self.excluded else ""
+        return f"{self.dataset}: {plural(self.cases, 'case')}{left_out}, {', '.join(counts)}"
+
+    def _repr_html_(self) -> str:
+        rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
+        return html_table([("severity", "files", "problem", "fix"), *rows], [repr(self)])
+
+    def _by_severity(self) -> list[tuple[Problem, list[str]]]:
+        """Return equal problems once, with their files; errors first."""
+        files: dict[Problem, list[str]] = defaultdict(list)
+        for problem in self.problems:
+            files[replace(problem, file="")].append(problem.file)
+        order = list(_LINES_SHOWN)
+        return sorted(files.items(), key=lambda entry: order.index(entry[0].severity))
+
+
+def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return kinds of problems that a user accepts.
+
+    Raises
+    ------
+    UserError
+        There is no such kind, or it cannot be accepted.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            near = get_close_matches(kind, KINDS, 1)
+            fix = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ACCEPTED_KINDS)}."
+            raise UserError(f"--accept {kind!r} is no kind of problem", fix=fix)
+        if kind not in (*ACCEPTED_KINDS, *_NOTICES):
+            what = f"--accept {kind}: such cases cannot be trained on, or the network would learn what is wrong"
+            raise UserError(what, fix="Correct the files, or leave out their cases with --exclude CASE.")
+    return tuple(kinds)
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
@@ -180,13 +220,15 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Return a table as plain text: the first column is aligned to the left, the others to the right.
+def align(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a table as plain text: the first columns are aligned to the left, the others to the right.
 
     Parameters
     ----------
     lines : sequence of sequence of str
         The cells of each line.
+    left : int
+        How many columns are aligned to the left.
 
     Returns
     -------
@@ -194,11 +236,29 @@ def align(lines: Sequence[Sequence[str]]) -> str:
         A line of text for each.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = (
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        for first, *rest in lines
-    )
+    sides = [str.ljust] * left + [str.rjust] * len(widths)
+    rows = ([side(cell, n) for side, cell, n in zip(sides, line, widths, strict=False)] for line in lines)
     return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def html_table(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Write a table as HTML, of which a notebook shows the first rows.
+
+    Parameters
+    ----------
+    lines : sequence of sequence of str
+        The cells of each line; those of the first are headings.
+    notes : sequence of str
+        A paragraph for each, below the table.
+    """
+    rows = [
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line)
+        for tag, line in zip(("th", *("td" for _ in lines[1:])), lines, strict=True)
+    ]
+    left_out = len(rows[1 + _MOST_ROWS :])
+    below = [f"... and {left_out} more rows"] * bool(left_out) + [*notes]
+    shown = "</tr><tr>".join(rows[: 1 + _MOST_ROWS])
+    return f"<table><tr>{shown}</tr></table>" + "".join(f"<p>{escape(note)}</p>" for note in below)
 
 
 def plural(n: int, what: str) -> str:

@@ -29,7 +29,7 @@ from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
 from nnunet_lite.inference.predictor import Predictor, load
-from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, trained_folds
+from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, stage_path, trained_folds
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import Split, load_splits, read_split, refuse_other_cases
@@ -164,7 +164,7 @@ def select_models(
 
 
 def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...]:
-    """The folds that all models have trained; a note names the others."""
+    """Return the folds that all models have trained; a note names the others."""
     folds = tuple(fold for fold in members[0].folds if all(fold in member.folds for member in members))
     if not folds:
         have = "; ".join(f"{member.name}: {', '.join(member.folds)}" for member in members)
@@ -176,7 +176,7 @@ def _shared_folds(members: Sequence[Member], notes: list[str]) -> tuple[str, ...
 
 
 def _candidate_teams(members: Sequence[Member], ensembles: bool, notes: list[str]) -> list[Team]:
-    """The models and the pairs that can vote; a note names the others."""
+    """Return the models and the pairs that can vote; a note names the others."""
     teams: list[Team] = [(member,) for member in members]
     for a, b in combinations(members, 2) if ensembles else ():
         if (a.plan.orientation, a.plan.axis_order) == (b.plan.orientation, b.plan.axis_order):
@@ -208,7 +208,7 @@ def choose_team(dice: Mapping[Team, np.ndarray]) -> Team:
 
 
 def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Sequence[str]) -> tuple[Candidate, ...]:
-    """The winner, then the others from the best on."""
+    """Return the winner, then the others from the best on."""
     candidates = [
         Candidate.of([member.name for member in team], table, labels, compare_paired(dice[winner], table))
         for team, table in dice.items()
@@ -241,13 +241,12 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
     for folder in model_folders(paths):
         plan, run = read_model(folder)
-        configuration, first_stage = run["configuration"], run.get("previous")
+        configuration = run["configuration"]
         if only is not None and not {folder.name, configuration} & set(only):
             continue
         names |= {folder.name, configuration}
         folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
-        first = None if first_stage is None else folder.parent / Path(first_stage).name
-        member = Member(folder, configuration, first, plan, folds)
+        member = Member(folder, configuration, stage_path(folder, run), plan, folds)
         if reason := _reason_to_omit(member, paths, dataset):
             notes.append(f"{member.name} is left out: {reason}")
         else:
@@ -262,7 +261,7 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
 
 
 def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:
-    """Why a model cannot be judged on the dataset; None if it can."""
+    """Return why a model cannot be judged on the dataset; None if it can."""
     if not trained_folds(member.folder):
         return "no fold of it is trained"
     if member.plan.labels != dataset.labels or len(member.plan.channels) != len(dataset.channels):
@@ -280,7 +279,7 @@ def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | Non
 
 
 def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
-    """The folder of the label maps of the held-out cases of a fold."""
+    """Return the folder of the label maps of the held-out cases of a fold."""
     folder = team[0].folder if len(team) == 1 else held_out.paths.ensembles / "+".join(member.name for member in team)
     return folder / f"fold_{fold}" / VALIDATION
 
@@ -302,7 +301,7 @@ def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
 
 
 def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
-    """Dice (cases, labels) of a candidate, the cases in the order of their ids; predicts and scores what is missing."""
+    """Return Dice (cases in the order of their ids, labels) of a candidate; predict and score what is missing."""
     dataset, workers, device = held_out.dataset, held_out.workers, held_out.device
     by_case: dict[str, np.ndarray] = {}
     for split in held_out.splits:
@@ -339,7 +338,7 @@ def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
 
 
 def ensemble_weights(team: Team, fold: str) -> dict[str, str]:
-    """The content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
+    """Return the content of `ENSEMBLE_WEIGHTS`: model -> fingerprint.
 
     Parameters
     ----------

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.geometry import Spacing, bounding_box, slices
 from nnunet_lite.data.labels import Labels, smallest_dtype
 
-Spacing = tuple[float, float, float]
 Map = Callable[..., Iterable[Any]]  # `map`, or the `map` of a thread pool
 
 _PERCENTILE = 95
@@ -159,7 +158,7 @@ def disjoint_regions(labels: Labels) -> list[list[int]]:
 
 
 def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
-    """Whether an array is one slice without a thickness; then spacing[0] is a mark (see `Geometry`), not a length.
+    """Return whether an array is a slice without a thickness; its spacing[0] is a mark (see `Geometry`), no length.
 
     Parameters
     ----------

@@ -28,10 +28,10 @@ import cc3d
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.geometry import Spacing, bounding_box, slices
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.masks import Spacing, disjoint_regions, is_picture, number_masks, pair_masks
+from nnunet_lite.evaluation.masks import disjoint_regions, is_picture, number_masks, pair_masks
 from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
 from nnunet_lite.log import progress
 from nnunet_lite.system import pairs_at_once
@@ -174,7 +174,7 @@ def apply_rules(segmentation: np.ndarray, spacing: Spacing, labels: Labels, rule
 
 
 def _replaced(values: np.ndarray, labels: Labels, masks: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """What values of removed masks become: the innermost region around each mask, or background."""
+    """Return what values of removed masks become: the innermost region around each mask, or background."""
     out = np.full_like(values, labels.background)
     for members in masks:
         for others, written in zip(labels.region_values, labels.region_order or (), strict=False):
@@ -336,13 +336,13 @@ def candidate_rules(sizes: Sequence[np.ndarray], unit: SizeUnit = "mm3") -> list
 
 
 def _rounded_down(value: float) -> float:
-    """A positive number with two digits."""
+    """Round a positive number down to two digits."""
     step = 10.0 ** (floor(log10(value)) - 1)
     return float(f"{floor(value / step + _ROUNDING) * step:.2g}")
 
 
 def _reference_sizes(read: Callable[[], tuple[np.ndarray, Spacing]], labels: Labels) -> list[np.ndarray]:
-    """Sizes of the components of each region in a reference."""
+    """Measure the components of each region in a reference."""
     array, spacing = read()
     sizes = [np.zeros(0)] * len(labels.region_names)
     for group in disjoint_regions(labels):
@@ -353,7 +353,7 @@ def _reference_sizes(read: Callable[[], tuple[np.ndarray, Spacing]], labels: Lab
 
 
 def _overlap(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> np.ndarray:
-    """True positive, false positive and false negative voxels (regions, 3)."""
+    """Count true positive, false positive and false negative voxels (regions, 3)."""
     groups = [[labels.region_values[i] for i in group] for group in disjoint_regions(labels)]
     return np.concatenate([pair_masks(prediction, reference, masks, labels.ignore).overlap() for masks in groups])
 
@@ -449,14 +449,14 @@ def _best_candidate(
 
 
 def _dice(overlap: np.ndarray) -> np.ndarray:
-    """Dice from true positive, false positive and false negative voxels; NaN if a region is absent."""
+    """Compute Dice from true positive, false positive and false negative voxels; NaN if a region is absent."""
     tp, fp, fn = np.moveaxis(overlap, -1, 0)
     with np.errstate(invalid="ignore"):
         return 2.0 * tp / (2 * tp + fp + fn)
 
 
 def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Gains in Dice (cases,); a label that is neither present nor predicted is right, which counts 1."""
+    """Compute gains in Dice (cases,); a label that is neither present nor predicted is right, which counts 1."""
     return np.nan_to_num(after, nan=1.0) - np.nan_to_num(before, nan=1.0)
 
 

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
-from nnunet_lite.data.problems import align, few
+from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
@@ -64,6 +63,10 @@ class CaseScore:
         """The mean over the labels that are in the case or in its prediction; None if there are none."""
         dice = [values["Dice"] for values in self.metrics.values() if values["Dice"] is not None]
         return sum(dice) / len(dice) if dice else None
+
+    def __repr__(self) -> str:
+        by_label = few([f"{name} {four_digits(values['Dice'])}" for name, values in self.metrics.items()], 8)
+        return f"{self.case}: Dice {four_digits(self.mean_dice)} ({by_label})"
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,33 @@ class Scores:
     def to_csv(self) -> str:
         """One line per case and label; a metric that does not apply is empty."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "label", "value", *(metric.file_key(self.unit) for metric in METRICS.values())])
-        keys = label_keys(self.labels)
-        for row in self.rows:
-            for name, values in row.metrics.items():
-                writer.writerow([row.case, name, keys[name], *(values[metric] for metric in METRICS)])
+        csv.writer(text, lineterminator="\n").writerows(self._table())
         return text.getvalue()
+
+    def to_dataframe(self) -> Any:
+        """The table of `to_csv` as a DataFrame of pandas; a metric that does not apply is NaN.
+
+        Raises
+        ------
+        UserError
+            pandas is not installed.
+        """
+        try:
+            import pandas  # not needed by the commands
+        except ImportError:
+            raise UserError("pandas is not installed", fix="pip install pandas.") from None
+        head, *rows = self._table()
+        return pandas.DataFrame([[np.nan if cell is None else cell for cell in row] for row in rows], columns=head)
+
+    def _table(self) -> list[list[Any]]:
+        """The headings, then a line per case and label."""
+        keys = label_keys(self.labels)
+        head = ["case", "label", "value", *(metric.file_key(self.unit) for metric in METRICS.values())]
+        return [head] + [
+            [row.case, name, keys[name], *(values[metric] for metric in METRICS)]
+            for row in self.rows
+            for name, values in row.metrics.items()
+        ]
 
     def lines(self) -> list[tuple[str, ...]]:
         """The cells of a table: the headings, a line per label, then the foreground mean.
@@ -189,9 +212,12 @@ class Scores:
         """`lines` as plain text, then the notes."""
         return "\n".join([align(self.lines()), *(f"note: {note}" for note in self.notes)])
 
+    def __repr__(self) -> str:
+        by_label = few([f"{name} {four_digits(dice.mean)}" for name, dice in self.by_label().items()], 8)
+        return f"Scores of {plural(len(self.rows), 'case')}: Dice {four_digits(self.foreground().mean)} ({by_label})"
+
     def _repr_html_(self) -> str:
-        """The table as text, for a notebook."""
-        return f"<pre>{escape(self.to_text())}</pre>"
+        return html_table(self.lines(), self.notes)
 
 
 def label_keys(labels: Labels) -> dict[str, str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +15,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nnunet_lite import log
-from nnunet_lite.data.problems import align
+from nnunet_lite.data.problems import align, html_table
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
 from nnunet_lite.files import first_problem, read_json
-from nnunet_lite.models.folder import MODEL, is_finished
+from nnunet_lite.models.folder import MODEL, is_finished, read_run, stage_path
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.workspace import Paths
 
@@ -111,7 +110,7 @@ class Selection(BaseModel):
     version: str
 
     def to_json(self) -> dict[str, Any]:
-        """The content of inference.json."""
+        """Return the content of inference.json."""
         return self.model_dump(mode="json")
 
     @property
@@ -126,20 +125,24 @@ class Selection(BaseModel):
         return describe_selection(self.models, self.folds, self.postprocessing)
 
     def to_text(self) -> str:
-        """The candidates as plain text, the winner first; then the postprocessing and the notes."""
+        """Write the candidates as plain text, the winner first; then the postprocessing and the notes."""
+        return "\n".join([align(self._lines()), *self._remarks()])
+
+    def _remarks(self) -> list[str]:
         rules = [
             f"postprocessing of {label}: {rule}, {self.postprocessing_gain.get(label, 'gain unknown')}"
             for label, rule in self.postprocessing.items()
         ]
-        notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([align(self._lines()), *(rules or ["postprocessing: none"]), *notes])
+        return [*(rules or ["postprocessing: none"]), *(f"note: {note}" for note in self.notes)]
+
+    def __repr__(self) -> str:
+        return f"Selection: {self.summary}"
 
     def _repr_html_(self) -> str:
-        """The table as text, for a notebook."""
-        return f"<pre>{escape(self.to_text())}</pre>"
+        return html_table(self._lines(), self._remarks())
 
     def _lines(self) -> list[tuple[str, ...]]:
-        """The cells of the table, after the headings."""
+        """Return the cells of the table, after the headings."""
         labels = list(self.candidates[0].by_label) if self.candidates else []
         shown = labels if 1 < len(labels) <= 5 else []  # more would not fit a terminal
         lines: list[tuple[str, ...]] = [("candidate", "n", "Dice", "95 % interval", *shown, "winner's margin", "95 %")]
@@ -154,7 +157,7 @@ class Selection(BaseModel):
 
 
 def describe_selection(models: Sequence[str], folds: Sequence[str], rules: Mapping[str, Rule]) -> str:
-    """Models, folds and rules in a line.
+    """Write models, folds and rules in a line.
 
     Parameters
     ----------
@@ -280,8 +283,8 @@ def weights_fingerprint(folder: Path, fold: str) -> str:
     fold : str
         Name of the fold.
     """
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    stages = [folder, *([folder.parent / Path(run["previous"]).name] if run.get("previous") else [])]
+    run = read_run(folder) if (folder / "run.json").is_file() else {}
+    stages = filter(None, (folder, stage_path(folder, run)))
     digest = hashlib.sha256()
     for stage in stages:
         file = stage / f"fold_{fold}" / MODEL

@@ -142,5 +142,5 @@ def _weighted_means(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _resamples(n: int) -> np.ndarray:
-    """How often each of n cases is drawn, in each resample (resamples, n)."""
+    """Return how often each of n cases is drawn, in each resample (resamples, n)."""
     return np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(np.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from mimetypes import guess_type
 from os import PathLike
 from pathlib import Path
@@ -26,7 +25,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import output_values
 
 _MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
-_OTHER_UNIT = 100  # voxels so many times smaller or larger than those of the training: their unit may be wrong
+_OTHER_UNIT = 100  # the unit of voxels that are 100 times smaller or larger than those of the training may be wrong
 
 
 def read_case_image(plan: Plan, case: Case, accept_geometry: bool = False) -> Image:
@@ -156,7 +155,7 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
         return replace(given, array=array)
     array = _as_array(given)
     if spacing is None:
-        _warn_about_spacing()
+        log.warn_once("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
         spacing = (1.0, 1.0, 1.0)
     z, y, x = array.shape[1:]
     return Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
@@ -191,11 +190,6 @@ def _check_spacing(given: Sequence[float]) -> tuple[float, float, float]:
         pass
     what = f"an image with a spacing of {given!r:.100} cannot be segmented"
     raise UserError(what, fix="Give three positive numbers: (z, y, x) in mm.") from None
-
-
-@cache
-def _warn_about_spacing() -> None:
-    log.warn("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
 
 
 def as_classes(label_map: np.ndarray, labels: Labels) -> np.ndarray:

@@ -21,16 +21,18 @@ from torch import nn
 
 from nnunet_lite import log
 from nnunet_lite.data.images import Image
+from nnunet_lite.data.problems import few, html_table
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
-from nnunet_lite.inference.outputs import ExtraMaps, NewMap, predict_label_map
+from nnunet_lite.inference.outputs import ExtraMaps, NewMap, parse_label_names, predict_label_map
+from nnunet_lite.inference.segmentation import Segmentation
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
-from nnunet_lite.models.bundle import unpacked
+from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, trained_folds
-from nnunet_lite.models.lookup import find_model, read_model
+from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus
@@ -48,8 +50,7 @@ from nnunet_lite.workspace import is_model_of, workspace_folder
 class Predictor:
     """A trained configuration with the networks of one or more folds, ready to predict.
 
-    `predictor(array, spacing)` or `predictor("scan.nii.gz")` returns the label map (z, y, x), with the values of the
-    dataset.
+    `predictor(array, spacing)` or `predictor("scan.nii.gz")` returns the label map (z, y, x), a `Segmentation`.
 
     Parameters
     ----------
@@ -97,6 +98,14 @@ class Predictor:
         partners = "".join(f" and {partner}" for partner in self.partners)
         return f"{first}{self.folder} (fold {', '.join(self.folds)}){partners}"
 
+    def __repr__(self) -> str:
+        channels, labels = [channel.name for channel in self.plan.channels], self.plan.labels.region_names
+        what = f"{self}, {self.configuration_name} of {self.plan.dataset} on {self.device}"
+        return f"model: {what}\nchannels: {few(channels, 8)}\nlabels: {few(labels, 8)}"
+
+    def _repr_html_(self) -> str:
+        return html_table([line.split(": ", 1) for line in repr(self).splitlines()])
+
     @property
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
@@ -106,7 +115,9 @@ class Predictor:
         """Whether nnU-Net trained it, so that it predicts as it does there."""
         return self.settings.sums == "float16"
 
-    def __call__(self, image: Any, spacing: Sequence[float] | None = None) -> np.ndarray:
+    def __call__(
+        self, image: Any, spacing: Sequence[float] | None = None, *, probabilities: str | None = None
+    ) -> Segmentation:
         """Segment an image.
 
         Parameters
@@ -115,11 +126,13 @@ class Predictor:
             A file, an image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
         spacing : sequence of float, optional
             Voxel size (z, y, x) of an array in mm; by default 1 mm, which is logged once.
+        probabilities : str, optional
+            Labels whose probabilities are kept: "all", or names with commas.
 
         Returns
         -------
-        ndarray, shape (z, y, x)
-            The label map, with the values of the dataset.
+        Segmentation, shape (z, y, x)
+            The label map, with the values of the dataset; a numpy array.
 
         Raises
         ------
@@ -127,8 +140,12 @@ class Predictor:
             The image cannot be read, has other channels than the model, or contains NaN or infinite voxels; or the
             networks compute such values.
         """
-        with naming(image) if isinstance(image, str | PathLike) else nullcontext():
-            return segment(self, prepare_image(self, as_image(image, spacing, self.plan)))[0]
+        file = Path(image) if isinstance(image, str | PathLike) else None
+        with nullcontext() if file is None else naming(file):
+            names = () if probabilities is None else parse_label_names(probabilities, self.plan.labels)
+            given = as_image(image, spacing, self.plan)
+            label_map, maps = segment(self, prepare_image(self, given), maps=ExtraMaps(names))
+        return Segmentation(label_map, given.geometry, maps, partial(self, image, spacing), file)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -150,8 +167,8 @@ def load(
     Parameters
     ----------
     model : str, Path or sequence of them
-        A model folder, a zip, or the name of a model in the workspace. Several models vote with the mean of their
-        probabilities.
+        A model folder, a zip, or the name of a model in the workspace, as for `find_model`. Several models vote with
+        the mean of their probabilities.
     folds : str, int or sequence of them, optional
         By default all that are trained. All folds of a cascade's first stage are always used.
     device : str, optional
@@ -294,10 +311,9 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     UserError
         It is missing, not trained, or of another configuration.
     """
-    stage, name = second.configuration.previous_stage, second.run.get("previous")
-    if name is None:
+    stage, first = second.configuration.previous_stage, stage_path(folder, second.run)
+    if first is None:
         raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json", "Train it again.")
-    first = folder.absolute().parent / Path(name).name
     fix = f"It is the first stage of {folder.name}: put it back next to it, or train it with `nnlite train {stage}`."
     if is_nnunet(first):
         return first

@@ -7,7 +7,8 @@ model.zip
   3d_lowres-default/         of a cascade, the first stage
 
 The zip contains no path of the machine, no case and no code. Unpacking refuses files that the manifest does not list,
-anything but plain files of a model folder, wrong sizes, and code. Nothing appears before every checksum is right.
+anything but plain files of a model folder, wrong sizes, and code. Nothing appears before every checksum is right. Of a
+zip that nnU-Net exported, plans, dataset and checkpoints are unpacked and nothing else.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import shutil
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
@@ -30,8 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import nnunet_lite
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, must_be_known, read_json, scratch, understood, write_json
-from nnunet_lite.models.folder import MODEL, Checkpoint, is_nnunet, new_model_folder, weight_files
+from nnunet_lite.files import atomic, must_be_known, read_json, understood, write_json
+from nnunet_lite.models.folder import EXPECTED, MODEL, new_model_folder, stage_path, weight_files
 from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import in_units
@@ -43,6 +43,9 @@ _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
 _RATIO = 100  # weights shrink by a tenth; a file that grows by more than this factor is meant to fill the disk
 _LONGEST_NAME = 80
 _PART = re.compile(rf"(plans|dataset|run)\.json|fold_(all|\d+)/{re.escape(MODEL)}")  # of a model folder
+_NNUNET_PART = re.compile(  # of a model folder of nnU-Net; no part of its path begins with a dot
+    r"((?:[^/\\:.][^/\\:]*/)*[^/\\:.][^/\\:]*)/((?:plans|dataset)\.json|fold_(?:all|\d+)/checkpoint_(?:final|best)\.pth)"
+)
 _ABOUT = ("configuration", "recipe", "channels", "labels", "spacing")  # what the manifest says of a model
 # the entries of dataset.json that are packed; nnU-Net's may list the cases and their files
 _PUBLIC = ("name", "description", "reference", "licence", "license", "release", "channel_names", "modality", "labels",
@@ -122,9 +125,9 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
     plan, run = read_model(folder)
     folders = [folder]
     if stage := plan.configuration(run["configuration"]).previous_stage:
-        if not run.get("previous"):
+        if (first := stage_path(folder, run)) is None:
             raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json")
-        folders.append(folder.with_name(Path(run["previous"]).name))
+        folders.append(first)
     if licence and len(licence) < 256 and "\n" not in licence and Path(licence).is_file():
         licence = Path(licence).read_text(encoding="utf-8")
     imported = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
@@ -177,50 +180,63 @@ def _write(archive: ZipFile, path: str, content: bytes) -> PackedFile:
 # ----------------------------------------------------------------------------------------------------------- unpacking
 
 
-def is_bundle(path: Path) -> bool:
+def is_zip(path: Path) -> bool:
     """Whether a path is a zip file."""
     return path.is_file() and path.suffix.lower() == ".zip"
 
 
-@contextmanager
-def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
-    """Yield a model folder: the path itself, or a copy of what a zip contains, which is deleted after the block.
+def models_in_zip(file: Path) -> list[Path]:
+    """Return the paths of the models in a zip: that of the zip if `pack` made it; zip / folder for those of nnU-Net.
 
     Raises
     ------
     UserError
-        As `unpack`; or another checkpoint than the final one is chosen of a model that nnU-Net did not write.
+        It is no zip, or contains no model.
     """
-    with ExitStack() as stack:
-        folder = path
-        if is_bundle(path):
-            temporary = stack.enter_context(scratch(Path(gettempdir())))
-            folder = unpack(path, temporary / read_manifest(path).models[0])
-        if checkpoint != "final" and (folder / "run.json").is_file():
-            what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
-            raise UserError(what, path, "Leave out --checkpoint.")
-        yield folder
+    with _open_zip(file) as archive:
+        names = archive.namelist()
+    parts = [match.groups() for match in map(_NNUNET_PART.fullmatch, names) if match]
+    trained = {folder for folder, part in parts if part.endswith(".pth")}
+    found = [file / folder for folder, part in sorted(parts) if part == "plans.json" and folder in trained]
+    if MANIFEST not in names and not found:
+        what = "is no zip of a model (no manifest.json, and no MODEL/plans.json with MODEL/fold_0/checkpoint_final.pth)"
+        raise UserError(what, file, EXPECTED)
+    return [file] if MANIFEST in names else found
 
 
-@contextmanager
-def as_model_folder(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
-    """Yield a model folder of nnlite: as `unpacked`, and of a model of nnU-Net a copy too.
+def unpack_nnunet(file: Path, model: Path, out: Path) -> Path:
+    """Write what predicting needs of a model in a zip of nnU-Net, and of the first stage if it is a cascade.
+
+    Parameters
+    ----------
+    file : Path
+        The zip, from any source.
+    model : Path
+        One of `models_in_zip`.
+    out : Path
+        An empty folder.
+
+    Returns
+    -------
+    Path
+        The model folder of nnU-Net in `out`.
 
     Raises
     ------
     UserError
-        As `unpacked`; or it is no model.
+        The zip is damaged, or too large for nnlite or for the disk.
     """
-    with unpacked(path, checkpoint) as folder:
-        if not is_nnunet(folder):
-            yield folder
-            return
-        from nnunet_lite.models.nnunet import import_nnunet  # imports torch, which `nnlite info` needs only here
-
-        with scratch(Path(gettempdir())) as temporary:
-            copy = temporary / folder.absolute().name
-            import_nnunet(folder, copy, checkpoint)
-            yield copy
+    folder = model.relative_to(file).as_posix()
+    wanted = {folder, re.sub("__3d_cascade_fullres$", "__3d_lowres", folder)}  # as nnU-Net's planners call them
+    with _open_zip(file) as archive:
+        matches = [match for match in map(_NNUNET_PART.fullmatch, archive.namelist()) if match and match[1] in wanted]
+        _check_size({match[0]: archive.getinfo(match[0]).file_size for match in matches}, file, out)
+        for match in matches:
+            target = out / Path(match[1]).name / match[2]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(match[0]) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+    return out / model.name
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -261,14 +277,17 @@ def unpack(file: Path, out: Path, *, replace: bool = False) -> Path:
     """
     out = out.absolute()
     with _open(file) as (archive, manifest), ExitStack() as stack:
-        _check_size(manifest, file, out)
+        sizes = {path: packed.size for path, packed in manifest.files.items()}
+        _check_size(sizes, file, out)
         model, *stages = manifest.models
         if out.name in stages:
             what = "is the name of the model's first stage, which needs this folder"
             raise UserError(what, out, "Choose another.")
-        size = sum(packed.size for packed in manifest.files.values())
         targets = {model: out, **{name: out.with_name(name) for name in stages}}
-        folders = {name: stack.enter_context(new_model_folder(path, replace, size)) for name, path in targets.items()}
+        folders = {
+            name: stack.enter_context(new_model_folder(path, replace, sum(sizes.values())))
+            for name, path in targets.items()
+        }
         for path, packed in manifest.files.items():
             name, _, part = path.partition("/")
             target = folders[name] / part
@@ -285,36 +304,40 @@ def unpack(file: Path, out: Path, *, replace: bool = False) -> Path:
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[tuple[ZipFile, Manifest]]:
-    """Open a zip and check that it contains exactly what its manifest lists, parts of models and nothing else."""
+def _open_zip(file: Path) -> Iterator[ZipFile]:
+    """Open a zip, and report damage that the block finds in it as one line."""
     if not file.is_file():
         raise UserError("no such file", file)
     try:
         with ZipFile(file) as archive:
-            sizes = Counter((entry.filename, entry.file_size) for entry in archive.infolist())
-            if MANIFEST not in archive.namelist():
-                if any(name.endswith(".pth") for name in archive.namelist()):
-                    fix = "Unpack it, and import the model folder in it that contains plans.json."
-                    raise UserError("is a zip of nnU-Net, and not of `nnlite export`", file, fix)
-                raise UserError(f"is no model that nnlite exported (no {MANIFEST})", file)
-            with understood(file / MANIFEST):
-                size = archive.getinfo(MANIFEST).file_size
-                if size > _JSON_LIMIT:
-                    raise ValueError(f"{size} bytes")
-                values = json.loads(archive.read(MANIFEST))
-                must_be_known(str(values["format"]), FORMAT, file)
-                manifest = Manifest.model_validate(values)
-            _check_names(manifest, file)
-            listed = Counter({(MANIFEST, size): 1, **{(path, f.size): 1 for path, f in manifest.files.items()}})
-            if differing := min((sizes - listed) + (listed - sizes), default=None):
-                what = f"is not what its {MANIFEST} lists: {differing[0]!r:.80} differs; nothing was unpacked"
-                raise UserError(what, file, "Get the file again.")
-            kinds = {entry.filename: stat.S_IFMT(entry.external_attr >> 16) for entry in archive.infolist()}
-            if odd := next((name for name, kind in kinds.items() if kind not in (0, stat.S_IFREG)), None):
-                raise UserError(f"contains {odd!r:.80}, which is no plain file; nothing was unpacked", file)
-            yield archive, manifest
+            yield archive
     except (BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
         raise UserError(f"is no zip file, or a damaged one ({error})", file, "Get it again.") from None
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[tuple[ZipFile, Manifest]]:
+    """Open a zip and check that it contains exactly what its manifest lists, parts of models and nothing else."""
+    with _open_zip(file) as archive:
+        sizes = Counter((entry.filename, entry.file_size) for entry in archive.infolist())
+        if MANIFEST not in archive.namelist():
+            raise UserError(f"is no model that nnlite exported (no {MANIFEST})", file)
+        with understood(file / MANIFEST):
+            size = archive.getinfo(MANIFEST).file_size
+            if size > _JSON_LIMIT:
+                raise ValueError(f"{size} bytes")
+            values = json.loads(archive.read(MANIFEST))
+            must_be_known(str(values["format"]), FORMAT, file)
+            manifest = Manifest.model_validate(values)
+        _check_names(manifest, file)
+        listed = Counter({(MANIFEST, size): 1, **{(path, f.size): 1 for path, f in manifest.files.items()}})
+        if differing := min((sizes - listed) + (listed - sizes), default=None):
+            what = f"is not what its {MANIFEST} lists: {differing[0]!r:.80} differs; nothing was unpacked"
+            raise UserError(what, file, "Get the file again.")
+        kinds = {entry.filename: stat.S_IFMT(entry.external_attr >> 16) for entry in archive.infolist()}
+        if odd := next((name for name, kind in kinds.items() if kind not in (0, stat.S_IFREG)), None):
+            raise UserError(f"contains {odd!r:.80}, which is no plain file; nothing was unpacked", file)
+        yield archive, manifest
 
 
 def _check_names(manifest: Manifest, file: Path) -> None:
@@ -331,9 +354,8 @@ def _check_names(manifest: Manifest, file: Path) -> None:
         raise UserError(f"lacks a model that its {MANIFEST} names", file)
 
 
-def _check_size(manifest: Manifest, file: Path, out: Path) -> None:
+def _check_size(sizes: Mapping[str, int], file: Path, out: Path) -> None:
     """Refuse more bytes than are allowed, than the disk has free, or than a file of this size can contain."""
-    sizes = {path: packed.size for path, packed in manifest.files.items()}
     total, packed = sum(sizes.values()), file.stat().st_size
     parent = next(folder for folder in out.parents if folder.exists())
     if big := [path for path, size in sizes.items() if path.endswith(".json") and size > _JSON_LIMIT]:

@@ -14,7 +14,7 @@ import json
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,12 +39,14 @@ CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
-_OLD = "old_"
+OLD = "old_"  # starts the names of folders that were set aside
+EXPECTED = ("A model is a folder with plans.json and run.json, one of nnU-Net with plans.json and "
+            "fold_0/checkpoint_final.pth, or a zip of either.")  # fmt: skip
 Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
 _N_FOLDS = 5  # by default; fewer cases are trained without folds
 # settings that may differ between two calls of `train` without making it another run
 _INCIDENTAL = (
-    "training.workers", "training.cache", "training.compile", "training.tensorboard", "training.limit_validation",
+    "training.workers", "training.cache", "training.compile", "training.logger", "training.limit_validation",
     "inference.",
 )  # fmt: skip
 _LENGTH = ("training.epochs", "training.time_limit")
@@ -266,9 +268,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     file = folder / _RUN
     if not file.is_file():
-        fix = suggest_models(folder) or "Train one with `nnlite train`."
         why = "no run.json" if folder.exists() else "it does not exist"
-        raise UserError(f"is no model folder ({why})", folder, fix)
+        raise UserError(f"is no model folder ({why})", folder, EXPECTED)
     with understood(file):
         run = dict(read_json(file))
         must_be_known(str(run["format"]), FORMAT, file)
@@ -296,7 +297,9 @@ def new_model_folder(out: Path, replace: bool = False, needed: int | None = None
     """
     taken = out.exists() and (out.is_file() or any(out.iterdir()))
     if taken and not replace:
-        raise UserError("exists already", out, "Choose another --output, or delete it.")
+        raise UserError(
+            "exists already", out, "Choose another --output, or delete it; `import` has --name and --replace, too."
+        )
     with scratch(out.absolute().parent) as temporary:
         partial = temporary / out.name
         partial.mkdir()
@@ -313,17 +316,22 @@ def is_model(folder: Path) -> bool:
     return nnunet or (folder / _RUN).is_file()
 
 
-def suggest_models(folder: Path) -> str:
-    """Return which model folder may be meant by one that is none, as a sentence; "" where none is near."""
-    if is_model(folder.absolute().parent):
-        return f"Give {folder.parent}, the model folder."
-    inside = [path.name for path in sorted(folder.iterdir()) if is_model(path)] if folder.is_dir() else []
-    return f"Give a model folder in it: {', '.join(inside)}." if inside else ""
+def stage_path(folder: Path, run: Mapping[str, Any]) -> Path | None:
+    """Return the model folder of a cascade's first stage, next to that of the second; None for other models.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder of the second stage.
+    run : mapping
+        Its run.json.
+    """
+    return folder.absolute().with_name(Path(run["previous"]).name) if run.get("previous") else None
 
 
 def model_folders(paths: Paths) -> list[Path]:
     """Return the model folders of a dataset, without those that were set aside."""
-    return sorted(file.parent for file in paths.models.glob(f"*/{_RUN}") if not file.parent.name.startswith(_OLD))
+    return sorted(file.parent for file in paths.models.glob(f"*/{_RUN}") if not file.parent.name.startswith(OLD))
 
 
 def model_folder(paths: Paths, name: str) -> Path:
@@ -334,7 +342,7 @@ def model_folder(paths: Paths, name: str) -> Path:
     UserError
         The name is not that of a folder inside models/.
     """
-    if Path(name).name != name or name.startswith((".", _OLD)):
+    if Path(name).name != name or name.startswith((".", OLD)):
         raise UserError(f"{name!r} is no name for a model folder", fix="Use letters, digits, '-' and '_'.")
     return paths.models / name
 
@@ -462,7 +470,7 @@ def set_aside(folder: Path) -> Path | None:
     if not folder.exists():
         return None
     number = 1
-    while (target := folder.with_name(f"{_OLD}{folder.name}_{number}")).exists():
+    while (target := folder.with_name(f"{OLD}{folder.name}_{number}")).exists():
         number += 1
     with ExitStack() as stack:
         for fold in (folder, *folder.glob("fold_*")):

@@ -1,4 +1,4 @@
-"""Find a model: by its path or name, or the best that is trained; and read what it is, without torch."""
+"""Choose the best model that is trained, and read what a model is, without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nnunet_lite.models.folder import (
     validation_dice,
 )
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import Paths, planned_paths
+from nnunet_lite.workspace import Paths
 
 
 def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
@@ -70,35 +70,6 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         ],
         **{key: run[key] for key in ("seed", "versions", "settings")},
     }
-
-
-def find_model(given: str | Path, workspace: Path, dataset: str | None = None) -> Path:
-    """Return the path of a model from its path, or from its name in the workspace.
-
-    Parameters
-    ----------
-    given : str or Path
-        A model folder or a zip, or the name of a model in the workspace.
-    workspace : Path
-        Where models are looked up by name.
-    dataset : str, optional
-        Look only among the models of this dataset, if several datasets have a model of that name.
-
-    Raises
-    ------
-    UserError
-        Several datasets have a model of that name.
-    """
-    path = Path(given).expanduser()
-    if path.exists() or len(path.parts) != 1:
-        return path
-    found = sorted(file.parent for file in workspace.glob("*/models/*/run.json") if file.parent.name == path.name)
-    if len(found) > 1 and dataset is not None:
-        of_dataset = planned_paths(workspace, dataset, needs_plan=False).models
-        found = [folder for folder in found if folder.parent == of_dataset]
-    if len(found) > 1:
-        raise UserError(f"{given} could be {' or '.join(map(str, found))}", fix="Give the path, or -d.")
-    return found[0] if found else path
 
 
 def choose_model(paths: Paths, configuration: str | None = None) -> Path:

@@ -24,12 +24,13 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.models.folder import (
+    EXPECTED,
     MODEL,
     Checkpoint,
     is_nnunet,
     new_model_folder,
     nnunet_file,
-    suggest_models,
+    stage_path,
     trained_folds,
     weight_files,
     write_description,
@@ -103,8 +104,7 @@ def nnunet_checkpoints(
         The folder is no model of nnU-Net, or a fold has no such checkpoint.
     """
     if not is_nnunet(folder):
-        what = "is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)"
-        raise UserError(what, folder, suggest_models(folder))
+        raise UserError("is no model of nnU-Net (no plans.json, or no fold_0/checkpoint_final.pth)", folder, EXPECTED)
     found, name = weight_files(folder, checkpoint), nnunet_file(checkpoint)
     begun = sorted({file.parent.name.removeprefix("fold_") for file in folder.glob("fold_*/checkpoint_*.pth")})
     lacking = [fold for fold in begun if fold not in found]
@@ -278,29 +278,31 @@ def _training(checkpoint: Json) -> Json:
     return {"epochs": checkpoint.get("current_epoch", 0), "seconds": round(seconds, 1)}
 
 
-def nnunet_model_name(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, str]:
-    """Return the dataset of an nnU-Net model, and nnU-Net's name of the model: trainer__plans__configuration.
+def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, str]:
+    """Return the names of the dataset and of the configuration of an nnU-Net model.
 
     Raises
     ------
     UserError
         The dataset's name cannot be that of a folder, or as `nnunet_checkpoints`.
     """
-    file = next(iter(nnunet_checkpoints(folder, None, checkpoint).values()))
+    fold = list(weight_files(folder, checkpoint))[:1] if is_nnunet(folder) else []
+    file = next(iter(nnunet_checkpoints(folder, fold or None, checkpoint).values()))
     content = read_checkpoint(file)
-    trainer, configuration, _ = _origin(content, file)
+    _, configuration, _ = _origin(content, file)
     source, plans, table = _read_descriptions(file, content)
     dataset = _plan(source, plans, table, configuration).dataset
     if Path(dataset).name != dataset or dataset.startswith("."):
         raise UserError(f"dataset_name {dataset!r} is no name for a folder", source)
-    return dataset, f"{trainer}__{plans.get('plans_name', 'nnUNetPlans')}__{configuration}"
+    return dataset, configuration
 
 
-def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, replace: bool = False) -> None:
+def import_nnunet(
+    folder: Path, out: Path, checkpoint: Checkpoint = "final", *, name: str | None = None, replace: bool = False
+) -> list[Path]:
     """Write a model folder with the content of one that nnU-Net wrote.
 
-    The first stage of a cascade is imported too, from the folder next to `folder` into one next to `out`, unless it
-    exists already.
+    The first stage of a cascade is imported too, from the folder next to `folder` into one next to `out`.
 
     Parameters
     ----------
@@ -310,24 +312,34 @@ def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", *, 
         The new model folder. It appears when it is complete.
     checkpoint : {"final", "best"}
         Which checkpoint of each fold. Folds without it are left out, which is logged.
+    name : str, optional
+        The first stage is called CONFIGURATION-NAME; default: as nnU-Net calls it.
     replace : bool
-        Set an existing model at `out` aside instead of refusing.
+        Set existing models aside instead of refusing.
+
+    Returns
+    -------
+    list of Path
+        The model folders: the model, and its first stage if it has one.
 
     Raises
     ------
     UserError
-        As `nnunet_checkpoints` and `read_nnunet`; or `out` exists already.
+        As `nnunet_checkpoints` and `read_nnunet`; or a model exists already.
     """
-    folder, out = folder.absolute(), out.absolute()
+    folder, out, made = folder.absolute(), out.absolute(), [out.absolute()]
     files = nnunet_checkpoints(folder, None, checkpoint)
     with new_model_folder(out, replace) as partial:
-        for name, fold in zip(files, read_nnunet(files.values()), strict=True):
-            about = {"configuration": fold.run["configuration"], "checkpoint": files[name].name, **fold.training}
-            save_weights(partial / f"fold_{name}" / MODEL, fold.network, about)
-        write_description(partial, fold.plan, {"name": fold.plan.dataset, **fold.dataset}, fold.run)
-        first = fold.run.get("previous")
-        if first is not None and is_nnunet(folder.with_name(first)) and not out.with_name(first).exists():
-            import_nnunet(folder.with_name(first), out.with_name(first), checkpoint)
+        for fold_name, fold in zip(files, read_nnunet(files.values()), strict=True):
+            about = {"configuration": fold.run["configuration"], "checkpoint": files[fold_name].name, **fold.training}
+            save_weights(partial / f"fold_{fold_name}" / MODEL, fold.network, about)
+        first, run = stage_path(folder, fold.run), fold.run
+        if first is not None and name is not None:
+            run = {**run, "previous": f"{first.name.rpartition('__')[2]}-{name}"}
+        write_description(partial, fold.plan, {"name": fold.plan.dataset, **fold.dataset}, run)
+        if first is not None and is_nnunet(first):
+            made += import_nnunet(first, out.with_name(run["previous"]), checkpoint, replace=replace)
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -15,6 +15,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -149,7 +150,8 @@ class UNet(nn.Module):
         """Apply a head; training on a GPU does it in float32, because the loss needs more digits than 16 bits have."""
         if not self.training or x.device.type == "cpu":
             return head(x)
-        with torch.autocast(x.device.type, enabled=False):
+        has_autocast = torch.amp.is_autocast_available(x.device.type)  # the device "meta", which counts, has none
+        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
             return head(x.to(next(head.parameters()).dtype))
 
     @staticmethod

@@ -27,7 +27,7 @@ LOSS_GRADIENT_BYTES = 4 + 4
 # One batch is trained on, three are ready or being made.
 BATCHES = 4
 SOURCE_SHARE = 6  # voxels of the boxes that contain the rotated patches of a batch, per voxel; 99 of 100 have less
-WARPED_VOXELS = 2**21  # so many voxels of patches are rotated and scaled together on a GPU
+WARPED_VOXELS = 2**21  # of patches that are rotated and scaled together on a GPU
 WARP_BYTES = 170  # what that takes for each of them and each label map, measured: mostly the votes of 8 neighbours
 CUDNN_BYTES = 500_000_000  # what cuDNN may take for its fastest algorithms; an allowance, not a count
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import prod
 
 import numpy as np
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.planning import topology as rules
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.memory import with_memory
@@ -158,9 +157,7 @@ def memory_budget(preset: str, memory_gb: float | None = None) -> float:
         The preset is unknown, or the budget is not a positive number.
     """
     if preset not in PRESETS:
-        near = get_close_matches(preset, PRESETS, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(PRESETS)}."
-        raise UserError(f"there is no preset {preset!r}", fix=hint)
+        raise UserError(f"there is no preset {preset!r}", fix=suggest(preset, PRESETS))
     gigabytes = PRESETS[preset].memory_gb if memory_gb is None else float(memory_gb)
     if not gigabytes > 0:
         raise UserError(f"a memory budget of {gigabytes:g} GB is not positive", fix="Give GB of GPU memory, such as 8.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from html import escape
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,9 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.problems import html_table
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, must_be, read_json
-from nnunet_lite.planning.show import plan_table
+from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_table, plan_title
 
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
@@ -297,9 +297,12 @@ class Plan(_Model):
         """Return the plan as a table for a terminal."""
         return plan_table(self)
 
+    def __repr__(self) -> str:
+        return f"{plan_title(self)}\nconfigurations: {', '.join(self.configurations)}"
+
     def _repr_html_(self) -> str:
-        """The plan as text, for a notebook."""
-        return f"<pre>{escape(plan_table(self))}</pre>"
+        reasons = [f"{name}: {reason}" for name, reasons in plan_reasons(self).items() for reason in reasons]
+        return html_table([plan_head(self), *plan_rows(self)], [plan_title(self), *reasons])
 
     @classmethod
     def read(cls, path: Path) -> Plan:

@@ -6,12 +6,11 @@ mirroring that axis teaches the network that the two are one. `swap_of` reads th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import AugmentationSettings
 
@@ -124,9 +123,7 @@ def _partners(labels: Labels, pairs: Pairs) -> dict[str, str]:
     for left, right in pairs:
         for name, other in ((left, right), (right, left)):
             if name not in labels.region_names:
-                near = difflib.get_close_matches(name, labels.region_names, 1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(labels.region_names)}."
-                raise UserError(f"{_KEY}: there is no label {name!r}", fix=hint)
+                raise UserError(f"{_KEY}: there is no label {name!r}", fix=suggest(name, labels.region_names))
             if name in partner or left == right:
                 raise UserError(f"{_KEY}: {name!r} is named twice", fix="A label has one partner.")
             partner[name] = other

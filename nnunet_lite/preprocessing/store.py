@@ -14,8 +14,6 @@ Read `preprocess_dataset` first, then `recipe_of` and `make_case`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,11 +28,11 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_case
 from nnunet_lite.data.geometry import Turn
 from nnunet_lite.data.problems import plural
+from nnunet_lite.data.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import SPARE, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
+from nnunet_lite.files import SPARE, hash_of, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
 from nnunet_lite.planning.schema import Channel, Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing import pipeline
-from nnunet_lite.preprocessing.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.preprocessing.resampling import one_blas_thread
 from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored_case, write_stored_case
 
@@ -77,6 +75,8 @@ class PreprocessingSummary:
         size = f"{system.in_units(self.stored_bytes)} on disk, {ratio:.2f} x the raw files"
         estimate = f" ({system.in_units(self.estimate)} were estimated)" if self.made else ""
         return f"cases: {counts}; {self.made} arrays made, {self.kept} kept\n{size}{estimate}"
+
+    __repr__ = to_text
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _case_folders(dataset: Dataset, plan: Plan, name: str, raw: Mapping[str, Raw
         if pipeline.turn_for(plan, stamps.orientation) != Turn(plan.axis_order):
             recipe["orientation"] = plan.orientation
         short = case_id.encode()[:_ID_BYTES].decode(errors="ignore")
-        folders[case_id] = f"{short}-{_hash([recipe, stamps.digests, value_map, plan.stored_as])}"
+        folders[case_id] = f"{short}-{hash_of([recipe, stamps.digests, value_map, plan.stored_as])}"
     return folders
 
 
@@ -273,10 +273,6 @@ def _resampled_grid(raw: RawCase, plan: Plan, configuration: Configuration) -> t
     spacing = pipeline.transposed(raw.spacing, order)
     target = pipeline.resampled_spacing(configuration, spacing)
     return target, pipeline.resampled_shape([raw.shape[axis] for axis in order], spacing, target)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------------- making the cases
@@ -408,7 +404,7 @@ def _sweep(folder: Path) -> None:
 
 def _index_file(folder: Path, plan: Plan, name: str) -> Path:
     configuration = plan.configuration(name)
-    return folder / f"{name}-{_hash(recipe_of(plan, configuration, configuration.spacing))}.json"
+    return folder / f"{name}-{hash_of(recipe_of(plan, configuration, configuration.spacing))}.json"
 
 
 @lru_cache(maxsize=8)

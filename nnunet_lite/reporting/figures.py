@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image as PillowImage
 
-from nnunet_lite.data.geometry import Box, Geometry, Image, Turn, bounding_box, slices, turn_between
+from nnunet_lite.data.geometry import Box, Geometry, Image, Turn, bounding_box, slices, triple, turn_between
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Plan
 
 _MAX_POINTS = 400  # of a curve, about one per pixel
 _MIN_RANGE = 1e-9  # of the values; smaller differences are rounding
+_MARGIN = 0.05  # of the range of values, on each side of it
 _ROW_HEIGHT = 26  # of charts with one row for each label or model
 _LETTER_WIDTH = 6.6  # of the names of the rows
 MAX_CHANNELS = 4  # of a case that are shown
@@ -96,7 +97,7 @@ class Table:
     first_is_best: bool = False
 
     def cells(self) -> Iterator[list[tuple[str, float | None, float | None]]]:
-        """Each row as (text, value to sort by, length of the bar)."""
+        """Yield each row as (text, value to sort by, length of the bar)."""
         for row in self.rows:
             yield [_cell(value, column) for value, column in zip(row, self.columns, strict=True)]
 
@@ -113,7 +114,7 @@ def _cell(value: Value, column: Column) -> tuple[str, float | None, float | None
 
 
 def share_column(name: str) -> Column:
-    """A column of shares of one, such as Dice, with bars."""
+    """Return a column of shares of one, such as Dice, with bars."""
     return Column(name, ".3f", bar=True)
 
 
@@ -143,7 +144,7 @@ class Axis:
     only_integers: bool = False
 
     def pixel(self, value: float) -> float:
-        """The pixel of a value; values beyond the axis are drawn at its end."""
+        """Return the pixel of a value; values beyond the axis are drawn at its end."""
         (low, high), (start, end) = self.values, self.pixels
         share = (min(max(value, low), high) - low) / (high - low)
         return round(start + share * (end - start), 1)
@@ -247,8 +248,8 @@ def plot_curves(
     if not points:
         return None
     xs, ys = zip(*points, strict=True)
-    low, high = (given if given is not None else end for given, end in zip(y_range, _with_margin(ys), strict=True))
-    x = Axis(_not_empty(min(xs), max(xs)), (52, 438), x_label, 6, only_integers=x_label == "epoch")
+    low, high = (given if given is not None else end for given, end in zip(y_range, _range(ys, _MARGIN), strict=True))
+    x = Axis(_range(xs), (52, 438), x_label, 6, only_integers=x_label == "epoch")
     series = [dict(zip(("name", "x", "y"), (c.name, *zip(*c.points, strict=True)), strict=True)) for c in curves]
     readout = {"x": [*x.values, *x.pixels], "label": x_label, "series": series}
     return Chart("curves", title, x, Axis((low, high), (196, 10), y_label, 4), curves, 460, note, readout)
@@ -324,25 +325,25 @@ def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | 
     if not intervals:
         return None
     values = [value for _, *numbers in intervals for value in numbers if value is not None]
-    x, y = _row_axes([name for name, *_ in intervals], _with_margin(values), label)
+    x, y = _row_axes([name for name, *_ in intervals], _range(values, _MARGIN), label)
     return Chart("intervals", title, x, y, intervals)
 
 
 def _row_axes(names: list[str], values: tuple[float, float], label: str) -> tuple[Axis, Axis]:
-    """The axes of a chart with one row for each name, which is at the left."""
+    """Return the axes of a chart with one row for each name, which is at the left."""
     left = 16 + _LETTER_WIDTH * min(44, max(map(len, names)))
     return Axis(values, (left, 658), label, 6), Axis((0, len(names)), (10, 10 + _ROW_HEIGHT * len(names)))
 
 
 def _clean(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Every n-th point of a long curve and its last one; values that are not finite become gaps."""
+    """Keep every n-th point of a long curve and its last one; values that are not finite become gaps."""
     step, last = max(1, -(-len(points) // _MAX_POINTS)), len(points) - 1
     kept = [point for i, point in enumerate(points) if i % step == 0 or i == last]
     return [(x, y if y is not None and math.isfinite(y) else None) for x, y in kept]
 
 
 def tick_values(low: float, high: float, about: int, only_integers: bool = False) -> list[float]:
-    """Round numbers in a range: multiples of 1, 2 or 5 times a power of ten.
+    """Return round numbers in a range: multiples of 1, 2 or 5 times a power of ten.
 
     Parameters
     ----------
@@ -361,18 +362,13 @@ def tick_values(low: float, high: float, about: int, only_integers: bool = False
     return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _not_empty(low: float, high: float) -> tuple[float, float]:
-    """A range of some size; a constant value gets a range of its own order of magnitude."""
+def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+    """Return the range of values with a margin, a share of it; a constant gets a range of its order of magnitude."""
+    low, high = min(values), max(values)
     size = max(abs(low), abs(high))
-    if high - low > _MIN_RANGE * size:
-        return low, high
-    margin = size / 2 or 0.5
-    return low - margin, high + margin
-
-
-def _with_margin(values: Sequence[float]) -> tuple[float, float]:
-    low, high = _not_empty(min(values), max(values))
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+    if high - low <= _MIN_RANGE * size:
+        low, high = low - (size / 2 or 0.5), high + (size / 2 or 0.5)
+    return low - margin * (high - low), high + margin * (high - low)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -410,7 +406,7 @@ _STORED_PLANES = (Plane("xy", 0, 1, 2), Plane("xz", 1, 0, 2), Plane("yz", 2, 0, 
 
 
 def planes_of(geometry: Geometry) -> tuple[Turn, tuple[Plane, ...]]:
-    """How to turn an array (z, y, x) to the patient's head, back and left, and the planes to show.
+    """Return how to turn an array (z, y, x) to the patient's head, back and left, and the planes to show.
 
     An image without a known orientation is shown as it is stored, a picture in its one plane.
 
@@ -450,7 +446,7 @@ class OrientedImage:
         self.levels = [(0.0, 255.0) if self.colour else grey_levels(values, about) for values, about in channels]
 
     def tile(self, reference: np.ndarray | None) -> Picture:
-        """The first plane, through most of the labels, in the first channel or in colour.
+        """Draw the first plane, through most of the labels, in the first channel or in colour.
 
         Parameters
         ----------
@@ -465,7 +461,7 @@ class OrientedImage:
         return self.draw(self.planes[0], at, whole, _TILE_SIZE, reference, None, channels=3 if self.colour else 1)
 
     def overlay(self, reference: np.ndarray | None, file: Path, size: int) -> list[Picture]:
-        """The planes through the slices with most errors of a prediction.
+        """Draw the planes through the slices with most errors of a prediction.
 
         Parameters
         ----------
@@ -503,7 +499,7 @@ class OrientedImage:
         prediction: np.ndarray | None,
         channels: int = MAX_CHANNELS,
     ) -> Picture:
-        """One plane for the page.
+        """Draw one plane for the page.
 
         Parameters
         ----------
@@ -549,14 +545,14 @@ class OrientedImage:
         }
 
     def _outlines(self, label: np.ndarray, size: int) -> list[tuple[int, str]]:
-        """(number of the region, SVG path) of the regions in a slice."""
+        """Outline the regions in a slice: (number of the region, SVG path)."""
         label, step = thin_out(label, size)
         masks = (np.isin(label, members) for members in self.labels.region_values)
         return [(i, outline_path(mask, step)) for i, mask in enumerate(masks) if mask.any()]
 
 
 def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
-    """The slice along each axis that has most of a mask; the middle one if the mask is empty.
+    """Return the slice along each axis that has most of a mask; the middle one if the mask is empty.
 
     Parameters
     ----------
@@ -570,7 +566,7 @@ def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
 
 
 def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box:
-    """The box of a mask with a margin; the whole array if the mask is empty.
+    """Return the box of a mask with a margin; the whole array if the mask is empty.
 
     Parameters
     ----------
@@ -585,11 +581,11 @@ def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box
         size = max(high - low + 2 * int(np.ceil(margin * (high - low))), smallest)
         low = max(0, min((low + high - size) // 2, n - size))
         box.append((low, min(n, low + size)))
-    return box[0], box[1], box[2]
+    return triple(box)
 
 
 def slice_of(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarray:
-    """A slice (rows, columns) of a turned array, with the rows as they are drawn.
+    """Return a slice (rows, columns) of a turned array, with the rows as they are drawn.
 
     Parameters
     ----------
@@ -609,7 +605,7 @@ def slice_of(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarra
 
 
 def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
-    """The intensities of black and white.
+    """Return the intensities of black and white.
 
     CT: those of the foreground with a margin. Others: the 1st and 99.5th percentile of all but the darkest value.
 
@@ -634,7 +630,7 @@ def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
 
 
 def to_bytes(picture: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
-    """Grey levels 0 to 255; values that are not finite are black or white.
+    """Convert intensities to grey levels 0 to 255; values that are not finite are black or white.
 
     Parameters
     ----------
@@ -679,7 +675,7 @@ def thin_out(label: np.ndarray, size: int) -> tuple[np.ndarray, tuple[int, int]]
 
 
 def outline_path(mask: np.ndarray, step: tuple[int, int] = (1, 1)) -> str:
-    """The closed outlines of a mask (y, x) along the edges of its voxels, as an SVG path.
+    """Draw the closed outlines of a mask (y, x) along the edges of its voxels, as an SVG path.
 
     Holes run the other way round, so that both fill rules leave them empty.
 
@@ -715,7 +711,7 @@ def outline_path(mask: np.ndarray, step: tuple[int, int] = (1, 1)) -> str:
 
 
 def _runs(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Runs of equal nonzero numbers along the rows: (row, first edge, last edge, number). Rows begin and end with 0."""
+    """Find runs of equal nonzero numbers along the rows: (row, first edge, last edge, number), with 0 at both ends."""
     rows, bounds = np.nonzero(np.diff(edges, axis=1))
     same_row = rows[1:] == rows[:-1]  # two bounds of a row enclose a run, which may be one of zeros
     rows, first, last = rows[:-1][same_row], bounds[:-1][same_row], bounds[1:][same_row]

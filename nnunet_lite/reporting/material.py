@@ -29,6 +29,7 @@ from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, model_folders, read_weights_header
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.figures import MAX_CHANNELS, OrientedImage, Picture
@@ -229,12 +230,12 @@ def read_material(paths: Paths) -> Material:
 def _read_models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[ModelResults]:
     for folder in model_folders(paths):
         try:
-            run, plan = read_json(folder / "run.json"), Plan.read(folder / "plans.json")
+            plan, run = read_model(folder)
+            memory = plan.configuration(run["configuration"]).memory_gb
         except UserError as error:
             notes.append(f"model {folder.name} is left out: {error}")
             continue
         folds = tuple(_read_fold(path) for path in sorted(folder.glob("fold_*")) if path.is_dir())
-        memory = plan.configuration(run["configuration"]).memory_gb
         yield ModelResults(folder.name, run, memory, folds, *_read_scores(folder, dataset, notes))
 
 
@@ -247,7 +248,7 @@ def _read_fold(folder: Path) -> FoldHistory:
 
 
 def _read_scores(folder: Path, dataset: Dataset, notes: list[str]) -> tuple[Scores, dict[str, str]]:
-    """The scores of all validated folds, and the fold of each case."""
+    """Read the scores of all validated folds, and the fold of each case."""
     rows: list[CaseScore] = []
     fold_of: dict[str, str] = {}
     for file in sorted(folder.glob("fold_*/validation/summary.json")):
@@ -312,7 +313,7 @@ def draw_cases(material: Material) -> Material:
 
 
 def _evenly(cases: Sequence[Case], n: int) -> set[str]:
-    """The names of n evenly spaced cases."""
+    """Return the names of n evenly spaced cases."""
     n = min(n, len(cases))
     return {cases[round(i * (len(cases) - 1) / max(1, n - 1))].id for i in range(n)}
 
@@ -337,7 +338,7 @@ class Overlay(NamedTuple):
 
 
 def _choose_overlays(material: Material, voxels: Mapping[str, int], tiles: set[str]) -> list[Overlay]:
-    """The worst case of each model, then the second worst of each, as far as the time to read them allows."""
+    """Choose the worst case of each model, then the second worst of each, as far as the time to read them allows."""
     overlays = [
         Overlay(rank, row.case, model.name, Path(row.prediction_file))
         for model in material.scored
@@ -354,7 +355,7 @@ def _choose_overlays(material: Material, voxels: Mapping[str, int], tiles: set[s
 
 
 def _size_of_overlays(shapes: Sequence[tuple[int, int, int]], pictures: int) -> tuple[int, int]:
-    """Pixels along the longer side with which all overlays fit the page, or the smallest size and how many then fit."""
+    """Return the side (pixels) with which all overlays fit the page, or the smallest one, and how many fit."""
     size, total = _SIZES[0], np.zeros(0)
     for size in _SIZES:
         total = np.cumsum([_estimate_bytes(shape, size, pictures) for shape in shapes])
@@ -366,7 +367,7 @@ def _size_of_overlays(shapes: Sequence[tuple[int, int, int]], pictures: int) -> 
 def _fit_page(
     material: Material, pictures: Mapping[str, CasePictures], overlays: Sequence[Overlay]
 ) -> dict[str, dict[str, list[Picture]]]:
-    """The planes of each model and case, without the best cases if the pictures are larger than estimated."""
+    """Return the planes of each model and case, without the best cases if the pictures are larger than estimated."""
     overlaid: dict[str, dict[str, list[Picture]]] = {model.name: {} for model in material.scored}
     total = 0
     for overlay in overlays:
@@ -378,7 +379,7 @@ def _fit_page(
 
 
 def _estimate_bytes(shape: tuple[int, int, int], size: int, pictures: int) -> float:
-    """Bytes of the overlays of one case and model: a WebP in base64 and some outlines for each plane."""
+    """Estimate the bytes of the overlays of one case and model: a WebP in base64 and some outlines for each plane."""
     z, y, x = (min(n, size) for n in shape)
     areas = [y * x] if z == 1 else [y * x, z * x, z * y]
     return sum(700 + pictures * 4 / 3 * (200 + 0.2 * area) for area in areas)
@@ -428,7 +429,7 @@ def draw_case(
 
 
 def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
-    """The voxels of each region."""
+    """Count the voxels of each region."""
     values, counts = np.unique(label, return_counts=True)
     voxels = dict(zip(values.tolist(), counts.tolist(), strict=True))
     regions = zip(labels.region_names, labels.region_values, strict=True)
@@ -436,7 +437,7 @@ def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
 
 
 def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
-    """Evenly spaced voxels of each region and of the nonzero image; z-scores where the plan normalizes so."""
+    """Take evenly spaced voxels of each region and of the nonzero image; z-scores where the plan normalizes so."""
     flat = image.reshape(len(image), -1)
     nonzero = (flat != 0).any(axis=0)
     masks = {"image": nonzero}

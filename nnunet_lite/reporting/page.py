@@ -123,28 +123,28 @@ def render_page(material: Material) -> str:
 
 
 def _read_source(name: str) -> str:
-    """A file of this package that goes into the page as it is."""
+    """Read a file of this package that goes into the page as it is."""
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
 
 
 def _page_size(mm: list[float]) -> tuple[float, float]:
-    """Width and height on the page of a picture of a size in mm."""
+    """Return width and height on the page of a picture of a size in mm."""
     return round(_PLANE_SIZE * mm[0] / max(mm), 1), round(_PLANE_SIZE * mm[1] / max(mm), 1)
 
 
 def _error_outlines(plane: dict[str, Any]) -> list[str]:
-    """For each region both outlines in one path; filled by the even-odd rule, it shows where they differ."""
+    """Join both outlines of each region in one path; filled by the even-odd rule, it shows where they differ."""
     reference, prediction = dict(plane["reference"]), dict(plane["prediction"])
     return [reference.get(i, "") + prediction.get(i, "") for i in sorted({*reference, *prediction})]
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
-    """A 95 % interval, which is sorted by the mean."""
+    """Write a 95 % interval, which is sorted by the mean."""
     return None if ends.low is None or ends.high is None else (f"{ends.low:.3f} to {ends.high:.3f}", mean)
 
 
 def _times(values: Sequence[float], number_format: str = "g") -> str:
-    """40 × 56 × 40"""
+    """Write numbers as 40 × 56 × 40."""
     return " × ".join(f"{value:{number_format}}" for value in values)
 
 
@@ -152,7 +152,7 @@ def _times(values: Sequence[float], number_format: str = "g") -> str:
 
 
 def _overview_section(material: Material) -> dict[str, Any]:
-    """Cards (what, figure, detail), the next command, and what the report leaves out."""
+    """Return cards (what, figure, detail), the next command, and what the report leaves out."""
     labels, plan = material.dataset.labels, material.plan
     named = plural(len(labels.region_names), "region" if labels.has_regions else "label")
     cards = [
@@ -181,7 +181,7 @@ def _overview_section(material: Material) -> dict[str, Any]:
 
 
 def _data_section(material: Material) -> dict[str, Any]:
-    """What the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
+    """Return what the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
     dataset, labels = material.dataset, material.dataset.labels
     regions = zip(labels.region_names, labels.region_values, strict=True)
     named = [f"{name} ({', '.join(map(str, values))})" for name, values in regions]
@@ -209,7 +209,7 @@ def _data_section(material: Material) -> dict[str, Any]:
 
 
 def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
-    """((severity, found, expected, fix), files) of the check, errors first."""
+    """Group the problems of the check, errors first: ((severity, found, expected, fix), files)."""
     files: dict[tuple[str, ...], list[str]] = {}
     for problem in sorted(material.problems, key=lambda problem: _SEVERITIES.index(problem["severity"])):
         key = tuple(problem[name] for name in ("severity", "found", "expected", "fix"))
@@ -218,7 +218,7 @@ def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
 
 
 def _volumes(material: Material) -> tuple[str, Volumes]:
-    """The unit, and case -> region -> volume in the reference: ml, or voxels if no thickness is known."""
+    """Return the unit, and case -> region -> volume in the reference: ml, or voxels if no thickness is known."""
     geometries = {case: pictures.geometry for case, pictures in material.pictures.items() if pictures.geometry}
     in_ml = any(geometry.calibrated and geometry.dimensions == 3 for geometry in geometries.values())
     voxels = {case: pictures.voxels for case, pictures in material.pictures.items() if pictures.voxels}
@@ -233,7 +233,7 @@ def _volumes(material: Material) -> tuple[str, Volumes]:
 
 
 def _spreads(material: Material, volume_unit: str, volumes: Volumes) -> tuple[list[Chart], list[Fact]]:
-    """Histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
+    """Draw histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
     geometries = [pictures.geometry for pictures in material.pictures.values() if pictures.geometry]
     flat = all(geometry.dimensions == 2 for geometry in geometries)
     axes, unit = list(enumerate("zyx"))[1 if flat else 0 :], "pixels" if flat else "voxels"
@@ -258,7 +258,7 @@ def _spreads(material: Material, volume_unit: str, volumes: Volumes) -> tuple[li
 
 
 def _intensity_table(material: Material) -> Table:
-    """Statistics of the foreground, with which CT is normalized."""
+    """Return statistics of the foreground, with which CT is normalized."""
     numbers = ("mean", "SD", "minimum", "0.5 %", "median", "99.5 %", "maximum")
     rows: list[list[Value]] = []
     for channel in material.plan.channels:
@@ -270,7 +270,7 @@ def _intensity_table(material: Material) -> Table:
 
 
 def _intensity_charts(material: Material) -> list[Chart]:
-    """For each channel, the densities of the intensities of each label and of the nonzero image."""
+    """Draw for each channel the densities of the intensities of each label and of the nonzero image."""
     samples = [pictures.intensities for pictures in material.pictures.values() if pictures.intensities]
     names = [name for name in material.dataset.labels.region_names if any(s[name].size for s in samples if name in s)]
     charts = []
@@ -298,7 +298,7 @@ def _intensity_charts(material: Material) -> list[Chart]:
 
 
 def _case_table(material: Material, unit: str, volumes: Volumes) -> Table:
-    """Every case with its size and the volumes of its labels."""
+    """Return every case with its size and the volumes of its labels."""
     names = material.dataset.labels.region_names
     rows: list[list[Value]] = []
     for case in material.dataset.cases:
@@ -317,7 +317,7 @@ def _case_table(material: Material, unit: str, volumes: Volumes) -> Table:
 
 
 def _plan_section(material: Material) -> dict[str, Any]:
-    """The configurations, the reasons for them, and their networks."""
+    """Return the configurations, the reasons for them, and their networks."""
     plan = material.plan
     name, *others = plan_head(plan)
     networks = {name: c.network for name, c in plan.configurations.items()}
@@ -335,7 +335,7 @@ def _plan_section(material: Material) -> dict[str, Any]:
 
 
 def _training_section(material: Material) -> list[dict[str, Any]]:
-    """For each model its curves, a colour for each fold."""
+    """Draw the curves of each model, a colour for each fold."""
     sections = []
     for model in material.trained:
         folds = [fold for fold in model.folds if fold.rows]
@@ -365,7 +365,7 @@ def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
 
 
 def _costs_section(material: Material) -> Table:
-    """Time and memory of every fold."""
+    """Return time and memory of every fold."""
     rows: list[list[Value]] = []
     for model, fold in ((m, fold) for m in material.trained for fold in m.folds if fold.rows):
         keys = ("seconds", "samples_per_second", "waiting")
@@ -387,7 +387,7 @@ def _costs_section(material: Material) -> Table:
 
 
 def _scores_section(material: Material) -> list[dict[str, Any]]:
-    """For each model its scores by label, all its held-out cases, and pictures of the worst ones."""
+    """Return for each model its scores by label, all its held-out cases, and pictures of the worst ones."""
     sections = []
     for model in material.scored:
         name, rows, worst = model.name, model.worst_first, list(material.overlays[model.name].items())[:_STATIC_CASES]
@@ -415,7 +415,7 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
 
 
 def _hardest_labels(model: ModelResults) -> list[str]:
-    """The labels to show for each case: all, or those with the lowest mean Dice."""
+    """Return the labels to show for each case: all, or those with the lowest mean Dice."""
     names = list(model.scores.labels.region_names)
     if len(names) > _DICE_LABELS:
         means = {name: 1.0 if s.mean is None else s.mean for name, s in model.scores.by_label().items()}
@@ -424,7 +424,7 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 
 def _label_table(model: ModelResults) -> Table:
-    """One row for each label, then the mean over them."""
+    """Return one row for each label, then the mean over them."""
     metrics = [METRICS[name] for name in _LABEL_METRICS]
     summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in metrics]
     rows: list[list[Value]] = []
@@ -440,7 +440,7 @@ def _label_table(model: ModelResults) -> Table:
 
 
 def _page_data(material: Material) -> dict[str, Any]:
-    """What report.js opens cases from: the metrics of every case, and the pictures."""
+    """Return what report.js opens cases from: the metrics of every case, and the pictures."""
     names = material.dataset.labels.region_names
     models = {}
     for model in material.scored:
@@ -464,7 +464,7 @@ def _page_data(material: Material) -> dict[str, Any]:
 
 
 def _comparison_section(material: Material) -> dict[str, Any]:
-    """The candidates of `nnlite select` and the postprocessing that it chose; before it, the models."""
+    """Return the candidates of `nnlite select` and the postprocessing that it chose; before it, the models."""
     selection = material.selection
     labels = material.dataset.labels.region_names
     candidates = selection.candidates if selection else [
@@ -497,7 +497,7 @@ def _comparison_section(material: Material) -> dict[str, Any]:
 
 
 def _margin(margin: Margin) -> Value:
-    """By how much the best candidate is better, with the 95 % interval."""
+    """Write by how much the best candidate is better, with the 95 % interval."""
     if margin.mean is None:
         return None
     ends = "" if margin.low is None or margin.high is None else f" ({margin.low:+.4f} to {margin.high:+.4f})"
@@ -508,7 +508,7 @@ def _margin(margin: Margin) -> Value:
 
 
 def _settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
-    """Seed and versions of the models, and their settings."""
+    """Return seed and versions of the models, and their settings."""
     runs = {model.name: model.run for model in material.trained}
     packages = list(dict.fromkeys(package for run in runs.values() for package in run.get("versions", {})))
     rows = []

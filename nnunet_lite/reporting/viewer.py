@@ -16,7 +16,7 @@ import json
 import secrets
 import threading
 import webbrowser
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,7 +123,12 @@ class Scene:
     flat: bool
 
 
-def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[str, Path]]) -> Scene:
+Model = Callable[[Image], np.ndarray]  # makes a label map of an image, such as one of `nnunet_lite.load`
+
+
+def read_case_scene(
+    dataset: Dataset, case: Case, predictions: Sequence[tuple[str, Path]], models: Sequence[tuple[str, Model]] = ()
+) -> Scene:
     """Read a case with its reference, predictions, and where they differ from the reference.
 
     Parameters
@@ -134,6 +139,8 @@ def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[st
         One of its cases.
     predictions : sequence of (str, Path)
         Names and label maps.
+    models : sequence of (str, callable)
+        Names and models whose predictions are shown too.
 
     Raises
     ------
@@ -146,11 +153,14 @@ def read_case_scene(dataset: Dataset, case: Case, predictions: Sequence[tuple[st
         values, geometry, _ = read_label(case.label, image.geometry)
         maps.append(("reference", map_labels(values, dataset.value_map), geometry))
     maps += [(name, *read_label(file, image.geometry)[:2]) for name, file in predictions]
+    maps += [(name, np.asarray(model(image)), image.geometry) for name, model in models]
     title, labels = f"{case.id} ({dataset.name})", dataset.labels
     return _make_scene(title, image, dataset.channels, maps, labels, has_reference=case.label is not None)
 
 
-def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | None = None) -> Scene:
+def read_file_scene(
+    file: Path, segmentations: Sequence[Path], labels: Labels | None = None, models: Sequence[tuple[str, Model]] = ()
+) -> Scene:
     """Read an image file or DICOM series with label maps.
 
     Parameters
@@ -161,6 +171,8 @@ def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | 
         Its label maps.
     labels : Labels or None
         The names of their values; None numbers them.
+    models : sequence of (str, callable)
+        Names and models whose predictions are shown too.
 
     Raises
     ------
@@ -172,6 +184,7 @@ def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | 
     for path in segmentations:
         name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         maps.append((name, *read_label(path, image.geometry)[:2]))
+    maps += [(name, np.asarray(model(image)), image.geometry) for name, model in models]
     channels = [f"channel {i}" for i in range(image.array.shape[0])]
     labels = labels or _numbered_labels([values for _, values, _ in maps])
     return _make_scene(file.name, image, channels, maps, labels, has_reference=False)
@@ -180,7 +193,7 @@ def read_file_scene(file: Path, segmentations: Sequence[Path], labels: Labels | 
 def _make_scene(
     title: str, image: Image, channels: Sequence[str], maps: list[LabelMap], labels: Labels, has_reference: bool
 ) -> Scene:
-    """Layers of everything; if the first map is the reference, the others are compared with it."""
+    """Make layers of everything; if the first map is the reference, the others are compared with it."""
     layers, names = _image_layers(image, channels), _label_names(labels)
     legend, reference = tuple(zip(names, label_colours(len(names)), strict=True)), None
     errors = []
@@ -205,7 +218,7 @@ def _make_scene(
 
 
 def _image_layers(image: Image, names: Sequence[str]) -> list[SceneLayer]:
-    """A layer for each channel, the first one visible; a colour picture is one layer."""
+    """Make a layer for each channel, the first one visible; a colour picture is one layer."""
     array, geometry = image.array, image.geometry
     if image.is_colour:
         return [SceneLayer("colours", "image", nifti_bytes(array, geometry))]
@@ -226,21 +239,21 @@ def _image_layers(image: Image, names: Sequence[str]) -> list[SceneLayer]:
 
 
 def _compare(reference: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """0 where both are equal, otherwise 1, 2, 3 as in `_ERRORS`."""
+    """Return 0 where both are equal, otherwise 1, 2, 3 as in `_ERRORS`."""
     out = np.where(classes == 0, np.uint8(1), np.where(reference == 0, np.uint8(2), np.uint8(3)))
     out[classes == reference] = 0
     return out
 
 
 def _label_names(labels: Labels) -> list[str]:
-    """The name of each foreground class: its label, or the regions that contain it."""
+    """Return the name of each foreground class: its label, or the regions that contain it."""
     regions = list(zip(labels.region_names, labels.region_values, strict=True))
     names = [" + ".join(name for name, values in regions if value in values) for value in labels.values[1:]]
     return names if labels.ignore is None else [*names, IGNORE]
 
 
 def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
-    """Labels with their numbers as names."""
+    """Return labels with their numbers as names."""
     found = sorted({int(value) for array in maps for value in np.unique(array)} - {0})
     if len(found) > _MAX_LABELS:
         raise UserError(f"{len(found)} different values are too many for label maps", fix="The image comes first.")
@@ -251,7 +264,7 @@ def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
 
 
 def label_colours(n: int) -> list[Colour]:
-    """The colours of labels; after the first ones, hues by the golden ratio.
+    """Return the colours of labels; after the first ones, hues by the golden ratio.
 
     Parameters
     ----------
@@ -285,7 +298,7 @@ class View:
     redirects: dict[str, str]
 
     def one_time_url(self) -> str:
-        """An address that leads to `url` the first time that it is opened."""
+        """Return an address that leads to `url` the first time that it is opened."""
         root, path = self.url.rsplit("/", 2)[0], f"/{secrets.token_urlsafe(24)}"
         self.redirects[path] = self.url
         return root + path
@@ -293,11 +306,13 @@ class View:
     def to_text(self) -> str:
         return self.url
 
+    __repr__ = to_text
+
     def to_json(self) -> dict[str, str]:
         return {"url": self.url, "title": self.title}
 
     def wait(self) -> None:
-        """Block; the page is served from a thread."""
+        """Wait until Ctrl-C; the page is served from a thread."""
         log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
         threading.Event().wait()
 

@@ -8,7 +8,6 @@ keeps as many of their pages in RAM as fit, once for all processes.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +25,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, locked
 from nnunet_lite.networks.devices import free_device_memory, is_out_of_memory
 from nnunet_lite.preprocessing.stored_case import CaseArrays, StoredCase
-from nnunet_lite.system import GB, cpus, free_memory, in_units
+from nnunet_lite.system import GB, allow_open_files, cpus, free_memory, in_units
 
 Cache = Literal["auto", "device", "ram", "disk"]
 _SHARE = 0.5  # of the free memory, at most, is used for cases
@@ -76,8 +75,7 @@ def load_cases(
         log.info(f"{len(case_ids)} cases, {in_units(needed)}, {_PLACES[cache].format(device=device)}: {reason}")
     if cache == "disk" or (cache == "ram" and processes > 1):
         # a case holds up to four open files, so the limit of this process is raised
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        allow_open_files()
         cases = [open_case(case_id) for case_id in case_ids]
         return map_cases(cases) if device.type != "cpu" or processes > 1 else cases
 

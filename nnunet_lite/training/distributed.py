@@ -36,7 +36,7 @@ _TIMEOUT = timedelta(minutes=30)  # of a collective operation; another process m
 _RENDEZVOUS = "NNLITE_RENDEZVOUS"  # environment variable: where processes that `launch` started meet
 _GRACE = 20.0  # seconds in which the others may end by themselves after one process failed
 _POLL = 0.2
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = system.signals_of("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def join_group(device_name: str | None) -> tuple[Ranks, torch.device]:
     )
     atexit.register(torch.distributed.destroy_process_group)
     if ranks.rank:
-        log.be_quiet()
+        log.set_verbosity(log.SILENT)
     return ranks, device
 
 
@@ -303,8 +303,8 @@ def _wait(processes: Sequence[subprocess.Popen[str]], errors: Sequence[Path]) ->
     if processes[0].poll() is not None and processes[0].returncode > 0:
         return processes[0].returncode  # it printed the reason
     if rank:
-        log.info(errors[rank].read_text().rstrip())
+        log.error(errors[rank].read_text().rstrip())
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    log.info(f"error: process {rank} of {len(processes)} {how}; the others are stopped. "
+    log.error(f"error: process {rank} of {len(processes)} {how}; the others are stopped. "
              "The same command resumes from the last checkpoint.")  # fmt: skip
     return 1 if code < 0 else code

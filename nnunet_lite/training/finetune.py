@@ -1,12 +1,13 @@
 """Fine-tuning: a network that starts from the weights of a trained model, and weights that stay as they are.
 
-`find_source` (which fold) -> `adopt_plan` (what the weights depend on) -> `start_from` (copy what fits) -> `freeze`.
+`open_source` (which fold) -> `adopt_plan` (what the weights depend on) -> `start_from` (copy what fits) -> `freeze`.
 The learning rate stays the recipe's. Fine-tuning usually takes a tenth of the default one: `--lr 0.001`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.folder import is_nnunet, read_weights_header, weight_files
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import read_nnunet_fold
@@ -62,41 +64,41 @@ class Source:
     fold: str = "all"
 
 
-def find_source(model: Path, dataset: str, fold: str) -> Source:
-    """Find the fold to start from.
+@contextmanager
+def open_source(model: str, workspace: Path, dataset: str, fold: str, configuration: str) -> Iterator[Source]:
+    """Yield the fold to start from, whose file exists while the block runs: a zip is unpacked.
 
     A model of the same dataset gives the same fold, which was not trained on the held-out cases. A model of another
     dataset gives the fold that was trained on all cases, otherwise the same fold, otherwise its first one.
 
     Parameters
     ----------
-    model : Path
-        A model folder, ours or nnU-Net's, or the file of one of its folds: model.safetensors, or a checkpoint of
-        nnU-Net, which is read without running anything in it.
-    dataset, fold : str
+    model : str
+        A model, as for `find_model`, or the file of one of its folds: model.safetensors, or a checkpoint of nnU-Net,
+        which is read without running anything in it.
+    workspace : Path
+        Where a model is looked up by name.
+    dataset, fold, configuration : str
         What is trained now.
 
     Raises
     ------
     UserError
-        There is no model folder, or none of its folds is trained.
+        There is no model, or none of its folds is trained.
     """
-    model = model.expanduser()
-    folder = model.absolute().parents[1] if model.is_file() else model
-    from_nnunet = is_nnunet(folder) or (model.is_file() and model.suffix == ".pth")
-    if not from_nnunet and not (folder / "run.json").is_file():
-        what = "is no model folder, nor the file of a fold in one (model.safetensors, or a .pth of nnU-Net)"
-        raise UserError(what, model, "Make a model folder of a zip with `nnlite import`.")
-    if model.is_file():
-        return _read_source(model)
-    trained = weight_files(folder)
-    if not trained:
-        fix = "Give the file of another checkpoint." if from_nnunet else "Train one with `nnlite train`."
-        raise UserError("has no trained fold to start from", folder, fix)
-    first = _read_source(next(iter(trained.values())))
-    preferred = (fold, "all") if first.plan.dataset == dataset else ("all", fold)
-    chosen = next(name for name in (*preferred, *trained) if name in trained)
-    return replace(first, file=trained[chosen], fold=chosen)
+    file = Path(model).expanduser()
+    if file.is_file() and file.suffix in (".pth", ".safetensors"):
+        yield _read_source(file)
+        return
+    with unpacked(find_model(model, workspace, configuration=configuration)) as folder:
+        trained = weight_files(folder)
+        if not trained:
+            fix = "Give the file of another checkpoint." if is_nnunet(folder) else "Train one with `nnlite train`."
+            raise UserError("has no trained fold to start from", folder, fix)
+        first = _read_source(next(iter(trained.values())))
+        preferred = (fold, "all") if first.plan.dataset == dataset else ("all", fold)
+        chosen = next(name for name in (*preferred, *trained) if name in trained)
+        yield replace(first, file=trained[chosen], fold=chosen)
 
 
 def _read_source(file: Path) -> Source:
@@ -173,14 +175,15 @@ def start_from(network: nn.Module, job: Job) -> None:
             raise UserError(f"--freeze {training.freeze} would keep random weights", fix="Give a model with --init.")
         return
     fold = job.folder.name.removeprefix("fold_")
-    source = find_source(Path(training.init), job.plan.dataset, fold)
-    if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
-        log.warn(f"{source.file} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
-    if source.file.suffix == ".pth":
-        state = read_nnunet_fold(source.file).network.state_dict()
-    else:
-        read_weights_header(source.file)  # refuses a file that is no safetensors file
-        state = load_file(source.file)
+    workspace = job.folder.absolute().parents[3]  # WORKSPACE/DATASET/models/MODEL/fold_0
+    with open_source(training.init, workspace, job.plan.dataset, fold, job.configuration) as source:
+        if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
+            log.warn(f"{source.file} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
+        if source.file.suffix == ".pth":
+            state = read_nnunet_fold(source.file).network.state_dict()
+        else:
+            read_weights_header(source.file)  # refuses a file that is no safetensors file
+            state = load_file(source.file)
     inputs = input_names(source.plan, source.configuration), input_names(job.plan, job.configuration)
     outputs = _output_names(source.plan.labels), _output_names(job.plan.labels)
     report = adopt_weights(network, state, inputs, outputs)

@@ -19,6 +19,8 @@ from nnunet_lite.training.distributed import ALONE, Ranks
 if TYPE_CHECKING:
     import torch
 
+    from nnunet_lite.training.callbacks import Callback
+
 _LARGEST_GB = 2000  # no machine has more; a larger step is a typing error that would only fill the memory
 
 
@@ -49,6 +51,8 @@ class Job:
         (see `limits.validation_step_sizes`). Empty without a validation.
     formats : Path or None
         File that keeps which `ComputeFormat` is fastest on which GPU; None to keep nothing.
+    callbacks : sequence of callable
+        Called after each epoch, see `nnunet_lite.train`.
     """
 
     plan: Plan
@@ -62,6 +66,7 @@ class Job:
     ranks: Ranks = ALONE
     passes: Mapping[float, int] = field(default_factory=dict)
     formats: Path | None = None
+    callbacks: Sequence[Callback] = ()
 
     @cached_property
     def planned(self) -> Configuration:

@@ -7,7 +7,6 @@ of the held-out cases in whole images, whose windows are then further apart if i
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import Settings
-from nnunet_lite.system import GB, in_units
+from nnunet_lite.system import GB, in_units, peak_memory
 
 if TYPE_CHECKING:
     from nnunet_lite.training.job import Job
@@ -237,7 +236,7 @@ def memory_peak(device: torch.device) -> float:
     """Return the peak memory in GB (1e9 bytes): of the GPU since the run began, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return peak_memory() / GB
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training import learner as learning
 from nnunet_lite.training import limits
+from nnunet_lite.training.callbacks import follow_epochs
 from nnunet_lite.training.dataloader import Batch, make_batch, prefetch, training_batches
 from nnunet_lite.training.distributed import ALONE, SYNC_EVERY, Clock, from_first, max_over_ranks, sum_over_ranks
 from nnunet_lite.training.finetune import freeze, start_from
@@ -134,8 +135,8 @@ def _start(job: Job) -> tuple[Learner, State]:
 def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: limits.StopRequest) -> None:
     """Train to the end of the run, with metrics and a checkpoint after every epoch."""
     training, writes = job.settings.training, job.ranks.rank == 0
-    recording = record_metrics(job.folder, state.epoch, training.tensorboard) if writes else nullcontext()
-    with recording as recorder, _save_checkpoints(job, learner, state) as save:
+    recording = record_metrics(job.folder, state.epoch) if writes else nullcontext()
+    with recording as recorder, follow_epochs(job) as follow, _save_checkpoints(job, learner, state) as save:
         while not _is_over(job, state):
             begin, before = time.monotonic(), state.seconds
             metrics = _train_epoch(job, learner, batches, state, stop)
@@ -156,6 +157,7 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
                     limits.announce_validation(job.settings, validation, len(job.validation))
             stops = _agree_to_stop(job, stop)
             save(stops)
+            follow(metrics)
             if stops:
                 stop.check(f"after epoch {state.epoch}")
 

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl and metrics.csv, a picture, TensorBoard's files, warnings about labels."""
+"""The metrics of a run: metrics.jsonl and metrics.csv, a picture, warnings about labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nnunet_lite import log
-from nnunet_lite.errors import UserError, describe
+from nnunet_lite.errors import describe
 from nnunet_lite.files import append, atomic, write_text
 
 METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
@@ -39,7 +39,6 @@ class Recorder:
     folder: Path
     epochs: list[Metrics]
     painter: ThreadPoolExecutor
-    tensorboard: Any = None
     drawing: Future[None] | None = None
     drawn: float = field(default_factory=time.monotonic)
 
@@ -48,10 +47,6 @@ class Recorder:
         self.epochs.append(metrics)
         append(self.folder / METRICS, json.dumps(metrics))
         write_text(self.folder / TABLE, to_csv(self.epochs))
-        if self.tensorboard is not None:
-            for name, value in _flatten(metrics).items():
-                if value is not None and name != "epoch":
-                    self.tensorboard.add_scalar(name, value, metrics["epoch"])
         idle = self.drawing is None or self.drawing.done()
         if idle and time.monotonic() - self.drawn > _SECONDS_BETWEEN_PICTURES:
             self.draw()
@@ -63,7 +58,7 @@ class Recorder:
 
 
 @contextmanager
-def record_metrics(folder: Path, n_epochs: int, tensorboard: bool) -> Iterator[Recorder]:
+def record_metrics(folder: Path, n_epochs: int) -> Iterator[Recorder]:
     """Open the metrics of a run for writing; the last picture is drawn at the end.
 
     Parameters
@@ -72,23 +67,13 @@ def record_metrics(folder: Path, n_epochs: int, tensorboard: bool) -> Iterator[R
         The fold's folder.
     n_epochs : int
         Epochs that the checkpoint has. Metrics of later ones, after which no checkpoint was written, are dropped.
-    tensorboard : bool
-        Whether to write TensorBoard's files too.
-
-    Raises
-    ------
-    UserError
-        TensorBoard is requested and not installed.
     """
-    writer = _tensorboard(folder, n_epochs) if tensorboard else None
     with ThreadPoolExecutor(1, "progress picture") as painter:
-        recorder = Recorder(folder, _read_metrics(folder, n_epochs), painter, writer)
+        recorder = Recorder(folder, _read_metrics(folder, n_epochs), painter)
         try:
             yield recorder
         finally:
             recorder.draw()
-            if writer is not None:
-                writer.close()
     problem = None if recorder.drawing is None else recorder.drawing.exception()
     if problem is not None:
         log.warn(f"{folder / PICTURE} could not be drawn: {describe(problem)}")  # the model does not depend on it
@@ -96,7 +81,7 @@ def record_metrics(folder: Path, n_epochs: int, tensorboard: bool) -> Iterator[R
 
 def to_csv(epochs: list[Metrics]) -> str:
     """Return metrics as CSV; a value that an epoch does not have is empty."""
-    table = [_flatten(metrics) for metrics in epochs]
+    table = [flatten_metrics(metrics) for metrics in epochs]
     columns = list(dict.fromkeys(name for row in table for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -105,8 +90,8 @@ def to_csv(epochs: list[Metrics]) -> str:
     return text.getvalue()
 
 
-def _flatten(metrics: Metrics) -> Metrics:
-    """The Dice of each label in a column of its own."""
+def flatten_metrics(metrics: Metrics) -> Metrics:
+    """Return the metrics of an epoch with the Dice of each label as a value of its own, "dice/liver"."""
     dice = metrics.get("dice") or {}
     return {k: v for k, v in metrics.items() if k != "dice"} | {f"dice/{name}": value for name, value in dice.items()}
 
@@ -121,15 +106,6 @@ def _read_metrics(folder: Path, n_epochs: int) -> list[Metrics]:
     return epochs
 
 
-def _tensorboard(folder: Path, n_epochs: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        fix = "`pip install 'nnunet-lite[track]'`, or leave training.tensorboard out."
-        raise UserError("TensorBoard is not installed", fix=fix) from None
-    return SummaryWriter(folder / "tensorboard", purge_step=n_epochs + 1)
-
-
 def draw_metrics(epochs: list[Metrics], path: Path) -> None:
     """Draw loss, Dice and learning rate over the epochs to a PNG."""
     if not epochs:
@@ -140,7 +116,7 @@ def draw_metrics(epochs: list[Metrics], path: Path) -> None:
     x = [metrics["epoch"] for metrics in epochs]
 
     def column(name: str) -> list[float]:
-        values = (_flatten(metrics).get(name) for metrics in epochs)
+        values = (flatten_metrics(metrics).get(name) for metrics in epochs)
         return [float("nan") if value is None else value for value in values]
 
     losses.plot(x, column("train_loss"), label="training")

@@ -1,0 +1,158 @@
+"""What an argument that names a model means: `find_model` says where it is, `unpacked` opens it.
+
+A model is a folder of nnlite or of nnU-Net, a zip of either, or the name of one in the workspace. A folder or zip with
+one model in it, such as nnU-Net's folder of a dataset, means that model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import gettempdir
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import scratch
+from nnunet_lite.models.bundle import is_zip, models_in_zip, read_manifest, unpack, unpack_nnunet
+from nnunet_lite.models.folder import EXPECTED, OLD, Checkpoint, is_model, is_nnunet
+from nnunet_lite.workspace import planned_paths
+
+
+def find_model(
+    given: str | Path, workspace: Path, dataset: str | None = None, configuration: str | None = None
+) -> Path:
+    """Return the path of the model that an argument names.
+
+    Parameters
+    ----------
+    given : str or Path
+        A model folder, ours or nnU-Net's, or a zip of one; a folder in which there is one, at most two levels down;
+        the name of a model in the workspace; or a path in nnUNet_results.
+    workspace : Path
+        Where models are looked up by name.
+    dataset : str, optional
+        Look only among the models of this dataset, if several datasets have a model of that name.
+    configuration : str, optional
+        Of several models in a folder or zip, take that of this configuration.
+
+    Returns
+    -------
+    Path
+        A folder or zip. A model in a zip of nnU-Net has the path of the zip and its folder in it: m.zip/A/B.
+
+    Raises
+    ------
+    UserError
+        There is no model, or there are several.
+    """
+    found = find_models(given, workspace, dataset)
+    if len(found) > 1 and configuration is not None:
+        # nnU-Net calls a model trainer__plans__configuration, and we call it configuration-recipe
+        found = [p for p in found if configuration in (p.name.rpartition("__")[2], p.name.partition("-")[0])] or found
+    if len(found) > 1:
+        what = f"could be {len(found)} models: {', '.join(map(str, found))}"
+        raise UserError(what, Path(given), "Give one of these paths, or choose with -d or -c.")
+    return found[0]
+
+
+def find_models(given: str | Path, workspace: Path, dataset: str | None = None, *, required: bool = True) -> list[Path]:
+    """Return the paths of all models that an argument names, as `find_model`.
+
+    Parameters
+    ----------
+    given, workspace, dataset
+        As for `find_model`.
+    required : bool
+        Refuse an argument that names none.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    path = Path(given).expanduser()
+    file, in_workspace = _zip_of(path), sorted(run.parent for run in workspace.glob("*/models/*/run.json"))
+    if not path.exists() and file is None:
+        named = [folder for folder in in_workspace if folder.name == str(path)]
+        if len(named) > 1 and dataset is not None:
+            of_dataset = planned_paths(workspace, dataset, needs_plan=False).models
+            named = [folder for folder in named if folder.parent == of_dataset]
+        if named:
+            return named
+        path = Path(os.environ.get("nnUNet_results", "")) / path  # noqa: SIM112 - the name that nnU-Net gave it
+    if file is not None:
+        found = [model for model in models_in_zip(file) if path in (model, *model.parents)]
+    elif is_model(path):
+        found = [path]
+    else:
+        levels = [sorted(plan.parent for plan in path.glob(f"{level}/plans.json")) for level in ("*", "*/*")]
+        levels = [[one for one in level if is_model(one) and not one.name.startswith((".", OLD))] for level in levels]
+        found = levels[0] or levels[1]
+    if found or not required:
+        return found
+    why, fix = "no run.json, and no plans.json with a fold_0/checkpoint_final.pth", EXPECTED
+    if above := next((folder for folder in path.absolute().parents[:2] if is_model(folder)), None):
+        why, fix = "it is a part of one", f"Give {above}, the model folder."
+    elif path.is_file():
+        why = "it is a file"
+    elif not path.exists():
+        why = "it does not exist"
+        fix = f"The models in {workspace} are {', '.join(one.name for one in in_workspace)}." if in_workspace else fix
+    raise UserError(f"is no model folder ({why})", Path(given), fix)
+
+
+def _zip_of(path: Path) -> Path | None:
+    """Return the zip that a path names or leads into."""
+    return next((file for file in (path, *path.parents) if is_zip(file)), None)
+
+
+@contextmanager
+def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
+    """Yield a model folder: the path itself, or a copy of what a zip contains, which is deleted after the block.
+
+    Parameters
+    ----------
+    path : Path
+        From `find_model`.
+    checkpoint : {"final", "best"}
+        Refused for a model that nnU-Net did not write unless it is the final one.
+
+    Raises
+    ------
+    UserError
+        As `unpack` and `unpack_nnunet`; or there is no such checkpoint.
+    """
+    with ExitStack() as stack:
+        folder = path
+        if (file := _zip_of(path)) is not None:
+            temporary = stack.enter_context(scratch(Path(gettempdir())))
+            if path == file:
+                folder = unpack(path, temporary / read_manifest(path).models[0])
+            else:
+                folder = unpack_nnunet(file, path, temporary)
+        if checkpoint != "final" and (folder / "run.json").is_file():
+            what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
+            raise UserError(what, path, "Leave out --checkpoint.")
+        yield folder
+
+
+@contextmanager
+def as_model_folder(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
+    """Yield a model folder of nnlite: as `unpacked`, and of a model of nnU-Net a copy too.
+
+    Raises
+    ------
+    UserError
+        As `unpacked`; or it is no model.
+    """
+    with unpacked(path, checkpoint) as folder:
+        if not is_nnunet(folder):
+            yield folder
+            return
+        from nnunet_lite.models.nnunet import import_nnunet  # imports torch, which `nnlite info` needs only here
+
+        with scratch(Path(gettempdir())) as temporary:
+            copy = temporary / folder.absolute().name
+            import_nnunet(folder, copy, checkpoint)
+            yield copy

@@ -1,0 +1,179 @@
+"""One argument names a model in every command: a folder of nnlite or nnU-Net, one above it, a zip, or a name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from bad_inputs import Command, edit, setting
+from samples import FAST, NNUNET_MODELS
+
+import nnunet_lite
+from nnunet_lite.data.images import read_label
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
+from nnunet_lite.models.argument import find_model, find_models, unpacked
+from nnunet_lite.models.folder import model_folders, stage_path
+from nnunet_lite.models.lookup import read_model
+from nnunet_lite.training.finetune import open_source
+from nnunet_lite.workspace import Paths
+
+NAMES = {
+    "3d_fullres": "Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres",
+    "2d": "Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__2d",
+}
+CHECKPOINT = "fold_0/checkpoint_final.pth"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """nnU-Net's folder of results, with two models of one dataset."""
+    for configuration, model in (("3d_fullres", "plain_3d"), ("2d", "residual_2d")):
+        shutil.copytree(NNUNET_MODELS / model, tmp_path / "results" / NAMES[configuration])
+    edit(tmp_path / "results" / NAMES["2d"] / "plans.json", setting(dataset_name="Dataset004_Hippocampus"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def exported(results: Path) -> Path:
+    """The zip that nnU-Net's export makes of them, which has more files than predicting needs."""
+    (results / NAMES["2d"] / "fold_0" / "progress.png").write_bytes(b"a picture")
+    (results / "Dataset004_Hippocampus" / "inference_information.json").write_text("{}")
+    return Path(shutil.make_archive(str(results.with_name("all")), "zip", results))
+
+
+def test_every_way_to_name_a_model(results: Path, exported: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    full = results / NAMES["3d_fullres"]
+    assert find_model(full, tmp_path) == full
+    for above in (results, full.parent):
+        assert find_model(above, tmp_path, configuration="3d_fullres") == full
+        assert find_models(above, tmp_path) == [results / NAMES["2d"], full]
+        with pytest.raises(UserError, match=r"could be 2 models: .*__2d, .*__3d_fullres\. Give one of these paths"):
+            find_model(above, tmp_path)
+    for place in (exported, exported / "Dataset004_Hippocampus"):
+        assert find_model(place, tmp_path, configuration="2d") == exported / NAMES["2d"]
+        assert find_models(place, tmp_path) == [exported / NAMES["2d"], exported / NAMES["3d_fullres"]]
+    shutil.rmtree(results / NAMES["2d"])
+    assert find_model(results, tmp_path) == find_model(full.parent, tmp_path) == full
+    monkeypatch.setenv("nnUNet_results", str(results))
+    assert find_model(NAMES["3d_fullres"], tmp_path) == full
+
+
+def test_a_model_in_a_zip_of_nnunet_is_unpacked_alone(exported: Path, results: Path) -> None:
+    with unpacked(exported / NAMES["2d"]) as folder:
+        found = {path.relative_to(folder.parent) for path in folder.parent.rglob("*") if path.is_file()}
+        name = Path(folder.name)
+        assert found == {name / "plans.json", name / "dataset.json", name / CHECKPOINT, Path(".lock")}
+        assert (folder / CHECKPOINT).read_bytes() == (results / NAMES["2d"] / CHECKPOINT).read_bytes()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "C:/out", "a\\..\\out", ".hidden"])
+def test_paths_out_of_a_zip_of_nnunet_are_no_models(exported: Path, name: str, counts: Callable[..., None]) -> None:
+    counts("bad inputs refused in one line")
+    with ZipFile(exported.with_name("odd.zip"), "w") as odd, ZipFile(exported) as good:
+        for part in ("plans.json", "dataset.json", CHECKPOINT):
+            odd.writestr(f"{name}/{part}", good.read(f"{NAMES['2d']}/{part}"))
+    with pytest.raises(UserError, match=r"odd\.zip: is no zip of a model"):
+        find_model(exported.with_name("odd.zip"), exported.parent)
+
+
+def test_a_zip_bomb_of_nnunet_is_refused(exported: Path, counts: Callable[..., None]) -> None:
+    counts("bad inputs refused in one line")
+    bomb = exported.with_name("bomb.zip")
+    with ZipFile(bomb, "w", 8) as archive:
+        archive.writestr("a/plans.json", "{}")
+        archive.writestr(f"a/{CHECKPOINT}", bytes(2**26))
+    with pytest.raises(UserError, match=r"bomb\.zip: would unpack .* as no model does"), unpacked(bomb / "a"):
+        pass
+
+
+def test_commands_take_a_zip_of_nnunet(
+    command: Command, exported: Path, results: Path, scans: list[Path], hippocampus: Path
+) -> None:
+    place = exported.parent
+
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        found, out, err = command(*arguments, cwd=place)
+        assert found == code and err.count("error: ") == bool(code), err
+        return out, err
+
+    about = json.loads(run("info", "all.zip", "--json")[0])
+    assert [model["configuration"] for model in about["models"]] == ["2d", "3d_fullres"]
+    flags = ("--device", "cpu")
+    maps = []
+    for model in (("-m", "all.zip", "-c", "3d_fullres"), ("-m", f"all.zip/{NAMES['3d_fullres']}")):
+        run("predict", "-i", scans[0], "-o", "out", *model, *flags, "--no-mirroring", "--precision", "fp32")
+        maps.append(read_label(place / "out" / scans[0].name)[0])
+    assert np.array_equal(maps[0], maps[1]) and maps[0].any()
+    run("export", "all.zip", "one.zip", "-c", "3d_fullres")
+    image = sorted((hippocampus / "imagesTr").iterdir())[0]
+    files = (image, hippocampus / "labelsTr" / image.name)
+    given = ("one.zip", results / NAMES["3d_fullres"])
+    found = [run("evaluate", *files, "-m", model, *flags, "--json")[0] for model in given]
+    dice = [json.loads(scores)["foreground_mean"]["Dice"] for scores in found]
+    assert 0 < dice[0] == pytest.approx(dice[1], abs=0.02)  # the precision is chosen by time
+    model = nnunet_lite.load(place / "one.zip", device="cpu", settings=FAST)
+    assert model.configuration_name == "3d_fullres"
+
+
+def test_an_import_names_and_registers_all_models(command: Command, exported: Path, scans: list[Path]) -> None:
+    place = exported.parent
+    code, out, err = command("import", "all.zip", cwd=place)
+    paths = Paths(place / "nnlite_workspace" / "Dataset004_Hippocampus")
+    assert code == 0 and out == f"{paths.models}\n"
+    assert [folder.name for folder in model_folders(paths)] == ["2d-nnunet", "3d_fullres-nnunet"]
+    assert err.splitlines()[-1] == "predict with: nnlite predict -i IMAGES -o OUT"
+    code, _, err = command("import", "all.zip", cwd=place)
+    assert code == 2 and "2d-nnunet: exists already. Choose another --output, or delete it; `import` has --name" in err
+    code, _, err = command("import", f"all.zip/{NAMES['2d']}", "--name", "mine", cwd=place)
+    assert code == 0 and err.endswith(f"OUT -m {paths.models / 'mine'}\n")
+    code, _, err = command("predict", "-i", scans[0], "-o", "out", "-c", "3d_fullres", "--device", "cpu", cwd=place)
+    assert code == 0 and "3d_fullres-nnunet (fold 0)" in err
+    with open_source("3d_fullres-nnunet", paths.root.parent, "Other", "0", "3d_fullres") as source:
+        assert source.file == paths.models / "3d_fullres-nnunet" / "fold_0" / "model.safetensors"
+    with open_source(str(exported), paths.root.parent, "Other", "0", "2d") as source:
+        assert source.configuration == "2d" and source.file.is_file()
+    with open_source(str(exported), paths.root.parent, "Other", "0", "3d_fullres") as source:
+        assert source.configuration == "3d_fullres"
+    assert not source.file.exists()
+
+
+def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_path: Path) -> None:
+    """A zip of nnU-Net with a cascade, its first stage and another model."""
+    full = read_json(results / NAMES["3d_fullres"] / "plans.json")["configurations"]["3d_fullres"]
+    configurations = {
+        "3d_fullres": full,
+        "3d_lowres": {**full, "next_stage": "3d_cascade_fullres"},
+        "3d_cascade_fullres": {**full, "previous_stage": "3d_lowres"},
+    }
+    for name in ("3d_lowres", "3d_cascade_fullres"):
+        folder = results / NAMES["3d_fullres"].replace("3d_fullres", name)
+        shutil.copytree(results / NAMES["3d_fullres"], folder)
+        edit(folder / "plans.json", setting(configurations=configurations))
+        checkpoint = torch.load(folder / CHECKPOINT, weights_only=False)
+        checkpoint["init_args"]["configuration"] = name
+        if name == "3d_cascade_fullres":  # the first layer has channels for two foreground labels
+            weights = checkpoint["network_weights"]
+            for key in [key for key in weights if "encoder.stages.0.0.convs.0." in key and weights[key].ndim == 5]:
+                weights[key] = torch.cat([weights[key]] * 3, 1)
+        torch.save(checkpoint, folder / CHECKPOINT)
+    shutil.rmtree(results / NAMES["2d"])
+    file = shutil.make_archive(str(tmp_path / "cascade"), "zip", results)
+    nnunet_lite.import_model(file, workspace=tmp_path / "w")
+    paths = Paths(tmp_path / "w" / "Dataset004_Hippocampus")
+    names = ["3d_cascade_fullres-nnunet", "3d_fullres-nnunet", "3d_lowres-nnunet"]
+    assert [folder.name for folder in model_folders(paths)] == names
+    assert stage_path(paths.models / names[0], read_model(paths.models / names[0])[1]) == paths.models / names[2]
+    inside = Path(file) / NAMES["3d_fullres"].replace("3d_fullres", "3d_cascade_fullres")
+    model = nnunet_lite.load(inside, device="cpu", settings=FAST)
+    assert model.first_stage is not None and model.first_stage.configuration_name == "3d_lowres"
+    made = nnunet_lite.import_model(inside, name="mine", workspace=tmp_path / "w")
+    assert made == paths.models / "mine" and (paths.models / "3d_lowres-mine" / "fold_0").is_dir()

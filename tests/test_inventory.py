@@ -1,0 +1,134 @@
+"""`nnlite list`, `nnlite clean`, and `nnlite train` without a fold: what a workspace holds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nnunet_lite
+from nnunet_lite.commands.inventory import clean, list_workspace, read_fold_states
+from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.models.folder import lock_fold
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def workspace(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of a workspace with a dataset, and a model of it with one fold."""
+    return Path(shutil.copytree(tiny_workspace, tmp_path / "nnlite_workspace"))
+
+
+@pytest.fixture
+def models(workspace: Path) -> Path:
+    root = workspace / "Task04_Hippocampus" / "models"
+    for folder in root.iterdir():
+        if folder.name != "tiny":  # of another test
+            shutil.rmtree(folder)
+    return root
+
+
+def test_train_without_a_fold_lists_them_and_the_next_command_trains_one(command: Run, models: Path) -> None:
+    here = models.parents[2]
+    code, out, _ = command("train", cwd=here)
+    assert code == 0 and len(out.splitlines()) == 1 + 5 + 5 + 1
+    assert out.splitlines()[1].split() == ["2d", "-", "0", "not", "started"]
+    assert "3d_fullres     tiny   0     finished, mean Dice 0." in out
+    code, out, _ = command("train", 4, "3d_fullres", "--json", cwd=here)
+    about = json.loads(out)
+    assert code == 0 and [fold["state"] for fold in about["folds"]] == ["finished", *["not started"] * 4]
+    next_command = shlex.split(about["next"])
+    assert next_command[:4] == ["nnlite", "train", "3d_fullres", "1"] and "--name" in next_command
+    code, _, err = command(*next_command[1:], "--device", "cpu", cwd=here)
+    assert code == 0, err
+    assert (models / "tiny" / "fold_1" / "model.safetensors").is_file(), "the settings are those of the model"
+
+
+def test_a_first_fold_is_named_where_nothing_is_trained(command: Run, workspace: Path) -> None:
+    shutil.rmtree(workspace / "Task04_Hippocampus" / "models")
+    code, out, _ = command("train", cwd=workspace.parent)
+    assert code == 0 and out.splitlines()[-1] == "next: nnlite train 3d_fullres 0"
+    assert command("train", "2d", cwd=workspace.parent)[1].splitlines()[-1] == "next: nnlite train 2d 0"
+    code, out, err = command("train", "3d_lowres", cwd=workspace.parent)
+    assert (code, out) == (2, "") and "has no configuration '3d_lowres'. It has: 2d, 3d_fullres." in err
+
+
+def test_the_states_of_a_fold(models: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fold = models / "tiny" / "fold_0"
+
+    def state() -> str:
+        return read_fold_states(models / "tiny")[0].to_text()
+
+    assert state().startswith("finished, mean Dice 0.")
+    with lock_fold(fold):
+        assert state() == "training, epoch 2 of 2"
+    shutil.rmtree(fold / "validation")
+    assert state() == "not scored"
+    (fold / "model.safetensors").unlink()
+    assert state() == "interrupted, epoch 2 of 2"
+    (fold / "checkpoint.safetensors").write_bytes(b"cut off")
+    capfd.readouterr()
+    assert read_fold_states(models / "tiny") == []
+    assert "warning" in capfd.readouterr().err
+    (fold / "checkpoint.safetensors").unlink()
+    assert state() == "not started"
+
+
+def test_an_interrupted_fold_comes_first(models: Path) -> None:
+    (models / "tiny" / "fold_0" / "model.safetensors").unlink()
+    about = nnunet_lite.train(workspace=models.parents[1])
+    assert about.values["next"].startswith("nnlite train 3d_fullres 0 --epochs 2 --iterations 3 ")
+    with lock_fold(models / "tiny" / "fold_0"):
+        about = nnunet_lite.train(workspace=models.parents[1])
+    assert about.values["next"].startswith("nnlite train 3d_fullres 1 "), "a running fold is not to be trained"
+
+
+def test_an_imported_model_is_finished(models: Path) -> None:
+    run = json.loads((models / "tiny" / "run.json").read_text())
+    (models / "tiny" / "run.json").write_text(json.dumps(run | {"imported_from": "nnU-Net"}))
+    shutil.rmtree(models / "tiny" / "fold_0" / "validation")
+    assert [state.to_text() for state in read_fold_states(models / "tiny", ["0", "1"])] == ["finished"]
+
+
+def test_list(command: Run, models: Path) -> None:
+    code, out, err = command("list", cwd=models.parents[2])
+    assert (code, err) == (0, "") and out.splitlines()[1].split()[:4] == ["Task04_Hippocampus", "tiny", "0", "finished"]
+    (models / "tiny" / "run.json").write_text("{")
+    code, out, err = command("list", "--json", cwd=models.parents[2])
+    assert code == 0 and "run.json: invalid JSON" in err
+    assert json.loads(out)["datasets"][0]["models"] == [{"model": "tiny", "folds": []}]
+    shutil.rmtree(models)
+    assert "no model yet" in list_workspace(workspace=models.parents[1], dataset="4").text
+    assert "nothing is planned" in list_workspace(workspace=models / "nowhere").text
+    assert not (models / "nowhere").exists()
+
+
+def test_clean_deletes_only_what_can_be_made_again(command: Run, models: Path) -> None:
+    root = models.parent
+    (models / "old_tiny_1").mkdir()
+    (models / "tiny" / ".tmp-0123abcd-model.safetensors").write_bytes(b"1234")
+    (root / "preprocessed" / "my-notes.json").write_text("of the user")
+    everything = {path for path in root.rglob("*") if path.is_file()}
+    code, out, err = command("clean", cwd=models.parents[2])
+    assert (code, err) == (0, "") and "Task04_Hippocampus/preprocessed/cases" in out and "`--yes` deletes" in out
+    assert {path for path in root.rglob("*") if path.is_file()} == everything, "nothing is deleted without --yes"
+
+    with lock_fold(models / "tiny" / "fold_0"), pytest.raises(Busy, match="another process is training here"):
+        clean(yes=True, workspace=models.parents[1])
+    assert everything <= {path for path in root.rglob("*") if path.is_file()}
+    code, out, err = command("clean", "--yes", "--json", cwd=models.parents[2])
+    about = json.loads(out)
+    assert (code, about["deleted"]) == (0, True) and min(about["files"].values()) > 0
+    gone = everything - {path for path in root.rglob("*") if path.is_file()}
+    store = root / "preprocessed"
+    assert {p for p in gone if store not in p.parents} == {models / "tiny" / ".tmp-0123abcd-model.safetensors"}
+    assert {path.name for path in store.iterdir()} == {".lock", "my-notes.json"} and (models / "old_tiny_1").is_dir()
+    assert command("clean", "--yes", cwd=models.parents[2])[1] == "nothing to delete\n"
+    assert nnunet_lite.preprocess("2d", workspace=models.parents[1], workers=0).made == 10
+    with pytest.raises(UserError, match="no planned dataset"):
+        clean(dataset="5", workspace=models.parents[1])
