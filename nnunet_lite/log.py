@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -46,6 +47,12 @@ def warn(message: str) -> None:
     """Print a warning."""
     if _verbosity >= QUIET:
         _print(f"warning: {message}", sys.stderr)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Print a warning, unless this process has printed it before."""
+    warn(message)
 
 
 def error(message: str) -> None:

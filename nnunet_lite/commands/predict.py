@@ -83,9 +83,7 @@ def predict(
         str | Path | Sequence[str | Path],
         options.data("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
     ],
-    output: Annotated[
-        str | Path, options.output("-o", "--output", help="Folder for the label maps, or a file for one.")
-    ],
+    output: Annotated[str | Path, options.data("-o", "--output", help="Folder for the label maps, or a file for one.")],
     *,
     model: Annotated[
         str | Path | Sequence[str | Path] | None,
