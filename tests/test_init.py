@@ -19,8 +19,8 @@ import nnunet_lite
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.dicom import write_dicom_seg
 from nnunet_lite.data.images import read_image
-from nnunet_lite.errors import UserError
 from nnunet_lite.data.raw_files import reason_to_plan
+from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import Paths
 
 Run = Callable[..., tuple[int, str, str]]
