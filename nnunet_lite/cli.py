@@ -79,7 +79,7 @@ class Command(TyperCommand):
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):  # a hidden one has none
-                names = re.sub(r"list\[(\w+)\]", r"\1", record[0])
+                names = re.sub(r"<list\[(\w+)\]>", lambda kind: f"<{kind[1].lower()}>", record[0])
                 text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", record[1])  # typer encloses descriptions
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
@@ -269,7 +269,7 @@ def _as_json(result: Any) -> str:
 
 def _fail(message: str, code: int) -> int:
     log.detail(traceback.format_exc(limit=_FRAMES).rstrip())
-    log.last(message)
+    log.error(message)
     return code
 
 

@@ -181,10 +181,11 @@ def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
             log.warn(f"{folder}: this file system has no locks ({error.strerror}); start nothing else that writes here")
             is_free = True
         if not is_free:
-            what = f"another process is {doing} here"
-            with suppress(OSError):  # Windows shows nobody the content of a locked file
+            holder = ""
+            with suppress(OSError):  # on Windows, no other process can read a locked file
                 file.seek(0)
-                what = f"{what} {file.read()}".rstrip()
+                holder = file.read()
+            what = f"another process is {doing} here {holder}".rstrip()
             if not wait:
                 raise Busy(what, folder, "Wait for it, or stop it.")
             log.info(f"{folder}: {what}, waiting for it")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -17,7 +18,7 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 9.5  # with a look once in half a second, no silence is longer than ten
 _SECONDS_BETWEEN_SIGNS = 0.5
 
-_COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m"}  # red, yellow
+_COLOURS = {"error": "\x1b[31m", "failed": "\x1b[31m", "warning": "\x1b[33m"}  # red, red, yellow
 
 # what is printed: nothing, results and warnings, messages as well, details as well
 SILENT, QUIET, NORMAL, VERBOSE = -2, -1, 0, 1
@@ -27,7 +28,7 @@ _start = time.monotonic()
 _bars: Any = None  # tqdm, once a bar is shown
 _works: list[_Work] = []  # from the outer to the inner one
 _clock: threading.Thread | None = None
-_printed = 0.0  # when the last message was
+_printed = _start  # when the last message was
 
 
 def set_verbosity(verbosity: int) -> None:
@@ -55,8 +56,14 @@ def warn(message: str) -> None:
         _print(f"warning: {message}", sys.stderr)
 
 
-def last(message: str) -> None:
-    """Print the reason why this process ends, whatever the verbosity."""
+@cache
+def warn_once(message: str) -> None:
+    """Print a warning, unless this process has printed it before."""
+    warn(message)
+
+
+def error(message: str) -> None:
+    """Print why this process ends, or what it could not do, whatever the verbosity."""
     _print(message, sys.stderr)
 
 
@@ -84,13 +91,15 @@ def _print(text: str, stream: TextIO | None) -> None:
 
 
 def _coloured(text: str, stream: TextIO) -> str:
-    """Return a text for a stream: `error:` and `warning:` at the beginning of a line are coloured on a terminal.
+    """Return a text as a stream shows it: on a terminal, `error:` and the like at the start of a line have a colour.
 
     Not if NO_COLOR is set (no-color.org), nor on Windows, whose older consoles print the codes as text.
     """
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt" or not stream.isatty():
         return text
-    return re.sub("^(error|warning):", lambda found: f"{_COLOURS[found[1]]}{found[0]}\x1b[0m", text, flags=re.MULTILINE)
+    return re.sub(
+        rf"^({'|'.join(_COLOURS)}):", lambda found: f"{_COLOURS[found[1]]}{found[0]}\x1b[0m", text, flags=re.M
+    )
 
 
 def duration(seconds: float) -> str:
@@ -202,5 +211,5 @@ def _show_signs() -> None:
         for work in works:
             if work.bar is not None and now - work.start > 1:
                 work.bar.refresh()
-        if works and works[-1].bar is None and now - max(_printed, works[0].start) >= _SECONDS_BETWEEN_LINES:
+        if works and works[-1].bar is None and now - _printed >= _SECONDS_BETWEEN_LINES:
             info("; ".join(map(str, works)))

@@ -134,6 +134,12 @@ def planned_datasets(workspace: Path) -> list[str]:
     return sorted(path.parent.name for path in workspace.glob("*/plans.json"))
 
 
+def datasets_of(workspace: Path) -> list[str]:
+    """Return the names of the datasets that are planned in a workspace or have models there."""
+    with_models = {file.parents[2].name for file in workspace.glob("*/models/*/run.json")}
+    return sorted({*planned_datasets(workspace), *with_models})
+
+
 def use(workspace: Path, name: str) -> None:
     """Record that a dataset is the one planned last."""
     write_json(workspace / "current.json", {"dataset": name})
@@ -200,33 +206,33 @@ def planned_paths(
         There is no such dataset, or there are several and none is given.
     """
     planned = planned_datasets(workspace)
-    if not needs_plan and (found_models := _with_models(workspace, given, planned, only_reads)) is not None:
-        return found_models
+    names = planned if needs_plan else datasets_of(workspace)
     if given is None:
+        if not needs_plan and (found_models := _with_models(workspace, planned, only_reads)) is not None:
+            return found_models
         if not planned:
             raise UserError(f"no dataset is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
         given = planned[0] if len(planned) == 1 else _planned_last(workspace) if only_reads else None
         if given not in planned:
             what = f"the workspace {workspace} has {len(planned)} planned datasets: {', '.join(planned)}"
             raise UserError(what, fix="Say which one with -d NAME (from Python: dataset=NAME).")
-    found = [match for match in _named(workspace, Path(given).name) if match.name in planned]
+    found = [match for match in _named(workspace, Path(given).name) if match.name in names]
     if len(found) != 1:
-        what = "several planned datasets" if found else "no planned dataset"
-        have = f"It holds: {', '.join(planned)}." if planned else "Run `nnlite plan DATA` first."
+        what = "several datasets" if found else "no planned dataset"
+        have = f"It holds: {', '.join(names)}." if names else "Run `nnlite plan DATA` first."
         raise UserError(f"the workspace {workspace} has {what} called {given!r}", fix=have)
     paths = Paths(found[0])
-    _refuse_other_root(paths, Path(given).expanduser())
+    if paths.name in planned:
+        _refuse_other_root(paths, Path(given).expanduser())
     return paths
 
 
-def _with_models(workspace: Path, given: str | None, planned: list[str], only_reads: bool) -> Paths | None:
-    """Return the dataset called `given` if it has models and no plan; without `given`, the only one with models."""
+def _with_models(workspace: Path, planned: list[str], only_reads: bool) -> Paths | None:
+    """Return the only dataset with models; None where a planned dataset is to be chosen."""
     found = {file.parents[2] for file in workspace.glob("*/models/*/run.json")}
-    if given is not None:
-        found = {root for root in found if root.name not in planned} & set(_named(workspace, Path(given).name))
-    elif planned and (only_reads or len(found) > 1):
+    if planned and (only_reads or len(found) > 1):
         return None
-    elif len(found) > 1:
+    if len(found) > 1:
         names = ", ".join(sorted(root.name for root in found))
         raise UserError(f"the workspace {workspace} has models of several datasets", fix=f"Choose with -d: {names}.")
     return Paths(found.pop()) if len(found) == 1 else None

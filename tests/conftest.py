@@ -85,7 +85,7 @@ def nnlite() -> Callable[..., Ended]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """The same in the process of the tests, which spares the imports where the process does not matter."""
-    from nnunet_lite import cli
+    from nnunet_lite import cli, log
 
     def run(*arguments: object, cwd: Path) -> Ended:
         monkeypatch.delenv("NNLITE_WORKSPACE", raising=False)
@@ -95,6 +95,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()
+        log.set_verbosity(log.NORMAL)  # --quiet and --verbose hold for a process
         out, err = capfd.readouterr()
         return int(end.value.code or 0), out, err
 

@@ -333,3 +333,10 @@ def test_image(command: Command, place: Path, counts: Callable[..., None], name:
     assert err.splitlines()[-1] == failed[0] and failed[0].startswith("failed: scan: ")
     assert all(word in failed[0] for word in bad.says), failed
     assert contents(place) == before
+
+
+def test_verbose_shows_where_a_case_failed(command: Command, place: Path) -> None:
+    (place / "scan.nii.gz").write_bytes(b"no image")
+    code, _, err = command(*PREDICT.split(), "-v", cwd=place)
+    shown, _, failed = err.partition("failed: scan: ")
+    assert code == 2 and failed and "Traceback" in shown and 'nifti.py", line ' in shown

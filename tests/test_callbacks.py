@@ -86,7 +86,7 @@ def test_only_the_first_process_calls_them(job: Callable[..., Any]) -> None:
 
 
 def test_they_come_from_python_and_not_with_a_cluster(tiny_workspace: Path) -> None:
-    with pytest.raises(UserError, match="callbacks are called in this process: they go without --scheduler"):
+    with pytest.raises(UserError, match=r"without --gpus, .* and callbacks"):
         nnunet_lite.train("2d", "all-folds", callbacks=[print], scheduler="tcp://x:1", workspace=tiny_workspace)
     options = {parameter.name for parameter in command_of("train").params}
     assert {*inspect.signature(nnunet_lite.train).parameters} - options == {"callbacks"}
@@ -145,7 +145,7 @@ def test_mlflow_continues_the_same_run(log_epochs: Callable[..., Path], monkeypa
     folder = log_epochs("mlflow", 3)
     client = mlflow.MlflowClient(f"sqlite:///{folder.parents[1] / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("Task04_Hippocampus").experiment_id])
-    assert run.info.run_name == "tiny fold 0" and run.info.status == "FINISHED"
+    assert run.info.run_name == "tiny fold_0" and run.info.status == "FINISHED"
     assert run.data.params["training.epochs"] == "2" and "dice/Läsion _a_ b_" in run.data.metrics
     history = client.get_metric_history(run.info.run_id, "dice/liver")
     assert [(one.step, one.value) for one in history] == [(1, 0.1), (2, 0.2), (3, 0.3)]

@@ -19,9 +19,9 @@ from PIL import Image as Pillow
 from samples import described, move_nifti, rewrite_nifti
 
 from nnunet_lite.data.check import broken_dataset, check_dataset
-from nnunet_lite.data.dataset import read_case, read_dataset
+from nnunet_lite.data.dataset import read_case, read_dataset, stored_dataset
 from nnunet_lite.data.geometry import ACCEPTABLE
-from nnunet_lite.data.problems import KINDS, Report
+from nnunet_lite.data.problems import ACCEPTED_KINDS, KINDS, Report
 from nnunet_lite.errors import UserError
 
 Copy = Callable[..., Path]
@@ -138,7 +138,9 @@ def test_problem(command: Command, copy_dataset: Copy, copy_nnunet: Copy, tmp_pa
     code, out, err = command("check", "broken", cwd=tmp_path)
     severity = KINDS[bad.kind]
     assert (code, err) == (2 if severity == "error" else 0, "")
-    head, *lines = out.splitlines()
+    head, *lines, hint = out.splitlines()
+    acceptable = f"--accept KIND accepts {bad.kind}" if bad.kind in ACCEPTED_KINDS else "none of these kinds can be"
+    assert hint.startswith("hint: --exclude CASE leaves out a case; ") and acceptable in hint
     (found,) = (line for line in lines if not line.startswith("notice: "))
     assert head.startswith("broken: ") and (", 1 error, " if severity == "error" else ", 0 errors, 1 warning") in head
     assert found.startswith(f"{severity}: {bad.file}: ") and found.endswith(f". [{bad.kind}]"), out
@@ -149,6 +151,11 @@ def test_problem(command: Command, copy_dataset: Copy, copy_nnunet: Copy, tmp_pa
         assert (code, out) == (2, "") and found in err.splitlines(), "plan reports what check reports"
         assert err.splitlines()[-1].startswith("error: ") and "1 error must be corrected before planning" in err
         assert not (tmp_path / "nnlite_workspace").exists()
+    code, out, err = command("check", "broken", "--accept", bad.kind, cwd=tmp_path)
+    if bad.kind in ACCEPTED_KINDS:
+        assert (code, err) == (0, "") and ", 0 errors, 0 warnings" in out and f"notice: {bad.file}: " in out
+    else:
+        assert (code, out) == (2, "") and f"error: --accept {bad.kind}: such cases cannot be trained on" in err
     assert contents(tmp_path) == before, "a check changes nothing"
 
 
@@ -188,16 +195,57 @@ def test_every_problem_is_in_one_report(command: Command, copy_dataset: Copy, tm
         rewrite_nifti(path, voxel(8 + n, np.uint8))
     code, out, err = command("check", "broken", cwd=tmp_path)
     text = out.splitlines()
-    assert (code, err, len(text)) == (2, "", 8) and text[0] == "broken: 20 cases, 16 errors, 0 warnings"
+    assert (code, err, len(text)) == (2, "", 9) and text[0] == "broken: 20 cases, 16 errors, 0 warnings"
     line = next(line for line in text if "label value 7" in line)
     assert line.startswith(f"error: labelsTr/{labels[3].name}, labelsTr/{labels[4].name}, ") and "and 4 more" in line
-    assert text[-1] == "... and 4 more problems of the kind label_value; --json shows all"
+    assert text[-1] == "hint: --exclude CASE leaves out a case; none of these kinds can be accepted"
+    assert text[-2] == "... and 4 more problems of the kind label_value; --json shows all"
     code, out, err = command("check", "broken", "--json", cwd=tmp_path)
     report = json.loads(out)
     assert (code, err, report["ok"], len(report["problems"])) == (2, "", False, 16)
     assert {p["kind"] for p in report["problems"]} == {"missing_image", "unreadable", "missing_label", "label_value"}
     assert all(p["severity"] == "error" and p["file"] and p["found"] and p["fix"] for p in report["problems"])
-    assert set(report["problems"][0]) == {"severity", "kind", "file", "found", "expected", "fix"}
+    assert set(report["problems"][0]) == {"severity", "kind", "file", "found", "expected", "fix", "accepted"}
+
+
+def test_excluded_cases(command: Command, copy_dataset: Copy, tmp_path: Path) -> None:
+    """A case that cannot be read is left out of the plan, the folds and later calls, until "" includes it."""
+    root = copy_dataset(7)
+    first, *others = [case.id for case in read_dataset(root).cases]
+    workspace = tmp_path / "nnlite_workspace" / "broken"
+    text = (root / LABEL).read_bytes()
+    (root / "splits_final.json").write_text(json.dumps([{"train": [first, *others[:-1]], "val": others[-1:]}]))
+    assert command("plan", "broken", cwd=tmp_path)[0] == 0
+    (root / LABEL).write_bytes(b"")
+    code, _, err = command("plan", "broken", cwd=tmp_path)
+    assert code == 2 and "hint: --exclude CASE leaves out a case; none of these kinds can be accepted" in err
+    for words in (("--exclude", "hippocampus_001"), ()):
+        code, _, err = command("plan", "broken", *words, cwd=tmp_path)
+        assert code == 0 and "broken: 6 cases (1 left out), 0 errors, 0 warnings" in err, err
+        dataset = stored_dataset(workspace / "dataset.json")
+        assert [case.id for case in dataset.excluded] == [first] and [case.id for case in dataset.cases] == others
+    assert json.loads((workspace / "splits.json").read_text()) == [{"train": others[:-1], "val": others[-1:]}]
+    assert command("preprocess", "3d_fullres", cwd=tmp_path)[0] == 0
+    (root / LABEL).write_bytes(text)
+    code, _, err = command("plan", "broken", "--exclude", "", cwd=tmp_path)
+    assert code == 0 and "broken: 7 cases, 0 errors" in err and not stored_dataset(workspace / "dataset.json").excluded
+
+
+def test_cases_and_kinds_that_do_not_exist(command: Command, copy_dataset: Copy, tmp_path: Path) -> None:
+    """One line with the nearest name; nothing is written."""
+    root = copy_dataset(5)
+    cases = ",".join(case.id for case in read_dataset(root).cases)
+    for words, says in (
+        (("--exclude", "hippocampus_001.nii.gz"), "_001.nii.gz' is no case. Did you mean hippocampus_001?"),
+        (("--exclude", "x"), "--exclude 'x' is no case. There are hippocampus_001, hippocampus_008, "),
+        (("--exclude", cases), "--exclude leaves out every case"),
+        (("--accept", "orign"), "--accept 'orign' is no kind of problem. Did you mean origin?"),
+        (("--accept", "?"), "--accept '?' is no kind of problem. There are extra_image, "),
+    ):  # fmt: skip
+        for name in ("check", "plan"):
+            code, out, err = command(name, "broken", *words, cwd=tmp_path)
+            assert (code, out, err.count("\n")) == (2, "", 1) and says in err, err
+    assert not (tmp_path / "nnlite_workspace").exists()
 
 
 def test_threads_or_none_give_the_same_report(copy_dataset: Copy) -> None:

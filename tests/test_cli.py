@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL import Image
 from samples import subcommand
 
 import nnunet_lite
-from nnunet_lite import cli, log
+from nnunet_lite import cli
 from nnunet_lite.commands import options
 
 Run = Callable[..., tuple[int, str, str]]
@@ -139,20 +139,11 @@ def test_licence(command: Run, tmp_path: Path) -> None:
         assert named in out
 
 
-@pytest.fixture
-def _normal() -> Iterator[None]:
-    """Undo --quiet and --verbose, which hold for a process."""
-    yield
-    log.set_verbosity(log.NORMAL)
-
-
-@pytest.mark.usefixtures("_normal")
 @pytest.mark.parametrize("before", [True, False])
 def test_quiet_and_verbose_before_and_after_the_command(
     command: Run, tmp_path: Path, hippocampus: Path, before: bool
 ) -> None:
     def run(option: str, *arguments: object) -> tuple[int, str, str]:
-        log.set_verbosity(log.NORMAL)
         return command(*([option, *arguments] if before else [*arguments, option]), cwd=tmp_path)
 
     _, printed, said = command("plan", hippocampus, cwd=tmp_path)

@@ -172,9 +172,9 @@ def test_one_broken_input_does_not_stop_the_others(trained: Path, nnlite: Run) -
     colour = SimpleITK.GetImageFromArray(np.zeros((8, 8, 8, 3), np.uint8), isVector=True)
     SimpleITK.WriteImage(colour, str(folder / "wide.nrrd"))
     (folder / "notes.txt").write_text("not an image")
-    code, out, err = nnlite("predict", "-i", "in3", "-o", "out3", "--no-mirroring", "-c", "2d", cwd=trained)
+    code, out, err = nnlite("predict", "-i", "in3", "-o", "out3", "--no-mirroring", "-c", "2d", "-q", cwd=trained)
     assert code == 1 and out == "3 label maps in out3\n"
-    failed = [line for line in err.splitlines() if line.startswith("failed: ")]
+    failed = err.splitlines()
     assert len(failed) == 2 and failed[0].startswith("failed: cut: ") and "truncated" in failed[0]
     assert "in3/cut.nii.gz" in failed[0]
     assert failed[1].startswith("failed: wide: ") and "3 channels, the model expects 1 (MRI)" in failed[1]

@@ -81,6 +81,8 @@ def test_maps_whose_names_are_too_long_are_refused_before_the_prediction(
     assert not (tmp_path / "out").exists()
     (file,), failed = predict_cases(model, cases, tmp_path / "out")
     assert file.is_file() and not failed
+    with pytest.raises(UserError, match=r"nii\.gz: has a longer name than file systems allow .* Rename the image\.$"):
+        predict_cases(model, [replace(cases[0], id="n" * 249)], tmp_path / "out")
 
 
 def test_voxels_of_another_unit_are_reported(

@@ -94,8 +94,10 @@ def test_check_plan_and_preprocess_take_what_is_accepted(copy_nnunet: Copy, comm
     code, out, err = command("plan", "data", cwd=tmp_path)
     assert code == 2 and "Correct the headers, or plan with --accept-geometry." in err
     assert not (tmp_path / "nnlite_workspace" / "data").exists()
-    code, out, _ = command("check", "data", "--accept-geometry", cwd=tmp_path)
-    assert code == 0 and "0 errors, 2 warnings" in out
+    assert "2 warnings" in command("check", "data", "--accept", "direction", cwd=tmp_path)[1]
+    for accept in (("--accept-geometry",), ("--accept", "origin")):
+        code, out, _ = command("check", "data", *accept, cwd=tmp_path)
+        assert code == 0 and "0 errors, 0 warnings" in out and out.count("notice: ") == 2
     code, out, err = command("plan", "data", "--accept-geometry", cwd=tmp_path)
     assert code == 0, err
     code, out, err = command("preprocess", "3d_fullres", cwd=tmp_path)

@@ -88,6 +88,13 @@ def test_an_interrupted_fold_comes_first(models: Path) -> None:
     assert about.values["next"].startswith("nnlite train 3d_fullres 1 "), "a running fold is not to be trained"
 
 
+def test_an_imported_model_is_finished(models: Path) -> None:
+    run = json.loads((models / "tiny" / "run.json").read_text())
+    (models / "tiny" / "run.json").write_text(json.dumps(run | {"imported_from": "nnU-Net"}))
+    shutil.rmtree(models / "tiny" / "fold_0" / "validation")
+    assert [state.to_text() for state in read_fold_states(models / "tiny", ["0", "1"])] == ["finished"]
+
+
 def test_list(command: Run, models: Path) -> None:
     code, out, err = command("list", cwd=models.parents[2])
     assert (code, err) == (0, "") and out.splitlines()[1].split()[:4] == ["Task04_Hippocampus", "tiny", "0", "finished"]
@@ -105,7 +112,7 @@ def test_clean_deletes_only_what_can_be_made_again(command: Run, models: Path) -
     root = models.parent
     (models / "old_tiny_1").mkdir()
     (models / "tiny" / ".tmp-0123abcd-model.safetensors").write_bytes(b"1234")
-    (root / "preprocessed" / "mine.txt").write_text("of the user")
+    (root / "preprocessed" / "my-notes.json").write_text("of the user")
     everything = {path for path in root.rglob("*") if path.is_file()}
     code, out, err = command("clean", cwd=models.parents[2])
     assert (code, err) == (0, "") and "Task04_Hippocampus/preprocessed/cases" in out and "`--yes` deletes" in out
@@ -120,7 +127,7 @@ def test_clean_deletes_only_what_can_be_made_again(command: Run, models: Path) -
     gone = everything - {path for path in root.rglob("*") if path.is_file()}
     store = root / "preprocessed"
     assert {p for p in gone if store not in p.parents} == {models / "tiny" / ".tmp-0123abcd-model.safetensors"}
-    assert {path.name for path in store.iterdir()} == {".lock", "mine.txt"} and (models / "old_tiny_1").is_dir()
+    assert {path.name for path in store.iterdir()} == {".lock", "my-notes.json"} and (models / "old_tiny_1").is_dir()
     assert command("clean", "--yes", cwd=models.parents[2])[1] == "nothing to delete\n"
     assert nnunet_lite.preprocess("2d", workspace=models.parents[1], workers=0).made == 10
     with pytest.raises(UserError, match="no planned dataset"):

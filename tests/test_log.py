@@ -56,7 +56,7 @@ log.set_verbosity({verbosity})
 warnings.showwarning = cli._show_warning
 log.info('a message'); log.detail('a detail'); log.warn('this: warning: stays'); warnings.warn('of a\\nlibrary')
 for i in log.progress(range(2), 2, 'steps'): pass
-log.answer('case: fine\\nwarning: case_1: thin\\nerror: case_2: no label'); log.last('error: the end')
+log.answer('case: fine\\nwarning: case_1: thin\\nerror: case_2: no label'); log.error('failed: case_3\\nerror: the end')
 """
 WITHOUT_STREAMS = """
 import os, sys; sys.stderr = {stream}; stream = sys.stderr
@@ -64,7 +64,7 @@ if stream is not None: stream.close()
 import nnunet_lite, tempfile
 from nnunet_lite import log
 found = nnunet_lite.predict({image!r}, tempfile.mkdtemp(), model={model!r}, device='cpu')
-assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.last('x')
+assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.error('x')
 print(len(found.files), found.failed)
 sys.stdout = None; log.answer('x')
 """
@@ -143,13 +143,14 @@ def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hip
 
 def test_errors_are_red_and_warnings_yellow_on_a_terminal_only() -> None:
     code = EVERY_KIND.format(verbosity=0)
-    yellow, red = "\x1b[33mwarning:\x1b[0m", "\x1b[31merror:\x1b[0m"
     _, lines = run_on_a_terminal(code)
     library = "warning: of a library (UserWarning, <string>:6)"
     plain = ["a message", "warning: this: warning: stays", library, "case: fine", "warning: case_1: thin",
-             "error: case_2: no label", "error: the end"]  # fmt: skip
-    expected = [re.sub("^warning:", yellow, re.sub("^error:", red, line)) for line in plain]
-    assert lines == expected
+             "error: case_2: no label", "failed: case_3", "error: the end"]  # fmt: skip
+    red, yellow, end = "\x1b[31m", "\x1b[33m", "\x1b[0m"
+    coloured = {"warning:": f"{yellow}warning:{end}", "error:": f"{red}error:{end}", "failed:": f"{red}failed:{end}"}
+    first = [line.split(" ", 1) for line in plain]
+    assert lines == [f"{coloured.get(word, word)} {rest}" for word, rest in first]
     for variables in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
         assert run_on_a_terminal(code, **variables)[1] == plain
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT)
@@ -160,13 +161,14 @@ def test_errors_are_red_and_warnings_yellow_on_a_terminal_only() -> None:
 def test_verbosity(verbosity: str) -> None:
     written, lines = run_on_a_terminal(EVERY_KIND.format(verbosity=f"log.{verbosity}"), NO_COLOR="1")
     assert ("steps" in written) == (verbosity == "VERBOSE")
+    end = ["failed: case_3", "error: the end"]
     results = ["case: fine", "warning: case_1: thin", "error: case_2: no label"]
     quiet = ["warning: this: warning: stays", "warning: of a library (UserWarning, <string>:6)", *results]
     if verbosity == "VERBOSE":
         assert [re.sub(r"^\[\d+\.\d s\] ", "", line) for line in lines[:2]] == ["a message", "a detail"]
-        assert lines[0] != "a message" and lines[2:] == [*quiet, "error: the end"]
+        assert lines[0] != "a message" and lines[2:] == [*quiet, *end]
     else:
-        assert lines == (quiet if verbosity == "QUIET" else []) + ["error: the end"]
+        assert lines == (quiet if verbosity == "QUIET" else []) + end
 
 
 def test_processes_that_a_process_starts_are_as_quiet() -> None:

@@ -173,16 +173,7 @@ def test_existing_label_maps_are_skipped_with_the_option(model: Predictor, folde
     cases, out = find_cases([folder], 1), tmp_path / "out"
     files, _ = predict_cases(model, cases[:1], out)
     before = files[0].stat().st_mtime_ns
-    seen: list[str] = []
-
-    def show(todo: Any, total: int, what: str) -> Any:
-        assert total == len(cases) - 1
-        for case in todo:
-            seen.append(case.id)
-            yield case
-
-    files, failed = predict_cases(model, cases, out, skip_existing=True, progress=show)
-    assert seen == [case.id for case in cases[1:]]
+    files, failed = predict_cases(model, cases, out, skip_existing=True)
     assert (len(files), failed) == (3, {})
     assert files[0].stat().st_mtime_ns == before
     predict_cases(model, cases[:1], out)

@@ -84,6 +84,7 @@ def test_every_case_and_score_is_that_of_the_summary(tiny_model: Path, tiny_repo
     summary = read_json(tiny_model / "fold_0" / "validation" / "summary.json")
     shown = page.data["models"]["tiny"]
     assert set(shown["scores"]) == {entry["case"] for entry in summary["metric_per_case"]}
+    assert "2 held-out cases of fold 0." in page.text
     head, *rows = page.tables["Held-out cases of tiny, worst first"]
     assert [name for name, _ in head] == ["Case", "fold", "mean Dice", "Anterior", "Posterior"]
     cells = {row[0][0]: row for row in rows}

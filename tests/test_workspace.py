@@ -59,6 +59,10 @@ def test_numbers_of_nnunet_find_raw_and_planned_data(here: Path) -> None:
     assert planned_paths(here / "workspace", "4").name == "Task04_Hippocampus"
     with pytest.raises(UserError, match="no planned dataset called '1'"):
         planned_paths(here / "workspace", "1")
+    write_json(here / "workspace" / "Dataset004_Liver" / "models" / "imported" / "run.json", {})
+    assert planned_paths(here / "workspace", "4").name == "Task04_Hippocampus", "the other one is not planned"
+    with pytest.raises(UserError, match=r"several datasets called '4'\. It holds: Dataset004_Liver"):
+        planned_paths(here / "workspace", "4", needs_plan=False)
     make_raw(here, "Dataset004_Liver")
     with pytest.raises(UserError, match=r"'4' could be .*Dataset004_Liver, .*Task04_Hippocampus"):
         find_raw("4", here / "workspace")

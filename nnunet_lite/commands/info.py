@@ -133,6 +133,7 @@ def describe_dataset(paths: Paths) -> options.About:
         values["selection"] = {**selection.to_json(), "changed_since": changed}
         stale = f"; {' and '.join(changed)} changed since: run `nnlite select` again" if changed else ""
         selected = [f"selected  {selection.summary}, on {selection.made}{stale}"]
-    head = f"{paths.name}: {values['cases']} cases in {dataset.root} ({dataset.layout})"
+    left_out = f" ({len(dataset.excluded)} left out)" if dataset.excluded else ""
+    head = f"{paths.name}: {values['cases']} cases{left_out} in {dataset.root} ({dataset.layout})"
     texts = [model.text for model in models] or [f"no model yet: {first_training(paths)}"]
     return options.About(values, "\n\n".join([head, plan_table(plan), *texts, *selected]))

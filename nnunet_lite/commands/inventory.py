@@ -22,10 +22,10 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences, load_settings
 from nnunet_lite.system import in_units
 from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
-from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
+from nnunet_lite.workspace import Paths, datasets_of, planned_paths, workspace_folder
 
 State = Literal["not started", "training", "interrupted", "not scored", "finished"]
-_OWN_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings that `train` names
+_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings of training with an option
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ def read_fold_states(folder: Path, folds: Sequence[str] = ()) -> list[FoldState]
     folder : Path
         The model folder.
     folds : sequence of str
-        Folds to return although they have no folder.
+        Folds to return although they have no folder, unless the model was imported.
     """
     try:
         run = models.read_run(folder)
+        folds = () if "imported_from" in run else folds
         names = sorted({*folds, *(path.name.removeprefix("fold_") for path in folder.glob("fold_*"))})
         return [_read_fold_state(folder, run, name) for name in names]
     except UserError as error:
@@ -92,7 +93,8 @@ def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
     if is_locked(place):
         state = "training"
     elif model and reached <= trained:  # otherwise a finished run is made longer
-        state = "not scored" if dice is None and fold != ALL else "finished"
+        scored = fold == ALL or "imported_from" in run or (place / models.VALIDATION / models.SUMMARY).is_file()
+        state = "finished" if scored else "not scored"
     elif checkpoint:
         state = "interrupted"
     return FoldState(run["configuration"], folder.name, fold, state, max(trained, reached), epochs, dice)
@@ -154,7 +156,8 @@ def _training_command(paths: Paths, state: FoldState) -> str:
         section, _, name = key.partition(".")
         value = settings.model_dump(mode="json")[section][name]
         text = value if isinstance(value, str) else json.dumps(value)
-        words += [f"--{name.replace('_', '-')}", text] if name in _OWN_OPTIONS else ["--set", f"{key}={text}"]
+        has_option = section == "training" and name in _OPTIONS
+        words += [f"--{name.replace('_', '-')}", text] if has_option else ["--set", f"{key}={text}"]
     words += [] if state.model == f"{state.configuration}-{settings.recipe}" else ["--name", state.model]
     return shlex.join(words)
 
@@ -200,11 +203,10 @@ def list_workspace(*, dataset: options.OnlyDataset = None, workspace: options.Wo
 
 
 def _datasets(workspace: Path, dataset: str | None) -> list[Paths]:
-    """Return the dataset that is given, or all that are planned or have models."""
+    """Return the dataset that is given, or all."""
     if dataset is not None:
-        return [select_dataset(workspace, dataset, needs_plan=False)]
-    with_models = {file.parents[2].name for file in workspace.glob("*/models/*/run.json")}
-    return [Paths(workspace / name) for name in sorted({*planned_datasets(workspace), *with_models})]
+        return [planned_paths(workspace, dataset, needs_plan=False)]
+    return [Paths(workspace / name) for name in datasets_of(workspace)]
 
 
 def _summary(states: Sequence[FoldState]) -> tuple[str, str]:
@@ -257,12 +259,11 @@ def clean(
     place = workspace_folder(workspace)
     datasets = _datasets(place, dataset)
     with ExitStack() as stack:
-        if yes:
-            for paths in datasets:
-                for fold in paths.models.glob("*/fold_*"):
-                    stack.enter_context(models.lock_fold(fold))
-                if paths.preprocessed.is_dir():
-                    stack.enter_context(locked(paths.preprocessed, "deleting what can be made again", wait=False))
+        for paths in datasets if yes else ():
+            for fold in paths.models.glob("*/fold_*"):
+                stack.enter_context(models.lock_fold(fold))
+            if paths.preprocessed.is_dir():
+                stack.enter_context(locked(paths.preprocessed, "deleting what can be made again", wait=False))
         found = [path for paths in datasets for path in _removable(paths)]
         sizes = {path: size_of(path) for path in found}
         for path in found if yes else ():
@@ -276,5 +277,6 @@ def clean(
 def _removable(paths: Paths) -> list[Path]:
     """Return what can be made again of a dataset."""
     store = paths.preprocessed
-    arrays = [path for path in (store / "cases", store / "raw.json", *store.glob("*-*.json")) if path.exists()]
+    indices = store.glob(f"*-{'[0-9a-f]' * 16}.json")  # see preprocessing/store.py
+    arrays = [path for path in (store / "cases", store / "raw.json", *indices) if path.exists()]
     return arrays + [path for path in leftovers(paths.root, "**/.tmp*") if store / "cases" not in path.parents]

@@ -74,6 +74,11 @@ AcceptGeometry = Annotated[
     bool,
     data("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),
 ]
+Exclude = Annotated[str | Sequence[str] | None, data(metavar="CASE", help="Leave out this case; may be repeated.")]
+Accept = Annotated[
+    str | Sequence[str] | None,
+    data(metavar="KIND", help="Accept problems of this kind, as check names them; may be repeated."),
+]
 Folds = Annotated[int | None, data("--folds", min=2, metavar="N", help="Number of folds.", show_default="5")]
 GroupBy = Annotated[
     str | Path | None,

@@ -11,9 +11,10 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
-from nnunet_lite.data.check import broken_dataset, check_dataset
-from nnunet_lite.data.dataset import channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
-from nnunet_lite.data.problems import Report, plural
+from nnunet_lite.data.check import broken_dataset, check_dataset, exclude_cases
+from nnunet_lite.data.dataset import Dataset, channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
+from nnunet_lite.data.geometry import ACCEPTABLE
+from nnunet_lite.data.problems import Report, check_kinds, plural
 from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
@@ -27,7 +28,7 @@ from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dat
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.settings import Preset
 from nnunet_lite.system import in_units
-from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
+from nnunet_lite.training.splits import FoldRule, check_folds, drop_excluded, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
@@ -36,6 +37,8 @@ READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reade
 def check(
     data: Annotated[str | Path, typer.Argument(help="Folder of the raw data, or its name.")],
     *,
+    exclude: options.Exclude = None,
+    accept: options.Accept = None,
     accept_geometry: options.AcceptGeometry = False,
     workers: options.Workers = None,
     workspace: options.Workspace = None,
@@ -48,8 +51,12 @@ def check(
     ----------
     data : str or Path
         A folder, or a name that is looked up in the current folder, ./data, the workspace and nnUNet_raw.
+    exclude : str or sequence of str, optional
+        Ids of cases to leave out.
+    accept : str or sequence of str, optional
+        Kinds of problems to count as notices.
     accept_geometry : bool
-        Take files of a case by their voxels if origin or direction differ.
+        Take files of a case by their voxels if origin or direction differ: accept "origin" and "direction".
     workers : int, optional
         Threads, 0 for none; default: as fits the machine.
     workspace : str or Path, optional
@@ -60,18 +67,58 @@ def check(
     Report
         The problems. The command exits with code 2 if one of them is an error.
 
+    Raises
+    ------
+    UserError
+        There is no such case or kind, or the kind cannot be accepted.
+
     Examples
     --------
     nnlite check Task04_Hippocampus
-    nnlite check /data/Dataset004_Liver --accept-geometry --json
+    nnlite check /data/Dataset004_Liver --exclude liver_12 --accept duplicate_case
     """
     root = find_raw(str(data), workspace_folder(workspace))
     try:
         dataset = read_dataset(root)
     except UserError as error:
         return broken_dataset(root, error)
-    dataset = replace(dataset, accept_geometry=accept_geometry)
+    dataset = choose_cases(dataset, exclude, accept, accept_geometry)
     return check_dataset(dataset, workers=workers, progress=log.progress)
+
+
+def choose_cases(
+    dataset: Dataset,
+    exclude: str | Sequence[str] | None,
+    accept: str | Sequence[str] | None,
+    accept_geometry: bool,
+    planned: Path | None = None,
+) -> Dataset:
+    """Return a raw dataset with the cases and the accepted problems that the options of a call name.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The raw dataset.
+    exclude, accept : str or sequence of str, optional
+        As for `check`; None for those of `planned`.
+    accept_geometry : bool
+        As for `check`.
+    planned : Path, optional
+        dataset.json of the workspace, which may not exist.
+
+    Raises
+    ------
+    UserError
+        There is no such case or kind, or the kind cannot be accepted.
+    """
+    earlier = stored_dataset(planned) if planned and planned.is_file() else dataset
+    kinds = earlier.accept if accept is None else check_kinds(options.names_of(accept) or [])
+    kinds += ACCEPTABLE if accept_geometry else ()
+    if exclude is None:
+        known = {case.id for case in dataset.cases}
+        exclude = [case.id for case in earlier.excluded if case.id in known]
+    left_out = options.names_of(exclude) or []
+    return replace(exclude_cases(dataset, left_out), accept=tuple(dict.fromkeys(kinds)))
 
 
 def plan(
@@ -104,6 +151,8 @@ def plan(
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
     store: Annotated[Precision | None, options.setting(help="Of images.", show_default="as planned before")] = None,
+    exclude: options.Exclude = None,
+    accept: options.Accept = None,
     accept_geometry: options.AcceptGeometry = False,
     from_fingerprint: Annotated[str | Path | None, options.data(help="Plan from this file, not from data.")] = None,
     dataset_json: Annotated[str | Path | None, options.data(help="dataset.json, with --from-fingerprint.")] = None,
@@ -148,8 +197,12 @@ def plan(
         Folds to use: splits.json, splits_final.json or a CSV.
     store : {"float16", "float32"}, optional
         Type of preprocessed images on disk; default: as planned before.
+    exclude : str or sequence of str, optional
+        Ids of cases to leave out; default: as planned before. "" leaves out none.
+    accept : str or sequence of str, optional
+        Kinds of problems to count as notices; default: as planned before. "" accepts none.
     accept_geometry : bool
-        Take files of a case by their voxels if origin or direction differ.
+        Take files of a case by their voxels if origin or direction differ: accept "origin" and "direction".
     from_fingerprint, dataset_json : str or Path, optional
         Plan from these two files instead of data.
     format : {"nnlite", "nnunet"}
@@ -199,8 +252,11 @@ def plan(
     elif data is not None:
         place = workspace_folder(workspace)
         rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
-        made = _plan_dataset(find_raw(str(data), place), place, given, rule, accept_geometry, workers)
-        about = _described_for_nnunet(Paths(place / made.dataset))
+        dataset = read_dataset(find_raw(str(data), place))
+        paths = dataset_paths(place, dataset)
+        dataset = choose_cases(dataset, exclude, accept, accept_geometry, paths.dataset)
+        made = _plan_dataset(dataset, paths, given, rule, workers)
+        about = _described_for_nnunet(paths)
     else:
         raise UserError("name the dataset to plan", fix="For example `nnlite plan Task04_Hippocampus`.")
     if output is not None:
@@ -208,12 +264,8 @@ def plan(
     return made
 
 
-def _plan_dataset(
-    root: Path, workspace: Path, given: Options, rule: FoldRule, accept_geometry: bool, workers: int | None
-) -> Plan:
+def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule, workers: int | None) -> Plan:
     """Plan a raw dataset, and write what it was planned from into the workspace."""
-    dataset = replace(read_dataset(root), accept_geometry=accept_geometry)
-    paths = dataset_paths(workspace, dataset)
     new_folds = check_folds(paths.splits, dataset, rule)
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
@@ -223,9 +275,10 @@ def _plan_dataset(
     log.info(problems.to_text())
     if fingerprint is None:
         if errors := problems.count("error"):
-            raise UserError(f"{plural(errors, 'error')} must be corrected before planning", root, "See above.")
+            what = f"{plural(errors, 'error')} must be corrected before planning"
+            raise UserError(what, dataset.root, "See above.")
         fix = "Correct the headers, or plan with --accept-geometry. See above."
-        raise UserError("origin or direction differ between files of a case", root, fix)
+        raise UserError("origin or direction differ between files of a case", dataset.root, fix)
     new = replanning.replan(given, earlier, fingerprint, dataset, adopted, trained=bool(model_folders(paths)))
     splits = make_splits(dataset, rule) if new_folds else None
     replanning.write_plan(paths, new, earlier)  # first: the files below say that it is up to date
@@ -235,7 +288,8 @@ def _plan_dataset(
     write_stamps(paths.raw, raw)
     if splits is not None:
         write_splits(paths.splits, *splits)
-    use(workspace, dataset.name)
+    drop_excluded(paths.splits, dataset)
+    use(paths.root.parent, dataset.name)
     return new.plan
 
 

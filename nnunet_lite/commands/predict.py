@@ -83,9 +83,7 @@ def predict(
         str | Path | Sequence[str | Path],
         options.data("-i", "--input", help="Image, DICOM series, or folder of them; may be repeated."),
     ],
-    output: Annotated[
-        str | Path, options.output("-o", "--output", help="Folder for the label maps, or a file for one.")
-    ],
+    output: Annotated[str | Path, options.data("-o", "--output", help="Folder for the label maps, or a file for one.")],
     *,
     model: Annotated[
         str | Path | Sequence[str | Path] | None,
@@ -264,11 +262,11 @@ def predict(
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        files, failed = predict_cases(predictor, cases, out, progress=log.progress, **writing)
+        files, failed = predict_cases(predictor, cases, out, **writing)
     else:
         files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
     for case, reason in failed.items():
-        log.info(f"failed: {case}: {reason}")
+        log.error(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ import typer
 
 from nnunet_lite import log
 from nnunet_lite.commands import options
-from nnunet_lite.commands.plan import plan
+from nnunet_lite.commands.plan import choose_cases, plan
 from nnunet_lite.commands.select import report, select
 from nnunet_lite.commands.steps import JOURNAL, Journal, Step, StepResult, overview, run_steps
 from nnunet_lite.commands.train import fold_names, train_and_validate
@@ -120,6 +120,8 @@ def run(
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
+    exclude: options.Exclude = None,
+    accept: options.Accept = None,
     accept_geometry: options.AcceptGeometry = False,
     device: options.Device = None,
     scheduler: options.Scheduler = None,
@@ -147,10 +149,8 @@ def run(
         Of a fold, in minutes or such as "8h"; default: the recipe's.
     seed : int, optional
         Makes two runs identical on the CPU.
-    folds, group_by, stratify, stratify_by, splits
+    folds, group_by, stratify, stratify_by, splits, exclude, accept, accept_geometry
         As for `plan`.
-    accept_geometry : bool
-        Take files of a case by their voxels if origin or direction differ.
     device : str, optional
         Such as "cpu" or "cuda:1"; default: a GPU if there is one.
     scheduler : str, optional
@@ -191,14 +191,13 @@ def run(
     if recipe is None and scheduler is None and pick_device(device).type == "cpu" and not _begun(paths, "default"):
         log.info("on a CPU with the recipe `cpu`, for models in minutes; --recipe default trains as nnU-Net does")
         resolved = load_settings("cpu", changed)
-    accepted = accept_geometry or (paths.dataset.is_file() and stored_dataset(paths.dataset).accept_geometry)
-    dataset = replace(dataset, accept_geometry=accepted)
+    dataset = choose_cases(dataset, exclude, accept, accept_geometry, paths.dataset)
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     check_folds(paths.splits, dataset, rule)  # a mistake in these too
     journal = Journal(paths.root / JOURNAL)
     planning = partial(
-        plan, root, workspace=place, workers=workers, accept_geometry=accepted, folds=folds, group_by=group_by,
-        stratify=stratify, stratify_by=stratify_by, splits=splits,
+        plan, root, workspace=place, workers=workers, folds=folds, group_by=group_by, stratify=stratify,
+        stratify_by=stratify_by, splits=splits, exclude=[c.id for c in dataset.excluded], accept=dataset.accept,
     )  # fmt: skip
     reason = reason_to_plan(dataset, paths)
     first = Step("check and plan", "plan", lambda: reason is None, planning)

@@ -291,4 +291,4 @@ def _collect(
                 continue
             error = UserError(f"{step.name}: {error.what}", fix=error.fix)
         errors[step.name] = error
-        log.info(f"{step.name}: failed: {describe(error)}")
+        log.error(f"failed: {step.name}: {describe(error)}")

@@ -234,11 +234,10 @@ def train(
     all_folds = given == ["all-folds"]
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
-    if scheduler is not None and callbacks:
-        raise UserError("callbacks are called in this process: they go without --scheduler")
-    if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
+    here = bool(name or restart or resume or force or preview or callbacks or gpus > 1)  # not on workers
+    if scheduler is not None and (not all_folds or here):
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
-        raise UserError(f"{what} --force and --preview")
+        raise UserError(f"{what} --force, --preview and callbacks")
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
     if configuration is None or given is None:
         return describe_training(select_dataset(workspace, dataset, only_reads=True), configuration, workspace)
@@ -249,6 +248,7 @@ def train(
     paths = select_dataset(workspace, dataset)
     names = fold_names(paths, rule) if all_folds else given
     runs = plan_runs(paths, resolved, [configuration], names, rule=rule, name=name, device=device, restart=restart)
+    runs = [replace(run, callbacks=tuple(callbacks)) for run in runs]
     own = [run for run in runs if run.configuration == configuration]
     if scheduler is not None:
         return _train_on_cluster(scheduler, paths, runs, own)
@@ -264,10 +264,10 @@ def train(
         for run in own:
             run.check_resume(force)
     for run in first_stage:
-        train_and_validate(run, force=force, callbacks=callbacks)
+        train_and_validate(run, force=force)
     scores = {}
     for run in own:
-        found = train_and_validate(run, force=force, preview=preview, callbacks=callbacks)
+        found = train_and_validate(run, force=force, preview=preview)
         if found is not None:
             scores[run.split.name] = found
             if len(own) > 1:
@@ -332,21 +332,15 @@ def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ one fold
 
 
-def train_and_validate(
-    run: TrainingRun,
-    *,
-    force: bool = False,
-    preview: bool = False,
-    callbacks: options.Callbacks = (),
-) -> Scores | None:
+def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool = False) -> Scores | None:
     """Train a fold, or resume it, then predict and score its held-out cases.
 
     Parameters
     ----------
     run : TrainingRun
         See `plan_runs`.
-    force, preview, callbacks
-        As for `train`.
+    force, preview : bool
+        As in the command `train`.
 
     Returns
     -------
@@ -368,7 +362,7 @@ def train_and_validate(
         if models.is_complete(run.fold_folder, run.settings):
             log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
         else:
-            _preprocess_and_train(run, seed, ranks, device, preview, callbacks)
+            _preprocess_and_train(run, seed, ranks, device, preview)
     release_memory(device)  # of the training; the validation plans with what is free
     scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
     while ranks.rank and not run.is_done():  # a collective operation would end after its timeout
@@ -386,14 +380,7 @@ def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torc
     )  # fmt: skip
 
 
-def _preprocess_and_train(
-    run: TrainingRun,
-    seed: int,
-    ranks: Ranks,
-    device: torch.device,
-    preview: bool,
-    callbacks: options.Callbacks,
-) -> None:
+def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
     """Preprocess and load the cases, and train on them."""
     _announce(run)
     split, training = run.split, run.settings.training
@@ -420,7 +407,7 @@ def _preprocess_and_train(
         record_cases(run.fold_folder, split)
     job = Job(
         run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks,
-        formats=run.paths.formats if device.type == "cuda" else None, callbacks=callbacks,
+        formats=run.paths.formats if device.type == "cuda" else None, callbacks=run.callbacks,
     )  # fmt: skip
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))

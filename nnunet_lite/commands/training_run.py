@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnunet_lite import log
+from nnunet_lite.commands import options
 from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
@@ -58,6 +59,8 @@ class TrainingRun:
         Of a cascade.
     device : str or None
         Where to train.
+    callbacks : sequence of callable
+        Called after each epoch.
     """
 
     paths: Paths
@@ -70,6 +73,7 @@ class TrainingRun:
     folder: Path
     first: FirstStage | None
     device: str | None
+    callbacks: options.Callbacks = ()
 
     @property
     def fold_folder(self) -> Path:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +78,7 @@ def check_dataset(
         found.visited = None
         findings.append(found)
     of_labels = list(check_labels(dataset, [found.values for found in findings]))
-    kinds = {problem.kind for problem in of_labels}
+    kinds = {problem.kind for problem in of_labels}.difference(dataset.accept)
     problems = list(check_files(dataset))
     for note in dataset.notes:
         if not (note == MASK_NOTE and "label_void" in kinds):
@@ -86,8 +87,29 @@ def check_dataset(
         p for found in findings for p in found.problems if not ("instances" in kinds and p.kind == "label_value")
     ]
     problems += [*of_labels, *check_consistency(dataset, findings)]
-    problems = [_relative(problem, dataset.root) for problem in problems]
-    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), dataset.accept_geometry)
+    problems = [_relative(replace(p, accepted=p.kind in dataset.accept), dataset.root) for p in problems]
+    excluded = tuple(case.id for case in dataset.excluded)
+    return Report(dataset.name, len(dataset.cases), dataset.channels, tuple(problems), excluded)
+
+
+def exclude_cases(dataset: Dataset, case_ids: Sequence[str]) -> Dataset:
+    """Return the dataset without some cases.
+
+    Raises
+    ------
+    UserError
+        It has no such case, or no other.
+    """
+    known = [case.id for case in dataset.cases]
+    for case_id in case_ids:
+        if case_id not in known:
+            near = get_close_matches(case_id, known, 1)
+            fix = f"Did you mean {near[0]}?" if near else f"There are {few(known)}."
+            raise UserError(f"--exclude {case_id!r} is no case", dataset.root, fix)
+    kept = tuple(case for case in dataset.cases if case.id not in case_ids)
+    if known and not kept:
+        raise UserError("--exclude leaves out every case", dataset.root)
+    return replace(dataset, cases=kept, excluded=tuple(case for case in dataset.cases if case.id in case_ids))
 
 
 def broken_dataset(root: Path, error: UserError) -> Report:
@@ -152,7 +174,7 @@ def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFin
     if image is None or label is None:
         return found
     found.problems += _compare(case, images, label)
-    if visit is not None and not any(problem.stops(dataset.accept_geometry) for problem in found.problems):
+    if visit is not None and not any(p.stops and p.kind not in dataset.accept for p in found.problems):
         found.visited = visit(image.array, image.geometry, label.array[0] != dataset.labels.background)
     return found
 
@@ -164,7 +186,8 @@ def _read_channels(case: Case, dataset: Dataset, found: CaseFindings[Any]) -> li
         if not path.exists():
             name = dataset.channels[number] if 1 < len(case.images) == len(dataset.channels) else "image"
             text = f"no file for {name} of case {case.id}"
-            found.problems.append(Problem("missing_image", str(path), text, "", "Add the file, or leave out the case."))
+            fix = f"Add the file, or leave out the case with --exclude {case.id}."
+            found.problems.append(Problem("missing_image", str(path), text, "", fix))
             continue
         try:
             images.append(read_image(path, len(dataset.channels) // len(case.images)))
@@ -231,7 +254,8 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         path = str(case.label or case.images[0])
         others = unsupported_files(case.label.parent, case.id) if case.label else ""
         text = f"no label map for case {case.id}{others}"
-        found.problems.append(Problem("missing_label", path, text, "", "Add it, or leave out the case."))
+        fix = f"Add it, or leave out the case with --exclude {case.id}."
+        found.problems.append(Problem("missing_label", path, text, "", fix))
         return None
     try:
         label = read_label_image(case.label, like)

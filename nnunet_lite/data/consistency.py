@@ -79,7 +79,7 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
     """
     table = dataset.root / "dataset.json"
     declared = read_json(table).get("numTraining") if table.is_file() else None
-    if isinstance(declared, int) and declared != len(dataset.cases):
+    if isinstance(declared, int) and declared != len(dataset.cases) + len(dataset.excluded):
         fix = "Add the files that are missing, or correct numTraining."
         text = f"numTraining is {declared}, and there are {plural(len(dataset.cases), 'case')}"
         yield Problem("n_cases", str(table), text, "", fix)
@@ -97,7 +97,7 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
 
 def _unused(dataset: Dataset, files: Sequence[Path], usual: Sequence[str]) -> list[Path]:
     """Return the unused files in the folders of some files, if these folders have a usual name."""
-    used = {path for case in dataset.cases for path in (*case.images, case.label)}
+    used = {path for case in (*dataset.cases, *dataset.excluded) for path in (*case.images, case.label)}
     folders = {path.parent for path in files}
     folders = {f for f in folders if f.parent == dataset.root and f.name.lower() in usual and f.is_dir()}
     return [path for folder in sorted(folders) for path in image_files(folder) if path not in used]

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nnunet_lite.data.cases import Case, common_ending, labelled_cases, split_name
+from nnunet_lite.data.geometry import ACCEPTABLE
 from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
@@ -56,8 +57,10 @@ class Dataset:
         How the folder was understood.
     orientation : str or None
         The orientation that dataset.json requires by naming a reader of nnU-Net. None: that of most cases.
-    accept_geometry : bool
-        Whether the files of a case may differ in origin and direction.
+    accept : tuple of str
+        Kinds of problems that the user accepts, see problems.py.
+    excluded : tuple of Case
+        Cases that the user left out; `cases` lacks them.
     """
 
     name: str
@@ -70,7 +73,13 @@ class Dataset:
     file_ending: str = ".nii.gz"
     notes: tuple[str, ...] = ()
     orientation: str | None = None
-    accept_geometry: bool = False
+    accept: tuple[str, ...] = ()
+    excluded: tuple[Case, ...] = ()
+
+    @property
+    def accept_geometry(self) -> bool:
+        """Whether the files of a case may differ in origin or direction; which of them, the check has seen."""
+        return not set(ACCEPTABLE).isdisjoint(self.accept)
 
     @property
     def description(self) -> Path:
@@ -180,10 +189,9 @@ def dataset_to_json(dataset: Dataset) -> dict[str, Any]:
     """
     value: dict[str, Any] = _DATASET.dump_python(dataset, mode="json", by_alias=True)
     del value["channels"]
-    if dataset.orientation is None:
-        del value["orientation"]
-    if not dataset.accept_geometry:
-        del value["accept_geometry"]
+    for key in ("orientation", "accept", "excluded"):
+        if not value[key]:
+            del value[key]
     return value | summarize_dataset(dataset)
 
 
@@ -226,7 +234,8 @@ def dataset_from_json(value: dict[str, Any]) -> Dataset:
     """
     labels = Labels.from_json(value["labels"], value.get("regions_class_order"))
     channels = list(value["channel_names"].values())
-    return _DATASET.validate_python({**value, "channels": channels, "labels": labels})
+    before = {"accept": ACCEPTABLE} if value.get("accept_geometry") else {}  # as files of version 0.1 say it
+    return _DATASET.validate_python({**before, **value, "channels": channels, "labels": labels})
 
 
 def stored_dataset(file: Path) -> Dataset:

@@ -10,9 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
+Shape = tuple[int, int, int]  # voxels along (z, y, x)
+Spacing = tuple[float, float, float]  # mm along (z, y, x)
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 TOLERANCE = 0.005  # of a voxel: largest offset of the origin, and largest shift of the last voxel by the direction
@@ -49,8 +53,8 @@ class Geometry:
         Python, stacks of pictures, and files that state none.
     """
 
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    shape: Shape
+    spacing: Spacing
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     direction: tuple[float, ...] = IDENTITY
     dimensions: int = 3
@@ -75,15 +79,15 @@ class Geometry:
         Geometry
             Shape, spacing, origin and direction after the turn.
         """
-        z, y, x = (self.shape[axis] for axis in turn.order)
-        sz, sy, sx = (self.spacing[axis] for axis in turn.order)
+        shape = triple(self.shape[axis] for axis in turn.order)
+        spacing = triple(self.spacing[axis] for axis in turn.order)
         cosines = np.reshape(self.direction, (3, 3))[:, ::-1][:, turn.order]  # columns z, y, x
         origin = np.array(self.origin, np.float64)
         for axis in np.flatnonzero(turn.reversed):
-            origin += cosines[:, axis] * (sz, sy, sx)[axis] * ((z, y, x)[axis] - 1)
+            origin += cosines[:, axis] * spacing[axis] * (shape[axis] - 1)
             cosines[:, axis] *= -1
         direction = tuple(cosines[:, ::-1].ravel().tolist())
-        return replace(self, shape=(z, y, x), spacing=(sz, sy, sx), origin=tuple(origin.tolist()), direction=direction)
+        return replace(self, shape=shape, spacing=spacing, origin=triple(origin.tolist()), direction=direction)
 
     def differences(self, other: Geometry) -> list[tuple[str, str, str]]:
         """List what differs by more than the tolerance.
@@ -135,6 +139,23 @@ class Geometry:
             "origin": in_brackets(self.origin[:2] if flat else self.origin),
             "direction": in_brackets((d[0], d[1], d[3], d[4]) if flat else d),
         }
+
+
+def triple(values: Iterable[T]) -> tuple[T, T, T]:
+    """Return three values, one for each axis, as a tuple.
+
+    Parameters
+    ----------
+    values : iterable
+        Exactly three.
+
+    Returns
+    -------
+    tuple
+        The values.
+    """
+    a, b, c = values
+    return a, b, c
 
 
 def in_brackets(values: Iterable[float]) -> str:
@@ -199,9 +220,7 @@ class Turn:
         Turn
             Both in one.
         """
-        a, b, c = (self.order[axis] for axis in order)
-        u, v, w = (self.reversed[axis] for axis in order)
-        return Turn((a, b, c), (u, v, w))
+        return Turn(triple(self.order[axis] for axis in order), triple(self.reversed[axis] for axis in order))
 
 
 def turn_between(source: str | None, target: str | None) -> Turn:
@@ -222,9 +241,7 @@ def turn_between(source: str | None, target: str | None) -> Turn:
     before, after = source[::-1], target[::-1]  # from (x, y, z) to (z, y, x)
     sides = [_SIDES[letter] for letter in before]
     order = [sides.index(_SIDES[letter]) for letter in after]
-    a, b, c = order
-    u, v, w = (before[axis] != letter for axis, letter in zip(order, after, strict=True))
-    return Turn((a, b, c), (u, v, w))
+    return Turn(triple(order), triple(before[axis] != letter for axis, letter in zip(order, after, strict=True)))
 
 
 def common_orientation(orientations: Iterable[str | None]) -> str | None:
@@ -332,7 +349,7 @@ def bounding_box(mask: np.ndarray) -> Box:
     for line, size in zip(lines, mask.shape, strict=True):
         inside = np.flatnonzero(line)
         box.append((int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, size))
-    return box[0], box[1], box[2]
+    return triple(box)
 
 
 def slices(box: Box) -> tuple[slice, slice, slice]:

@@ -1,14 +1,16 @@
-"""Problems of a dataset, the report of all of them as text and JSON, and words for messages."""
+"""Problems of a dataset, the kinds that a user may accept, the report as text and JSON, and words for messages."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from html import escape
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
+from nnunet_lite.errors import UserError
 
 Severity = Literal["error", "warning", "notice"]
 
@@ -22,11 +24,14 @@ _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
     *("label_absent", "constant", "duplicate_case", "few_cases", "orientation_tag"),
 )
+_NOTICES = ("orientation", "understood")
 KINDS: dict[str, Severity] = {
     **dict.fromkeys(_ERRORS, "error"),
     **dict.fromkeys(_WARNINGS, "warning"),
-    **dict.fromkeys(("orientation", "understood"), "notice"),
+    **dict.fromkeys(_NOTICES, "notice"),
 }
+_GUESSES = ("extra_channel", "label_void", "label_levels", "instances")  # errors about files that can be trained on
+ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _MOST_ROWS = 50  # of a table in a notebook
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
@@ -47,6 +52,8 @@ class Problem:
         What it should be.
     fix : str
         What to do.
+    accepted : bool
+        Whether the user accepts its kind: it counts as a notice.
     """
 
     kind: str
@@ -54,31 +61,22 @@ class Problem:
     found: str
     expected: str = ""
     fix: str = ""
+    accepted: bool = False
 
     @property
     def severity(self) -> Severity:
-        """Of its kind."""
-        return KINDS[self.kind]
+        """Of its kind, unless it is accepted."""
+        return "notice" if self.accepted else KINDS[self.kind]
 
     @property
     def text(self) -> str:
         """What is wrong, and what it should be."""
         return self.found + (f", expected {self.expected}" if self.expected else "")
 
-    def stops(self, accept_geometry: bool) -> bool:
-        """Return whether the problem prevents planning.
-
-        Parameters
-        ----------
-        accept_geometry : bool
-            Whether files may differ in origin and direction.
-
-        Returns
-        -------
-        bool
-            True for errors, and for a different geometry that is not accepted.
-        """
-        return self.severity == "error" or (self.kind in ACCEPTABLE and not accept_geometry)
+    @property
+    def stops(self) -> bool:
+        """Whether it prevents planning: an error, or a different geometry, that is not accepted."""
+        return not self.accepted and (self.severity == "error" or self.kind in ACCEPTABLE)
 
 
 @dataclass(frozen=True)
@@ -90,20 +88,20 @@ class Report:
     dataset : str
         Name of the dataset.
     cases : int
-        Number of cases.
+        Number of cases that are not left out.
     channels : tuple of str
         Names of the channels.
     problems : tuple of Problem
         All problems.
-    accept_geometry : bool
-        Whether files may differ in origin and direction.
+    excluded : tuple of str
+        Ids of the cases that are left out.
     """
 
     dataset: str
     cases: int
     channels: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
-    accept_geometry: bool = False
+    excluded: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -113,7 +111,7 @@ class Report:
     @property
     def can_be_planned(self) -> bool:
         """Whether there is no error, and no geometry to accept."""
-        return not any(problem.stops(self.accept_geometry) for problem in self.problems)
+        return not any(problem.stops for problem in self.problems)
 
     def count(self, severity: Severity) -> int:
         """Count the problems of a severity.
@@ -142,6 +140,7 @@ class Report:
             "ok": self.ok,
             "cases": self.cases,
             "channels": list(self.channels),
+            "excluded": list(self.excluded),
             "problems": [{"severity": p.severity, **asdict(p)} for p in self.problems],
         }
 
@@ -159,15 +158,21 @@ class Report:
             lines.append(f"{problem.severity}: {few(names)}: {problem.text}. {problem.fix}".rstrip() + f" [{kind}]")
         for kind, n in hidden.items():
             lines.append(f"... and {plural(n, 'more problem')} of the kind {kind}; --json shows all")
+        left = {problem.kind for problem in self.problems if problem.severity != "notice"}
+        if self.cases and left:
+            kinds = ", ".join(sorted(left.intersection(ACCEPTED_KINDS)))
+            accept = f"--accept KIND accepts {kinds}" if kinds else "none of these kinds can be accepted"
+            lines.append(f"hint: --exclude CASE leaves out a case; {accept}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
-        return f"{self.dataset}: {plural(self.cases, 'case')}, {', '.join(counts)}"
+        left_out = f" ({len(self.excluded)} left out)" if self.excluded else ""
+        return f"{self.dataset}: {plural(self.cases, 'case')}{left_out}, {', '.join(counts)}"
 
     def _repr_html_(self) -> str:
         rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
-        return html_table([("", "files", "problem", "fix"), *rows], [repr(self)])
+        return html_table([("severity", "files", "problem", "fix"), *rows], [repr(self)])
 
     def _by_severity(self) -> list[tuple[Problem, list[str]]]:
         """Return equal problems once, with their files; errors first."""
@@ -176,6 +181,25 @@ class Report:
             files[replace(problem, file="")].append(problem.file)
         order = list(_LINES_SHOWN)
         return sorted(files.items(), key=lambda entry: order.index(entry[0].severity))
+
+
+def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return kinds of problems that a user accepts.
+
+    Raises
+    ------
+    UserError
+        There is no such kind, or it cannot be accepted.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            near = get_close_matches(kind, KINDS, 1)
+            fix = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ACCEPTED_KINDS)}."
+            raise UserError(f"--accept {kind!r} is no kind of problem", fix=fix)
+        if kind not in (*ACCEPTED_KINDS, *_NOTICES):
+            what = f"--accept {kind}: such cases cannot be trained on, or the network would learn what is wrong"
+            raise UserError(what, fix="Correct the files, or leave out their cases with --exclude CASE.")
+    return tuple(kinds)
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -235,7 +235,7 @@ def _with_relative_paths(dataset: Dataset) -> Dataset:
         replace(case, images=tuple(map(relative, case.images)), label=case.label and relative(case.label))
         for case in dataset.cases
     )
-    return replace(dataset, root=Path(), cases=tuple(cases))
+    return replace(dataset, root=Path(), cases=tuple(cases), excluded=())
 
 
 def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool) -> bool:
@@ -258,8 +258,9 @@ def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool
     bool
         Whether they are the same dataset.
     """
-    planned = {case.id: case for case in stored.cases}
-    shared = [case for case in dataset.cases if case.id in planned]
+    planned, left_out = ({case.id: case for case in cases} for cases in (stored.cases, stored.excluded))
+    cases = [case for case in dataset.cases if case.id not in left_out]
+    shared = [case for case in cases if case.id in planned]
     some = shared[:: max(1, len(shared) // _COMPARED)]
     known = read_stamps(paths.preprocessed / "raw.json") | read_stamps(paths.raw)
     before = scan_raw_cases([planned[case.id] for case in some if case.id not in known], {})[0] | known
@@ -269,7 +270,7 @@ def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool
     )
     if moved:
         return 2 * equal >= max(1, len(some))
-    return len(shared) == len(dataset.cases) == len(stored.cases) and equal == len(some)
+    return len(shared) == len(cases) == len(planned) and equal == len(some)
 
 
 def _paths(case: Case) -> list[Path]:

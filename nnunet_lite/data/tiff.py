@@ -18,12 +18,11 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image
+from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image, Spacing, triple
 from nnunet_lite.data.names import AGAIN, companions, require_bytes, require_readable
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 
-Spacing = tuple[float, float, float]
 Size = tuple[float, float | None]  # of a voxel along an axis, and its unit in mm if that is known
 
 _UNITS = {  # in mm
@@ -231,7 +230,7 @@ def _sidecar_spacing(path: Path) -> Spacing | None:
         numbers = isinstance(given, list) and all(type(s) in (int, float) and 0 < s < math.inf for s in given)
         if not numbers or len(given) != 3:
             raise UserError(f"spacing is {given}", sidecar, "Give three numbers in mm: [z, y, x].")
-        return float(given[0]), float(given[1]), float(given[2])
+        return triple(map(float, given))
     return None
 
 
@@ -257,8 +256,7 @@ def _stated_spacing(tif: Any, series: Any, slices: int, notes: list[str]) -> Spa
     assert z and y and x  # one of them is known
     if any(unit is None for _, unit in (z, y, x)):
         notes.append(f"spacing ({', '.join(f'{size:.6g}' for size, _ in (z, y, x))}) without a unit, taken as mm")
-    mm = [size * (1.0 if unit is None else unit) for size, unit in (z, y, x)]
-    return mm[0], mm[1], mm[2]
+    return triple(size * (1.0 if unit is None else unit) for size, unit in (z, y, x))
 
 
 def _ome_sizes(xml: str) -> list[Size | None]:

@@ -11,10 +11,10 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.geometry import Spacing
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.names import PICTURES, suffix_of
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.masks import Spacing
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import CasePair
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
@@ -104,7 +104,7 @@ def validate_cases(
         What summary.json notes about how the cases are predicted.
     """
     cases = _cases(dataset, case_ids)
-    _, failed = predict_cases(model, cases, out, skip_existing=True, progress=log.progress, stage_classes=stage_classes,
+    _, failed = predict_cases(model, cases, out, skip_existing=True, stage_classes=stage_classes,
                               accept_geometry=dataset.accept_geometry)  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))

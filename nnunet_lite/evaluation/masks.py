@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.geometry import Spacing, bounding_box, slices
 from nnunet_lite.data.labels import Labels, smallest_dtype
 
-Spacing = tuple[float, float, float]
 Map = Callable[..., Iterable[Any]]  # `map`, or the `map` of a thread pool
 
 _PERCENTILE = 95

@@ -24,9 +24,10 @@ from typing import Literal
 
 import numpy as np
 
+from nnunet_lite.data.geometry import Spacing
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation import masks
-from nnunet_lite.evaluation.masks import Map, MaskPair, Spacing
+from nnunet_lite.evaluation.masks import Map, MaskPair
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ import cc3d
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.geometry import Spacing, bounding_box, slices
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.masks import Spacing, disjoint_regions, is_picture, number_masks, pair_masks
+from nnunet_lite.evaluation.masks import disjoint_regions, is_picture, number_masks, pair_masks
 from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
 from nnunet_lite.log import progress
 from nnunet_lite.system import pairs_at_once

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
+from traceback import format_exception
 
 import numpy as np
 
@@ -45,7 +46,6 @@ def predict_cases(
     maps: ExtraMaps = ExtraMaps(),
     dicom_seg: bool = False,
     skip_existing: bool = False,
-    progress: Callable[[Iterable[Case], int, str], Iterable[Case]] = lambda cases, total, what: cases,
     stage_classes: Callable[[str], np.ndarray] | None = None,
     postprocess: Postprocess | None = None,
     accept_geometry: bool = False,
@@ -66,8 +66,6 @@ def predict_cases(
         Write DICOM segmentations; the images must be DICOM series.
     skip_existing : bool
         Keep label maps that exist already.
-    progress : callable
-        Shows a progress bar, such as `log.progress`.
     stage_classes : callable, optional
         Returns the classes that the first stage predicts of a case, by its id, on the grid of its preprocessed array;
         for the second stage of a cascade that was loaded without the first.
@@ -86,23 +84,13 @@ def predict_cases(
     Raises
     ------
     UserError
-        A label map would overwrite an image, the name of a map would be too long, or an image of a DICOM segmentation
-        is no DICOM series.
+        A label map would overwrite an image, a name would be too long, or an image of a DICOM segmentation is no DICOM
+        series.
     OSError
         The disk is full.
     """
     targets = {case.id: output_file(case, out, dicom_seg) for case in cases}
-    images = {identify(path) for case in cases for path in case.images}
-    if overwritten := next((path for path in targets.values() if identify(path) in images), None):
-        raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
-    map_files = [_map_file(path, name) for path in targets.values() for name in maps.names]
-    if too_long := next((path for path in map_files if len(path.name.encode()) > _NAME_BYTES), None):
-        what = f"has a longer name than file systems allow ({_NAME_BYTES} bytes)"
-        raise UserError(what, too_long, "Rename the image, or leave out its maps.")
-    if dicom_seg:
-        require_dicom()
-        if other := next((case.images[0] for case in cases if not is_dicom(case.images[0])), None):
-            raise UserError("is no DICOM series, so it can have no DICOM segmentation", other)
+    _check_targets(targets, cases, maps, dicom_seg)
     out = out.parent if names_file(out) else out
     out.mkdir(parents=True, exist_ok=True)
     for name in ("probabilities", "uncertainty"):  # of a killed run; this one may write no such maps
@@ -130,6 +118,7 @@ def predict_cases(
     def fail(case: Case, error: Exception) -> None:
         if lacks_space(error):  # then no other case can be written either
             raise error
+        log.detail("".join(format_exception(error)).rstrip())
         failed[case.id] = describe(error)
 
     def finish(case: Case, writing: Future[None]) -> None:
@@ -142,7 +131,7 @@ def predict_cases(
     n_readers = 1 if predictor.device.type == "cpu" else min(cpus(), _MOST_READERS)  # a CPU computes at the same time
     with ThreadPoolExecutor(n_readers) as reader, ThreadPoolExecutor(1) as writer:
         sources, queue = _read_ahead(reader, read, todo, n_readers), deque[tuple[Case, Future[None]]]()
-        for case, source in zip(progress(todo, len(todo), "predict"), sources, strict=True):
+        for case, source in zip(log.progress(todo, len(todo), "predict"), sources, strict=True):
             try:
                 prepared = source.result()
                 classes = None if stage_classes is None else stage_classes(case.id)
@@ -164,6 +153,21 @@ def predict_cases(
         stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
         log.info(f"turned to {predictor.plan.orientation}, the orientation of the model: {stored}")
     return sorted(files), failed
+
+
+def _check_targets(targets: Mapping[str, Path], cases: Sequence[Case], maps: ExtraMaps, dicom_seg: bool) -> None:
+    """Refuse label maps that could not be written, by case id, before anything is predicted."""
+    images = {identify(path) for case in cases for path in case.images}
+    if overwritten := next((path for path in targets.values() if identify(path) in images), None):
+        raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
+    written = [*targets.values(), *(_map_file(path, name) for path in targets.values() for name in maps.names)]
+    if too_long := next((path for path in written if len(path.name.encode()) > _NAME_BYTES), None):
+        what = f"has a longer name than file systems allow ({_NAME_BYTES} bytes)"
+        raise UserError(what, too_long, f"Rename the image{', or leave out its maps' if maps else ''}.")
+    if dicom_seg:
+        require_dicom()
+        if other := next((case.images[0] for case in cases if not is_dicom(case.images[0])), None):
+            raise UserError("is no DICOM series, so it can have no DICOM segmentation", other)
 
 
 def _map_file(target: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 import torch
 
+from nnunet_lite.data.geometry import triple
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
@@ -55,8 +56,8 @@ class PredictionTask:
     def orders(self) -> tuple[int, int, int]:
         """The spline order of each axis when logits are resampled to the original image."""
         axis = coarse_axis(self.placement.new_spacing, self.placement.spacing, self.resampling.separate_z)
-        z, y, x = (self.resampling.logits_order_z if a == axis else self.resampling.logits_order for a in range(3))
-        return z, y, x
+        orders = self.resampling
+        return triple(orders.logits_order_z if a == axis else orders.logits_order for a in range(3))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from nnunet_lite import log
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.geometry import Geometry, common_orientation, nonzero_box, slices, turn_between
+from nnunet_lite.data.geometry import Geometry, Shape, Spacing, common_orientation, nonzero_box, slices, turn_between
 from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, read_json
@@ -37,9 +37,6 @@ SEED = 1234
 BLOCK = 1 << 18  # random numbers generated at a time
 _BITS = 16  # counted of each number; 4 numbers to a count on average, so a count fits into a byte
 _KEPT = 16  # blocks that are kept (16 MB): enough for datasets of a hundred cases; later ones are generated again
-
-Shape = tuple[int, int, int]
-Spacing = tuple[float, float, float]
 
 
 class Fingerprint(BaseModel):

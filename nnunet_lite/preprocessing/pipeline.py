@@ -21,12 +21,15 @@ from pydantic import TypeAdapter
 from nnunet_lite.data.geometry import (
     Box,
     Geometry,
+    Shape,
+    Spacing,
     Turn,
     bounding_box,
     in_brackets,
     nonzero_box,
     nonzero_mask,
     slices,
+    triple,
     turn_between,
 )
 from nnunet_lite.data.images import Image
@@ -40,8 +43,6 @@ from nnunet_lite.system import free_memory
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, int, int]
-Spacing = tuple[float, float, float]
 
 _SAME_SPACING = 1e-5  # relative; spacings this close give the same shape, so nothing is resampled
 _DECODED = 1 << 14  # voxels decoded at once on a CPU: their logits stay in its cache
@@ -228,22 +229,18 @@ def resampled_spacing(configuration: Configuration, spacing: Spacing) -> Spacing
     rounding only is the case's own.
     """
     target = (*spacing[: 3 - configuration.dimensions], *configuration.spacing)
-    z, y, x = (
-        own if abs(new - own) <= _SAME_SPACING * own else float(new) for own, new in zip(spacing, target, strict=True)
-    )
-    return z, y, x
+    axes = zip(spacing, target, strict=True)
+    return triple(own if abs(new - own) <= _SAME_SPACING * own else float(new) for own, new in axes)
 
 
 def resampled_shape(shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]) -> Shape:
     """Return the voxels per axis at a new spacing, rounded as in nnU-Net (half to even), never less than one."""
-    z, y, x = (max(1, round(s / t * n)) for n, s, t in zip(shape, spacing, new_spacing, strict=True))
-    return z, y, x
+    return triple(max(1, round(s / t * n)) for n, s, t in zip(shape, spacing, new_spacing, strict=True))
 
 
 def transposed(values: Sequence[float], order: Sequence[int]) -> Spacing:
     """Return a spacing of (z, y, x) in another order of the axes."""
-    z, y, x = (float(values[axis]) for axis in order)
-    return z, y, x
+    return triple(float(values[axis]) for axis in order)
 
 
 # ------------------------------------------------------------------------------------------------------- the way back
@@ -304,8 +301,7 @@ def predicted_part(array: np.ndarray, placement: Placement) -> np.ndarray:
 
 def cropped_shape(box: Box) -> Shape:
     """Return the voxels per axis of a box."""
-    z, y, x = (high - low for low, high in box)
-    return z, y, x
+    return triple(high - low for low, high in box)
 
 
 def output_values(labels: Labels) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
-from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.geometry import Shape, bounding_box, slices, triple
 from nnunet_lite.system import cpus
 
 ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
@@ -33,7 +33,6 @@ _TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 r
 _FEW = 4  # labels whose boxes numpy finds as fast as scipy, which takes a fifth of a second to load
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
 
-Shape = tuple[int, int, int]
 T = TypeVar("T")
 Array = Any  # numpy array or torch tensor: both know `@`
 
@@ -104,12 +103,12 @@ def resample_image(
         float32; the input itself where it has this shape.
     """
     data = data.astype(np.float32, copy=False)
-    shape, target = _shape(data.shape[1:]), _shape(new_shape)
+    shape, target = triple(data.shape[1:]), triple(map(int, new_shape))
     if shape == target:
         return data
     axis, clip = coarse_axis(spacing, new_spacing, separate_z), order > 1
     if axis is not None and order_z > 0:  # slices first, then between them
-        flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
+        flat = triple(shape[a] if a == axis else target[a] for a in range(3))
         data = resample_image(data, flat, spacing, new_spacing, order, 0, separate_z, threads)
         order, axis, clip = order_z, None, False
     orders = tuple(order_z if a == axis else order for a in range(3))
@@ -158,12 +157,12 @@ def resample_labels(
     ndarray, shape `new_shape`
         Of the same type; the input itself where it has this shape.
     """
-    shape, target = _shape(labels.shape), _shape(new_shape)
+    shape, target = triple(labels.shape), triple(map(int, new_shape))
     if shape == target:
         return labels
     axis = coarse_axis(spacing, new_spacing, separate_z)
     if axis is not None and order_z > 0:  # slices first, then between them
-        flat = _shape(shape[a] if a == axis else target[a] for a in range(3))
+        flat = triple(shape[a] if a == axis else target[a] for a in range(3))
         labels = resample_labels(labels, flat, spacing, new_spacing, order, 0, separate_z, threads)
         shape, order, axis = flat, order_z, None
     orders = tuple(order_z if a == axis else order for a in range(3))
@@ -222,7 +221,7 @@ def resample_slabs(
     threads : int, optional
         None for one per CPU that this process may use.
     """
-    z, y, x = operators(data, _shape(data.shape[-3:]), target, orders, size)
+    z, y, x = operators(data, triple(data.shape[-3:]), target, orders, size)
 
     def work(part: Block) -> None:
         use(part.start, _product(data, part, y, x))
@@ -253,14 +252,13 @@ def operators(
     """
     rest = _BLOCK if isinstance(like, np.ndarray) else max(target)  # a GPU wants few large products
     sizes = (size, rest, rest)
-    z, y, x = (
+    return triple(
         tuple(
             part if part.matrix is None else replace(part, matrix=operand(like, part.matrix))
             for part in blocks(n, m, order, at_once)
         )
         for n, m, order, at_once in zip(shape, target, orders, sizes, strict=True)
     )
-    return z, y, x
 
 
 def resampled_rows(
@@ -411,11 +409,6 @@ def _empty(like: Array, shape: Sequence[int]) -> Array:
 def operand(like: Array, matrix: np.ndarray) -> Array:
     """Return a matrix of the kind of the data, on its device."""
     return matrix if isinstance(like, np.ndarray) else like.new_tensor(matrix, dtype=like.new_empty(0).float().dtype)
-
-
-def _shape(values: Any) -> Shape:
-    z, y, x = (int(v) for v in values)
-    return z, y, x
 
 
 _blas_limits: list[Any] = []  # one for each caller that is inside now, all the same

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image as PillowImage
 
-from nnunet_lite.data.geometry import Box, Geometry, Image, Turn, bounding_box, slices, turn_between
+from nnunet_lite.data.geometry import Box, Geometry, Image, Turn, bounding_box, slices, triple, turn_between
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Plan
@@ -581,7 +581,7 @@ def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box
         size = max(high - low + 2 * int(np.ceil(margin * (high - low))), smallest)
         low = max(0, min((low + high - size) // 2, n - size))
         box.append((low, min(n, low + size)))
-    return box[0], box[1], box[2]
+    return triple(box)
 
 
 def slice_of(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarray:

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_lite.data.geometry import Shape, triple
 from nnunet_lite.planning.memory import WARPED_VOXELS
 from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.settings import AugmentationSettings
 
-Shape = tuple[int, int, int]
 Parameters = TypeVar("Parameters", bound=Any)
 
 ANISOTROPY = 3.0  # a patch this much longer in plane than across is rotated and scaled in plane only
@@ -85,8 +85,7 @@ def source_shape(matrix: np.ndarray, patch: Shape) -> Shape:
     half = (np.asarray(patch) - 1) / 2
     corners = np.array(list(itertools.product((-1, 1), repeat=3))) * half
     reach = np.abs(corners @ matrix.T).max(0)
-    z, y, x = (p + 2 * int(np.ceil(r - h - 1e-6)) for p, r, h in zip(patch, reach, half, strict=True))
-    return z, y, x
+    return triple(p + 2 * int(np.ceil(r - h - 1e-6)) for p, r, h in zip(patch, reach, half, strict=True))
 
 
 def warp_samples(images: Tensor, classes: Tensor, matrices: Tensor, patch: Shape) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_lite.data.geometry import Shape, triple
 from nnunet_lite.errors import UserError, describe, suggest
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.augmentation import Shape, copy_to_device, is_in_plane, rotation, rotation_limit, source_shape
+from nnunet_lite.training.augmentation import copy_to_device, is_in_plane, rotation, rotation_limit, source_shape
 
 P_ELASTIC = 0.2  # nnU-Net v1's; not a setting, since the native pipeline has no elastic deformation
 _KEY = "augmentation.extra"
@@ -139,8 +140,7 @@ def oversize(settings: AugmentationSettings, patch: Shape) -> Shape:
     if is_in_plane(patch):
         scaling[0, 0] = 1.0
     turns = (rotation(0, a) @ rotation(1, b) @ rotation(2, c) for a, b, c in itertools.product(*angles))
-    z, y, x = np.max([patch, *(source_shape(turn @ scaling, patch) for turn in turns)], axis=0).tolist()
-    return z, y, x
+    return triple(np.max([patch, *(source_shape(turn @ scaling, patch) for turn in turns)], axis=0).tolist())
 
 
 def apply_transforms(

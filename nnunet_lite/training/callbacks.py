@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from re import sub
 from secrets import token_hex
+from shlex import quote
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,7 @@ def require_logger(name: str) -> None:
     UserError
         It is not installed.
     """
-    found = None if name == "none" else find_spec(name)
-    if name != "none" and (found is None or found.origin is None):  # a folder `wandb` of earlier runs is no package
+    if name != "none" and getattr(find_spec(name), "origin", None) is None:  # a folder of that name has no origin
         raise UserError(f"training.logger needs the package {name}", fix=f"pip install 'nnunet-lite[{name}]'.")
 
 
@@ -62,43 +62,40 @@ def follow_epochs(job: Job) -> Iterator[Callback]:
     job : Job
         What is trained.
     """
-    name, is_first = job.settings.training.logger, job.ranks.rank == 0
-    context = {"configuration": job.configuration, "fold": _fold(job)}
-    with _log_epochs(job, name) if is_first and name != "none" else nullcontext() as logger:
-        callbacks = [one for one in (*job.callbacks, logger) if one is not None and is_first]
-
-        def call(metrics: Metrics) -> None:
-            for callback in callbacks:
-                callback(context | deepcopy(metrics))
-
-        yield call
-
-
-def _fold(job: Job) -> str:
-    return job.folder.name.removeprefix("fold_")
-
-
-@contextmanager
-def _log_epochs(job: Job, name: str) -> Iterator[Callback]:
-    """Start a thread that writes epochs to a logger, and give the callback that passes them on."""
+    context = {"configuration": job.configuration, "fold": job.folder.name.removeprefix("fold_")}
+    callbacks, is_first, name = list(job.callbacks), job.ranks.rank == 0, job.settings.training.logger
     epochs: SimpleQueue[Metrics | None] = SimpleQueue()
-    package, write = _LOGGERS[name]
+    logger = Thread(target=_log_epochs, args=(job, epochs), daemon=True)
+    if is_first and name != "none":
+        logger.start()
+        callbacks.append(epochs.put)
 
-    def run() -> None:
-        try:
-            write(import_module(package), job, iter(epochs.get, None))
-        except Exception as error:  # the model does not depend on it
-            log.warn(f"{name} gets no more metrics of this training: {describe(error)}")
+    def call(metrics: Metrics) -> None:
+        for callback in callbacks if is_first else ():
+            callback(context | deepcopy(metrics))
 
-    thread = Thread(target=run, name=name, daemon=True)
-    thread.start()
     try:
-        yield epochs.put
+        yield call
     finally:
-        epochs.put(None)
-        thread.join(_PATIENCE)
-        if thread.is_alive():
+        if logger.is_alive():
+            epochs.put(None)
+            logger.join(_PATIENCE)
+        if logger.is_alive():
             log.warn(f"{name} has not answered for {_PATIENCE} s; its log lacks the last epochs")
+
+
+def _log_epochs(job: Job, epochs: SimpleQueue[Metrics | None]) -> None:
+    """Write epochs to the logger of a job until None comes."""
+    name = job.settings.training.logger
+    package, write = _LOGGERS[name]
+    try:
+        write(import_module(package), job, iter(epochs.get, None))
+    except Exception as error:  # the model does not depend on it
+        log.warn(f"{name} gets no more metrics of this training: {describe(error)}")
+
+
+def _run_name(job: Job) -> str:
+    return f"{job.folder.parent.name} {job.folder.name}"
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:
@@ -125,16 +122,11 @@ def _write_wandb(wandb: Any, job: Job, epochs: Iterator[Metrics]) -> None:
 
     def start(mode: str | None) -> Any:
         return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", job.plan.dataset),
-            group=job.folder.parent.name,
-            name=f"{job.folder.parent.name} fold {_fold(job)}",
-            id=read_text(file),
-            resume="allow",
-            dir=job.folder,
+            project=os.environ.get("WANDB_PROJECT", job.plan.dataset), group=job.folder.parent.name,
+            name=_run_name(job), id=read_text(file), resume="allow", dir=job.folder, mode=mode,
             config=job.settings.model_dump(mode="json"),
-            mode=mode,
             settings=wandb.Settings(init_timeout=_CONNECT, silent=True, console="off"),  # it would ask for an account
-        )
+        )  # fmt: skip
 
     try:
         run = start(None)  # as WANDB_MODE says, otherwise online
@@ -142,7 +134,8 @@ def _write_wandb(wandb: Any, job: Job, epochs: Iterator[Metrics]) -> None:
         log.warn(f"wandb works offline: {describe(error)}")
         wandb.teardown()  # it still tries to open this run
         run = start("offline")
-    log.info(f"wandb: {f'wandb sync {Path(run.dir).parent}' if run.offline else run.url or 'disabled'}")
+    synced = f"wandb sync {quote(str(Path(run.dir).parent))}"
+    log.info(f"wandb: {synced if run.offline else run.url or 'disabled'}")
     for metrics in epochs:
         run.log(_scalars(metrics), step=metrics["epoch"])
     run.finish()
@@ -159,13 +152,13 @@ def _write_mlflow(mlflow: Any, job: Job, epochs: Iterator[Metrics]) -> None:
         experiment = client.get_experiment_by_name(name)
         number = client.create_experiment(name) if experiment is None else experiment.experiment_id
     if not file.is_file():
-        run = client.create_run(number, run_name=f"{job.folder.parent.name} fold {_fold(job)}")
+        run = client.create_run(number, run_name=_run_name(job))
         for section, values in job.settings.model_dump(mode="json").items():  # a batch has at most 100 parameters
             params = [mlflow.entities.Param(key, str(value)[:250]) for key, value in flatten({section: values})]
             client.log_batch(run.info.run_id, params=params)
         write_text(file, run.info.run_id)
     run_id = read_text(file)
-    log.info(f"mlflow: mlflow ui --backend-store-uri {uri}" if uri == own else f"mlflow: {uri}")
+    log.info(f"mlflow: mlflow ui --backend-store-uri {quote(uri)}" if uri == own else f"mlflow: {uri}")
     for metrics in epochs:
         for metric, value in _scalars(metrics).items():
             client.log_metric(run_id, sub(r"[^\w\-./ ]", "_", metric), value, step=metrics["epoch"])

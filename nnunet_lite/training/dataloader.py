@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_lite.data.geometry import Shape, triple
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.swaps import check_swaps, swap_of
 from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training import augmentation
-from nnunet_lite.training.augmentation import Intensity, Shape, copy_parameters, copy_to_device, source_shape
+from nnunet_lite.training.augmentation import Intensity, copy_parameters, copy_to_device, source_shape
 from nnunet_lite.training.batchgenerators import apply_transforms, extra_transforms, oversize, reference_transforms
 from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_cascade
 from nnunet_lite.training.distributed import rank_share
@@ -362,13 +363,13 @@ def draw_corner(case: CaseArrays, patch: Shape, foreground: bool, rng: np.random
     else:
         high = [max(-(m // 2), s - p) for m, s, p in zip(missing, shape, patch, strict=True)]
         corner = [int(rng.integers(lo, hi + 1)) for lo, hi in zip(low, high, strict=True)]
-    return corner[0], corner[1], corner[2]
+    return triple(corner)
 
 
 def enlarge(location: Location, patch: Shape, shape: Shape) -> Location:
     """Return the location of a larger patch with the same centre; `shape` differs from `patch` by even numbers."""
-    z, y, x = (c - (s - p) // 2 for c, s, p in zip(location.corner, shape, patch, strict=True))
-    return Location(location.case, (z, y, x), location.matrix)
+    corner = triple(c - (s - p) // 2 for c, s, p in zip(location.corner, shape, patch, strict=True))
+    return Location(location.case, corner, location.matrix)
 
 
 # ------------------------------------------------------------------------------------------------ reading

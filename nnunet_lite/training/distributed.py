@@ -303,8 +303,8 @@ def _wait(processes: Sequence[subprocess.Popen[str]], errors: Sequence[Path]) ->
     if processes[0].poll() is not None and processes[0].returncode > 0:
         return processes[0].returncode  # it printed the reason
     if rank:
-        log.last(errors[rank].read_text().rstrip())
+        log.error(errors[rank].read_text().rstrip())
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    log.last(f"error: process {rank} of {len(processes)} {how}; the others are stopped. "
+    log.error(f"error: process {rank} of {len(processes)} {how}; the others are stopped. "
              "The same command resumes from the last checkpoint.")  # fmt: skip
     return 1 if code < 0 else code

@@ -19,7 +19,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +69,6 @@ class FoldRule:
 
 
 DEFAULT_RULE = FoldRule()
-_warn_once = cache(log.warn)  # `run` reads the folds for each that it trains
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     if not file.is_file():
         make_splits(dataset, rule, strata={})
         return True
-    splits, record = load_splits(file), read_record(file)
+    splits, record = load_splits(file, excluded=_ids(dataset.excluded)), read_record(file)
     try:
         made, _ = make_splits(dataset, rule, record.strata if record and record.stratify == _BY_LABELS else None)
         if [*map(_fingerprint, splits)] != [*map(_fingerprint, made)]:
@@ -148,7 +146,8 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     except UserError:
         if given:
             raise
-        _warn_once(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
+        what = f"{rule.splits} is not used: {file} exists, and its folds stay"
+        log.warn_once(f"{what}. Delete it to use the other folds")  # `run` calls this for each fold
     return False
 
 
@@ -179,7 +178,7 @@ def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT
     UserError
         `read_splits` fails, or options for folds are given for "all".
     """
-    ids = _ids(dataset)
+    ids = _ids(dataset.cases)
     if fold == ALL:
         if rule != DEFAULT_RULE:
             fix = "Omit the options for folds, or train each fold: `all-folds`."
@@ -201,7 +200,7 @@ def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fol
         fold, or `make_splits` fails.
     """
     exists = file.is_file()
-    splits, record = (load_splits(file, _ids(dataset)), None) if exists else make_splits(dataset, rule)
+    splits, record = (load_splits(file, _ids(dataset.cases)), None) if exists else make_splits(dataset, rule)
     if fold not in map(str, range(len(splits))):
         fix = f'Folds are 0 to {len(splits) - 1}, "all-folds" and "all".'
         raise UserError(f"there is no fold {fold!r}", fix=fix)
@@ -238,11 +237,11 @@ def make_splits(
         together with another option, no stratum has a case for each fold, or a label map cannot be read.
     """
     rule = _default_rule(dataset) if rule == DEFAULT_RULE else rule
-    ids, n_folds = _ids(dataset), N_FOLDS if rule.folds is None else rule.folds
+    ids, n_folds = _ids(dataset.cases), N_FOLDS if rule.folds is None else rule.folds
     if rule.splits is not None:
         if rule != FoldRule(splits=rule.splits):
             raise UserError("--splits names the folds: --folds, --group-by and --stratify cannot change them")
-        return load_splits(Path(rule.splits), ids), SplitsRecord(splits=str(rule.splits))
+        return load_splits(Path(rule.splits), ids, _ids(dataset.excluded)), SplitsRecord(splits=str(rule.splits))
     groups = None if rule.group_by is None else read_groups(ids, str(rule.group_by))
     n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
     if not 2 <= n_folds <= n:
@@ -441,13 +440,15 @@ class _FoldEntry(BaseModel):
 _ENTRIES = TypeAdapter(Annotated[list[_FoldEntry], Field(min_length=1)])
 
 
-def load_splits(file: Path, ids: Sequence[str] | None = None) -> list[Split]:
+def load_splits(file: Path, ids: Sequence[str] | None = None, excluded: Sequence[str] = ()) -> list[Split]:
     """Read a splits.json, nnU-Net's splits_final.json, or a table with the columns case and fold.
 
     Parameters
     ----------
     ids : sequence of str, optional
         The cases of the dataset; None if they are not known. A table needs them.
+    excluded : sequence of str
+        Cases to remove from the folds.
 
     Raises
     ------
@@ -463,7 +464,8 @@ def load_splits(file: Path, ids: Sequence[str] | None = None) -> list[Split]:
             splits = _hold_out(ids, [{i for i in ids if column[i] == name} for name in names])
         else:
             entries = _ENTRIES.validate_python(read_json(file), strict=True)
-            splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
+            sides = [[[i for i in side if i not in excluded] for side in (entry.train, entry.val)] for entry in entries]
+            splits = [Split(str(k), tuple(train), tuple(val)) for k, (train, val) in enumerate(sides)]
         for split in splits:
             _check_cases(split, ids)
     except ValidationError:
@@ -486,11 +488,19 @@ def _check_cases(split: Split, ids: Collection[str] | None) -> None:
         raise UserError(f"fold {split.name} names unknown cases: {few(unknown, 5)}")
 
 
-def write_splits(file: Path, splits: Sequence[Split], record: SplitsRecord) -> None:
-    """Write splits.json and its record, and log what it holds."""
+def drop_excluded(file: Path, dataset: Dataset) -> None:
+    """Remove the cases that a user left out from an existing splits.json; the others stay in their folds."""
+    excluded = _ids(dataset.excluded)
+    if file.is_file() and _cases_of(load_splits(file)).intersection(excluded):
+        write_splits(file, load_splits(file, excluded=excluded), None)
+
+
+def write_splits(file: Path, splits: Sequence[Split], record: SplitsRecord | None) -> None:
+    """Write splits.json and its record, if nnlite made the folds, and log what it holds."""
     content = [{"train": list(split.training), "val": list(split.validation)} for split in splits]
-    record = record.model_copy(update={"sha256": hash_of(content)})
-    write_json(_record_file(file), record.model_dump(exclude_none=True))  # before splits.json, which needs it
+    if record is not None:
+        record = record.model_copy(update={"sha256": hash_of(content)})
+        write_json(_record_file(file), record.model_dump(exclude_none=True))  # before splits.json, which needs it
     write_json(file, content)
     held_out = ", ".join(str(len(split.validation)) for split in splits)
     log.info(f"{file.name}: {_summarize(splits, record)}; held out: {held_out}")
@@ -560,8 +570,8 @@ def _record_file(file: Path) -> Path:
     return file.with_name(f"{file.stem}_made.json")
 
 
-def _ids(dataset: Dataset) -> list[str]:
-    return sorted(case.id for case in dataset.cases)
+def _ids(cases: Iterable[Case]) -> list[str]:
+    return sorted(case.id for case in cases)
 
 
 def _cases_of(splits: Iterable[Split]) -> set[str]:
