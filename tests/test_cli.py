@@ -192,7 +192,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
         (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder (it does not exist)"),
-        (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no run.json, and no plans.json with"),
+        (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no plans.json in it)"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
         (["info", "nowhere"], "nowhere: is no model folder (it does not exist)"),
