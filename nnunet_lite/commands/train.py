@@ -396,8 +396,10 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
         return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 
+    begin = time.monotonic()
     cases = load(split.training)
     held_out = cases if split.name == ALL else load(split.validation)
+    seconds = time.monotonic() - begin
     record = None if split.name == ALL else read_record(run.paths.splits)
     of = f" of {record.splits}" if record is not None and record.splits is not None else ""
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
@@ -411,7 +413,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         job = replace(job, passes=_count_passes(job))
     if preview and ranks.rank == 0:
         draw_preview(job, job.folder / "preview.png")
-    train_fold(job)
+    train_fold(job, seconds)
 
 
 def _announce(run: TrainingRun) -> None:
