@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 9.5  # with a look once in half a second, no silence is longer than ten
+_SECONDS_BETWEEN_SIGNS = 0.5
 
 _COLOURS = {"error": "\x1b[31m", "failed": "\x1b[31m", "warning": "\x1b[33m"}  # red, red, yellow
 
@@ -21,6 +26,9 @@ _VERBOSITY = "_NNLITE_VERBOSITY"  # a variable of the environment: processes tha
 _verbosity = int(os.environ.get(_VERBOSITY, NORMAL))
 _start = time.monotonic()
 _bars: Any = None  # tqdm, once a bar is shown
+_works: list[_Work] = []  # from the outer to the inner one
+_clock: threading.Thread | None = None
+_printed = _start  # when the last message was
 
 
 def set_verbosity(verbosity: int) -> None:
@@ -48,6 +56,12 @@ def warn(message: str) -> None:
         _print(f"warning: {message}", sys.stderr)
 
 
+@cache
+def warn_once(message: str) -> None:
+    """Print a warning, unless this process has printed it before."""
+    warn(message)
+
+
 def error(message: str) -> None:
     """Print why this process ends, or what it could not do, whatever the verbosity."""
     _print(message, sys.stderr)
@@ -63,7 +77,8 @@ def _print(text: str, stream: TextIO | None) -> None:
     """Print to a stream, above the progress bars; nothing if it is closed, or None as without a console."""
     if stream is None or stream.closed:
         return
-    text = _coloured(text, stream)
+    global _printed
+    text, _printed = _coloured(text, stream), time.monotonic()
     try:
         if _bars is None:
             print(text, file=stream, flush=True)
@@ -88,15 +103,22 @@ def _coloured(text: str, stream: TextIO) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words: 42 s, 3:07 min, 2:05 h."""
+    """Return a duration in words: 42 s, 3:07 min, 2:05 h, 15 days."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 48 * 60:
+        return f"{minutes / 1440:.2g} days" if minutes < 100 * 1440 else f"{minutes // 1440:,} days"
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Show the progress of a loop: a bar with ETA on a terminal, otherwise a line every ten seconds.
+    """Show the progress of a loop, as `working` does.
+
+    A loop whose body does the work and may fail uses `working`: a generator ends only when its traceback is gone.
 
     Parameters
     ----------
@@ -107,17 +129,87 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     what : str
         Name of the loop.
     """
-    global _bars
-    if _verbosity >= NORMAL and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
+    with working(what, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def working(what: str, total: int | None = None, done: int = 0) -> Iterator[Callable[[int], object]]:
+    """Show what the block does: a bar with ETA on a terminal, otherwise a line after ten seconds without a message.
+
+    Parameters
+    ----------
+    what : str
+        Name of the work.
+    total : int, optional
+        Number of its parts, if there are some.
+    done : int
+        How many of them are done already.
+
+    Yields
+    ------
+    callable
+        To be called with the number of parts that are done.
+    """
+    global _bars, _clock
+    if _verbosity < NORMAL or sys.stderr is None or sys.stderr.closed:
+        yield lambda n_parts: None
+        return
+    bar = None
+    if sys.stderr.isatty():
         from tqdm import tqdm  # not needed by commands without a loop
 
         _bars = tqdm
-        yield from tqdm(items, total=total, desc=what, leave=False)
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES and done < total:
-            info(f"{what}: {done}/{total}, {duration((now - start) / done * (total - done))} left")
-            last = now
+        shown = None if total else "{desc} {elapsed}"
+        # an inner bar is drawn if it takes a while
+        bar = tqdm(desc=what, total=total, initial=done, leave=False, bar_format=shown, delay=1 if _works else 0)
+    if _clock is None:
+        _clock = threading.Thread(target=_show_signs, daemon=True)
+        _clock.start()
+    work = _Work(what, total, done, done, time.monotonic(), bar)
+    _works.append(work)
+    try:
+        yield work.advance
+    finally:
+        _works.remove(work)
+        if bar is not None:
+            bar.close()
+
+
+@dataclass(eq=False)
+class _Work:
+    """What is being worked on; `bar` is its bar on a terminal, a tqdm."""
+
+    what: str
+    total: int | None
+    first: int
+    done: int
+    start: float
+    bar: Any
+
+    def advance(self, n_parts: int) -> None:
+        self.done += n_parts
+        if self.bar is not None:
+            self.bar.update(n_parts)
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.start
+        count = f"{self.done}/{self.total}, " if self.total else ""
+        if self.total is None or self.done == self.first:
+            return f"{self.what}: {count}{duration(seconds)} so far"
+        left = seconds / (self.done - self.first) * (self.total - self.done)
+        return f"{self.what}: {count}{duration(left)} left"
+
+
+def _show_signs() -> None:
+    """Let the bars' clocks run on a terminal; otherwise print a line when nothing was printed for ten seconds."""
+    while True:
+        time.sleep(_SECONDS_BETWEEN_SIGNS)
+        now, works = time.monotonic(), list(_works)
+        for work in works:
+            if work.bar is not None and now - work.start > 1:
+                work.bar.refresh()
+        if works and works[-1].bar is None and now - _printed >= _SECONDS_BETWEEN_LINES:
+            info("; ".join(map(str, works)))

@@ -79,7 +79,7 @@ class TrainingSettings(_Section):
     iterations: int = Field(250, ge=1, description="per epoch")
     validation_iterations: int = Field(50, ge=0, description="pseudo-validation batches per epoch; 0 = none")
     time_limit: Minutes | None = Field(None, gt=0, description='minutes, or "8h", "90m", "300s"; the schedule fits it')
-    limit_validation: bool = Field(False, description="the time limit covers the validation on whole images too")
+    limit_validation: bool = Field(True, description="the time limit covers the validation on whole images too")
     early_stop: int | None = Field(None, ge=1, description="epochs without a better held-out Dice that end the run")
     batch_size: int | None = Field(None, ge=1, description="instead of the plan's")
     patch_size: tuple[int, ...] | None = Field(None, description="instead of the plan's")

@@ -244,7 +244,7 @@ REFUSED = {
     ),
     "a folder with nothing but a checkpoint": theirs(
         lambda f: (f.with_name("alone").mkdir(), checkpoint_of(f).rename(f.with_name("alone") / "checkpoint_best.pth")),
-        "alone", "plans.json and fold_0/checkpoint_final.pth", command="predict -i scan.nii.gz -o out -m alone",
+        "alone", "no plans.json in it", command="predict -i scan.nii.gz -o out -m alone",
     ),
     "a checkpoint for a model": theirs(
         lambda f: None, "theirs, the model folder", command=f"{FOLDER[:-5]}theirs/fold_0/checkpoint_final.pth"

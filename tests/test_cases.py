@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import SimpleITK as sitk
 import torch
 from bad_inputs import Bad, Command, copies_of_scan, refuse
 
+from nnunet_lite import log
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference import cases
 from nnunet_lite.inference.cases import check_output
 from nnunet_lite.inference.predictor import Predictor
 
@@ -92,9 +91,9 @@ def test_arrays_of_every_kind_give_the_same(model: Predictor, scans: list[Path])
 
 
 def test_a_missing_spacing_is_reported_once(
-    model: Predictor, scans: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Predictor, scans: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cases, "_warn_about_spacing", cache(cases._warn_about_spacing.__wrapped__))
+    log.warn_once.cache_clear()
     array = read_image(scans[0]).array
     np.testing.assert_array_equal(model(array), model(array, (1.0, 1.0, 1.0)))
     model(array)

@@ -160,7 +160,7 @@ def test_quiet_and_verbose_before_and_after_the_command(
 
 
 def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> None:
-    code = "import sys, nnunet_lite.commands as c; from nnunet_lite.commands import evaluate, info, machines, plan"
+    code = "import sys; from nnunet_lite.commands import evaluate, info, inventory, machines, plan"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)
 
 
@@ -192,7 +192,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
         (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder (it does not exist)"),
-        (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no run.json, and no plans.json with"),
+        (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no plans.json in it)"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
         (["info", "nowhere"], "nowhere: is no model folder (it does not exist)"),

@@ -118,7 +118,7 @@ def test_everything_is_done_on_workers(scheduler: str, copy_dataset: Callable[..
     for place, where in (("here", None), ("there", scheduler)):
         ended[place] = nnunet_lite.run(
             raw, configurations=["3d_fullres"], folds=2, settings={**TINY, "training.epochs": 2}, device="cpu",
-            workers=0, scheduler=where, workspace=tmp_path / place,
+            recipe="default", workers=0, scheduler=where, workspace=tmp_path / place,
         )  # fmt: skip
     here, there = ([(step.step, step.state) for step in ended[place].steps] for place in ended)
     assert there == here

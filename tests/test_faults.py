@@ -35,7 +35,7 @@ TINY = [
         "network.features_base=4", "network.features_max=8", "inference.mirroring=false",
     )
 ]  # fmt: skip
-WORK = ["run", "raw", "-c", "3d_fullres", "-f", "0,1", "--epochs", "3", "--seed", "1", "--device", "cpu", *TINY]
+WORK = ["run", "raw", "--recipe=default", "-c3d_fullres", "-f0,1", "--epochs=3", "--seed=1", "--device=cpu", *TINY]
 TRAIN = ["train", "3d_fullres", "0", "--name", "new", "--epochs", "2", "--seed", "1", "--device", "cpu", *TINY]
 
 

@@ -263,7 +263,7 @@ def test_the_fold_to_start_from(tiny_model: Path, tmp_path: Path) -> None:
     file = model / "fold_3" / "model.safetensors"
     assert source_of(file, name, "0").file == file
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"is no model folder \(no run\.json, .*A model is a folder"):
+    with pytest.raises(UserError, match=r"is no model folder \(no plans\.json in it\)\. A model is"):
         source_of(tmp_path / "none", name, "0")
     (model / "run.json").unlink()
     with pytest.raises(UserError, match="is no model folder"):

@@ -112,7 +112,7 @@ def test_clean_deletes_only_what_can_be_made_again(command: Run, models: Path) -
     root = models.parent
     (models / "old_tiny_1").mkdir()
     (models / "tiny" / ".tmp-0123abcd-model.safetensors").write_bytes(b"1234")
-    (root / "preprocessed" / "mine.txt").write_text("of the user")
+    (root / "preprocessed" / "my-notes.json").write_text("of the user")
     everything = {path for path in root.rglob("*") if path.is_file()}
     code, out, err = command("clean", cwd=models.parents[2])
     assert (code, err) == (0, "") and "Task04_Hippocampus/preprocessed/cases" in out and "`--yes` deletes" in out
@@ -127,7 +127,7 @@ def test_clean_deletes_only_what_can_be_made_again(command: Run, models: Path) -
     gone = everything - {path for path in root.rglob("*") if path.is_file()}
     store = root / "preprocessed"
     assert {p for p in gone if store not in p.parents} == {models / "tiny" / ".tmp-0123abcd-model.safetensors"}
-    assert {path.name for path in store.iterdir()} == {".lock", "mine.txt"} and (models / "old_tiny_1").is_dir()
+    assert {path.name for path in store.iterdir()} == {".lock", "my-notes.json"} and (models / "old_tiny_1").is_dir()
     assert command("clean", "--yes", cwd=models.parents[2])[1] == "nothing to delete\n"
     assert nnunet_lite.preprocess("2d", workspace=models.parents[1], workers=0).made == 10
     with pytest.raises(UserError, match="no planned dataset"):

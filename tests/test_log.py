@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from samples import ENVIRONMENT
 
+from nnunet_lite import log
+
 ABOVE_A_BAR = """
 import time
 from nnunet_lite import log
@@ -33,6 +35,19 @@ for i in log.progress(range(3), 3, 'outer'):
     if i == 1: thread.start()
     for _ in log.progress(range(5), 5, 'inner'): time.sleep(0.05)
 thread.join()
+"""
+SIGNS = """
+import time
+from nnunet_lite import log
+log._SECONDS_BETWEEN_LINES, log._SECONDS_BETWEEN_SIGNS = 0.3, 0.05
+with log.working('fold', 3) as advance:
+    time.sleep(0.5)
+    advance(1)
+    log.info('message')
+    list(log.progress((time.sleep(0.5) for _ in range(1)), 2, 'windows'))
+try:
+    with log.working('formats'): time.sleep(0.5); raise ValueError
+except ValueError: log.info('an error'); time.sleep(0.5)
 """
 EVERY_KIND = """
 import sys, warnings
@@ -89,6 +104,32 @@ def test_a_message_is_on_a_line_of_its_own_above_the_bar() -> None:
 def test_messages_in_threads_leave_two_bars_whole() -> None:
     _, lines = run_on_a_terminal(IN_A_THREAD)
     assert [line for line in lines if "message" in line] == [f"message {i}" for i in range(20)]
+
+
+def test_a_line_appears_when_nothing_was_printed_for_a_while_also_within_a_part() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNS], env=ENVIRONMENT, capture_output=True, text=True)
+    lines = [re.sub(r"\d\.\d s", "T", line) for line in done.stderr.splitlines()]
+    assert list(dict.fromkeys(lines)) == [  # on a slow machine a line appears twice
+        "fold: 0/3, T so far",
+        "message",
+        "fold: 1/3, T left; windows: 0/2, T so far",
+        "formats: T so far",
+        "an error",
+    ]
+
+
+def test_the_clock_of_a_bar_goes_on_within_a_part() -> None:
+    slow = "import time\nfrom nnunet_lite import log\nwith log.working('case', 2): time.sleep(2.7)"
+    written, lines = run_on_a_terminal(slow + "\nwith log.working('formats'): time.sleep(1.7)")
+    assert "00:01" in written and "00:02" in written and "formats 00:01" in written
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(9.94, "9.9 s"), (187, "3:07 min"), (7500, "2:05 h"), (1.3e6, "15 days"), (1e7, "115 days")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert log.duration(seconds) == words
 
 
 @pytest.mark.parametrize("stream", ["None", "open(os.devnull, 'w')"])

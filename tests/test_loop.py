@@ -115,6 +115,10 @@ def spoiled(case: Any) -> CaseArrays:
     return CaseArrays("spoiled", image, loaded.label, loaded.foreground, loaded.annotated)
 
 
+def raise_after_an_epoch(metrics: Metrics) -> None:
+    raise AssertionError("the first epoch")
+
+
 # --------------------------------------------------------------------------------------------------------- learning
 
 
@@ -131,6 +135,26 @@ def test_the_loss_goes_down_and_a_run_leaves_its_files(job: MakeJob) -> None:
     assert table[-1]["lr"] < table[1]["lr"] < 0.01
     header = read_weights_header(run.folder / MODEL)
     assert (header["configuration"], header["epochs"]) == ("3d_fullres", 3)
+
+
+def test_the_duration_of_a_fold_is_announced_within_the_first_epoch(
+    job: MakeJob, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(job("short", training__epochs=3, training__iterations=8))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "a fold" in line or line.startswith("epoch")]
+    assert re.fullmatch(r"about \d+(\.\d)? s a fold on this CPU", lines[0]) and len(lines) == 4
+    run = job("long", training__epochs=10**7, training__iterations=8)
+    with pytest.raises(AssertionError, match="the first epoch"):
+        train_fold(replace(run, callbacks=(raise_after_an_epoch,)))
+    said = capfd.readouterr().err
+    assert re.search(r"about [\d,.]+ days a fold on this CPU; `--recipe cpu` gives a model in minutes\n", said)
+
+
+def test_seconds_of_loading_count_as_training(job: MakeJob) -> None:
+    run = job(training__epochs=50, training__time_limit=100 / 60)
+    train_fold(run, seconds=99.999)
+    assert len(rows(run.folder)) == 1
+    assert read_weights_header(run.folder / MODEL)["seconds"] > 99.999
 
 
 def test_one_seed_gives_one_result_with_and_without_a_thread(job: MakeJob) -> None:

@@ -26,7 +26,7 @@ OPTIONS = {
     "plan": "-d -fpe -npfp --verify_dataset_integrity --no_pp --clean -pl -gpu_memory_target -preprocessor_name "
             "-overwrite_target_spacing -overwrite_plans_name -c -np --verbose --no_pbar",
     "evaluate": "-djfile -pfile -o -np --chill",
-    "select": "-p -c -tr -np --disable_ensembling --no_overwrite",
+    "select": "-p -c -f -tr -np --disable_ensembling --no_overwrite",
 }  # fmt: skip
 
 
@@ -39,10 +39,11 @@ def translated(line: str) -> str:
 @pytest.mark.parametrize(
     ("typed", "ours"),
     [
-        ("train 4 3d_fullres 0 --npz --c", "3d_fullres 0 --dataset 4"),
-        ("train Dataset004_X 3d_fullres 0 -num_gpus 2", "3d_fullres 0 --gpus 2 --dataset Dataset004_X"),
-        ("train Liver 3d_fullres 0", "3d_fullres 0 --dataset Liver"),
-        ("train 4", "--dataset 4"),
+        ("train 4 3d_fullres 0 --npz --c", "3d_fullres 0 -d 4"),
+        ("train Dataset004_X 3d_fullres 0 -num_gpus 2", "3d_fullres 0 --gpus 2 -d Dataset004_X"),
+        ("train Liver 3d_fullres 0", "3d_fullres 0 -d Liver"),
+        ("train 4", "-d 4"),
+        ("train 4 3d_fullres -d 5", "4 3d_fullres -d 5"),
         ("train 3d_fullres all-folds --set loss.top_k=1", "3d_fullres all-folds --set loss.top_k=1"),
         ("train --set loss.top_k=1 3d_fullres 0", "3d_fullres 0 --set loss.top_k=1"),
         ("train -f 0 1 2 -c 3d_fullres -d 4 --lr -1", "3d_fullres 0,1,2 -d 4 --lr -1"),
@@ -55,10 +56,10 @@ def translated(line: str) -> str:
         ("predict --save-probabilities liver -step_size=1", "--save-probabilities liver --step-size 1"),
         ("predict -d 4 -i a -f", "-d 4 -i a -f"),
         ("plan -d 4 --verify_dataset_integrity -np 2", "4 --workers 2"),
-        ("preprocess 4 -c 2d 3d_fullres", "2d 3d_fullres --dataset 4"),
+        ("preprocess 4 -c 2d 3d_fullres", "2d 3d_fullres -d 4"),
         ("preprocess 2d 3d_fullres", "2d 3d_fullres"),
         ("run -f 0 1 -c 2d Task04", "Task04 -f 0 -f 1 -c 2d"),
-        ("select 4 -c 2d 3d_fullres --disable_ensembling", "-c 2d -c 3d_fullres --no-ensembles --dataset 4"),
+        ("select 4 -c 2d 3d_fullres --disable_ensembling", "-c 2d -c 3d_fullres --no-ensembles -d 4"),
         ("view -m a case", "case -m a"),
         ("view 4", "4"),
         ("evaluate a b -o x.json", "a b --output x.json"),

@@ -135,7 +135,7 @@ def test_commands_name_the_dataset_where_there_are_several(planned: Planned, cop
     with pytest.raises(UserError, match="has 2 planned datasets: data, other"):
         nnunet_lite.preprocess(["2d"], workspace=workspace, workers=0)
     assert nnunet_lite.preprocess(["2d"], dataset="data", workspace=workspace, workers=0).made == 3
-    options = {"settings": TINIEST | SHORT, "workspace": workspace, "device": "cpu"}
+    options = {"recipe": "default", "settings": TINIEST | SHORT, "workspace": workspace, "device": "cpu"}
     nnunet_lite.run(raw, configurations=["2d"], fold=["all"], **options)
     assert (paths.models / "2d-default" / "fold_all" / "model.safetensors").is_file()
     assert not (workspace / "other" / "models").exists()

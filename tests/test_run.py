@@ -104,7 +104,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory, hippocampus: Path) -> Path:
 
 
 def run(raw: Path, workspace: Path, **more: Any) -> RunResult:
-    options: dict[str, Any] = {"settings": TINY, "folds": 2, "device": "cpu", "workers": 0, **more}
+    options: dict[str, Any] = {"recipe": "default", "settings": TINY, "folds": 2, "device": "cpu", "workers": 0, **more}
     return nnunet_lite.run(raw, configurations=["2d", "3d_fullres"], workspace=workspace, **options)
 
 
@@ -163,6 +163,19 @@ def test_again_nothing_is_left(raw: Path, finished: tuple[Path, RunResult], capf
     assert weights(workspace).keys() == before.keys()
 
 
+def test_on_a_cpu_the_recipe_is_cpu_unless_a_model_of_default_was_begun(
+    raw: Path, finished: tuple[Path, RunResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lasts_short = {"training.time_limit": 0.02, "training.iterations": 2, "training.epochs": 1}
+    new = nnunet_lite.run(
+        raw, configurations="2d", fold=0, folds=2, workspace=tmp_path, device="cpu", settings=lasts_short
+    )
+    assert "recipe `cpu`" in (said := capfd.readouterr().err) and "--recipe default" in said
+    assert [folder.name for folder in new.models] == ["2d-cpu"]
+    resumed = run(raw, finished[0], recipe=None)
+    assert {step.state for step in resumed.steps} == {"kept"} and "recipe" not in capfd.readouterr().err
+
+
 def test_other_settings_are_refused_before_anything_is_done(raw: Path, finished: tuple[Path, RunResult]) -> None:
     workspace, _ = finished
     with pytest.raises(UserError, match=r"trained with other settings: optimizer\.lr: 0\.01 -> 0\.5.*recipe file"):
@@ -179,7 +192,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_networks(
     """SIGKILL while the second fold trains; the networks are to the bit those of the run that nothing disturbed."""
     options = as_options(TINY)
     more = ["--folds", "2", "--device", "cpu", "--workers", "0", "-c", "2d,3d_fullres", "-w", str(tmp_path)]
-    command = [sys.executable, "-m", "nnunet_lite", "run", str(raw), *options, *more]
+    command = [sys.executable, "-m", "nnunet_lite", "run", str(raw), "--recipe", "default", *options, *more]
     second = tmp_path / "Task04_Hippocampus" / "models" / "2d-default" / "fold_1"
     with subprocess.Popen(command, stdout=-3, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 240

@@ -93,8 +93,8 @@ def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
     if is_locked(place):
         state = "training"
     elif model and reached <= trained:  # otherwise a finished run is made longer
-        unscored = dice is None and fold != ALL and "imported_from" not in run
-        state = "not scored" if unscored else "finished"
+        scored = fold == ALL or "imported_from" in run or (place / models.VALIDATION / models.SUMMARY).is_file()
+        state = "finished" if scored else "not scored"
     elif checkpoint:
         state = "interrupted"
     return FoldState(run["configuration"], folder.name, fold, state, max(trained, reached), epochs, dice)
@@ -259,12 +259,11 @@ def clean(
     place = workspace_folder(workspace)
     datasets = _datasets(place, dataset)
     with ExitStack() as stack:
-        if yes:
-            for paths in datasets:
-                for fold in paths.models.glob("*/fold_*"):
-                    stack.enter_context(models.lock_fold(fold))
-                if paths.preprocessed.is_dir():
-                    stack.enter_context(locked(paths.preprocessed, "deleting what can be made again", wait=False))
+        for paths in datasets if yes else ():
+            for fold in paths.models.glob("*/fold_*"):
+                stack.enter_context(models.lock_fold(fold))
+            if paths.preprocessed.is_dir():
+                stack.enter_context(locked(paths.preprocessed, "deleting what can be made again", wait=False))
         found = [path for paths in datasets for path in _removable(paths)]
         sizes = {path: size_of(path) for path in found}
         for path in found if yes else ():
@@ -278,5 +277,6 @@ def clean(
 def _removable(paths: Paths) -> list[Path]:
     """Return what can be made again of a dataset."""
     store = paths.preprocessed
-    arrays = [path for path in (store / "cases", store / "raw.json", *store.glob("*-*.json")) if path.exists()]
+    indices = store.glob(f"*-{'[0-9a-f]' * 16}.json")  # see preprocessing/store.py
+    arrays = [path for path in (store / "cases", store / "raw.json", *indices) if path.exists()]
     return arrays + [path for path in leftovers(paths.root, "**/.tmp*") if store / "cases" not in path.parents]

@@ -44,6 +44,7 @@ _CLASSES = "Nothing is chosen by the name of a class: normalization and resampli
 # an option of nnU-Net that something else does here: its default, which changes nothing, and what does it
 _ANSWERS = {
     "-djfile": ("", _LABELS),
+    "-f": ("", "All folds that the models have are used."),
     "-fpe": ("DatasetFingerprintExtractor", _CLASSES),
     "-overwrite_plans_name": ("nnUNetPlans", "A workspace has one plan of a dataset; `-w FOLDER` takes another one."),
     "-overwrite_target_spacing": ("", "Edit the spacing in plans.json; planning again keeps it."),
@@ -95,6 +96,8 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
             left.appendleft(value)
         if has_values:
             options += _with_values(name, own[name], left, has_words=bool(places))
+        elif _WORDS.get(name) in places:
+            (folds if name == "-f" else words).extend(_take(left, 1, _MORE.get(_WORDS[name])))
         elif name in _SKIPPED:
             n_values, reason = _SKIPPED[name]
             _take(left, n_values)
@@ -103,17 +106,15 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
             default, answer = _ANSWERS[name]
             if not default or _take(left) != [default]:
                 raise UserError(f"{name} is an option of nnU-Net", fix=answer)
-        elif _WORDS.get(name) in places:
-            (folds if name == "-f" else words).extend(_take(left, 1, _MORE.get(_WORDS[name])))
         elif word.startswith("-") and word != "-":
             options.append(word if name == typed else name)
         else:
             words.append(word)
     words += [",".join(folds)] if folds else []
     too_many = len(words) > sum(places.values()) and -1 not in places.values()
-    takes_dataset = "--dataset" in own and next(iter(places), "configuration") == "configuration"
+    takes_dataset = "-d" in own and "-d" not in options and next(iter(places), "configuration") == "configuration"
     if words and takes_dataset and (too_many or _DATASET.fullmatch(words[0])):
-        options += ["--dataset", words.pop(0)]
+        options += ["-d", words.pop(0)]
     return [*words, *options, *rest]
 
 

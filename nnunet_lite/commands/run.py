@@ -29,6 +29,8 @@ from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
+from nnunet_lite.models.folder import read_run
+from nnunet_lite.networks.devices import pick_device
 from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, check_folds
@@ -93,7 +95,10 @@ class RunResult:
 def run(
     data: Annotated[str | Path, typer.Argument(help="Folder of the raw data, or its name.")],
     *,
-    recipe: options.Recipe = "default",
+    recipe: Annotated[
+        str | None,
+        options.setting(help="Name of a recipe, or a TOML file.", show_default="default; cpu without a GPU"),
+    ] = None,
     configurations: Annotated[
         str | Sequence[str] | None,
         options.setting(
@@ -132,8 +137,8 @@ def run(
     ----------
     data : str or Path
         Folder of the raw data, or its name.
-    recipe : str
-        Name of a recipe, or a TOML file.
+    recipe : str, optional
+        Name of a recipe, or a TOML file; default: "default", or "cpu" on a CPU unless a model of "default" is begun.
     configurations : str or sequence of str, optional
         Which to train; default: all of the plan.
     fold : int, str or sequence of them, optional
@@ -178,11 +183,14 @@ def run(
     changed = options.overrides_of(
         settings, training__epochs=epochs, training__time_limit=time_limit, training__seed=seed
     )
-    resolved = load_settings(recipe, changed)  # a mistake in it is reported first
+    resolved = load_settings(recipe or "default", changed)  # a mistake in it is reported first
     place = workspace_folder(workspace)
     root = find_raw(str(data), place)
     dataset = read_dataset(root)
     paths = dataset_paths(place, dataset)
+    if recipe is None and scheduler is None and pick_device(device).type == "cpu" and not _begun(paths, "default"):
+        log.info("on a CPU with the recipe `cpu`, for models in minutes; --recipe default trains as nnU-Net does")
+        resolved = load_settings("cpu", changed)
     dataset = choose_cases(dataset, exclude, accept, accept_geometry, paths.dataset)
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     check_folds(paths.splits, dataset, rule)  # a mistake in these too
@@ -220,6 +228,11 @@ def run(
         report=page if page.is_file() else None,
         commands=next_commands(paths, workspace, models),
     )
+
+
+def _begun(paths: Paths, recipe: str) -> bool:
+    """Whether a model of a dataset was begun with a recipe."""
+    return any(read_run(run.parent)["settings"]["recipe"] == recipe for run in paths.models.glob("*/run.json"))
 
 
 def _steps(

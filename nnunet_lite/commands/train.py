@@ -234,11 +234,10 @@ def train(
     all_folds = given == ["all-folds"]
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
-    if scheduler is not None and callbacks:
-        raise UserError("callbacks are called in this process: they go without --scheduler")
-    if scheduler is not None and (not all_folds or name or restart or resume or force or preview or gpus > 1):
+    here = bool(name or restart or resume or force or preview or callbacks or gpus > 1)  # not on workers
+    if scheduler is not None and (not all_folds or here):
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
-        raise UserError(f"{what} --force and --preview")
+        raise UserError(f"{what} --force, --preview and callbacks")
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
     if configuration is None or given is None:
         return describe_training(select_dataset(workspace, dataset, only_reads=True), configuration, workspace)
@@ -397,8 +396,10 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
         return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 
+    begin = time.monotonic()
     cases = load(split.training)
     held_out = cases if split.name == ALL else load(split.validation)
+    seconds = time.monotonic() - begin
     record = None if split.name == ALL else read_record(run.paths.splits)
     of = f" of {record.splits}" if record is not None and record.splits is not None else ""
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
@@ -412,7 +413,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         job = replace(job, passes=_count_passes(job))
     if preview and ranks.rank == 0:
         draw_preview(job, job.folder / "preview.png")
-    train_fold(job)
+    train_fold(job, seconds)
 
 
 def _announce(run: TrainingRun) -> None:

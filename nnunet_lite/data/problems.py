@@ -172,7 +172,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
-        return html_table([("", "files", "problem", "fix"), *rows], [repr(self)])
+        return html_table([("severity", "files", "problem", "fix"), *rows], [repr(self)])
 
     def _by_severity(self) -> list[tuple[Problem, list[str]]]:
         """Return equal problems once, with their files; errors first."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from mimetypes import guess_type
 from os import PathLike
 from pathlib import Path
@@ -156,7 +155,7 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
         return replace(given, array=array)
     array = _as_array(given)
     if spacing is None:
-        _warn_about_spacing()
+        log.warn_once("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
         spacing = (1.0, 1.0, 1.0)
     z, y, x = array.shape[1:]
     return Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
@@ -191,11 +190,6 @@ def _check_spacing(given: Sequence[float]) -> tuple[float, float, float]:
         pass
     what = f"an image with a spacing of {given!r:.100} cannot be segmented"
     raise UserError(what, fix="Give three positive numbers: (z, y, x) in mm.") from None
-
-
-@cache
-def _warn_about_spacing() -> None:
-    log.warn("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
 
 
 def as_classes(label_map: np.ndarray, labels: Labels) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -161,10 +162,12 @@ def predict_label_map(
 
     def run(chosen: Sequence[MemoryPlan]) -> None:
         nonlocal n_written
-        streams = [_finished_slabs(*pair, n_written, skip_empty) for pair in zip(tasks, chosen, strict=True)]
-        for slabs in in_step(streams):
-            run_in_threads(write, slabs, None if chosen[0].sums_device.type == "cpu" else 1)
-            n_written += len(slabs)
+        with log.working("windows", sum(prod(map(len, plan.tiling)) for plan in chosen)) as advance:
+            pairs = zip(tasks, chosen, strict=True)
+            streams = [_finished_slabs(*pair, n_written, skip_empty, advance) for pair in pairs]
+            for slabs in in_step(streams):
+                run_in_threads(write, slabs, None if chosen[0].sums_device.type == "cpu" else 1)
+                n_written += len(slabs)
 
     for chosen, smaller in zip(plans, [*plans[1:], None], strict=True):
         try:
@@ -179,7 +182,9 @@ def predict_label_map(
     raise UserError("memory is too short for this image", fix="End other programs, or use a machine with more memory.")
 
 
-def _finished_slabs(task: PredictionTask, plan: MemoryPlan, n_written: int, skip_empty: bool) -> Iterator[list[Slab]]:
+def _finished_slabs(
+    task: PredictionTask, plan: MemoryPlan, n_written: int, skip_empty: bool, advance: Callable[[int], object]
+) -> Iterator[list[Slab]]:
     """Run the sliding window, and yield slabs of output slices, in order, as soon as they can be computed.
 
     Those that are written already are left out, and the windows that only they need.
@@ -197,7 +202,9 @@ def _finished_slabs(task: PredictionTask, plan: MemoryPlan, n_written: int, skip
             yield slices, rows, logits.reshape(-1, *piece.shape[1:])
 
     left = parts[n_written:]
-    windows = average_windows(window, task.image, plan.tiling, left, sums, plan.batch_size, skip_empty=skip_empty)
+    windows = average_windows(
+        window, task.image, plan.tiling, left, sums, plan.batch_size, skip_empty=skip_empty, advance=advance
+    )
     for finished, values in windows:
         require_finite(values, suggest_wider_type(window, plan.dtype))
         yield [partial(resample, part) for part in finished]

@@ -99,17 +99,12 @@ class Predictor:
         return f"{first}{self.folder} (fold {', '.join(self.folds)}){partners}"
 
     def __repr__(self) -> str:
-        return "\n".join(f"{what}: {value}" for what, value in self._facts())
+        channels, labels = [channel.name for channel in self.plan.channels], self.plan.labels.region_names
+        what = f"{self}, {self.configuration_name} of {self.plan.dataset} on {self.device}"
+        return f"model: {what}\nchannels: {few(channels, 8)}\nlabels: {few(labels, 8)}"
 
     def _repr_html_(self) -> str:
-        return html_table(self._facts())
-
-    def _facts(self) -> list[tuple[str, str]]:
-        return [
-            ("model", f"{self}, {self.configuration_name} of {self.plan.dataset} on {self.device}"),
-            ("channels", few([channel.name for channel in self.plan.channels], 8)),
-            ("labels", few(self.plan.labels.region_names, 8)),
-        ]
+        return html_table([line.split(": ", 1) for line in repr(self).splitlines()])
 
     @property
     def configuration(self) -> Configuration:
@@ -142,8 +137,8 @@ class Predictor:
         Raises
         ------
         UserError
-            The image cannot be read, has other channels than the model, or contains NaN or infinite voxels; or the
-            networks compute such values.
+            The image cannot be read, has other channels than the model, or contains NaN or infinite voxels; a label is
+            unknown; or the networks compute such values.
         """
         file = Path(image) if isinstance(image, str | PathLike) else None
         with nullcontext() if file is None else naming(file):

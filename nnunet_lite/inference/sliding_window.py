@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -220,6 +220,7 @@ def average_windows(
     batch_size: int = 1,
     *,
     skip_empty: bool = False,
+    advance: Callable[[int], object] = lambda n_windows: None,
 ) -> Iterator[tuple[list[Block], Tensor]]:
     """Run the networks on all windows, and yield blocks of slices as soon as their weighted means are finished.
 
@@ -242,6 +243,8 @@ def average_windows(
         How many windows and mirrored copies are computed at once.
     skip_empty : bool
         Leave out windows that are zero; the outputs that no other window reaches are zero too.
+    advance : callable
+        Called with the number of windows that were computed or left out, as `log.working` gives it.
 
     Yields
     ------
@@ -260,6 +263,7 @@ def average_windows(
         places = [(row.span, *place) for place in itertools.product(*tiling[1:])]
         if skip_empty:
             places = [place for place in places if image[:, *(span.inside for span in place)].any()]
+        advance(prod(map(len, tiling[1:])) - len(places))
         slab = torch.from_numpy(image[:, inside])
         if window.device.type == "cuda":  # the host waits where a copy is not contiguous, as of several channels
             slab = slab.contiguous().pin_memory().to(window.device, non_blocking=True)
@@ -271,6 +275,7 @@ def average_windows(
             mean = total.div_(len(window.flips))[(slice(None), *within)].to(sums.device).mul_(weight_inside)
             target[:, :-1].add_(mean.transpose(0, 1))
             target[:, -1].add_(weight_inside)
+            advance(1)
         done = sums[finished - first : row.finished - first]
         covered = done[:, -1:]
         done[:, :-1].div_(covered.where(covered > 0, 1))

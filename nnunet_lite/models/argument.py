@@ -52,7 +52,7 @@ def find_model(
         found = [p for p in found if configuration in (p.name.rpartition("__")[2], p.name.partition("-")[0])] or found
     if len(found) > 1:
         what = f"could be {len(found)} models: {', '.join(map(str, found))}"
-        raise UserError(what, Path(given), "Give one of these paths, or choose with -d or -c.")
+        raise UserError(what, Path(given), "Give one of these paths.")
     return found[0]
 
 
@@ -91,7 +91,7 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
         found = levels[0] or levels[1]
     if found or not required:
         return found
-    why, fix = "no run.json, and no plans.json with a fold_0/checkpoint_final.pth", EXPECTED
+    why, fix = f"no {'fold_0' if (path / 'plans.json').is_file() else 'plans.json'} in it", EXPECTED
     if above := next((folder for folder in path.absolute().parents[:2] if is_model(folder)), None):
         why, fix = "it is a part of one", f"Give {above}, the model folder."
     elif path.is_file():

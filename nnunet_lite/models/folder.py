@@ -40,8 +40,7 @@ VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted a
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
 OLD = "old_"  # starts the names of folders that were set aside
-EXPECTED = ("A model is a folder with plans.json and run.json, one of nnU-Net with plans.json and "
-            "fold_0/checkpoint_final.pth, or a zip of either.")  # fmt: skip
+EXPECTED = "A model is a folder with run.json, or with plans.json and fold_0/checkpoint_final.pth of nnU-Net, or a zip."
 Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
 _N_FOLDS = 5  # by default; fewer cases are trained without folds
 # settings that may differ between two calls of `train` without making it another run

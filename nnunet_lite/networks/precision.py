@@ -123,7 +123,8 @@ def pick_fastest(
     if len(formats) == 1:
         return formats[0]
     one_by_one = device.type == "cuda" or any(candidate.compiled for candidate in formats)
-    times = (_time_one_by_one if one_by_one else _time_in_turns)(formats, prepare, device, budget)
+    with log.working(f"timing {len(formats)} formats"):
+        times = (_time_one_by_one if one_by_one else _time_in_turns)(formats, prepare, device, budget)
     if not times:  # the first step of the run says why
         return formats[0]
     # a compiled network must be clearly faster, since each start compiles it again

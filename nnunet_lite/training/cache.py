@@ -85,7 +85,7 @@ def load_cases(
 
     with ThreadPoolExecutor(cpus()) as pool:
         try:
-            return list(pool.map(load, case_ids))
+            return list(log.progress(pool.map(load, case_ids), len(case_ids), "loading cases"))
         except RuntimeError as error:
             if device.type == "cpu" or not is_out_of_memory(error):
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,8 +49,7 @@ def require_logger(name: str) -> None:
     UserError
         It is not installed.
     """
-    found = None if name == "none" else find_spec(name)
-    if name != "none" and (found is None or found.origin is None):  # a folder `wandb` of earlier runs is no package
+    if name != "none" and getattr(find_spec(name), "origin", None) is None:  # a folder of that name has no origin
         raise UserError(f"training.logger needs the package {name}", fix=f"pip install 'nnunet-lite[{name}]'.")
 
 
@@ -63,39 +62,36 @@ def follow_epochs(job: Job) -> Iterator[Callback]:
     job : Job
         What is trained.
     """
-    name, is_first = job.settings.training.logger, job.ranks.rank == 0
     context = {"configuration": job.configuration, "fold": job.folder.name.removeprefix("fold_")}
-    with _log_epochs(job, name) if is_first and name != "none" else nullcontext() as logger:
-        callbacks = [one for one in (*job.callbacks, logger) if one is not None and is_first]
-
-        def call(metrics: Metrics) -> None:
-            for callback in callbacks:
-                callback(context | deepcopy(metrics))
-
-        yield call
-
-
-@contextmanager
-def _log_epochs(job: Job, name: str) -> Iterator[Callback]:
-    """Start a thread that writes epochs to a logger, and give the callback that passes them on."""
+    callbacks, is_first, name = list(job.callbacks), job.ranks.rank == 0, job.settings.training.logger
     epochs: SimpleQueue[Metrics | None] = SimpleQueue()
-    package, write = _LOGGERS[name]
+    logger = Thread(target=_log_epochs, args=(job, epochs), daemon=True)
+    if is_first and name != "none":
+        logger.start()
+        callbacks.append(epochs.put)
 
-    def run() -> None:
-        try:
-            write(import_module(package), job, iter(epochs.get, None))
-        except Exception as error:  # the model does not depend on it
-            log.warn(f"{name} gets no more metrics of this training: {describe(error)}")
+    def call(metrics: Metrics) -> None:
+        for callback in callbacks if is_first else ():
+            callback(context | deepcopy(metrics))
 
-    thread = Thread(target=run, name=name, daemon=True)
-    thread.start()
     try:
-        yield epochs.put
+        yield call
     finally:
-        epochs.put(None)
-        thread.join(_PATIENCE)
-        if thread.is_alive():
+        if logger.is_alive():
+            epochs.put(None)
+            logger.join(_PATIENCE)
+        if logger.is_alive():
             log.warn(f"{name} has not answered for {_PATIENCE} s; its log lacks the last epochs")
+
+
+def _log_epochs(job: Job, epochs: SimpleQueue[Metrics | None]) -> None:
+    """Write epochs to the logger of a job until None comes."""
+    name = job.settings.training.logger
+    package, write = _LOGGERS[name]
+    try:
+        write(import_module(package), job, iter(epochs.get, None))
+    except Exception as error:  # the model does not depend on it
+        log.warn(f"{name} gets no more metrics of this training: {describe(error)}")
 
 
 def _run_name(job: Job) -> str:

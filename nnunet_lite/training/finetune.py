@@ -178,7 +178,7 @@ def start_from(network: nn.Module, job: Job) -> None:
     workspace = job.folder.absolute().parents[3]  # WORKSPACE/DATASET/models/MODEL/fold_0
     with open_source(training.init, workspace, job.plan.dataset, fold, job.configuration) as source:
         if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
-            log.warn(f"{source.file} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
+            log.warn(f"{training.init} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
         if source.file.suffix == ".pth":
             state = read_nnunet_fold(source.file).network.state_dict()
         else:
@@ -190,7 +190,14 @@ def start_from(network: nn.Module, job: Job) -> None:
     if not report:
         raise UserError(f"nothing in it fits the network of {job.configuration}", source.file,
                         "Leave the settings of the network as they were when it was trained.")  # fmt: skip
-    log.info("\n".join([f"starting from {source.file}", *(f"  {what:<16}  {text}" for what, text in report.items())]))
+    log.info(
+        "\n".join(
+            [
+                f"starting from fold {source.fold} of {training.init}",
+                *(f"  {what:<16}  {text}" for what, text in report.items()),
+            ]
+        )
+    )
 
 
 def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names, outputs: Names) -> dict[str, str]:

@@ -125,7 +125,7 @@ def parallelize(job: Job, learner: Learner) -> Learner:
     if compiled:
         try:
             batch = make_batch(job, job.training, 0, 0, augment=False)
-            with _trial(network):
+            with _trial(network), log.working("compiling the network"):
                 _trial_step(job, parallel, batch)()
             network.eval()
             with torch.inference_mode():  # as the pseudo-validation, whose duration is that of windows later

@@ -46,6 +46,7 @@ from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics
 from nnunet_lite.training.optim import Plateau, learning_rate
 
+_TIMED, _LONG = 5.0, 3600.0  # seconds of steps that tell how long a run takes; a run that is long for a CPU
 _VALIDATION_STREAM = 2**31  # the seed stream of validation; training uses the number of the epoch
 
 
@@ -71,8 +72,15 @@ class State(BaseModel):
     labels: LabelStatistics = Field(default_factory=LabelStatistics, alias="seen")
 
 
-def train_fold(job: Job) -> None:
+def train_fold(job: Job, seconds: float = 0.0) -> None:
     """Train a fold, from its last checkpoint if there is one, and write its model.
+
+    Parameters
+    ----------
+    job : Job
+        What is trained.
+    seconds : float
+        What loading of the cases took, which counts as training time.
 
     Raises
     ------
@@ -89,7 +97,7 @@ def train_fold(job: Job) -> None:
         sweep(job.folder, alone=True)
     from_first(None, job.ranks)  # the others write nothing that could be swept away
     with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
-        begin = time.monotonic()
+        begin = time.monotonic() - seconds
         learner, state = _start(job)
         state.compute = learner.compute  # torch.compile may have failed
         if job.device.type == "cuda":  # candidates of other formats may have needed more
@@ -139,7 +147,8 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
     with recording as recorder, follow_epochs(job) as follow, _save_checkpoints(job, learner, state) as save:
         while not _is_over(job, state):
             begin, before = time.monotonic(), state.seconds
-            metrics = _train_epoch(job, learner, batches, state, stop)
+            with log.working(f"epoch {state.epoch + 1}", training.iterations, state.iteration) as advance:
+                metrics = _train_epoch(job, learner, batches, state, stop, advance)
             if metrics is None:
                 save(True)
                 stop.check(f"in epoch {state.epoch + 1} after step {state.iteration}")
@@ -153,7 +162,8 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
             if recorder is not None:
                 recorder.add(metrics)
                 log.info(_describe_epoch(job, metrics, state))
-                if metrics["epoch"] == 1 < training.epochs and (validation := _plan_validation(job, state)) is not None:
+                validation = _plan_validation(job, state)
+                if validation is not None and metrics["epoch"] == 1 and _progress(job, state) < 1:
                     limits.announce_validation(job.settings, validation, len(job.validation))
             stops = _agree_to_stop(job, stop)
             save(stops)
@@ -219,6 +229,24 @@ def _plan_validation(job: Job, state: State) -> limits.ValidationPlan | None:
     return limits.plan_validation(job, _pass_seconds(job, state))
 
 
+def _seconds_left(job: Job, state: State) -> float:
+    """How long the rest of the run takes, with the validation in whole images."""
+    training, validation = job.settings.training, _plan_validation(job, state)
+    patches = job.planned.batch_size * training.validation_iterations if job.validation else 0
+    epoch = training.iterations * state.pace + patches * _pass_seconds(job, state)
+    left = (training.epochs - state.epoch) * epoch - state.iteration * state.pace
+    limit = limits.training_seconds(job, _pass_seconds(job, state)) - state.seconds
+    return max(0.0, min(left, limit)) + (0.0 if validation is None else validation.seconds)
+
+
+def _announce_duration(job: Job, state: State) -> None:
+    """Log how long the fold takes, and what takes less on a CPU."""
+    seconds, on_cpu = state.seconds + _seconds_left(job, state), job.device.type == "cpu"
+    is_long = on_cpu and seconds > _LONG and job.settings.training.time_limit is None
+    advice = "; `--recipe cpu` gives a model in minutes" if is_long else ""
+    log.info(f"about {log.duration(seconds)} a fold on this {'CPU' if on_cpu else 'GPU'}{advice}")
+
+
 def _stops_early(job: Job, state: State) -> bool:
     patience = job.settings.training.early_stop
     return patience is not None and state.early_stopping.since >= patience
@@ -244,22 +272,31 @@ class _Step(NamedTuple):
 
 
 def _train_epoch(
-    job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: limits.StopRequest
+    job: Job,
+    learner: Learner,
+    batches: Iterator[Batch],
+    state: State,
+    stop: limits.StopRequest,
+    advance: Callable[[int], object],
 ) -> Metrics | None:
     """Train one epoch and return its metrics, or None if a signal interrupted it. Updates `state`.
 
-    The host does not wait for a GPU before the end of the epoch.
+    `advance` is called after each step. The host does not wait for a GPU before the end of the epoch.
     """
     training, begin, before = job.settings.training, time.monotonic(), state.seconds
     learner.network.train()
     steps: list[_Step] = []
     rate, waited, interrupted = 0.0, 0.0, False
     clock = Clock(job.ranks if training.time_limit else ALONE, state.pace)  # without a limit, time does not matter
+    announced = state.epoch > 0
     while state.iteration < training.iterations and not interrupted:
         elapsed = clock.after(len(steps))
         state.seconds, state.pace = before + elapsed, elapsed / len(steps) if steps else state.pace
         if state.iteration and _progress(job, state, state.pace / 2) >= 1:
             break  # the end of the time is nearer now than after another step
+        if not announced and len(steps) > 1 and (elapsed > _TIMED or state.iteration + 1 == training.iterations):
+            announced = True
+            _announce_duration(job, state)
         progress = _progress(job, state) if state.epoch or state.iteration else 0.0
         rate = learning_rate(job.settings.optimizer.lr * state.plateau.factor, job.settings.schedule, progress)
 
@@ -270,6 +307,7 @@ def _train_epoch(
         loss, good = learning.train_step(job, learner, step_batches, rate, number)
         steps.append(_Step(loss, good, [case for _, _, case_ids in step_batches for case in case_ids]))
         state.iteration += 1
+        advance(1)
         if job.device.type == "cpu" and not good:
             _count_bad_steps(job, state, steps)
         if state.iteration < training.iterations and (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0):
@@ -368,7 +406,7 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     )
     begin, done = time.monotonic(), 0
     with closing(prefetch(makers, job.device, job.settings.training.workers)) as batches:
-        for batch in batches:
+        for batch in log.progress(batches, n_batches, "held-out patches"):
             loss, outputs = learning.compute_loss(job, learner, batch)
             finest = outputs[0] if isinstance(outputs, list) else outputs
             total += loss
@@ -396,8 +434,6 @@ def _finite(value: float, digits: int = 5) -> float | None:
 
 def _describe_epoch(job: Job, metrics: dict[str, Any], state: State) -> str:
     """Write one epoch as a line."""
-    done, validation = max(_progress(job, state), 1e-9), _plan_validation(job, state)
-    left = state.seconds / done * max(0.0, 1 - done) + (0.0 if validation is None else validation.seconds)
     mean_dice = metrics.get("mean_dice")
     dice = " ".join("-" if d is None else f"{d:.3f}" for d in list(metrics.get("dice", {}).values())[:8])
     loss = "not finite" if metrics["train_loss"] is None else f"{metrics['train_loss']:+.4f}"
@@ -408,5 +444,5 @@ def _describe_epoch(job: Job, metrics: dict[str, Any], state: State) -> str:
     speed = f"{metrics['samples_per_second']:.3g} samples/s, {metrics['waiting']:.0%} waiting, {memory}"
     return (
         f"epoch {metrics['epoch']:>4}  loss {loss}{score}  lr {metrics['lr']:.1e}  "
-        f"{log.duration(metrics['seconds'])} ({speed}), {log.duration(left)} left"
+        f"{log.duration(metrics['seconds'])} ({speed}), {log.duration(_seconds_left(job, state))} left"
     )

@@ -19,7 +19,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +69,6 @@ class FoldRule:
 
 
 DEFAULT_RULE = FoldRule()
-_warn_once = cache(log.warn)  # `run` reads the folds for each that it trains
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,8 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     except UserError:
         if given:
             raise
-        _warn_once(f"{rule.splits} is not used: {file} exists, and its folds stay. Delete it to use the other folds")
+        what = f"{rule.splits} is not used: {file} exists, and its folds stay"
+        log.warn_once(f"{what}. Delete it to use the other folds")  # `run` calls this for each fold
     return False
 
 
