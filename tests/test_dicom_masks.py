@@ -134,7 +134,7 @@ def test_the_smaller_of_two_structures_is_taken(tmp_path: Path) -> None:
     maps, labels, notes, _ = convert(tmp_path / "data")
     assert labels == {"background": 0, "liver": 1, "tumour": 2}
     assert (maps[0] == 2).sum() == 4 and (maps[0] == 1).sum() == 60 and (maps[1] == 1).sum() == 64
-    assert notes == ["tumour is in 1 of 2 cases", "4 voxels of tumour are in larger structures too, and become tumour"]
+    assert notes == ["tumour is in 1 of 2 cases", "in larger structures too, and taken from them: 4 voxels of tumour"]
 
 
 def test_structures_are_chosen_by_name_or_file(tmp_path: Path) -> None:

@@ -71,15 +71,12 @@ def convert_masks(
         several modalities; the folder exists; or a mask is on another grid than its series.
     """
     scans, masks, left_out = _masks_of_series(files, patterns)
-    counts = Counter(
-        name for of_series in masks.values() for name in {n for names in of_series.values() for n in names}
-    )
+    counts = Counter(name for of_series in masks.values() for names in of_series.values() for name in names)
     labels = {BACKGROUND: 0} | {name: value for value, name in enumerate(sorted(counts), 1)}
     labels_of({"labels": labels}, None)
     if folder.exists():
         raise UserError("exists already", folder, "Delete it, or give another --output.")
-    cases, modalities = list[Case](), set[str]()
-    patients, overlaps = Counter[str](), Counter[str]()
+    cases, modalities, overlaps = list[Case](), set[str](), Counter[str]()
     slices_in = Counter(path.parent for slices in scans.values() for path in slices)
     with scratch(folder.parent) as temporary:
         (temporary / folder.name).mkdir()
@@ -89,8 +86,8 @@ def convert_masks(
             header = _header(first, ["PatientID", "Modality"])
             modalities.add(str(header.get("Modality") or "image"))
             patient = re.sub(r"[^\w.-]+", "_", str(header.get("PatientID") or "")).strip("_") or place.name
-            patients[patient] += 1
-            name = patient if patients[patient] == 1 else f"{patient}_{patients[patient]}"
+            taken = {case.id for case in cases}
+            name = next(n for n in (patient, *(f"{patient}_{i}" for i in range(2, len(masks) + 2))) if n not in taken)
             label, geometry = _label_map(place, masks[uid], labels, overlaps)
             write_label(temporary / folder.name / f"{name}.nii.gz", label, geometry)
             cases.append(Case(name, (place,), folder / f"{name}.nii.gz"))
@@ -98,14 +95,9 @@ def convert_masks(
             what = f"has masks of {' and '.join(sorted(modalities))}"
             raise UserError(what, files.root, "Choose the files of masks with --label PATTERN.")
         (temporary / folder.name).rename(folder)
-    notes = [
-        f"{name} is in {n} of {plural(len(cases), 'case')}" for name, n in sorted(counts.items()) if n < len(cases)
-    ]
-    notes += [
-        f"{plural(n, 'voxel')} of {name} are in larger structures too, and become {name}"
-        for name, n in overlaps.items()
-        if n
-    ]
+    notes = [f"{name} is in {n} of {len(cases)} cases" for name, n in sorted(counts.items()) if n < len(cases)]
+    shared = [f"{plural(n, 'voxel')} of {name}" for name, n in overlaps.items() if n]
+    notes += [f"in larger structures too, and taken from them: {', '.join(shared)}"] if shared else []
     return Discovery(tuple(cases), tuple(modalities), left_out), labels, notes
 
 
