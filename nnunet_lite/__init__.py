@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from nnunet_lite.commands.evaluate import evaluate, view
     from nnunet_lite.commands.export import export_model, import_model
+    from nnunet_lite.commands.init import init
     from nnunet_lite.commands.plan import check, plan, preprocess
     from nnunet_lite.commands.predict import predict
     from nnunet_lite.commands.run import run
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
-    "UserError", "check", "evaluate", "export_model", "import_model", "load", "plan", "predict", "preprocess", "report",
-    "run", "select", "train", "view",
+    "UserError", "check", "evaluate", "export_model", "import_model", "init", "load", "plan", "predict", "preprocess",
+    "report", "run", "select", "train", "view",
 ]  # fmt: skip
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",

@@ -34,6 +34,7 @@ from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
 COMMANDS = {
+    "init": ("init.init", "Make a dataset of the files that you have, without copying them."),
     "check": ("plan.check", "Report every problem of a dataset at once."),
     "plan": ("plan.plan", "Check a dataset, take its fingerprint and plan its networks."),
     "preprocess": ("plan.preprocess", "Crop, normalise and resample a planned dataset."),

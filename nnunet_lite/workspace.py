@@ -2,6 +2,7 @@
 
 workspace/
   current.json                 the dataset that was planned last
+  raw/NAME/dataset.json        a dataset that `nnlite init` wrote: the paths of its files
   Task04_Hippocampus/
     dataset.json  fingerprint.json  plans.json  planned.json  check.json  raw.json  splits.json
     splits_made.json           how the folds were made
@@ -23,6 +24,7 @@ from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 
+RAW = "raw"  # a folder of the workspace: datasets that `nnlite init` wrote
 IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in upper or lower case
 
 
@@ -86,7 +88,7 @@ def is_model_of(workspace: Path, folder: Path) -> bool:
 def find_raw(given: str, workspace: Path) -> Path:
     """Return the folder of a raw dataset from a path or a name; `Task04` and `4` find `Task04_Hippocampus`.
 
-    Names are looked up in the current folder, ./data, the workspace and (if set) nnUNet_raw.
+    Names are looked up in the current folder, ./data, the workspace, its raw/ and (if set) nnUNet_raw.
 
     Raises
     ------
@@ -97,9 +99,9 @@ def find_raw(given: str, workspace: Path) -> Path:
     if path.is_dir():
         return path.absolute()
     if path.exists():
-        raise UserError("is a file; a dataset is a folder", path)
+        raise UserError("is a file; a dataset is a folder", path, "Of a CSV file `nnlite init` makes one.")
     raw = os.environ.get("nnUNet_raw")  # noqa: SIM112 - the name that nnU-Net gave it
-    places = [Path.cwd(), Path.cwd() / "data", workspace, *([Path(raw)] if raw else [])]
+    places = [Path.cwd(), Path.cwd() / "data", workspace, workspace / RAW, *([Path(raw)] if raw else [])]
     if len(path.parts) == 1:
         found = {match.resolve() for place in places for match in _named(place, given) if _is_raw(match)}
         if len(found) == 1:

@@ -35,5 +35,11 @@ for value, name in scores["labels"].items():
     print(f"Dice {name:12} {scores['mean'][value]['Dice']:.4f}")
 print(f"Dice {'mean':12} {scores['foreground_mean']['Dice']:.4f}")
 PY
-echo "next         source .venv/bin/activate, and nnlite --help"
 echo "time         $SECONDS s from check to score, of which training with validation $training s"
+case ${SHELL:-} in *fish) activate=activate.fish ;; *csh) activate=activate.csh ;; *) activate=activate ;; esac
+echo
+echo "what comes next, to copy into this shell:"
+printf '  source %q\n' "$(dirname "$(command -v nnlite)")/$activate"
+printf '  nnlite info -w %q\n' "$NNLITE_WORKSPACE"
+printf '  nnlite plan %q\n' "$data"
+echo "and for your own images: nnlite plan FOLDER"

@@ -16,8 +16,10 @@ from bad_inputs import Command, edit, setting
 from samples import FAST, NNUNET_MODELS
 
 import nnunet_lite
+from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.comparison import find_members
 from nnunet_lite.files import read_json
 from nnunet_lite.models.argument import find_model, find_models, unpacked
 from nnunet_lite.models.folder import model_folders, stage_path
@@ -177,3 +179,14 @@ def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_pat
     assert model.first_stage is not None and model.first_stage.configuration_name == "3d_lowres"
     made = nnunet_lite.import_model(inside, name="mine", workspace=tmp_path / "w")
     assert made == paths.models / "mine" and (paths.models / "3d_lowres-mine" / "fold_0").is_dir()
+
+
+def test_select_says_which_models_were_imported(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """nnlite does not know on which cases their folds were trained."""
+    shutil.copytree(tiny_workspace, tmp_path / "w", ignore=shutil.ignore_patterns("preprocessed"))
+    nnunet_lite.export_model([tiny_model, tmp_path / "tiny.zip"])
+    nnunet_lite.import_model(tmp_path / "tiny.zip", name="theirs", workspace=tmp_path / "w")
+    paths = Paths(tmp_path / "w" / tiny_model.parents[1].name)
+    members, notes = find_members(paths, stored_dataset(paths.dataset))
+    assert [member.name for member in members] == ["theirs", "tiny"]
+    assert notes == ["theirs was imported: its scores count only if it held out the folds of splits.json"]

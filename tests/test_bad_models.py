@@ -240,7 +240,7 @@ REFUSED = {
     "a zip of nnU-Net with damaged weights": theirs(
         lambda f: (os.truncate(checkpoint_of(f), 5000),
                    shutil.make_archive(str(f.with_name("model")), "zip", f.parent, f.name)),
-        "checkpoint_final.pth", command="info model.zip",
+        "error: model.zip/theirs/fold_0/checkpoint_final.pth", command="info model.zip",
     ),
     "a folder with nothing but a checkpoint": theirs(
         lambda f: (f.with_name("alone").mkdir(), checkpoint_of(f).rename(f.with_name("alone") / "checkpoint_best.pth")),

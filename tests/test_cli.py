@@ -160,7 +160,7 @@ def test_quiet_and_verbose_before_and_after_the_command(
 
 
 def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> None:
-    code = "import sys, nnunet_lite.commands as c; from nnunet_lite.commands import evaluate, info, machines, plan"
+    code = "import sys; from nnunet_lite.commands import evaluate, info, inventory, machines, plan"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)
 
 

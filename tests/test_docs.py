@@ -43,7 +43,7 @@ SHORTER = (
 NOT_RUN = re.compile(
     r"scripts/(demo|test)\.sh|pip install .*|.*--gpus \d+.*|torchrun .*|ssh .*"
     r"|nnlite train 3d_(lowres|cascade_fullres) .*|python scripts/compare_(preprocessed|training)\.py .*"
-    r"|nnlite cluster .*|nnlite .*--scheduler .*"
+    r"|nnlite cluster .*|nnlite .*--scheduler .*|nnlite plan tests/data/.*"
 )
 
 

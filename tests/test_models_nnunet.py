@@ -262,6 +262,8 @@ def test_folds_without_the_checkpoint_are_left_out(three_folds: Path, capfd: pyt
     assert "fold 1, 2 used (checkpoint_best.pth), fold 0 left out" in capfd.readouterr().err
     assert load(three_folds, 2, "cpu").folds == ("2",)
     assert "left out" not in capfd.readouterr().err, "the fold was given"
+    nnunet_lite.import_model(three_folds, workspace=three_folds.parent / "w")
+    assert capfd.readouterr().err.count("left out") == 1
     shutil.copytree(three_folds / "fold_0", three_folds / "fold_all")
     assert load(three_folds, device="cpu").folds == ("0", "2")
     assert load(three_folds, "all", "cpu").folds == ("all",)

@@ -21,6 +21,7 @@ from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting import material
+from nnunet_lite.workspace import planned_paths
 
 Ended = tuple[int, str, str]
 
@@ -275,3 +276,13 @@ def test_names_are_text_in_a_notebook(tiny_model: Path) -> None:
     for shown in (plan, Scores((), Labels(names={"background": 0, evil: 1}))):
         text = shown._repr_html_()
         assert text.startswith("<table>") and "<script" not in text and "&lt;script&gt;" in text
+
+
+@pytest.mark.parametrize("lacking", ["settings", "configuration", "format"])
+def test_a_model_with_a_damaged_run_is_left_out(tiny_workspace: Path, tmp_path: Path, lacking: str) -> None:
+    shutil.copytree(tiny_workspace, tmp_path / "w", ignore=shutil.ignore_patterns("preprocessed"))
+    paths = planned_paths(tmp_path / "w")
+    run = read_json(paths.models / "tiny" / "run.json")
+    write_json(paths.models / "tiny" / "run.json", {key: value for key, value in run.items() if key != lacking})
+    found = material.read_material(paths)
+    assert not found.models and "model tiny is left out" in found.notes[0] and lacking in found.notes[0]

@@ -118,6 +118,8 @@ class About:
     def to_text(self) -> str:
         return self.text
 
+    __repr__ = to_text
+
 
 def sizes_of(value: str | Sequence[int], option: str) -> tuple[int, ...]:
     """Return a size such as "40x56x40" or (40, 56, 40) as a tuple of numbers of voxels.

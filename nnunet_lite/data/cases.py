@@ -8,6 +8,7 @@ messages show them and propose likely pairs.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ _LABEL_WORD = re.compile(r"(.+?)[ _.-](?:masks?|segs?|segmentations?|labels?|gt)
 _NEEDS = "It needs dataset.json, or the folders images/ and labels/ (or imagesTr/ and labelsTr/)."
 _NAMING = (
     "An image is called CASE.nii.gz, or CASE_0000.nii.gz, CASE_0001.nii.gz, ... for its channels (an underscore, four "
-    "digits), and its label map CASE.nii.gz: one for all structures, with a value for each. Or list the files in "
-    "dataset.json, see docs/files.md."
+    "digits), and its label map CASE.nii.gz: one for all structures, with a value for each. `nnlite init FOLDER` lists "
+    "files of other names or folders in a dataset.json, see docs/files.md."
 )
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 _PART = re.compile(r"\d+|[^\W\d_]+")  # of a name: a number or a word
@@ -550,7 +551,7 @@ def _parts(name: str) -> list[str]:
 
 
 def common_ending(cases: Iterable[Case]) -> str:
-    """Return the ending of most images.
+    """Return the ending of most images; that of label maps for DICOM series, which have none.
 
     Parameters
     ----------
@@ -562,7 +563,7 @@ def common_ending(cases: Iterable[Case]) -> str:
     str
         Such as ".nii.gz".
     """
-    endings = [suffix_of(path) for case in cases for path in case.images]
+    endings = [suffix_of(path) or ".nii.gz" for case in cases for path in case.images]
     return max(set(endings), key=endings.count, default=".nii.gz")
 
 
@@ -597,4 +598,5 @@ def _no_dataset_error(root: Path) -> UserError:
         return UserError("is no dataset", root, f"Give {few(datasets)}.")
     names = [f"{name}/" if (root / name).is_dir() else name for name in _names_in(root)]
     found = f": it holds {few(names)}" if names else ""
-    return UserError(f"is no dataset{found}", root, f"{_NEEDS} {_NAMING}")
+    naming = _NAMING.replace("FOLDER", shlex.quote(str(root)))
+    return UserError(f"is no dataset{found}", root, f"{_NEEDS} {naming}")

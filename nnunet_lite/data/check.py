@@ -103,7 +103,7 @@ def exclude_cases(dataset: Dataset, case_ids: Sequence[str]) -> Dataset:
     known = [case.id for case in dataset.cases]
     for case_id in case_ids:
         if case_id not in known:
-            near = get_close_matches(case_id, known, 1)
+            near = get_close_matches(case_id, known, 1, 0.4)
             fix = f"Did you mean {near[0]}?" if near else f"There are {few(known)}."
             raise UserError(f"--exclude {case_id!r} is no case", dataset.root, fix)
     kept = tuple(case for case in dataset.cases if case.id not in case_ids)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -395,10 +395,11 @@ def _explicit_cases(root: Path, entries: dict[str, Any], channels: int, table: P
         if "/" in name:
             raise UserError(f"the id {name!r} holds a /, and cases give files their names", table, "Write _ instead.")
         label, *images = [os.path.expandvars(file) for file in files]
-        paths = tuple(root / file for file in images)
-        if len(paths) == 1:  # x_0000 alone: its other channels are x_0001, ...
-            _, paths = _channel_files(paths[0], channels, ())
-        cases.append(Case(name, paths, root / label if label else None))
+        cases.append(Case(name, tuple(root / file for file in images), root / label if label else None))
+    listed = {path for case in cases for path in case.images}
+    for i, case in enumerate(cases):
+        if len(case.images) == 1:  # x_0000 alone: its other channels are x_0001, ...
+            cases[i] = replace(case, images=_channel_files(case.images[0], channels, listed)[1])
     return cases
 
 
@@ -467,13 +468,8 @@ def _plain(root: Path) -> Dataset:
     """Return a dataset without dataset.json: channels follow from the files, labels from values in the label maps."""
     cases, pairing = labelled_cases(root)
     channels = max(len(case.images) for case in cases)
-    readable, inside = _first_readable(cases)
-    if channels == 1 and inside == 3 and suffix_of(readable) in PICTURES:
-        names: tuple[str, ...] = ("R", "G", "B")
-    else:
-        names = tuple(f"channel_{i}" for i in range(channels if channels > 1 else inside))
-    paths = [case.label for case in cases if case.label and case.label.is_file()]
-    labels, value_map = _labels_in(paths)
+    names = name_channels(cases, [f"channel_{i}" for i in range(channels)])
+    labels, value_map = labels_in([case.label for case in cases if case.label and case.label.is_file()])
     pairing += (MASK_NOTE,) if value_map else ()
     return Dataset(
         name=root.name,
@@ -488,6 +484,29 @@ def _plain(root: Path) -> Dataset:
     )
 
 
+def name_channels(cases: Iterable[Case], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the channels of images whose files may have several.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+        Cases of a dataset.
+    names : sequence of str
+        A name for each file of a case.
+
+    Returns
+    -------
+    tuple of str
+        These names, numbered if the files have several channels; R, G, B for a colour picture.
+    """
+    readable, inside = _first_readable(cases)
+    if inside == 1 or len(names) > 1:
+        return tuple(names)
+    if inside == 3 and suffix_of(readable) in PICTURES:
+        return ("R", "G", "B")
+    return tuple(f"{names[0].removesuffix('_0')}_{i}" for i in range(inside))
+
+
 def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
     """Return the first image that can be read and its channels; if none can, the first image."""
     paths = [path for case in cases for path in case.images]
@@ -497,8 +516,26 @@ def _first_readable(cases: Iterable[Case]) -> tuple[Path, int]:
     return paths[0], 1
 
 
-def _labels_in(paths: Sequence[Path]) -> tuple[Labels, dict[int, int] | None]:
-    """Return a label for each value in label maps, and the `value_map`."""
+def labels_in(paths: Sequence[Path]) -> tuple[Labels, dict[int, int] | None]:
+    """Return a label for each value in label maps, label_1 for 1.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The label maps. Those that cannot be read are left out, since the check reports them.
+
+    Returns
+    -------
+    labels : Labels
+        The labels.
+    value_map : dict of int to int or None
+        As in `Dataset`.
+
+    Raises
+    ------
+    UserError
+        They hold nothing but zeros, or values that are no labels.
+    """
     found = _values_in(paths)
     values = set().union(*found) - {0}
     fix = "Label maps hold 0 for the background and 1, 2, ... for the labels."

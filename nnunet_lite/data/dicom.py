@@ -118,7 +118,7 @@ def is_series(path: Path) -> bool:
     bool
         Whether `read_series` may read it.
     """
-    return bool(series_folders(path)) if path.is_dir() else _is_scan(_dicom_class(path))
+    return bool(series_folders(path)) if path.is_dir() else is_scan(dicom_class(path))
 
 
 def series_folders(folder: Path, depth: int = _DEPTH) -> list[Path]:
@@ -137,7 +137,7 @@ def series_folders(folder: Path, depth: int = _DEPTH) -> list[Path]:
         Sorted.
     """
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    if any(_is_scan(_dicom_class(path)) for path in entries):
+    if any(is_scan(dicom_class(path)) for path in entries):
         return [folder]
     inside = [path for path in entries if path.is_dir()] if depth else []
     return [found for path in inside for found in series_folders(path, depth - 1)]
@@ -225,10 +225,18 @@ def series_slices(path: Path) -> list[Slice]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _dicom_class(path: Path) -> str | None:
-    """Return the UID of the class of a DICOM file, with or without its preamble of 128 bytes.
+def dicom_class(path: Path) -> str | None:
+    """Return the class of a DICOM file, with or without its preamble of 128 bytes.
 
-    None if the path is not a DICOM file; empty if the class is not in the first bytes.
+    Parameters
+    ----------
+    path : Path
+        Any path.
+
+    Returns
+    -------
+    str or None
+        Its UID; empty if it is not in the first bytes. None if the path is not a DICOM file.
     """
     if path.name.startswith(".") or not path.is_file():
         return None
@@ -240,7 +248,19 @@ def _dicom_class(path: Path) -> str | None:
     return found[1].decode("ascii") if found else ""
 
 
-def _is_scan(uid: str | None) -> bool:
+def is_scan(uid: str | None) -> bool:
+    """Return whether the UID of a class is that of images that may be slices of a series.
+
+    Parameters
+    ----------
+    uid : str or None
+        As `dicom_class` returns it.
+
+    Returns
+    -------
+    bool
+        False for segmentations, reports, radiotherapy objects and what is not DICOM.
+    """
     return uid is not None and not uid.startswith(_NO_SCANS)
 
 
@@ -265,13 +285,13 @@ def _one_series(path: Path) -> list[Slice]:
 def _scans(folder: Path) -> list[Path]:
     """Return the DICOM images of a folder; warn of files that could have been images."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    classes = {path: _dicom_class(path) for path in files}
+    classes = {path: dicom_class(path) for path in files}
     others = [path for path, uid in classes.items() if uid is None]
     if broken := [path for path in others if path.suffix.lower() in ENDINGS]:
         raise UserError("is not a DICOM file, or a damaged one", broken[0], "Copy or export it again, or remove it.")
     if unclear := [path.name for path in others if not path.suffix[1:].isalpha()]:
         log.warn(f"{folder}: ignored, since it is not DICOM: {few(unclear)}")
-    return [path for path, uid in classes.items() if _is_scan(uid)]
+    return [path for path, uid in classes.items() if is_scan(uid)]
 
 
 def _describe(slices: list[Slice], folder: Path) -> str:

@@ -274,8 +274,10 @@ def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool
 
 
 def _paths(case: Case) -> list[Path]:
-    others = [other for path in case.images for other in companions(path)]
-    return [*case.images, *([case.label] if case.label else []), *dict.fromkeys(others)]
+    folders = {path: sorted(filter(Path.is_file, path.iterdir())) for path in case.images if path.is_dir()}  # of DICOM
+    images = [file for path in case.images for file in folders.get(path, [path])]
+    others = [other for path in images for other in companions(path)]
+    return [*images, *([case.label] if case.label else []), *dict.fromkeys(others)]
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

@@ -137,8 +137,8 @@ class Predictor:
         Raises
         ------
         UserError
-            The image cannot be read, has other channels than the model, or contains NaN or infinite voxels; or the
-            networks compute such values.
+            The image cannot be read, has other channels than the model, or contains NaN or infinite voxels; a label is
+            unknown; or the networks compute such values.
         """
         file = Path(image) if isinstance(image, str | PathLike) else None
         with nullcontext() if file is None else naming(file):

@@ -134,7 +134,12 @@ def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
         if checkpoint != "final" and (folder / "run.json").is_file():
             what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
             raise UserError(what, path, "Leave out --checkpoint.")
-        yield folder
+        try:
+            yield folder
+        except UserError as error:
+            if file is None or error.file is None or not Path(error.file).is_relative_to(folder):
+                raise
+            raise UserError(error.what, path / Path(error.file).relative_to(folder), error.fix) from None
 
 
 @contextmanager

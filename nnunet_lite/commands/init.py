@@ -1,0 +1,152 @@
+"""`nnlite init`: write a dataset.json that lists the files which people have; none of them is copied."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnunet_lite.commands import options
+from nnunet_lite.data.cases import Case, common_ending
+from nnunet_lite.data.dataset import MASK_NOTE, labels_in, name_channels
+from nnunet_lite.data.dicom import require_dicom
+from nnunet_lite.data.discovery import cases_by_name, cases_in_table, files_below
+from nnunet_lite.data.names import PICTURES
+from nnunet_lite.data.problems import few, plural
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import write_json
+from nnunet_lite.workspace import RAW, workspace_folder
+
+_CASES_SHOWN = 3
+
+
+def init(
+    data: Annotated[str | Path, typer.Argument(help="Folder of images and label maps, or a CSV file.")],
+    *,
+    image: Annotated[
+        str | Sequence[str] | None,
+        options.data(
+            metavar="PATTERN", help="Which files are images; once for each channel.", show_default="all but label maps"
+        ),
+    ] = None,
+    label: Annotated[
+        str | Sequence[str] | None,
+        options.data(
+            metavar="PATTERN",
+            help="Which files are label maps, or structures of DICOM masks.",
+            show_default="names with mask, seg, label, ...",
+        ),
+    ] = None,
+    output: Annotated[
+        str | Path | None,
+        options.output("-o", "--output", help="Folder of the dataset.", show_default="WORKSPACE/raw/NAME"),
+    ] = None,
+    workspace: options.Workspace = None,
+) -> options.About:
+    """Make a dataset of the files that you have, without copying them.
+
+    It understands a folder for each patient, masks next to images or in a folder of their own, a CSV file with columns
+    case, label and one for each channel, and DICOM series with DICOM-SEG or RTSTRUCT masks, of which label maps are
+    written. The dataset is a dataset.json with the paths of the files.
+
+    Parameters
+    ----------
+    data : str or Path
+        Folder of images and label maps, or a CSV file.
+    image : str or sequence of str, optional
+        Patterns of images, such as "*_t1.nii.gz", one for each channel; default: all files that are no label maps.
+    label : str or sequence of str, optional
+        Patterns of label maps, or of structures in DICOM masks; default: names with a word such as mask, seg or label.
+    output : str or Path, optional
+        Folder of the dataset; default: raw/NAME in the workspace.
+    workspace : str or Path, optional
+        The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
+
+    Returns
+    -------
+    About
+        What was found, what was left out, and the next command.
+
+    Raises
+    ------
+    UserError
+        It is not clear which files belong together, or there is a dataset.json already. Nothing is written.
+
+    Examples
+    --------
+    nnlite init patients
+    nnlite init scans --image '*_t1.nii.gz' --label '*_lesion.nii.gz'
+    """
+    source, place = Path(data).expanduser().absolute(), workspace_folder(workspace)
+    source = source.resolve() if ".." in source.parts else source
+    name = source.stem if source.is_file() else source.name
+    root = Path(output).expanduser().absolute() if output else place / RAW / name
+    then = f"nnlite plan {_for_shell(root)}" + (f" -w {_for_shell(place)}" if workspace else "")
+    if not source.exists():
+        raise UserError("there is no such folder or file", source)
+    if (root / "dataset.json").exists():
+        raise UserError("exists already", root / "dataset.json", f"Run `{then}`, delete it, or give another --output.")
+    if (source / "dataset.json").is_file():
+        raise UserError("is a dataset already", source, f"Run `nnlite plan {_for_shell(source)}`.")
+    images, chosen = ([value] if isinstance(value, str) else list(value or ()) for value in (image, label))
+    files = None if source.is_file() else files_below(source, (place, root))
+    if files is not None and files.masks:
+        require_dicom()
+        from nnunet_lite.data.dicom_masks import convert_masks  # pydicom and highdicom
+
+        found, labels, notes = convert_masks(files, root / "labels", chosen)
+    else:
+        found = cases_by_name(files, images, chosen) if files is not None else cases_in_table(source)
+        known, value_map = labels_in([case.label for case in found.cases if case.label])
+        labels, notes = known.to_json(), [MASK_NOTE] if value_map else []
+    channels, ending = name_channels(found.cases, found.channels), common_ending(found.cases)
+    if ending not in PICTURES and "ct" not in map(str.lower, channels):
+        notes.append("name a channel CT in dataset.json if it is one: it is normalised by its Hounsfield units")
+    content = {
+        "channel_names": {str(i): channel for i, channel in enumerate(channels)},
+        "labels": labels,
+        "numTraining": len(found.cases),
+        "file_ending": ending,
+        "dataset": {
+            case.id: {"images": [_relative(image, root) for image in case.images], "label": _relative(case.label, root)}
+            for case in found.cases
+        },
+    }
+    write_json(root / "dataset.json", content)
+    others = [_relative(path, source) for path in files.others] if files else []
+    left_out = {**found.left_out, "files of no supported format": others}
+    left_out = {reason: names for reason, names in left_out.items() if names}
+    values = {"path": str(root), **content, "notes": notes, "left_out": left_out, "next": then}
+    return options.About(values, _summary(source, found.cases, values))
+
+
+def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any]) -> str:
+    """Return what was understood, as lines."""
+    folder = source.parent if source.is_file() else source
+    shown = [
+        f"{case.id}: {', '.join(_relative(file, folder) for file in case.images)} with {_relative(case.label, folder)}"
+        for case in cases[:_CASES_SHOWN]
+    ]
+    rest = [f"and {plural(len(cases) - _CASES_SHOWN, 'more case')}"] if len(cases) > _CASES_SHOWN else []
+    lines = [
+        ("channels", few(list(values["channel_names"].values()), 9)),
+        ("labels", few([f"{name} {value}" for name, value in values["labels"].items()], 9)),
+        *(("cases", text) for text in [*shown, *rest]),
+        *(("note", note) for note in values["notes"]),
+        *(("left out", f"{reason}: {few(names)}") for reason, names in values["left_out"].items()),
+        ("written", f"{values['path']}/dataset.json"),
+        ("next", values["next"]),
+    ]
+    return "\n".join([f"{source.name}: {plural(len(cases), 'case')}", *(f"{head:<10}{text}" for head, text in lines)])
+
+
+def _relative(path: Path | None, folder: Path) -> str:
+    """Return a path relative to a folder if it is in it; empty for None."""
+    return "" if path is None else (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+
+
+def _for_shell(path: Path) -> str:
+    return shlex.quote(_relative(path, Path.cwd()))

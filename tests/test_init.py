@@ -1,0 +1,195 @@
+"""`nnlite init`: from the files that people have to a dataset that plan, train and predict take."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from samples import TINIEST, as_options, blocks, save_arrays, scan
+from test_dicom_masks import LABELS, box, patient, save_contours
+
+import nnunet_lite
+from nnunet_lite.data.dataset import read_dataset
+from nnunet_lite.data.dicom import write_dicom_seg
+from nnunet_lite.data.images import read_image
+from nnunet_lite.data.raw_files import reason_to_plan
+from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import Paths
+
+Run = Callable[..., tuple[int, str, str]]
+CASES = range(1, 7)
+
+
+def patients(root: Path) -> None:
+    save_arrays(root, {f"P{i}/{name}.nii.gz": scan(10 * i + k) for i in CASES for k, name in enumerate(("t1", "t2"))})
+    save_arrays(root, {f"P{i}/seg.nii.gz": blocks([1, 4]) for i in CASES})
+
+
+def side_by_side(root: Path) -> None:
+    save_arrays(root, {f"Zelle {i}.tif": scan(i) for i in CASES})
+    save_arrays(root, {f"Zelle {i}_mask.tif": blocks([1] * 9).astype(bool) * np.uint8(255) for i in CASES})
+
+
+def table(root: Path) -> None:
+    save_arrays(root, {f"scan_{i}.nrrd": scan(i) for i in CASES} | {f"drawn_{i}.nrrd": blocks([2]) for i in CASES})
+    rows = ["case,CT,label", *(f"p{i},scan_{i}.nrrd,drawn_{i}.nrrd" for i in CASES)]
+    (root / "cases.csv").write_text("\n".join(rows))
+
+
+def segmentations(root: Path) -> None:
+    label = np.zeros((4, 12, 10), np.uint8)
+    label[1:3, 2:7, 3:6], label[2, 7:10, 1:9] = 1, 2
+    for i in CASES:
+        series = patient(root, i)
+        write_dicom_seg(series.parent / "seg.dcm", np.roll(label, i % 2, 1), series, LABELS)
+
+
+def contours(root: Path) -> None:
+    for i in CASES:
+        series = patient(root, i)
+        save_contours(series.parent / "rt.dcm", series, {"GTV": [box((1, 7), (2, 9), z) for z in (1, 2)]})
+
+
+# how the data are made, what is given, and what is found: channels and labels
+KINDS: dict[str, tuple[Callable[[Path], None], str, list[str], dict[str, int]]] = {
+    "patients": (patients, "", ["t1", "t2"], {"background": 0, "label_1": 1, "label_4": 4}),
+    "side by side": (side_by_side, "", ["image"], {"background": 0, "label_1": 1}),
+    "table": (table, "/cases.csv", ["CT"], {"background": 0, "label_2": 2}),
+    "segmentations": (segmentations, "", ["CT"], {"background": 0, "Anterior": 1, "Posterior": 2}),
+    "contours": (contours, "", ["CT"], {"background": 0, "GTV": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_command_plans_the_dataset(command: Run, tmp_path: Path, kind: str) -> None:
+    make, given, channels, labels = KINDS[kind]
+    make(tmp_path / kind)
+    before = sorted((tmp_path / kind).rglob("*"))
+    code, out, err = command("init", f"{kind}{given}", cwd=tmp_path)
+    assert (code, err) == (0, "") and sorted((tmp_path / kind).rglob("*")) == before, "nothing is written to the data"
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    assert out.startswith(f"{kind if not given else 'cases.csv'}: 6 cases\n")
+    assert lines["channels"] == ", ".join(channels)
+    assert lines["labels"] == ", ".join(f"{name} {value}" for name, value in labels.items())
+    written = json.loads(Path(lines["written"]).read_text())
+    assert written["labels"] == labels and list(written["channel_names"].values()) == channels
+    next_command = shlex.split(lines["next"])
+    assert next_command[:2] == ["nnlite", "plan"]
+    code, out, err = command(*next_command[1:], cwd=tmp_path)
+    assert code == 0 and "6 cases, 0 errors" in err, err
+    dataset = read_dataset(tmp_path / next_command[2])
+    assert dataset.layout == "explicit" and dataset.value_map == ({255: 1} if kind == "side by side" else None)
+
+
+def test_from_dicom_to_a_prediction(command: Run, tmp_path: Path) -> None:
+    """A folder of slices is an image like any other one; a changed slice is noticed."""
+    contours(tmp_path / "clinic")
+    assert command("init", "clinic", cwd=tmp_path)[0] == 0
+    settings = as_options({**TINIEST, "training.patch_size": [4, 12, 12], "training.epochs": 1})
+    assert command("plan", "nnlite_workspace/raw/clinic", cwd=tmp_path)[0] == 0
+    assert command("train", "3d_fullres", 0, *settings, "--device", "cpu", cwd=tmp_path)[0] == 0
+    code, _, err = command("predict", "-i", "clinic/patient1/scan", "-o", "out", "--device", "cpu", cwd=tmp_path)
+    assert code == 0 and (tmp_path / "out" / "scan.nii.gz").is_file(), err
+    paths, dataset = (
+        Paths(tmp_path / "nnlite_workspace" / "clinic"),
+        read_dataset(tmp_path / "nnlite_workspace/raw/clinic"),
+    )
+    assert reason_to_plan(dataset, paths) is None
+    changed = sorted((tmp_path / "clinic" / "patient2" / "scan").iterdir())[2]
+    with changed.open("ab") as file:
+        file.write(b"\0\0")
+    assert reason_to_plan(dataset, paths) == f"has changed since it was planned ({changed})"
+
+
+def test_channels_inside_files(tmp_path: Path) -> None:
+    """A picture has colours, and a file with a fourth dimension has channels."""
+    for i in CASES:
+        save_arrays(tmp_path / "rgb", {f"x{i}_mask.png": blocks([1])})
+        colours = np.random.default_rng(i).integers(0, 255, (24, 28, 3)).astype(np.uint8)
+        Image.fromarray(colours).save(tmp_path / "rgb" / f"x{i}.png")
+        save_arrays(tmp_path / "4d", {f"P{i}/seg.nii": blocks([1])})
+        voxels = np.random.default_rng(i).random((28, 24, 4, 2))
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "4d" / f"P{i}" / "flair.nii")
+    for name, channels in (("rgb", ["R", "G", "B"]), ("4d", ["flair_0", "flair_1"])):
+        about = nnunet_lite.init(tmp_path / name, workspace=tmp_path / "workspace")
+        assert list(about.values["channel_names"].values()) == channels
+        dataset = read_dataset(tmp_path / "workspace" / "raw" / name)
+        assert all(read_image(case.images[0]).array.shape[0] == len(channels) for case in dataset.cases)
+
+
+def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
+    """x_0000.png and x_0001.png are two cases that the dataset.json lists, not channels of the first."""
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (24, 28, 3)).astype(np.uint8)
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "frames" / f"x_{i:04d}.png")
+        save_arrays(tmp_path / "frames", {f"x_{i:04d}_mask.png": blocks([1])})
+    nnunet_lite.init(tmp_path / "frames", output=tmp_path / "out")
+    assert [len(case.images) for case in read_dataset(tmp_path / "out").cases] == [1, 1, 1]
+
+
+def test_nothing_is_overwritten_or_half_written(command: Run, tmp_path: Path) -> None:
+    patients(tmp_path / "data")
+    assert command("init", "data", "-o", "data", cwd=tmp_path)[0] == 0
+    table = (tmp_path / "data" / "dataset.json").read_text()
+    assert '"P1/t1.nii.gz"' in table, "paths inside the dataset are relative"
+    code, _, err = command("init", "data", "-o", "data", cwd=tmp_path)
+    assert code == 2 and "dataset.json: exists already. Run `nnlite plan data`" in err
+    code, _, err = command("init", "data", cwd=tmp_path)
+    assert code == 2 and "data: is a dataset already. Run `nnlite plan data`." in err
+    assert (tmp_path / "data" / "dataset.json").read_text() == table
+    shutil.move(tmp_path / "data" / "P2" / "seg.nii.gz", tmp_path / "data" / "P2" / "t3.nii.gz")
+    (tmp_path / "data" / "dataset.json").unlink()
+    shutil.copy(tmp_path / "data" / "P1" / "seg.nii.gz", tmp_path / "data" / "P1" / "mask.nii.gz")
+    code, out, err = command("init", "data", "-w", "ws", cwd=tmp_path)
+    assert (code, out) == (2, "") and "P1 has 2 label maps: P1/mask.nii.gz, P1/seg.nii.gz" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    code, out, _ = command("init", "data", "-w", "ws", "--label", "seg*", "--json", cwd=tmp_path)
+    about = json.loads(out)
+    assert code == 0 and about["left_out"]["images without label map"] == [
+        "P2/t1.nii.gz",
+        "P2/t2.nii.gz",
+        "P2/t3.nii.gz",
+    ]
+    assert about["next"] == "nnlite plan ws/raw/data -w ws" and len(about["dataset"]) == 5
+
+
+def test_the_workspace_is_not_searched(command: Run, tmp_path: Path) -> None:
+    patients(tmp_path)
+    save_arrays(tmp_path / "nnlite_workspace", {"P9/t1.nii": scan(1), "P9/t2.nii": scan(2), "P9/seg.nii": blocks([1])})
+    code, out, _ = command("init", ".", cwd=tmp_path)
+    assert code == 0 and f"{tmp_path.name}: 6 cases" in out
+    code, _, err = command("plan", tmp_path.name, cwd=tmp_path)
+    assert code == 0 and "6 cases, 0 errors" in err, "its name is enough"
+
+
+def test_other_commands_point_to_it(command: Run, tmp_path: Path) -> None:
+    patients(tmp_path / "my data")
+    for name in ("plan", "check"):
+        code, out, err = command(name, "my data", cwd=tmp_path)
+        assert code == 2 and f"`nnlite init '{tmp_path / 'my data'}'`" in out + err
+    (tmp_path / "cases.csv").write_text("case,image,label\n")
+    code, _, err = command("plan", "cases.csv", cwd=tmp_path)
+    assert code == 2 and "Of a CSV file `nnlite init` makes one" in err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda root: shutil.rmtree(root), "there is no such folder or file"),
+        (lambda root: [save_arrays(root, {f"P{i}/seg.nii.gz": blocks([])}) for i in CASES], "anything but zeros"),
+    ],
+)
+def test_refused(tmp_path: Path, spoil: Callable[[Path], object], says: str) -> None:
+    patients(tmp_path / "data")
+    spoil(tmp_path / "data")
+    with pytest.raises(UserError, match=says):
+        nnunet_lite.init(tmp_path / "data", workspace=tmp_path / "ws")
+    assert not (tmp_path / "ws").exists()
