@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -163,8 +164,11 @@ def working(what: str, total: int | None = None, done: int = 0) -> Iterator[Call
 
         _bars = tqdm
         shown = None if total else "{desc} {elapsed}"
-        # an inner bar is drawn if it takes a while
-        bar = tqdm(desc=what, total=total, initial=done, leave=False, bar_format=shown, delay=1 if _works else 0)
+        columns, rows = shutil.get_terminal_size()  # not 0, for which tqdm draws nothing, where a terminal has no size
+        bar = tqdm(
+            desc=what, total=total, initial=done, leave=False, bar_format=shown, ncols=columns - 1, nrows=rows,
+            delay=1 if _works else 0,  # an inner bar is drawn if it takes a while
+        )  # fmt: skip
     if _clock is None:
         _clock = threading.Thread(target=_show_signs, daemon=True)
         _clock.start()

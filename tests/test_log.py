@@ -70,10 +70,10 @@ sys.stdout = None; log.answer('x')
 """
 
 
-def run_on_a_terminal(code: str, **variables: str) -> tuple[str, list[str]]:
+def run_on_a_terminal(code: str, size: tuple[int, int] = (24, 80), **variables: str) -> tuple[str, list[str]]:
     """What a program writes to a terminal, and the lines that it shows: text after a carriage return overwrites."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
+    termios.tcsetwinsize(theirs, size)
     environment = ENVIRONMENT | {"TERM": "xterm", "NO_COLOR": ""} | variables
     process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
@@ -94,8 +94,9 @@ def run_on_a_terminal(code: str, **variables: str) -> tuple[str, list[str]]:
     return written.decode(), [line for line in lines if line]
 
 
-def test_a_message_is_on_a_line_of_its_own_above_the_bar() -> None:
-    written, lines = run_on_a_terminal(ABOVE_A_BAR)
+@pytest.mark.parametrize("size", [(24, 80), (0, 0)])
+def test_a_message_is_on_a_line_of_its_own_above_the_bar(size: tuple[int, int]) -> None:
+    written, lines = run_on_a_terminal(ABOVE_A_BAR, size)
     assert "predict:  50%" in written and "6/6" in written
     long = "\x1b[33mwarning:\x1b[0m case_003: " + ("a long line " * 12).rstrip()
     assert lines == ["sums in float32", long, '{"result": 1}', "done"]

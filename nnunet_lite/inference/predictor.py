@@ -539,4 +539,4 @@ def _make_tasks(
 
 @lru_cache
 def _log_once(message: str) -> None:
-    log.info(message)
+    log.detail(message)

@@ -46,7 +46,7 @@ from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics
 from nnunet_lite.training.optim import Plateau, learning_rate
 
-_TIMED, _LONG = 5.0, 3600.0  # seconds of steps that tell how long a run takes; a run that is long for a CPU
+_TIMED, _LONG = 5.0, 3600.0  # seconds of steps from which the length of a run follows; a run that is long for a CPU
 _VALIDATION_STREAM = 2**31  # the seed stream of validation; training uses the number of the epoch
 
 
