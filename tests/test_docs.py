@@ -73,6 +73,11 @@ def place(tmp_path: Path, tiny_workspace: Path, tiny_model: Path, hippocampus: P
         (tmp_path / name).mkdir()
         for file in sorted((hippocampus / source).iterdir())[:2]:
             shutil.copy(file, tmp_path / name)
+    for image in (tmp_path / "images").iterdir():
+        patient = tmp_path / "my_patients" / image.name.removesuffix(".nii.gz")
+        patient.mkdir(parents=True)
+        shutil.copy(image, patient / "t1.nii.gz")
+        shutil.copy(tmp_path / "references" / image.name, patient / "mask.nii.gz")
     shutil.copy(next((tmp_path / "images").iterdir()), tmp_path / "scan.nii.gz")
     return tmp_path
 
