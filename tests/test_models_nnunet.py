@@ -311,8 +311,10 @@ def test_a_model_without_any_final_checkpoint_needs_the_option(
     assert {"out", "new", "model.zip"} <= {path.name for path in tmp_path.iterdir()}
     for ours in ("new", "model.zip"):
         code, _, err = command("info", ours, "-chk", "best", cwd=tmp_path)
-        says = f"error: {ours}: has no best checkpoint: it is no model of nnU-Net. Leave out --checkpoint.\n"
-        assert (code, err) == (2, says)
+        assert code == 2 and err.startswith(
+            f"error: {ours}: is a model of nnlite, which has one checkpoint. Leave out "
+        )
+        assert "`nnlite import FOLDER -chk best`, or `-m FOLDER -chk best`" in err and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -132,8 +132,9 @@ def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
             else:
                 folder = unpack_nnunet(file, path, temporary)
         if checkpoint != "final" and (folder / "run.json").is_file():
-            what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
-            raise UserError(what, path, "Leave out --checkpoint.")
+            ways = f"`nnlite import FOLDER -chk {checkpoint}`, or `-m FOLDER -chk {checkpoint}`"
+            fix = f"Leave out --checkpoint; nnU-Net's own folder has more: {ways}."
+            raise UserError("is a model of nnlite, which has one checkpoint", path, fix)
         try:
             yield folder
         except UserError as error:
