@@ -124,6 +124,15 @@ def test_channels_inside_files(tmp_path: Path) -> None:
         assert all(read_image(case.images[0]).array.shape[0] == len(channels) for case in dataset.cases)
 
 
+def test_a_second_mask_that_became_a_channel_is_reported(command: Run, tmp_path: Path) -> None:
+    side_by_side(tmp_path / "data")
+    save_arrays(tmp_path / "data", {f"Zelle {i}_membrane.tif": blocks([1] * 9) * np.uint8(255) for i in CASES})
+    assert command("init", "data", cwd=tmp_path)[0] == 0
+    code, out, _ = command("check", "data", cwd=tmp_path)
+    assert code == 0 and "warning: dataset.json: channel membrane holds two values in every case, as a mask does" in out
+    assert "channel image" not in out
+
+
 def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
     """x_0000.png and x_0001.png are two cases that the dataset.json lists, not channels of the first."""
     for i in range(3):

@@ -13,7 +13,7 @@ from nnunet_lite.data.formats import read_file, read_file_header, require_pictur
 from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Image
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.nifti import write_nifti
-from nnunet_lite.data.tiff import read_tiff
+from nnunet_lite.data.tiff import read_tiff, write_tiff
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, write_json
 
@@ -323,7 +323,8 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
             if copies_header:
                 write_nifti(usual, array, geometry, like=like)
             if not copies_header or read_geometry(usual)[0].differences(geometry):  # such as a header without sizes
-                write_file(usual, array, geometry)
+                write = write_tiff if suffix in names.TIFF else write_file
+                write(usual, array, geometry)
             usual.replace(temporary)
         finally:
             usual.unlink(missing_ok=True) if usual != temporary else None
