@@ -164,8 +164,9 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
     """
     known = [(case, found.geometry) for case, found in zip(dataset.cases, findings, strict=True) if found.geometry]
     yield from _unlike_most(known, dataset.orientation)
-    for name, two_values in zip(dataset.channels, zip(*(f.two_values for f in findings if f.two_values)), strict=False):
-        if all(two_values):
+    values_checked = [found.two_values for found in findings if found.two_values]
+    for number, name in enumerate(dataset.channels):
+        if values_checked and all(two_values[number] for two_values in values_checked):
             text = f"channel {name} holds two values in every case, as a mask does"
             fix = "Remove it if it is a label map: a new image has none."
             yield Problem("two_values", str(dataset.description), text, "an image", fix)
@@ -201,7 +202,7 @@ def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -
             yield Problem("orientation", path, text, f"{usual} as {'dataset.json asks' if required else 'most'}", fix)
         if calibrated and not geometry.calibrated:
             text = f"states no spacing, and {calibrated} of {plural(len(known), 'image')} do"
-            fix = 'Write it beside the TIFF file in <case>.json: {"spacing": [z, y, x]} in mm. Or remove it from all images.'
+            fix = 'Write {"spacing": [z, y, x]} in mm into <case>.json beside a TIFF file, or save all without one.'
             yield Problem("no_spacing", path, text, "", fix)
 
 

@@ -30,13 +30,8 @@ KINDS: dict[str, Severity] = {
     **dict.fromkeys(_WARNINGS, "warning"),
     **dict.fromkeys(_NOTICES, "notice"),
 }
-_GUESSES = (
-    "extra_channel",
-    "label_void",
-    "label_levels",
-    "instances",
-    "no_spacing",
-)  # errors about files that can be trained on
+# errors about files that can be trained on
+_GUESSES = ("extra_channel", "label_void", "label_levels", "instances", "no_spacing")
 ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _MOST_ROWS = 50  # of a table in a notebook
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
