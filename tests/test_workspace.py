@@ -65,7 +65,7 @@ def test_numbers_of_nnunet_find_raw_and_planned_data(here: Path, monkeypatch: py
         planned_paths(here / "workspace", "4", needs_plan=False)
     (here / "results" / "Dataset007_Lung").mkdir(parents=True)
     monkeypatch.setenv("nnUNet_results", str(here / "results"))
-    with pytest.raises(UserError, match="`nnlite import .*/results/Dataset007_Lung`, or `-m "):
+    with pytest.raises(UserError, match=r"`nnlite import .*/results/Dataset007_Lung`, or `-m "):
         planned_paths(here / "workspace", "7", needs_plan=False)
     monkeypatch.setenv("nnUNet_raw", str(here / "no"))
     with pytest.raises(UserError, match=r"/no \(nnUNet_raw, which does not exist\)"):
