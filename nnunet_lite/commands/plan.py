@@ -135,13 +135,18 @@ def plan(
     plans: Annotated[str | Path | None, options.setting(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
-        options.setting(parser=str, metavar="SIZE", help="Such as 40x56x40, instead of the planned one."),
+        options.setting(
+            parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40, instead of the planned one."
+        ),
     ] = None,
-    batch_size: Annotated[int | None, options.setting(help="Instead of the planned one.")] = None,
+    batch_size: Annotated[int | None, options.setting(help="Patches per step, instead of the planned.")] = None,
     configuration: Annotated[
         str | None,
         options.setting(
-            "-c", "--configuration", help="Which gets these sizes.", show_default="3d_fullres, or 2d for a flat patch"
+            "-c",
+            "--configuration",
+            help="Configuration that gets these sizes.",
+            show_default="3d_fullres, or 2d for a flat patch",
         ),
     ] = None,
     clip_percentiles: Annotated[
@@ -152,13 +157,15 @@ def plan(
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
-    store: Annotated[Precision | None, options.setting(help="Of images.", show_default="as planned before")] = None,
+    store: Annotated[
+        Precision | None, options.setting(help="Type of stored images.", show_default="as planned before")
+    ] = None,
     exclude: options.Exclude = None,
     accept: options.Accept = None,
     accept_geometry: options.AcceptGeometry = False,
     from_fingerprint: Annotated[str | Path | None, options.data(help="Plan from this file, not from data.")] = None,
     dataset_json: Annotated[str | Path | None, options.data(help="dataset.json, with --from-fingerprint.")] = None,
-    format: Annotated[Literal["nnlite", "nnunet"], options.output(help="Of --output.")] = "nnlite",
+    format: Annotated[Literal["nnlite", "nnunet"], options.output(help="Format of --output.")] = "nnlite",
     output: Annotated[str | Path | None, options.output(help="Write the plan to this file too.")] = None,
     workers: options.Workers = None,
     workspace: options.Workspace = None,

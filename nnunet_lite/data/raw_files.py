@@ -215,9 +215,9 @@ def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
     if what := [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]:
         return f"has changed since it was planned: it {' and '.join(what)}"
     new, old = map(_with_relative_paths, (dataset, planned))
-    if changed := [field.name for field in fields(Dataset) if getattr(new, field.name) != getattr(old, field.name)]:
+    if other := [field.name for field in fields(Dataset) if getattr(new, field.name) != getattr(old, field.name)]:
         names = {"cases": "files", "value_map": "label values", "accept": "kinds of --accept"}
-        return f"was planned with other {' and '.join(names.get(name, name) for name in changed)}"
+        return f"was planned with other {' and '.join(names.get(name, name) for name in other)}"
     if not paths.raw.is_file():
         return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
     if (changed := first_change(dataset.cases, paths.raw)) is not None:
