@@ -17,11 +17,11 @@ _ERRORS = (
     *("invalid_json", "invalid_dataset", "missing_image", "extra_channel", "missing_label", "ambiguous_label"),
     *("duplicate_id", "unreadable", "dimensions", "channels", "grid", "shape", "spacing", "nan"),
     *("label_fraction", "label_channels", "label_value", "label_void", "label_levels", "instances", "label_lossy"),
-    "no_foreground",
+    *("no_foreground", "no_spacing"),
 )
 _WARNINGS = (
-    *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
-    *("label_absent", "constant", "duplicate_case", "few_cases", "orientation_tag"),
+    *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "instances_likely"),
+    *("label_absent", "constant", "two_values", "duplicate_case", "few_cases", "orientation_tag"),
 )
 _NOTICES = ("orientation", "understood")
 KINDS: dict[str, Severity] = {
@@ -29,7 +29,8 @@ KINDS: dict[str, Severity] = {
     **dict.fromkeys(_WARNINGS, "warning"),
     **dict.fromkeys(_NOTICES, "notice"),
 }
-_GUESSES = ("extra_channel", "label_void", "label_levels", "instances")  # errors about files that can be trained on
+# errors about files that can be trained on
+_GUESSES = ("extra_channel", "label_void", "label_levels", "instances", "no_spacing")
 ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _MOST_ROWS = 50  # of a table in a notebook
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
