@@ -307,7 +307,7 @@ def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob, capfd: py
     assert is_finished(run.folder)
     capfd.readouterr()
     assert len(train(changed(run, training__epochs=2000))) == len(table)
-    assert "the 0.05 minutes of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err
+    assert "the 3.0 s of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err
 
 
 def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(job: MakeJob) -> None:

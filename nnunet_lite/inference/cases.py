@@ -109,10 +109,7 @@ def check_image(image: Image, plan: Plan) -> None:
     UserError
         The image has another number of channels than the model, or voxels that are NaN, infinite or beyond float32.
     """
-    expected, found = len(plan.channels), image.array.shape[0]
-    if found != expected:
-        names = ", ".join(channel.name for channel in plan.channels)
-        raise UserError(f"the image has {plural(found, 'channel')}, the model expects {expected} ({names})")
+    _check_channels(image.array, plan)
     for channel, values in zip(plan.channels, image.array, strict=True):
         # integers are finite, and the sum of finite floats is finite unless it overflows
         wide = values.dtype.itemsize > 4
@@ -124,6 +121,12 @@ def check_image(image: Image, plan: Plan) -> None:
                 raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
 
 
+def _check_channels(array: np.ndarray, plan: Plan, fix: str = "") -> None:
+    if len(array) != len(plan.channels):
+        expected = f"{len(plan.channels)} ({', '.join(channel.name for channel in plan.channels)})"
+        raise UserError(f"the image has {plural(len(array), 'channel')}, the model expects {expected}", fix=fix)
+
+
 def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
     """Make an image of what is given from Python.
 
@@ -132,7 +135,7 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
     given : str, Path, Image or array_like
         A file, an image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
     spacing : sequence of float, optional
-        Voxel size (z, y, x) of an array in mm; by default 1 mm, which is logged once.
+        Voxel size (z, y, x) of an array in mm; by default 1, with one warning unless the model is in pixels.
     plan : Plan
         The plan of the model.
 
@@ -154,8 +157,11 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
         _check_spacing(given.geometry.spacing)
         return replace(given, array=array)
     array = _as_array(given)
+    picture = "array.transpose(2, 0, 1)[:, None]"
+    _check_channels(array, plan, f"Give an array (channels, z, y, x); a picture (y, x, channels) is {picture}.")
     if spacing is None:
-        log.warn_once("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
+        if tuple(plan.median_spacing) != PICTURE_SPACING:
+            log.warn_once("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
         spacing = (1.0, 1.0, 1.0)
     z, y, x = array.shape[1:]
     return Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
