@@ -76,8 +76,10 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     Raises
     ------
     UserError
-        The model was trained on micrometres, and the image states no spacing.
+        The image has another number of channels than the model, or the model was trained on micrometres, and the image
+        states no spacing.
     """
+    _check_channels(image, plan, path)
     geometry = image.geometry
     planned = [configuration.spacing for configuration in plan.configurations.values()]
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
@@ -94,8 +96,14 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
         return replace(image, geometry=replace(geometry, spacing=pixels, calibrated=False))
     finest = min(planned, key=max)
     if max(finest) < _MICROSCOPIC:
-        what = f"states no spacing, and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
-        raise UserError(what, path, 'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.')
+        trained_on = f"and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
+        if geometry.dimensions == 2:
+            raise UserError(f"is a picture without a spacing, {trained_on}", path, "Give a volume.")
+        raise UserError(
+            f"states no spacing, {trained_on}",
+            path,
+            'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.',
+        )
     if geometry.dimensions == 3 and set(finest) != {1.0}:
         log.warn(f"{path}: no spacing known, 1x1x1 mm is used")
     return image
@@ -109,7 +117,7 @@ def check_image(image: Image, plan: Plan) -> None:
     UserError
         The image has another number of channels than the model, or voxels that are NaN, infinite or beyond float32.
     """
-    _check_channels(image.array, plan)
+    _check_channels(image, plan)
     for channel, values in zip(plan.channels, image.array, strict=True):
         # integers are finite, and the sum of finite floats is finite unless it overflows
         wide = values.dtype.itemsize > 4
@@ -121,10 +129,12 @@ def check_image(image: Image, plan: Plan) -> None:
                 raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
 
 
-def _check_channels(array: np.ndarray, plan: Plan, fix: str = "") -> None:
-    if len(array) != len(plan.channels):
-        expected = f"{len(plan.channels)} ({', '.join(channel.name for channel in plan.channels)})"
-        raise UserError(f"the image has {plural(len(array), 'channel')}, the model expects {expected}", fix=fix)
+def _check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str = "") -> None:
+    expected, found = len(plan.channels), image.array.shape[0]
+    if found != expected:
+        names = ", ".join(channel.name for channel in plan.channels)
+        who = "" if path else "the image "
+        raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path, fix)
 
 
 def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
@@ -157,14 +167,15 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
         _check_spacing(given.geometry.spacing)
         return replace(given, array=array)
     array = _as_array(given)
-    picture = "array.transpose(2, 0, 1)[:, None]"
-    _check_channels(array, plan, f"Give an array (channels, z, y, x); a picture (y, x, channels) is {picture}.")
     if spacing is None:
         if tuple(plan.median_spacing) != PICTURE_SPACING:
             log.warn_once("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
         spacing = (1.0, 1.0, 1.0)
     z, y, x = array.shape[1:]
-    return Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
+    image = Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
+    picture = "array.transpose(2, 0, 1)[:, None]"
+    _check_channels(image, plan, fix=f"Give an array (channels, z, y, x); a picture (y, x, channels) is {picture}.")
+    return image
 
 
 def _as_array(given: Any) -> np.ndarray:
