@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import html_table, plural
 from nnunet_lite.errors import UserError, describe
@@ -49,6 +50,8 @@ class Predictions:
         Id of each case that failed, and the reason.
     models, folds : tuple
         The models that predicted, and their folds.
+    labels : Labels
+        Of the label maps.
     postprocessing : dict of str to str
         Label or region, and the rule for its components.
     images : dict of str to Path
@@ -60,6 +63,7 @@ class Predictions:
     failed: dict[str, str]
     models: tuple[Path, ...]
     folds: tuple[str, ...]
+    labels: Labels
     postprocessing: dict[str, str] = field(default_factory=dict)
     images: dict[str, Path] = field(default_factory=dict)
 
@@ -277,7 +281,7 @@ def predict(
         log.error(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
     images = {case.id: case.images[0] for case in cases}
-    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words, images)
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images)
 
 
 def after_predict(result: Predictions, **_: Any) -> list[list[str]]:
