@@ -7,7 +7,6 @@ prints docs/settings.md.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.files import must_be, read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
@@ -316,11 +315,7 @@ def _recipe_path(recipe: str, folder: Path | None = None) -> Path:
     by_stem = {Path(name).name: path for name, path in known.items()}
     path = known.get(recipe) or by_stem.get(recipe) or Path(recipe).expanduser()
     if not path.is_file():
-        near = difflib.get_close_matches(recipe, [*known, *by_stem], 1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"there is no recipe {recipe!r}", fix=f"{hint}There are: {', '.join(known)}; or give a TOML file."
-        )
+        raise UserError(f"there is no recipe {recipe!r}", fix=f"{suggest(recipe, known, 0.5)} Or give a TOML file.")
     return path
 
 
@@ -364,9 +359,8 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
     tree = base.model_dump()
     for key, value in values.items():
         if key not in known and key != "training.tensorboard":
-            near = difflib.get_close_matches(key, known, 1, 0.4) or [k for k in known if k.split(".")[1] == key][:1]
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-            raise UserError(f"unknown setting {key!r}", file, hint)
+            full = next((k for k in known if k.split(".")[1] == key), key)  # lr: optimizer.lr
+            raise UserError(f"unknown setting {key!r}", file, suggest(full, known, 0.4))
         section, name = key.split(".")
         tree[section][name] = value
     try:

@@ -166,6 +166,8 @@ def test_which_models(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp
     learnt = json.loads((tiny_model.parent.parent / "splits.json").read_text())[0]["train"][0]
     with nnunet_lite.view(learnt, workspace=tiny_workspace, browser=False) as shown:
         assert list(layers_of(shown)) == ["MRI", "reference"], "no prediction of a case that was trained on"
+    with nnunet_lite.view(learnt, model=str(tiny_model), workspace=tiny_workspace, browser=False) as shown:
+        assert str(tiny_model) in layers_of(shown), "a path is of a model that predicts now"
     with pytest.raises(UserError, match=f"tiny: has not predicted {learnt}: the fold that holds it out is not trained"):
         nnunet_lite.view(learnt, model="tiny", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=r"tinier: is no model folder .* The models in .* are tiny\."):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import html_table, plural
 from nnunet_lite.errors import UserError, describe
@@ -49,6 +50,8 @@ class Predictions:
         Id of each case that failed, and the reason.
     models, folds : tuple
         The models that predicted, and their folds.
+    labels : Labels
+        Of the label maps.
     postprocessing : dict of str to str
         Label or region, and the rule for its components.
     """
@@ -58,6 +61,7 @@ class Predictions:
     failed: dict[str, str]
     models: tuple[Path, ...]
     folds: tuple[str, ...]
+    labels: Labels
     postprocessing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -112,17 +116,19 @@ def predict(
     max_memory: Annotated[
         float | None,
         options.hardware(
-            metavar="GB", help="Besides the image; of the GPU's as well.", show_default="80 % of what is free"
+            metavar="GB", help="Memory to use besides the image, on a GPU too.", show_default="80 % of what is free"
         ),
     ] = None,
     save_probabilities: Annotated[
         str | None,  # without a value: see nnunet_options.py
-        options.output(metavar="[LABELS]", help="Maps of them too, of all labels or of these."),
+        options.output(metavar="[LABELS]", help="Write maps of probabilities too, of all labels or of these."),
     ] = None,
     save_uncertainty: Annotated[
-        bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
+        bool, options.output("--save-uncertainty", help="Write maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[bool, options.output("--dicom-seg", help="DICOM segmentations of DICOM series.")] = False,
+    dicom_seg: Annotated[
+        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
+    ] = False,
     num_parts: Annotated[
         int, options.data("-num_parts", "--num-parts", min=1, help="Share the images between this many calls.")
     ] = 1,
@@ -133,7 +139,7 @@ def predict(
     device: options.Device = None,
     skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
     postprocess: Annotated[
-        bool, options.setting("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
+        bool, options.setting("--postprocess/--no-postprocess", help="Apply what `nnlite select` found to help.")
     ] = True,
     accept_geometry: options.AcceptGeometry = False,
     settings: options.SettingOverrides = None,
@@ -268,7 +274,7 @@ def predict(
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
-    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words)
 
 
 # ------------------------------------------------------------------------------------------------------------ a cluster

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from html import escape
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 
 Severity = Literal["error", "warning", "notice"]
 
@@ -194,9 +193,7 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     """
     for kind in kinds:
         if kind not in KINDS:
-            near = get_close_matches(kind, KINDS, 1)
-            fix = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ACCEPTED_KINDS)}."
-            raise UserError(f"--accept {kind!r} is no kind of problem", fix=fix)
+            raise UserError(f"--accept {kind!r} is no kind of problem", fix=suggest(kind, (*ACCEPTED_KINDS, *_NOTICES)))
         if kind not in (*ACCEPTED_KINDS, *_NOTICES):
             what = f"--accept {kind}: such cases cannot be trained on, or the network would learn what is wrong"
             raise UserError(what, fix="Correct the files, or leave out their cases with --exclude CASE.")

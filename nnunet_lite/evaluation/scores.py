@@ -83,12 +83,15 @@ class Scores:
         The tolerance of NSD, in `unit`.
     notes : tuple of str
         What was left out or read in a special way.
+    exit_code : int
+        Of the command: 1 if a case could not be predicted.
     """
 
     rows: tuple[CaseScore, ...]
     labels: Labels
     tolerance: float = 1.0
     notes: tuple[str, ...] = ()
+    exit_code: int = 0
 
     @property
     def unit(self) -> str:
