@@ -249,7 +249,7 @@ def test_a_mask_of_0_and_255_is_shown_with_the_labels_of_a_model(tmp_path: Path)
     shown = np.asarray(nibabel.Nifti1Image.from_bytes(scene.layers[1].nifti).dataobj)
     assert set(np.unique(shown)) == {0, 1} and shown.sum() == 15
     Picture.fromarray(mask // 255 * 7).save(tmp_path / "seven.png")
-    with pytest.raises(UserError, match=r"seven\.png: label values 0\.\.7 are not all among \[0, 1\]\. Show it"):
+    with pytest.raises(UserError, match=r"seven\.png: label values 0\.\.7 are not all among \[0, 1\]\. Give its"):
         read_file_scene(tmp_path / "mask.png", [tmp_path / "seven.png"], labels)
 
 
