@@ -11,6 +11,7 @@ import ast
 import inspect
 import json
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -76,12 +77,19 @@ _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectory
 class Command(TyperCommand):
     """A subcommand: its help shows the options in panels, and examples."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Write required arguments without braces, and several in one without a second pair of brackets."""
+        return [re.sub(r"^{(.*)}|^\[(\[.*\])\]\.\.\.", r"\1\2", piece) for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):  # a hidden one has none
                 names = re.sub(r"<list\[(\w+)\]>", lambda kind: f"<{kind[1].lower()}>", record[0])
+                names = names.replace(" range>", ">")
                 text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", record[1])  # typer encloses descriptions
+                text = re.sub(r"(\d+)<=x<=(\d+)", r"\1 to \2", text)
+                text = re.sub(r"\bx>=(\d+)", r"at least \1", text)
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
                 panels.setdefault(panel, []).append((names, text))
@@ -161,14 +169,18 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
-        sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
+        text = re.sub(
+            r"Input should be a valid (number|integer),.*", r"a \1 is needed, without a unit", error.format_message()
+        )
+        sys.exit(_fail(f"error: {text.rstrip('.?')}. See `{command} --help`.", 2))
 
 
 def command_of(name: str) -> Any:
     """Make a subcommand of its function in commands/, whose parameters are annotated with typer's options.
 
     Its help is the beginning of the docstring, with the examples at its end. Its result is the path of a written file,
-    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with
+    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A function
+    after_NAME next to it returns commands to type next. A result with
     `wait()` and `close()` is a service, which runs until Ctrl-C.
 
     Parameters
@@ -182,12 +194,16 @@ def command_of(name: str) -> Any:
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
         function = getattr(import_module(module), function_name)
-        result = function(**{key: value for key, value in arguments.items() if value != []})  # an empty list: default
+        arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
+        result = function(**arguments)
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
         else:
             log.answer(text)
+        follow = getattr(import_module(module), f"after_{function_name}", None)
+        if follow is not None and (commands := follow(result, **arguments)):
+            log.info(f"next: {'; or '.join(map(shlex.join, commands))}")
         log.detail("done")
         if hasattr(result, "finish"):
             result.finish()
@@ -209,7 +225,11 @@ def command_of(name: str) -> Any:
     text = str(inspect.getdoc(declared))
     examples = text.partition("\nExamples\n--------\n")[2]
     single.command(name, cls=Command, help=text.partition("\n\n")[0], epilog=examples)(run)
-    return typer.main.get_command(single)
+    command = typer.main.get_command(single)
+    for argument in command.params:
+        if argument.param_type_name == "argument":
+            argument.metavar = argument.metavar or str(argument.name).upper()
+    return command
 
 
 def _declaration(module: str, name: str) -> Callable[..., Any]:
@@ -239,8 +259,9 @@ def _show_warning(message: Any, category: Any, filename: str, lineno: int, *_: A
 
 
 def _serve(service: Any, text: str) -> None:
-    """Print what a service says, and keep it running until Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    """Print what a service says, and keep it running until Ctrl-C or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         log.answer(text)
         service.wait()

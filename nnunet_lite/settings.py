@@ -7,7 +7,6 @@ prints docs/settings.md.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -16,19 +15,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.files import must_be, read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
 
 
+_MINUTES = {"h": 60.0, "m": 1.0, "s": 1 / 60}
+
+
 def _to_minutes(value: Any) -> Any:
-    """Return "8h", "90m" or "300s" in minutes, and anything else unchanged."""
+    """Return "8h", "90m", "300s" or a number in minutes."""
     number, unit = (value[:-1], value[-1:]) if isinstance(value, str) else (value, "")
     try:
-        return float(number) * {"h": 60.0, "m": 1.0, "s": 1 / 60}[unit]
-    except (KeyError, TypeError, ValueError):
-        return value
+        return float(number) * _MINUTES[unit] if unit in _MINUTES else float(value)
+    except (TypeError, ValueError):
+        raise ValueError("must be minutes, or a text such as 90s, 3m or 8h") from None
 
 
 def _to_absolute(factory: str) -> str:
@@ -300,7 +302,19 @@ def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple
 def differences(old: Settings, new: Settings) -> list[str]:
     """Return the differences of two runs' settings, one `key: old -> new` for each key."""
     before, after = (dict(flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
-    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]
+    return [
+        f"{key}: {_as_typed(key, before.get(key))} -> {_as_typed(key, after[key])}"
+        for key in after
+        if before.get(key) != after[key]
+    ]
+
+
+def _as_typed(key: str, value: Any) -> Any:
+    """Return a value as a user writes it: the minutes of a time limit with a unit."""
+    if key != "training.time_limit" or value is None:
+        return value
+    unit = next((unit for unit, minutes in _MINUTES.items() if value >= minutes and value % minutes == 0), "s")
+    return f"{round(value / _MINUTES[unit], 3):g}{unit}"
 
 
 def keys() -> list[str]:
@@ -316,11 +330,7 @@ def _recipe_path(recipe: str, folder: Path | None = None) -> Path:
     by_stem = {Path(name).name: path for name, path in known.items()}
     path = known.get(recipe) or by_stem.get(recipe) or Path(recipe).expanduser()
     if not path.is_file():
-        near = difflib.get_close_matches(recipe, [*known, *by_stem], 1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"there is no recipe {recipe!r}", fix=f"{hint}There are: {', '.join(known)}; or give a TOML file."
-        )
+        raise UserError(f"there is no recipe {recipe!r}", fix=f"{suggest(recipe, known, 0.5)} Or give a TOML file.")
     return path
 
 
@@ -364,9 +374,8 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
     tree = base.model_dump()
     for key, value in values.items():
         if key not in known and key != "training.tensorboard":
-            near = difflib.get_close_matches(key, known, 1, 0.4) or [k for k in known if k.split(".")[1] == key][:1]
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-            raise UserError(f"unknown setting {key!r}", file, hint)
+            full = next((k for k in known if k.split(".")[1] == key), key)  # lr: optimizer.lr
+            raise UserError(f"unknown setting {key!r}", file, suggest(full, known, 0.4))
         section, name = key.split(".")
         tree[section][name] = value
     try:

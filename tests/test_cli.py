@@ -66,6 +66,9 @@ def test_every_option_is_in_one_panel_and_its_default_in_one_notation(command: R
         how = 'write a default as show_default="...", not as [...]'
         assert "[" not in str(parameter.help), f"nnlite {name} {parameter.opts[-1]}: {how}"
     assert "[default: (" not in out and ")]" not in out
+    usage = out.partition("\n\n")[0]
+    assert usage.partition("[OPTIONS]")[2].isupper() or usage.endswith("[OPTIONS]"), "arguments are in upper case"
+    assert not re.search(r"[{}]|x>=|<=x| range>|  (Of|On|By) |\.  Of ", out)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -147,7 +150,7 @@ def test_quiet_and_verbose_before_and_after_the_command(
         return command(*([option, *arguments] if before else [*arguments, option]), cwd=tmp_path)
 
     _, printed, said = command("plan", hippocampus, cwd=tmp_path)
-    assert said
+    assert said.endswith("\nnext: nnlite train 3d_fullres 0\n")
     assert run("-q", "plan", hippocampus) == (0, printed, "")
     code, out, err = run("--verbose", "plan", hippocampus)
     assert (code, out) == (0, printed)

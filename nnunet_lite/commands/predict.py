@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import html_table, plural
 from nnunet_lite.errors import UserError, describe
@@ -49,8 +50,12 @@ class Predictions:
         Id of each case that failed, and the reason.
     models, folds : tuple
         The models that predicted, and their folds.
+    labels : Labels
+        Of the label maps.
     postprocessing : dict of str to str
         Label or region, and the rule for its components.
+    images : dict of str to Path
+        Id of each case, and its first image.
     """
 
     output: Path
@@ -58,7 +63,9 @@ class Predictions:
     failed: dict[str, str]
     models: tuple[Path, ...]
     folds: tuple[str, ...]
+    labels: Labels
     postprocessing: dict[str, str] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -112,17 +119,19 @@ def predict(
     max_memory: Annotated[
         float | None,
         options.hardware(
-            metavar="GB", help="Besides the image; of the GPU's as well.", show_default="80 % of what is free"
+            metavar="GB", help="Memory to use besides the image, on a GPU too.", show_default="80 % of what is free"
         ),
     ] = None,
     save_probabilities: Annotated[
         str | None,  # without a value: see nnunet_options.py
-        options.output(metavar="[LABELS]", help="Maps of them too, of all labels or of these."),
+        options.output(metavar="[LABELS]", help="Write maps of probabilities too, of all labels or of these."),
     ] = None,
     save_uncertainty: Annotated[
-        bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
+        bool, options.output("--save-uncertainty", help="Write maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[bool, options.output("--dicom-seg", help="DICOM segmentations of DICOM series.")] = False,
+    dicom_seg: Annotated[
+        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
+    ] = False,
     num_parts: Annotated[
         int, options.data("-num_parts", "--num-parts", min=1, help="Share the images between this many calls.")
     ] = 1,
@@ -133,7 +142,7 @@ def predict(
     device: options.Device = None,
     skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
     postprocess: Annotated[
-        bool, options.setting("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
+        bool, options.setting("--postprocess/--no-postprocess", help="Apply what `nnlite select` found to help.")
     ] = True,
     accept_geometry: options.AcceptGeometry = False,
     settings: options.SettingOverrides = None,
@@ -250,8 +259,11 @@ def predict(
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
     names = () if save_probabilities is None else parse_label_names(save_probabilities, plan.labels)
+    several = len(folders) * len(used) > 1
+    if save_uncertainty and not several:
+        log.info("one network predicts: there is no map of disagreement, only of entropy")
     writing: dict[str, Any] = {
-        "maps": ExtraMaps(names, save_uncertainty),
+        "maps": ExtraMaps(names, save_uncertainty, several),
         "dicom_seg": dicom_seg,
         "skip_existing": skip_existing,
         "postprocess": partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
@@ -268,7 +280,18 @@ def predict(
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
     words = {label: str(rule) for label, rule in rules.items()}
-    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), words)
+    images = {case.id: case.images[0] for case in cases}
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images)
+
+
+def after_predict(result: Predictions, **_: Any) -> list[list[str]]:
+    """Return the commands to type next: to look at the first label map, and to score those of a folder."""
+    if not result.files or result.files[0].suffix == ".dcm":
+        return []
+    file, out = result.files[0], result.output
+    image = next(path for case, path in result.images.items() if file == out or file.name.startswith(f"{case}."))
+    scoring = [] if file == out else [["nnlite", "evaluate", str(out), "REFERENCES"]]
+    return [["nnlite", "view", str(image), str(file)], *scoring]
 
 
 # ------------------------------------------------------------------------------------------------------------ a cluster

@@ -85,16 +85,20 @@ def train(
     ] = None,
     *,
     recipe: options.Recipe = "default",
-    epochs: Annotated[int | None, options.length(help="Length of the run.", show_default="the recipe's")] = None,
-    iterations: Annotated[int | None, options.length(help="Per epoch.", show_default="the recipe's")] = None,
+    epochs: Annotated[int | None, options.length(help="Number of epochs.", show_default="the recipe's")] = None,
+    iterations: Annotated[
+        int | None, options.length(help="Training steps per epoch.", show_default="the recipe's")
+    ] = None,
     time_limit: Annotated[
         str | float | None,
-        options.length(help="Such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
+        options.length(help="Length of a fold, such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
     ] = None,
     batch_size: Annotated[int | None, options.setting(help="Patches per step.", show_default="the recipe's")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
-        options.setting(parser=str, metavar="SIZE", help="Such as 40x56x40.", show_default="the recipe's"),
+        options.setting(
+            parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40.", show_default="the recipe's"
+        ),
     ] = None,
     lr: Annotated[float | None, options.setting(help="Initial learning rate.", show_default="the recipe's")] = None,
     precision: options.Precision = None,
@@ -117,7 +121,9 @@ def train(
     gpus: Annotated[int, options.hardware(min=1, help="Train on this many GPUs of this machine.")] = 1,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    name: Annotated[str | None, options.output(help="Of the model.", show_default="CONFIGURATION-RECIPE")] = None,
+    name: Annotated[
+        str | None, options.output(help="Name of the model folder.", show_default="CONFIGURATION-RECIPE")
+    ] = None,
     resume: Annotated[bool, options.resuming("--resume", help="Only resume an earlier run; begin none.")] = False,
     force: Annotated[bool, options.resuming("--force", help="Resume although settings were changed.")] = False,
     restart: Annotated[bool, options.resuming("--restart", help="Move the earlier run aside, start again.")] = False,
@@ -273,6 +279,17 @@ def train(
             if len(own) > 1:
                 log.info(f"fold {run.split.name}, whole images:\n{found.to_text()}")
     return TrainedFolds(scores)
+
+
+def after_train(result: object, *, dataset: Any = None, workspace: Any = None, **given: Any) -> list[list[str]]:
+    """Return the commands to type next: to predict, and to look at a case that was held out."""
+    if not isinstance(result, TrainedFolds):
+        return []
+    cases = [row.case for scores in result.scores.values() for row in scores.rows]
+    name = given["name"] or f"{given['configuration']}-{Path(given['recipe']).stem}"
+    model = ["-m", name, *options.where(dataset, workspace)]
+    views = [["nnlite", "view", case, *model] for case in cases[:1]]
+    return [["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *model], *views]
 
 
 def _train_on_cluster(

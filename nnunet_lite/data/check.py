@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from nnunet_lite.data.images import Image, read_geometry, read_image, read_label
 from nnunet_lite.data.names import TIFF, stem, suffix_of
 from nnunet_lite.data.nifti import form_conflict
 from nnunet_lite.data.problems import Problem, Report, few, plural
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 
 T = TypeVar("T")
 Visit = Callable[[np.ndarray, Geometry, np.ndarray], T]
@@ -104,9 +103,7 @@ def exclude_cases(dataset: Dataset, case_ids: Sequence[str]) -> Dataset:
     known = [case.id for case in dataset.cases]
     for case_id in case_ids:
         if case_id not in known:
-            near = get_close_matches(case_id, known, 1, 0.4)
-            fix = f"Did you mean {near[0]}?" if near else f"There are {few(known)}."
-            raise UserError(f"--exclude {case_id!r} is no case", dataset.root, fix)
+            raise UserError(f"--exclude {case_id!r} is no case", dataset.root, suggest(case_id, known, 0.4))
     kept = tuple(case for case in dataset.cases if case.id not in case_ids)
     if known and not kept:
         raise UserError("--exclude leaves out every case", dataset.root)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from html import escape
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 
 Severity = Literal["error", "warning", "notice"]
 
@@ -34,6 +33,7 @@ KINDS: dict[str, Severity] = {
 _GUESSES = ("extra_channel", "label_void", "label_levels", "instances", "no_spacing")
 ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _MOST_ROWS = 50  # of a table in a notebook
+_REPR = 5  # problems that a Report shows in Python
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
@@ -147,7 +147,7 @@ class Report:
 
     def to_text(self) -> str:
         """Return a headline and a line per problem; equal problems of several files share a line."""
-        lines = [repr(self)]
+        lines = [self._headline()]
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
         for problem, names in self._by_severity():
@@ -166,14 +166,19 @@ class Report:
             lines.append(f"hint: --exclude CASE leaves out a case; {accept}")
         return "\n".join(lines)
 
-    def __repr__(self) -> str:
+    def _headline(self) -> str:
         counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
         left_out = f" ({len(self.excluded)} left out)" if self.excluded else ""
         return f"{self.dataset}: {plural(self.cases, 'case')}{left_out}, {', '.join(counts)}"
 
+    def __repr__(self) -> str:
+        found = [f"{p.severity}: {few(names)}: {p.text}" for p, names in self._by_severity()]
+        rest = [f"... and {len(found) - _REPR} more; `to_text()` shows them"] if len(found) > _REPR else []
+        return "\n".join([self._headline(), *found[:_REPR], *rest])
+
     def _repr_html_(self) -> str:
         rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
-        return html_table([("severity", "files", "problem", "fix"), *rows], [repr(self)])
+        return html_table([("severity", "files", "problem", "fix"), *rows], [self._headline()])
 
     def _by_severity(self) -> list[tuple[Problem, list[str]]]:
         """Return equal problems once, with their files; errors first."""
@@ -194,9 +199,7 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     """
     for kind in kinds:
         if kind not in KINDS:
-            near = get_close_matches(kind, KINDS, 1)
-            fix = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ACCEPTED_KINDS)}."
-            raise UserError(f"--accept {kind!r} is no kind of problem", fix=fix)
+            raise UserError(f"--accept {kind!r} is no kind of problem", fix=suggest(kind, (*ACCEPTED_KINDS, *_NOTICES)))
         if kind not in (*ACCEPTED_KINDS, *_NOTICES):
             what = f"--accept {kind}: such cases cannot be trained on, or the network would learn what is wrong"
             raise UserError(what, fix="Correct the files, or leave out their cases with --exclude CASE.")
