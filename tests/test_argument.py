@@ -126,6 +126,13 @@ def test_commands_take_a_zip_of_nnunet(
     assert model.configuration_name == "3d_fullres"
 
 
+def test_an_import_of_two_datasets_says_how_to_choose(command: Command, results: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(results / NAMES["2d"], results / "Dataset009_Spleen" / Path(NAMES["2d"]).name)
+    edit(copy / "plans.json", setting(dataset_name="Dataset009_Spleen"))
+    code, _, err = command("import", results, cwd=tmp_path)
+    assert code == 0 and err.endswith("-o OUT -d Dataset004_Hippocampus\n"), err
+
+
 def test_an_import_names_and_registers_all_models(command: Command, exported: Path, scans: list[Path]) -> None:
     place = exported.parent
     code, out, err = command("import", "all.zip", cwd=place)
