@@ -11,6 +11,7 @@ import ast
 import inspect
 import json
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -29,7 +30,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nnunet_lite import __version__, log, system
 from nnunet_lite.commands import options
-from nnunet_lite.commands.nnunet_options import translate_arguments
+from nnunet_lite.commands.nnunet_options import refuse_command, translate_arguments
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -112,6 +113,8 @@ class CommandGroup(TyperGroup):
         return command_of(cmd_name) if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            refuse_command(args[0])
         name, command, rest = super().resolve_command(ctx, args)
         return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
 
@@ -166,14 +169,18 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
-        sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
+        text = re.sub(
+            r"Input should be a valid (number|integer),.*", r"a \1 is needed, without a unit", error.format_message()
+        )
+        sys.exit(_fail(f"error: {text.rstrip('.?')}. See `{command} --help`.", 2))
 
 
 def command_of(name: str) -> Any:
     """Make a subcommand of its function in commands/, whose parameters are annotated with typer's options.
 
     Its help is the beginning of the docstring, with the examples at its end. Its result is the path of a written file,
-    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with
+    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A function
+    after_NAME next to it returns commands to type next. A result with
     `wait()` and `close()` is a service, which runs until Ctrl-C.
 
     Parameters
@@ -187,12 +194,16 @@ def command_of(name: str) -> Any:
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
         function = getattr(import_module(module), function_name)
-        result = function(**{key: value for key, value in arguments.items() if value != []})  # an empty list: default
+        arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
+        result = function(**arguments)
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
         else:
             log.answer(text)
+        follow = getattr(import_module(module), f"after_{function_name}", None)
+        if follow is not None and (commands := follow(result, **arguments)):
+            log.info(f"next: {'; or '.join(map(shlex.join, commands))}")
         log.detail("done")
         if hasattr(result, "finish"):
             result.finish()
@@ -248,8 +259,9 @@ def _show_warning(message: Any, category: Any, filename: str, lineno: int, *_: A
 
 
 def _serve(service: Any, text: str) -> None:
-    """Print what a service says, and keep it running until Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    """Print what a service says, and keep it running until Ctrl-C or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         log.answer(text)
         service.wait()

@@ -92,6 +92,12 @@ def test_a_file_an_image_and_an_array_give_the_same(model: Predictor, scans: lis
         np.testing.assert_array_equal(same, of_file)
 
 
+def test_a_colour_picture_is_told_its_order_of_axes(model: Predictor) -> None:
+    with pytest.raises(UserError, match=r"has 3 channels, the model expects 1 \(MRI\).*\(channels, z, y, x\)"):
+        model(np.zeros((3, 1, 16, 16)))
+    assert model.labels == {"background": 0, "Anterior": 1, "Posterior": 2}
+
+
 def test_the_spacing_of_an_array_is_used(model: Predictor, scans: list[Path]) -> None:
     image = read_image(scans[0])
     bright = by_brightness(model)

@@ -18,7 +18,7 @@ from nnunet_lite.data.problems import Report, check_kinds, plural
 from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.models.folder import model_folders
+from nnunet_lite.models.folder import first_training, model_folders
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
@@ -141,7 +141,7 @@ def plan(
     ] = None,
     batch_size: Annotated[int | None, options.setting(help="Patches per step, instead of the planned.")] = None,
     configuration: Annotated[
-        str | None,
+        str | Sequence[str] | None,
         options.setting(
             "-c",
             "--configuration",
@@ -190,8 +190,8 @@ def plan(
         Voxels (z, y, x), such as "40x56x40", instead of the planned one.
     batch_size : int, optional
         Instead of the planned one.
-    configuration : str, optional
-        Which gets these sizes; default: "3d_fullres", or "2d" for a flat patch.
+    configuration : str or sequence of str, optional
+        Which gets these sizes, without which it is skipped; default: "3d_fullres", or "2d" for a flat patch.
     clip_percentiles : tuple of float, optional
         Clip each image to these before normalisation.
     folds : int, optional
@@ -242,12 +242,15 @@ def plan(
     memory_budget(preset or "default", memory)
     patch = None if patch_size is None else options.sizes_of(patch_size, "--patch-size")
     sizes = {"patch_size": patch, "batch_size": batch_size}
-    resized = configuration or ("2d" if patch and len(patch) == 2 else "3d_fullres")
+    resized = options.names_of(configuration)
+    if resized and patch is None and batch_size is None:
+        log.info("-c is skipped: all configurations are planned; it chooses those of --patch-size and --batch-size")
+    resized = resized or ["2d" if patch and len(patch) == 2 else "3d_fullres"]
     given = Options.check(
         preset=preset,
         memory_gb=memory,
         adopted=None if plans is None else str(Path(plans).expanduser().absolute()),
-        sizes={} if patch is None and batch_size is None else {resized: sizes},
+        sizes={} if patch is None and batch_size is None else dict.fromkeys(resized, sizes),
         clip_percentiles=clip_percentiles,
         stored_as=store,
     )
@@ -271,6 +274,14 @@ def plan(
     if output is not None:
         write_json(Path(output), plan_to_nnunet(made, about) if format == "nnunet" else made.as_dict())
     return made
+
+
+def after_plan(plan: Plan, *, data: Any = None, workspace: Any = None, **_: Any) -> list[list[str]]:
+    """Return the command to type next, if a dataset was planned."""
+    if data is None:
+        return []
+    training = first_training(Paths(workspace_folder(workspace) / plan.dataset))
+    return [[*training.split(), *options.where(None, workspace)]]
 
 
 def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule, workers: int | None) -> Plan:

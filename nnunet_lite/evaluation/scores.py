@@ -33,6 +33,7 @@ from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
+_COARSE = 100  # voxels: with a larger tolerance, as of mm in a microscope's image, NSD is 1
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 
@@ -339,6 +340,10 @@ def score_files(
         def score(case: str) -> tuple[CaseScore, list[_Remark]]:
             predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
             spacing = geometry.spacing if geometry.calibrated else None
+            if surface and tolerance > _COARSE * min(geometry.spacing):
+                remarks.append(
+                    (f"{_COARSE} voxels are less than the tolerance of NSD, {tolerance:g}: it says nothing", case)
+                )
             metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
             return CaseScore(case, *pairs[case], metrics, geometry.calibrated), remarks
 

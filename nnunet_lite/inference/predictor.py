@@ -7,7 +7,7 @@ map slab by slab (outputs.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -112,6 +112,11 @@ class Predictor:
     @property
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.configuration_name)
+
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """The labels and their values; of a region, the values that it unites."""
+        return self.plan.labels.names
 
     def __call__(
         self, image: Any, spacing: Sequence[float] | None = None, *, probabilities: str | None = None

@@ -124,6 +124,7 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     elif not path.exists():
         why = "it does not exist"
         fix = f"The models in {workspace} are {', '.join(one.name for one in in_workspace)}." if in_workspace else fix
+        fix = fix if workspace.is_dir() else f"There is no workspace {workspace} either, where its name is looked up."
     raise UserError(f"is no model folder ({why})", Path(given), fix)
 
 
@@ -157,8 +158,9 @@ def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
             else:
                 folder = unpack_nnunet(file, path, temporary)
         if checkpoint != "final" and (folder / "run.json").is_file():
-            what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
-            raise UserError(what, path, "Leave out --checkpoint.")
+            ways = f"`nnlite import FOLDER -chk {checkpoint}`, or `-m FOLDER -chk {checkpoint}`"
+            fix = f"Leave out --checkpoint; nnU-Net's own folder has more: {ways}."
+            raise UserError("is a model of nnlite, which has one checkpoint", path, fix)
         try:
             yield folder
         except UserError as error:
