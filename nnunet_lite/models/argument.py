@@ -58,7 +58,7 @@ def find_model(
         have = {path: _configuration_of(path) for path in found}
         matching = [path for path in found if configuration in (have[path], path.name)]
         if required and not matching:
-            what = f"no model of {configuration} is in it, but of {', '.join(sorted(set(have.values())))}"
+            what = f"has no model of {configuration}, only of {', '.join(sorted(set(have.values())))}"
             raise UserError(what, Path(given), "Give another --configuration, or none.")
         found = matching or found
     if len(found) > 1:
