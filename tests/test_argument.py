@@ -146,6 +146,8 @@ def test_an_import_names_and_registers_all_models(command: Command, exported: Pa
     assert code == 0 and err.endswith("OUT\n"), "models that were set aside need no -m"
     code, _, err = command("import", f"all.zip/{NAMES['2d']}", "--name", "mine", cwd=place)
     assert code == 0 and err.endswith(f"OUT -m {paths.models / 'mine'}\n")
+    code, _, err = command("export", "two.zip", "-c", "2d", cwd=place)
+    assert code == 0 and "is used: most folds (1). -m chooses another one" in err, err
     code, _, err = command("predict", "-i", scans[0], "-o", "out", "-c", "3d_fullres", "--device", "cpu", cwd=place)
     assert code == 0 and "3d_fullres-nnunet (fold 0)" in err
     with open_source("3d_fullres-nnunet", paths.root.parent, "Other", "0", "3d_fullres") as source:
