@@ -151,9 +151,15 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
     ids = _case_ids(root, parts)
     words = {path: (_words(*paths[path].parts[:-1]), _words(_name(path))) for path in sorted(scans)}
     groups, of_case = _group_images(parts, words, bool(images))
+    for option, patterns, found in (("--label", labels, maps), ("--image", images, scans)):
+        if patterns and not found:
+            raise UserError(f"no file has a name like {option} {' '.join(map(repr, patterns))}", root, _CHOOSE)
+    if not maps:
+        what = f"no label map was found; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
+        raise UserError(what, root, _CHOOSE)
     if not groups or (2 * len(groups) <= len(maps) and not labels):
         what = f"{len(groups)} of {plural(len(maps), 'label map')} have the name of an image. Label maps: "
-        what += f"{_some(maps, root) or 'none'}; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
+        what += f"{_some(maps, root)}; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
         raise UserError(what, root, _CHOOSE)
     chosen = {pattern: _channel_name(_words(_name(Path(pattern)))) for pattern in images}
     channels: dict[Path, dict[str, Path]] = {label: {} for label in groups}

@@ -140,8 +140,6 @@ def select_models(
     members, notes = find_members(paths, dataset, only)
     folds = _shared_folds(members, notes)
     teams = _candidate_teams(members, ensembles, notes)
-    for note in notes:
-        log.info(note)
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
     held_out = HeldOut(paths, dataset, splits, device, workers)
     dice = {team: _dice_of_team(held_out, team) for team in teams}
