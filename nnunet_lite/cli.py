@@ -76,12 +76,19 @@ _MISPLACED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectory
 class Command(TyperCommand):
     """A subcommand: its help shows the options in panels, and examples."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Write required arguments without braces, and several in one without a second pair of brackets."""
+        return [re.sub(r"^{(.*)}|^\[(\[.*\])\]\.\.\.", r"\1\2", piece) for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):  # a hidden one has none
                 names = re.sub(r"<list\[(\w+)\]>", lambda kind: f"<{kind[1].lower()}>", record[0])
+                names = names.replace(" range>", ">")
                 text = re.sub(r"\[default: \((.*?)\)", r"[default: \1", record[1])  # typer encloses descriptions
+                text = re.sub(r"(\d+)<=x<=(\d+)", r"\1 to \2", text)
+                text = re.sub(r"\bx>=(\d+)", r"at least \1", text)
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
                 panels.setdefault(panel, []).append((names, text))
@@ -207,7 +214,11 @@ def command_of(name: str) -> Any:
     text = str(inspect.getdoc(declared))
     examples = text.partition("\nExamples\n--------\n")[2]
     single.command(name, cls=Command, help=text.partition("\n\n")[0], epilog=examples)(run)
-    return typer.main.get_command(single)
+    command = typer.main.get_command(single)
+    for argument in command.params:
+        if argument.param_type_name == "argument":
+            argument.metavar = argument.metavar or str(argument.name).upper()
+    return command
 
 
 def _declaration(module: str, name: str) -> Callable[..., Any]:

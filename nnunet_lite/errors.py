@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+_NAMES_SHOWN = 40
+
 
 class UserError(Exception):
     """A mistake of the user: the command prints it as one line and exits with code 2.
@@ -67,10 +69,11 @@ def naming(file: str | PathLike[str]) -> Iterator[None]:
 
 
 def suggest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
-    """Return what to do about an unknown name: the known name that is most like it, otherwise all of them."""
+    """Return what to do about an unknown name: the known name that is most like it, otherwise what there is."""
     names = list(known)
     near = get_close_matches(name, names, 1, likeness)
-    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names[:_NAMES_SHOWN])}{more}."
 
 
 def describe(problem: BaseException) -> str:

@@ -7,7 +7,6 @@ prints docs/settings.md.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.files import must_be, read_text
 
 # ------------------------------------------------------------------------------------------------ types of values
@@ -322,11 +321,7 @@ def _recipe_path(recipe: str, folder: Path | None = None) -> Path:
     by_stem = {Path(name).name: path for name, path in known.items()}
     path = known.get(recipe) or by_stem.get(recipe) or Path(recipe).expanduser()
     if not path.is_file():
-        near = difflib.get_close_matches(recipe, [*known, *by_stem], 1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"there is no recipe {recipe!r}", fix=f"{hint}There are: {', '.join(known)}; or give a TOML file."
-        )
+        raise UserError(f"there is no recipe {recipe!r}", fix=f"{suggest(recipe, known, 0.5)} Or give a TOML file.")
     return path
 
 

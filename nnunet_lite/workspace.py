@@ -88,6 +88,7 @@ def is_model_of(workspace: Path, folder: Path) -> bool:
 def find_raw(given: str, workspace: Path) -> Path:
     """Return the folder of a raw dataset from a path or a name; `Task04` and `4` find `Task04_Hippocampus`.
 
+    Of a folder that `nnlite init` has searched, it is the dataset that lists its files.
     Names are looked up in the current folder, ./data, the workspace, its raw/ and (if set) nnUNet_raw; then among the
     planned datasets, which know their raw data.
 
@@ -98,7 +99,7 @@ def find_raw(given: str, workspace: Path) -> Path:
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        return path.absolute()
+        return path.absolute() if _is_raw(path) else _listed(path.absolute(), workspace) or path.absolute()
     if path.exists():
         raise UserError("is a file; a dataset is a folder", path, "Of a CSV file `nnlite init` makes one.")
     raw = os.environ.get("nnUNet_raw")  # noqa: SIM112 - the name that nnU-Net gave it
@@ -129,6 +130,16 @@ def _is_raw(folder: Path) -> bool:
     return any(entry.is_dir() and entry.name.lower() in IMAGE_FOLDERS for entry in folder.iterdir()) or (
         (folder / "dataset.json").is_file() and not (folder / "plans.json").is_file()
     )
+
+
+def _listed(folder: Path, workspace: Path) -> Path | None:
+    """Return the dataset of the same name that `nnlite init` wrote of the files in a folder."""
+    file = workspace / RAW / folder.name / "dataset.json"
+    if not file.is_file():
+        return None
+    with understood(file):
+        images = [image for case in read_json(file)["dataset"].values() for image in case["images"]]
+    return file.parent if any(folder in Path(image).parents for image in images) else None
 
 
 # -------------------------------------------------------------------------------------------------- planned datasets

@@ -18,11 +18,13 @@ from bad_inputs import Command, contents, edit, setting
 from PIL import Image as Pillow
 from samples import described, move_nifti, rewrite_nifti
 
+from nnunet_lite.commands.plan import check
 from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import read_case, read_dataset, stored_dataset
 from nnunet_lite.data.geometry import ACCEPTABLE
 from nnunet_lite.data.problems import ACCEPTED_KINDS, KINDS, Report
 from nnunet_lite.errors import UserError
+from nnunet_lite.training.splits import Split, read_splits
 
 Copy = Callable[..., Path]
 Make = Callable[[Path], object]
@@ -224,11 +226,32 @@ def test_excluded_cases(command: Command, copy_dataset: Copy, tmp_path: Path) ->
         assert code == 0 and "broken: 6 cases (1 left out), 0 errors, 0 warnings" in err, err
         dataset = stored_dataset(workspace / "dataset.json")
         assert [case.id for case in dataset.excluded] == [first] and [case.id for case in dataset.cases] == others
-    assert json.loads((workspace / "splits.json").read_text()) == [{"train": others[:-1], "val": others[-1:]}]
+    assert json.loads((workspace / "splits.json").read_text()) == [{"train": [first, *others[:-1]], "val": others[-1:]}]
+    assert read_splits(workspace / "splits.json", dataset) == [Split("0", tuple(others[:-1]), tuple(others[-1:]))]
+    code, _, err = command("plan", "broken", "--exclude", others[-1], cwd=tmp_path)
+    assert code == 2 and f"error: --exclude leaves fold 0 no case to hold out: case {others[-1]}. Exclude fewer" in err
     assert command("preprocess", "3d_fullres", cwd=tmp_path)[0] == 0
     (root / LABEL).write_bytes(text)
     code, _, err = command("plan", "broken", "--exclude", "", cwd=tmp_path)
     assert code == 0 and "broken: 7 cases, 0 errors" in err and not stored_dataset(workspace / "dataset.json").excluded
+    assert first in read_splits(workspace / "splits.json", stored_dataset(workspace / "dataset.json"))[0].training
+    assert command("plan", "broken", "--exclude", first, cwd=tmp_path)[0] == 0
+    for file in (root / LABEL, root / IMAGE):
+        file.unlink()
+    assert command("plan", "broken", cwd=tmp_path)[0] == 0
+    read_splits(workspace / "splits.json", stored_dataset(workspace / "dataset.json"))  # it may be deleted then
+
+
+def test_a_case_with_a_comma_is_excluded(copy_dataset: Copy) -> None:
+    root = copy_dataset(5)
+    ids = [case.id for case in read_dataset(root).cases]
+    for file in root.rglob(f"{ids[0]}*"):
+        file.rename(file.with_name(file.name.replace(ids[0], "a,b")))
+    settings = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(settings).replace(ids[0], "a,b"))
+    for exclude in (["a,b", ids[1]], f"{ids[1]},{ids[2]}", [f"{ids[1]},{ids[2]}"]):
+        assert len(check(root, exclude=exclude).excluded) == 2
+    assert check(root, exclude="a,b").excluded == ("a,b",)
 
 
 def test_cases_and_kinds_that_do_not_exist(command: Command, copy_dataset: Copy, tmp_path: Path) -> None:
@@ -236,11 +259,11 @@ def test_cases_and_kinds_that_do_not_exist(command: Command, copy_dataset: Copy,
     root = copy_dataset(5)
     cases = ",".join(case.id for case in read_dataset(root).cases)
     for words, says in (
-        (("--exclude", "hippocampus_001.nii.gz"), "_001.nii.gz' is no case. Did you mean hippocampus_001?"),
-        (("--exclude", "x"), "--exclude 'x' is no case. There are hippocampus_001, hippocampus_008, "),
+        (("--exclude", "hippocampus_001.nii.gz"), "_001.nii.gz' is no case. Did you mean 'hippocampus_001'?"),
+        (("--exclude", "x"), "--exclude 'x' is no case. There are: hippocampus_001, hippocampus_008, "),
         (("--exclude", cases), "--exclude leaves out every case"),
-        (("--accept", "orign"), "--accept 'orign' is no kind of problem. Did you mean origin?"),
-        (("--accept", "?"), "--accept '?' is no kind of problem. There are extra_image, "),
+        (("--accept", "orign"), "--accept 'orign' is no kind of problem. Did you mean 'origin'?"),
+        (("--accept", "?"), "--accept '?' is no kind of problem. There are: extra_image, "),
     ):  # fmt: skip
         for name in ("check", "plan"):
             code, out, err = command(name, "broken", *words, cwd=tmp_path)

@@ -66,6 +66,9 @@ def test_every_option_is_in_one_panel_and_its_default_in_one_notation(command: R
         how = 'write a default as show_default="...", not as [...]'
         assert "[" not in str(parameter.help), f"nnlite {name} {parameter.opts[-1]}: {how}"
     assert "[default: (" not in out and ")]" not in out
+    usage = out.partition("\n\n")[0]
+    assert usage.partition("[OPTIONS]")[2].isupper() or usage.endswith("[OPTIONS]"), "arguments are in upper case"
+    assert not re.search(r"[{}]|x>=|<=x| range>|  (Of|On|By) |\.  Of ", out)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -16,6 +16,7 @@ from samples import TINIEST, as_options, blocks, save_arrays, scan
 from test_dicom_masks import LABELS, box, patient, save_contours
 
 import nnunet_lite
+from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.dicom import write_dicom_seg
 from nnunet_lite.data.images import read_image
@@ -124,6 +125,23 @@ def test_channels_inside_files(tmp_path: Path) -> None:
         assert all(read_image(case.images[0]).array.shape[0] == len(channels) for case in dataset.cases)
 
 
+def test_a_second_mask_that_became_a_channel_is_reported(command: Run, tmp_path: Path) -> None:
+    side_by_side(tmp_path / "data")
+    save_arrays(tmp_path / "data", {f"Zelle {i}_membrane.tif": blocks([1] * 9) * np.uint8(255) for i in CASES})
+    assert command("init", "data", cwd=tmp_path)[0] == 0
+    code, out, _ = command("check", "data", cwd=tmp_path)
+    assert code == 0 and "warning: dataset.json: channel membrane holds two values in every case, as a mask does" in out
+    assert "channel image" not in out
+
+
+def test_masks_next_to_images_are_left_out_by_predict_and_compared_by_evaluate(tmp_path: Path) -> None:
+    side_by_side(tmp_path / "data")
+    assert [case.id for case in find_cases([tmp_path / "data"], 1)] == [f"Zelle {i}" for i in CASES]
+    save_arrays(tmp_path / "out", {f"Zelle {i}.tif": blocks([1] * 9).astype(np.uint8) for i in CASES})
+    scores = nnunet_lite.evaluate(tmp_path / "out", tmp_path / "data")
+    assert scores.foreground().mean == 1
+
+
 def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
     """x_0000.png and x_0001.png are two cases that the dataset.json lists, not channels of the first."""
     for i in range(3):
@@ -187,6 +205,14 @@ def test_other_commands_point_to_it(command: Run, tmp_path: Path) -> None:
     [
         (lambda root: shutil.rmtree(root), "there is no such folder or file"),
         (lambda root: [save_arrays(root, {f"P{i}/seg.nii.gz": blocks([])}) for i in CASES], "anything but zeros"),
+        (
+            lambda root: save_arrays(root, {f"P1/{name}_mask.nii.gz": blocks([1]) for name in ("seg", "label")}),
+            "P1 has 3 label maps.*Merge masks of several structures into one file",
+        ),
+        (
+            lambda root: [(shutil.rmtree(root), save_arrays(root, {f"{a}/1.nii": scan(1) for a in ("Bild", "Ziel")}))],
+            r"--image 'Bild/\*' --label 'Ziel/\*'",
+        ),
     ],
 )
 def test_refused(tmp_path: Path, spoil: Callable[[Path], object], says: str) -> None:

@@ -157,8 +157,8 @@ def test_stacks_of_a_microscope(command: Run, tmp_path: Path) -> None:
     code, _, err = command("predict", "-i", "data/in", "-o", "out2", cwd=tmp_path)
     assert code == 2 and "states no spacing, and the model was trained on voxels of 0.0008 x 0.0004 x 0.0004 mm" in err
     (root / "imagesTr" / "cell_0.tif").write_bytes((root / "in" / "cell_6.tif").read_bytes())
-    _, shown, _ = command("check", "data", cwd=tmp_path)
-    assert "warning: imagesTr/cell_0.tif: states no spacing, and 5 of 6 images do" in shown
+    code, _, err = command("plan", "data", cwd=tmp_path)
+    assert code == 2 and "error: imagesTr/cell_0.tif: states no spacing, and 5 of 6 images do" in err
 
 
 def test_a_model_of_pixels_takes_stacks_with_micrometres_by_their_pixels(command: Run, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,8 @@ def test_preprocessing_without_a_raw_file_names_it(planned: Planned) -> None:
 def test_the_reason_to_plan_again_names_the_cases(planned: Planned, copy_dataset: Callable[..., Path]) -> None:
     raw, paths = planned
     assert reason(raw, Paths(raw.parent / "new" / "data")) == "is not planned yet"
+    accepting = replace(read_dataset(raw), accept=("n_cases",), channels=("CT",))
+    assert reason_to_plan(accepting, paths) == "was planned with other channels and kinds of --accept"
     shutil.rmtree(raw)
     copy_dataset(4, "a/data")
     new = read_dataset(raw).cases[-1].id

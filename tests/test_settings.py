@@ -116,8 +116,10 @@ def test_a_bad_recipe_is_refused_in_one_line(tmp_path: Path, content: bytes, mes
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"no recipe 'defualt'.*'default'.*ablations/batch_norm"):
+    with pytest.raises(UserError, match=r"no recipe 'defualt'\. Did you mean 'default'\? Or give a TOML file"):
         load_settings("defualt")
+    with pytest.raises(UserError, match=r"no recipe 'x'\. There are: ablations/batch_norm, .*, resenc_xl\. Or give"):
+        load_settings("x")
 
 
 def test_the_file_of_a_network_is_stored_with_its_absolute_path(

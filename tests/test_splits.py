@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,9 @@ def test_a_table_of_folds_holds_each_case_out_once(tmp_path: Path, numbers: str,
     table.write_text("case,fold\n" + rows)
     if message is not None:
         with pytest.raises(UserError, match=rf"folds\.csv: {message}"):
-            load_splits(table, ids)
+            load_splits(table, dataset_of(ids))
         return
-    folds = load_splits(table, ids)
+    folds = load_splits(table, dataset_of(ids))
     assert [list(fold.validation) for fold in folds] == [ids[i::3] for i in range(3)]
     assert all(sorted(fold.training + fold.validation) == ids for fold in folds)
 
@@ -248,6 +249,29 @@ def test_existing_folds_agree_with_the_options_or_are_refused(
     assert len(read_splits(splits, dataset)) == 5, "without an option, new cases are no mistake"
     with pytest.raises(UserError, match="holds 5 folds of 31 cases, not those that the options make of 32 cases"):
         read_splits(splits, dataset, FoldRule(5))
+
+
+def test_folds_stay_when_cases_are_excluded(dataset: Dataset, splits: Path) -> None:
+    """splits.json stays whole, and agrees with its options, whichever cases are left out later."""
+    table = splits.with_name("folds.csv")
+    table.write_text("".join(f"{case.id},{i % 3}\n" for i, case in enumerate(dataset.cases)))
+
+    def without(*left_out: int) -> Dataset:
+        kept = tuple(case for i, case in enumerate(dataset.cases) if i not in left_out)
+        return replace(dataset, cases=kept, excluded=tuple(dataset.cases[i] for i in left_out))
+
+    for rule in (FoldRule(3), FoldRule(3, stratify=True), FoldRule(splits=table)):
+        first = read_splits(splits, without(0), rule)
+        before = splits.read_text()
+        for left_out in ((0,), (0, 1), (0, 5, 6)):
+            fewer = without(*left_out)
+            assert not check_folds(splits, fewer, rule)
+            excluded = {case.id for case in fewer.excluded}
+            assert [set(fold.training) for fold in read_splits(splits, fewer, rule)] == [
+                set(fold.training) - excluded for fold in first
+            ]
+        assert splits.read_text() == before
+        splits.unlink()
 
 
 # ------------------------------------------------------------------------------------------------ groups, strata
@@ -406,6 +430,30 @@ def test_a_model_does_not_mix_folds(tiny_workspace: Path, tiny_model: Path, tiny
     folds = read_json(paths.splits)
     write_json(paths.splits, [folds[0], *reversed(folds[1:])])
     assert train("0").scores, "the cases of untrained folds do not matter"
+
+
+def test_a_case_is_excluded_after_training(
+    tiny_workspace: Path, tiny_model: Path, tiny_settings: Any, tmp_path: Path
+) -> None:
+    """A finished fold is selected with the cases that are left; to train it further is refused until the undo."""
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace)
+    paths = planned_paths(workspace)
+    raw, held_out = read_json(paths.dataset)["root"], read_json(paths.splits)[0]["val"]
+    train = partial(nnunet_lite.train, "3d_fullres", "0", workspace=workspace, name="tiny", device="cpu")
+    longer = {**tiny_settings, "training.epochs": tiny_settings["training.epochs"] + 1}
+    planned = paths.plans.read_text()
+    nnunet_lite.plan(raw, workspace=workspace, exclude=held_out[0])
+    assert nnunet_lite.select(workspace=workspace, device="cpu").candidates[0].n_cases == len(held_out) - 1
+    with pytest.raises(UserError, match=r"other settings: .*the plan \(10 cases -> 9\)"):
+        train(settings=longer)
+    paths.plans.write_text(planned)  # as if the case had not changed the plan
+    assert len(train(settings=tiny_settings).scores["0"].rows) == len(held_out) - 1
+    with pytest.raises(UserError, match=r"fold_0: began with other cases than --exclude leaves now"):
+        train(settings=longer)
+    nnunet_lite.plan(raw, workspace=workspace, exclude="")
+    assert nnunet_lite.select(workspace=workspace, device="cpu").candidates[0].n_cases == len(held_out)
+    assert len(train(settings=longer).scores["0"].rows) == len(held_out)
 
 
 def test_every_fold_is_trained(tiny_workspace: Path, tiny_settings: Any, command: Command, tmp_path: Path) -> None:

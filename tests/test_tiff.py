@@ -214,7 +214,10 @@ def test_a_label_map_keeps_the_spacing(tmp_path: Path) -> None:
         assert np.array_equal(back, labels) and geometry == image.geometry and geometry.calibrated and notes == ()
         (tmp_path / "out.json").unlink()
         bare = read_label(tmp_path / "out.tif")[1]
-        assert not bare.calibrated and bare.differences(image.geometry) == image.geometry.differences(bare) == []
+        assert bare.calibrated and bare.differences(image.geometry) == image.geometry.differences(bare) == []
+        with tifffile.TiffFile(tmp_path / "out.tif") as tif:
+            stated = tif.imagej_metadata or {}
+        assert (stated["unit"], stated.get("spacing")) == ("um", None if len(axes) == 2 else pytest.approx(1))
 
 
 def test_a_changed_sidecar_or_file_of_voxels_is_a_changed_case(tmp_path: Path) -> None:

@@ -238,6 +238,19 @@ def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path
     assert len(set(label_colours(40))) == 40
 
 
+def test_a_mask_of_0_and_255_is_shown_with_the_labels_of_a_model(tmp_path: Path) -> None:
+    mask = np.zeros((16, 16), np.uint8)
+    mask[2:5, 4:9] = 255
+    Picture.fromarray(mask).save(tmp_path / "mask.png")
+    labels = Labels(names={"background": 0, "cell": 1})
+    scene = read_file_scene(tmp_path / "mask.png", [tmp_path / "mask.png"], labels)
+    shown = np.asarray(nibabel.Nifti1Image.from_bytes(scene.layers[1].nifti).dataobj)
+    assert set(np.unique(shown)) == {0, 1} and shown.sum() == 15
+    Picture.fromarray(mask // 255 * 7).save(tmp_path / "seven.png")
+    with pytest.raises(UserError, match=r"seven\.png: label values 0\.\.7 are not all among \[0, 1\]\. Show it"):
+        read_file_scene(tmp_path / "mask.png", [tmp_path / "seven.png"], labels)
+
+
 def test_errors_by_kind(tmp_path: Path, hippocampus: Path) -> None:
     dataset = read_dataset(hippocampus)
     case = dataset.cases[0]

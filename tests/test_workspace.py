@@ -69,6 +69,20 @@ def test_numbers_of_nnunet_find_raw_and_planned_data(here: Path) -> None:
     assert find_raw(str(make_raw(here, "4").name), here / "workspace") == here / "4", "a folder of that name"
 
 
+def test_a_folder_that_init_has_searched_is_the_dataset_that_lists_its_files(here: Path) -> None:
+    cells = here / "cells"
+    cells.mkdir()
+    listed = here / "workspace" / "raw" / "cells"
+    assert find_raw("cells", here / "workspace") == cells
+    write_json(listed / "dataset.json", {"dataset": {"a": {"images": [str(cells / "a.tif")], "label": ""}}})
+    for given in ("cells", "./cells", str(cells)):
+        assert find_raw(given, here / "workspace") == listed
+    (here / "other" / "cells").mkdir(parents=True)
+    assert find_raw("other/cells", here / "workspace") == here / "other" / "cells", "it has other files"
+    (cells / "images").mkdir()
+    assert find_raw("cells", here / "workspace") == cells, "a dataset itself"
+
+
 def test_raw_data_that_cannot_be_found(here: Path) -> None:
     first, second = make_raw(here, "Task04_One"), make_raw(here / "data", "Task04_Other")
     make_raw(here, "Task055_Other")

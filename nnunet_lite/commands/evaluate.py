@@ -33,8 +33,10 @@ def evaluate(
     model: Annotated[
         str | Path | None, options.model("-m", "--model", help="Predict the images with this model first.")
     ] = None,
-    tolerance: Annotated[float, options.setting(help="Of the surface Dice, in mm; in pixels without a spacing.")] = 1.0,
-    surface: Annotated[bool, options.setting(help="Surface distances too.")] = True,
+    tolerance: Annotated[
+        float, options.setting(help="Tolerance of the surface Dice, in mm (without a spacing: pixels).")
+    ] = 1.0,
+    surface: Annotated[bool, options.setting(help="Compute surface distances too.")] = True,
     accept_geometry: options.AcceptGeometry = False,
     output: Annotated[
         str | Path | None, options.output(help="Write JSON (.json) or one row per case and label (.csv).")
@@ -113,7 +115,7 @@ def view(
         options.model(
             "-m",
             "--model",
-            help="Whose cross-validation to show, a+b for an ensemble; or a model that predicts now.",
+            help="Model whose cross-validation to show, a+b for an ensemble; or which predicts now.",
             show_default="the selected",
         ),
     ] = None,

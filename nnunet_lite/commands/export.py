@@ -26,7 +26,7 @@ def import_model(
     source: Annotated[str | Path, typer.Argument(help="Zip, ours or nnU-Net's, or model folder of nnU-Net v2.")],
     *,
     name: Annotated[
-        str | None, options.output(help="Of the new folder.", show_default="CONFIGURATION-nnunet, or as exported")
+        str | None, options.output(help="Name of the new folder.", show_default="CONFIGURATION-nnunet, or as exported")
     ] = None,
     output: Annotated[
         str | Path | None, options.output("-o", "--output", help="New folder.", show_default="in the workspace")
@@ -108,7 +108,8 @@ def export_model(
     *,
     output: Annotated[str | Path | None, options.output("-o", "--output", help="Zip or folder to write.")] = None,
     model: Annotated[
-        str | Path | None, options.model("-m", "--model", help="Model.", show_default="the trained one")
+        str | Path | None,
+        options.model("-m", "--model", help="Model folder, zip or name.", show_default="the trained one"),
     ] = None,
     configuration: Annotated[str | None, options.model("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
     format: Annotated[
@@ -117,7 +118,7 @@ def export_model(
     checkpoint: options.WhichCheckpoint = "final",
     trust_code: options.TrustCode = False,
     licence: Annotated[str | None, options.output(help="SPDX identifier, text or file; for zip.")] = None,
-    note: Annotated[str | None, options.output(help="On the training data; for zip.")] = None,
+    note: Annotated[str | None, options.output(help="Remark on the training data; for zip.")] = None,
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> Path:

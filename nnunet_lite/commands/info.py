@@ -28,7 +28,7 @@ def show_info(
     ] = None,
     *,
     model_option: Annotated[
-        str | Path | None, options.model("-m", "--model", help="The same, as for `nnlite predict`.")
+        str | Path | None, options.model("-m", "--model", help="Same as MODEL, as in `nnlite predict`.")
     ] = None,
     checkpoint: options.WhichCheckpoint = "final",
     dataset: options.DatasetName = None,

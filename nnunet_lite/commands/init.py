@@ -87,6 +87,8 @@ def init(
     then = f"nnlite plan {_for_shell(root)}" + (f" -w {_for_shell(place)}" if workspace else "")
     if not source.exists():
         raise UserError("there is no such folder or file", source)
+    if source.is_file() and source.suffix.lower() not in (".csv", ".tsv", ".txt"):
+        raise UserError("is no folder and no CSV file", source, f"Run `nnlite init {_for_shell(source.parent)}`.")
     if (root / "dataset.json").exists():
         fix = f"Delete it to make it again, run `{then}` to use it, or give another --output."
         raise UserError("exists already, with the list of cases of that time", root / "dataset.json", fix)

@@ -154,7 +154,9 @@ def cluster(
         str | Path, typer.Argument(help="local, slurm, lsf, pbs, or a TOML file like configs/cluster/*.toml.")
     ],
     *,
-    workers: Annotated[int | None, options.hardware(min=1, help="How many.", show_default="the file's number")] = None,
+    workers: Annotated[
+        int | None, options.hardware(min=1, help="Number of workers.", show_default="the file's number")
+    ] = None,
     script: Annotated[bool, options.output("--script", help="Only print the script of a worker's job.")] = False,
 ) -> RunningCluster | options.About:
     """Start a Dask scheduler and workers; run, train, preprocess and predict take its address with --scheduler.

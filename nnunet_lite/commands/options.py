@@ -63,13 +63,13 @@ Scheduler = Annotated[
 ]
 WhichCheckpoint = Annotated[
     Literal["final", "best"],
-    nnunet("-chk", "--checkpoint", help="Of nnU-Net's models: of the last epoch, or of the best."),
+    nnunet("-chk", "--checkpoint", help="Weights of nnU-Net's models: of the last epoch, or of the best."),
 ]
 TrustCode = Annotated[
     bool, model("--trust-code", help="Run code that the model names, although it is not in your workspace.")
 ]
 Precision = Annotated[str | None, hardware(help="auto, fp32, bf16 or fp16.", show_default="the recipe's")]
-Seed = Annotated[int | None, setting(help="Makes two runs identical on the CPU.")]
+Seed = Annotated[int | None, setting(help="Random seed; makes two runs identical on the CPU.")]
 AcceptGeometry = Annotated[
     bool,
     data("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),

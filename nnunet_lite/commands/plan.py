@@ -28,7 +28,7 @@ from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dat
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.settings import Preset
 from nnunet_lite.system import in_units
-from nnunet_lite.training.splits import FoldRule, check_folds, drop_excluded, make_splits, write_splits
+from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
 READER = "overwrite_image_reader_writer"  # in nnU-Net's dataset.json: the reader to take
@@ -114,11 +114,13 @@ def choose_cases(
     earlier = stored_dataset(planned) if planned and planned.is_file() else dataset
     kinds = earlier.accept if accept is None else check_kinds(options.names_of(accept) or [])
     kinds += ACCEPTABLE if accept_geometry else ()
-    if exclude is None:
-        known = {case.id for case in dataset.cases}
-        exclude = [case.id for case in earlier.excluded if case.id in known]
-    left_out = options.names_of(exclude) or []
-    return replace(exclude_cases(dataset, left_out), accept=tuple(dict.fromkeys(kinds)))
+    known = {case.id for case in dataset.cases}
+    gone = tuple(case for case in earlier.excluded if case.id not in known) if exclude is None else ()
+    given = [case.id for case in earlier.excluded if case.id in known] if exclude is None else exclude
+    texts = [given] if isinstance(given, str) else given
+    left_out = [name for text in texts for name in ([text] if text in known else options.names_of(text) or [])]
+    chosen = exclude_cases(dataset, left_out)
+    return replace(chosen, excluded=chosen.excluded + gone, accept=tuple(dict.fromkeys(kinds)))
 
 
 def plan(
@@ -133,13 +135,18 @@ def plan(
     plans: Annotated[str | Path | None, options.setting(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
-        options.setting(parser=str, metavar="SIZE", help="Such as 40x56x40, instead of the planned one."),
+        options.setting(
+            parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40, instead of the planned one."
+        ),
     ] = None,
-    batch_size: Annotated[int | None, options.setting(help="Instead of the planned one.")] = None,
+    batch_size: Annotated[int | None, options.setting(help="Patches per step, instead of the planned.")] = None,
     configuration: Annotated[
         str | None,
         options.setting(
-            "-c", "--configuration", help="Which gets these sizes.", show_default="3d_fullres, or 2d for a flat patch"
+            "-c",
+            "--configuration",
+            help="Configuration that gets these sizes.",
+            show_default="3d_fullres, or 2d for a flat patch",
         ),
     ] = None,
     clip_percentiles: Annotated[
@@ -150,13 +157,15 @@ def plan(
     stratify: options.Stratify = False,
     stratify_by: options.StratifyBy = None,
     splits: options.Splits = None,
-    store: Annotated[Precision | None, options.setting(help="Of images.", show_default="as planned before")] = None,
+    store: Annotated[
+        Precision | None, options.setting(help="Type of stored images.", show_default="as planned before")
+    ] = None,
     exclude: options.Exclude = None,
     accept: options.Accept = None,
     accept_geometry: options.AcceptGeometry = False,
     from_fingerprint: Annotated[str | Path | None, options.data(help="Plan from this file, not from data.")] = None,
     dataset_json: Annotated[str | Path | None, options.data(help="dataset.json, with --from-fingerprint.")] = None,
-    format: Annotated[Literal["nnlite", "nnunet"], options.output(help="Of --output.")] = "nnlite",
+    format: Annotated[Literal["nnlite", "nnunet"], options.output(help="Format of --output.")] = "nnlite",
     output: Annotated[str | Path | None, options.output(help="Write the plan to this file too.")] = None,
     workers: options.Workers = None,
     workspace: options.Workspace = None,
@@ -288,7 +297,6 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
     write_stamps(paths.raw, raw)
     if splits is not None:
         write_splits(paths.splits, *splits)
-    drop_excluded(paths.splits, dataset)
     use(paths.root.parent, dataset.name)
     return new.plan
 

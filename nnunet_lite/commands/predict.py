@@ -112,17 +112,19 @@ def predict(
     max_memory: Annotated[
         float | None,
         options.hardware(
-            metavar="GB", help="Besides the image; of the GPU's as well.", show_default="80 % of what is free"
+            metavar="GB", help="Memory to use besides the image, on a GPU too.", show_default="80 % of what is free"
         ),
     ] = None,
     save_probabilities: Annotated[
         str | None,  # without a value: see nnunet_options.py
-        options.output(metavar="[LABELS]", help="Maps of them too, of all labels or of these."),
+        options.output(metavar="[LABELS]", help="Write maps of probabilities too, of all labels or of these."),
     ] = None,
     save_uncertainty: Annotated[
-        bool, options.output("--save-uncertainty", help="Maps of entropy and of the folds' disagreement too.")
+        bool, options.output("--save-uncertainty", help="Write maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[bool, options.output("--dicom-seg", help="DICOM segmentations of DICOM series.")] = False,
+    dicom_seg: Annotated[
+        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
+    ] = False,
     num_parts: Annotated[
         int, options.data("-num_parts", "--num-parts", min=1, help="Share the images between this many calls.")
     ] = 1,
@@ -133,7 +135,7 @@ def predict(
     device: options.Device = None,
     skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
     postprocess: Annotated[
-        bool, options.setting("--postprocess/--no-postprocess", help="As `nnlite select` found to help.")
+        bool, options.setting("--postprocess/--no-postprocess", help="Apply what `nnlite select` found to help.")
     ] = True,
     accept_geometry: options.AcceptGeometry = False,
     settings: options.SettingOverrides = None,

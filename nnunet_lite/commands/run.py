@@ -102,17 +102,20 @@ def run(
     configurations: Annotated[
         str | Sequence[str] | None,
         options.setting(
-            "-c", "--configurations", help="Which to train, as in 2d,3d_fullres.", show_default="all of the plan"
+            "-c",
+            "--configurations",
+            help="Configurations to train, as in 2d,3d_fullres.",
+            show_default="all of the plan",
         ),
     ] = None,
     fold: Annotated[
         int | str | Sequence[int | str] | None,
-        options.setting("-f", "--fold", help='Which folds, as in 0,1; "all": on every case.', show_default="each"),
+        options.setting("-f", "--fold", help='Folds to train, as in 0,1; "all": on every case.', show_default="each"),
     ] = None,
-    epochs: Annotated[int | None, options.length(help="Length of a fold.", show_default="the recipe's")] = None,
+    epochs: Annotated[int | None, options.length(help="Epochs of a fold.", show_default="the recipe's")] = None,
     time_limit: Annotated[
         str | float | None,
-        options.length(help="Of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
+        options.length(help="Length of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
     ] = None,
     seed: options.Seed = None,
     folds: options.Folds = None,
@@ -259,14 +262,15 @@ def _steps(
 
 
 def _is_selected(paths: Paths, models: Sequence[Path]) -> bool:
-    """Whether the selection was made among all of these models, after the last of their folds was scored."""
+    """Whether the selection was made among all of these models, after the plan and the scores of their last fold."""
     file = paths.inference
     if not file.is_file():
         return False
     candidates = {name for candidate in read_json(file)["candidates"] for name in candidate["models"]}
     made = file.stat().st_mtime
     scores = [score for model in models for score in model.glob("fold_*/validation/summary.json")]
-    return {model.name for model in models} <= candidates and all(score.stat().st_mtime <= made for score in scores)
+    used = [paths.dataset, *scores]  # a case may have been excluded
+    return {model.name for model in models} <= candidates and all(one.stat().st_mtime <= made for one in used)
 
 
 def _is_reported(paths: Paths) -> bool:

@@ -85,16 +85,20 @@ def train(
     ] = None,
     *,
     recipe: options.Recipe = "default",
-    epochs: Annotated[int | None, options.length(help="Length of the run.", show_default="the recipe's")] = None,
-    iterations: Annotated[int | None, options.length(help="Per epoch.", show_default="the recipe's")] = None,
+    epochs: Annotated[int | None, options.length(help="Number of epochs.", show_default="the recipe's")] = None,
+    iterations: Annotated[
+        int | None, options.length(help="Training steps per epoch.", show_default="the recipe's")
+    ] = None,
     time_limit: Annotated[
         str | float | None,
-        options.length(help="Such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
+        options.length(help="Length of a fold, such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
     ] = None,
     batch_size: Annotated[int | None, options.setting(help="Patches per step.", show_default="the recipe's")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
-        options.setting(parser=str, metavar="SIZE", help="Such as 40x56x40.", show_default="the recipe's"),
+        options.setting(
+            parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40.", show_default="the recipe's"
+        ),
     ] = None,
     lr: Annotated[float | None, options.setting(help="Initial learning rate.", show_default="the recipe's")] = None,
     precision: options.Precision = None,
@@ -117,7 +121,9 @@ def train(
     gpus: Annotated[int, options.hardware(min=1, help="Train on this many GPUs of this machine.")] = 1,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    name: Annotated[str | None, options.output(help="Of the model.", show_default="CONFIGURATION-RECIPE")] = None,
+    name: Annotated[
+        str | None, options.output(help="Name of the model folder.", show_default="CONFIGURATION-RECIPE")
+    ] = None,
     resume: Annotated[bool, options.resuming("--resume", help="Only resume an earlier run; begin none.")] = False,
     force: Annotated[bool, options.resuming("--force", help="Resume although settings were changed.")] = False,
     restart: Annotated[bool, options.resuming("--restart", help="Move the earlier run aside, start again.")] = False,

@@ -34,7 +34,15 @@ from nnunet_lite.training.finetune import adopt_plan, open_source
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
 from nnunet_lite.training.loss import check_weights
-from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, Split, read_split, refuse_other_cases
+from nnunet_lite.training.splits import (
+    ALL,
+    DEFAULT_RULE,
+    FoldRule,
+    Split,
+    read_split,
+    refuse_excluded,
+    refuse_other_cases,
+)
 from nnunet_lite.workspace import Paths
 
 if TYPE_CHECKING:
@@ -109,13 +117,13 @@ class TrainingRun:
         UserError
             It may not.
         """
-        refuse_other_cases(self.folder, self.split, self.paths.splits, restart=restart)
+        refuse_other_cases(self.folder, self.split, self.paths.splits, self.dataset, restart)
         if (self.folder / "run.json").is_file():
             models.check_resume(
                 self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart
             )
-        if not restart:
-            self.is_trained()
+        if not restart and not self.is_trained():
+            refuse_excluded(self.fold_folder, self.split)
 
 
 def plan_runs(
@@ -180,7 +188,7 @@ def plan_runs(
         )
         _check_trainable(run)
         if first is not None:
-            refuse_other_cases(first.folder, split, paths.splits)
+            refuse_other_cases(first.folder, split, paths.splits, dataset)
             # a model to start from fits only one of the two networks
             own = with_changes(settings, {"training.init": None, "training.freeze": None})
             for first_fold in first.folds:

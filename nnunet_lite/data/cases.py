@@ -181,6 +181,11 @@ def _cases_of(source: Path, channels: int) -> list[Case]:
         inside = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
         what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
         raise UserError(what, source, _ALSO_DICOM)
+    ids = {case.id for case in cases}
+    if maps := [case for case in cases if label_base(case.id) != case.id and label_base(case.id) in ids]:
+        names = few([case.images[0].name for case in maps])
+        log.warn(f"{source}: {names} are not predicted: by their names they are label maps of other files there")
+        cases = [case for case in cases if case not in maps]
     if channels == 1 and (numbered := numbered_cases(cases)):
         names = " and ".join(case.images[0].name for case in numbered[:2])
         log.warn(

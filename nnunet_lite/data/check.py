@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +25,14 @@ from nnunet_lite.data.images import Image, read_geometry, read_image, read_label
 from nnunet_lite.data.names import TIFF, stem, suffix_of
 from nnunet_lite.data.nifti import form_conflict
 from nnunet_lite.data.problems import Problem, Report, few, plural
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 
 T = TypeVar("T")
 Visit = Callable[[np.ndarray, Geometry, np.ndarray], T]
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
+_VALUES_SAMPLED = 10_000  # of a channel
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
 _UNKNOWN_VALUE_FIX = (
     'Add it to the labels of dataset.json ("ignore" for voxels that are not annotated), or correct the file: resize '
@@ -103,9 +103,7 @@ def exclude_cases(dataset: Dataset, case_ids: Sequence[str]) -> Dataset:
     known = [case.id for case in dataset.cases]
     for case_id in case_ids:
         if case_id not in known:
-            near = get_close_matches(case_id, known, 1, 0.4)
-            fix = f"Did you mean {near[0]}?" if near else f"There are {few(known)}."
-            raise UserError(f"--exclude {case_id!r} is no case", dataset.root, fix)
+            raise UserError(f"--exclude {case_id!r} is no case", dataset.root, suggest(case_id, known, 0.4))
     kept = tuple(case for case in dataset.cases if case.id not in case_ids)
     if known and not kept:
         raise UserError("--exclude leaves out every case", dataset.root)
@@ -233,6 +231,7 @@ def _check_images(images: list[Image], case: Case, dataset: Dataset, found: Case
     files = [path for path, image in zip(case.images, images, strict=True) for _ in image.array]
     for channel, path, name in zip(array, files, dataset.channels, strict=True):
         found.problems += _check_values(channel, path, name)
+        found.two_values.append(_has_two_values(channel))
     return Image(array, images[0].geometry)
 
 
@@ -246,6 +245,13 @@ def _check_values(channel: np.ndarray, path: Path, name: str) -> Iterator[Proble
     elif low == high:
         fix = "Leave the case out if the image is lost."
         yield Problem("constant", str(path), f"every voxel of channel {name} is {low:g}", "an image", fix)
+
+
+def _has_two_values(channel: np.ndarray) -> bool:
+    if len(np.unique(channel.reshape(-1)[:: max(1, channel.size // _VALUES_SAMPLED)])) > 2:  # of nearly every image
+        return False
+    low, high = channel.min(), channel.max()
+    return bool(low < high and ((channel == low) | (channel == high)).all())
 
 
 def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: CaseFindings[Any]) -> Image | None:

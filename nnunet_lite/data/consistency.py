@@ -50,6 +50,8 @@ class CaseFindings(Generic[T]):
         Values in the file of its label map besides the background; None if it cannot be read.
     digest : bytes
         Hash of the voxels of its image.
+    two_values : list of bool
+        Whether each channel of its image holds only two values.
     visited : T or None
         The result of the visitor.
     """
@@ -58,6 +60,7 @@ class CaseFindings(Generic[T]):
     geometry: Geometry | None = None
     values: set[int] | None = None
     digest: bytes = b""
+    two_values: list[bool] = field(default_factory=list)
     visited: T | None = None
 
 
@@ -157,10 +160,16 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
     Yields
     ------
     Problem
-        Mixed dimensions, orientations and spacings, equal images, and too few cases.
+        Mixed dimensions, orientations and spacings, masks for images, equal images, and too few cases.
     """
     known = [(case, found.geometry) for case, found in zip(dataset.cases, findings, strict=True) if found.geometry]
     yield from _unlike_most(known, dataset.orientation)
+    values_checked = [found.two_values for found in findings if found.two_values]
+    for number, name in enumerate(dataset.channels):
+        if values_checked and all(two_values[number] for two_values in values_checked):
+            text = f"channel {name} holds two values in every case, as a mask does"
+            fix = "Remove it if it is a label map: a new image has none."
+            yield Problem("two_values", str(dataset.description), text, "an image", fix)
     first_with: dict[bytes, Case] = {}
     for case, found in zip(dataset.cases, findings, strict=True):
         first = first_with.setdefault(found.digest, case) if found.digest else case
@@ -193,7 +202,7 @@ def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -
             yield Problem("orientation", path, text, f"{usual} as {'dataset.json asks' if required else 'most'}", fix)
         if calibrated and not geometry.calibrated:
             text = f"states no spacing, and {calibrated} of {plural(len(known), 'image')} do"
-            fix = 'For a TIFF file give it in <case>.json: {"spacing": [z, y, x]} in mm.'
+            fix = 'Write {"spacing": [z, y, x]} in mm into <case>.json beside a TIFF file, or save all without one.'
             yield Problem("no_spacing", path, text, "", fix)
 
 

@@ -154,13 +154,13 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
     for option, patterns, found in (("--label", labels, maps), ("--image", images, scans)):
         if patterns and not found:
             raise UserError(f"no file has a name like {option} {' '.join(map(repr, patterns))}", root, _CHOOSE)
-    if not maps:
-        what = f"no label map was found; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
-        raise UserError(what, root, _CHOOSE)
     if not groups or (2 * len(groups) <= len(maps) and not labels):
-        what = f"{len(groups)} of {plural(len(maps), 'label map')} have the name of an image. Label maps: "
-        what += f"{_some(maps, root)}; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
-        raise UserError(what, root, _CHOOSE)
+        found_maps = f"{len(groups)} of {plural(len(maps), 'label map')} have the name of an image. Label maps: "
+        what = found_maps + _some(maps, root) if maps else "no label map was found"
+        what += f"; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
+        inside = sorted({path.parts[0] for path in paths.values() if len(path.parts) > 1})
+        both = f" Of two folders: --image '{inside[0]}/*' --label '{inside[1]}/*'." if len(inside) == 2 else ""
+        raise UserError(what, root, _CHOOSE + both)
     chosen = {pattern: _channel_name(_words(_name(Path(pattern)))) for pattern in images}
     channels: dict[Path, dict[str, Path]] = {label: {} for label in groups}
     for label, image in ((label, image) for label, found in groups.items() for image in found):
@@ -262,8 +262,10 @@ def _case_ids(root: Path, parts: Mapping[Path, tuple[str, ...]]) -> dict[Path, s
         ids = {label: "_".join(filter(None, found)) or root.name for label, found in parts.items()}
     for case_id, n in Counter(ids.values()).items():
         if n > 1:
-            maps = [str(label.relative_to(root)) for label in ids if ids[label] == case_id]
-            raise UserError(f"{case_id} has {n} label maps: {few(maps)}", root, _CHOOSE)
+            maps = [label.relative_to(root) for label in ids if ids[label] == case_id]
+            fix = "A case has one label map. Merge masks of several structures into one file with a value for each, or "
+            fix += f"take one of them: --label '{maps[0].name.replace(case_id, '*')}' (what * replaces names the case)."
+            raise UserError(f"{case_id} has {n} label maps: {few(list(map(str, maps)))}", root, fix)
     return ids
 
 

@@ -300,7 +300,7 @@ def require_picture_values(path: Path, array: np.ndarray, geometry: Geometry) ->
     suffix = names.suffix_of(path)
     top = 255 if suffix == ".bmp" else 65535
     low, high = int(array.min(initial=0)), int(array.max(initial=0))
-    if geometry.dimensions == 3 and suffix not in names.TIFF:
+    if geometry.shape[0] > 1 and suffix not in names.TIFF:
         raise UserError(f"a volume of shape {geometry.shape} cannot be written as {suffix}", path, "Use .nii.gz.")
     if low < 0 or high > top:
         raise UserError(f"label values {low}..{high} do not fit into {suffix}", path, "Use .nii.gz.")
@@ -330,8 +330,9 @@ def write_file(path: Path, array: np.ndarray, geometry: Geometry) -> None:
 
 
 def _write_itk(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    flat = geometry.dimensions == 2
-    if names.suffix_of(path) in names.PICTURES:
+    picture = names.suffix_of(path) in names.PICTURES
+    flat = geometry.dimensions == 2 or picture
+    if picture:
         array = array.astype(smallest_dtype(0, int(array.max(initial=0))))
     image = sitk().GetImageFromArray(array[0] if flat else array)
     matrix = np.reshape(geometry.direction, (3, 3))

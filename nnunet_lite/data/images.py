@@ -13,7 +13,7 @@ from nnunet_lite.data.formats import read_file, read_file_header, require_pictur
 from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Image
 from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.nifti import write_nifti
-from nnunet_lite.data.tiff import read_tiff
+from nnunet_lite.data.tiff import read_tiff, write_tiff
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, write_json
 
@@ -309,9 +309,12 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
     if array.dtype == bool or array.dtype.itemsize > 2:
         array = array.astype(smallest_dtype(int(array.min(initial=0)), int(array.max(initial=0))))
     suffix = names.suffix_of(path)
+    if path.is_dir():
+        raise UserError("is a folder", path, "Give the name of a file in it, such as label.nii.gz.")
     if label_suffix(suffix) != suffix:
-        what = f"label maps cannot be written as {suffix or path.suffix}"
-        raise UserError(what, path, f"Use {label_suffix(suffix)}.")
+        what = f"label maps cannot be written {f'as {suffix or path.suffix}' if path.suffix else 'without an ending'}"
+        endings = label_suffix(suffix) if suffix else " ".join(s for s in names.SUFFIXES if label_suffix(s) == s)
+        raise UserError(what, path, f"Use {endings}.")
     if suffix in names.PICTURES:
         require_picture_values(path, array, geometry)
     if suffix in names.GIPL and not np.allclose(geometry.direction, IDENTITY, atol=1e-6):
@@ -323,7 +326,8 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
             if copies_header:
                 write_nifti(usual, array, geometry, like=like)
             if not copies_header or read_geometry(usual)[0].differences(geometry):  # such as a header without sizes
-                write_file(usual, array, geometry)
+                write = write_tiff if suffix in names.TIFF else write_file
+                write(usual, array, geometry)
             usual.replace(temporary)
         finally:
             usual.unlink(missing_ok=True) if usual != temporary else None

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from html import escape
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, suggest
 
 Severity = Literal["error", "warning", "notice"]
 
@@ -18,11 +17,11 @@ _ERRORS = (
     *("invalid_json", "invalid_dataset", "missing_image", "extra_channel", "missing_label", "ambiguous_label"),
     *("duplicate_id", "unreadable", "dimensions", "channels", "grid", "shape", "spacing", "nan"),
     *("label_fraction", "label_channels", "label_value", "label_void", "label_levels", "instances", "label_lossy"),
-    "no_foreground",
+    *("no_foreground", "no_spacing"),
 )
 _WARNINGS = (
-    *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "no_spacing", "instances_likely"),
-    *("label_absent", "constant", "duplicate_case", "few_cases", "orientation_tag"),
+    *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "instances_likely"),
+    *("label_absent", "constant", "two_values", "duplicate_case", "few_cases", "orientation_tag"),
 )
 _NOTICES = ("orientation", "understood")
 KINDS: dict[str, Severity] = {
@@ -30,7 +29,8 @@ KINDS: dict[str, Severity] = {
     **dict.fromkeys(_WARNINGS, "warning"),
     **dict.fromkeys(_NOTICES, "notice"),
 }
-_GUESSES = ("extra_channel", "label_void", "label_levels", "instances")  # errors about files that can be trained on
+# errors about files that can be trained on
+_GUESSES = ("extra_channel", "label_void", "label_levels", "instances", "no_spacing")
 ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _MOST_ROWS = 50  # of a table in a notebook
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
@@ -193,9 +193,7 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     """
     for kind in kinds:
         if kind not in KINDS:
-            near = get_close_matches(kind, KINDS, 1)
-            fix = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ACCEPTED_KINDS)}."
-            raise UserError(f"--accept {kind!r} is no kind of problem", fix=fix)
+            raise UserError(f"--accept {kind!r} is no kind of problem", fix=suggest(kind, (*ACCEPTED_KINDS, *_NOTICES)))
         if kind not in (*ACCEPTED_KINDS, *_NOTICES):
             what = f"--accept {kind}: such cases cannot be trained on, or the network would learn what is wrong"
             raise UserError(what, fix="Correct the files, or leave out their cases with --exclude CASE.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -214,8 +214,10 @@ def reason_to_plan(dataset: Dataset, paths: Paths) -> str | None:
     changes = {"lacks": sorted(before - now), "also has": sorted(now - before)}
     if what := [f"{verb} {name_cases(names)}" for verb, names in changes.items() if names]:
         return f"has changed since it was planned: it {' and '.join(what)}"
-    if _with_relative_paths(dataset) != _with_relative_paths(planned):
-        return "has other files, channels or labels than were planned"
+    new, old = map(_with_relative_paths, (dataset, planned))
+    if other := [field.name for field in fields(Dataset) if getattr(new, field.name) != getattr(old, field.name)]:
+        names = {"cases": "files", "value_map": "label values", "accept": "kinds of --accept"}
+        return f"was planned with other {' and '.join(names.get(name, name) for name in other)}"
     if not paths.raw.is_file():
         return f"was planned before {paths.raw.name} was kept, which shows whether a file has changed"
     if (changed := first_change(dataset.cases, paths.raw)) is not None:

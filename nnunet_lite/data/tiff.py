@@ -19,6 +19,7 @@ import numpy as np
 import tifffile
 
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image, Spacing, triple
+from nnunet_lite.data.labels import smallest_dtype
 from nnunet_lite.data.names import AGAIN, companions, require_bytes, require_readable
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
@@ -37,6 +38,8 @@ _UNITS = {  # in mm
     "ft": 304.8,
 }
 _RESOLUTION_UNITS = {2: "inch", 3: "cm"}  # tag 296; 1 is no unit
+_MICROSCOPIC = 0.1  # mm: smaller voxels are written in micrometres
+_IMAGEJ_BYTES = 4 << 30  # of pixels: ImageJ reads no BigTIFF
 _SCREEN = 72  # dots per inch that programs write if they know nothing
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _ALPHA = (1, 2)  # of the tag ExtraSamples: associated and unassociated alpha
@@ -91,6 +94,33 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
             kind = np.float32 if array.dtype == np.float16 else array.dtype.newbyteorder("=")
             array = np.ascontiguousarray(array, kind)
         return Image(array, geometry, tuple(notes), has_alpha, orientation)
+
+
+def write_tiff(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write a label map as ImageJ does, with spacing and unit if they are known.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    array : ndarray, shape (z, y, x)
+        Integers of 0 to 65535.
+    geometry : Geometry
+        Of the array.
+    """
+    flat = geometry.dimensions == 2
+    unit = "um" if min(geometry.spacing) < _MICROSCOPIC else "mm"
+    z, y, x = (size / _UNITS[unit] for size in geometry.spacing)
+    known: dict[str, Any] = {"unit": unit, **({} if flat else {"spacing": z})} if geometry.calibrated else {}
+    tifffile.imwrite(
+        path,
+        (array[0] if flat else array).astype(smallest_dtype(0, int(array.max(initial=0)))),
+        imagej=array.nbytes < _IMAGEJ_BYTES,
+        photometric="minisblack",
+        compression="zlib",
+        resolution=(1 / x, 1 / y) if known else None,
+        metadata={"axes": "YX" if flat else "ZYX", **known},
+    )
 
 
 def _pixels(series: Any) -> np.ndarray:

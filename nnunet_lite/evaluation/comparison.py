@@ -272,7 +272,8 @@ def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | Non
     if not member.folds:
         return "it was trained on every case, so that none can judge it"
     try:
-        refuse_other_cases(member.folder, read_split(paths.splits, dataset, member.folds[0]), paths.splits)
+        split = read_split(paths.splits, dataset, member.folds[0])
+        refuse_other_cases(member.folder, split, paths.splits, dataset)
     except UserError as error:
         return error.what
     return None

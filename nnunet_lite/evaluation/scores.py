@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import image_files, label_maps, unsupported_files
+from nnunet_lite.data.cases import image_files, label_base, label_maps, unsupported_files
 from nnunet_lite.data.dataset import labels_of, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
@@ -362,6 +362,8 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     if reference.is_file():
         return {stem(reference): (prediction, reference)}, []
     predicted, references = _by_stem(prediction), _by_stem(reference)
+    images = {label_base(name) for name in references if label_base(name) != name}  # x beside x_mask
+    references = {name: path for name, path in references.items() if name not in images}
     maps = label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
     pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:

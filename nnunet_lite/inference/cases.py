@@ -76,8 +76,10 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     Raises
     ------
     UserError
-        The model was trained on micrometres, and the image states no spacing.
+        The image has another number of channels than the model, or the model was trained on micrometres, and the image
+        states no spacing.
     """
+    _check_channels(image, plan, path)
     geometry = image.geometry
     planned = [configuration.spacing for configuration in plan.configurations.values()]
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
@@ -94,8 +96,14 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
         return replace(image, geometry=replace(geometry, spacing=pixels, calibrated=False))
     finest = min(planned, key=max)
     if max(finest) < _MICROSCOPIC:
-        what = f"states no spacing, and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
-        raise UserError(what, path, 'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.')
+        trained_on = f"and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
+        if geometry.dimensions == 2:
+            raise UserError(f"is a picture without a spacing, {trained_on}", path, "Give a volume.")
+        raise UserError(
+            f"states no spacing, {trained_on}",
+            path,
+            'Put <case>.json into the folder of a TIFF file: {"spacing": [z, y, x]} in mm.',
+        )
     if geometry.dimensions == 3 and set(finest) != {1.0}:
         log.warn(f"{path}: no spacing known, 1x1x1 mm is used")
     return image
@@ -109,10 +117,7 @@ def check_image(image: Image, plan: Plan) -> None:
     UserError
         The image has another number of channels than the model, or voxels that are NaN, infinite or beyond float32.
     """
-    expected, found = len(plan.channels), image.array.shape[0]
-    if found != expected:
-        names = ", ".join(channel.name for channel in plan.channels)
-        raise UserError(f"the image has {plural(found, 'channel')}, the model expects {expected} ({names})")
+    _check_channels(image, plan)
     for channel, values in zip(plan.channels, image.array, strict=True):
         # integers are finite, and the sum of finite floats is finite unless it overflows
         wide = values.dtype.itemsize > 4
@@ -122,6 +127,14 @@ def check_image(image: Image, plan: Plan) -> None:
             if wrong:
                 what = f"NaN or infinite{', as float32' * wide}: {plural(wrong, 'voxel')} of channel {channel.name}"
                 raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
+
+
+def _check_channels(image: Image, plan: Plan, path: Path | None = None) -> None:
+    expected, found = len(plan.channels), image.array.shape[0]
+    if found != expected:
+        names = ", ".join(channel.name for channel in plan.channels)
+        who = "" if path else "the image "
+        raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path)
 
 
 def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:

@@ -178,7 +178,8 @@ def check_resume(
     if same_plan and only_length and (not changes or _is_longer(run_length(old), run_length(settings))):
         return changes
     if only_length and not same_plan:
-        changes.append("the plan")
+        n_cases = f" ({old_plan.n_cases} cases -> {plan.n_cases})" if old_plan.n_cases != plan.n_cases else ""
+        changes.append(f"the plan{n_cases}")
 
     several = len(list(folder.glob("fold_*"))) > 1  # --restart of one fold keeps the others
     restarting = "`all-folds --restart`" if several else "--restart"

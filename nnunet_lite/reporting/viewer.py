@@ -203,10 +203,13 @@ def _make_scene(
         if differences := geometry.differences(image.geometry):
             what, found, expected = differences[0]
             log.warn(f"{name}: its {what} {found} is not the image's, {expected}; it is shown where its header says")
+        if {*labels.values, labels.ignore} == {0, 1, None} and not (values == 1).any():
+            values = map_labels(values, {255: 1})  # as in `evaluate`
         try:
             classes = labels.encode(values)
         except UserError as error:
-            raise UserError(error.what, name) from None
+            fix = "Show it without -m and -d, which name the labels, or write their values into it."
+            raise UserError(error.what, name, fix) from None
         layers.append(SceneLayer(name, "segmentation", nifti_bytes(classes, geometry), legend))
         if has_reference and reference is None:
             reference = classes

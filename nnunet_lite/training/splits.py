@@ -18,7 +18,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,20 +126,23 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     Raises
     ------
     UserError
-        `make_splits` fails, or the options make other folds than those of an existing splits.json.
+        `make_splits` or `leave_out` fails, or the options make other folds than those of an existing splits.json.
     """
     given = rule != DEFAULT_RULE
     rule = rule if given else _default_rule(dataset)
-    if rule == DEFAULT_RULE:
-        return False
-    if not file.is_file():
-        make_splits(dataset, rule, strata={})
-        return True
-    splits, record = load_splits(file, excluded=_ids(dataset.excluded)), read_record(file)
+    exists = file.is_file()
+    splits = load_splits(file) if exists else [] if rule == DEFAULT_RULE else make_splits(dataset, rule, strata={})[0]
+    leave_out(splits, dataset)
+    if not exists or rule == DEFAULT_RULE:
+        return not exists and rule != DEFAULT_RULE
+    record, members = read_record(file), _cases_of(splits)
+    divided = [*dataset.cases, *(case for case in dataset.excluded if case.id in members)]
+    others = tuple(case for case in dataset.excluded if case not in divided)
+    whole = replace(dataset, cases=tuple(divided), excluded=others)  # as when the folds were made
     try:
-        made, _ = make_splits(dataset, rule, record.strata if record and record.stratify == _BY_LABELS else None)
-        if [*map(_fingerprint, splits)] != [*map(_fingerprint, made)]:
-            cases = plural(len(dataset.cases), "case")
+        made, _ = make_splits(whole, rule, record.strata if record and record.stratify == _BY_LABELS else None)
+        if [*map(_fingerprint, splits)] != [*map(_fingerprint, leave_out(made, whole))]:
+            cases = plural(len(whole.cases), "case")
             what = f"holds {_summarize(splits, record)}, not those that the options make of {cases}"
             fix = "Omit the options for folds to continue with these, or delete the file to make them again."
             raise UserError(what, file, fix)
@@ -197,15 +200,16 @@ def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fol
     ------
     UserError
         splits.json is malformed, names an unknown case or differs from what the options ask for, there is no such
-        fold, or `make_splits` fails.
+        fold, or `make_splits` or `leave_out` fails.
     """
     exists = file.is_file()
-    splits, record = (load_splits(file, _ids(dataset.cases)), None) if exists else make_splits(dataset, rule)
+    whole, record = (load_splits(file, dataset), None) if exists else make_splits(dataset, rule)
+    splits = leave_out(whole, dataset)
     if fold not in map(str, range(len(splits))):
         fix = f'Folds are 0 to {len(splits) - 1}, "all-folds" and "all".'
         raise UserError(f"there is no fold {fold!r}", fix=fix)
     if record is not None:
-        write_splits(file, splits, record)
+        write_splits(file, whole, record)
     elif rule != DEFAULT_RULE:
         check_folds(file, dataset, rule)
     return splits
@@ -241,7 +245,7 @@ def make_splits(
     if rule.splits is not None:
         if rule != FoldRule(splits=rule.splits):
             raise UserError("--splits names the folds: --folds, --group-by and --stratify cannot change them")
-        return load_splits(Path(rule.splits), ids, _ids(dataset.excluded)), SplitsRecord(splits=str(rule.splits))
+        return load_splits(Path(rule.splits), dataset), SplitsRecord(splits=str(rule.splits))
     groups = None if rule.group_by is None else read_groups(ids, str(rule.group_by))
     n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
     if not 2 <= n_folds <= n:
@@ -440,15 +444,13 @@ class _FoldEntry(BaseModel):
 _ENTRIES = TypeAdapter(Annotated[list[_FoldEntry], Field(min_length=1)])
 
 
-def load_splits(file: Path, ids: Sequence[str] | None = None, excluded: Sequence[str] = ()) -> list[Split]:
+def load_splits(file: Path, dataset: Dataset | None = None) -> list[Split]:
     """Read a splits.json, nnU-Net's splits_final.json, or a table with the columns case and fold.
 
     Parameters
     ----------
-    ids : sequence of str, optional
-        The cases of the dataset; None if they are not known. A table needs them.
-    excluded : sequence of str
-        Cases to remove from the folds.
+    dataset : Dataset, optional
+        The dataset whose cases may occur, those of `--exclude` too; a table needs it, and only its other cases.
 
     Raises
     ------
@@ -456,7 +458,8 @@ def load_splits(file: Path, ids: Sequence[str] | None = None, excluded: Sequence
         It has another form, or a fold names an unknown case, a case twice, or none to train on.
     """
     try:
-        if ids is not None and file.suffix.lower() in _TABLES:
+        if dataset is not None and file.suffix.lower() in _TABLES:
+            ids = _ids(dataset.cases)
             column = read_column(file, ids, "fold")
             names = [str(k) for k in range(len(set(column.values())))]
             if {*names} != {*column.values()}:
@@ -464,10 +467,9 @@ def load_splits(file: Path, ids: Sequence[str] | None = None, excluded: Sequence
             splits = _hold_out(ids, [{i for i in ids if column[i] == name} for name in names])
         else:
             entries = _ENTRIES.validate_python(read_json(file), strict=True)
-            sides = [[[i for i in side if i not in excluded] for side in (entry.train, entry.val)] for entry in entries]
-            splits = [Split(str(k), tuple(train), tuple(val)) for k, (train, val) in enumerate(sides)]
+            splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
         for split in splits:
-            _check_cases(split, ids)
+            _check_cases(split, None if dataset is None else _ids([*dataset.cases, *dataset.excluded]))
     except ValidationError:
         raise UserError('must be a list of {"train": [ids], "val": [ids]}', file, _FIX) from None
     except UserError as error:
@@ -488,19 +490,32 @@ def _check_cases(split: Split, ids: Collection[str] | None) -> None:
         raise UserError(f"fold {split.name} names unknown cases: {few(unknown, 5)}")
 
 
-def drop_excluded(file: Path, dataset: Dataset) -> None:
-    """Remove the cases that a user left out from an existing splits.json; the others stay in their folds."""
-    excluded = _ids(dataset.excluded)
-    if file.is_file() and _cases_of(load_splits(file)).intersection(excluded):
-        write_splits(file, load_splits(file, excluded=excluded), None)
+def leave_out(splits: Sequence[Split], dataset: Dataset) -> list[Split]:
+    """Return the folds without the cases that `--exclude` names; the others stay in their folds.
+
+    Raises
+    ------
+    UserError
+        A fold would have no case to train on, or none to hold out.
+    """
+    excluded, left = set(_ids(dataset.excluded)), []
+    for split in splits:
+        training, validation = (
+            tuple(i for i in side if i not in excluded) for side in (split.training, split.validation)
+        )
+        for before, after, use in (split.training, training, "train on"), (split.validation, validation, "hold out"):
+            if before and not after:
+                what = f"--exclude leaves fold {split.name} no case to {use}: {name_cases(sorted(before))}"
+                raise UserError(what, fix="Exclude fewer cases, or delete splits.json to make the folds again.")
+        left.append(Split(split.name, training, validation))
+    return left
 
 
-def write_splits(file: Path, splits: Sequence[Split], record: SplitsRecord | None) -> None:
-    """Write splits.json and its record, if nnlite made the folds, and log what it holds."""
+def write_splits(file: Path, splits: Sequence[Split], record: SplitsRecord) -> None:
+    """Write splits.json and its record, and log what it holds."""
     content = [{"train": list(split.training), "val": list(split.validation)} for split in splits]
-    if record is not None:
-        record = record.model_copy(update={"sha256": hash_of(content)})
-        write_json(_record_file(file), record.model_dump(exclude_none=True))  # before splits.json, which needs it
+    record = record.model_copy(update={"sha256": hash_of(content)})
+    write_json(_record_file(file), record.model_dump(exclude_none=True))  # before splits.json, which needs it
     write_json(file, content)
     held_out = ", ".join(str(len(split.validation)) for split in splits)
     log.info(f"{file.name}: {_summarize(splits, record)}; held out: {held_out}")
@@ -525,8 +540,10 @@ def _summarize(splits: Sequence[Split], record: SplitsRecord | None) -> str:
     return text + (f", stratified by {record.stratify}" if record.stratify else "")
 
 
-def refuse_other_cases(folder: Path, split: Split, file: Path, restart: bool = False) -> None:
+def refuse_other_cases(folder: Path, split: Split, file: Path, dataset: Dataset, restart: bool = False) -> None:
     """Make sure that the folds of a model were trained on the cases that splits.json lists now.
+
+    Folds that were trained before cases were excluded hold out the same cases, and may be used.
 
     Parameters
     ----------
@@ -536,6 +553,8 @@ def refuse_other_cases(folder: Path, split: Split, file: Path, restart: bool = F
         Fold that is to be trained or used.
     file : Path
         splits.json of the workspace.
+    dataset : Dataset
+        Dataset whose cases are divided.
     restart : bool
         Whether this fold starts again, so that only the others matter.
 
@@ -544,15 +563,30 @@ def refuse_other_cases(folder: Path, split: Split, file: Path, restart: bool = F
     UserError
         The cases of a fold changed: to resume it, or to average it with others, would mix training and validation.
     """
-    expected = {one.name: _fingerprint(one) for one in ([split] if split.name == ALL else load_splits(file))}
+    ids = tuple(_ids([*dataset.cases, *dataset.excluded]))
+    whole = [Split(ALL, ids, ids)] if split.name == ALL else load_splits(file)
+    expected = [(one.name, _fingerprint(one)) for one in (*whole, *leave_out(whole, dataset))]
     for cases_file in sorted(folder.glob(f"fold_*/{_CASES}")):
         name = cases_file.parent.name.removeprefix("fold_")
         if (name == ALL) != (split.name == ALL) or (restart and name == split.name):
             continue
-        if read_json(cases_file) != expected.get(name):
+        if (name, read_json(cases_file)) not in expected:
             source, command = ("the dataset", "--restart") if name == ALL else (file.name, "`all-folds --restart`")
-            fix = f"Train under another --name, restore {source}, or train again with {command}."
+            fix = f"Train under another --name, restore {source} and --exclude, or train again with {command}."
             raise UserError(f"fold {name} was trained on other cases than {source} has now", folder, fix)
+
+
+def refuse_excluded(fold_folder: Path, split: Split) -> None:
+    """Make sure that a fold that is trained further began with the cases that are left of it.
+
+    Raises
+    ------
+    UserError
+        It began with cases that `--exclude` leaves out now, or without some that it left out then.
+    """
+    if (file := fold_folder / _CASES).is_file() and read_json(file) != _fingerprint(split):
+        what = "began with other cases than --exclude leaves now; plan with those of then to train it further"
+        raise UserError(what, fold_folder, "Or start again with --restart.")
 
 
 def record_cases(fold_folder: Path, split: Split) -> None:
