@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -363,7 +364,7 @@ def _suggest_keys(key: str) -> str:
     """Return the key that an unknown one is most like, with its section or without; several if none is much like it."""
 
     def likeness(known: str) -> float:
-        return max(difflib.SequenceMatcher(None, key, name).ratio() for name in (known, known.split(".")[1]))
+        return max(SequenceMatcher(None, key, name).ratio() for name in (known, known.split(".")[1]))
 
     near = sorted(keys(), key=likeness, reverse=True)[:3]
     return f"Did you mean {near[0]!r}?" if likeness(near[0]) >= 0.6 else f"The nearest are {', '.join(near)}."
