@@ -22,8 +22,9 @@ from nnunet_lite.files import read_json, scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
-from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
+from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
 
 
 def evaluate(
@@ -94,9 +95,13 @@ def evaluate(
             nnunet_lite.predict(
                 prediction, predicted, model=model, device=device, workspace=workspace, accept_geometry=accept_geometry
             )
+        place = workspace_folder(workspace)
+        planned = planned_datasets(place)
+        only = Plan.read(Paths(place / planned[0]).plans).labels if len(planned) == 1 else None
         scores = score_files(
-            predicted, expected, tolerance=tolerance, surface=surface, workers=workers, accept_geometry=accept_geometry
-        )
+            predicted, expected, tolerance=tolerance, surface=surface, workers=workers,
+            accept_geometry=accept_geometry, default=only,
+        )  # fmt: skip
     if output is not None and Path(output).suffix == ".csv":
         write_text(Path(output), scores.to_csv())
     elif output is not None:
