@@ -11,6 +11,7 @@ import ast
 import inspect
 import json
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -166,14 +167,18 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
-        sys.exit(_fail(f"error: {error.format_message().rstrip('.?')}. See `{command} --help`.", 2))
+        text = re.sub(
+            r"Input should be a valid (number|integer),.*", r"a \1 is needed, without a unit", error.format_message()
+        )
+        sys.exit(_fail(f"error: {text.rstrip('.?')}. See `{command} --help`.", 2))
 
 
 def command_of(name: str) -> Any:
     """Make a subcommand of its function in commands/, whose parameters are annotated with typer's options.
 
     Its help is the beginning of the docstring, with the examples at its end. Its result is the path of a written file,
-    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with
+    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A function
+    after_NAME next to it returns commands to type next. A result with
     `wait()` and `close()` is a service, which runs until Ctrl-C.
 
     Parameters
@@ -187,12 +192,16 @@ def command_of(name: str) -> Any:
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
         function = getattr(import_module(module), function_name)
-        result = function(**{key: value for key, value in arguments.items() if value != []})  # an empty list: default
+        arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
+        result = function(**arguments)
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
         else:
             log.answer(text)
+        follow = getattr(import_module(module), f"after_{function_name}", None)
+        if follow is not None and (commands := follow(result, **arguments)):
+            log.info(f"next: {'; or '.join(map(shlex.join, commands))}")
         log.detail("done")
         if hasattr(result, "finish"):
             result.finish()
@@ -248,8 +257,9 @@ def _show_warning(message: Any, category: Any, filename: str, lineno: int, *_: A
 
 
 def _serve(service: Any, text: str) -> None:
-    """Print what a service says, and keep it running until Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    """Print what a service says, and keep it running until Ctrl-C or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         log.answer(text)
         service.wait()

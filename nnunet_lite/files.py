@@ -15,6 +15,7 @@ import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -34,6 +35,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full; a quo
 _TAIL = 40  # letters of a name that its temporary name keeps: 255 bytes hold them, of up to 4 bytes each
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}(-.*)?")
 _LOCK = ".lock"
+_MOMENT = 0.05  # seconds
 _IS_WINDOWS = os.name == "nt"  # where a file that one handle has locked or open cannot be written or renamed by others
 
 
@@ -180,6 +182,9 @@ def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
         except OSError as error:
             log.warn(f"{folder}: this file system has no locks ({error.strerror}); start nothing else that writes here")
             is_free = True
+        if not is_free:  # `is_locked` of another process holds the lock for a moment
+            time.sleep(_MOMENT)
+            is_free = lock_descriptor(file.fileno(), blocking=False)
         if not is_free:
             holder = ""
             with suppress(OSError):  # on Windows, no other process can read a locked file

@@ -116,10 +116,19 @@ def duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------------------ progress
 
 
+def _forget_clock() -> None:
+    """Let a forked process start a clock of its own: threads, and the works of its parent, stay behind."""
+    global _clock
+    _clock = None
+    _works.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_clock)
+
+
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Show the progress of a loop, as `working` does.
-
-    A loop whose body does the work and may fail uses `working`: a generator ends only when its traceback is gone.
 
     Parameters
     ----------
@@ -137,7 +146,7 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 @contextmanager
-def working(what: str, total: int | None = None, done: int = 0) -> Iterator[Callable[[int], object]]:
+def working(what: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., object]]:
     """Show what the block does: a bar with ETA on a terminal, otherwise a line after ten seconds without a message.
 
     Parameters
@@ -152,11 +161,11 @@ def working(what: str, total: int | None = None, done: int = 0) -> Iterator[Call
     Yields
     ------
     callable
-        To be called with the number of parts that are done.
+        To be called with the number of parts that are done; with `total` too if that has changed.
     """
     global _bars, _clock
     if _verbosity < NORMAL or sys.stderr is None or sys.stderr.closed:
-        yield lambda n_parts: None
+        yield lambda n_parts, total=None: None
         return
     bar = None
     if sys.stderr.isatty():
@@ -177,7 +186,8 @@ def working(what: str, total: int | None = None, done: int = 0) -> Iterator[Call
     try:
         yield work.advance
     finally:
-        _works.remove(work)
+        if work in _works:  # not in a process that was forked from this block
+            _works.remove(work)
         if bar is not None:
             bar.close()
 
@@ -193,9 +203,10 @@ class _Work:
     start: float
     bar: Any
 
-    def advance(self, n_parts: int) -> None:
-        self.done += n_parts
+    def advance(self, n_parts: int, total: int | None = None) -> None:
+        self.done, self.total = self.done + n_parts, total or self.total
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.update(n_parts)
 
     def __str__(self) -> str:

@@ -22,13 +22,16 @@ from nnunet_lite.files import must_be, read_text
 # ------------------------------------------------------------------------------------------------ types of values
 
 
+_MINUTES = {"h": 60.0, "m": 1.0, "s": 1 / 60}
+
+
 def _to_minutes(value: Any) -> Any:
-    """Return "8h", "90m" or "300s" in minutes, and anything else unchanged."""
+    """Return "8h", "90m", "300s" or a number in minutes."""
     number, unit = (value[:-1], value[-1:]) if isinstance(value, str) else (value, "")
     try:
-        return float(number) * {"h": 60.0, "m": 1.0, "s": 1 / 60}[unit]
-    except (KeyError, TypeError, ValueError):
-        return value
+        return float(number) * _MINUTES[unit] if unit in _MINUTES else float(value)
+    except (TypeError, ValueError):
+        raise ValueError("must be minutes, or a text such as 90s, 3m or 8h") from None
 
 
 def time_text(minutes: float) -> str:
@@ -306,7 +309,19 @@ def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple
 def differences(old: Settings, new: Settings) -> list[str]:
     """Return the differences of two runs' settings, one `key: old -> new` for each key."""
     before, after = (dict(flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
-    return [f"{key}: {before.get(key)} -> {after[key]}" for key in after if before.get(key) != after[key]]
+    return [
+        f"{key}: {_as_typed(key, before.get(key))} -> {_as_typed(key, after[key])}"
+        for key in after
+        if before.get(key) != after[key]
+    ]
+
+
+def _as_typed(key: str, value: Any) -> Any:
+    """Return a value as a user writes it: the minutes of a time limit with a unit."""
+    if key != "training.time_limit" or value is None:
+        return value
+    unit = next((unit for unit, minutes in _MINUTES.items() if value >= minutes and value % minutes == 0), "s")
+    return f"{round(value / _MINUTES[unit], 3):g}{unit}"
 
 
 def keys() -> list[str]:

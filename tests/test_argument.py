@@ -135,6 +135,8 @@ def test_an_import_names_and_registers_all_models(command: Command, exported: Pa
     assert err.splitlines()[-1] == "predict with: nnlite predict -i IMAGES -o OUT"
     code, _, err = command("import", "all.zip", cwd=place)
     assert code == 2 and "2d-nnunet: exists already. Choose another --output, or delete it; `import` has --name" in err
+    code, _, err = command("import", "all.zip", "--replace", cwd=place)
+    assert code == 0 and err.endswith("OUT\n"), "models that were set aside need no -m"
     code, _, err = command("import", f"all.zip/{NAMES['2d']}", "--name", "mine", cwd=place)
     assert code == 0 and err.endswith(f"OUT -m {paths.models / 'mine'}\n")
     code, _, err = command("predict", "-i", scans[0], "-o", "out", "-c", "3d_fullres", "--device", "cpu", cwd=place)
@@ -148,8 +150,37 @@ def test_an_import_names_and_registers_all_models(command: Command, exported: Pa
     assert not source.file.exists()
 
 
-def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_path: Path) -> None:
-    """A zip of nnU-Net with a cascade, its first stage and another model."""
+def test_models_of_other_plans_and_trainers_get_other_names(results: Path, tmp_path: Path) -> None:
+    full, paths = results / NAMES["3d_fullres"], Paths(tmp_path / "w" / "Dataset004_Hippocampus")
+    for name in ("nnUNetTrainer__nnUNetResEncUNetLPlans__3d_fullres", "nnUNetTrainer_5epochs__nnUNetPlans__3d_fullres"):
+        shutil.copytree(full, full.with_name(name))
+    nnunet_lite.import_model(full, workspace=tmp_path / "w")
+    with pytest.raises(UserError, match="3d_fullres-nnunet: exists already"):  # the second one
+        nnunet_lite.import_model(results, workspace=tmp_path / "w")
+    assert [folder.name for folder in model_folders(paths)] == ["3d_fullres-nnunet"]
+    nnunet_lite.import_model(results, workspace=tmp_path / "w", replace=True)
+    names = ["2d-nnunet", "3d_fullres-nnunet", "3d_fullres-nnunet-5epochs", "3d_fullres-nnunet-ResEncUNetL"]
+    assert [folder.name for folder in model_folders(paths)] == names
+    shutil.copytree(full.parent, results / "copy")
+    with pytest.raises(UserError, match=r"/copy/.*: would become .*-nnunet.*, as .*4_Hippocampus/.* would\. Import"):
+        nnunet_lite.import_model(results, workspace=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_configuration_chooses_among_all_models(
+    results: Path, tiny_model: Path, tmp_path: Path, counts: Callable[..., None]
+) -> None:
+    nnunet_lite.export_model([tiny_model, tmp_path / "tiny.zip"])
+    shutil.copytree(results / NAMES["3d_fullres"], tmp_path / "renamed")
+    for model in (tiny_model, tmp_path / "tiny.zip", tmp_path / "renamed", results / NAMES["3d_fullres"]):
+        assert find_model(model, tmp_path, configuration="3d_fullres") == model
+        counts("bad inputs refused in one line")
+        with pytest.raises(UserError, match="no model of 2d is in it, but of 3d_fullres"):
+            find_model(model, tmp_path, configuration="2d")
+        assert find_model(model, tmp_path, configuration="2d", required=False) == model, "to fine-tune"
+
+
+def add_cascade(results: Path) -> None:
     full = read_json(results / NAMES["3d_fullres"] / "plans.json")["configurations"]["3d_fullres"]
     configurations = {
         "3d_fullres": full,
@@ -167,6 +198,30 @@ def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_pat
             for key in [key for key in weights if "encoder.stages.0.0.convs.0." in key and weights[key].ndim == 5]:
                 weights[key] = torch.cat([weights[key]] * 3, 1)
         torch.save(checkpoint, folder / CHECKPOINT)
+
+
+def test_a_first_stage_that_was_imported_before_is_kept(results: Path, tmp_path: Path) -> None:
+    add_cascade(results)
+    first, second = (results / NAMES["2d"].replace("2d", name) for name in ("3d_lowres", "3d_cascade_fullres"))
+    nnunet_lite.import_model(first, workspace=tmp_path / "w")
+    for replace in (False, True):
+        nnunet_lite.import_model(second, workspace=tmp_path / "w", replace=replace)
+    models = tmp_path / "w" / "Dataset004_Hippocampus" / "models"
+    kept = {"3d_cascade_fullres-nnunet", "3d_lowres-nnunet"}
+    assert {folder.name for folder in models.iterdir()} == {*kept, "old_3d_cascade_fullres-nnunet_1"}
+    shutil.rmtree(models / "3d_cascade_fullres-nnunet")
+    checkpoint = torch.load(first / CHECKPOINT, weights_only=False)
+    checkpoint["network_weights"] = {key: value + 1 for key, value in checkpoint["network_weights"].items()}
+    torch.save(checkpoint, first / CHECKPOINT)
+    for source in (second, results):  # of the folder, 2d comes first
+        with pytest.raises(UserError, match="3d_lowres-nnunet: exists already"):
+            nnunet_lite.import_model(source, workspace=tmp_path / "w")
+        assert {folder.name for folder in models.iterdir()} == {"3d_lowres-nnunet", "old_3d_cascade_fullres-nnunet_1"}
+
+
+def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_path: Path) -> None:
+    """A zip of nnU-Net with a cascade, its first stage and another model."""
+    add_cascade(results)
     shutil.rmtree(results / NAMES["2d"])
     file = shutil.make_archive(str(tmp_path / "cascade"), "zip", results)
     nnunet_lite.import_model(file, workspace=tmp_path / "w")

@@ -219,7 +219,9 @@ REFUSED = {
         lambda f: two_models(f), "Dataset004", "2 models", "Dataset004/a__b__2d", command=f"{FOLDER[:-5]}Dataset004"
     ),
     "a configuration that no model has": theirs(
-        lambda f: two_models(f), "2 models", command="predict -i scan.nii.gz -o out -m Dataset004 -c 3d_lowres"
+        lambda f: two_models(f),
+        "no model of 3d_lowres",
+        command="predict -i scan.nii.gz -o out -m Dataset004 -c 3d_lowres",
     ),
     "a zip of two models": theirs(
         lambda f: shutil.make_archive(str(f.parent / "model"), "zip", two_models(f)), "model.zip/a__b__3d",

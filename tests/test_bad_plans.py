@@ -215,6 +215,7 @@ SETTINGS = {
     "negative iterations": asked(f"{TRAIN} --iterations -5", "training.iterations"),
     "epochs of text": asked(f"{TRAIN} --epochs many", "--epochs"),
     "a time limit of text": asked(f"{TRAIN} --time-limit soon", "time_limit"),
+    "a time limit in words": asked(f"{TRAIN} --time-limit 3minutes", "such as 90s, 3m or 8h"),
     "no time at all": asked(f"{TRAIN} --time-limit 0", "time_limit"),
     "less than no time": asked(f"{TRAIN} --time-limit -5m", "time_limit"),
     "a time limit without end": asked(f"{TRAIN} --time-limit inf", "time_limit"),

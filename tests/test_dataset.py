@@ -156,7 +156,7 @@ def test_pictures_with_masks_of_0_and_255(tmp_path: Path, with_table: bool, empt
     dataset = read_dataset(tmp_path)
     assert (dataset.channels, dataset.file_ending, dataset.value_map) == (("R", "G", "B"), ".png", {255: 1})
     assert dataset.labels.names == ({"background": 0, "a" if with_table else "label_1": 1})
-    assert dataset.notes[-1] == "label maps hold 0 and 255: 255 is read as 1"
+    assert dataset.notes[-1] == "label maps hold 0 and 255: 255 is read as 1, and predictions hold 1"
     image, label = read_case(dataset.cases[1], dataset)
     assert image.array.shape == (3, 1, 16, 20)
     assert label is not None and set(np.unique(label)) == {0, 1}

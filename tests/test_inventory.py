@@ -49,6 +49,7 @@ def test_train_without_a_fold_lists_them_and_the_next_command_trains_one(command
     assert next_command[:4] == ["nnlite", "train", "3d_fullres", "1"] and "--name" in next_command
     code, _, err = command(*next_command[1:], "--device", "cpu", cwd=here)
     assert code == 0, err
+    assert "\nnext: nnlite predict -i IMAGES -o SEGMENTATIONS -m tiny; or nnlite view hippocampus_" in err
     assert (models / "tiny" / "fold_1" / "model.safetensors").is_file(), "the settings are those of the model"
 
 

@@ -119,6 +119,21 @@ def test_a_line_appears_when_nothing_was_printed_for_a_while_also_within_a_part(
     ]
 
 
+def test_a_forked_process_has_a_clock_of_its_own() -> None:
+    code = """
+import os, time
+from nnunet_lite import log
+log._SECONDS_BETWEEN_LINES, log._SECONDS_BETWEEN_SIGNS = 0.2, 0.05
+with log.working("parent"):
+    if os.fork() == 0:
+        with log.working("child"): time.sleep(0.5)
+        os._exit(0)
+    os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {"parent", "child"}
+
+
 def test_the_clock_of_a_bar_goes_on_within_a_part() -> None:
     slow = "import time\nfrom nnunet_lite import log\nwith log.working('case', 2): time.sleep(2.7)"
     written, lines = run_on_a_terminal(slow + "\nwith log.working('formats'): time.sleep(1.7)")

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from samples import as_options, start_nnlite, wait_until
 
+from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_weights_header
@@ -307,16 +308,23 @@ def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob, capfd: py
     assert is_finished(run.folder)
     capfd.readouterr()
     assert len(train(changed(run, training__epochs=2000))) == len(table)
-    assert "the 0.05 minutes of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err
+    assert "the 3.0 s of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err
 
 
-def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(job: MakeJob) -> None:
-    """Of 100 000 steps and as many validation batches to an epoch, as of slow ones on a CPU."""
+def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(
+    job: MakeJob, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 000 steps and as many validation batches to an epoch, as of slow ones on a CPU; the progress says so."""
+    monkeypatch.setattr(log, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(log, "_SECONDS_BETWEEN_SIGNS", 0.02)
     many = {"training__iterations": 100_000, "training__validation_iterations": 100_000}
     start = time.monotonic()
     (row,) = train(job(**many, training__time_limit=0.03, schedule__name="constant"))
     assert time.monotonic() - start < 15
     assert 0 < row["validation_loss"] < 3 and row["seconds"] < 3
+    shown = re.findall(r"epoch 1: (\d+)/(\d+), (\S+) s left", capfd.readouterr().err)
+    assert len(shown) > 3
+    assert all(int(total) < 10_000 and float(left) < 2.5 for done, total, left in shown if int(done) > 3)
 
 
 def test_a_run_makes_one_step_however_short_its_time(job: MakeJob) -> None:
@@ -440,6 +448,8 @@ def test_a_run_that_was_stopped_resumes_bit_by_bit(
         process = start_nnlite(*arguments, "--name", name)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+        expected = r"resuming from epoch \d of 6\n" if killed else r"resuming in epoch 1 of 3 after step \d+\n"
+        assert (re.search(expected, errors) is not None) == (name == "stopped")
     assert_same_run(stopped, whole)
     assert [row["epoch"] for row in rows(stopped)] == list(range(1, 7 if killed else 4))
 

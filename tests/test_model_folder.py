@@ -80,9 +80,9 @@ def test_the_same_call_resumes_with_the_same_seed(tmp_path: Path, plan: Plan, da
     [
         ({}, {"training.epochs": 3, "optimizer.lr": 0.5}, r"training\.epochs: 1000 -> 3; optimizer\.lr: 0\.01 -> 0\.5"),
         ({"training.epochs": 20}, {"training.epochs": 10}, r"training\.epochs: 20 -> 10"),
-        ({}, {"training.time_limit": 60}, r"training\.time_limit: None -> 60"),
-        ({"training.time_limit": 60}, {}, r"training\.time_limit: 60\.0 -> None"),  # the option was forgotten
-        ({"training.time_limit": 60}, {"training.epochs": 2000}, r"time_limit: 60\.0 -> None"),
+        ({}, {"training.time_limit": 60}, r"training\.time_limit: None -> 1h"),
+        ({"training.time_limit": 60}, {}, r"training\.time_limit: 1h -> None"),  # the option was forgotten
+        ({"training.time_limit": 60}, {"training.epochs": 2000}, r"time_limit: 1h -> None"),
         ({"training.epochs": 20}, {"training.epochs": 30, "optimizer.lr": 0.1}, r"epochs: 20 -> 30; optimizer\.lr"),
     ],
 )

@@ -109,6 +109,8 @@ def test_a_model_in_memory_equals_the_imported_one(tmp_path: Path, name: str) ->
     read, imported = load(NNUNET_MODELS / name, device="cpu"), load(tmp_path / "ours", device="cpu")
     assert (read.plan, read.settings, read.folds) == (imported.plan, imported.settings, imported.folds)
     assert (read.mirror_axes, read.swap) == (imported.mirror_axes, imported.swap)
+    exact = load(tmp_path / "ours", device="cpu", settings={"inference.sums": "float32"})
+    assert read.of_nnunet and imported.of_nnunet and exact.of_nnunet
     other = imported.networks[0].state_dict()
     assert all(torch.equal(value, other[key]) for key, value in read.networks[0].state_dict().items())
 

@@ -247,7 +247,7 @@ def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: 
     assert exported.first_stage is not None and exported.swap is not None and exported.swap.classes == (0, 2, 1, 3)
     array = np.random.default_rng(0).normal(size=(18, 21, 24)).astype(np.float32)
     agree(model, exported, array, (1.0, 1.1, 1.2))
-    as_nnunet = replace(model, settings=model.settings.model_copy(update={"sums": "float16"}))
+    as_nnunet = replace(model, of_nnunet=True)
     expected, other = as_nnunet(array, (1.0, 1.1, 1.2)), exported(array, (1.0, 1.1, 1.2))
     found = replace(exported, of_nnunet=True)(array, (1.0, 1.1, 1.2))
     assert (found == expected).mean() > 0.999 > (other == expected).mean()

@@ -79,12 +79,23 @@ def test_a_model_is_loaded_as_it_was_trained(tiny_model: Path, tiny_settings: di
     assert (fast.settings.mirroring, fast.settings.step_size, fast.arithmetic.precision) == (False, 1.0, "fp32")
 
 
+def test_a_setting_does_not_make_it_a_model_of_nnunet(tiny_model: Path) -> None:
+    settings = {**FAST, "inference.sums": "float16"}
+    assert not load(tiny_model, device="cpu", settings=settings).of_nnunet
+
+
 def test_a_file_an_image_and_an_array_give_the_same(model: Predictor, scans: list[Path]) -> None:
     image, of_file = read_image(scans[0]), model(scans[0])
     spacing = image.geometry.spacing
     assert of_file.shape == image.geometry.shape
     for same in (model(str(scans[0])), model(image), model(image.array[0], spacing), model(image.array, spacing)):
         np.testing.assert_array_equal(same, of_file)
+
+
+def test_a_colour_picture_is_told_its_order_of_axes(model: Predictor) -> None:
+    with pytest.raises(UserError, match=r"has 3 channels, the model expects 1 \(MRI\).*\(channels, z, y, x\)"):
+        model(np.zeros((3, 1, 16, 16)))
+    assert model.labels == {"background": 0, "Anterior": 1, "Posterior": 2}
 
 
 def test_the_spacing_of_an_array_is_used(model: Predictor, scans: list[Path]) -> None:
@@ -236,16 +247,20 @@ def test_images_are_read_ahead_as_memory_allows(most: int, nbytes: int, expected
 
 
 @pytest.mark.parametrize(
-    ("has_it", "computes_right", "sums", "expected"),
+    ("has_it", "computes_right", "origin", "expected"),
     [
-        (True, True, "float32", "bf16"),
-        (True, False, "float32", "fp16"),
-        (True, True, "float16", "fp16"),
-        (False, None, "float32", "fp16"),
+        (True, True, {}, "bf16"),
+        (True, False, {}, "fp16"),
+        (True, True, {"imported_from": "nnU-Net"}, "fp16"),
+        (False, None, {}, "fp16"),
     ],
 )
 def test_the_number_format_on_a_gpu(
-    has_it: bool, computes_right: bool | None, sums: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    has_it: bool,
+    computes_right: bool | None,
+    origin: dict[str, str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """That of the training, if the GPU has it and cuDNN computes it right; a model of nnU-Net in fp16, as there.
 
@@ -253,7 +268,7 @@ def test_the_number_format_on_a_gpu(
     """
     plan = sample_plan(labels_of(3))
     header = {"device": "cuda", "arithmetic": {"precision": "bf16", "compiled": True, "plain_norm": True}}
-    trained = _Trained(plan, {"configuration": "3d_fullres"}, {"0": Brightness()}, header)
+    trained = _Trained(plan, {"configuration": "3d_fullres", **origin}, {"0": Brightness()}, header)
 
     def compute(*_: Any) -> bool:
         assert computes_right is not None, "there is no bf16"
@@ -263,9 +278,8 @@ def test_the_number_format_on_a_gpu(
     monkeypatch.setattr("nnunet_lite.inference.predictor.has_bf16", lambda _: has_it)
     monkeypatch.setattr("nnunet_lite.inference.predictor.computes_bf16", compute)
     monkeypatch.setattr("nnunet_lite.inference.predictor.pick_fastest", lambda formats, *_: formats[0])
-    settings = InferenceSettings.model_validate({"sums": sums})
     with FakeTensorMode():
-        found = _choose_arithmetic(trained, settings, torch.device("cuda"))
+        found = _choose_arithmetic(trained, InferenceSettings(), torch.device("cuda"))
     assert found.precision == expected and not found.plain_norm, "which is made for compiled networks"
 
 

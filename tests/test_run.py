@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from samples import TINIEST, as_options, first_cases
 
 import nnunet_lite
-from nnunet_lite.commands.run import RunResult
+from nnunet_lite.commands.run import RunResult, _begun
 from nnunet_lite.commands.steps import Journal, Step, StepResult, overview, run_steps, time_left
 from nnunet_lite.errors import UserError
+from nnunet_lite.workspace import Paths
 
 TINY = {**TINIEST, "training.epochs": 3, "training.iterations": 2, "training.patch_voxels": 16384}
 STEPS = ["check and plan", "preprocess", "train 2d fold 0", "train 2d fold 1", "train 3d_fullres fold 0",
@@ -172,6 +174,12 @@ def test_on_a_cpu_the_recipe_is_cpu_unless_a_model_of_default_was_begun(
     )
     assert "recipe `cpu`" in (said := capfd.readouterr().err) and "--recipe default" in said
     assert [folder.name for folder in new.models] == ["2d-cpu"]
+    paths = Paths(tmp_path / new.dataset)
+    shutil.copytree(finished[1].models[0], paths.models / "old_2d-default_1")
+    nnunet_lite.export_model([finished[1].models[0], tmp_path / "theirs.zip"])
+    nnunet_lite.import_model(tmp_path / "theirs.zip", workspace=tmp_path)
+    assert not _begun(paths, "default") and _begun(paths, "cpu"), "a model that was set aside or imported"
+    capfd.readouterr()
     resumed = run(raw, finished[0], recipe=None)
     assert {step.state for step in resumed.steps} == {"kept"} and "recipe" not in capfd.readouterr().err
 

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,6 +231,32 @@ def test_missing_cases_are_noted(folders: tuple[Path, Path]) -> None:
         score_files(*folders, TWO)
 
 
+def test_images_are_predicted_and_scored(
+    tiny_model: Path, scans: list[Path], command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """The labels are those of the model; what cannot be predicted is told by the exit code; no temporary file shows."""
+    for path, reference in zip(scans, REFERENCES, strict=False):
+        for file, folder in ((path, "images"), (reference, "references")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shutil.copy(file, tmp_path / folder)
+    arguments = ("evaluate", "images", "references", "-m", tiny_model, "--device", "cpu", "--json")
+    cut = tmp_path / "images" / scans[0].name
+    cut.write_bytes(cut.read_bytes()[:1000])
+    code, out, err = command(*arguments, cwd=tmp_path)
+    assert code == 1 and f"failed: {scans[0].name.partition('.')[0]}" in err, err
+    scores = json.loads(out)
+    assert list(scores["labels"].values()) == ["Anterior", "Posterior"]
+    assert [row["prediction_file"] for row in scores["metric_per_case"]] == [None, None]
+    array, geometry, _ = read_label(REFERENCES[1])
+    write_label(tmp_path / "references" / REFERENCES[1].name, array[1:], replace(geometry, shape=array[1:].shape))
+    code, _, err = command(*arguments, cwd=tmp_path)
+    assert code == 2 and f"error: images/{scans[1].name}: its prediction is on another grid than references/" in err
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"")
+    code, _, err = command(*arguments, cwd=tmp_path)
+    assert code == 2 and err.endswith("error: images: no image could be predicted.\n")
+
+
 def test_two_files_mixed_formats_and_masks(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """A 0/255 mask in NRRD against 0/1 in NIfTI: one label, whether it is described or found."""
     array, geometry, _ = read_label(REFERENCES[0])
@@ -257,7 +284,9 @@ def test_pictures(tmp_path: Path) -> None:
     pixels, mm = (score_files(tmp_path / "p.png", tmp_path / name, TWO) for name in ("r.png", "r.nii.gz"))
     assert pixels.foreground().mean == mm.foreground().mean and 0 < pixels.foreground().mean < 1
     assert mm.values("HD95") == pytest.approx(pixels.values("HD95") / 2, nan_ok=True)
-    assert (pixels.unit, mm.unit) == ("px", "mm")
+    assert (pixels.unit, mm.unit) == ("px", "mm") and not mm.notes
+    (note,) = score_files(tmp_path / "p.png", tmp_path / "r.nii.gz", TWO, tolerance=60).notes
+    assert note == "100 voxels are less than the tolerance of NSD, 60: it says nothing (r)"
     assert {"HD95", "NSD"} <= set(pixels.to_text().split()) and "mm" not in pixels.to_text()
     assert "HD95 mm" in mm.to_text() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
     content = json.dumps(pixels.to_json()) + pixels.to_csv()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from copy import copy, deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,9 @@ def test_it_is_changed_in_place(model: Predictor, scans: list[Path], tmp_path: P
     changed.save(tmp_path / "changed.nii.gz")
     assert isinstance(changed, Segmentation)
     assert np.array_equal(read_label(tmp_path / "changed.nii.gz")[0], changed) and changed.min() == 4
-    for derived in (changed.copy(), changed[::-1], changed.T):
+    for copied in (changed.copy(), copy(changed), deepcopy(changed)):
+        assert copied.geometry == changed.geometry and not np.shares_memory(copied, changed)
+    for derived in (changed[::-1], changed.T, changed[::-1].copy()):
         with pytest.raises(UserError, match="computed or cut out of a segmentation has no geometry"):
             derived.save(tmp_path / "derived.nii.gz")
     assert not (tmp_path / "derived.nii.gz").exists()
@@ -78,6 +81,14 @@ def test_probabilities_are_predicted_when_they_are_asked_for(
     assert np.allclose(sum(later.values()), 1, atol=1.5 / 255)
     at_once = model(scans[0], probabilities="Anterior")
     assert np.array_equal(at_once, segmentation) and list(at_once.probabilities()) == ["Anterior"]
+    image = read_image(scans[0])
+    for given in (image, image.array):
+        before, array = model(given), image.array.copy()
+        expected = model(given, probabilities="all").probabilities()
+        image.array[:] = image.array[:, ::-1].copy()
+        for name, share in before.probabilities().items():
+            assert np.array_equal(share, expected[name]), "the array was changed since"
+        image.array[:] = array
     assert np.array_equal(at_once.probabilities()["Anterior"], later["Anterior"])
     with pytest.raises(UserError, match=r"'Liver' is no label of the model\. Its labels are: background, Anterior"):
         model(scans[0], probabilities="Liver")

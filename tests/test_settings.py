@@ -138,6 +138,7 @@ def test_the_file_of_a_network_is_stored_with_its_absolute_path(
         ("training.patch_size", "[40, 56, 40]", (40, 56, 40)),
         ("training.gradient_clip", "none", None),
         ("training.time_limit", "None", None),
+        ("training.time_limit", "90s", 1.5),
         ("training.precision", "bf16", "bf16"),
         ("training.channels_last", "true", True),
         ("training.channels_last", "auto", "auto"),

@@ -445,7 +445,7 @@ def test_a_case_is_excluded_after_training(
     planned = paths.plans.read_text()
     nnunet_lite.plan(raw, workspace=workspace, exclude=held_out[0])
     assert nnunet_lite.select(workspace=workspace, device="cpu").candidates[0].n_cases == len(held_out) - 1
-    with pytest.raises(UserError, match=r"other settings: .*the plan \(10 cases -> 9\)"):
+    with pytest.raises(UserError, match=r"other settings: .*the plan \(10 cases -> 9; see --exclude\)"):
         train(settings=longer)
     paths.plans.write_text(planned)  # as if the case had not changed the plan
     assert len(train(settings=tiny_settings).scores["0"].rows) == len(held_out) - 1

@@ -166,6 +166,8 @@ def test_which_models(tiny_workspace: Path, tiny_model: Path, held_out: str, tmp
     learnt = json.loads((tiny_model.parent.parent / "splits.json").read_text())[0]["train"][0]
     with nnunet_lite.view(learnt, workspace=tiny_workspace, browser=False) as shown:
         assert list(layers_of(shown)) == ["MRI", "reference"], "no prediction of a case that was trained on"
+    with nnunet_lite.view(learnt, model=str(tiny_model), workspace=tiny_workspace, browser=False) as shown:
+        assert str(tiny_model) in layers_of(shown), "a path is of a model that predicts now"
     with pytest.raises(UserError, match=f"tiny: has not predicted {learnt}: the fold that holds it out is not trained"):
         nnunet_lite.view(learnt, model="tiny", workspace=tiny_workspace, browser=False)
     with pytest.raises(UserError, match=r"tinier: is no model folder .* The models in .* are tiny\."):
@@ -247,7 +249,7 @@ def test_a_mask_of_0_and_255_is_shown_with_the_labels_of_a_model(tmp_path: Path)
     shown = np.asarray(nibabel.Nifti1Image.from_bytes(scene.layers[1].nifti).dataobj)
     assert set(np.unique(shown)) == {0, 1} and shown.sum() == 15
     Picture.fromarray(mask // 255 * 7).save(tmp_path / "seven.png")
-    with pytest.raises(UserError, match=r"seven\.png: label values 0\.\.7 are not all among \[0, 1\]\. Show it"):
+    with pytest.raises(UserError, match=r"seven\.png: label values 0\.\.7 are not all among \[0, 1\]\. Give its"):
         read_file_scene(tmp_path / "mask.png", [tmp_path / "seven.png"], labels)
 
 
@@ -267,7 +269,10 @@ def test_errors_by_kind(tmp_path: Path, hippocampus: Path) -> None:
         assert where.any() and np.array_equal(errors == value, where)
 
 
-def test_the_command_prints_the_address_and_ends_with_ctrl_c(tiny_workspace: Path, held_out: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_prints_the_address_and_ends_with_a_signal(
+    tiny_workspace: Path, held_out: str, number: signal.Signals
+) -> None:
     command = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), "view", held_out, "--no-browser"]
     with subprocess.Popen([*command, "-w", str(tiny_workspace)], stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout is not None
@@ -277,7 +282,7 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(tiny_workspace: Pat
         connection.request("GET", urlsplit(url).path)
         assert b"viewer.js" in connection.getresponse().read()
         connection.close()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         try:
             _, err = process.communicate(timeout=60)
         finally:

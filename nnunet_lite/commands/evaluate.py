@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import gettempdir
@@ -87,21 +88,30 @@ def evaluate(
     nnlite evaluate images references -m model.zip --output scores.csv
     """
     with ExitStack() as stack:
-        predicted, expected = Path(prediction), Path(reference)
+        predicted, expected, labels, exit_code = Path(prediction), Path(reference), None, 0
         if model is not None:
             if not expected.exists():  # predicting may take long
                 raise UserError("there is no such file or folder", expected)
             predicted = stack.enter_context(scratch(Path(gettempdir()))) / expected.name
-            nnunet_lite.predict(
+            made = nnunet_lite.predict(
                 prediction, predicted, model=model, device=device, workspace=workspace, accept_geometry=accept_geometry
             )
+            labels, exit_code = made.labels, made.exit_code
+            if not made.files:
+                raise UserError("no image could be predicted", prediction)
         place = workspace_folder(workspace)
         planned = planned_datasets(place)
         only = Plan.read(Paths(place / planned[0]).plans).labels if len(planned) == 1 else None
-        scores = score_files(
-            predicted, expected, tolerance=tolerance, surface=surface, workers=workers,
-            accept_geometry=accept_geometry, default=only,
-        )  # fmt: skip
+        try:
+            scores = score_files(predicted, expected, labels, tolerance, surface, workers, accept_geometry, only)
+        except UserError as error:  # may name a temporary file
+            if model is None or error.file is None or not Path(error.file).is_relative_to(predicted):
+                raise
+            file = Path(prediction) / Path(error.file).relative_to(predicted)
+            raise UserError(f"its prediction {error.what}", file, error.fix) from None
+    if model is not None:
+        rows = tuple(replace(row, prediction_file=None) for row in scores.rows)
+        scores = replace(scores, rows=rows, exit_code=exit_code)
     if output is not None and Path(output).suffix == ".csv":
         write_text(Path(output), scores.to_csv())
     elif output is not None:
@@ -175,7 +185,8 @@ def view(
         paths = select_dataset(workspace, dataset, only_reads=True)
         planned = stored_dataset(paths.dataset)
         planned_case = _case_of(planned, str(case))
-        in_dataset = [name for name in names if any((f / name).is_dir() for f in (paths.models, paths.ensembles))]
+        own = {path.name for place in (paths.models, paths.ensembles) for path in place.glob("*/")}
+        in_dataset = [name for name in names if name in own]
         models = [(name, nnunet_lite.load(name, workspace=root)) for name in names if name not in in_dataset]
         for name, _ in models:
             log.warn(f"{name} predicts {planned_case.id} now; it may have been trained on this case")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,9 +15,16 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.onnx import export_onnx
 from nnunet_lite.models.argument import as_model_folder, find_model, find_models, unpacked
 from nnunet_lite.models.bundle import is_zip, pack, read_manifest, unpack
-from nnunet_lite.models.folder import model_folder
+from nnunet_lite.models.folder import Checkpoint, is_nnunet, is_taken, model_folder, model_folders
 from nnunet_lite.models.lookup import choose_model
-from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, nnunet_names
+from nnunet_lite.models.nnunet import (
+    export_nnunet,
+    has_first_stage,
+    import_nnunet,
+    nnunet_label,
+    nnunet_names,
+    stage_name,
+)
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 _GRAMMAR = "Give `nnlite export [MODEL] FILE.zip`, or `nnlite export [MODEL] --format nnunet -o FOLDER` (or onnx)."
@@ -45,7 +53,8 @@ def import_model(
     source : str or Path
         A zip of `export_model` or of nnU-Net, or a folder of nnU-Net v2. All models in it are imported.
     name : str, optional
-        Of the model folder; default: the name that it was exported with, CONFIGURATION-nnunet for one of nnU-Net.
+        Of the model folder; default: the name that it was exported with, CONFIGURATION-nnunet for one of nnU-Net, with
+        its trainer and plans if they are not nnU-Net's own, as in 3d_fullres-nnunet-ResEncUNetL.
     output : str or Path, optional
         The new folder; default: in the workspace.
     replace : bool
@@ -70,34 +79,59 @@ def import_model(
     nnlite import model.zip
     nnlite import nnUNetTrainer__nnUNetPlans__3d_fullres --name mine
     """
-    place, made = workspace_folder(workspace), list[Path]()
+    place = workspace_folder(workspace)
     found = find_models(source, place)
     if len(found) > 1 and (name or output):
         what = f"contains {len(found)} models, and --name and --output are for one"
         raise UserError(what, Path(source), f"Give one of them: {', '.join(map(str, found))}.")
-    for path in found:
-        if (path / "run.json").is_file():
-            fix = "Use it with -m, or pack it with `nnlite export`."
-            raise UserError("is a model folder of nnlite already", path, fix)
-        if is_zip(path):
-            manifest = read_manifest(path)
-            target = Path(output or model_folder(Paths(place / manifest.dataset), name or manifest.models[0]))
-            target = unpack(path, target, replace=replace)
-            made += [target, *(target.with_name(stage) for stage in manifest.models[1:])]
-            continue
-        with unpacked(path) as folder:
-            dataset, configuration = nnunet_names(folder, checkpoint)
-            target = Path(output or model_folder(Paths(place / dataset), name or f"{configuration}-nnunet")).absolute()
-            if target not in made:  # as the first stage of a cascade, which the alphabet has before it
-                stage_name = None if output else name or "nnunet"
-                made += import_nnunet(folder, target, checkpoint, name=stage_name, replace=replace)
+    if is_zip(found[0]):
+        manifest = read_manifest(found[0])
+        target = Path(output or model_folder(Paths(place / manifest.dataset), name or manifest.models[0]))
+        target = unpack(found[0], target, replace=replace)
+        made = [target, *(target.with_name(stage) for stage in manifest.models[1:])]
+    else:
+        made = _import_from_nnunet(found, place, name, output, replace, checkpoint)
     for path in made:
         log.info(f"imported {path}")
     option = f" -w {workspace}" if workspace else ""
-    if output or {run.parent for run in place.glob("*/models/*/run.json")} - set(made):
+    if output or {model for dataset in place.iterdir() for model in model_folders(Paths(dataset))} - set(made):
         option = f" -m {made[0]}"
     log.info(f"predict with: nnlite predict -i IMAGES -o OUT{option}")
     return made[0] if len(found) == 1 else made[0].parent
+
+
+def _import_from_nnunet(
+    found: Sequence[Path],
+    place: Path,
+    name: str | None,
+    output: str | Path | None,
+    replace: bool,
+    checkpoint: Checkpoint,
+) -> list[Path]:
+    """Import models of nnU-Net, after all of their new names are known to be free."""
+    models: dict[Path, tuple[Path, Path, str, str | None]] = {}  # by their new folder
+    made: list[Path] = []
+    with ExitStack() as stack:
+        for path in found:
+            if (path / "run.json").is_file():
+                fix = "Use it with -m, or pack it with `nnlite export`."
+                raise UserError("is a model folder of nnlite already", path, fix)
+            folder, label = stack.enter_context(unpacked(path)), name or nnunet_label(path)
+            dataset, configuration, first = nnunet_names(folder, checkpoint)
+            target = Path(output or model_folder(Paths(place / dataset), name or f"{configuration}-{label}")).absolute()
+            if target in models:
+                what = f"would become {target}, as {models[target][0]} would"
+                raise UserError(what, path, "Import one of them alone, with --name.")
+            models[target] = path, folder, label, first
+        with_second = {path.with_name(first) for path, _, _, first in models.values() if first is not None}
+        models = {target: model for target, model in models.items() if model[0] not in with_second}
+        for target, (_, folder, label, first) in models.items():
+            is_taken(target, replace)
+            if first is not None and output is None and is_nnunet(stage := folder.absolute().with_name(first)):
+                has_first_stage(target.with_name(stage_name(first, label)), stage, checkpoint, replace)
+        for target, (_, folder, label, _) in models.items():
+            made += import_nnunet(folder, target, checkpoint, name=None if output else label, replace=replace)
+    return made
 
 
 def export_model(

@@ -84,6 +84,7 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
     own = {flag: p for p in command.params for flag in (*p.opts, *p.secondary_opts) if p.param_type_name == "option"}
     places = {p.name: p.nargs for p in command.params if p.param_type_name == "argument"}
     left, options, words, folds, rest = deque(arguments), list[str](), list[str](), list[str](), list[str]()
+    n_required, spare = sum(p.required for p in command.params if p.name in places), 0
     while left:
         word = left.popleft()
         typed, equals, value = word.partition("=")
@@ -92,10 +93,12 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
             rest = [word, *left]
             break
         has_values = name in own and not own[name].is_flag
-        if equals and (has_values or name in _SKIPPED or name in _ANSWERS):
+        if equals and (has_values or name in _SKIPPED or name in _ANSWERS or _WORDS.get(name) in places):
             left.appendleft(value)
         if has_values:
-            options += _with_values(name, own[name], left, has_words=bool(places))
+            given = _with_values(name, own[name], left, has_words=bool(places))
+            options += given
+            spare = len(options) if len(given) > 2 and own[name].multiple else spare
         elif _WORDS.get(name) in places:
             (folds if name == "-f" else words).extend(_take(left, 1, _MORE.get(_WORDS[name])))
         elif name in _SKIPPED:
@@ -111,6 +114,9 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     words += [",".join(folds)] if folds else []
+    if len(words) < n_required and spare:  # the last of several values is the argument
+        words.append(options[spare - 1])
+        del options[spare - 2 : spare]
     too_many = len(words) > sum(places.values()) and -1 not in places.values()
     takes_dataset = "-d" in own and "-d" not in options and next(iter(places), "configuration") == "configuration"
     if words and takes_dataset and (too_many or _DATASET.fullmatch(words[0])):

@@ -146,6 +146,11 @@ def sizes_of(value: str | Sequence[int], option: str) -> tuple[int, ...]:
         ) from None
 
 
+def where(dataset: str | None, workspace: str | Path | None) -> list[str]:
+    """Return the options with which a call named its dataset and workspace."""
+    return [*([] if dataset is None else ["-d", dataset]), *([] if workspace is None else ["-w", str(workspace)])]
+
+
 def names_of(value: object) -> list[str] | None:
     """Return names that are given one by one, or several in a text with commas; None if there is no name."""
     if value is None:

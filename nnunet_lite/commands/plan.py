@@ -18,7 +18,7 @@ from nnunet_lite.data.problems import Report, check_kinds, plural
 from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.models.folder import model_folders
+from nnunet_lite.models.folder import first_training, model_folders
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
@@ -271,6 +271,14 @@ def plan(
     if output is not None:
         write_json(Path(output), plan_to_nnunet(made, about) if format == "nnunet" else made.as_dict())
     return made
+
+
+def after_plan(plan: Plan, *, data: Any = None, workspace: Any = None, **_: Any) -> list[list[str]]:
+    """Return the command to type next, if a dataset was planned."""
+    if data is None:
+        return []
+    training = first_training(Paths(workspace_folder(workspace) / plan.dataset))
+    return [[*training.split(), *options.where(None, workspace)]]
 
 
 def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule, workers: int | None) -> Plan:

@@ -29,7 +29,8 @@ from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.models.folder import read_run
+from nnunet_lite.models.bundle import is_imported
+from nnunet_lite.models.folder import model_folders, read_run
 from nnunet_lite.networks.devices import pick_device
 from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
@@ -235,8 +236,9 @@ def run(
 
 
 def _begun(paths: Paths, recipe: str) -> bool:
-    """Whether a model of a dataset was begun with a recipe."""
-    return any(read_run(run.parent)["settings"]["recipe"] == recipe for run in paths.models.glob("*/run.json"))
+    """Whether a model of a dataset was begun with a recipe; imported ones were not begun here."""
+    folders = [folder for folder in model_folders(paths) if not is_imported(folder)]
+    return any(read_run(folder)["settings"]["recipe"] == recipe for folder in folders)
 
 
 def _steps(

@@ -284,6 +284,17 @@ def train(
     return TrainedFolds(scores)
 
 
+def after_train(result: object, *, dataset: Any = None, workspace: Any = None, **given: Any) -> list[list[str]]:
+    """Return the commands to type next: to predict, and to look at a case that was held out."""
+    if not isinstance(result, TrainedFolds):
+        return []
+    cases = [row.case for scores in result.scores.values() for row in scores.rows]
+    name = given["name"] or f"{given['configuration']}-{Path(given['recipe']).stem}"
+    model = ["-m", name, *options.where(dataset, workspace)]
+    views = [["nnlite", "view", case, *model] for case in cases[:1]]
+    return [["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *model], *views]
+
+
 def _train_on_cluster(
     scheduler: str, paths: Paths, runs: Sequence[TrainingRun], own: Sequence[TrainingRun]
 ) -> TrainedFolds:

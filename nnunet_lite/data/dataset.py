@@ -24,7 +24,7 @@ from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood
 
-MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1"
+MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1, and predictions hold 1"
 _LABELS_FORM = (
     'Labels are written as {"background": 0, "organ": 1, "tumour": 2, "ignore": 255}; a region is a list of values, '
     "and regions_class_order then has a value for each region."

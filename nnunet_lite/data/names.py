@@ -209,6 +209,8 @@ def require_readable(path: Path) -> None:
     UserError
         Says what is wrong with the file.
     """
+    if path.is_dir():
+        raise UserError("is a folder, and one image is expected", path)
     if not suffix_of(path):
         raise UserError("is of no supported format", path, f"{SUPPORTED}. Of header and voxels, give the header.")
     if suffix_of(path) in PAIRS and path.is_file():

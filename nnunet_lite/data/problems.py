@@ -33,6 +33,7 @@ KINDS: dict[str, Severity] = {
 _GUESSES = ("extra_channel", "label_void", "label_levels", "instances", "no_spacing")
 ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _MOST_ROWS = 50  # of a table in a notebook
+_REPR = 5  # problems that a Report shows in Python
 _LINES_SHOWN: dict[Severity, int] = {"error": 3, "warning": 3, "notice": 10}  # of each kind, the most severe first
 
 
@@ -146,7 +147,7 @@ class Report:
 
     def to_text(self) -> str:
         """Return a headline and a line per problem; equal problems of several files share a line."""
-        lines = [repr(self)]
+        lines = [self._headline()]
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
         for problem, names in self._by_severity():
@@ -165,14 +166,19 @@ class Report:
             lines.append(f"hint: --exclude CASE leaves out a case{accept}")
         return "\n".join(lines)
 
-    def __repr__(self) -> str:
+    def _headline(self) -> str:
         counts = [plural(self.count("error"), "error"), plural(self.count("warning"), "warning")]
         left_out = f" ({len(self.excluded)} left out)" if self.excluded else ""
         return f"{self.dataset}: {plural(self.cases, 'case')}{left_out}, {', '.join(counts)}"
 
+    def __repr__(self) -> str:
+        found = [f"{p.severity}: {few(names)}: {p.text}" for p, names in self._by_severity()]
+        rest = [f"... and {len(found) - _REPR} more; `to_text()` shows them"] if len(found) > _REPR else []
+        return "\n".join([self._headline(), *found[:_REPR], *rest])
+
     def _repr_html_(self) -> str:
         rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
-        return html_table([("severity", "files", "problem", "fix"), *rows], [repr(self)])
+        return html_table([("severity", "files", "problem", "fix"), *rows], [self._headline()])
 
     def _by_severity(self) -> list[tuple[Problem, list[str]]]:
         """Return equal problems once, with their files; errors first."""

@@ -29,7 +29,7 @@ from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
 from nnunet_lite.inference.predictor import Predictor, load
-from nnunet_lite.models.bundle import MANIFEST
+from nnunet_lite.models.bundle import is_imported
 from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, stage_path, trained_folds
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
@@ -250,7 +250,7 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
             notes.append(f"{member.name} is left out: {reason}")
         else:
             members.append(member)
-            if "imported_from" in run or (folder / MANIFEST).is_file():
+            if is_imported(folder):
                 notes.append(
                     f"{member.name} was imported: its scores count only if it held out the folds of splits.json"
                 )

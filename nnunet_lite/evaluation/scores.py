@@ -33,6 +33,7 @@ from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
+_COARSE = 100  # voxels: with a larger tolerance, as of mm in a microscope's image, NSD is 1
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 
@@ -83,12 +84,15 @@ class Scores:
         The tolerance of NSD, in `unit`.
     notes : tuple of str
         What was left out or read in a special way.
+    exit_code : int
+        Of the command: 1 if a case could not be predicted.
     """
 
     rows: tuple[CaseScore, ...]
     labels: Labels
     tolerance: float = 1.0
     notes: tuple[str, ...] = ()
+    exit_code: int = 0
 
     @property
     def unit(self) -> str:
@@ -342,6 +346,10 @@ def score_files(
         def score(case: str) -> tuple[CaseScore, list[_Remark]]:
             predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
             spacing = geometry.spacing if geometry.calibrated else None
+            if surface and tolerance > _COARSE * min(geometry.spacing):
+                remarks.append(
+                    (f"{_COARSE} voxels are less than the tolerance of NSD, {tolerance:g}: it says nothing", case)
+                )
             metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
             return CaseScore(case, *pairs[case], metrics, geometry.calibrated), remarks
 

@@ -129,12 +129,12 @@ def check_image(image: Image, plan: Plan) -> None:
                 raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
 
 
-def _check_channels(image: Image, plan: Plan, path: Path | None = None) -> None:
+def _check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str = "") -> None:
     expected, found = len(plan.channels), image.array.shape[0]
     if found != expected:
         names = ", ".join(channel.name for channel in plan.channels)
         who = "" if path else "the image "
-        raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path)
+        raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path, fix)
 
 
 def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
@@ -145,7 +145,7 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
     given : str, Path, Image or array_like
         A file, an image, or an array (z, y, x) or (channels, z, y, x): of numpy, of torch, or nested lists.
     spacing : sequence of float, optional
-        Voxel size (z, y, x) of an array in mm; by default 1 mm, which is logged once.
+        Voxel size (z, y, x) of an array in mm; by default 1, with one warning unless the model is in pixels.
     plan : Plan
         The plan of the model.
 
@@ -168,10 +168,14 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
         return replace(given, array=array)
     array = _as_array(given)
     if spacing is None:
-        log.warn_once("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
+        if tuple(plan.median_spacing) != PICTURE_SPACING:
+            log.warn_once("an array without spacing: 1 x 1 x 1 mm is used; give spacing=(z, y, x) in mm")
         spacing = (1.0, 1.0, 1.0)
     z, y, x = array.shape[1:]
-    return Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
+    image = Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
+    picture = "array.transpose(2, 0, 1)[:, None]"
+    _check_channels(image, plan, fix=f"Give an array (channels, z, y, x); a picture (y, x, channels) is {picture}.")
+    return image
 
 
 def _as_array(given: Any) -> np.ndarray:

@@ -190,14 +190,12 @@ def predict_first_stage(
             if not todo:
                 continue
             model = load(first.folder, [fold], device, workspace=first.folder.absolute().parents[2])
-            with log.working(f"{first.configuration} fold {fold} predicts", len(todo)) as advance:
-                for case_id in todo:
-                    source, target = open_first(case_id), open_second(case_id)
-                    with naming(case_id):
-                        array = Preprocessed(source.image[:], None, source.placement)
-                        classes = predict_on_grid(model, array, target.placement)
-                    write_stage_map(files[case_id], classes, target.label, keys[case_id])
-                    advance(1)
+            for case_id in log.progress(todo, len(todo), f"{first.configuration} fold {fold} predicts"):
+                source, target = open_first(case_id), open_second(case_id)
+                with naming(case_id):
+                    array = Preprocessed(source.image[:], None, source.placement)
+                    classes = predict_on_grid(model, array, target.placement)
+                write_stage_map(files[case_id], classes, target.label, keys[case_id])
     return files
 
 

@@ -52,15 +52,18 @@ class ExtraMaps:
         Labels or regions whose probabilities are written.
     uncertainty : bool
         Write entropy, and the disagreement of the networks.
+    disagreement : bool
+        Whether there are several networks, which may disagree.
     """
 
     probabilities: tuple[str, ...] = ()
     uncertainty: bool = False
+    disagreement: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the maps, such as "probabilities/liver"."""
-        uncertainty = (ENTROPY, DISAGREEMENT) if self.uncertainty else ()
+        uncertainty = (ENTROPY, DISAGREEMENT)[: 1 + self.disagreement] if self.uncertainty else ()
         return (*(f"{PROBABILITIES}/{name}" for name in self.probabilities), *uncertainty)
 
     def __bool__(self) -> bool:
@@ -233,9 +236,10 @@ def _vote(
     alone = len(means) == 1  # then the decision is the same as without maps
     decided = decode_logits(means[0], labels, rounded=rounded) if alone else decode_logits(shares - 0.5, labels)
     values = {name: _as_steps(shares[channel]) for name, channel in channels.items()}
-    if maps.uncertainty:
+    if DISAGREEMENT in maps.names:
         votes = [decode_logits(logits, labels, rounded=rounded) != decided for folds in models for logits in folds]
         values[DISAGREEMENT] = _as_steps(np.mean(votes, axis=0))
+    if maps.uncertainty:
         values[ENTROPY] = _as_steps(_entropy(_to_numpy(shares), labels.has_regions))
     return decided, values
 

@@ -7,7 +7,7 @@ map slab by slab (outputs.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -78,6 +78,8 @@ class Predictor:
         Labels that change places in mirrored copies.
     partners : tuple of Predictor
         Models whose probabilities are averaged with those of this one.
+    of_nnunet : bool
+        Whether nnU-Net trained it, so that it predicts as it does there.
     """
 
     folder: Path
@@ -92,6 +94,7 @@ class Predictor:
     first_stage: Predictor | None = None
     swap: LabelSwap | None = None
     partners: tuple[Predictor, ...] = ()
+    of_nnunet: bool = False
 
     def __str__(self) -> str:
         first = "" if self.first_stage is None else f"{self.first_stage}, then "
@@ -111,9 +114,9 @@ class Predictor:
         return self.plan.configuration(self.configuration_name)
 
     @property
-    def of_nnunet(self) -> bool:
-        """Whether nnU-Net trained it, so that it predicts as it does there."""
-        return self.settings.sums == "float16"
+    def labels(self) -> Mapping[str, Any]:
+        """The labels and their values; of a region, the values that it unites."""
+        return self.plan.labels.names
 
     def __call__(
         self, image: Any, spacing: Sequence[float] | None = None, *, probabilities: str | None = None
@@ -145,7 +148,8 @@ class Predictor:
             names = () if probabilities is None else parse_label_names(probabilities, self.plan.labels)
             given = as_image(image, spacing, self.plan)
             label_map, maps = segment(self, prepare_image(self, given), maps=ExtraMaps(names))
-        return Segmentation(label_map, given.geometry, maps, partial(self, image, spacing), file)
+        later = None if maps else partial(self, file or replace(given, array=given.array.copy()))  # it may be changed
+        return Segmentation(label_map, given.geometry, maps, later, file)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -221,6 +225,10 @@ class _Trained:
     def configuration(self) -> Configuration:
         return self.plan.configuration(self.run["configuration"])
 
+    @property
+    def of_nnunet(self) -> bool:
+        return "imported_from" in self.run
+
 
 def _load_model(
     path: Path,
@@ -268,6 +276,7 @@ def _load_model(
         arithmetic=arithmetic,
         first_stage=first_stage,
         swap=label_swap(trained.plan, trained.run["configuration"], augmentation),
+        of_nnunet=trained.of_nnunet,
     )
 
 
@@ -352,7 +361,7 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
     But a model of nnU-Net in fp32 decides close races as nnU-Net does only in nnU-Net's memory format. On a GPU it
     computes in fp16, as there.
     """
-    precision, of_nnunet, planned = settings.precision, settings.sums == "float16", trained.configuration
+    precision, of_nnunet, planned = settings.precision, trained.of_nnunet, trained.configuration
     channels_last = not (of_nnunet and precision == "fp32") if device.type == "cpu" else "auto"
     if (
         device.type == "cuda"

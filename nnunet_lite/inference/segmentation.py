@@ -17,8 +17,8 @@ from nnunet_lite.inference.outputs import PROBABILITIES, STEPS
 class Segmentation(np.ndarray):
     """The label map (z, y, x) of an image, with the values of the dataset: a numpy array with a geometry.
 
-    It may be changed in place. What is computed or cut out of it is an array without a geometry. It refers to the image
-    and the model, for `probabilities`; pickling leaves these out.
+    It may be changed in place, and copied. What is computed or cut out of it is an array without a geometry. It refers
+    to the image and the model, for `probabilities`; pickling leaves these out.
 
     Parameters
     ----------
@@ -53,6 +53,15 @@ class Segmentation(np.ndarray):
 
     def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
         return self if array is self else np.asarray(array)[()]  # a sum is a number
+
+    def copy(self, order: Any = "C") -> Segmentation:
+        return Segmentation(self.array.copy(order), self._geometry, self._maps, self._predict, self._source)
+
+    def __copy__(self) -> Segmentation:
+        return self.copy()
+
+    def __deepcopy__(self, memo: Any) -> Segmentation:
+        return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:  # pickled without the model
         return Segmentation, (self.array, self._geometry, self._maps, None, self._source)

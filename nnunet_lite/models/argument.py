@@ -15,12 +15,17 @@ from tempfile import gettempdir
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import scratch
 from nnunet_lite.models.bundle import is_zip, models_in_zip, read_manifest, unpack, unpack_nnunet
-from nnunet_lite.models.folder import EXPECTED, OLD, Checkpoint, is_model, is_nnunet
+from nnunet_lite.models.folder import EXPECTED, OLD, Checkpoint, is_model, is_nnunet, read_run, weight_files
 from nnunet_lite.workspace import planned_paths
 
 
 def find_model(
-    given: str | Path, workspace: Path, dataset: str | None = None, configuration: str | None = None
+    given: str | Path,
+    workspace: Path,
+    dataset: str | None = None,
+    configuration: str | None = None,
+    *,
+    required: bool = True,
 ) -> Path:
     """Return the path of the model that an argument names.
 
@@ -34,7 +39,9 @@ def find_model(
     dataset : str, optional
         Look only among the models of this dataset, if several datasets have a model of that name.
     configuration : str, optional
-        Of several models in a folder or zip, take that of this configuration.
+        Take a model of this configuration.
+    required : bool
+        Refuse models of other configurations; otherwise take the only one.
 
     Returns
     -------
@@ -44,16 +51,34 @@ def find_model(
     Raises
     ------
     UserError
-        There is no model, or there are several.
+        There is no model (of that configuration), or there are several.
     """
     found = find_models(given, workspace, dataset)
-    if len(found) > 1 and configuration is not None:
-        # nnU-Net calls a model trainer__plans__configuration, and we call it configuration-recipe
-        found = [p for p in found if configuration in (p.name.rpartition("__")[2], p.name.partition("-")[0])] or found
+    if configuration is not None:
+        have = {path: _configuration_of(path) for path in found}
+        matching = [path for path in found if configuration in (have[path], path.name)]
+        if required and not matching:
+            what = f"no model of {configuration} is in it, but of {', '.join(sorted(set(have.values())))}"
+            raise UserError(what, Path(given), "Give another --configuration, or none.")
+        found = matching or found
     if len(found) > 1:
         what = f"could be {len(found)} models: {', '.join(map(str, found))}"
         raise UserError(what, Path(given), "Give one of these paths.")
     return found[0]
+
+
+def _configuration_of(model: Path) -> str:
+    """Return the configuration of a model; of nnU-Net's, from its name TRAINER__PLANS__CONFIGURATION if it has one."""
+    if is_zip(model):
+        return str(read_manifest(model).about.get("configuration"))
+    if (model / "run.json").is_file():
+        return str(read_run(model)["configuration"])
+    if "__" in model.name:
+        return model.name.rpartition("__")[2]
+    from nnunet_lite.models.nnunet import nnunet_names  # imports torch
+
+    with unpacked(model) as folder:
+        return nnunet_names(folder, "final" if weight_files(folder) else "best")[1]
 
 
 def find_models(given: str | Path, workspace: Path, dataset: str | None = None, *, required: bool = True) -> list[Path]:
@@ -99,6 +124,7 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     elif not path.exists():
         why = "it does not exist"
         fix = f"The models in {workspace} are {', '.join(one.name for one in in_workspace)}." if in_workspace else fix
+        fix = fix if workspace.is_dir() else f"There is no workspace {workspace} either, where its name is looked up."
     raise UserError(f"is no model folder ({why})", Path(given), fix)
 
 

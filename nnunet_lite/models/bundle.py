@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import nnunet_lite
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, must_be_known, read_json, understood, write_json
-from nnunet_lite.models.folder import EXPECTED, MODEL, new_model_folder, stage_path, weight_files
+from nnunet_lite.models.folder import EXPECTED, MODEL, new_model_folder, read_run, stage_path, weight_files
 from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import in_units
@@ -183,6 +183,11 @@ def _write(archive: ZipFile, path: str, content: bytes) -> PackedFile:
 def is_zip(path: Path) -> bool:
     """Whether a path is a zip file."""
     return path.is_file() and path.suffix.lower() == ".zip"
+
+
+def is_imported(folder: Path) -> bool:
+    """Whether a model folder was made by `nnlite import`."""
+    return (folder / MANIFEST).is_file() or "imported_from" in read_run(folder)
 
 
 def models_in_zip(file: Path) -> list[Path]:

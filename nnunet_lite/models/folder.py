@@ -178,8 +178,8 @@ def check_resume(
     if same_plan and only_length and (not changes or _is_longer(run_length(old), run_length(settings))):
         return changes
     if only_length and not same_plan:
-        n_cases = f" ({old_plan.n_cases} cases -> {plan.n_cases})" if old_plan.n_cases != plan.n_cases else ""
-        changes.append(f"the plan{n_cases}")
+        n_cases = f"({old_plan.n_cases} cases -> {plan.n_cases}; see --exclude)"
+        changes.append("the plan" if old_plan.n_cases == plan.n_cases else f"the plan {n_cases}")
 
     several = len(list(folder.glob("fold_*"))) > 1  # --restart of one fold keeps the others
     restarting = "`all-folds --restart`" if several else "--restart"
@@ -278,6 +278,21 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {**run, "configuration": str(run["configuration"]), "seed": int(run["seed"])}
 
 
+def is_taken(out: Path, replace: bool = False) -> bool:
+    """Whether the place of a new model folder is taken.
+
+    Raises
+    ------
+    UserError
+        It is, and `replace` is not set.
+    """
+    taken = out.exists() and (out.is_file() or any(out.iterdir()))
+    if taken and not replace:
+        fix = "Choose another --output, or delete it; `import` has --name and --replace, too."
+        raise UserError("exists already", out, fix)
+    return taken
+
+
 @contextmanager
 def new_model_folder(out: Path, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary folder that is moved to `out` at the end of the block, and deleted if the block fails.
@@ -296,11 +311,7 @@ def new_model_folder(out: Path, replace: bool = False, needed: int | None = None
     UserError
         `out` exists already, and `replace` is not set.
     """
-    taken = out.exists() and (out.is_file() or any(out.iterdir()))
-    if taken and not replace:
-        raise UserError(
-            "exists already", out, "Choose another --output, or delete it; `import` has --name and --replace, too."
-        )
+    taken = is_taken(out, replace)
     with scratch(out.absolute().parent) as temporary:
         partial = temporary / out.name
         partial.mkdir()

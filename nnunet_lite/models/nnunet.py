@@ -16,6 +16,7 @@ from typing import Any, Literal
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nnunet_lite import log
@@ -28,6 +29,7 @@ from nnunet_lite.models.folder import (
     MODEL,
     Checkpoint,
     is_nnunet,
+    is_taken,
     new_model_folder,
     nnunet_file,
     stage_path,
@@ -170,8 +172,8 @@ def read_nnunet_fold(file: Path) -> NnunetFold:
         inference=InferenceSettings(sums="float16"),  # otherwise label maps differ from nnU-Net's in close decisions
     )
     run = {"configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
-    if planned.previous_stage is not None:  # nnU-Net calls a model folder trainer__plans__configuration
-        run["previous"] = f"{file.absolute().parents[1].name.rpartition('__')[0]}__{planned.previous_stage}"
+    if planned.previous_stage is not None:
+        run["previous"] = _first_folder(file.absolute().parents[1], planned.previous_stage)
     return NnunetFold(
         name=str(checkpoint["init_args"].get("fold", "0")),
         plan=plan,
@@ -278,8 +280,24 @@ def _training(checkpoint: Json) -> Json:
     return {"epochs": checkpoint.get("current_epoch", 0), "seconds": round(seconds, 1)}
 
 
-def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, str]:
-    """Return the names of the dataset and of the configuration of an nnU-Net model.
+def _first_folder(folder: Path, stage: str) -> str:
+    """Return the name of a first stage's folder; nnU-Net calls a model folder trainer__plans__configuration."""
+    return f"{folder.name.rpartition('__')[0]}__{stage}"
+
+
+def stage_name(first: str, name: str) -> str:
+    """Return CONFIGURATION-NAME for the folder of a first stage of nnU-Net."""
+    return f"{first.rpartition('__')[2]}-{name}"
+
+
+def nnunet_label(folder: Path) -> str:
+    """Return "nnunet" with what TRAINER__PLANS__CONFIGURATION adds to nnU-Net's own, as in nnunet-ResEncUNetL."""
+    found = re.fullmatch(r"(?:nnUNetTrainer)?_?(.*?)__(?:nnUNet)?(.*?)(?:Plans)?__.+", folder.name)
+    return "-".join(["nnunet", *(part for part in (found.groups() if found else ()) if part)])
+
+
+def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, str, str | None]:
+    """Return the dataset and the configuration of an nnU-Net model, and the folder name of its first stage.
 
     Raises
     ------
@@ -291,10 +309,31 @@ def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, s
     content = read_checkpoint(file)
     _, configuration, _ = _origin(content, file)
     source, plans, table = _read_descriptions(file, content)
-    dataset = _plan(source, plans, table, configuration).dataset
+    plan = _plan(source, plans, table, configuration)
+    dataset = plan.dataset
     if Path(dataset).name != dataset or dataset.startswith("."):
         raise UserError(f"dataset_name {dataset!r} is no name for a folder", source)
-    return dataset, configuration
+    stage = plan.configuration(configuration).previous_stage
+    return dataset, configuration, None if stage is None else _first_folder(folder.absolute(), stage)
+
+
+def has_first_stage(out: Path, first: Path, checkpoint: Checkpoint = "final", replace: bool = False) -> bool:
+    """Whether the model that nnU-Net wrote into `first` was imported into `out` before.
+
+    Raises
+    ------
+    UserError
+        Another model is there, and `replace` is not set.
+    """
+    files, ours = weight_files(first, checkpoint), weight_files(out)
+    same = bool(files) and files.keys() == ours.keys()
+    for fold, own in zip(read_nnunet(files.values() if same else ()), ours.values(), strict=same):
+        state, stored = fold.network.state_dict(), load_file(own)
+        same = same and fold.plan == read_model(out)[0] and state.keys() == stored.keys()
+        same = same and all(torch.equal(value, stored[name]) for name, value in state.items())
+    if not same:
+        is_taken(out, replace)
+    return same
 
 
 def import_nnunet(
@@ -302,7 +341,8 @@ def import_nnunet(
 ) -> list[Path]:
     """Write a model folder with the content of one that nnU-Net wrote.
 
-    The first stage of a cascade is imported too, from the folder next to `folder` into one next to `out`.
+    The first stage of a cascade is imported too, from the folder next to `folder` into one next to `out`. It is kept
+    if it was imported before.
 
     Parameters
     ----------
@@ -320,7 +360,7 @@ def import_nnunet(
     Returns
     -------
     list of Path
-        The model folders: the model, and its first stage if it has one.
+        The new model folders: the model, and its first stage if it has one.
 
     Raises
     ------
@@ -335,10 +375,12 @@ def import_nnunet(
             save_weights(partial / f"fold_{fold_name}" / MODEL, fold.network, about)
         first, run = stage_path(folder, fold.run), fold.run
         if first is not None and name is not None:
-            run = {**run, "previous": f"{first.name.rpartition('__')[2]}-{name}"}
+            run = {**run, "previous": stage_name(first.name, name)}
         write_description(partial, fold.plan, {"name": fold.plan.dataset, **fold.dataset}, run)
         if first is not None and is_nnunet(first):
-            made += import_nnunet(first, out.with_name(run["previous"]), checkpoint, replace=replace)
+            target = out.with_name(run["previous"])
+            if not has_first_stage(target, first, checkpoint, replace):
+                made += import_nnunet(first, target, checkpoint, replace=replace)
     return made
 
 

@@ -208,7 +208,7 @@ def _make_scene(
         try:
             classes = labels.encode(values)
         except UserError as error:
-            fix = "Show it without -m and -d, which name the labels, or write their values into it."
+            fix = "Give its labels the values of the dataset or model, or show it without -m and -d."
             raise UserError(error.what, name, fix) from None
         layers.append(SceneLayer(name, "segmentation", nifti_bytes(classes, geometry), legend))
         if has_reference and reference is None:

@@ -90,7 +90,7 @@ def open_source(model: str, workspace: Path, dataset: str, fold: str, configurat
     if file.is_file() and file.suffix in (".pth", ".safetensors"):
         yield _read_source(file)
         return
-    with unpacked(find_model(model, workspace, configuration=configuration)) as folder:
+    with unpacked(find_model(model, workspace, configuration=configuration, required=False)) as folder:
         trained = weight_files(folder)
         if not trained:
             fix = "Give the file of another checkpoint." if is_nnunet(folder) else "Train one with `nnlite train`."

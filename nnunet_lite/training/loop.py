@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ class State(BaseModel):
     scale: float = learning.LOSS_SCALE
     seconds: float = 0.0  # spent on training, with timing of number formats and pseudo-validation
     pace: float = 0.0  # seconds per step
-    pass_seconds: float = 0.0  # seconds of the network per patch in the last pseudo-validation
+    pass_seconds: float = 0.0  # seconds of the network per patch in the last pseudo-validation, on a CPU their median
     bad_steps: int = 0
     early_stopping: limits.EarlyStopping = Field(limits.EarlyStopping(), alias="trend")
     labels: LabelStatistics = Field(default_factory=LabelStatistics, alias="seen")
@@ -98,7 +99,8 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
     from_first(None, job.ranks)  # the others write nothing that could be swept away
     with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
         begin = time.monotonic() - seconds
-        learner, state = _start(job)
+        with log.working("preparing the network"):
+            learner, state = _start(job)
         state.compute = learner.compute  # torch.compile may have failed
         if job.device.type == "cuda":  # candidates of other formats may have needed more
             torch.cuda.reset_peak_memory_stats(job.device)
@@ -131,9 +133,12 @@ def _start(job: Job) -> tuple[Learner, State]:
     freeze(network, training.freeze)
     learner = learning.make_learner(job, network, state.compute, state.scale)
     load_checkpoint(checkpoint, network, learner.optimizer, learner.average)
-    log.info(f"resuming from epoch {state.epoch} of {training.epochs}")
+    of = f" of {training.epochs}" if training.time_limit is None else ""
+    within = f"in epoch {state.epoch + 1}{of} after step {state.iteration}"
+    log.info(f"resuming {within if state.iteration else f'from epoch {state.epoch}{of}'}")
     if training.time_limit is not None and _progress(job, state, state.pace / 2) >= 1:
-        log.info(f"the {training.time_limit:g} minutes of training.time_limit are over; --time-limit gives it more")
+        limit = log.duration(60 * training.time_limit)
+        log.info(f"the {limit} of training.time_limit are over; --time-limit gives it more")
     return learning.parallelize(job, learner), state
 
 
@@ -239,6 +244,13 @@ def _seconds_left(job: Job, state: State) -> float:
     return max(0.0, min(left, limit)) + (0.0 if validation is None else validation.seconds)
 
 
+def _count_steps(job: Job, state: State) -> int:
+    """The steps of this epoch: fewer than planned if a time limit ends it."""
+    seconds = limits.training_seconds(job, _pass_seconds(job, state)) - state.seconds
+    fit = seconds / state.pace if state.pace else math.inf
+    return round(min(job.settings.training.iterations, max(state.iteration + fit, state.iteration)))
+
+
 def _announce_duration(job: Job, state: State) -> None:
     """Log how long the fold takes, and what takes less on a CPU."""
     seconds, on_cpu = state.seconds + _seconds_left(job, state), job.device.type == "cpu"
@@ -277,11 +289,12 @@ def _train_epoch(
     batches: Iterator[Batch],
     state: State,
     stop: limits.StopRequest,
-    advance: Callable[[int], object],
+    advance: Callable[..., object],
 ) -> Metrics | None:
     """Train one epoch and return its metrics, or None if a signal interrupted it. Updates `state`.
 
-    `advance` is called after each step. The host does not wait for a GPU before the end of the epoch.
+    `advance` is called for each step, with the number of steps that a time limit leaves. The host does not wait for a
+    GPU before the end of the epoch.
     """
     training, begin, before = job.settings.training, time.monotonic(), state.seconds
     learner.network.train()
@@ -292,6 +305,7 @@ def _train_epoch(
     while state.iteration < training.iterations and not interrupted:
         elapsed = clock.after(len(steps))
         state.seconds, state.pace = before + elapsed, elapsed / len(steps) if steps else state.pace
+        advance(min(1, len(steps)), _count_steps(job, state))
         if state.iteration and _progress(job, state, state.pace / 2) >= 1:
             break  # the end of the time is nearer now than after another step
         if not announced and len(steps) > 1 and (elapsed > _TIMED or state.iteration + 1 == training.iterations):
@@ -307,7 +321,6 @@ def _train_epoch(
         loss, good = learning.train_step(job, learner, step_batches, rate, number)
         steps.append(_Step(loss, good, [case for _, _, case_ids in step_batches for case in case_ids]))
         state.iteration += 1
-        advance(1)
         if job.device.type == "cpu" and not good:
             _count_bad_steps(job, state, steps)
         if state.iteration < training.iterations and (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0):
@@ -405,21 +418,31 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
         partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches)
     )
     begin, done = time.monotonic(), 0
-    with closing(prefetch(makers, job.device, job.settings.training.workers)) as batches:
-        for batch in log.progress(batches, n_batches, "held-out patches"):
+    times: list[float] = []
+    with (
+        closing(prefetch(makers, job.device, job.settings.training.workers)) as batches,
+        log.working("held-out patches", n_batches) as advance,
+    ):
+        for batch in batches:
+            start = time.monotonic()
             loss, outputs = learning.compute_loss(job, learner, batch)
             finest = outputs[0] if isinstance(outputs, list) else outputs
             total += loss
             counts += pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
             finite &= loss.isfinite()  # other logits count as background
             done += 1
-            if math.isfinite(allowed) and from_first(time.monotonic() - begin > allowed, job.ranks):
+            now = time.monotonic()
+            times.append(now - start)
+            advance(1, round(min(n_batches, max(done, done * allowed / (now - begin)))))
+            # the first batch is slow, and says little about the duration of a pass
+            if done > 1 and math.isfinite(allowed) and from_first(now - begin > allowed, job.ranks):
                 break
     if job.ranks.world > 1:
         counts = sum_over_ranks(counts)
     dice = [round(2 * tp / (2 * tp + fp + fn), 4) if tp + fn and finite else None for tp, fp, fn in counts.T.tolist()]
     shown = [d for d in dice if d is not None]
-    state.pass_seconds = from_first((time.monotonic() - begin) / (done * job.planned.batch_size), job.ranks)
+    seconds = (time.monotonic() - begin) / done if job.device.type == "cuda" else median_low(times)
+    state.pass_seconds = from_first(seconds / job.planned.batch_size, job.ranks)
     return {
         "validation_loss": _finite(float(total) / done),
         "dice": dict(zip(labels.region_names, dice, strict=True)),

@@ -1,6 +1,7 @@
 """Which cases a fold trains on and which it holds out.
 
-splits.json        [{"train": [ids], "val": [ids]}, ...], as nnU-Net's splits_final.json; users may edit it
+splits.json        [{"train": [ids], "val": [ids]}, ...], as nnU-Net's splits_final.json; users may edit it, and
+                   `leave_out` removes the cases of `--exclude` when it is read
 splits_made.json   the options, groups and strata that it was made with; ignored once splits.json is edited
 fold_k/cases.json  in a model folder: how many cases the fold was trained on, and a hash of their ids
 
@@ -500,14 +501,12 @@ def leave_out(splits: Sequence[Split], dataset: Dataset) -> list[Split]:
     """
     excluded, left = set(_ids(dataset.excluded)), []
     for split in splits:
-        training, validation = (
-            tuple(i for i in side if i not in excluded) for side in (split.training, split.validation)
-        )
-        for before, after, use in (split.training, training, "train on"), (split.validation, validation, "hold out"):
-            if before and not after:
-                what = f"--exclude leaves fold {split.name} no case to {use}: {name_cases(sorted(before))}"
-                raise UserError(what, fix="Exclude fewer cases, or delete splits.json to make the folds again.")
-        left.append(Split(split.name, training, validation))
+        sides = {"train on": split.training, "hold out": split.validation}
+        kept = {use: tuple(i for i in side if i not in excluded) for use, side in sides.items()}
+        if emptied := [use for use in sides if sides[use] and not kept[use]]:
+            what = f"--exclude leaves fold {split.name} no case to {emptied[0]}: {name_cases(sides[emptied[0]])}"
+            raise UserError(what, fix="Exclude fewer cases, or delete splits.json to make the folds again.")
+        left.append(Split(split.name, kept["train on"], kept["hold out"]))
     return left
 
 
