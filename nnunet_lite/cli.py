@@ -30,7 +30,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nnunet_lite import __version__, log, system
 from nnunet_lite.commands import options
-from nnunet_lite.commands.nnunet_options import translate_arguments
+from nnunet_lite.commands.nnunet_options import refuse_command, translate_arguments
 from nnunet_lite.errors import Lost, Stopped, UserError
 
 # the subcommands, in the order of use: module and function in commands/, and how the function's docstring begins
@@ -113,6 +113,8 @@ class CommandGroup(TyperGroup):
         return command_of(cmd_name) if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            refuse_command(args[0])
         name, command, rest = super().resolve_command(ctx, args)
         return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
 

@@ -114,6 +114,7 @@ def find_raw(given: str, workspace: Path) -> Path:
             names = ", ".join(sorted(str(match) for match in found))
             raise UserError(f"{given!r} could be {names}", fix="Give the path.")
     looked = ", ".join(str(place) for place in places)
+    looked += f" (nnUNet_raw{'' if Path(raw).is_dir() else ', which does not exist'})" if raw else ""
     raise UserError(f"there is no dataset {given!r}", fix=f"Give its folder, or a name in one of: {looked}.")
 
 
@@ -236,6 +237,13 @@ def planned_paths(
     if len(found) != 1:
         what = "several datasets" if found else "no planned dataset"
         have = f"It holds: {', '.join(names)}." if names else "Run `nnlite plan DATA` first."
+        if found:
+            have = f"Give the name: {', '.join(sorted(match.name for match in found))}."
+        elif not needs_plan:  # models are enough
+            results = os.environ.get("nnUNet_results")  # noqa: SIM112 - the name that nnU-Net gave it
+            trained = _named(Path(results), Path(given).name) if results else []
+            folder = trained[0] if trained else "FOLDER"
+            have += f" Or take a model of nnU-Net: `nnlite import {folder}`, or `-m {folder}`."
         raise UserError(f"the workspace {workspace} has {what} called {given!r}", fix=have)
     paths = Paths(found[0])
     if paths.name in planned:

@@ -175,7 +175,7 @@ def test_a_configuration_chooses_among_all_models(
     for model in (tiny_model, tmp_path / "tiny.zip", tmp_path / "renamed", results / NAMES["3d_fullres"]):
         assert find_model(model, tmp_path, configuration="3d_fullres") == model
         counts("bad inputs refused in one line")
-        with pytest.raises(UserError, match="no model of 2d is in it, but of 3d_fullres"):
+        with pytest.raises(UserError, match="has no model of 2d, only of 3d_fullres"):
             find_model(model, tmp_path, configuration="2d")
         assert find_model(model, tmp_path, configuration="2d", required=False) == model, "to fine-tune"
 

@@ -313,8 +313,16 @@ def test_a_model_without_any_final_checkpoint_needs_the_option(
     assert {"out", "new", "model.zip"} <= {path.name for path in tmp_path.iterdir()}
     for ours in ("new", "model.zip"):
         code, _, err = command("info", ours, "-chk", "best", cwd=tmp_path)
-        says = f"error: {ours}: has no best checkpoint: it is no model of nnU-Net. Leave out --checkpoint.\n"
-        assert (code, err) == (2, says)
+        assert code == 2 and f"error: {ours}: is a model of nnlite, which has one checkpoint. Leave out " in err
+        assert "`nnlite import FOLDER -chk best`, or `-m FOLDER -chk best`" in err and err.count("\n") == 1
+    code, out, _ = command("info", "new/fold_1/model.safetensors", cwd=tmp_path)
+    assert code == 0 and "2 epochs in" in out
+    assert command("info", three_folds / "fold_1" / "checkpoint_best.pth", cwd=tmp_path)[0] == 0
+    for model in ("new", "model.zip"):
+        code, _, err = command("view", model, "--no-browser", cwd=tmp_path)
+        assert (
+            code == 2 and err == f"error: {model}: is a model. See what it predicts: `nnlite view CASE -m {model}`.\n"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -58,6 +58,10 @@ def translated(line: str) -> str:
         ("plan -d 4 --verify_dataset_integrity -np 2", "4 --workers 2"),
         ("preprocess 4 -c 2d 3d_fullres", "2d 3d_fullres -d 4"),
         ("preprocess 2d 3d_fullres", "2d 3d_fullres"),
+        ("preprocess 4 -c 2d -np 2 -plans_name nnUNetPlans", "2d --workers 2 -d 4"),
+        ("plan 4 -c 2d 3d_fullres --verify_dataset_integrity", "4 -c 2d -c 3d_fullres"),
+        ("train 4 2d 0 -tr nnUNetTrainer_100epochs --val", "2d 0 --epochs 100 -d 4"),
+        ("evaluate a b -djfile dataset.json -pfile plans.json", "a b"),
         ("run -f 0 1 -c 2d Task04", "Task04 -f 0 -f 1 -c 2d"),
         ("train -c=2d -f=0 -d=4", "2d 0 -d 4"),
         ("plan -d=4", "4"),
@@ -85,7 +89,8 @@ def test_every_option_of_nnunet_is_taken_or_answered(name: str, option: str) -> 
     try:
         out = translate_arguments(command, [option, "5"])
     except UserError as error:
-        assert str(error).startswith(f"{option} is an option of nnU-Net. ") and str(error).count("\n") == 0
+        starts = f"{option} is an option of nnU-Net. ", f"`nnlite {name}` takes no -f. "
+        assert str(error).startswith(starts) and str(error).count("\n") == 0
     else:
         assert {word for word in out if word.startswith("-")} <= known, out
 
@@ -95,6 +100,7 @@ def test_what_the_answers_name_exists() -> None:
     group: Any = typer.main.get_command(cli.app)
     texts = [answer for _, answer in nnunet_options._ANSWERS.values()]
     texts += [reason for _, reason in nnunet_options._SKIPPED.values()]
+    texts += nnunet_options._COMMANDS.values()
     for line in re.findall(r"`nnlite ([^`]+)`", " ".join(texts)):
         name, *words = line.split()
         flags = {flag for p in group.get_command(None, name).params for flag in (*p.opts, *p.secondary_opts)}
@@ -109,6 +115,15 @@ def test_a_skipped_option_says_why_and_an_answer_ends_the_command(command: Run, 
     code, out, err = command("train", "4", "3d_fullres", "0", "--npz", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert err.startswith("--npz is skipped: `select` computes the probabilities that it needs\nerror: the workspace ")
-    code, out, err = command("evaluate", "references", "predictions", "-djfile", "dataset.json", cwd=tmp_path)
-    assert (code, out) == (2, "") and "in this order" in err and err.count("\n") == 1
+    for typed, says in {
+        "train 4 2d 0 -p nnUNetResEncUNetMPlans": "`nnlite plan DATA --preset resenc_m`",
+        "plan 4 -pl nnUNetPlannerResEncXL": "`nnlite plan DATA --preset resenc_xl`",
+        "preprocess 4 -plans_name myPlans": "--preset resenc_m|resenc_l|resenc_xl`",
+        "predict -d 4 -tr nnUNetTrainer_100epochs": "`nnlite predict -m MODEL` chooses a model",
+        "export m.zip -f 0 1": "`nnlite export` takes no -f. All folds are taken. `nnlite predict -f 0 1` chooses some",
+        "nnUNetv2_plan_and_preprocess -d 4": "is a command of nnU-Net. `nnlite plan DATA` does it",
+        "find_best_configuration 4": "is a command of nnU-Net. `nnlite select` does it",
+    }.items():
+        code, out, err = command(*typed.split(), cwd=tmp_path)
+        assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []

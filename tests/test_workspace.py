@@ -48,7 +48,7 @@ def test_the_beginning_of_a_name_finds_raw_data(here: Path, monkeypatch: pytest.
         assert find_raw(name, here / "workspace") == raw.resolve()
 
 
-def test_numbers_of_nnunet_find_raw_and_planned_data(here: Path) -> None:
+def test_numbers_of_nnunet_find_raw_and_planned_data(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = make_raw(here / "data", "Task04_Hippocampus")
     nuclei = make_raw(here, "Dataset018_Nuclei2D")
     make_raw(here, "Dataset104_Other")
@@ -61,8 +61,15 @@ def test_numbers_of_nnunet_find_raw_and_planned_data(here: Path) -> None:
         planned_paths(here / "workspace", "1")
     write_json(here / "workspace" / "Dataset004_Liver" / "models" / "imported" / "run.json", {})
     assert planned_paths(here / "workspace", "4").name == "Task04_Hippocampus", "the other one is not planned"
-    with pytest.raises(UserError, match=r"several datasets called '4'\. It holds: Dataset004_Liver"):
+    with pytest.raises(UserError, match=r"several datasets called '4'\. Give the name: Dataset004_Liver"):
         planned_paths(here / "workspace", "4", needs_plan=False)
+    (here / "results" / "Dataset007_Lung").mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_results", str(here / "results"))
+    with pytest.raises(UserError, match=r"`nnlite import .*/results/Dataset007_Lung`, or `-m "):
+        planned_paths(here / "workspace", "7", needs_plan=False)
+    monkeypatch.setenv("nnUNet_raw", str(here / "no"))
+    with pytest.raises(UserError, match=r"/no \(nnUNet_raw, which does not exist\)"):
+        find_raw("7", here / "workspace")
     make_raw(here, "Dataset004_Liver")
     with pytest.raises(UserError, match=r"'4' could be .*Dataset004_Liver, .*Task04_Hippocampus"):
         find_raw("4", here / "workspace")

@@ -21,6 +21,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores, score_files
 from nnunet_lite.files import read_json, scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
+from nnunet_lite.models.argument import find_models
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.planning.schema import Plan
@@ -175,6 +176,8 @@ def view(
     """
     file, names, root = Path(case), options.names_of(model) or [], workspace_folder(workspace)
     maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())
+    if file.exists() and not maps and find_models(file, root, required=False):
+        raise UserError("is a model", file, f"See what it predicts: `nnlite view CASE -m {file}`.")
     if file.exists() or maps:
         models = [(name, nnunet_lite.load(name, workspace=root)) for name in names]
         labels = models[0][1].plan.labels if models else None

@@ -10,10 +10,11 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.models.argument import as_model_folder, find_models
-from nnunet_lite.models.folder import Checkpoint, first_training, model_folders
+from nnunet_lite.models.folder import Checkpoint, first_training, is_model, model_folders
 from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
@@ -67,6 +68,9 @@ def show_info(
     if model is not None and model_option is not None:
         raise UserError(f"two models are given: {model} and, with -m, {model_option}", fix="Give one of them.")
     if (given := model or model_option) is not None:
+        given = Path(given).expanduser()
+        if given.is_file() and is_model(folder := given.absolute().parent.parent):  # weights of a fold
+            given, checkpoint = folder, "best" if given.name == "checkpoint_best.pth" else checkpoint
         found = find_models(given, workspace_folder(workspace), dataset)
         models = [describe_model(path, checkpoint) for path in found]
         values = models[0].values if len(models) == 1 else {"models": [one.values for one in models]}
@@ -105,7 +109,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
     ]
     for fold, state in values["folds"].items():
         dice = "not validated" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
-        lines.append(f"fold {fold}    {state['epochs']} epochs in {log.duration(state['seconds'])}, {dice}")
+        lines.append(f"fold {fold}    {plural(state['epochs'], 'epoch')} in {log.duration(state['seconds'])}, {dice}")
     lines += [f"fold {fold}    not finished" for fold in values["unfinished_folds"]]
     return options.About(values, "\n".join(lines))
 

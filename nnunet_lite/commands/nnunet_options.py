@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunet_lite import log
@@ -21,6 +21,7 @@ _OURS = {
     "--continue_prediction": "--continue", "--disable_ensembling": "--no-ensembles", "--disable_tta": "--no-mirroring",
     "--save_probabilities": "--save-probabilities",
 }  # fmt: skip
+_LABELS = "the labels are those of the files; PREDICTIONS come first, then REFERENCES"
 # an option of nnU-Net that nothing depends on here: how many values it has, and why it is skipped
 _SKIPPED = {
     "--c": (0, "the same command resumes"),
@@ -37,33 +38,77 @@ _SKIPPED = {
     "--npz": (0, "`select` computes the probabilities that it needs"),
     "-prev_stage_predictions": (1, "the first stage of a cascade is predicted too"),
     "--use_compressed": (0, "compressed cases are unpacked where that is faster"),
+    "--val": (0, "`train` scores a finished fold that has no scores"),
     "--verify_dataset_integrity": (0, "`plan` always checks the dataset"),
+    "-djfile": (1, _LABELS),
+    "-pfile": (1, _LABELS),
 }
-_LABELS = "The labels are those of the files. Give `nnlite evaluate PREDICTIONS REFERENCES`, in this order."
+_PLANS = (
+    "nnUNetPlans",
+    "`nnlite plan DATA --preset {preset}` or `nnlite train ... --recipe {preset}` makes such plans, and "
+    "`nnlite predict -m MODEL` chooses a model.",
+)
 _CLASSES = "Nothing is chosen by the name of a class: normalization and resampling are fields of plans.json."
 # an option of nnU-Net that something else does here: its default, which changes nothing, and what does it
 _ANSWERS = {
-    "-djfile": ("", _LABELS),
-    "-f": ("", "All folds that the models have are used."),
+    "-f": ("", "All folds are taken. `nnlite predict -f 0 1` chooses some; so does a copy of the model's folder with "
+           "only these."),
     "-fpe": ("DatasetFingerprintExtractor", _CLASSES),
     "-overwrite_plans_name": ("nnUNetPlans", "A workspace has one plan of a dataset; `-w FOLDER` takes another one."),
     "-overwrite_target_spacing": ("", "Edit the spacing in plans.json; planning again keeps it."),
-    "-p": ("nnUNetPlans", "`nnlite plan DATA --preset resenc_l` or `nnlite train ... --recipe resenc_l` makes other "
-           "plans, and `nnlite predict -m MODEL` chooses a model."),
-    "-pfile": ("", _LABELS),
-    "-pl": ("ExperimentPlanner", "`nnlite plan DATA --preset` takes resenc_m, resenc_l and resenc_xl."),
+    "-p": _PLANS,
+    "-pl": ("ExperimentPlanner", "Give `nnlite plan DATA --preset {preset}`."),
+    "-plans_name": _PLANS,
     "-preprocessor_name": ("DefaultPreprocessor", _CLASSES),
     "-tr": ("nnUNetTrainer", "What a trainer class changes is a setting: `nnlite train ... --epochs 100`, "
             "`--set loss.top_k=1` or `--recipe FILE.toml`; `nnlite predict -m MODEL` chooses a model."),
-    "--val": ("", "`nnlite train` without it scores a finished fold that has no scores."),
     "--val_best": ("", "A fold has one model, that of its last epoch."),
 }  # fmt: skip
 # arguments of ours that are options of nnU-Net
 _WORDS = {"-c": "configuration", "-d": "data", "-f": "fold"}
 # the values that an option takes after its first one, where the command has arguments too
 _MORE = {"fold": r"\d+|all(-folds)?", "configuration": r"[23]d\w*", "configurations": r"[23]d\w*"}
+_RESENC = re.compile(r"nnUNet(?:Planner)?ResEnc(?:UNet)?(M|L|XL)(?:Plans)?")  # plans and planners of nnU-Net
+_EPOCHS = re.compile(r"nnUNetTrainer_(\d+)epochs?")
+# a command of nnU-Net, without nnUNetv2_: what does it here
+_PREDICTS = "`nnlite predict` does it: it ensembles, and applies the postprocessing that `nnlite select` chose."
+_COMMANDS = {
+    "accumulate_crossval_results": "`nnlite select` does it.",
+    "apply_postprocessing": _PREDICTS,
+    "convert_MSD_dataset": "`nnlite plan` reads these datasets as they are.",
+    "convert_old_nnUNet_dataset": "`nnlite plan` reads these datasets as they are.",
+    "determine_postprocessing": "`nnlite select` does it.",
+    "download_pretrained_model_by_url": "Download the zip, then `nnlite import MODEL.zip`.",
+    "ensemble": _PREDICTS,
+    "evaluate_folder": "`nnlite evaluate PREDICTIONS REFERENCES` does it.",
+    "evaluate_simple": "`nnlite evaluate PREDICTIONS REFERENCES` does it.",
+    "export_model_to_zip": "`nnlite export MODEL.zip` does it.",
+    "extract_fingerprint": "`nnlite plan DATA` does it.",
+    "find_best_configuration": "`nnlite select` does it.",
+    "install_pretrained_model_from_zip": "`nnlite import MODEL.zip` does it.",
+    "move_plans_between_datasets": "`nnlite plan DATA --plans plans.json` does it.",
+    "plan_and_preprocess": "`nnlite plan DATA` does it, and `nnlite preprocess` or `nnlite train` preprocesses.",
+    "plan_experiment": "`nnlite plan DATA` does it.",
+    "plot_overlay_pngs": "`nnlite report` and `nnlite view CASE` do it.",
+    "predict": "`nnlite predict -i IMAGES -o OUT` does it.",
+    "predict_from_modelfolder": "`nnlite predict -i IMAGES -o OUT -m FOLDER` does it.",
+    "preprocess": "`nnlite preprocess` does it.",
+    "train": "`nnlite train` does it.",
+}
 _DATASET = re.compile(r"\d+|(Task|Dataset)\d+\w*")  # an id, or a name of nnU-Net
 _CHECKPOINT = re.compile(r"checkpoint_(\w+)\.pth")
+
+
+def refuse_command(name: str) -> None:
+    """Say what does here what a command of nnU-Net does.
+
+    Raises
+    ------
+    UserError
+        The name is one of nnU-Net's commands, with or without nnUNetv2_.
+    """
+    if answer := _COMMANDS.get(name.removeprefix("nnUNetv2_")):
+        raise UserError(f"{name} is a command of nnU-Net", fix=answer)
 
 
 def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
@@ -106,9 +151,7 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
             _take(left, n_values)
             log.info(f"{name} is skipped: {reason}")
         elif name in _ANSWERS:
-            default, answer = _ANSWERS[name]
-            if not default or _take(left) != [default]:
-                raise UserError(f"{name} is an option of nnU-Net", fix=answer)
+            options += _answered(name, left, own, command.name)
         elif word.startswith("-") and word != "-":
             options.append(word if name == typed else name)
         else:
@@ -133,6 +176,26 @@ def _with_values(name: str, option: Any, left: deque[str], has_words: bool) -> l
         return [name, "all"]
     values = _take(left, option.nargs)
     return [name, *(_CHECKPOINT.sub(r"\1", value) if option.name == "checkpoint" else value for value in values)]
+
+
+def _answered(name: str, left: deque[str], own: Mapping[str, Any], command: str) -> list[str]:
+    """Return what an option of `_ANSWERS` is here: nothing for its default, and --epochs for a trainer of so many.
+
+    Raises
+    ------
+    UserError
+        It is another value.
+    """
+    default, answer = _ANSWERS[name]
+    value = next(iter(_take(left)), "")
+    if name == "-tr" and "--epochs" in own and (epochs := _EPOCHS.fullmatch(value)):
+        return ["--epochs", epochs[1]]
+    if default and value == default:
+        return []
+    size = _RESENC.fullmatch(value)
+    preset = f"resenc_{size[1].lower()}" if size else "resenc_m|resenc_l|resenc_xl"
+    what = f"`nnlite {command}` takes no {name}" if name in _WORDS else f"{name} is an option of nnU-Net"
+    raise UserError(what, fix=answer.format(preset=preset))
 
 
 def _take(left: deque[str], n: int = 1, more: str | None = None) -> list[str]:

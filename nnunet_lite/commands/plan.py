@@ -141,7 +141,7 @@ def plan(
     ] = None,
     batch_size: Annotated[int | None, options.setting(help="Patches per step, instead of the planned.")] = None,
     configuration: Annotated[
-        str | None,
+        str | Sequence[str] | None,
         options.setting(
             "-c",
             "--configuration",
@@ -190,8 +190,8 @@ def plan(
         Voxels (z, y, x), such as "40x56x40", instead of the planned one.
     batch_size : int, optional
         Instead of the planned one.
-    configuration : str, optional
-        Which gets these sizes; default: "3d_fullres", or "2d" for a flat patch.
+    configuration : str or sequence of str, optional
+        Which gets these sizes, without which it is skipped; default: "3d_fullres", or "2d" for a flat patch.
     clip_percentiles : tuple of float, optional
         Clip each image to these before normalisation.
     folds : int, optional
@@ -242,12 +242,15 @@ def plan(
     memory_budget(preset or "default", memory)
     patch = None if patch_size is None else options.sizes_of(patch_size, "--patch-size")
     sizes = {"patch_size": patch, "batch_size": batch_size}
-    resized = configuration or ("2d" if patch and len(patch) == 2 else "3d_fullres")
+    resized = options.names_of(configuration)
+    if resized and patch is None and batch_size is None:
+        log.info("-c is skipped: all configurations are planned; it chooses those of --patch-size and --batch-size")
+    resized = resized or ["2d" if patch and len(patch) == 2 else "3d_fullres"]
     given = Options.check(
         preset=preset,
         memory_gb=memory,
         adopted=None if plans is None else str(Path(plans).expanduser().absolute()),
-        sizes={} if patch is None and batch_size is None else {resized: sizes},
+        sizes={} if patch is None and batch_size is None else dict.fromkeys(resized, sizes),
         clip_percentiles=clip_percentiles,
         stored_as=store,
     )

@@ -58,7 +58,7 @@ def find_model(
         have = {path: _configuration_of(path) for path in found}
         matching = [path for path in found if configuration in (have[path], path.name)]
         if required and not matching:
-            what = f"no model of {configuration} is in it, but of {', '.join(sorted(set(have.values())))}"
+            what = f"has no model of {configuration}, only of {', '.join(sorted(set(have.values())))}"
             raise UserError(what, Path(given), "Give another --configuration, or none.")
         found = matching or found
     if len(found) > 1:
@@ -158,8 +158,9 @@ def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
             else:
                 folder = unpack_nnunet(file, path, temporary)
         if checkpoint != "final" and (folder / "run.json").is_file():
-            what = f"has no {checkpoint} checkpoint: it is no model of nnU-Net"
-            raise UserError(what, path, "Leave out --checkpoint.")
+            ways = f"`nnlite import FOLDER -chk {checkpoint}`, or `-m FOLDER -chk {checkpoint}`"
+            fix = f"Leave out --checkpoint; nnU-Net's own folder has more: {ways}."
+            raise UserError("is a model of nnlite, which has one checkpoint", path, fix)
         try:
             yield folder
         except UserError as error:

@@ -103,7 +103,7 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
         raise UserError(f"no{of} model of {paths.name} is trained", paths.models, fix)
     n_folds, dice, best = max(found)
     if len(found) > 1:
-        why = f"most folds ({n_folds}), then best Dice on held-out cases ({dice:.3f})"
+        why = f"most folds ({n_folds})" + (f", then best Dice on held-out cases ({dice:.3f})" if dice else "")
         log.info(f"{len(found)} models are trained; {best.name} is used: {why}. -m chooses another one")
     return best
 
