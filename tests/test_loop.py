@@ -301,14 +301,14 @@ def test_held_out_logits_that_are_not_finite_have_no_dice(
 
 
 def test_a_time_limit_ends_the_run_with_an_annealed_rate(job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
-    run, start = job(training__epochs=1000, training__time_limit=0.05, training__iterations=10), time.monotonic()
-    table = train(run)
-    assert 2 < time.monotonic() - start < 15
+    run, start = job(training__epochs=1000, training__time_limit=0.1, training__iterations=10), time.monotonic()
+    table = train(run)  # the first training of a process takes seconds to begin, which count
+    assert 2 < time.monotonic() - start < 20
     assert len(table) < 1000 and table[-1]["lr"] < 0.7 * 0.01
     assert is_finished(run.folder)
     capfd.readouterr()
     assert len(train(changed(run, training__epochs=2000))) == len(table)
-    assert "the 3.0 s of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err
+    assert "the 6.0 s of training.time_limit are over; --time-limit gives it more" in capfd.readouterr().err
 
 
 def test_a_time_limit_holds_within_an_epoch_and_for_its_pseudo_validation(
