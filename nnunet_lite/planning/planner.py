@@ -338,8 +338,7 @@ def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tupl
     if batch == cap:
         held = "no more voxels than the dataset" if share >= 1 else f"{_percent(share)} of all voxels"
         return batch, f"batch capped at {batch} of {fitting} that fit: it may hold {held}"
-    most = f"{_percent(share)} of all voxels make only {cap or f'{patches * share:.1g}'}"
-    short = f": {fitting} would fit, but {most}" if fitting > batch else ""
+    short = f": {fitting} would fit, but {_percent(share)} of all voxels make only {cap}" if fitting > batch else ""
     return batch, f"batch {batch} is the minimum{short}"
 
 
