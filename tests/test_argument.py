@@ -126,6 +126,13 @@ def test_commands_take_a_zip_of_nnunet(
     assert model.configuration_name == "3d_fullres"
 
 
+def test_an_import_of_two_datasets_says_how_to_choose(command: Command, results: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(results / NAMES["2d"], results / "Dataset009_Spleen" / Path(NAMES["2d"]).name)
+    edit(copy / "plans.json", setting(dataset_name="Dataset009_Spleen"))
+    code, _, err = command("import", results, cwd=tmp_path)
+    assert code == 0 and err.endswith("-o OUT -d Dataset004_Hippocampus\n"), err
+
+
 def test_an_import_names_and_registers_all_models(command: Command, exported: Path, scans: list[Path]) -> None:
     place = exported.parent
     code, out, err = command("import", "all.zip", cwd=place)
@@ -139,6 +146,8 @@ def test_an_import_names_and_registers_all_models(command: Command, exported: Pa
     assert code == 0 and err.endswith("OUT\n"), "models that were set aside need no -m"
     code, _, err = command("import", f"all.zip/{NAMES['2d']}", "--name", "mine", cwd=place)
     assert code == 0 and err.endswith(f"OUT -m {paths.models / 'mine'}\n")
+    code, _, err = command("export", "two.zip", "-c", "2d", cwd=place)
+    assert code == 0 and "is used: most folds (1). -m chooses another one" in err, err
     code, _, err = command("predict", "-i", scans[0], "-o", "out", "-c", "3d_fullres", "--device", "cpu", cwd=place)
     assert code == 0 and "3d_fullres-nnunet (fold 0)" in err
     with open_source("3d_fullres-nnunet", paths.root.parent, "Other", "0", "3d_fullres") as source:

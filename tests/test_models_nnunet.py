@@ -222,6 +222,16 @@ def test_what_is_no_model_of_nnunet_is_refused(theirs: Copy, tmp_path: Path) -> 
         nnunet_lite.import_model(folder, workspace=tmp_path / "w")
 
 
+def test_stages_in_a_circle_are_refused(theirs: Copy, tmp_path: Path, counts: Callable[..., None]) -> None:
+    counts("bad inputs refused in one line")
+    folder = theirs()
+    full = read_json(folder / "plans.json")["configurations"]["3d_fullres"]
+    circle = {"3d_fullres": {**full, "previous_stage": "b"}, "b": {**full, "previous_stage": "3d_fullres"}}
+    edit(folder / "plans.json", setting(configurations=circle))
+    with pytest.raises(UserError, match="the previous stages of 3d_fullres are a circle"):
+        nnunet_lite.import_model(folder, workspace=tmp_path / "w")
+
+
 def test_the_first_stage_of_a_cascade_is_imported(theirs: Copy, tmp_path: Path) -> None:
     """As nnU-Net writes them: two folders next to each other that are called trainer__plans__configuration."""
     folder = theirs()

@@ -96,6 +96,8 @@ def import_model(
     option = f" -w {workspace}" if workspace else ""
     if output or {model for dataset in place.iterdir() for model in model_folders(Paths(dataset))} - set(made):
         option = f" -m {made[0]}"
+    elif len({path.parent for path in made}) > 1:
+        option += f" -d {made[0].parent.parent.name}"
     log.info(f"predict with: nnlite predict -i IMAGES -o OUT{option}")
     return made[0] if len(found) == 1 else made[0].parent
 

@@ -179,7 +179,7 @@ def _with_values(name: str, option: Any, left: deque[str], has_words: bool) -> l
 
 
 def _answered(name: str, left: deque[str], own: Mapping[str, Any], command: str) -> list[str]:
-    """Return what an option of `_ANSWERS` is here: nothing for its default, and --epochs for a trainer of so many.
+    """Return our options for one of `_ANSWERS`: none for its default, --epochs for a trainer with another number.
 
     Raises
     ------

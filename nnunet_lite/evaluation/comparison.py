@@ -141,6 +141,8 @@ def select_models(
     folds = _shared_folds(members, notes)
     teams = _candidate_teams(members, ensembles, notes)
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
+    if not any(split.validation for split in splits):
+        raise UserError(f"the trained folds ({', '.join(folds)}) hold out no case to compare models on", paths.splits)
     held_out = HeldOut(paths, dataset, splits, device, workers)
     dice = {team: _dice_of_team(held_out, team) for team in teams}
     winner = choose_team(dice)

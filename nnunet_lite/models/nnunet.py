@@ -267,6 +267,8 @@ def _plan(file: Path, plans: Json, dataset: Json, configuration: str) -> Plan:
         while stage is not None and stage not in needed:
             needed[stage] = inherited(plans["configurations"], stage)
             stage = needed[stage].get("previous_stage")
+            if stage in needed and len(needed) > 1:
+                raise ValueError(f"the previous stages of {configuration} are a circle")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"nnU-Net's plan: {error}", file) from None
     return plan_from_nnunet({**plans, "configurations": needed}, dataset, file)
