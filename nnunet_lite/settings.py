@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,12 @@ def _to_minutes(value: Any) -> Any:
         return float(number) * _MINUTES[unit] if unit in _MINUTES else float(value)
     except (TypeError, ValueError):
         raise ValueError("must be minutes, or a text such as 90s, 3m or 8h") from None
+
+
+def time_text(minutes: float) -> str:
+    """Return minutes as a user types them, in the largest unit that makes them a whole number: 8h, 90m, 300s."""
+    texts = (f"{60 * minutes / seconds:.0f}{unit}" for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)))
+    return next((text for text in texts if _to_minutes(text) == minutes), str(minutes))
 
 
 def _to_absolute(factory: str) -> str:
@@ -368,14 +375,23 @@ def _parse(key: str, value: Any) -> Any:
         return value
 
 
+def _suggest_keys(key: str) -> str:
+    """Return the key that an unknown one is most like, with its section or without; several if none is much like it."""
+
+    def likeness(known: str) -> float:
+        return max(SequenceMatcher(None, key, name).ratio() for name in (known, known.split(".")[1]))
+
+    near = sorted(keys(), key=likeness, reverse=True)[:3]
+    return f"Did you mean {near[0]!r}?" if likeness(near[0]) >= 0.6 else f"The nearest are {', '.join(near)}."
+
+
 def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Settings:
     """Return `base` with the values of some keys replaced; they come from `file`, or from options if it is None."""
     known = keys()
     tree = base.model_dump()
     for key, value in values.items():
         if key not in known and key != "training.tensorboard":
-            full = next((k for k in known if k.split(".")[1] == key), key)  # lr: optimizer.lr
-            raise UserError(f"unknown setting {key!r}", file, suggest(full, known, 0.4))
+            raise UserError(f"unknown setting {key!r}", file, _suggest_keys(key))
         section, name = key.split(".")
         tree[section][name] = value
     try:

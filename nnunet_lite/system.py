@@ -102,6 +102,12 @@ def start_as_command() -> None:
             signal.signal(number, _stop_at_once)
 
 
+def has_no_gpu() -> bool:
+    """Whether torch finds no GPU; False where it is not loaded, which would take seconds."""
+    torch = sys.modules.get("torch")
+    return torch is not None and not torch.cuda.is_available()
+
+
 # ------------------------------------------------------------------------------------------------ CPUs, memory and disk
 
 GB = 1e9

@@ -89,7 +89,8 @@ def find_raw(given: str, workspace: Path) -> Path:
     """Return the folder of a raw dataset from a path or a name; `Task04` and `4` find `Task04_Hippocampus`.
 
     Of a folder that `nnlite init` has searched, it is the dataset that lists its files.
-    Names are looked up in the current folder, ./data, the workspace, its raw/ and (if set) nnUNet_raw.
+    Names are looked up in the current folder, ./data, the workspace, its raw/ and (if set) nnUNet_raw; then among the
+    planned datasets, which know their raw data.
 
     Raises
     ------
@@ -105,6 +106,8 @@ def find_raw(given: str, workspace: Path) -> Path:
     places = [Path.cwd(), Path.cwd() / "data", workspace, workspace / RAW, *([Path(raw)] if raw else [])]
     if len(path.parts) == 1:
         found = {match.resolve() for place in places for match in _named(place, given) if _is_raw(match)}
+        planned = [Paths(match) for match in _named(workspace, given) if (match / "plans.json").is_file()]
+        found = found or {root for root in map(_raw_root, planned) if root.is_dir()}
         if len(found) == 1:
             return found.pop()
         if found:
@@ -259,6 +262,12 @@ def _with_models(workspace: Path, planned: list[str], only_reads: bool) -> Paths
     return Paths(found.pop()) if len(found) == 1 else None
 
 
+def _raw_root(paths: Paths) -> Path:
+    """Return the raw data of a planned dataset."""
+    with understood(paths.dataset, "Run `nnlite plan` again."):
+        return Path(read_json(paths.dataset)["root"])
+
+
 def _refuse_other_root(paths: Paths, given: Path) -> None:
     """Make sure that a folder which was given is the one that was planned under its name.
 
@@ -269,8 +278,7 @@ def _refuse_other_root(paths: Paths, given: Path) -> None:
     """
     if len(given.parts) < 2 or not given.is_dir() or given.resolve() == paths.root.resolve():
         return
-    with understood(paths.dataset, "Run `nnlite plan` again."):
-        root = Path(read_json(paths.dataset)["root"])
+    root = _raw_root(paths)
     if root.exists() and root.resolve() != given.resolve():
         what = f"is not planned: the dataset {paths.name} in the workspace {paths.root.parent} is from {root}"
         raise UserError(what, given, "Give the name with -d, or plan this folder in another --workspace.")

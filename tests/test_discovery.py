@@ -107,7 +107,7 @@ def test_understood(tmp_path: Path, name: str) -> None:
 REFUSED: dict[str, tuple[list[str], dict[str, list[str]], str]] = {  # names, patterns, what the message says
     "no word of a label map": (
         each("P{}/flair.nii", "P{}/lesion.nii"), {},
-        r"0 of 0 label maps .* images: flair\.nii \(3 files\), lesion\.nii \(3 files\)\. .*--label"),
+        r"no label map was found; images: flair\.nii \(3 files\), lesion\.nii \(3 files\)\. .*--label"),
     "two masks for a case": (
         each("P{}/ct.nii", "P{}/liver_mask.nii", "P{}/tumor_mask.nii"), {},
         r"0 of 6 label maps .*: liver_mask\.nii \(3 files\), tumor_mask\.nii \(3 files\); images: ct\.nii"),
@@ -121,8 +121,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, list[str]], str]] = {  # names, pa
         [*each("P{}/t1.nii", "P{}/seg.nii"), *each("Q{}/ct.nii", "Q{}/seg.nii")], {},
         "cases have different images: 3 cases with t1, 3 cases with ct"),
     "masks only": (each("x{}_mask.png"), {}, "0 of 3 label maps .*; images: none"),
-    "no image at all": (["notes.txt", "a.pdf"], {}, r"label maps: none; images: 1 \.(txt|pdf) file"),
-    "a pattern of nothing": (each("x{}.nii", "x{}_seg.nii"), {"labels": ["*_lesion.nii"]}, "0 of 0 label maps"),
+    "no image at all": (["notes.txt", "a.pdf"], {}, r"no label map was found; images: 1 \.(txt|pdf) file"),
+    "a pattern of nothing": (each("x{}.nii", "x{}_seg.nii"), {"labels": ["*_lesion.nii"]}, "no file .* --label '"),
     "a channel that no case has": (
         each("P{}/t1.nii", "P{}/seg.nii"), {"images": ["t1*", "t2*"]}, "no case has all of t1, t2"),
 }  # fmt: skip

@@ -192,6 +192,9 @@ def test_evaluate(trained: Path, nnlite: Run, hippocampus: Path) -> None:
     with (trained / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["Dice"] for row in rows} == {"1.0"}
+    shutil.copytree(labels, trained / "alone" / "labels")
+    code, out, _ = nnlite("evaluate", "alone/labels", "alone/labels", cwd=trained)
+    assert code == 0 and out.endswith("the labels are those of the planned dataset, Anterior, Posterior\n")
     predicted = models(trained) / "3d_fullres-cpu" / "fold_0" / "validation"
     code, out, err = nnlite("evaluate", predicted, labels, "--json", "--no-surface", cwd=trained)
     printed, own = json.loads(out), json.loads((predicted / "summary.json").read_text())

@@ -159,7 +159,9 @@ def test_nothing_is_overwritten_or_half_written(command: Run, tmp_path: Path) ->
     table = (tmp_path / "data" / "dataset.json").read_text()
     assert '"P1/t1.nii.gz"' in table, "paths inside the dataset are relative"
     code, _, err = command("init", "data", "-o", "data", cwd=tmp_path)
-    assert code == 2 and "dataset.json: exists already. Run `nnlite plan data`" in err
+    assert (
+        code == 2 and "with the list of cases of that time. Delete it to make it again, run `nnlite plan data`" in err
+    )
     code, _, err = command("init", "data", cwd=tmp_path)
     assert code == 2 and "data: is a dataset already. Run `nnlite plan data`." in err
     assert (tmp_path / "data" / "dataset.json").read_text() == table

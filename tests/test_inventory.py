@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import nnunet_lite
 from nnunet_lite.commands.inventory import clean, list_workspace, read_fold_states
@@ -53,8 +56,10 @@ def test_train_without_a_fold_lists_them_and_the_next_command_trains_one(command
 def test_a_first_fold_is_named_where_nothing_is_trained(command: Run, workspace: Path) -> None:
     shutil.rmtree(workspace / "Task04_Hippocampus" / "models")
     code, out, _ = command("train", cwd=workspace.parent)
-    assert code == 0 and out.splitlines()[-1] == "next: nnlite train 3d_fullres 0"
-    assert command("train", "2d", cwd=workspace.parent)[1].splitlines()[-1] == "next: nnlite train 2d 0"
+    recipe = "" if torch.cuda.is_available() else " --recipe cpu"
+    assert code == 0 and out.splitlines()[-1] == f"next: nnlite train 3d_fullres 0{recipe}"
+    assert command("train", "2d", cwd=workspace.parent)[1].splitlines()[-1] == f"next: nnlite train 2d 0{recipe}"
+    assert f"Run `nnlite train 3d_fullres 0{recipe}`." in command("select", cwd=workspace.parent)[2]
     code, out, err = command("train", "3d_lowres", cwd=workspace.parent)
     assert (code, out) == (2, "") and "has no configuration '3d_lowres'. It has: 2d, 3d_fullres." in err
 
@@ -87,6 +92,45 @@ def test_an_interrupted_fold_comes_first(models: Path) -> None:
     with lock_fold(models / "tiny" / "fold_0"):
         about = nnunet_lite.train(workspace=models.parents[1])
     assert about.values["next"].startswith("nnlite train 3d_fullres 1 "), "a running fold is not to be trained"
+
+
+def test_the_model_that_was_trained_last_comes_first(models: Path) -> None:
+    """An older run that was abandoned is not named, and a time limit is written as it is typed."""
+    workspace, run = models.parents[1], json.loads((models / "tiny" / "run.json").read_text())
+    shutil.copytree(models / "tiny", models / "3d_fullres-default")
+    (models / "3d_fullres-default" / "fold_0" / "model.safetensors").unlink()
+    os.utime(models / "3d_fullres-default" / "fold_0" / "checkpoint.safetensors", (1, 1))
+    run["settings"]["training"]["time_limit"] = 3.0
+    (models / "tiny" / "run.json").write_text(json.dumps(run))
+    about = nnunet_lite.train(workspace=workspace)
+    assert about.values["next"].startswith("nnlite train 3d_fullres 1 ") and " --time-limit 3m " in about.values["next"]
+    for fold in "1234":
+        shutil.copytree(models / "tiny" / "fold_0", models / "tiny" / f"fold_{fold}")
+    assert nnunet_lite.train(workspace=workspace).values["next"].startswith("nnlite select")
+    (models.parent / "inference.json").write_text("{}")
+    assert nnunet_lite.train(workspace=workspace).values["next"].startswith("nnlite predict -i IMAGES -o SEGMENTATIONS")
+
+
+def test_a_finished_fold_stays_finished_without_a_length(
+    workspace: Path, tiny_settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is made longer only by a length that is given; until it has that, it is interrupted."""
+    shorter = {key: value for key, value in tiny_settings.items() if key != "training.epochs"}
+
+    def train(**more: Any) -> str:
+        capfd.readouterr()
+        nnunet_lite.train("3d_fullres", "0", name="short", settings=shorter, device="cpu", workspace=workspace, **more)
+        return capfd.readouterr().err
+
+    train(epochs=1)
+    fold = workspace / "Task04_Hippocampus" / "models" / "short" / "fold_0"
+    before = (fold / "model.safetensors").read_bytes()
+    assert "short/fold_0: training is finished; `--epochs 2` makes it longer" in train()
+    assert (fold / "model.safetensors").read_bytes() == before
+    train(epochs=2)
+    (fold / "model.safetensors").write_bytes(before)  # as if the second epoch had been stopped at its end
+    assert read_fold_states(fold.parent)[0].to_text() == "interrupted, epoch 2 of 2"
+    assert "resuming from epoch 2 of 2" in train(epochs=2)
 
 
 def test_an_imported_model_is_finished(models: Path) -> None:

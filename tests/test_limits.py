@@ -137,12 +137,27 @@ def test_the_first_signal_requests_a_stop_and_the_second_ends(
     assert signal.getsignal(number) == before
     with stop_on_signal() as stop:
         assert stop.signal is None
+        stop.starting = False
         os.kill(os.getpid(), number)
         assert stop.signal == number and signal.getsignal(number) == before  # the next one does what it always did
     assert number.name in capfd.readouterr().err
     with pytest.raises(Stopped, match=f"{number.name} after epoch 3") as end:
         stop.check("after epoch 3")
     assert end.value.number == number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_that_starts(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    def end(*_: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(InterruptedError), stop_on_signal():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == end and "checkpoint" not in capfd.readouterr().err
+    finally:
+        signal.signal(number, before)
 
 
 def test_other_threads_change_no_handlers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning import fingerprint
-from nnunet_lite.workspace import Paths, planned_paths
+from nnunet_lite.workspace import Paths, find_raw, planned_paths
 
 SHORT = {"training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16]}
 Planned = tuple[Path, Paths]
@@ -68,6 +69,14 @@ def test_the_same_folder_has_its_files_also_when_it_has_changed(planned: Planned
         assert dataset_paths(paths.root.parent, read_dataset(root)) == paths
     shutil.rmtree(raw / "imagesTr")
     assert dataset_paths(paths.root.parent, read_dataset(raw)) == paths, "the check reports what is wrong with it"
+
+
+def test_the_name_of_a_planned_dataset_is_that_of_its_raw_data(planned: Planned) -> None:
+    raw, paths = planned
+    assert find_raw("data", paths.root.parent) == raw
+    shutil.rmtree(raw)
+    with pytest.raises(UserError, match="there is no dataset 'data'"):
+        find_raw("data", paths.root.parent)
 
 
 @pytest.mark.parametrize("moved", [True, False], ids=["moved", "copied"])
@@ -131,7 +140,7 @@ def test_commands_name_the_dataset_where_there_are_several(planned: Planned, cop
     workspace, models = paths.root.parent, [paths.models / "2d-cpu"]
     assert " -d " not in " ".join(next_commands(paths, None, models)) + first_training(paths)
     nnunet_lite.plan(copy_dataset(2, "other"), workspace=workspace, workers=0)
-    assert first_training(paths) == "nnlite train 3d_fullres all -d data"
+    assert re.fullmatch("nnlite train 3d_fullres all( --recipe cpu)? -d data", first_training(paths))
     assert all(" -d data" in command for command in next_commands(paths, None, models))
     with pytest.raises(UserError, match="has 2 planned datasets: data, other"):
         nnunet_lite.preprocess(["2d"], workspace=workspace, workers=0)

@@ -22,6 +22,7 @@ from nnunet_lite.evaluation.postprocessing import Gain, Rule, apply_rules
 from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.reporting.material import read_material
 from nnunet_lite.workspace import Paths
 
 LARGEST = Rule(largest_component=True)
@@ -350,6 +351,7 @@ def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Run) -
     assert (
         f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares them again\n" in err
     )
+    assert read_material(paths).notes[0].startswith("tiny changed since the comparison; `nnlite select`")
     shutil.rmtree(paths.models / "tiny")
     code, _, err = command(*common, "-o", tmp_path / "out", cwd=tmp_path)
     what = "names fold 0 of the model tiny, which does not exist any more. Run `nnlite select` again"

@@ -158,6 +158,8 @@ def test_text_is_read_as_a_toml_value(key: str, text: str, value: object) -> Non
     [
         ("training.epoch", 1, "unknown setting 'training.epoch'. Did you mean 'training.epochs'?"),
         ("lr", 1, "unknown setting 'lr'. Did you mean 'optimizer.lr'?"),
+        ("lrr", 1, "unknown setting 'lrr'. Did you mean 'optimizer.lr'?"),
+        ("qqq", 1, "unknown setting 'qqq'. The nearest are "),
         ("loss.dise", 1, "unknown setting 'loss.dise'. Did you mean 'loss.dice'?"),
         ("training.epochs", "many", "training.epochs = 'many': "),
         ("optimizer.lr", "inf", "optimizer.lr = inf: Input should be a finite number"),

@@ -24,8 +24,9 @@ from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.argument import find_models
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
-from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
+from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
 
 
 def evaluate(
@@ -99,8 +100,11 @@ def evaluate(
             labels, exit_code = made.labels, made.exit_code
             if not made.files:
                 raise UserError("no image could be predicted", prediction)
+        place = workspace_folder(workspace)
+        planned = planned_datasets(place)
+        only = Plan.read(Paths(place / planned[0]).plans).labels if len(planned) == 1 else None
         try:
-            scores = score_files(predicted, expected, labels, tolerance, surface, workers, accept_geometry)
+            scores = score_files(predicted, expected, labels, tolerance, surface, workers, accept_geometry, only)
         except UserError as error:  # may name a temporary file
             if model is None or error.file is None or not Path(error.file).is_relative_to(predicted):
                 raise

@@ -90,7 +90,8 @@ def init(
     if source.is_file() and source.suffix.lower() not in (".csv", ".tsv", ".txt"):
         raise UserError("is no folder and no CSV file", source, f"Run `nnlite init {_for_shell(source.parent)}`.")
     if (root / "dataset.json").exists():
-        raise UserError("exists already", root / "dataset.json", f"Run `{then}`, delete it, or give another --output.")
+        fix = f"Delete it to make it again, run `{then}` to use it, or give another --output."
+        raise UserError("exists already, with the list of cases of that time", root / "dataset.json", fix)
     if (source / "dataset.json").is_file():
         raise UserError("is a dataset already", source, f"Run `nnlite plan {_for_shell(source)}`.")
     images, chosen = ([value] if isinstance(value, str) else list(value or ()) for value in (image, label))

@@ -19,8 +19,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import is_locked, leftovers, locked, remove, size_of
 from nnunet_lite.models import folder as models
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings, differences, load_settings
-from nnunet_lite.system import in_units
+from nnunet_lite.settings import Settings, differences, load_settings, time_text
+from nnunet_lite.system import has_no_gpu, in_units
 from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
 from nnunet_lite.workspace import Paths, datasets_of, planned_paths, workspace_folder
 
@@ -46,6 +46,8 @@ class FoldState:
         Epochs that are done, and of how many.
     mean_dice : float or None
         Of the held-out cases.
+    time_limit : float or None
+        In minutes.
     """
 
     configuration: str
@@ -55,10 +57,12 @@ class FoldState:
     epoch: int = 0
     epochs: int = 0
     mean_dice: float | None = None
+    time_limit: float | None = None
 
     def to_text(self) -> str:
         if self.state in ("training", "interrupted"):
-            return f"{self.state}, epoch {self.epoch} of {self.epochs}"
+            end = f" of {self.epochs}" if self.time_limit is None else f", time limit {time_text(self.time_limit)}"
+            return f"{self.state}, epoch {self.epoch}{end}"
         scores = "" if self.mean_dice is None else f", mean Dice {self.mean_dice:.4f}"
         return f"{self.state}{scores}"
 
@@ -88,16 +92,17 @@ def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
     files = (place / models.MODEL, place / models.CHECKPOINT)
     model, checkpoint = (models.read_weights_header(file) if file.is_file() else {} for file in files)
     trained, reached = model.get("epochs") or 0, checkpoint.get("epoch", 0)
-    dice, epochs = models.validation_dice(folder, fold), run["settings"]["training"]["epochs"]
+    dice, training = models.validation_dice(folder, fold), run["settings"]["training"]
     state: State = "not started"
     if is_locked(place):
         state = "training"
-    elif model and reached <= trained:  # otherwise a finished run is made longer
+    elif models.is_at_end(place):
         scored = fold == ALL or "imported_from" in run or (place / models.VALIDATION / models.SUMMARY).is_file()
         state = "finished" if scored else "not scored"
     elif checkpoint:
         state = "interrupted"
-    return FoldState(run["configuration"], folder.name, fold, state, max(trained, reached), epochs, dice)
+    length = (max(trained, reached), training["epochs"], dice, training["time_limit"])
+    return FoldState(run["configuration"], folder.name, fold, state, *length)
 
 
 # --------------------------------------------------------------------------------------------------- train without fold
@@ -131,9 +136,7 @@ def describe_training(paths: Paths, configuration: str | None, workspace: str | 
     for name in names:
         own = [state for state in trained if state.configuration == name]
         states += own or [FoldState(name, None, fold) for fold in folds]
-    todo = [state for state in states if state.state not in ("training", "finished")]
-    todo.sort(key=lambda one: (one.model is None, one.state == "not started", one.configuration != "3d_fullres"))
-    command = _training_command(paths, todo[0]) if todo else "nnlite select"
+    command = _next_command(paths, states)
     command += paths.option + ("" if workspace is None else f" -w {shlex.quote(str(workspace))}")
     lines = [("configuration", "model", "fold", "state")]
     lines += [(state.configuration, state.model or "-", state.fold, state.to_text()) for state in states]
@@ -141,11 +144,31 @@ def describe_training(paths: Paths, configuration: str | None, workspace: str | 
     return options.About(values, f"{align(lines, left=4)}\nnext: {command}")
 
 
+def _next_command(paths: Paths, states: Sequence[FoldState]) -> str:
+    """Return the command that continues with the model that was trained last."""
+
+    def written(state: FoldState) -> float:
+        place = paths.models / str(state.model) / f"fold_{state.fold}"
+        return max(
+            (f.stat().st_mtime for f in (place / models.MODEL, place / models.CHECKPOINT) if f.is_file()), default=0
+        )
+
+    last = max(states, key=written)
+    own = [state for state in states if state.model == last.model] if written(last) else list(states)
+    todo = [state for state in own if state.state not in ("training", "finished")]
+    todo.sort(key=lambda one: (one.model is None, one.state == "not started", one.configuration != "3d_fullres"))
+    if todo:
+        return _training_command(paths, todo[0])
+    held_out = any(state.fold != ALL for state in own)
+    to_select = held_out and not paths.inference.is_file()
+    return "nnlite select" if to_select else "nnlite predict -i IMAGES -o SEGMENTATIONS"
+
+
 def _training_command(paths: Paths, state: FoldState) -> str:
     """Return the command that trains a fold, with the settings that its model has."""
     words = ["nnlite", "train", state.configuration, state.fold]
     if state.model is None:
-        return shlex.join(words)
+        return shlex.join([*words, *(("--recipe", "cpu") if has_no_gpu() else ())])
     settings = Settings.model_validate(models.read_run(paths.models / state.model)["settings"])
     try:
         base, recipe = load_settings(settings.recipe), settings.recipe
@@ -156,6 +179,7 @@ def _training_command(paths: Paths, state: FoldState) -> str:
         section, _, name = key.partition(".")
         value = settings.model_dump(mode="json")[section][name]
         text = value if isinstance(value, str) else json.dumps(value)
+        text = time_text(value) if name == "time_limit" and value is not None else text
         has_option = section == "training" and name in _OPTIONS
         words += [f"--{name.replace('_', '-')}", text] if has_option else ["--set", f"{key}={text}"]
     words += [] if state.model == f"{state.configuration}-{settings.recipe}" else ["--name", state.model]
@@ -197,7 +221,7 @@ def list_workspace(*, dataset: options.OnlyDataset = None, workspace: options.Wo
         folds = [{"model": model, "folds": [asdict(state) for state in states]} for model, states in found.items()]
         values.append({"dataset": paths.name, "planned": paths.plans.is_file(), "models": folds})
         lines += [(paths.name, model, *_summary(states)) for model, states in found.items()]
-        lines += [] if found else [(paths.name, "-", "no model yet", "")]
+        lines += [] if found else [(paths.name, "no model yet", "", "")]
     text = align(lines, left=3) if values else f"{place}: nothing is planned here"
     return options.About({"workspace": str(place), "datasets": values}, text)
 

@@ -173,6 +173,11 @@ def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str
     return {**given, **dict(settings or {})}
 
 
+def sets_length(changed: Mapping[str, Any]) -> bool:
+    """Whether a call changes the length of a run; without that, a finished one stays finished."""
+    return not changed.keys().isdisjoint(("training.epochs", "training.time_limit"))
+
+
 @contextmanager
 def cluster_of(scheduler: str | None, workspace: Path) -> Iterator[Cluster | None]:
     """Connect to the workers of a Dask scheduler; without a scheduler, give None.

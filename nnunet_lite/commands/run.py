@@ -214,7 +214,8 @@ def run(
     if names != ["all"]:
         existing = fold_names(paths, rule)  # also writes splits.json
         names = names or existing
-    runs = plan_runs(paths, resolved, options.names_of(configurations), names, device=device)
+    lengthen = options.sets_length(changed)
+    runs = plan_runs(paths, resolved, options.names_of(configurations), names, device=device, lengthen=lengthen)
     check_earlier_runs(runs)
     with options.cluster_of(scheduler, place) as cluster:
         steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)

@@ -38,7 +38,7 @@ from nnunet_lite.models import folder as models
 from nnunet_lite.networks.devices import release_memory
 from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.settings import load_settings
+from nnunet_lite.settings import Settings, load_settings, time_text
 from nnunet_lite.training.cache import load_cases
 from nnunet_lite.training.distributed import Ranks, from_first, join_group, launch, leave_group, report_lost_peer
 from nnunet_lite.training.job import Job
@@ -253,7 +253,10 @@ def train(
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     paths = select_dataset(workspace, dataset)
     names = fold_names(paths, rule) if all_folds else given
-    runs = plan_runs(paths, resolved, [configuration], names, rule=rule, name=name, device=device, restart=restart)
+    runs = plan_runs(
+        paths, resolved, [configuration], names, rule=rule, name=name, device=device, restart=restart,
+        lengthen=options.sets_length(changed),
+    )  # fmt: skip
     runs = [replace(run, callbacks=tuple(callbacks)) for run in runs]
     own = [run for run in runs if run.configuration == configuration]
     if scheduler is not None:
@@ -376,8 +379,9 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
                 fold=run.split.name, force=force, previous=previous,
             )  # fmt: skip
         seed = models.fold_seed(from_first(seed, ranks), run.split.name)
-        if models.is_complete(run.fold_folder, run.settings):
-            log.info(f"{run.fold_folder}: training is finished" + "; no preview is drawn" * preview)
+        if run.is_trained():
+            longer = "" if run.lengthen else f"; {_longer(run.settings)} makes it longer"
+            log.info(f"{run.fold_folder}: training is finished{longer}" + "; no preview is drawn" * preview)
         else:
             _preprocess_and_train(run, seed, ranks, device, preview)
     release_memory(device)  # of the training; the validation plans with what is free
@@ -386,6 +390,12 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
         time.sleep(1)
     release_memory(device)
     return scores
+
+
+def _longer(settings: Settings) -> str:
+    """Return an option for a longer run."""
+    limit = settings.training.time_limit
+    return f"`--epochs {2 * settings.training.epochs}`" if limit is None else f"`--time-limit {time_text(2 * limit)}`"
 
 
 def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torch.device) -> dict[str, Path] | None:

@@ -69,6 +69,8 @@ class TrainingRun:
         Where to train.
     callbacks : sequence of callable
         Called after each epoch.
+    lengthen : bool
+        Whether a finished fold is resumed if the settings say a longer run.
     """
 
     paths: Paths
@@ -82,15 +84,21 @@ class TrainingRun:
     first: FirstStage | None
     device: str | None
     callbacks: options.Callbacks = ()
+    lengthen: bool = True
 
     @property
     def fold_folder(self) -> Path:
         return self.folder / f"fold_{self.split.name}"
 
+    def is_trained(self) -> bool:
+        """Whether the fold is trained, if it may be lengthened for as long as the settings say."""
+        kept = not self.lengthen and models.is_at_end(self.fold_folder)
+        return kept or models.is_complete(self.fold_folder, self.settings)
+
     def is_done(self) -> bool:
-        """Whether the fold is trained for as long as the settings say, and its held-out cases are scored."""
+        """Whether the fold is trained, and its held-out cases are scored."""
         scored = self.split.name == ALL or (self.fold_folder / models.VALIDATION / models.SUMMARY).is_file()
-        return scored and models.is_complete(self.fold_folder, self.settings)
+        return scored and self.is_trained()
 
     def check_resume(self, force: bool = False, restart: bool = False) -> None:
         """Make sure that the model folder, if it exists, may be resumed with this plan, these settings and these cases.
@@ -114,7 +122,7 @@ class TrainingRun:
             models.check_resume(
                 self.folder, self.plan, self.configuration, self.settings, self.split.name, force, restart
             )
-        if not restart and not models.is_complete(self.fold_folder, self.settings):
+        if not restart and not self.is_trained():
             refuse_excluded(self.fold_folder, self.split)
 
 
@@ -128,6 +136,7 @@ def plan_runs(
     name: str | None = None,
     device: str | None = None,
     restart: bool = False,
+    lengthen: bool = True,
 ) -> list[TrainingRun]:
     """Return what has to be trained, the folds of a cascade's first stage before those of the second.
 
@@ -151,6 +160,8 @@ def plan_runs(
         Where to train.
     restart : bool
         The folds start again.
+    lengthen : bool
+        Finished folds are resumed if the settings say a longer run; otherwise they keep their length.
 
     Raises
     ------
@@ -165,11 +176,16 @@ def plan_runs(
             return
         folder = models.model_folder(paths, name or f"{configuration}-{settings.recipe}")
         fold_folder = folder / f"fold_{fold}"
+        if not (lengthen or restart) and models.is_at_end(fold_folder):
+            trained = Settings.model_validate(models.read_run(folder)["settings"])
+            settings = with_changes(settings, {f"training.{key}": n for key, n in models.run_length(trained).items()})
         source_plan = _starting_plan(paths, configuration, settings, fold_folder, dataset.name, restart)
         plan = configure_plan(source_plan, configuration, settings)
         split = read_split(paths.splits, dataset, fold, rule)
         first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
-        run = TrainingRun(paths, dataset, plan, configuration, settings, split, rule, folder, first, device)
+        run = TrainingRun(
+            paths, dataset, plan, configuration, settings, split, rule, folder, first, device, lengthen=lengthen
+        )
         _check_trainable(run)
         if first is not None:
             refuse_other_cases(first.folder, split, paths.splits, dataset)

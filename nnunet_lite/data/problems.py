@@ -162,8 +162,8 @@ class Report:
         left = {problem.kind for problem in self.problems if problem.severity != "notice"}
         if self.cases and left:
             kinds = ", ".join(sorted(left.intersection(ACCEPTED_KINDS)))
-            accept = f"--accept KIND accepts {kinds}" if kinds else "none of these kinds can be accepted"
-            lines.append(f"hint: --exclude CASE leaves out a case; {accept}")
+            accept = f"; --accept KIND accepts {kinds}" if kinds else ""
+            lines.append(f"hint: --exclude CASE leaves out a case{accept}")
         return "\n".join(lines)
 
     def _headline(self) -> str:

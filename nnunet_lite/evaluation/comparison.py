@@ -140,8 +140,6 @@ def select_models(
     members, notes = find_members(paths, dataset, only)
     folds = _shared_folds(members, notes)
     teams = _candidate_teams(members, ensembles, notes)
-    for note in notes:
-        log.info(note)
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)
     if not any(split.validation for split in splits):
         raise UserError(f"the trained folds ({', '.join(folds)}) hold out no case to compare models on", paths.splits)

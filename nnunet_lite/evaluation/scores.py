@@ -301,6 +301,7 @@ def score_files(
     surface: bool = True,
     workers: int | None = None,
     accept_geometry: bool = False,
+    default: Labels | None = None,
 ) -> Scores:
     """Score label maps against their references.
 
@@ -309,8 +310,8 @@ def score_files(
     prediction, reference : Path
         Two folders, whose files are matched by name, or two files.
     labels : Labels or None
-        By default those of a dataset.json in the reference folder, its parent, or the prediction folder; else the
-        values in the files.
+        By default those of a dataset.json in the reference folder, its parent, or the prediction folder; else
+        `default`; else the values in the files.
     tolerance : float
         Distance up to which surfaces agree for NSD; in pixels if no file has a spacing.
     surface : bool
@@ -319,6 +320,8 @@ def score_files(
         Number of threads; None for all CPUs, 0 or 1 for one.
     accept_geometry : bool
         Compare voxel by voxel where the origin or direction of a pair differs, with a note.
+    default : Labels or None
+        Taken without a dataset.json if they have all values in the files.
 
     Raises
     ------
@@ -334,7 +337,10 @@ def score_files(
         if labels is None:
             files = [path for pair in pairs.values() for path in pair]
             labels = _found_labels(list(pool.map(_values_of_file, files)), reference)
-            notes = [*notes, f"no dataset.json: the labels are the values found, {', '.join(labels.region_names)}"]
+            whose = "the values found"
+            if default is not None and set(labels.values) <= set(default.values):
+                labels, whose = default, "those of the planned dataset"
+            notes = [*notes, f"no dataset.json: the labels are {whose}, {', '.join(labels.region_names)}"]
         known = labels
 
         def score(case: str) -> tuple[CaseScore, list[_Remark]]:

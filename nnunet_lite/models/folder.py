@@ -31,6 +31,7 @@ from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences
+from nnunet_lite.system import has_no_gpu
 from nnunet_lite.workspace import Paths
 
 FORMAT = "nnlite-model-1"
@@ -359,10 +360,11 @@ def model_folder(paths: Paths, name: str) -> Path:
 
 
 def first_training(paths: Paths) -> str:
-    """Return the command that trains a first model of a planned dataset."""
+    """Return the command that trains a first model of a planned dataset on this machine."""
     plan = Plan.read(paths.plans)
     configuration = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
-    return f"nnlite train {configuration} {0 if plan.n_cases >= _N_FOLDS else 'all'}{paths.option}"
+    recipe = " --recipe cpu" if has_no_gpu() else ""
+    return f"nnlite train {configuration} {0 if plan.n_cases >= _N_FOLDS else 'all'}{recipe}{paths.option}"
 
 
 # ------------------------------------------------------------------------------------------------------------ folds
@@ -389,6 +391,16 @@ def read_weights_header(file: Path) -> dict[str, Any]:
 def is_finished(fold_folder: Path) -> bool:
     """Whether a fold has a model, even if the run was made longer since."""
     return (fold_folder / MODEL).is_file()
+
+
+def is_at_end(fold_folder: Path) -> bool:
+    """Whether a fold has a model, and was not resumed since then for a longer run."""
+    if not is_finished(fold_folder):
+        return False
+    checkpoint = fold_folder / CHECKPOINT
+    reached = read_weights_header(checkpoint) if checkpoint.is_file() else {}
+    epochs = read_weights_header(fold_folder / MODEL).get("epochs") or 0
+    return (reached.get("epoch", 0), reached.get("iteration", 0)) <= (epochs, 0)
 
 
 def is_begun(fold_folder: Path) -> bool:

@@ -124,13 +124,17 @@ def pick_fastest(
     if len(formats) == 1:
         return formats[0]
     one_by_one = device.type == "cuda" or any(candidate.compiled for candidate in formats)
+    start = time.perf_counter()
     with log.working(f"timing {len(formats)} formats"):
         times = (_time_one_by_one if one_by_one else _time_in_turns)(formats, prepare, device, budget)
     if not times:  # the first step of the run says why
         return formats[0]
     # a compiled network must be clearly faster, since each start compiles it again
     fastest = min(times, key=lambda candidate: times[candidate] / (_COMPILE_GAIN if candidate.compiled else 1))
-    return replace(fastest, reason=f"fastest of {', '.join(f'{name} {value:.3g} s' for name, value in times.items())}")
+    others = len(times) < len(formats) and time.perf_counter() - start > budget
+    more = "; the time limit left no time for others" if others else ""
+    each = ", ".join(f"{name} {value:.3g} s" for name, value in times.items())
+    return replace(fastest, reason=f"fastest of {each}{more}")
 
 
 def _time_in_turns(

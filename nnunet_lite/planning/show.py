@@ -34,9 +34,10 @@ def plan_title(plan: Plan) -> str:
     """Return what all configurations share, in a line."""
     axes = " ".join("zyx"[axis] for axis in plan.axis_order)
     orientation = "" if plan.orientation is None else f" of {plan.orientation}"
+    outputs = plural(len(plan.labels.region_names), "region" if plan.labels.has_regions else "label")
     return (
-        f"{plan.dataset}: {plural(plan.n_cases, 'case')}, preset {plan.preset}, budget {plan.memory_gb:g} GB, "
-        f"axes {axes}{orientation}, {plural(plan.labels.n_channels, 'output channel')}"
+        f"{plan.dataset}: {plural(plan.n_cases, 'case')}, {outputs}, preset {plan.preset}, "
+        f"GPU memory budget {plan.memory_gb:g} GB, axes {axes}{orientation}"
     )
 
 

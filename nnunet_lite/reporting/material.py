@@ -26,7 +26,7 @@ from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
-from nnunet_lite.evaluation.selection import Selection, read_selection
+from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import MODEL, model_folders, read_weights_header
 from nnunet_lite.models.lookup import read_model
@@ -209,7 +209,8 @@ def read_material(paths: Paths) -> Material:
     """
     plan, dataset, selection = Plan.read(paths.plans), stored_dataset(paths.dataset), read_selection(paths)
     selected = "+".join(selection.models) if selection else ""
-    notes: list[str] = []
+    changed = changed_models(paths, selection) if selection else []
+    notes = [f"{' and '.join(changed)} changed since the comparison; `nnlite select` compares again"] if changed else []
     models = list(_read_models(paths, dataset, notes))
     ensemble = paths.ensembles / selected
     if "+" in selected and ensemble.is_dir():

@@ -316,7 +316,7 @@ class View:
 
     def wait(self) -> None:
         """Wait until Ctrl-C; the page is served from a thread."""
-        log.info(f"{self.title}: readable on this machine alone, until Ctrl-C")
+        log.info(f"{self.title}: readable on this machine alone; Ctrl-C ends it")
         threading.Event().wait()
 
     def close(self) -> None:

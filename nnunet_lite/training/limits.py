@@ -175,9 +175,13 @@ class EarlyStopping:
 
 @dataclass
 class StopRequest:
-    """Whether a signal requested the run to stop, and which one (its number)."""
+    """Whether a signal requested the run to stop, and which one (its number).
+
+    While `starting`, there is nothing to save, and a signal ends the process at once.
+    """
 
     signal: int | None = None
+    starting: bool = True
 
     def check(self, where: str) -> None:
         """End the run, whose checkpoint is written, if a stop was requested.
@@ -205,6 +209,7 @@ def stop_threads() -> None:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once.
 
+    So does the first one while the run is `starting`.
     Only the main thread receives signals. A run in another thread is stopped with `stop_threads`.
     """
     request, in_main = StopRequest(), threading.current_thread() is threading.main_thread()
@@ -215,8 +220,10 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def handle(number: int, _: object) -> None:
-        request.signal = number
         restore()
+        if request.starting:
+            signal.raise_signal(number)
+        request.signal = number
         log.info(f"{signal.Signals(number).name}: writing a checkpoint after this step; once more stops at once")
 
     for number in handlers:

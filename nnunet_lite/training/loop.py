@@ -105,7 +105,7 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
         if job.device.type == "cuda":  # candidates of other formats may have needed more
             torch.cuda.reset_peak_memory_stats(job.device)
         state.seconds += from_first(time.monotonic() - begin, job.ranks)
-        compute, training = state.compute, job.settings.training
+        compute, training, stop.starting = state.compute, job.settings.training, False
         log.info(f"{job.device}, {compute}: {compute.reason}")
         makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
         with closing(prefetch(makers, job.device, training.workers)) as batches:
