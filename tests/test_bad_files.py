@@ -195,7 +195,7 @@ FILES = {
     "compressed zeros": with_content(gzip.compress(bytes(100_000))),
     "an LFS pointer": with_content(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
     # in the place of a file
-    "a folder called .nii.gz": instead(lambda path: path.mkdir(), IMAGE, "is no file"),
+    "a folder called .nii.gz": instead(lambda path: path.mkdir(), IMAGE, "is a folder"),
     "a link to itself": instead(lambda path: path.symlink_to(path.name)),
     "a link to nowhere": instead(lambda path: path.symlink_to("gone.nii.gz")),
     "two links in a circle": instead(lambda p: (p.symlink_to("b.nii.gz"), p.with_name("b.nii.gz").symlink_to(p.name))),

@@ -298,7 +298,7 @@ SETTINGS = {
     "a dataset after its configuration": asked("train 3d_fullres 4 0", "4 is no configuration"),
     "two configurations to train": asked("train -c 2d 3d_fullres -f 0", "no planned dataset called '2d'"),
     "a number of no dataset": asked("train 5 3d_fullres 0", "no planned dataset called '5'"),
-    "a trainer of nnU-Net": asked("train 4 3d_fullres 0 -tr nnUNetTrainer_100epochs", "-tr is an option", "--epochs"),
+    "a trainer of nnU-Net": asked("train 4 3d_fullres 0 -tr nnUNetTrainerDiceCELoss", "-tr is an option", "--epochs"),
 }  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_predictions_do_not_depend_on_the_orientation(
     assert code == 0
     assert "turned to RAS, the orientation of the model: 1 image stored as LAS (LAS), " in err
     files = sorted((tmp_path / "out").rglob("RAS*.nii.gz"))
-    assert len(files) == 4
+    assert len(files) == 3  # a single fold disagrees with none
     for file in files:
         expected = nibabel.load(file)
         for orientation in STORED[:4]:

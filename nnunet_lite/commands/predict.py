@@ -286,7 +286,7 @@ def predict(
 
 def after_predict(result: Predictions, **_: Any) -> list[list[str]]:
     """Return the commands to type next: to look at the first label map, and to score those of a folder."""
-    if not result.files or result.files[0].suffix == ".dcm":
+    if not result.files or result.failed or result.files[0].suffix == ".dcm":  # the failures are the last words
         return []
     file, out = result.files[0], result.output
     image = next(path for case, path in result.images.items() if file == out or file.name.startswith(f"{case}."))

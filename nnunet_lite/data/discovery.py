@@ -155,9 +155,11 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
         if patterns and not found:
             raise UserError(f"no file has a name like {option} {' '.join(map(repr, patterns))}", root, _CHOOSE)
     if not groups or (2 * len(groups) <= len(maps) and not labels):
-        found_maps = f"{len(groups)} of {plural(len(maps), 'label map')} have the name of an image. Label maps: "
-        what = found_maps + _some(maps, root) if maps else "no label map was found"
-        what += f"; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
+        what = "no label map was found"
+        if maps:
+            n_maps = plural(len(maps), "label map")
+            what = f"{len(groups)} of {n_maps} have the name of an image. Label maps: {_some(maps, root)}"
+        what = f"{what}; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
         inside = sorted({path.parts[0] for path in paths.values() if len(path.parts) > 1})
         both = f" Of two folders: --image '{inside[0]}/*' --label '{inside[1]}/*'." if len(inside) == 2 else ""
         raise UserError(what, root, _CHOOSE + both)

@@ -124,7 +124,11 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     elif not path.exists():
         why = "it does not exist"
         fix = f"The models in {workspace} are {', '.join(one.name for one in in_workspace)}." if in_workspace else fix
-        fix = fix if workspace.is_dir() else f"There is no workspace {workspace} either, where its name is looked up."
+        fix = (
+            fix
+            if workspace.is_dir() or len(path.parts) > 1
+            else f"There is no workspace {workspace} either, where its name is looked up."
+        )
     raise UserError(f"is no model folder ({why})", Path(given), fix)
 
 
