@@ -179,9 +179,9 @@ def command_of(name: str) -> Any:
     """Make a subcommand of its function in commands/, whose parameters are annotated with typer's options.
 
     Its help is the beginning of the docstring, with the examples at its end. Its result is the path of a written file,
-    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A function
-    after_NAME next to it returns commands to type next. A result with
-    `wait()` and `close()` is a service, which runs until Ctrl-C.
+    or has `to_text()`; it may have `to_json()`, `exit_code`, and `finish()`, which is called at the end. A result with
+    `wait()` and `close()` is a service, which runs until Ctrl-C. A function after_NAME next to it returns commands to
+    type next.
 
     Parameters
     ----------
@@ -193,15 +193,15 @@ def command_of(name: str) -> Any:
 
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
-        function = getattr(import_module(module), function_name)
+        commands_module = import_module(module)
         arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
-        result = function(**arguments)
+        result = getattr(commands_module, function_name)(**arguments)
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)
         else:
             log.answer(text)
-        follow = getattr(import_module(module), f"after_{function_name}", None)
+        follow = getattr(commands_module, f"after_{function_name}", None)
         if follow is not None and (commands := follow(result, **arguments)):
             log.info(f"next: {'; or '.join(map(shlex.join, commands))}")
         log.detail("done")
@@ -233,7 +233,10 @@ def command_of(name: str) -> Any:
 
 
 def _declaration(module: str, name: str) -> Callable[..., Any]:
-    """Return a function of a module without its body, and without the imports that its parameters do not need."""
+    """Return a function of a module without its body, and without the imports that its parameters do not need.
+
+    So `nnlite train --help`, a mistake in an option and the completion of a shell wait for no import of torch.
+    """
     spec: Any = find_spec(module)
     statements = ast.parse(spec.loader.get_source(module)).body
     declared = next(one for one in statements if isinstance(one, ast.FunctionDef) and one.name == name)

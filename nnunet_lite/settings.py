@@ -35,8 +35,8 @@ def _to_minutes(value: Any) -> Any:
 
 
 def time_text(minutes: float) -> str:
-    """Return minutes as a user types them, in the largest unit that makes them a whole number: 8h, 90m, 300s."""
-    texts = (f"{60 * minutes / seconds:.0f}{unit}" for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)))
+    """Return minutes as a user types them, in the largest unit that makes them a whole number: 8h, 90m, 300s, 1.8s."""
+    texts = f"{minutes / 60:.0f}h", f"{minutes:.0f}m", f"{60 * minutes:g}s"
     return next((text for text in texts if _to_minutes(text) == minutes), str(minutes))
 
 
@@ -318,10 +318,7 @@ def differences(old: Settings, new: Settings) -> list[str]:
 
 def _as_typed(key: str, value: Any) -> Any:
     """Return a value as a user writes it: the minutes of a time limit with a unit."""
-    if key != "training.time_limit" or value is None:
-        return value
-    unit = next((unit for unit, minutes in _MINUTES.items() if value >= minutes and value % minutes == 0), "s")
-    return f"{round(value / _MINUTES[unit], 3):g}{unit}"
+    return time_text(value) if key == "training.time_limit" and value is not None else value
 
 
 def keys() -> list[str]:

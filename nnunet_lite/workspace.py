@@ -153,8 +153,12 @@ def planned_datasets(workspace: Path) -> list[str]:
 
 def datasets_of(workspace: Path) -> list[str]:
     """Return the names of the datasets that are planned in a workspace or have models there."""
-    with_models = {file.parents[2].name for file in workspace.glob("*/models/*/run.json")}
-    return sorted({*planned_datasets(workspace), *with_models})
+    return sorted({*planned_datasets(workspace), *(model.parents[1].name for model in models_below(workspace))})
+
+
+def models_below(workspace: Path) -> list[Path]:
+    """Return the model folders of all datasets of a workspace, also those that were set aside."""
+    return sorted(run.parent for run in workspace.glob("*/models/*/run.json"))
 
 
 def use(workspace: Path, name: str) -> None:
@@ -253,7 +257,7 @@ def planned_paths(
 
 def _with_models(workspace: Path, planned: list[str], only_reads: bool) -> Paths | None:
     """Return the only dataset with models; None where a planned dataset is to be chosen."""
-    found = {file.parents[2] for file in workspace.glob("*/models/*/run.json")}
+    found = {model.parents[1] for model in models_below(workspace)}
     if planned and (only_reads or len(found) > 1):
         return None
     if len(found) > 1:

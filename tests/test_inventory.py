@@ -133,9 +133,14 @@ def test_a_finished_fold_stays_finished_without_a_length(
     assert "resuming from epoch 2 of 2" in train(epochs=2)
 
 
-def test_an_imported_model_is_finished(models: Path) -> None:
+@pytest.mark.parametrize("of_nnunet", [True, False])
+def test_an_imported_model_is_finished(models: Path, of_nnunet: bool) -> None:
+    """Of nnU-Net or of a zip, which leaves its manifest."""
     run = json.loads((models / "tiny" / "run.json").read_text())
-    (models / "tiny" / "run.json").write_text(json.dumps(run | {"imported_from": "nnU-Net"}))
+    if of_nnunet:
+        (models / "tiny" / "run.json").write_text(json.dumps(run | {"imported_from": "nnU-Net"}))
+    else:
+        (models / "tiny" / "manifest.json").write_text("{}")
     shutil.rmtree(models / "tiny" / "fold_0" / "validation")
     assert [state.to_text() for state in read_fold_states(models / "tiny", ["0", "1"])] == ["finished"]
 

@@ -18,6 +18,7 @@ from nnunet_lite.data.problems import align
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import is_locked, leftovers, locked, remove, size_of
 from nnunet_lite.models import folder as models
+from nnunet_lite.models.bundle import is_imported
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences, load_settings, time_text
 from nnunet_lite.system import has_no_gpu, in_units
@@ -79,8 +80,8 @@ def read_fold_states(folder: Path, folds: Sequence[str] = ()) -> list[FoldState]
     """
     try:
         run = models.read_run(folder)
-        folds = () if "imported_from" in run else folds
-        names = sorted({*folds, *(path.name.removeprefix("fold_") for path in folder.glob("fold_*"))})
+        own = () if is_imported(folder) else folds
+        names = sorted({*own, *(path.name.removeprefix("fold_") for path in folder.glob("fold_*"))})
         return [_read_fold_state(folder, run, name) for name in names]
     except UserError as error:
         log.warn(str(error))
@@ -97,7 +98,7 @@ def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
     if is_locked(place):
         state = "training"
     elif models.is_at_end(place):
-        scored = fold == ALL or "imported_from" in run or (place / models.VALIDATION / models.SUMMARY).is_file()
+        scored = fold == ALL or is_imported(folder) or (place / models.VALIDATION / models.SUMMARY).is_file()
         state = "finished" if scored else "not scored"
     elif checkpoint:
         state = "interrupted"

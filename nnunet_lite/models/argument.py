@@ -16,7 +16,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import scratch
 from nnunet_lite.models.bundle import is_zip, models_in_zip, read_manifest, unpack, unpack_nnunet
 from nnunet_lite.models.folder import EXPECTED, OLD, Checkpoint, is_model, is_nnunet, read_run, weight_files
-from nnunet_lite.workspace import planned_paths
+from nnunet_lite.workspace import models_below, planned_paths
 
 
 def find_model(
@@ -97,7 +97,7 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
         There is none.
     """
     path = Path(given).expanduser()
-    file, in_workspace = _zip_of(path), sorted(run.parent for run in workspace.glob("*/models/*/run.json"))
+    file, in_workspace = _zip_of(path), models_below(workspace)
     if not path.exists() and file is None:
         named = [folder for folder in in_workspace if folder.name == str(path)]
         if len(named) > 1 and dataset is not None:
@@ -123,12 +123,10 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
         why = "it is a file"
     elif not path.exists():
         why = "it does not exist"
-        fix = f"The models in {workspace} are {', '.join(one.name for one in in_workspace)}." if in_workspace else fix
-        fix = (
-            fix
-            if workspace.is_dir() or len(path.parts) > 1
-            else f"There is no workspace {workspace} either, where its name is looked up."
-        )
+        if in_workspace:
+            fix = f"The models in {workspace} are {', '.join(one.name for one in in_workspace)}."
+        elif not workspace.is_dir() and len(path.parts) == 1:  # a name
+            fix = f"There is no workspace {workspace} either, where its name is looked up."
     raise UserError(f"is no model folder ({why})", Path(given), fix)
 
 

@@ -151,7 +151,7 @@ def training_memory(
     batch_size : int
         Patches per step.
     channels : int
-        Of the images.
+        Channels of the images.
     previous : int
         Channels of a cascade's one-hot previous segmentation.
 

@@ -235,7 +235,7 @@ def _plan_validation(job: Job, state: State) -> limits.ValidationPlan | None:
 
 
 def _seconds_left(job: Job, state: State) -> float:
-    """How long the rest of the run takes, with the validation in whole images."""
+    """Return how long the rest of the run takes, with the validation in whole images."""
     training, validation = job.settings.training, _plan_validation(job, state)
     patches = job.planned.batch_size * training.validation_iterations if job.validation else 0
     epoch = training.iterations * state.pace + patches * _pass_seconds(job, state)
@@ -245,7 +245,7 @@ def _seconds_left(job: Job, state: State) -> float:
 
 
 def _count_steps(job: Job, state: State) -> int:
-    """The steps of this epoch: fewer than planned if a time limit ends it."""
+    """Return the number of steps of this epoch: fewer than planned if a time limit ends it."""
     seconds = limits.training_seconds(job, _pass_seconds(job, state)) - state.seconds
     fit = seconds / state.pace if state.pace else math.inf
     return round(min(job.settings.training.iterations, max(state.iteration + fit, state.iteration)))

@@ -131,11 +131,14 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     """
     given = rule != DEFAULT_RULE
     rule = rule if given else _default_rule(dataset)
-    exists = file.is_file()
-    splits = load_splits(file) if exists else [] if rule == DEFAULT_RULE else make_splits(dataset, rule, strata={})[0]
+    if not file.is_file():
+        if rule != DEFAULT_RULE:
+            leave_out(make_splits(dataset, rule, strata={})[0], dataset)
+        return rule != DEFAULT_RULE
+    splits = load_splits(file)
     leave_out(splits, dataset)
-    if not exists or rule == DEFAULT_RULE:
-        return not exists and rule != DEFAULT_RULE
+    if rule == DEFAULT_RULE:
+        return False
     record, members = read_record(file), _cases_of(splits)
     divided = [*dataset.cases, *(case for case in dataset.excluded if case.id in members)]
     others = tuple(case for case in dataset.excluded if case not in divided)
