@@ -20,7 +20,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, 
 
 import nnunet_lite
 from nnunet_lite.data.cases import find_cases
-from nnunet_lite.data.dicom import is_series, segment_names, series_geometry, series_slices, write_dicom_seg
+from nnunet_lite.data.dicom import is_series, require_dicom, series_geometry, series_slices
+from nnunet_lite.data.dicom_writers import write_dicom_seg
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label
 from nnunet_lite.data.labels import Labels
