@@ -40,6 +40,13 @@ _QUALITY, _METHOD = 75, 4  # of WebP; method 0 is fast, 6 is small
 _LEVEL_SAMPLES = 200_000  # voxels for the grey levels of an image
 _CT_MARGIN = 0.25  # by which a CT's grey levels exceed the intensities of the foreground
 
+# On pictures, which are dark in both themes: the palette of Okabe and Ito, brightened for outlines.
+LABEL_COLOURS = (
+    "#56b4e9", "#ff9d4d", "#34d3a2", "#ff8fcf", "#f0e442", "#8fd0ff", "#b69bf0", "#d6a196", "#b4e05a", "#e5e7eb",
+)  # fmt: skip
+# Of the voxels that a prediction has wrong, as `find_errors` numbers them from 1.
+ERROR_COLOURS = {"missed": "#d55e00", "added": "#0072b2", "another label": "#ffd700"}
+
 Value = str | float | tuple[str, float | None] | None  # of a cell; (text, value to sort by)
 Interval = tuple[str, float | None, float | None, float | None]  # name, mean, low, high
 Picture = dict[str, Any]  # a plane as tables.html.j2 and report.js draw it, see `OrientedImage.draw`
@@ -549,6 +556,26 @@ class OrientedImage:
         label, step = thin_out(label, size)
         masks = (np.isin(label, members) for members in self.labels.region_values)
         return [(i, outline_path(mask, step)) for i, mask in enumerate(masks) if mask.any()]
+
+
+def find_errors(reference: np.ndarray, prediction: np.ndarray, background: int = 0) -> np.ndarray:
+    """Number the voxels where two label maps differ: 1 missed, 2 added, 3 another label; 0 where they are equal.
+
+    Parameters
+    ----------
+    reference, prediction : ndarray of int
+        Label maps of one shape.
+    background : int
+        Its value in both.
+
+    Returns
+    -------
+    ndarray of uint8
+        The keys of `ERROR_COLOURS`, from 1.
+    """
+    wrong = np.where(prediction == background, np.uint8(1), np.where(reference == background, np.uint8(2), np.uint8(3)))
+    wrong[prediction == reference] = 0
+    return wrong
 
 
 def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
