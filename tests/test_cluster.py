@@ -29,6 +29,11 @@ from nnunet_lite.errors import UserError
 TINY = {**TINIEST, "training.epochs": 6, "training.iterations": 4, "training.patch_size": [16, 16, 16]}
 
 
+def label_maps(folder: Path) -> dict[str, bytes | str]:
+    """The files of a prediction, without its record, which has times."""
+    return {name: content for name, content in contents(folder).items() if name != "predictions.json"}
+
+
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     """Two workers of one thread; one that dies is started again, a task that killed two is given up."""
