@@ -13,12 +13,12 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import stem
+from nnunet_lite.data.names import Format, stem
 from nnunet_lite.data.problems import html_table, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
-from nnunet_lite.inference.cases import Format, check_output, names_file
+from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
@@ -132,7 +132,7 @@ def predict(
     ] = False,
     format: Annotated[
         Format | None,
-        options.output(help="Of the label maps; dicom-seg and rtstruct for DICOM series.", show_default="the image's"),
+        options.output(help="Write label maps so; the last two need DICOM series.", show_default="as the images"),
     ] = None,
     per_label: Annotated[
         bool, options.output("--per-label", help="Write a file for each label too: segmentations/CASE/LABEL.")

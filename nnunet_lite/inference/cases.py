@@ -8,7 +8,7 @@ from dataclasses import replace
 from mimetypes import guess_type
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,16 +19,12 @@ from nnunet_lite.data.formats import require_picture_values
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.images import Image, is_dicom, label_suffix, read_geometry, read_image, read_images
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import NIFTI, PICTURES, TIFF, ending_of, stem, suffix_of
+from nnunet_lite.data.names import ENDINGS, PICTURES, TIFF, Format, ending_of, format_of, stem, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import output_values
 
-Format = Literal["nifti", "seg.nrrd", "dicom-seg", "rtstruct"]  # of label maps
-ENDINGS: dict[Format, str] = {
-    "nifti": ".nii.gz", "seg.nrrd": ".seg.nrrd", "rtstruct": ".rtstruct.dcm", "dicom-seg": ".dcm",
-}  # fmt: skip
 _NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 _MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
 _OTHER_UNIT = 100  # the unit of voxels that are 100 times smaller or larger than those of the training may be wrong
@@ -232,19 +228,6 @@ def as_classes(label_map: np.ndarray, labels: Labels) -> np.ndarray:
 def names_file(out: Path) -> bool:
     """Whether an output is the name of a label map, and not of a folder."""
     return (suffix_of(out) != "" or out.suffix.lower() == ".dcm") and not out.is_dir()
-
-
-def format_of(path: Path) -> Format | None:
-    """Return the format that the ending of a label map names; None for those of other images, such as .png."""
-    if suffix_of(path) in NIFTI:
-        return "nifti"
-    return next((known for known, ending in ENDINGS.items() if path.name.lower().endswith(ending)), None)
-
-
-def case_of(target: Path) -> str:
-    """Return the name of a label map without its ending: "scan" of scan.nii.gz, scan.seg.nrrd and scan.rtstruct.dcm."""
-    known = format_of(target)
-    return target.name[: -len(ENDINGS[known])] if known in ("seg.nrrd", "rtstruct") else stem(target)
 
 
 def file_name(label: str) -> str:

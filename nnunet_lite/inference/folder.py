@@ -19,11 +19,12 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_images, write_label
+from nnunet_lite.data.names import Format, case_of
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
-from nnunet_lite.inference.cases import Format, case_of, file_name, identify, names_file, output_file, read_case_image
+from nnunet_lite.inference.cases import file_name, identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
 from nnunet_lite.inference.record import CaseResult, read_statistics

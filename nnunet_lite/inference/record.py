@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from nnunet_lite.data.names import case_of
 from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
-from nnunet_lite.inference.cases import case_of
 from nnunet_lite.inference.predictor import Predictor
 
 FORMAT = "nnlite-predictions-1"

@@ -11,9 +11,9 @@ import numpy as np
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import label_suffix, write_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import suffix_of
+from nnunet_lite.data.names import case_of, format_of, suffix_of
 from nnunet_lite.data.slicer import write_seg_nrrd
-from nnunet_lite.inference.cases import case_of, file_name, format_of, require_series
+from nnunet_lite.inference.cases import file_name, require_series
 
 SEGMENTATIONS = "segmentations"  # the folder of the files for each label
 
