@@ -248,4 +248,4 @@ def test_the_list_of_settings_in_docs_is_current() -> None:
     root = Path(__file__).parents[1]
     script = [sys.executable, root / "scripts" / "describe_settings.py"]
     made = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
-    assert (root / "docs" / "settings.md").read_text() == made
+    assert (root / "docs/reference/settings.md").read_text() == made
