@@ -2,7 +2,7 @@
 
 A key is `section.name`, as in the recipe. Unknown keys are refused with the nearest one. The resolved settings are
 stored with the run (run.json), so that a resumed or finished run says how it was made. `scripts/describe_settings.py`
-prints docs/settings.md.
+prints docs/reference/settings.md.
 """
 
 from __future__ import annotations

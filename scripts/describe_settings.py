@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print every setting with its default and meaning, as Markdown: docs/settings.md."""
+"""Print every setting with its default and meaning, as Markdown: docs/reference/settings.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nnunet_lite.settings import Settings
 
 
 def describe_settings() -> str:
-    """Return the text of docs/settings.md."""
+    """Return the text of docs/reference/settings.md."""
     lines = ["# Settings", "", "Keys of recipes and of `--set`; defaults are those of the recipe `default`."]
     for section, field in Settings.model_fields.items():
         kind = field.annotation

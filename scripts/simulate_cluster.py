@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a large data set takes on a cluster: measured on a few cases, and scheduled for real by tasks that sleep.
 
-usage: python scripts/simulate_cluster.py DATA [--cases 10000] [--terabytes 20] [--workers 16] [--output docs/scale.md]
+usage: python scripts/simulate_cluster.py DATA [--cases 10000] [--terabytes 20] [--workers 16] [--output PAGE]
 
 1. Preprocesses the cases of DATA (CT volumes, say) in one thread: seconds and bytes on disk for each byte of raw file.
 2. Starts a real Dask scheduler with worker threads in one process, and sends as many cases through `Cluster.spread` as

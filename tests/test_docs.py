@@ -22,7 +22,7 @@ import nnunet_lite
 from nnunet_lite import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 TEXT = {page: page.read_text() for page in PAGES}
 BLOCK = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Run = Callable[..., tuple[int, str, str]]
@@ -169,7 +169,7 @@ def messages() -> list[re.Pattern[str]]:
 
 def test_every_quoted_message_can_be_printed() -> None:
     """Entries of the troubleshooting page are headed by messages; each is one that the code can produce."""
-    page = TEXT[ROOT / "docs" / "troubleshooting.md"]
+    page = TEXT[ROOT / "docs/howto/troubleshooting.md"]
     quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
     assert len(quoted) >= 30 and len(set(quoted)) == len(quoted)
     patterns = messages()
@@ -194,8 +194,8 @@ def test_every_command_is_documented() -> None:
 
 
 def test_keys_of_files_are_documented(tiny_model: Path) -> None:
-    """docs/files.md describes the keys of metrics.jsonl, summary.json, run.json and the workspace's JSON files."""
-    page, root = TEXT[ROOT / "docs" / "files.md"], tiny_model.parent.parent
+    """reference/files.md describes the keys of metrics.jsonl, summary.json, run.json and the workspace's JSON files."""
+    page, root = TEXT[ROOT / "docs/reference/files.md"], tiny_model.parent.parent
     summary = json.loads((tiny_model / "fold_0" / "validation" / "summary.json").read_text())
     objects = [json.loads(line) for line in (tiny_model / "fold_0" / "metrics.jsonl").read_text().splitlines()]
     objects += [summary, summary["foreground_mean"], summary["metric_per_case"][0]]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *(ROOT / "nnunet_lite").rglob("*.py"), *(ROOT / "nnunet_lite").rglob("*.j2"), *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "nnunet_lite").rglob("*.py"), *(ROOT / "nnunet_lite").rglob("*.j2"), *(ROOT / "docs").rglob("*.md"),
     ROOT / "README.md", *(ROOT / "configs").rglob("*.toml"),
 ]  # fmt: skip
 ODD = re.compile(

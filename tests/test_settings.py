@@ -230,4 +230,4 @@ def test_keys_are_all_legal() -> None:
 def test_the_list_of_settings_in_docs_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[1]
     runpy.run_path(str(root / "scripts" / "describe_settings.py"), run_name="__main__")
-    assert (root / "docs" / "settings.md").read_text() == capsys.readouterr().out
+    assert (root / "docs/reference/settings.md").read_text() == capsys.readouterr().out

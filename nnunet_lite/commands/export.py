@@ -211,7 +211,7 @@ def export_model(
         folder = choose_model(select_dataset(workspace, dataset, needs_plan=False), configuration)
     if format == "onnx":
         differences = export_onnx(folder, target, checkpoint=checkpoint, trust_code=trust_code, workspace=root)
-        log.info(f"logits differ from torch's by {max(differences.values()):.1e} at most; see docs/models.md")
+        log.info(f"logits differ from torch's by {max(differences.values()):.1e} at most; see docs/howto/models.md")
         return target
     with as_model_folder(folder, checkpoint) as converted:
         if format == "nnunet":

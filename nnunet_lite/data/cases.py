@@ -28,7 +28,7 @@ _NEEDS = "It needs dataset.json, or the folders images/ and labels/ (or imagesTr
 _NAMING = (
     "An image is called CASE.nii.gz, or CASE_0000.nii.gz, CASE_0001.nii.gz, ... for its channels (an underscore, four "
     "digits), and its label map CASE.nii.gz: one for all structures, with a value for each. `nnlite init FOLDER` lists "
-    "files of other names or folders in a dataset.json, see docs/files.md."
+    "files of other names or folders in a dataset.json, see docs/reference/files.md."
 )
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 _PART = re.compile(r"\d+|[^\W\d_]+")  # of a name: a number or a word

@@ -137,7 +137,7 @@ def score_predictions(
     def score(case: Case) -> CaseScore:
         prediction, reference, spacing = read_pair(case, out, dataset)
         has_spacing = read_geometry(case.images[0])[0].calibrated
-        metrics = score_case(prediction, reference, dataset.labels, spacing if has_spacing else None, surface=False)
+        metrics = score_case(prediction, reference, dataset.labels, spacing if has_spacing else None)
         return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics, has_spacing)
 
     with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
