@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import ENVIRONMENT
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.settings import Settings, differences, keys, load_settings, recipe_folder, recipes, with_changes
@@ -242,10 +239,3 @@ def test_keys_are_all_legal() -> None:
     tree = Settings().model_dump()
     assert len(keys()) > 40
     assert with_changes(Settings(), {k: tree[k.split(".")[0]][k.split(".")[1]] for k in keys()}) == Settings()
-
-
-def test_the_list_of_settings_in_docs_is_current() -> None:
-    root = Path(__file__).parents[1]
-    script = [sys.executable, root / "scripts" / "describe_settings.py"]
-    made = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
-    assert (root / "docs/reference/settings.md").read_text() == made
