@@ -45,7 +45,7 @@ COMMANDS = {
     "select": ("select.select", "Compare trained models and pairs of them on the held-out cases."),
     "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores."),
     "run": ("run.run", "Check, plan, preprocess, train every fold, select and report."),
-    "view": ("evaluate.view", "Look at an image with reference and prediction in the browser."),
+    "view": ("evaluate.view", "Look at images with reference and prediction in the browser."),
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
