@@ -150,6 +150,13 @@ class Labels(BaseModel):
         """The values of each of `region_names`."""
         return tuple(_members(self.names[name]) for name in self.region_names)
 
+    @cached_property
+    def segments(self) -> dict[str, tuple[int, ...]]:
+        """For each of `region_names`, the values in a predicted label map that it covers; regions may overlap."""
+        written = self.region_order if self.has_regions and self.region_order else [v[0] for v in self.region_values]
+        each = zip(self.region_names, self.region_values, written, strict=True)
+        return {name: values if value in values else (value,) for name, values, value in each}
+
     @property
     def n_classes(self) -> int:
         """Number of classes, with the background and without the ignore value."""
