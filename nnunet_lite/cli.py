@@ -45,7 +45,7 @@ COMMANDS = {
     "select": ("select.select", "Compare trained models and pairs of them on the held-out cases."),
     "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores."),
     "run": ("run.run", "Check, plan, preprocess, train every fold, select and report."),
-    "view": ("evaluate.view", "Look at an image with reference and prediction in the browser."),
+    "view": ("evaluate.view", "Look at images with reference and prediction in the browser."),
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
@@ -118,7 +118,7 @@ class CommandGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            refuse_command(args[0])
+            refuse_command(args[0], args[1:])
         name, command, rest = super().resolve_command(ctx, args)
         return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
 

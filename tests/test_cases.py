@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from bad_inputs import Bad, Command, copies_of_scan, refuse
+from bad_inputs import Bad, copies_of_scan, refuse
+from samples import Command, Counts, start_nnlite, wait_until
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case, find_cases
@@ -64,7 +61,7 @@ ARRAYS: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_arrays_that_are_no_image_are_refused(model: Predictor, counts: Callable[..., None], name: str) -> None:
+def test_arrays_that_are_no_image_are_refused(model: Predictor, counts: Counts, name: str) -> None:
     counts("bad inputs refused in one line")
     array, spacing, says = ARRAYS[name]
     with pytest.raises(UserError) as error:
@@ -102,8 +99,6 @@ def test_a_missing_spacing_is_reported_once(
 
 # -------------------------------------------------------------------------------------------------------------- outputs
 
-ROOT = Path(__file__).parents[1]
-
 
 def linked(place: Path) -> None:
     copies_of_scan("in/a_0000.nii.gz")(place)
@@ -112,6 +107,11 @@ def linked(place: Path) -> None:
 
 def bad_output(options: str, *says: str, make: Callable[[Path], object] = lambda place: None) -> Bad:
     return Bad(make, f"predict -m model {options}", says)
+
+
+def write_other_record(place: Path) -> None:
+    (place / "taken").mkdir()
+    (place / "taken" / "predictions.json").write_text('{"format": "other"}')
 
 
 AMONG = "would contain images and label maps"
@@ -124,8 +124,14 @@ OUTPUTS = {
     "a format that label maps do not have": bad_output("-i scan.nii.gz -o new/seg.jpg", "seg.jpg", "Use .png"),
     "a header alone": bad_output("-i scan.nii.gz -o seg.mhd", "Use .mha"),
     "a picture for a volume": bad_output("-i scan.nii.gz -o seg.png", "seg.png", "cannot be written", "Use .nii.gz"),
-    "DICOM without being asked for": bad_output("-i scan.nii.gz -o seg.dcm", "--dicom-seg"),
-    "NIfTI for a DICOM segmentation": bad_output("-i scan.nii.gz -o seg.nii.gz --dicom-seg", ".dcm"),
+    "DICOM of a NIfTI image": bad_output("-i scan.nii.gz -o seg.dcm", "scan.nii.gz", "is no DICOM series"),
+    "contours of a NIfTI image": bad_output("-i scan.nii.gz -o new --format rtstruct", "is no DICOM series"),
+    "NIfTI for a DICOM segmentation": bad_output("-i scan.nii.gz -o seg.nii.gz --format dicom-seg", "end in .dcm"),
+    "a DICOM segmentation for contours": bad_output("-i scan.nii.gz -o seg.dcm --format rtstruct", ".rtstruct.dcm"),
+    "an unknown format": bad_output("-i scan.nii.gz -o new --format stl", "stl", "seg.nrrd"),
+    "a folder with another record": bad_output(
+        "-i scan.nii.gz -o taken", "predictions.json", "is of an unknown format", make=write_other_record
+    ),
     "into the folder of the images": bad_output("-i in -o in", AMONG, "--output", make=ONE),
     "into it by another path": bad_output("-i in -o in/../in/.", AMONG, make=ONE),
     "into it by a link": bad_output("-i in -o other", AMONG, make=linked),
@@ -152,7 +158,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_or_device_that_cannot_be(command: Command, place: Path, counts: Any, name: str) -> None:
+def test_an_output_or_device_that_cannot_be(command: Command, place: Path, counts: Counts, name: str) -> None:
     counts("bad inputs refused in one line")
     refuse(OUTPUTS[name], command, place)
     assert not (place / "new").exists(), "no folder is made for it"
@@ -210,37 +216,33 @@ def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Pat
     cases, labels = find_cases([images[0]], 2), Labels(names={"background": 0, "organ": 1})
     assert cases == [Case("a", images)]
     with pytest.raises(UserError, match=AMONG):
-        check_output([images[0]], cases, tmp_path, labels, False)
+        check_output([images[0]], cases, tmp_path, labels)
     with pytest.raises(UserError, match=AMONG):
-        check_output([images[0]], cases, tmp_path / "a.nii.gz", labels, False)
-    check_output([images[0]], cases, tmp_path / "seg.nii.gz", labels, False)
-    check_output([images[0]], cases, tmp_path / "out", labels, False)
+        check_output([images[0]], cases, tmp_path / "a.nii.gz", labels)
+    check_output([images[0]], cases, tmp_path / "seg.nii.gz", labels)
+    check_output([images[0]], cases, tmp_path / "out", labels)
 
 
-def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, counts: Any) -> None:
+def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(command: Command, place: Path, counts: Counts) -> None:
     """By SIGKILL in the middle of predictions with maps; the same command with --continue does the rest."""
     counts("faults survived", 3)
     names = [f"in/{letter}_0000.nii.gz" for letter in "abcdefgh"]
     copies_of_scan(*names)(place)
-    arguments = [sys.executable, "-m", "nnunet_lite", "predict", "-m", "model", "-i", "in", "-o", "out", "--continue",
-                 "--save-probabilities", "--save-uncertainty", "--device", "cpu"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = ["predict", "-m", "model", "-i", "in", "-o", "out", "--continue", "--no-mirroring", "--device", "cpu"]
+    maps = ["--save-probabilities", "--save-uncertainty"]
     for n in (1, 2, 3):
-        process = subprocess.Popen(arguments, cwd=place, env=environment, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 60
-        while len(list(place.glob("out/*.nii.gz"))) < n and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.005)
+        process = start_nnlite(*arguments, *maps, cwd=place)
+        wait_until(lambda n=n: len(list(place.glob("out/*.nii.gz"))) >= n, process)
         process.kill()
-        process.wait()
+        process.communicate()
         assert not [path for path in (place / "out").glob(".tmp*") if path.is_dir()]
     (place / "out/uncertainty/.tmp-01234567-a_entropy.nii.gz").touch()
-    no_maps = [argument for argument in arguments if not argument.startswith("--save")]
-    subprocess.run(no_maps, cwd=place, env=environment, check=True)
+    assert command(*arguments, cwd=place)[0] == 0
     assert not list(place.rglob(".tmp*"))
     for file in place.glob("out/*.nii.gz"):
         file.unlink()
-    done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and len(list(place.glob("out/*.nii.gz"))) == 8, done.stderr
+    code, _, err = command(*arguments, *maps, cwd=place)
+    assert code == 0 and len(list(place.glob("out/*.nii.gz"))) == 8, err
     assert len(list(place.glob("out/probabilities/*_Posterior.nii.gz"))) == 8
     assert not list(place.rglob(".tmp*"))
 
@@ -291,7 +293,7 @@ def test_label_maps_and_other_maps_have_the_geometry_of_the_image(command: Comma
     code, _, err = command("predict", "-m", "model", "-i", "in", "-o", "out", *options, cwd=place)
     assert code == 0, err
     images = sorted((place / "in").iterdir())
-    assert [path.name for path in sorted((place / "out").glob("*.*"))] == [image.name for image in images]
+    assert [path.name for path in sorted((place / "out").glob("*.[!j]*"))] == [image.name for image in images]
     for image in images:
         geometry, label, name = read_geometry(image)[0], place / "out" / image.name, image.name.partition(".")[0]
         assert not read_geometry(label)[0].differences(geometry)

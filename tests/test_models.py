@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
-from bad_inputs import Command, edit, setting
-from samples import FAST, TINY
+from bad_inputs import edit, setting
+from samples import FAST, TINY, Command, Counts
 from torch import nn
 
 import nnunet_lite
@@ -140,7 +139,7 @@ PLACES = {
 @pytest.mark.parametrize("where", PLACES)
 def test_code_of_other_models_is_not_run(
     where: str, coded: Path, tmp_path: Path, command: Command, scans: list[Path], monkeypatch: pytest.MonkeyPatch,
-    counts: Any,
+    counts: Counts,
 ) -> None:  # fmt: skip
     """Neither loading nor any command runs it, in one line; the flag does."""
     counts("bad inputs refused in one line")
@@ -211,7 +210,7 @@ def test_predict_with_all_options(
     image, out = min(tmp_path / "in" / scans[0].name, scans[1], key=lambda path: path.name), tmp_path / "out"
     assert err.endswith(f"next: nnlite view {image} {out / image.name}; or nnlite evaluate {out} REFERENCES\n")
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert written == {f"{kind.format(name)}.nii.gz" for kind in kinds for name in names}
+    assert written == {"predictions.json", *(f"{kind.format(name)}.nii.gz" for kind in kinds for name in names)}
     *shares, label = (
         np.asarray(nibabel.load(tmp_path / "out" / f"{kind.format(names[0])}.nii.gz").dataobj)
         for kind in (*kinds[:3], "{}")
