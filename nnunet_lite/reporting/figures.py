@@ -37,7 +37,7 @@ _MARGIN = 0.05  # of the range of values, on each side of it
 _LOG_SHARE = 20  # positive values whose median is below this part of the largest are drawn on a logarithmic axis
 _LIMITS = 1.96  # standard deviations: 95 % of normally distributed differences are within
 _ROW_HEIGHT = 26  # of charts with one row for each label or model
-_LETTER_WIDTH = 6.6  # of the names of the rows
+_LETTER_WIDTH = 6.6  # of texts beside an axis
 MAX_CHANNELS = 4  # of a case that are shown
 _TILE_SIZE = 224  # pixels along the longer side of a picture of the montage
 _QUALITY, _METHOD = 75, 4  # of WebP; method 0 is fast, 6 is small
@@ -409,9 +409,10 @@ def plot_agreement(title: str, volumes: Mapping[str, tuple[float, float]], unit:
     differences = [difference for *_, difference in points]
     bias, spread = float(np.mean(differences)), _LIMITS * float(np.std(differences, ddof=1))
     lines = [("no difference", 0.0), ("bias", bias), ("lower limit", bias - spread), ("upper limit", bias + spread)]
-    x = Axis(_range([mean for _, mean, _ in points], _MARGIN), (52, 438), f"mean of both ({unit})", 6)
     heights = _range([*differences, *(height for _, height in lines)], _MARGIN)
     y = Axis(heights, (196, 10), f"prediction - reference ({unit})", 4)
+    left = 30 + _LETTER_WIDTH * max(len(text) for _, text in y.ticks)
+    x = Axis(_range([mean for _, mean, _ in points], _MARGIN), (left, 438), f"mean of both ({unit})", 5)
     center, low, high = (f"{rounded(value, 3):+g}" for value in (bias, bias - spread, bias + spread))
     note = f"bias {center} {unit}, 95 % limits {low} to {high}, {len(points)} cases"
     return Chart("agreement", title, x, y, {"points": points, "lines": lines, "model": model}, 460, note)

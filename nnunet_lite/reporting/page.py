@@ -40,7 +40,7 @@ from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
-_PLANE_SIZE, _PICTURE_SIZE = 240, 330  # pixels on the page along the longer side of a plane, and of a flat image
+_PLANE_SIZE, _PICTURE_SIZE = 240, 320  # pixels on the page along the longer side of a plane, and of a flat image
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
 _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
@@ -186,7 +186,8 @@ def _heading(material: Material, metric: str) -> str:
     heading, units = METRICS[metric].heading, material.units
     if metric == "NSD":
         return f"NSD at 1 {'px' if units.length == 'pixels' else 'mm'}"
-    return f"{heading} ({units.length})" if METRICS[metric].unit == "length" else heading.replace("ml", units.volume)
+    named = heading.replace("ml", units.volume).replace("volume", units.size.lower())
+    return f"{named} ({units.length})" if METRICS[metric].unit == "length" else named
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
