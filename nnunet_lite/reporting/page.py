@@ -667,7 +667,7 @@ def _methods_section(material: Material) -> dict[str, Any]:
         planned = model.plan.configuration(model.run["configuration"])
         described.append({
             "name": model.name, "plan": model.plan, "configuration": planned,
-            "settings": Settings.model_validate(model.run["settings"]), "versions": model.run["versions"],
+            "settings": Settings.model_validate(model.run["settings"]), "versions": model.run.get("versions", {}),
             "unit": length_unit(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
         })  # fmt: skip
     return {"models": described, "scores": result and {

@@ -335,7 +335,7 @@ function readOff(figure, svg) {
 // ------------------------------------------------------------------------------------- copies, downloads and printing
 
 function small(kind, text, act) {
-  const button = make("button", { type: "button", class: kind }, text);
+  const button = make("button", { type: "button", class: kind, title: kind === "download" ? `Save as ${text}` : text }, text);
   button.addEventListener("click", (event) => { event.stopPropagation(); act(button); });
   return button;
 }
