@@ -378,8 +378,8 @@ def draw_cases(material: Material) -> Material:
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
     for model in material.scored:
         if (n := len(overlaid[model.name])) < (of := len(model.worst_first)):
-            notes.append(f"{model.label}: pictures of the worst, best and median, {n} of {of} cases")
-        if not np.isfinite(model.scores.values("NSD")).any():
+            notes.append(f"{model.label}: pictures of {n} of {of} cases, first the worst, the best and the median")
+        if model.run and not np.isfinite(model.scores.values("NSD")).any():
             again = "delete summary.json in its folders `validation` and train again, which scores the same predictions"
             notes.append(f"{model.label}: NSD and HD95 were not measured; to measure them, {again}")
     return replace(material, pictures=by_case, overlays=overlaid, notes=(*material.notes, *notes))
