@@ -109,11 +109,12 @@ class ModelResults:
 
     @cached_property
     def examples(self) -> dict[str, str]:
-        """Case -> what it is an example of: the worst, the best and the median by their mean Dice."""
+        """Case -> what it is an example of: the worst, the median and the best by their mean Dice."""
         known = [row.case for row in self.worst_first if row.mean_dice is not None]
         if not known:
             return {}
-        return {known[len(known) // 2]: "median", known[-1]: "best"} | {known[0]: "worst"}
+        examples = {known[len(known) // 2]: "median", known[-1]: "best"} | {known[0]: "worst"}  # of few cases, the last
+        return {case: examples[case] for case in known if case in examples}
 
     @cached_property
     def worst_first(self) -> tuple[CaseScore, ...]:

@@ -174,7 +174,7 @@ function measureTable(scores) {
     ...used.map((k) => make("td", { class: "number", "data-value": scores[i][k] ?? "" }, written(scores[i][k], formats[k])))));
   const table = make("table", { class: "measures" }, make("thead", {}, head), make("tbody", {}, ...rows));
   const region = { class: "scroll", tabindex: "0", role: "region", "aria-label": "Scores of this case" };
-  return make("div", {}, csvButton(table, `scores of ${shown.case}`), make("div", region, table));
+  return make("div", {}, make("div", region, table), csvButton(table, `scores of ${shown.case}`));
 }
 
 function planeFigure(plane) {
