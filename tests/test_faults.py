@@ -31,7 +31,7 @@ TINY = [
     for assignment in (
         "training.iterations=3", "training.validation_iterations=1", "training.patch_size=[24,32,24]",
         "training.batch_size=2", "training.precision=fp32", "training.channels_last=false",
-        "network.features_base=4", "network.features_max=8", "inference.mirroring=false",
+        "network.features_base=4", "network.features_max=8", "inference.mirroring=false", "inference.step_size=1.0",
     )
 ]  # fmt: skip
 WORK = ["run", "raw", "--recipe=default", "-c3d_fullres", "-f0,1", "--epochs=3", "--seed=1", "--device=cpu", *TINY]
