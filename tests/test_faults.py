@@ -370,9 +370,10 @@ def test_two_predict_into_one_folder(
     wait_until((tmp_path / "out").is_dir, process)
     assert [command(*arguments, out, cwd=tmp_path)[0] for out in ("out", "alone")] == [0, 0]
     assert ended(process)[0] == 0
-    for file in (tmp_path / "alone").iterdir():
+    for file in (tmp_path / "alone").glob("*.nii.gz"):
         assert gzip.decompress((tmp_path / "out" / file.name).read_bytes()) == gzip.decompress(file.read_bytes())
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["predictions"]) == 2
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 COMMANDS = """
