@@ -25,10 +25,10 @@ import nnunet_lite
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label, write_label
-from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.labels import Labels, label_colours
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import write_json
-from nnunet_lite.reporting.viewer import View, label_colours, read_case_scene, read_file_scene, serve
+from nnunet_lite.reporting.viewer import View, read_case_scene, read_file_scene, serve
 
 ANTERIOR, POSTERIOR = (np.array(colour) for colour in label_colours(2))
 Answer = tuple[int, dict[str, str], bytes]
@@ -253,6 +253,14 @@ def test_a_mask_of_0_and_255_is_shown_with_the_labels_of_a_model(tmp_path: Path)
         read_file_scene(tmp_path / "mask.png", [tmp_path / "seven.png"], labels)
 
 
+def test_the_colours_of_the_report() -> None:
+    """The pictures of the report have the colours that the viewer and files with colours have."""
+    css = (Path(nnunet_lite.__file__).parent / "reporting" / "templates" / "report.css").read_text()
+    on_pictures = css[css.index(".swatch-on-picture {") :]
+    found = re.findall(r"--c\d: #(\w{6})", on_pictures)
+    assert found == [bytes(colour).hex() for colour in label_colours(10)]
+
+
 def test_errors_by_kind(tmp_path: Path, hippocampus: Path) -> None:
     dataset = read_dataset(hippocampus)
     case = dataset.cases[0]
@@ -262,7 +270,7 @@ def test_errors_by_kind(tmp_path: Path, hippocampus: Path) -> None:
     scene = read_case_scene(dataset, case, [("mine", tmp_path / "predicted.nii.gz")])
     assert [layer.name for layer in scene.layers] == ["MRI", "reference", "mine", "errors of mine"]
     errors = np.asarray(nibabel.Nifti1Image.from_bytes(scene.layers[-1].nifti).dataobj).transpose(2, 1, 0)
-    kinds = {"missed": (label > 0) & (predicted == 0), "too much": (label == 0) & (predicted > 0)}
+    kinds = {"missed": (label > 0) & (predicted == 0), "added": (label == 0) & (predicted > 0)}
     kinds["another label"] = (label > 0) & (predicted > 0) & (label != predicted)
     assert [name for name, _ in scene.layers[-1].legend] == list(kinds)
     for value, where in enumerate(kinds.values(), 1):

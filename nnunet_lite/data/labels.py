@@ -7,6 +7,7 @@ outputs of the network: one per class, or one per region if labels are overlappi
 
 from __future__ import annotations
 
+import colorsys
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,15 @@ from nnunet_lite.errors import UserError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
+Colour = tuple[int, int, int]
+MISSED: Colour = (213, 94, 0)  # #d55e00, false negatives
+ADDED: Colour = (0, 114, 178)  # #0072b2, false positives
+CONFUSED: Colour = (240, 228, 66)  # #f0e442, foreground that was given another label
+# those of the pictures in report.css: distinct from each other and from the greys of an image
+_COLOURS: tuple[Colour, ...] = (
+    (86, 180, 233), (255, 157, 77), (52, 211, 162), (255, 143, 207), (240, 228, 66),
+    (143, 208, 255), (182, 155, 240), (214, 161, 150), (180, 224, 90), (229, 231, 235),
+)  # fmt: skip
 _PIECE = 1 << 20  # voxels
 _WIDEST = 1 << 20  # encoding uses a table of all values from the lowest to the highest
 
@@ -39,6 +49,18 @@ def smallest_dtype(low: int, high: int) -> type[np.integer]:
         if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
             return kind
     return np.int64
+
+
+def label_colours(n: int) -> list[Colour]:
+    """Return the colours of labels; after the first ones, hues by the golden ratio.
+
+    Parameters
+    ----------
+    n : int
+        Number of labels.
+    """
+    more = (colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.15 * (i % 3), 0.95) for i in range(n))
+    return [*_COLOURS, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:n]
 
 
 class Labels(BaseModel):

@@ -11,7 +11,6 @@ of the machine can read how a program was started.
 
 from __future__ import annotations
 
-import colorsys
 import json
 import secrets
 import threading
@@ -33,21 +32,13 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import Image, read_image, read_images, read_label
-from nnunet_lite.data.labels import BACKGROUND, IGNORE, Labels
+from nnunet_lite.data.labels import ADDED, BACKGROUND, CONFUSED, IGNORE, MISSED, Colour, Labels, label_colours
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError
 
-Colour = tuple[int, int, int]
 LabelMap = tuple[str, np.ndarray, Geometry]  # name, values (z, y, x), geometry
 
-# most eyes can distinguish them, from each other and from the greys of an image
-_COLOURS: tuple[Colour, ...] = (
-    (230, 75, 53), (77, 187, 213), (0, 190, 120), (245, 200, 60), (190, 110, 240), (255, 140, 0), (90, 130, 255),
-    (240, 120, 180),
-)  # fmt: skip
-_ERRORS: tuple[tuple[str, Colour], ...] = (
-    ("missed", (60, 140, 255)), ("too much", (255, 70, 70)), ("another label", (255, 215, 0)),
-)  # fmt: skip
+_ERRORS: tuple[tuple[str, Colour], ...] = (("missed", MISSED), ("added", ADDED), ("another label", CONFUSED))
 _WINDOW = (0.5, 99.5)  # percentiles of the intensities that are black and white
 _WINDOW_SAMPLES = 1 << 20  # voxels from which they are computed
 _MAX_LABELS = 1000  # a file with more values is rarely a label map
@@ -264,18 +255,6 @@ def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
         return Labels(names={BACKGROUND: 0, **{f"label {value}": value for value in found or [1]}})
     except ValidationError as error:
         raise UserError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
-
-
-def label_colours(n: int) -> list[Colour]:
-    """Return the colours of labels; after the first ones, hues by the golden ratio.
-
-    Parameters
-    ----------
-    n : int
-        Number of labels.
-    """
-    more = (colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.15 * (i % 3), 0.95) for i in range(n))
-    return [*_COLOURS, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:n]
 
 
 # ----------------------------------------------------------------------------------------------------------- the server
