@@ -14,8 +14,10 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+from PIL import Image as Pillow
 from samples import subcommand
 
 import nnunet_lite
@@ -63,6 +65,19 @@ def commands(page: Path) -> list[str]:
     return [shlex.join(shlex.split(text, comments=True)) for text in found if ours.match(text)]
 
 
+def write_cells(folder: Path, raw: Path) -> None:
+    """Pictures x.png with masks x_mask.png of 0 and 255 in cells/, and pictures without masks in new_cells/."""
+    for number, image in enumerate(sorted((raw / "imagesTr").iterdir())[:6]):
+        volume, label = (np.asarray(nibabel.load(file).dataobj) for file in (image, raw / "labelsTr" / image.name))
+        plane, mask = (array[:, :, array.shape[2] // 2] for array in (volume / volume.max(), label > 0))
+        for name, array in ((f"cells/cell_{number}.png", plane), (f"cells/cell_{number}_mask.png", mask)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            Pillow.fromarray((255 * array).astype(np.uint8)).save(folder / name)
+    (folder / "new_cells").mkdir()
+    for number in range(2):
+        shutil.copy(folder / "cells" / f"cell_{number}.png", folder / "new_cells" / f"new_{number}.png")
+
+
 @pytest.fixture
 def place(tmp_path: Path, tiny_workspace: Path, tiny_model: Path, hippocampus: Path) -> Path:
     """A folder as that of a reader: the raw data, images to predict with their references, a workspace with a model."""
@@ -73,12 +88,21 @@ def place(tmp_path: Path, tiny_workspace: Path, tiny_model: Path, hippocampus: P
         (tmp_path / name).mkdir()
         for file in sorted((hippocampus / source).iterdir())[:2]:
             shutil.copy(file, tmp_path / name)
-    for image in (tmp_path / "images").iterdir():
-        patient = tmp_path / "my_patients" / image.name.removesuffix(".nii.gz")
-        patient.mkdir(parents=True)
-        shutil.copy(image, patient / "t1.nii.gz")
-        shutil.copy(tmp_path / "references" / image.name, patient / "mask.nii.gz")
+    for name in ("imagesTs", "labelsTs"):
+        shutil.copytree(tmp_path / {"i": "images", "l": "references"}[name[0]], tmp_path / "Task04_Hippocampus" / name)
+    trained = sorted((raw / "imagesTr").iterdir())[:6]
+    for folder, prefix, images in (("my_patients", "P", trained), ("new_patients", "N", trained[:2])):
+        for number, image in enumerate(images, 1):
+            patient = tmp_path / folder / f"{prefix}{number:03d}"
+            patient.mkdir(parents=True)
+            shutil.copy(image, patient / "t1.nii.gz")
+            shutil.copy(image, patient / "flair.nii.gz")
+            if folder == "my_patients":
+                shutil.copy(raw / "labelsTr" / image.name, patient / "mask.nii.gz")
+    write_cells(tmp_path, raw)
     shutil.copy(next((tmp_path / "images").iterdir()), tmp_path / "scan.nii.gz")
+    for name in ("organ", "tumour"):
+        shutil.copy(next((tmp_path / "references").iterdir()), tmp_path / f"{name}.nii.gz")
     return tmp_path
 
 
