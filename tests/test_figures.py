@@ -42,7 +42,9 @@ def test_ticks() -> None:
     close = [text for _, text in plot_curves("loss", curve(1.0000001, 1.0000004), "epoch").y.ticks]
     assert len(set(close)) == len(close) >= 3, "a loss that changes in the seventh digit"
     assert len(plot_curves("loss", curve(0.3, 0.1 + 0.2), "epoch").y.ticks) >= 3, "they differ by rounding"
-    assert figures.tick_values(0, 4e-14, 4) == pytest.approx([0, 1e-14, 2e-14, 3e-14, 4e-14], rel=1e-9)
+    tiny = figures.Axis((0, 4e-14), (0, 100), n_ticks=4).ticks
+    assert [float(text) for _, text in tiny] == pytest.approx([0, 1e-14, 2e-14, 3e-14, 4e-14], rel=1e-9)
+    assert figures.Axis((0, 3e4), (0, 100), n_ticks=3).ticks[-1] == (100, "30000")
 
 
 def test_a_logarithmic_axis() -> None:
@@ -55,7 +57,8 @@ def test_a_logarithmic_axis() -> None:
     for rates in ([0.01 * (1 - i / 100) ** 0.9 for i in range(100)], [0.01, *[1e-5] * 9, -1.0], [0.01, *[0.0] * 9]):
         assert not plot_curves("lr", curve(*rates), "epoch", "", (0.0, None)).y.logarithmic
     assert not plot_curves("Dice", curve(1.0, *[1e-3] * 9), "epoch", "", (0, 1)).y.logarithmic
-    assert figures.log_tick_values(0.003, 0.06) == [0.005, 0.01, 0.02, 0.05]
+    narrow = figures.Axis((0.003, 0.06), (0, 100), n_ticks=4, logarithmic=True)
+    assert [text for _, text in narrow.ticks] == ["0.005", "0.01", "0.02", "0.05"]
 
 
 def test_agreement_of_volumes() -> None:

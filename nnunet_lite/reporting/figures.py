@@ -1,7 +1,7 @@
 """The tables, charts and pictures of the report as data; templates/tables.html.j2 and charts.html.j2 write them.
 
 Charts: colours are classes of report.css, so a chart follows the page's light or dark theme. A chart takes a few
-kilobytes and a millisecond. (matplotlib takes half a second to import and 30 ms for each chart, and its SVG has fixed
+kilobytes and a millisecond. (matplotlib only chooses the ticks: it takes 30 ms for a chart, and its SVG has fixed
 colours.)
 
 Pictures: slices as WebP with the outlines of their labels. Axial ones have the patient's right on the left and the
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 from PIL import Image as PillowImage
 
 from nnunet_lite.data.geometry import Box, Geometry, Image, Turn, bounding_box, slices, triple, turn_between
 from nnunet_lite.data.images import read_label
+from nnunet_lite.data.labels import ADDED, CONFUSED, MISSED
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel, Plan
 
@@ -42,12 +44,8 @@ _QUALITY, _METHOD = 75, 4  # of WebP; method 0 is fast, 6 is small
 _LEVEL_SAMPLES = 200_000  # voxels for the grey levels of an image
 _CT_MARGIN = 0.25  # by which a CT's grey levels exceed the intensities of the foreground
 
-# On pictures, which are dark in both themes: the palette of Okabe and Ito, brightened for outlines.
-LABEL_COLOURS = (
-    "#56b4e9", "#ff9d4d", "#34d3a2", "#ff8fcf", "#f0e442", "#8fd0ff", "#b69bf0", "#d6a196", "#b4e05a", "#e5e7eb",
-)  # fmt: skip
-# Of the voxels that a prediction has wrong, as `find_errors` numbers them from 1.
-ERROR_COLOURS = {"missed": "#d55e00", "added": "#0072b2", "another label": "#ffd700"}
+# of the voxels that a prediction has wrong, as `find_errors` numbers them from 1
+ERROR_COLOURS = {"missed": MISSED, "added": ADDED, "another label": CONFUSED}
 
 Value = str | float | tuple[str, float | None] | None  # of a cell; (text, value to sort by)
 Interval = tuple[str, float | None, float | None, float | None]  # name, mean, low, high
@@ -188,13 +186,17 @@ class Axis:
     @cached_property
     def ticks(self) -> list[tuple[float, str]]:
         """(pixel, text) of each tick; the texts have enough digits to differ."""
-        values: list[float] = []
+        low, high = self.values
+        locator: Locator = MaxNLocator(
+            self.n_ticks or 1, integer=self.only_integers, steps=[1, 2, 5, 10], min_n_ticks=1
+        )
         if self.logarithmic:
-            values = log_tick_values(*self.values)
-        elif self.n_ticks:
-            values = tick_values(*self.values, self.n_ticks, self.only_integers)
+            locator = LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
+        rounding = 1e-9 * (high - low)
+        found = locator.tick_values(low, high) if self.n_ticks else []
+        values = [float(f"{value:.12g}") for value in found if low - rounding <= value <= high + rounding]
         texts: list[str] = []
-        for digits in range(4, 13):
+        for digits in range(6, 13):
             texts = [f"{value:.{digits}g}" for value in values]
             if len(set(texts)) == len(texts):
                 break
@@ -410,8 +412,22 @@ def plot_agreement(title: str, volumes: Mapping[str, tuple[float, float]], unit:
     x = Axis(_range([mean for _, mean, _ in points], _MARGIN), (52, 438), f"mean of both ({unit})", 6)
     heights = _range([*differences, *(height for _, height in lines)], _MARGIN)
     y = Axis(heights, (196, 10), f"prediction - reference ({unit})", 4)
-    note = f"bias {bias:+.3g} {unit}, 95 % limits {bias - spread:+.3g} to {bias + spread:+.3g}, {len(points)} cases"
+    center, low, high = (f"{rounded(value, 3):+g}" for value in (bias, bias - spread, bias + spread))
+    note = f"bias {center} {unit}, 95 % limits {low} to {high}, {len(points)} cases"
     return Chart("agreement", title, x, y, {"points": points, "lines": lines, "model": model}, 460, note)
+
+
+def rounded(value: float, digits: int) -> float:
+    """Return a number with some significant digits.
+
+    Parameters
+    ----------
+    value : float
+        The number.
+    digits : int
+        How many.
+    """
+    return float(f"{value:.{digits}g}")
 
 
 def _row_axes(names: list[str], values: tuple[float, float], label: str) -> tuple[Axis, Axis]:
@@ -425,39 +441,6 @@ def _clean(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, fl
     step, last = max(1, -(-len(points) // _MAX_POINTS)), len(points) - 1
     kept = [point for i, point in enumerate(points) if i % step == 0 or i == last]
     return [(x, y if y is not None and math.isfinite(y) else None) for x, y in kept]
-
-
-def tick_values(low: float, high: float, about: int, only_integers: bool = False) -> list[float]:
-    """Return round numbers in a range: multiples of 1, 2 or 5 times a power of ten.
-
-    Parameters
-    ----------
-    low, high : float
-        The ends of the range.
-    about : int
-        How many numbers, about.
-    only_integers : bool
-        Whether only integers are allowed.
-    """
-    rough = (high - low) / about
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    step = max(1, step) if only_integers else step
-    first = math.ceil(low / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_tick_values(low: float, high: float) -> list[float]:
-    """Return the powers of ten in a range of positive numbers; in a narrow one also their 2 and 5 times.
-
-    Parameters
-    ----------
-    low, high : float
-        The ends of the range.
-    """
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [float(f"{step}e{power}") for power in powers for step in ((1, 2, 5) if high < 100 * low else (1,))]
-    return [value for value in values if low <= value <= high]
 
 
 def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:

@@ -178,7 +178,7 @@ function measureTable(scores) {
 
 function planeFigure(plane) {
   const [width, height] = plane.size, [wide, high] = plane.mm;
-  const scale = 350 / Math.max(wide, high);
+  const scale = (plane.of === 1 ? 600 : 350) / Math.max(wide, high);
   const picture = plane.images[Math.min(shown.channel, plane.images.length - 1)];
   const voxels = draw("g", { transform: `scale(${wide / width} ${high / height})` },
     draw("image", { href: `data:image/webp;base64,${picture}`, width, height, preserveAspectRatio: "none" }));
@@ -192,7 +192,8 @@ function planeFigure(plane) {
     for (const [label, d] of plane[side]) voxels.append(draw("path", { class: `${side} c${label % 10}`, d }));
   }
   const sides = plane.sides ? `, ${plane.sides[0]} on the left, ${plane.sides[2]} at the top` : "";
-  const text = `${plane.name}: ${plane.axis} = ${plane.slice} of ${plane.of}${sides}${plane.cropped ? ", cropped" : ""}`;
+  const at = plane.of === 1 ? "" : `: ${plane.axis} = ${plane.slice} of ${plane.of}`;
+  const text = `${plane.name}${at}${sides}${plane.cropped ? ", cropped" : ""}`;
   return make("figure", { class: "plane" }, svg, make("figcaption", {}, text));
 }
 
