@@ -468,6 +468,7 @@ def test_errors_in_a_browser(browser: Any, tmp_path: Path) -> None:
         write_label(tmp_path / f"{name}.png", voxels[None], geometry)
     labels = Labels(names={"background": 0, "a": 1, "b": 2}, ignore=3)
     scene = read_file_scene(tmp_path / "image.png", [tmp_path / "reference.png", tmp_path / "predicted.png"], labels)
+    assert scene.ignore == 3 and scene.at[1] < 30, "it does not open where nothing is annotated"
     with serve(lambda _: scene, {"image": None}, "image") as shown:
         page = browser.new_page(viewport={"width": 800, "height": 460})
         page.goto(shown.url)

@@ -272,10 +272,9 @@ def _make_scene(
     layers += [layer for file in files for layer in _saved_maps(file, image.geometry)]
     at = tuple(n // 2 for n in turn.apply(image.array).shape[-3:])
     if found:
-        wrong = found[0] != found[-1]
-        if has_reference and labels.ignore_class is not None:
-            wrong &= found[0] != labels.ignore_class
-        at = fullest_slices(turn.apply(wrong if has_reference and wrong.any() else found[0] != 0))
+        annotated = found[0] != (labels.ignore_class or -1)
+        wrong = (found[0] != found[-1]) & annotated
+        at = fullest_slices(turn.apply(wrong if has_reference and wrong.any() else (found[0] != 0) & annotated))
     legend = tuple(zip(_label_names(labels), label_colours(len(_label_names(labels))), strict=True))
     return Scene(title, tuple(layers), legend, image.geometry, at, has_reference, labels.ignore_class)
 

@@ -57,6 +57,7 @@ function addLayers() {
     layer.url = `${page.number}/layer-${i}`;
     if (page.choices[i]?.kind === layer.kind) ({ shown: layer.shown, outlined: layer.outlined } = page.choices[i]);
   });
+  if (!page.choices.length && scene.ignore !== null) page.hidden.add(scene.legend[scene.ignore - 1].name); // may be everywhere
   const [first] = layersOf("image");
   if (!layersOf("image").some((layer) => layer.shown)) first.shown = true;
   page.choices = scene.layers;
@@ -166,7 +167,7 @@ async function showSolid() {
   const layer = scene.layers[box.querySelector("select").value];
   const volume = await (layer.of ? readErrors(layer) : read(layer, true));
   const { Solid } = await import("./solid.js");
-  solid ??= new Solid(box.querySelector("canvas")).open();
+  solid ??= new Solid(box.querySelector("canvas"), scene.planes[0].sides !== "").open();
   const table = layer.kind === "errors" ? errorTable() : valueTable();
   await (await solid).show(volume, layer.kind === "image" ? { window: layer.window } : { table });
   document.documentElement.dataset.solid = "true";
