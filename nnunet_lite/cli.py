@@ -81,7 +81,8 @@ class Command(TyperCommand):
         """Write required arguments without braces, and several in one without a second pair of brackets."""
         return [re.sub(r"^{(.*)}|^\[(\[.*\])\]\.\.\.", r"\1\2", piece) for piece in super().collect_usage_pieces(ctx)]
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def panels(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+        """Return names and help of the arguments and options in each panel."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):  # a hidden one has none
@@ -93,9 +94,12 @@ class Command(TyperCommand):
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
                 panels.setdefault(panel, []).append((names, text))
-        for panel in sorted(panels, key=options.PANELS.index):
+        return {panel: panels[panel] for panel in sorted(panels, key=options.PANELS.index)}
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for panel, rows in self.panels(ctx).items():
             with formatter.section(panel):
-                formatter.write_dl(panels[panel])
+                formatter.write_dl(rows)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Examples"):
@@ -123,7 +127,7 @@ class CommandGroup(TyperGroup):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
         Command.format_options(self, ctx, formatter)  # type: ignore[arg-type]
 
-    format_epilog = Command.format_epilog
+    panels, format_epilog = Command.panels, Command.format_epilog
 
 
 app = typer.Typer(

@@ -29,7 +29,7 @@ from nnunet_lite.data.labels import ADDED, CONFUSED, MISSED, Labels, label_colou
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import write_json
-from nnunet_lite.reporting.figures import planes_of
+from nnunet_lite.reporting.pictures import planes_of
 from nnunet_lite.reporting.viewer import View, read_case_scene, read_file_scene, serve
 
 ANTERIOR, POSTERIOR = (np.array(colour) for colour in label_colours(2))

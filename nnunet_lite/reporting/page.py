@@ -1,7 +1,8 @@
 """The report of a dataset: one HTML page that contains everything it shows and never uses the network.
 
 `write_report` reads the workspace and draws the cases (material.py). Each function `_..._section` returns what one
-section of templates/report.html.j2 shows: tables, charts and pictures (figures.py). `render_page` fills the template.
+section of templates/report.html.j2 shows: tables and charts (figures.py), pictures
+(pictures.py). `render_page` fills the template.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
-from nnunet_lite.reporting.figures import Chart, Column, Curve, Picture, Table, Value, share_column
+from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
 from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
+from nnunet_lite.reporting.pictures import ERROR_COLOURS, Picture
 from nnunet_lite.reporting.verdict import Verdict, judge_training
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
-_PLANE_SIZE, _PICTURE_SIZE = 240, 330  # pixels on the page along the longer side of a plane, and of a flat image
+_PLANE_SIZE, _PICTURE_SIZE = 240, 320  # pixels on the page along the longer side of a plane, and of a flat image
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
 _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
@@ -146,14 +148,14 @@ def _page_size(plane: Picture) -> tuple[float, float]:
 
 def _picture_colours() -> str:
     """Return the colours of labels and errors on pictures as a rule of CSS."""
-    named = {"c": label_colours(_PALETTE), "e": figures.ERROR_COLOURS.values()}
+    named = {"c": label_colours(_PALETTE), "e": ERROR_COLOURS.values()}
     rules = [f"--{name}{i}: rgb{colour};" for name, colours in named.items() for i, colour in enumerate(colours)]
     return f".plane svg, .swatch-on-picture {{ {' '.join(rules)} }}\n"
 
 
 def _error_names(material: Material) -> list[str]:
     """Return the kinds of errors; with one label there is no other one."""
-    return list(figures.ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
+    return list(ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
 
 
 def verdicts(material: Material) -> list[Verdict]:
@@ -186,7 +188,8 @@ def _heading(material: Material, metric: str) -> str:
     heading, units = METRICS[metric].heading, material.units
     if metric == "NSD":
         return f"NSD at 1 {'px' if units.length == 'pixels' else 'mm'}"
-    return f"{heading} ({units.length})" if METRICS[metric].unit == "length" else heading.replace("ml", units.volume)
+    named = heading.replace("ml", units.volume).replace("volume", units.size.lower())
+    return f"{named} ({units.length})" if METRICS[metric].unit == "length" else named
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:

@@ -38,7 +38,7 @@ from nnunet_lite.data.names import stem
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel
-from nnunet_lite.reporting.figures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
+from nnunet_lite.reporting.pictures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
 
 LabelMap = tuple[str, np.ndarray, Geometry]  # name, values (z, y, x), geometry
 
