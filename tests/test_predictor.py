@@ -25,6 +25,7 @@ from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.inference.folder import _read_ahead, predict_cases
 from nnunet_lite.inference.predictor import (
     Predictor,
@@ -196,7 +197,8 @@ def test_parts_share_the_images_and_one_output(tiny_model: Path, folder: Path, t
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(predict, (0, 1), (2, 2)))
     assert found == [names[0::2], names[1::2]]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == names
+    assert len(read_json(tmp_path / "out" / "predictions.json")["predictions"]) == 3
     assert predict(3, 4) == [] and predict(0, 1) == names
     for part in (None, 2, -1):
         with pytest.raises(UserError, match="--num-parts 2 needs a --part-id from 0 to 1"):
