@@ -1,6 +1,6 @@
 // The page: which case, which layers and how they are drawn. planes.js draws slices, solid.js three dimensions.
 import { Planes } from "./planes.js";
-import { compare, paintImage, paintValues, readVolume, valueAt, valuesOf } from "./slices.js";
+import { paintErrors, paintImage, paintValues, readVolume, valueAt, valuesOf } from "./slices.js";
 
 const NARROW = "(max-width: 700px)"; // as in viewer.css; phones load the full resolution on request
 const ERROR_OPACITY = 0.85;
@@ -57,6 +57,7 @@ function addLayers() {
     layer.url = `${page.number}/layer-${i}`;
     if (page.choices[i]?.kind === layer.kind) ({ shown: layer.shown, outlined: layer.outlined } = page.choices[i]);
   });
+  if (!page.choices.length && scene.ignore !== null) page.hidden.add(scene.legend[scene.ignore - 1].name); // may be everywhere
   const [first] = layersOf("image");
   if (!layersOf("image").some((layer) => layer.shown)) first.shown = true;
   page.choices = scene.layers;
@@ -66,30 +67,19 @@ const hasCoarse = () => scene.coarse.some((step) => step > 1);
 
 // Read the coarse copy of a layer, or all of it, once.
 async function read(layer, coarse) {
-  const name = coarse && hasCoarse() ? "coarse" : "full";
+  const [name, steps] = coarse && hasCoarse() ? ["-coarse", scene.coarse] : ["", scene.fine];
   layer.read ??= {};
-  layer.read[name] ??= layer.of ? readErrors(layer, coarse) : readLayer(layer, name);
+  layer.read[name] ??= readVolume(`${layer.url}${name}.nii`, steps);
   const volume = await layer.read[name];
-  if (name === "full" || !layer.volume) layer.volume = volume;
-  return volume;
-}
-
-async function readLayer(layer, name) {
-  const [ending, steps] = name === "coarse" ? ["-coarse", scene.coarse] : ["", scene.fine];
-  const volume = await readVolume(`${layer.url}${ending}.nii`, steps);
   if (layer.kind === "segmentation") layer.values = new Set([...(layer.values ?? []), ...valuesOf(volume)]);
+  if (!name || !layer.volume) layer.volume = volume;
   return volume;
-}
-
-async function readErrors(layer, coarse) {
-  const [reference, prediction] = await Promise.all(layer.of.map((one) => read(one, coarse)));
-  return compare(reference, prediction, scene.ignore ?? -1);
 }
 
 // Read what is shown: coarse copies first, so that there is a picture soon.
 async function readShown() {
   const of = scene;
-  const wanted = scene.layers.filter((layer) => layer.shown || layer.kind === "segmentation");
+  const wanted = scene.layers.filter((layer) => layer.kind === "segmentation" || (layer.shown && layer.kind !== "errors"));
   const onlyCoarse = hasCoarse() && !page.full && matchMedia(NARROW).matches;
   const passes = onlyCoarse ? [true] : hasCoarse() ? [true, false] : [false];
   for (const coarse of passes) {
@@ -110,15 +100,25 @@ const isHidden = (entry) => page.hidden.has(entry.name);
 const valueTable = () => [0, ...scene.legend.map((entry) => (isHidden(entry) ? 0 : packed(entry.colour)))];
 const errorTable = () => [0, ...scene.errors.map((entry) => packed(entry.colour))];
 
+// Returns which kind of error a voxel is, from 1 as in scene.errors, or 0; a hidden label counts as background.
+function errorKind() {
+  const seen = [0, ...scene.legend.map((entry, i) => (isHidden(entry) ? 0 : i + 1))];
+  return (expected, predicted) => {
+    const [before, after] = [seen[expected], seen[predicted]];
+    if (before === after || expected === scene.ignore) return 0;
+    return after === 0 ? 1 : before === 0 ? 2 : 3;
+  };
+}
+
 // What planes.js draws, from the bottom.
 function drawings() {
-  const shown = (kind) => scene.layers.filter((layer) => layer.kind === kind && layer.shown && layer.volume);
+  const shown = (kind) => scene.layers.filter((layer) => layer.kind === kind && layer.shown && (layer.volume || layer.of));
   const stamp = [...page.hidden].join();
   const values = (layer, table, opacity, smooth) => ({
     name: layer.name, volume: layer.volume, stamp, opacity, smooth,
     paint: (plane, at) => paintValues(layer.volume, plane, at, table),
   });
-  const labels = valueTable();
+  const [labels, errors, kind] = [valueTable(), errorTable(), errorKind()];
   const colours = ["", ...scene.legend.map((entry) => (isHidden(entry) ? "" : css(entry.colour)))];
   return [
     ...shown("image").map((layer) => ({
@@ -127,7 +127,11 @@ function drawings() {
     })),
     ...shown("map").map((layer) => values(layer, HEAT, 1, true)),
     ...shown("segmentation").filter((layer) => !layer.outlined).map((layer) => values(layer, labels, page.opacity, false)),
-    ...shown("errors").map((layer) => values(layer, errorTable(), ERROR_OPACITY, false)),
+    ...shown("errors").filter(({ of: [one, other] }) => one.volume?.steps === other.volume?.steps).map((layer) => {
+      const [reference, prediction] = layer.of.map((one) => one.volume);
+      const paint = (plane, at) => paintErrors(reference, prediction, plane, at, kind, errors);
+      return { name: layer.name, volume: prediction, stamp, opacity: ERROR_OPACITY, smooth: false, paint };
+    }),
     ...shown("segmentation").filter((layer) => layer.outlined)
       .map((layer) => ({ name: `${layer.name} outlined`, volume: layer.volume, stamp: "", colours, width: layer.width })),
   ];
@@ -150,14 +154,20 @@ function failSolid(error) {
   element("solid").dataset.failed = "true";
 }
 
+async function readErrors({ of }) {
+  const [reference, prediction] = await Promise.all(of.map((one) => read(one, true)));
+  const kind = errorKind();
+  return { ...prediction, voxels: prediction.voxels.map((value, i) => kind(reference.voxels[i], value)) };
+}
+
 async function showSolid() {
   const box = element("solid");
   box.hidden = scene.planes.length < 2 || !["all", "3D"].includes(page.view);
   if (box.hidden || box.dataset.failed) return;
   const layer = scene.layers[box.querySelector("select").value];
-  const volume = await read(layer, true);
+  const volume = await (layer.of ? readErrors(layer) : read(layer, true));
   const { Solid } = await import("./solid.js");
-  solid ??= new Solid(box.querySelector("canvas")).open();
+  solid ??= new Solid(box.querySelector("canvas"), scene.planes[0].sides !== "").open();
   const table = layer.kind === "errors" ? errorTable() : valueTable();
   await (await solid).show(volume, layer.kind === "image" ? { window: layer.window } : { table });
   document.documentElement.dataset.solid = "true";
@@ -182,12 +192,12 @@ function listSolids() {
 function showPlace() {
   const [flat, voxel] = [scene.shape[0] === 1, planes.stored(planes.at)];
   const parts = [flat ? `pixel ${voxel.slice(0, 2).join(", ")}` : `voxel ${voxel.join(", ")}`];
-  for (const layer of scene.layers.filter((one) => one.shown && one.volume && !one.volume.colours)) {
-    const value = valueAt(layer.volume, planes.at);
-    if (layer.kind === "image") parts.push(`${layer.name} ${Number(value.toPrecision(5))}`);
-    else if (layer.kind === "map") parts.push(`${layer.name} ${(value / 255).toFixed(2)}`);
-    else if (layer.kind === "segmentation") parts.push(`${layer.name}: ${scene.legend[value - 1]?.name ?? "background"}`);
-    else if (value) parts.push(scene.errors[value - 1].name);
+  const shown = scene.layers.filter((layer) => layer.shown && layer.volume && !layer.volume.colours);
+  for (const { kind, name, volume } of shown) {
+    const value = valueAt(volume, planes.at);
+    if (kind === "image") parts.push(`${name} ${Number(value.toPrecision(5))}`);
+    if (kind === "map") parts.push(`${name} ${(value / 255).toFixed(2)}`);
+    if (kind === "segmentation") parts.push(`${name}: ${scene.legend[value - 1]?.name ?? "background"}`);
   }
   element("place").textContent = parts.join("  ·  ");
 }
