@@ -718,7 +718,7 @@ def slice_of(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarra
     return picture[::-1] if plane.upwards else picture
 
 
-def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
+def grey_levels(values: np.ndarray, channel: Channel | None) -> tuple[float, float]:
     """Return the intensities of black and white.
 
     CT: those of the foreground with a margin. Others: the 1st and 99.5th percentile of all but the darkest value.
@@ -727,10 +727,10 @@ def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
     ----------
     values : ndarray, shape (z, y, x)
         A channel of the image.
-    channel : Channel
-        Its normalization and statistics.
+    channel : Channel or None
+        Its normalization and statistics, if they are known.
     """
-    if channel.normalization == "ct":
+    if channel is not None and channel.normalization == "ct":
         low, high = channel.statistics.percentile_00_5, channel.statistics.percentile_99_5
         margin = _CT_MARGIN * max(high - low, 1.0)
         return low - margin, high + margin
