@@ -92,8 +92,7 @@ def make_learner(job: Job, network: nn.Module, compute: ComputeFormat, scale: fl
     scaler = torch.amp.GradScaler(job.device.type, scale, enabled=compute.precision == "fp16")
     average = None if job.settings.optimizer.ema is None else start_average(network)
     # in the other layout torch computes single samples slowly
-    apart = job.device.type == "cpu" and compute.precision == "fp32" and compute.channels_last
-    apart = apart and not compute.compiled and job.ranks.world == 1
+    apart = job.device.type == "cpu" and compute.channels_last and not compute.compiled and job.ranks.world == 1
     forward = parallelize_samples(network) if apart else network
     return Learner(network, forward, optimizer, scaler, compute, average)
 
