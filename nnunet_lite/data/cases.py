@@ -132,7 +132,7 @@ def unsupported_files(folder: Path, name: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------- cases to predict
 
 
-def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
+def find_cases(sources: Sequence[Path], channels: int, names: Sequence[str] = ()) -> list[Case]:
     """Find the cases to predict in files, folders of files, and folders of case folders.
 
     A file is an image, one of several channel files, or a file of a DICOM series. A folder contains any mix of
@@ -144,6 +144,8 @@ def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
         The files and folders.
     channels : int
         Number of channels of the model.
+    names : sequence of str
+        Their names. Of a case folder with several files, those that end in these names are taken.
 
     Returns
     -------
@@ -157,7 +159,7 @@ def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
     """
     cases: dict[str, Case] = {}
     for source in sources:
-        for case in _cases_of(source, channels):
+        for case in _cases_of(source, channels, names):
             other = cases.setdefault(case.id, case)
             if set(other.images) != set(case.images):
                 files = f"{other.images[0]} and {case.images[0]}"
@@ -166,7 +168,7 @@ def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
     return list(cases.values())
 
 
-def _cases_of(source: Path, channels: int) -> list[Case]:
+def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
     if source.is_file():
         return _cases_of_file(source, channels)
     if not source.is_dir():
@@ -176,20 +178,20 @@ def _cases_of(source: Path, channels: int) -> list[Case]:
         if series := [path.name for path in others if series_folders(path)]:
             log.warn(f"{source}: the DICOM series in {few(series)} are not read, since the folder holds images too")
     else:
-        cases = _case_folders(source, channels)
+        cases = _case_folders(source, channels, names)
     if not cases:
         inside = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
         what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
         raise UserError(what, source, _ALSO_DICOM)
     ids = {case.id for case in cases}
     if maps := [case for case in cases if label_base(case.id) != case.id and label_base(case.id) in ids]:
-        names = few([case.images[0].name for case in maps])
-        log.warn(f"{source}: {names} are not predicted: by their names they are label maps of other files there")
+        files = few([case.images[0].name for case in maps])
+        log.warn(f"{source}: {files} are not predicted: by their names they are label maps of other files there")
         cases = [case for case in cases if case not in maps]
     if channels == 1 and (numbered := numbered_cases(cases)):
-        names = " and ".join(case.images[0].name for case in numbered[:2])
+        files = " and ".join(case.images[0].name for case in numbered[:2])
         log.warn(
-            f"{source}: {names} are predicted as two cases, because the model has one channel. If they are channels of "
+            f"{source}: {files} are predicted as two cases, because the model has one channel. If they are channels of "
             "one case, leave only the channel of the model in the folder"
         )
     return cases
@@ -219,8 +221,10 @@ def _cases_of_folder(folder: Path, channels: int) -> list[Case]:
     return group_files(files, channels)
 
 
-def _case_folders(parent: Path, channels: int) -> list[Case]:
-    """Return one case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
+def _case_folders(parent: Path, channels: int, names: Sequence[str]) -> list[Case]:
+    """Return one case per folder: its only image, or the file of each channel's name.
+
+    Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
 
     A series may be at a deeper level (patient/study/series). The case has the name of the first folder; if that folder
     contains several series, each is a case with the whole path as its name.
@@ -229,9 +233,12 @@ def _case_folders(parent: Path, channels: int) -> list[Case]:
     for folder in folders_in(parent):
         found = _cases_of_folder(folder, channels)
         if len(found) > 1:
-            names = few([case.images[0].name for case in found])
-            fix = "Give the folder of the images itself, or one folder per case."
-            raise UserError(f"holds {len(found)} images ({names}) where it should hold one case", folder, fix)
+            images = _named_files(image_files(folder), names)
+            if not images:
+                files, each = few([case.images[0].name for case in found]), few([f"*{name}.*" for name in names])
+                fix = f"A folder per case holds one image, or one for each channel of the model: {each}."
+                raise UserError(f"holds {len(found)} images ({files}) where it should hold one case", folder, fix)
+            found = [Case(folder.name, images)]
         inside = [] if found else series_folders(folder)
         if len(inside) == 1 or (found and found[0].images == (folder,)):
             series.append(folder)
@@ -244,6 +251,13 @@ def _case_folders(parent: Path, channels: int) -> list[Case]:
     if empty and (series or cases):
         log.warn(f"{parent}: folders without an image are ignored: {', '.join(empty)}")
     return sorted(cases + group_files(series, channels), key=lambda case: case.id)
+
+
+def _named_files(files: Sequence[Path], names: Sequence[str]) -> tuple[Path, ...]:
+    """Return the file of each channel: t1.nii.gz or P001-T1.nii.gz of t1. Empty unless each channel has one."""
+    words = {path: _parts(stem(path)) for path in files}
+    found = [[path for path in files if words[path][-len(_parts(name)) :] == _parts(name)] for name in names]
+    return tuple(path for (path,) in found) if all(len(some) == 1 for some in found) else ()
 
 
 # ------------------------------------------------------------------------------------------------------------- channels

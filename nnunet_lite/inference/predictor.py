@@ -31,17 +31,8 @@ from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import (
-    MODEL,
-    Checkpoint,
-    is_finished,
-    is_nnunet,
-    model_fingerprint,
-    other_folds,
-    stage_path,
-    trained_folds,
-)
-from nnunet_lite.models.lookup import read_model
+from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
+from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus

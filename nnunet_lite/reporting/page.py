@@ -1,7 +1,8 @@
 """The report of a dataset: one HTML page that contains everything it shows and never uses the network.
 
 `write_report` reads the workspace and draws the cases (material.py). Each function `_..._section` returns what one
-section of templates/report.html.j2 shows: tables, charts and pictures (figures.py). `render_page` fills the template.
+section of templates/report.html.j2 shows: tables and charts (figures.py), pictures
+(pictures.py). `render_page` fills the template.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
-from nnunet_lite.reporting.figures import Chart, Column, Curve, Picture, Table, Value, share_column
+from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
 from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
+from nnunet_lite.reporting.pictures import ERROR_COLOURS, Picture
 from nnunet_lite.reporting.verdict import Verdict, judge_training
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
-_PLANE_SIZE, _PICTURE_SIZE = 240, 330  # pixels on the page along the longer side of a plane, and of a flat image
+_PLANE_SIZE, _PICTURE_SIZE = 240, 320  # pixels on the page along the longer side of a plane, and of a flat image
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
 _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
@@ -146,14 +148,14 @@ def _page_size(plane: Picture) -> tuple[float, float]:
 
 def _picture_colours() -> str:
     """Return the colours of labels and errors on pictures as a rule of CSS."""
-    named = {"c": label_colours(_PALETTE), "e": figures.ERROR_COLOURS.values()}
+    named = {"c": label_colours(_PALETTE), "e": ERROR_COLOURS.values()}
     rules = [f"--{name}{i}: rgb{colour};" for name, colours in named.items() for i, colour in enumerate(colours)]
     return f".plane svg, .swatch-on-picture {{ {' '.join(rules)} }}\n"
 
 
 def _error_names(material: Material) -> list[str]:
     """Return the kinds of errors; with one label there is no other one."""
-    return list(figures.ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
+    return list(ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
 
 
 def verdicts(material: Material) -> list[Verdict]:
@@ -186,7 +188,8 @@ def _heading(material: Material, metric: str) -> str:
     heading, units = METRICS[metric].heading, material.units
     if metric == "NSD":
         return f"NSD at 1 {'px' if units.length == 'pixels' else 'mm'}"
-    return f"{heading} ({units.length})" if METRICS[metric].unit == "length" else heading.replace("ml", units.volume)
+    named = heading.replace("ml", units.volume).replace("volume", units.size.lower())
+    return f"{named} ({units.length})" if METRICS[metric].unit == "length" else named
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
@@ -474,43 +477,41 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
     """Return for each model its scores by label, all its held-out cases, and pictures of some of them."""
     sections = []
     for model in material.scored:
-        name, rows, pictures = model.name, model.worst_first, material.overlays[model.name]
-        labels = _hardest_labels(model)
-        dice = {row.case: [row.metrics[label]["Dice"] for label in labels] for row in rows}
+        rows, pictures, labels = model.worst_first, material.overlays[model.name], _hardest_labels(model)
+        dots = [(label, [(row.case, row.metrics[label]["Dice"]) for row in rows]) for label in labels]
         means = {row.case: row.mean_dice for row in rows}
-        dots = [(label, [(case, values[i]) for case, values in dice.items()]) for i, label in enumerate(labels)]
-        surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(material, model)]
-        columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
-        columns += [_metric_column(material, metric, "mean") for metric in surfaces]
-        columns += map(share_column, labels)
-        cells = [
-            [row.case, model.fold_of[row.case], means[row.case], *(_label_mean(material, row, m) for m in surfaces),
-             *dice[row.case]]
-            for row in rows
-        ]  # fmt: skip
-        caption = f"Held-out cases of {model.label}, worst first"
-        examples = [
-            (case, what) for what in ("worst", "median", "best") for case, of in model.examples.items() if of == what
-        ]
         sections.append(
             {
-                "name": name,
+                "name": model.name,
                 "label": model.label,
                 "cases": plural(len(rows), "held-out case"),
                 "folds": sorted(set(model.fold_of.values())),
                 "by_label": _label_table(material, model),
-                "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, name),
+                "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, model.name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "agreement": _agreement_charts(material, model, labels),
-                "table": Table(caption, columns, cells, sorted_by=2, model=name),
+                "table": _held_out_table(material, model, labels),
                 "examples": [
                     (case, what, means[case], pictures[case], _view_command(material, case, model))
-                    for case, what in examples
+                    for case, what in model.examples.items()
                     if case in pictures
                 ],
             }
         )
     return sections
+
+
+def _held_out_table(material: Material, model: ModelResults, labels: Sequence[str]) -> Table:
+    """Return every held-out case with its fold, its means over the labels, and the Dice of some labels."""
+    surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(material, model)]
+    columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
+    columns += [_metric_column(material, metric, "mean") for metric in surfaces]
+    columns += map(share_column, labels)
+    rows: list[list[Value]] = []
+    for row in model.worst_first:
+        means = [row.mean_dice, *(_label_mean(material, row, metric) for metric in surfaces)]
+        rows.append([row.case, model.fold_of[row.case], *means, *(row.metrics[label]["Dice"] for label in labels)])
+    return Table(f"Held-out cases of {model.label}, worst first", columns, rows, sorted_by=2, model=model.name)
 
 
 def _measured(material: Material, model: ModelResults) -> list[str]:
@@ -664,7 +665,7 @@ def _methods_section(material: Material) -> dict[str, Any]:
         planned = model.plan.configuration(model.run["configuration"])
         described.append({
             "name": model.name, "plan": model.plan, "configuration": planned,
-            "settings": Settings.model_validate(model.run["settings"]), "versions": model.run["versions"],
+            "settings": Settings.model_validate(model.run["settings"]), "versions": model.run.get("versions", {}),
             "unit": length_unit(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
         })  # fmt: skip
     return {"models": described, "scores": result and {
