@@ -197,7 +197,8 @@ def command_of(name: str) -> Any:
 
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
-        commands_module = import_module(module)
+        with log.working(f"starting {name}"):  # most commands need torch, which takes seconds to load
+            commands_module = import_module(module)
         arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
         result = getattr(commands_module, function_name)(**arguments)
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()

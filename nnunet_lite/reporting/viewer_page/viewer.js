@@ -48,18 +48,17 @@ const layersOf = (kind) => scene.layers.filter((layer) => layer.kind === kind);
 // The errors of each prediction are a layer too, which the page computes.
 function addLayers() {
   const [reference, ...predictions] = layersOf("segmentation");
-  layersOf("segmentation").forEach((layer, i) => Object.assign(layer, { shown: true, outlined: i > 0, width: i ? 1.8 : 3.2 }));
-  layersOf("image").forEach((layer, i) => (layer.shown = i === 0));
   if (scene.compared)
     for (const prediction of predictions)
-      scene.layers.push({ name: `errors of ${prediction.name}`, kind: "errors", shown: false, of: [reference, prediction] });
+      scene.layers.push({ name: `errors of ${prediction.name}`, kind: "errors", of: [reference, prediction] });
   scene.layers.forEach((layer, i) => {
+    const before = page.choices[i]?.kind === layer.kind ? page.choices[i] : null; // of the case before
     layer.url = `${page.number}/layer-${i}`;
-    if (page.choices[i]?.kind === layer.kind) ({ shown: layer.shown, outlined: layer.outlined } = page.choices[i]);
+    layer.shown = before?.shown ?? (i === 0 || layer.kind === "segmentation");
+    layer.outlined = before?.outlined ?? predictions.includes(layer);
+    layer.width = layer === reference ? 3.2 : 1.8;
   });
-  if (!page.choices.length && scene.ignore !== null) page.hidden.add(scene.legend[scene.ignore - 1].name); // may be everywhere
-  const [first] = layersOf("image");
-  if (!layersOf("image").some((layer) => layer.shown)) first.shown = true;
+  if (!page.choices.length && scene.ignore !== null) page.hidden.add(scene.legend[scene.ignore - 1].name);
   page.choices = scene.layers;
 }
 
@@ -69,9 +68,11 @@ const hasCoarse = () => scene.coarse.some((step) => step > 1);
 async function read(layer, coarse) {
   const [name, steps] = coarse && hasCoarse() ? ["-coarse", scene.coarse] : ["", scene.fine];
   layer.read ??= {};
-  layer.read[name] ??= readVolume(`${layer.url}${name}.nii`, steps);
+  layer.read[name] ??= readVolume(`${layer.url}${name}.nii`, steps).then((volume) => {
+    if (layer.kind === "segmentation") layer.values = [...(layer.values ?? []), ...valuesOf(volume)];
+    return volume;
+  });
   const volume = await layer.read[name];
-  if (layer.kind === "segmentation") layer.values = new Set([...(layer.values ?? []), ...valuesOf(volume)]);
   if (!name || !layer.volume) layer.volume = volume;
   return volume;
 }
@@ -122,13 +123,14 @@ function drawings() {
   const colours = ["", ...scene.legend.map((entry) => (isHidden(entry) ? "" : css(entry.colour)))];
   return [
     ...shown("image").map((layer) => ({
-      name: "image", volume: layer.volume, stamp: page.window?.join(), opacity: 1, smooth: true,
+      name: "image", volume: layer.volume, stamp: page.window.join(), opacity: 1, smooth: true,
       paint: (plane, at) => paintImage(layer.volume, plane, at, page.window),
     })),
     ...shown("map").map((layer) => values(layer, HEAT, 1, true)),
     ...shown("segmentation").filter((layer) => !layer.outlined).map((layer) => values(layer, labels, page.opacity, false)),
-    ...shown("errors").filter(({ of: [one, other] }) => one.volume?.steps === other.volume?.steps).map((layer) => {
+    ...shown("errors").flatMap((layer) => {
       const [reference, prediction] = layer.of.map((one) => one.volume);
+      if (!reference || reference.steps !== prediction?.steps) return []; // still being read
       const paint = (plane, at) => paintErrors(reference, prediction, plane, at, kind, errors);
       return { name: layer.name, volume: prediction, stamp, opacity: ERROR_OPACITY, smooth: false, paint };
     }),
@@ -139,7 +141,6 @@ function drawings() {
 
 // Draw everything anew after a choice.
 function refresh() {
-  page.window ??= layersOf("image").find((layer) => layer.shown).window;
   planes.draw();
   showPlace();
   showKey();
@@ -177,9 +178,9 @@ async function showSolid() {
 function listSolids() {
   const list = element("solid").querySelector("select");
   const kinds = ["segmentation", "errors", "image"];
-  const options = kinds.flatMap((kind) => layersOf(kind)).map((layer) => make("option", { value: scene.layers.indexOf(layer) }, layer.name));
-  list.replaceChildren(...options);
-  list.selectedIndex = Math.max(0, Math.min(page.solid ?? layersOf("segmentation").length - 1, options.length - 1));
+  const layers = kinds.flatMap(layersOf);
+  list.replaceChildren(...layers.map((layer) => make("option", { value: scene.layers.indexOf(layer) }, layer.name)));
+  list.selectedIndex = Math.max(0, Math.min(page.solid ?? layersOf("segmentation").length - 1, layers.length - 1));
   list.onchange = () => {
     page.solid = list.selectedIndex;
     refresh();
@@ -247,10 +248,11 @@ function listImages() {
   const images = layersOf("image");
   const choose = (layer) => {
     for (const other of images) other.shown = other === layer;
-    [page.window, page.adjusted] = [null, false];
+    resetWindow();
     readShown().catch(fail);
   };
-  fill("images", images.length > 1 ? images.map((layer) => radio("image", layer.name, layer.shown, () => choose(layer))) : []);
+  const choices = images.map((layer) => radio("image", layer.name, layer.shown, () => choose(layer)));
+  fill("images", choices.length > 1 ? choices : []);
 }
 
 function listSegmentations() {
@@ -263,9 +265,12 @@ function listSegmentations() {
     });
     layer.box = box;
     const key = layer === layersOf("errors")[0] ? "e" : i < 9 ? String(i + 1) : "";
-    const line = make("label", { className: "line" }, box, make("span", {}, layer.name), ...(key ? [make("kbd", {}, key)] : []));
-    if (layer.kind === "errors")
-      return make("div", { className: "layer" }, line, make("p", {}, ...errorKinds().map((entry) => make("span", {}, swatch(css(entry.colour)), " ", entry.name))));
+    const line = make("label", { className: "line" }, box, make("span", {}, layer.name));
+    if (key) line.append(make("kbd", {}, key));
+    if (layer.kind === "errors") {
+      const kinds = errorKinds().map((entry) => make("span", {}, swatch(css(entry.colour)), " ", entry.name));
+      return make("div", { className: "layer" }, line, make("p", {}, ...kinds));
+    }
     const style = make("button", { type: "button", title: "filled or outlined (o)" });
     const name = () => style.replaceChildren(swatch("", layer), styleOf(layer));
     layer.turn = () => {
@@ -287,8 +292,7 @@ function listSegmentations() {
 
 // The labels that occur; a click hides one in all layers.
 function listLabels() {
-  const found = new Set();
-  for (const layer of layersOf("segmentation")) for (const value of layer.values ?? []) found.add(value);
+  const found = new Set(layersOf("segmentation").flatMap((layer) => layer.values ?? []));
   const entries = scene.legend.filter((_, i) => found.has(i + 1));
   const button = (entry) => {
     const chip = make("button", { type: "button" }, swatch(css(entry.colour)), entry.name);
@@ -348,11 +352,16 @@ function keyboard(event) {
     planes.draw();
   } else if (key === "ArrowUp" || key === "ArrowDown") planes.scroll(planes.focus, key === "ArrowUp" ? 1 : -1);
   else if (key === "0") {
-    [page.window, page.adjusted] = [null, false];
+    resetWindow();
     planes.resetZoom();
     refresh();
   } else return;
   event.preventDefault();
+}
+
+function resetWindow() {
+  page.window = layersOf("image").find((layer) => layer.shown).window;
+  page.adjusted = false;
 }
 
 // Drag to change the grey levels: x their width, y their middle, as shares of the canvas.
@@ -382,8 +391,8 @@ function listCases({ cases, first }) {
   list.addEventListener("change", () => openCase(list.selectedIndex).catch(fail));
   before.addEventListener("click", () => step(-1));
   after.addEventListener("click", () => step(1));
-  const scored = cases.some(([, dice]) => dice !== null);
-  element("cases").querySelector("small").textContent = `${cases.length} cases${scored ? " with their Dice, the worst first" : ""}`;
+  const scored = cases.some(([, dice]) => dice !== null) ? " with their Dice, the worst first" : "";
+  element("cases").querySelector("small").textContent = `${cases.length} cases${scored}`;
   element("cases").hidden = cases.length < 2;
 }
 
@@ -399,9 +408,9 @@ async function openCase(number) {
     return;
   }
   scene = next;
-  if (!page.adjusted) page.window = null;
   document.title = element("title").textContent = scene.title;
   addLayers();
+  if (!page.adjusted) resetWindow();
   planes.open(scene);
   for (const list of [listImages, listSegmentations, listMaps, listSolids, listViews]) list();
   await readShown();
