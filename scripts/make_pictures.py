@@ -2,9 +2,10 @@
 
 usage: python scripts/make_pictures.py [--epochs 10] [--work FOLDER] [--only terminal report viewer plots]
 
-A small workspace of the bundled MRIs is planned and trained first: two folds of 3d_fullres and one of 2d, which takes about
-12 minutes on two quiet cores; with `--work` it is kept for the next time. Then come pictures of commands in a terminal, of
-the report, of the viewer, and plots of the tables in scripts/results. Chromium must be installed; nothing needs a network.
+A small workspace of the bundled MRIs is planned and trained first: two folds of 3d_fullres and one of 2d, about 12
+minutes on two quiet cores; with `--work` it is kept for the next time. Then come pictures of commands in a terminal,
+of the report, of the viewer, and plots of the tables in scripts/results. Chromium must be installed; no network is
+used.
 """
 
 from __future__ import annotations
