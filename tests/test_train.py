@@ -18,6 +18,7 @@ from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import lock_fold
 from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import planned_paths
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
@@ -177,5 +178,26 @@ def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace
     assert (plans.read_bytes(), weights.read_bytes()) == before
     planned["configurations"]["3d_fullres"]["batch_dice"] = True
     write_json(paths.plans, planned)
-    with pytest.raises(UserError, match="trained with other settings: the plan"):
+    difference = r"the plan \(configurations\.3d_fullres\.batch_dice: False -> True\)\. Repeat"
+    with pytest.raises(UserError, match=f"trained with other settings: {difference}"):
         train(workspace, 0)
+
+
+def test_labels_are_renamed_under_models(workspace: Path, models: Path, hippocampus: Path, tmp_path: Path) -> None:
+    """Names are not the plan's arithmetic: folds, selection and prediction with the models that exist go on."""
+    paths, nnlite = planned_paths(workspace), {"workspace": workspace, "device": "cpu"}
+    assert nnunet_lite.select(**nnlite).models == ("3d_fullres-default",)
+    selected = read_json(paths.inference)
+    gain = {"before": 0.5, "after": 0.6, "n": 2}
+    write_json(
+        paths.inference, selected | {"postprocessing": {"Anterior": {}}, "postprocessing_gain": {"Anterior": gain}}
+    )
+    for file in (paths.plans, paths.dataset, paths.inference):
+        file.write_text(file.read_text().replace("Anterior", "front"))
+    image = hippocampus / "imagesTr" / "hippocampus_001.nii.gz"
+    first = nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
+    assert first.labels.region_names == ("Anterior", "Posterior") and list(first.postprocessing) == ["Anterior"]
+    train(workspace, 2)
+    plan = Plan.read(models / "3d_fullres-default" / "plans.json")
+    assert plan.labels.region_names == ("front", "Posterior")
+    assert nnunet_lite.select(**nnlite).folds == ("0", "1", "2")

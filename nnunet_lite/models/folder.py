@@ -27,6 +27,7 @@ from safetensors import safe_open
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, summarize_dataset
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
@@ -109,6 +110,9 @@ def open_run(
         changes = check_resume(folder, plan, configuration, settings, fold, force)
         old = Settings.model_validate(run["settings"])
         ignored = [change for change in differences(old, settings) if change.startswith("inference.")]
+        if Plan.read(folder / "plans.json").labels != plan.labels:  # other names of labels
+            write_json(folder / "dataset.json", summarize_dataset(dataset))
+            write_text(folder / "plans.json", plan.to_json())
         if changes:
             log.info(f"{folder}: resumes with {'; '.join(changes)}")
             write_text(folder / "plans.json", plan.to_json())
@@ -178,8 +182,10 @@ def check_resume(
     if same_plan and only_length and (not changes or _is_longer(run_length(old), run_length(settings))):
         return changes
     if only_length and not same_plan:
-        n_cases = f"({old_plan.n_cases} cases -> {plan.n_cases}; see --exclude)"
-        changes.append("the plan" if old_plan.n_cases == plan.n_cases else f"the plan {n_cases}")
+        why = few(old_plan.differences(plan))
+        if old_plan.n_cases != plan.n_cases:
+            why = f"{old_plan.n_cases} cases -> {plan.n_cases}; see --exclude"
+        changes.append(f"the plan ({why})")
 
     several = len(list(folder.glob("fold_*"))) > 1  # --restart of one fold keeps the others
     restarting = "`all-folds --restart`" if several else "--restart"
