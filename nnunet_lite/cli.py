@@ -153,7 +153,7 @@ def main() -> None:
     except Stopped as stopped:
         sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail(f"stopped; {system.RESUME}", system.INTERRUPTED))
+        sys.exit(_fail(f"stopped; {system.how_to_resume()}", system.INTERRUPTED))
     except BrokenPipeError:
         if sys.stderr is not None:
             sys.stderr.close()  # the reader of our output is gone
@@ -165,7 +165,7 @@ def main() -> None:
     except Exception as error:
         # typer's complaints about options come from its own copy of click, whose classes have no public name
         if system.interrupted:  # a library made another exception of it
-            sys.exit(_fail(f"stopped; {system.RESUME}", system.INTERRUPTED))
+            sys.exit(_fail(f"stopped; {system.how_to_resume()}", system.INTERRUPTED))
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
@@ -193,9 +193,12 @@ def command_of(name: str) -> Any:
 
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
-        commands_module = import_module(module)
         arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
-        result = getattr(commands_module, function_name)(**arguments)
+        result = import_module("nnunet_lite.commands.early").answer_early(name, arguments)
+        commands_module: Any = None
+        if result is None:
+            commands_module = import_module(module)
+            result = getattr(commands_module, function_name)(**arguments)
         text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
         if hasattr(result, "close"):
             _serve(result, text)

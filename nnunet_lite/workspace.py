@@ -200,7 +200,8 @@ def select_dataset(
     """
     paths = planned_paths(workspace_folder(workspace), dataset, only_reads=only_reads, needs_plan=needs_plan)
     planned = len(planned_datasets(paths.root.parent))
-    chosen = f", planned last; -d takes one of the {planned} planned" if dataset is None and planned > 1 else ""
+    why = "planned last" if only_reads else "the only one with a model"
+    chosen = f", {why}; -d takes one of the {planned} planned" if dataset is None and planned > 1 else ""
     log.info(f"dataset {paths.name} (workspace {paths.root.parent}{chosen})")
     return paths
 

@@ -158,10 +158,8 @@ def test_nothing_is_overwritten_or_half_written(command: Run, tmp_path: Path) ->
     assert command("init", "data", "-o", "data", cwd=tmp_path)[0] == 0
     table = (tmp_path / "data" / "dataset.json").read_text()
     assert '"P1/t1.nii.gz"' in table, "paths inside the dataset are relative"
-    code, _, err = command("init", "data", "-o", "data", cwd=tmp_path)
-    assert (
-        code == 2 and "with the list of cases of that time. Delete it to make it again, run `nnlite plan data`" in err
-    )
+    code, out, _ = command("init", "data", "-o", "data", cwd=tmp_path)
+    assert code == 0 and "unchanged the list of cases is the same as before" in out
     code, _, err = command("init", "data", cwd=tmp_path)
     assert code == 2 and "data: is a dataset already. Run `nnlite plan data`." in err
     assert (tmp_path / "data" / "dataset.json").read_text() == table
@@ -179,6 +177,29 @@ def test_nothing_is_overwritten_or_half_written(command: Run, tmp_path: Path) ->
         "P2/t3.nii.gz",
     ]
     assert about["next"] == "nnlite plan ws/raw/data -w ws" and len(about["dataset"]) == 5
+
+
+def test_the_list_of_cases_is_updated_and_the_names_stay(command: Run, tmp_path: Path) -> None:
+    patients(tmp_path / "data")
+    code, out, err = command("init", "data", cwd=tmp_path)
+    table = tmp_path / "nnlite_workspace" / "raw" / "data" / "dataset.json"
+    assert (code, err) == (0, "") and f"\nto do     name the labels in {table} before you plan\n" in out
+    table.write_text(table.read_text().replace("label_1", "liver").replace("label_4", "tumour").replace('"t1"', '"CT"'))
+    (tmp_path / "data" / "P2" / "seg.nii.gz").unlink()
+    shutil.copytree(tmp_path / "data" / "P1", tmp_path / "data" / "P9")
+    code, out, err = command("init", "data", cwd=tmp_path)
+    assert code == 0 and "added     1: P9\n" in out and "removed   1: P2\n" in out and "to do" not in out
+    assert err == "warning: 1 of 7 patients left out: P2/t1.nii.gz, P2/t2.nii.gz have no mask\n"
+    written = json.loads(table.read_text())
+    assert written["labels"] == {"background": 0, "liver": 1, "tumour": 4} and written["numTraining"] == 6
+    assert written["channel_names"] == {"0": "CT", "1": "t2"} and "P9" in written["dataset"]
+    before = table.read_bytes()
+    save_arrays(tmp_path / "data", {"P9/seg.nii.gz": blocks([7])})
+    code, _, err = command("init", "data", cwd=tmp_path)
+    assert code == 2 and "there are other label values [7] now" in err and table.read_bytes() == before
+    patients(tmp_path / "elsewhere" / "data")
+    code, _, err = command("init", "elsewhere/data", cwd=tmp_path)
+    assert code == 2 and "lists other files. Delete it" in err and table.read_bytes() == before
 
 
 def test_the_workspace_is_not_searched(command: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -284,10 +284,8 @@ def train(
     return TrainedFolds(scores)
 
 
-def after_train(result: object, *, dataset: Any = None, workspace: Any = None, **given: Any) -> list[list[str]]:
+def after_train(result: TrainedFolds, *, dataset: Any = None, workspace: Any = None, **given: Any) -> list[list[str]]:
     """Return the commands to type next: to predict, and to look at a case that was held out."""
-    if not isinstance(result, TrainedFolds):
-        return []
     cases = [row.case for scores in result.scores.values() for row in scores.rows]
     name = given["name"] or f"{given['configuration']}-{Path(given['recipe']).stem}"
     model = ["-m", name, *options.where(dataset, workspace)]
@@ -369,10 +367,15 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
     """
     ranks, device = join_group(run.device)
     if device.type == "cpu" and run.settings.recipe == "default" and run.device is None:
-        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    with report_lost_peer(), models.lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
+        days = "" if run.settings.training.time_limit else ": a fold may take days, see the estimate that follows"
+        log.warn(
+            f"there is no GPU, for which the recipe `default` is made{days}; `--recipe cpu` gives a model in minutes"
+        )
+    with report_lost_peer(), ExitStack() as stack:
         seed = 0
         if ranks.rank == 0:
+            stack.enter_context(models.lock_fold(run.fold_folder))
+            stack.callback(models.remove_unbegun, run.fold_folder)  # after an error or Ctrl-C
             previous = None if run.first is None else run.first.folder.name
             seed = models.open_run(
                 run.folder, run.plan, run.dataset, run.configuration, run.settings,
@@ -439,7 +442,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))
     if preview and ranks.rank == 0:
-        draw_preview(job, job.folder / "preview.png")
+        draw_preview(job, job.folder / models.PREVIEW)
     train_fold(job, seconds)
 
 

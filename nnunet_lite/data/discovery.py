@@ -40,6 +40,8 @@ CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"  # RTSTRUCT
 _MASKS = (CONTOURS, "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # and segmentations
 _COLUMNS = "The first line names the columns: case, label, and image or a column for each channel."
 
+NO_IMAGE, NO_MASK = "label maps of no image", "images without label map"  # reasons to leave files out
+
 Words = tuple[str, ...]
 
 
@@ -181,8 +183,8 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
     cases = [Case(ids[label], tuple(found[name] for name in names), label) for label, found in whole.items()]
     grouped = {path for label, found in groups.items() for path in (label, *found)}
     unused = {
-        "label maps of no image": maps - grouped,
-        "images without label map": scans - grouped,
+        NO_IMAGE: maps - grouped,
+        NO_MASK: scans - grouped,
         f"of cases without all of {', '.join(names)}, or more than these": grouped.difference(
             whole, *(c.images for c in cases)
         ),

@@ -39,6 +39,7 @@ FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # a fold that has it is finished
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
+PREVIEW = "preview.png"  # augmented samples, in a fold's folder
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
 OLD = "old_"  # starts the names of folders that were set aside
@@ -412,6 +413,15 @@ def is_at_end(fold_folder: Path) -> bool:
 def is_begun(fold_folder: Path) -> bool:
     """Whether a fold has something to resume from."""
     return is_finished(fold_folder) or (fold_folder / CHECKPOINT).is_file()
+
+
+def remove_unbegun(fold_folder: Path) -> None:
+    """Delete the folder of a fold that has nothing to resume from, and a model folder that has no other fold."""
+    if not (is_begun(fold_folder) or (fold_folder / PREVIEW).exists()):
+        folder = fold_folder.parent
+        shutil.rmtree(
+            fold_folder if other_folds(folder, fold_folder.name.removeprefix("fold_")) else folder, ignore_errors=True
+        )
 
 
 def is_complete(fold_folder: Path, settings: Settings) -> bool:

@@ -97,7 +97,7 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
     if job.ranks.rank == 0:
         sweep(job.folder, alone=True)
     from_first(None, job.ranks)  # the others write nothing that could be swept away
-    with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
+    with limits.explain_out_of_memory(job), limits.stop_on_signal(job.folder if job.ranks.rank == 0 else None) as stop:
         begin = time.monotonic() - seconds
         with log.working("preparing the network"):
             learner, state = _start(job)
